@@ -1,0 +1,37 @@
+"""The errors a caller can expect. One base, so that one `except` at the door is enough.
+
+Every message says what was found, what was expected and what to do next. Anything that is not a
+`Granite4vError` is a bug and keeps its traceback.
+"""
+
+
+class Granite4vError(Exception):
+    """Base of every error that a user or a file can cause."""
+
+
+class CheckpointError(Granite4vError):
+    """A Hugging Face checkpoint or adapter that cannot be converted as it is."""
+
+
+class ModelFileError(Granite4vError):
+    """A GGUF file or model directory that cannot be read or does not fit its partner."""
+
+
+class ImageError(Granite4vError):
+    """A picture that cannot be opened or is unsafe to open."""
+
+
+class PromptError(Granite4vError):
+    """Messages that the chat template cannot render faithfully."""
+
+
+class ContextOverflowError(PromptError):
+    """A request that needs more tokens than the context holds."""
+
+
+class DeviceError(Granite4vError):
+    """A device or a native library that is missing, unfit or out of memory."""
+
+
+class OutputError(Granite4vError):
+    """A target that exists already or cannot be written."""

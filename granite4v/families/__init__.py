@@ -1,0 +1,37 @@
+"""The model families, one file each, and the way to find the one a checkpoint or a GGUF belongs to."""
+
+from __future__ import annotations
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.families import granite4_vision
+from granite4v.families.base import Family, Metadata, VisionConfig
+
+__all__ = ["FAMILIES", "Family", "VisionConfig", "family_of_checkpoint", "family_of_gguf"]
+
+FAMILIES: tuple[Family, ...] = (granite4_vision.Granite4Vision(),)
+
+
+def family_of_checkpoint(config: Metadata) -> Family:
+    """The family of a Hugging Face config.json; raises CheckpointError when none matches."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.hf_model_types:
+            return family
+    known = ", ".join(repr(name) for family in FAMILIES for name in family.hf_model_types)
+    raise CheckpointError(
+        f"config.json has model_type {model_type!r}, which is not a vision-language family that granite4v "
+        f"converts; known: {known}."
+    )
+
+
+def family_of_gguf(metadata: Metadata) -> Family:
+    """The family of an mmproj file's metadata; raises ModelFileError when none matches."""
+    projector_type = metadata.get(keys.PROJECTOR_TYPE)
+    for family in FAMILIES:
+        if projector_type == family.projector_type:
+            return family
+    known = ", ".join(repr(family.projector_type) for family in FAMILIES)
+    raise ModelFileError(
+        f"the vision file has '{keys.PROJECTOR_TYPE}' = {projector_type!r}; this version runs {known}."
+    )

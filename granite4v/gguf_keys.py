@@ -1,0 +1,100 @@
+"""Every GGUF metadata key and mmproj tensor name, for the writer and the readers alike.
+
+Names are llama.cpp's (tools/mtmd/clip-impl.h and src/llama-arch.cpp as of llama-cpp-python 0.3.36, ggml
+0.25.3); keys that start with `granite4v.` are ours and are ignored by llama.cpp. Text tensor names come
+from the `gguf` package.
+"""
+
+GENERAL_ARCHITECTURE = "general.architecture"
+GENERAL_TYPE = "general.type"
+GENERAL_NAME = "general.name"
+GENERAL_FILE_TYPE = "general.file_type"
+GENERAL_ALIGNMENT = "general.alignment"
+
+ARCH_CLIP = "clip"
+TYPE_MMPROJ = "mmproj"
+TYPE_ADAPTER = "adapter"
+
+# --- text file; {arch} is general.architecture ---
+BLOCK_COUNT = "{arch}.block_count"
+CONTEXT_LENGTH = "{arch}.context_length"
+EMBEDDING_LENGTH = "{arch}.embedding_length"
+DEEPSTACK_MAPPING = "{arch}.deepstack_mapping"
+TOKENIZER_HF_JSON = "tokenizer.huggingface.json"
+CHAT_TEMPLATE = "tokenizer.chat_template"
+EOS_TOKEN_ID = "tokenizer.ggml.eos_token_id"
+
+# --- LoRA adapter file ---
+ADAPTER_TYPE = "adapter.type"
+ADAPTER_LORA_ALPHA = "adapter.lora.alpha"
+
+# --- mmproj file ---
+PROJECTOR_TYPE = "clip.projector_type"
+HAS_VISION_ENCODER = "clip.has_vision_encoder"
+USE_GELU = "clip.use_gelu"
+USE_SILU = "clip.use_silu"
+IMAGE_SIZE = "clip.vision.image_size"
+PREPROC_IMAGE_SIZE = "clip.vision.preproc_image_size"
+PATCH_SIZE = "clip.vision.patch_size"
+VISION_EMBEDDING_LENGTH = "clip.vision.embedding_length"
+VISION_FEED_FORWARD_LENGTH = "clip.vision.feed_forward_length"
+VISION_BLOCK_COUNT = "clip.vision.block_count"
+VISION_PROJECTION_DIM = "clip.vision.projection_dim"
+VISION_HEAD_COUNT = "clip.vision.attention.head_count"
+VISION_LAYER_NORM_EPS = "clip.vision.attention.layer_norm_epsilon"
+FEATURE_LAYER = "clip.vision.feature_layer"
+IMAGE_MEAN = "clip.vision.image_mean"
+IMAGE_STD = "clip.vision.image_std"
+IMAGE_GRID_PINPOINTS = "clip.vision.image_grid_pinpoints"
+PROJECTOR_QUERY_SIDE = "clip.vision.projector.query_side"
+PROJECTOR_WINDOW_SIDE = "clip.vision.projector.window_side"
+PROJECTOR_SPATIAL_OFFSETS = "clip.vision.projector.spatial_offsets"
+
+# --- ours, mmproj file: what llama.cpp's keys have no word for ---
+TEXT_LAYERS = "granite4v.vision.text_layers"
+HIDDEN_ACT = "granite4v.vision.hidden_act"
+RESAMPLE = "granite4v.vision.resample"
+RESCALE_FACTOR = "granite4v.vision.rescale_factor"
+PROJECTOR_HEAD_COUNT = "granite4v.vision.projector.head_count"
+PROJECTOR_LAYER_NORM_EPS = "granite4v.vision.projector.layer_norm_epsilon"
+PROJECTOR_HIDDEN_ACT = "granite4v.vision.projector.hidden_act"
+
+# --- ours, every file: where it came from ---
+PROVENANCE_VERSION = "granite4v.version"
+PROVENANCE_SOURCE = "granite4v.source"
+PROVENANCE_REVISION = "granite4v.revision"
+PROVENANCE_POLICY = "granite4v.quantization_policy"
+PROVENANCE_ADAPTER = "granite4v.adapter"  # 'merged', 'separate', 'ignored' or 'none'
+PROVENANCE_ADAPTER_SOURCE = "granite4v.adapter_source"
+IMAGE_TOKEN_ID = "granite4v.image_token_id"
+PAIR_ID = "granite4v.pair_id"  # the same in the text, mmproj and adapter files of one conversion
+
+# --- mmproj tensors; {i} is the encoder layer, {p} the projector ---
+PATCH_EMBD_WEIGHT = "v.patch_embd.weight"
+PATCH_EMBD_BIAS = "v.patch_embd.bias"
+POSITION_EMBD = "v.position_embd.weight"
+POST_LN = "v.post_ln.{suffix}"
+IMAGE_NEWLINE = "v.image_newline"
+BLOCK = "v.blk.{i}.{part}.{suffix}"
+BLOCK_PARTS = ("ln1", "attn_q", "attn_k", "attn_v", "attn_out", "ln2", "ffn_up", "ffn_down")
+PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
+PROJ_QUERY = "v.proj_blk.{p}.query"
+PROJ = "v.proj_blk.{p}.{part}.{suffix}"
+PROJ_PARTS = (
+    "norm",
+    "post_norm",
+    "self_attn_q",
+    "self_attn_k",
+    "self_attn_v",
+    "self_attn_out",
+    "self_attn_norm",
+    "cross_attn_q",
+    "cross_attn_k",
+    "cross_attn_v",
+    "cross_attn_out",
+    "cross_attn_norm",
+    "ffn_up",
+    "ffn_down",
+    "ffn_norm",
+    "linear",
+)
