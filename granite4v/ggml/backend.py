@@ -1,0 +1,212 @@
+"""Devices and the owners of what lives on them: backends, tensor contexts, buffers, graphs.
+
+Every owner has `close()`, works in a `with`, may be closed twice and raises ValueError when used afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import DeviceError
+from granite4v.ggml.library import lib
+from granite4v.ggml.types import TYPE_IDS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
+_USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+_STATUS_SUCCESS = 0  # GGML_STATUS_SUCCESS
+DEVICES = ("auto", "cpu", "cuda", "metal")
+_REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
+
+
+def default_threads() -> int:
+    """One thread for each core this process may use; hyper-threads share a core and are not counted twice."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def find_device(name: str) -> Any:
+    """The ggml device for 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one).
+
+    Raises DeviceError when it is unknown or this llama-cpp-python was built without it.
+    """
+    if name not in DEVICES:
+        raise DeviceError(f"unknown device {name!r}; known: {', '.join(DEVICES)}.")
+    ggml = lib()
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    gpus = [device for device in devices if ggml.ggml_backend_dev_type(device) in (_DEVICE_GPU, _DEVICE_IGPU)]
+    if name in _REGISTRIES:
+        gpus = [device for device in gpus if _registry_name(device).startswith(_REGISTRIES[name])]
+        if not gpus:
+            raise DeviceError(
+                f"device '{name}' is not available: this llama-cpp-python offers "
+                f"{', '.join(ggml.ggml_backend_dev_name(device).decode() for device in devices)}. "
+                f"Install one that is built for it, or use '--device cpu'."
+            )
+    if gpus and name != "cpu":
+        return gpus[0]
+    for device in devices:
+        if ggml.ggml_backend_dev_type(device) == _DEVICE_CPU:
+            return device
+    raise DeviceError("ggml reports no CPU device; reinstall llama-cpp-python.")
+
+
+def _registry_name(device: Any) -> str:
+    return str(lib().ggml_backend_reg_name(lib().ggml_backend_dev_backend_reg(device)).decode())
+
+
+class Backend:
+    """A device ready to compute."""
+
+    def __init__(self, device: str = "cpu", n_threads: int | None = None) -> None:
+        ggml = lib()
+        self.device = find_device(device)
+        self.name = str(ggml.ggml_backend_dev_name(self.device).decode())
+        self.is_cpu = ggml.ggml_backend_dev_type(self.device) == _DEVICE_CPU
+        self.n_threads = n_threads or default_threads()
+        self.handle: Any = ggml.ggml_backend_dev_init(self.device, None)
+        if not self.handle:
+            raise DeviceError(f"ggml_backend_dev_init could not start device '{self.name}'; is it in use or out of memory?")
+        set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
+        if set_threads:
+            set_threads(self.handle, self.n_threads)
+
+    def _registry_function(self, name: str, restype: Any, *argtypes: Any) -> Any:
+        registry = lib().ggml_backend_dev_backend_reg(self.device)
+        address = lib().ggml_backend_reg_get_proc_address(registry, name.encode())
+        return ctypes.CFUNCTYPE(restype, *argtypes)(address) if address else None
+
+    @property
+    def buffer_type(self) -> Any:
+        """The device's ordinary buffer type."""
+        return lib().ggml_backend_dev_buffer_type(self.device)
+
+    def extra_buffer_types(self) -> list[Any]:
+        """Buffer types that rearrange weights for faster products (CPU repack, AMX), best first; often empty."""
+        from granite4v.ggml.declarations import BufferTypeP, DeviceP
+
+        function = self._registry_function("ggml_backend_dev_get_extra_bufts", ctypes.POINTER(ctypes.c_void_p), DeviceP)
+        found: list[Any] = []
+        array = function(self.device) if function else None
+        while array and array[len(found)]:
+            found.append(BufferTypeP(array[len(found)]))
+        return found
+
+    def multiplies(self, buffer_type: Any, type_name: str, n_in: int, n_out: int) -> bool:
+        """Whether weights `[n_in, n_out]` of this type, kept in this buffer type, can be multiplied here."""
+        ggml, arena = lib(), Arena(4)
+        buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+        try:
+            weight = arena.tensor(type_name, n_in, n_out)
+            weight.contents.buffer = buffer.value
+            x = arena.tensor("F32", n_in, 512)
+            product = ggml.ggml_mul_mat(arena.context, weight, x)
+            return bool(ggml.ggml_backend_dev_supports_op(self.device, product))
+        finally:
+            ggml.ggml_backend_buffer_free(buffer)
+            arena.close()
+
+    def compute(self, graph: Any) -> None:
+        """Runs a graph to its end. ctypes releases the GIL; raises DeviceError when the device fails."""
+        status = lib().ggml_backend_graph_compute(self.open_handle, graph)
+        if status != _STATUS_SUCCESS:
+            raise DeviceError(f"device '{self.name}' failed in ggml_backend_graph_compute with status {status}.")
+
+    @property
+    def open_handle(self) -> Any:
+        if not self.handle:
+            raise ValueError("the backend is closed")
+        return self.handle
+
+    def close(self) -> None:
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            lib().ggml_backend_free(handle)
+
+
+class Arena:
+    """A ggml context that holds tensor headers, and the buffer their data goes to."""
+
+    def __init__(self, n_tensors: int, graph_size: int = 0) -> None:
+        from granite4v.ggml.declarations import InitParams
+
+        ggml = lib()
+        mem_size = n_tensors * ggml.ggml_tensor_overhead() + 1024
+        if graph_size:
+            mem_size += ggml.ggml_graph_overhead_custom(graph_size, False)
+        self.context: Any = ggml.ggml_init(InitParams(mem_size=mem_size, mem_buffer=None, no_alloc=True))
+        if not self.context:
+            raise DeviceError(f"ggml_init could not get {mem_size:,} bytes for tensor headers.")
+        self.buffer: Any = None
+
+    def tensor(self, type_name: str, *ne: int, name: str = "") -> Any:
+        """A new tensor of ggml shape `[ne0, ne1, ne2, ne3]`, fastest first; it has no data until `allocate`."""
+        if not self.context:
+            raise ValueError("the arena is closed")
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        tensor = lib().ggml_new_tensor_4d(self.context, TYPE_IDS[type_name], *sizes)
+        if name:
+            lib().ggml_set_name(tensor, name.encode()[:63])
+        return tensor
+
+    def allocate(self, buffer_type: Any, *, weights: bool) -> int:
+        """Gives all tensors memory of one buffer type; returns its bytes. Raises DeviceError when there is none."""
+        ggml = lib()
+        self.buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, buffer_type)
+        if not self.buffer:
+            raise DeviceError(
+                f"not enough memory in '{ggml.ggml_backend_buft_name(buffer_type).decode()}' for the model's tensors; "
+                "use smaller weight types or another device."
+            )
+        if weights:
+            ggml.ggml_backend_buffer_set_usage(self.buffer, _USAGE_WEIGHTS)
+        return int(ggml.ggml_backend_buffer_get_size(self.buffer))
+
+    def close(self) -> None:
+        buffer, self.buffer = getattr(self, "buffer", None), None
+        if buffer:
+            lib().ggml_backend_buffer_free(buffer)
+        context, self.context = getattr(self, "context", None), None
+        if context:
+            lib().ggml_free(context)
+
+
+def buffer_type_name(buffer_type: Any) -> str:
+    return str(lib().ggml_backend_buft_name(buffer_type).decode())
+
+
+def set_data(tensor: Any, data: np.ndarray) -> None:
+    """Copies a C-contiguous array into a tensor; NumPy shape (slowest first) reversed is the tensor's."""
+    nbytes = lib().ggml_nbytes(tensor)
+    if data.nbytes != nbytes or not data.flags.c_contiguous:
+        raise ValueError(f"tensor takes {nbytes} contiguous bytes, the array has {data.nbytes} ({data.shape} {data.dtype})")
+    lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, nbytes)
+
+
+def get_data(tensor: Any) -> np.ndarray:
+    """A float32 tensor's data as a new array, shape slowest first without leading ones."""
+    import numpy as np
+
+    header = tensor.contents
+    if header.type != TYPE_IDS["F32"]:
+        raise ValueError("get_data reads float32 tensors only")
+    shape = [header.ne[d] for d in (3, 2, 1, 0)]
+    while len(shape) > 1 and shape[0] == 1:
+        shape.pop(0)
+    out = np.empty(shape, dtype=np.float32)
+    lib().ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
+    return out

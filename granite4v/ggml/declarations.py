@@ -1,0 +1,216 @@
+"""Flat mirror of the C functions we call, in header order. No behaviour.
+
+Source: ggml 0.25.3, include/ggml.h, ggml-alloc.h, ggml-backend.h, ggml-cpu.h, gguf.h, as built into
+llama-cpp-python 0.3.36. Each handle has its own Python type, so that one cannot be passed for another.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+from typing import Any, NamedTuple
+
+MAX_DIMS = 4  # GGML_MAX_DIMS
+MAX_OP_PARAMS = 64  # GGML_MAX_OP_PARAMS, bytes
+MAX_SRC = 10  # GGML_MAX_SRC
+MAX_NAME = 64  # GGML_MAX_NAME
+
+
+class Handle(c.c_void_p):
+    """A pointer that ctypes keeps as an object of its own type (a bare c_void_p result becomes an int)."""
+
+
+class ContextP(Handle):
+    """struct ggml_context *"""
+
+
+class GraphP(Handle):
+    """struct ggml_cgraph *"""
+
+
+class BackendP(Handle):
+    """ggml_backend_t"""
+
+
+class BufferP(Handle):
+    """ggml_backend_buffer_t"""
+
+
+class BufferTypeP(Handle):
+    """ggml_backend_buffer_type_t"""
+
+
+class DeviceP(Handle):
+    """ggml_backend_dev_t"""
+
+
+class RegistryP(Handle):
+    """ggml_backend_reg_t"""
+
+
+class AllocatorP(Handle):
+    """ggml_gallocr_t"""
+
+
+class GgufP(Handle):
+    """struct gguf_context *"""
+
+
+class TensorStruct(c.Structure):
+    """struct ggml_tensor; `library.lib` checks its size against the library before it is used."""
+
+
+TensorP = c.POINTER(TensorStruct)
+
+TensorStruct._fields_ = [
+    ("type", c.c_int),
+    ("buffer", c.c_void_p),
+    ("ne", c.c_int64 * MAX_DIMS),
+    ("nb", c.c_size_t * MAX_DIMS),
+    ("op", c.c_int),
+    ("op_params", c.c_int32 * (MAX_OP_PARAMS // 4)),
+    ("flags", c.c_int32),
+    ("src", TensorP * MAX_SRC),
+    ("view_src", TensorP),
+    ("view_offs", c.c_size_t),
+    ("data", c.c_void_p),
+    ("name", c.c_char * MAX_NAME),
+    ("extra", c.c_void_p),
+    ("padding", c.c_char * 8),
+]
+
+
+class InitParams(c.Structure):
+    """struct ggml_init_params"""
+
+    _fields_ = [("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool)]
+
+
+class GgufInitParams(c.Structure):
+    """struct gguf_init_params"""
+
+    _fields_ = [("no_alloc", c.c_bool), ("ctx", c.c_void_p)]
+
+
+LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)  # ggml_log_callback
+
+
+class Declaration(NamedTuple):
+    library: str  # the library that defines it: 'ggml-base', 'ggml-cpu' or 'ggml'
+    name: str
+    restype: Any
+    argtypes: tuple[Any, ...]
+
+
+def _base(name: str, restype: Any, *argtypes: Any) -> Declaration:
+    return Declaration("ggml-base", name, restype, argtypes)
+
+
+def _registry(name: str, restype: Any, *argtypes: Any) -> Declaration:
+    return Declaration("ggml", name, restype, argtypes)
+
+
+_size, _i64, _int, _float, _str, _void_p = c.c_size_t, c.c_int64, c.c_int, c.c_float, c.c_char_p, c.c_void_p
+
+DECLARATIONS: tuple[Declaration, ...] = (
+    # ggml.h
+    _base("ggml_version", _str),
+    _base("ggml_nbytes", _size, TensorP),
+    _base("ggml_blck_size", _i64, _int),  # (enum ggml_type)
+    _base("ggml_type_size", _size, _int),
+    _base("ggml_row_size", _size, _int, _i64),  # (enum ggml_type, int64_t ne)
+    _base("ggml_type_name", _str, _int),
+    _base("ggml_is_quantized", c.c_bool, _int),
+    _base("ggml_tensor_overhead", _size),
+    _base("ggml_init", ContextP, InitParams),
+    _base("ggml_free", None, ContextP),
+    _base("ggml_new_tensor_4d", TensorP, ContextP, _int, _i64, _i64, _i64, _i64),
+    _base("ggml_get_name", _str, TensorP),
+    _base("ggml_set_name", TensorP, TensorP, _str),
+    _base("ggml_set_input", None, TensorP),
+    _base("ggml_set_output", None, TensorP),
+    _base("ggml_add", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_add_inplace", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_mul", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_mul_inplace", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_sqr", TensorP, ContextP, TensorP),
+    _base("ggml_concat", TensorP, ContextP, TensorP, TensorP, _int),  # (ctx, a, b, dim)
+    _base("ggml_tanh_inplace", TensorP, ContextP, TensorP),
+    _base("ggml_gelu_inplace", TensorP, ContextP, TensorP),
+    _base("ggml_gelu_erf_inplace", TensorP, ContextP, TensorP),
+    _base("ggml_gelu_quick_inplace", TensorP, ContextP, TensorP),
+    _base("ggml_silu_inplace", TensorP, ContextP, TensorP),
+    _base("ggml_norm", TensorP, ContextP, TensorP, _float),  # (ctx, a, eps)
+    _base("ggml_mul_mat", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_scale", TensorP, ContextP, TensorP, _float),
+    _base("ggml_scale_inplace", TensorP, ContextP, TensorP, _float),
+    _base("ggml_scale_bias_inplace", TensorP, ContextP, TensorP, _float, _float),  # (ctx, a, s, b)
+    _base("ggml_cpy", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_cast", TensorP, ContextP, TensorP, _int),
+    _base("ggml_cont", TensorP, ContextP, TensorP),
+    _base("ggml_reshape_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64),
+    # (ctx, a, ne0, ne1, ne2, ne3, nb1, nb2, nb3, offset)
+    _base("ggml_view_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64, _size, _size, _size, _size),
+    _base("ggml_permute", TensorP, ContextP, TensorP, _int, _int, _int, _int),
+    _base("ggml_get_rows", TensorP, ContextP, TensorP, TensorP),
+    # (ctx, a, mask, scale, max_bias)
+    _base("ggml_soft_max_ext_inplace", TensorP, ContextP, TensorP, TensorP, _float, _float),
+    # (ctx, q, k, v, mask, scale, max_bias, logit_softcap)
+    _base("ggml_flash_attn_ext", TensorP, ContextP, TensorP, TensorP, TensorP, TensorP, _float, _float, _float),
+    _base("ggml_build_forward_expand", None, GraphP, TensorP),
+    _base("ggml_new_graph_custom", GraphP, ContextP, _size, c.c_bool),  # (ctx, size, grads)
+    _base("ggml_graph_n_nodes", _int, GraphP),
+    _base("ggml_graph_overhead_custom", _size, _size, c.c_bool),
+    _base("ggml_log_set", None, LogCallback, _void_p),
+    _base("ggml_quantize_init", None, _int),
+    # (type, src, dst, start, nrows, n_per_row, imatrix)
+    _base("ggml_quantize_chunk", _size, _int, _void_p, _void_p, _i64, _i64, _i64, _void_p),
+    # ggml-alloc.h
+    _base("ggml_gallocr_new", AllocatorP, BufferTypeP),
+    _base("ggml_gallocr_free", None, AllocatorP),
+    _base("ggml_gallocr_reserve", c.c_bool, AllocatorP, GraphP),
+    _base("ggml_gallocr_alloc_graph", c.c_bool, AllocatorP, GraphP),
+    _base("ggml_gallocr_get_buffer_size", _size, AllocatorP, _int),
+    _base("ggml_backend_alloc_ctx_tensors_from_buft", BufferP, ContextP, BufferTypeP),
+    # ggml-backend.h
+    _base("ggml_backend_buft_name", _str, BufferTypeP),
+    _base("ggml_backend_buft_alloc_buffer", BufferP, BufferTypeP, _size),
+    _base("ggml_backend_buft_is_host", c.c_bool, BufferTypeP),
+    _base("ggml_backend_buffer_free", None, BufferP),
+    _base("ggml_backend_buffer_get_size", _size, BufferP),
+    _base("ggml_backend_buffer_set_usage", None, BufferP, _int),
+    _base("ggml_backend_free", None, BackendP),
+    _base("ggml_backend_tensor_set", None, TensorP, _void_p, _size, _size),  # (tensor, data, offset, size)
+    _base("ggml_backend_tensor_get", None, TensorP, _void_p, _size, _size),
+    _base("ggml_backend_graph_compute", _int, BackendP, GraphP),
+    _base("ggml_backend_dev_name", _str, DeviceP),
+    _base("ggml_backend_dev_description", _str, DeviceP),
+    _base("ggml_backend_dev_type", _int, DeviceP),
+    _base("ggml_backend_dev_backend_reg", RegistryP, DeviceP),
+    _base("ggml_backend_dev_init", BackendP, DeviceP, _str),
+    _base("ggml_backend_dev_buffer_type", BufferTypeP, DeviceP),
+    _base("ggml_backend_dev_supports_op", c.c_bool, DeviceP, TensorP),
+    _base("ggml_backend_reg_name", _str, RegistryP),
+    _base("ggml_backend_reg_get_proc_address", _void_p, RegistryP, _str),
+    _registry("ggml_backend_dev_count", _size),
+    _registry("ggml_backend_dev_get", DeviceP, _size),
+    # gguf.h
+    _base("gguf_init_from_file", GgufP, _str, GgufInitParams),
+    _base("gguf_free", None, GgufP),
+    _base("gguf_get_version", c.c_uint32, GgufP),
+    _base("gguf_get_data_offset", _size, GgufP),
+    _base("gguf_get_n_kv", _i64, GgufP),
+    _base("gguf_get_key", _str, GgufP, _i64),
+    _base("gguf_get_kv_type", _int, GgufP, _i64),
+    _base("gguf_get_arr_type", _int, GgufP, _i64),
+    _base("gguf_get_val_str", _str, GgufP, _i64),
+    _base("gguf_get_val_data", _void_p, GgufP, _i64),
+    _base("gguf_get_arr_n", _size, GgufP, _i64),
+    _base("gguf_get_arr_data", _void_p, GgufP, _i64),
+    _base("gguf_get_arr_str", _str, GgufP, _i64, _size),
+    _base("gguf_get_n_tensors", _i64, GgufP),
+    _base("gguf_get_tensor_offset", _size, GgufP, _i64),
+    _base("gguf_get_tensor_name", _str, GgufP, _i64),
+    _base("gguf_get_tensor_ne", c.POINTER(c.c_int64), GgufP, _i64),
+    _base("gguf_get_tensor_type", _int, GgufP, _i64),
+    _base("gguf_get_tensor_size", _size, GgufP, _i64),
+)

@@ -1,0 +1,244 @@
+"""Building and running one ggml graph. Model code sees tensor algebra; shapes are checked before ggml sees them.
+
+Square brackets give ggml order, fastest first: `[dim, tokens, tiles]`. ggml aborts the process on a bad
+shape, so each helper raises ValueError with both shapes instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import DeviceError
+from granite4v.ggml.backend import Arena, Backend, get_data, set_data
+from granite4v.ggml.library import lib
+from granite4v.ggml.types import TYPE_IDS, type_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Tensor:
+    """A tensor in a graph or among the weights: ggml's pointer, its shape and strides."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: Any) -> None:
+        self.ptr = ptr
+
+    @property
+    def ne(self) -> tuple[int, int, int, int]:
+        n = self.ptr.contents.ne
+        return (n[0], n[1], n[2], n[3])
+
+    @property
+    def nb(self) -> tuple[int, int, int, int]:
+        """Strides in bytes."""
+        n = self.ptr.contents.nb
+        return (n[0], n[1], n[2], n[3])
+
+    @property
+    def type_name(self) -> str:
+        return type_name(self.ptr.contents.type)
+
+    @property
+    def is_contiguous(self) -> bool:
+        ne, nb = self.ne, self.nb
+        dense = lib().ggml_row_size(self.ptr.contents.type, ne[0])
+        for d in (1, 2, 3):
+            if ne[d] > 1 and nb[d] != dense:
+                return False
+            dense *= ne[d]
+        return bool(nb[0] == lib().ggml_type_size(self.ptr.contents.type))
+
+    def __repr__(self) -> str:
+        return f"{self.type_name}{list(self.ne)}"
+
+
+class Graph:
+    """Operations are methods; `run` allocates on first use, computes and hands back the outputs.
+
+    Building, allocating, computing and reading are separate, so that a graph of the same shape is used again
+    and again: build once, then `run(inputs)` for every picture.
+    """
+
+    def __init__(self, backend: Backend, max_nodes: int) -> None:
+        self.backend = backend
+        self._arena = Arena(max_nodes, graph_size=max_nodes)
+        self._ctx = self._arena.context
+        self._graph = lib().ggml_new_graph_custom(self._ctx, max_nodes, False)
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._allocator: Any = None
+
+    # --- inputs and outputs ---
+
+    def input(self, name: str, kind: str, *ne: int) -> Tensor:
+        """An input that `run` fills from the array of the same name."""
+        tensor = Tensor(self._arena.tensor(kind, *ne, name=name))
+        lib().ggml_set_input(tensor.ptr)
+        self._inputs[name] = tensor
+        return tensor
+
+    def output(self, name: str, x: Tensor) -> Tensor:
+        """Keeps `x` (float32) to be read back as `name`."""
+        lib().ggml_set_name(x.ptr, name.encode()[:63])
+        lib().ggml_set_output(x.ptr)
+        lib().ggml_build_forward_expand(self._graph, x.ptr)
+        self._outputs[name] = x
+        return x
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Fixes the order of computation: everything `x` needs comes before what is added later."""
+        lib().ggml_build_forward_expand(self._graph, x.ptr)
+        return x
+
+    # --- shape ---
+
+    def reshape(self, x: Tensor, *ne: int) -> Tensor:
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        if _product(sizes) != _product(x.ne) or not x.is_contiguous:
+            raise ValueError(f"cannot reshape {x!r} (contiguous: {x.is_contiguous}) to {list(ne)}")
+        return Tensor(lib().ggml_reshape_4d(self._ctx, x.ptr, *sizes))
+
+    def permute(self, x: Tensor, a0: int, a1: int, a2: int, a3: int) -> Tensor:
+        """Axis i of `x` becomes axis a_i of the result (a view)."""
+        if sorted((a0, a1, a2, a3)) != [0, 1, 2, 3]:
+            raise ValueError(f"permute needs each axis once, got {(a0, a1, a2, a3)}")
+        return Tensor(lib().ggml_permute(self._ctx, x.ptr, a0, a1, a2, a3))
+
+    def cont(self, x: Tensor) -> Tensor:
+        return Tensor(lib().ggml_cont(self._ctx, x.ptr))
+
+    def view(self, x: Tensor, ne: tuple[int, ...], nb: tuple[int, ...], offset: int) -> Tensor:
+        """A window into `x`: sizes `ne`, byte strides of axes 1 to 3 `nb`, byte offset."""
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        strides = [*nb]
+        while len(strides) < 3:
+            strides.append((strides[-1] if strides else sizes[0] * x.nb[0]) * sizes[len(strides)])
+        end = offset + x.nb[0] * sizes[0] + sum((n - 1) * s for n, s in zip(sizes[1:], strides, strict=True))
+        if end > lib().ggml_nbytes(x.ptr):
+            raise ValueError(f"view {list(ne)} strides {strides} offset {offset} ends at byte {end}, outside {x!r}")
+        return Tensor(lib().ggml_view_4d(self._ctx, x.ptr, *sizes, *strides, offset))
+
+    def rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rows of `x` `[dim, rows, b]` picked by I32 `index` `[n, b]`: `[dim, n, b]`."""
+        if index.type_name != "I32" or index.ne[1] != x.ne[2] or index.ne[2] != x.ne[3]:
+            raise ValueError(f"cannot pick rows of {x!r} by {index!r}")
+        return Tensor(lib().ggml_get_rows(self._ctx, x.ptr, index.ptr))
+
+    def concat(self, a: Tensor, b: Tensor, axis: int) -> Tensor:
+        if any(n != m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis) or a.type_name != b.type_name:
+            raise ValueError(f"cannot join {a!r} and {b!r} along axis {axis}")
+        return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
+
+    def cast(self, x: Tensor, kind: str) -> Tensor:
+        return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
+
+    def copy_into(self, x: Tensor, target: Tensor) -> Tensor:
+        """`x` written over `target` (which may be a view); returns the target."""
+        if _product(x.ne) != _product(target.ne):
+            raise ValueError(f"cannot copy {x!r} into {target!r}")
+        return Tensor(lib().ggml_cpy(self._ctx, x.ptr, target.ptr))
+
+    # --- arithmetic; names that end in _ overwrite their first argument ---
+
+    def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
+        """`weight` `[k, m, ...]`, `x` `[k, n, ...]`: `[m, n, ...]` = x . weight^T, float32."""
+        w, v = weight.ne, x.ne
+        if w[0] != v[0] or v[2] % w[2] or v[3] % w[3] or weight.nb[0] > weight.nb[1]:
+            raise ValueError(f"cannot multiply {weight!r} with {x!r}")
+        return Tensor(lib().ggml_mul_mat(self._ctx, weight.ptr, x.ptr))
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast(a, b)
+        return Tensor(lib().ggml_add(self._ctx, a.ptr, b.ptr))
+
+    def add_(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast(a, b)
+        return Tensor(lib().ggml_add_inplace(self._ctx, a.ptr, b.ptr))
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast(a, b)
+        return Tensor(lib().ggml_mul(self._ctx, a.ptr, b.ptr))
+
+    def mul_(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast(a, b)
+        return Tensor(lib().ggml_mul_inplace(self._ctx, a.ptr, b.ptr))
+
+    def square(self, x: Tensor) -> Tensor:
+        return Tensor(lib().ggml_sqr(self._ctx, x.ptr))
+
+    def scale_(self, x: Tensor, factor: float, bias: float = 0.0) -> Tensor:
+        if bias == 0.0:
+            return Tensor(lib().ggml_scale_inplace(self._ctx, x.ptr, factor))
+        return Tensor(lib().ggml_scale_bias_inplace(self._ctx, x.ptr, factor, bias))
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return Tensor(lib().ggml_scale(self._ctx, x.ptr, factor))
+
+    def normalize(self, x: Tensor, eps: float) -> Tensor:
+        """LayerNorm over axis 0 without its affine part."""
+        return Tensor(lib().ggml_norm(self._ctx, x.ptr, eps))
+
+    def tanh_(self, x: Tensor) -> Tensor:
+        return Tensor(lib().ggml_tanh_inplace(self._ctx, x.ptr))
+
+    def unary_(self, kind: str, x: Tensor) -> Tensor:
+        """'gelu' (tanh form from an F16 table), 'gelu_erf', 'gelu_quick' or 'silu'."""
+        return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))
+
+    def softmax_(self, x: Tensor, scale: float) -> Tensor:
+        """softmax(x * scale) over axis 0."""
+        return Tensor(lib().ggml_soft_max_ext_inplace(self._ctx, x.ptr, None, scale, 0.0))
+
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q `[head_dim, n, heads, b]`, k and v `[head_dim, m, heads, b]`: `[head_dim, heads, n, b]`."""
+        if q.ne[0] != k.ne[0] or k.ne[1] != v.ne[1] or q.ne[2] % k.ne[2] or q.ne[3] != k.ne[3]:
+            raise ValueError(f"attention does not fit: q {q!r}, k {k!r}, v {v!r}")
+        return Tensor(lib().ggml_flash_attn_ext(self._ctx, q.ptr, k.ptr, v.ptr, None, scale, 0.0, 0.0))
+
+    @staticmethod
+    def _check_broadcast(a: Tensor, b: Tensor) -> None:
+        if any(n % m for n, m in zip(a.ne, b.ne, strict=True)):
+            raise ValueError(f"cannot broadcast {b!r} over {a!r}")
+
+    # --- execution ---
+
+    @property
+    def n_nodes(self) -> int:
+        return int(lib().ggml_graph_n_nodes(self._graph))
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of the buffer for intermediate results, 0 before the first run."""
+        return int(lib().ggml_gallocr_get_buffer_size(self._allocator, 0)) if self._allocator else 0
+
+    def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first)."""
+        if set(arrays) != set(self._inputs):
+            raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
+        ggml = lib()
+        if self._allocator is None:
+            self._allocator = ggml.ggml_gallocr_new(self.backend.buffer_type)
+            if not ggml.ggml_gallocr_reserve(self._allocator, self._graph):
+                raise DeviceError(f"device '{self.backend.name}' has not enough memory for the graph's intermediate results.")
+        if not ggml.ggml_gallocr_alloc_graph(self._allocator, self._graph):
+            raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
+        for name, array in arrays.items():
+            set_data(self._inputs[name].ptr, array)
+        self.backend.compute(self._graph)
+        return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
+
+    def close(self) -> None:
+        allocator, self._allocator = getattr(self, "_allocator", None), None
+        if allocator:
+            lib().ggml_gallocr_free(allocator)
+        if hasattr(self, "_arena"):
+            self._arena.close()
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    total = 1
+    for n in sizes:
+        total *= n
+    return total

@@ -1,0 +1,82 @@
+"""The shared libraries that llama-cpp-python ships, loaded once, on first use.
+
+llama-cpp-python opens them itself when it is imported, so one process has one ggml whoever asks first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from importlib import metadata, util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from granite4v.errors import DeviceError
+
+TESTED_VERSION = "0.25.3"  # ggml in llama-cpp-python 0.3.36
+_OBJECT_SIZE = 32  # sizeof(struct ggml_object) on 64-bit: two size_t, a pointer, an enum and 4 bytes of padding
+
+
+@functools.cache
+def lib() -> Any:
+    """The declared C functions as attributes: `lib().ggml_mul_mat(...)`.
+
+    Raises DeviceError when llama-cpp-python is missing or its ggml lacks a function we need.
+    """
+    from granite4v.ggml import declarations
+
+    folder = _library_folder()
+    opened: dict[str, ctypes.CDLL] = {}
+    functions = SimpleNamespace()
+    for declaration in declarations.DECLARATIONS:
+        if declaration.library not in opened:
+            opened[declaration.library] = _open(folder, declaration.library)
+        try:
+            function = getattr(opened[declaration.library], declaration.name)
+        except AttributeError:
+            raise DeviceError(
+                f"llama-cpp-python {metadata.version('llama-cpp-python')} has no '{declaration.name}' in its ggml; "
+                f"granite4v is tested with ggml {TESTED_VERSION}. Install the llama-cpp-python that granite4v asks for."
+            ) from None
+        function.restype = declaration.restype
+        function.argtypes = list(declaration.argtypes)
+        setattr(functions, declaration.name, function)
+    _check_layout(functions, declarations.TensorStruct)
+    return functions
+
+
+def _library_folder() -> Path:
+    spec = util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise DeviceError("llama-cpp-python is not installed; install it with 'pip install llama-cpp-python'.")
+    import llama_cpp  # noqa: F401  its own loader sets search paths and opens dependencies in order
+
+    return Path(spec.origin).parent / "lib"
+
+
+def _open(folder: Path, name: str) -> ctypes.CDLL:
+    if sys.platform == "win32":
+        candidates = [f"{name}.dll", f"lib{name}.dll"]
+    elif sys.platform == "darwin":
+        candidates = [f"lib{name}.dylib", f"lib{name}.so"]
+    else:
+        candidates = [f"lib{name}.so"]
+    for candidate in candidates:
+        if (folder / candidate).exists():
+            return ctypes.CDLL(str(folder / candidate))
+    raise DeviceError(
+        f"'{folder}' holds none of {candidates}; granite4v needs a llama-cpp-python built with shared libraries, "
+        "as its default build is."
+    )
+
+
+def _check_layout(functions: Any, tensor_struct: type[ctypes.Structure]) -> None:
+    size = functions.ggml_tensor_overhead() - _OBJECT_SIZE
+    if size != ctypes.sizeof(tensor_struct):
+        raise DeviceError(
+            f"ggml {functions.ggml_version().decode()} has a tensor structure of {size} bytes, granite4v expects "
+            f"{ctypes.sizeof(tensor_struct)} (ggml {TESTED_VERSION}). Install the llama-cpp-python that granite4v "
+            "asks for."
+        )

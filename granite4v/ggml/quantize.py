@@ -1,0 +1,50 @@
+"""ggml's own quantization routines on NumPy rows, on all cores."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from granite4v.ggml.library import lib
+from granite4v.ggml.types import TYPE_IDS, block_size, row_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["block_size", "quantize_rows", "row_bytes"]
+
+ROWS_ELEMENTS = 1 << 18  # elements a thread takes at a time: small enough to balance two cores
+
+
+def quantize_rows(values: np.ndarray, type_name: str, n_threads: int) -> np.ndarray:
+    """The rows of a float32 array `(rows, cols)` as the bytes of a ggml type, uint8 `(rows, row_bytes)`.
+
+    Same bytes as llama.cpp's quantizer without an importance matrix. `cols` must be whole blocks of the
+    type (ValueError otherwise). ctypes releases the GIL, so `n_threads` threads run at once.
+    """
+    import numpy as np
+
+    if values.ndim != 2 or values.dtype != np.float32:
+        raise ValueError(f"quantize_rows takes float32 (rows, cols), got {values.dtype} {values.shape}")
+    n_rows, n_cols = values.shape
+    out = np.empty((n_rows, row_bytes(type_name, n_cols)), dtype=np.uint8)
+    if type_name == "F32":
+        out[:] = np.ascontiguousarray(values).view(np.uint8)
+        return out
+    values = np.ascontiguousarray(values)
+    type_id, quantize = TYPE_IDS[type_name], lib().ggml_quantize_chunk
+    lib().ggml_quantize_init(type_id)
+    step = max(1, ROWS_ELEMENTS // n_cols)
+
+    def chunk(first: int) -> None:
+        rows = values[first : first + step]
+        quantize(type_id, rows.ctypes.data, out[first:].ctypes.data, 0, len(rows), n_cols, None)
+
+    starts = range(0, n_rows, step)
+    if n_threads <= 1 or len(starts) == 1:
+        for first in starts:
+            chunk(first)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(chunk, starts))
+    return out
