@@ -1,0 +1,136 @@
+"""Cutting a picture into square tiles and finding its way back: LLaVA-NeXT's 'anyres', Pillow and NumPy only.
+
+Same pixels and same geometry as transformers 5.23 (`models/llava_next/image_processing_pil_llava_next.py`,
+`image_processing_utils.select_best_resolution`, `modeling_llava_next.unpad_image`), in Python floats, to the
+last bit. Sizes are (width, height) as in Pillow unless a name says otherwise; pinpoints are (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from granite4v.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from granite4v.families.base import TilingConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a picture's tokens come from.
+
+    The overview tile first, then a grid of `rows` x `columns` tiles; of the grid's tokens only the window
+    `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows.
+    """
+
+    rows: int
+    columns: int
+    tokens_side: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def n_tiles(self) -> int:
+        return 1 + self.rows * self.columns
+
+    @property
+    def n_tokens(self) -> int:
+        height, width = self.bottom - self.top, self.right - self.left
+        return self.tokens_side**2 + height * (width + 1)
+
+
+def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The (height, width) that keeps most of the picture's pixels, then wastes least; the first of equals.
+
+    Raises ImageError for a picture so thin that no pinpoint keeps a pixel of it.
+    """
+    width, height = size
+    best, most, least_waste = None, 0, math.inf
+    for grid_height, grid_width in pinpoints:
+        scale = min(grid_width / width, grid_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = grid_width * grid_height - kept
+        if kept > most or (kept == most and wasted < least_waste):
+            best, most, least_waste = (grid_height, grid_width), kept, wasted
+    if best is None:
+        raise ImageError(f"a picture of {width}x{height} pixels is too thin to be read; crop it.")
+    return best
+
+
+def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
+    """The size (width, height) the picture is resized to inside `resolution`, its shape kept."""
+    width, height = size
+    grid_height, grid_width = resolution
+    scale_width, scale_height = grid_width / width, grid_height / height
+    if scale_width < scale_height:
+        return grid_width, min(math.ceil(height * scale_width), grid_height)
+    return min(math.ceil(width * scale_height), grid_width), grid_height
+
+
+def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int) -> Layout:
+    """The grid and the token window for a picture of `size` (width, height); needs no pixels."""
+    grid_height, grid_width = best_resolution(size, tiling.image_grid_pinpoints)
+    rows, columns = grid_height // tiling.tile_px, grid_width // tiling.tile_px
+    width, height = size
+    tokens_high, tokens_wide = rows * tokens_side, columns * tokens_side
+    if width / height > tokens_wide / tokens_high:
+        kept = int(round(height * (tokens_wide / width), 7))
+        padding = (tokens_high - kept) // 2
+        window = (padding, tokens_high - padding, 0, tokens_wide)
+    else:
+        kept = int(round(width * (tokens_high / height), 7))
+        padding = (tokens_wide - kept) // 2
+        window = (0, tokens_high, padding, tokens_wide - padding)
+    return Layout(rows, columns, tokens_side, *window)
+
+
+def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
+    """Image tokens of a picture of `size` (width, height), newlines included."""
+    return layout(size, config.tiling, config.tokens_side).n_tokens
+
+
+def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
+    """The tiles of an RGB picture, uint8 `(tiles, tile_px, tile_px, 3)`: overview, then the grid row by row."""
+    import numpy as np
+    from PIL.Image import Resampling
+
+    side, resample = tiling.tile_px, Resampling(tiling.resample)
+    grid_height, grid_width = best_resolution(image.size, tiling.image_grid_pinpoints)
+    width, height = fit_size(image.size, (grid_height, grid_width))
+    left, top = (grid_width - width) // 2, (grid_height - height) // 2
+    canvas = np.zeros((grid_height, grid_width, 3), dtype=np.uint8)
+    canvas[top : top + height, left : left + width] = np.asarray(image.resize((width, height), resample))
+    grid = canvas.reshape(grid_height // side, side, grid_width // side, side, 3).swapaxes(1, 2)
+    overview = np.asarray(image.resize((side, side), resample))
+    return np.concatenate([overview[None], grid.reshape(-1, side, side, 3)])
+
+
+def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
+    """uint8 tiles as the tower takes them, float32, same shape: (value * rescale_factor - mean) / std.
+
+    A table of the 256 values of each channel, since a tile holds nothing else.
+    """
+    import numpy as np
+
+    values = (np.arange(256, dtype=np.float64) * tiling.rescale_factor).astype(np.float32)[:, None]
+    table = (values - np.float32(tiling.image_mean)) / np.float32(tiling.image_std)
+    return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
+
+
+def pack(embeddings: np.ndarray, newline: np.ndarray, where: Layout) -> np.ndarray:
+    """Token embeddings of all tiles `(tiles, tokens_per_tile, n_embd)` as one sequence `(n_tokens, n_embd)`."""
+    import numpy as np
+
+    side, n_embd = where.tokens_side, embeddings.shape[-1]
+    grid = embeddings[1:].reshape(where.rows, where.columns, side, side, n_embd).swapaxes(1, 2)
+    grid = grid.reshape(where.rows * side, where.columns * side, n_embd)
+    window = grid[where.top : where.bottom, where.left : where.right]
+    newlines = np.broadcast_to(newline, (len(window), 1, n_embd))
+    return np.concatenate([embeddings[0], np.concatenate([window, newlines], axis=1).reshape(-1, n_embd)])
