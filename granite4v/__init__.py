@@ -1,0 +1,1 @@
+"""Document-reading vision-language models on ordinary machines."""
