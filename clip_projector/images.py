@@ -43,7 +43,9 @@ def load_image(source: ImageSource) -> Image:
             "down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP.") from None
+        raise ImageError(
+            f"{name} is not a picture that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP."
+        ) from None
     except OSError as error:
         raise ImageError(f"{name} cannot be read as a picture: {error.strerror or error}.") from None
     except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from granite4v.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from PIL.Image import Image
 
@@ -109,7 +111,7 @@ def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
     canvas[top : top + height, left : left + width] = np.asarray(image.resize((width, height), resample))
     grid = canvas.reshape(grid_height // side, side, grid_width // side, side, 3).swapaxes(1, 2)
     overview = np.asarray(image.resize((side, side), resample))
-    return np.concatenate([overview[None], grid.reshape(-1, side, side, 3)])
+    return np.ascontiguousarray(np.concatenate([overview[None], grid.reshape(-1, side, side, 3)]))
 
 
 def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
@@ -124,13 +126,23 @@ def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
 
 
-def pack(embeddings: np.ndarray, newline: np.ndarray, where: Layout) -> np.ndarray:
-    """Token embeddings of all tiles `(tiles, tokens_per_tile, n_embd)` as one sequence `(n_tokens, n_embd)`."""
-    import numpy as np
+def pack(tiles: Sequence[np.ndarray], newline: np.ndarray, where: Layout, out: np.ndarray) -> None:
+    """Writes the tokens of a picture in order into `out` `(n_tokens, n_embd)`.
 
-    side, n_embd = where.tokens_side, embeddings.shape[-1]
-    grid = embeddings[1:].reshape(where.rows, where.columns, side, side, n_embd).swapaxes(1, 2)
-    grid = grid.reshape(where.rows * side, where.columns * side, n_embd)
-    window = grid[where.top : where.bottom, where.left : where.right]
-    newlines = np.broadcast_to(newline, (len(window), 1, n_embd))
-    return np.concatenate([embeddings[0], np.concatenate([window, newlines], axis=1).reshape(-1, n_embd)])
+    `tiles`: for the overview and each grid tile its tokens `(tokens_per_tile, n_embd)`. The overview comes
+    first, then the unpadded grid row by row, each row ended by `newline` `(n_embd,)`.
+    """
+    side, n_overview = where.tokens_side, where.tokens_side**2
+    out[:n_overview] = tiles[0]
+    width = where.right - where.left
+    grid = out[n_overview:].reshape(where.bottom - where.top, width + 1, out.shape[1])
+    grid[:, width] = newline
+    for i, tile in enumerate(tiles[1:]):
+        tile = tile.reshape(side, side, -1)
+        row, column = i // where.columns * side, i % where.columns * side
+        top, bottom = max(row, where.top), min(row + side, where.bottom)
+        left, right = max(column, where.left), min(column + side, where.right)
+        if top < bottom and left < right:
+            grid[top - where.top : bottom - where.top, left - where.left : right - where.left] = tile[
+                top - row : bottom - row, left - column : right - column
+            ]

@@ -80,7 +80,9 @@ class Backend:
         self.n_threads = n_threads or default_threads()
         self.handle: Any = ggml.ggml_backend_dev_init(self.device, None)
         if not self.handle:
-            raise DeviceError(f"ggml_backend_dev_init could not start device '{self.name}'; is it in use or out of memory?")
+            raise DeviceError(
+                f"ggml_backend_dev_init could not start device '{self.name}'; is it in use or out of memory?"
+            )
         set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
         if set_threads:
             set_threads(self.handle, self.n_threads)
@@ -193,7 +195,9 @@ def set_data(tensor: Any, data: np.ndarray) -> None:
     """Copies a C-contiguous array into a tensor; NumPy shape (slowest first) reversed is the tensor's."""
     nbytes = lib().ggml_nbytes(tensor)
     if data.nbytes != nbytes or not data.flags.c_contiguous:
-        raise ValueError(f"tensor takes {nbytes} contiguous bytes, the array has {data.nbytes} ({data.shape} {data.dtype})")
+        raise ValueError(
+            f"tensor takes {nbytes} contiguous bytes, the array has {data.nbytes} ({data.shape} {data.dtype})"
+        )
     lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, nbytes)
 
 

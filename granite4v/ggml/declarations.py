@@ -132,6 +132,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_add_inplace", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_mul", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_mul_inplace", TensorP, ContextP, TensorP, TensorP),
+    _base("ggml_div_inplace", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_sqr", TensorP, ContextP, TensorP),
     _base("ggml_concat", TensorP, ContextP, TensorP, TensorP, _int),  # (ctx, a, b, dim)
     _base("ggml_tanh_inplace", TensorP, ContextP, TensorP),
@@ -181,6 +182,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_free", None, BackendP),
     _base("ggml_backend_tensor_set", None, TensorP, _void_p, _size, _size),  # (tensor, data, offset, size)
     _base("ggml_backend_tensor_get", None, TensorP, _void_p, _size, _size),
+    _base("ggml_backend_tensor_alloc", _int, BufferP, TensorP, _void_p),  # (buffer, tensor, addr)
     _base("ggml_backend_graph_compute", _int, BackendP, GraphP),
     _base("ggml_backend_dev_name", _str, DeviceP),
     _base("ggml_backend_dev_description", _str, DeviceP),
@@ -188,6 +190,8 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_dev_backend_reg", RegistryP, DeviceP),
     _base("ggml_backend_dev_init", BackendP, DeviceP, _str),
     _base("ggml_backend_dev_buffer_type", BufferTypeP, DeviceP),
+    # (device, ptr, size, max_tensor_size)
+    _base("ggml_backend_dev_buffer_from_host_ptr", BufferP, DeviceP, _void_p, _size, _size),
     _base("ggml_backend_dev_supports_op", c.c_bool, DeviceP, TensorP),
     _base("ggml_backend_reg_name", _str, RegistryP),
     _base("ggml_backend_reg_get_proc_address", _void_p, RegistryP, _str),

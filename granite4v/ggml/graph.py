@@ -127,9 +127,19 @@ class Graph:
         return Tensor(lib().ggml_get_rows(self._ctx, x.ptr, index.ptr))
 
     def concat(self, a: Tensor, b: Tensor, axis: int) -> Tensor:
-        if any(n != m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis) or a.type_name != b.type_name:
+        if (
+            any(n != m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis)
+            or a.type_name != b.type_name
+        ):
             raise ValueError(f"cannot join {a!r} and {b!r} along axis {axis}")
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
+
+    def join(self, parts: list[Tensor], axis: int) -> Tensor:
+        """Tensors along an axis, in pairs so that few bytes are copied twice."""
+        while len(parts) > 1:
+            pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+            parts = [self.concat(pair[0], pair[1], axis) if len(pair) == 2 else pair[0] for pair in pairs]
+        return parts[0]
 
     def cast(self, x: Tensor, kind: str) -> Tensor:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
@@ -164,6 +174,10 @@ class Graph:
     def mul_(self, a: Tensor, b: Tensor) -> Tensor:
         self._check_broadcast(a, b)
         return Tensor(lib().ggml_mul_inplace(self._ctx, a.ptr, b.ptr))
+
+    def div_(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast(a, b)
+        return Tensor(lib().ggml_div_inplace(self._ctx, a.ptr, b.ptr))
 
     def square(self, x: Tensor) -> Tensor:
         return Tensor(lib().ggml_sqr(self._ctx, x.ptr))
@@ -221,7 +235,9 @@ class Graph:
         if self._allocator is None:
             self._allocator = ggml.ggml_gallocr_new(self.backend.buffer_type)
             if not ggml.ggml_gallocr_reserve(self._allocator, self._graph):
-                raise DeviceError(f"device '{self.backend.name}' has not enough memory for the graph's intermediate results.")
+                raise DeviceError(
+                    f"device '{self.backend.name}' has not enough memory for the graph's intermediate results."
+                )
         if not ggml.ggml_gallocr_alloc_graph(self._allocator, self._graph):
             raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
         for name, array in arrays.items():

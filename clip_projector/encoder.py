@@ -1,0 +1,201 @@
+"""From pictures to image embeddings: tiles, the tower and its projectors on a device, packing.
+
+Knows the configuration's parts (tiling, tower, projector, streams), never which family they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector.tiles import Layout, cut, layout, normalize
+from granite4v.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from PIL.Image import Image
+
+    from granite4v.families.base import VisionConfig
+    from granite4v.ggml.graph import Graph
+
+MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
+MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
+NODES_PER_TILE_AND_LAYER = 40
+NODES_PER_PROJECTOR = 200
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a decoder needs of one picture.
+
+    `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
+    `layers`: the decoder layer before which each stream is added, ascending.
+    `layout`: the tile grid and the window of tokens that is left of it.
+    """
+
+    rows: np.ndarray
+    layers: list[int]
+    layout: Layout
+
+    @property
+    def streams(self) -> np.ndarray:
+        """float32 `(n_streams, n_tokens, n_embd)`, a view of `rows`."""
+        return self.rows.swapaxes(0, 1)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.rows.shape[0])
+
+
+class VisionEncoder:
+    """The image side of a model, from an mmproj GGUF. Not for use by several threads at once."""
+
+    def __init__(self, path: str | Path, device: str = "auto", n_threads: int | None = None) -> None:
+        """Opens the file and starts the device; weights are read when a picture comes.
+
+        `device`: 'cpu', 'cuda', 'metal' or 'auto'. Raises ModelFileError and DeviceError.
+        """
+        from granite4v.clip_projector.weights import Weights
+        from granite4v.families import family_of_gguf
+        from granite4v.ggml import speed
+        from granite4v.ggml.backend import Backend
+        from granite4v.ggml.gguf_file import GgufFile
+
+        self.path = Path(path)
+        self._graphs: OrderedDict[int, Graph] = OrderedDict()
+        with GgufFile.open(self.path) as file:
+            if file.get(keys.GENERAL_ARCHITECTURE) != keys.ARCH_CLIP:
+                raise ModelFileError(
+                    f"'{self.path}' has '{keys.GENERAL_ARCHITECTURE}' = {file.get(keys.GENERAL_ARCHITECTURE)!r}, "
+                    f"expected {keys.ARCH_CLIP!r}: give the vision file (mmproj-*.gguf)."
+                )
+            self.config: VisionConfig = family_of_gguf(file).config_from_gguf(file)
+            self.pair_id: str | None = file.get(keys.PAIR_ID)
+            self.backend = Backend(device, n_threads)
+            matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1}
+            self.ways = speed.ways(self.backend, matrices)
+            self._weights = Weights(file, self.backend, self.ways)
+        self._newline = self._weights.array(keys.IMAGE_NEWLINE, self.config.text_hidden_size)
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """Grid and tokens of a picture of `size` (width, height), without looking at it."""
+        return layout(size, self.config.tiling, self.config.tokens_side)
+
+    def encode(
+        self, images: Sequence[Image], progress: Callable[[int, int], None] | None = None
+    ) -> list[ImageFeatures]:
+        """The features of each RGB picture. Equal tiles, in one picture or in several, are computed once.
+
+        `progress` is called with (tiles done, tiles to do).
+        """
+        import numpy as np
+
+        pictures = [cut(image, self.config.tiling) for image in images]
+        unique: dict[bytes, int] = {}
+        tiles: list[np.ndarray] = []
+        places: list[list[int]] = []
+        for picture in pictures:
+            place = []
+            for tile in picture:
+                digest = hashlib.sha256(tile).digest()
+                if digest not in unique:
+                    unique[digest] = len(tiles)
+                    tiles.append(tile)
+                place.append(unique[digest])
+            places.append(place)
+        layouts = [self.layout(image.size) for image in images]
+        embeddings = self._encode_tiles(tiles, progress)
+        layers = [stream.text_layer for stream in self.config.streams]
+        return [
+            ImageFeatures(self._pack(embeddings, place, where), layers, where)
+            for place, where in zip(places, layouts, strict=True)
+        ]
+
+    def _encode_tiles(
+        self, tiles: list[np.ndarray], progress: Callable[[int, int], None] | None
+    ) -> list[list[np.ndarray]]:
+        """For each tile, each stream's embeddings `(tokens_per_tile, n_embd)`."""
+        import numpy as np
+
+        from granite4v.clip_projector.tower import patches
+
+        done: list[list[np.ndarray]] = []
+        for first in range(0, len(tiles), MAX_TILES_AT_ONCE):
+            batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
+            pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
+            outputs = self._graph(len(batch)).run(pixels=pixels)
+            streams = [
+                outputs[f"stream.{p}"].reshape(len(batch), self.config.tokens_per_tile, -1)
+                for p in range(len(self.config.streams))
+            ]
+            done += [[stream[t] for stream in streams] for t in range(len(batch))]
+            if progress:
+                progress(len(done), len(tiles))
+        self._weights.release()
+        return done
+
+    def _graph(self, n_tiles: int) -> Graph:
+        """The graph for a number of tiles, built once and kept for the next picture."""
+        if n_tiles in self._graphs:
+            self._graphs.move_to_end(n_tiles)
+            return self._graphs[n_tiles]
+        graph = self._build(n_tiles)
+        self._graphs[n_tiles] = graph
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)[1].close()
+        return graph
+
+    def _build(self, n_tiles: int) -> Graph:
+        from granite4v.clip_projector.qformer import project
+        from granite4v.clip_projector.tower import N_CHANNELS, hidden_states
+        from granite4v.ggml.graph import Graph
+
+        config, tower = self.config, self.config.tower
+        max_nodes = NODES_PER_TILE_AND_LAYER * n_tiles * (tower.num_hidden_layers + 2) + NODES_PER_PROJECTOR * len(
+            config.streams
+        )
+        graph = Graph(self.backend, max_nodes)
+        pixels = graph.input("pixels", "F32", N_CHANNELS * tower.patch_size**2, tower.grid_side**2, n_tiles)
+        wanted = {stream.hidden_state for stream in config.streams}
+        together = not self.backend.is_cpu
+        states = hidden_states(graph, self._weights, tower, pixels, wanted, together=together)
+        joined = {k: graph.join(parts, axis=2) for k, parts in states.items()}
+        for p, stream in enumerate(config.streams):
+            features = joined[stream.hidden_state]
+            graph.output(f"stream.{p}", project(graph, self._weights, config, p, stream, features))
+        return graph
+
+    def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:
+        """The rows of one picture, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
+        import numpy as np
+
+        from granite4v.clip_projector.tiles import pack
+
+        n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
+        rows = np.empty((where.n_tokens, n_streams, n_embd), dtype=np.float32)
+        for s in range(n_streams):
+            pack([embeddings[t][s] for t in place], self._newline, where, rows[:, s])
+        return rows
+
+    def close(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        for part in ("_weights", "backend"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+
+    def __enter__(self) -> VisionEncoder:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,86 @@
+"""The window Q-Former: one BLIP-2 layer over windows of patches, 16 queries for 64 patches.
+
+Reference: transformers 5.23, `Granite4VisionWindowQFormerDownsampler` and `Blip2QFormerLayer`. Windowing is a
+transposition of a four-axis view, so nothing is gathered by index.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector.weights import Weights
+    from granite4v.families.base import Stream, VisionConfig
+    from granite4v.ggml.graph import Graph, Tensor
+
+
+def project(graph: Graph, weights: Weights, config: VisionConfig, p: int, stream: Stream, features: Tensor) -> Tensor:
+    """Hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` of projector `p`."""
+    projector, side = config.projector, config.tower.grid_side
+    dim, n_tiles, eps = features.ne[0], features.ne[2], projector.layer_norm_eps
+    n_windows = (side // projector.window_side) ** 2 * n_tiles
+    n_queries, n_patches = projector.query_side**2, projector.window_side**2
+    name = lambda part: keys.PROJ.format(p=p, part=part, suffix="")[:-1]  # noqa: E731
+
+    def apply(part: str, x: Tensor, n_out: int = dim) -> Tensor:
+        """A linear layer on `[n, tokens, windows]`; as one large product over all tokens of all windows."""
+        flat = graph.reshape(x, x.ne[0], x.ne[1] * x.ne[2])
+        return graph.reshape(linear(graph, weights, name(part), x.ne[0], n_out)(flat), n_out, x.ne[1], x.ne[2])
+
+    def attend(part: str, x: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = apply(f"{part}_q", x), apply(f"{part}_k", memory), apply(f"{part}_v", memory)
+        mixed = attention(graph, q, k, v, projector.num_attention_heads)
+        return layer_norm(graph, weights, name(f"{part}_norm"), graph.add_(apply(f"{part}_out", mixed), x), eps)
+
+    x = layer_norm(graph, weights, name("norm"), features, projector.input_norm_eps)
+    small = _halve(graph, x, side, stream.spatial_offset)
+    queries = graph.reshape(_windows(graph, small, side // 2, projector.query_side), dim, n_queries, n_windows)
+    memory = graph.reshape(_windows(graph, x, side, projector.window_side), dim, n_patches, n_windows)
+    positions = weights.vector(keys.PROJ_IMG_POS.format(p=p), dim * n_patches)
+    learned = weights.vector(keys.PROJ_QUERY.format(p=p), dim * n_queries)
+    memory = graph.add_(memory, graph.reshape(positions, dim, n_patches))
+    queries = graph.add_(queries, graph.reshape(learned, dim, n_queries))
+
+    h = layer_norm(graph, weights, name("post_norm"), queries, eps)
+    h = attend("self_attn", h, h)
+    h = attend("cross_attn", h, memory)
+    wide = weights.n_rows(keys.PROJ.format(p=p, part="ffn_up", suffix="weight"))
+    inner = activation(graph, projector.hidden_act, apply("ffn_up", h, wide))
+    h = layer_norm(graph, weights, name("ffn_norm"), graph.add_(apply("ffn_down", inner), h), eps)
+    raster = _raster(graph, h, side // 2, projector.query_side, n_tiles)
+    return apply("linear", raster, config.text_hidden_size)
+
+
+def _halve(graph: Graph, x: Tensor, side: int, offset: int | None) -> Tensor:
+    """A `side` x `side` raster at half its side: the mean of every 2x2 block, or one corner of it."""
+    dim, row, n_tiles = x.ne[0], x.nb[1], x.ne[2]
+
+    def corner(i: int) -> Tensor:
+        start = (i // 2 * side + i % 2) * row
+        strides = (2 * row, 2 * side * row, side * side * row)
+        return graph.view(x, (dim, side // 2, side // 2, n_tiles), strides, start)
+
+    if offset is not None:
+        return graph.cont(corner(offset))
+    total = graph.add(corner(0), corner(1))
+    return graph.scale_(graph.add_(graph.add_(total, corner(2)), corner(3)), 0.25)
+
+
+def _windows(graph: Graph, x: Tensor, side: int, window: int) -> Tensor:
+    """Raster order to window order: `[dim * window, windows across, window, windows down * tiles]` transposed."""
+    n, dim, tiles = side // window, x.ne[0], _count(x) // (side * side)
+    return graph.cont(graph.permute(graph.reshape(x, dim * window, n, window, n * tiles), 0, 2, 1, 3))
+
+
+def _raster(graph: Graph, x: Tensor, side: int, window: int, n_tiles: int) -> Tensor:
+    """Window order back to raster order, `[dim, side * side, tiles]`."""
+    n, dim = side // window, x.ne[0]
+    swapped = graph.permute(graph.reshape(x, dim * window, window, n, n * n_tiles), 0, 2, 1, 3)
+    return graph.reshape(graph.cont(swapped), dim, side * side, n_tiles)
+
+
+def _count(x: Tensor) -> int:
+    return x.ne[1] * x.ne[2] * x.ne[3]

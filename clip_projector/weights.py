@@ -1,0 +1,145 @@
+"""The tensors of an mmproj file where a graph can use them, and how each kind is multiplied.
+
+On the CPU the file is mapped: weights stay on disk until they are touched and can be let go after a
+picture. Weights of a type that multiplies faster in another buffer type (CPU repack) or on a GPU are
+copied there once.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import ModelFileError
+from granite4v.ggml.backend import Arena
+from granite4v.ggml.graph import Tensor
+from granite4v.ggml.library import lib
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from granite4v.ggml.backend import Backend
+    from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+    from granite4v.ggml.graph import Graph
+    from granite4v.ggml.speed import Way
+
+
+class Weights:
+    """Tensors by their GGUF name; `matrix` gives one in the form in which it multiplies fastest."""
+
+    def __init__(self, file: GgufFile, backend: Backend, ways: dict[str, Way]) -> None:
+        """`ways` says for each weight type how to multiply it; types without an entry are used as they are."""
+        import numpy as np
+
+        self._infos = dict(file.tensors)
+        self._ways = ways
+        self._path = file.path
+        self._arenas: list[Arena] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._file = open(file.path, "rb")  # noqa: SIM115  kept for as long as the mapping
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        elsewhere: dict[Any, list[TensorInfo]] = {}
+        mapped = []
+        for info in self._infos.values():
+            way = self._way(info)
+            if way is not None and way.buffer_type is not None:
+                elsewhere.setdefault(way.name, []).append(info)
+            else:
+                mapped.append(info)
+        for name, infos in elsewhere.items():
+            self._copy(infos, next(way.buffer_type for way in ways.values() if way.name == name))
+        if backend.is_cpu:
+            self._map_in_place(mapped, backend)
+        elif mapped:
+            self._copy(mapped, backend.buffer_type)
+
+    def _way(self, info: TensorInfo) -> Way | None:
+        return self._ways.get(info.type_name) if len(info.shape) > 1 else None
+
+    def _copy(self, infos: list[TensorInfo], buffer_type: Any) -> None:
+        arena = Arena(len(infos))
+        self._arenas.append(arena)
+        tensors = [arena.tensor(info.type_name, *reversed(info.shape), name=info.name) for info in infos]
+        arena.allocate(buffer_type, weights=True)
+        for info, tensor in zip(infos, tensors, strict=True):
+            data = self._bytes[info.offset : info.offset + info.nbytes]
+            lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, info.nbytes)
+            self._tensors[info.name] = Tensor(tensor)
+        self.release()
+
+    def _map_in_place(self, infos: list[TensorInfo], backend: Backend) -> None:
+        arena = Arena(len(infos))
+        self._arenas.append(arena)
+        base = self._bytes.ctypes.data
+        arena.buffer = lib().ggml_backend_dev_buffer_from_host_ptr(
+            backend.device, base, self._bytes.nbytes, self._bytes.nbytes
+        )
+        for info in infos:
+            tensor = arena.tensor(info.type_name, *reversed(info.shape), name=info.name)
+            lib().ggml_backend_tensor_alloc(arena.buffer, tensor, base + info.offset)
+            self._tensors[info.name] = Tensor(tensor)
+
+    def vector(self, name: str, n: int) -> Tensor:
+        """A float32 tensor of `n` values; raises ModelFileError when it is missing or otherwise shaped."""
+        info = self._info(name)
+        if info.type_name != "F32" or info.nbytes != 4 * n:
+            raise ModelFileError(
+                f"'{self._path}' has tensor '{name}' as {info.type_name} {info.shape}, expected F32 with {n:,} values."
+            )
+        return self._tensors[name]
+
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """A float32 tensor as a NumPy copy of the given shape."""
+        import numpy as np
+
+        n = int(np.prod(shape))
+        self.vector(name, n)
+        info = self._infos[name]
+        return self._bytes[info.offset : info.offset + info.nbytes].view(np.float32).reshape(shape).copy()
+
+    def matrix(self, graph: Graph, name: str, n_in: int, n_out: int) -> Tensor:
+        """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster."""
+        info = self._info(name)
+        if _flat(info.shape) != (n_out, n_in):
+            raise ModelFileError(
+                f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected {(n_out, n_in)} from its metadata."
+            )
+        tensor, way = self._tensors[name], self._way(info)
+        if len(info.shape) > 2:
+            tensor = graph.reshape(tensor, n_in, n_out)
+        return graph.cast(tensor, "F32") if way is not None and way.as_float32 else tensor
+
+    def n_rows(self, name: str) -> int:
+        """Outputs of a weight matrix."""
+        return _flat(self._info(name).shape)[0]
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._infos:
+            raise ModelFileError(f"'{self._path}' has no tensor '{name}'; convert it again with 'granite4v convert'.")
+        return self._infos[name]
+
+    def release(self) -> None:
+        """Lets the system take back the mapped pages; they are read again from the file when touched."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        for arena in self._arenas:
+            arena.close()
+        self._arenas.clear()
+        self._tensors.clear()
+        if not self._file.closed:
+            del self._bytes
+            self._map.close()
+            self._file.close()
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(n_out, n_in) of a matrix; a convolution kernel (out, channels, height, width) counts as one row an output."""
+    if len(shape) == 1:
+        return (1, shape[0])
+    n_in = 1
+    for n in shape[1:]:
+        n_in *= n
+    return (shape[0], n_in)

@@ -1,0 +1,85 @@
+"""How a table of tensors is written down: checkpoint name, GGUF name, shape and what is done between.
+
+Plain data. A family file builds such tables from its configuration; the converter matches them against a
+checkpoint. A table row spells the layer as `{i}`; `each_layer` writes the row out for every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from granite4v.families.base import VisionConfig
+
+BLOCK = 32  # elements in the smallest quantized block; a width that is a multiple never falls back to F16
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One GGUF tensor and where it comes from. Shapes are NumPy's order, slowest dimension first.
+
+    `source`: name in the checkpoint, without the group's prefix. `shape`: what the checkpoint must hold.
+    `rows`: take only rows [first, last) of the source (a fused matrix feeds several tensors).
+    `rope_heads`: reorder the rows of every one of so many heads from Hugging Face's halves (0, n/2, 1,
+    n/2+1, ... of the head's rows become neighbours) to the pairs that llama.cpp's rotary embedding takes.
+    `padded`: the shape in the file when it is larger; the rest is zeros.
+    """
+
+    source: str
+    target: str
+    shape: Shape
+    rows: tuple[int, int] | None = None
+    rope_heads: int = 0
+    padded: Shape | None = None
+
+    @property
+    def target_shape(self) -> Shape:
+        if self.padded is not None:
+            return self.padded
+        if self.rows is not None:
+            return (self.rows[1] - self.rows[0], *self.shape[1:])
+        return self.shape
+
+
+@dataclass(frozen=True)
+class DropRule:
+    """Checkpoint tensors that are left out on purpose. `pattern` is a name, or a prefix that ends in `*`."""
+
+    pattern: str
+    reason: str
+
+    def matches(self, name: str) -> bool:
+        if self.pattern.endswith("*"):
+            return name.startswith(self.pattern[:-1])
+        return name == self.pattern
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Rules that share their prefix. `prefixes` lists every spelling met in checkpoints, today's first."""
+
+    prefixes: tuple[str, ...]
+    rules: tuple[TensorRule, ...]
+    drops: tuple[DropRule, ...] = ()
+
+
+def each_layer(n_layers: int, *rows: TensorRule) -> tuple[TensorRule, ...]:
+    """The rows written out for every layer, `{i}` replaced by its number."""
+    return tuple(
+        dataclasses.replace(row, source=row.source.format(i=i), target=row.target.format(i=i))
+        for i in range(n_layers)
+        for row in rows
+    )
+
+
+def padded_width(width: int) -> int:
+    """The next multiple of a quantized block."""
+    return -(-width // BLOCK) * BLOCK
+
+
+def padded_config(config: VisionConfig) -> VisionConfig:
+    """The configuration that the padded tensors of an mmproj file have."""
+    tower = dataclasses.replace(config.tower, intermediate_size=padded_width(config.tower.intermediate_size))
+    return dataclasses.replace(config, tower=tower)

@@ -1,0 +1,184 @@
+"""Which way of multiplying a weight type is fastest on this machine: measured once, kept in the user's cache.
+
+No rule holds across CPUs: on one, half-precision weights are faster widened to float32 first; on another,
+rearranged by ggml's repack buffer type, which for some types costs speed instead. And a virtual machine may
+announce instructions (AMX) that fault when used, which ends the process. So each way is tried in a child
+process on a product of real size; a child that dies marks its way as unusable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from granite4v.ggml.library import lib
+
+if TYPE_CHECKING:
+    from granite4v.ggml.backend import Backend
+
+N_IN, N_OUT, N_TOKENS = 1152, 4352, 512  # a vision FFN's and a small prefill's shape; K-quants need a multiple of 256
+K_QUANT_N_IN = 1280
+REPEATS = 4
+TIMEOUT_S = 60.0
+PLAIN, FLOAT32 = "plain", "float32"
+# Two ways within this ratio count as equal; the more exact one (float32), then the plain one, is taken.
+EQUAL = 1.04
+
+
+@dataclass(frozen=True)
+class Way:
+    """How weights of one type are multiplied: as they are, widened to float32, or from another buffer type."""
+
+    name: str
+    as_float32: bool = False
+    buffer_type: Any = None
+
+
+def ways(backend: Backend, type_names: set[str]) -> dict[str, Way]:
+    """The fastest way for each of these weight types on a backend; a type without an entry stays plain.
+
+    Measures on the first call on a machine (a few seconds), else reads the user's cache. A GPU has one way.
+    """
+    from granite4v.ggml.backend import buffer_type_name
+
+    if not backend.is_cpu:
+        return {}
+    extra = {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
+    chosen = {}
+    for type_name in sorted(type_names - {"F32"}):
+        name = fastest(type_name, seconds(backend, type_name))
+        if name == FLOAT32:
+            chosen[type_name] = Way(name, as_float32=True)
+        elif name in extra:
+            chosen[type_name] = Way(name, buffer_type=extra[name])
+    return chosen
+
+
+def fastest(type_name: str, measured: dict[str, float]) -> str:
+    """The name of the way to take from measured seconds; ways within `EQUAL` of the best go to the more exact."""
+    best = min(measured.values(), default=math.inf)
+    for name in (FLOAT32, PLAIN, *measured):
+        if name in measured and measured[name] <= best * EQUAL and measured[name] < math.inf:
+            return name
+    return PLAIN
+
+
+def seconds(backend: Backend, type_name: str) -> dict[str, float]:
+    """Seconds of one product for each way this backend offers for a type; infinity for a way that crashes."""
+    from granite4v.ggml.backend import buffer_type_name
+
+    n_in = _n_in(type_name)
+    names = [PLAIN, FLOAT32]
+    names += [
+        buffer_type_name(buffer_type)
+        for buffer_type in backend.extra_buffer_types()
+        if backend.multiplies(buffer_type, type_name, n_in, N_OUT)
+    ]
+    cache = _read_cache()
+    known: dict[str, float] = {k: v for k, v in cache.get(_key(type_name, backend.n_threads), {}).items() if k in names}
+    missing = [name for name in names if name not in known]
+    if missing:
+        for name in missing:
+            known[name] = _measure_in_child(type_name, name, backend.n_threads)
+        cache = _read_cache()
+        cache.setdefault(_key(type_name, backend.n_threads), {}).update(known)
+        _write_cache(cache)
+    return {name: known[name] for name in names}
+
+
+def _n_in(type_name: str) -> int:
+    return K_QUANT_N_IN if type_name.endswith("_K") else N_IN
+
+
+def _measure_in_child(type_name: str, way: str, n_threads: int) -> float:
+    command = [sys.executable, "-m", "granite4v.ggml.speed", type_name, way, str(n_threads)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return math.inf
+    if child.returncode != 0:
+        return math.inf
+    return float(child.stdout.split()[-1])
+
+
+def measure(type_name: str, way: str, n_threads: int) -> float:
+    """Seconds of one product in this process (which a faulty way may end): the best of a few, after a warm-up."""
+    import time
+
+    import numpy as np
+
+    from granite4v.ggml.backend import Arena, Backend, buffer_type_name, set_data
+    from granite4v.ggml.graph import Graph, Tensor
+    from granite4v.ggml.quantize import quantize_rows
+
+    backend, n_in = Backend("cpu", n_threads), _n_in(type_name)
+    buffer_types = {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
+    values = np.random.default_rng(0).standard_normal((N_OUT, n_in), dtype=np.float32)
+    arena = Arena(1)
+    weight = arena.tensor(type_name, n_in, N_OUT)
+    arena.allocate(buffer_types.get(way, backend.buffer_type), weights=True)
+    set_data(weight, quantize_rows(values, type_name, n_threads))
+    graph = Graph(backend, 8)
+    x = graph.input("x", "F32", n_in, N_TOKENS)
+    matrix = graph.cast(Tensor(weight), "F32") if way == FLOAT32 else Tensor(weight)
+    graph.output("y", graph.matmul(matrix, x))
+    inputs = values[:N_TOKENS].copy()
+    best = math.inf
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        graph.run(x=inputs)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _key(type_name: str, n_threads: int) -> str:
+    return f"{_cpu_model()}|ggml {lib().ggml_version().decode()}|{n_threads} threads|{type_name}"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        names = {key.strip(): value.strip() for key, value in fields.items()}
+        return f"{names.get('model name', '?')} {names.get('model', '')}.{names.get('stepping', '')}"
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def cache_file() -> Path:
+    """Where the measurements are kept; GRANITE4V_CACHE moves the folder."""
+    import platformdirs
+
+    folder = os.environ.get("GRANITE4V_CACHE") or platformdirs.user_cache_dir("granite4v")
+    return Path(folder) / "speed.json"
+
+
+def _read_cache() -> dict[str, dict[str, float]]:
+    try:
+        content = json.loads(cache_file().read_text())
+    except (OSError, ValueError):  # none yet, or damaged: measure again
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(cache: dict[str, dict[str, float]]) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(cache, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:  # a read-only home: measure again next time
+        return
+
+
+if __name__ == "__main__":
+    print(measure(sys.argv[1], sys.argv[2], int(sys.argv[3])))
