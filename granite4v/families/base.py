@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from granite4v.families.tensor_rules import TensorGroup
 
 Metadata = Mapping[str, Any]
 
@@ -127,4 +130,8 @@ class Family(Protocol):
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
         """What the text GGUF must say about injection, without the architecture prefix."""
+        ...
+
+    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
         ...

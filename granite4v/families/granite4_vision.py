@@ -8,7 +8,7 @@ keeps the last projector (as transformers does), a decoder layer outside the mod
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
@@ -20,6 +20,9 @@ from granite4v.families.base import (
     VisionConfig,
     WindowQFormerConfig,
 )
+
+if TYPE_CHECKING:
+    from granite4v.families.tensor_rules import TensorGroup
 
 QFORMER_HEAD_DIM = 64  # transformers' Granite4VisionConfig sets num_attention_heads to hidden_size // 64
 N_SPATIAL_PROJECTORS = 4
@@ -158,6 +161,12 @@ class Granite4Vision:
             if slot > 0:
                 mapping[stream.text_layer] = slot
         return {keys.DEEPSTACK_MAPPING.removeprefix("{arch}."): mapping}
+
+    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
+        from granite4v.families.granite4_vision_tensors import granite4_vision_tensors
+
+        return granite4_vision_tensors(config, hf_config)
 
 
 def _section(config: Metadata, name: str) -> Metadata:

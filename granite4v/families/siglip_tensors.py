@@ -9,10 +9,19 @@ from __future__ import annotations
 
 from granite4v import gguf_keys as keys
 from granite4v.families.base import TowerConfig
-from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, each_layer, padded_width
+from granite4v.families.tensor_rules import (
+    DropRule,
+    TensorGroup,
+    TensorRule,
+    each_layer,
+    linear,
+    norm,
+    padded_width,
+)
 
 N_CHANNELS = 3
 
+# What transformers has called the tower over time, today's spelling first.
 PREFIXES = (
     "model.vision_tower.",
     "model.vision_tower.vision_model.",
@@ -29,15 +38,6 @@ def siglip_tensors(tower: TowerConfig) -> TensorGroup:
     """The table of a tower: patches, positions, layers, and the norm after the last one."""
     width, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
     wide = padded_width(ffn)
-
-    def pair(source: str, part: str, out: int, into: int, **options: tuple[int, ...]) -> tuple[TensorRule, TensorRule]:
-        bias = {name: shape[:1] for name, shape in options.items()}
-        return (
-            TensorRule(f"{source}.weight", _block(part, "weight"), (out, into), **options),  # type: ignore[arg-type]
-            TensorRule(f"{source}.bias", _block(part, "bias"), (out,), **bias),  # type: ignore[arg-type]
-        )
-
-    layer = "encoder.layers.{i}."
     return TensorGroup(
         prefixes=PREFIXES,
         rules=(
@@ -46,17 +46,20 @@ def siglip_tensors(tower: TowerConfig) -> TensorGroup:
             TensorRule("embeddings.position_embedding.weight", keys.POSITION_EMBD, (tower.grid_side**2, width)),
             *each_layer(
                 tower.num_hidden_layers,
-                *norm(layer + "layer_norm1", keys.BLOCK, "ln1", width),
-                *pair(layer + "self_attn.q_proj", "attn_q", width, width),
-                *pair(layer + "self_attn.k_proj", "attn_k", width, width),
-                *pair(layer + "self_attn.v_proj", "attn_v", width, width),
-                *pair(layer + "self_attn.out_proj", "attn_out", width, width),
-                *norm(layer + "layer_norm2", keys.BLOCK, "ln2", width),
-                *pair(layer + "mlp.fc1", "ffn_up", ffn, width, padded=(wide, width)),
-                *_down(layer + "mlp.fc2", width, ffn, wide),
+                *norm("encoder.layers.{i}.layer_norm1", _block("ln1"), width),
+                *linear("encoder.layers.{i}.self_attn.q_proj", _block("attn_q"), width, width),
+                *linear("encoder.layers.{i}.self_attn.k_proj", _block("attn_k"), width, width),
+                *linear("encoder.layers.{i}.self_attn.v_proj", _block("attn_v"), width, width),
+                *linear("encoder.layers.{i}.self_attn.out_proj", _block("attn_out"), width, width),
+                *norm("encoder.layers.{i}.layer_norm2", _block("ln2"), width),
+                *linear("encoder.layers.{i}.mlp.fc1", _block("ffn_up"), ffn, width, padded_out=wide),
+                *linear("encoder.layers.{i}.mlp.fc2", _block("ffn_down"), width, ffn, padded_in=wide),
             ),
-            TensorRule("post_layernorm.weight", keys.POST_LN.format(suffix="weight"), (width,)),
-            TensorRule("post_layernorm.bias", keys.POST_LN.format(suffix="bias"), (width,)),
+            *norm("post_layernorm", keys.POST_LN, width),
         ),
         drops=DROPS,
     )
+
+
+def _block(part: str) -> str:
+    return keys.BLOCK.replace("{part}", part)

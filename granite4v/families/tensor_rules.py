@@ -68,9 +68,38 @@ class TensorGroup:
 def each_layer(n_layers: int, *rows: TensorRule) -> tuple[TensorRule, ...]:
     """The rows written out for every layer, `{i}` replaced by its number."""
     return tuple(
-        dataclasses.replace(row, source=row.source.format(i=i), target=row.target.format(i=i))
+        dataclasses.replace(row, source=row.source.replace("{i}", str(i)), target=row.target.replace("{i}", str(i)))
         for i in range(n_layers)
         for row in rows
+    )
+
+
+def linear(
+    source: str, target: str, n_out: int, n_in: int, padded_out: int = 0, padded_in: int = 0
+) -> tuple[TensorRule, TensorRule]:
+    """Weight and bias of a linear layer. `target` holds `{suffix}`; the padded sizes are 0 for 'as it is'."""
+    wide = (padded_out or n_out, padded_in or n_in)
+    return (
+        TensorRule(
+            f"{source}.weight",
+            target.replace("{suffix}", "weight"),
+            (n_out, n_in),
+            padded=wide if wide != (n_out, n_in) else None,
+        ),
+        TensorRule(
+            f"{source}.bias",
+            target.replace("{suffix}", "bias"),
+            (n_out,),
+            padded=wide[:1] if wide[0] != n_out else None,
+        ),
+    )
+
+
+def norm(source: str, target: str, width: int) -> tuple[TensorRule, TensorRule]:
+    """Weight and bias of a LayerNorm. `target` holds `{suffix}`."""
+    return (
+        TensorRule(f"{source}.weight", target.replace("{suffix}", "weight"), (width,)),
+        TensorRule(f"{source}.bias", target.replace("{suffix}", "bias"), (width,)),
     )
 
 

@@ -1,0 +1,77 @@
+"""The tensors of Granite 4 Vision's image side: SigLIP2 tower, window Q-Formers, newline.
+
+Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama.cpp's
+`tools/mtmd/clip-impl.h`. Projectors are numbered as the configuration's streams are, by decoder layer.
+"""
+
+from __future__ import annotations
+
+from granite4v import gguf_keys as keys
+from granite4v.families.base import Metadata, Stream, VisionConfig
+from granite4v.families.siglip_tensors import siglip_tensors
+from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
+
+QFORMER_INTERMEDIATE_SIZE = 3072  # transformers' default for qformer_config
+PREFIXES = ("model.", "")
+UNUSED = "a projector that no decoder layer takes: its layer is outside the model, or a later one has it"
+
+
+def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+    """Every tensor of the mmproj file, for a checkpoint with this config.json."""
+    qformer = hf_config.get("qformer_config") or {}
+    ffn = int(qformer.get("intermediate_size", QFORMER_INTERMEDIATE_SIZE))
+    return (
+        siglip_tensors(config.tower),
+        TensorGroup(
+            prefixes=PREFIXES,
+            rules=(
+                TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,)),
+                *(
+                    rule
+                    for p, stream in enumerate(config.streams)
+                    for rule in _projector(stream, str(p), config, ffn)
+                ),
+            ),
+            drops=tuple(DropRule(f"{name}.*", UNUSED) for name in _unused_projectors(config, hf_config)),
+        ),
+    )
+
+
+def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int) -> tuple[TensorRule, ...]:
+    width, sides = config.tower.hidden_size, config.projector
+    wide = padded_width(ffn)
+    here, layer = f"{stream.source}.", f"{stream.source}.qformer.encoder.layer.0."
+
+    def key(part: str) -> str:
+        return keys.PROJ.replace("{p}", p).replace("{part}", part)
+
+    return (
+        TensorRule(f"{here}query", keys.PROJ_QUERY.replace("{p}", p), (1, sides.query_side**2, width)),
+        TensorRule(f"{here}image_positions", keys.PROJ_IMG_POS.replace("{p}", p), (1, sides.window_side**2, width)),
+        *norm(f"{here}norm", key("norm"), width),
+        *norm(f"{here}qformer.layernorm", key("post_norm"), width),
+        *linear(f"{layer}attention.attention.query", key("self_attn_q"), width, width),
+        *linear(f"{layer}attention.attention.key", key("self_attn_k"), width, width),
+        *linear(f"{layer}attention.attention.value", key("self_attn_v"), width, width),
+        *linear(f"{layer}attention.output.dense", key("self_attn_out"), width, width),
+        *norm(f"{layer}attention.output.LayerNorm", key("self_attn_norm"), width),
+        *linear(f"{layer}crossattention.attention.query", key("cross_attn_q"), width, width),
+        *linear(f"{layer}crossattention.attention.key", key("cross_attn_k"), width, width),
+        *linear(f"{layer}crossattention.attention.value", key("cross_attn_v"), width, width),
+        *linear(f"{layer}crossattention.output.dense", key("cross_attn_out"), width, width),
+        *norm(f"{layer}crossattention.output.LayerNorm", key("cross_attn_norm"), width),
+        *linear(f"{layer}intermediate_query.dense", key("ffn_up"), ffn, width, padded_out=wide),
+        *linear(f"{layer}output_query.dense", key("ffn_down"), width, ffn, padded_in=wide),
+        *norm(f"{layer}output_query.LayerNorm", key("ffn_norm"), width),
+        *linear(f"{here}out_linear", key("linear"), config.text_hidden_size, width),
+    )
+
+
+def _unused_projectors(config: VisionConfig, hf_config: Metadata) -> list[str]:
+    """Projectors that the checkpoint holds and no stream uses."""
+    from granite4v.families.granite4_vision import N_SPATIAL_PROJECTORS
+
+    used = {stream.source for stream in config.streams}
+    held = [f"layerwise_projectors.{i}" for i in range(len(hf_config.get("deepstack_layer_map") or ()))]
+    held += [f"spatial_projectors.{i}" for i in range(N_SPATIAL_PROJECTORS)]
+    return [name for name in held if name not in used]
