@@ -1,0 +1,617 @@
+#!/usr/bin/env python3
+"""Makes Hugging Face checkpoints of Granite 4 Vision with random weights, of any size.
+
+    python scripts/make_checkpoint.py OUT --preset tiny
+    python scripts/make_checkpoint.py OUT --preset full-4.1      # 4.0 billion parameters, 8 GB, about a minute
+
+Needs NumPy and ml_dtypes, not torch: tensors are drawn, rounded and appended one by one, so memory stays
+small at any size. The same seed gives the same values whatever the file layout: two checkpoints that differ
+only in spelling, sharding or the fused MLP hold the same model. Norm weights are far from 1 and biases
+far from 0, so that a mistake anywhere shows in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from toy_language import ToyTokenizer, build_tokenizer, write_language_files
+
+Json = dict[str, Any]
+CHUNK = 1 << 22  # values drawn at once
+N_PINPOINT_TILES = 10  # every grid of up to ten tiles
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """One checkpoint: sizes, injection map, and how its files are spelled. The default is the tiny one."""
+
+    # text model
+    text_type: str = "granite"  # or 'granitemoehybrid': fused shared_mlp.input_linear
+    text_hidden: int = 64
+    text_layers: int = 8
+    text_heads: int = 4
+    text_kv_heads: int = 2
+    text_ffn: int = 176
+    n_bpe: int = 384
+    image_id: int | None = None
+    tied: bool = True
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e7
+    context: int = 131072
+    embedding_multiplier: float = 1.5
+    attention_multiplier: float = 0.3
+    residual_multiplier: float = 0.6
+    logits_scaling: float = 2.0
+    embedding_std: float = 0.5
+    # vision tower; heads of 48 and an FFN of 200 are no multiples of 32, as 72 and 4304 are not
+    vision_hidden: int = 192
+    vision_layers: int = 4
+    vision_heads: int = 4
+    vision_ffn: int = 200
+    vision_eps: float = 1e-6
+    tile_px: int = 64
+    patch_px: int = 8
+    vision_head: bool = True  # the pooling head that nobody uses
+    # projectors and injection
+    qformer_ffn: int = 128
+    downsample_rate: str = "2/4"
+    deepstack_layer_map: tuple[tuple[int, int], ...] = ((-3, 2), (-1, 0))
+    spatial_vision_layer: int = -1
+    spatial_target_layers: tuple[int, ...] = (3, 4, 5, 7)
+    max_tiles: int = N_PINPOINT_TILES
+    # files
+    naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
+    dtype: str = "float32"  # or 'bfloat16', 'float16'
+    max_shard_bytes: int | None = None
+    template_in_config: bool = False
+    seed: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.text_hidden // self.text_heads
+
+    @property
+    def grid_pinpoints(self) -> list[list[int]]:
+        """(height, width) pairs in pixels, every grid of at most `max_tiles` tiles."""
+        sides = range(1, self.max_tiles + 1)
+        return [[h * self.tile_px, w * self.tile_px] for h in sides for w in sides if h * w <= self.max_tiles]
+
+
+PRESETS: dict[str, CheckpointSpec] = {
+    "tiny": CheckpointSpec(),
+    # the published tile geometry and token counts, small widths
+    "tiny-real-tiles": CheckpointSpec(
+        tile_px=384, patch_px=16, downsample_rate="4/8", deepstack_layer_map=((-4, 6), (-3, 2), (-2, 1), (-1, 0))
+    ),
+    # text widths that are multiples of 256, so that K-quants apply
+    "tiny-wide": CheckpointSpec(
+        text_hidden=256,
+        text_ffn=512,
+        text_heads=4,
+        text_kv_heads=2,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.15,
+        embedding_std=0.25,
+    ),
+    "full-4.1": CheckpointSpec(
+        text_hidden=2560,
+        text_layers=40,
+        text_heads=40,
+        text_kv_heads=8,
+        text_ffn=8192,
+        n_bpe=100256,
+        image_id=100352,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.015625,
+        residual_multiplier=0.22,
+        logits_scaling=10.0,
+        embedding_std=0.1,
+        vision_hidden=1152,
+        vision_layers=27,
+        vision_heads=16,
+        vision_ffn=4304,
+        tile_px=384,
+        patch_px=16,
+        qformer_ffn=3072,
+        downsample_rate="4/8",
+        deepstack_layer_map=((-19, 9), (-13, 6), (-7, 3), (-1, 0)),
+        spatial_target_layers=(12, 15, 18, 21),
+        naming="v4",
+        dtype="bfloat16",
+        max_shard_bytes=4_000_000_000,
+    ),
+}
+
+# `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
+MAPPING_CASES: dict[str, CheckpointSpec] = {
+    "unsorted": replace(PRESETS["tiny"], deepstack_layer_map=((-2, 2), (-4, 0), (-3, 1))),
+    "nothing-at-layer-0": replace(PRESETS["tiny"], deepstack_layer_map=((-3, 2), (-1, 1))),
+    "non-negative": replace(PRESETS["tiny"], deepstack_layer_map=((0, 2), (3, 0)), spatial_vision_layer=2),
+    "layer-named-twice": replace(PRESETS["tiny"], deepstack_layer_map=((-3, 2), (-1, 0), (-2, 2), (-4, 5))),
+}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A LoRA adapter for the language model, in PEFT's files."""
+
+    rank: int = 4
+    alpha: float = 6.0
+    use_rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    base_model_name_or_path: str = ""
+    share_gate_up: bool = False  # one A for gate and up, so that a dense twin equals the fused model
+    dtype: str = "float32"
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the model under its transformers 5 name. `draw` is 'normal' (std), 'norm' or 'rms'."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float = 0.0
+    draw: str = "normal"
+
+
+def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
+    """Writes a whole model directory and returns it. Sizes and spellings come from `spec`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(spec.n_bpe, spec.image_id)
+    write_language_files(directory, tokenizer, spec.template_in_config)
+    _write_json(directory / "config.json", model_config(spec, tokenizer))
+    _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
+    _write_json(directory / "processor_config.json", processor_config(spec))
+    _write_json(directory / "generation_config.json", {"do_sample": False, "eos_token_id": tokenizer.end_of_text_id})
+    _write_shards(directory, stored_tensors(spec, tokenizer.n_vocab), spec)
+    return directory
+
+
+def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterSpec) -> Path:
+    """Writes adapter_config.json and adapter_model.safetensors for the model of `spec`; returns the directory.
+
+    `directory` may be the checkpoint's own (base and adapter in one repository) or another.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = list(_adapter_tensors(spec, adapter))
+    modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name, _ in entries})
+    _write_json(
+        directory / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": adapter.base_model_name_or_path,
+            "r": adapter.rank,
+            "lora_alpha": adapter.alpha,
+            "use_rslora": adapter.use_rslora,
+            "use_dora": False,
+            "rank_pattern": dict(adapter.rank_pattern),
+            "alpha_pattern": dict(adapter.alpha_pattern),
+            "target_modules": modules,
+            "modules_to_save": None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "lora_dropout": 0.0,
+            "inference_mode": True,
+            "init_lora_weights": True,
+        },
+    )
+    _write_safetensors(directory / "adapter_model.safetensors", entries, adapter.dtype, adapter.seed)
+    return directory
+
+
+# --- configuration files ---
+
+
+def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
+    """config.json, in the fields of the transformers version that `spec.naming` stands for."""
+    return {
+        "architectures": ["Granite4VisionForConditionalGeneration"],
+        "model_type": "granite4_vision",
+        "dtype" if spec.naming == "v5" else "torch_dtype": spec.dtype,
+        "image_token_index": tokenizer.image_id,
+        "image_grid_pinpoints": spec.grid_pinpoints,
+        "downsample_rate": spec.downsample_rate,
+        "deepstack_layer_map": [list(pair) for pair in spec.deepstack_layer_map],
+        "spatial_vision_layer": spec.spatial_vision_layer,
+        "spatial_target_layers": list(spec.spatial_target_layers),
+        "vision_feature_select_strategy": "full",
+        "projector_dropout": 0.1,
+        "tie_word_embeddings": spec.tied,
+        "text_config": _text_config(spec, tokenizer),
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": spec.vision_ffn,
+            "num_hidden_layers": spec.vision_layers,
+            "num_attention_heads": spec.vision_heads,
+            "num_channels": 3,
+            "image_size": spec.tile_px,
+            "patch_size": spec.patch_px,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": spec.vision_eps,
+            "attention_dropout": 0.0,
+            "vision_use_head": spec.vision_head,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "hidden_size": spec.vision_hidden,
+            "encoder_hidden_size": spec.vision_hidden,
+            "num_attention_heads": spec.vision_hidden // 64,
+            "num_hidden_layers": 1,
+            "intermediate_size": spec.qformer_ffn,
+            "cross_attention_frequency": 1,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": 2048,
+            "use_qformer_text_input": False,
+        },
+    }
+
+
+def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
+    config: Json = {
+        "hidden_size": spec.text_hidden,
+        "intermediate_size": spec.text_ffn,
+        "num_hidden_layers": spec.text_layers,
+        "num_attention_heads": spec.text_heads,
+        "num_key_value_heads": spec.text_kv_heads,
+        "vocab_size": tokenizer.n_vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.rms_norm_eps,
+        "max_position_embeddings": spec.context,
+        "embedding_multiplier": spec.embedding_multiplier,
+        "attention_multiplier": spec.attention_multiplier,
+        "residual_multiplier": spec.residual_multiplier,
+        "logits_scaling": spec.logits_scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": spec.tied,
+        "bos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": tokenizer.end_of_text_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if spec.text_type == "granitemoehybrid":
+        return config | {
+            "model_type": "granitemoehybrid",
+            "architectures": ["GraniteMoeHybridForCausalLM"],
+            "layer_types": ["attention"] * spec.text_layers,
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": spec.text_ffn,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "rope_theta": spec.rope_theta,
+        }
+    if spec.naming == "v5":
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta}}
+        return config | {"model_type": "granite4_vision_text"} | rope
+    return config | {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": None,
+    }
+
+
+def preprocessor_config(spec: CheckpointSpec) -> Json:
+    side = {"height": spec.tile_px, "width": spec.tile_px}
+    return {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "processor_class": "Granite4VisionProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "size": side,
+        "crop_size": side,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_grid_pinpoints": spec.grid_pinpoints,
+    }
+
+
+def processor_config(spec: CheckpointSpec) -> Json:
+    return {
+        "processor_class": "Granite4VisionProcessor",
+        "patch_size": spec.patch_px,
+        "downsample_rate": spec.downsample_rate,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+        "image_token": "<image>",
+    }
+
+
+# --- tensors ---
+
+
+def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
+    """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
+    yield from _text_tensors(spec, n_vocab)
+    yield from _tower_tensors(spec)
+    for i in range(len(spec.deepstack_layer_map)):
+        yield from _projector_tensors(f"model.layerwise_projectors.{i}.", spec)
+    for i in range(4):
+        yield from _projector_tensors(f"model.spatial_projectors.{i}.", spec)
+    yield Tensor("model.image_newline", (spec.text_hidden,), 1.0)
+
+
+def _linear(name: str, n_out: int, n_in: int, bias: bool = True) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (n_out, n_in), 1.2 / math.sqrt(n_in))
+    if bias:
+        yield Tensor(f"{name}.bias", (n_out,), 0.3)
+
+
+def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (width,), draw="norm")
+    yield Tensor(f"{name}.bias", (width,), 0.3)
+
+
+def _text_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
+    width, kv_width = spec.text_hidden, spec.text_kv_heads * spec.head_dim
+    yield Tensor("model.language_model.embed_tokens.weight", (n_vocab, width), spec.embedding_std)
+    for i in range(spec.text_layers):
+        layer = f"model.language_model.layers.{i}."
+        yield Tensor(f"{layer}input_layernorm.weight", (width,), draw="rms")
+        for part, n_out, n_in in (
+            ("q", width, width),
+            ("k", kv_width, width),
+            ("v", kv_width, width),
+            ("o", width, width),
+        ):
+            yield from _linear(f"{layer}self_attn.{part}_proj", n_out, n_in, bias=False)
+        yield Tensor(f"{layer}post_attention_layernorm.weight", (width,), draw="rms")
+        yield from _linear(f"{layer}mlp.gate_proj", spec.text_ffn, width, bias=False)
+        yield from _linear(f"{layer}mlp.up_proj", spec.text_ffn, width, bias=False)
+        yield from _linear(f"{layer}mlp.down_proj", width, spec.text_ffn, bias=False)
+    yield Tensor("model.language_model.norm.weight", (width,), draw="rms")
+    if not spec.tied:
+        yield Tensor("lm_head.weight", (n_vocab, width), spec.embedding_std)
+
+
+def _tower_tensors(spec: CheckpointSpec) -> Iterator[Tensor]:
+    width, ffn, px = spec.vision_hidden, spec.vision_ffn, spec.patch_px
+    tower = "model.vision_tower."
+    yield Tensor(f"{tower}embeddings.patch_embedding.weight", (width, 3, px, px), 1.2 / math.sqrt(3 * px * px))
+    yield Tensor(f"{tower}embeddings.patch_embedding.bias", (width,), 0.3)
+    n_patches = (spec.tile_px // px) ** 2
+    yield Tensor(f"{tower}embeddings.position_embedding.weight", (n_patches, width), 0.5)
+    for i in range(spec.vision_layers):
+        layer = f"{tower}encoder.layers.{i}."
+        yield from _layer_norm(f"{layer}layer_norm1", width)
+        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield from _linear(f"{layer}self_attn.{part}", width, width)
+        yield from _layer_norm(f"{layer}layer_norm2", width)
+        yield from _linear(f"{layer}mlp.fc1", ffn, width)
+        yield from _linear(f"{layer}mlp.fc2", width, ffn)
+    yield from _layer_norm(f"{tower}post_layernorm", width)
+    if not spec.vision_head:
+        return
+    head = f"{tower}head."
+    yield Tensor(f"{head}probe", (1, 1, width), 1.0)
+    yield Tensor(f"{head}attention.in_proj_weight", (3 * width, width), 1 / math.sqrt(width))
+    yield Tensor(f"{head}attention.in_proj_bias", (3 * width,), 0.3)
+    yield from _linear(f"{head}attention.out_proj", width, width)
+    yield from _layer_norm(f"{head}layernorm", width)
+    yield from _linear(f"{head}mlp.fc1", ffn, width)
+    yield from _linear(f"{head}mlp.fc2", width, ffn)
+
+
+def _projector_tensors(prefix: str, spec: CheckpointSpec) -> Iterator[Tensor]:
+    width = spec.vision_hidden
+    query_side, window_side = (int(side) for side in spec.downsample_rate.split("/"))
+    layer = f"{prefix}qformer.encoder.layer.0."
+    yield Tensor(f"{prefix}query", (1, query_side**2, width), 0.7)
+    yield Tensor(f"{prefix}image_positions", (1, window_side**2, width), 0.7)
+    yield from _layer_norm(f"{prefix}norm", width)
+    yield from _layer_norm(f"{prefix}qformer.layernorm", width)
+    for attention in ("attention", "crossattention"):
+        for part in ("query", "key", "value"):
+            yield from _linear(f"{layer}{attention}.attention.{part}", width, width)
+        yield from _linear(f"{layer}{attention}.output.dense", width, width)
+        yield from _layer_norm(f"{layer}{attention}.output.LayerNorm", width)
+    yield from _linear(f"{layer}intermediate_query.dense", spec.qformer_ffn, width)
+    yield from _linear(f"{layer}output_query.dense", width, spec.qformer_ffn)
+    yield from _layer_norm(f"{layer}output_query.LayerNorm", width)
+    yield from _linear(f"{prefix}out_linear", spec.text_hidden, width)
+
+
+# --- how files spell them: a stored tensor is one drawn tensor, or several on top of each other ---
+
+Stored = tuple[str, tuple[Tensor, ...]]
+
+
+def stored_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Stored]:
+    """(name in the file, what it is drawn from), for the spelling and MLP layout of `spec`."""
+    gate: Tensor | None = None
+    for tensor in model_tensors(spec, n_vocab):
+        name, parts = tensor.name, (tensor,)
+        if spec.text_type == "granitemoehybrid":
+            if ".mlp.gate_proj." in name and "language_model" in name:
+                gate = tensor
+                continue
+            if ".mlp.up_proj." in name and gate is not None:
+                name, parts, gate = name.replace("mlp.up_proj", "shared_mlp.input_linear"), (gate, tensor), None
+            elif ".mlp.down_proj." in name:
+                name = name.replace("mlp.down_proj", "shared_mlp.output_linear")
+        yield _spelled(name, spec.naming), parts
+
+
+def _spelled(name: str, naming: str) -> str:
+    if naming == "v5":
+        return name
+    name = name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
+    if naming == "v4":
+        return name
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    return name.replace("model.language_model.", "model.language_model.model.").removeprefix("model.")
+
+
+def _adapter_tensors(spec: CheckpointSpec, adapter: AdapterSpec) -> Iterator[Stored]:
+    """LoRA pairs for every matrix of every decoder layer, B wide enough that the change matters."""
+    for name, parts in stored_tensors(spec, n_vocab=1):
+        if ".layers." not in name or "vision_tower" in name or len(parts[0].shape) != 2:
+            continue
+        module = name.removesuffix(".weight")
+        rank = _by_pattern(module, adapter.rank_pattern, adapter.rank)
+        alpha = _by_pattern(module, adapter.alpha_pattern, adapter.alpha)
+        scale = alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
+        n_in = parts[0].shape[1]
+        source = parts[0].name
+        if adapter.share_gate_up:
+            source = source.replace("up_proj", "gate_proj")
+        a_std, b_std = 1 / math.sqrt(n_in), 0.7 / (scale * math.sqrt(rank))
+        yield f"base_model.model.{module}.lora_A.weight", (Tensor(f"{source}.A", (rank, n_in), a_std),)
+        yield (
+            f"base_model.model.{module}.lora_B.weight",
+            tuple(Tensor(f"{part.name}.B", (part.shape[0], rank), b_std) for part in parts),
+        )
+
+
+def _by_pattern(module: str, pattern: tuple[tuple[str, Any], ...], default: Any) -> Any:
+    """PEFT's rule: a key names the end of the module's path."""
+    return next((value for key, value in pattern if module == key or module.endswith(f".{key}")), default)
+
+
+# --- drawing and writing ---
+
+
+def _draw_chunk(tensor: Tensor, seed: int, i_chunk: int, count: int) -> np.ndarray:
+    """`count` float32 values, flat; they depend on the seed and the tensor's name, not on the file layout."""
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode()), i_chunk]))
+    if tensor.draw == "normal":
+        values = rng.standard_normal(count, dtype=np.float32)
+        values *= np.float32(tensor.std)
+        return values
+    values = rng.uniform(0.4, 1.6, count).astype(np.float32)
+    if tensor.draw == "rms":  # signs keep a tied head from repeating the last token
+        values *= np.where(rng.random(count) < 1 / 3, -1, 1).astype(np.float32)
+    return values
+
+
+def _write_shards(directory: Path, entries: Iterator[Stored], spec: CheckpointSpec) -> None:
+    shards: list[list[Stored]] = [[]]
+    size, total = 0, 0
+    for name, parts in entries:
+        n_bytes = sum(math.prod(part.shape) for part in parts) * _numpy_dtype(spec.dtype).itemsize
+        if spec.max_shard_bytes and shards[-1] and size + n_bytes > spec.max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, parts))
+        size += n_bytes
+        total += n_bytes
+    if len(shards) == 1:
+        _write_safetensors(directory / "model.safetensors", shards[0], spec.dtype, spec.seed)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(directory / file_name, shard, spec.dtype, spec.seed)
+        weight_map |= {name: file_name for name, _ in shard}
+    _write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def _write_safetensors(path: Path, entries: list[Stored], dtype: str, seed: int) -> None:
+    code = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    np_dtype = _numpy_dtype(dtype)
+    header: Json = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, parts in entries:
+        shape = parts[0].shape if len(parts) == 1 else (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+        end = offset + math.prod(shape) * np_dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for chunk in _in_order(pool, _chunk_jobs(entries, np_dtype, seed), ahead=2 * (os.cpu_count() or 1)):
+            file.write(chunk.view(np.uint8).data)
+
+
+def _chunk_jobs(entries: list[Stored], np_dtype: np.dtype, seed: int) -> Iterator[Callable[[], np.ndarray]]:
+    def job(tensor: Tensor, i: int, count: int) -> Callable[[], np.ndarray]:
+        return lambda: _draw_chunk(tensor, seed, i, count).astype(np_dtype)
+
+    for _, parts in entries:
+        for tensor in parts:
+            count = math.prod(tensor.shape)
+            for i, start in enumerate(range(0, count, CHUNK)):
+                yield job(tensor, i, min(CHUNK, count - start))
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], np.ndarray]], ahead: int) -> Iterator[np.ndarray]:
+    """Results in the order of the jobs, with at most `ahead` of them in memory."""
+    waiting: list[Any] = []
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) >= ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _write_json(path: Path, content: Json) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="directory to write; made if missing")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text-type", choices=("granite", "granitemoehybrid"), help="text backbone (4.1's or 4.0's)")
+    parser.add_argument("--naming", choices=("v5", "v4", "old"), help="how tensors and config fields are spelled")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embeddings")
+    parser.add_argument("--shard-bytes", type=int, help="largest shard; one file if it all fits")
+    parser.add_argument("--adapter-rank", type=int, help="also write a LoRA adapter of this rank into the directory")
+    args = parser.parse_args()
+    given = {
+        "text_type": args.text_type,
+        "naming": args.naming,
+        "dtype": args.dtype,
+        "tied": False if args.untied else None,
+        "max_shard_bytes": args.shard_bytes,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    spec = replace(PRESETS[args.preset], seed=args.seed, **changes)
+    write_checkpoint(args.out, spec)
+    if args.adapter_rank:
+        write_adapter(
+            args.out, spec, AdapterSpec(rank=args.adapter_rank, alpha=float(args.adapter_rank), dtype=spec.dtype)
+        )
+    n_bytes = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
+    print(f"{args.out}: {args.preset}, {n_bytes / 1e9:.3f} GB of random weights, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()
