@@ -99,7 +99,6 @@ PRESETS: dict[str, CheckpointSpec] = {
         text_ffn=512,
         text_heads=4,
         text_kv_heads=2,
-        embedding_multiplier=3.0,
         attention_multiplier=0.15,
         embedding_std=0.25,
     ),
@@ -164,6 +163,7 @@ class Tensor:
     shape: tuple[int, ...]
     std: float = 0.0
     draw: str = "normal"
+    quiet_rows: range = range(0)  # drawn at a quarter of the width
 
 
 def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
@@ -366,7 +366,8 @@ def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
 
 def _text_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     width, kv_width = spec.text_hidden, spec.text_kv_heads * spec.head_dim
-    yield Tensor("model.language_model.embed_tokens.weight", (n_vocab, width), spec.embedding_std)
+    special = range(spec.n_bpe, n_vocab)  # quiet, so that greedy answers do not stop at once
+    yield Tensor("model.language_model.embed_tokens.weight", (n_vocab, width), spec.embedding_std, quiet_rows=special)
     for i in range(spec.text_layers):
         layer = f"model.language_model.layers.{i}."
         yield Tensor(f"{layer}input_layernorm.weight", (width,), draw="rms")
@@ -383,7 +384,7 @@ def _text_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
         yield from _linear(f"{layer}mlp.down_proj", width, spec.text_ffn, bias=False)
     yield Tensor("model.language_model.norm.weight", (width,), draw="rms")
     if not spec.tied:
-        yield Tensor("lm_head.weight", (n_vocab, width), spec.embedding_std)
+        yield Tensor("lm_head.weight", (n_vocab, width), spec.embedding_std, quiet_rows=special)
 
 
 def _tower_tensors(spec: CheckpointSpec) -> Iterator[Tensor]:
@@ -442,7 +443,8 @@ def stored_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Stored]:
     """(name in the file, what it is drawn from), for the spelling and MLP layout of `spec`."""
     gate: Tensor | None = None
     for tensor in model_tensors(spec, n_vocab):
-        name, parts = tensor.name, (tensor,)
+        name = tensor.name
+        parts: tuple[Tensor, ...] = (tensor,)
         if spec.text_type == "granitemoehybrid":
             if ".mlp.gate_proj." in name and "language_model" in name:
                 gate = tensor
@@ -500,6 +502,10 @@ def _draw_chunk(tensor: Tensor, seed: int, i_chunk: int, count: int) -> np.ndarr
     if tensor.draw == "normal":
         values = rng.standard_normal(count, dtype=np.float32)
         values *= np.float32(tensor.std)
+        if tensor.quiet_rows:
+            start, cols = i_chunk * CHUNK, tensor.shape[-1]
+            first, end = (max(0, row * cols - start) for row in (tensor.quiet_rows.start, tensor.quiet_rows.stop))
+            values[first:end] *= np.float32(0.25)
         return values
     values = rng.uniform(0.4, 1.6, count).astype(np.float32)
     if tensor.draw == "rms":  # signs keep a tied head from repeating the last token
@@ -521,7 +527,7 @@ def _write_shards(directory: Path, entries: Iterator[Stored], spec: CheckpointSp
     if len(shards) == 1:
         _write_safetensors(directory / "model.safetensors", shards[0], spec.dtype, spec.seed)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_safetensors(directory / file_name, shard, spec.dtype, spec.seed)
