@@ -1,0 +1,143 @@
+"""Chat messages as people write them -> the one form that templates render faithfully, and the pictures in them.
+
+Accepts a string, or messages in the content-part form of OpenAI's and Hugging Face's APIs. Knows nothing of
+templates, tokens or models, and never fetches anything from a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import unquote, urlparse
+
+from granite4v.errors import PromptError
+
+Message: TypeAlias = "Mapping[str, Any]"
+Prompt: TypeAlias = "str | Sequence[Message]"
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages of plain data (`content` is a list of text and image parts), and the pictures in reading order.
+
+    `images` holds what `clip_projector.load_image` takes; one for each image part.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Any]
+
+
+def normalize(prompt: Prompt, images: Sequence[Any] = ()) -> Conversation:
+    """The conversation a prompt stands for.
+
+    A string is one user turn: the images first, then the text. In a list of messages an image part may carry
+    its own picture (a path, a data URL, bytes, a Pillow image); those that carry none take `images` in order.
+    Content given as a string becomes one text part: templates treat the two forms differently.
+
+    Raises PromptError when a message has another form, or when pictures and image parts do not match up.
+    """
+    if isinstance(prompt, str):
+        parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+        return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], list(images))
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise PromptError("the prompt is neither text nor a list of messages such as {'role': 'user', 'content': ...}.")
+    found: list[Any] = []
+    messages = [_message(message, number, found) for number, message in enumerate(prompt, 1)]
+    return Conversation(messages, _match(found, images))
+
+
+def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
+    """The pictures of all image parts; `None` among `found` marks a part that takes one from `images`."""
+    waiting = sum(picture is None for picture in found)
+    if waiting != len(images):
+        raise PromptError(
+            f"the messages have {waiting} image part(s) without a picture of their own, but {len(images)} picture(s) "
+            "were given beside them; add or remove {'type': 'image'} parts, one where each picture belongs."
+        )
+    given = iter(images)
+    return [next(given) if picture is None else picture for picture in found]
+
+
+def _message(message: Any, number: int, found: list[Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise PromptError(f"message {number} is {message!r:.80}; expected a mapping with 'role' and 'content'.")
+    if message["role"] not in ROLES:
+        raise PromptError(f"message {number} has role {message['role']!r}; known: {', '.join(ROLES)}.")
+    content = message.get("content")
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}] if content else []
+    elif content is None and message.get("tool_calls"):
+        parts = []
+    elif isinstance(content, Sequence) and not isinstance(content, bytes):
+        parts = [_part(part, number, found) for part in content]
+    else:
+        raise PromptError(f"message {number} has content {content!r:.80}; expected text or a list of parts.")
+    others = {str(key): _plain(value) for key, value in message.items() if key not in ("role", "content")}
+    return {"role": message["role"], **others, "content": parts}
+
+
+def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind in _IMAGE_TYPES:
+        found.append(_picture(part, number))
+        return {"type": "image"}
+    raise PromptError(
+        f"message {number} has a content part {part!r:.80}; expected {{'type': 'text', 'text': ...}} or "
+        "{'type': 'image', ...}."
+    )
+
+
+def _picture(part: Mapping[str, Any], number: int) -> Any:
+    """What the part carries as `load_image` takes it; None when it carries nothing."""
+    value: Any = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+    if isinstance(value, Mapping):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
+        value = value.get("url")
+    if not isinstance(value, str):
+        return value
+    if part.get("base64") is value:
+        return _decode(value, number)
+    scheme = urlparse(value).scheme.lower()
+    if scheme == "data":
+        head, _, data = value.partition(",")
+        if not head.endswith(";base64"):
+            raise PromptError(
+                f"message {number} has a data URL that is not base64; expected 'data:image/png;base64,...'."
+            )
+        return _decode(data, number)
+    if scheme in ("http", "https", "ftp"):
+        raise PromptError(
+            f"message {number} has a picture at '{value:.80}'; granite4v works offline and fetches nothing. "
+            "Give a local path or a data URL."
+        )
+    return Path(unquote(urlparse(value).path)) if scheme == "file" else Path(value)
+
+
+def _decode(data: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise PromptError(f"message {number} has a picture whose base64 data is damaged.") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: a template is code from a file and must not be handed live objects."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item) for item in value]
+    raise PromptError(f"a message holds a {type(value).__name__}; beside pictures only JSON values can be rendered.")

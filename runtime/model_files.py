@@ -1,0 +1,241 @@
+"""Which files make up a model, and whether they belong together. Reads headers only.
+
+A model directory, or a text GGUF with its vision file beside it or given. Files may come from our converter, from
+llama.cpp's, or from a publisher's repository: what they are is read from their metadata, never from their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ModelFileError
+from granite4v.families import VisionConfig, family_of_gguf
+from granite4v.ggml.gguf_file import GgufFile
+
+_LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
+_AGAIN = "convert it again with 'granite4v convert'"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Which slot of an embedding row each stream goes to, and what decoder layer that slot feeds.
+
+    Slot 0 is the input of layer 0; `deepstack_mapping` of the text file names the others.
+    """
+
+    slots: tuple[int, ...]
+    layers: tuple[int, ...]
+    n_slots: int
+
+
+class ModelFiles:
+    """The opened headers of one model: text file, and vision file and adapter if there are any."""
+
+    def __init__(self, text: GgufFile, vision: GgufFile | None, adapter: GgufFile | None) -> None:
+        self.text, self.vision, self.adapter = text, vision, adapter
+        self.vision_config: VisionConfig | None = None
+        self.injection: Injection | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, mmproj: str | Path | None = None, adapter: str | Path | None = None
+    ) -> ModelFiles:
+        """The files of a model directory or of a text GGUF; raises ModelFileError when they do not fit together."""
+        files = cls(*_resolve(Path(path), _path(mmproj), _path(adapter)))
+        try:
+            files._check()
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    @property
+    def architecture(self) -> str:
+        return str(self.text[keys.GENERAL_ARCHITECTURE])
+
+    def text_value(self, key: str) -> Any:
+        """A value of the text file by its key pattern ('{arch}.block_count'); raises ModelFileError without it."""
+        key = key.format(arch=self.architecture)
+        if key not in self.text:
+            raise ModelFileError(f"'{self.text.path}' has no key '{key}'; {_AGAIN}.")
+        return self.text[key]
+
+    def _check(self) -> None:
+        n_embd = int(self.text_value(keys.EMBEDDING_LENGTH))
+        for key in (keys.BLOCK_COUNT, keys.CONTEXT_LENGTH):
+            self.text_value(key)
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
+        if self.vision is None:
+            return
+        _check_pair(self.text, self.vision)
+        self.vision_config = family_of_gguf(self.vision).config_from_gguf(self.vision)
+        if self.vision_config.text_hidden_size != n_embd:
+            raise ModelFileError(
+                f"'{self.vision.path}' makes embeddings of width {self.vision_config.text_hidden_size}, but "
+                f"'{self.text.path}' takes width {n_embd}; the two belong to different models."
+            )
+        self.injection = self._injection(self.vision, self.vision_config)
+
+    def _check_adapter(self, adapter: GgufFile) -> None:
+        architecture = adapter.get(keys.GENERAL_ARCHITECTURE)
+        if architecture != self.architecture:
+            raise ModelFileError(
+                f"the adapter '{adapter.path}' is for architecture {architecture!r}, but '{self.text.path}' has "
+                f"{self.architecture!r}; use the adapter that was converted together with this model."
+            )
+        _check_pair(self.text, adapter)
+
+    def _injection(self, vision: GgufFile, config: VisionConfig) -> Injection:
+        mapping = [int(slot) for slot in self.text.get(keys.DEEPSTACK_MAPPING.format(arch=self.architecture), [])]
+        layer_of_slot = {slot: layer for layer, slot in enumerate(mapping) if slot > 0}
+        n_slots = 1 + len(layer_of_slot)
+        if sorted(layer_of_slot) != list(range(1, n_slots)):
+            raise ModelFileError(
+                f"'{self.text.path}' numbers its image streams {sorted(layer_of_slot)}; expected 1, 2, ... without "
+                f"gaps. {_AGAIN.capitalize()}."
+            )
+        slot_of_layer = {0: 0} | {layer: slot for slot, layer in layer_of_slot.items()}
+        layer_of_slot[0] = 0
+        if keys.TEXT_LAYERS in vision:
+            wanted = [stream.text_layer for stream in config.streams]
+            if any(layer not in slot_of_layer for layer in wanted):
+                raise ModelFileError(
+                    f"'{vision.path}' makes streams for decoder layers {wanted}, but '{self.text.path}' takes them "
+                    f"at {sorted(slot_of_layer)}; the two belong to different models."
+                )
+            slots = [slot_of_layer[layer] for layer in wanted]
+        else:
+            slots = list(range(len(config.streams)))
+            if len(slots) != n_slots:
+                raise ModelFileError(
+                    f"'{vision.path}' makes {len(slots)} image streams, but '{self.text.path}' takes {n_slots}; the "
+                    "two belong to different models."
+                )
+        return Injection(tuple(slots), tuple(layer_of_slot[slot] for slot in slots), n_slots)
+
+    def close(self) -> None:
+        for file in (self.text, self.vision, self.adapter):
+            if file is not None:
+                file.close()
+
+    def __enter__(self) -> ModelFiles:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _role(metadata: Mapping[str, Any]) -> str:
+    """'text', 'vision' or 'adapter', from what the file says of itself."""
+    if metadata.get(keys.GENERAL_TYPE) == keys.TYPE_ADAPTER:
+        return "adapter"
+    if metadata.get(keys.GENERAL_ARCHITECTURE) == keys.ARCH_CLIP:
+        return "vision"
+    return "text"
+
+
+def _resolve(
+    path: Path, mmproj: Path | None, adapter: Path | None
+) -> tuple[GgufFile, GgufFile | None, GgufFile | None]:
+    """The files to use. In a directory each role may occur once; beside a text file its partners are looked for."""
+    if not path.exists():
+        raise ModelFileError(
+            f"'{path}' does not exist; give a model directory made by 'granite4v convert', or a text GGUF file."
+        )
+    opened: list[GgufFile] = []
+
+    def open_as(role: str, file: Path) -> GgufFile:
+        gguf = GgufFile.open(file)
+        opened.append(gguf)
+        if keys.GENERAL_ARCHITECTURE not in gguf:
+            raise ModelFileError(f"'{file}' has no key '{keys.GENERAL_ARCHITECTURE}'; {_AGAIN}.")
+        if _role(gguf) != role:
+            raise ModelFileError(f"'{file}' is a {_NAMES[_role(gguf)]}, but a {_NAMES[role]} is needed there.")
+        return gguf
+
+    try:
+        if path.is_dir():
+            beside = _by_role(path)
+            text = open_as("text", _only(beside["text"], "text", path))
+        else:
+            text = open_as("text", path)
+            beside = _partners(text)
+        if mmproj is None and beside["vision"]:
+            mmproj = _only(beside["vision"], "vision", path)
+        if adapter is None and beside["adapter"]:
+            adapter = _only(beside["adapter"], "adapter", path)
+        return (
+            text,
+            open_as("vision", mmproj) if mmproj is not None else None,
+            open_as("adapter", adapter) if adapter is not None else None,
+        )
+    except BaseException:
+        for gguf in opened:
+            gguf.close()
+        raise
+
+
+_NAMES = {"text": "text model", "vision": "vision file (mmproj)", "adapter": "LoRA adapter"}
+_OPTIONS = {
+    "text": "give the text GGUF itself instead of the directory",
+    "vision": "choose one with '--mmproj'",
+    "adapter": "remove all but one",
+}
+
+
+def _by_role(folder: Path) -> dict[str, list[Path]]:
+    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": []}
+    for file in sorted(folder.glob("*.gguf")):
+        if not _LATER_SHARD.search(file.name):
+            with GgufFile.open(file) as gguf:
+                roles[_role(gguf)].append(file)
+    return roles
+
+
+def _partners(text: GgufFile) -> dict[str, list[Path]]:
+    """Vision files and adapters beside a text file that was given alone; those of another conversion do not count."""
+    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": []}
+    for file in sorted(text.path.parent.glob("*.gguf")):
+        if file == text.path or _LATER_SHARD.search(file.name):
+            continue
+        try:
+            gguf = GgufFile.open(file)
+        except ModelFileError:  # a stranger's broken file beside ours is not this model's fault
+            continue
+        with gguf:
+            if gguf.get(keys.PAIR_ID) == text.get(keys.PAIR_ID):
+                roles[_role(gguf)].append(file)
+    return roles
+
+
+def _only(found: list[Path], role: str, where: Path) -> Path:
+    if not found:
+        raise ModelFileError(
+            f"'{where}' holds no {_NAMES[role]} (*.gguf); make one with 'granite4v convert', or give a text GGUF file."
+        )
+    if len(found) > 1:
+        names = ", ".join(f"'{file.name}'" for file in found)
+        raise ModelFileError(f"'{where}' holds more than one {_NAMES[role]}: {names}; {_OPTIONS[role]}.")
+    return found[0]
+
+
+def _check_pair(text: GgufFile, other: GgufFile) -> None:
+    ours, theirs = text.get(keys.PAIR_ID), other.get(keys.PAIR_ID)
+    if ours and theirs and ours != theirs:
+        raise ModelFileError(
+            f"'{text.path}' and '{other.path}' come from different conversions (pair ids {ours!r} and {theirs!r}); "
+            "use two files of one conversion."
+        )

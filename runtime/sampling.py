@@ -1,0 +1,86 @@
+"""The next token from logits: greedy, or drawn after the usual filters. NumPy only, so that masks can be added.
+
+Filters in llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked. Temperature 0 takes the most likely one; every other field's default does nothing.
+
+    `repeat_penalty` divides positive and multiplies negative logits of the last `repeat_last_n` tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            ("min_p", 0 <= self.min_p < 1, "0 (off) or more, below 1"),
+            ("repeat_penalty", self.repeat_penalty > 0, "above 0 (1 is off)"),
+            ("repeat_last_n", self.repeat_last_n >= 0, "0 or more"),
+        )
+        for name, fits, expected in limits:
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}.")
+
+
+class Sampler:
+    """Picks the tokens of one answer; the same seed and logits give the same tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        import numpy as np
+
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def pick(self, logits: np.ndarray, history: Sequence[int]) -> int:
+        """The next token's id; `history` is what has been generated so far. `logits` is left as it is."""
+        import numpy as np
+
+        s = self.sampling
+        if s.repeat_penalty != 1.0 and history and s.repeat_last_n:
+            logits = logits.copy()
+            seen = np.unique(np.asarray(history[-s.repeat_last_n :]))
+            scores = logits[seen]
+            logits[seen] = np.where(scores > 0, scores / s.repeat_penalty, scores * s.repeat_penalty)
+        if s.temperature == 0.0:
+            return int(logits.argmax())
+        ids, scores = self._candidates(logits)
+        weights = np.exp((scores - scores[0]) / s.temperature)
+        return int(self._random.choice(ids, p=weights / weights.sum()))
+
+    def _candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and float64 logits of what remains after the filters, most likely first."""
+        import numpy as np
+
+        s = self.sampling
+        some = 0 < s.top_k < len(logits)
+        ids = np.argpartition(logits, -s.top_k)[-s.top_k :] if some else np.arange(len(logits))
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
+        scores = logits[ids].astype(np.float64)
+        weights = np.exp(scores - scores[0])
+        n = len(ids)
+        if s.top_p < 1.0:
+            total = np.cumsum(weights) / weights.sum()
+            n = min(n, int(np.searchsorted(total, s.top_p)) + 1)
+        if s.min_p > 0.0:
+            n = min(n, int(np.count_nonzero(weights >= s.min_p)))
+        return ids[:n], scores[:n]

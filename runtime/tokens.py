@@ -1,0 +1,171 @@
+"""Text to token ids and back: the checkpoint's own tokenizer.json, or llama.cpp's vocabulary when a file has none.
+
+Special tokens written in the text are recognised, as the reference does. Knows nothing of pictures.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from granite4v.runtime.llama import LlamaModel
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
+_SPECIAL_KEYS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
+_STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_VOCABULARY = "tokenizer.ggml.tokens"
+
+
+class TextStream(Protocol):
+    """Turns the ids of one answer into text as they come; a character is held back until it is whole."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """`encode` adds what the tokenizer's own settings add, unless the text starts with the bos token."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Iterable[int]) -> str: ...
+
+    def text_stream(self) -> TextStream: ...
+
+    def close(self) -> None: ...
+
+
+def load_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a text GGUF; raises ModelFileError when the file has none that works."""
+    source = metadata.get(keys.TOKENIZER_HF_JSON)
+    if source:
+        return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
+    return LlamaTokenizer(path)
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """'bos_token', 'eos_token', ... as text, for the chat template."""
+    ids = {name: metadata[key] for name, key in _SPECIAL_KEYS.items() if key in metadata}
+    vocabulary = metadata.get(_VOCABULARY) if ids else None
+    if not vocabulary:
+        return {}
+    return {name: vocabulary[i] for name, i in ids.items() if 0 <= i < len(vocabulary)}
+
+
+def stop_tokens(metadata: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end an answer; raises ModelFileError when the file names none."""
+    found = frozenset(int(metadata[key]) for key in _STOP_KEYS if key in metadata)
+    if not found:
+        raise ModelFileError(
+            f"the text file names no end of text (no key '{keys.EOS_TOKEN_ID}'); convert it again with "
+            "'granite4v convert'."
+        )
+    return found
+
+
+def token_id(metadata: Mapping[str, Any], text: str) -> int | None:
+    """The id of a token of the vocabulary, by its exact text."""
+    try:
+        return int(metadata.get(_VOCABULARY, []).index(text))
+    except ValueError:
+        return None
+
+
+class HfTokenizer:
+    """tokenizer.json through the `tokenizers` library."""
+
+    def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises bare Exception for every fault in the JSON
+            raise ModelFileError(
+                f"'{path}' has a '{keys.TOKENIZER_HF_JSON}' that cannot be read ({error}); convert it again."
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._bos_token = bos_token
+
+    def encode(self, text: str) -> list[int]:
+        add_special = not (self._bos_token and text.startswith(self._bos_token))
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def text_stream(self) -> TextStream:
+        return _DecodeStream(self)
+
+    def close(self) -> None:
+        pass
+
+
+class _DecodeStream:
+    """Decodes a short window again with every token, since a token's text can depend on its neighbours."""
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._n_shown = 0  # tokens of the window whose text has been handed out
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        shown = self._tokenizer.decode(self._window[: self._n_shown])
+        text = self._tokenizer.decode(self._window)
+        if len(text) <= len(shown) or text.endswith(REPLACEMENT):
+            return ""
+        self._window = self._window[self._n_shown :]
+        self._n_shown = len(self._window)
+        return text[len(shown) :]
+
+    def flush(self) -> str:
+        shown = self._tokenizer.decode(self._window[: self._n_shown])
+        text = self._tokenizer.decode(self._window)
+        self._n_shown = len(self._window)
+        return text[len(shown) :]
+
+
+class LlamaTokenizer:
+    """llama.cpp's own tokenizer on the file's vocabulary."""
+
+    def __init__(self, path: Path) -> None:
+        from granite4v.runtime.llama import LlamaModel
+
+        self._model: LlamaModel = LlamaModel(path, vocab_only=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.tokenize(text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self._model.piece(token) for token in tokens).decode("utf-8", "replace")
+
+    def text_stream(self) -> TextStream:
+        return _ByteStream(self._model)
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class _ByteStream:
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._model.piece(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
