@@ -201,7 +201,7 @@ def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterS
             "use_dora": False,
             "rank_pattern": dict(adapter.rank_pattern),
             "alpha_pattern": dict(adapter.alpha_pattern),
-            "target_modules": modules,
+            "target_modules": rf".*language_model.*\.({'|'.join(modules)})",
             "modules_to_save": None,
             "bias": "none",
             "fan_in_fan_out": False,

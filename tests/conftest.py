@@ -1,0 +1,46 @@
+"""Checkpoints made once for the whole run, and the reference loaded on them once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from make_checkpoint import CheckpointSpec, write_checkpoint
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Path]:
+    """Directory of a checkpoint; the same specification is written once a run. Treat it as read-only."""
+    made: dict[CheckpointSpec, Path] = {}
+
+    def make(spec: CheckpointSpec) -> Path:
+        if spec not in made:
+            made[spec] = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), spec)
+        return made[spec]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_reference(make_checkpoint: Callable[[CheckpointSpec], Path]) -> Callable[..., Reference]:
+    """The reference for a specification (and an adapter's directory), loaded once a run."""
+    from reference import Reference
+
+    loaded: dict[tuple[CheckpointSpec, Path | None], Reference] = {}
+
+    def load(spec: CheckpointSpec, adapter: Path | None = None) -> Reference:
+        if (spec, adapter) not in loaded:
+            loaded[spec, adapter] = Reference(make_checkpoint(spec), adapter)
+        return loaded[spec, adapter]
+
+    return load

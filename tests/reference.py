@@ -1,0 +1,124 @@
+"""What the reference says: transformers in float32 with eager attention, on the same checkpoint.
+
+Imported by tests only. Pictures are Pillow images; results are NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+Message = dict[str, Any]
+Messages = list[Message]
+
+
+def user_turn(text: str, n_images: int = 0) -> Message:
+    """One user message, the pictures first, in the parts the chat template knows."""
+    return {"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": text}]}
+
+
+def as_messages(prompt: str | Messages, n_images: int) -> Messages:
+    return [user_turn(prompt, n_images)] if isinstance(prompt, str) else prompt
+
+
+def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected|, over all values."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+class Reference:
+    """A checkpoint loaded by transformers. Every method takes pictures in the order of their placeholders."""
+
+    def __init__(self, directory: Path | str, adapter: Path | str | None = None) -> None:
+        from transformers import AutoProcessor, Granite4VisionForConditionalGeneration
+
+        self.directory = Path(directory)
+        model, info = Granite4VisionForConditionalGeneration.from_pretrained(
+            self.directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        wrong = {kind: names for kind, names in info.items() if names}
+        assert not wrong, f"transformers did not read all of {directory}: {wrong}"
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        self.model = model.eval()
+        self.processor = AutoProcessor.from_pretrained(self.directory)
+
+    def tiles(self, picture: Image.Image) -> np.ndarray:
+        """float32 (n_tiles, 3, tile_px, tile_px), the overview first."""
+        return self._pixels(picture)[0][0].numpy()
+
+    def n_tokens(self, picture: Image.Image) -> int:
+        """Image tokens in the prompt, as the processor counts them."""
+        width, height = ImageOps.exif_transpose(picture).size
+        side = self.model.config.vision_config.image_size
+        return int(self.processor._get_number_of_features(height, width, side, side))
+
+    @torch.inference_mode()
+    def streams(self, picture: Image.Image) -> dict[int, np.ndarray]:
+        """Decoder layer -> float32 (n_tokens, n_embd), packed, newlines included."""
+        features = self.model.get_image_features(*self._pixels(picture)).deepstack_features
+        n_layers = self.model.config.text_config.num_hidden_layers
+        return {layer: packed[0].numpy() for layer, packed in features if layer < n_layers}
+
+    def prompt_text(self, prompt: str | Messages, n_images: int = 0) -> str:
+        """What the chat template renders, one `<image>` for each picture."""
+        return self.processor.apply_chat_template(as_messages(prompt, n_images), add_generation_prompt=True)
+
+    def prompt_ids(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> list[int]:
+        """Token ids, every picture's placeholder repeated for each of its tokens."""
+        pieces = self.prompt_text(prompt, len(pictures)).split(self.processor.image_token)
+        assert len(pieces) == len(pictures) + 1, (pieces, len(pictures))
+        text = pieces[0]
+        for picture, piece in zip(pictures, pieces[1:], strict=True):
+            text += self.processor.image_token * self.n_tokens(picture) + piece
+        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
+
+    def logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
+        """float32 (n_vocab,) for the token after the chat prompt."""
+        return self.all_logits(prompt, pictures)[-1]
+
+    @torch.inference_mode()
+    def all_logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
+        """float32 (n_prompt_tokens, n_vocab)."""
+        return self._forward(self.prompt_ids(prompt, pictures), pictures).logits[0].numpy()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32) -> list[int]:
+        """The next `n` tokens, always the likeliest; ends early after the end-of-text token."""
+        out = self._forward(self.prompt_ids(prompt, pictures), pictures, use_cache=True)
+        tokens: list[int] = []
+        while True:
+            tokens.append(int(out.logits[0, -1].argmax()))
+            if len(tokens) == n or tokens[-1] == self.processor.tokenizer.eos_token_id:
+                return tokens
+            out = self.model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+
+    def _forward(self, ids: list[int], pictures: Sequence[Image.Image], use_cache: bool = False) -> Any:
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), "use_cache": use_cache}
+        if pictures:
+            found = [self._pixels(picture) for picture in pictures]
+            n_most = max(pixels.shape[1] for pixels, _ in found)
+            inputs["pixel_values"] = torch.cat(
+                [torch.nn.functional.pad(pixels, (0,) * 7 + (n_most - pixels.shape[1],)) for pixels, _ in found]
+            )
+            inputs["image_sizes"] = torch.cat([size for _, size in found])
+        return self.model(**inputs)
+
+    def _pixels(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, n_tiles, 3, px, px) float32 and (1, 2) height and width.
+
+        The picture is turned upright first, as our loader does. Which axis holds the channels is said
+        outright: by itself the processor takes a picture of 3 rows for one with its channels first.
+        """
+        upright = ImageOps.exif_transpose(picture)
+        out = self.processor.image_processor([upright], return_tensors="pt", input_data_format="channels_last")
+        return out["pixel_values"], out["image_sizes"]
