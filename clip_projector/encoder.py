@@ -57,10 +57,16 @@ class ImageFeatures:
 class VisionEncoder:
     """The image side of a model, from an mmproj GGUF. Not for use by several threads at once."""
 
-    def __init__(self, path: str | Path, device: str = "auto", n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "auto",
+        n_threads: int | None = None,
+        abort: tuple[int, int] | None = None,
+    ) -> None:
         """Opens the file and starts the device; weights are read when a picture comes.
 
-        `device`: 'cpu', 'cuda', 'metal' or 'auto'. Raises ModelFileError and DeviceError.
+        `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. Raises ModelFileError and DeviceError.
         """
         from granite4v.clip_projector.weights import Weights
         from granite4v.families import family_of_gguf
@@ -78,7 +84,7 @@ class VisionEncoder:
                 )
             self.config: VisionConfig = family_of_gguf(file).config_from_gguf(file)
             self.pair_id: str | None = file.get(keys.PAIR_ID)
-            self.backend = Backend(device, n_threads)
+            self.backend = Backend(device, n_threads, abort)
             matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1}
             self.ways = speed.ways(self.backend, matrices)
             self._weights = Weights(file, self.backend, self.ways)
@@ -93,10 +99,8 @@ class VisionEncoder:
     ) -> list[ImageFeatures]:
         """The features of each RGB picture. Equal tiles, in one picture or in several, are computed once.
 
-        `progress` is called with (tiles done, tiles to do).
+        `progress` is called with (tiles done, tiles to do). Raises Aborted when the abort callback says so.
         """
-        import numpy as np
-
         pictures = [cut(image, self.config.tiling) for image in images]
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from granite4v.errors import ImageError
+from granite4v.errors import ImageError, ImageWarning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +25,9 @@ def load_image(source: ImageSource) -> Image:
     `(h, w, 3)` or `(h, w, 4)`. Of a file with several frames the first is taken. Colours are converted as
     Hugging Face's image processors do, so that tiles come out equal.
 
+    Warns (ImageWarning) of a greyscale picture with 16 or more bits: Pillow, and so the reference, cuts values
+    above 255 to white, which a page rarely survives.
+
     Raises ImageError for what is missing, empty, not a picture, cut short, or so large that it is probably a
     decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`).
     """
@@ -36,7 +39,8 @@ def load_image(source: ImageSource) -> Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = _open(source, name)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        _warn_if_clipped(image, name)
+        return _to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; scale it "
@@ -102,6 +106,18 @@ def _from_array(array: Any, name: str) -> Image:
     if array.size == 0:
         raise ImageError(f"{name} is empty (shape {array.shape}).")
     return Image.fromarray(array)
+
+
+def _warn_if_clipped(image: Image, name: str) -> None:
+    if image.mode.startswith(("I", "F")):
+        highest = image.getextrema()[1]
+        if isinstance(highest, int | float) and highest > 255:
+            warnings.warn(
+                f"{name} is greyscale with values up to {highest:g}; those above 255 are read as white. Save it "
+                "with 8 bits a channel to keep its greys.",
+                ImageWarning,
+                stacklevel=3,
+            )
 
 
 def _to_rgb(image: Image) -> Image:

@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from granite4v.errors import ImageError
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,20 +47,15 @@ class Layout:
 
 
 def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the picture's pixels, then wastes least; the first of equals.
-
-    Raises ImageError for a picture so thin that no pinpoint keeps a pixel of it.
-    """
+    """The (height, width) that keeps most of the picture's pixels, then wastes least; the first of equals."""
     width, height = size
-    best, most, least_waste = None, 0, math.inf
+    best, most, least_waste = pinpoints[0], 0, math.inf
     for grid_height, grid_width in pinpoints:
         scale = min(grid_width / width, grid_height / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         wasted = grid_width * grid_height - kept
         if kept > most or (kept == most and wasted < least_waste):
             best, most, least_waste = (grid_height, grid_width), kept, wasted
-    if best is None:
-        raise ImageError(f"a picture of {width}x{height} pixels is too thin to be read; crop it.")
     return best
 
 

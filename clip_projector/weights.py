@@ -103,7 +103,7 @@ class Weights:
         info = self._info(name)
         if _flat(info.shape) != (n_out, n_in):
             raise ModelFileError(
-                f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected {(n_out, n_in)} from its metadata."
+                f"'{self._path}' has tensor '{name}' with shape {info.shape}, its metadata says {(n_out, n_in)}."
             )
         tensor, way = self._tensors[name], self._way(info)
         if len(info.shape) > 2:

@@ -21,6 +21,10 @@ class ImageError(Granite4vError):
     """A picture that cannot be opened or is unsafe to open."""
 
 
+class ImageWarning(UserWarning):
+    """A picture that is read, but not as a person would expect."""
+
+
 class PromptError(Granite4vError):
     """Messages that the chat template cannot render faithfully."""
 

@@ -63,9 +63,7 @@ class Granite4Vision:
 
         def need(key: str) -> Any:
             if key not in metadata:
-                raise ModelFileError(
-                    f"the vision file has no key '{key}'; convert it again with 'granite4v convert'."
-                )
+                raise ModelFileError(f"the vision file has no key '{key}'; convert it again with 'granite4v convert'.")
             return metadata[key]
 
         hidden_size = int(need(keys.VISION_EMBEDDING_LENGTH))
@@ -102,9 +100,7 @@ class Granite4Vision:
             projector=WindowQFormerConfig(
                 query_side=int(need(keys.PROJECTOR_QUERY_SIDE)),
                 window_side=int(need(keys.PROJECTOR_WINDOW_SIDE)),
-                num_attention_heads=int(
-                    metadata.get(keys.PROJECTOR_HEAD_COUNT, hidden_size // QFORMER_HEAD_DIM)
-                ),
+                num_attention_heads=int(metadata.get(keys.PROJECTOR_HEAD_COUNT, hidden_size // QFORMER_HEAD_DIM)),
                 layer_norm_eps=_short(metadata.get(keys.PROJECTOR_LAYER_NORM_EPS, 1e-12)),
                 hidden_act=str(metadata.get(keys.PROJECTOR_HIDDEN_ACT, "gelu")),
             ),
@@ -219,7 +215,7 @@ def _projector_from_hf(config: Metadata, tower: TowerConfig) -> WindowQFormerCon
         ) from None
     if query_side <= 0 or window_side <= 0 or tower.grid_side % window_side:
         raise CheckpointError(
-            f"config.json has downsample_rate {rate!r}, whose window must divide the {tower.grid_side} patches of a side."
+            f"config.json has downsample_rate {rate!r}; its window must divide the {tower.grid_side} patches of a side."
         )
     if window_side != 2 * query_side:
         raise CheckpointError(
@@ -277,13 +273,11 @@ def _streams_from_hf(config: Metadata, n_vision_layers: int, n_text_layers: int)
 
     by_layer: dict[int, Stream] = {}
     for i, (vision_layer, text_layer) in enumerate(config.get("deepstack_layer_map") or ()):
-        by_layer[text_layer] = Stream(
-            hidden_state(vision_layer), text_layer, None, f"layerwise_projectors.{i}"
-        )
+        by_layer[text_layer] = Stream(hidden_state(vision_layer), text_layer, None, f"layerwise_projectors.{i}")
     targets = config.get("spatial_target_layers", [12, 15, 18, 21])
     if len(targets) > N_SPATIAL_PROJECTORS:
         raise CheckpointError(
-            f"config.json has {len(targets)} spatial_target_layers; there are {N_SPATIAL_PROJECTORS} spatial projectors."
+            f"config.json has {len(targets)} spatial_target_layers; at most {N_SPATIAL_PROJECTORS} are possible."
         )
     spatial = hidden_state(config.get("spatial_vision_layer", -1))
     for i, text_layer in enumerate(targets):

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 _DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
 _USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-_STATUS_SUCCESS = 0  # GGML_STATUS_SUCCESS
+_STATUS_SUCCESS, _STATUS_ABORTED = 0, 1  # enum ggml_status
 DEVICES = ("auto", "cpu", "cuda", "metal")
 _REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
+
+
+class Aborted(Exception):
+    """A computation ended early because its caller asked for it."""
 
 
 def default_threads() -> int:
@@ -72,7 +76,10 @@ def _registry_name(device: Any) -> str:
 class Backend:
     """A device ready to compute."""
 
-    def __init__(self, device: str = "cpu", n_threads: int | None = None) -> None:
+    def __init__(self, device: str = "cpu", n_threads: int | None = None, abort: tuple[int, int] | None = None) -> None:
+        """`abort`: addresses of a C callback `bool (*)(void *)` and of its data, asked between graph nodes
+        whether to stop (CPU only); the caller keeps both alive. Raises DeviceError.
+        """
         ggml = lib()
         self.device = find_device(device)
         self.name = str(ggml.ggml_backend_dev_name(self.device).decode())
@@ -86,6 +93,13 @@ class Backend:
         set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
         if set_threads:
             set_threads(self.handle, self.n_threads)
+
+        if abort is not None:
+            set_abort = self._registry_function(
+                "ggml_backend_set_abort_callback", None, type(self.handle), ctypes.c_void_p, ctypes.c_void_p
+            )
+            if set_abort:
+                set_abort(self.handle, *abort)
 
     def _registry_function(self, name: str, restype: Any, *argtypes: Any) -> Any:
         registry = lib().ggml_backend_dev_backend_reg(self.device)
@@ -123,8 +137,10 @@ class Backend:
             arena.close()
 
     def compute(self, graph: Any) -> None:
-        """Runs a graph to its end. ctypes releases the GIL; raises DeviceError when the device fails."""
+        """Runs a graph to its end. ctypes releases the GIL; raises Aborted, or DeviceError when the device fails."""
         status = lib().ggml_backend_graph_compute(self.open_handle, graph)
+        if status == _STATUS_ABORTED:
+            raise Aborted
         if status != _STATUS_SUCCESS:
             raise DeviceError(f"device '{self.name}' failed in ggml_backend_graph_compute with status {status}.")
 
