@@ -1,0 +1,111 @@
+"""`granite4v ask`: one question about pictures, the answer on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from granite4v.cli.options import (
+    ContextOption,
+    DeviceOption,
+    JsonOption,
+    LoraOption,
+    MmprojOption,
+    ModelOption,
+    ThreadsOption,
+)
+
+if TYPE_CHECKING:
+    from granite4v.runtime import Answer
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+def ask(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
+    images: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[IMAGE]...", help="Pictures; '-' reads one from stdin.")
+    ] = None,
+    mmproj: MmprojOption = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="The most tokens the answer may have.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token every time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest that add up to p.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes drawing repeatable.", show_default="random")] = None,
+    system: Annotated[Optional[str], typer.Option(help="A system message.", show_default="the template's own")] = None,
+    lora: LoraOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    ctx: ContextOption = 8192,
+    as_json: JsonOption = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
+) -> None:
+    """Ask one question about one or more pictures.
+
+    The answer goes to stdout alone; progress, timings and warnings go to stderr.
+    """
+    from granite4v.cli.status import Status
+    from granite4v.runtime import Model
+
+    pictures = [_picture(image) for image in images or []]
+    if not pictures and Path(prompt).is_file():
+        raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
+    status = Status()
+    try:
+        with Model.load(model, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+            for warning in loaded.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            loaded.progress = status
+            stream = loaded.stream(
+                _messages(prompt, len(pictures), system),
+                pictures,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                lora=lora,
+            )
+            for piece in stream:
+                status.clear()
+                if not as_json and not no_stream:
+                    print(piece, end="", flush=True)
+        status.clear()
+        _finish(stream.answer, as_json=as_json, whole=no_stream)
+    except KeyboardInterrupt:
+        status.clear()
+        print("\ninterrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _picture(image: str) -> Any:
+    return sys.stdin.buffer.read() if image == "-" else Path(image)
+
+
+def _messages(prompt: str, n_pictures: int, system: str | None) -> list[dict[str, Any]]:
+    parts = [*({"type": "image"} for _ in range(n_pictures)), {"type": "text", "text": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _finish(answer: Answer, *, as_json: bool, whole: bool) -> None:
+    timings = answer.timings
+    if as_json:
+        print(json.dumps(answer.as_dict(), ensure_ascii=False, indent=2))
+    elif whole:
+        print(answer.text)
+    elif not answer.text.endswith("\n"):
+        print()
+    if answer.finish_reason == "length":
+        print(f"the answer was cut at {len(answer.tokens)} tokens; --max-tokens allows more", file=sys.stderr)
+    print(
+        f"{timings.n_prompt} prompt tokens ({timings.n_image} of pictures): pictures {timings.encode_s:.1f} s, "
+        f"prompt {timings.prefill_s:.1f} s; {timings.n_generated} tokens in {timings.decode_s:.1f} s "
+        f"({timings.decode_tok_s:.1f} a second)",
+        file=sys.stderr,
+    )

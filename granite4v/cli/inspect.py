@@ -1,0 +1,67 @@
+"""`granite4v inspect`: what is in a GGUF file or a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from granite4v.cli.options import JsonOption
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A GGUF file, or a model directory.", metavar="FILE|DIR")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a GGUF file or a model directory; reads headers only."""
+    from granite4v.summary import summarize
+
+    files = [summarize(file) for file in gguf_files(path)]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"path": str(path), "files": files}, indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n\n".join(_table(summary) for summary in files))
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The file itself, or every GGUF of a directory by name; raises ModelFileError when there is none."""
+    from granite4v.errors import ModelFileError
+
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        raise ModelFileError(
+            f"'{path}' holds no .gguf file; give a model directory made by 'granite4v convert', or a GGUF file."
+        )
+    return files
+
+
+def _table(summary: dict[str, Any]) -> str:
+    lines = [summary["path"]]
+    for name, value in summary.items():
+        if name in ("path", "tensor_types", "streams"):
+            continue
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"  {f'{label} {key}':<24} {_plain(item)}" for key, item in value.items()]
+        else:
+            lines.append(f"  {label:<24} {_plain(value)}")
+    for stream in summary.get("streams", ()):
+        kind = "area" if stream["spatial_offset"] is None else f"corner {stream['spatial_offset']}"
+        before = "?" if stream["text_layer"] is None else stream["text_layer"]
+        lines.append(f"  {'stream':<24} hidden state {stream['hidden_state']} -> decoder layer {before} ({kind})")
+    for name, entry in summary["tensor_types"].items():
+        lines.append(f"  {name:<24} {entry['tensors']:>5} tensors {entry['bytes'] / 1e6:>10.1f} MB")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
