@@ -1,0 +1,242 @@
+"""How far a model's files are from the checkpoint they were made of, measured through transformers.
+
+The reference runs first and is freed before our files are loaded, so that the two never share the memory. Needs
+torch and transformers (the `verify` extra), which nothing else in the product imports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import CheckpointError, DeviceError
+from granite4v.runtime.prompt import TextSpan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from granite4v.runtime.model import Model
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class StreamDifference:
+    """One stream of image embeddings: the decoder layer it is added before, |ours - reference| / |reference|."""
+
+    layer: int
+    relative_l2: float
+
+
+@dataclass
+class Comparison:
+    """One picture (None: text only) through both. Positions are those of the reference's own greedy answer.
+
+    `kl`: of the reference's distribution from ours in nats, mean and largest over the positions. `same_top`: share of
+    the positions where both put the same token first. `logits_max`: the largest difference of any logit.
+    """
+
+    picture: str | None
+    same_prompt_tokens: bool
+    n_image_tokens: int
+    n_image_tokens_reference: int
+    streams: list[StreamDifference] = field(default_factory=list)
+    n_positions: int = 0
+    logits_relative_l2: float = math.nan
+    logits_max: float = math.nan
+    kl_mean: float = math.nan
+    kl_max: float = math.nan
+    same_top: float = math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Expected:
+    """What the reference says about one picture."""
+
+    picture: str | None
+    image: Image | None
+    ids: list[int]
+    n_image: int
+    streams: dict[int, np.ndarray]
+    answer: list[int]
+    logits: np.ndarray  # (n_positions, n_vocab)
+
+
+def verify(
+    open_model: Callable[[], Model],
+    reference: Path,
+    pictures: Sequence[Path] = (),
+    *,
+    prompt: str,
+    n_positions: int = 32,
+    dtype: str = "float32",
+    adapter: Path | None = None,
+    report: Report | None = None,
+) -> list[Comparison]:
+    """Differences for every picture, then for the prompt alone.
+
+    `open_model` loads our side once the reference is done. `adapter`: a PEFT adapter that the reference merges into
+    itself; a separate adapter on our side is then applied to text-only requests too. Raises DeviceError without the
+    `verify` extra, CheckpointError for a checkpoint that transformers cannot read whole.
+    """
+    from granite4v.clip_projector import load_image
+
+    say = report or (lambda _: None)
+    images: list[tuple[str | None, Image | None]] = [(str(path), load_image(path)) for path in pictures]
+    say(f"reference: {reference} in {dtype}")
+    runner = _Reference(reference, dtype, adapter)
+    expected = []
+    for name, image in [*images, (None, None)]:
+        say(f"reference: {name or 'text only'}")
+        expected.append(runner.run(name, image, prompt, n_positions))
+    with_adapter = runner.has_adapter
+    del runner
+    results = []
+    with open_model() as model:
+        for item in expected:
+            say(f"ours: {item.picture or 'text only'}")
+            results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
+    return results
+
+
+def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | None) -> Comparison:
+    import numpy as np
+
+    images = [] if expected.image is None else [expected.image]
+    prepared = model.prepare(prompt, images)
+    n_image = prepared.n_image_tokens
+    result = Comparison(
+        picture=expected.picture,
+        same_prompt_tokens=_without_images(expected, prepared.spans),
+        n_image_tokens=n_image,
+        n_image_tokens_reference=expected.n_image,
+        n_positions=len(expected.answer),
+    )
+    if images and n_image == expected.n_image:
+        features = model.encode_image(images[0])
+        for layer, stream in zip(features.layers, features.streams, strict=True):
+            if layer in expected.streams:
+                result.streams.append(StreamDifference(layer, relative_l2(stream, expected.streams[layer])))
+    ours = model.score(prompt, images, tokens=expected.answer, lora=lora)
+    if ours.shape != expected.logits.shape:
+        raise CheckpointError(
+            f"the reference has a vocabulary of {expected.logits.shape[1]:,} tokens and the model one of "
+            f"{ours.shape[1]:,}; compare a model with the checkpoint it was made of."
+        )
+    kl = divergence(expected.logits, ours)
+    result.logits_relative_l2 = relative_l2(ours, expected.logits)
+    result.logits_max = float(np.abs(ours - expected.logits).max())
+    result.kl_mean, result.kl_max = float(kl.mean()), float(kl.max())
+    result.same_top = float((ours.argmax(-1) == expected.logits.argmax(-1)).mean())
+    return result
+
+
+def _without_images(expected: _Expected, spans: Sequence[Any]) -> bool:
+    """Whether the text around the pictures is cut into the same tokens, in the same order."""
+    ours = [token for span in spans if isinstance(span, TextSpan) for token in span.tokens]
+    return ours == expected.ids
+
+
+def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected| over all values, in float64."""
+    import numpy as np
+
+    difference = found.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """KL(expected || found) of each row of logits, in nats, float64 `(n_rows,)`."""
+    import numpy as np
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    p, q = log_softmax(expected), log_softmax(found)
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+
+
+class _Reference:
+    """The checkpoint in transformers, eager attention."""
+
+    def __init__(self, directory: Path, dtype: str, adapter: Path | None) -> None:
+        self._torch, transformers = _import_extra()
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"'{directory}' has no config.json; give the Hugging Face checkpoint's directory.")
+        options = {"dtype": getattr(self._torch, dtype), "attn_implementation": "eager", "output_loading_info": True}
+        try:
+            model, info = transformers.AutoModelForImageTextToText.from_pretrained(directory, **options)
+            self._processor = transformers.AutoProcessor.from_pretrained(directory)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot load '{directory}': {error}"
+            ) from error
+        self.has_adapter = adapter is not None or (directory / "adapter_config.json").is_file()
+        lost = [name for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if "lora_" not in str(name)]
+        if lost:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} does not find {len(lost)} tensors in '{directory}', for "
+                f"instance '{sorted(map(str, lost))[0]}'; it reads another layout of this family. Save the checkpoint "
+                "with that version, or verify against one that was."
+            )
+        if adapter is not None:
+            model = _merged(model, adapter)
+        self._model = model.eval()
+
+    def run(self, name: str | None, image: Image | None, prompt: str, n_positions: int) -> _Expected:
+        parts: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
+        # said outright, since the processor takes a picture of 3 rows for one with its channels first
+        given = {} if image is None else {"images": [image], "input_data_format": "channels_last"}
+        inputs = self._processor(text=text, return_tensors="pt", **given)
+        placeholder = self._processor.image_token_id
+        ids = inputs["input_ids"][0].tolist()
+        streams: dict[int, np.ndarray] = {}
+        with self._torch.inference_mode():
+            if image is not None:
+                inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+                features = self._model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+                streams = {layer: packed[0].float().numpy() for layer, packed in features.deepstack_features}
+            answer, logits = self._greedy(inputs, n_positions)
+        n_image = ids.count(placeholder)
+        return _Expected(name, image, [i for i in ids if i != placeholder], n_image, streams, answer, logits)
+
+    def _greedy(self, inputs: Any, n_positions: int) -> tuple[list[int], np.ndarray]:
+        torch, rows, answer = self._torch, [], []
+        out = self._model(**inputs, use_cache=True, logits_to_keep=1)
+        while True:
+            rows.append(out.logits[0, -1].float())
+            answer.append(int(rows[-1].argmax()))
+            if len(answer) == n_positions:
+                return answer, torch.stack(rows).numpy()
+            step = torch.tensor([answer[-1:]])
+            out = self._model(step, past_key_values=out.past_key_values, use_cache=True)
+
+
+def _import_extra() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise DeviceError(
+            f"'verify' runs the checkpoint through transformers, and {error.name!r} is not installed; install it with "
+            "\"pip install 'granite4v[verify]'\"."
+        ) from None
+    return torch, transformers
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise DeviceError("'--adapter' needs peft; install it with \"pip install 'granite4v[verify]'\".") from None
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
