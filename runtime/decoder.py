@@ -101,7 +101,7 @@ class Decoder:
         self.epoch += 1
         context = self._open_context(sum(batch.n_tokens for batch in plan) + room_for)
         if context.adapter_on != adapter:
-            self._forget()
+            self.forget()
             context.set_adapter(adapter)
         if self._known.logits is not None and self._known.plan == plan:
             # the cache holds this prompt and the answer to it, since `_known` is always the last prefill's
@@ -205,8 +205,10 @@ class Decoder:
             self._context.truncate(n_tokens)
             self._cached.truncate(n_tokens)
 
-    def _forget(self) -> None:
-        self._truncate(0)
+    def forget(self) -> None:
+        """Empties the cache."""
+        if self._context is not None:
+            self._truncate(0)
         self._known = _Known()
 
     def close(self) -> None:

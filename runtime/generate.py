@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from granite4v.runtime.llama import Aborted
+from granite4v.ggml.backend import Aborted
 from granite4v.runtime.sampling import Sampler, Sampling
 from granite4v.runtime.tokens import TextStream
 
@@ -61,6 +61,15 @@ class Answer:
     finish_reason: str = ""
     timings: Timings = field(default_factory=Timings)
     warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as JSON data."""
+        timings = {
+            **asdict(self.timings),
+            "prefill_s": self.timings.prefill_s,
+            "decode_tok_s": self.timings.decode_tok_s,
+        }
+        return {**asdict(self), "timings": timings}
 
 
 class Source(Protocol):

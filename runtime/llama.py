@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError, ModelFileError
+from granite4v.ggml.backend import Aborted
 from granite4v.runtime.native import Cancel, Worker, llama, log
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ _LOAD_PLAIN, _LOAD_MMAP = 0, 1  # enum llama_load_mode
 _ALL_LAYERS = -1
 _ABORTED = 2  # llama_decode's result when the abort callback said so
 _N_OUTPUTS = 8  # rows of logits one batch may ask for; llama.cpp reserves memory for them (0.4 MB a row)
-
-
-class Aborted(Exception):
-    """A decode was cancelled; the batch it belonged to is not in the cache."""
 
 
 class _Owner:

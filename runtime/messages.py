@@ -102,12 +102,13 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
 
 def _picture(part: Mapping[str, Any], number: int) -> Any:
     """What the part carries as `load_image` takes it; None when it carries nothing."""
-    value: Any = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+    key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), "")
+    value: Any = part.get(key)
     if isinstance(value, Mapping):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
         value = value.get("url")
     if not isinstance(value, str):
         return value
-    if part.get("base64") is value:
+    if key == "base64":
         return _decode(value, number)
     scheme = urlparse(value).scheme.lower()
     if scheme == "data":

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
+from granite4v.ggml.backend import Aborted
 from granite4v.runtime.decoder import Decoder, PrefillStats, Rows
 from granite4v.runtime.generate import Answer, generate
-from granite4v.runtime.llama import Aborted, LlamaModel
+from granite4v.runtime.llama import LlamaModel
 from granite4v.runtime.messages import Prompt as PromptLike
 from granite4v.runtime.messages import normalize
 from granite4v.runtime.model_files import Injection, ModelFiles
@@ -147,6 +148,23 @@ class Model:
             request = self._request(prompt, images, max_tokens=0, lora=lora, cancel=None, variables={})
             return request.first()
 
+    def score(
+        self,
+        prompt: PromptLike,
+        images: Sequence[ImageSource] | ImageSource = (),
+        *,
+        tokens: Sequence[int],
+        lora: bool | None = None,
+    ) -> np.ndarray:
+        """Logits before each of `tokens` when they are forced as the answer, float32 `(len(tokens), n_vocab)`."""
+        import numpy as np
+
+        with self._lock:
+            request = self._request(prompt, images, max_tokens=len(tokens), lora=lora, cancel=None, variables={})
+            rows = [request.first()]
+            rows += [request.next(tokens[:i]) for i in range(1, len(tokens))]
+            return np.stack(rows)
+
     def generate(
         self,
         prompt: PromptLike,
@@ -160,6 +178,7 @@ class Model:
         repeat_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
         lora: bool | None = None,
         cancel: Cancel | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -177,6 +196,7 @@ class Model:
                 repeat_penalty=repeat_penalty,
                 seed=seed,
                 stop=stop,
+                ignore_eos=ignore_eos,
                 lora=lora,
                 cancel=cancel,
                 template_variables=template_variables,
@@ -198,6 +218,7 @@ class Model:
         repeat_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
         lora: bool | None = None,
         cancel: Cancel | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -207,8 +228,9 @@ class Model:
         `prompt`: text (one user turn: the images first, then the text), or messages in the content-part form of
         OpenAI's and Hugging Face's APIs; image parts without a picture of their own take `images` in order.
         `max_tokens`: the most the answer may have. Temperature 0 is greedy. `stop`: texts that end the answer and
-        are not part of it. `lora`: whether a separate adapter is applied; None follows the model's policy.
-        `cancel`: asked often, from the calling thread, whether to stop. `template_variables`: for the chat template.
+        are not part of it. `ignore_eos`: go on to `max_tokens` whatever the model says (for measuring). `lora`:
+        whether a separate adapter is applied; None follows the model's policy. `cancel`: asked often, from the
+        calling thread, whether to stop. `template_variables`: for the chat template.
 
         The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError.
         """
@@ -224,12 +246,19 @@ class Model:
                 request.answer,
                 self._open_tokenizer().text_stream(),
                 sampling=sampling,
-                stop_tokens=self._stop_tokens,
+                stop_tokens=frozenset() if ignore_eos else self._stop_tokens,
                 stop=stop,
                 max_tokens=max_tokens,
                 cancelled=cancel or _never,
             )
         return AnswerStream(pieces, request.answer, self._lock)
+
+    def clear_cache(self) -> None:
+        """Forgets all pictures and prompts, so that the next request is computed from its beginning."""
+        with self._lock:
+            self._features.clear()
+            if self._decoder is not None:
+                self._decoder.forget()
 
     def prepare(
         self,
@@ -327,7 +356,8 @@ class Model:
             from granite4v.clip_projector import VisionEncoder
 
             assert self.files.vision is not None
-            self._encoder = VisionEncoder(self.files.vision.path, self.device, self.n_threads)
+            abort = (self._worker.abort_address, self._worker.abort_data)
+            self._encoder = VisionEncoder(self.files.vision.path, self.device, self.n_threads, abort)
         return self._encoder
 
     def _open_decoder(self) -> Decoder:
@@ -490,9 +520,12 @@ class _Request:
     def _encode(self, span: ImageSpan) -> ImageFeatures:
         if self._cancel is not None and self._cancel():
             raise Aborted
-        start = time.perf_counter()
+        timings, start = self.answer.timings, time.perf_counter()
+        self._model._open_encoder()
+        opened = time.perf_counter()
         features = self._model._encode(self._prompt.images[span.index], span.digest, self._cancel)
-        self.answer.timings.encode_s += time.perf_counter() - start
+        timings.load_s += opened - start
+        timings.encode_s += time.perf_counter() - opened
         return features
 
 

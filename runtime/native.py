@@ -107,7 +107,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._flag = ctypes.create_string_buffer(2)  # llama.cpp reads it until the context is freed
         strlen = ctypes.CDLL("msvcrt" if _is_windows() else None).strlen
-        self.abort_address = ctypes.cast(strlen, ctypes.c_void_p).value
+        self.abort_address = int(ctypes.cast(strlen, ctypes.c_void_p).value or 0)
         self.abort_data = ctypes.addressof(self._flag)
 
     def run(self, call: Callable[[], T], cancel: Cancel | None = None) -> T:

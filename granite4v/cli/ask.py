@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,22 +22,21 @@ from granite4v.cli.options import (
 if TYPE_CHECKING:
     from granite4v.runtime import Answer
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-
 
 def ask(
-    model: ModelOption,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
+    *,
     images: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[IMAGE]...", help="Pictures; '-' reads one from stdin.")
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures; '-' reads one from stdin.")
     ] = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
+    model: ModelOption,
     mmproj: MmprojOption = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="The most tokens the answer may have.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token every time.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest that add up to p.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes drawing repeatable.", show_default="random")] = None,
-    system: Annotated[Optional[str], typer.Option(help="A system message.", show_default="the template's own")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show_default="random")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.", show_default="the template's own")] = None,
     lora: LoraOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -75,12 +74,9 @@ def ask(
                 status.clear()
                 if not as_json and not no_stream:
                     print(piece, end="", flush=True)
+    finally:
         status.clear()
-        _finish(stream.answer, as_json=as_json, whole=no_stream)
-    except KeyboardInterrupt:
-        status.clear()
-        print("\ninterrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    _finish(stream.answer, as_json=as_json, whole=no_stream)
 
 
 def _picture(image: str) -> Any:
