@@ -10,6 +10,7 @@ GENERAL_TYPE = "general.type"
 GENERAL_NAME = "general.name"
 GENERAL_FILE_TYPE = "general.file_type"
 GENERAL_ALIGNMENT = "general.alignment"
+GENERAL_QUANTIZATION_VERSION = "general.quantization_version"
 
 ARCH_CLIP = "clip"
 TYPE_MMPROJ = "mmproj"

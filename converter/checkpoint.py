@@ -1,0 +1,147 @@
+"""A Hugging Face checkpoint: its configuration and what its tensors are called, without reading weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from granite4v.converter.hub import Location
+from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_header
+from granite4v.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one model apart
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` by name; `problems`: what is wrong with them, in words, to be reported with all else."""
+
+    location: Location
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def folder(self) -> Path:
+        return self.location.folder
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        text = self.config.get("text_config")
+        if not isinstance(text, dict):
+            raise CheckpointError(f"'{self.folder / 'config.json'}' has no 'text_config' section.")
+        return text
+
+    def fingerprint(self) -> str:
+        """A short name for these very weights: equal for every conversion of one checkpoint."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            n_bytes = ELEMENT_BYTES.get(tensor.dtype, 0) * tensor.n_rows * tensor.n_cols
+            with tensor.path.open("rb") as file:
+                file.seek(tensor.offset_bytes)
+                digest.update(file.read(min(FINGERPRINT_BYTES, n_bytes)))
+        return digest.hexdigest()[:16]
+
+
+def open_checkpoint(location: Location) -> Checkpoint:
+    """Reads configuration and tensor headers; raises CheckpointError when there is no checkpoint to read."""
+    config = read_json(location.folder / "config.json")
+    tensors, problems = read_tensors(location.folder)
+    return Checkpoint(location, config, _preprocessor(location.folder), tensors, tuple(problems))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the directory holds a model, not just an adapter."""
+    return (folder / INDEX).exists() or (folder / SINGLE).exists() or bool(_numbered_shards(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"'{path.parent}' has no '{path.name}'; it is not a Hugging Face checkpoint.") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is not valid JSON ({error}); download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{path}' holds {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
+    """Every tensor of a model directory, and what is wrong with its files in words.
+
+    A single file wins over shards, as in transformers. Raises CheckpointError when there is neither.
+    """
+    if (folder / SINGLE).exists():
+        return _merge([folder / SINGLE])
+    if (folder / INDEX).exists():
+        return _read_indexed(folder)
+    numbered = _numbered_shards(folder)
+    if not numbered:
+        raise CheckpointError(f"'{folder}' has neither '{SINGLE}' nor '{INDEX}'; only safetensors checkpoints convert.")
+    tensors, problems = _merge([path for path in numbered if path.exists()])
+    return tensors, problems + [f"shard '{path.name}' is missing" for path in numbered if not path.exists()]
+
+
+def _numbered_shards(folder: Path) -> list[Path]:
+    """`model-1-of-n` to `model-n-of-n`, whether they exist or not, when one of them does."""
+    matches = [match for path in folder.glob("model-*.safetensors") if (match := SHARD.fullmatch(path.name))]
+    if not matches:
+        return []
+    digits, total = len(matches[0].group(1)), matches[0].group(2)
+    return [folder / f"model-{i:0{digits}}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
+
+
+def _read_indexed(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"'{folder / INDEX}' has no 'weight_map'; download it again.")
+    files = sorted({str(name) for name in weight_map.values()})
+    absent = [name for name in files if not (folder / name).is_file()]
+    tensors, problems = _merge([folder / name for name in files if name not in absent])
+    problems += [f"'{INDEX}' names '{name}', which is not in '{folder}'" for name in absent]
+    for name, file_name in weight_map.items():
+        if file_name not in absent and (name not in tensors or tensors[name].path.name != file_name):
+            problems.append(f"'{INDEX}' places '{name}' in '{file_name}', which does not hold it")
+    return tensors, problems
+
+
+def _merge(paths: list[Path]) -> tuple[dict[str, SourceTensor], list[str]]:
+    tensors: dict[str, SourceTensor] = {}
+    problems: list[str] = []
+    for path in paths:
+        found, wrong = read_header(path)
+        problems += wrong
+        for tensor in found:
+            if tensor.name in tensors:
+                problems.append(f"'{tensor.name}' stands in both '{tensors[tensor.name].path.name}' and '{path.name}'")
+            tensors[tensor.name] = tensor
+    return tensors, problems
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """The image processor's settings, from the file that holds them in this version of transformers."""
+    merged: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            settings = read_json(folder / name)
+            merged |= settings.get("image_processor") or (settings if name.startswith("preprocessor") else {})
+    if not merged:
+        raise CheckpointError(
+            f"'{folder}' has no 'preprocessor_config.json' (or 'processor_config.json' with an image processor); it "
+            "says how pictures are scaled and normalized. Copy it from the original checkpoint."
+        )
+    return merged

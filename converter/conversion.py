@@ -1,0 +1,149 @@
+"""One conversion from start to end: open, understand, plan, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from granite4v.converter import policy
+from granite4v.converter.adapter import Adapter, base_model_of, has_adapter, open_adapter
+from granite4v.converter.checkpoint import has_weights, open_checkpoint
+from granite4v.converter.hub import Location, locate
+from granite4v.converter.match import Names, match_tensors
+from granite4v.converter.output import check_space, check_target, files_in_place
+from granite4v.converter.plan import Model, Plan, make_plan
+from granite4v.converter.stream import n_cores
+from granite4v.converter.writer import write_file
+from granite4v.errors import CheckpointError, Granite4vError
+from granite4v.families import family_of_checkpoint
+from granite4v.families.text import HEAD, HEAD_PREFIXES, is_tied, text_architecture
+
+LORA_MODES = ("merge", "separate", "ignore")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion can be told. Types in any case; see `policy.TEXT_TYPES` and `VISION_TYPES`."""
+
+    text_type: str = "Q4_K_M"
+    vision_type: str = "F16"
+    lora: str = "merge"
+    adapter: str | None = None
+    revision: str | None = None
+    force: bool = False
+    n_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the writing is. `file` and `tensor` are being written."""
+
+    done_bytes: int
+    total_bytes: int
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written, where, and how long it took."""
+
+    plan: Plan
+    paths: tuple[Path, ...]
+    seconds: float
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+
+def plan_conversion(source: str | Path, options: Options | None = None) -> Plan:
+    """What `convert` would write, without reading a weight; raises CheckpointError."""
+    options = options or Options()
+    text_type, vision_type = policy.check_policies(options.text_type, options.vision_type)
+    if options.lora not in LORA_MODES:
+        raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
+    base, adapter_at = _find(str(source), options)
+    model = _open_model(base)
+    adapter = _open_adapter(adapter_at, model, options.lora)
+    return make_plan(model, text_type, vision_type, adapter, options.lora)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    options: Options | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Writes a model directory from a checkpoint (a directory or a hub id).
+
+    Raises CheckpointError for what is wrong with the checkpoint or adapter, before anything is written;
+    OutputError for a target that exists or cannot be written. Nothing half-written stays, on an interrupt
+    neither.
+    """
+    options, target, began = options or Options(), Path(target), time.perf_counter()
+    check_target(target, options.force)
+    plan = plan_conversion(source, options)
+    total_bytes, done_bytes = plan.data_bytes, 0
+    check_space(target, total_bytes)
+    n_threads = options.n_threads or n_cores()
+    names = [file.name for file in plan.files]
+    with files_in_place(target, names) as work:
+        for file in plan.files:
+
+            def advance(n_bytes: int, tensor: str, file_name: str = file.name) -> None:
+                nonlocal done_bytes
+                done_bytes += n_bytes
+                if progress is not None:
+                    progress(Progress(done_bytes, total_bytes, file_name, tensor))
+
+            write_file(file, work / file.name, n_threads, advance)
+    return Summary(plan, tuple(target / name for name in names), time.perf_counter() - began)
+
+
+def _find(source: str, options: Options) -> tuple[Location, Location | None]:
+    """The base model and the adapter. SRC may hold both, the model alone, or an adapter that names its base."""
+    here = locate(source, options.revision)
+    if options.adapter is not None:
+        if not has_weights(here.folder) and has_adapter(here.folder):
+            raise CheckpointError(f"'{source}' is an adapter itself; give the base model as SRC, or no --adapter.")
+        adapter = locate(options.adapter)
+        if not has_adapter(adapter.folder):
+            raise CheckpointError(f"'{options.adapter}' has no 'adapter_config.json'; it is not a PEFT adapter.")
+        return here, adapter
+    if not has_adapter(here.folder):
+        if options.lora == "separate":
+            raise CheckpointError(f"'{source}' holds no adapter to keep separate; give one with --adapter.")
+        return here, None
+    if has_weights(here.folder):
+        return here, here
+    base = base_model_of(here.folder)
+    beside = here.folder / base
+    return locate(str(beside) if beside.is_dir() else base), here
+
+
+def _open_model(location: Location) -> Model:
+    checkpoint = open_checkpoint(location)
+    family = family_of_checkpoint(checkpoint.config)
+    vision = family.config_from_hf(checkpoint.config, checkpoint.preprocessor)
+    architecture = text_architecture(checkpoint.text_config)
+    text = architecture.config(checkpoint.text_config, checkpoint.tensors)
+    has_head = any(prefix + HEAD in checkpoint.tensors for prefix in HEAD_PREFIXES)
+    tied = is_tied(checkpoint.config, checkpoint.text_config, has_head)
+    text_groups = architecture.tensors(text, tied)
+    vision_groups = family.vision_tensors(vision, checkpoint.config)
+    names = Names.of((*text_groups, *vision_groups))
+    match = match_tensors(names, checkpoint.tensors, checkpoint.problems, location.name)
+    return Model(checkpoint, family, vision, architecture, text, tied, text_groups, vision_groups, match)
+
+
+def _open_adapter(location: Location | None, model: Model, lora: str) -> Adapter | None:
+    if location is None:
+        return None
+    if lora == "ignore":
+        return Adapter(location.folder, location.name, 0.0, {})
+    names = Names.of((*model.text_groups, *model.vision_groups))
+    shapes = {own: tensor.shape for own, tensor in model.match.tensors.items()}
+    return open_adapter(location.folder, location.name, names, shapes, model.checkpoint.location.name)

@@ -1,0 +1,56 @@
+"""Where SRC is: a directory on this machine, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from granite4v.errors import CheckpointError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SNAPSHOT = re.compile(r"snapshots/([0-9a-f]{40})$")
+FILE_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint's directory, the name it goes by, and its commit if it has one."""
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def locate(source: str, revision: str | None = None) -> Location:
+    """The directory of a local path or hub id; what the hub has and the cache lacks is downloaded.
+
+    Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE. Raises CheckpointError.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        match = SNAPSHOT.search(folder.resolve().as_posix())
+        return Location(folder, source, match.group(1) if match else None)
+    if folder.exists():
+        raise CheckpointError(f"'{source}' is a file; give the checkpoint's directory or a hub id.")
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"there is no directory '{source}', and it is no hub id (such as 'owner/name') either; check the path."
+        )
+    path = _download(source, revision)
+    return Location(path, source, path.name)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    expected = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, ValueError)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=FILE_PATTERNS))
+    except expected as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision '{revision}'" if revision else ""
+        raise CheckpointError(
+            f"there is no directory '{repository}' here, and the hub repository of that name{at} could not be "
+            f"fetched: {reason} Check the name, the network, or 'hf auth login' for a gated one."
+        ) from None

@@ -1,0 +1,95 @@
+"""Matches a checkpoint's tensor names against the tables: each is used once or dropped by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from granite4v.converter.safetensors_file import SourceTensor
+from granite4v.errors import CheckpointError
+from granite4v.families.tensor_rules import TensorGroup, TensorRule
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tables turned around: from every accepted spelling of a name to the table's own.
+
+    The table's own spelling is that of a group's first prefix.
+    """
+
+    groups: tuple[TensorGroup, ...]
+    spellings: Mapping[str, str]
+
+    @classmethod
+    def of(cls, groups: Iterable[TensorGroup]) -> Names:
+        groups = tuple(groups)
+        spellings = {
+            prefix + rule.source: group.prefixes[0] + rule.source
+            for group in reversed(groups)
+            for rule in group.rules
+            for prefix in reversed(group.prefixes)
+        }
+        return cls(groups, spellings)
+
+    def drop_reason(self, name: str) -> str | None:
+        """Why a checkpoint tensor is left out; None when nothing says so."""
+        for group in self.groups:
+            for prefix in group.prefixes:
+                if name.startswith(prefix):
+                    for drop in group.drops:
+                        if drop.matches(name.removeprefix(prefix)):
+                            return drop.reason
+        return None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A checkpoint's tensors under the tables' spelling, and those that are dropped with the reason."""
+
+    tensors: Mapping[str, SourceTensor]
+    dropped: tuple[tuple[str, str], ...]
+
+
+def match_tensors(names: Names, tensors: Mapping[str, SourceTensor], problems: Sequence[str], where: str) -> Match:
+    """Raises CheckpointError that lists everything unknown, missing, doubled or mis-shaped, and `problems`."""
+    found: dict[str, SourceTensor] = {}
+    dropped: list[tuple[str, str]] = []
+    wrong = list(problems)
+    for name, tensor in tensors.items():
+        own = names.spellings.get(name)
+        if own is None:
+            reason = names.drop_reason(name)
+            if reason is None:
+                wrong.append(f"unknown tensor '{name}' {list(tensor.shape)}")
+            else:
+                dropped.append((name, reason))
+        elif own in found:
+            wrong.append(f"doubled tensor: '{found[own].name}' and '{name}' are the same")
+        else:
+            found[own] = tensor
+    for own, rule in _expected(names.groups).items():
+        if own not in found:
+            wrong.append(f"missing tensor '{own}' {list(rule.shape)}")
+        elif found[own].shape != rule.shape:
+            wrong.append(
+                f"mis-shaped tensor '{found[own].name}': found {list(found[own].shape)}, "
+                f"expected {list(rule.shape)} from config.json"
+            )
+    raise_problems(wrong, f"'{where}' does not hold the tensors that its config.json asks for")
+    return Match(found, tuple(dropped))
+
+
+def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:
+    return {group.prefixes[0] + rule.source: rule for group in groups for rule in group.rules}
+
+
+def raise_problems(problems: Collection[str], heading: str) -> None:
+    """One CheckpointError with all problems, the first twenty spelled out; nothing when there are none."""
+    if not problems:
+        return
+    lines = list(problems)
+    more = [f"... and {len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
+    shown = "\n".join(f"  - {line}" for line in lines[:SHOWN_PROBLEMS] + more)
+    raise CheckpointError(f"{heading}:\n{shown}\nNothing was written. Check the files, or download them again.")

@@ -1,0 +1,107 @@
+"""Files that appear whole or not at all: a working directory, then one step into place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from granite4v.errors import OutputError
+
+SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
+MODEL_FILES = ("text-*.gguf", "mmproj-*.gguf", "lora-*.gguf")
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raises OutputError when the model directory cannot be made, or holds something and `force` is off."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        held = sorted(path.name for path in target.iterdir())
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise OutputError(
+            f"'{target}' exists and holds {', '.join(held[:3])}{more}; give another directory, or --force to replace "
+            "the model in it."
+        )
+
+
+def check_space(target: Path, needed_bytes: int) -> None:
+    """Raises OutputError when the target's disk has not room for so many bytes."""
+    needed_bytes += SPARE_BYTES
+    free_bytes = shutil.disk_usage(_existing_parent(target)).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free; make room, "
+            "choose a smaller type or another place."
+        )
+
+
+@contextlib.contextmanager
+def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A working directory beside (or in) the target. When the block ends well, its files move into place.
+
+    A target that does not exist appears with all its files at once. In one that exists, the files replace
+    those of an earlier model. On any error or interrupt nothing of ours stays behind; a full disk raises
+    OutputError.
+    """
+    fresh = not target.exists()
+    made = _make_parents(target.parent) if fresh else []
+    work = None
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent if fresh else target))
+        yield work
+        _move(work, target, names, fresh)
+    except OSError as error:
+        raise _as_output_error(error, target) from None
+    finally:
+        if work is not None and work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        if not target.exists():
+            for folder in reversed(made):
+                with contextlib.suppress(OSError):  # not empty: somebody else put something there
+                    folder.rmdir()
+
+
+def _move(work: Path, target: Path, names: Sequence[str], fresh: bool) -> None:
+    if fresh:
+        os.chmod(work, 0o777 & ~_umask())  # mkdtemp's directories are for the owner alone
+        work.rename(target)
+        return
+    for name in names:
+        (work / name).replace(target / name)
+    for pattern in MODEL_FILES:
+        for path in target.glob(pattern):
+            if path.name not in names:
+                path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _as_output_error(error, folder) from None
+    return missing[::-1]
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _as_output_error(error: OSError, target: Path) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"no space left on the disk of '{target}'; nothing was kept. Make room and try again.")
+    return OutputError(f"cannot write '{target}': {error.strerror or error}.")

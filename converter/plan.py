@@ -1,0 +1,277 @@
+"""What a conversion will write, as plain data: made without reading a weight, printed by --dry-run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata as packages
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.converter import policy
+from granite4v.converter.adapter import Adapter, LoraPair
+from granite4v.converter.checkpoint import Checkpoint
+from granite4v.converter.match import Match
+from granite4v.converter.safetensors_file import SourceTensor
+from granite4v.converter.vocabulary import vocabulary_metadata
+from granite4v.errors import CheckpointError
+from granite4v.families import Family, VisionConfig
+from granite4v.families.tensor_rules import TensorGroup, TensorRule, padded_config
+from granite4v.families.text import TextArchitecture, TextConfig
+
+ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor to write. `shape` is NumPy's order; `rule` says how the rows of `source` become it.
+
+    `lora`: a delta to add first. `factor`: multiply the values by it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    reason: str
+    source: SourceTensor
+    rule: TensorRule
+    lora: LoraPair | None = None
+    factor: float = 1.0
+
+    @property
+    def n_bytes(self) -> int:
+        from granite4v.ggml.quantize import row_bytes
+
+        return math.prod(self.shape[:-1]) * row_bytes(self.type_name, self.shape[-1])
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One GGUF file. Metadata values are str, bool, int, float or a list of one of them."""
+
+    name: str
+    arch: str
+    metadata: Mapping[str, Any]
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, each padded to the alignment."""
+        return sum(-(-tensor.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one conversion writes, leaves out and remarks on."""
+
+    source: str
+    files: tuple[PlannedFile, ...]
+    dropped: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(file.data_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint understood: its family, configuration, and tables matched against its tensors."""
+
+    checkpoint: Checkpoint
+    family: Family
+    vision: VisionConfig
+    architecture: TextArchitecture
+    text: TextConfig
+    tied: bool
+    text_groups: tuple[TensorGroup, ...]
+    vision_groups: tuple[TensorGroup, ...]
+    match: Match
+
+
+def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter | None, lora: str) -> Plan:
+    """The plan for one checkpoint. `lora`: 'merge', 'separate' or 'ignore'; types are known to exist.
+
+    Raises CheckpointError for a tokenizer that does not fit and for an adapter that GGUF cannot hold.
+    """
+    provenance = _provenance(model, adapter, lora)
+    merged = adapter.pairs if adapter is not None and lora == "merge" else {}
+    text, warnings = _text_file(model, text_type, merged, provenance)
+    files = [text, _vision_file(model, vision_type, merged, provenance)]
+    if adapter is not None and lora == "separate":
+        files.append(_adapter_file(model, policy.adapter_type(text_type), adapter, provenance))
+    return Plan(model.checkpoint.location.name, tuple(files), model.match.dropped, tuple(warnings))
+
+
+def _text_file(
+    model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
+) -> tuple[PlannedFile, list[str]]:
+    arch, config, text = model.architecture.arch, model.checkpoint.config, model.checkpoint.text_config
+    vocabulary, warnings = vocabulary_metadata(model.checkpoint.folder, config, text, model.text.vocab_size)
+    injection = model.family.text_metadata(model.vision, model.text.num_hidden_layers)
+    metadata = {
+        keys.GENERAL_TYPE: "model",
+        **_general(model, type_policy),
+        **{f"{arch}.{key}": value for key, value in model.architecture.metadata(model.text, text).items()},
+        **{f"{arch}.{key}": value for key, value in injection.items()},
+        **vocabulary,
+        **provenance,
+        keys.PROVENANCE_POLICY: type_policy,
+        keys.IMAGE_TOKEN_ID: _image_token_id(config),
+    }
+    shape = policy.TextShape(model.text.num_hidden_layers, model.text.n_gqa, model.tied)
+    tensors = _tensors(model, model.text_groups, merged, lambda n, s: policy.text_type(n, s, type_policy, shape))
+    return PlannedFile(f"text-{type_policy}.gguf", arch, metadata, tensors), warnings
+
+
+def _vision_file(
+    model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
+) -> PlannedFile:
+    metadata = {
+        keys.GENERAL_TYPE: keys.TYPE_MMPROJ,
+        **_general(model, type_policy),
+        **model.family.vision_metadata(padded_config(model.vision)),
+        **provenance,
+        keys.PROVENANCE_POLICY: type_policy,
+    }
+    tensors = _tensors(model, model.vision_groups, merged, lambda n, s: policy.vision_type(n, s, type_policy))
+    return PlannedFile(f"mmproj-{type_policy}.gguf", keys.ARCH_CLIP, metadata, tensors)
+
+
+def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Mapping[str, Any]) -> PlannedFile:
+    """llama.cpp applies alpha / rank to all modules alike; what differs from that is multiplied into B."""
+    rules = [(group.prefixes[0] + rule.source, rule) for group in model.text_groups for rule in group.rules]
+    strangers = sorted(set(adapter.pairs) - {own for own, _ in rules})
+    if strangers:
+        raise CheckpointError(
+            f"the adapter '{adapter.name}' changes the image side as well ({', '.join(strangers[:3])}, ...), which a "
+            "separate GGUF adapter cannot hold; use --lora merge."
+        )
+    alpha = adapter.alpha or 1.0
+    tensors = []
+    for own, rule in rules:
+        pair = adapter.pairs.get(own)
+        if pair is None:
+            continue
+        shape_b = (rule.target_shape[0], pair.rank)
+        tensors += [
+            _plain(f"{rule.target}.lora_a", pair.a, type_name),
+            PlannedTensor(
+                f"{rule.target}.lora_b",
+                shape_b,
+                type_name,
+                "LoRA matrices are not quantized",
+                pair.b,
+                TensorRule(pair.b.name, rule.target, pair.b.shape, rows=rule.rows, rope_heads=rule.rope_heads),
+                factor=pair.scale * pair.rank / alpha,
+            ),
+        ]
+    metadata = {
+        keys.GENERAL_TYPE: keys.TYPE_ADAPTER,
+        **_general(model, type_name),
+        keys.ADAPTER_TYPE: "lora",
+        keys.ADAPTER_LORA_ALPHA: float(alpha),
+        **provenance,
+        keys.PROVENANCE_POLICY: type_name,
+    }
+    return PlannedFile(f"lora-{type_name}.gguf", model.architecture.arch, metadata, tuple(tensors))
+
+
+def _plain(name: str, source: SourceTensor, type_name: str) -> PlannedTensor:
+    rule = TensorRule(source.name, name, source.shape)
+    return PlannedTensor(name, source.shape, type_name, "LoRA matrices are not quantized", source, rule)
+
+
+def _tensors(
+    model: Model, groups: Iterable[TensorGroup], merged: Mapping[str, LoraPair], choose: Any
+) -> tuple[PlannedTensor, ...]:
+    tensors = []
+    for group in groups:
+        for rule in group.rules:
+            own = group.prefixes[0] + rule.source
+            choice = choose(rule.target, rule.target_shape)
+            source = model.match.tensors[own]
+            tensors.append(
+                PlannedTensor(
+                    rule.target, rule.target_shape, choice.type_name, choice.reason, source, rule, merged.get(own)
+                )
+            )
+    return tuple(tensors)
+
+
+def _general(model: Model, type_policy: str) -> dict[str, Any]:
+    import gguf
+
+    return {
+        keys.GENERAL_NAME: model.checkpoint.location.name.rstrip("/").rsplit("/", 1)[-1],
+        keys.GENERAL_FILE_TYPE: policy.file_type(type_policy),
+        keys.GENERAL_QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+    }
+
+
+def _provenance(model: Model, adapter: Adapter | None, lora: str) -> dict[str, Any]:
+    location = model.checkpoint.location
+    states = {"merge": "merged", "separate": "separate", "ignore": "ignored"}
+    provenance: dict[str, Any] = {
+        keys.PROVENANCE_VERSION: packages.version("granite4v"),
+        keys.PROVENANCE_SOURCE: location.name,
+        keys.PROVENANCE_ADAPTER: "none" if adapter is None else states[lora],
+        keys.PAIR_ID: model.checkpoint.fingerprint(),
+    }
+    if location.revision:
+        provenance[keys.PROVENANCE_REVISION] = location.revision
+    if adapter is not None:
+        provenance[keys.PROVENANCE_ADAPTER_SOURCE] = adapter.name
+    return provenance
+
+
+def _image_token_id(config: Mapping[str, Any]) -> int:
+    value = config.get("image_token_index", config.get("image_token_id"))
+    if not isinstance(value, int):
+        raise CheckpointError(f"config.json has 'image_token_index' = {value!r}; expected the id of the image token.")
+    return value
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: one line a tensor, then what is dropped, and why each type was chosen."""
+    lines = [f"source: {plan.source}"]
+    for file in plan.files:
+        lines += ["", f"{file.name}  ({file.arch}, {len(file.tensors)} tensors, {_size(file.data_bytes)})"]
+        lines += [f"  {key} = {_short(value)}" for key, value in file.metadata.items()]
+        lines += [f"  {_line(tensor)}" for tensor in file.tensors]
+        lines += [f"  {type_name}: {reason}" for type_name, reason in _reasons(file)]
+    if plan.dropped:
+        lines += ["", "left out:", *(f"  {name}: {reason}" for name, reason in plan.dropped)]
+    lines += [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
+
+
+def _line(tensor: PlannedTensor) -> str:
+    steps = [
+        f"rows {tensor.rule.rows[0]}-{tensor.rule.rows[1]}" if tensor.rule.rows else "",
+        "merge LoRA" if tensor.lora else "",
+        f"times {tensor.factor:g}" if tensor.factor != 1.0 else "",
+        f"reorder {tensor.rule.rope_heads} heads" if tensor.rule.rope_heads else "",
+        f"pad from {list(tensor.rule.shape)}" if tensor.rule.padded else "",
+    ]
+    done = ", ".join(step for step in steps if step)
+    shape = "x".join(map(str, tensor.shape))
+    tail = f"  [{done}]" if done else ""
+    return f"{tensor.name:<40} {tensor.type_name:<7} {shape:<16} <- {tensor.source.name}{tail}"
+
+
+def _reasons(file: PlannedFile) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((tensor.type_name, tensor.reason) for tensor in file.tensors))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 64:
+        return f"[{len(value)} values]"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{len(text)} characters"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"

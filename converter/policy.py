@@ -1,0 +1,158 @@
+"""Which type every tensor gets, as tables with a reason for each row.
+
+Text: the choices that llama.cpp's quantizer makes for the same name without an importance matrix
+(`src/llama-quant.cpp`, llama-cpp-python 0.3.36). Vision: what its converter writes. A test quantizes the
+same model with llama.cpp and compares type by type.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from granite4v.errors import Granite4vError
+
+TEXT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
+VISION_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "IQ4_NL")
+
+# The tensor type that a policy gives to most matrices.
+BASE = {name: name for name in (*TEXT_TYPES, *VISION_TYPES)} | {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K"}
+FLOATS = ("F32", "F16", "BF16")
+PLAIN = (*FLOATS, "Q8_0")
+QUANTIZED = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
+K_MIXES = ("Q5_K_M", "Q4_K_M")
+
+# For rows that are not whole blocks of 256; rows that are not whole blocks of 32 either become F16.
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+ENUM_NAMES = {"F32": "ALL_F32"}  # in gguf.LlamaFileType; the others are MOSTLY_<name>
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """What the text policy needs to know of a decoder. `tied`: the token embedding is the output head too."""
+
+    n_layers: int
+    n_gqa: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tensor's type and the reason for it."""
+
+    type_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; the first that fits decides. `type_name` None is the policy's base type."""
+
+    policies: tuple[str, ...]
+    kind: str
+    layers: str
+    type_name: str | None
+    reason: str
+    min_gqa: int = 1
+
+
+# fmt: off
+TEXT_TABLE = (
+    # policies           tensor      layers          type    reason
+    Row(TEXT_TYPES,      "vector",   "all",          "F32",  "a vector or norm: small, and no matrix product"),
+    Row(PLAIN,           "any",      "all",          None,   "every matrix in the type asked for"),
+    Row(QUANTIZED,       "output",   "all",          "Q6_K", "output head, or tied to it: it decides every token"),
+    Row(K_MIXES,         "attn_v",   "more_bits",    "Q6_K", "values of outer and every third layer: sensitive"),
+    Row(("IQ4_NL",),     "attn_v",   "all",          "Q5_K", "few value heads for many queries: cheap to keep", 4),
+    Row(K_MIXES,         "ffn_down", "more_bits",    "Q6_K", "down of outer and every third layer: sensitive"),
+    Row(("IQ4_NL",),     "ffn_down", "first_eighth", "Q5_K", "errors of the first layers travel furthest"),
+    Row(QUANTIZED,       "any",      "all",          None,   "every other matrix in the type asked for"),
+)
+VISION_TABLE = (
+    Row(VISION_TYPES,    "vector",   "all",          "F32",  "a vector, norm, position or query: only added"),
+    Row(("F16",),        "patch",    "all",          "F16",  "patches: libmtmd's convolution takes F16 or F32"),
+    Row(VISION_TYPES,    "patch",    "all",          "F32",  "patches: libmtmd's convolution takes F16 or F32"),
+    Row(VISION_TYPES,    "any",      "all",          None,   "every matrix in the type asked for"),
+)
+# fmt: on
+
+TEXT_KINDS = {
+    "output.weight": "output",
+    "attn_v.weight": "attn_v",
+    "ffn_down.weight": "ffn_down",
+}
+LAYER = re.compile(r"blk\.(\d+)\.(.*)")
+
+
+def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) -> Choice:
+    """The type of a text tensor with this GGUF name and NumPy-order shape."""
+    match = LAYER.fullmatch(name)
+    layer, part = (int(match.group(1)), match.group(2)) if match else (0, name)
+    if len(shape) < 2 or part.endswith("_norm.weight"):
+        kind = "vector"
+    elif name == "token_embd.weight" and model.tied:
+        kind = "output"
+    else:
+        kind = TEXT_KINDS.get(part, "any")
+    for row in TEXT_TABLE:
+        fits = policy in row.policies and row.kind in (kind, "any") and model.n_gqa >= row.min_gqa
+        if fits and _in_layers(row.layers, layer, model.n_layers):
+            return _whole_blocks(Choice(row.type_name or BASE[policy], row.reason), shape)
+    raise AssertionError(f"no row of the text table fits '{name}' in {policy}")
+
+
+def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
+    """The type of an mmproj tensor with this GGUF name and NumPy-order shape."""
+    if name.endswith(".patch_embd.weight"):
+        kind = "patch"
+    elif len(shape) < 2 or not name.endswith(".weight") or name.endswith((".position_embd.weight", "_norm.weight")):
+        kind = "vector"
+    else:
+        kind = "any"
+    for row in VISION_TABLE:
+        if policy in row.policies and row.kind in (kind, "any"):
+            return _whole_blocks(Choice(row.type_name or BASE[policy], row.reason), shape)
+    raise AssertionError(f"no row of the vision table fits '{name}' in {policy}")
+
+
+def adapter_type(text_policy: str) -> str:
+    """The type of a separate adapter's matrices: never quantized, for its rank is no whole block."""
+    return text_policy if text_policy in FLOATS else "F16"
+
+
+def check_policies(text: str, vision: str) -> tuple[str, str]:
+    """The names in capitals; raises Granite4vError for an unknown one, listing those that exist."""
+    for given, known, option in ((text, TEXT_TYPES, "--text-type"), (vision, VISION_TYPES, "--vision-type")):
+        if given.upper() not in known:
+            raise Granite4vError(f"unknown quantization type '{given}' for {option}; known: {', '.join(known)}.")
+    return text.upper(), vision.upper()
+
+
+def file_type(policy: str) -> int:
+    """llama.cpp's number for `general.file_type`."""
+    import gguf
+
+    return int(gguf.LlamaFileType[ENUM_NAMES.get(policy, f"MOSTLY_{policy}")])
+
+
+def _in_layers(which: str, layer: int, n_layers: int) -> bool:
+    eighth = n_layers // 8
+    if which == "more_bits":
+        return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+    if which == "first_eighth":
+        return layer < eighth
+    return True
+
+
+def _whole_blocks(choice: Choice, shape: tuple[int, ...]) -> Choice:
+    """The same choice, or the next type whose blocks divide the row."""
+    from granite4v.ggml.quantize import block_size
+
+    width = shape[-1]
+    if width % block_size(choice.type_name) == 0:
+        return choice
+    other = FALLBACK.get(choice.type_name, choice.type_name)
+    if width % block_size(other):
+        other = "F16"
+    return Choice(other, f"rows of {width} are not whole blocks of {choice.type_name}")

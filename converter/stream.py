@@ -1,0 +1,175 @@
+"""From planned tensors to bytes, some rows at a time: read, merge, reorder, pad, quantize.
+
+Every chunk of rows is a job of its own, done by one thread; jobs run ahead across tensors by a few chunks,
+so reading, computing and writing overlap and memory does not grow with the tensors. What a row becomes
+depends on its own source rows only: that is what makes this possible.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from granite4v.converter.plan import PlannedTensor
+from granite4v.converter.safetensors_file import SourceTensor, read_rows
+from granite4v.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: stays in cache, and large enough to hide Python's share
+JOBS_AHEAD = 3  # chunks in flight for each thread
+CACHED_MATRICES = 4  # lora_A of the modules at work
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows [first, last) of a planned tensor."""
+
+    tensor: PlannedTensor
+    first: int
+    last: int
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """Every chunk of every tensor in order, with its bytes (uint8). Closing the generator stops the work."""
+    cache = MatrixCache()
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="granite4v-convert")
+    waiting: deque[tuple[Chunk, Future[np.ndarray]]] = deque()
+    try:
+        for tensor in tensors:
+            for chunk in chunks_of(tensor):
+                waiting.append((chunk, pool.submit(compute, chunk, cache)))
+                if len(waiting) >= JOBS_AHEAD * n_threads:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
+    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece."""
+    n_rows, n_cols = _as_matrix(tensor.shape)
+    unit = n_rows // tensor.rule.rope_heads if tensor.rule.rope_heads else 1
+    step = max(1, CHUNK_ELEMENTS // (n_cols * unit)) * unit
+    for first in range(0, n_rows, step):
+        yield Chunk(tensor, first, min(n_rows, first + step))
+
+
+def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
+    """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for values that are no numbers."""
+    import numpy as np
+
+    from granite4v.ggml.quantize import quantize_rows
+
+    tensor = chunk.tensor
+    rows = _source_rows(chunk)
+    as_it_is = tensor.source.dtype == tensor.type_name and tensor.lora is None and tensor.factor == 1.0
+    if not as_it_is:
+        rows = rows.astype(np.float32, copy=False)
+        if tensor.lora is not None:
+            rows = rows + _delta(chunk, cache)
+        if tensor.factor != 1.0:
+            rows = rows * np.float32(tensor.factor)
+        _check_finite(tensor, rows)
+    if tensor.rule.rope_heads:
+        rows = _interleave(rows, _as_matrix(tensor.shape)[0] // tensor.rule.rope_heads)
+    rows = _pad(rows, chunk)
+    if as_it_is:
+        return rows.view(np.uint8).reshape(-1)
+    row_width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    return quantize_rows(rows.reshape(-1, row_width), tensor.type_name, n_threads=1).reshape(-1)
+
+
+class MatrixCache:
+    """Whole small matrices (lora_A) as float32, the last few of them, shared by the threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._matrices: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def get(self, tensor: SourceTensor) -> np.ndarray:
+        import numpy as np
+
+        key = (str(tensor.path), tensor.offset_bytes)
+        with self._lock:
+            if key not in self._matrices:
+                self._matrices[key] = read_rows(tensor, 0, tensor.n_rows).astype(np.float32, copy=False)
+                if len(self._matrices) > CACHED_MATRICES:
+                    self._matrices.popitem(last=False)
+            self._matrices.move_to_end(key)
+            return self._matrices[key]
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _source_span(chunk: Chunk) -> tuple[int, int]:
+    """The source rows that a chunk is made of; fewer than its own where it is padded."""
+    rule = chunk.tensor.rule
+    start, end = rule.rows or (0, rule.shape[0])
+    return start + chunk.first, min(end, start + chunk.last)
+
+
+def _source_rows(chunk: Chunk) -> np.ndarray:
+    first, last = _source_span(chunk)
+    return read_rows(chunk.tensor.source, first, max(first, last))
+
+
+def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
+    """scale * B @ A for the chunk's source rows, float32."""
+    import numpy as np
+
+    lora = chunk.tensor.lora
+    assert lora is not None
+    first, last = _source_span(chunk)
+    b = read_rows(lora.b, first, last).astype(np.float32, copy=False)
+    return np.float32(lora.scale) * (b @ cache.get(lora.a))
+
+
+def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...)."""
+    import numpy as np
+
+    n_rows, n_cols = rows.shape
+    halves = rows.reshape(n_rows // head_dim, 2, head_dim // 2, n_cols)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, n_cols)
+
+
+def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
+    import numpy as np
+
+    wanted = (chunk.last - chunk.first, _as_matrix(chunk.tensor.shape)[1])
+    if rows.shape == wanted:
+        return rows
+    padded = np.zeros(wanted, dtype=rows.dtype)
+    padded[: rows.shape[0], : rows.shape[1]] = rows
+    return padded
+
+
+def _check_finite(tensor: PlannedTensor, rows: np.ndarray) -> None:
+    """The sum shows a NaN or infinity anywhere at a fraction of the cost of looking at each value."""
+    import numpy as np
+
+    if not math.isfinite(float(rows.sum(dtype=np.float32))) and not np.isfinite(rows).all():
+        raise CheckpointError(
+            f"'{tensor.source.name}' in '{tensor.source.path}' holds values that are no finite numbers; the "
+            "checkpoint is damaged. Download it again."
+        )

@@ -1,0 +1,72 @@
+"""One GGUF file on disk: header, metadata and tensor table by the gguf package, then the tensors' bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from granite4v.converter.plan import ALIGNMENT_BYTES, PlannedFile
+from granite4v.converter.stream import stream
+
+Advance = Callable[[int, str], None]
+
+
+def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) -> None:
+    """Writes `file` to `path`. `advance(n_bytes, tensor_name)` is called for every piece written.
+
+    Raises CheckpointError when a source cannot be read, OSError when the target cannot be written.
+    """
+    write_header(file, path)
+    with path.open("ab") as out, closing(stream(file.tensors, n_threads)) as pieces:
+        _align(out)
+        for chunk, data in pieces:
+            out.write(data)
+            if chunk.last == chunk.tensor.shape[0]:
+                _align(out)
+            advance(data.nbytes, chunk.tensor.name)
+
+
+def write_header(file: PlannedFile, path: Path) -> None:
+    """Everything before the first tensor's bytes."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, file.arch)
+    try:
+        for key, value in file.metadata.items():
+            _add(writer, key, value)
+        for tensor in file.tensors:
+            writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),  # not looked at: raw_dtype says the type
+                tensor.n_bytes,
+                raw_dtype=gguf.GGMLQuantizationType[tensor.type_name],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """Metadata by Python type, in the GGUF types that llama.cpp reads these keys as."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, (list, tuple)):
+        writer.add_array(key, value)
+    else:
+        raise TypeError(f"metadata '{key}' has type {type(value).__name__}")
+
+
+def _align(out: Any) -> None:
+    out.write(b"\0" * (-out.tell() % ALIGNMENT_BYTES))
