@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from typing import Any
@@ -14,11 +14,12 @@ from granite4v.converter import policy
 from granite4v.converter.adapter import Adapter, LoraPair
 from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.match import Match
+from granite4v.converter.policy import Choice
 from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
 from granite4v.families import Family, VisionConfig
-from granite4v.families.tensor_rules import TensorGroup, TensorRule, padded_config
+from granite4v.families.tensor_rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.families.text import TextArchitecture, TextConfig
 
 ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
@@ -33,12 +34,15 @@ class PlannedTensor:
 
     name: str
     shape: tuple[int, ...]
-    type_name: str
-    reason: str
+    choice: Choice
     source: SourceTensor
     rule: TensorRule
     lora: LoraPair | None = None
     factor: float = 1.0
+
+    @property
+    def type_name(self) -> str:
+        return self.choice.type_name
 
     @property
     def n_bytes(self) -> int:
@@ -150,19 +154,18 @@ def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Ma
             "separate GGUF adapter cannot hold; use --lora merge."
         )
     alpha = adapter.alpha or 1.0
+    choice = Choice(type_name, "LoRA matrices are not quantized: their rows are as short as the rank")
     tensors = []
     for own, rule in rules:
         pair = adapter.pairs.get(own)
         if pair is None:
             continue
-        shape_b = (rule.target_shape[0], pair.rank)
         tensors += [
-            _plain(f"{rule.target}.lora_a", pair.a, type_name),
+            _plain(f"{rule.target}.lora_a", pair.a, choice),
             PlannedTensor(
                 f"{rule.target}.lora_b",
-                shape_b,
-                type_name,
-                "LoRA matrices are not quantized",
+                (rule.target_shape[0], pair.rank),
+                choice,
                 pair.b,
                 TensorRule(pair.b.name, rule.target, pair.b.shape, rows=rule.rows, rope_heads=rule.rope_heads),
                 factor=pair.scale * pair.rank / alpha,
@@ -179,13 +182,13 @@ def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Ma
     return PlannedFile(f"lora-{type_name}.gguf", model.architecture.arch, metadata, tuple(tensors))
 
 
-def _plain(name: str, source: SourceTensor, type_name: str) -> PlannedTensor:
+def _plain(name: str, source: SourceTensor, choice: Choice) -> PlannedTensor:
     rule = TensorRule(source.name, name, source.shape)
-    return PlannedTensor(name, source.shape, type_name, "LoRA matrices are not quantized", source, rule)
+    return PlannedTensor(name, source.shape, choice, source, rule)
 
 
 def _tensors(
-    model: Model, groups: Iterable[TensorGroup], merged: Mapping[str, LoraPair], choose: Any
+    model: Model, groups: Iterable[TensorGroup], merged: Mapping[str, LoraPair], choose: Callable[[str, Shape], Choice]
 ) -> tuple[PlannedTensor, ...]:
     tensors = []
     for group in groups:
@@ -193,11 +196,7 @@ def _tensors(
             own = group.prefixes[0] + rule.source
             choice = choose(rule.target, rule.target_shape)
             source = model.match.tensors[own]
-            tensors.append(
-                PlannedTensor(
-                    rule.target, rule.target_shape, choice.type_name, choice.reason, source, rule, merged.get(own)
-                )
-            )
+            tensors.append(PlannedTensor(rule.target, rule.target_shape, choice, source, rule, merged.get(own)))
     return tuple(tensors)
 
 
@@ -263,7 +262,7 @@ def _line(tensor: PlannedTensor) -> str:
 
 
 def _reasons(file: PlannedFile) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((tensor.type_name, tensor.reason) for tensor in file.tensors))
+    return list(dict.fromkeys((tensor.type_name, tensor.choice.reason) for tensor in file.tensors))
 
 
 def _short(value: Any) -> str:

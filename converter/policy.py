@@ -39,10 +39,11 @@ class TextShape:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tensor's type and the reason for it."""
+    """A tensor's type and the reason for it. `forced`: its row length allowed no better."""
 
     type_name: str
     reason: str
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,4 +156,4 @@ def _whole_blocks(choice: Choice, shape: tuple[int, ...]) -> Choice:
     other = FALLBACK.get(choice.type_name, choice.type_name)
     if width % block_size(other):
         other = "F16"
-    return Choice(other, f"rows of {width} are not whole blocks of {choice.type_name}")
+    return Choice(other, f"rows of {width} are not whole blocks of {choice.type_name}", forced=True)

@@ -110,7 +110,7 @@ def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray
     rows = np.empty((last_row - first_row, tensor.n_cols), dtype=dtype)
     if not rows.size:
         return rows
-    view, done = memoryview(rows.view(np.uint8)).cast("B"), 0
+    view, done = rows.view(np.uint8).data.cast("B"), 0
     try:
         with tensor.path.open("rb", buffering=0) as file:
             file.seek(tensor.offset_bytes + first_row * tensor.n_cols * rows.itemsize)

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
-def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Iterator[tuple[Chunk, np.ndarray]]:
+def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[Chunk, np.ndarray], None, None]:
     """Every chunk of every tensor in order, with its bytes (uint8). Closing the generator stops the work."""
     cache = MatrixCache()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="granite4v-convert")

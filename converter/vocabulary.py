@@ -111,8 +111,8 @@ def _merge(merge: str | list[str]) -> str:
 
 def _pre_tokenizer(tokenizer: Json) -> tuple[str, list[str]]:
     pre = tokenizer.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers") if pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") for step in steps or []]
+    steps: list[Json] = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
         return BYTE_LEVEL_SPLIT, []
     if kinds == ["Digits", "ByteLevel"]:
@@ -133,7 +133,7 @@ def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_v
     for kind in SPECIAL_TOKENS:
         named = settings.get(f"{kind}_token")
         text = named.get("content") if isinstance(named, dict) else named
-        candidates = [ids.get(text)] if isinstance(text, str) else []
+        candidates: list[Any] = [ids.get(text)] if isinstance(text, str) else []
         for config in configs:
             value = config.get(f"{kind}_token_id")
             candidates.append(value[0] if isinstance(value, list) and value else value)

@@ -22,7 +22,7 @@ def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) 
     with path.open("ab") as out, closing(stream(file.tensors, n_threads)) as pieces:
         _align(out)
         for chunk, data in pieces:
-            out.write(data)
+            out.write(data.data)
             if chunk.last == chunk.tensor.shape[0]:
                 _align(out)
             advance(data.nbytes, chunk.tensor.name)

@@ -1,0 +1,105 @@
+"""`granite4v convert`: a Hugging Face checkpoint becomes a model directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from granite4v.converter import Progress, Summary
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint: a directory, or a hub id such as 'owner/name'.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to make.")],
+    text_type: Annotated[
+        str, typer.Option(metavar="T", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or IQ4_NL.")
+    ] = "Q4_K_M",
+    vision_type: Annotated[str, typer.Option(metavar="T", help="F32, F16, BF16, Q8_0, Q4_0 or IQ4_NL.")] = "F16",
+    lora: Annotated[
+        str, typer.Option(metavar="merge|separate|ignore", help="What to do with a LoRA adapter, if there is one.")
+    ] = "merge",
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A PEFT adapter (directory or hub id).", show_default="the one in SRC"),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.", show_default="main")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the model in OUT; other files there are left alone.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads to quantize with.", show_default="one a core")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face checkpoint to GGUF files: text, vision and, if wanted, a separate LoRA adapter."""
+    from granite4v import converter
+
+    options = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
+    if dry_run:
+        typer.echo(converter.describe(converter.plan_conversion(source, options)))
+        return
+    meter = Meter()
+    try:
+        summary = converter.convert(source, out, options, meter)
+    finally:
+        meter.clear()
+    for path in summary.paths:
+        typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    _remark(summary)
+
+
+def _remark(summary: Summary) -> None:
+    """On stderr: what a reader of the file names would not expect."""
+    for warning in summary.plan.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for file in summary.plan.files:
+        forced: dict[tuple[str, str], int] = {}
+        for tensor in file.tensors:
+            if tensor.choice.forced:
+                key = (tensor.type_name, tensor.choice.reason)
+                forced[key] = forced.get(key, 0) + 1
+        for (type_name, reason), count in forced.items():
+            typer.echo(f"note: {file.name}: {count} tensors are {type_name}, for {reason}", err=True)
+    size = sum(path.stat().st_size for path in summary.paths)
+    typer.echo(f"converted in {summary.seconds:.1f} s, {size / 1e9:.2f} GB", err=True)
+
+
+class Meter:
+    """Progress on stderr: a line that renews itself on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval_s = 0.1 if self._terminal else 10.0
+        self._began = time.monotonic()
+        self._last = self._began + 0.5 - self._interval_s  # the first line after half a second
+        self._width = 0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return
+        self._last = now
+        share = progress.done_bytes / progress.total_bytes
+        left_s = (now - self._began) * (1 / share - 1) if share else 0.0
+        line = f"{progress.file}: {share:4.0%}, {left_s:.0f} s left, {progress.tensor}"
+        if self._terminal:
+            line = line[:100]
+            print("\r" + line.ljust(self._width), end="", file=self._stream, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        if self._width:
+            print("\r" + " " * self._width + "\r", end="", file=self._stream, flush=True)
+            self._width = 0
