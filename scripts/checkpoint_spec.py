@@ -85,6 +85,14 @@ PRESETS: dict[str, CheckpointSpec] = {
         attention_multiplier=0.15,
         embedding_std=0.25,
     ),
+    # eight streams in the published order; as many tower layers as streams, which llama.cpp's converter needs
+    "tiny-published": CheckpointSpec(
+        vision_layers=8,
+        text_layers=12,
+        deepstack_layer_map=((-7, 5), (-5, 3), (-3, 1), (-1, 0)),
+        spatial_target_layers=(6, 7, 8, 10),
+        naming="v4",
+    ),
     "full-4.1": CheckpointSpec(
         text_hidden=2560,
         text_layers=40,
