@@ -188,10 +188,14 @@ class VisionEncoder:
             pack([embeddings[t][s] for t in place], self._newline, where, rows[:, s])
         return rows
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """Gives back the memory of intermediate results; the next picture takes it again."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+
+    def close(self) -> None:
+        self.release()
         for part in ("_weights", "backend"):
             if hasattr(self, part):
                 getattr(self, part).close()

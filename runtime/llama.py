@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.native import Cancel, Worker, llama, log
+from granite4v.runtime.native import Cancel, Worker, listen, llama, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ class LlamaModel(_Owner):
         if overrides is not None:
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
-        log().clear()
+        listen()
         handle = lib.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
             raise ModelFileError(
@@ -134,7 +134,7 @@ class LlamaModel(_Owner):
 
     def load_adapter(self, path: Path) -> None:
         """Loads a LoRA; a context applies it once it is switched on. Raises ModelFileError when it does not fit."""
-        log().clear()
+        listen()
         adapter = llama().llama_adapter_lora_init(self.handle, str(path).encode())
         if not adapter:
             raise ModelFileError(
@@ -176,7 +176,7 @@ class LlamaContext(_Owner):
         params.offload_kqv = params.op_offload = not model.on_cpu
         params.abort_callback = lib.ggml_abort_callback(worker.abort_address)
         params.abort_callback_data = worker.abort_data
-        log().clear()
+        listen()
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
@@ -249,7 +249,7 @@ class LlamaContext(_Owner):
             lib.llama_synchronize(handle)
             return status
 
-        log().clear()
+        listen()
         status = self._worker.run(call, cancel)
         if status == _ABORTED:
             raise Aborted

@@ -27,7 +27,7 @@ _POLL_S = 0.05  # how soon a cancelled request is noticed
 
 @functools.cache
 def llama() -> Any:
-    """llama-cpp-python's declarations, with the backend started and its log taken over.
+    """llama-cpp-python's declarations, with the backend started.
 
     Raises DeviceError when llama-cpp-python is missing or older than what we call.
     """
@@ -48,6 +48,15 @@ def llama() -> Any:
     llama_cpp.llama_log_set(_log_callback(llama_cpp), None)
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+def listen() -> None:
+    """Empties the log and takes it over, before a call whose failure should be explained.
+
+    Again each time: other users of llama-cpp-python in the process set the log, too.
+    """
+    log().clear()
+    llama().llama_log_set(_log_callback(llama()), None)
 
 
 class Log:
