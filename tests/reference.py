@@ -94,16 +94,19 @@ class Reference:
     @torch.inference_mode()
     def greedy(self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32) -> list[int]:
         """The next `n` tokens, always the likeliest; ends early after the end-of-text token."""
-        out = self._forward(self.prompt_ids(prompt, pictures), pictures, use_cache=True)
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # the model makes none by itself: without one each step would forget the prompt
+        out = self._forward(self.prompt_ids(prompt, pictures), pictures, past_key_values=cache, use_cache=True)
         tokens: list[int] = []
         while True:
             tokens.append(int(out.logits[0, -1].argmax()))
             if len(tokens) == n or tokens[-1] == self.processor.tokenizer.eos_token_id:
                 return tokens
-            out = self.model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            out = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
 
-    def _forward(self, ids: list[int], pictures: Sequence[Image.Image], use_cache: bool = False) -> Any:
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), "use_cache": use_cache}
+    def _forward(self, ids: list[int], pictures: Sequence[Image.Image], **options: Any) -> Any:
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), **options}
         if pictures:
             found = [self._pixels(picture) for picture in pictures]
             n_most = max(pixels.shape[1] for pixels, _ in found)

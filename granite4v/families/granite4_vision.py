@@ -130,7 +130,7 @@ class Granite4Vision:
             keys.HIDDEN_ACT: tower.hidden_act,
             keys.IMAGE_MEAN: list(tiling.image_mean),
             keys.IMAGE_STD: list(tiling.image_std),
-            keys.RESCALE_FACTOR: tiling.rescale_factor,
+            keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would move pixels by a last bit
             keys.RESAMPLE: tiling.resample,
             keys.IMAGE_GRID_PINPOINTS: [px for h, w in tiling.image_grid_pinpoints for px in (w, h)],
             keys.PROJECTOR_QUERY_SIDE: projector.query_side,
