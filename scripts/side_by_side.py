@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Runs granite4v and stock llama.cpp (libmtmd) on the same files in turn, and prints how they compare.
+
+    python scripts/side_by_side.py MODEL_DIR tests/data/invoice.png --runs 3
+
+Each run is a process of its own, all threads of the machine on both sides, and who goes first changes from run to
+run; medians are compared, for machines are noisy. granite4v chooses its settings by itself; llama.cpp runs with its
+own, except that where its choice of weight buffers ends the process it is run without them (and the result says so).
+The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+OURS = (sys.executable, "-c", "from granite4v.cli.main import entry; entry()")
+PEER = (sys.executable, str(HERE / "mtmd_peer.py"))
+RENDER = """
+import sys, granite4v
+with granite4v.load(sys.argv[1], mmproj=sys.argv[2]) as model:
+    sys.stdout.write(model.prepare(sys.argv[3], [sys.argv[4]]).text)
+"""
+# name, what a ratio means, and whether more is better
+FIGURES = (
+    ("encode_s", "image encoding, seconds", False),
+    ("prefill_s", "image prefill, seconds", False),
+    ("decode_tok_s", "decode, tokens a second", True),
+    ("peak_rss_gb", "peak memory, GB", False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="model directory, or a text GGUF with --mmproj")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--mmproj", type=Path)
+    parser.add_argument("--prompt", default="What does this page say?")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--predict", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "metal", "auto"))
+    options = parser.parse_args()
+    text, mmproj = find_files(options.model, options.mmproj)
+    raw = render_prompt(text, mmproj, options.prompt, options.image)
+    ours, peer = Ours(options, text, mmproj), Peer(options, text, mmproj, raw)
+    results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    for i in range(options.runs):
+        for side in (ours, peer) if i % 2 == 0 else (peer, ours):
+            result = side.run()
+            results[side.name].append(result)
+            print(f"run {i + 1} of {options.runs}, {side.name}: {json.dumps(result)}", file=sys.stderr, flush=True)
+    summary = compare(results["ours"], results["peer"])
+    print_table(summary)
+    summary["runs"] = options.runs
+    summary["threads"] = options.threads
+    summary["image_tokens"] = results["ours"][0]["image_tokens"]
+    summary["settings"] = results["ours"][-1].get("settings")
+    summary["peer_weight_buffers"] = "plain" if peer.plain_weights else "as llama.cpp chooses"
+    print(json.dumps(summary))
+
+
+class Ours:
+    name = "ours"
+
+    def __init__(self, options: argparse.Namespace, text: Path, mmproj: Path) -> None:
+        self._command = [
+            *OURS,
+            *("bench", "--json", "--model", str(text), "--mmproj", str(mmproj), "--image", str(options.image)),
+            *("--prompt", options.prompt, "--predict", str(options.predict), "--threads", str(options.threads)),
+            *("--device", options.device),
+        ]
+
+    def run(self) -> dict[str, Any]:
+        return last_json(subprocess.run(self._command, capture_output=True, text=True), self._command)
+
+
+class Peer:
+    name = "peer"
+
+    def __init__(self, options: argparse.Namespace, text: Path, mmproj: Path, raw: str) -> None:
+        self.plain_weights = False
+        self._command = [
+            *PEER,
+            *(str(text), str(mmproj), str(options.image), "--raw", raw),
+            *("--predict", str(options.predict), "--threads", str(options.threads)),
+            *(["--cpu"] if options.device == "cpu" else []),
+        ]
+
+    def run(self) -> dict[str, Any]:
+        command = [*self._command, "--plain-weights"] if self.plain_weights else self._command
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode < 0 and not self.plain_weights:  # killed by a signal
+            print(f"peer: signal {-done.returncode} with its default weight buffers; plain ones now", file=sys.stderr)
+            self.plain_weights = True
+            return self.run()
+        return last_json(done, command)
+
+
+def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
+    """The text and the vision file of a model directory, by the names our converter gives them."""
+    if model.is_file():
+        if mmproj is None:
+            raise SystemExit(f"'{model}' is one file; give its vision file with --mmproj.")
+        return model, mmproj
+    texts, visions = sorted(model.glob("text-*.gguf")), sorted(model.glob("mmproj-*.gguf"))
+    if len(texts) != 1 or not (mmproj or len(visions) == 1):
+        raise SystemExit(f"'{model}' holds {len(texts)} text and {len(visions)} vision files; expected one of each.")
+    return texts[0], mmproj or visions[0]
+
+
+def render_prompt(text: Path, mmproj: Path, prompt: str, image: Path) -> str:
+    """The chat prompt for the peer. libmtmd puts a line break of its own behind a picture, as the template does."""
+    command = [sys.executable, "-c", RENDER, str(text), str(mmproj), prompt, str(image)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"the prompt cannot be rendered:\n{done.stderr}")
+    return done.stdout.replace("<image>\n", "{media}")
+
+
+def last_json(done: subprocess.CompletedProcess[str], command: list[str]) -> dict[str, Any]:
+    """The JSON object on the last line of a finished program's output."""
+    if done.returncode != 0:
+        raise SystemExit(f"status {done.returncode} from {command}:\n{done.stderr[-4000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def compare(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:
+    """{figure: medians of both sides, their ranges, and ours divided by the peer's}."""
+    summary: dict[str, Any] = {}
+    for name, _, _ in FIGURES:
+        sides = {"ours": [run[name] for run in ours], "peer": [run[name] for run in peer]}
+        middle = {side: statistics.median(values) for side, values in sides.items()}
+        summary[name] = {
+            **{side: round(value, 4) for side, value in middle.items()},
+            **{f"{side}_range": [round(min(values), 4), round(max(values), 4)] for side, values in sides.items()},
+            "ratio": round(middle["ours"] / middle["peer"], 4),
+        }
+    return summary
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    print(f"{'':<26} {'ours':>10} {'peer':>10} {'ours/peer':>10}")
+    for name, label, more_is_better in FIGURES:
+        row = summary[name]
+        better = (row["ratio"] > 1) == more_is_better
+        note = "better" if better else "worse" if row["ratio"] != 1 else ""
+        print(f"{label:<26} {row['ours']:>10.3f} {row['peer']:>10.3f} {row['ratio']:>10.3f} {note}")
+
+
+if __name__ == "__main__":
+    main()
