@@ -211,15 +211,17 @@ class _Reference:
         return _Expected(name, image, [i for i in ids if i != placeholder], n_image, streams, answer, logits)
 
     def _greedy(self, inputs: Any, n_positions: int) -> tuple[list[int], np.ndarray]:
+        from transformers import DynamicCache
+
         torch, rows, answer = self._torch, [], []
-        out = self._model(**inputs, use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=self._model.config.text_config)  # not every model makes one by itself
+        out = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         while True:
             rows.append(out.logits[0, -1].float())
             answer.append(int(rows[-1].argmax()))
             if len(answer) == n_positions:
                 return answer, torch.stack(rows).numpy()
-            step = torch.tensor([answer[-1:]])
-            out = self._model(step, past_key_values=out.past_key_values, use_cache=True)
+            out = self._model(torch.tensor([answer[-1:]]), past_key_values=cache, use_cache=True)
 
 
 def _import_extra() -> tuple[Any, Any]:

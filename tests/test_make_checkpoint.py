@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from make_checkpoint import MAPPING_CASES, PRESETS, AdapterSpec, CheckpointSpec, model_tensors, write_adapter
 from make_checkpoint import write_checkpoint as write
 from pictures import SMALL_SIZES, noise_picture, odd_files, text_picture
@@ -81,6 +82,14 @@ def test_answers_depend_on_the_picture_and_vary(load_reference):
     answers = [reference.greedy("what is this?", [draw((300, 200))]) for draw in (text_picture, noise_picture)]
     assert answers[0] != answers[1]
     assert all(len(answer) == 32 and len(set(answer)) > 8 for answer in answers)
+
+
+def test_greedy_answers_are_those_of_one_pass_over_everything(load_reference):
+    reference = load_reference(TINY)
+    prompt, answer = reference.prompt_ids("what is this?"), reference.greedy("what is this?")
+    with torch.inference_mode():
+        logits = reference.model(torch.tensor([prompt + answer])).logits[0]
+    assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
 
 
 def test_processor_and_by_hand_prompt_agree(load_reference):
