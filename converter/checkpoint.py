@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one m
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by name; `problems`: what is wrong with them, in words, to be reported with all else."""
+    """`tensors` by name; `problems`: what is wrong with their files, in words, to be reported with all else.
+
+    `incomplete`: whole files are absent, so that missing tensors need no mention of their own.
+    """
 
     location: Location
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
     tensors: Mapping[str, SourceTensor]
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
+    incomplete: bool = False
 
     @property
     def folder(self) -> Path:
@@ -56,8 +60,9 @@ class Checkpoint:
 def open_checkpoint(location: Location) -> Checkpoint:
     """Reads configuration and tensor headers; raises CheckpointError when there is no checkpoint to read."""
     config = read_json(location.folder / "config.json")
-    tensors, problems = read_tensors(location.folder)
-    return Checkpoint(location, config, _preprocessor(location.folder), tensors, tuple(problems))
+    tensors, problems, absent = _read_tensors(location.folder)
+    settings = _preprocessor(location.folder)
+    return Checkpoint(location, config, settings, tensors, (*absent, *problems), incomplete=bool(absent))
 
 
 def has_weights(folder: Path) -> bool:
@@ -80,20 +85,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
-    """Every tensor of a model directory, and what is wrong with its files in words.
+def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], list[str]]:
+    """Every tensor of a model directory, what is wrong with its files, and which are absent, in words.
 
     A single file wins over shards, as in transformers. Raises CheckpointError when there is neither.
     """
     if (folder / SINGLE).exists():
-        return _merge([folder / SINGLE])
+        return *_merge([folder / SINGLE]), []
     if (folder / INDEX).exists():
         return _read_indexed(folder)
     numbered = _numbered_shards(folder)
     if not numbered:
         raise CheckpointError(f"'{folder}' has neither '{SINGLE}' nor '{INDEX}'; only safetensors checkpoints convert.")
-    tensors, problems = _merge([path for path in numbered if path.exists()])
-    return tensors, problems + [f"shard '{path.name}' is missing" for path in numbered if not path.exists()]
+    absent = [f"shard '{path.name}' is missing" for path in numbered if not path.exists()]
+    return *_merge([path for path in numbered if path.exists()]), absent
 
 
 def _numbered_shards(folder: Path) -> list[Path]:
@@ -105,18 +110,17 @@ def _numbered_shards(folder: Path) -> list[Path]:
     return [folder / f"model-{i:0{digits}}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
 
 
-def _read_indexed(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
+def _read_indexed(folder: Path) -> tuple[dict[str, SourceTensor], list[str], list[str]]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"'{folder / INDEX}' has no 'weight_map'; download it again.")
     files = sorted({str(name) for name in weight_map.values()})
     absent = [name for name in files if not (folder / name).is_file()]
     tensors, problems = _merge([folder / name for name in files if name not in absent])
-    problems += [f"'{INDEX}' names '{name}', which is not in '{folder}'" for name in absent]
     for name, file_name in weight_map.items():
         if file_name not in absent and (name not in tensors or tensors[name].path.name != file_name):
             problems.append(f"'{INDEX}' places '{name}' in '{file_name}', which does not hold it")
-    return tensors, problems
+    return tensors, problems, [f"'{INDEX}' names '{name}', which is not in '{folder}'" for name in absent]
 
 
 def _merge(paths: list[Path]) -> tuple[dict[str, SourceTensor], list[str]]:

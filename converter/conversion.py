@@ -134,8 +134,7 @@ def _open_model(location: Location) -> Model:
     tied = is_tied(checkpoint.config, checkpoint.text_config, has_head)
     text_groups = architecture.tensors(text, tied)
     vision_groups = family.vision_tensors(vision, checkpoint.config)
-    names = Names.of((*text_groups, *vision_groups))
-    match = match_tensors(names, checkpoint.tensors, checkpoint.problems, location.name)
+    match = match_tensors(Names.of((*text_groups, *vision_groups)), checkpoint)
     return Model(checkpoint, family, vision, architecture, text, tied, text_groups, vision_groups, match)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.errors import CheckpointError
 from granite4v.families.tensor_rules import TensorGroup, TensorRule
@@ -52,12 +53,12 @@ class Match:
     dropped: tuple[tuple[str, str], ...]
 
 
-def match_tensors(names: Names, tensors: Mapping[str, SourceTensor], problems: Sequence[str], where: str) -> Match:
-    """Raises CheckpointError that lists everything unknown, missing, doubled or mis-shaped, and `problems`."""
+def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
+    """Raises CheckpointError that lists everything unknown, missing, doubled or mis-shaped, and broken files."""
     found: dict[str, SourceTensor] = {}
     dropped: list[tuple[str, str]] = []
-    wrong = list(problems)
-    for name, tensor in tensors.items():
+    wrong = list(checkpoint.problems)
+    for name, tensor in checkpoint.tensors.items():
         own = names.spellings.get(name)
         if own is None:
             reason = names.drop_reason(name)
@@ -70,14 +71,14 @@ def match_tensors(names: Names, tensors: Mapping[str, SourceTensor], problems: S
         else:
             found[own] = tensor
     for own, rule in _expected(names.groups).items():
-        if own not in found:
-            wrong.append(f"missing tensor '{own}' {list(rule.shape)}")
-        elif found[own].shape != rule.shape:
+        if own in found and found[own].shape != rule.shape:
             wrong.append(
                 f"mis-shaped tensor '{found[own].name}': found {list(found[own].shape)}, "
                 f"expected {list(rule.shape)} from config.json"
             )
-    raise_problems(wrong, f"'{where}' does not hold the tensors that its config.json asks for")
+        elif own not in found and not checkpoint.incomplete:
+            wrong.append(f"missing tensor '{own}' {list(rule.shape)}")
+    raise_problems(wrong, f"'{checkpoint.location.name}' does not hold the tensors that its config.json asks for")
     return Match(found, tuple(dropped))
 
 
