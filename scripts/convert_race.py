@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-OURS = (sys.executable, "-c", "from granite4v.cli.main import entry; entry()")
+OURS = (sys.executable, "-m", "granite4v")
 UNQUANTIZED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes by itself
 QUANTIZE = """
 import ctypes, os, sys, llama_cpp

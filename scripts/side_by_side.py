@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-OURS = (sys.executable, "-c", "from granite4v.cli.main import entry; entry()")
+OURS = (sys.executable, "-m", "granite4v")
 PEER = (sys.executable, str(HERE / "mtmd_peer.py"))
 RENDER = """
 import sys, granite4v

@@ -11,6 +11,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from granite4v.cli.ask import ask
+from granite4v.cli.bench import bench
+from granite4v.cli.convert import convert
+from granite4v.cli.inspect import inspect
+from granite4v.cli.verify import verify
 from granite4v.errors import Granite4vError
 
 EXIT_FAILURE = 1
@@ -59,16 +64,8 @@ def common(
     """Runs document-reading vision-language models on ordinary machines."""
 
 
-def _register() -> None:
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    for name in ("convert", "ask", "inspect", "verify", "bench"):
-        if find_spec(f"granite4v.cli.{name}"):
-            app.command(name)(getattr(import_module(f"granite4v.cli.{name}"), name))
-
-
-_register()
+for command in (convert, ask, inspect, verify, bench):
+    app.command()(command)
 
 
 def entry() -> None:

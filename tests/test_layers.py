@@ -1,0 +1,113 @@
+"""Dependencies point one way, and nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"clip_projector": "clip_projector", "converter": "converter", "runtime": "runtime", "cli": "granite4v/cli"}
+MAY_IMPORT = {
+    "shared": {"shared"},
+    "clip_projector": {"shared", "clip_projector"},
+    "converter": {"shared", "converter"},
+    "runtime": {"shared", "clip_projector", "runtime"},
+    "cli": {"shared", "clip_projector", "converter", "runtime", "cli"},
+}
+DOORS = {"granite4v/__init__.py", "granite4v/__main__.py"}  # lead into every room, lazily
+REFERENCE_ONLY = {"torch", "transformers", "peft"}
+
+
+def product_files() -> list[Path]:
+    folders = ("granite4v", "clip_projector", "converter", "runtime")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def room_of_file(path: Path) -> str:
+    relative = path.relative_to(ROOT).as_posix()
+    return next((room for room, folder in ROOMS.items() if relative.startswith(f"{folder}/")), "shared")
+
+
+def room_of_module(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "shared"
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Every module a file imports anywhere, `from granite4v import runtime` counted as `granite4v.runtime`."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+@pytest.mark.parametrize("path", product_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_room_imports_only_what_stands_below_it(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() in DOORS:
+        return
+    room = room_of_file(path)
+    for name in imported_modules(path):
+        if name.split(".")[0] == "granite4v":
+            assert room_of_module(name) in MAY_IMPORT[room], f"{room} imports {name}"
+
+
+def test_the_reference_is_imported_by_verify_alone() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in product_files()
+        if REFERENCE_ONLY & {name.split(".")[0] for name in imported_modules(path)}
+    }
+    assert users == {"runtime/verify.py"}
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return tree
+
+
+def test_rooms_name_no_model_family() -> None:
+    """A family is one new file in `families/`; shared code reads what that file says."""
+    for path in product_files():
+        if room_of_file(path) in ("clip_projector", "converter", "runtime"):
+            code = ast.unparse(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+            found = re.findall(r"(?i)granite(?!4v)\w*", code)
+            assert not found, f"{path}: {found}"
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"numpy", "PIL", "llama_cpp", "gguf", "jinja2", "tokenizers", "safetensors", "typer", "torch", "ctypes"}
+    assert not heavy & modules_after("import granite4v")
+
+
+def test_the_command_line_answers_help_without_heavy_imports() -> None:
+    heavy = {"numpy", "PIL", "llama_cpp", "gguf", "jinja2", "tokenizers", "safetensors", "torch", "huggingface_hub"}
+    assert not heavy & modules_after("import granite4v.cli.main")
+
+
+def test_importing_every_module_loads_no_library() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in product_files()
+        if path.name not in ("__init__.py", "__main__.py")
+    ]
+    names = [name if name.startswith("granite4v.") else f"granite4v.{name}" for name in names]
+    loaded = modules_after("\n".join(f"import {name}" for name in names))
+    assert not loaded & {"llama_cpp", "torch", "transformers", "peft"}
