@@ -94,13 +94,14 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
     problems += wrong
     sides: dict[str, dict[str, SourceTensor]] = {}
     modules: dict[str, str] = {}
+    strangers: list[str] = []
     for tensor in tensors:
         match = LORA_KEY.fullmatch(tensor.name.removeprefix(WRAPPER))
         own = names.spellings.get(f"{match['module']}.weight") if match else None
         if match is None:
             problems.append(f"unknown tensor '{tensor.name}': neither lora_A nor lora_B of a linear layer")
         elif own is None or own not in shapes or len(shapes[own]) != 2:
-            problems.append(f"'{tensor.name}' changes '{match['module']}', a linear layer that the model does not have")
+            strangers.append(f"it changes '{match['module']}', a linear layer that the model does not have")
         elif match["side"] in sides.setdefault(own, {}):
             problems.append(f"doubled tensor: '{sides[own][match['side']].name}' and '{tensor.name}' are the same")
         else:
@@ -111,9 +112,14 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
         problems += _check_pair(own, found, shapes[own], rank := _by_pattern(config, "rank", modules[own]))
         if len(found) == 2:
             pairs[own] = LoraPair(found["A"], found["B"], _scale(config, modules[own], rank))
+    problems += strangers
     if not pairs and not problems:
         problems.append(f"'{WEIGHTS}' holds no tensors")
-    raise_problems(problems, f"the adapter '{name}' cannot be applied to '{where}'")
+    raise_problems(
+        problems,
+        f"the adapter '{name}' cannot be applied to '{where}'",
+        "Give the base model that the adapter was trained on, or convert the base alone with --lora ignore.",
+    )
     return Adapter(folder, name, float(config.get("lora_alpha", 8)), pairs)
 
 

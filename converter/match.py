@@ -78,7 +78,11 @@ def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
             )
         elif own not in found and not checkpoint.incomplete:
             wrong.append(f"missing tensor '{own}' {list(rule.shape)}")
-    raise_problems(wrong, f"'{checkpoint.location.name}' does not hold the tensors that its config.json asks for")
+    raise_problems(
+        wrong,
+        f"'{checkpoint.location.name}' does not hold the tensors that its config.json asks for",
+        "Check the files, or download them again.",
+    )
     return Match(found, tuple(dropped))
 
 
@@ -86,11 +90,11 @@ def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:
     return {group.prefixes[0] + rule.source: rule for group in groups for rule in group.rules}
 
 
-def raise_problems(problems: Collection[str], heading: str) -> None:
+def raise_problems(problems: Collection[str], heading: str, advice: str) -> None:
     """One CheckpointError with all problems, the first twenty spelled out; nothing when there are none."""
     if not problems:
         return
-    lines = list(problems)
+    lines = list(dict.fromkeys(problems))
     more = [f"... and {len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
     shown = "\n".join(f"  - {line}" for line in lines[:SHOWN_PROBLEMS] + more)
-    raise CheckpointError(f"{heading}:\n{shown}\nNothing was written. Check the files, or download them again.")
+    raise CheckpointError(f"{heading}:\n{shown}\nNothing was written. {advice}")
