@@ -32,6 +32,25 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Check
 
 
 @pytest.fixture(scope="session")
+def make_model(
+    make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Model directory of a specification, F32 unless said otherwise; converted once a run. Treat it as read-only."""
+    from granite4v.converter import Options, convert
+
+    made: dict[tuple[CheckpointSpec, str, str], Path] = {}
+
+    def make(spec: CheckpointSpec, text_type: str = "F32", vision_type: str = "F32") -> Path:
+        if (spec, text_type, vision_type) not in made:
+            out = tmp_path_factory.mktemp("model") / "model"
+            convert(make_checkpoint(spec), out, Options(text_type=text_type, vision_type=vision_type))
+            made[spec, text_type, vision_type] = out
+        return made[spec, text_type, vision_type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def load_reference(make_checkpoint: Callable[[CheckpointSpec], Path]) -> Callable[..., Reference]:
     """The reference for a specification (and an adapter's directory), loaded once a run."""
     from reference import Reference

@@ -1,0 +1,38 @@
+"""Copies of GGUF files with other metadata, for files that our converter would not write."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf.constants import GGUFValueType
+
+
+def copy_gguf(
+    source: Path, target: Path, *, change: Mapping[str, Any] | None = None, without: Collection[str] = ()
+) -> Path:
+    """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
+    `without` left out; tensors stay as they are. A changed value keeps its GGUF type. Returns `target`.
+    """
+    reader = gguf.GGUFReader(source)
+    change = dict(change or {})
+    writer = gguf.GGUFWriter(
+        target, change.pop("general.architecture", reader.fields["general.architecture"].contents())
+    )
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key.startswith(tuple(without)):
+            continue
+        value = change.get(key, field.contents())
+        if field.types[0] == GGUFValueType.ARRAY:
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=field.types[-1])
+        else:
+            writer.add_key_value(key, value, field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
