@@ -70,7 +70,7 @@ class _Expected:
 
 
 def verify(
-    open_model: Callable[[], Model],
+    model: Model,
     reference: Path,
     pictures: Sequence[Path] = (),
     *,
@@ -82,9 +82,10 @@ def verify(
 ) -> list[Comparison]:
     """Differences for every picture, then for the prompt alone.
 
-    `open_model` loads our side once the reference is done. `adapter`: a PEFT adapter that the reference merges into
-    itself; a separate adapter on our side is then applied to text-only requests too. Raises DeviceError without the
-    `verify` extra, CheckpointError for a checkpoint that transformers cannot read whole.
+    `model` should be freshly loaded: it reads its weights at its first request, after the reference is gone.
+    `adapter`: a PEFT adapter that the reference merges into itself; a separate adapter on our side is then applied to
+    text-only requests too. Raises DeviceError without the `verify` extra, CheckpointError for a checkpoint that
+    transformers cannot read whole.
     """
     from granite4v.clip_projector import load_image
 
@@ -99,10 +100,9 @@ def verify(
     with_adapter = runner.has_adapter
     del runner
     results = []
-    with open_model() as model:
-        for item in expected:
-            say(f"ours: {item.picture or 'text only'}")
-            results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
+    for item in expected:
+        say(f"ours: {item.picture or 'text only'}")
+        results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
     return results
 
 

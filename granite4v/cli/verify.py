@@ -11,7 +11,6 @@ import typer
 from granite4v.cli.options import DeviceOption, JsonOption, MmprojOption, ThreadsOption
 
 if TYPE_CHECKING:
-    from granite4v.runtime.model import Model
     from granite4v.runtime.verify import Comparison
 
 
@@ -48,19 +47,17 @@ def verify(
     from granite4v.runtime import Model
     from granite4v.runtime.verify import verify as run_verify
 
-    def open_model() -> Model:
-        return Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact)
-
-    results = run_verify(
-        open_model,
-        reference,
-        image or [],
-        prompt=prompt,
-        n_positions=positions,
-        dtype=dtype.value,
-        adapter=adapter,
-        report=lambda line: typer.echo(line, err=True),
-    )
+    with Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact) as loaded:
+        results = run_verify(
+            loaded,
+            reference,
+            image or [],
+            prompt=prompt,
+            n_positions=positions,
+            dtype=dtype.value,
+            adapter=adapter,
+            report=lambda line: typer.echo(line, err=True),
+        )
     if as_json:
         import json
 
