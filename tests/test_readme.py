@@ -1,0 +1,68 @@
+"""What the README says is true: its commands exist, its example runs, its map is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from make_checkpoint import PRESETS, CheckpointSpec
+from pictures import text_picture
+from typer.testing import CliRunner
+
+from granite4v.cli.main import app
+from granite4v.converter import Options, convert
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_two_commands_are_there_and_are_valid_shell() -> None:
+    commands = blocks()[0].splitlines()
+    assert len(commands) == 2
+    for command in commands:
+        assert os.access(ROOT / command, os.X_OK)
+        subprocess.run(["bash", "-n", str(ROOT / command)], check=True)
+
+
+def test_continuous_integration_runs_the_second_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert blocks()[0].splitlines()[1] in script
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\| `granite4v (\w+)", README, flags=re.MULTILINE))
+def test_commands_of_the_table_exist(command: str) -> None:
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_example_runs(
+    make_checkpoint: Callable[[CheckpointSpec], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    convert(make_checkpoint(PRESETS["tiny"]), tmp_path / "out", Options("Q8_0", "F16"))
+    text_picture((200, 150)).save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    example = blocks("python")[0].replace("max_tokens=512", "max_tokens=8")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "[0, 2, 3, 4, 5, 7]" in capsys.readouterr().out
+
+
+def test_the_map_names_every_module() -> None:
+    map_block = next(block for block in blocks() if block.startswith("granite4v/ "))
+    folders = ("granite4v", "clip_projector", "converter", "runtime")
+    names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
+    assert names - set(re.findall(r"\w+\.py", map_block)) == set()
+
+
+def test_paths_in_the_text_exist() -> None:
+    for name in re.findall(r"(?:scripts|tests)/[\w./-]+\w", README):
+        assert (ROOT / name).exists(), name
