@@ -18,6 +18,7 @@ from granite4v.errors import ModelFileError
 from granite4v.families import VisionConfig, family_of_gguf
 from granite4v.ggml.gguf_file import GgufFile
 
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process over a file that has more
 _LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _AGAIN = "convert it again with 'granite4v convert'"
 
@@ -68,8 +69,13 @@ class ModelFiles:
 
     def _check(self) -> None:
         n_embd = int(self.text_value(keys.EMBEDDING_LENGTH))
-        for key in (keys.BLOCK_COUNT, keys.CONTEXT_LENGTH):
-            self.text_value(key)
+        self.text_value(keys.CONTEXT_LENGTH)
+        n_layers = int(self.text_value(keys.BLOCK_COUNT))
+        if not 0 < n_layers <= MAX_LAYERS:
+            raise ModelFileError(
+                f"'{self.text.path}' says it has {n_layers:,} layers; llama.cpp takes 1 to {MAX_LAYERS}. "
+                f"{_AGAIN.capitalize()}."
+            )
         if self.adapter is not None:
             self._check_adapter(self.adapter)
         if self.vision is None:

@@ -19,8 +19,7 @@ from granite4v.errors import DeviceError
 T = TypeVar("T")
 Cancel = Callable[[], bool]
 
-_LEVELS = {1: logging.DEBUG, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG, 5: logging.DEBUG}
-_WARN, _ERROR, _CONT = 2, 3, 5  # enum ggml_log_level
+_ERROR, _CONT = 4, 5  # enum ggml_log_level
 _NEEDED = ("llama_model_n_embd_inp", "llama_set_adapters_lora", "llama_model_load_from_file", "llama_memory_seq_rm")
 _POLL_S = 0.05  # how soon a cancelled request is noticed
 

@@ -22,7 +22,7 @@ def copy_gguf(
         target, change.pop("general.architecture", reader.fields["general.architecture"].contents())
     )
     for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture" or key.startswith(tuple(without)):
+        if key.startswith(("GGUF.", "general.architecture", *without)):
             continue
         value = change.get(key, field.contents())
         if field.types[0] == GGUFValueType.ARRAY:

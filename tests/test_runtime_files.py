@@ -1,0 +1,245 @@
+"""Which files a model is made of: found by their metadata, and what does not fit together is said in a sentence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_spec import MAPPING_CASES, PRESETS
+from gguf_edit import copy_gguf
+
+import granite4v
+from granite4v.errors import DeviceError, ModelFileError
+from granite4v.runtime.model_files import ModelFiles
+
+OURS = ("granite4v.", "tokenizer.huggingface")
+TINY = PRESETS["tiny"]
+OTHER = replace(TINY, seed=5)
+WIDE = PRESETS["tiny-wide"]
+
+
+@pytest.fixture
+def folder(make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a model directory that a test may change."""
+    return shutil.copytree(make_model(TINY), tmp_path / "model")
+
+
+def message_of(*args: Any, **options: Any) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        ModelFiles.open(*args, **options).close()
+    return str(caught.value)
+
+
+def test_a_directory_of_one_conversion(folder: Path) -> None:
+    with ModelFiles.open(folder) as files:
+        assert files.text.path.name == "text-F32.gguf"
+        assert files.vision is not None and files.vision.path.name == "mmproj-F32.gguf"
+        assert files.adapter is None
+        assert files.injection is not None and files.injection.layers == (0, 2, 3, 4, 5, 7)
+        assert files.injection.slots == tuple(range(6)) and files.injection.n_slots == 6
+
+
+def test_names_do_not_matter(folder: Path) -> None:
+    (folder / "text-F32.gguf").rename(folder / "mmproj.gguf")
+    (folder / "mmproj-F32.gguf").rename(folder / "model.gguf")
+    with ModelFiles.open(folder) as files:
+        assert files.vision is not None
+        assert (files.text.path.name, files.vision.path.name) == ("mmproj.gguf", "model.gguf")
+
+
+def test_a_text_file_finds_the_vision_file_beside_it(folder: Path) -> None:
+    with ModelFiles.open(folder / "text-F32.gguf") as files:
+        assert files.vision is not None and files.vision.path.parent == folder
+
+
+def test_a_text_file_does_not_take_another_conversions_vision_file(
+    folder: Path, make_model: Callable[..., Path]
+) -> None:
+    shutil.copy(make_model(OTHER) / "mmproj-F32.gguf", folder / "mmproj-F32.gguf")
+    with ModelFiles.open(folder / "text-F32.gguf") as files:
+        assert files.vision is None
+
+
+def test_a_text_file_alone_has_no_vision(folder: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(folder / "text-F32.gguf", tmp_path))
+    with ModelFiles.open(alone) as files:
+        assert files.vision is None and files.vision_config is None
+
+
+def test_the_vision_file_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.move(folder / "mmproj-F32.gguf", tmp_path / "v.gguf")
+    with ModelFiles.open(folder / "text-F32.gguf", mmproj=elsewhere) as files:
+        assert files.vision is not None
+
+
+@pytest.mark.parametrize("name", MAPPING_CASES)
+def test_streams_go_where_the_configuration_says(make_model: Callable[..., Path], name: str) -> None:
+    spec = MAPPING_CASES[name]
+    layers = {layer for _, layer in spec.deepstack_layer_map} | set(spec.spatial_target_layers)
+    with ModelFiles.open(make_model(spec)) as files:
+        assert files.injection is not None
+        assert files.injection.layers == tuple(sorted(layers))
+        assert files.injection.n_slots == len(layers | {0})
+
+
+def test_files_of_other_converters_number_their_streams(folder: Path, tmp_path: Path) -> None:
+    text = copy_gguf(folder / "text-F32.gguf", tmp_path / "t.gguf", without=OURS)
+    vision = copy_gguf(folder / "mmproj-F32.gguf", tmp_path / "v.gguf", without=OURS)
+    with ModelFiles.open(text, mmproj=vision) as files:
+        assert files.injection is not None
+        assert files.injection.layers == (0, 2, 3, 4, 5, 7) and files.injection.slots == tuple(range(6))
+
+
+# --- what is wrong, and what is said about it ---
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    assert "'granite4v convert'" in message_of(tmp_path / "nowhere")
+    assert f"'{tmp_path / 'nowhere'}' does not exist" in message_of(tmp_path / "nowhere")
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    assert f"'{tmp_path}' holds no text model" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(("role", "name"), [("text model", "text-F32"), ("vision file", "mmproj-F32")])
+def test_a_directory_with_two_of_a_kind(folder: Path, role: str, name: str) -> None:
+    shutil.copy(folder / f"{name}.gguf", folder / f"{name}-again.gguf")
+    message = message_of(folder)
+    assert f"holds more than one {role}" in message and f"'{name}-again.gguf'" in message
+    assert ("give the text GGUF itself" if "text" in role else "choose one with '--mmproj'") in message
+
+
+def test_files_in_the_wrong_place(folder: Path) -> None:
+    text, vision = folder / "text-F32.gguf", folder / "mmproj-F32.gguf"
+    assert "is a vision file (mmproj), but a text model is needed there" in message_of(vision)
+    assert "is a text model, but a vision file (mmproj) is needed there" in message_of(text, mmproj=text)
+    assert "is a text model, but a LoRA adapter is needed there" in message_of(text, adapter=text)
+
+
+def test_files_of_two_conversions(folder: Path, make_model: Callable[..., Path]) -> None:
+    other = make_model(OTHER) / "mmproj-F32.gguf"
+    message = message_of(folder / "text-F32.gguf", mmproj=other)
+    assert "come from different conversions" in message and str(other) in message
+
+
+def test_a_vision_file_of_another_width(folder: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    vision = copy_gguf(make_model(WIDE) / "mmproj-F32.gguf", tmp_path / "v.gguf", without=["granite4v.pair_id"])
+    message = message_of(folder / "text-F32.gguf", mmproj=vision)
+    assert "embeddings of width 256" in message and "takes width 64" in message
+
+
+def test_a_vision_file_with_streams_for_other_layers(
+    folder: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(MAPPING_CASES["unsorted"]) / "mmproj-F32.gguf"
+    vision = copy_gguf(source, tmp_path / "v.gguf", without=["granite4v.pair_id"])
+    message = message_of(folder / "text-F32.gguf", mmproj=vision)
+    assert "streams for decoder layers [0, 1, 2, 3, 4, 5, 7]" in message and "[0, 2, 3, 4, 5, 7]" in message
+
+
+def test_a_foreign_vision_file_with_another_number_of_streams(
+    folder: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(MAPPING_CASES["unsorted"]) / "mmproj-F32.gguf"
+    vision = copy_gguf(source, tmp_path / "v.gguf", without=OURS)
+    assert "makes 7 image streams, but" in message_of(folder / "text-F32.gguf", mmproj=vision)
+
+
+def test_a_text_file_that_takes_no_streams(folder: Path, tmp_path: Path) -> None:
+    text = copy_gguf(folder / "text-F32.gguf", tmp_path / "t.gguf", without=["granite.deepstack_mapping", *OURS])
+    assert "takes them at [0]; the two belong to different models" in message_of(
+        text, mmproj=folder / "mmproj-F32.gguf"
+    )
+
+
+def test_a_mapping_with_a_gap(folder: Path, tmp_path: Path) -> None:
+    text = copy_gguf(
+        folder / "text-F32.gguf",
+        tmp_path / "t.gguf",
+        change={"granite.deepstack_mapping": [-1, -1, 1, 2, 3, 4, -1, 6]},
+    )
+    assert "numbers its image streams [1, 2, 3, 4, 6]" in message_of(text, mmproj=folder / "mmproj-F32.gguf")
+
+
+@pytest.mark.parametrize(
+    "key", ["granite.embedding_length", "granite.block_count", "granite.context_length", "general.architecture"]
+)
+def test_missing_keys_of_the_text_file(folder: Path, key: str) -> None:
+    path = folder / "text-F32.gguf"
+    if key == "general.architecture":
+        path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architectura", 1))
+    else:
+        copy = copy_gguf(path, folder / "copy.gguf", without=[key])
+        copy.replace(path)
+    assert f"has no key '{key}'; convert it again" in message_of(path)
+
+
+@pytest.mark.parametrize("n_layers", [0, 513])
+def test_a_number_of_layers_that_would_end_the_process(folder: Path, n_layers: int) -> None:
+    path = folder / "text-F32.gguf"
+    copy_gguf(path, folder / "copy.gguf", change={"granite.block_count": n_layers}).replace(path)
+    assert f"says it has {n_layers} layers; llama.cpp takes 1 to 512" in message_of(folder)
+
+
+def test_missing_keys_of_the_vision_file(folder: Path) -> None:
+    copy = copy_gguf(folder / "mmproj-F32.gguf", folder / "copy.gguf", without=["clip.vision.feature_layer"])
+    copy.replace(folder / "mmproj-F32.gguf")
+    assert "has no key 'clip.vision.feature_layer'" in message_of(folder)
+
+
+def test_an_unknown_projector(folder: Path) -> None:
+    change = {"clip.projector_type": "somebody_elses"}
+    copy = copy_gguf(folder / "mmproj-F32.gguf", folder / "copy.gguf", change=change)
+    copy.replace(folder / "mmproj-F32.gguf")
+    assert "'clip.projector_type' = 'somebody_elses'" in message_of(folder)
+
+
+@pytest.mark.parametrize("name", ["text-F32.gguf", "mmproj-F32.gguf"])
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda data: data[: len(data) // 2], "is cut short"),
+        (lambda data: data[:100], "header is broken or cut short"),
+        (lambda data: b"GGML" + data[4:], "is not a GGUF file: it begins with b'GGML'"),
+        (lambda data: b"", "is not a GGUF file"),
+    ],
+)
+def test_damaged_files(folder: Path, name: str, damage: Callable[[bytes], bytes], expected: str) -> None:
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    message = message_of(folder)
+    assert expected in message and str(path) in message
+
+
+def test_a_broken_file_of_somebody_else_beside_a_text_file_does_not_matter(folder: Path) -> None:
+    (folder / "other.gguf").write_bytes(b"nonsense")
+    ModelFiles.open(folder / "text-F32.gguf").close()
+
+
+def test_a_file_that_llama_cpp_refuses_is_explained_in_its_words(folder: Path) -> None:
+    path = folder / "text-F32.gguf"
+    copy_gguf(path, folder / "copy.gguf", change={"granite.feed_forward_length": 99}).replace(path)
+    with granite4v.load(folder, device="cpu") as model, pytest.raises(ModelFileError) as caught:
+        model.logits("x")
+    assert f"llama.cpp cannot load '{path}': error loading model: " in str(caught.value)
+    assert "tensor 'blk.0.ffn_gate.weight' has wrong shape" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cuda", "device 'cuda' is not available"), ("tpu", "unknown device")]
+)
+def test_a_missing_device_is_said_at_once(make_model: Callable[..., Path], device: str, expected: str) -> None:
+    from granite4v.ggml.backend import find_device
+
+    try:
+        find_device(device)
+    except DeviceError:
+        with pytest.raises(DeviceError, match=expected):
+            granite4v.load(make_model(TINY), device=device)
+    else:
+        pytest.skip(f"this machine has a '{device}' device")
