@@ -134,7 +134,9 @@ class VisionEncoder:
         for first in range(0, len(tiles), MAX_TILES_AT_ONCE):
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
             pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
-            outputs = self._graph(len(batch)).run(pixels=pixels)
+            graph = self._graph(len(batch))
+            outputs = graph.run(pixels=pixels)
+            graph.release()
             streams = [
                 outputs[f"stream.{p}"].reshape(len(batch), self.config.tokens_per_tile, -1)
                 for p in range(len(self.config.streams))

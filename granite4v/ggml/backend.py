@@ -6,7 +6,9 @@ Every owner has `close()`, works in a `with`, may be closed twice and raises Val
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError
@@ -128,7 +130,7 @@ class Backend:
         buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, 0)
         try:
             weight = arena.tensor(type_name, n_in, n_out)
-            weight.contents.buffer = buffer.value
+            weight.contents.buffer = buffer
             x = arena.tensor("F32", n_in, 512)
             product = ggml.ggml_mul_mat(arena.context, weight, x)
             return bool(ggml.ggml_backend_dev_supports_op(self.device, product))
@@ -205,6 +207,21 @@ class Arena:
 
 def buffer_type_name(buffer_type: Any) -> str:
     return str(lib().ggml_backend_buft_name(buffer_type).decode())
+
+
+def let_go(buffer: Any) -> None:
+    """Gives a host buffer's memory back to the system; the buffer stays usable, its contents become undefined.
+
+    Only on Linux, where anonymous pages can be dropped; elsewhere nothing happens.
+    """
+    ggml = lib()
+    if not sys.platform.startswith("linux") or not buffer or not ggml.ggml_backend_buffer_is_host(buffer):
+        return
+    start = ggml.ggml_backend_buffer_get_base(buffer)
+    end = start + ggml.ggml_backend_buffer_get_size(buffer)
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def set_data(tensor: Any, data: np.ndarray) -> None:

@@ -63,7 +63,7 @@ TensorP = c.POINTER(TensorStruct)
 
 TensorStruct._fields_ = [
     ("type", c.c_int),
-    ("buffer", c.c_void_p),
+    ("buffer", BufferP),
     ("ne", c.c_int64 * MAX_DIMS),
     ("nb", c.c_size_t * MAX_DIMS),
     ("op", c.c_int),
@@ -177,7 +177,9 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_buft_alloc_buffer", BufferP, BufferTypeP, _size),
     _base("ggml_backend_buft_is_host", c.c_bool, BufferTypeP),
     _base("ggml_backend_buffer_free", None, BufferP),
+    _base("ggml_backend_buffer_get_base", _void_p, BufferP),
     _base("ggml_backend_buffer_get_size", _size, BufferP),
+    _base("ggml_backend_buffer_is_host", c.c_bool, BufferP),
     _base("ggml_backend_buffer_set_usage", None, BufferP, _int),
     _base("ggml_backend_free", None, BackendP),
     _base("ggml_backend_tensor_set", None, TensorP, _void_p, _size, _size),  # (tensor, data, offset, size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Arena, Backend, get_data, set_data
+from granite4v.ggml.backend import Arena, Backend, get_data, let_go, set_data
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
@@ -244,6 +244,12 @@ class Graph:
             set_data(self._inputs[name].ptr, array)
         self.backend.compute(self._graph)
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
+
+    def release(self) -> None:
+        """Lets the system have the memory of intermediate results until the next run."""
+        buffers = {x.ptr.contents.buffer.value: x for x in (*self._inputs.values(), *self._outputs.values())}
+        for x in buffers.values():
+            let_go(x.ptr.contents.buffer)
 
     def close(self) -> None:
         allocator, self._allocator = getattr(self, "_allocator", None), None
