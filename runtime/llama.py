@@ -192,10 +192,9 @@ class LlamaContext(_Owner):
             return
         if on and not self.model.has_adapter:
             raise ValueError("the model has no adapter loaded")
-        n = 1 if on else 0
-        adapters = (ctypes.c_void_p * max(n, 1))(self.model.adapter)
-        scales = (ctypes.c_float * max(n, 1))(1.0)
-        if llama().llama_set_adapters_lora(self.handle, adapters, n, scales) != 0:
+        lib = llama()
+        adapters = (lib.llama_adapter_lora_p_ctypes * 1)(*([self.model.adapter] if on else []))
+        if lib.llama_set_adapters_lora(self.handle, adapters, 1 if on else 0, (ctypes.c_float * 1)(1.0)) != 0:
             raise DeviceError(f"llama.cpp cannot switch the adapter: {log().reason()}.")
         self.adapter_on = on
 

@@ -482,8 +482,8 @@ class _Request:
         return self._prefill(self._prompt.spans, self._max_tokens)
 
     def next(self, tokens: Sequence[int]) -> np.ndarray:
-        decoder = self._model._open_decoder()
-        if decoder.epoch == self._epoch:
+        decoder = self._model._decoder
+        if decoder is not None and not self._model._closed and decoder.epoch == self._epoch:
             return decoder.step(tokens[-1], self._cancel)
         return self._prefill((*self._prompt.spans, TextSpan(tuple(tokens))), self._max_tokens - len(tokens))
 
