@@ -115,7 +115,8 @@ def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     import numpy as np
 
     values = (np.arange(256, dtype=np.float64) * tiling.rescale_factor).astype(np.float32)[:, None]
-    table = (values - np.float32(tiling.image_mean)) / np.float32(tiling.image_std)
+    mean, std = np.array(tiling.image_mean, dtype=np.float32), np.array(tiling.image_std, dtype=np.float32)
+    table = (values - mean) / std
     return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
 
 

@@ -26,11 +26,7 @@ def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[
             prefixes=PREFIXES,
             rules=(
                 TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,)),
-                *(
-                    rule
-                    for p, stream in enumerate(config.streams)
-                    for rule in _projector(stream, str(p), config, ffn)
-                ),
+                *(rule for p, stream in enumerate(config.streams) for rule in _projector(stream, str(p), config, ffn)),
             ),
             drops=tuple(DropRule(f"{name}.*", UNUSED) for name in _unused_projectors(config, hf_config)),
         ),
