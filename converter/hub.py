@@ -21,6 +21,11 @@ class Location:
     name: str
     revision: str | None = None
 
+    @property
+    def short_name(self) -> str:
+        """The model's own name, without its owner or where it lies."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name.rsplit("/", 1)[-1]
+
 
 def locate(source: str, revision: str | None = None) -> Location:
     """The directory of a local path or hub id; what the hub has and the cache lacks is downloaded.

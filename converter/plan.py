@@ -68,12 +68,17 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that one conversion writes, leaves out and remarks on."""
+    """Everything that one conversion writes, leaves out and remarks on.
+
+    `adapter_use`: 'merged', 'separate' or 'ignored'; 'none' without an adapter.
+    """
 
     source: str
     files: tuple[PlannedFile, ...]
     dropped: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    adapter: str | None = None
+    adapter_use: str = "none"
 
     @property
     def data_bytes(self) -> int:
@@ -106,7 +111,14 @@ def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter |
     files = [text, _vision_file(model, vision_type, merged, provenance)]
     if adapter is not None and lora == "separate":
         files.append(_adapter_file(model, policy.adapter_type(text_type), adapter, provenance))
-    return Plan(model.checkpoint.location.name, tuple(files), model.match.dropped, tuple(warnings))
+    return Plan(
+        source=model.checkpoint.location.name,
+        files=tuple(files),
+        dropped=model.match.dropped,
+        warnings=tuple(warnings),
+        adapter=adapter.name if adapter is not None else None,
+        adapter_use=provenance[keys.PROVENANCE_ADAPTER],
+    )
 
 
 def _text_file(
@@ -204,7 +216,7 @@ def _general(model: Model, type_policy: str) -> dict[str, Any]:
     import gguf
 
     return {
-        keys.GENERAL_NAME: model.checkpoint.location.name.rstrip("/").rsplit("/", 1)[-1],
+        keys.GENERAL_NAME: model.checkpoint.location.short_name,
         keys.GENERAL_FILE_TYPE: policy.file_type(type_policy),
         keys.GENERAL_QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
     }
@@ -236,6 +248,8 @@ def _image_token_id(config: Mapping[str, Any]) -> int:
 def describe(plan: Plan) -> str:
     """The plan as text: one line a tensor, then what is dropped, and why each type was chosen."""
     lines = [f"source: {plan.source}"]
+    if plan.adapter is not None:
+        lines.append(f"adapter: {plan.adapter}, {plan.adapter_use}")
     for file in plan.files:
         lines += ["", f"{file.name}  ({file.arch}, {len(file.tensors)} tensors, {_size(file.data_bytes)})"]
         lines += [f"  {key} = {_short(value)}" for key, value in file.metadata.items()]

@@ -20,13 +20,15 @@ Json = Mapping[str, Any]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # enum llama_token_type
 
 # The split patterns of tokenizer.json files, and llama.cpp's name for a pre-tokenizer that splits so
-# (src/llama-vocab.cpp). 'granite-docling', which IBM's own GGUF files name, keeps digits together, so long
-# numbers would be cut otherwise than in training; 'dbrx' cuts them by three, as the checkpoint does.
+# (src/llama-vocab.cpp). Of its names for this pattern, 'llama-bpe' would also put a first token before the
+# text. The checkpoint's pattern decides, not the name that published GGUF files carry: some of those keep
+# digits together that the model was trained to read by three.
 CL100K_BY_THREE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 CL100K_BY_ONE = CL100K_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
+DIGITS_BY_THREE = r"\\p{N}{1,3}"  # as it stands in JSON
 SPLITS = {
     CL100K_BY_THREE: "dbrx",
     CL100K_BY_THREE.replace("(?i:", "(?:").replace(  # the same, its cases written out
@@ -121,7 +123,8 @@ def _pre_tokenizer(tokenizer: Json) -> tuple[str, list[str]]:
         pattern = (steps[0].get("pattern") or {}).get("Regex", "")
         if pattern in SPLITS:
             return SPLITS[pattern], []
-    return BYTE_LEVEL_SPLIT, [
+    nearest = SPLITS[CL100K_BY_THREE] if DIGITS_BY_THREE in json.dumps(pre) else BYTE_LEVEL_SPLIT
+    return nearest, [
         f"llama.cpp has no pre-tokenizer for {json.dumps(pre)[:200]}; granite4v tokenizes with the stored "
         "tokenizer.json, but other programs will split text differently"
     ]

@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from granite4v.converter import Progress, Summary
 
+ADAPTER_USES = {"merged": "merged", "separate": "kept in a file of its own", "ignored": "ignored"}
+
 
 def convert(
     source: Annotated[
@@ -61,6 +63,8 @@ def _remark(summary: Summary) -> None:
     """On stderr: what a reader of the file names would not expect."""
     for warning in summary.plan.warnings:
         typer.echo(f"warning: {warning}", err=True)
+    if summary.plan.adapter is not None:
+        typer.echo(f"note: the adapter '{summary.plan.adapter}' was {ADAPTER_USES[summary.plan.adapter_use]}", err=True)
     for file in summary.plan.files:
         forced: dict[tuple[str, str], int] = {}
         for tensor in file.tensors:

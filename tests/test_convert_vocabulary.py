@@ -1,0 +1,159 @@
+"""The tokenizer as llama.cpp is told of it: pre-tokenizer names, token types, special ids, merges, template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_peer import LlamaPeer
+from make_checkpoint import PRESETS, CheckpointSpec
+from toy_language import SPLIT_PATTERN, build_tokenizer, write_language_files
+
+from granite4v.converter import Options, convert
+from granite4v.converter.vocabulary import vocabulary_metadata
+from granite4v.errors import CheckpointError
+
+NUMBERS = "1234567890 12345 12 2024-00317 1,284.50 0xff 3.14159"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Language files alone, for a test to change."""
+    write_language_files(tmp_path, build_tokenizer())
+    return tmp_path
+
+
+def metadata(folder: Path, n_vocab: int = 406, **config: Any) -> tuple[dict[str, Any], list[str]]:
+    return vocabulary_metadata(folder, {}, config, n_vocab)
+
+
+def change_tokenizer(folder: Path, **changes: Any) -> dict[str, Any]:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(tokenizer))
+    return tokenizer
+
+
+def split(pattern: str) -> dict[str, Any]:
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "name"),
+    [
+        (split(SPLIT_PATTERN), "dbrx"),
+        (split(SPLIT_PATTERN.replace("{1,3}", "")), "qwen2"),
+        (BYTE_LEVEL, "gpt-2"),
+        ({"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}, "refact"),
+    ],
+)
+def test_llama_cpp_splits_as_the_tokenizer_does(
+    pre_tokenizer: dict[str, Any], name: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    from tokenizers import Tokenizer
+
+    source = shutil.copytree(make_checkpoint(PRESETS["tiny"]), tmp_path / "source")
+    change_tokenizer(source, pre_tokenizer=pre_tokenizer)
+    summary = convert(source, tmp_path / "out", Options("F32", "F16"))
+    assert summary.plan.files[0].metadata["tokenizer.ggml.pre"] == name
+    assert summary.plan.warnings == ()
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    with LlamaPeer(summary.paths[0]) as peer:
+        for text in (NUMBERS, "a  b\n\n c's DON'T", "übermäßig   東京\t\n"):
+            assert peer.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(("pattern", "nearest"), [(r"\p{N}{1,3}|\p{L}+|.", "dbrx"), (r"\p{L}+|.", "gpt-2")])
+def test_a_split_that_llama_cpp_does_not_know_is_named_and_warned_of(pattern: str, nearest: str, folder: Path) -> None:
+    change_tokenizer(folder, pre_tokenizer=split(pattern))
+    found, warnings = metadata(folder)
+    assert found["tokenizer.ggml.pre"] == nearest
+    assert "llama.cpp has no pre-tokenizer for" in warnings[0]
+
+
+def test_ids_that_the_tokenizer_leaves_out_are_unused(folder: Path) -> None:
+    found, _ = metadata(folder, n_vocab=410)
+    assert found["tokenizer.ggml.tokens"][405:] == ["<image>", "[PAD406]", "[PAD407]", "[PAD408]", "[PAD409]"]
+    assert found["tokenizer.ggml.token_type"][405:] == [3, 5, 5, 5, 5]
+
+
+def test_merges_may_be_pairs_or_strings(folder: Path) -> None:
+    pairs, _ = metadata(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    assert isinstance(tokenizer["model"]["merges"][0], list)
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    change_tokenizer(folder, model=tokenizer["model"])
+    strings, _ = metadata(folder)
+    assert pairs["tokenizer.ggml.merges"] == strings["tokenizer.ggml.merges"]
+    assert all(merge.count(" ") == 1 for merge in pairs["tokenizer.ggml.merges"])
+
+
+def test_special_ids_come_from_tokenizer_config_then_from_config(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = {"content": "<|end_of_role|>"}
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found, _ = metadata(folder, eos_token_id=[1, 2], pad_token_id=[7, 8], mask_token_id=9999)
+    assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.tokens"].index("<|end_of_role|>")
+    assert found["tokenizer.ggml.padding_token_id"] == 7
+    assert "tokenizer.ggml.mask_token_id" not in found
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "setting", "expected"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ({"type": "ByteLevel"}, True, False),
+        ({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {}}]}, False, True),
+        ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, True, False),
+    ],
+)
+def test_whether_text_begins_with_a_special_token(
+    post_processor: dict[str, Any] | None, setting: bool, expected: bool, folder: Path
+) -> None:
+    change_tokenizer(folder, post_processor=post_processor)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": setting}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert metadata(folder)[0]["tokenizer.ggml.add_bos_token"] is expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("plain", "plain"), ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"), (None, None)],
+)
+def test_where_the_chat_template_comes_from(template: Any, expected: str | None, folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found, warnings = metadata(folder)
+    assert found.get("tokenizer.chat_template") == expected
+    assert bool(warnings) == (expected is None)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
+    change_tokenizer(folder, model={"type": "Unigram", "vocab": [["a", 0.0]]})
+    with pytest.raises(CheckpointError, match="holds a 'Unigram' tokenizer; only byte-level BPE converts"):
+        metadata(folder)
+
+
+def test_two_ids_for_one_text_are_refused(folder: Path) -> None:
+    """llama.cpp would abort the process on such a file."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["content"] = "<|pad|>"
+    change_tokenizer(folder, added_tokens=tokenizer["added_tokens"])
+    with pytest.raises(CheckpointError, match=r"gives more than one id to '<\|pad\|>'"):
+        metadata(folder)
