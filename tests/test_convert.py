@@ -133,6 +133,33 @@ def test_stock_libmtmd_computes_the_references_streams(tiny: Path, load_referenc
     assert relative_l2(found, np.concatenate([streams[layer] for layer in sorted(streams)], axis=1)) < 4e-4
 
 
+@pytest.mark.parametrize(("kind", "nearness"), [("Q8_0", 0.11), ("Q4_K_M", 0.7), ("Q4_0", 0.9), ("IQ4_NL", 0.8)])
+def test_quantized_text_runs_in_stock_llama_cpp(
+    kind: str, nearness: float, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    """Relative L2 to the F32 file, 1.4 times what was observed; random weights are the worst case."""
+    source, ids = make_checkpoint(PRESETS["tiny-wide"]), list(range(40, 90))
+    logits = {}
+    for name in ("F32", kind):
+        convert(source, tmp_path / name, Options(name, "F16"))
+        with LlamaPeer(tmp_path / name / f"text-{name}.gguf") as peer:
+            logits[name] = peer.logits(ids)
+    assert relative_l2(logits[kind], logits["F32"]) < nearness
+
+
+@pytest.mark.parametrize(("kind", "nearness"), [("F16", 1e-3), ("Q8_0", 2.5e-2), ("Q4_0", 0.33), ("IQ4_NL", 0.28)])
+def test_quantized_towers_run_in_stock_libmtmd(
+    kind: str, nearness: float, tiny: Path, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    """The feed-forward widths, 200 and 72, are padded to whole blocks in tower and projectors."""
+    source, pixels = make_checkpoint(replace(TINY, qformer_ffn=72)), np.asarray(noise_picture((150, 100)))
+    found = {}
+    for name in ("F32", kind):
+        convert(source, tmp_path / name, Options("F32", name))
+        found[name] = encode_image(tiny / "text-F32.gguf", tmp_path / name / f"mmproj-{name}.gguf", pixels)
+    assert relative_l2(found[kind], found["F32"]) < nearness
+
+
 def test_llama_cpp_tokenizes_as_the_checkpoints_tokenizer_does(
     tiny: Path, make_checkpoint: Callable[[CheckpointSpec], Path]
 ) -> None:
