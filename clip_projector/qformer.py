@@ -1,6 +1,6 @@
 """The window Q-Former: one BLIP-2 layer over windows of patches, 16 queries for 64 patches.
 
-Reference: transformers 5.23, `Granite4VisionWindowQFormerDownsampler` and `Blip2QFormerLayer`. Windowing is a
+The layer is BLIP-2's (transformers 5.23, `Blip2QFormerLayer`). Windowing is a
 transposition of a four-axis view, so nothing is gathered by index.
 """
 
