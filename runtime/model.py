@@ -84,20 +84,23 @@ class Model:
         device: str = "auto",
         mmproj: str | Path | None = None,
         lora: bool | str | Path | None = None,
-        exact: bool = False,
+        exact: bool | None = None,
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
         `n_ctx`: tokens a request and its answer may have together. `n_threads`: one for each core by default.
         `device`: 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one). `lora`: when a separate LoRA is applied:
         None for requests with pictures only, True always, False never; a path names another adapter file.
-        `exact`: float32 cache and plain attention, for comparing values with a reference rather than for speed.
+        `exact`: float32 cache and plain attention, for comparing values with a reference rather than for speed;
+        None means for float32 files, which nobody makes for another reason.
 
         Raises ModelFileError for files that are broken or do not fit together, DeviceError for a missing device.
         """
         adapter = lora if isinstance(lora, str | Path) else None
         files = ModelFiles.open(path, mmproj=mmproj, adapter=adapter)
         policy = lora if isinstance(lora, bool) else None
+        if exact is None:
+            exact = all(info.type_name == "F32" for info in files.text.tensors.values())
         try:
             return cls(files, n_ctx=n_ctx, n_threads=n_threads, device=device, exact=exact, lora=policy)
         except BaseException:

@@ -33,7 +33,10 @@ def verify(
     ] = None,
     mmproj: MmprojOption = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Float32 cache and plain attention on our side, to compare values.")
+        bool,
+        typer.Option(
+            "--exact", help="Float32 cache and plain attention on our side, whatever the weights; F32 files always so."
+        ),
     ] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -47,7 +50,7 @@ def verify(
     from granite4v.runtime import Model
     from granite4v.runtime.verify import verify as run_verify
 
-    with Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact) as loaded:
+    with Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact or None) as loaded:
         results = run_verify(
             loaded,
             reference,
