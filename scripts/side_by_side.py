@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--predict", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--limits", action="store_true", help="also measure how fast ggml multiplies here")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "metal", "auto"))
     options = parser.parse_args()
     text, mmproj = find_files(options.model, options.mmproj)
@@ -59,6 +60,11 @@ def main() -> None:
             print(f"run {i + 1} of {options.runs}, {side.name}: {json.dumps(result)}", file=sys.stderr, flush=True)
     summary = compare(results["ours"], results["peer"])
     print_table(summary)
+    if options.limits:
+        summary["limits"] = measure_limits(text, mmproj, options)
+        for part in ("encode", "prefill"):
+            limit, taken = summary["limits"][f"{part}_limit_s"], summary[f"{part}_s"]["ours"]
+            print(f"{part}: the products alone would take {limit:.3f} s here; we take {taken / limit:.2f} times that")
     summary["runs"] = options.runs
     summary["threads"] = options.threads
     summary["image_tokens"] = results["ours"][0]["image_tokens"]
@@ -123,6 +129,13 @@ def render_prompt(text: Path, mmproj: Path, prompt: str, image: Path) -> str:
     if done.returncode != 0:
         raise SystemExit(f"the prompt cannot be rendered:\n{done.stderr}")
     return done.stdout.replace("<image>\n", "{media}")
+
+
+def measure_limits(text: Path, mmproj: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What limits.py says of this machine, in the same run."""
+    command = [sys.executable, str(HERE / "limits.py"), str(text), str(options.image), "--mmproj", str(mmproj)]
+    command += ["--threads", str(options.threads)]
+    return last_json(subprocess.run(command, capture_output=True, text=True), command)
 
 
 def last_json(done: subprocess.CompletedProcess[str], command: list[str]) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""How long a picture must take at least: its arithmetic divided by the rate at which ggml multiplies here.
+
+    python scripts/limits.py MODEL_DIR IMAGE
+
+Counts the multiplications of the tower, the projectors and the decoder's prefill, and measures ggml's matrix product
+for each weight type and each way of multiplying it, in a process of its own (a way may fault). The limit assumes
+products at that rate and everything else free. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from side_by_side import find_files
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector import load_image
+from granite4v.clip_projector.tiles import layout
+from granite4v.families import VisionConfig, family_of_gguf
+from granite4v.ggml import speed
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--mmproj", type=Path)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    print(json.dumps(limits(*find_files(options.model, options.mmproj), options.image, options.threads)))
+
+
+def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, Any]:
+    """Arithmetic (GFLOP), rates (GFLOP/s by type and way) and the least seconds of encoding and of image prefill."""
+    with GgufFile.open(mmproj) as vision_file, GgufFile.open(text) as text_file:
+        config = family_of_gguf(vision_file).config_from_gguf(vision_file)
+        where = layout(load_image(image).size, config.tiling, config.tokens_side)
+        vision_type, text_type = main_type(vision_file.tensors), main_type(text_file.tensors)
+        qformer_ffn = vision_file.tensors[keys.PROJ.format(p=0, part="ffn_up", suffix="weight")].shape[0]
+        encode = encode_gflop(config, qformer_ffn, where.n_tiles)
+        prefill = prefill_gflop(text_file, where.n_tokens)
+    rates = {kind: measured_rates(kind, n_threads) for kind in sorted({vision_type, text_type})}
+    fastest = {kind: max(ways.values()) for kind, ways in rates.items()}
+    return {
+        "tiles": where.n_tiles,
+        "image_tokens": where.n_tokens,
+        "encode_gflop": round(encode, 1),
+        "prefill_gflop": round(prefill, 1),
+        "gflop_s": {kind: {way: round(rate, 1) for way, rate in ways.items()} for kind, ways in rates.items()},
+        "encode_limit_s": round(encode / fastest[vision_type], 3),
+        "prefill_limit_s": round(prefill / fastest[text_type], 3),
+    }
+
+
+def encode_gflop(config: VisionConfig, qformer_ffn: int, n_tiles: int) -> float:
+    """Products of the tower and all projectors, for `n_tiles` different tiles."""
+    tower, projector = config.tower, config.projector
+    n_patches, width, ffn = tower.grid_side**2, tower.hidden_size, tower.intermediate_size
+    last = max(stream.hidden_state for stream in config.streams)
+    layer = 2 * n_patches * (4 * width * width + 2 * width * ffn) + 4 * n_patches * n_patches * width
+    patches = 2 * n_patches * width * 3 * tower.patch_size**2
+    # keys and values of every patch, all else for the queries only
+    n_queries, n_inside = config.tokens_per_tile, projector.query_side**2
+    qformer = 2 * 2 * n_patches * width * width + 2 * n_queries * (6 * width * width + width * config.text_hidden_size)
+    qformer += 2 * n_queries * 2 * width * qformer_ffn + 4 * n_queries * width * (n_inside + projector.window_side**2)
+    return n_tiles * (patches + last * layer + len(config.streams) * qformer) / 1e9
+
+
+def prefill_gflop(file: GgufFile, n_tokens: int) -> float:
+    """Products of every decoder matrix with `n_tokens` rows, and of the tokens with each other (causal: half)."""
+    matrices = [info for name, info in file.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
+    products = 2 * n_tokens * sum(info.shape[0] * info.shape[1] for info in matrices)
+    queries = [info for info in matrices if info.name.endswith("attn_q.weight")]
+    attention = sum(2 * n_tokens * n_tokens * info.shape[0] for info in queries)
+    return (products + attention) / 1e9
+
+
+def main_type(tensors: Mapping[str, TensorInfo]) -> str:
+    """The type of most of the matrices' bytes."""
+    sizes: Counter[str] = Counter()
+    for info in tensors.values():
+        if len(info.shape) == 2:
+            sizes[info.type_name] += info.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def measured_rates(type_name: str, n_threads: int) -> dict[str, float]:
+    """GFLOP/s of ggml's product for each way of multiplying this type that works here."""
+    n_in = speed.K_QUANT_N_IN if type_name.endswith("_K") else speed.N_IN
+    gflop = 2 * n_in * speed.N_OUT * speed.N_TOKENS / 1e9
+    rates = {}
+    for way in speed.seconds(Backend("cpu", n_threads), type_name):
+        command = [sys.executable, "-m", "granite4v.ggml.speed", type_name, way, str(n_threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            rates[way] = gflop / float(done.stdout.split()[-1])
+    return rates
+
+
+if __name__ == "__main__":
+    main()
