@@ -88,7 +88,7 @@ def check_streams(reference: Reference, encoder: VisionEncoder, picture: object,
 def test_real_tiles_from_pixels_to_answer(pair: Callable[..., Pair], size: tuple[int, int], kind: str) -> None:
     reference, model = pair(REAL_TILES)
     picture = PICTURES[kind](size)
-    encoder = model._open_encoder()
+    encoder = model.engine.encoder()
     tiles = normalize(cut(picture, encoder.config.tiling), encoder.config.tiling)
     np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), reference.tiles(picture))
     assert count_tokens(size, encoder.config) == reference.n_tokens(picture)
@@ -111,7 +111,7 @@ def test_files_of_other_kinds(pair: Callable[..., Pair], name: str) -> None:
     from PIL import Image
 
     reference, model = pair(PRESETS["tiny"])
-    data, tiling = odd_files()[name], model._open_encoder().config.tiling
+    data, tiling = odd_files()[name], model.engine.encoder().config.tiling
     if name == "16-bit":
         with pytest.warns(granite4v.ImageWarning, match="above 255 are read as white"):
             picture = load_image(data)
@@ -125,7 +125,7 @@ def test_files_of_other_kinds(pair: Callable[..., Pair], name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "real-tiles"])
 def test_streams_of_every_configuration(pair: Callable[..., Pair], name: str, size: tuple[int, int]) -> None:
     reference, model = pair(MODELS[name])
-    check_streams(reference, model._open_encoder(), noise_picture(size), STREAMS_F32)
+    check_streams(reference, model.engine.encoder(), noise_picture(size), STREAMS_F32)
 
 
 @pytest.mark.parametrize("size", SIZES[2::3])
@@ -168,7 +168,7 @@ def test_equal_tiles_are_computed_once(pair: Callable[..., Pair], monkeypatch: p
     from pictures import blank_picture
 
     reference, model = pair(PRESETS["tiny"])
-    encoder = model._open_encoder()
+    encoder = model.engine.encoder()
     seen: list[int] = []
     build = encoder._graph
     monkeypatch.setattr(encoder, "_graph", lambda n: seen.append(n) or build(n))

@@ -90,7 +90,7 @@ def test_a_picture_that_the_template_skips_is_refused(model: granite4v.Model, mo
     from granite4v.runtime.template import ChatTemplate
 
     template = ChatTemplate("{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}")
-    monkeypatch.setattr(model, "_template", template)
+    monkeypatch.setattr(model.engine, "_template", template)
     with pytest.raises(PromptError, match=r"leaves 0 picture placeholder\(s\) for 1 picture"):
         model.prepare("x", PICTURES[:1])
 
@@ -103,7 +103,7 @@ def test_more_pictures_than_parts_is_refused(model: granite4v.Model) -> None:
 def test_a_vocabulary_without_a_placeholder_is_an_error(
     model: granite4v.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_placeholder", None)
+    monkeypatch.setattr(model.engine, "placeholder", None)
     with pytest.raises(ModelFileError, match="no picture placeholder"):
         model.prepare("x", PICTURES[:1])
 
@@ -121,4 +121,4 @@ def test_overflow_is_refused_before_any_work(make_model: Callable[..., Path]) ->
     with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_ctx=100) as small:
         with pytest.raises(ContextOverflowError, match="the context holds 100"):
             small.logits("x", PICTURES)
-        assert small._encoder is None and small._decoder is None
+        assert not small.engine.vision_is_open and not small.engine.text_is_open

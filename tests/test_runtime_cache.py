@@ -86,7 +86,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 def encoded(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Sizes of the pictures that were really encoded."""
     sizes: list[tuple[int, int]] = []
-    encoder = model._open_encoder()
+    encoder = model.engine.encoder()
     encode = encoder.encode
     monkeypatch.setattr(
         encoder, "encode", lambda images, *rest: sizes.extend(i.size for i in images) or encode(images, *rest)
@@ -179,9 +179,9 @@ def test_two_answers_at_once_do_not_mix(model: granite4v.Model) -> None:
 def test_features_of_the_last_pictures_are_kept(
     model: granite4v.Model, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("granite4v.runtime.model.FEATURE_CACHE_BYTES", 1)
+    monkeypatch.setattr("granite4v.runtime.engine.FEATURE_CACHE_BYTES", 1)
     fresh(model, "a", ONE, TWO)
-    assert len(encoded) == 2 and len(model._features) == 1
+    assert len(encoded) == 2 and len(model.engine.features) == 1
     model.logits("b", [TWO])
     assert len(encoded) == 2
     model.logits("b", [ONE])
@@ -192,7 +192,7 @@ def test_an_interrupted_request_leaves_a_sound_cache(model: granite4v.Model, mon
     """As Ctrl-C does: the batch may have been computed although nobody got to hear of it."""
     expected = fresh(model, "What is this?", ONE)
     model.clear_cache()
-    context = model._open_decoder()._context
+    context = model.engine.decoder()._context
     assert context is not None
     decode = context.decode_tokens
     calls = 0

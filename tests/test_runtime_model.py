@@ -43,7 +43,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 def test_a_text_only_request_does_not_open_the_vision_file(make_model: Callable[..., Path]) -> None:
     with granite4v.load(make_model(TINY), device="cpu") as model:
         assert model.generate("Hello", max_tokens=3).tokens
-        assert model._encoder is None
+        assert not model.engine.vision_is_open
 
 
 def test_a_request_with_a_picture_opens_the_text_file_after_encoding(
@@ -51,7 +51,7 @@ def test_a_request_with_a_picture_opens_the_text_file_after_encoding(
 ) -> None:
     with granite4v.load(make_model(TINY), device="cpu") as model:
         seen: list[tuple[str, bool]] = []
-        model.progress = lambda what, done, total: seen.append((what, model._decoder is not None))
+        model.progress = lambda what, done, total: seen.append((what, model.engine.text_is_open))
         model.logits("x", [PICTURE])
         assert [what for what, _ in dict.fromkeys(seen)][:2] == ["encode", "load"]
         assert ("encode", False) in seen and ("prefill", True) in seen
@@ -85,7 +85,7 @@ def test_injection_alone_given_the_references_own_streams(
     streams = reference.streams(PICTURE)
     rows = np.stack([streams[layer] for layer in sorted(streams)], axis=1)
     features = dataclasses.replace(model.encode_image(PICTURE), rows=np.ascontiguousarray(rows))
-    monkeypatch.setattr(model, "_encode", lambda *args: features)
+    monkeypatch.setattr(model.engine, "encode", lambda *args: features)
     model.clear_cache()
     found, expected = model.logits("<tables_json>", [PICTURE]), reference.logits("<tables_json>", [PICTURE])
     assert relative_l2(found, expected) < 2e-6
@@ -109,7 +109,7 @@ def test_many_batches_give_what_one_gives(
     expected = load_reference(TINY).logits(prompt, pictures)
     assert relative_l2(model.logits(prompt, pictures), expected) < LOGITS
     with granite4v.load(make_model(TINY), device="cpu", exact=True) as small:
-        decoder = small._open_decoder()
+        decoder = small.engine.decoder()
         decoder._n_ubatch = 48
         assert relative_l2(small.logits(prompt, pictures), expected) < LOGITS
 
@@ -260,7 +260,7 @@ def test_cancelled_inside_a_long_computation(model: granite4v.Model) -> None:
     answer = model.generate(prompt, cancel=lambda: time.monotonic() - start > whole_s / 4)
     assert answer.finish_reason == "cancelled" and not answer.tokens
     assert time.monotonic() - start < whole_s * 0.8
-    assert model.logits("Hello").shape == (model._open_decoder().model.n_vocab,)
+    assert model.logits("Hello").shape == (model.engine.decoder().model.n_vocab,)
 
 
 def test_closing_a_stream_ends_the_answer(model: granite4v.Model) -> None:
@@ -296,10 +296,10 @@ def test_arguments_out_of_range(model: granite4v.Model, make_model: Callable[...
 
 
 def test_a_bad_prompt_costs_nothing(model: granite4v.Model) -> None:
-    epoch = model._open_decoder().epoch
+    epoch = model.engine.decoder().epoch
     with pytest.raises(PromptError):
         model.generate("<tables_json> and more", [PICTURE])
-    assert model._open_decoder().epoch == epoch
+    assert model.engine.decoder().epoch == epoch
 
 
 def test_template_variables_reach_the_template(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -332,6 +332,8 @@ def test_closing(make_model: Callable[..., Path]) -> None:
     model.close()
     with pytest.raises(ValueError, match="closed"):
         model.logits("x")
+    with pytest.raises(ValueError, match="closed"):
+        model.encode_image(PICTURE)
     with pytest.raises(ValueError, match="closed"):
         list(stream)
 
