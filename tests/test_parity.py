@@ -174,3 +174,21 @@ def test_equal_tiles_are_computed_once(pair: Callable[..., Pair], monkeypatch: p
     monkeypatch.setattr(encoder, "_graph", lambda n: seen.append(n) or build(n))
     check_streams(reference, encoder, blank_picture((128, 128)), STREAMS_F32)
     assert seen == [1]
+
+
+def test_all_tiles_at_once_from_copied_weights(
+    load_reference: Callable[..., Reference], converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
+    from granite4v.ggml.backend import Backend
+
+    begin = Backend.__init__
+
+    def as_accelerator(self: Backend, *arguments: object, **options: object) -> None:
+        begin(self, *arguments, **options)  # type: ignore[arg-type]
+        self.is_cpu = False
+
+    monkeypatch.setattr(Backend, "__init__", as_accelerator)
+    spec = PRESETS["tiny"]
+    with VisionEncoder(next(converted(spec, "F32").glob("mmproj-*.gguf")), "cpu") as encoder:
+        check_streams(load_reference(spec), encoder, noise_picture((300, 200)), STREAMS_F32)
