@@ -214,15 +214,6 @@ def let_go(buffer: Any) -> None:
 
     Only on Linux, where anonymous pages can be dropped; elsewhere nothing happens.
     """
-    _advise(buffer, "MADV_DONTNEED")
-
-
-def prefer_huge_pages(buffer: Any) -> None:
-    """Asks Linux for huge pages under a host buffer that nobody has touched yet: a few percent of a product's time."""
-    _advise(buffer, "MADV_HUGEPAGE")
-
-
-def _advise(buffer: Any, advice: str) -> None:
     ggml = lib()
     if not sys.platform.startswith("linux") or not buffer or not ggml.ggml_backend_buffer_is_host(buffer):
         return
@@ -230,7 +221,7 @@ def _advise(buffer: Any, advice: str) -> None:
     end = start + ggml.ggml_backend_buffer_get_size(buffer)
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def set_data(tensor: Any, data: np.ndarray) -> None:

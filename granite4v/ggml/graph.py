@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Arena, Backend, get_data, let_go, prefer_huge_pages, set_data
+from granite4v.ggml.backend import Arena, Backend, get_data, let_go, set_data
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
 
 
@@ -234,8 +232,7 @@ class Graph:
         if set(arrays) != set(self._inputs):
             raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
         ggml = lib()
-        first = self._allocator is None
-        if first:
+        if self._allocator is None:
             self._allocator = ggml.ggml_gallocr_new(self.backend.buffer_type)
             if not ggml.ggml_gallocr_reserve(self._allocator, self._graph):
                 raise DeviceError(
@@ -243,8 +240,6 @@ class Graph:
                 )
         if not ggml.ggml_gallocr_alloc_graph(self._allocator, self._graph):
             raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
-        if first:
-            self._for_each_buffer(prefer_huge_pages)
         for name, array in arrays.items():
             set_data(self._inputs[name].ptr, array)
         self.backend.compute(self._graph)
@@ -252,13 +247,9 @@ class Graph:
 
     def release(self) -> None:
         """Lets the system have the memory of intermediate results until the next run."""
-        self._for_each_buffer(let_go)
-
-    def _for_each_buffer(self, call: Callable[[Any], None]) -> None:
-        """The buffers of intermediate results; each holds an input or an output."""
         tensors = (*self._inputs.values(), *self._outputs.values())
         for buffer in {x.ptr.contents.buffer.value: x.ptr.contents.buffer for x in tensors}.values():
-            call(buffer)
+            let_go(buffer)
 
     def close(self) -> None:
         allocator, self._allocator = getattr(self, "_allocator", None), None
