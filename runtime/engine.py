@@ -197,6 +197,7 @@ class Engine:
 
     def close(self) -> None:
         self.closed = True
+        self._worker.close()  # first: an interrupted call may still be at work on what is freed below
         if self._decoder is not None:
             self._decoder.close()
             self._decoder.model.close()
@@ -205,5 +206,4 @@ class Engine:
         if self._tokenizer is not None:
             self._tokenizer.close()
         self.features.clear()
-        self._worker.close()
         self.files.close()

@@ -121,22 +121,29 @@ class Worker:
     def run(self, call: Callable[[], T], cancel: Cancel | None = None) -> T:
         """What `call` returns; while it runs, `cancel` is asked whether to abort it.
 
-        An exception in the waiting thread (Ctrl-C) aborts the call, waits for it and goes on upwards.
+        An exception in the waiting thread (Ctrl-C) aborts the call, waits for it and goes on upwards. It may come
+        at any moment, even before the call's future has a name here.
         """
         self._flag[0] = b"\0"
-        future = self._pool.submit(call)
         try:
+            future = self._pool.submit(call)
             while not wait([future], timeout=_POLL_S).done:
                 if cancel is not None and cancel():
                     self._flag[0] = b"\1"
         except BaseException:
-            self._flag[0] = b"\1"
-            wait([future])
+            self._settle()
             raise
         return future.result()
 
+    def _settle(self) -> None:
+        """Aborts what runs and waits until the thread is idle: calls are done in order, so an empty one is last."""
+        self._flag[0] = b"\1"
+        self._pool.submit(int).result()
+
     def close(self) -> None:
-        self._pool.shutdown()
+        """Ends what may still run, and the thread. To be called before what it works on is freed."""
+        self._flag[0] = b"\1"
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _is_windows() -> bool:
