@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING, Any
 
-from granite4v.errors import ModelFileError
+from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Arena
 from granite4v.ggml.graph import Tensor
 from granite4v.ggml.library import lib
@@ -75,6 +75,8 @@ class Weights:
         arena.buffer = lib().ggml_backend_dev_buffer_from_host_ptr(
             backend.device, base, self._bytes.nbytes, self._bytes.nbytes
         )
+        if not arena.buffer:
+            raise DeviceError(f"device '{backend.name}' cannot use the mapped file '{self._path}' as its memory.")
         for info in infos:
             tensor = arena.tensor(info.type_name, *reversed(info.shape), name=info.name)
             lib().ggml_backend_tensor_alloc(arena.buffer, tensor, base + info.offset)

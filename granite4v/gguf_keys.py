@@ -9,7 +9,6 @@ GENERAL_ARCHITECTURE = "general.architecture"
 GENERAL_TYPE = "general.type"
 GENERAL_NAME = "general.name"
 GENERAL_FILE_TYPE = "general.file_type"
-GENERAL_ALIGNMENT = "general.alignment"
 GENERAL_QUANTIZATION_VERSION = "general.quantization_version"
 
 ARCH_CLIP = "clip"
@@ -33,7 +32,6 @@ ADAPTER_LORA_ALPHA = "adapter.lora.alpha"
 PROJECTOR_TYPE = "clip.projector_type"
 HAS_VISION_ENCODER = "clip.has_vision_encoder"
 USE_GELU = "clip.use_gelu"
-USE_SILU = "clip.use_silu"
 IMAGE_SIZE = "clip.vision.image_size"
 PREPROC_IMAGE_SIZE = "clip.vision.preproc_image_size"
 PATCH_SIZE = "clip.vision.patch_size"
@@ -77,25 +75,6 @@ POSITION_EMBD = "v.position_embd.weight"
 POST_LN = "v.post_ln.{suffix}"
 IMAGE_NEWLINE = "v.image_newline"
 BLOCK = "v.blk.{i}.{part}.{suffix}"
-BLOCK_PARTS = ("ln1", "attn_q", "attn_k", "attn_v", "attn_out", "ln2", "ffn_up", "ffn_down")
 PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
 PROJ_QUERY = "v.proj_blk.{p}.query"
 PROJ = "v.proj_blk.{p}.{part}.{suffix}"
-PROJ_PARTS = (
-    "norm",
-    "post_norm",
-    "self_attn_q",
-    "self_attn_k",
-    "self_attn_v",
-    "self_attn_out",
-    "self_attn_norm",
-    "cross_attn_q",
-    "cross_attn_k",
-    "cross_attn_v",
-    "cross_attn_out",
-    "cross_attn_norm",
-    "ffn_up",
-    "ffn_down",
-    "ffn_norm",
-    "linear",
-)

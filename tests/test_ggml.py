@@ -104,7 +104,6 @@ BAD_SHAPES = {
     "rows": lambda g, a, b: g.rows(a, b),
     "permute": lambda g, a, b: g.permute(a, 0, 0, 1, 2),
     "attention": lambda g, a, b: g.flash_attention(a, b, b, 1.0),
-    "copy": lambda g, a, b: g.copy_into(a, b),
 }
 
 

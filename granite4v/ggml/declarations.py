@@ -91,9 +91,6 @@ class GgufInitParams(c.Structure):
     _fields_ = [("no_alloc", c.c_bool), ("ctx", c.c_void_p)]
 
 
-LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)  # ggml_log_callback
-
-
 class Declaration(NamedTuple):
     library: str  # the library that defines it: 'ggml-base', 'ggml-cpu' or 'ggml'
     name: str
@@ -119,12 +116,10 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_type_size", _size, _int),
     _base("ggml_row_size", _size, _int, _i64),  # (enum ggml_type, int64_t ne)
     _base("ggml_type_name", _str, _int),
-    _base("ggml_is_quantized", c.c_bool, _int),
     _base("ggml_tensor_overhead", _size),
     _base("ggml_init", ContextP, InitParams),
     _base("ggml_free", None, ContextP),
     _base("ggml_new_tensor_4d", TensorP, ContextP, _int, _i64, _i64, _i64, _i64),
-    _base("ggml_get_name", _str, TensorP),
     _base("ggml_set_name", TensorP, TensorP, _str),
     _base("ggml_set_input", None, TensorP),
     _base("ggml_set_output", None, TensorP),
@@ -135,17 +130,13 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_div_inplace", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_sqr", TensorP, ContextP, TensorP),
     _base("ggml_concat", TensorP, ContextP, TensorP, TensorP, _int),  # (ctx, a, b, dim)
-    _base("ggml_tanh_inplace", TensorP, ContextP, TensorP),
-    _base("ggml_gelu_inplace", TensorP, ContextP, TensorP),
     _base("ggml_gelu_erf_inplace", TensorP, ContextP, TensorP),
-    _base("ggml_gelu_quick_inplace", TensorP, ContextP, TensorP),
     _base("ggml_silu_inplace", TensorP, ContextP, TensorP),
     _base("ggml_norm", TensorP, ContextP, TensorP, _float),  # (ctx, a, eps)
     _base("ggml_mul_mat", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_scale", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_inplace", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_bias_inplace", TensorP, ContextP, TensorP, _float, _float),  # (ctx, a, s, b)
-    _base("ggml_cpy", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_cast", TensorP, ContextP, TensorP, _int),
     _base("ggml_cont", TensorP, ContextP, TensorP),
     _base("ggml_reshape_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64),
@@ -153,15 +144,11 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_view_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64, _size, _size, _size, _size),
     _base("ggml_permute", TensorP, ContextP, TensorP, _int, _int, _int, _int),
     _base("ggml_get_rows", TensorP, ContextP, TensorP, TensorP),
-    # (ctx, a, mask, scale, max_bias)
-    _base("ggml_soft_max_ext_inplace", TensorP, ContextP, TensorP, TensorP, _float, _float),
     # (ctx, q, k, v, mask, scale, max_bias, logit_softcap)
     _base("ggml_flash_attn_ext", TensorP, ContextP, TensorP, TensorP, TensorP, TensorP, _float, _float, _float),
     _base("ggml_build_forward_expand", None, GraphP, TensorP),
     _base("ggml_new_graph_custom", GraphP, ContextP, _size, c.c_bool),  # (ctx, size, grads)
-    _base("ggml_graph_n_nodes", _int, GraphP),
     _base("ggml_graph_overhead_custom", _size, _size, c.c_bool),
-    _base("ggml_log_set", None, LogCallback, _void_p),
     _base("ggml_quantize_init", None, _int),
     # (type, src, dst, start, nrows, n_per_row, imatrix)
     _base("ggml_quantize_chunk", _size, _int, _void_p, _void_p, _i64, _i64, _i64, _void_p),
@@ -170,12 +157,10 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_gallocr_free", None, AllocatorP),
     _base("ggml_gallocr_reserve", c.c_bool, AllocatorP, GraphP),
     _base("ggml_gallocr_alloc_graph", c.c_bool, AllocatorP, GraphP),
-    _base("ggml_gallocr_get_buffer_size", _size, AllocatorP, _int),
     _base("ggml_backend_alloc_ctx_tensors_from_buft", BufferP, ContextP, BufferTypeP),
     # ggml-backend.h
     _base("ggml_backend_buft_name", _str, BufferTypeP),
     _base("ggml_backend_buft_alloc_buffer", BufferP, BufferTypeP, _size),
-    _base("ggml_backend_buft_is_host", c.c_bool, BufferTypeP),
     _base("ggml_backend_buffer_free", None, BufferP),
     _base("ggml_backend_buffer_get_base", _void_p, BufferP),
     _base("ggml_backend_buffer_get_size", _size, BufferP),
@@ -187,7 +172,6 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_tensor_alloc", _int, BufferP, TensorP, _void_p),  # (buffer, tensor, addr)
     _base("ggml_backend_graph_compute", _int, BackendP, GraphP),
     _base("ggml_backend_dev_name", _str, DeviceP),
-    _base("ggml_backend_dev_description", _str, DeviceP),
     _base("ggml_backend_dev_type", _int, DeviceP),
     _base("ggml_backend_dev_backend_reg", RegistryP, DeviceP),
     _base("ggml_backend_dev_init", BackendP, DeviceP, _str),
@@ -202,7 +186,6 @@ DECLARATIONS: tuple[Declaration, ...] = (
     # gguf.h
     _base("gguf_init_from_file", GgufP, _str, GgufInitParams),
     _base("gguf_free", None, GgufP),
-    _base("gguf_get_version", c.c_uint32, GgufP),
     _base("gguf_get_data_offset", _size, GgufP),
     _base("gguf_get_n_kv", _i64, GgufP),
     _base("gguf_get_key", _str, GgufP, _i64),

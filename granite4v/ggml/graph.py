@@ -144,12 +144,6 @@ class Graph:
     def cast(self, x: Tensor, kind: str) -> Tensor:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
 
-    def copy_into(self, x: Tensor, target: Tensor) -> Tensor:
-        """`x` written over `target` (which may be a view); returns the target."""
-        if _product(x.ne) != _product(target.ne):
-            raise ValueError(f"cannot copy {x!r} into {target!r}")
-        return Tensor(lib().ggml_cpy(self._ctx, x.ptr, target.ptr))
-
     # --- arithmetic; names that end in _ overwrite their first argument ---
 
     def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -194,16 +188,9 @@ class Graph:
         """LayerNorm over axis 0 without its affine part."""
         return Tensor(lib().ggml_norm(self._ctx, x.ptr, eps))
 
-    def tanh_(self, x: Tensor) -> Tensor:
-        return Tensor(lib().ggml_tanh_inplace(self._ctx, x.ptr))
-
     def unary_(self, kind: str, x: Tensor) -> Tensor:
-        """'gelu' (tanh form from an F16 table), 'gelu_erf', 'gelu_quick' or 'silu'."""
+        """'gelu_erf' or 'silu'."""
         return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))
-
-    def softmax_(self, x: Tensor, scale: float) -> Tensor:
-        """softmax(x * scale) over axis 0."""
-        return Tensor(lib().ggml_soft_max_ext_inplace(self._ctx, x.ptr, None, scale, 0.0))
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q `[head_dim, n, heads, b]`, k and v `[head_dim, m, heads, b]`: `[head_dim, heads, n, b]`."""
@@ -217,15 +204,6 @@ class Graph:
             raise ValueError(f"cannot broadcast {b!r} over {a!r}")
 
     # --- execution ---
-
-    @property
-    def n_nodes(self) -> int:
-        return int(lib().ggml_graph_n_nodes(self._graph))
-
-    @property
-    def compute_bytes(self) -> int:
-        """Bytes of the buffer for intermediate results, 0 before the first run."""
-        return int(lib().ggml_gallocr_get_buffer_size(self._allocator, 0)) if self._allocator else 0
 
     def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first)."""
