@@ -39,6 +39,10 @@ Return null for fields you cannot find.
 Return ONLY valid JSON.
 Return an instance of the JSON with extracted values, not the schema itself."""
 
+TABLE_AS_CSV = "Write the table on this page as CSV."
+TABLE_AS_TEXT = "Write the table on this page as plain text."
+COPY_TEXT = "Copy the text of this page."
+LIST_COLUMN = "List the values of column {name}."
 QUESTION = "What is the {name}?"
 NOT_FOUND = "not found"
 
