@@ -1,0 +1,367 @@
+"""Text-only training data of the nano model's base: pages as plain text, and what the tasks answer for them.
+
+A page of text stands where a picture will stand later, before the same prompt, so that the base already knows the
+formats and how to copy into them before it sees a picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from random import Random
+from typing import TypeVar
+
+import formats
+from language import pieces
+from truth import Cell, Chart, Form, Table
+from values import (
+    amount,
+    cased,
+    cell_text,
+    city,
+    code,
+    column_kind,
+    company,
+    date,
+    heading,
+    integer,
+    noun,
+    person,
+    phone,
+    phrase,
+    snake_case,
+    word,
+)
+
+MAX_TOKENS = 400  # of message and answer together
+T = TypeVar("T")
+RULE = "---"  # the line between header rows and body of a table in plain text
+ABOVE = "^"  # a slot that belongs to the cell above it
+
+
+def text_example(rng: Random) -> tuple[str, str]:
+    """The text of a user's message and the answer, at most `MAX_TOKENS` together."""
+    while True:
+        example = _drawn(rng, EXAMPLES)(rng)
+        if sum(map(n_tokens, example)) <= MAX_TOKENS:
+            return example
+
+
+def plain_text(rng: Random) -> str:
+    """Text without a question: sentences, a page, or one of the output formats; at most `MAX_TOKENS`."""
+    while True:
+        text = _drawn(rng, PLAIN)(rng)
+        if n_tokens(text) <= MAX_TOKENS:
+            return text
+
+
+def n_tokens(text: str) -> int:
+    """The length in tokens, a little too high where spaces run on."""
+    n_pieces = 0
+
+    def count(_: re.Match[str]) -> str:
+        nonlocal n_pieces
+        n_pieces += 1
+        return ""
+
+    rest = _piece_pattern().sub(count, text)
+    return n_pieces + len(rest.encode())
+
+
+@functools.cache
+def _piece_pattern() -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, ["  ", *sorted(pieces(), key=len, reverse=True)])))
+
+
+def _drawn(rng: Random, weighted: tuple[tuple[int, T], ...]) -> T:
+    return rng.choices([draw for _, draw in weighted], [weight for weight, _ in weighted])[0]
+
+
+# --- truths ---
+
+
+def random_table(rng: Random) -> Table:
+    """One to six rows below zero to two header rows, one to four columns, some empty cells, some spans."""
+    n_cols = rng.choice((1, 2, 2, 2, 3, 3, 3, 4))
+    n_rows = rng.choice((1, 2, 2, 3, 3, 4, 5, 6))
+    n_header_rows = rng.choices((0, 1, 2), (1, 8, 1 if n_cols > 1 else 0))[0]
+    kinds = [column_kind(rng) for _ in range(n_cols)]
+    p_empty = rng.choice((0.0, 0.0, 0.1, 0.3))
+    texts = [[heading(rng) for _ in kinds] for _ in range(n_header_rows)]
+    texts += [["" if rng.random() < p_empty else cell_text(rng, kind) for kind in kinds] for _ in range(n_rows)]
+    if n_header_rows and rng.random() < 0.1:
+        texts[0][0] = ""
+    spans = _random_spans(rng, n_header_rows, n_rows, n_cols)
+    hidden = {
+        (i, j)
+        for (row, col), (rowspan, colspan) in spans.items()
+        for i in range(row, row + rowspan)
+        for j in range(col, col + colspan)
+        if (i, j) != (row, col)
+    }
+    cells = []
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            if (i, j) not in hidden:
+                rowspan, colspan = spans.get((i, j), (1, 1))
+                text = text or (heading(rng) if rowspan * colspan > 1 else "")
+                cells.append(Cell(i, j, text, rowspan, colspan, i < n_header_rows))
+    return Table(len(texts), n_cols, n_header_rows, tuple(cells))
+
+
+def _random_spans(rng: Random, n_header_rows: int, n_rows: int, n_cols: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """(rowspan, colspan) by (row, col). The first of two header rows joins columns; bodies have at most one span."""
+    spans = {}
+    if n_header_rows == 2:
+        start = rng.randrange(n_cols - 1)
+        spans[0, start] = (1, rng.randint(2, n_cols - start))
+        if start and rng.random() < 0.5:
+            spans[0, 0] = (2, 1)
+    if rng.random() < 0.2:
+        rowspan, colspan = rng.choice(((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
+        if rowspan <= n_rows and colspan <= n_cols:
+            row = n_header_rows + rng.randint(0, n_rows - rowspan)
+            spans[row, rng.randint(0, n_cols - colspan)] = (rowspan, colspan)
+    return spans
+
+
+def random_chart(rng: Random) -> Chart:
+    kind = rng.choice(("bar", "line", "pie"))
+    n_series = 1 if kind == "pie" else rng.choice((1, 1, 2, 3))
+    labels = _distinct(rng.choice((_years, _headings))(rng), rng.randint(2, 6))
+    write = rng.choice((lambda: str(rng.randint(0, 100)), lambda: f"{rng.uniform(0, 50):.1f}", lambda: integer(rng)))
+    values = tuple(tuple(write() for _ in range(n_series)) for _ in labels)
+    series = _distinct(_headings(rng), n_series)
+    return Chart(kind, phrase(rng, 14), heading(rng), labels, series, values)
+
+
+def _years(rng: Random) -> list[str]:
+    first = rng.randint(1990, 2030)
+    return [str(first + i) for i in range(6)]
+
+
+def _headings(rng: Random) -> list[str]:
+    return [heading(rng) for _ in range(6)]
+
+
+def _distinct(texts: list[str], n: int) -> tuple[str, ...]:
+    """The first `n`, or fewer where some are equal."""
+    return tuple(dict.fromkeys(texts))[:n]
+
+
+FIELDS: dict[str, Callable[[Random], str]] = {
+    "Invoice number": code,
+    "Invoice date": date,
+    "Due date": date,
+    "Customer": person,
+    "Name": person,
+    "Seller": company,
+    "Company": company,
+    "Order number": code,
+    "Date": date,
+    "City": city,
+    "Phone": phone,
+    "Subtotal": amount,
+    "Tax": amount,
+    "Total": amount,
+    "Currency": lambda rng: rng.choice(("EUR", "USD", "CHF", "GBP")),
+}
+
+
+def random_form(rng: Random) -> Form:
+    """Two to six fields, known or made up; about a fifth are absent."""
+    fields: dict[str, str | None] = {}
+    for _ in range(rng.randint(2, 6)):
+        if rng.random() < 0.6:
+            label, write = rng.choice(tuple(FIELDS.items()))
+            value = write(rng)
+        else:
+            label, value = heading(rng), cell_text(rng, column_kind(rng))
+        fields[snake_case(label)] = None if rng.random() < 0.2 else value
+    return Form(phrase(rng), tuple(fields.items()))
+
+
+# --- pages in plain text ---
+
+
+def table_page(rng: Random, table: Table) -> str:
+    """Columns aligned with spaces, or parted by bars when cells are joined."""
+    joined = any(cell.rowspan * cell.colspan > 1 for cell in table.cells)
+    lines = _barred(table) if joined or table.n_cols == 1 or rng.random() < 0.4 else _aligned(rng, table)
+    if table.n_header_rows:
+        lines.insert(table.n_header_rows, RULE)
+    return "\n".join(lines)
+
+
+def _barred(table: Table) -> list[str]:
+    """As many bars behind a cell as it has columns; `ABOVE` in the rows that a cell reaches down to."""
+    lines = []
+    for i in range(table.n_rows):
+        cells = sorted((c for c in table.cells if c.row <= i < c.row + c.rowspan), key=lambda c: c.col)
+        shown = [(cell.text or " ") if cell.row == i else ABOVE for cell in cells]
+        lines.append("|" + "".join(text + "|" * cell.colspan for text, cell in zip(shown, cells, strict=True)))
+    return lines
+
+
+def _aligned(rng: Random, table: Table) -> list[str]:
+    """Text to the left, columns of numbers to the right, two or three spaces between columns."""
+    texts = {(cell.row, cell.col): cell.text for cell in table.cells}
+    widths = [max(len(texts[i, j]) for i in range(table.n_rows)) for j in range(table.n_cols)]
+    body = range(table.n_header_rows, table.n_rows)
+    right = [any(re.match(r"[-+$(]?\d", texts[i, j]) for i in body) and rng.random() < 0.8 for j in range(table.n_cols)]
+    gap = " " * rng.choice((2, 2, 3))
+    lines = []
+    for i in range(table.n_rows):
+        row = [(texts[i, j], widths[j], right[j]) for j in range(table.n_cols)]
+        lines.append(gap.join(t.rjust(width) if to_right else t.ljust(width) for t, width, to_right in row).rstrip())
+    return lines
+
+
+def chart_page(rng: Random, chart: Chart) -> str:
+    """Its kind and title, then its numbers as a table."""
+    rows = [
+        (chart.axis, *chart.series),
+        *((label, *row) for label, row in zip(chart.labels, chart.values, strict=True)),
+    ]
+    cells = tuple(Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row))
+    return f"{chart.kind} chart: {chart.title}\n" + table_page(rng, Table(len(rows), len(rows[0]), 1, cells))
+
+
+def form_page(rng: Random, form: Form) -> str:
+    """'Label: value' lines in any order, with a title and lines that answer nothing now and then."""
+    separator = rng.choice((": ", ": ", ":", "  ", " - "))
+    style = rng.choice((str.capitalize, str.capitalize, str.title, str.upper, str.lower))
+    lines = [f"{style(name.replace('_', ' '))}{separator}{value}" for name, value in form.fields if value is not None]
+    if rng.random() < 0.5:
+        rng.shuffle(lines)
+    if rng.random() < 0.4:
+        lines.insert(rng.randint(0, len(lines)), sentence(rng))
+    if rng.random() < 0.6:
+        lines.insert(0, form.title)
+    return "\n".join(lines)
+
+
+def sentence(rng: Random) -> str:
+    """A short statement about made-up values."""
+    subject, other, kind = word(rng), word(rng), column_kind(rng)
+    value = cell_text(rng, kind)
+    return rng.choice(
+        (
+            f"The {subject} is {value}.",
+            f"The {subject} of the {other} was {value} on {date(rng)}.",
+            f"{person(rng)} paid {amount(rng)} for the {subject}.",
+            f"{company(rng)} in {city(rng)} sold {integer(rng)} {noun(rng)}s.",
+            f"Please send the {subject} to {person(rng)}, {city(rng)}.",
+            f"{cased(rng, subject)} and {other}: {value}",
+            f"Order {code(rng)} was sent to {city(rng)} on {date(rng)}.",
+            f"No {subject} without a {other}.",
+        )
+    )
+
+
+def sentences(rng: Random) -> str:
+    return rng.choice((" ", "\n")).join(sentence(rng) for _ in range(rng.randint(1, 4)))
+
+
+# --- questions and answers ---
+
+Writer = Callable[[Table], str]
+TABLE_WRITERS: tuple[tuple[str, Writer], ...] = (
+    (formats.TASK_PROMPTS["<tables_otsl>"], formats.otsl),
+    (formats.TASK_PROMPTS["<tables_html>"], formats.html),
+    (formats.TASK_PROMPTS["<tables_json>"], formats.tables_json),
+)
+
+
+def grid_rows(table: Table) -> list[tuple[str, ...]]:
+    """The text of every slot; a joined cell's stands in its first slot only."""
+    texts = {(cell.row, cell.col): cell.text for cell in table.cells}
+    return [tuple(texts.get((i, j), "") for j in range(table.n_cols)) for i in range(table.n_rows)]
+
+
+def table_csv(table: Table) -> str:
+    return formats.csv_rows(grid_rows(table))
+
+
+def _asked(page: str, prompt: str) -> str:
+    """The page where a picture's placeholder and its newline would stand."""
+    return f"{page}\n{prompt}"
+
+
+def table_example(rng: Random) -> tuple[str, str]:
+    """A page with a table, to be written in one of the tasks' formats or as CSV."""
+    table = random_table(rng)
+    prompt, write = rng.choices((*TABLE_WRITERS, (formats.TABLE_AS_CSV, table_csv)), (4, 4, 4, 1))[0]
+    return _asked(table_page(rng, table), prompt), write(table)
+
+
+def chart_example(rng: Random) -> tuple[str, str]:
+    chart = random_chart(rng)
+    tag = rng.choice(("<chart2csv>", "<chart2csv>", "<chart2code>", "<chart2summary>", "<chart2summary>"))
+    return _asked(chart_page(rng, chart), formats.TASK_PROMPTS[tag]), formats.answer_for(tag, chart)
+
+
+def form_example(rng: Random) -> tuple[str, str]:
+    form = random_form(rng)
+    return _asked(form_page(rng, form), formats.kvp_prompt(formats.form_schema(form))), formats.form_json(form)
+
+
+def question_example(rng: Random) -> tuple[str, str]:
+    form = random_form(rng)
+    name = rng.choice(form.fields)[0]
+    return _asked(form_page(rng, form), formats.field_question(name)), formats.field_answer(form, name)
+
+
+def conversion_example(rng: Random) -> tuple[str, str]:
+    """From one of the output formats into another, or back to plain text."""
+    table = random_table(rng)
+    (_, read), (prompt, write) = rng.sample((*TABLE_WRITERS, (formats.TABLE_AS_CSV, table_csv)), 2)
+    if rng.random() < 0.2:
+        return _asked(read(table), formats.TABLE_AS_TEXT), table_page(rng, table)
+    return _asked(read(table), prompt), write(table)
+
+
+def column_example(rng: Random) -> tuple[str, str]:
+    """The cells of one column, a line each; empty ones are empty lines."""
+    table = random_table(rng)
+    rows = grid_rows(table)[table.n_header_rows :]
+    column = rng.randrange(table.n_cols)
+    prompt = formats.LIST_COLUMN.format(name=column + 1)
+    return _asked(table_page(rng, table), prompt), "\n".join(row[column] for row in rows)
+
+
+def copy_example(rng: Random) -> tuple[str, str]:
+    text = rng.choice((sentences, lambda rng: form_page(rng, random_form(rng)), random_line))(rng)
+    return _asked(text, formats.COPY_TEXT), text
+
+
+def random_line(rng: Random) -> str:
+    """Values of any kind with spaces between."""
+    return " ".join(cell_text(rng, column_kind(rng)) for _ in range(rng.randint(1, 6)))
+
+
+Example = Callable[[Random], tuple[str, str]]
+EXAMPLES: tuple[tuple[int, Example], ...] = (
+    (40, table_example),
+    (16, form_example),
+    (8, question_example),
+    (12, chart_example),
+    (8, conversion_example),
+    (4, column_example),
+    (12, copy_example),
+)
+PLAIN: tuple[tuple[int, Callable[[Random], str]], ...] = (
+    (6, sentences),
+    (2, random_line),
+    (3, lambda rng: form_page(rng, random_form(rng))),
+    (3, lambda rng: table_page(rng, random_table(rng))),
+    (2, lambda rng: table_csv(random_table(rng))),
+    (3, lambda rng: rng.choice(TABLE_WRITERS)[1](random_table(rng))),
+    (2, lambda rng: formats.form_json(random_form(rng))),
+    (1, lambda rng: json.dumps(formats.form_schema(random_form(rng)), indent=2)),
+    (2, lambda rng: formats.chart_csv(random_chart(rng))),
+    (2, lambda rng: formats.chart_summary(random_chart(rng))),
+    (1, lambda rng: formats.chart_code(random_chart(rng))),
+)
