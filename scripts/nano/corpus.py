@@ -58,7 +58,7 @@ def plain_text(rng: Random) -> str:
 
 
 def n_tokens(text: str) -> int:
-    """The length in tokens, a little too high where spaces run on."""
+    """The length in tokens, or more where spaces run on."""
     n_pieces = 0
 
     def count(_: re.Match[str]) -> str:
@@ -72,7 +72,7 @@ def n_tokens(text: str) -> int:
 
 @functools.cache
 def _piece_pattern() -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, ["  ", *sorted(pieces(), key=len, reverse=True)])))
+    return re.compile("|".join(map(re.escape, sorted(pieces(), key=len, reverse=True))))
 
 
 def _drawn(rng: Random, weighted: tuple[tuple[int, T], ...]) -> T:
@@ -127,13 +127,21 @@ def _random_spans(rng: Random, n_header_rows: int, n_rows: int, n_cols: int) -> 
     return spans
 
 
+CHART_VALUES: tuple[Callable[[Random], str], ...] = (
+    lambda rng: str(rng.randint(0, 100)),
+    lambda rng: f"{rng.uniform(0, 50):.1f}",
+    lambda rng: f"{rng.randint(0, 90)}%",
+    integer,
+)
+
+
 def random_chart(rng: Random) -> Chart:
     kind = rng.choice(("bar", "line", "pie"))
     n_series = 1 if kind == "pie" else rng.choice((1, 1, 2, 3))
     labels = _distinct(rng.choice((_years, _headings))(rng), rng.randint(2, 6))
-    write = rng.choice((lambda: str(rng.randint(0, 100)), lambda: f"{rng.uniform(0, 50):.1f}", lambda: integer(rng)))
-    values = tuple(tuple(write() for _ in range(n_series)) for _ in labels)
     series = _distinct(_headings(rng), n_series)
+    write = rng.choice(CHART_VALUES)
+    values = tuple(tuple(write(rng) for _ in series) for _ in labels)
     return Chart(kind, phrase(rng, 14), heading(rng), labels, series, values)
 
 
@@ -188,11 +196,14 @@ def random_form(rng: Random) -> Form:
 
 def table_page(rng: Random, table: Table) -> str:
     """Columns aligned with spaces, or parted by bars when cells are joined."""
-    joined = any(cell.rowspan * cell.colspan > 1 for cell in table.cells)
-    lines = _barred(table) if joined or table.n_cols == 1 or rng.random() < 0.4 else _aligned(rng, table)
+    lines = _barred(table) if _is_joined(table) or table.n_cols == 1 or rng.random() < 0.4 else _aligned(rng, table)
     if table.n_header_rows:
         lines.insert(table.n_header_rows, RULE)
     return "\n".join(lines)
+
+
+def _is_joined(table: Table) -> bool:
+    return any(cell.rowspan * cell.colspan > 1 for cell in table.cells)
 
 
 def _barred(table: Table) -> list[str]:
@@ -221,19 +232,18 @@ def _aligned(rng: Random, table: Table) -> list[str]:
 
 def chart_page(rng: Random, chart: Chart) -> str:
     """Its kind and title, then its numbers as a table."""
-    rows = [
-        (chart.axis, *chart.series),
-        *((label, *row) for label, row in zip(chart.labels, chart.values, strict=True)),
-    ]
+    rows = [(chart.axis, *chart.series)]
+    rows += [(label, *values) for label, values in zip(chart.labels, chart.values, strict=True)]
     cells = tuple(Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row))
     return f"{chart.kind} chart: {chart.title}\n" + table_page(rng, Table(len(rows), len(rows[0]), 1, cells))
 
 
 def form_page(rng: Random, form: Form) -> str:
-    """'Label: value' lines in any order, with a title and lines that answer nothing now and then."""
+    """'Label: value' lines in any order; now and then a title, a line beside the point, a label without a value."""
     separator = rng.choice((": ", ": ", ":", "  ", " - "))
     style = rng.choice((str.capitalize, str.capitalize, str.title, str.upper, str.lower))
-    lines = [f"{style(name.replace('_', ' '))}{separator}{value}" for name, value in form.fields if value is not None]
+    shown = [(name, value) for name, value in form.fields if value is not None or rng.random() < 0.2]
+    lines = [f"{style(name.replace('_', ' '))}{separator}{value or ''}".rstrip() for name, value in shown]
     if rng.random() < 0.5:
         rng.shuffle(lines)
     if rng.random() < 0.4:
@@ -317,7 +327,10 @@ def question_example(rng: Random) -> tuple[str, str]:
 def conversion_example(rng: Random) -> tuple[str, str]:
     """From one of the output formats into another, or back to plain text."""
     table = random_table(rng)
-    (_, read), (prompt, write) = rng.sample((*TABLE_WRITERS, (formats.TABLE_AS_CSV, table_csv)), 2)
+    writers = TABLE_WRITERS
+    if table.n_header_rows == 1 and not _is_joined(table):  # what CSV can tell
+        writers = (*writers, (formats.TABLE_AS_CSV, table_csv))
+    (_, read), (prompt, write) = rng.sample(writers, 2)
     if rng.random() < 0.2:
         return _asked(read(table), formats.TABLE_AS_TEXT), table_page(rng, table)
     return _asked(read(table), prompt), write(table)
