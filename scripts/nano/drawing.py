@@ -1,0 +1,339 @@
+"""Fonts, sheets that remember where each glyph stands, and what turns a sheet into a photographed page.
+
+A sheet knows nothing of tables or charts; a page is fitted to the grid of tiles that the model will choose.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+RGB = tuple[int, int, int]
+TILE_PX, MOST_TILES = 128, 8
+NOMINAL_PX = 13.0  # the font size that a sheet is measured at
+SMALLEST_PX = 10.0  # the font size in the model's view below which a page counts as unreadable
+
+AILERON = "Aileron"
+HELD_OUT = "Hanken Grotesk"
+# name: package, regular file, bold file
+_FILES = {
+    "DejaVu Sans": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf", "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"),
+    "DejaVu Serif": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf", "mpl-data/fonts/ttf/DejaVuSerif-Bold.ttf"),
+    "DejaVu Mono": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono.ttf", "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf"),
+    "DejaVu Oblique": (
+        "matplotlib",
+        "mpl-data/fonts/ttf/DejaVuSans-Oblique.ttf",
+        "mpl-data/fonts/ttf/DejaVuSans-BoldOblique.ttf",
+    ),
+    "STIX": ("matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf", "mpl-data/fonts/ttf/STIXGeneralBol.ttf"),
+    "Roboto": ("font_roboto", "files/Roboto-Regular.ttf", "files/Roboto-Bold.ttf"),
+    "Roboto Light": ("font_roboto", "files/Roboto-Light.ttf", "files/Roboto-Medium.ttf"),
+    "Source Sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.ttf", "files/SourceSansPro-Bold.ttf"),
+    "Source Sans Semibold": ("font_source_sans_pro", "files/SourceSansPro-Semibold.ttf", "files/SourceSansPro-Black.ttf"),
+    "Source Serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.ttf", "files/SourceSerifPro-Bold.ttf"),
+    "Vera": ("reportlab", "fonts/Vera.ttf", "fonts/VeraBd.ttf"),
+    HELD_OUT: ("font_hanken_grotesk", "files/HankenGrotesk-Regular.otf", "files/HankenGrotesk-Bold.otf"),
+}
+
+
+@functools.cache
+def _installed() -> dict[str, tuple[Path, Path]]:
+    """Regular and bold file of every font whose package is there."""
+    found = {}
+    for name, (package, *files) in _FILES.items():
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            regular, bold = (Path(spec.origin).parent / file for file in files)
+            if regular.exists() and bold.exists():
+                found[name] = (regular, bold)
+    return found
+
+
+def fonts() -> dict[str, Path | None]:
+    """The training fonts by name; Pillow's built-in one has no file."""
+    return {AILERON: None} | {name: files[0] for name, files in _installed().items() if name != HELD_OUT}
+
+
+def held_out_font() -> str:
+    """The font that no training document is drawn with; LookupError where its package is not installed."""
+    if HELD_OUT not in _installed():
+        raise LookupError(f"the held-out font '{HELD_OUT}' is not installed; pip install font-hanken-grotesk")
+    return HELD_OUT
+
+
+class Face:
+    """A font at a size, with what it takes to place each glyph."""
+
+    def __init__(self, font: FreeTypeFont, size: float) -> None:
+        self.font, self.size = font, size
+        self._advance: dict[str, float] = {}
+        self._centre: dict[str, tuple[float, float]] = {}
+
+    def _length(self, text: str) -> float:
+        if text not in self._advance:
+            self._advance[text] = self.font.getlength(text)
+        return self._advance[text]
+
+    def starts(self, text: str) -> list[float]:
+        """The pen position of each character and, last, of the end, in pixels."""
+        x, positions = 0.0, []
+        for i, char in enumerate(text):
+            if i:
+                x += self._length(text[i - 1 : i + 1]) - self._length(char)
+            positions.append(x)
+        return [*positions, x + self._length(text[-1])] if text else [0.0]
+
+    def width(self, text: str) -> float:
+        return self.starts(text)[-1]
+
+    def centre(self, char: str) -> tuple[float, float]:
+        """The middle of the ink box, from the pen position on the base line."""
+        if char not in self._centre:
+            left, top, right, bottom = self.font.getbbox(char, anchor="ls")
+            self._centre[char] = ((left + right) / 2, (top + bottom) / 2)
+        return self._centre[char]
+
+
+@functools.cache
+def _data(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@functools.lru_cache(maxsize=600)
+def _face(name: str, bold: bool, size: float) -> Face:
+    basic = ImageFont.Layout.BASIC  # the same spacing whether or not Pillow was built with raqm
+    if name == AILERON:
+        default = ImageFont.load_default(size)
+        assert isinstance(default, ImageFont.FreeTypeFont)
+        return Face(default.font_variant(layout_engine=basic), size)
+    data = io.BytesIO(_data(_installed()[name][bold]))
+    return Face(ImageFont.truetype(data, size, layout_engine=basic), size)
+
+
+def face(name: str, size: float, bold: bool = False) -> Face:
+    """A cached face, its size rounded to half a pixel; KeyError for a font that is not installed."""
+    return _face(name, bold, round(size * 2) / 2)
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Every visible glyph of a picture: `x` and `y` are the centre of its ink box in pixels, `code` its code point."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.float32]
+    code: NDArray[np.int32]
+
+    def moved(self, x: NDArray[Any], y: NDArray[Any]) -> Glyphs:
+        return replace(self, x=x.astype(np.float32), y=y.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Ink:
+    """The colours of a page; `series` are those of bars, lines and slices."""
+
+    paper: RGB
+    text: RGB
+    rule: RGB
+    shade: RGB
+    series: tuple[RGB, ...]
+
+
+class Sheet:
+    """Shapes and texts in pixels from an origin of one's own; drawn once the page is known."""
+
+    def __init__(self) -> None:
+        self._shapes: list[Callable[[ImageDraw.ImageDraw, float, float], None]] = []
+        self._texts: list[tuple[float, float, str, Face, RGB, RGB | None]] = []
+        self.text_boxes: list[tuple[float, float, float, float]] = []
+        self._extent = [math.inf, math.inf, -math.inf, -math.inf]
+
+    def _grow(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        e = self._extent
+        self._extent = [min(e[0], x0), min(e[1], y0), max(e[2], x1), max(e[3], y1)]
+
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of all that stands here; zeros for an empty sheet."""
+        x0, y0, x1, y1 = self._extent
+        return (x0, y0, x1, y1) if x0 <= x1 else (0.0, 0.0, 0.0, 0.0)
+
+    def text(
+        self, x: float, y: float, text: str, face: Face, fill: RGB, align: float = 0.0, halo: RGB | None = None
+    ) -> None:
+        """`y` is the middle of capital letters; `x` the left (align 0), middle (0.5) or right end (1)."""
+        if not text:
+            return
+        width = face.width(text)
+        x, y = x - align * width, y + 0.36 * face.size
+        self._texts.append((x, y, text, face, fill, halo))
+        box = (x, y - 0.8 * face.size, x + width, y + 0.25 * face.size)
+        self.text_boxes.append(box)
+        self._grow(*box)
+
+    def line(self, x0: float, y0: float, x1: float, y1: float, fill: RGB, width: int = 1) -> None:
+        self._grow(x0, y0, x1, y1)
+        self._shapes.append(
+            lambda pen, dx, dy: pen.line(
+                (round(x0 + dx), round(y0 + dy), round(x1 + dx), round(y1 + dy)), fill=fill, width=width
+            )
+        )
+
+    def box(
+        self, x0: float, y0: float, x1: float, y1: float, fill: RGB | None, rule: RGB | None = None, width: int = 1
+    ) -> None:
+        self._grow(x0, y0, x1, y1)
+        self._shapes.append(
+            lambda pen, dx, dy: pen.rectangle(
+                (round(x0 + dx), round(y0 + dy), round(x1 + dx), round(y1 + dy)), fill, rule, width
+            )
+        )
+
+    def disc(self, x: float, y: float, radius: float, fill: RGB) -> None:
+        self._grow(x - radius, y - radius, x + radius, y + radius)
+        self._shapes.append(
+            lambda pen, dx, dy: pen.ellipse((x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), fill)
+        )
+
+    def slice(self, x: float, y: float, radius: float, start: float, end: float, fill: RGB, rule: RGB) -> None:
+        """A slice of a pie, angles in degrees clockwise from three o'clock."""
+        self._grow(x - radius, y - radius, x + radius, y + radius)
+        self._shapes.append(
+            lambda pen, dx, dy: pen.pieslice(
+                (x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), start, end, fill, rule
+            )
+        )
+
+    def has_overlaps(self) -> bool:
+        """Whether two texts stand on one another."""
+        boxes = self.text_boxes
+        return any(
+            a[0] < b[2] and b[0] < a[2] and a[1] + 1 < b[3] and b[1] + 1 < a[3]
+            for i, a in enumerate(boxes)
+            for b in boxes[:i]
+        )
+
+    def render(self, width: int, height: int, dx: float, dy: float, paper: RGB) -> tuple[Image.Image, Glyphs]:
+        """The sheet on a page of `width` by `height` pixels, its origin moved by (dx, dy)."""
+        picture = Image.new("RGB", (width, height), paper)
+        pen = ImageDraw.Draw(picture)
+        for shape in self._shapes:
+            shape(pen, dx, dy)
+        xs, ys, codes = [], [], []
+        for x, y, text, face, fill, halo in self._texts:
+            stroke = {"stroke_width": max(1, round(face.size / 7)), "stroke_fill": halo} if halo else {}
+            pen.text((x + dx, y + dy), text, fill, face.font, anchor="ls", **stroke)
+            for char, start in zip(text, face.starts(text), strict=False):
+                if char != " ":
+                    cx, cy = face.centre(char)
+                    xs.append(x + dx + start + cx)
+                    ys.append(y + dy + cy)
+                    codes.append(ord(char))
+        glyphs = Glyphs(np.array(xs, np.float32), np.array(ys, np.float32), np.array(codes, np.int32))
+        return picture, glyphs
+
+
+# --- pages ---
+
+
+@functools.cache
+def grids() -> tuple[tuple[int, int], ...]:
+    """Every grid of tiles the model knows, (width, height) in tiles."""
+    sides = range(1, MOST_TILES + 1)
+    return tuple((w, h) for h in sides for w in sides if w * h <= MOST_TILES)
+
+
+def best_grid(width: int, height: int) -> tuple[tuple[int, int], float]:
+    """The grid that the model's preprocessing chooses for a picture, in tiles, and the scale it is resized by."""
+
+    def merit(grid: tuple[int, int]) -> tuple[int, int]:
+        w, h = grid[0] * TILE_PX, grid[1] * TILE_PX
+        scale = min(w / width, h / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - w * h
+
+    grid = max(grids(), key=merit)
+    return grid, min(grid[0] * TILE_PX / width, grid[1] * TILE_PX / height)
+
+
+def page(rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float) -> tuple[Image.Image, Glyphs] | None:
+    """A page for the sheet that `lay` makes at a font size, None where no grid of tiles can hold it readably.
+
+    `margin` counts in font sizes. Mostly the page is a little smaller than its grid; now and then much larger.
+    """
+    x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
+    em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
+
+    def seen(grid: tuple[int, int]) -> float:
+        """The font size the model sees when the page just fills a grid."""
+        return min(grid[0] * TILE_PX / em_width, grid[1] * TILE_PX / em_height)
+
+    roomy = max((g for g in grids() if g[0] * g[1] > MOST_TILES - 3), key=seen)
+    if SMALLEST_PX < seen(roomy) < 18 and rng.random() < 0.4:
+        grid, enlarged = roomy, rng.uniform(1.5, 3.0)
+        size, fill = seen(grid) * enlarged, True
+        width, height = (round(side * TILE_PX * enlarged) for side in grid)
+    else:
+        wanted = rng.uniform(SMALLEST_PX + 0.5, 13.0)
+        fitting = [g for g in grids() if seen(g) >= wanted] or [g for g in grids() if seen(g) >= SMALLEST_PX]
+        if not fitting:
+            return None
+        grid = min(fitting, key=lambda g: (g[0] * g[1], -seen(g)))
+        at_model = min(seen(grid), rng.uniform(12.0, 18.0))
+        shrunk = rng.uniform(1.0, min(1.5, max(1.0, at_model / 10.0)))
+        size, fill = at_model / shrunk, rng.random() < 0.5
+        width, height = (int(side * TILE_PX / shrunk) for side in grid)
+    sheet = lay(size)
+    x0, y0, x1, y1 = sheet.extent()
+    need_x, need_y = math.ceil(x1 - x0 + 2 * margin * size), math.ceil(y1 - y0 + 2 * margin * size)
+    if not fill and need_x / width > need_y / height:
+        height = rng.randint(min(need_y, height), height)
+    elif not fill:
+        width = rng.randint(min(need_x, width), width)
+    width, height = max(width, need_x), max(height, need_y)
+    left = margin * size + rng.choice((0.0, 0.5, rng.random())) * (width - need_x)
+    top = margin * size + rng.choice((0.0, 0.5, rng.random())) * (height - need_y)
+    return sheet.render(width, height, left - x0, top - y0, paper)
+
+
+def photographed(
+    rng: Random, picture: Image.Image, glyphs: Glyphs, paper: RGB, margin_px: float, level: float
+) -> tuple[Image.Image, Glyphs]:
+    """The page a little turned, blurred, noisy and squeezed by JPEG, each with its own chance."""
+    if rng.random() < 0.5:
+        most = min(1.2, math.degrees(margin_px / max(picture.size)))  # nothing may leave the page
+        picture, glyphs = turned(picture, glyphs, rng.uniform(-most, most), paper)
+    if rng.random() < 0.3:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.3 + 0.4 * level)))
+    if rng.random() < 0.4:
+        noise = np.random.default_rng(rng.getrandbits(32))
+        values = np.asarray(picture, np.float32)
+        grain = noise.standard_normal(values.shape[:2], np.float32) * rng.uniform(2, 2 + 10 * level)
+        picture = Image.fromarray(np.clip(values + grain[..., None], 0, 255).astype(np.uint8))
+    if rng.random() < 0.6:
+        squeezed = io.BytesIO()
+        picture.save(squeezed, "JPEG", quality=rng.randint(round(90 - 55 * level), 90))
+        picture = Image.open(squeezed).convert("RGB")
+    return picture, glyphs
+
+
+def turned(picture: Image.Image, glyphs: Glyphs, degrees: float, paper: RGB) -> tuple[Image.Image, Glyphs]:
+    """Turned counter-clockwise about the middle; the page keeps its size."""
+    out = picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=paper)
+    angle = math.radians(degrees)
+    cx, cy = picture.width / 2, picture.height / 2
+    x, y = glyphs.x - cx, glyphs.y - cy
+    cos, sin = math.cos(angle), math.sin(angle)
+    return out, glyphs.moved(cx + x * cos + y * sin, cy - x * sin + y * cos)
