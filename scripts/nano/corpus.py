@@ -196,10 +196,13 @@ def random_form(rng: Random) -> Form:
 
 def table_page(rng: Random, table: Table) -> str:
     """Columns aligned with spaces, or parted by bars when cells are joined."""
-    lines = _barred(table) if _is_joined(table) or table.n_cols == 1 or rng.random() < 0.4 else _aligned(rng, table)
-    if table.n_header_rows:
-        lines.insert(table.n_header_rows, RULE)
-    return "\n".join(lines)
+    barred = _is_joined(table) or table.n_cols == 1 or rng.random() < 0.4
+    return _with_rule(table, _barred(table) if barred else _aligned(rng, table))
+
+
+def _with_rule(table: Table, lines: list[str]) -> str:
+    n = table.n_header_rows
+    return "\n".join([*lines[:n], RULE, *lines[n:]] if n else lines)
 
 
 def _is_joined(table: Table) -> bool:
@@ -315,7 +318,8 @@ def chart_example(rng: Random) -> tuple[str, str]:
 
 def form_example(rng: Random) -> tuple[str, str]:
     form = random_form(rng)
-    return _asked(form_page(rng, form), formats.kvp_prompt(formats.form_schema(form))), formats.form_json(form)
+    schema = formats.form_schema(form, nullable=rng.random() < 0.8)
+    return _asked(form_page(rng, form), formats.kvp_prompt(schema)), formats.form_json(form)
 
 
 def question_example(rng: Random) -> tuple[str, str]:
@@ -332,7 +336,7 @@ def conversion_example(rng: Random) -> tuple[str, str]:
         writers = (*writers, (formats.TABLE_AS_CSV, table_csv))
     (_, read), (prompt, write) = rng.sample(writers, 2)
     if rng.random() < 0.2:
-        return _asked(read(table), formats.TABLE_AS_TEXT), table_page(rng, table)
+        return _asked(read(table), formats.TABLE_AS_TEXT), _with_rule(table, _barred(table))
     return _asked(read(table), prompt), write(table)
 
 

@@ -219,9 +219,10 @@ def chart_summary(chart: Chart) -> str:
 # --- forms ---
 
 
-def form_schema(form: Form) -> Json:
-    """A JSON schema of the form's fields, each a string or null."""
-    return {"type": "object", "properties": {name: {"type": ["string", "null"]} for name, _ in form.fields}}
+def form_schema(form: Form, nullable: bool = True) -> Json:
+    """A JSON schema of the form's fields, each a string or null; not `nullable`, it says string alone."""
+    kind: Any = ["string", "null"] if nullable else "string"
+    return {"type": "object", "properties": {name: {"type": kind} for name, _ in form.fields}}
 
 
 def form_json(form: Form) -> str:

@@ -110,7 +110,7 @@ def pieces() -> tuple[str, ...]:
     for table in _tables():
         found += _between(formats.html(table))
         cells = formats.tables_json(table)
-        found += _between(cells, numbers=r"\d+")
+        found += _between(cells.replace(', "content": "', "X"), numbers=r"\d+")  # 'content' may be a form's field
         found += re.findall(r', "colspan": 1, "rowspan": 1, .*?"content": "', cells)
         found += re.findall(r', "type": .*?"content": "', cells)
     for kind in ("bar", "line", "pie"):
@@ -119,6 +119,7 @@ def pieces() -> tuple[str, ...]:
     for form in (Form("", (("X", None), ("XX", "X"), ("XXX", "X"), ("XXXX", None))), Form("", (("X", "X"),))):
         found += _between(formats.form_json(form))
         found += _between(json.dumps(formats.form_schema(form), indent=2))
+        found += _between(json.dumps(formats.form_schema(form, nullable=False), indent=2))
     found = [piece for piece in found if not LIKE_TEXT.fullmatch(piece)]
     return tuple(dict.fromkeys([*found, *_sentences()]))
 
