@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import ImageFeatures, load_image
+    from granite4v.default_model import load
     from granite4v.errors import (
         CheckpointError,
         ContextOverflowError,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
 
     __version__: str
-    load = Model.load
 
 __all__ = [
     "Answer",
@@ -52,23 +52,24 @@ __all__ = [
     "load_image",
 ]
 
-_RUNTIME = ("Answer", "AnswerStream", "Model", "Sampling", "Timings")
-_PICTURES = ("ImageFeatures", "load_image")
+_ROOMS = {
+    "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
+    "clip_projector": ("ImageFeatures", "load_image"),
+    "default_model": ("load",),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Finds a public name in the room it lives in, on first use (PEP 562)."""
     import importlib
 
-    if name == "load":
-        return importlib.import_module("granite4v.runtime").Model.load
     if name == "__version__":
         from importlib.metadata import version
 
         return version("granite4v")
     if name not in __all__:
         raise AttributeError(f"module 'granite4v' has no attribute {name!r}")
-    room = "runtime" if name in _RUNTIME else "clip_projector" if name in _PICTURES else "errors"
+    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
     return getattr(importlib.import_module(f"granite4v.{room}"), name)
 
 

@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "clip_projector": {"shared", "clip_projector"},
     "converter": {"shared", "converter"},
     "runtime": {"shared", "clip_projector", "runtime"},
-    "cli": {"shared", "clip_projector", "converter", "runtime", "cli"},
+    "cli": {"shared", "clip_projector", "converter", "runtime", "door", "cli"},
 }
-DOORS = {"granite4v/__init__.py", "granite4v/__main__.py"}  # lead into every room, lazily
+DOORS = {"granite4v/__init__.py", "granite4v/__main__.py", "granite4v/default_model.py"}  # lead into rooms, lazily
 REFERENCE_ONLY = {"torch", "transformers", "peft"}
 
 
@@ -35,6 +35,8 @@ def room_of_file(path: Path) -> str:
 
 def room_of_module(name: str) -> str:
     parts = name.split(".")
+    if parts[1:2] == ["default_model"]:
+        return "door"
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "shared"
 
 

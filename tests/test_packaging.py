@@ -1,9 +1,10 @@
-"""A wheel holds every module and works without the repository beside it."""
+"""A wheel holds every module and the embedded checkpoint, and works without the repository beside it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("clip_projector", "converter", "runtime")
+CHECKPOINT = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v" / "nano").glob("[!.]*")}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git tracks or would track, so that no build leftovers come along."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks or would track, so that no build leftovers come along."""
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -27,6 +29,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(out), str(source)], check=True, capture_output=True)
@@ -41,7 +48,18 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name for name in names if name.endswith(".py")} == expected
     folders = {str(Path(name).parent) for name in expected}
-    assert names - expected == {f"{folder}/py.typed" for folder in folders}
+    assert names - expected == {f"{folder}/py.typed" for folder in folders} | CHECKPOINT
+
+
+def test_a_source_distribution_holds_what_the_wheel_is_made_of(source: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    modules = {
+        path.relative_to(ROOT).as_posix() for room in ("granite4v", *ROOMS) for path in (ROOT / room).rglob("*.py")
+    }
+    assert modules | CHECKPOINT <= names
 
 
 def test_the_wheel_works_from_outside_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from granite4v.cli.options import (
     MmprojOption,
     ModelOption,
     ThreadsOption,
+    model_path,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def ask(
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures; '-' reads one from stdin.")
     ] = None,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
-    model: ModelOption,
+    model: ModelOption = None,
     mmproj: MmprojOption = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="The most tokens the answer may have.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token every time.")] = 0.0,
@@ -56,7 +57,7 @@ def ask(
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
     status = Status()
     try:
-        with Model.load(model, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+        with Model.load(model_path(model), n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
             for warning in loaded.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
             loaded.progress = status

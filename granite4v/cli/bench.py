@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from granite4v.cli.options import ContextOption, DeviceOption, MmprojOption, ModelOption, ThreadsOption
+from granite4v.cli.options import ContextOption, DeviceOption, MmprojOption, ModelOption, ThreadsOption, model_path
 
 if TYPE_CHECKING:
     from granite4v.runtime import Timings
@@ -18,7 +18,8 @@ PROMPT = "What does this page say?"
 
 
 def bench(
-    model: ModelOption,
+    *,
+    model: ModelOption = None,
     image: Annotated[Path, typer.Option("--image", metavar="FILE", help="The picture to read.")],
     mmproj: MmprojOption = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
@@ -39,7 +40,8 @@ def bench(
 
     status = Status()
     runs: list[Timings] = []
-    with Model.load(model, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+    found = model_path(model, quiet=as_json)
+    with Model.load(found, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
         loaded.progress = None if as_json else status
         for _ in range(repeat):
             loaded.clear_cache()

@@ -17,7 +17,10 @@ ADAPTER_USES = {"merged": "merged", "separate": "kept in a file of its own", "ig
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint: a directory, or a hub id such as 'owner/name'.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="Checkpoint: a directory, a hub id such as 'owner/name', or 'nano', the embedded one."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to make.")],
     text_type: Annotated[
@@ -43,8 +46,10 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to GGUF files: text, vision and, if wanted, a separate LoRA adapter."""
-    from granite4v import converter
+    from granite4v import converter, default_model
 
+    if default_model.is_embedded(source):
+        source = str(default_model.checkpoint_folder())
     options = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
     if dry_run:
         typer.echo(converter.describe(converter.plan_conversion(source, options)))

@@ -7,21 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from granite4v.cli.options import JsonOption
+from granite4v.cli.options import JsonOption, model_path
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A GGUF file, or a model directory.", metavar="FILE|DIR")],
+    path: Annotated[
+        str, typer.Argument(help="A GGUF file, a model directory, or 'nano', the embedded model.", metavar="FILE|DIR")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a GGUF file or a model directory; reads headers only."""
     from granite4v.summary import summarize
 
-    files = [summarize(file) for file in gguf_files(path)]
+    found = Path(model_path(path))
+    files = [summarize(file) for file in gguf_files(found)]
     if as_json:
         import json
 
-        typer.echo(json.dumps({"path": str(path), "files": files}, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps({"path": str(found), "files": files}, indent=2, ensure_ascii=False))
         return
     typer.echo("\n\n".join(_table(summary) for summary in files))
 

@@ -7,9 +7,19 @@ from typing import Annotated
 
 import typer
 
+NO_MODEL = (
+    "no --model given: using the embedded 'nano', a small model trained on synthetic documents; --model DIR takes a "
+    "real one"
+)
+
 ModelOption = Annotated[
-    Path,
-    typer.Option("--model", metavar="DIR", help="Model directory made by 'granite4v convert', or a text GGUF file."),
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        help="Model directory made by 'granite4v convert', or a text GGUF file.",
+        show_default="the embedded 'nano'",
+    ),
 ]
 MmprojOption = Annotated[
     Path | None,
@@ -31,3 +41,27 @@ LoraOption = Annotated[
         "--lora/--no-lora", help="Apply a separate LoRA or not.", show_default="only to requests with pictures"
     ),
 ]
+
+
+def model_path(model: str | None, *, quiet: bool = False) -> str | Path:
+    """What `--model` stands for: a path as it is, the embedded model for 'nano' or for nothing.
+
+    Says on stderr which model it is when nobody chose, and shows its conversion on first use, unless `quiet`.
+    """
+    from granite4v import default_model
+    from granite4v.cli.convert import Meter
+
+    if model is not None and not default_model.is_embedded(model):
+        return model
+
+    def report(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    if model is None:
+        report(NO_MODEL)
+    meter = Meter()
+    try:
+        return default_model.embedded_model(report, None if quiet else meter)
+    finally:
+        meter.clear()

@@ -1,0 +1,191 @@
+"""The embedded model: `nano`, a small checkpoint inside the package, for whoever has not chosen another.
+
+It is converted when it is first needed, to F16 with its adapter merged, and kept in the user's cache in a folder
+whose name changes with the checkpoint, the package and `FORMAT`. A file lock lets one process at a time convert;
+the folder appears whole or not at all, and a record in it of sizes and checksums shows damage, which is repaired by
+converting again. Stands above the rooms, as the front door does: it needs the converter and the runtime, and
+imports both late.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from granite4v.converter import Progress
+    from granite4v.runtime import Model
+
+    Meter = Callable[[Progress], None]
+    Report = Callable[[str], None]
+
+NAME = "nano"
+FORMAT = 1  # raise it when the converter writes something else for the same checkpoint
+TEXT_TYPE = VISION_TYPE = "F16"
+RECORD = "files.json"  # {file name: [bytes, crc32]}
+LOCK_TIMEOUT_S = 120.0  # a conversion takes seconds; who holds the lock for longer hangs
+READ_BYTES = 1 << 20
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    n_ctx: int = 8192,
+    n_threads: int | None = None,
+    device: str = "auto",
+    mmproj: str | Path | None = None,
+    lora: bool | str | Path | None = None,
+    exact: bool | None = None,
+) -> Model:
+    """`Model.load`, which see, and without a path, or with 'nano' where nothing of that name lies, the embedded model.
+
+    That one was trained on synthetic documents and is small: it shows the way, not what a real model can do. What
+    its first use does goes to the logger 'granite4v' as information. Raises CheckpointError when the package lacks
+    it, OutputError when it can be written nowhere, and what `Model.load` raises.
+    """
+    import logging
+
+    from granite4v.runtime import Model
+
+    report = logging.getLogger("granite4v").info
+    found = embedded_model(report) if path is None or is_embedded(path) else path
+    return Model.load(found, n_ctx=n_ctx, n_threads=n_threads, device=device, mmproj=mmproj, lora=lora, exact=exact)
+
+
+def is_embedded(name: str | Path) -> bool:
+    """Whether this means the embedded model: the word itself, unless a file or folder of that name is there."""
+    return name == NAME and not Path(NAME).exists()
+
+
+def checkpoint_folder() -> Path:
+    """Where the package holds the checkpoint; raises CheckpointError when it does not."""
+    import granite4v
+    from granite4v.errors import CheckpointError
+
+    folder = Path(granite4v.__file__).parent / NAME
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"this installation holds no embedded model ('{folder}' has no config.json); install granite4v again, or "
+            "name a model of your own."
+        )
+    return folder
+
+
+def embedded_model(report: Report, progress: Meter | None = None) -> Path:
+    """The model directory of the embedded model, converted now unless the cache has it.
+
+    `report` gets a line about each thing that takes time or goes wrong. A cache that cannot be written is no reason
+    to refuse an answer: the conversion takes seconds, and homes are read-only in many a container. So it is then
+    made in a temporary folder, which goes with the process, and `report` is told how to do better. Raises
+    CheckpointError when the package lacks the model, OutputError when the temporary folder fails as well.
+    """
+    from granite4v.errors import OutputError
+    from granite4v.ggml.speed import cache_file
+
+    checkpoint = checkpoint_folder()
+    target = cache_file().parent / _folder_name(checkpoint)
+    if is_intact(target):
+        return target
+    try:
+        return _make_once(checkpoint, target, report, progress)
+    except (OSError, NotImplementedError, OutputError) as error:  # NotImplementedError: a disk without locks
+        report(
+            f"the embedded model cannot be kept in '{target.parent}' ({str(error).rstrip('.')}), so it is converted "
+            "for this run alone; set GRANITE4V_CACHE to a folder that can be written."
+        )
+    try:
+        return _make_once(checkpoint, _temporary_folder() / target.name, report, progress)
+    except (OSError, NotImplementedError) as error:
+        raise OutputError(
+            f"the embedded model can be written neither to the cache nor to a temporary folder ({error}); set "
+            "GRANITE4V_CACHE to a folder that can be written."
+        ) from None
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a folder holds the files that its record names, byte for byte, and no other model."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        names = {path.name for path in folder.glob("*.gguf")}
+        return names == set(record) and all(_checksum(folder / name) == record[name] for name in names)
+    except (OSError, ValueError, TypeError):  # nothing there, or a record that is none
+        return False
+
+
+def _folder_name(checkpoint: Path) -> str:
+    """A name that changes with the checkpoint's content, the package and `FORMAT`. Reads 20 MB, in 6 ms."""
+    from importlib.metadata import version
+
+    from granite4v.errors import CheckpointError
+
+    package = version("granite4v")
+    try:
+        files = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"the embedded model cannot be read: {error}; install granite4v again.") from None
+    identity = json.dumps([package, FORMAT, TEXT_TYPE, VISION_TYPE, files])
+    return f"{NAME}-{package}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _checksum(path: Path) -> list[int]:
+    """[bytes, crc32]: against accidents, not against malice."""
+    n_bytes = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(READ_BYTES):
+            n_bytes, crc = n_bytes + len(piece), zlib.crc32(piece, crc)
+    return [n_bytes, crc]
+
+
+def _make_once(checkpoint: Path, target: Path, report: Report, progress: Meter | None) -> Path:
+    """Converts to `target` unless another process does so meanwhile; raises OSError and OutputError."""
+    import shutil
+
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f"{NAME}.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        report("another process is converting the embedded model; waiting for it ...")
+        held = lock.acquire(timeout=LOCK_TIMEOUT_S)
+    with held:
+        if is_intact(target):
+            return target
+        for left_over in target.parent.glob(f".{NAME}-*-partial-*"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        if target.exists():
+            report(f"the embedded model in '{target}' is damaged; converting it again ...")
+            shutil.rmtree(target)
+        else:
+            report(f"converting the embedded model to '{target}' ...")
+        _make(checkpoint, target, progress)
+    return target
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """One folder a process, removed when it ends."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="granite4v-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _make(checkpoint: Path, target: Path, progress: Meter | None) -> None:
+    """Converts to a folder that does not exist yet, record included; it appears whole or not at all."""
+    from granite4v.converter import Options, convert
+    from granite4v.converter.output import files_in_place
+
+    with files_in_place(target, ()) as work:
+        paths = convert(checkpoint, work, Options(TEXT_TYPE, VISION_TYPE), progress).paths
+        record = {path.name: _checksum(path) for path in paths}
+        (work / RECORD).write_text(json.dumps(record), encoding="utf-8")
