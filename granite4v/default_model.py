@@ -118,7 +118,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def _folder_name(checkpoint: Path) -> str:
-    """A name that changes with the checkpoint's content, the package and `FORMAT`. Reads 20 MB, in 6 ms."""
+    """A name that changes with the checkpoint's content, the package and `FORMAT`. Reads 20 MB: 8 ms of CPU."""
     from importlib.metadata import version
 
     from granite4v.errors import CheckpointError
