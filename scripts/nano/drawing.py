@@ -29,24 +29,20 @@ SMALLEST_PX = 10.0  # the font size in the model's view below which a page count
 
 AILERON = "Aileron"
 HELD_OUT = "Hanken Grotesk"
-# name: package, regular file, bold file
-_FILES = {
-    "DejaVu Sans": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf", "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"),
-    "DejaVu Serif": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf", "mpl-data/fonts/ttf/DejaVuSerif-Bold.ttf"),
-    "DejaVu Mono": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono.ttf", "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf"),
-    "DejaVu Oblique": (
-        "matplotlib",
-        "mpl-data/fonts/ttf/DejaVuSans-Oblique.ttf",
-        "mpl-data/fonts/ttf/DejaVuSans-BoldOblique.ttf",
-    ),
-    "STIX": ("matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf", "mpl-data/fonts/ttf/STIXGeneralBol.ttf"),
+_MPL = "mpl-data/fonts/ttf"
+_FILES = {  # name: package, regular file, bold file
+    "Caladea": ("font_caladea", "files/Caladea-Regular.ttf", "files/Caladea-Bold.ttf"),
+    "DejaVu Mono": ("matplotlib", f"{_MPL}/DejaVuSansMono.ttf", f"{_MPL}/DejaVuSansMono-Bold.ttf"),
+    "DejaVu Oblique": ("matplotlib", f"{_MPL}/DejaVuSans-Oblique.ttf", f"{_MPL}/DejaVuSans-BoldOblique.ttf"),
+    "DejaVu Sans": ("matplotlib", f"{_MPL}/DejaVuSans.ttf", f"{_MPL}/DejaVuSans-Bold.ttf"),
+    "DejaVu Serif": ("matplotlib", f"{_MPL}/DejaVuSerif.ttf", f"{_MPL}/DejaVuSerif-Bold.ttf"),
+    "Hanken Grotesk": ("font_hanken_grotesk", "files/HankenGrotesk-Regular.otf", "files/HankenGrotesk-Bold.otf"),
+    "Manrope": ("font_manrope", "files/Manrope-Regular.ttf", "files/Manrope-Bold.ttf"),
     "Roboto": ("font_roboto", "files/Roboto-Regular.ttf", "files/Roboto-Bold.ttf"),
     "Roboto Light": ("font_roboto", "files/Roboto-Light.ttf", "files/Roboto-Medium.ttf"),
     "Source Sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.ttf", "files/SourceSansPro-Bold.ttf"),
-    "Source Sans Semibold": ("font_source_sans_pro", "files/SourceSansPro-Semibold.ttf", "files/SourceSansPro-Black.ttf"),
     "Source Serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.ttf", "files/SourceSerifPro-Bold.ttf"),
-    "Vera": ("reportlab", "fonts/Vera.ttf", "fonts/VeraBd.ttf"),
-    HELD_OUT: ("font_hanken_grotesk", "files/HankenGrotesk-Regular.otf", "files/HankenGrotesk-Bold.otf"),
+    "STIX": ("matplotlib", f"{_MPL}/STIXGeneral.ttf", f"{_MPL}/STIXGeneralBol.ttf"),
 }
 
 
@@ -233,8 +229,10 @@ class Sheet:
             shape(pen, dx, dy)
         xs, ys, codes = [], [], []
         for x, y, text, face, fill, halo in self._texts:
-            stroke = {"stroke_width": max(1, round(face.size / 7)), "stroke_fill": halo} if halo else {}
-            pen.text((x + dx, y + dy), text, fill, face.font, anchor="ls", **stroke)
+            if halo:
+                around = max(1, round(face.size / 7))
+                pen.text((x + dx, y + dy), text, halo, face.font, anchor="ls", stroke_width=around)
+            pen.text((x + dx, y + dy), text, fill, face.font, anchor="ls")
             for char, start in zip(text, face.starts(text), strict=False):
                 if char != " ":
                     cx, cy = face.centre(char)
@@ -268,10 +266,13 @@ def best_grid(width: int, height: int) -> tuple[tuple[int, int], float]:
     return grid, min(grid[0] * TILE_PX / width, grid[1] * TILE_PX / height)
 
 
-def page(rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float) -> tuple[Image.Image, Glyphs] | None:
-    """A page for the sheet that `lay` makes at a font size, None where no grid of tiles can hold it readably.
+def page(
+    rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float, scans: float
+) -> tuple[Image.Image, Glyphs, float] | None:
+    """A page for the sheet that `lay` makes at a font size, and its margin in pixels.
 
-    `margin` counts in font sizes. Mostly the page is a little smaller than its grid; now and then much larger.
+    None where no grid of tiles can hold it readably, or texts would overlap. `margin` counts in font sizes.
+    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger.
     """
     x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
     em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
@@ -281,7 +282,7 @@ def page(rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float) 
         return min(grid[0] * TILE_PX / em_width, grid[1] * TILE_PX / em_height)
 
     roomy = max((g for g in grids() if g[0] * g[1] > MOST_TILES - 3), key=seen)
-    if SMALLEST_PX < seen(roomy) < 18 and rng.random() < 0.4:
+    if SMALLEST_PX < seen(roomy) < 18 and rng.random() < scans:
         grid, enlarged = roomy, rng.uniform(1.5, 3.0)
         size, fill = seen(grid) * enlarged, True
         width, height = (round(side * TILE_PX * enlarged) for side in grid)
@@ -296,6 +297,8 @@ def page(rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float) 
         size, fill = at_model / shrunk, rng.random() < 0.5
         width, height = (int(side * TILE_PX / shrunk) for side in grid)
     sheet = lay(size)
+    if sheet.has_overlaps():
+        return None
     x0, y0, x1, y1 = sheet.extent()
     need_x, need_y = math.ceil(x1 - x0 + 2 * margin * size), math.ceil(y1 - y0 + 2 * margin * size)
     if not fill and need_x / width > need_y / height:
@@ -305,7 +308,7 @@ def page(rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float) 
     width, height = max(width, need_x), max(height, need_y)
     left = margin * size + rng.choice((0.0, 0.5, rng.random())) * (width - need_x)
     top = margin * size + rng.choice((0.0, 0.5, rng.random())) * (height - need_y)
-    return sheet.render(width, height, left - x0, top - y0, paper)
+    return *sheet.render(width, height, left - x0, top - y0, paper), margin * size
 
 
 def photographed(

@@ -9,63 +9,70 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-NOUNS = """
-account acid age agent air amount angle annex answer apple area asset atom audit average award axis badge balance band bank
-base basis batch beam bill block board body bolt bond bonus book border box branch brand bread bridge brief budget build
-bureau bus button buyer cable cake call camera capital carbon card cargo carrier case cash cell center chain chair change
-channel charge chart check chip city claim class clerk client clock cloud coal coast code coffee coil coin color column
-concrete contact content contract copper copy corn cost cotton council count county course court cover credit crop crowd
-cube cup current curve customer cycle data date day deal debt deck degree delay demand density depth desk detail device diesel
-digit disk district dock door dose draft drive drum dust duty earth edge effect effort electron energy engine entry
-equity error estate event exam expense export fabric factor farm fee fiber field file film filter fleet floor flow fluid
-force forest form frame freight fruit fuel fund garden gas gate gear glass goal gold grade grain grant graph grid group
-growth guard guide habitat hand harbor heat height hire home hospital hotel hour house import income index ink input
-insurance interest iron island item job joint journal key kit label labor lake land laser layer lead leaf lease ledger
-lens lesson letter level library license light limit line lint liquid list load loan lobby lock loss lot machine mail
-manager map margin market mass material matrix meal measure meat media member memo metal meter method mile milk mine
-model module money month motor mouse museum nerve network night node noise note number nurse object ocean offer office oil
-option orbit order output oven owner oxygen package page paint panel paper park part patent path patient payment pen
-people period permit phase phone photo pipe plan plant plate point policy pool port post power press price printer prize
-process product profit program project proof protein pump pupil quality quantity quarter queue quota radio rail rain range
-rate ratio reach record refund region rent repair report reserve result return revenue rice ring risk river road
-rock role roof room root route row rule safety salary sale salt sample sand scale school score screen sea seat
-sector seed sensor series service shape share sheet shelf shift ship shop signal silver site size skill slope
-snow soil solar solid sound source space speed spring staff stage station steel step stock stone storage store storm
-stream street student study sugar sum supply survey switch system table tank target task tax team test text theory ticket
-tile time title tool topic total tower town track trade traffic train transit travel tree trend trial truck trust tube
-tunnel unit user value valve vendor vessel view volume voltage wage wall waste water wave week weight wheel wind window
-wire wood work worker yard year yield zinc zone
-""".split()
 
-ADJECTIVES = """
-active annual basic big blue bright broad central clean clear cold common cool daily deep direct dry early east fast final
-fine first fixed flat free fresh full gross hard heavy high hot inner internal large last late left legal light
-linear liquid local long low main major mean minor mixed mobile modern net new next normal north old open other outer
-paid past plain prime public pure quick quiet rapid raw ready real red regular remote right rural safe second secure senior
-short simple slow small smart smooth soft solid south special stable standard steady strong thermal thin third tight
-total upper urban valid warm weekly west white wide yellow young
-""".split()
+def _words(text: str) -> list[str]:
+    return text.split()
 
-FIRST_NAMES = """
-Ada Alan Alma Amir Ana Anton Aria Ben Bianca Carl Carla Chen Clara Dana David Diego Elena Eli Emma Erik Eva Felix Fiona
-Grace Hana Hugo Ida Igor Ines Ivan Jack Jana John Jonas Judy Julia Kai Karim Kate Lara Leo Lina Lucas Luna Maria Mark
-Maya Milo Mina Nadia Nina Noah Nora Olga Omar Oscar Paul Petra Priya Quinn Rosa Ruth Ryan Sam Sara Sofia Tariq Tess Theo
-Tom Uma Vera Victor Wanda Will Yara Yusuf Zoe
-""".split()
 
-LAST_NAMES = """
+NOUNS = _words("""
+account acid age agent air amount angle annex answer apple area asset atom audit average award axis badge balance
+band bank base basis batch beam bill block board body bolt bond bonus book border box branch brand bread bridge
+brief budget build bureau bus button buyer cable cake call camera capital carbon card cargo carrier case cash cell
+center chain chair change channel charge chart check chip city claim class clerk client clock cloud coal coast code
+coffee coil coin color column concrete contact content contract copper copy corn cost cotton council count county
+course court cover credit crop crowd cube cup current curve customer cycle data date day deal debt deck degree delay
+demand density depth desk detail device diesel digit disk district dock door dose draft drive drum dust duty earth
+edge effect effort electron energy engine entry equity error estate event exam expense export fabric factor farm fee
+fiber field file film filter fleet floor flow fluid force forest form frame freight fruit fuel fund garden gas gate
+gear glass goal gold grade grain grant graph grid group growth guard guide habitat hand harbor heat height hire home
+hospital hotel hour house import income index ink input insurance interest iron island item job joint journal key
+kit label labor lake land laser layer lead leaf lease ledger lens lesson letter level library license light limit
+line lint liquid list load loan lobby lock loss lot machine mail manager map margin market mass material matrix meal
+measure meat media member memo metal meter method mile milk mine model module money month motor mouse museum nerve
+network night node noise note number nurse object ocean offer office oil option orbit order output oven owner oxygen
+package page paint panel paper park part patent path patient payment pen people period permit phase phone photo pipe
+plan plant plate point policy pool port post power press price printer prize process product profit program project
+proof protein pump pupil quality quantity quarter queue quota radio rail rain range rate ratio reach record refund
+region rent repair report reserve result return revenue rice ring risk river road rock role roof room root route row
+rule safety salary sale salt sample sand scale school score screen sea seat sector seed sensor series service shape
+share sheet shelf shift ship shop signal silver site size skill slope snow soil solar solid sound source space speed
+spring staff stage station steel step stock stone storage store storm stream street student study sugar sum supply
+survey switch system table tank target task tax team test text theory ticket tile time title tool topic total tower
+town track trade traffic train transit travel tree trend trial truck trust tube tunnel unit user value valve vendor
+vessel view volume voltage wage wall waste water wave week weight wheel wind window wire wood work worker yard year
+yield zinc zone
+""")
+
+ADJECTIVES = _words("""
+active annual basic big blue bright broad central clean clear cold common cool daily deep direct dry early east fast
+final fine first fixed flat free fresh full gross hard heavy high hot inner internal large last late left legal
+light linear liquid local long low main major mean minor mixed mobile modern net new next normal north old open
+other outer paid past plain prime public pure quick quiet rapid raw ready real red regular remote right rural safe
+second secure senior short simple slow small smart smooth soft solid south special stable standard steady strong
+thermal thin third tight total upper urban valid warm weekly west white wide yellow young
+""")
+
+FIRST_NAMES = _words("""
+Ada Alan Alma Amir Ana Anton Aria Ben Bianca Carl Carla Chen Clara Dana David Diego Elena Eli Emma Erik Eva Felix
+Fiona Grace Hana Hugo Ida Igor Ines Ivan Jack Jana John Jonas Judy Julia Kai Karim Kate Lara Leo Lina Lucas Luna
+Maria Mark Maya Milo Mina Nadia Nina Noah Nora Olga Omar Oscar Paul Petra Priya Quinn Rosa Ruth Ryan Sam Sara Sofia
+Tariq Tess Theo Tom Uma Vera Victor Wanda Will Yara Yusuf Zoe
+""")
+
+LAST_NAMES = _words("""
 Abbott Adams Ali Baker Becker Bell Berg Brown Chavez Clark Cohen Cole Cruz Dahl Davis Diaz Dunn Evans Fischer Ford
-Garcia Gomez Grant Gray Haas Hall Hart Hill Hughes Ito Jones Kaya Keller Kelly Khan Kim King Klein Kumar Lang Lee Lopez
-Marsh Meyer Mills Moore Nash Nguyen Novak Olsen Owens Park Patel Perez Quist Reed Rossi Roy Ruiz Sato Shah Silva Smith
-Stone Suzuki Tan Torres Turner Vega Wagner Walsh Wang Ward Weber West White Wolf Wong Wood Young Zhang
-""".split()
+Garcia Gomez Grant Gray Haas Hall Hart Hill Hughes Ito Jones Kaya Keller Kelly Khan Kim King Klein Kumar Lang Lee
+Lopez Marsh Meyer Mills Moore Nash Nguyen Novak Olsen Owens Park Patel Perez Quist Reed Rossi Roy Ruiz Sato Shah
+Silva Smith Stone Suzuki Tan Torres Turner Vega Wagner Walsh Wang Ward Weber West White Wolf Wong Wood Young Zhang
+""")
 
-CITIES = """
-Accra Adelaide Algiers Athens Austin Basel Bergen Berlin Bogota Boston Bremen Cairo Calgary Chicago Cork Dallas Delhi Denver
-Dubai Dublin Geneva Genoa Ghent Graz Hanoi Havana Helsinki Houston Jakarta Kyoto Lagos Leeds Leipzig Lima Lisbon London Lyon
-Madrid Malmo Manila Miami Milan Montreal Mumbai Munich Nairobi Naples Nice Osaka Oslo Ottawa Paris Perth Porto Prague Quito
-Riga Rome Rotterdam Santiago Seattle Seoul Sydney Tampa Tokyo Toronto Tunis Turin Utrecht Valencia Vienna Warsaw Zurich
-""".split()
+CITIES = _words("""
+Accra Adelaide Algiers Athens Austin Basel Bergen Berlin Bogota Boston Bremen Cairo Calgary Chicago Cork Dallas
+Delhi Denver Dubai Dublin Geneva Genoa Ghent Graz Hanoi Havana Helsinki Houston Jakarta Kyoto Lagos Leeds Leipzig
+Lima Lisbon London Lyon Madrid Malmo Manila Miami Milan Montreal Mumbai Munich Nairobi Naples Nice Osaka Oslo Ottawa
+Paris Perth Porto Prague Quito Riga Rome Rotterdam Santiago Seattle Seoul Sydney Tampa Tokyo Toronto Tunis Turin
+Utrecht Valencia Vienna Warsaw Zurich
+""")
 
 COMPANY_ENDS = ("Inc", "Ltd", "GmbH", "AG", "LLC", "Corp", "Group", "Labs", "Works", "Foods", "Tech", "& Co", "& Sons")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -74,11 +81,11 @@ UNITS = ("kg", "g", "t", "m", "km", "mm", "L", "mL", "W", "kW", "h", "min", "s",
 CODE_PREFIXES = ("INV", "PO", "ID", "SKU", "REF", "ORD", "LOT", "TK", "CN", "BX", "KX", "RN", "QT", "DN")
 MADE_UP = 0.3  # the share of words that no dictionary has
 
-_ONSETS = (
-    "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sh sk sl sp st th tr tw x".split()
+_ONSETS = _words(
+    "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sh sk sl sp st th tr tw x"
 )
-_VOWELS = "a e i o u a e i o u ai ea ee io oa ou y".split()
-_CODAS = ["", "", "", "", *"b ck d ft g l m n nd ng nt p r rd rk rn s ss st t x z".split()]
+_VOWELS = _words("a e i o u a e i o u ai ea ee io oa ou y")
+_CODAS = ["", "", "", "", *_words("b ck d ft g l m n nd ng nt p r rd rk rn s ss st t x z")]
 _MARKS = ("(a)", "#2", "A/B", "R&D", "Q&A", "No. 4", "C+", "24/7", "(net)", "1st", "2nd", "n/a", "Men's", "Year's end")
 
 
