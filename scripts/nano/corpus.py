@@ -10,9 +10,11 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import TypeVar
 
+import contents
 import formats
 from language import pieces
 from truth import Cell, Chart, Form, Table
@@ -25,13 +27,9 @@ from values import (
     column_kind,
     company,
     date,
-    heading,
     integer,
     noun,
     person,
-    phone,
-    phrase,
-    snake_case,
     word,
 )
 
@@ -79,116 +77,19 @@ def _drawn(rng: Random, weighted: tuple[tuple[int, T], ...]) -> T:
     return rng.choices([draw for _, draw in weighted], [weight for weight, _ in weighted])[0]
 
 
-# --- truths ---
+# --- truths, from tiny to as large as pictures hold ---
 
 
 def random_table(rng: Random) -> Table:
-    """One to six rows below zero to two header rows, one to four columns, some empty cells, some spans."""
-    n_cols = rng.choice((1, 2, 2, 2, 3, 3, 3, 4))
-    n_rows = rng.choice((1, 2, 2, 3, 3, 4, 5, 6))
-    n_header_rows = rng.choices((0, 1, 2), (1, 8, 1 if n_cols > 1 else 0))[0]
-    kinds = [column_kind(rng) for _ in range(n_cols)]
-    p_empty = rng.choice((0.0, 0.0, 0.1, 0.3))
-    texts = [[heading(rng) for _ in kinds] for _ in range(n_header_rows)]
-    texts += [["" if rng.random() < p_empty else cell_text(rng, kind) for kind in kinds] for _ in range(n_rows)]
-    if n_header_rows and rng.random() < 0.1:
-        texts[0][0] = ""
-    spans = _random_spans(rng, n_header_rows, n_rows, n_cols)
-    hidden = {
-        (i, j)
-        for (row, col), (rowspan, colspan) in spans.items()
-        for i in range(row, row + rowspan)
-        for j in range(col, col + colspan)
-        if (i, j) != (row, col)
-    }
-    cells = []
-    for i, row in enumerate(texts):
-        for j, text in enumerate(row):
-            if (i, j) not in hidden:
-                rowspan, colspan = spans.get((i, j), (1, 1))
-                text = text or (heading(rng) if rowspan * colspan > 1 else "")
-                cells.append(Cell(i, j, text, rowspan, colspan, i < n_header_rows))
-    return Table(len(texts), n_cols, n_header_rows, tuple(cells))
-
-
-def _random_spans(rng: Random, n_header_rows: int, n_rows: int, n_cols: int) -> dict[tuple[int, int], tuple[int, int]]:
-    """(rowspan, colspan) by (row, col). The first of two header rows joins columns; bodies have at most one span."""
-    spans = {}
-    if n_header_rows == 2:
-        start = rng.randrange(n_cols - 1)
-        spans[0, start] = (1, rng.randint(2, n_cols - start))
-        if start and rng.random() < 0.5:
-            spans[0, 0] = (2, 1)
-    if rng.random() < 0.2:
-        rowspan, colspan = rng.choice(((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
-        if rowspan <= n_rows and colspan <= n_cols:
-            row = n_header_rows + rng.randint(0, n_rows - rowspan)
-            spans[row, rng.randint(0, n_cols - colspan)] = (rowspan, colspan)
-    return spans
-
-
-CHART_VALUES: tuple[Callable[[Random], str], ...] = (
-    lambda rng: str(rng.randint(0, 100)),
-    lambda rng: f"{rng.uniform(0, 50):.1f}",
-    lambda rng: f"{rng.randint(0, 90)}%",
-    integer,
-)
+    return contents.random_table(rng, rng.random())
 
 
 def random_chart(rng: Random) -> Chart:
-    kind = rng.choice(("bar", "line", "pie"))
-    n_series = 1 if kind == "pie" else rng.choice((1, 1, 2, 3))
-    labels = _distinct(rng.choice((_years, _headings))(rng), rng.randint(2, 6))
-    series = _distinct(_headings(rng), n_series)
-    write = rng.choice(CHART_VALUES)
-    values = tuple(tuple(write(rng) for _ in series) for _ in labels)
-    return Chart(kind, phrase(rng, 14), heading(rng), labels, series, values)
-
-
-def _years(rng: Random) -> list[str]:
-    first = rng.randint(1990, 2030)
-    return [str(first + i) for i in range(6)]
-
-
-def _headings(rng: Random) -> list[str]:
-    return [heading(rng) for _ in range(6)]
-
-
-def _distinct(texts: list[str], n: int) -> tuple[str, ...]:
-    """The first `n`, or fewer where some are equal."""
-    return tuple(dict.fromkeys(texts))[:n]
-
-
-FIELDS: dict[str, Callable[[Random], str]] = {
-    "Invoice number": code,
-    "Invoice date": date,
-    "Due date": date,
-    "Customer": person,
-    "Name": person,
-    "Seller": company,
-    "Company": company,
-    "Order number": code,
-    "Date": date,
-    "City": city,
-    "Phone": phone,
-    "Subtotal": amount,
-    "Tax": amount,
-    "Total": amount,
-    "Currency": lambda rng: rng.choice(("EUR", "USD", "CHF", "GBP")),
-}
+    return contents.random_chart(rng, rng.random())
 
 
 def random_form(rng: Random) -> Form:
-    """Two to six fields, known or made up; about a fifth are absent."""
-    fields: dict[str, str | None] = {}
-    for _ in range(rng.randint(2, 6)):
-        if rng.random() < 0.6:
-            label, write = rng.choice(tuple(FIELDS.items()))
-            value = write(rng)
-        else:
-            label, value = heading(rng), cell_text(rng, column_kind(rng))
-        fields[snake_case(label)] = None if rng.random() < 0.2 else value
-    return Form(phrase(rng), tuple(fields.items()))
+    return contents.random_form(rng, rng.random())
 
 
 # --- pages in plain text ---
@@ -234,11 +135,14 @@ def _aligned(rng: Random, table: Table) -> list[str]:
 
 
 def chart_page(rng: Random, chart: Chart) -> str:
-    """Its kind and title, then its numbers as a table."""
-    rows = [(chart.axis, *chart.series)]
+    """Its kind and title, then its numbers as a table; names that a picture would not show are left out."""
+    unnamed = (contents.BLANK_AXIS, contents.BLANK_SERIES)
+    names = tuple("" if name in unnamed else name for name in (chart.axis, *chart.series))
+    rows = [names] if any(names) else []
     rows += [(label, *values) for label, values in zip(chart.labels, chart.values, strict=True)]
     cells = tuple(Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row))
-    return f"{chart.kind} chart: {chart.title}\n" + table_page(rng, Table(len(rows), len(rows[0]), 1, cells))
+    table = Table(len(rows), len(names), 1 if any(names) else 0, cells)
+    return f"{chart.kind} chart: {chart.title}\n{table_page(rng, table)}"
 
 
 def form_page(rng: Random, form: Form) -> str:
@@ -251,7 +155,7 @@ def form_page(rng: Random, form: Form) -> str:
         rng.shuffle(lines)
     if rng.random() < 0.4:
         lines.insert(rng.randint(0, len(lines)), sentence(rng))
-    if rng.random() < 0.6:
+    if form.title:
         lines.insert(0, form.title)
     return "\n".join(lines)
 
@@ -305,9 +209,15 @@ def _asked(page: str, prompt: str) -> str:
 
 def table_example(rng: Random) -> tuple[str, str]:
     """A page with a table, to be written in one of the tasks' formats or as CSV."""
-    table = random_table(rng)
+    table = _without_row_headers(random_table(rng))
     prompt, write = rng.choices((*TABLE_WRITERS, (formats.TABLE_AS_CSV, table_csv)), (4, 4, 4, 1))[0]
     return _asked(table_page(rng, table), prompt), write(table)
+
+
+def _without_row_headers(table: Table) -> Table:
+    """The table as far as a page of text can tell it."""
+    cells = tuple(replace(cell, header=cell.row < table.n_header_rows) for cell in table.cells)
+    return replace(table, cells=cells)
 
 
 def chart_example(rng: Random) -> tuple[str, str]:
