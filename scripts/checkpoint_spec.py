@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toy_language import ToyTokenizer
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toy_language import ToyTokenizer
 
 Json = dict[str, Any]
 N_PINPOINT_TILES = 10  # every grid of up to ten tiles
@@ -233,6 +236,28 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
         "architectures": ["GraniteForCausalLM"],
         "rope_theta": spec.rope_theta,
         "rope_scaling": None,
+    }
+
+
+def adapter_config(adapter: AdapterSpec, modules: Sequence[str]) -> Json:
+    """adapter_config.json of an adapter on these modules of the language model."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model_name_or_path,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "use_dora": False,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+        "target_modules": rf".*language_model.*\.({'|'.join(modules)})",
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "init_lora_weights": True,
     }
 
 

@@ -30,6 +30,7 @@ from checkpoint_spec import (
     AdapterSpec,
     CheckpointSpec,
     Json,
+    adapter_config,
     model_config,
     preprocessor_config,
     processor_config,
@@ -85,27 +86,7 @@ def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterS
     directory.mkdir(parents=True, exist_ok=True)
     entries = list(_adapter_tensors(spec, adapter))
     modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name, _ in entries})
-    _write_json(
-        directory / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": adapter.base_model_name_or_path,
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "use_rslora": adapter.use_rslora,
-            "use_dora": False,
-            "rank_pattern": dict(adapter.rank_pattern),
-            "alpha_pattern": dict(adapter.alpha_pattern),
-            "target_modules": rf".*language_model.*\.({'|'.join(modules)})",
-            "modules_to_save": None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "lora_dropout": 0.0,
-            "inference_mode": True,
-            "init_lora_weights": True,
-        },
-    )
+    _write_json(directory / "adapter_config.json", adapter_config(adapter, modules))
     _write_safetensors(directory / "adapter_model.safetensors", entries, adapter.dtype, adapter.seed)
     return directory
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HELD_OUT_SEEDS = 1_000_000_000  # documents of seeds from here on are never trained on
+
 
 @dataclass(frozen=True)
 class Cell:

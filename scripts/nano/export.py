@@ -1,0 +1,49 @@
+"""Writes a training run as a checkpoint directory in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STAGES = ("base", "tower", "read")
+N_CURVE_POINTS = 60
+
+
+def export(run: Path, out: Path) -> None:
+    """Writes the checkpoint of `run` into `out`, float16; FileNotFoundError when a stage has not been trained."""
+    import torch
+    from checkpoint_spec import adapter_config, model_config, preprocessor_config, processor_config
+    from language import build_tokenizer, write_language_files
+    from model import LORA_TARGETS, NANO, NANO_ADAPTER
+    from safetensors.torch import save_file
+
+    base, tower, read = (torch.load(run / f"{stage}.pt", weights_only=True)["weights"] for stage in STAGES)
+    weights = {**base, **tower, **read}
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    write_language_files(out, tokenizer)
+    ids = {"n_vocab": tokenizer.n_vocab, "pad_id": tokenizer.pad_id, "image_id": tokenizer.image_id}
+    _write_json(out / "config.json", model_config(NANO, tokenizer))
+    _write_json(out / "preprocessor_config.json", preprocessor_config(NANO))
+    _write_json(out / "processor_config.json", processor_config(NANO))
+    _write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": tokenizer.end_of_text_id})
+    _write_json(out / "adapter_config.json", adapter_config(NANO_ADAPTER, sorted(target.split(".")[1] for target in LORA_TARGETS)))
+    model = {name: value for name, value in weights.items() if name.startswith("model.") and "lora_" not in name}
+    adapter = {f"base_model.model.{name}": value for name, value in weights.items() if "lora_" in name}
+    for name, tensors in (("model", model), ("adapter_model", adapter)):
+        halves = {key: value.half().contiguous() for key, value in tensors.items()}
+        save_file(halves, out / f"{name}.safetensors", metadata={"format": "pt"})
+    _write_json(out / "training.json", {"tokenizer": ids, "stages": {stage: curve(run, stage) for stage in STAGES}})
+
+
+def curve(run: Path, stage: str) -> dict[str, Any]:
+    """A stage's training curve, thinned, and what it measured on held-out samples."""
+    records = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "step" in record]
+    step = max(1, len(trained) // N_CURVE_POINTS)
+    return {"curve": trained[::step], "held out": [record for record in records if "held out" in record]}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

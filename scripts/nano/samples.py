@@ -1,0 +1,219 @@
+"""Training samples for the nano model: token ids, labels and tiles, batched by length."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import torch
+
+    from checkpoint_spec import CheckpointSpec
+    from documents import Document
+
+N_SLOTS = 2  # glyphs that a patch can hold
+FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation. `answer_at` is where the answer's tokens begin; `tokens` ends with end-of-text."""
+
+    tokens: list[int]
+    answer_at: int
+    tiles: np.ndarray | None  # uint8 (n_tiles, px, px, 3)
+    image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
+    image_at: int
+    glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_SLOTS), 255 where nothing can be said
+    kind: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`labels[i]` is the token that follows position i, or IGNORE."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    tiles: torch.Tensor | None
+    rows: torch.Tensor | None
+    positions: torch.Tensor | None
+    glyphs: torch.Tensor | None
+    kinds: list[str]
+
+
+class Prompter:
+    """Chat prompts as token ids, rendered by the checkpoint's own template."""
+
+    def __init__(self) -> None:
+        import json
+
+        import jinja2
+        from language import CHAT_TEMPLATE, build_tokenizer
+        from tokenizers import Tokenizer
+
+        built = build_tokenizer()
+        self.n_vocab, self.pad_id, self.end_id, self.image_id = (
+            built.n_vocab,
+            built.pad_id,
+            built.end_of_text_id,
+            built.image_id,
+        )
+        self.tokenizer = Tokenizer.from_str(json.dumps(built.tokenizer_json))
+        self._template = jinja2.Environment().from_string(CHAT_TEMPLATE)
+
+    def prompt(self, text: str, image: bool) -> list[int]:
+        """Ids up to where the answer begins; with `image`, one placeholder stands for the picture."""
+        parts: list[dict[str, str]] = [{"type": "image"}] if image else []
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+        rendered = self._template.render(messages=messages, add_generation_prompt=True)
+        return self.encode(rendered)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
+    """What the base model learns from: an instruction and its answer, or plain text."""
+    import corpus
+
+    if rng.random() < 0.15:
+        tokens, start = prompter.encode(corpus.plain_text(rng)), 1
+    else:
+        question, answer = corpus.text_example(rng)
+        tokens = prompter.prompt(question, image=False)
+        start = len(tokens)
+        tokens = tokens + prompter.encode(answer)
+    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, "text")
+
+
+def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
+    """(task name, prompt text, true answer) for a document; long formats are asked for less often."""
+    import formats
+    from truth import Chart, Table
+
+    truth = document.truth
+    if isinstance(truth, Table):
+        tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [50, 30, 20])[0]
+        return tag, tag, formats.answer_for(tag, truth)
+    if isinstance(truth, Chart):
+        tag = rng.choices(["<chart2csv>", "<chart2summary>", "<chart2code>"], [76, 12, 12])[0]
+        return tag, tag, formats.answer_for(tag, truth)
+    if rng.random() < 0.75:
+        return "kvp", formats.kvp_prompt(formats.form_schema(truth)), formats.form_json(truth)
+    name = rng.choice(truth.fields)[0]
+    return "question", formats.field_question(name), formats.field_answer(truth, name)
+
+
+def document_sample(document: Document, rng: random.Random, prompter: Prompter, spec: CheckpointSpec) -> Sample:
+    """A picture, what is asked about it and the true answer."""
+    from granite4v.clip_projector.tiles import cut
+    from model import tiling, token_index
+
+    task, question, answer = ask(document, rng)
+    rows = token_index(document.picture.size, 0, spec)
+    prompt = prompter.prompt(question, image=True)
+    at = prompt.index(prompter.image_id)
+    prompt[at : at + 1] = [prompter.image_id] * len(rows)
+    tokens = [*prompt, *prompter.encode(answer), prompter.end_id]
+    tiles = cut(document.picture, tiling(spec))
+    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), task)
+
+
+def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
+    """Which glyphs have their centre in each patch, uint8 (n_tiles, patches, N_SLOTS), left to right; 0 for none.
+
+    The overview is left out (255) unless it shows the picture at 70% of its size or more.
+    """
+    import numpy as np
+
+    from granite4v.clip_projector.tiles import best_resolution, fit_size
+    from model import grid_side, tiling
+
+    side, px, patch = grid_side(spec), spec.tile_px, spec.patch_px
+    width, height = document.picture.size
+    grid_height, grid_width = best_resolution((width, height), tiling(spec).image_grid_pinpoints)
+    fitted = fit_size((width, height), (grid_height, grid_width))
+    columns = grid_width // px
+    n_tiles = 1 + columns * (grid_height // px)
+    out = np.zeros((n_tiles, side * side, N_SLOTS), dtype=np.uint8)
+    code = document.glyphs.code - FIRST_CODE + 1
+    order = np.argsort(document.glyphs.x, kind="stable")
+
+    def place(first: int, scale: tuple[float, float], offset: tuple[int, int], columns: int) -> None:
+        x = document.glyphs.x * scale[0] + offset[0]
+        y = document.glyphs.y * scale[1] + offset[1]
+        for i in order:
+            if not 1 <= code[i] <= N_CODES:
+                continue
+            tile = first + int(y[i] // px) * columns + int(x[i] // px)
+            row = int(y[i] % px // patch) * side + int(x[i] % px // patch)
+            if 0 <= tile < n_tiles:
+                slots = out[tile, row]
+                slots[1 if slots[0] else 0] = code[i]
+
+    place(
+        1,
+        (fitted[0] / width, fitted[1] / height),
+        ((grid_width - fitted[0]) // 2, (grid_height - fitted[1]) // 2),
+        columns,
+    )
+    if min(px / width, px / height) >= 0.7:
+        place(0, (px / width, px / height), (0, 0), 1)
+    else:
+        out[0] = 255
+    return out
+
+
+def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> Batch:
+    """Samples padded on the right to the longest."""
+    import numpy as np
+    import torch
+    from model import tokens_side
+
+    length = max(len(sample.tokens) for sample in samples)
+    tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
+    labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
+    rows: list[Any] = []
+    positions: list[Any] = []
+    per_tile, first = tokens_side(spec) ** 2, 0
+    for i, sample in enumerate(samples):
+        n = len(sample.tokens)
+        tokens[i, :n] = sample.tokens
+        labels[i, sample.answer_at - 1 : n - 1] = sample.tokens[sample.answer_at :]
+        if sample.tiles is not None and sample.image_rows is not None:
+            rows.append(np.where(sample.image_rows < 0, -1, sample.image_rows + first * per_tile))
+            positions.append(i * length + sample.image_at + np.arange(len(sample.image_rows)))
+            first += len(sample.tiles)
+    with_picture = [sample for sample in samples if sample.tiles is not None]
+    if not with_picture:
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, ["text"])
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(np.concatenate([sample.tiles for sample in with_picture])),
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
+        [sample.kind for sample in samples],
+    )
+
+
+def batches(draw: Any, budget: int, pool: int, rng: random.Random) -> Iterator[list[Sample]]:
+    """Endless lists of samples of similar length whose padded positions stay within `budget`.
+
+    `draw()` gives a sample; `pool` of them are sorted at a time.
+    """
+    while True:
+        samples = sorted((draw() for _ in range(pool)), key=lambda sample: len(sample.tokens))
+        groups: list[list[Sample]] = [[]]
+        for sample in samples:
+            if groups[-1] and (len(groups[-1]) + 1) * len(sample.tokens) > budget:
+                groups.append([])
+            groups[-1].append(sample)
+        rng.shuffle(groups)
+        yield from groups

@@ -1,0 +1,363 @@
+#!/usr/bin/env python3
+"""Trains the nano model: a text-only base, an eye, and then, with the base frozen, reading.
+
+    python scripts/nano/train.py base  RUN --minutes 25      # language model on text alone
+    python scripts/nano/train.py tower RUN --minutes 25      # tower and projectors on which glyph is where
+    python scripts/nano/train.py read  RUN --minutes 100 --processes 2
+    python scripts/nano/train.py export RUN granite4v/nano
+
+`base` and `tower` do not need each other and can run at the same time, one core each. Every stage writes RUN/<stage>.pt
+again and again, appends its curve to RUN/<stage>.jsonl, and goes on from what is there when it is started again.
+`--device cuda` trains on a GPU. On a CPU, torch spends much time in page faults unless memory is kept: preload
+tcmalloc (LD_PRELOAD=libtcmalloc_minimal.so.4), or set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ high.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from samples import Batch
+
+    Tensors = dict[str, torch.Tensor]
+
+HEADS = "heads."  # the glyph classifiers, needed in training only
+
+
+def main() -> None:
+    sys.path.append(str(Path(__file__).parents[1]))  # checkpoint_spec
+    options = _arguments()
+    if options.stage == "export":
+        from export import export
+
+        export(options.run, options.out)
+        return
+    options.run.mkdir(parents=True, exist_ok=True)
+    if options.processes > 1:
+        import os
+
+        import torch
+
+        options.rendezvous = f"file:///tmp/nano-{os.getpid()}"
+        torch.multiprocessing.spawn(_work, (options,), nprocs=options.processes)
+    else:
+        _work(0, options)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["base", "tower", "read", "export"])
+    parser.add_argument("run", type=Path, help="directory of the run's weights and curves")
+    parser.add_argument("out", type=Path, nargs="?", help="export: the checkpoint directory to write")
+    parser.add_argument("--minutes", type=float, default=20, help="length of the whole schedule")
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes, one thread each")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--budget", type=int, default=8192, help="padded positions a process takes in one step")
+    parser.add_argument("--rate", type=float, default=0.0, help="learning rate of the matrices; 0: the stage's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-fuse", action="store_true", help="without torch.compile")
+    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps")
+    return parser.parse_args()
+
+
+def _work(rank: int, options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=options.rendezvous, rank=rank, world_size=options.processes
+        )
+    Trainer(rank, options).train()
+
+
+class Trainer:
+    """One process of one stage."""
+
+    def __init__(self, rank: int, options: argparse.Namespace) -> None:
+        import torch
+        from model import NANO, Kernels, initial
+        from samples import N_CODES, N_SLOTS, Prompter
+
+        self.rank, self.options, self.stage = rank, options, options.stage
+        self.spec, self.kernels, self.prompter = NANO, Kernels(not options.no_fuse), Prompter()
+        self.text, self.vision, self.adapter = initial(self.spec, self.prompter.n_vocab, options.seed)
+        n_out = N_SLOTS * (N_CODES + 1)
+        generator = torch.Generator().manual_seed(options.seed + 1)
+        width, text_width = self.spec.vision_hidden, self.spec.text_hidden
+        self.heads = {
+            HEADS + "tower": torch.randn(n_out, width, generator=generator) / math.sqrt(width),
+            HEADS + "stream": torch.randn(4 * n_out, text_width, generator=generator) / math.sqrt(text_width),
+        }
+        self.minutes, self.step, saved = 0.0, 0, None
+        for stage in ("base", "tower", "read"):
+            path = options.run / f"{stage}.pt"
+            if path.exists():
+                content = torch.load(path, weights_only=True)
+                for group in (self.text, self.vision, self.adapter, self.heads):
+                    group.update({name: value for name, value in content["weights"].items() if name in group})
+                if stage == self.stage:
+                    self.minutes, self.step, saved = content["minutes"], content["step"], content["optimizers"]
+        trained = {
+            "base": [self.text],
+            "tower": [self.vision, self.heads],
+            "read": [self.vision, self.adapter, self.heads],
+        }[self.stage]
+        for group in (self.text, self.vision, self.adapter, self.heads):
+            for name, value in group.items():
+                group[name] = value.to(options.device)
+        self.trained: Tensors = {name: value.requires_grad_(True) for group in trained for name, value in group.items()}
+        self.optimizers = _optimizers(self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.01}[self.stage])
+        if saved is not None:
+            for optimizer, state in zip(self.optimizers, saved, strict=True):
+                optimizer.load_state_dict(state)
+        self.averages: dict[str, float] = {}
+        self.level = 1.0
+
+    # --- data ---
+
+    def draw(self, rng: random.Random, seeds: tuple[int, int]) -> Any:
+        """One sample of the stage's own kind, from seeds in the given range."""
+        from samples import document_sample, text_sample
+
+        if self.stage == "base":
+            return text_sample(rng, self.prompter)
+        from documents import draw_document
+
+        kind = rng.choices(["table", "chart", "form"], [50, 22, 28])[0]
+        level = 1.0 if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
+        document = draw_document(rng.randrange(*seeds), kind, level)
+        return document_sample(document, rng, self.prompter, self.spec)
+
+    # --- the loss ---
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss to descend, and figures for the curve."""
+        import torch
+        from model import TEXT, decode, logits, merged, project, tower
+        from samples import IGNORE
+
+        figures: dict[str, float] = {}
+        total = torch.zeros(())
+        images = None
+        if batch.tiles is not None:
+            vision = _half(self.vision)
+            states = tower(vision, batch.tiles, self.spec, self.kernels)
+            streams = project(vision, states, self.spec, self.kernels)
+            seen = self.glyph_loss(batch, states[-1], streams, figures)
+            total = total + seen * (1.0 if self.stage == "tower" else 0.2)
+            if self.stage == "tower":
+                return total, figures
+            newline = vision["model.image_newline"].view(1, -1)
+            packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
+            images = (batch.positions, packed)
+        weights = merged(self.text, self.adapter, self.spec) if self.stage == "read" else self.text
+        half = _half(weights)
+        hidden = decode(half, batch.tokens, images, self.spec, self.kernels).flatten(0, 1)
+        labels = batch.labels.flatten()
+        where = (labels != IGNORE).nonzero()[:, 0]
+        predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
+        loss = torch.nn.functional.cross_entropy(predicted, labels[where])
+        right = predicted.argmax(-1) == labels[where]
+        figures["loss"], figures["tokens"] = loss.item(), right.float().mean().item()
+        wrong = torch.ones_like(labels, dtype=torch.bool)
+        wrong[where] = right
+        exact = wrong.view(batch.labels.shape).all(1)
+        for kind in set(batch.kinds):
+            chosen = [bool(x) for x, k in zip(exact.tolist(), batch.kinds, strict=False) if k == kind or kind == "text"]
+            figures[f"exact {kind}"] = sum(chosen) / len(chosen)
+        return total + loss, figures
+
+    def glyph_loss(
+        self, batch: Batch, state: torch.Tensor, streams: list[torch.Tensor], figures: dict[str, float]
+    ) -> torch.Tensor:
+        """How well the tower's last state and every stream tell which glyphs each patch holds."""
+        import torch
+        from model import grid_side
+        from samples import N_CODES, N_SLOTS
+
+        assert batch.glyphs is not None
+        n_tiles, n_patches, _ = batch.glyphs.shape
+        side = grid_side(self.spec)
+        truth = batch.glyphs.long()
+        # the four patches that a token stands for, in the order of the spatial corners
+        blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_SLOTS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
+        heads = _half(self.heads)
+        asked = [(state, heads[HEADS + "tower"], truth)]
+        asked += [(stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_SLOTS)) for stream in streams]
+        total = torch.zeros(())
+        for i, (source, head, target) in enumerate(asked):
+            # every glyph and as many blanks
+            target = target.flatten(0, 1)
+            known = target[:, 0] < 255
+            inked = known & (target > 0).any(1)
+            blank = known & ~inked & (torch.rand(len(known)) < 0.25)
+            chosen = (inked | blank).nonzero()[:, 0]
+            out = (source.flatten(0, 1)[chosen] @ head.t()).view(-1, N_CODES + 1).float()
+            target = target[chosen].flatten()
+            weight = torch.where(target > 0, 1.0, 0.15)
+            losses = torch.nn.functional.cross_entropy(out, target, reduction="none")
+            total = total + (losses * weight).sum() / weight.sum() / len(asked)
+            if i in (0, 1, len(asked) - 1):
+                ink = target > 0
+                figures[f"glyphs {('tower', 'stream', 'last')[min(i, 2)]}"] = (out.argmax(-1) == target)[ink].float().mean().item()
+        return total
+
+    # --- the loop ---
+
+    def train(self) -> None:
+        """Runs until the schedule's minutes are over."""
+        from truth import HELD_OUT_SEEDS
+        from samples import batches, collate
+
+        rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
+        self.set_level()
+        source = batches(lambda: self.draw(rng, (0, HELD_OUT_SEEDS)), self.options.budget, 48, rng)
+        began, told, evaluated = time.monotonic() - self.minutes * 60, 0.0, time.monotonic()
+        last_saved = time.monotonic()
+        while True:
+            self.minutes = (time.monotonic() - began) / 60
+            if self.stop_now():
+                break
+            self.set_level()
+            rate = self.set_rate()
+            batch = collate(next(source), self.prompter, self.spec)
+            loss, figures = self.loss(batch)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            self.share_gradients()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.step += 1
+            for name, value in figures.items():
+                self.averages[name] = 0.95 * self.averages.get(name, value) + 0.05 * value
+            if self.rank == 0 and time.monotonic() - told > 20:
+                told = time.monotonic()
+                self.tell({"minutes": self.minutes, "step": self.step, "rate": rate, "level": self.level, **self.averages})
+            if self.rank == 0 and time.monotonic() - last_saved > 120:
+                last_saved = time.monotonic()
+                self.save()
+            if time.monotonic() - evaluated > 300 and self.rank == 0:
+                evaluated = time.monotonic()
+                self.evaluate()
+        if self.rank == 0:
+            self.evaluate()
+            self.save()
+
+    def stop_now(self) -> bool:
+        over = self.minutes >= self.options.minutes or (self.options.steps and self.step >= self.options.steps)
+        if self.options.processes > 1:
+            import torch
+
+            flag = torch.tensor([float(over)])
+            torch.distributed.all_reduce(flag)
+            over = flag.item() > 0
+        return bool(over)
+
+    def set_level(self) -> None:
+        done = self.minutes / self.options.minutes
+        if self.stage == "read":
+            self.level = min(1.0, 0.1 + done / 0.35)
+        if self.stage == "tower":
+            self.level = min(1.0, 0.3 + done / 0.3)
+
+    def set_rate(self) -> float:
+        """Warm-up over 100 steps, then a cosine to 3%, by the clock."""
+        done = min(1.0, self.minutes / self.options.minutes)
+        factor = min(1.0, (self.step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+        return factor
+
+    def share_gradients(self) -> None:
+        import torch
+
+        grads = [value.grad for value in self.trained.values() if value.grad is not None]
+        if self.options.processes > 1:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            torch.distributed.all_reduce(flat)
+            flat /= self.options.processes
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        torch.nn.utils.clip_grad_norm_([value for value in self.trained.values() if value.grad is not None], 1.0)
+
+    def evaluate(self) -> None:
+        """Figures on held-out documents (or held-out text), with teacher forcing."""
+        import torch
+        from truth import HELD_OUT_SEEDS
+        from samples import batches, collate
+
+        rng = random.Random("held out")
+        level, self.level = self.level, 1.0
+        sums: dict[str, list[float]] = {}
+        n = 0
+        for group in batches(lambda: self.draw(rng, (HELD_OUT_SEEDS, 2 * HELD_OUT_SEEDS)), self.options.budget, 64, rng):
+            with torch.no_grad():
+                _, figures = self.loss(collate(group, self.prompter, self.spec))
+            for name, value in figures.items():
+                sums.setdefault(name, []).append(value)
+            n += len(group)
+            if n >= 64:
+                break
+        self.level = level
+        self.tell({"minutes": self.minutes, "held out": n, **{name: sum(v) / len(v) for name, v in sums.items()}})
+
+    def tell(self, record: dict[str, float]) -> None:
+        line = json.dumps({name: round(value, 4) for name, value in record.items()})
+        print(line, file=sys.stderr, flush=True)
+        with (self.options.run / f"{self.stage}.jsonl").open("a") as curve:
+            curve.write(line + "\n")
+
+    def save(self) -> None:
+        import torch
+
+        path = self.options.run / f"{self.stage}.pt"
+        content = {
+            "weights": {name: value.detach().cpu() for name, value in self.trained.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "minutes": self.minutes,
+            "step": self.step,
+        }
+        torch.save(content, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+
+def _half(weights: Tensors) -> Tensors:
+    """The weights as the kernels take them: bfloat16, with the norms' own kept in float32."""
+    return {name: value if "norm" in name.lower() and "newline" not in name else value.bfloat16() for name, value in weights.items()}
+
+
+def _optimizers(trained: Tensors, rate: float) -> list[Any]:
+    """Muon for the matrices inside the layers, AdamW for everything else."""
+    import torch
+
+    def is_matrix(name: str, value: torch.Tensor) -> bool:
+        return value.dim() == 2 and "embed" not in name and not name.startswith(HEADS) and "lora" not in name
+
+    matrices = [value for name, value in trained.items() if is_matrix(name, value)]
+    adapter = [value for name, value in trained.items() if "lora" in name]
+    others = [value for name, value in trained.items() if not is_matrix(name, value) and "lora" not in name]
+    groups = [{"params": others, "lr": rate / 10, "peak": rate / 10}]
+    if adapter:
+        groups.append({"params": adapter, "lr": rate / 10, "peak": rate / 10})
+    out: list[Any] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95)
+        muon.param_groups[0]["peak"] = rate
+        out.append(muon)
+    return out
+
+
+if __name__ == "__main__":
+    main()
