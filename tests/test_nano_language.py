@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import json
 import re
@@ -352,6 +353,12 @@ def test_the_vocabulary_is_small_and_its_special_tokens_are_last(folder: Path) -
     )
     assert built.image_id == built.n_vocab - 1 and min(special.values()) == built.pad_id
     assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == END_OF_TEXT
+
+
+def test_the_vocabulary_is_the_one_that_weights_were_trained_with() -> None:
+    """The pieces come from `formats`: a changed prompt or format renumbers them, and needs new weights."""
+    texts = [token["content"] for token in language.build_tokenizer().tokenizer_json["added_tokens"]]
+    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "046715226daff838"
 
 
 def test_what_the_formats_repeat_costs_few_tokens(ours: HfTokenizer) -> None:
