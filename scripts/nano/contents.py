@@ -63,24 +63,21 @@ def _short(rng: Random, kind: str, level: float) -> str:
 
 
 def _head_cells(rng: Random, n_head: int, n_cols: int, grouped: bool, row_heads: bool) -> list[Cell]:
-    corner = "" if row_heads and not grouped and rng.random() < 0.5 else values.heading(rng)
+    """The header rows, no heading twice; where `grouped`, two rows of which the upper one spans columns."""
+    names = _distinct(rng, 2 * n_cols, lambda: values.heading(rng))
+    if row_heads and not grouped and rng.random() < 0.5:
+        names[0] = ""
     if not grouped:
-        return [
-            Cell(i, j, corner if i == j == 0 else values.heading(rng), header=True)
-            for i in range(n_head)
-            for j in range(n_cols)
-        ]
+        return [Cell(i, j, names[i * n_cols + j], header=True) for i in range(n_head) for j in range(n_cols)]
     top, bottom, col = [], [], 0
-    if row_heads or rng.random() < 0.7:
-        top.append(Cell(0, 0, corner, rowspan=2, header=True))
-        col = 1
     while col < n_cols:
-        width = min(rng.choice((2, 2, 3)), n_cols - col)
+        alone = col == 0 and (row_heads or rng.random() < 0.7)
+        width = 1 if alone else min(rng.choice((2, 2, 3)), n_cols - col)
         if width == 1:
-            top.append(Cell(0, col, values.heading(rng), rowspan=2, header=True))
+            top.append(Cell(0, col, names[col], rowspan=2, header=True))
         else:
-            top.append(Cell(0, col, values.phrase(rng), colspan=width, header=True))
-            bottom += [Cell(1, col + k, values.heading(rng), header=True) for k in range(width)]
+            top.append(Cell(0, col, names[col], colspan=width, header=True))
+            bottom += [Cell(1, k, names[n_cols + k], header=True) for k in range(col, col + width)]
         col += width
     return top + bottom
 
@@ -126,7 +123,7 @@ def random_chart(rng: Random, level: float) -> Chart:
     kind = rng.choices(("bar", "line", "pie"), (50, 27, 23))[0]
     most = 2 + round(5 * level)
     count = min(rng.choices((2, 3, 4, 5, 6, 7), (10, 24, 26, 20, 12, 8))[0], most)
-    axis, labels = _random_labels(rng, count, kind)
+    axis, labels = _random_labels(rng, count, round(5 + 4 * level))
     n_series = 2 if kind != "pie" and level > 0.3 and rng.random() < 0.35 else 1
     named = n_series > 1 or (kind != "pie" and level > 0.2 and rng.random() < 0.5)
     series = tuple(_distinct(rng, n_series, lambda: values.phrase(rng, 9))) if named else (BLANK_SERIES,)
@@ -135,7 +132,7 @@ def random_chart(rng: Random, level: float) -> Chart:
     return Chart(kind, title, shown_axis, tuple(labels), series, _chart_values(rng, kind, count, n_series))
 
 
-def _random_labels(rng: Random, count: int, kind: str) -> tuple[str, list[str]]:
+def _random_labels(rng: Random, count: int, longest: int) -> tuple[str, list[str]]:
     chance = rng.random()
     if chance < 0.35:
         axis = rng.choice(sorted(_LABELS))
@@ -148,7 +145,7 @@ def _random_labels(rng: Random, count: int, kind: str) -> tuple[str, list[str]]:
         return "Year", [str(first + i) for i in range(count)]
     if chance < 0.6:
         return "City", _distinct(rng, count, lambda: values.city(rng))
-    return values.heading(rng), _distinct(rng, count, lambda: values.phrase(rng, 9))
+    return values.heading(rng), _distinct(rng, count, lambda: values.phrase(rng, longest))
 
 
 def _distinct(rng: Random, count: int, make: Callable[[], str]) -> list[str]:

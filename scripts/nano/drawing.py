@@ -40,8 +40,8 @@ _FILES = {  # name: package, regular file, bold file
     "Manrope": ("font_manrope", "files/Manrope-Regular.ttf", "files/Manrope-Bold.ttf"),
     "Roboto": ("font_roboto", "files/Roboto-Regular.ttf", "files/Roboto-Bold.ttf"),
     "Roboto Light": ("font_roboto", "files/Roboto-Light.ttf", "files/Roboto-Medium.ttf"),
-    "Source Sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.ttf", "files/SourceSansPro-Bold.ttf"),
-    "Source Serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.ttf", "files/SourceSerifPro-Bold.ttf"),
+    "Source Sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.otf", "files/SourceSansPro-Bold.otf"),
+    "Source Serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.otf", "files/SourceSerifPro-Bold.otf"),
     "STIX": ("matplotlib", f"{_MPL}/STIXGeneral.ttf", f"{_MPL}/STIXGeneralBol.ttf"),
 }
 
@@ -99,8 +99,10 @@ class Face:
     def centre(self, char: str) -> tuple[float, float]:
         """The middle of the ink box, from the pen position on the base line."""
         if char not in self._centre:
-            left, top, right, bottom = self.font.getbbox(char, anchor="ls")
-            self._centre[char] = ((left + right) / 2, (top + bottom) / 2)
+            # getbbox reaches down to the base line even for a dash
+            mask, (dx, dy) = self.font.getmask2(char, mode="L", anchor="ls")
+            left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+            self._centre[char] = (dx + (left + right) / 2, dy + (top + bottom) / 2)
         return self._centre[char]
 
 
@@ -296,10 +298,11 @@ def page(
         shrunk = rng.uniform(1.0, min(1.5, max(1.0, at_model / 10.0)))
         size, fill = at_model / shrunk, rng.random() < 0.5
         width, height = (int(side * TILE_PX / shrunk) for side in grid)
-    sheet = lay(size)
+    finer = 2 if size < 20 and rng.random() < 0.6 else 1
+    sheet = lay(size * finer)
     if sheet.has_overlaps():
         return None
-    x0, y0, x1, y1 = sheet.extent()
+    x0, y0, x1, y1 = (side / finer for side in sheet.extent())
     need_x, need_y = math.ceil(x1 - x0 + 2 * margin * size), math.ceil(y1 - y0 + 2 * margin * size)
     if not fill and need_x / width > need_y / height:
         height = rng.randint(min(need_y, height), height)
@@ -308,7 +311,10 @@ def page(
     width, height = max(width, need_x), max(height, need_y)
     left = margin * size + rng.choice((0.0, 0.5, rng.random())) * (width - need_x)
     top = margin * size + rng.choice((0.0, 0.5, rng.random())) * (height - need_y)
-    return *sheet.render(width, height, left - x0, top - y0, paper), margin * size
+    picture, glyphs = sheet.render(width * finer, height * finer, (left - x0) * finer, (top - y0) * finer, paper)
+    if finer > 1:  # unlike hinted text of this size, the letters keep their true shapes and distances
+        picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
+    return picture, glyphs, margin * size
 
 
 def photographed(
@@ -334,7 +340,9 @@ def photographed(
 
 def turned(picture: Image.Image, glyphs: Glyphs, degrees: float, paper: RGB) -> tuple[Image.Image, Glyphs]:
     """Turned counter-clockwise about the middle; the page keeps its size."""
-    out = picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=paper)
+    small = max(picture.size) < 600
+    sampling = Image.Resampling.BICUBIC if small else Image.Resampling.BILINEAR
+    out = picture.rotate(degrees, sampling, fillcolor=paper)
     angle = math.radians(degrees)
     cx, cy = picture.width / 2, picture.height / 2
     x, y = glyphs.x - cx, glyphs.y - cy

@@ -141,7 +141,7 @@ def _bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> Non
             y = -_number(value) / top * (height - 1.5 * em)
             half = bar / 2 if count == 1 else bar * 0.42
             sheet.box(x - half, y, x + half, 0, ink.series[j])
-            sheet.text(x, y - 0.6 * em, value, plain, ink.text, 0.5, ink.paper)
+            sheet.text(x, y - 0.72 * em, value, plain, ink.text, 0.5, ink.paper)
         sheet.text(middle, 0.85 * em, chart.labels[i], plain, ink.text, 0.5)
 
 

@@ -160,7 +160,7 @@ def amount(rng: Random) -> str:
     value = magnitude(rng, 6) / 100 if rng.random() < 0.7 else magnitude(rng, 5)
     text = f"{value:,.2f}" if rng.random() < 0.8 else f"{value:.2f}"
     chance = rng.random()
-    if chance < 0.6:
+    if chance < 0.6 or not value:
         return text
     if chance < 0.75:
         return f"${text}" if rng.random() < 0.6 else f"${value:,.0f}"
@@ -173,11 +173,13 @@ def decimal(rng: Random) -> str:
     """A number with zero to three decimals, sometimes negative or with a plus."""
     text = f"{magnitude(rng, 4) / 10:.{rng.choice((0, 1, 1, 1, 2, 3))}f}"
     chance = rng.random()
+    if not float(text):
+        return text
     return f"-{text}" if chance < 0.15 else f"+{text}" if chance < 0.2 else text
 
 
 def percent(rng: Random) -> str:
-    value = rng.random() * 100
+    value = 1 + rng.random() * 99
     sign = "-" if rng.random() < 0.1 else ""
     return f"{sign}{value:.{rng.choice((0, 0, 1, 1, 2))}f}%"
 
