@@ -1,4 +1,4 @@
-"""Writes a training run as a checkpoint directory in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve."""
+"""Writes a training run as a checkpoint in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def export(run: Path, out: Path) -> None:
     _write_json(out / "preprocessor_config.json", preprocessor_config(NANO))
     _write_json(out / "processor_config.json", processor_config(NANO))
     _write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": tokenizer.end_of_text_id})
-    _write_json(out / "adapter_config.json", adapter_config(NANO_ADAPTER, sorted(target.split(".")[1] for target in LORA_TARGETS)))
+    _write_json(
+        out / "adapter_config.json",
+        adapter_config(NANO_ADAPTER, sorted(target.split(".")[1] for target in LORA_TARGETS)),
+    )
     model = {name: value for name, value in weights.items() if name.startswith("model.") and "lora_" not in name}
     adapter = {f"base_model.model.{name}": value for name, value in weights.items() if "lora_" in name}
     for name, tensors in (("model", model), ("adapter_model", adapter)):

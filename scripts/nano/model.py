@@ -1,4 +1,4 @@
-"""The nano model for training: Granite 4 Vision's arithmetic over a dictionary of tensors named as its checkpoint names them.
+"""The nano model for training: Granite 4 Vision's arithmetic over tensors named as in its checkpoint.
 
 transformers' own module (`models/granite4_vision`, 5.23) computes the same, which a test holds; this one does it in
 bfloat16 with whole batches of pictures packed by index, several times faster on a CPU. Training knows no dropout.
@@ -114,7 +114,7 @@ def initial(spec: CheckpointSpec, n_vocab: int, seed: int) -> tuple[Tensors, Ten
     n_pixels = 3 * spec.patch_px**2
     vision[at + "patch_embedding.weight"] = matrix(width, n_pixels).view(width, 3, spec.patch_px, spec.patch_px)
     vision[at + "patch_embedding.bias"] = torch.zeros(width)
-    vision[at + "position_embedding.weight"] = torch.randn(grid_side(spec)**2, width, generator=generator) * 0.3
+    vision[at + "position_embedding.weight"] = torch.randn(grid_side(spec) ** 2, width, generator=generator) * 0.3
     deep = 1 / math.sqrt(2 * spec.vision_layers)
     for i in range(spec.vision_layers):
         at = f"{VISION}encoder.layers.{i}."
@@ -233,7 +233,12 @@ def _small_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 def _attention_gradient(
-    scores: torch.Tensor, d_weights: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float, mask: torch.Tensor
+    scores: torch.Tensor,
+    d_weights: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention weights again, and the gradient of the scaled scores."""
     import torch
@@ -285,7 +290,7 @@ def patches(tiles: torch.Tensor, spec: CheckpointSpec, dtype: torch.dtype) -> to
 
 
 def tower(weights: Tensors, tiles: torch.Tensor, spec: CheckpointSpec, kernels: Kernels) -> list[torch.Tensor]:
-    """Hidden states of the vision tower, each (n_tiles, patches, vision_hidden): the embeddings and every layer's output."""
+    """Hidden states of the vision tower, each (n_tiles, patches, width): embeddings, then every layer."""
     from torch.nn.functional import linear
 
     at = VISION + "embeddings."
@@ -364,7 +369,7 @@ def _window_qformer(
     z = dense(kernels.gelu(dense(y, block + "intermediate_query.dense")), block + "output_query.dense")
     y = norm(z + y, block + "output_query.LayerNorm", 1e-12)
     y = y.view(n, n_windows, n_windows, query, query, width).transpose(2, 3)
-    return dense(y.reshape(n, tokens_side(spec)**2, width), "out_linear")
+    return dense(y.reshape(n, tokens_side(spec) ** 2, width), "out_linear")
 
 
 def token_index(size: tuple[int, int], first_tile: int, spec: CheckpointSpec) -> np.ndarray:
@@ -377,7 +382,7 @@ def token_index(size: tuple[int, int], first_tile: int, spec: CheckpointSpec) ->
     from granite4v.clip_projector.tiles import layout, pack
 
     where = layout(size, tiling(spec), tokens_side(spec))
-    per_tile = tokens_side(spec)**2
+    per_tile = tokens_side(spec) ** 2
     rows = np.arange(where.n_tiles * per_tile).reshape(where.n_tiles, per_tile, 1) + first_tile * per_tile
     out = np.empty((where.n_tokens, 1), dtype=np.int64)
     pack(list(rows), np.array([-1]), where, out)
@@ -405,7 +410,7 @@ def decode(
     spec: CheckpointSpec,
     kernels: Kernels,
 ) -> torch.Tensor:
-    """Last hidden states (n, positions, text_hidden) after the final norm, for `tokens` (n, positions), padded on the right.
+    """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
     in the order of `projectors(spec)`.

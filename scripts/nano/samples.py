@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     import torch
-
     from checkpoint_spec import CheckpointSpec
     from documents import Document
 
@@ -111,8 +110,9 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
 def document_sample(document: Document, rng: random.Random, prompter: Prompter, spec: CheckpointSpec) -> Sample:
     """A picture, what is asked about it and the true answer."""
-    from granite4v.clip_projector.tiles import cut
     from model import tiling, token_index
+
+    from granite4v.clip_projector.tiles import cut
 
     task, question, answer = ask(document, rng)
     rows = token_index(document.picture.size, 0, spec)
@@ -130,9 +130,9 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     The overview is left out (255) unless it shows the picture at 70% of its size or more.
     """
     import numpy as np
+    from model import grid_side, tiling
 
     from granite4v.clip_projector.tiles import best_resolution, fit_size
-    from model import grid_side, tiling
 
     side, px, patch = grid_side(spec), spec.tile_px, spec.patch_px
     width, height = document.picture.size
@@ -190,8 +190,9 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
             positions.append(i * length + sample.image_at + np.arange(len(sample.image_rows)))
             first += len(sample.tiles)
     with_picture = [sample for sample in samples if sample.tiles is not None]
+    kinds = [sample.kind for sample in samples]
     if not with_picture:
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, ["text"])
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, kinds)
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -199,7 +200,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
-        [sample.kind for sample in samples],
+        kinds,
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
+TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the glyph classifiers, needed in training only
 
 
@@ -116,7 +117,9 @@ class Trainer:
             for name, value in group.items():
                 group[name] = value.to(options.device)
         self.trained: Tensors = {name: value.requires_grad_(True) for group in trained for name, value in group.items()}
-        self.optimizers = _optimizers(self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.01}[self.stage])
+        self.optimizers = _optimizers(
+            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.01}[self.stage]
+        )
         if saved is not None:
             for optimizer, state in zip(self.optimizers, saved, strict=True):
                 optimizer.load_state_dict(state)
@@ -129,7 +132,7 @@ class Trainer:
         """One sample of the stage's own kind, from seeds in the given range."""
         from samples import document_sample, text_sample
 
-        if self.stage == "base":
+        if self.stage == "base" or (self.stage == "read" and rng.random() < TEXT_SHARE):
             return text_sample(rng, self.prompter)
         from documents import draw_document
 
@@ -169,11 +172,11 @@ class Trainer:
         loss = torch.nn.functional.cross_entropy(predicted, labels[where])
         right = predicted.argmax(-1) == labels[where]
         figures["loss"], figures["tokens"] = loss.item(), right.float().mean().item()
-        wrong = torch.ones_like(labels, dtype=torch.bool)
-        wrong[where] = right
-        exact = wrong.view(batch.labels.shape).all(1)
+        fine = torch.ones_like(labels, dtype=torch.bool)
+        fine[where] = right
+        exact = fine.view(batch.labels.shape).all(1)
         for kind in set(batch.kinds):
-            chosen = [bool(x) for x, k in zip(exact.tolist(), batch.kinds, strict=False) if k == kind or kind == "text"]
+            chosen = [right for right, k in zip(exact.tolist(), batch.kinds, strict=True) if k == kind]
             figures[f"exact {kind}"] = sum(chosen) / len(chosen)
         return total + loss, figures
 
@@ -193,7 +196,10 @@ class Trainer:
         blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_SLOTS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
         heads = _half(self.heads)
         asked = [(state, heads[HEADS + "tower"], truth)]
-        asked += [(stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_SLOTS)) for stream in streams]
+        asked += [
+            (stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_SLOTS))
+            for stream in streams
+        ]
         total = torch.zeros(())
         for i, (source, head, target) in enumerate(asked):
             # every glyph and as many blanks
@@ -209,15 +215,17 @@ class Trainer:
             total = total + (losses * weight).sum() / weight.sum() / len(asked)
             if i in (0, 1, len(asked) - 1):
                 ink = target > 0
-                figures[f"glyphs {('tower', 'stream', 'last')[min(i, 2)]}"] = (out.argmax(-1) == target)[ink].float().mean().item()
+                figures[f"glyphs {('tower', 'stream', 'last')[min(i, 2)]}"] = (
+                    (out.argmax(-1) == target)[ink].float().mean().item()
+                )
         return total
 
     # --- the loop ---
 
     def train(self) -> None:
         """Runs until the schedule's minutes are over."""
-        from truth import HELD_OUT_SEEDS
         from samples import batches, collate
+        from truth import HELD_OUT_SEEDS
 
         rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
         self.set_level()
@@ -243,7 +251,9 @@ class Trainer:
                 self.averages[name] = 0.95 * self.averages.get(name, value) + 0.05 * value
             if self.rank == 0 and time.monotonic() - told > 20:
                 told = time.monotonic()
-                self.tell({"minutes": self.minutes, "step": self.step, "rate": rate, "level": self.level, **self.averages})
+                self.tell(
+                    {"minutes": self.minutes, "step": self.step, "rate": rate, "level": self.level, **self.averages}
+                )
             if self.rank == 0 and time.monotonic() - last_saved > 120:
                 last_saved = time.monotonic()
                 self.save()
@@ -283,6 +293,9 @@ class Trainer:
     def share_gradients(self) -> None:
         import torch
 
+        for value in self.trained.values():
+            if value.grad is None:  # a batch of text has none for the eye, and every process must send the same
+                value.grad = torch.zeros_like(value)
         grads = [value.grad for value in self.trained.values() if value.grad is not None]
         if self.options.processes > 1:
             flat = torch.cat([grad.flatten() for grad in grads])
@@ -290,19 +303,21 @@ class Trainer:
             flat /= self.options.processes
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
-        torch.nn.utils.clip_grad_norm_([value for value in self.trained.values() if value.grad is not None], 1.0)
+        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
 
     def evaluate(self) -> None:
         """Figures on held-out documents (or held-out text), with teacher forcing."""
         import torch
-        from truth import HELD_OUT_SEEDS
         from samples import batches, collate
+        from truth import HELD_OUT_SEEDS
 
         rng = random.Random("held out")
         level, self.level = self.level, 1.0
         sums: dict[str, list[float]] = {}
         n = 0
-        for group in batches(lambda: self.draw(rng, (HELD_OUT_SEEDS, 2 * HELD_OUT_SEEDS)), self.options.budget, 64, rng):
+        for group in batches(
+            lambda: self.draw(rng, (HELD_OUT_SEEDS, 2 * HELD_OUT_SEEDS)), self.options.budget, 64, rng
+        ):
             with torch.no_grad():
                 _, figures = self.loss(collate(group, self.prompter, self.spec))
             for name, value in figures.items():
@@ -335,7 +350,10 @@ class Trainer:
 
 def _half(weights: Tensors) -> Tensors:
     """The weights as the kernels take them: bfloat16, with the norms' own kept in float32."""
-    return {name: value if "norm" in name.lower() and "newline" not in name else value.bfloat16() for name, value in weights.items()}
+    return {
+        name: value if "norm" in name.lower() and "newline" not in name else value.bfloat16()
+        for name, value in weights.items()
+    }
 
 
 def _optimizers(trained: Tensors, rate: float) -> list[Any]:

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Accuracy of the nano model on held-out documents, through the runtime in every quantization and through transformers.
+
+    python scripts/nano/evaluate.py                                   # the shipped checkpoint, every column
+    python scripts/nano/evaluate.py --columns F16,Q8_0 --documents 100
+    python scripts/nano/evaluate.py --columns F32,transformers --same # do both give the same text?
+
+Prints one Markdown table: a row a group of documents, a column a model. Needs the `dev` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from documents import Document
+    from measures import Measured
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "granite4v" / "nano"
+
+# column: text type, vision type, what becomes of the adapter
+COLUMNS = {
+    "F32": ("F32", "F32", "merge"),
+    "F16": ("F16", "F16", "merge"),
+    "Q8_0": ("Q8_0", "F16", "merge"),
+    "Q4_K_M": ("Q4_K_M", "F16", "merge"),
+    "Q4_0": ("Q4_0", "F16", "merge"),
+    "vision Q8_0": ("F16", "Q8_0", "merge"),
+    "vision Q4_0": ("F16", "Q4_0", "merge"),
+    "Q8_0 + vision Q8_0": ("Q8_0", "Q8_0", "merge"),
+    "Q4_K_M + vision Q4_0": ("Q4_K_M", "Q4_0", "merge"),
+    "no adapter": ("F16", "F16", "ignore"),
+}
+REFERENCE = "transformers"
+GROUPS = ("tables", "large or spanned tables", "charts", "forms", "held-out font")
+MAX_TOKENS = 1500
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out document and what it is asked for."""
+
+    group: str
+    document: Document
+    task: str
+    prompt: str
+
+
+def main() -> int:
+    sys.path.append(str(Path(__file__).parents[1]))  # checkpoint_spec
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="Hugging Face directory with its adapter")
+    parser.add_argument("--columns", default=",".join([*COLUMNS, REFERENCE]))
+    parser.add_argument("--documents", type=int, default=40, help="documents of each group")
+    parser.add_argument("--same", action="store_true", help="count answers that differ from the first column's")
+    parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers of the first column")
+    parser.add_argument("--out", type=Path, help="also write every figure as JSON")
+    options = parser.parse_args()
+    names = options.columns.split(",")
+    unknown = [name for name in names if name not in {*COLUMNS, REFERENCE}]
+    if unknown:
+        parser.error(f"no column '{unknown[0]}'; known are {', '.join([*COLUMNS, REFERENCE])}")
+
+    questions = list(held_out(options.documents))
+    answers: dict[str, list[str]] = {}
+    for name in names:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            ask = _reference(options.checkpoint) if name == REFERENCE else _runtime(options.checkpoint, name, directory)
+            answers[name] = [_told(name, i, len(questions), ask(question)) for i, question in enumerate(questions)]
+        print(f"\r{name}: {len(questions)} answers in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    scores = {name: score(questions, texts) for name, texts in answers.items()}
+    print(table(names, scores))
+    if options.same:
+        for name in names[1:]:
+            differ = [
+                i for i, pair in enumerate(zip(answers[names[0]], answers[name], strict=True)) if pair[0] != pair[1]
+            ]
+            print(f"{name}: {len(differ)} of {len(questions)} answers differ from {names[0]}'s")
+    _show_wrong(questions, answers[names[0]], options.wrong)
+    if options.out:
+        options.out.write_text(json.dumps({"documents": options.documents, "scores": scores}, indent=1) + "\n")
+    return 0
+
+
+def held_out(n: int) -> Iterator[Question]:
+    """`n` questions of each group, always the same ones."""
+    import formats
+    from documents import draw_document, held_out_font
+    from truth import HELD_OUT_SEEDS, Table
+
+    tags = ("<tables_otsl>", "<tables_html>", "<tables_json>")
+    for i, group in enumerate(GROUPS):
+        rng = random.Random(group)
+        found = 0
+        while found < n:
+            kind = {"charts": "chart", "forms": "form", "held-out font": rng.choice(["table", "chart", "form"])}.get(
+                group, "table"
+            )
+            font = held_out_font() if group == "held-out font" else None
+            document = draw_document(HELD_OUT_SEEDS + (i + 1) * 10_000_000 + rng.randrange(10_000_000), kind, 1.0, font)
+            truth = document.truth
+            if isinstance(truth, Table) and group != "held-out font" and (group == GROUPS[0]) != is_simple(truth):
+                continue
+            if kind == "form":
+                yield Question(group, document, "kvp", formats.kvp_prompt(formats.form_schema(truth)))
+            else:
+                task = tags[found % 3] if kind == "table" else "<chart2csv>"
+                yield Question(group, document, task, task)
+            found += 1
+
+
+def is_simple(table: Any) -> bool:
+    """Up to five rows under the header, up to four columns, no spans."""
+    spans = any(cell.rowspan > 1 or cell.colspan > 1 for cell in table.cells)
+    return not spans and table.n_rows - table.n_header_rows <= 5 and table.n_cols <= 4
+
+
+def _runtime(checkpoint: Path, column: str, directory: str) -> Callable[[Question], str]:
+    import granite4v
+    from granite4v.converter import Options, convert
+
+    text_type, vision_type, lora = COLUMNS[column]
+    out = Path(directory) / "model"
+    convert(checkpoint, out, Options(text_type=text_type, vision_type=vision_type, lora=lora))
+    model = granite4v.load(out)
+
+    def ask(question: Question) -> str:
+        answer = model.generate(question.prompt, images=[question.document.picture], max_tokens=MAX_TOKENS)
+        return str(answer.text)
+
+    return ask
+
+
+def _reference(checkpoint: Path) -> Callable[[Question], str]:
+    sys.path.append(str(ROOT / "tests"))
+    from reference import Reference
+
+    reference = Reference(checkpoint, checkpoint)
+
+    def ask(question: Question) -> str:
+        tokens = reference.greedy(question.prompt, [question.document.picture], n=MAX_TOKENS)
+        return str(reference.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return ask
+
+
+def _told(name: str, i: int, n: int, text: str) -> str:
+    print(f"\r{name}: {i + 1} of {n}", end="", file=sys.stderr, flush=True)
+    return text
+
+
+def score(questions: list[Question], texts: list[str]) -> dict[str, dict[str, float]]:
+    """For every group: share of cells, values or fields right, of documents all right, and mean TEDS of its tables."""
+    from measures import measure
+
+    groups: dict[str, list[Measured]] = {}
+    for question, text in zip(questions, texts, strict=True):
+        groups.setdefault(question.group, []).append(measure(question.document, question.task, text))
+    out = {}
+    for group, measured in groups.items():
+        teds = [one.teds for one in measured if one.teds is not None]
+        out[group] = {
+            "right": sum(one.right for one in measured) / sum(one.n for one in measured),
+            "exact": sum(one.exact for one in measured) / len(measured),
+            **({"teds": sum(teds) / len(teds)} if teds else {}),
+        }
+    return out
+
+
+def table(names: list[str], scores: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The scores as Markdown."""
+    labels = {"right": "cells, values or fields right", "exact": "documents all right", "teds": "TEDS"}
+    lines = ["| documents | measure | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for group, figures in scores[names[0]].items():
+        for measure in figures:
+            cells = [
+                f"{scores[name][group][measure]:.3f}" if measure == "teds" else f"{scores[name][group][measure]:.1%}"
+                for name in names
+            ]
+            lines.append(f"| {group} | {labels[measure]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _show_wrong(questions: list[Question], texts: list[str], n: int) -> None:
+    import formats
+    from measures import measure
+
+    for question, text in zip(questions, texts, strict=True):
+        if n and not measure(question.document, question.task, text).exact:
+            n -= 1
+            truth = question.document.truth
+            expected = formats.answer_for(question.task if question.task != "kvp" else formats.KVP, truth)
+            print(f"\n{question.group}, seed {question.document.seed}\n  expected {expected}\n  found    {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

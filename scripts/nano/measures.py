@@ -1,0 +1,96 @@
+"""How much of a document's truth an answer has: cells, values, fields, and TEDS by docling's metric."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from documents import Document
+    from truth import Chart, Form, Table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`right` of `n` cells, chart values or fields; `teds` for tables only (0 when the answer holds no table)."""
+
+    right: int
+    n: int
+    exact: bool
+    teds: float | None = None
+
+
+def measure(document: Document, task: str, text: str) -> Measured:
+    """Compares an answer with the truth. An answer that does not parse has nothing right."""
+    import formats
+    from truth import Chart, Table
+
+    if isinstance(document.truth, Table):
+        return _table(document.truth, task, text)
+    if isinstance(document.truth, Chart):
+        return _chart(document.truth, text)
+    if task == "kvp":
+        return _form(document.truth, text)
+    raise ValueError(f"no measure for {task}; known are {', '.join(formats.TASK_PROMPTS)}, kvp")
+
+
+def _table(truth: Table, task: str, text: str) -> Measured:
+    """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
+    import formats
+
+    from granite4v.runtime.outputs import OutputError, read, write_html
+
+    expected = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in truth.cells}
+    try:
+        (table,) = read(task.strip("<>"), text)
+    except (OutputError, ValueError):
+        return Measured(0, len(expected), False, 0.0)
+    found = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in table.cells}
+    right = len(expected & found)
+    return Measured(
+        right,
+        max(len(expected), len(found)),
+        text == formats.answer_for(task, truth),
+        _teds(formats.html(truth), write_html(table)),
+    )
+
+
+def _teds(expected: str, found: str) -> float:
+    from docling_metrics_table.docling_metrics_table import TableMetric, TableMetricHTMLInputSample, TableMetricKind
+
+    sample = TableMetricHTMLInputSample(id="table", html_a=expected, html_b=found)
+    result = TableMetric([TableMetricKind.TEDS]).evaluate_sample(sample)
+    assert result.teds is not None
+    return result.teds.teds
+
+
+def _chart(truth: Chart, text: str) -> Measured:
+    """A value is right when it stands beside its label, under its series."""
+    import formats
+
+    rows = list(csv.reader(text.splitlines()))
+    header = rows[0][1:] if rows else []
+    found = {(row[0], series): value for row in rows[1:] if row for series, value in zip(header, row[1:], strict=False)}
+    expected = {
+        (label, series): value
+        for label, values in zip(truth.labels, truth.values, strict=True)
+        for series, value in zip(truth.series, values, strict=True)
+    }
+    right = sum(found.get(key) == value for key, value in expected.items())
+    return Measured(right, max(len(expected), len(found)), text == formats.chart_csv(truth))
+
+
+def _form(truth: Form, text: str) -> Measured:
+    """A field is right when its value is, null for one that is not on the page."""
+    import formats
+
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        found = {}
+    right = sum(name in found and found[name] == value for name, value in truth.fields)
+    return Measured(right, max(len(truth.fields), len(found)), text == formats.form_json(truth))
