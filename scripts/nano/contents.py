@@ -163,9 +163,11 @@ def _chart_values(rng: Random, kind: str, count: int, n_series: int) -> tuple[tu
         cuts = sorted(rng.sample(range(1, (100 - 5 * count)), count - 1))
         shares = [b - a + 5 for a, b in zip([0, *cuts], [*cuts, 100 - 5 * count], strict=True)]
         return tuple((f"{share}%",) for share in shares)
-    spell = rng.choice(("{:.0f}", "{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "{:.0f}%", "{:.1f}%", "${:.0f}", "${:,.0f}"))
+    spellings = ("{:.0f}", "{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "${:.0f}", "${:,.0f}", "{:.0f}%", "{:.1f}%")
+    spell = rng.choice(spellings[:-2] if kind == "pie" else spellings)
     top = 100.0 if "%" in spell else 10.0 ** rng.choice((1, 2, 2, 3, 3) if "," not in spell else (3, 4, 4, 5))
-    low = 0.15 if kind == "pie" else 0.02
+    low = 0.15 if kind == "pie" else 0.06
+    signed = kind != "pie" and "$" not in spell and rng.random() < 0.1
     rows = []
     for _ in range(count):
         row = [rng.uniform(low, 1)]
@@ -173,7 +175,8 @@ def _chart_values(rng: Random, kind: str, count: int, n_series: int) -> tuple[tu
             other = rng.uniform(low, 1)
             if abs(other - row[0]) > 0.1:
                 row.append(other)
-        rows.append(tuple(spell.format(value * top) for value in row))
+        signs = [-1 if signed and rng.random() < 0.3 else 1 for _ in row]
+        rows.append(tuple(spell.format(sign * value * top) for sign, value in zip(signs, row, strict=True)))
     return tuple(rows)
 
 

@@ -100,7 +100,7 @@ def lay_chart(chart: Chart, rng: Random, font: str, size: float, ink: Ink) -> Sh
         _pie(sheet, chart, rng, plain, ink)
     elif chart.kind == "line":
         _lines(sheet, chart, rng, plain, ink)
-    elif rng.random() < 0.35:
+    elif rng.random() < 0.35 and all(_number(v) >= 0 for row in chart.values for v in row):
         _flat_bars(sheet, chart, rng, plain, ink)
     else:
         _bars(sheet, chart, rng, plain, ink)
@@ -132,30 +132,48 @@ def _bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> Non
     widest = max(plain.width(v) for row in chart.values for v in row) + 0.3 * em
     bar = max(rng.uniform(1.2, 2.4) * em, widest if count > 1 else 0.0)
     slot = max(count * bar + 0.6 * em, widest, max(plain.width(label) for label in chart.labels) + 0.6 * em)
-    top = max(_number(v) for row in chart.values for v in row) or 1.0
-    _frame(sheet, chart, rng, plain, ink, slot * len(chart.labels), height)
+    numbers = [_number(v) for row in chart.values for v in row]
+    per_unit = (height - 1.5 * em) / (max(max(numbers), -min(numbers)) or 1.0)
+    lowest = -min(numbers) * per_unit + 1.3 * em if min(numbers) < 0 else 0.0
+    width = slot * len(chart.labels)
+    _frame(sheet, chart, rng, plain, ink, width, height, lowest)
+    if rng.random() < 0.2:
+        step = _round_step(max(max(numbers), 0.0))
+        for k in range(3):
+            if k * step * per_unit <= height:
+                sheet.text(-0.4 * em, -k * step * per_unit, f"{k * step:g}", plain, ink.rule, 1.0)
     for i, row in enumerate(chart.values):
         middle = (i + 0.5) * slot
         for j, value in enumerate(row):
             x = middle + (j - (count - 1) / 2) * bar
-            y = -_number(value) / top * (height - 1.5 * em)
+            y = -_number(value) * per_unit
             half = bar / 2 if count == 1 else bar * 0.42
-            sheet.box(x - half, y, x + half, 0, ink.series[j])
-            sheet.text(x, y - 0.72 * em, value, plain, ink.text, 0.5, ink.paper)
-        sheet.text(middle, 0.85 * em, chart.labels[i], plain, ink.text, 0.5)
+            sheet.box(x - half, min(y, 0.0), x + half, max(y, 0.0), ink.series[j])
+            sheet.text(x, y + (0.72 if y > 0 else -0.72) * em, value, plain, ink.text, 0.5, ink.paper)
+        sheet.text(middle, lowest + 0.85 * em, chart.labels[i], plain, ink.text, 0.5)
 
 
-def _frame(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink, width: float, height: float) -> None:
-    """The axes, faint lines behind, and the axis name below."""
+def _round_step(top: float) -> float:
+    """A third to two thirds of `top`, in one digit."""
+    if top <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(top / 2))
+    return power * max(1, math.floor(top / 2 / power))
+
+
+def _frame(
+    sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink, width: float, height: float, lowest: float = 0.0
+) -> None:
+    """The axes, faint lines behind, and the axis name below the labels, which stand below `lowest`."""
     line = max(1, round(plain.size / 14))
     if rng.random() < 0.4:
         for k in range(1, 4):
             sheet.line(0, -height * k / 4, width, -height * k / 4, ink.shade, line)
     if rng.random() < 0.5:
-        sheet.line(0, 0, 0, -height, ink.rule, line)
+        sheet.line(0, lowest, 0, -height, ink.rule, line)
     sheet.line(0, 0, width, 0, ink.rule, line)
     if chart.axis != BLANK_AXIS:
-        sheet.text(width / 2, 2.3 * plain.size, chart.axis, plain, ink.text, 0.5)
+        sheet.text(width / 2, lowest + 2.3 * plain.size, chart.axis, plain, ink.text, 0.5)
 
 
 def _lines(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
@@ -244,48 +262,92 @@ def _label(name: str, spelling: int) -> str:
 
 
 def lay_form(form: Form, rng: Random, font: str, size: float, ink: Ink) -> Sheet:
-    """A sheet of the form: lines 'Label: value' in one or two columns, boxes, or an invoice's list of amounts."""
+    """A sheet of the form: lines in one or two columns, boxes, or a ledger with its amounts at the right."""
     sheet = Sheet()
     spelling = rng.choices((0, 1, 2), (7, 2, 1))[0]
-    shown = [(_label(name, spelling), value) for name, value in form.fields if value is not None]
+    shown = [(name, _label(name, spelling), value) for name, value in form.fields if value is not None]
+    layout = rng.choices(("lines", "aligned", "boxes", "ruled"), (32, 28, 25, 15))[0]
+    if shown and shown[-1][0] == "total" and rng.random() < 0.5:
+        layout = "ledger"
     plain, bold = face(font, size), face(font, size, bold=font != AILERON)
-    columns = 2 if len(shown) > 3 and rng.random() < 0.35 else 1
-    layout = rng.choices(("lines", "aligned", "boxes", "ruled"), (35, 30, 20, 15))[0]
-    heavy_labels = rng.random() < 0.35
-    title_size = rng.choice((1.0, 1.2))
-    names = bold if heavy_labels else plain
-    mark = "" if layout in ("boxes", "ruled") and rng.random() < 0.6 else ":"
-    pitch = rng.uniform(1.35, 1.8) * size
-    per_column = -(-len(shown) // columns)
-    x, lowest = 0.0, 0.0
-    for c in range(columns):
-        group = shown[c * per_column : (c + 1) * per_column]
-        if not group:
-            break
-        label_width = max(names.width(label + mark) for label, _ in group)
-        value_width = max(plain.width(value) for _, value in group)
-        y, right = 0.0, x
-        for label, value in group:
-            if layout == "boxes":
-                width = max(label_width, value_width) + 1.0 * size
-                sheet.box(x, y, x + width, y + 2.9 * size, None, ink.rule, max(1, round(size / 14)))
-                sheet.text(
-                    x + 0.5 * size, y + 0.8 * size, label + mark, names, ink.rule if ink.rule[0] < 90 else ink.text
-                )
-                sheet.text(x + 0.5 * size, y + 2.1 * size, value, plain, ink.text)
-                y, right = y + 2.9 * size, max(right, x + width)
-                continue
-            start = label_width if layout != "lines" else names.width(label + mark)
-            value_x = x + start + 0.55 * size
-            sheet.text(x, y + pitch / 2, label + mark, names, ink.text)
-            if layout == "ruled":
-                sheet.line(value_x - 0.2 * size, y + pitch * 0.9, value_x + value_width, y + pitch * 0.9, ink.rule)
-            sheet.text(value_x, y + pitch / 2, value, plain, ink.text)
-            y, right = y + pitch, max(right, value_x + (value_width if layout == "ruled" else plain.width(value)))
-        x, lowest = right + 1.6 * size, max(lowest, y)
+    names = bold if rng.random() < 0.35 else plain
+    mark = "" if layout in ("boxes", "ruled", "ledger") and rng.random() < 0.6 else ":"
+    fields = [(label + mark, value) for _, label, value in shown]
+    if layout == "boxes":
+        _boxes(sheet, fields, 2 if len(fields) > 1 and rng.random() < 0.6 else 1, names, plain, ink)
+    elif layout == "ledger":
+        _ledger(sheet, fields, rng.uniform(1.35, 1.8) * size, names, plain, bold, ink)
+    else:
+        columns = 2 if len(fields) > 3 and rng.random() < 0.35 else 1
+        _field_lines(sheet, fields, columns, layout, rng.uniform(1.35, 1.8) * size, names, plain, ink)
     if form.title:
         x0, y0, x1, _ = sheet.extent()
         align = rng.choice((0.0, 0.5))
-        heading = face(font, size * title_size, bold=font != AILERON)
+        heading = face(font, size * rng.choice((1.0, 1.2)), bold=font != AILERON)
         sheet.text(x0 + align * (x1 - x0), y0 - 1.2 * size, form.title, heading, ink.text, align)
     return sheet
+
+
+def _field_lines(
+    sheet: Sheet,
+    fields: list[tuple[str, str]],
+    columns: int,
+    layout: str,
+    pitch: float,
+    names: Face,
+    plain: Face,
+    ink: Ink,
+) -> None:
+    """One field a line, down one column after the other; values 'aligned', 'ruled' or where their label ends."""
+    em, x = plain.size, 0.0
+    per_column = -(-len(fields) // columns)
+    for first in range(0, len(fields), max(1, per_column)):
+        group = fields[first : first + per_column]
+        label_width = max(names.width(label) for label, _ in group)
+        value_width = max(plain.width(value) for _, value in group)
+        right = x
+        for i, (label, value) in enumerate(group):
+            y = i * pitch
+            value_x = x + (names.width(label) if layout == "lines" else label_width) + 0.55 * em
+            sheet.text(x, y + pitch / 2, label, names, ink.text)
+            sheet.text(value_x, y + pitch / 2, value, plain, ink.text)
+            if layout == "ruled":
+                line_y = y + pitch / 2 + 0.62 * em
+                sheet.line(value_x - 0.2 * em, line_y, value_x + value_width, line_y, ink.rule)
+            right = max(right, value_x + (value_width if layout == "ruled" else plain.width(value)))
+        x = right + 1.6 * em
+
+
+def _boxes(sheet: Sheet, fields: list[tuple[str, str]], columns: int, names: Face, plain: Face, ink: Ink) -> None:
+    """Boxes row by row, the label above its value."""
+    em = plain.size
+    line, pad, height = max(1, round(em / 14)), 0.5 * em, 2.75 * em
+    x = 0.0
+    for column in range(columns):
+        group = fields[column::columns]
+        width = max(max(names.width(label), plain.width(value)) for label, value in group) + 2 * pad
+        for row, (label, value) in enumerate(group):
+            y = row * height
+            sheet.box(x, y, x + width, y + height, None, ink.rule, line)
+            sheet.text(x + pad, y + 0.75 * em, label, names, ink.text)
+            sheet.text(x + pad, y + 2.0 * em, value, plain, ink.text)
+        x += width
+
+
+def _ledger(
+    sheet: Sheet,
+    fields: list[tuple[str, str]],
+    pitch: float,
+    names: Face,
+    plain: Face,
+    bold: Face,
+    ink: Ink,
+) -> None:
+    """Values end at the right; a rule stands above the last one, the total."""
+    em, last = plain.size, len(fields) - 1
+    width = max(bold.width(label) + bold.width(value) for label, value in fields) + 1.5 * em
+    for i, (label, value) in enumerate(fields):
+        y = (i + 0.5) * pitch
+        sheet.text(0, y, label, bold if i == last else names, ink.text)
+        sheet.text(width, y, value, bold if i == last else plain, ink.text, 1.0)
+    sheet.line(0, last * pitch, width, last * pitch, ink.rule, max(1, round(em / 14)))
