@@ -35,7 +35,7 @@ READ_BYTES = 1 << 20
 def load(
     path: str | Path | None = None,
     *,
-    n_ctx: int = 8192,
+    n_ctx: int | None = None,
     n_threads: int | None = None,
     device: str = "auto",
     mmproj: str | Path | None = None,

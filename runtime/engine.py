@@ -31,10 +31,15 @@ FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept f
 Progress = Callable[[str, int, int], None]  # (what is going on, done, to do)
 
 
+DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
+
+
 class Engine:
     """Files, tokenizer, template, encoder and decoder of one model. Not for several threads at once."""
 
-    def __init__(self, files: ModelFiles, *, n_ctx: int, n_threads: int | None, device: str, exact: bool) -> None:
+    def __init__(
+        self, files: ModelFiles, *, n_ctx: int | None, n_threads: int | None, device: str, exact: bool
+    ) -> None:
         from granite4v.ggml.backend import default_threads, find_device
 
         find_device(device)  # a device that is missing is reported now, not after the first picture
@@ -60,11 +65,12 @@ class Engine:
                 "(long numbers above all) otherwise than the model was trained on"
             )
 
-    def _limit_context(self, n_ctx: int) -> int:
+    def _limit_context(self, asked: int | None) -> int:
+        n_ctx = DEFAULT_CONTEXT if asked is None else asked
         if n_ctx < 1:
             raise ValueError(f"n_ctx is {n_ctx}; expected 1 or more.")
         trained = int(self.files.text_value(keys.CONTEXT_LENGTH))
-        if n_ctx > trained:
+        if asked is not None and asked > trained:
             self.warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: the model was trained for no more")
         return min(n_ctx, trained)
 

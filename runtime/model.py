@@ -39,7 +39,7 @@ class Model:
         cls,
         path: str | Path,
         *,
-        n_ctx: int = 8192,
+        n_ctx: int | None = None,
         n_threads: int | None = None,
         device: str = "auto",
         mmproj: str | Path | None = None,
@@ -48,7 +48,7 @@ class Model:
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
-        `n_ctx`: tokens a request and its answer may have together. `n_threads`: one for each core by default.
+        `n_ctx`: tokens a request and its answer may have together; 8192 by default, less if the model has less. `n_threads`: one for each core by default.
         `device`: 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one). `lora`: when a separate LoRA is applied:
         None for requests with pictures only, True always, False never; a path names another adapter file.
         `exact`: float32 cache and plain attention, for comparing values with a reference rather than for speed;

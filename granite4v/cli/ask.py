@@ -41,7 +41,7 @@ def ask(
     lora: LoraOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    ctx: ContextOption = 8192,
+    ctx: ContextOption = None,
     as_json: JsonOption = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
 ) -> None:

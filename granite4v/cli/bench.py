@@ -27,7 +27,7 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Runs, each from the beginning; medians are reported.")] = 1,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    ctx: ContextOption = 8192,
+    ctx: ContextOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")] = False,
 ) -> None:
     """Measure image encoding, image prefill and decoding apart.

@@ -32,7 +32,13 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one a core")
 ]
 ContextOption = Annotated[
-    int, typer.Option("--ctx", min=1, help="Tokens that pictures, prompt and answer may have together.")
+    int | None,
+    typer.Option(
+        "--ctx",
+        min=1,
+        show_default="8192, or what the model was trained for",
+        help="Tokens that pictures, prompt and answer may have together.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 LoraOption = Annotated[

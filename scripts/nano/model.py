@@ -243,7 +243,7 @@ def _attention_gradient(
     """The attention weights again, and the gradient of the scaled scores."""
     import torch
 
-    weights = torch.exp(scores.float() * scale - lse.unsqueeze(-1)) * mask
+    weights = torch.exp((scores.float() * scale - lse.unsqueeze(-1)).clamp(max=0)) * mask  # a masked one may be far above
     return weights.to(scores.dtype), (weights * (d_weights.float() - delta.unsqueeze(-1)) * scale).to(scores.dtype)
 
 
