@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from random import Random
-
-import numpy as np
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts" / "nano"))
 
 import documents
 import drawing
+import numpy as np
+import pytest
 import values
 from documents import KINDS, Document, draw, draw_document
 from truth import Cell, Chart, Form, Table

@@ -15,13 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts" / "nano"))
-
 import corpus
 import formats
 import language
+import pytest
 from language import END_OF_TEXT, IMAGE
 from truth import Cell, Chart, Form, Table
 

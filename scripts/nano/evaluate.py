@@ -11,6 +11,7 @@ Prints one Markdown table: a row a group of documents, a column a model. Needs t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import sys
@@ -97,7 +98,7 @@ def held_out(n: int) -> Iterator[Question]:
     """`n` questions of each group, always the same ones."""
     import formats
     from documents import draw_document, held_out_font
-    from truth import HELD_OUT_SEEDS, Table
+    from truth import HELD_OUT_SEEDS, Form, Table
 
     tags = ("<tables_otsl>", "<tables_html>", "<tables_json>")
     for i, group in enumerate(GROUPS):
@@ -112,7 +113,7 @@ def held_out(n: int) -> Iterator[Question]:
             truth = document.truth
             if isinstance(truth, Table) and group != "held-out font" and (group == GROUPS[0]) != is_simple(truth):
                 continue
-            if kind == "form":
+            if isinstance(truth, Form):
                 yield Question(group, document, "kvp", formats.kvp_prompt(formats.form_schema(truth)))
             else:
                 task = tags[found % 3] if kind == "table" else "<chart2csv>"
@@ -144,9 +145,8 @@ def _runtime(checkpoint: Path, column: str, directory: str) -> Callable[[Questio
 
 def _reference(checkpoint: Path) -> Callable[[Question], str]:
     sys.path.append(str(ROOT / "tests"))
-    from reference import Reference
 
-    reference = Reference(checkpoint, checkpoint)
+    reference = importlib.import_module("reference").Reference(checkpoint, checkpoint)
 
     def ask(question: Question) -> str:
         tokens = reference.greedy(question.prompt, [question.document.picture], n=MAX_TOKENS)

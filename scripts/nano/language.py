@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import formats
+from toy_language import ToyTokenizer
 from truth import Cell, Chart, Form, Table
 
 PAD, END_OF_TEXT = "<|pad|>", "<|end_of_text|>"
@@ -35,18 +35,7 @@ SPACE = "Ġ"  # a space as byte-level BPE spells it
 MERGES = tuple((SPACE * n, SPACE * n) for n in (1, 2, 4, 8))  # runs of up to 16 spaces
 
 
-@dataclass(frozen=True)
-class NanoTokenizer:
-    """`tokenizer_json` as a plain dictionary, and the ids that a config.json needs."""
-
-    tokenizer_json: dict[str, Any]
-    n_vocab: int
-    pad_id: int
-    end_of_text_id: int
-    image_id: int
-
-
-def build_tokenizer() -> NanoTokenizer:
+def build_tokenizer() -> ToyTokenizer:
     """256 bytes, runs of spaces, the pieces, unused tokens up to a round number, and the special tokens last."""
     vocab = {letter: i for i, letter in enumerate(_byte_letters())}
     for left, right in MERGES:
@@ -78,7 +67,7 @@ def build_tokenizer() -> NanoTokenizer:
             "merges": [list(merge) for merge in MERGES],
         },
     }
-    return NanoTokenizer(content, max(ids.values()) + 1, ids[PAD], ids[END_OF_TEXT], ids[IMAGE])
+    return ToyTokenizer(content, max(ids.values()) + 1, ids[PAD], ids[END_OF_TEXT], ids[IMAGE])
 
 
 def _byte_letters() -> list[str]:
@@ -186,7 +175,7 @@ CHAT_TEMPLATE = """\
 """.replace("__TASKS__", json.dumps(formats.TASK_PROMPTS)).replace("__SYSTEM__", json.dumps(formats.DEFAULT_SYSTEM))
 
 
-def write_language_files(directory: Path, tokenizer: NanoTokenizer | None = None) -> None:
+def write_language_files(directory: Path, tokenizer: ToyTokenizer | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     tokenizer = tokenizer or build_tokenizer()
     config: dict[str, Any] = {

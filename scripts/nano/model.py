@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 TEXT, VISION = "model.language_model.", "model.vision_tower."
-LORA_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LORA_TARGETS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LORA_TARGETS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 NANO = CheckpointSpec(
@@ -243,7 +245,9 @@ def _attention_gradient(
     """The attention weights again, and the gradient of the scaled scores."""
     import torch
 
-    weights = torch.exp((scores.float() * scale - lse.unsqueeze(-1)).clamp(max=0)) * mask  # a masked one may be far above
+    weights = (
+        torch.exp((scores.float() * scale - lse.unsqueeze(-1)).clamp(max=0)) * mask
+    )  # a masked one may be far above
     return weights.to(scores.dtype), (weights * (d_weights.float() - delta.unsqueeze(-1)) * scale).to(scores.dtype)
 
 
@@ -255,7 +259,7 @@ def _attention_on_cpu(gradient: Any) -> Any:
     """
     import torch
 
-    class Attention(torch.autograd.Function):
+    class Attention(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any, causal: bool, scale: float) -> Any:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)

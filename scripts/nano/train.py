@@ -305,7 +305,9 @@ class Trainer:
                 grad.copy_(part.view_as(grad))
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}; start again from the last save")
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} at step {self.step}; start again from the last save"
+            )
 
     def evaluate(self) -> None:
         """Figures on held-out documents (or held-out text), with teacher forcing."""

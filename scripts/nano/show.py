@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Draws a table, a chart and a form with values nobody knew before, has granite4v read them, and shows both.
+
+    python scripts/nano/show.py build/demo [--seed N] [--model DIR]
+
+The pictures are written beside each other; every one is read by the command `granite4v ask` as anyone would call it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import subprocess
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from documents import Document, Truth
+
+Line = tuple[str, str]  # what a value is called, the value
+FONT = "Aileron"  # Pillow's own, so that no font package is needed
+LEVEL = 0.5  # of the generator's full range: clean paper, short texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory for the pictures")
+    parser.add_argument("--seed", type=int, help="the same documents again")
+    parser.add_argument("--model", help="another model than the embedded one")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
+    options.out.mkdir(parents=True, exist_ok=True)
+    status = 0
+    for kind in ("table", "chart", "form"):
+        status |= show(kind, seed, options.out, ["--model", options.model] if options.model else [])
+    print(f"\nThe same documents again: --seed {seed}", file=sys.stderr)
+    return status
+
+
+def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
+    """Draws one document, has it read, prints both; returns the command's exit status."""
+    import formats
+    from documents import draw_document
+    from truth import HELD_OUT_SEEDS, Form
+
+    document = draw_document(HELD_OUT_SEEDS + seed, kind, LEVEL, FONT)
+    path = out / f"{kind}.png"
+    document.picture.save(path)
+    prompt = {"table": "<tables_html>", "chart": "<chart2csv>"}.get(kind)
+    if isinstance(document.truth, Form):
+        prompt = formats.kvp_prompt(formats.form_schema(document.truth))
+    assert prompt is not None
+    shown = prompt if kind != "form" else "Extract structured data ... matching this schema: {...}"
+    print(f"\n$ granite4v ask {path} '{shown}'", flush=True)
+    command = [sys.executable, "-m", "granite4v", "ask", str(path), prompt, *model]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        return result.returncode
+    _print_beside(document, result.stdout.strip())
+    return 0
+
+
+def _print_beside(document: Document, answer: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn, read = lines(document.truth), read_lines(document.truth, answer)
+    table = Table("", "drawn", "read", "")
+    for (name, expected), (found_name, found) in zip_longest(drawn, read, fillvalue=("", "")):
+        same = (name, expected) == (found_name, found)
+        table.add_row(name or found_name, expected, found, "=" if same else "differs")
+    right = sum(pair[0] == pair[1] for pair in zip(drawn, read, strict=False))
+    console = Console()
+    console.print(table)
+    console.print(f"{right} of {len(drawn)} lines read as they were drawn")
+
+
+def lines(truth: Truth) -> list[Line]:
+    """The truth as named lines: a row of a table, a value of a chart, a field of a form."""
+    from truth import Chart, Form
+
+    if isinstance(truth, Form):
+        return [(name, "(not there)" if value is None else value) for name, value in truth.fields]
+    if isinstance(truth, Chart):
+        return [
+            (f"{label}, {series}", value)
+            for label, values in zip(truth.labels, truth.values, strict=True)
+            for series, value in zip(truth.series, values, strict=True)
+        ]
+    return _rows([[cell.text for cell in truth.cells if cell.row == i] for i in range(truth.n_rows)])
+
+
+def read_lines(truth: Truth, answer: str) -> list[Line]:
+    """An answer as the same lines; what does not parse is one line."""
+    from truth import Chart, Form
+
+    from granite4v.runtime.outputs import OutputError, read
+
+    try:
+        if isinstance(truth, Form):
+            fields = json.loads(answer)
+            return [(name, "(not there)" if value is None else str(value)) for name, value in fields.items()]
+        if isinstance(truth, Chart):
+            header, *rows = csv.reader(answer.splitlines())
+            return [
+                (f"{row[0]}, {series}", value)
+                for row in rows
+                for series, value in zip(header[1:], row[1:], strict=True)
+            ]
+        (table,) = read("tables_html", answer)
+        return _rows([[cell.text for cell in table.cells if cell.row == i] for i in range(table.n_rows)])
+    except (OutputError, ValueError, AttributeError):
+        return [("", answer)]
+
+
+def _rows(rows: list[list[str]]) -> list[Line]:
+    return [(f"row {i}", " | ".join(row)) for i, row in enumerate(rows, 1)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The nano model's training code against transformers and torch's own attention."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_spec import model_config
+from documents import draw_document
+from language import build_tokenizer
+from model import NANO, Kernels, decode, initial, logits, merged, project, tower
+from reference import relative_l2
+from samples import IGNORE, Batch, Prompter, batches, collate, document_sample, glyph_labels, text_sample
+
+
+@pytest.fixture(scope="module")
+def prompter() -> Prompter:
+    return Prompter()
+
+
+def batch_of(seeds: list[int], prompter: Prompter) -> Batch:
+    rng = random.Random(0)
+    samples = [document_sample(draw_document(seed, level=0.5), rng, prompter, NANO) for seed in seeds]
+    return collate([*samples, text_sample(rng, prompter)], prompter, NANO)
+
+
+def test_training_computes_what_transformers_computes(prompter: Prompter) -> None:
+    from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
+
+    text, vision, adapter = initial(NANO, prompter.n_vocab, seed=3)
+    config = Granite4VisionConfig.from_dict(model_config(NANO, build_tokenizer()))
+    config._attn_implementation = "eager"
+    reference = Granite4VisionForConditionalGeneration(config).eval()
+    weights = merged(text, adapter, NANO)
+    missing, unexpected = reference.load_state_dict({**weights, **vision}, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+
+    document = draw_document(5, "table")
+    batch = collate([document_sample(document, random.Random(1), prompter, NANO)], prompter, NANO)
+    assert batch.tiles is not None
+    kernels = Kernels(fuse=False)
+    with torch.no_grad():
+        streams = project(vision, tower(vision, batch.tiles, NANO, kernels), NANO, kernels)
+        newline = vision["model.image_newline"].view(1, -1)
+        packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
+        found = logits(weights, decode(weights, batch.tokens, (batch.positions, packed), NANO, kernels), NANO)
+        expected = reference(
+            input_ids=batch.tokens,
+            pixel_values=(batch.tiles.float() / 127.5 - 1).permute(0, 3, 1, 2)[None],
+            image_sizes=torch.tensor([[document.picture.height, document.picture.width]]),
+        ).logits
+    assert relative_l2(found.numpy(), expected.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_attention_gradient_is_torchs(causal: bool) -> None:
+    torch.manual_seed(0)
+    # keys that grow make scores of later positions overflow an exponential that forgets the mask
+    inputs = [torch.randn(2, 3, 40, 64) * 3 for _ in range(3)]
+    inputs[1][:, :, 20:] *= 20
+    upstream = torch.randn(2, 3, 40, 64)
+    gradients: list[list[np.ndarray]] = []
+    own = Kernels(fuse=False).attention
+
+    def stock(q: Any, k: Any, v: Any, causal: bool, scale: float) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+    for attention in (own, stock):
+        leaves = [x.clone().requires_grad_(True) for x in inputs]
+        attention(*leaves, causal, 0.125).backward(upstream)
+        gradients.append([x.grad.numpy() for x in leaves if x.grad is not None])
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_l2(found, expected) < 1e-4
+
+
+def test_labels_are_the_answer_one_ahead(prompter: Prompter) -> None:
+    batch = batch_of([1, 2, 3], prompter)
+    assert batch.kinds[-1] == "text"
+    for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
+        asked = [i for i, label in enumerate(labels) if label != IGNORE]
+        assert [labels[i] for i in asked] == [tokens[i + 1] for i in asked]
+        assert asked == list(range(asked[0], asked[-1] + 1))
+        assert labels[asked[-1]] == prompter.end_id
+    assert batch.rows is not None and batch.positions is not None
+    at_pictures = batch.tokens.flatten()[batch.positions]
+    assert len(batch.rows) == len(batch.positions)
+    assert (at_pictures == prompter.image_id).all()
+    assert (batch.tokens == prompter.image_id).sum() == len(batch.positions)
+
+
+def test_every_glyph_is_in_one_patch(prompter: Prompter) -> None:
+    del prompter
+    for seed in range(20):
+        document = draw_document(seed, "table", level=0.3)
+        labels = glyph_labels(document, NANO)
+        placed = labels[1:][(labels[1:] > 0) & (labels[1:] < 255)]
+        codes = sorted(chr(code + 32) for code in placed.tolist())
+        drawn = sorted(chr(code) for code in document.glyphs.code.tolist())
+        missing = len(drawn) - len(codes)
+        assert 0 <= missing <= 0.05 * len(drawn), "more than a twentieth share a patch with two others"
+        assert not set(codes) - set(drawn)
+
+
+def test_batches_keep_to_the_budget(prompter: Prompter) -> None:
+    rng = random.Random(5)
+    source = batches(lambda: text_sample(rng, prompter), 2000, 30, rng)
+    for _ in range(10):
+        group = next(source)
+        longest = max(len(sample.tokens) for sample in group)
+        assert len(group) == 1 or longest * len(group) <= 2000
