@@ -40,12 +40,12 @@ def _table(truth: Table, task: str, text: str) -> Measured:
     """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
     import formats
 
-    from granite4v.runtime.outputs import OutputError, read, write_html
+    from granite4v.runtime.outputs import AnswerError, read, write_html
 
     expected = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in truth.cells}
     try:
         (table,) = read(task.strip("<>"), text)
-    except (OutputError, ValueError):
+    except (AnswerError, ValueError):
         return Measured(0, len(expected), False, 0.0)
     found = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in table.cells}
     right = len(expected & found)

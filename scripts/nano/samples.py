@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 N_SLOTS = 2  # glyphs that a patch can hold
 FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
 IGNORE = -100
+LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,43 @@ def document_sample(document: Document, rng: random.Random, prompter: Prompter, 
     return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), task)
 
 
+def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
+    """Tiles full of lines of text, each line in a font and size of its own: many glyphs to learn from, no question."""
+    import drawing
+    import values
+    from documents import Document
+    from model import tiling
+    from truth import Form
+
+    from granite4v.clip_projector.tiles import cut
+
+    finer = rng.choice((1, 2))
+    width, height = 3 * spec.tile_px, 2 * spec.tile_px
+    grey = rng.randint(215, 255) if rng.random() < 0.4 else 255
+    paper, ink = (grey, grey, grey), (rng.randint(0, 70), rng.randint(0, 70), rng.randint(0, 110))
+    if rng.random() < 0.1:
+        paper, ink = ink, paper
+    sheet, y = drawing.Sheet(), rng.uniform(2, 14)
+    while y < height:
+        size = rng.uniform(9.5, 20.0) if rng.random() < 0.3 else rng.uniform(10.5, 15.0)
+        face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
+        x = rng.uniform(-4, 12)
+        while x < width:
+            text = values.cell_text(rng, values.column_kind(rng))
+            if rng.random() < 0.15:
+                text = "".join(chr(rng.randrange(FIRST_CODE, FIRST_CODE + N_CODES)) for _ in range(rng.randint(1, 8)))
+            sheet.text(x * finer, (y + size / 2) * finer, text, face, ink)
+            x += face.width(text) / finer + rng.uniform(0.3, 2.0) * size
+        y += size * rng.uniform(1.05, 1.7)
+    picture, glyphs = sheet.render(width * finer, height * finer, 0, 0, paper)
+    if finer > 1:
+        picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
+    if rng.random() < 0.5:
+        picture, glyphs = drawing.photographed(rng, picture, glyphs, paper, 4.0, 1.0)
+    document = Document("letters", picture, Form("", ()), glyphs, "", 0)
+    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], LETTERS)
+
+
 def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     """Which glyphs have their centre in each patch, uint8 (n_tiles, patches, N_SLOTS), left to right; 0 for none.
 
@@ -152,7 +190,7 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
                 continue
             tile = first + int(y[i] // px) * columns + int(x[i] // px)
             row = int(y[i] % px // patch) * side + int(x[i] % px // patch)
-            if 0 <= tile < n_tiles:
+            if 0 <= x[i] < columns * px and first <= tile < n_tiles:
                 slots = out[tile, row]
                 slots[1 if slots[0] else 0] = code[i]
 
@@ -170,11 +208,13 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
 
 
 def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> Batch:
-    """Samples padded on the right to the longest."""
+    """Samples padded on the right to the longest; letters only add their tiles, after all others."""
     import numpy as np
     import torch
     from model import tokens_side
 
+    letters = [sample for sample in samples if sample.kind == LETTERS]
+    samples = [sample for sample in samples if sample.kind != LETTERS]
     length = max(len(sample.tokens) for sample in samples)
     tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
     labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
@@ -189,9 +229,9 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
             rows.append(np.where(sample.image_rows < 0, -1, sample.image_rows + first * per_tile))
             positions.append(i * length + sample.image_at + np.arange(len(sample.image_rows)))
             first += len(sample.tiles)
-    with_picture = [sample for sample in samples if sample.tiles is not None]
+    with_picture = [sample for sample in samples if sample.tiles is not None] + letters
     kinds = [sample.kind for sample in samples]
-    if not with_picture:
+    if not rows:
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, kinds)
     return Batch(
         torch.from_numpy(tokens),

@@ -98,7 +98,7 @@ def read_lines(truth: Truth, answer: str) -> list[Line]:
     """An answer as the same lines; what does not parse is one line."""
     from truth import Chart, Form
 
-    from granite4v.runtime.outputs import OutputError, read
+    from granite4v.runtime.outputs import AnswerError, read
 
     try:
         if isinstance(truth, Form):
@@ -113,7 +113,7 @@ def read_lines(truth: Truth, answer: str) -> list[Line]:
             ]
         (table,) = read("tables_html", answer)
         return _rows([[cell.text for cell in table.cells if cell.row == i] for i in range(table.n_rows)])
-    except (OutputError, ValueError, AttributeError):
+    except (AnswerError, ValueError, AttributeError):
         return [("", answer)]
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
+N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the glyph classifiers, needed in training only
 
@@ -141,6 +142,12 @@ class Trainer:
         document = draw_document(rng.randrange(*seeds), kind, level)
         return document_sample(document, rng, self.prompter, self.spec)
 
+    def letters(self, rng: random.Random) -> list[Any]:
+        """Sheets of letters that a step looks at besides its documents."""
+        from samples import letters_sample
+
+        return [letters_sample(rng, self.spec) for _ in range(N_LETTER_SHEETS[self.stage])]
+
     # --- the loss ---
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -238,7 +245,7 @@ class Trainer:
                 break
             self.set_level()
             rate = self.set_rate()
-            batch = collate(next(source), self.prompter, self.spec)
+            batch = collate([*next(source), *self.letters(rng)], self.prompter, self.spec)
             loss, figures = self.loss(batch)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
