@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
+GLYPH_WEIGHT = {"tower": 1.0, "read": 0.3}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the glyph classifiers, needed in training only
 
@@ -164,7 +165,7 @@ class Trainer:
             states = tower(vision, batch.tiles, self.spec, self.kernels)
             streams = project(vision, states, self.spec, self.kernels)
             seen = self.glyph_loss(batch, states[-1], streams, figures)
-            total = total + seen * (1.0 if self.stage == "tower" else 0.2)
+            total = total + seen * GLYPH_WEIGHT[self.stage]
             if self.stage == "tower":
                 return total, figures
             newline = vision["model.image_newline"].view(1, -1)
@@ -264,7 +265,7 @@ class Trainer:
             if self.rank == 0 and time.monotonic() - last_saved > 120:
                 last_saved = time.monotonic()
                 self.save()
-            if time.monotonic() - evaluated > 300 and self.rank == 0:
+            if time.monotonic() - evaluated > 480 and self.rank == 0:
                 evaluated = time.monotonic()
                 self.evaluate()
         if self.rank == 0:
@@ -379,7 +380,7 @@ def _optimizers(trained: Tensors, rate: float) -> list[Any]:
     others = [value for name, value in trained.items() if not is_matrix(name, value) and "lora" not in name]
     groups = [{"params": others, "lr": rate / 10, "peak": rate / 10}]
     if adapter:
-        groups.append({"params": adapter, "lr": rate / 10, "peak": rate / 10})
+        groups.append({"params": adapter, "lr": rate / 5, "peak": rate / 5})
     out: list[Any] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     if matrices:
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95)
