@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from granite4v.clip_projector import ImageFeatures, load_image
     from granite4v.default_model import load
     from granite4v.errors import (
+        AnswerError,
         CheckpointError,
         ContextOverflowError,
         DeviceError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "AnswerError",
     "AnswerStream",
     "CheckpointError",
     "ContextOverflowError",

@@ -33,6 +33,10 @@ class ContextOverflowError(PromptError):
     """A request that needs more tokens than the context holds."""
 
 
+class AnswerError(Granite4vError):
+    """An answer that is not in the form its task asks for, or a table that a form cannot carry."""
+
+
 class DeviceError(Granite4vError):
     """A device or a native library that is missing, unfit or out of memory."""
 

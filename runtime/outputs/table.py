@@ -1,0 +1,107 @@
+"""A table as data: a rectangular grid that cells cover once each. Knows nothing of any written form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from granite4v.errors import AnswerError
+
+MAX_SLOTS = 1_000_000  # far above what an answer can hold; a made-up "colspan" must not fill the memory
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; `row` and `col` count from 0 and name its top left slot of the grid.
+
+    `header` says that it names other cells (a column, a row or a section); `header_level` counts from 1 for column
+    headers, top row first, and is 0 for all others. An empty cell has empty text.
+    """
+
+    row: int
+    col: int
+    text: str
+    rowspan: int = 1
+    colspan: int = 1
+    header: bool = False
+    header_level: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A grid of `n_rows` and `n_cols`, its first `n_header_rows` rows made of column headers.
+
+    Cells are kept in reading order. Raises AnswerError unless they cover every slot of the grid exactly once.
+    """
+
+    n_rows: int
+    n_cols: int
+    n_header_rows: int
+    cells: tuple[Cell, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cells", tuple(sorted(self.cells, key=lambda cell: (cell.row, cell.col))))
+        check_size(self.n_rows, self.n_cols)
+        if not 0 <= self.n_header_rows <= self.n_rows:
+            raise AnswerError(
+                f"a table of {self.n_rows} rows has {self.n_header_rows} header rows; expected 0 to {self.n_rows}."
+            )
+        self.grid()
+
+    def grid(self) -> list[list[Cell]]:
+        """The cell that covers each slot, (n_rows, n_cols); a cell that spans stands in several slots."""
+        slots: list[list[Cell | None]] = [[None] * self.n_cols for _ in range(self.n_rows)]
+        for cell in self.cells:
+            self._check_bounds(cell)
+            for i in range(cell.row, cell.row + cell.rowspan):
+                for j in range(cell.col, cell.col + cell.colspan):
+                    other = slots[i][j]
+                    if other is not None:
+                        raise AnswerError(
+                            f"{place(i, j)} is covered twice, by the cells that start at {place(other.row, other.col)} "
+                            f"and at {place(cell.row, cell.col)}; expected one cell for each slot."
+                        )
+                    slots[i][j] = cell
+        return [[self._covering(cell, i, j) for j, cell in enumerate(row)] for i, row in enumerate(slots)]
+
+    def texts(self) -> list[list[str]]:
+        """The text of each slot, (n_rows, n_cols); a cell that spans repeats its text."""
+        return [[cell.text for cell in row] for row in self.grid()]
+
+    def _check_bounds(self, cell: Cell) -> None:
+        inside = 0 <= cell.row <= self.n_rows - cell.rowspan and 0 <= cell.col <= self.n_cols - cell.colspan
+        if not inside or cell.rowspan < 1 or cell.colspan < 1:
+            raise AnswerError(
+                f"the cell at {place(cell.row, cell.col)} spans {cell.rowspan} rows and {cell.colspan} columns; "
+                f"expected it to lie within {self.n_rows} rows and {self.n_cols} columns."
+            )
+
+    @staticmethod
+    def _covering(cell: Cell | None, i: int, j: int) -> Cell:
+        if cell is None:
+            raise AnswerError(f"{place(i, j)} is covered by no cell; expected one cell for each slot.")
+        return cell
+
+
+def check_size(n_rows: int, n_cols: int) -> None:
+    """Raises AnswerError for a table without slots, or with more than an answer can hold."""
+    size = f"a table of {n_rows} rows and {n_cols} columns"
+    if n_rows < 1 or n_cols < 1:
+        raise AnswerError(f"{size}; expected at least one of each.")
+    if n_rows * n_cols > MAX_SLOTS:
+        raise AnswerError(f"{size}; expected at most {MAX_SLOTS} slots.")
+
+
+def place(row: int, col: int) -> str:
+    """Row and column as messages name them, from 1."""
+    return f"row {row + 1}, column {col + 1}"
+
+
+def with_header_rows(n_rows: int, n_cols: int, n_header_rows: int, cells: list[Cell]) -> Table:
+    """The table whose cells in header rows are made headers of their row's level; for forms that write no level."""
+    made = [
+        Cell(c.row, c.col, c.text, c.rowspan, c.colspan, True, c.row + 1)
+        if c.row < n_header_rows
+        else Cell(c.row, c.col, c.text, c.rowspan, c.colspan, c.header)
+        for c in cells
+    ]
+    return Table(n_rows, n_cols, n_header_rows, tuple(made))
