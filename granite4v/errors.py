@@ -25,6 +25,10 @@ class ImageWarning(UserWarning):
     """A picture that is read, but not as a person would expect."""
 
 
+class DocumentError(Granite4vError):
+    """Something to read that is missing, damaged, locked or not a document, or a page that it does not have."""
+
+
 class PromptError(Granite4vError):
     """Messages that the chat template cannot render faithfully."""
 
@@ -35,6 +39,14 @@ class ContextOverflowError(PromptError):
 
 class AnswerError(Granite4vError):
     """An answer that is not in the form its task asks for, or a table that a form cannot carry."""
+
+
+class SchemaError(Granite4vError):
+    """A schema of wanted fields that is none, or that asks for what no answer can be held to."""
+
+
+class ConstraintError(Granite4vError):
+    """A schema that is none, or a form that answers cannot be held to."""
 
 
 class DeviceError(Granite4vError):
