@@ -117,13 +117,16 @@ class Decoder:
         assert self._known.logits is not None
         return self._known.logits.copy()
 
-    def step(self, token: int, cancel: Cancel | None = None) -> np.ndarray:
-        """Logits after one more token, float32 `(n_vocab,)`. Raises Aborted when cancelled."""
-        if self._context is None:
-            raise ValueError("step needs a prefill before it")
-        with self._undo_on_failure():
-            self._context.decode_tokens([token], self._cached.n_tokens, n_outputs=1, cancel=cancel)
-            self._cached.append(Batch((token,)))
+    def extend(self, tokens: Sequence[int], cancel: Cancel | None = None) -> np.ndarray:
+        """Logits after these tokens more, computed together, float32 `(n_vocab,)`. Raises Aborted when cancelled."""
+        if self._context is None or not tokens:
+            raise ValueError("extend needs a prefill before it, and at least one token")
+        for start in range(0, len(tokens), self._n_ubatch):
+            part = tuple(tokens[start : start + self._n_ubatch])
+            n_outputs = 1 if start + len(part) == len(tokens) else 0
+            with self._undo_on_failure():
+                self._context.decode_tokens(part, self._cached.n_tokens, n_outputs=n_outputs, cancel=cancel)
+                self._cached.append(Batch(part))
         return self._context.logits()
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""The answer, token by token: sampling, stop tokens and strings, text as it comes, timings.
+"""The answer, token by token: constraint, sampling, stop tokens and strings, text as it comes, timings.
 
-Works on anything that gives logits for a prompt and after one more token (`Source`); knows no model files.
+Works on anything that gives logits for a prompt and after more tokens (`Source`); knows no model files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from granite4v.runtime.tokens import TextStream
 if TYPE_CHECKING:
     import numpy as np
 
-STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+    from granite4v.runtime.constraint import Guide
+    from granite4v.runtime.repetition import Repetition
+
+STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition"
 
 
 @dataclass
@@ -25,7 +28,9 @@ class Timings:
     """Where the time of one answer went, in seconds, and how many tokens took it.
 
     `encode_s` pictures to embeddings; `prefill_image_s` and `prefill_text_s` the prompt; `decode_s` the answer;
-    `load_s` reading weights, which only a first request does. `n_reused` prompt tokens were known already.
+    `load_s` reading weights, which only a first request does; `constraint_s` finding out what may be said.
+    `n_reused` prompt tokens were known already, `n_encoded` pictures were not. `n_forced` tokens of the answer were
+    no choice and not sampled.
     """
 
     load_s: float = 0.0
@@ -33,10 +38,13 @@ class Timings:
     prefill_image_s: float = 0.0
     prefill_text_s: float = 0.0
     decode_s: float = 0.0
+    constraint_s: float = 0.0
     n_prompt: int = 0
     n_image: int = 0
     n_reused: int = 0
+    n_encoded: int = 0
     n_generated: int = 0
+    n_forced: int = 0
     n_steps: int = 0  # decodes in `decode_s`; the first token of an answer costs none
 
     @property
@@ -46,14 +54,15 @@ class Timings:
     @property
     def decode_tok_s(self) -> float:
         """Tokens a second while answering; 0 before the second token."""
-        return self.n_steps / self.decode_s if self.decode_s > 0 else 0.0
+        return (self.n_steps + self.n_forced) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass
 class Answer:
     """`tokens` are the generated ids without the one that ended the answer.
 
-    `finish_reason`: 'stop' (the model or a stop string ended it), 'length' (`max_tokens`) or 'cancelled'.
+    `finish_reason`: 'stop' (the model, its constraint or a stop string ended it), 'length' (`max_tokens`),
+    'repetition' (it ran on with the same rows) or 'cancelled'.
     """
 
     text: str = ""
@@ -73,7 +82,10 @@ class Answer:
 
 
 class Source(Protocol):
-    """Where logits come from, float32 `(n_vocab,)`; both may raise Aborted."""
+    """Where logits come from, float32 `(n_vocab,)`; both may raise Aborted.
+
+    `tokens` are the answer so far: those of the call before, and at least one more.
+    """
 
     def first(self) -> np.ndarray: ...
 
@@ -90,35 +102,41 @@ def generate(
     stop: Sequence[str] = (),
     max_tokens: int,
     cancelled: Callable[[], bool],
+    guide: Guide | None = None,
+    fast_forward: bool = True,
+    repetition: Repetition | None = None,
 ) -> Iterator[str]:
     """Pieces of text as they are certain; fills `answer` on the way.
 
     A piece is held back while it could be the beginning of a stop string or of an unfinished character.
-    Stopping the iteration early (closing it) leaves `answer` as 'cancelled'.
+    Stopping the iteration early (closing it) leaves `answer` as 'cancelled'. With a `guide` only what it allows is
+    sampled, and the answer ends where it may; with `fast_forward` what it forces is not sampled.
     """
     answer.finish_reason = CANCELLED
-    output, sampler = _Output(text, stop, answer), Sampler(sampling)
+    output = _Output(text, stop, answer, repetition)
+    chooser = _Chooser(Sampler(sampling), stop_tokens, guide, fast_forward, answer.timings)
     try:
         logits = source.first()
-        while True:
-            if cancelled():
+        while not cancelled():
+            if chooser.is_over:
+                answer.finish_reason = STOP
                 break
             if len(answer.tokens) >= max_tokens:
                 answer.finish_reason = LENGTH
                 break
-            token = sampler.pick(logits, answer.tokens)
-            if token in stop_tokens:
+            n_sampled, tokens = chooser.choose(logits, answer.tokens)
+            if not tokens:
                 answer.finish_reason = STOP
                 break
-            answer.tokens.append(token)
-            answer.timings.n_generated += 1
-            piece = output.push(token)
+            n_before = len(answer.tokens)
+            piece = output.say(tokens[: max_tokens - n_before])
+            answer.timings.n_forced += max(0, len(answer.tokens) - n_before - n_sampled)
             if piece:
                 yield piece
-            if output.stopped:
-                answer.finish_reason = STOP
+            if output.ended:
+                answer.finish_reason = output.ended
                 break
-            if len(answer.tokens) < max_tokens:
+            if len(answer.tokens) < max_tokens and not chooser.is_over:
                 start = time.perf_counter()
                 logits = source.next(answer.tokens)
                 answer.timings.decode_s += time.perf_counter() - start
@@ -130,20 +148,82 @@ def generate(
         yield piece
 
 
+@dataclass
+class _Chooser:
+    """The next tokens of an answer: one that is sampled, and those that are no choice."""
+
+    sampler: Sampler
+    stop_tokens: frozenset[int]
+    guide: Guide | None
+    fast_forward: bool
+    timings: Timings
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the constraint allows nothing but the end."""
+        return self.guide is not None and self.guide.is_over
+
+    def choose(self, logits: np.ndarray, history: Sequence[int]) -> tuple[int, list[int]]:
+        """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""
+        guide = self.guide
+        if guide is None:
+            return self._unless_stop(self.sampler.pick(logits, history))
+        forced = [] if history else self._forced(guide)  # later ones come along with a sampled token
+        if forced:
+            return 0, forced
+        start = time.perf_counter()
+        allowed = guide.allowed(self.stop_tokens)
+        self.timings.constraint_s += time.perf_counter() - start
+        n_sampled, tokens = self._unless_stop(self.sampler.pick(logits, history, allowed))
+        for token in tokens:
+            guide.accept(token)
+        return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
+
+    def _unless_stop(self, token: int) -> tuple[int, list[int]]:
+        return (0, []) if token in self.stop_tokens else (1, [token])
+
+    def _forced(self, guide: Guide) -> list[int]:
+        if not self.fast_forward:
+            return []
+        start = time.perf_counter()
+        tokens = guide.forced_tokens()
+        for token in tokens:
+            guide.accept(token)
+        self.timings.constraint_s += time.perf_counter() - start
+        return tokens
+
+
 class _Output:
-    """Text that is safe to show: looks for stop strings across token boundaries."""
+    """Text that is safe to show: looks for stop strings across token boundaries, and for answers that run on."""
 
-    def __init__(self, text: TextStream, stop: Sequence[str], answer: Answer) -> None:
+    def __init__(
+        self, text: TextStream, stop: Sequence[str], answer: Answer, repetition: Repetition | None = None
+    ) -> None:
         self._text, self._stop, self._answer = text, [s for s in stop if s], answer
+        self._repetition = repetition
         self._held = ""
-        self.stopped = False
+        self.ended = ""  # why the answer has ended, once it has
 
-    def push(self, token: int) -> str:
-        self._held += self._text.push(token)
-        return self._release(final=False)
+    def say(self, tokens: Sequence[int]) -> str:
+        """Adds tokens to the answer, up to one that ends it; the text that is certain now."""
+        shown = ""
+        for token in tokens:
+            self._answer.tokens.append(token)
+            self._answer.timings.n_generated += 1
+            shown += self._push(self._text.push(token))
+            if self.ended:
+                break
+        return shown
+
+    def _push(self, piece: str) -> str:
+        self._held += piece
+        shown = self._release(final=False)
+        if not self.ended and self._repetition is not None and self._repetition.push(piece):
+            self.ended = REPETITION
+        return shown
 
     def finish(self) -> str:
-        if self.stopped:
+        if self.ended == STOP:
             return ""
         self._held += self._text.flush()
         return self._release(final=True)
@@ -151,7 +231,7 @@ class _Output:
     def _release(self, *, final: bool) -> str:
         hits = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         if hits:
-            self.stopped = True
+            self.ended = STOP
             piece, self._held = self._held[: min(hits)], ""
         else:
             n = 0 if final else self._n_uncertain()

@@ -102,12 +102,12 @@ class LlamaModel(_Owner):
 
     # --- vocabulary ---
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens recognised, and what the file says is added to every text."""
+    def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
+        """Ids of `text`, with special tokens recognised, and what the file says is added; neither if `plain`."""
         lib, data = llama(), text.encode()
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
-        n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, True, True)
+        n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
         if n < 0:
             raise ValueError(f"llama_tokenize needs room for {-n} tokens, {room} were expected to do")
         return list(ids[:n])
@@ -117,6 +117,10 @@ class LlamaModel(_Owner):
         lib, room = llama(), 256
         buffer = ctypes.create_string_buffer(room)
         n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
+        if n < 0:  # it tells how much room it needs
+            room = -n
+            buffer = ctypes.create_string_buffer(room)
+            n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
         return buffer.raw[: max(n, 0)]
 
     def _open_vocab(self) -> Any:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import ModelFileError
+from granite4v.runtime.constraint import Compiler, Grammar, Guide
 from granite4v.runtime.engine import Engine, Progress
 from granite4v.runtime.generate import Answer, generate
 from granite4v.runtime.messages import Prompt as PromptLike
@@ -16,8 +17,10 @@ from granite4v.runtime.messages import normalize
 from granite4v.runtime.model_files import ModelFiles
 from granite4v.runtime.native import Cancel
 from granite4v.runtime.prompt import Prompt, build_prompt, check_fits
+from granite4v.runtime.repetition import Repetition
 from granite4v.runtime.request import Request
 from granite4v.runtime.sampling import Sampling
+from granite4v.runtime.tokens import VOCABULARY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,7 @@ class Model:
         self.engine = engine
         self._lora = lora
         self._lock = threading.RLock()
+        self._compiler: Compiler | None = None
 
     @classmethod
     def load(
@@ -48,7 +52,8 @@ class Model:
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
-        `n_ctx`: tokens a request and its answer may have together; 8192 by default, less if the model has less. `n_threads`: one for each core by default.
+        `n_ctx`: tokens a request and its answer may have together; 8192 by default, less if the model has less.
+        `n_threads`: one for each core by default.
         `device`: 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one). `lora`: when a separate LoRA is applied:
         None for requests with pictures only, True always, False never; a path names another adapter file.
         `exact`: float32 cache and plain attention, for comparing values with a reference rather than for speed;
@@ -157,6 +162,9 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        constraint: Grammar | None = None,
+        fast_forward: bool = True,
+        repetition: bool | str = True,
         lora: bool | None = None,
         cancel: Cancel | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -175,6 +183,9 @@ class Model:
                 seed=seed,
                 stop=stop,
                 ignore_eos=ignore_eos,
+                constraint=constraint,
+                fast_forward=fast_forward,
+                repetition=repetition,
                 lora=lora,
                 cancel=cancel,
                 template_variables=template_variables,
@@ -197,6 +208,9 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        constraint: Grammar | None = None,
+        fast_forward: bool = True,
+        repetition: bool | str = True,
         lora: bool | None = None,
         cancel: Cancel | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -210,7 +224,13 @@ class Model:
         whether a separate adapter is applied; None follows the model's policy. `cancel`: asked often, from the
         calling thread, whether to stop. `template_variables`: for the chat template.
 
-        The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError.
+        `constraint`: what `grammar_for` gives; the answer keeps to it, and ends by itself only where it is whole.
+        `fast_forward`: text that leaves no choice is not sampled but decoded in one go, as the tokenizer writes it.
+        `repetition`: whether an answer that runs on with the same rows is ended; the name of a task says what its
+        rows are, where no constraint does.
+
+        The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError,
+        ConstraintError.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
         if isinstance(stop, str):
@@ -219,6 +239,7 @@ class Model:
             request = self._request(
                 prompt, images, max_tokens=max_tokens, lora=lora, cancel=cancel, variables=template_variables or {}
             )
+            task = repetition if isinstance(repetition, str) else constraint.task if constraint else ""
             pieces = generate(
                 request,
                 request.answer,
@@ -228,8 +249,19 @@ class Model:
                 stop=stop,
                 max_tokens=max_tokens,
                 cancelled=cancel or _never,
+                guide=self._guide(constraint),
+                fast_forward=fast_forward,
+                repetition=Repetition(task) if repetition and not ignore_eos else None,
             )
         return AnswerStream(pieces, request.answer, self._lock)
+
+    def _guide(self, grammar: Grammar | None) -> Guide | None:
+        if grammar is None:
+            return None
+        if self._compiler is None:
+            n_vocab = len(self.files.text_value(VOCABULARY))
+            self._compiler = Compiler(self.engine.tokenizer(), n_vocab, self.engine.stop_tokens)
+        return self._compiler.begin(grammar)
 
     def clear_cache(self) -> None:
         """Forgets all pictures and prompts, so that the next request is computed from its beginning."""

@@ -26,7 +26,7 @@ class Request:
     def __init__(self, engine: Engine, prompt: Prompt, max_tokens: int, adapter: bool, cancel: Cancel | None) -> None:
         self._engine, self._prompt, self._adapter, self._cancel = engine, prompt, adapter, cancel
         self._max_tokens = max_tokens
-        self._epoch = -1
+        self._epoch, self._n_decoded = -1, 0  # tokens of the answer that the decoder has seen
         self.answer = Answer(warnings=list(engine.warnings))
         self.answer.timings.n_prompt = prompt.n_tokens
         self.answer.timings.n_image = prompt.n_image_tokens
@@ -37,8 +37,11 @@ class Request:
     def next(self, tokens: Sequence[int]) -> np.ndarray:
         engine = self._engine
         if not engine.closed and engine.text_is_open and engine.decoder().epoch == self._epoch:
-            return engine.decoder().step(tokens[-1], self._cancel)
-        return self._prefill((*self._prompt.spans, TextSpan(tuple(tokens))), self._max_tokens - len(tokens))
+            logits = engine.decoder().extend(tokens[self._n_decoded :], self._cancel)
+        else:
+            logits = self._prefill((*self._prompt.spans, TextSpan(tuple(tokens))), self._max_tokens - len(tokens))
+        self._n_decoded = len(tokens)
+        return logits
 
     def _prefill(self, spans: Sequence[Span], room_for: int) -> np.ndarray:
         engine, timings = self._engine, self.answer.timings
@@ -83,7 +86,9 @@ class Request:
         timings, start = self.answer.timings, time.perf_counter()
         self._engine.encoder()
         opened = time.perf_counter()
+        is_new = span.digest not in self._engine.features
         features = self._engine.encode(self._prompt.images[span.index], span.digest, self._cancel)
+        timings.n_encoded += is_new
         timings.load_s += opened - start
         timings.encode_s += time.perf_counter() - opened
         return features

@@ -51,11 +51,16 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def pick(self, logits: np.ndarray, history: Sequence[int]) -> int:
-        """The next token's id; `history` is what has been generated so far. `logits` is left as it is."""
+    def pick(self, logits: np.ndarray, history: Sequence[int], allowed: np.ndarray | None = None) -> int:
+        """The next token's id; `history` is what has been generated so far. `logits` is left as it is.
+
+        `allowed`: bool `(n_vocab,)`, the tokens to pick from, at least one; all filters see those alone.
+        """
         import numpy as np
 
         s = self.sampling
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
         if s.repeat_penalty != 1.0 and history and s.repeat_last_n:
             logits = logits.copy()
             seen = np.unique(np.asarray(history[-s.repeat_last_n :]))

@@ -6,7 +6,9 @@ Special tokens written in the text are recognised, as the reference does. Knows 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +26,9 @@ _SPECIAL_KEYS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
 }
 _STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-_VOCABULARY = "tokenizer.ggml.tokens"
+VOCABULARY = "tokenizer.ggml.tokens"
+_TOKEN_TYPES = "tokenizer.ggml.token_type"
+_USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
 
 
 class TextStream(Protocol):
@@ -35,10 +39,29 @@ class TextStream(Protocol):
     def flush(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What each id spells, in bytes; None for one that is no text: special, unused, or none at all.
+
+    `added` are texts that a tokenizer cuts out before it splits the rest, the longest of those that begin first, so
+    they never merge with what stands beside them.
+    """
+
+    pieces: tuple[bytes | None, ...]
+    added: frozenset[int]
+
+
 class Tokenizer(Protocol):
-    """`encode` adds what the tokenizer's own settings add, unless the text starts with the bos token."""
+    """`encode` adds what the tokenizer's own settings add, unless the text starts with the bos token.
+
+    `encode_plain` adds nothing and spells out special tokens that are written in the text.
+    """
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]: ...
+
+    def vocabulary(self) -> Vocabulary: ...
 
     def decode(self, tokens: Iterable[int]) -> str: ...
 
@@ -52,13 +75,13 @@ def load_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     source = metadata.get(keys.TOKENIZER_HF_JSON)
     if source:
         return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
-    return LlamaTokenizer(path)
+    return LlamaTokenizer(path, metadata.get(_TOKEN_TYPES, ()))
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """'bos_token', 'eos_token', ... as text, for the chat template."""
     ids = {name: metadata[key] for name, key in _SPECIAL_KEYS.items() if key in metadata}
-    vocabulary = metadata.get(_VOCABULARY) if ids else None
+    vocabulary = metadata.get(VOCABULARY) if ids else None
     if not vocabulary:
         return {}
     return {name: vocabulary[i] for name, i in ids.items() if 0 <= i < len(vocabulary)}
@@ -78,7 +101,7 @@ def stop_tokens(metadata: Mapping[str, Any]) -> frozenset[int]:
 def token_id(metadata: Mapping[str, Any], text: str) -> int | None:
     """The id of a token of the vocabulary, by its exact text."""
     try:
-        return int(metadata.get(_VOCABULARY, []).index(text))
+        return int(metadata.get(VOCABULARY, []).index(text))
     except ValueError:
         return None
 
@@ -97,11 +120,40 @@ class HfTokenizer:
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._bos_token = bos_token
+        self._path, self._bos_token = path, bos_token
 
     def encode(self, text: str) -> list[int]:
         add_special = not (self._bos_token and text.startswith(self._bos_token))
         return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = True
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._tokenizer.encode_special_tokens = False
+
+    def vocabulary(self) -> Vocabulary:
+        import tokenizers
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            pieces = self._byte_level_pieces(added)
+        else:
+            with contextlib.closing(LlamaTokenizer(self._path)) as other:  # it knows every kind
+                pieces = list(other.vocabulary().pieces)
+        for token, info in added.items():
+            pieces[token] = None if info.special else info.content.encode()
+        return Vocabulary(tuple(pieces), frozenset(token for token, info in added.items() if not info.special))
+
+    def _byte_level_pieces(self, added: Container[int]) -> list[bytes | None]:
+        found = self._tokenizer.get_vocab(with_added_tokens=True)
+        byte_of = _byte_of_letter()
+        pieces: list[bytes | None] = [None] * (max(found.values(), default=-1) + 1)
+        for text, token in found.items():
+            if token not in added and byte_of.keys() >= set(text):
+                pieces[token] = bytes(byte_of[letter] for letter in text)
+        return pieces
 
     def decode(self, tokens: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -111,6 +163,13 @@ class HfTokenizer:
 
     def close(self) -> None:
         pass
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for: what can be seen stands for itself."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 class _DecodeStream:
@@ -139,15 +198,24 @@ class _DecodeStream:
 
 
 class LlamaTokenizer:
-    """llama.cpp's own tokenizer on the file's vocabulary."""
+    """llama.cpp's own tokenizer on the file's vocabulary. `types` are the file's token types, where it has any."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, types: Sequence[int] = ()) -> None:
         from granite4v.runtime.llama import LlamaModel
 
         self._model: LlamaModel = LlamaModel(path, vocab_only=True)
+        self._types = types
 
     def encode(self, text: str) -> list[int]:
         return self._model.tokenize(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self._model.tokenize(text, plain=True)
+
+    def vocabulary(self) -> Vocabulary:
+        pieces = tuple(self._model.piece(token) or None for token in range(self._model.n_vocab))
+        added = (i for i, kind in enumerate(self._types) if kind == _USER_DEFINED and pieces[i] is not None)
+        return Vocabulary(pieces, frozenset(added))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(self._model.piece(token) for token in tokens).decode("utf-8", "replace")

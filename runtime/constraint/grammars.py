@@ -1,0 +1,38 @@
+"""What may be said for a task, as plain data. Knows no tokens; `guide` compiles it for a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from granite4v.runtime.constraint.schema import check_schema, definite
+
+PROMPT = "prompt"
+_FORMS = {"chart2csv": "csv", "tables_html": "html", "tables_json": "cells", "tables_otsl": "otsl"}
+_FREE = ("chart2code", "chart2summary", PROMPT)
+_KVP = "kvp"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What answers to `task` look like: a `form` of tables, or JSON text of a `schema`."""
+
+    task: str
+    form: str = ""
+    schema: str = ""
+
+
+def grammar_for(task: str, schema: object = None) -> Grammar | None:
+    """The grammar of a task, with or without angle brackets; None for one whose answers are free text.
+
+    `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for a schema that is none or
+    that answers cannot be held to, ValueError for an unknown task or a schema that the task has no use for.
+    """
+    name = task.strip().removeprefix("<").removesuffix(">")
+    if name not in (*_FORMS, *_FREE, _KVP):
+        raise ValueError(f"unknown task {task!r}; known: {', '.join((*_FORMS, *_FREE, _KVP))}.")
+    if schema is not None and name != _KVP:
+        raise ValueError(f"a schema for {task!r}; only '{_KVP}' takes one.")
+    if name == _KVP:
+        checked = check_schema({"type": "object"} if schema is None else schema)
+        return Grammar(name, schema=definite(checked))
+    return Grammar(name, form=_FORMS[name]) if name in _FORMS else None

@@ -1,0 +1,312 @@
+"""What may be said next, token by token: a grammar compiled for a vocabulary, and its walk through one answer.
+
+JSON schemas are llguidance's. Forms that count (see `form`) are walked here, with llguidance to keep to whole
+characters. A mask holds every token after which the answer can still be finished; how text is cut into tokens is
+left to the model.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Protocol
+
+from granite4v.errors import ConstraintError
+from granite4v.runtime.constraint.canonical import canonical_tokens
+from granite4v.runtime.constraint.cells import CELLS
+from granite4v.runtime.constraint.csv_ import CSV
+from granite4v.runtime.constraint.form import Cursor, Rule, Text, advance, forced, next_bytes, start
+from granite4v.runtime.constraint.grammars import Grammar
+from granite4v.runtime.constraint.html import HTML
+from granite4v.runtime.constraint.lexicon import Lexicon
+from granite4v.runtime.constraint.otsl import OTSL
+from granite4v.runtime.constraint.schema import lark_grammar
+from granite4v.runtime.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMS: dict[str, Rule] = {"otsl": OTSL, "html": HTML, "csv": CSV, "cells": CELLS}
+MOST_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
+_KEPT_MASKS = 64  # 0.1 MB each at a vocabulary of 100,000
+_KEPT_GRAMMARS = 16
+# no control characters but tab and line feed, no byte order mark
+_ANY_TEXT = (
+    '%llguidance {"no_forcing": true}\n'
+    r"start: /[^\x00-\x08\x0b-\x1f\x7f-\x9f\x{feff}\x{fffe}\x{ffff}]*/"
+)
+
+
+class Guide:
+    """The way of one answer through its grammar."""
+
+    def __init__(self, walk: _Walk, compiler: Compiler) -> None:
+        self._walk, self._compiler = walk, compiler
+        self._said: list[int] = []
+
+    @property
+    def may_end(self) -> bool:
+        """Whether what was said is a whole answer."""
+        return self._walk.may_end
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be added any more."""
+        return self._walk.is_over
+
+    def allowed(self, stop_tokens: Collection[int] = ()) -> np.ndarray:
+        """What may be said next, bool `(n_vocab,)`; of `stop_tokens` where the answer may end.
+
+        Raises ConstraintError where there is nothing: the vocabulary cannot spell what the grammar demands.
+        """
+        mask = self._walk.mask()
+        if self.may_end:
+            mask[[token for token in stop_tokens if token < len(mask)]] = True
+        if not mask.any():
+            raise ConstraintError(
+                f"no token can follow {self._compiler.lexicon.text(self._said[-20:])!r}; the model's vocabulary cannot "
+                "spell what the form demands. Answer freely."
+            )
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Goes on behind a token that is allowed; ValueError for any other."""
+        self._walk.accept(token)
+        self._said.append(token)
+
+    def forced_tokens(self) -> list[int]:
+        """The next tokens where there is one choice of text, as the tokenizer writes them; not accepted yet.
+
+        Only those that what follows cannot change; often none.
+        """
+        text = _whole_characters(self._walk.forced())
+        if not text:
+            return []
+        compiler = self._compiler
+        following = self._walk.following(text)
+        return canonical_tokens(compiler.lexicon, compiler.encode, self._said, text, following)
+
+
+class _Walk(Protocol):
+    """A grammar and how far an answer has come in it; `mask` is a new array."""
+
+    @property
+    def may_end(self) -> bool: ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def mask(self) -> np.ndarray: ...
+
+    def accept(self, token: int) -> None: ...
+
+    def forced(self) -> bytes: ...
+
+    def following(self, text: bytes) -> Collection[int]:
+        """The bytes that may come behind `text`, which is forced."""
+        ...
+
+
+class Compiler:
+    """Makes guides for one vocabulary. `n_vocab` is the number of logits, `stop_tokens` end answers."""
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, stop_tokens: Collection[int]) -> None:
+        self.encode = tokenizer.encode_plain
+        self.lexicon = Lexicon(tokenizer.vocabulary(), n_vocab)
+        self._end = min(stop_tokens)
+        self._masks: dict[str, _FormMasks] = {}
+        self._matchers: OrderedDict[str, Any] = OrderedDict()
+
+    def begin(self, grammar: Grammar) -> Guide:
+        """A guide at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
+        if grammar.form:
+            masks = self._masks.setdefault(grammar.form, _FormMasks(self.lexicon))
+            walk: _Walk = _FormWalk(FORMS[grammar.form], masks, self._matcher(_ANY_TEXT))
+        else:
+            walk = _SchemaWalk(self._matcher(lark_grammar(grammar.schema)), self)
+        return Guide(walk, self)
+
+    def _matcher(self, grammar: str) -> Any:
+        """A fresh matcher; compiled grammars are kept."""
+        from llguidance import LLMatcher
+
+        if grammar not in self._matchers:
+            matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0)
+            if matcher.is_error():
+                raise ConstraintError(f"llguidance cannot compile the grammar: {matcher.get_error()}. Answer freely.")
+            self._matchers[grammar] = matcher
+            while len(self._matchers) > _KEPT_GRAMMARS:
+                self._matchers.popitem(last=False)
+        self._matchers.move_to_end(grammar)
+        return self._matchers[grammar].deep_copy()
+
+    @functools.cached_property
+    def ll_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        return LLTokenizer(TokenizerWrapper(_TokenizerForLlguidance(self)))
+
+    @property
+    def end(self) -> int:
+        """The id that llguidance knows as the end; masks do without it."""
+        return self._end
+
+
+class _TokenizerForLlguidance:
+    """What `llguidance.TokenizerWrapper` asks for. A token without text is one that it never allows."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self.eos_token_id, self.bos_token_id = compiler.end, None
+        self.tokens = list(compiler.lexicon.pieces)
+        self.special_token_ids = [compiler.end]
+        self._encode = compiler.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+class _SchemaWalk:
+    """llguidance all the way."""
+
+    def __init__(self, matcher: Any, compiler: Compiler) -> None:
+        self._matcher, self._compiler = matcher, compiler
+
+    @property
+    def may_end(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def mask(self) -> np.ndarray:
+        return _mask_of(self._matcher, self._compiler.lexicon.n_vocab, self._compiler.end)
+
+    def accept(self, token: int) -> None:
+        _consume(self._matcher, token)
+
+    def forced(self) -> bytes:
+        return bytes(self._matcher.compute_ff_bytes()[:MOST_FORCED_BYTES])
+
+    def following(self, text: bytes) -> Collection[int]:
+        import numpy as np
+
+        ahead, lexicon = self._matcher.deep_copy(), self._compiler.lexicon
+        tokens = self._compiler.ll_tokenizer.tokenize_bytes(text)
+        if ahead.try_consume_tokens(tokens) != len(tokens):
+            return range(256)
+        mask = _mask_of(ahead, lexicon.n_vocab, self._compiler.end)
+        return [int(byte) for byte in np.unique(lexicon.first_byte[mask])]
+
+
+class _FormWalk:
+    """A form for the structure, llguidance for the characters."""
+
+    def __init__(self, rule: Rule, masks: _FormMasks, characters: Any) -> None:
+        self._cursor, self._masks, self._characters = start(rule), masks, characters
+
+    @property
+    def may_end(self) -> bool:
+        return self._cursor.may_end and bool(self._characters.is_accepting())
+
+    @property
+    def is_over(self) -> bool:
+        return self._cursor.is_over
+
+    def mask(self) -> np.ndarray:
+        lexicon = self._masks.lexicon
+        return self._masks.of(self._cursor) & _mask_of(self._characters, lexicon.n_vocab, None)
+
+    def accept(self, token: int) -> None:
+        lexicon = self._masks.lexicon
+        following = advance(self._cursor, lexicon.pieces[token])
+        if following is None or not lexicon.pieces[token]:
+            raise ValueError(f"token {token} ({lexicon.pieces[token]!r}) is not allowed here")
+        _consume(self._characters, token)
+        self._cursor = following
+
+    def forced(self) -> bytes:
+        return forced(self._cursor, MOST_FORCED_BYTES)
+
+    def following(self, text: bytes) -> Collection[int]:
+        behind = advance(self._cursor, text)
+        assert behind is not None
+        return list(next_bytes(behind))
+
+
+class _FormMasks:
+    """Which tokens a form allows, whatever characters they are part of; kept for the places that were asked last."""
+
+    def __init__(self, lexicon: Lexicon) -> None:
+        self.lexicon = lexicon
+        self._kept: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
+        self._marked: dict[Text, list[int]] = {}
+
+    def of(self, cursor: Cursor) -> np.ndarray:
+        """bool `(n_vocab,)`, not to be written to"""
+        key = (cursor.rule, cursor.literal, cursor.held, cursor.fresh)
+        if key not in self._kept:
+            self._kept[key] = self._in_text(cursor) if cursor.in_text else self._in_literals(cursor)
+            while len(self._kept) > _KEPT_MASKS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _in_literals(self, cursor: Cursor) -> np.ndarray:
+        """Tokens that are a part of a literal, or go beyond it."""
+        import numpy as np
+
+        mask = np.zeros(self.lexicon.n_vocab, dtype=bool)
+        spellings = self.lexicon.all
+        for literal, rest in cursor.remainders():
+            for n in range(1, len(rest) + 1):
+                mask[list(spellings.exactly(rest[:n]))] = True
+            behind = cursor.behind(literal)
+            mask[[token for tail, token in spellings.beyond(rest) if advance(behind, tail) is not None]] = True
+        return mask
+
+    def _in_text(self, cursor: Cursor) -> np.ndarray:
+        """All tokens but those with a mark in them that means something else, or nothing, here."""
+        import numpy as np
+
+        text, lexicon = cursor.want.text, self.lexicon
+        assert text is not None
+        mask = np.ones(lexicon.n_vocab, dtype=bool)
+        for token in self._with_marks(text):
+            mask[token] = advance(cursor, lexicon.pieces[token]) is not None
+        if cursor.held == b"<":
+            tags = np.isin(lexicon.first_byte, np.frombuffer(text.tags, dtype=np.uint8))
+            mask = np.where(tags, self._in_literals(cursor._replace(literal=b"<", held=b"")), mask)
+        return mask
+
+    def _with_marks(self, text: Text) -> list[int]:
+        if text not in self._marked:
+            self._marked[text] = self.lexicon.holding(text.marks + (b"<" if text.tags else b""))
+        return self._marked[text]
+
+
+def _mask_of(matcher: Any, n_vocab: int, end: int | None) -> np.ndarray:
+    """llguidance's mask as bool `(n_vocab,)`, without its `end`."""
+    import numpy as np
+
+    packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    if matcher.is_error():
+        raise ConstraintError(f"llguidance gave up in the middle of an answer: {matcher.get_error()}. Answer freely.")
+    mask = np.unpackbits(packed, count=n_vocab, bitorder="little").view(bool)
+    if end is not None:
+        mask[end] = False
+    return mask
+
+
+def _consume(matcher: Any, token: int) -> None:
+    if not matcher.consume_token(token):
+        raise ValueError(f"token {token} is not allowed here: {matcher.get_error()}")
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """The text without the beginning of a character at its end; what is cut at its front stays."""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder.decode(text)
+    return text[: len(text) - len(decoder.getstate()[0])]
