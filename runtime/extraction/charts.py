@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from granite4v.runtime.outputs import Table
 
 WIDTH, HEIGHT = 640, 380  # of the drawing, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 16, 84
+_LEFT, _RIGHT, _TOP = 64, 12, 16
+_LETTER = 4.5  # how far a letter of a slanted label reaches down
 MAX_BARS = 60  # above that, lines
 MAX_LABELS = 16
 _NUMBER = re.compile(r"[+-]?(\d[\d.,' ]*|[.,]\d+)([eE][+-]?\d+)?")
@@ -64,9 +65,11 @@ def redraw(table: Table) -> Chart | None:
     known = [value for row in values for k in named if (value := row[k]) is not None]
     ticks = _ticks(min(0.0, *known), max(0.0, *known))
     low, high = ticks[0], ticks[-1]
+    names = [_short(row[0]) for row in rows]
+    bottom_y = HEIGHT - 26 - _LETTER * max(map(len, names))
 
     def y(value: float) -> float:
-        return _rounded(_TOP + (HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low))
+        return _rounded(_TOP + (bottom_y - _TOP) * (high - value) / (high - low))
 
     slot = (WIDTH - _LEFT - _RIGHT) / len(rows)
     as_lines = len(rows) * len(named) > MAX_BARS or (len(rows) >= 6 and _ascends([row[0] for row in rows]))
@@ -92,8 +95,8 @@ def redraw(table: Table) -> Chart | None:
         lines=tuple(lines),
         ticks=tuple(Label(_LEFT - 6, y(value), f"{value:,.10g}") for value in ticks),
         labels=tuple(
-            Label(_rounded(_LEFT + slot * (i + 0.5)), HEIGHT - _BOTTOM + 14, _short(row[0]))
-            for i, row in enumerate(rows)
+            Label(_rounded(_LEFT + slot * (i + 0.5)), _rounded(bottom_y + 14), name)
+            for i, name in enumerate(names)
             if i % every == 0
         ),
         zero_y=y(0),

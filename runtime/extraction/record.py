@@ -26,7 +26,8 @@ class Record:
     a dict or list (fields) or a str (code, prose); None when nothing could be read. `valid`: the value has the task's
     form, and fits the schema if there is one; `validity_error` says why not, or what was wrong with an answer of
     which only the whole part was kept (`salvaged`). `finish_reason` as in `Answer`. `copy_of`: the page with the same
-    pixels that the answer was taken from. `error`: why there is no answer. `model`: SHA-256 of the model's files.
+    pixels that the answer was taken from. `error`: why there is no answer.
+    `warnings`: what a person should know of the page. `model`: SHA-256 of the model's files.
     `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and `seconds`, all of it; what this
     record cost, so they are zero in a copy and differ from run to run.
     """
@@ -49,6 +50,7 @@ class Record:
     finish_reason: str | None = None
     copy_of: Mapping[str, Any] | None = None
     error: str | None = None
+    warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -79,6 +81,7 @@ class Record:
         return cls(
             **{
                 **content,
+                "warnings": tuple(content["warnings"]),
                 "size_px": None if size_px is None else (size_px[0], size_px[1]),
                 "value": _value_from_json(content["task"], content["value"]),
             }

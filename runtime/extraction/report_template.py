@@ -29,11 +29,11 @@ h3 { font-size: .95rem; margin: 0 0 .5rem; } a { color: var(--link); }
 .failures li { overflow-wrap: anywhere; margin: .25rem 0; }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.25rem; margin-top: .75rem; }
 @media (max-width: 60rem) { .columns { grid-template-columns: minmax(0, 1fr); } body { padding: .5rem; } }
-figure { margin: 0; } .page > figure, .columns > figure { position: sticky; top: .5rem; align-self: start; }
+figure { margin: 0; } .columns > figure { position: sticky; top: .5rem; align-self: start; }
 @media (max-width: 60rem) { .columns > figure { position: static; } }
-figure img { max-width: 100%; max-height: 96vh; height: auto; width: auto; border: 1px solid var(--line);
+figure img { max-width: 100%; min-width: min(100%, 24rem); max-height: 96vh; height: auto; object-fit: contain; border: 1px solid var(--line);
   background: #fff; display: block; }
-.answer { margin: 0 0 1.25rem; } .answer + .answer { border-top: 1px solid var(--line); padding-top: 1rem; }
+.answer + .answer { border-top: 1px solid var(--line); margin-top: 1.25rem; padding-top: 1rem; }
 .mark { display: inline-block; font-size: .75rem; font-weight: 600; border-radius: .3rem; padding: 0 .4rem;
   margin-left: .3rem; color: var(--warn); background: var(--warn-paper); }
 .mark.bad { color: var(--bad); background: var(--bad-paper); }
@@ -43,8 +43,9 @@ th, td { border: 1px solid var(--line); padding: .2rem .45rem; text-align: left;
   white-space: pre-wrap; overflow-wrap: anywhere; min-width: 2.5rem; }
 th { background: var(--head); }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr); gap: .2rem .8rem; margin: .2rem 0; }
-dt { color: var(--soft); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-ol.items { margin: 0; padding-left: 1.4rem; white-space: normal; }
+dt { color: var(--soft); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
+.value { white-space: pre-wrap; }
+ol.items { margin: 0; padding-left: 1.4rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--head); border-radius: .3rem;
   padding: .5rem; margin: .4rem 0; max-height: 40rem; overflow-y: auto; }
 .prose { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -73,7 +74,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .8rem; }
 {% endmacro %}
 {% macro scalar(value) %}
 {% if value is none %}<span class="soft">not there</span>{% elif value is boolean %}{{ 'yes' if value else 'no' }}\
-{% else %}{{ value }}{% endif %}
+{% else %}<span class="value">{{ value }}</span>{% endif %}
 {% endmacro %}
 {% macro fields(value) %}
 {% if plain(value) %}{{ scalar(value) }}
@@ -123,6 +124,7 @@ xmlns="http://www.w3.org/2000/svg">
 {% endif %}
 </h3>
 {% if record.error %}<p>{{ record.error }}</p>{% endif %}
+{% for warning in record.warnings %}<p class="soft">{{ warning }}</p>{% endfor %}
 {% if record.validity_error %}<p class="soft">{{ record.validity_error }}</p>{% endif %}
 {% if record.tables %}
 {% set drawn = chart(record) %}
