@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | Path | bytes | Image | Any"
 
 
-def load_image(source: ImageSource) -> Image:
+def load_image(source: ImageSource, name: str | None = None) -> Image:
     """The picture as Pillow RGB, uint8, turned upright by its EXIF orientation, transparency on white.
 
     `source`: a path, encoded bytes, a binary file object, a Pillow image, or a uint8 array `(h, w)`,
     `(h, w, 3)` or `(h, w, 4)`. Of a file with several frames the first is taken. Colours are converted as
-    Hugging Face's image processors do, so that tiles come out equal.
+    Hugging Face's image processors do, so that tiles come out equal. `name`: what messages call the picture;
+    its path, in quotes, when it is not given.
 
     Warns (ImageWarning) of a greyscale picture with 16 or more bits: Pillow, and so the reference, cuts values
     above 255 to white, which a page rarely survives.
@@ -33,7 +34,7 @@ def load_image(source: ImageSource) -> Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    name = _describe(source)
+    name = name or _describe(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

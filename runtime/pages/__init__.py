@@ -1,0 +1,20 @@
+"""Files to pages: pictures, PDFs, folders and globs in, one upright RGB picture a page out, one at a time.
+
+Importing this package loads no library and reads no file.
+"""
+
+from granite4v.runtime.pages.opening import Page, PageFailure, Totals, count_pages, open_pages
+from granite4v.runtime.pages.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
+
+__all__ = [
+    "Crop",
+    "Page",
+    "PageFailure",
+    "PageRanges",
+    "SelectionError",
+    "Totals",
+    "count_pages",
+    "open_pages",
+    "parse_crop",
+    "parse_pages",
+]

@@ -1,0 +1,296 @@
+"""PDF files as documents, drawn by PDFium through pypdfium2.
+
+PDFium is not for several threads at once: whoever draws pages does so from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import logging
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import DocumentError
+from granite4v.runtime.pages.book import Drawn, whole_pixels
+from granite4v.runtime.pages.resolution import render_size, shrunk
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from granite4v.families.base import TilingConfig
+    from granite4v.runtime.pages.selection import Crop
+
+REOPEN_AFTER = 8  # pages: an open document keeps what it has read of all pages, 1 MB a scan and more
+_TAIL_BYTES = 2048  # where a whole file has its end mark
+_END_MARK = b"%%EOF"
+_WHITE = 0xFFFFFFFF
+_INSET = 1e-5  # of a scan's size, see `_inset`
+_SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
+_INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
+_UPRIGHT = 1e-4  # how much a picture may be skewed and still have its pixels side by side with the page's
+_MAX_DEPTH = 8  # of forms in forms
+MAX_PICTURE_PIXELS = 4_000_000_000  # of one picture on a page: about ten seconds
+
+
+class PdfBook:
+    """A PDF file. `password` is tried on encrypted ones only."""
+
+    def __init__(self, content: Path | bytes, name: str, password: str | None) -> None:
+        """Raises DocumentError for a file that is damaged, encrypted or without pages."""
+        self._content, self._name, self._password = content, name, password
+        self._n_drawn = 0
+        self._notes: tuple[str, ...] = ()
+        self._pdf = self._open()
+        self.n_pages = len(self._pdf)
+        self.damage: str | None = None
+        self._notes = self._take_note()
+
+    def _open(self) -> Any:
+        import pypdfium2
+        import pypdfium2.raw as pdfium
+
+        password = None if self._password is None else self._password.encode()
+        if isinstance(self._content, bytes):
+            handle = pdfium.FPDF_LoadMemDocument64(self._content, len(self._content), password)
+        else:
+            handle = pdfium.FPDF_LoadDocument(os.fsencode(self._content), password)
+        if not handle:
+            raise DocumentError(self._why_closed(pdfium.FPDF_GetLastError()))
+        pdf = pypdfium2.PdfDocument(handle)
+        with _no_log(), contextlib.suppress(pypdfium2.PdfiumError):  # without its form fields rather than not at all
+            pdf.init_forms()
+        if len(pdf) < 1:
+            pdf.close()
+            raise DocumentError(f"{self._name} has no pages.")
+        return pdf
+
+    def _why_closed(self, code: int) -> str:
+        import pypdfium2.raw as pdfium
+
+        if code == pdfium.FPDF_ERR_PASSWORD:
+            if self._password:
+                return f"{self._name} is encrypted, and not with the password that was given."
+            return f"{self._name} is encrypted; give its password with '--password'."
+        if code == pdfium.FPDF_ERR_FILE:
+            return f"{self._name} cannot be read; is it still there?"
+        if code == pdfium.FPDF_ERR_SECURITY:
+            return f"{self._name} is encrypted in a way that PDFium does not know; save it without encryption."
+        what = "is cut short" if self._is_cut() else "is damaged"
+        return f"{self._name} {what}: PDFium finds no document in it; get a whole copy of it."
+
+    def _is_cut(self) -> bool:
+        if isinstance(self._content, bytes):
+            return _END_MARK not in self._content[-_TAIL_BYTES:]
+        with self._content.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return _END_MARK not in file.read()
+
+    def _take_note(self) -> tuple[str, ...]:
+        import pypdfium2.raw as pdfium
+
+        notes = []
+        if self._is_cut():
+            notes.append(f"{self._name} has no end mark: it may be cut short, and its pages may lack something.")
+        if self._pdf.get_formtype() == pdfium.FORMTYPE_XFA_FULL:
+            notes.append(f"{self._name} is an XFA form, of which only the placeholder can be drawn; print it to PDF.")
+        return tuple(notes)
+
+    def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
+        """The page, turned and cut as it says, with annotations and form fields, on white, as large as needed.
+
+        Raises DocumentError for a page that cannot be loaded and for a crop that reaches beyond it.
+        """
+        import pypdfium2
+
+        if self._n_drawn == REOPEN_AFTER:
+            self._pdf.close()
+            self._pdf, self._n_drawn = self._open(), 0
+        self._n_drawn += 1
+        name = f"page {number} of {self._name}"
+        try:
+            page = self._pdf[number - 1]
+        except (pypdfium2.PdfiumError, IndexError):
+            raise DocumentError(f"{name} cannot be loaded: the file is damaged or cut short.") from None
+        with contextlib.closing(page):
+            image, dpi = _draw(page, name, crop, tiling)
+        return Drawn(image, dpi, self._notes)
+
+    def close(self) -> None:
+        self._pdf.close()
+
+
+def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None) -> tuple[Image, float]:
+    width, height = page.get_size()
+    if not (width > 0 and height > 0 and math.isfinite(width * height)):
+        raise DocumentError(f"{name} has no size ({width:g} x {height:g} points).")
+    box = (0.0, 0.0, width, height) if crop is None else crop.box((width, height), name, "points")
+    scan = _scan_resolution(page, name)
+    if scan is not None and crop is not None:
+        pixels = (round(width * scan[0]), round(height * scan[1]))
+        scaled = whole_pixels((box[0] * scan[0], box[1] * scan[1], box[2] * scan[0], box[3] * scan[1]), pixels)
+        box = (scaled[0] / scan[0], scaled[1] / scan[1], scaled[2] / scan[0], scaled[3] / scan[1])
+    shape = (box[2] - box[0], box[3] - box[1])
+    size = render_size(shape, scan, tiling)
+    scale = (size[0] / shape[0], size[1] / shape[1])
+    whole = (round(width * scale[0]), round(height * scale[1]))
+    corner = (round(box[0] * scale[0]), round(box[1] * scale[1]))
+    image = shrunk(_render(page, size, corner, whole), tiling)
+    return image, round(image.width / shape[0] * 72, 1)
+
+
+def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tuple[int, int]) -> Image:
+    """The part of `size` pixels at `corner` (left, top) of the page drawn at `whole` pixels."""
+    import pypdfium2
+    import pypdfium2.raw as pdfium
+
+    bitmap = pypdfium2.PdfBitmap.new_native(*size, pdfium.FPDFBitmap_BGR, rev_byteorder=True)
+    with contextlib.closing(bitmap):
+        pdfium.FPDFBitmap_FillRect(bitmap, 0, 0, *size, _WHITE)
+        flags = pdfium.FPDF_ANNOT | pdfium.FPDF_REVERSE_BYTE_ORDER
+        where = (-corner[0], -corner[1], *whole, 0)
+        pdfium.FPDF_RenderPageBitmap(bitmap, page, *where, flags)
+        if page.formenv:
+            pdfium.FPDF_FFLDraw(page.formenv, bitmap, page, *where, flags)
+        return bitmap.to_pil()  # a copy, since pixels of three bytes cannot be shared
+
+
+def _scan_resolution(page: Any, name: str) -> tuple[float, float] | None:
+    """Pixels a point, across and down, of a page that is nothing but pictures; the finest counts. None for others.
+
+    Makes the pictures on it ready to be drawn at that resolution. Raises DocumentError for a picture that would
+    take more memory than anyone has.
+    """
+    import pypdfium2.raw as pdfium
+
+    pictures = []
+    only_pictures = pdfium.FPDFPage_GetAnnotCount(page) == 0
+    for handle, depth in _objects(page):
+        kind = pdfium.FPDFPageObj_GetType(handle)
+        if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
+            pictures.append((handle, _picture_size(handle, name)))
+            only_pictures &= depth == 0
+        elif kind == pdfium.FPDF_PAGEOBJ_TEXT:
+            only_pictures = only_pictures and pdfium.FPDFTextObj_GetTextRenderMode(handle) == _INVISIBLE
+        elif kind != pdfium.FPDF_PAGEOBJ_FORM:
+            only_pictures = False
+    if not only_pictures or not pictures:
+        return None
+    across, down = (max(found) for found in zip(*(_inset(*picture) for picture in pictures), strict=True))
+    if page.get_rotation() in (90, 270):
+        across, down = down, across
+    if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # as of a fax: keep the shape of the page
+        across = down = max(across, down)
+    return (across, down) if 0 < across < math.inf else None
+
+
+def _objects(page: Any) -> Iterator[tuple[Any, int]]:
+    """(handle, depth) of everything on the page, forms and what they hold included."""
+    import pypdfium2.raw as pdfium
+
+    waiting = [(page, 0)]
+    while waiting:
+        parent, depth = waiting.pop()
+        count, get = (
+            (pdfium.FPDFFormObj_CountObjects, pdfium.FPDFFormObj_GetObject)
+            if depth
+            else (pdfium.FPDFPage_CountObjects, pdfium.FPDFPage_GetObject)
+        )
+        for i in range(count(parent)):
+            handle = get(parent, i)
+            yield handle, depth
+            if pdfium.FPDFPageObj_GetType(handle) == pdfium.FPDF_PAGEOBJ_FORM and depth < _MAX_DEPTH:
+                waiting.append((handle, depth + 1))
+
+
+def _inset(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
+    """Pixels a point of a picture of `size` (width, height) pixels, across and down on the unturned page.
+
+    Makes it smaller by a hundred-thousandth: PDFium rounds the edges of a picture outward, so where binary fractions
+    put an edge a hair beyond a whole pixel, it would stretch the picture by one.
+    """
+    import pypdfium2.raw as pdfium
+
+    matrix = pdfium.FS_MATRIX()
+    pdfium.FPDFPageObj_GetMatrix(handle, matrix)
+    a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
+    if not (a or b) or not (c or d):  # a picture without extent
+        return math.inf, math.inf
+    inset = pdfium.FS_MATRIX(
+        *(value * (1 - _INSET) for value in (a, b, c, d)),
+        matrix.e + (a + c) * _INSET / 2,
+        matrix.f + (b + d) * _INSET / 2,
+    )
+    pdfium.FPDFPageObj_SetMatrix(handle, inset)
+    along, upward = size[0] / math.hypot(a, b), size[1] / math.hypot(c, d)
+    if abs(b) + abs(c) < _UPRIGHT * (abs(a) + abs(d)):
+        return along, upward
+    if abs(a) + abs(d) < _UPRIGHT * (abs(b) + abs(c)):
+        return upward, along
+    return max(along, upward), max(along, upward)
+
+
+def _picture_size(handle: Any, name: str) -> tuple[int, int]:
+    """(width, height) in pixels. Raises DocumentError for a picture that could fill the memory, or take hours.
+
+    PDFium decodes pictures row by row, so that their size costs time alone, all but JPEG 2000, which it decodes at
+    once, and at the size that the picture itself gives, whatever the page says.
+    """
+    import pypdfium2.raw as pdfium
+    from PIL import Image
+
+    width, height = ctypes.c_uint(), ctypes.c_uint()
+    pdfium.FPDFImageObj_GetImagePixelSize(handle, width, height)
+    size, limit = (width.value, height.value), MAX_PICTURE_PIXELS
+    if b"JPXDecode" in _filters(handle):
+        n_bytes = pdfium.FPDFImageObj_GetImageDataDecoded(handle, None, 0)  # of JPEG 2000: still compressed
+        data = ctypes.create_string_buffer(n_bytes)
+        pdfium.FPDFImageObj_GetImageDataDecoded(handle, data, n_bytes)
+        size, limit = _jpeg2000_size(data.raw) or size, Image.MAX_IMAGE_PIXELS or limit
+    if size[0] * size[1] > limit:
+        raise DocumentError(
+            f"{name} holds a picture of {size[0]:,} x {size[1]:,} pixels, more than {limit:,} together, which may be a "
+            "decompression bomb; scale it down."
+        )
+    return size
+
+
+def _filters(handle: Any) -> list[bytes]:
+    import pypdfium2.raw as pdfium
+
+    found = []
+    for i in range(pdfium.FPDFImageObj_GetImageFilterCount(handle)):
+        text = ctypes.create_string_buffer(32)
+        pdfium.FPDFImageObj_GetImageFilter(handle, i, text, len(text))
+        found.append(text.value)
+    return found
+
+
+def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that its header gives; None for one that cannot be read, which nothing decodes."""
+    from PIL import Image, Jpeg2KImagePlugin
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data)).size
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError, struct.error):
+        return None
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """Keeps pypdfium2 from writing to stderr where nobody set up logging; what it says of forms, `_notes` says."""
+    logger, handler = logging.getLogger("pypdfium2"), logging.NullHandler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
