@@ -15,20 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import ImageFeatures, load_image
-    from granite4v.default_model import load
+    from granite4v.default_model import extract, load
     from granite4v.errors import (
         AnswerError,
         CheckpointError,
         ContextOverflowError,
         DeviceError,
+        DocumentError,
         Granite4vError,
         ImageError,
         ImageWarning,
         ModelFileError,
         OutputError,
         PromptError,
+        SchemaError,
     )
     from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
+    from granite4v.runtime.extraction import Record
 
     __version__: str
 
@@ -39,6 +42,7 @@ __all__ = [
     "CheckpointError",
     "ContextOverflowError",
     "DeviceError",
+    "DocumentError",
     "Granite4vError",
     "ImageError",
     "ImageFeatures",
@@ -47,9 +51,12 @@ __all__ = [
     "ModelFileError",
     "OutputError",
     "PromptError",
+    "Record",
     "Sampling",
+    "SchemaError",
     "Timings",
     "__version__",
+    "extract",
     "load",
     "load_image",
 ]
@@ -57,7 +64,8 @@ __all__ = [
 _ROOMS = {
     "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
     "clip_projector": ("ImageFeatures", "load_image"),
-    "default_model": ("load",),
+    "default_model": ("extract", "load"),
+    "runtime.extraction": ("Record",),
 }
 
 

@@ -13,13 +13,14 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite4v.converter import Progress
     from granite4v.runtime import Model
+    from granite4v.runtime.extraction import Extraction
 
     Meter = Callable[[Progress], None]
     Report = Callable[[str], None]
@@ -55,6 +56,38 @@ def load(
     report = logging.getLogger("granite4v").info
     found = embedded_model(report) if path is None or is_embedded(path) else path
     return Model.load(found, n_ctx=n_ctx, n_threads=n_threads, device=device, mmproj=mmproj, lora=lora, exact=exact)
+
+
+def extract(
+    inputs: Sequence[str | Path] | str | Path,
+    tasks: Sequence[str] | str = (),
+    *,
+    model: Model | str | Path | None = None,
+    **options: Any,
+) -> Extraction:
+    """`runtime.extraction.extract`, which see, and without a model, or with 'nano', the embedded one.
+
+    For instance:
+
+        import granite4v
+
+        schema = {"type": "object", "properties": {"total": {"type": ["string", "null"]}}, "required": ["total"]}
+        with granite4v.extract("scans/", ["tables_html", "kvp"], schema=schema, model="out/", out="read/") as records:
+            for record in records:
+                if record.error:
+                    print(record.source, record.page, record.error)
+                elif record.task == "kvp" and record.valid:
+                    print(record.source, record.page, record.value["total"])
+                for table in record.tables:
+                    print(table.texts())
+    """
+    import logging
+
+    from granite4v.runtime.extraction import extract as run_extract
+
+    if model is None or (isinstance(model, str | Path) and is_embedded(model)):
+        model = embedded_model(logging.getLogger("granite4v").info)
+    return run_extract(inputs, tasks, model=model, **options)
 
 
 def is_embedded(name: str | Path) -> bool:

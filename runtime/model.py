@@ -268,6 +268,12 @@ class Model:
         with self._lock:
             self.engine.clear()
 
+    def forget_pictures(self) -> None:
+        """Lets go of the embeddings of all pictures. What was decoded last is kept, and a request that begins alike
+        still goes on from there."""
+        with self._lock:
+            self.engine.features.clear()
+
     def prepare(
         self,
         prompt: PromptLike,

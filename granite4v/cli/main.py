@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
+from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.verify import verify
 from granite4v.errors import Granite4vError
@@ -64,7 +65,7 @@ def common(
     """Runs document-reading vision-language models on ordinary machines."""
 
 
-for command in (convert, ask, inspect, verify, bench):
+for command in (convert, ask, extract, inspect, verify, bench):
     app.command()(command)
 
 

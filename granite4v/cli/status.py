@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-_NAMES = {"load": "loading weights", "encode": "reading pictures", "prefill": "reading the prompt"}
+NAMES = {"load": "loading weights", "encode": "reading pictures", "prefill": "reading the prompt"}
 _INTERVAL_S = 0.1
 
 
@@ -21,7 +21,7 @@ class Status:
         self._last = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        name = _NAMES.get(what, what)
+        name = NAMES.get(what, what)
         if not self._terminal:
             if what != self._stage:
                 print(f"{name} ...", file=self._stream, flush=True)

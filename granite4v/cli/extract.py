@@ -1,0 +1,326 @@
+"""`granite4v extract`: documents in, tables, chart data and fields out; a batch that survives."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from granite4v.cli.options import (
+    ContextOption,
+    DeviceOption,
+    LoraOption,
+    MmprojOption,
+    ModelOption,
+    ThreadsOption,
+    model_path,
+)
+
+if TYPE_CHECKING:
+    from granite4v.runtime.extraction import Extraction, Record, State
+
+EXIT_FAILURE = 1
+
+
+def extract(
+    *,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Pictures, PDFs, folders or globs; '-' reads one file from stdin."),
+    ],
+    model: ModelOption = None,
+    mmproj: MmprojOption = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="chart2csv, chart2code, chart2summary, tables_html, tables_json, tables_otsl or kvp; may be repeated.",
+        ),
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema", metavar="FILE|CLASS", help="Fields that kvp wants: a JSON Schema, or package.module:Class."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="A free question about every page.")
+    ] = None,
+    pages: Annotated[
+        str | None, typer.Option("--pages", metavar="1-3,7", help="Pages of each document.", show_default="all")
+    ] = None,
+    password: Annotated[str | None, typer.Option("--password", help="Opens encrypted PDFs.")] = None,
+    crop: Annotated[
+        str | None, typer.Option("--crop", metavar="X,Y,W,H", help="Only this region of each page.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where results and files go.")] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="Of tables and chart data: csv, html, json, otsl, md; and docling. May be repeated.",
+            show_default="the task's own",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each record as a line of JSON.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
+    free: Annotated[bool, typer.Option("--free", help="Do not hold answers to the form of their task.")] = False,
+    fast_forward: Annotated[
+        bool,
+        typer.Option("--fast-forward/--no-fast-forward", help="Do not sample where the form leaves one choice."),
+    ] = True,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most tokens an answer may have.", show_default="4096, or as many as fit"),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write DIR/report.html: each page beside its values.")
+    ] = False,
+    ctx: ContextOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    lora: LoraOption = None,
+) -> None:
+    """Read tables, chart data and fields from documents.
+
+    With --out, every finished record is kept in DIR/results.jsonl, whatever happens, and --resume goes on from there.
+    A page that fails is a record with its error; the status is then 1.
+    """
+    from granite4v.runtime.extraction import ArgumentError
+    from granite4v.runtime.extraction import extract as run_extract
+    from granite4v.runtime.pages import SelectionError
+
+    _check_usage(inputs, task, prompt, schema, formats, out=out, resume=resume, report=report)
+    meter = Meter()
+    try:
+        run = run_extract(
+            inputs,
+            task or (),
+            model=model_path(model),
+            schema=schema,
+            prompt=prompt,
+            out=out,
+            formats=formats or (),
+            pages=pages,
+            password=password,
+            crop=crop,
+            resume=resume,
+            free=free,
+            fast_forward=fast_forward,
+            max_tokens=max_tokens,
+            report=report,
+            n_ctx=ctx,
+            n_threads=threads,
+            device=device,
+            mmproj=mmproj,
+            lora=lora,
+            watch=meter.watch,
+            say=meter.say,
+        )
+    except (ArgumentError, SelectionError) as error:
+        raise typer.BadParameter(str(error)) from None
+    with run:
+        for warning in run.model.warnings:
+            meter.say(f"warning: {warning}")
+        run.model.progress = meter.stage
+        printer = _Printer(as_json=as_json, keep=out is not None, form=formats[0] if formats else None)
+        try:
+            for record in run:
+                meter.clear()
+                meter.failure(record)
+                printer.print(record)
+            printer.finish()
+        except KeyboardInterrupt:
+            meter.say(_interrupted(run, out))
+            raise
+        finally:
+            meter.clear()
+            run.model.progress = None
+    if out is not None and not as_json:
+        _list_files(run.state, out)
+    print(summary(run.state, time.monotonic() - run.state.began), file=sys.stderr)
+    if run.state.tally.n_failed or run.state.tally.n_invalid:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _check_usage(
+    inputs: list[str],
+    task: list[str] | None,
+    prompt: str | None,
+    schema: str | None,
+    formats: list[str] | None,
+    *,
+    out: Path | None,
+    resume: bool,
+    report: bool,
+) -> None:
+    """What is wrong whatever the model is said before the embedded one is converted."""
+    from granite4v.runtime.extraction.questions import ArgumentError, check_tasks
+    from granite4v.runtime.extraction.run import check_arguments
+
+    try:
+        check_tasks(task or (), prompt, has_schema=schema is not None)
+        check_arguments(inputs, formats or (), out=out, resume=resume, report=report, max_tokens=None)
+    except ArgumentError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _interrupted(run: Extraction, out: Path | None) -> str:
+    n = run.state.tally.n_records
+    return f"{n} finished records are kept in '{out}'; go on with --resume" if out else "nothing is kept without --out"
+
+
+def _list_files(state: State, out: Path) -> None:
+    from granite4v.runtime.extraction.folder import RESULTS
+
+    print(out / RESULTS)
+    for path in state.paths:
+        print(path)
+    if state.n_paths > len(state.paths):
+        print(f"and {state.n_paths - len(state.paths)} more in {out}")
+
+
+class _Printer:
+    """What was read, on stdout: as it is when there is one record, under headings when there are more."""
+
+    def __init__(self, *, as_json: bool, keep: bool, form: str | None) -> None:
+        """`keep`: results go to files. `form`: of tables, None for the task's own."""
+        self._as_json, self._keep, self._form = as_json, keep, form
+        self._first: str | None = None
+        self._many = False
+
+    def print(self, record: Record) -> None:
+        import json
+
+        if self._as_json:
+            print(json.dumps(record.as_dict(), ensure_ascii=False), flush=True)
+        elif not self._keep and record.value is not None:
+            self._print_text(record)
+
+    def finish(self) -> None:
+        if self._first is not None:
+            print(self._first.partition("\n")[2])
+
+    def _print_text(self, record: Record) -> None:
+        text = f"== {record.source}, page {record.page}, {record.task}\n{_text(record, self._form)}"
+        if self._first is None and not self._many:
+            self._first = text
+            return
+        for waiting in filter(None, [self._first, text]):
+            print(waiting, flush=True)
+        self._first, self._many = None, True
+
+
+def _text(record: Record, form: str | None) -> str:
+    from granite4v.runtime.extraction.documents import TABLE_FORMATS, as_text
+
+    return as_text(record, form if form in TABLE_FORMATS and record.tables else None)
+
+
+def summary(state: State, seconds: float) -> str:
+    """One line: how much was read, how it fared, how long it took."""
+    tally = state.tally
+    n_pages = state.n_pages_read + state.n_pages_known
+    parts = [f"{n_pages} page{'s' * (n_pages != 1)} of {state.n_documents} document{'s' * (state.n_documents != 1)}"]
+    parts.append(f"{tally.n_records} record{'s' * (tally.n_records != 1)}")
+    for n, what in (
+        (state.n_resumed, "from an earlier run"),
+        (tally.n_failed, "failed"),
+        (tally.n_invalid, "not valid"),
+        (tally.n_salvaged, "cut and kept to the last whole row or field"),
+        (tally.n_copied, "copied from a page with the same pixels"),
+    ):
+        if n:
+            parts.append(f"{n} {what}")
+    speed = f", {state.tokens_per_s:.1f} a second" if state.tokens_per_s else ""
+    return f"{', '.join(parts)}; {state.n_tokens:,} tokens{speed}, {duration(seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """As people say it: '42 s', '5 min', '2 h 10 min'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Meter:
+    """Progress on stderr: a line that renews itself on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval_s = 0.1 if self._terminal else 10.0
+        self._last = -self._interval_s
+        self._width = 0
+        self._line = ""
+        self._failure: tuple[str, int | None, str | None] | None = None
+
+    def watch(self, state: State) -> None:
+        self._line = line(state, time.monotonic())
+        self._show(self._line)
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """A `Model.progress` callback."""
+        from granite4v.cli.status import NAMES
+
+        share = f" {done}/{total}" if total > 1 else ""
+        self._show(f"{self._line}: {NAMES.get(what, what)}{share}" if self._line else NAMES.get(what, what))
+
+    def failure(self, record: Record) -> None:
+        """A line for a record without a valid answer; one for a page that could not be opened, whatever the tasks."""
+        if not record.failed:
+            return
+        where = record.source if record.page is None else f"{record.source}, page {record.page}"
+        if record.error is None:
+            self.say(f"{where}, {record.task}: not valid: {record.validity_error}")
+        elif self._failure != (failure := (record.source, record.page, record.error)):
+            self._failure = failure
+            self.say(f"{where}: {record.error}")
+
+    def say(self, text: str) -> None:
+        self.clear()
+        print(text, file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        if self._width:
+            print("\r" + " " * self._width + "\r", end="", file=self._stream, flush=True)
+            self._width = 0
+
+    def _show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return
+        self._last = now
+        if not self._terminal:
+            print(text, file=self._stream, flush=True)
+            return
+        import shutil
+
+        text = text[: shutil.get_terminal_size().columns - 1]
+        print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
+        self._width = len(text)
+
+
+def line(state: State, now: float) -> str:
+    """Where a run is: document, page, task, tokens a second, time left."""
+    parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {Path(state.source).name}"]
+    if state.page is not None:
+        parts.append(f"page {_of(state.page, state.n_pages)}")
+    if state.task:
+        parts.append(state.task + (f" {state.n_answer_tokens} tokens" if state.n_answer_tokens else ""))
+    if state.tokens_per_s:
+        parts.append(f"{state.tokens_per_s:.1f} tokens/s")
+    left_s = state.left_s(now)
+    if left_s is not None:
+        parts.append(f"{duration(left_s)} left")
+    return ", ".join(parts)
+
+
+def _of(n: int, total: int | None) -> str:
+    return str(n) if total is None else f"{n} of {total}"

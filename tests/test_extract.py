@@ -1,0 +1,362 @@
+"""A batch with a model of a few lines: order, failures, repeated pages, going on after any end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from granite4v.errors import (
+    ConstraintError,
+    ContextOverflowError,
+    DocumentError,
+    ModelFileError,
+    OutputError,
+    PromptError,
+)
+from granite4v.runtime import Answer
+from granite4v.runtime.extraction import ArgumentError, Extraction, Record, extract
+from granite4v.runtime.extraction.questions import KVP_PROMPT, check_tasks
+from granite4v.runtime.extraction.reader import understand
+from granite4v.runtime.extraction.schema import load_schema
+from granite4v.runtime.pages import SelectionError
+
+SCHEMA = {"type": "object", "properties": {"shade": {"type": "integer"}}, "required": ["shade"]}
+
+
+class FakeModel:
+    """Says how bright a page is, in the form that the task wants."""
+
+    def __init__(self, path: Path, known: tuple[str, ...] = ("tables_html", "chart2csv")) -> None:
+        path.write_bytes(b"weights")
+        self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
+        self.n_ctx, self.warnings, self.progress = 5000, [], None
+        self.known, self.closed, self.n_forgotten = known, False, 0
+        self.asked: list[tuple[str, int, int]] = []
+        self.fail: Callable[[str, int], None] = lambda prompt, shade: None
+        self.held: list[Any] = []
+
+    def prepare(self, prompt: str, images: Any) -> Any:
+        expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
+        return SimpleNamespace(text=f"system {expanded}", n_tokens=1000)
+
+    def stream(self, prompt: str, images: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
+        shade = images[0].getpixel((0, 0))[0]
+        self.asked.append((prompt, shade, max_tokens))
+        self.held.append(held)
+        self.fail(prompt, shade)
+        texts = {
+            "<tables_html>": f"<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
+            "<chart2csv>": f"x,shade\na,{shade}\n",
+        }
+        text = texts.get(prompt, f'{{"shade": {shade}}}' if "schema" in prompt else f"It is {shade}.")
+        return FakeStream(text)
+
+    def forget_pictures(self) -> None:
+        self.n_forgotten += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeStream:
+    def __init__(self, text: str) -> None:
+        self.answer = Answer(finish_reason="stop")
+        self._text = text
+
+    def __iter__(self) -> Iterator[str]:
+        for token, letter in enumerate(self._text):
+            self.answer.text += letter
+            self.answer.tokens.append(token)
+            self.answer.timings.n_generated += 1
+            yield letter
+        self.answer.timings.decode_s = 0.5
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
+    return FakeModel(tmp_path / "text.gguf")
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Six pages in four documents; two have the same pixels, one document is broken."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    pages = [Image.new("RGB", (20, 30), (shade,) * 3) for shade in (10, 20, 30, 20)]
+    pages[0].save(folder / "a.pdf", save_all=True, append_images=pages[1:3], resolution=72)
+    (folder / "b.pdf").write_bytes(b"%PDF-1.7 nothing more")
+    pages[3].save(folder / "c.png")
+    Image.new("RGB", (20, 30), (20,) * 3).save(folder / "d.bmp")
+    return folder
+
+
+def run(model: Any, inputs: Any, tasks: Any = ("tables_html", "kvp"), **options: Any) -> Extraction:
+    options = {"schema": SCHEMA if "kvp" in tasks else None, "free": True, **options}
+    return extract(inputs, tasks, model=model, **options)
+
+
+def without_timings(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "timings"} for line in lines]
+
+
+def test_every_page_and_task_in_order_each_on_the_disk_first(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found: list[Record] = []
+    for record in run(model, scans, out=out):
+        found.append(record)
+        assert len((out / "results.jsonl").read_bytes().splitlines()) == len(found)
+    keys = [(Path(record.source).name, record.page, record.task) for record in found]
+    pages = [("a.pdf", 1), ("a.pdf", 2), ("a.pdf", 3), ("b.pdf", None), ("c.png", 1), ("d.bmp", 1)]
+    assert keys == [(*page, task) for page in pages for task in ("tables_html", "kvp")]
+    assert [
+        Record.from_dict(line) for line in map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    ] == found
+    first = found[1]
+    assert first.value == {"shade": 10} and first.valid and first.finish_reason == "stop" and first.n_pages == 3
+    assert first.timings["n_generated"] == len('{"shade": 10}') and first.timings["seconds"] >= 0
+    assert len(first.model["text"]) == 64 and first.schema_sha256 and first.prompt_sha256 and first.digest
+    assert found[0].tables[0].texts() == [["shade"], ["10"]]
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert names == [
+        "a.kvp.json", "a.tables_html.html", "c.kvp.json", "c.tables_html.html", "d.kvp.json", "d.tables_html.html",
+        "results.jsonl", "run.json",
+    ]  # fmt: skip
+    assert json.loads((out / "a.kvp.json").read_text())[2] == {"page": 3, "fields": {"shade": 30}}
+    assert not model.closed  # it was given open
+    assert model.n_forgotten == 4  # pages that were read: pictures do not add up in memory
+
+
+def test_pages_with_the_same_pixels_are_read_once(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    for out in (None, tmp_path / "out"):
+        model.asked.clear()
+        *_, record = run(model, scans, ("chart2csv",), out=out)
+        assert Path(record.source).name == "d.bmp" and record.valid and record.tables[0].texts()[1] == ["a", "20"]
+        assert record.copy_of is not None and Path(record.copy_of["source"]).name == "c.png"
+        assert not any(record.timings.values())
+        assert len(model.asked) == 4 and model.asked[-1][1] == 20
+
+
+def test_a_failure_is_a_record_and_the_rest_goes_on(model: FakeModel, scans: Path) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if shade == 20 and prompt == "<tables_html>":
+            raise ContextOverflowError("too long")
+
+    model.fail = fail
+    with run(model, [scans / "b.pdf", scans / "c.png", scans / "gone.png"]) as records:
+        found = list(records)
+        tally = records.state.tally
+    assert [record.error for record in found][2:4] == ["too long", None]
+    assert "b.pdf" in str(found[0].error) and "gone.png" in str(found[-1].error)
+    assert (tally.n_records, tally.n_failed, tally.n_invalid) == (6, 5, 0)
+    assert all(record.value is None and record.text == "" and record.failed for record in found if record.error)
+
+
+@pytest.mark.parametrize("error", [ModelFileError("damaged"), KeyboardInterrupt()])
+def test_what_would_fail_every_page_ends_the_run(
+    model: FakeModel, scans: Path, tmp_path: Path, error: BaseException
+) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if len(model.asked) == 4:
+            raise error
+
+    model.fail = fail
+    with pytest.raises(type(error)):
+        list(run(model, scans, out=tmp_path / "out"))
+    model.fail = lambda prompt, shade: None
+    rest = list(run(model, scans, out=tmp_path / "out", resume=True))
+    assert len(rest) == 12 - 3
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 7, 8, 11, 12])
+def test_wherever_it_ended_it_goes_on_to_the_same_end(model: FakeModel, scans: Path, tmp_path: Path, n: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options: dict[str, Any] = {"report": True, "formats": ["csv", "docling"]}
+    n_asked = len(list(run(model, scans, out=whole, **options))) and len(model.asked)
+    model.asked.clear()
+    first = run(model, scans, out=broken, **options)
+    for _ in range(n):
+        next(first)
+    first.close()
+    second = run(model, scans, out=broken, resume=True, **options)
+    assert len(list(second)) == 12 - n and second.state.n_resumed == n
+    assert without_timings(broken / "results.jsonl") == without_timings(whole / "results.jsonl")
+    assert len(model.asked) == n_asked  # nothing was asked twice
+    files = [{path.name for path in out.iterdir()} for out in (whole, broken)]
+    assert files[0] == files[1] and "a.docling.json" in files[0] and "a.tables_html.page3.csv" in files[0]
+    for name in files[0] - {"results.jsonl", "report.html", ".granite4v-pages"}:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+def test_a_run_that_is_not_used_up_gives_its_directory_back(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    with run(model, scans, out=tmp_path / "out") as records:
+        next(records)
+        with pytest.raises(OutputError, match="another process is writing"):
+            run(model, scans, out=tmp_path / "out", resume=True)
+    assert len(list(run(model, scans, out=tmp_path / "out", resume=True))) == 11
+    assert list(records) == []
+
+
+def test_a_page_that_changed_in_between_is_not_mixed_in(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    with run(model, scans, out=tmp_path / "out") as records:
+        list(records)
+    Image.new("RGB", (20, 30), "white").save(scans / "c.png")
+    with pytest.raises(OutputError, match=r"page 1 of '.*c.png' is not the one that was read earlier"):
+        list(run(model, scans, out=tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["tables_html"]}, "the tasks differ"),
+        ({"schema": {"type": "array"}}, "the schema differ"),
+        ({"max_tokens": 7}, "max_tokens none then and 7 now"),
+        ({"crop": (0, 0, 5, 5)}, "the region differ .none then, 0,0,5,5 now"),
+        ({"pages": "1"}, "the pages differ .none then, 1 now"),
+        ({"prompt": "How bright?"}, "the tasks differ"),
+        ({"password": "x", "formats": ["csv"]}, ""),
+    ],
+)
+def test_a_changed_job_is_refused(
+    model: FakeModel, scans: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    list(run(model, scans, out=tmp_path / "out"))
+    if not message:
+        assert list(run(model, scans, out=tmp_path / "out", resume=True, **options)) == []
+        return
+    with pytest.raises(OutputError, match=message):
+        run(model, scans, out=tmp_path / "out", resume=True, **options)
+
+
+def test_another_model_is_refused(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    list(run(model, scans, out=tmp_path / "out"))
+    model.files.text.path.write_bytes(b"other weights")
+    with pytest.raises(OutputError, match=r"the model's files differ \(text"):
+        run(model, scans, out=tmp_path / "out", resume=True)
+
+
+def test_the_same_page_given_twice_is_one(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    assert len(list(run(model, [scans / "c.png", scans, scans / "c.png"], out=tmp_path / "out"))) == 12
+    assert not (tmp_path / "out" / "c-2.kvp.json").exists()
+
+
+def test_answers_have_the_room_that_is_left(model: FakeModel, scans: Path) -> None:
+    list(run(model, scans / "c.png", ["chart2csv"], max_tokens=9))
+    list(run(model, scans / "c.png", ["chart2csv"]))
+    model.n_ctx = 1500
+    list(run(model, scans / "c.png", ["chart2csv"]))
+    model.n_ctx = 1_000_000
+    list(run(model, scans / "c.png", ["chart2csv"]))
+    assert [n for _, _, n in model.asked] == [9, 4000, 500, 4096]
+
+
+def test_what_is_asked(model: FakeModel, scans: Path) -> None:
+    list(run(model, scans / "c.png", ["<chart2csv>", "kvp", "chart2csv"], prompt="How bright?"))
+    prompts = [prompt for prompt, _, _ in model.asked]
+    assert prompts == ["<chart2csv>", KVP_PROMPT.format(schema=json.dumps(SCHEMA, indent=2)), "How bright?"]
+    with pytest.raises(PromptError, match="does not know the task 'tables_otsl'; it knows chart2csv, tables_html, kvp"):
+        run(model, scans, ["chart2csv", "tables_otsl"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "prompt", "has_schema", "message"),
+    [
+        (["ocr"], None, False, "there is no task 'ocr'; known are chart2csv"),
+        ([], None, False, "no task; give one or more of"),
+        (["kvp"], None, False, "needs a schema"),
+        (["tables_html"], None, True, "a schema belongs to the task 'kvp'"),
+        (["prompt"], None, False, "needs a question"),
+        ([], " ", False, "is empty"),
+        ([], "<tables_html> of page 2", False, "has the task tag '<tables_html>'"),
+    ],
+)
+def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_schema: bool, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        check_tasks(tasks, prompt, has_schema=has_schema)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"resume": True}, ArgumentError, "'resume' needs a directory"),
+        ({"report": True}, ArgumentError, "'report' needs a directory"),
+        ({"formats": ["xlsx"]}, ArgumentError, "there is no format 'xlsx'; known are csv"),
+        ({"max_tokens": 0}, ArgumentError, "max_tokens is 0"),
+        ({"pages": "x"}, SelectionError, "the pages 'x'"),
+        ({"crop": "1,2"}, SelectionError, "the crop '1,2'"),
+        ({"inputs": []}, ArgumentError, "no input"),
+        ({"inputs": "gone.pdf"}, DocumentError, "there is no file or directory 'gone.pdf'"),
+        ({"schema": {"a": 1}}, ArgumentError, "does not say which fields|a schema belongs"),
+    ],
+)
+def test_requests_that_cannot_be(
+    model: FakeModel, scans: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(model, **{"inputs": scans, "tasks": ["chart2csv"], **options})
+
+
+def test_a_request_that_is_refused_leaves_no_directory(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromptError):
+        run(model, scans, ["tables_otsl"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "reason", "expected"),
+    [
+        ("chart2csv", "a,b\n1,2\n", "stop", ([["a", "b"], ["1", "2"]], True, False)),
+        ("chart2csv", "a,b\n1,2\n3,45", "length", ([["a", "b"], ["1", "2"]], True, True)),
+        ("chart2csv", "a,b\n1,2\n3", "stop", ([["a", "b"], ["1", "2"]], True, True)),
+        ("chart2csv", "a,", "length", (None, False, False)),
+        ("kvp", '{"shade": 5}', "stop", ({"shade": 5}, True, False)),
+        ("kvp", '{"shade": 5}', "length", ({"shade": 5}, True, False)),
+        ("kvp", '{"shade": 5, "mo', "repetition", ({"shade": 5}, True, True)),
+        ("kvp", '{"shade": "dark"}', "stop", ({"shade": "dark"}, False, False)),
+        ("kvp", '{"mood": "dark", "sh', "length", ({"mood": "dark"}, False, True)),
+        ("kvp", "no", "stop", (None, False, False)),
+        ("prompt", " Yes. ", "stop", ("Yes.", True, False)),
+        ("prompt", " Yes", "length", ("Yes", True, True)),
+        ("prompt", "", "stop", (None, False, False)),
+    ],
+)
+def test_answers_are_understood_as_far_as_they_go(
+    task: str, text: str, reason: str, expected: tuple[Any, bool, bool]
+) -> None:
+    reading = understand(task, text, reason, load_schema(SCHEMA) if task == "kvp" else None)
+    value = reading.value.texts() if hasattr(reading.value, "texts") else reading.value
+    assert (value, reading.valid, reading.salvaged) == expected
+    assert (reading.validity_error is None) == (reading.valid and not reading.salvaged)
+
+
+def test_records_tell_what_they_are_about() -> None:
+    record = Record("a", 1, 1, "kvp", value={"a": 1}, valid=True)
+    assert not record.failed and replace(record, valid=False).failed and record.tables == []
+    assert record.key == ("a", 1, "kvp")
+
+
+def test_answers_are_held_to_their_form_unless_free(model: FakeModel, scans: Path) -> None:
+    for options in ({}, {"fast_forward": False}, {"free": True}):
+        list(run(model, scans / "c.png", ["tables_html", "kvp"], **{"free": False, **options}, prompt="How bright?"))
+    constraints = [held["constraint"] for held in model.held]
+    assert [constraint and constraint.task for constraint in constraints] == ["tables_html", "kvp", None] * 2 + [
+        None
+    ] * 3
+    assert [held["fast_forward"] for held in model.held] == [True] * 3 + [False] * 3 + [True] * 3
+
+
+def test_a_schema_that_answers_cannot_be_held_to_is_refused_before_the_first_page(
+    model: FakeModel, scans: Path, tmp_path: Path
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}, "required": ["a"]}
+    with pytest.raises(ConstraintError):
+        run(model, scans, ["kvp"], schema=schema, free=False, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and model.asked == []
