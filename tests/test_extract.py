@@ -288,6 +288,7 @@ def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_sc
     [
         ({"resume": True}, ArgumentError, "'resume' needs a directory"),
         ({"report": True}, ArgumentError, "'report' needs a directory"),
+        ({"formats": ["docling"]}, ArgumentError, "the format 'docling' needs a directory"),
         ({"formats": ["xlsx"]}, ArgumentError, "there is no format 'xlsx'; known are csv"),
         ({"max_tokens": 0}, ArgumentError, "max_tokens is 0"),
         ({"pages": "x"}, SelectionError, "the pages 'x'"),

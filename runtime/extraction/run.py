@@ -339,7 +339,7 @@ def check_arguments(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ArgumentError(f"there is no format '{unknown[0]}'; known are {', '.join(FORMATS)}.")
-    for given, what in ((resume, "'resume'"), (report, "'report'")):
+    for given, what in ((resume, "'resume'"), (report, "'report'"), (DOCLING in formats, "the format 'docling'")):
         if given and out is None:
             raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
     if max_tokens is not None and max_tokens < 1:
