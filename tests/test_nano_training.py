@@ -13,7 +13,19 @@ from documents import draw_document
 from language import build_tokenizer
 from model import NANO, Kernels, decode, initial, logits, merged, project, tower
 from reference import relative_l2
-from samples import IGNORE, Batch, Prompter, batches, collate, document_sample, glyph_labels, text_sample
+from samples import (
+    IGNORE,
+    Batch,
+    Prompter,
+    Sample,
+    batches,
+    collate,
+    document_sample,
+    glyph_labels,
+    letters_sample,
+    lines_sample,
+    text_sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +114,58 @@ def test_every_glyph_is_in_one_patch(prompter: Prompter) -> None:
         missing = len(drawn) - len(codes)
         assert 0 <= missing <= 0.05 * len(drawn), "more than a twentieth share a patch with two others"
         assert not set(codes) - set(drawn)
+
+
+def shown_in(sample: Sample, position: int) -> str:
+    """The glyphs of the four patches that an image token stands for, as the labels of the tiles have them."""
+    assert sample.image_rows is not None and sample.glyphs is not None
+    tile, token = divmod(int(sample.image_rows[position - sample.image_at]), 64)
+    row, column = divmod(token, 8)
+    patches = sample.glyphs[tile].reshape(16, 16, 2)[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+    return "".join(chr(code + 32) for code in patches.ravel().tolist() if 0 < code < 255)
+
+
+def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
+    rng = random.Random(2)
+    samples = [lines_sample(rng, prompter, NANO, 1.0) for _ in range(20)]
+    for kind in ("table", "chart", "form"):
+        samples += [document_sample(draw_document(seed, kind), rng, prompter, NANO) for seed in range(10)]
+    right = [
+        prompter.tokenizer.decode([sample.tokens[answer]]) in shown_in(sample, image)
+        for sample in samples
+        for answer, image in sample.looks
+    ]
+    assert len(right) > 1500
+    assert np.mean(right) > 0.97, "a patch has room for two glyphs; nothing else may be missing"
+
+
+def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
+    text, vision, _ = initial(NANO, prompter.n_vocab, seed=4)
+    batch = collate([lines_sample(random.Random(3), prompter, NANO, 0.5)], prompter, NANO)
+    assert batch.tiles is not None
+    kernels = Kernels(fuse=False)
+    streams = project(vision, tower(vision, batch.tiles, NANO, kernels), NANO, kernels)
+    newline = vision["model.image_newline"].view(1, -1)
+    packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
+    row, position, _ = batch.looks[0].tolist()
+    everywhere = torch.tensor([[row, position, target] for target in range(position + 1)])
+    looked: list[torch.Tensor] = []
+    decode(text, batch.tokens, (batch.positions, packed), NANO, kernels, everywhere, looked)
+    assert len(looked) == 2
+    for surprise in looked:
+        assert torch.allclose(torch.exp(-surprise).sum(0), torch.ones(2), atol=1e-5)
+
+
+def test_letters_fill_their_tiles(prompter: Prompter) -> None:
+    letters = letters_sample(random.Random(1), NANO)
+    assert letters.glyphs is not None and letters.tiles is not None
+    assert letters.tiles.shape == (6, 128, 128, 3) and letters.glyphs.shape == (6, 256, 2)
+    assert (letters.glyphs > 0).sum() > 200
+    alone = collate([document_sample(draw_document(1), random.Random(0), prompter, NANO)], prompter, NANO)
+    both = collate([letters, document_sample(draw_document(1), random.Random(0), prompter, NANO)], prompter, NANO)
+    assert alone.tiles is not None and both.tiles is not None
+    assert len(both.tiles) == len(alone.tiles) + 6
+    assert torch.equal(both.tokens, alone.tokens) and torch.equal(both.tiles[:-6], alone.tiles)
 
 
 def test_batches_keep_to_the_budget(prompter: Prompter) -> None:

@@ -50,6 +50,7 @@ NANO = CheckpointSpec(
     spatial_target_layers=(2, 3, 4, 5),
     dtype="float16",
 )
+LOOKING = {4: 2, 5: 2}  # decoder layer: how many of its heads are taught where on the page to look
 NANO_ADAPTER = AdapterSpec(rank=48, alpha=96.0, dtype="float16")
 
 
@@ -413,11 +414,14 @@ def decode(
     images: tuple[torch.Tensor, list[torch.Tensor]] | None,
     spec: CheckpointSpec,
     kernels: Kernels,
+    looks: torch.Tensor | None = None,
+    looked: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
-    in the order of `projectors(spec)`.
+    in the order of `projectors(spec)`. `looks` (m, 3) says of some positions (row, position, position looked at) where
+    the heads of LOOKING should look; how surprised they are, in nats (m, heads), is appended to `looked`.
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -445,6 +449,8 @@ def decode(
             t.unsqueeze(3).expand(n, length, kv_heads, heads // kv_heads, size).flatten(2, 3).transpose(1, 2)
             for t in (k, v)
         )
+        if looks is not None and looked is not None and i in LOOKING:
+            looked.append(_surprise(q.transpose(1, 2), k, looks, LOOKING[i], spec.attention_multiplier))
         y = kernels.attention(q.transpose(1, 2), k, v, True, spec.attention_multiplier)
         y = linear(y.transpose(1, 2).reshape(n, length, width), weights[at + "self_attn.o_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)
@@ -453,6 +459,17 @@ def decode(
         y = linear(kernels.silu_mul(gate, up), weights[at + "mlp.down_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)
     return kernels.rms_norm(x, weights[TEXT + "norm.weight"], spec.rms_norm_eps)
+
+
+def _surprise(q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    """-log of the attention that the first `heads` heads give to each position looked at, (m, heads)."""
+    import torch
+
+    row, position, target = looks.unbind(1)
+    scores = (q[:, :heads] @ k[:, :heads].transpose(-1, -2)).float()[row, :, position] * scale
+    later = torch.arange(scores.shape[-1]) > position[:, None]
+    shares = torch.log_softmax(scores.masked_fill(later[:, None], -torch.inf), dim=-1)
+    return -shares.gather(2, target.view(-1, 1, 1).expand(-1, heads, 1))[..., 0]
 
 
 def logits(weights: Tensors, hidden: torch.Tensor, spec: CheckpointSpec) -> torch.Tensor:

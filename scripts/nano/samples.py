@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ class Sample:
     image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
     image_at: int
     glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_SLOTS), 255 where nothing can be said
+    looks: list[tuple[int, int]]  # (position of an answer's token, position of the image token that shows it)
     kind: str
 
 
@@ -43,6 +45,7 @@ class Batch:
     rows: torch.Tensor | None
     positions: torch.Tensor | None
     glyphs: torch.Tensor | None
+    looks: torch.Tensor  # (n, 3): row, position before an answer's token, position of the image token that shows it
     kinds: list[str]
 
 
@@ -88,7 +91,7 @@ def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
         tokens = prompter.prompt(question, image=False)
         start = len(tokens)
         tokens = tokens + prompter.encode(answer)
-    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, "text")
+    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, [], "text")
 
 
 def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
@@ -111,18 +114,108 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
 def document_sample(document: Document, rng: random.Random, prompter: Prompter, spec: CheckpointSpec) -> Sample:
     """A picture, what is asked about it and the true answer."""
+    task, question, answer = ask(document, rng)
+    return _with_picture(document, task, question, answer, prompter, spec)
+
+
+def _with_picture(
+    document: Document, task: str, question: str, answer: str, prompter: Prompter, spec: CheckpointSpec
+) -> Sample:
     from model import tiling, token_index
 
     from granite4v.clip_projector.tiles import cut
 
-    task, question, answer = ask(document, rng)
     rows = token_index(document.picture.size, 0, spec)
     prompt = prompter.prompt(question, image=True)
     at = prompt.index(prompter.image_id)
     prompt[at : at + 1] = [prompter.image_id] * len(rows)
-    tokens = [*prompt, *prompter.encode(answer), prompter.end_id]
+    encoded = prompter.tokenizer.encode(answer, add_special_tokens=False)
+    tokens = [*prompt, *encoded.ids, prompter.end_id]
     tiles = cut(document.picture, tiling(spec))
-    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), task)
+    shown = image_token_of_glyphs(document, spec)
+    token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
+    looks = [
+        (len(prompt) + token_of_char[char], at + int(shown[glyph]))
+        for char, glyph in glyphs_of_answer(document, answer)
+        if char in token_of_char and shown[glyph] >= 0
+    ]
+    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, task)
+
+
+def glyphs_of_answer(document: Document, answer: str) -> list[tuple[int, int]]:
+    """(character of the answer, glyph of the page) wherever a word of the answer stands on the page.
+
+    A word that stands there more than once is taken to be the next one after the last that was found.
+    """
+    page = "".join(map(chr, document.glyphs.code.tolist()))
+    found, after = [], 0
+    for word in re.finditer(r"[^\s<>\"|,]+", answer):
+        text = word.group()
+        at = page.find(text, after)
+        at = at if at >= 0 else page.find(text)
+        if (len(text) > 1 and at >= 0) or at == after:
+            found += [(word.start() + i, at + i) for i in range(len(text))]
+            after = at + len(text)
+    return found
+
+
+def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> np.ndarray:
+    """For each glyph the image token, counted from the picture's first, whose square of the grid holds its centre.
+
+    -1 where that square was taken off with the padding.
+    """
+    import numpy as np
+    from model import tiling, tokens_side
+
+    from granite4v.clip_projector.tiles import best_resolution, fit_size, layout
+
+    width, height = document.picture.size
+    resolution = best_resolution((width, height), tiling(spec).image_grid_pinpoints)
+    fitted = fit_size((width, height), resolution)
+    where = layout((width, height), tiling(spec), tokens_side(spec))
+    token_px = spec.tile_px // tokens_side(spec)
+    x = document.glyphs.x * (fitted[0] / width) + (resolution[1] - fitted[0]) // 2
+    y = document.glyphs.y * (fitted[1] / height) + (resolution[0] - fitted[1]) // 2
+    column, row = (x // token_px).astype(int), (y // token_px).astype(int)
+    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right)
+    at = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
+    return np.where(inside, at, -1)
+
+
+def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, level: float) -> Sample:
+    """A strip of paper full of lines, to be copied: the first thing to read. `level` 0..1: how many lines, how wide."""
+    import drawing
+    import formats
+    import values
+    from documents import Document
+    from truth import Form
+
+    finer = rng.choice((1, 2))
+    size = rng.uniform(11.0, 12.0 + 3 * level)
+    face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
+    width = spec.tile_px * (1 if rng.random() < 1 - 0.5 * level else 2)
+    lines: list[str] = []
+    for _ in range(rng.randint(1, 2 + round(4 * level))):
+        line = ""
+        while True:
+            longer = f"{line} {values.cell_text(rng, values.column_kind(rng))}".strip()
+            if line and (face.width(longer) / finer > width - 8 or rng.random() < 0.15):
+                break
+            line = longer
+        while face.width(line) / finer > width - 8:
+            line = line[:-1].rstrip()
+        lines.append(line)
+    pitch = size * rng.uniform(1.15, 1.6)
+    height = max(24, round(len(lines) * pitch + rng.uniform(4, 14)))
+    sheet = drawing.Sheet()
+    top, indent = rng.uniform(0, max(0.0, height - len(lines) * pitch)), rng.uniform(2, 6)
+    for i, line in enumerate(lines):
+        sheet.text(indent * finer, (top + (i + 0.5) * pitch) * finer, line, face, (0, 0, 0))
+    picture, glyphs = sheet.render(width * finer, height * finer, 0, 0, (255, 255, 255))
+    if finer > 1:
+        picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
+    document = Document("lines", picture, Form("", ()), glyphs, "", 0)
+    return _with_picture(document, "lines", formats.COPY_TEXT, "\n".join(lines), prompter, spec)
 
 
 def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
@@ -159,13 +252,13 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
     if rng.random() < 0.5:
         picture, glyphs = drawing.photographed(rng, picture, glyphs, paper, 4.0, 1.0)
     document = Document("letters", picture, Form("", ()), glyphs, "", 0)
-    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], LETTERS)
+    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], [], LETTERS)
 
 
 def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     """Which glyphs have their centre in each patch, uint8 (n_tiles, patches, N_SLOTS), left to right; 0 for none.
 
-    The overview is left out (255) unless it shows the picture at 70% of its size or more.
+    The overview is left out (255) unless it shows the picture at 70% to 150% of its size both ways.
     """
     import numpy as np
     from model import grid_side, tiling
@@ -200,7 +293,7 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
         ((grid_width - fitted[0]) // 2, (grid_height - fitted[1]) // 2),
         columns,
     )
-    if min(px / width, px / height) >= 0.7:
+    if all(0.7 <= px / side <= 1.5 for side in (width, height)):
         place(0, (px / width, px / height), (0, 0), 1)
     else:
         out[0] = 255
@@ -218,6 +311,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     length = max(len(sample.tokens) for sample in samples)
     tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
     labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
+    looks = [(i, answer - 1, image) for i, sample in enumerate(samples) for answer, image in sample.looks]
     rows: list[Any] = []
     positions: list[Any] = []
     per_tile, first = tokens_side(spec) ** 2, 0
@@ -232,7 +326,9 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     with_picture = [sample for sample in samples if sample.tiles is not None] + letters
     kinds = [sample.kind for sample in samples]
     if not rows:
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, kinds)
+        return Batch(
+            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 3).long(), kinds
+        )
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -240,6 +336,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
+        torch.tensor(looks or torch.zeros(0, 3).tolist(), dtype=torch.int64).view(-1, 3),
         kinds,
     )
 

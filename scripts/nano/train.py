@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
-N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
+LOOK_WEIGHT = 0.3  # of the heads that are taught where to look
+FREE_TOWER_LEVEL = -0.4
+N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 1}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 0.3}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the glyph classifiers, needed in training only
@@ -102,6 +104,7 @@ class Trainer:
             HEADS + "stream": torch.randn(4 * n_out, text_width, generator=generator) / math.sqrt(text_width),
         }
         self.minutes, self.step, saved = 0.0, 0, None
+        level = -0.5 if self.stage == "read" else 1.0  # below 0 there are only lines to copy
         for stage in ("base", "tower", "read"):
             path = options.run / f"{stage}.pt"
             if path.exists():
@@ -110,6 +113,7 @@ class Trainer:
                     group.update({name: value for name, value in content["weights"].items() if name in group})
                 if stage == self.stage:
                     self.minutes, self.step, saved = content["minutes"], content["step"], content["optimizers"]
+                    level = content["level"]
         trained = {
             "base": [self.text],
             "tower": [self.vision, self.heads],
@@ -120,24 +124,29 @@ class Trainer:
                 group[name] = value.to(options.device)
         self.trained: Tensors = {name: value.requires_grad_(True) for group in trained for name, value in group.items()}
         self.optimizers = _optimizers(
-            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.01}[self.stage]
+            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.004}[self.stage]
         )
         if saved is not None:
             for optimizer, state in zip(self.optimizers, saved, strict=True):
+                peaks = [group["peak"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(state)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["peak"] = peak
         self.averages: dict[str, float] = {}
-        self.level = 1.0
+        self.level = level
 
     # --- data ---
 
     def draw(self, rng: random.Random, seeds: tuple[int, int]) -> Any:
         """One sample of the stage's own kind, from seeds in the given range."""
-        from samples import document_sample, text_sample
+        from samples import document_sample, lines_sample, text_sample
 
-        if self.stage == "base" or (self.stage == "read" and rng.random() < TEXT_SHARE):
+        if self.stage == "base" or (self.stage == "read" and self.level > 0 and rng.random() < TEXT_SHARE):
             return text_sample(rng, self.prompter)
         from documents import draw_document
 
+        if self.stage == "read" and (self.level <= 0 or rng.random() < 0.1 + 0.4 * (1 - self.level)):
+            return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
         kind = rng.choices(["table", "chart", "form"], [50, 22, 28])[0]
         level = 1.0 if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
@@ -147,7 +156,12 @@ class Trainer:
         """Sheets of letters that a step looks at besides its documents."""
         from samples import letters_sample
 
-        return [letters_sample(rng, self.spec) for _ in range(N_LETTER_SHEETS[self.stage])]
+        n_sheets = 0 if self.is_tower_frozen() else N_LETTER_SHEETS[self.stage]
+        return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
+
+    def is_tower_frozen(self) -> bool:
+        """While the decoder does not yet know where to look, its gradient would only disturb the eye."""
+        return self.stage == "read" and self.level < FREE_TOWER_LEVEL
 
     # --- the loss ---
 
@@ -162,7 +176,8 @@ class Trainer:
         images = None
         if batch.tiles is not None:
             vision = _half(self.vision)
-            states = tower(vision, batch.tiles, self.spec, self.kernels)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_tower_frozen()):
+                states = tower(vision, batch.tiles, self.spec, self.kernels)
             streams = project(vision, states, self.spec, self.kernels)
             seen = self.glyph_loss(batch, states[-1], streams, figures)
             total = total + seen * GLYPH_WEIGHT[self.stage]
@@ -173,7 +188,14 @@ class Trainer:
             images = (batch.positions, packed)
         weights = merged(self.text, self.adapter, self.spec) if self.stage == "read" else self.text
         half = _half(weights)
-        hidden = decode(half, batch.tokens, images, self.spec, self.kernels).flatten(0, 1)
+        looked: list[torch.Tensor] = []
+        looks = batch.looks if len(batch.looks) else None
+        hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked).flatten(0, 1)
+        if looked:
+            surprise = torch.cat(looked, dim=1)
+            total = total + surprise.mean() * LOOK_WEIGHT
+            figures["looks right"] = (surprise < 0.7).float().mean().item()
+            figures["surprise"] = surprise.mean().item()
         labels = batch.labels.flatten()
         where = (labels != IGNORE).nonzero()[:, 0]
         predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
@@ -285,7 +307,9 @@ class Trainer:
     def set_level(self) -> None:
         done = self.minutes / self.options.minutes
         if self.stage == "read":
-            self.level = min(1.0, 0.1 + done / 0.35)
+            enough = 0.6 if self.is_tower_frozen() else 0.75 if self.level < 0 else 0.88
+            rise = 0.01 if self.averages.get("tokens", 0) > enough else 0.0
+            self.level = min(1.0, max(self.level + rise, (done - 0.4) / 0.3))
         if self.stage == "tower":
             self.level = min(1.0, 0.3 + done / 0.3)
 
@@ -355,6 +379,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "minutes": self.minutes,
             "step": self.step,
+            "level": self.level,
         }
         torch.save(content, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
