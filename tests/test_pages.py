@@ -799,6 +799,30 @@ def test_a_coarse_picture_under_text_does_not_coarsen_the_text(tmp_path: Path) -
         assert page.size_px == useful_size((144, 96), VIEW.tiling)
 
 
+@pytest.mark.parametrize("kind", ["SMask", "Mask"])
+def test_the_fine_mask_of_a_coarse_picture_keeps_its_fineness(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As compressed scans have it: text as a mask of 150 dpi over one black pixel."""
+    picture = text_picture((400, 300)).convert("L").point(lambda value: 255 if value > 127 else 0)
+    pdf = scan_pdf(Image.new("RGB", (4, 3), "black"), dpi=1.5)
+    pdf.pages[0].MediaBox = [0, 0, 192, 144]
+    pdf.pages[0].Contents = pikepdf.Stream(pdf, b"q 192 0 0 144 0 0 cm /I Do Q")
+    mask = pikepdf.Stream(pdf, ImageOps.invert(picture).tobytes())
+    mask.Type, mask.Subtype, mask.Width, mask.Height = pikepdf.Name.XObject, pikepdf.Name.Image, 400, 300
+    if kind == "SMask":
+        mask.ColorSpace, mask.BitsPerComponent = pikepdf.Name.DeviceGray, 8
+    else:
+        mask.write(picture.convert("1").tobytes())
+        mask.ImageMask, mask.BitsPerComponent = True, 1
+    pdf.pages[0].Resources.XObject.I[f"/{kind}"] = mask
+    page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
+    assert page.size_px == useful_size((4, 3), VIEW.tiling)
+    shown = np.asarray(page.image.convert("L").resize(picture.size)).astype(float)
+    assert np.abs(shown - np.asarray(picture)).mean() < 12
+    assert capfd.readouterr().err == ""
+
+
 def test_a_fax_keeps_the_shape_of_its_page(tmp_path: Path) -> None:
     pdf = pikepdf.new()
     page = add_page(pdf, "q 612 0 0 792 0 0 cm /I Do Q")

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ _INSET = 1e-5  # of a scan's size, see `_inset`
 _SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
 _INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
 _UPRIGHT = 1e-4  # how much a picture may be skewed and still have its pixels side by side with the page's
+_PROBE_PX = 64  # the side of a picture that is drawn to see whether it has a mask
 _MAX_DEPTH = 8  # of forms in forms
 MAX_PICTURE_PIXELS = 4_000_000_000  # of one picture on a page: about ten seconds
 
@@ -132,7 +133,9 @@ def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None) 
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise DocumentError(f"{name} has no size ({width:g} x {height:g} points).")
     box = (0.0, 0.0, width, height) if crop is None else crop.box((width, height), name, "points")
-    scan = _scan_resolution(page, name)
+    shape = (box[2] - box[0], box[3] - box[1])
+    pictures, fine = _pictures(page, name), render_size(shape, None, tiling)[0] / shape[0]
+    scan = None if tiling is None else _scan_resolution(page, pictures, fine)
     if scan is not None and crop is not None:
         pixels = (round(width * scan[0]), round(height * scan[1]))
         scaled = whole_pixels((box[0] * scan[0], box[1] * scan[1], box[2] * scan[0], box[3] * scan[1]), pixels)
@@ -162,33 +165,49 @@ def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tu
         return bitmap.to_pil()  # a copy, since pixels of three bytes cannot be shared
 
 
-def _scan_resolution(page: Any, name: str) -> tuple[float, float] | None:
-    """Pixels a point, across and down, of a page that is nothing but pictures; the finest counts. None for others.
+def _pictures(page: Any, name: str) -> list[tuple[Any, tuple[int, int]]]:
+    """(handle, size in pixels) of the pictures on a page that is nothing but pictures; empty for others.
 
-    Makes the pictures on it ready to be drawn at that resolution. Raises DocumentError for a picture that would
-    take more memory than anyone has.
+    Text that is not to be seen does not count. Raises DocumentError for a picture, wherever it is on the page, that
+    would take more memory or time than anyone has.
     """
     import pypdfium2.raw as pdfium
 
     pictures = []
-    only_pictures = pdfium.FPDFPage_GetAnnotCount(page) == 0
+    nothing_else = pdfium.FPDFPage_GetAnnotCount(page) == 0
     for handle, depth in _objects(page):
         kind = pdfium.FPDFPageObj_GetType(handle)
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
             pictures.append((handle, _picture_size(handle, name)))
-            only_pictures &= depth == 0
+            nothing_else &= depth == 0
         elif kind == pdfium.FPDF_PAGEOBJ_TEXT:
-            only_pictures = only_pictures and pdfium.FPDFTextObj_GetTextRenderMode(handle) == _INVISIBLE
+            nothing_else = nothing_else and pdfium.FPDFTextObj_GetTextRenderMode(handle) == _INVISIBLE
         elif kind != pdfium.FPDF_PAGEOBJ_FORM:
-            only_pictures = False
-    if not only_pictures or not pictures:
+            nothing_else = False
+    return pictures if nothing_else else []
+
+
+def _scan_resolution(
+    page: Any, pictures: Sequence[tuple[Any, tuple[int, int]]], fine: float
+) -> tuple[float, float] | None:
+    """Pixels a point, across and down, at which a page of `pictures` alone is drawn; the finest counts.
+
+    None for a page that is no scan. `fine`: what another page would be drawn at; pictures that are coarser may have
+    masks that are finer, as compressed scans have for their text, and are then not drawn at their own resolution.
+    Makes the pictures ready to be drawn.
+    """
+    if not pictures:
         return None
-    across, down = (max(found) for found in zip(*(_inset(*picture) for picture in pictures), strict=True))
+    across, down = (max(found) for found in zip(*(_resolution(*picture) for picture in pictures), strict=True))
     if page.get_rotation() in (90, 270):
         across, down = down, across
     if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # as of a fax: keep the shape of the page
         across = down = max(across, down)
-    return (across, down) if 0 < across < math.inf else None
+    if not 0 < across < math.inf or (across < fine and any(_has_mask(page, handle) for handle, _ in pictures)):
+        return None
+    for handle, _ in pictures:
+        _inset(handle)
+    return across, down
 
 
 def _objects(page: Any) -> Iterator[tuple[Any, int]]:
@@ -210,31 +229,58 @@ def _objects(page: Any) -> Iterator[tuple[Any, int]]:
                 waiting.append((handle, depth + 1))
 
 
-def _inset(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
-    """Pixels a point of a picture of `size` (width, height) pixels, across and down on the unturned page.
-
-    Makes it smaller by a hundred-thousandth: PDFium rounds the edges of a picture outward, so where binary fractions
-    put an edge a hair beyond a whole pixel, it would stretch the picture by one.
-    """
-    import pypdfium2.raw as pdfium
-
-    matrix = pdfium.FS_MATRIX()
-    pdfium.FPDFPageObj_GetMatrix(handle, matrix)
+def _resolution(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
+    """Pixels a point of a picture of `size` (width, height) pixels, across and down on the unturned page."""
+    matrix = _matrix(handle)
     a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
     if not (a or b) or not (c or d):  # a picture without extent
         return math.inf, math.inf
-    inset = pdfium.FS_MATRIX(
-        *(value * (1 - _INSET) for value in (a, b, c, d)),
-        matrix.e + (a + c) * _INSET / 2,
-        matrix.f + (b + d) * _INSET / 2,
-    )
-    pdfium.FPDFPageObj_SetMatrix(handle, inset)
     along, upward = size[0] / math.hypot(a, b), size[1] / math.hypot(c, d)
     if abs(b) + abs(c) < _UPRIGHT * (abs(a) + abs(d)):
         return along, upward
     if abs(a) + abs(d) < _UPRIGHT * (abs(b) + abs(c)):
         return upward, along
     return max(along, upward), max(along, upward)
+
+
+def _inset(handle: Any) -> None:
+    """Makes a picture smaller by a hundred-thousandth.
+
+    PDFium rounds its edges outward, so where binary fractions put an edge a hair beyond a whole pixel, it would
+    stretch the picture by one.
+    """
+    import pypdfium2.raw as pdfium
+
+    matrix = _matrix(handle)
+    a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
+    left, bottom = matrix.e + (a + c) * _INSET / 2, matrix.f + (b + d) * _INSET / 2
+    pdfium.FPDFPageObj_SetMatrix(handle, pdfium.FS_MATRIX(*(x * (1 - _INSET) for x in (a, b, c, d)), left, bottom))
+
+
+def _has_mask(page: Any, handle: Any) -> bool:
+    """Whether a picture lets something shine through, which PDFium tells only by drawing it: here, very small."""
+    import pypdfium2.raw as pdfium
+
+    matrix = _matrix(handle)
+    pdfium.FPDFPageObj_SetMatrix(handle, pdfium.FS_MATRIX(_PROBE_PX, 0, 0, _PROBE_PX, 0, 0))
+    drawn = pdfium.FPDFImageObj_GetRenderedBitmap(page.pdf, page, handle)
+    pdfium.FPDFPageObj_SetMatrix(handle, matrix)
+    if not drawn:
+        return True
+    try:
+        n_bytes = pdfium.FPDFBitmap_GetStride(drawn) * pdfium.FPDFBitmap_GetHeight(drawn)
+        alpha = ctypes.string_at(pdfium.FPDFBitmap_GetBuffer(drawn), n_bytes)[3::4]
+        return pdfium.FPDFBitmap_GetFormat(drawn) == pdfium.FPDFBitmap_BGRA and alpha.count(255) < len(alpha)
+    finally:
+        pdfium.FPDFBitmap_Destroy(drawn)
+
+
+def _matrix(handle: Any) -> Any:
+    import pypdfium2.raw as pdfium
+
+    matrix = pdfium.FS_MATRIX()
+    pdfium.FPDFPageObj_GetMatrix(handle, matrix)
+    return matrix
 
 
 def _picture_size(handle: Any, name: str) -> tuple[int, int]:
