@@ -38,7 +38,7 @@ NANO = CheckpointSpec(
     logits_scaling=2.0,
     vision_hidden=192,
     vision_layers=4,
-    vision_heads=3,
+    vision_heads=6,
     vision_ffn=512,
     tile_px=128,
     patch_px=8,
@@ -128,6 +128,7 @@ def initial(spec: CheckpointSpec, n_vocab: int, seed: int) -> tuple[Tensors, Ten
         norm(at + "layer_norm2")
         linear(at + "mlp.fc1", spec.vision_ffn, width)
         linear(at + "mlp.fc2", width, spec.vision_ffn, deep)
+    _look_at_neighbours(vision, spec)
     norm(VISION + "post_layernorm")
     query, window = (int(part) for part in spec.downsample_rate.split("/"))
     for at, _, layer in projectors(spec):
@@ -146,6 +147,43 @@ def initial(spec: CheckpointSpec, n_vocab: int, seed: int) -> tuple[Tensors, Ten
         norm(block + "output_query.LayerNorm")
         linear(at + "out_linear", spec.text_hidden, width, 1.0 if layer == 0 else 0.5)
     return text, vision, adapter
+
+
+# Where the heads of the first layers look at the start, (rows down, columns to the right).
+NEIGHBOURS = (
+    ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (1, 1)),
+    ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, 1), (1, -1)),
+)
+SHARPNESS = 2.6
+
+
+def _look_at_neighbours(vision: Tensors, spec: CheckpointSpec) -> None:
+    """Starts the first layers as something like convolutions: each head attends to one neighbour of a patch.
+
+    A letter lies on several patches, so without this the tower first has to find out what is beside what. The first
+    dimensions of a patch tell its row and column as sines and cosines; of two such vectors the product is largest
+    where they are as far apart as the head's queries are turned.
+    """
+    import torch
+
+    side, size = grid_side(spec), spec.vision_hidden // spec.vision_heads
+    n = size // 4  # frequencies of each axis
+    angle = torch.outer(torch.arange(side).float(), torch.arange(1, n + 1) * (math.pi / side))
+    waves = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)  # (side, 2n)
+    place = torch.cat((waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)), dim=-1)
+    at = VISION + "embeddings."
+    vision[at + "patch_embedding.weight"][:size] = 0
+    vision[at + "position_embedding.weight"][:, :size] = place.reshape(side * side, size)
+    for i, offsets in enumerate(NEIGHBOURS):
+        q = vision[f"{VISION}encoder.layers.{i}.self_attn.q_proj.weight"].view(spec.vision_heads, size, -1)
+        k = vision[f"{VISION}encoder.layers.{i}.self_attn.k_proj.weight"].view(spec.vision_heads, size, -1)
+        for head, (down, right) in enumerate(offsets):
+            q[head] *= 0.1
+            k[head] *= 0.1
+            k[head, :, :size] = torch.eye(size) * SHARPNESS
+            turns = [step * (math.pi / side) * f for step in (down, right) for f in range(1, n + 1)]
+            blocks = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in turns]
+            q[head, :, :size] = torch.block_diag(*blocks) * SHARPNESS
 
 
 def merged(text: Tensors, adapter: Tensors, spec: CheckpointSpec) -> Tensors:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.3  # of the heads that are taught where to look
 FREE_TOWER_LEVEL = -0.4
-N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 1}
-GLYPH_WEIGHT = {"tower": 1.0, "read": 0.3}  # of the glyph classifiers' loss
+N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
+GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the glyph classifiers, needed in training only
 
