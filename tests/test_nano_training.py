@@ -11,7 +11,7 @@ import torch
 from checkpoint_spec import model_config
 from documents import draw_document
 from language import build_tokenizer
-from model import NANO, Kernels, decode, initial, logits, merged, project, tower
+from model import NANO, NEIGHBOURS, VISION, Kernels, decode, initial, logits, merged, patches, project, tower
 from reference import relative_l2
 from samples import (
     IGNORE,
@@ -154,6 +154,23 @@ def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
     assert len(looked) == 2
     for surprise in looked:
         assert torch.allclose(torch.exp(-surprise).sum(0), torch.ones(2), atol=1e-5)
+
+
+def test_the_first_layers_start_by_looking_at_neighbours(prompter: Prompter) -> None:
+    _, vision, _ = initial(NANO, prompter.n_vocab, seed=0)
+    tiles = letters_sample(random.Random(0), NANO).tiles
+    at = VISION + "embeddings."
+    x = patches(torch.from_numpy(tiles), NANO, torch.float32) @ vision[at + "patch_embedding.weight"].flatten(1).t()
+    x = torch.nn.functional.layer_norm(x + vision[at + "position_embedding.weight"], (NANO.vision_hidden,))
+    for i, offsets in enumerate(NEIGHBOURS):
+        layer = f"{VISION}encoder.layers.{i}.self_attn."
+        q, k = (
+            (x @ vision[f"{layer}{name}.weight"].t()).view(len(x), 256, NANO.vision_heads, -1).transpose(1, 2)
+            for name in ("q_proj", "k_proj")
+        )
+        shares = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1).mean(0)
+        for head, (down, right) in enumerate(offsets):
+            assert shares[head, 8 * 16 + 8, (8 + down) * 16 + 8 + right] > 0.5
 
 
 def test_letters_fill_their_tiles(prompter: Prompter) -> None:
