@@ -130,11 +130,12 @@ def generate(
                 break
             n_before = len(answer.tokens)
             piece = output.say(tokens[: max_tokens - n_before])
-            answer.timings.n_forced += max(0, len(answer.tokens) - n_before - n_sampled)
+            n_said = len(answer.tokens) - n_before
+            answer.timings.n_forced += max(0, n_said - n_sampled)
             if piece:
                 yield piece
-            if output.ended:
-                answer.finish_reason = output.ended
+            if output.ended or n_said < len(tokens):
+                answer.finish_reason = output.ended or LENGTH
                 break
             if len(answer.tokens) < max_tokens and not chooser.is_over:
                 start = time.perf_counter()

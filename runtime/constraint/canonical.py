@@ -33,7 +33,7 @@ def canonical_tokens(
 
 
 def _last_added(lexicon: Lexicon, tokens: Sequence[int]) -> int:
-    """Nothing on one side of an added token changes how the other side is written."""
+    """No token reaches from one side of an added token to the other, and those that were said stay."""
     return next((i for i in range(len(tokens) - 1, -1, -1) if tokens[i] in lexicon.added), -1)
 
 

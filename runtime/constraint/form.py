@@ -8,7 +8,6 @@ byte by byte; it knows no form, and no tokens. Every state can be brought to an 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -91,16 +90,20 @@ def start(rule: Rule) -> Cursor:
 
 def advance(cursor: Cursor, data: bytes) -> Cursor | None:
     """The cursor behind `data`, which is part of valid UTF-8; None when the form does not allow it."""
-    for byte in data:
+    at = 0
+    while at < len(data):
         if cursor.in_text:
-            cursor, begins_literal = _text_step(cursor, byte)
+            cursor, begins_literal = _text_step(cursor, data[at])
             if not begins_literal:
+                at += 1
                 continue
-        literal = cursor.literal + bytes((byte,))
-        if literal in cursor.literals:
-            cursor = cursor.behind(literal)
-        elif any(known.startswith(literal) for known in cursor.literals):
-            cursor = cursor._replace(literal=literal, held=b"")
+        coming = data[at:]
+        for literal, rest in cursor.remainders():
+            if coming.startswith(rest):
+                cursor, at = cursor.behind(literal), at + len(rest)
+                break
+            if rest.startswith(coming):
+                return cursor._replace(literal=cursor.literal + coming, held=b"")
         else:
             return None
     return cursor
@@ -149,6 +152,13 @@ def _common_beginning(texts: list[bytes]) -> bytes:
     return first[:n]
 
 
-def next_bytes(cursor: Cursor) -> Iterator[int]:
+def next_bytes(cursor: Cursor) -> set[int]:
     """The bytes that may come next, whatever characters they are part of."""
-    return (byte for byte in range(256) if advance(cursor, bytes((byte,))) is not None)
+    text = cursor.want.text
+    if text is None or cursor.literal:
+        return {rest[0] for _, rest in cursor.remainders()}
+    if cursor.held == b"<":
+        refused = {*text.tags, *text.marks} - {literal[1] for literal in cursor.literals if literal[:1] == b"<"}
+    else:
+        refused = {*text.marks} - {literal[0] for literal in cursor.literals}
+    return set(range(256)) - refused

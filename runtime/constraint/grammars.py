@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from granite4v.runtime.constraint.schema import check_schema, definite
+from granite4v.runtime.constraint.schema import definite
 
 PROMPT = "prompt"
 _FORMS = {"chart2csv": "csv", "tables_html": "html", "tables_json": "cells", "tables_otsl": "otsl"}
@@ -33,6 +33,5 @@ def grammar_for(task: str, schema: object = None) -> Grammar | None:
     if schema is not None and name != _KVP:
         raise ValueError(f"a schema for {task!r}; only '{_KVP}' takes one.")
     if name == _KVP:
-        checked = check_schema({"type": "object"} if schema is None else schema)
-        return Grammar(name, schema=definite(checked))
+        return Grammar(name, schema=definite({"type": "object"} if schema is None else schema))
     return Grammar(name, form=_FORMS[name]) if name in _FORMS else None

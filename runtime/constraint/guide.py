@@ -123,7 +123,7 @@ class Compiler:
         """A guide at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
         if grammar.form:
             masks = self._masks.setdefault(grammar.form, _FormMasks(self.lexicon))
-            walk: _Walk = _FormWalk(FORMS[grammar.form], masks, self._matcher(_ANY_TEXT))
+            walk: _Walk = _FormWalk(FORMS[grammar.form], masks, self._matcher(_ANY_TEXT), self.end)
         else:
             walk = _SchemaWalk(self._matcher(lark_grammar(grammar.schema)), self)
         return Guide(walk, self)
@@ -135,7 +135,7 @@ class Compiler:
         if grammar not in self._matchers:
             matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0)
             if matcher.is_error():
-                raise ConstraintError(f"llguidance cannot compile the grammar: {matcher.get_error()}. Answer freely.")
+                raise ConstraintError(f"llguidance cannot compile the grammar: {_reason(matcher)}. Answer freely.")
             self._matchers[grammar] = matcher
             while len(self._matchers) > _KEPT_GRAMMARS:
                 self._matchers.popitem(last=False)
@@ -204,8 +204,8 @@ class _SchemaWalk:
 class _FormWalk:
     """A form for the structure, llguidance for the characters."""
 
-    def __init__(self, rule: Rule, masks: _FormMasks, characters: Any) -> None:
-        self._cursor, self._masks, self._characters = start(rule), masks, characters
+    def __init__(self, rule: Rule, masks: _FormMasks, characters: Any, end: int) -> None:
+        self._cursor, self._masks, self._characters, self._end = start(rule), masks, characters, end
 
     @property
     def may_end(self) -> bool:
@@ -217,7 +217,7 @@ class _FormWalk:
 
     def mask(self) -> np.ndarray:
         lexicon = self._masks.lexicon
-        return self._masks.of(self._cursor) & _mask_of(self._characters, lexicon.n_vocab, None)
+        return self._masks.of(self._cursor) & _mask_of(self._characters, lexicon.n_vocab, self._end)
 
     def accept(self, token: int) -> None:
         lexicon = self._masks.lexicon
@@ -233,7 +233,7 @@ class _FormWalk:
     def following(self, text: bytes) -> Collection[int]:
         behind = advance(self._cursor, text)
         assert behind is not None
-        return list(next_bytes(behind))
+        return next_bytes(behind)
 
 
 class _FormMasks:
@@ -287,22 +287,29 @@ class _FormMasks:
         return self._marked[text]
 
 
-def _mask_of(matcher: Any, n_vocab: int, end: int | None) -> np.ndarray:
+def _mask_of(matcher: Any, n_vocab: int, end: int) -> np.ndarray:
     """llguidance's mask as bool `(n_vocab,)`, without its `end`."""
     import numpy as np
 
     packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
     if matcher.is_error():
-        raise ConstraintError(f"llguidance gave up in the middle of an answer: {matcher.get_error()}. Answer freely.")
+        raise ConstraintError(f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Answer freely.")
     mask = np.unpackbits(packed, count=n_vocab, bitorder="little").view(bool)
-    if end is not None:
-        mask[end] = False
+    mask[end] = False
     return mask
 
 
 def _consume(matcher: Any, token: int) -> None:
     if not matcher.consume_token(token):
-        raise ValueError(f"token {token} is not allowed here: {matcher.get_error()}")
+        reason = _reason(matcher)
+        if "limit" in reason:
+            raise ConstraintError(f"llguidance gave up in the middle of an answer: {reason}. Answer freely.")
+        raise ValueError(f"token {token} is not allowed here: {reason}")
+
+
+def _reason(matcher: Any) -> str:
+    """What llguidance says first; the state of its parser follows."""
+    return str(matcher.get_error()).split("\n<state>")[0].strip()
 
 
 def _whole_characters(text: bytes) -> bytes:

@@ -32,8 +32,24 @@ _WITHOUT_EFFECT = {"uniqueItems": False, "minContains": 0, "unevaluatedPropertie
 _MOST_REFERENCES = 20  # one leading to the next
 
 
-def check_schema(schema: object) -> Schema:
-    """The schema; raises ConstraintError unless it is one, or when it asks for what answers cannot be held to."""
+def definite(schema: object) -> str:
+    """The schema as JSON text, its objects closed and its properties that may be null required.
+
+    Raises ConstraintError unless it is a schema, or when it asks for what answers cannot be held to.
+    """
+    checked = _checked(schema)
+    text = json.dumps(checked)
+    if not _refers_where_merged(checked):  # there, whether an object can be closed depends on who refers to it
+        closed = json.dumps(_closed(checked, checked))
+        if not _problem(closed):
+            return closed
+    problem = _problem(text)
+    if problem:
+        raise ConstraintError(problem)
+    return text
+
+
+def _checked(schema: object) -> Schema:
     import jsonschema
 
     if not isinstance(schema, dict):
@@ -41,24 +57,16 @@ def check_schema(schema: object) -> Schema:
     try:
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-        text = json.dumps(schema, allow_nan=False)
+        json.dumps(schema, allow_nan=False)
+        endless = _endless(schema)
     except jsonschema.SchemaError as error:
         where = "".join(f"/{part}" for part in error.absolute_path) or "its top"
         raise ConstraintError(f"this is no JSON schema, at '{where}': {error.message}. Correct the schema.") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConstraintError(f"the JSON schema cannot be written as JSON ({error}); give it as JSON data.") from None
-    problem = _problem(lark_grammar(text))
-    if problem:
-        raise ConstraintError(problem)
+    if endless:
+        raise ConstraintError(endless)
     return schema
-
-
-def definite(schema: Schema) -> str:
-    """The schema as JSON text, its objects closed and its properties that may be null required."""
-    if _refers_where_merged(schema):
-        return json.dumps(schema)  # whether an object can be closed depends on where it is referred to
-    closed = json.dumps(_closed(schema, schema))
-    return json.dumps(schema) if _problem(lark_grammar(closed)) else closed
 
 
 def lark_grammar(schema_text: str) -> str:
@@ -67,11 +75,11 @@ def lark_grammar(schema_text: str) -> str:
     return '%llguidance {"no_forcing": true}\nstart: %json ' + json.dumps(schema)
 
 
-def _problem(grammar: str) -> str:
+def _problem(schema_text: str) -> str:
     """Why llguidance cannot hold an answer to a schema; empty if it can."""
     from llguidance import LLMatcher
 
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(lark_grammar(schema_text), None)
     if not failed:
         return ""
     found = re.search(r"failed to compile JSON schema: (.*?)(?=\n +\d+ \| |\Z)", messages[0], re.DOTALL)
@@ -83,6 +91,47 @@ def _problem(grammar: str) -> str:
     if "oneOf" in reason:
         reason = "the alternatives of a 'oneOf' can be true at once; write 'anyOf' where that does no harm"
     return f"answers cannot be held to the JSON schema: {reason}. Change the schema, or answer freely."
+
+
+def _endless(schema: Schema) -> str:
+    """Says which part of a schema demands another of itself, so that no instance has an end; empty if none does."""
+    nodes: list[Schema] = []
+
+    def collect(node: Any) -> None:
+        if isinstance(node, dict):
+            nodes.append(node)
+            _mapped(node, collect)
+
+    collect(schema)
+    ending: set[int] = set()  # ids of the nodes with an instance that has an end
+    n_before = -1
+    while len(ending) > n_before:
+        n_before = len(ending)
+        ending |= {id(node) for node in nodes if _ends(node, schema, ending)}
+    for node in nodes:
+        if id(node) not in ending:
+            return (
+                f"every instance of {json.dumps(node):.120} holds another one, without end; let the part that refers "
+                "back be optional, or null, or an empty list."
+            )
+    return ""
+
+
+def _ends(node: Schema, root: Schema, ending: set[int]) -> bool:
+    def known(inner: Any) -> bool:
+        return not isinstance(inner, dict) or id(inner) in ending
+
+    properties = node.get("properties", {})
+    demanded = [properties[name] for name in node.get("required", []) if name in properties]
+    if node.get("minItems", 0) > 0:
+        first = node.get("prefixItems", [])
+        demanded += [*first[: node["minItems"]], *([node.get("items")] if len(first) < node["minItems"] else [])]
+    if "$ref" in node:
+        demanded.append(_resolved(node["$ref"], root))
+    demanded += node.get("allOf", [])
+    if not all(known(inner) for inner in demanded):
+        return False
+    return all(any(known(inner) for inner in node[key]) for key in ("anyOf", "oneOf") if node.get(key))
 
 
 def _shown(value: object) -> str:
@@ -178,7 +227,10 @@ def _resolved(reference: str, root: Schema) -> Any:
         return False
     for part in filter(None, reference[1:].split("/")):
         name = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(target, dict) or name not in target:
+        if isinstance(target, dict) and name in target:
+            target = target[name]
+        elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
+            target = target[int(name)]
+        else:
             return False
-        target = target[name]
     return target
