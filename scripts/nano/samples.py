@@ -193,7 +193,7 @@ def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, l
     finer = rng.choice((1, 2))
     size = rng.uniform(11.0, 12.0 + 3 * level)
     face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
-    width = spec.tile_px * (1 if rng.random() < 1 - 0.5 * level else 2)
+    width = spec.tile_px * rng.choice((1, 1, 2, 2, 3))
     lines: list[str] = []
     for _ in range(rng.randint(1, 2 + round(4 * level))):
         line = ""
