@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 from granite4v.runtime.constraint.lexicon import Lexicon, Spellings
 
 Encode = Callable[[str], list[int]]
+_WINDOW = 64  # tokens; how text is split depends on a few words at most
+_MANY = 16  # bytes
 
 
 def canonical_tokens(
@@ -22,8 +24,8 @@ def canonical_tokens(
     `encode` spells out special tokens and adds nothing. `following` are the bytes that may come behind `text`. Where
     the tokenizer would have written `said` in another way, `text` is taken by itself.
     """
-    said = said[_last_added(lexicon, said) + 1 :]
-    for before in ([*said], []):
+    said = list(said[_last_added(lexicon, said) + 1 :])
+    for before in (said[-_WINDOW:], said, []):
         whole = lexicon.text(before) + text
         tokens = _encode(lexicon, encode, whole)
         if tokens is not None and tokens[: len(before)] == before:
@@ -70,9 +72,9 @@ def _n_certain(
 
 def _reaches_beyond(spellings: Spellings, end: bytes, following: Collection[int]) -> bool:
     """Whether a token begins with `end` and goes on with one of the bytes that may follow."""
-    if not spellings.begins(end):
-        return False
-    return any(spellings.begins(end + bytes((byte,))) for byte in following)
+    if len(following) > _MANY:  # then one of the first tokens will do
+        return any(rest[0] in following for rest, _ in spellings.beyond(end))
+    return spellings.begins(end) and any(spellings.begins(end + bytes((byte,))) for byte in following)
 
 
 def _cuts_space(text: bytes, at: int, behind_added: int) -> bool:

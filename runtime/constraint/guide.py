@@ -17,7 +17,8 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.constraint.canonical import canonical_tokens
 from granite4v.runtime.constraint.cells import CELLS
 from granite4v.runtime.constraint.csv_ import CSV
-from granite4v.runtime.constraint.form import Cursor, Rule, Text, advance, forced, next_bytes, start
+from granite4v.runtime.constraint.form import Rule, advance, forced, next_bytes, start
+from granite4v.runtime.constraint.form_masks import FormMasks
 from granite4v.runtime.constraint.grammars import Grammar
 from granite4v.runtime.constraint.html import HTML
 from granite4v.runtime.constraint.lexicon import Lexicon
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 FORMS: dict[str, Rule] = {"otsl": OTSL, "html": HTML, "csv": CSV, "cells": CELLS}
 MOST_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
-_KEPT_MASKS = 64  # 0.1 MB each at a vocabulary of 100,000
 _KEPT_GRAMMARS = 16
 # no control characters but tab and line feed, no byte order mark
 _ANY_TEXT = (
@@ -116,13 +116,13 @@ class Compiler:
         self.encode = tokenizer.encode_plain
         self.lexicon = Lexicon(tokenizer.vocabulary(), n_vocab)
         self._end = min(stop_tokens)
-        self._masks: dict[str, _FormMasks] = {}
+        self._masks: dict[str, FormMasks] = {}
         self._matchers: OrderedDict[str, Any] = OrderedDict()
 
     def begin(self, grammar: Grammar) -> Guide:
         """A guide at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
         if grammar.form:
-            masks = self._masks.setdefault(grammar.form, _FormMasks(self.lexicon))
+            masks = self._masks.setdefault(grammar.form, FormMasks(self.lexicon))
             walk: _Walk = _FormWalk(FORMS[grammar.form], masks, self._matcher(_ANY_TEXT), self.end)
         else:
             walk = _SchemaWalk(self._matcher(lark_grammar(grammar.schema)), self)
@@ -198,13 +198,13 @@ class _SchemaWalk:
         if ahead.try_consume_tokens(tokens) != len(tokens):
             return range(256)
         mask = _mask_of(ahead, lexicon.n_vocab, self._compiler.end)
-        return [int(byte) for byte in np.unique(lexicon.first_byte[mask])]
+        return np.flatnonzero(np.bincount(lexicon.first_byte[mask])).tolist()
 
 
 class _FormWalk:
     """A form for the structure, llguidance for the characters."""
 
-    def __init__(self, rule: Rule, masks: _FormMasks, characters: Any, end: int) -> None:
+    def __init__(self, rule: Rule, masks: FormMasks, characters: Any, end: int) -> None:
         self._cursor, self._masks, self._characters, self._end = start(rule), masks, characters, end
 
     @property
@@ -234,57 +234,6 @@ class _FormWalk:
         behind = advance(self._cursor, text)
         assert behind is not None
         return next_bytes(behind)
-
-
-class _FormMasks:
-    """Which tokens a form allows, whatever characters they are part of; kept for the places that were asked last."""
-
-    def __init__(self, lexicon: Lexicon) -> None:
-        self.lexicon = lexicon
-        self._kept: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
-        self._marked: dict[Text, list[int]] = {}
-
-    def of(self, cursor: Cursor) -> np.ndarray:
-        """bool `(n_vocab,)`, not to be written to"""
-        key = (cursor.rule, cursor.literal, cursor.held, cursor.fresh)
-        if key not in self._kept:
-            self._kept[key] = self._in_text(cursor) if cursor.in_text else self._in_literals(cursor)
-            while len(self._kept) > _KEPT_MASKS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _in_literals(self, cursor: Cursor) -> np.ndarray:
-        """Tokens that are a part of a literal, or go beyond it."""
-        import numpy as np
-
-        mask = np.zeros(self.lexicon.n_vocab, dtype=bool)
-        spellings = self.lexicon.all
-        for literal, rest in cursor.remainders():
-            for n in range(1, len(rest) + 1):
-                mask[list(spellings.exactly(rest[:n]))] = True
-            behind = cursor.behind(literal)
-            mask[[token for tail, token in spellings.beyond(rest) if advance(behind, tail) is not None]] = True
-        return mask
-
-    def _in_text(self, cursor: Cursor) -> np.ndarray:
-        """All tokens but those with a mark in them that means something else, or nothing, here."""
-        import numpy as np
-
-        text, lexicon = cursor.want.text, self.lexicon
-        assert text is not None
-        mask = np.ones(lexicon.n_vocab, dtype=bool)
-        for token in self._with_marks(text):
-            mask[token] = advance(cursor, lexicon.pieces[token]) is not None
-        if cursor.held == b"<":
-            tags = np.isin(lexicon.first_byte, np.frombuffer(text.tags, dtype=np.uint8))
-            mask = np.where(tags, self._in_literals(cursor._replace(literal=b"<", held=b"")), mask)
-        return mask
-
-    def _with_marks(self, text: Text) -> list[int]:
-        if text not in self._marked:
-            self._marked[text] = self.lexicon.holding(text.marks + (b"<" if text.tags else b""))
-        return self._marked[text]
 
 
 def _mask_of(matcher: Any, n_vocab: int, end: int) -> np.ndarray:

@@ -30,11 +30,6 @@ class Lexicon:
 
         return np.fromiter((piece[0] if piece else 256 for piece in self.pieces), dtype=np.uint16, count=self.n_vocab)
 
-    def holding(self, marks: Iterable[int]) -> list[int]:
-        """The tokens whose text has one of these bytes."""
-        table = bytes(marks)
-        return [i for piece, i in self.all if len(piece.translate(None, table)) < len(piece)]
-
     def text(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.pieces[token] for token in tokens)
 
