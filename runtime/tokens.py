@@ -142,6 +142,7 @@ class HfTokenizer:
         else:
             with contextlib.closing(LlamaTokenizer(self._path)) as other:  # it knows every kind
                 pieces = list(other.vocabulary().pieces)
+        pieces += [None] * (max(added, default=-1) + 1 - len(pieces))
         for token, info in added.items():
             pieces[token] = None if info.special else info.content.encode()
         return Vocabulary(tuple(pieces), frozenset(token for token, info in added.items() if not info.special))

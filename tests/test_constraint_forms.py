@@ -12,17 +12,20 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import formats
 import jsonschema
 import pytest
+from checkpoint_spec import PRESETS
 from constrained import KINDS, allows, compiler, end_of_text, said, walked
 from contents import random_chart
 from contents import random_table as nano_table
 from test_outputs import ODD_TEXTS, random_table
 
+import granite4v
 from granite4v.errors import AnswerError
 from granite4v.runtime.constraint import grammar_for
 from granite4v.runtime.constraint.form import Cursor, advance, start
@@ -180,6 +183,27 @@ def test_cells_cover_their_table(kind: str) -> None:
             every = itertools.product(range(1, size["total_rows"] + 1), range(1, size["columns"] + 1))
             assert slots == Counter(every)
         read_tables_json(text)
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_threads=1) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("grammar", "read"), [(OTSL, read_otsl), (HTML, read_html), (CELLS, read_tables_json), (CSV, read_csv)]
+)
+def test_a_models_answers_are_tables_where_they_end(model: granite4v.Model, grammar: Any, read: Any) -> None:
+    """Random weights, drawn at temperature 1; most are cut."""
+    for seed in range(40):
+        most = 20 + 3 * seed
+        answer = model.generate("What?", max_tokens=most, temperature=1.0, seed=seed, constraint=grammar)
+        assert len(answer.tokens) <= most and answer.finish_reason in ("stop", "length", "repetition")
+        if answer.finish_reason == "stop":
+            read(answer.text)
+        elif answer.finish_reason == "length":
+            assert len(answer.tokens) == most
 
 
 # --- what our writers write is allowed ---

@@ -186,6 +186,18 @@ def test_a_vocabulary_that_cannot_spell_the_form_is_an_error() -> None:
         guide.allowed([2])
 
 
+def test_where_llguidance_gives_up_the_answer_does_not_end_as_if_it_were_whole() -> None:
+    """A schema that demands text without end, which `grammar_for` would refuse."""
+    endless = {"$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}}
+    grammar = Grammar("kvp", schema=json.dumps({**endless, "$ref": "#/$defs/a"}))
+    guide = compiler("toy").begin(grammar)
+    with pytest.raises(ConstraintError, match="llguidance gave up in the middle of an answer: .*limit"):
+        for _ in range(20):
+            for token in guide.forced_tokens() or [int(np.flatnonzero(guide.allowed())[0])]:
+                guide.accept(token)
+    assert not guide.is_over
+
+
 # --- text that must come ---
 
 

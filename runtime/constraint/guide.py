@@ -115,7 +115,7 @@ class Compiler:
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, stop_tokens: Collection[int]) -> None:
         self.encode = tokenizer.encode_plain
         self.lexicon = Lexicon(tokenizer.vocabulary(), n_vocab)
-        self._end = min(stop_tokens)
+        self.end = min(stop_tokens)  # what llguidance knows as the end; masks do without it
         self._masks: dict[str, FormMasks] = {}
         self._matchers: OrderedDict[str, Any] = OrderedDict()
 
@@ -148,11 +148,6 @@ class Compiler:
 
         return LLTokenizer(TokenizerWrapper(_TokenizerForLlguidance(self)))
 
-    @property
-    def end(self) -> int:
-        """The id that llguidance knows as the end; masks do without it."""
-        return self._end
-
 
 class _TokenizerForLlguidance:
     """What `llguidance.TokenizerWrapper` asks for. A token without text is one that it never allows."""
@@ -179,7 +174,7 @@ class _SchemaWalk:
 
     @property
     def is_over(self) -> bool:
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def mask(self) -> np.ndarray:
         return _mask_of(self._matcher, self._compiler.lexicon.n_vocab, self._compiler.end)
@@ -188,7 +183,9 @@ class _SchemaWalk:
         _consume(self._matcher, token)
 
     def forced(self) -> bytes:
-        return bytes(self._matcher.compute_ff_bytes()[:MOST_FORCED_BYTES])
+        text = self._matcher.compute_ff_bytes()
+        _check(self._matcher)
+        return bytes(text[:MOST_FORCED_BYTES])
 
     def following(self, text: bytes) -> Collection[int]:
         import numpy as np
@@ -241,8 +238,7 @@ def _mask_of(matcher: Any, n_vocab: int, end: int) -> np.ndarray:
     import numpy as np
 
     packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    if matcher.is_error():
-        raise ConstraintError(f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Answer freely.")
+    _check(matcher)
     mask = np.unpackbits(packed, count=n_vocab, bitorder="little").view(bool)
     mask[end] = False
     return mask
@@ -250,10 +246,15 @@ def _mask_of(matcher: Any, n_vocab: int, end: int) -> np.ndarray:
 
 def _consume(matcher: Any, token: int) -> None:
     if not matcher.consume_token(token):
-        reason = _reason(matcher)
-        if "limit" in reason:
-            raise ConstraintError(f"llguidance gave up in the middle of an answer: {reason}. Answer freely.")
-        raise ValueError(f"token {token} is not allowed here: {reason}")
+        if "limit" in _reason(matcher):
+            _check(matcher)
+        raise ValueError(f"token {token} is not allowed here: {_reason(matcher)}")
+
+
+def _check(matcher: Any) -> None:
+    """Raises ConstraintError when llguidance ran into one of its limits: its masks hold the end alone then."""
+    if matcher.is_error():
+        raise ConstraintError(f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Answer freely.")
 
 
 def _reason(matcher: Any) -> str:
