@@ -127,13 +127,21 @@ def face(name: str, size: float, bold: bool = False) -> Face:
     return _face(name, bold, round(size * 2) / 2)
 
 
+ADJACENT, SPACE, START, ENDING = 1, 2, 3, 3
+
+
 @dataclass(frozen=True)
 class Glyphs:
-    """Every visible glyph of a picture: `x` and `y` are the centre of its ink box in pixels, `code` its code point."""
+    """Every visible glyph of a picture, text by text.
+
+    `x` and `y` are the centre of its ink box in pixels, `code` its code point, `gap` what is before it: `ADJACENT` to
+    the glyph before it, behind a `SPACE`, or the `START` of a text; `ENDING` is added to the last glyph of a text.
+    """
 
     x: NDArray[np.float32]
     y: NDArray[np.float32]
     code: NDArray[np.int32]
+    gap: NDArray[np.uint8]
 
     def moved(self, x: NDArray[Any], y: NDArray[Any]) -> Glyphs:
         return replace(self, x=x.astype(np.float32), y=y.astype(np.float32))
@@ -229,19 +237,31 @@ class Sheet:
         pen = ImageDraw.Draw(picture)
         for shape in self._shapes:
             shape(pen, dx, dy)
-        xs, ys, codes = [], [], []
+        xs, ys, codes, gaps = [], [], [], []
         for x, y, text, face, fill, halo in self._texts:
             if halo:
                 around = max(1, round(face.size / 7))
                 pen.text((x + dx, y + dy), text, halo, face.font, anchor="ls", stroke_width=around)
             pen.text((x + dx, y + dy), text, fill, face.font, anchor="ls")
+            gap = START
             for char, start in zip(text, face.starts(text), strict=False):
                 if char != " ":
                     cx, cy = face.centre(char)
                     xs.append(x + dx + start + cx)
                     ys.append(y + dy + cy)
                     codes.append(ord(char))
-        glyphs = Glyphs(np.array(xs, np.float32), np.array(ys, np.float32), np.array(codes, np.int32))
+                    gaps.append(gap)
+                    gap = ADJACENT
+                elif gap == ADJACENT:
+                    gap = SPACE
+            if gap != START:
+                gaps[-1] += ENDING
+        glyphs = Glyphs(
+            np.array(xs, np.float32),
+            np.array(ys, np.float32),
+            np.array(codes, np.int32),
+            np.array(gaps, np.uint8),
+        )
         return picture, glyphs
 
 

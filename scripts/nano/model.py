@@ -29,9 +29,9 @@ NANO = CheckpointSpec(
     text_layers=7,
     text_ffn=512,
     text_heads=4,
-    text_kv_heads=2,
+    text_kv_heads=4,
     context=4096,
-    rope_theta=10000.0,
+    rope_theta=500000.0,
     embedding_multiplier=12.0,
     attention_multiplier=0.125,
     residual_multiplier=0.3,
@@ -50,7 +50,9 @@ NANO = CheckpointSpec(
     spatial_target_layers=(2, 3, 4, 5),
     dtype="float16",
 )
-LOOKING = {4: 2, 5: 2}  # decoder layer: how many of its heads are taught where on the page to look
+# Decoder layers whose heads are taught where on the page to look: the first for the first glyph of a patch, the second
+# for the second one. Each head has one of the four patches of an image token, and looks at position 0 otherwise.
+LOOKING = (4, 5)
 NANO_ADAPTER = AdapterSpec(rank=48, alpha=96.0, dtype="float16")
 
 
@@ -458,8 +460,9 @@ def decode(
     """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
-    in the order of `projectors(spec)`. `looks` (m, 3) says of some positions (row, position, position looked at) where
-    the heads of LOOKING should look; how surprised they are, in nats (m, heads), is appended to `looked`.
+    in the order of `projectors(spec)`. `looks` (m, 4) says of some positions (row, position, position to look
+    at, slot there) where the heads of LOOKING should look; how surprised they are, in nats (m, heads), is appended to
+    `looked`, for each layer.
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -488,7 +491,7 @@ def decode(
             for t in (k, v)
         )
         if looks is not None and looked is not None and i in LOOKING:
-            looked.append(_surprise(q.transpose(1, 2), k, looks, LOOKING[i], spec.attention_multiplier))
+            looked.append(_surprise(q.transpose(1, 2), k, looks, LOOKING.index(i), spec.attention_multiplier))
         y = kernels.attention(q.transpose(1, 2), k, v, True, spec.attention_multiplier)
         y = linear(y.transpose(1, 2).reshape(n, length, width), weights[at + "self_attn.o_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)
@@ -499,15 +502,16 @@ def decode(
     return kernels.rms_norm(x, weights[TEXT + "norm.weight"], spec.rms_norm_eps)
 
 
-def _surprise(q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
-    """-log of the attention that the first `heads` heads give to each position looked at, (m, heads)."""
+def _surprise(q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, number: int, scale: float) -> torch.Tensor:
+    """-log of the attention that each head gives to where it should look, (m, heads), in layer LOOKING[number]."""
     import torch
 
-    row, position, target = looks.unbind(1)
-    scores = (q[:, :heads] @ k[:, :heads].transpose(-1, -2)).float()[row, :, position] * scale
+    row, position, target, slot = looks.unbind(1)
+    scores = (q @ k.transpose(-1, -2)).float()[row, :, position] * scale
     later = torch.arange(scores.shape[-1]) > position[:, None]
     shares = torch.log_softmax(scores.masked_fill(later[:, None], -torch.inf), dim=-1)
-    return -shares.gather(2, target.view(-1, 1, 1).expand(-1, heads, 1))[..., 0]
+    mine = slot[:, None] == torch.arange(q.shape[1]) * len(LOOKING) + number
+    return -shares.gather(2, torch.where(mine, target[:, None], 0)[:, :, None])[..., 0]
 
 
 def logits(weights: Tensors, hidden: torch.Tensor, spec: CheckpointSpec) -> torch.Tensor:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from documents import Document
 
 N_SLOTS = 2  # glyphs that a patch can hold
+# What is known of a patch: its glyphs, the two before the first one in the same text, and the first one's gap.
+FIRST, SECOND, BEFORE, TWO_BEFORE, GAP = range(5)
+N_MARKS = 5
+QUICK = 3  # answer tokens: a sign between two words makes the model look at the second one already
 FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
 IGNORE = -100
 LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
@@ -30,8 +34,8 @@ class Sample:
     tiles: np.ndarray | None  # uint8 (n_tiles, px, px, 3)
     image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
     image_at: int
-    glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_SLOTS), 255 where nothing can be said
-    looks: list[tuple[int, int]]  # (position of an answer's token, position of the image token that shows it)
+    glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_MARKS), 255 where nothing can be said
+    looks: list[tuple[int, int, int]]  # (position of an answer's token, of the image token that shows it, slot there)
     kind: str
 
 
@@ -45,7 +49,7 @@ class Batch:
     rows: torch.Tensor | None
     positions: torch.Tensor | None
     glyphs: torch.Tensor | None
-    looks: torch.Tensor  # (n, 3): row, position before an answer's token, position of the image token that shows it
+    looks: torch.Tensor  # (n, 4): row, position before an answer's token, that of the image token that shows it, slot
     kinds: list[str]
 
 
@@ -132,13 +136,16 @@ def _with_picture(
     encoded = prompter.tokenizer.encode(answer, add_special_tokens=False)
     tokens = [*prompt, *encoded.ids, prompter.end_id]
     tiles = cut(document.picture, tiling(spec))
-    shown = image_token_of_glyphs(document, spec)
+    shown, slot = image_token_of_glyphs(document, spec)
     token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
-    looks = [
-        (len(prompt) + token_of_char[char], at + int(shown[glyph]))
-        for char, glyph in glyphs_of_answer(document, answer)
-        if char in token_of_char and shown[glyph] >= 0
-    ]
+    looks: list[tuple[int, int, int]] = []
+    last = 0
+    for char, glyph in glyphs_of_answer(document, answer):
+        if char in token_of_char and shown[glyph] >= 0:
+            token = token_of_char[char]
+            first = last + 1 if looks and token - last <= QUICK + 1 else token
+            looks += [(len(prompt) + i, at + int(shown[glyph]), int(slot[glyph])) for i in range(first, token + 1)]
+            last = token
     return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, task)
 
 
@@ -149,20 +156,26 @@ def glyphs_of_answer(document: Document, answer: str) -> list[tuple[int, int]]:
     """
     page = "".join(map(chr, document.glyphs.code.tolist()))
     found, after = [], 0
-    for word in re.finditer(r"[^\s<>\"|,]+", answer):
-        text = word.group()
+    words = []
+    for word in re.finditer(r"[^\s<>\"|]+", answer):
+        if word.group() in page:
+            words.append((word.start(), word.group()))
+        else:
+            words += [(word.start() + part.start(), part.group()) for part in re.finditer("[^,]+", word.group())]
+    for start, text in words:
         at = page.find(text, after)
         at = at if at >= 0 else page.find(text)
         if (len(text) > 1 and at >= 0) or at == after:
-            found += [(word.start() + i, at + i) for i in range(len(text))]
+            found += [(start + i, at + i) for i in range(len(text))]
             after = at + len(text)
     return found
 
 
-def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> np.ndarray:
-    """For each glyph the image token, counted from the picture's first, whose square of the grid holds its centre.
+def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:
+    """For each glyph the image token, counted from the picture's first, that stands for its centre, and its slot there.
 
-    -1 where that square was taken off with the padding.
+    Slots go through the token's patches, two a patch. The token is -1 where the square was taken off with the padding,
+    or a patch has no slot for the glyph.
     """
     import numpy as np
     from model import tiling, tokens_side
@@ -173,13 +186,20 @@ def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> np.ndarra
     resolution = best_resolution((width, height), tiling(spec).image_grid_pinpoints)
     fitted = fit_size((width, height), resolution)
     where = layout((width, height), tiling(spec), tokens_side(spec))
-    token_px = spec.tile_px // tokens_side(spec)
     x = document.glyphs.x * (fitted[0] / width) + (resolution[1] - fitted[0]) // 2
     y = document.glyphs.y * (fitted[1] / height) + (resolution[0] - fitted[1]) // 2
-    column, row = (x // token_px).astype(int), (y // token_px).astype(int)
-    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right)
+    column, row = (x // spec.patch_px).astype(int), (y // spec.patch_px).astype(int)
+    slot = np.full(len(x), -1)
+    in_patch: dict[tuple[int, int], list[int]] = {}
+    for i in np.argsort(document.glyphs.x, kind="stable").tolist():
+        in_patch.setdefault((int(row[i]), int(column[i])), []).append(i)
+    for (down, right), here in in_patch.items():
+        for number, i in ((0, here[0]), (1, here[-1]))[: len(here)]:
+            slot[i] = (down % 2 * 2 + right % 2) * N_SLOTS + number
+    column, row = column // 2, row // 2
+    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right) & (slot >= 0)
     at = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
-    return np.where(inside, at, -1)
+    return np.where(inside, at, -1), slot
 
 
 def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, level: float) -> Sample:
@@ -256,11 +276,14 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
 
 
 def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
-    """Which glyphs have their centre in each patch, uint8 (n_tiles, patches, N_SLOTS), left to right; 0 for none.
+    """What there is to know of each patch, uint8 (n_tiles, patches, N_MARKS); 0 for none.
+
+    Which glyphs have their centre there, left to right; the two that stand before the first in its text; its gap.
 
     The overview is left out (255) unless it shows the picture at 70% to 150% of its size both ways.
     """
     import numpy as np
+    from drawing import ENDING, START
     from model import grid_side, tiling
 
     from granite4v.clip_projector.tiles import best_resolution, fit_size
@@ -271,21 +294,28 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     fitted = fit_size((width, height), (grid_height, grid_width))
     columns = grid_width // px
     n_tiles = 1 + columns * (grid_height // px)
-    out = np.zeros((n_tiles, side * side, N_SLOTS), dtype=np.uint8)
-    code = document.glyphs.code - FIRST_CODE + 1
+    out = np.zeros((n_tiles, side * side, N_MARKS), dtype=np.uint8)
+    code, gap = document.glyphs.code - FIRST_CODE + 1, document.glyphs.gap
+    starts = np.isin(gap, (START, START + ENDING))
+    code = np.where((code >= 1) & (code <= N_CODES), code, 0)
+    before = np.where(starts, 0, np.roll(code, 1))
+    two_before = np.where(starts | np.roll(starts, 1), 0, np.roll(code, 2))
     order = np.argsort(document.glyphs.x, kind="stable")
 
     def place(first: int, scale: tuple[float, float], offset: tuple[int, int], columns: int) -> None:
         x = document.glyphs.x * scale[0] + offset[0]
         y = document.glyphs.y * scale[1] + offset[1]
         for i in order:
-            if not 1 <= code[i] <= N_CODES:
+            if not code[i]:
                 continue
             tile = first + int(y[i] // px) * columns + int(x[i] // px)
             row = int(y[i] % px // patch) * side + int(x[i] % px // patch)
             if 0 <= x[i] < columns * px and first <= tile < n_tiles:
-                slots = out[tile, row]
-                slots[1 if slots[0] else 0] = code[i]
+                marks = out[tile, row]
+                if marks[FIRST]:
+                    marks[SECOND] = code[i]
+                else:
+                    marks[[FIRST, BEFORE, TWO_BEFORE, GAP]] = code[i], before[i], two_before[i], gap[i]
 
     place(
         1,
@@ -311,7 +341,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     length = max(len(sample.tokens) for sample in samples)
     tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
     labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
-    looks = [(i, answer - 1, image) for i, sample in enumerate(samples) for answer, image in sample.looks]
+    looks = [(i, answer - 1, *shown) for i, sample in enumerate(samples) for answer, *shown in sample.looks]
     rows: list[Any] = []
     positions: list[Any] = []
     per_tile, first = tokens_side(spec) ** 2, 0
@@ -327,7 +357,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     kinds = [sample.kind for sample in samples]
     if not rows:
         return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 3).long(), kinds
+            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 4).long(), kinds
         )
     return Batch(
         torch.from_numpy(tokens),
@@ -336,7 +366,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
-        torch.tensor(looks or torch.zeros(0, 3).tolist(), dtype=torch.int64).view(-1, 3),
+        torch.tensor(looks, dtype=torch.int64).view(-1, 4),
         kinds,
     )
 

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
-LOOK_WEIGHT = 0.3  # of the heads that are taught where to look
-FREE_TOWER_LEVEL = -0.4
+LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
+IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
+FREE_TOWER_SHARE = 0.55  # of the last stage: from then on the tower learns on
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
@@ -91,12 +92,12 @@ class Trainer:
     def __init__(self, rank: int, options: argparse.Namespace) -> None:
         import torch
         from model import NANO, Kernels, initial
-        from samples import N_CODES, N_SLOTS, Prompter
+        from samples import N_CODES, N_MARKS, Prompter
 
         self.rank, self.options, self.stage = rank, options, options.stage
         self.spec, self.kernels, self.prompter = NANO, Kernels(not options.no_fuse), Prompter()
         self.text, self.vision, self.adapter = initial(self.spec, self.prompter.n_vocab, options.seed)
-        n_out = N_SLOTS * (N_CODES + 1)
+        n_out = N_MARKS * (N_CODES + 1)
         generator = torch.Generator().manual_seed(options.seed + 1)
         width, text_width = self.spec.vision_hidden, self.spec.text_hidden
         self.heads = {
@@ -160,8 +161,8 @@ class Trainer:
         return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
 
     def is_tower_frozen(self) -> bool:
-        """While the decoder does not yet know where to look, its gradient would only disturb the eye."""
-        return self.stage == "read" and self.level < FREE_TOWER_LEVEL
+        """While the decoder does not yet know where to look, its gradient would only disturb the eye, and cost time."""
+        return self.stage == "read" and self.minutes < FREE_TOWER_SHARE * self.options.minutes
 
     # --- the loss ---
 
@@ -192,10 +193,14 @@ class Trainer:
         looks = batch.looks if len(batch.looks) else None
         hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked).flatten(0, 1)
         if looked:
-            surprise = torch.cat(looked, dim=1)
-            total = total + surprise.mean() * LOOK_WEIGHT
-            figures["looks right"] = (surprise < 0.7).float().mean().item()
-            figures["surprise"] = surprise.mean().item()
+            surprise = torch.stack(looked, dim=2).flatten(1)
+            wanted = surprise.gather(1, batch.looks[:, 3:])
+            total = (
+                total + (wanted.mean() + IDLE_WEIGHT * (surprise.sum(1, keepdim=True) - wanted).mean()) * LOOK_WEIGHT
+            )
+            figures["looks right"] = (wanted < 0.7).float().mean().item()
+            figures["surprise"] = wanted.mean().item()
+            figures["idle"] = ((surprise < 0.7).float().sum(1).mean().item() - figures["looks right"]) / 7
         labels = batch.labels.flatten()
         where = (labels != IGNORE).nonzero()[:, 0]
         predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
@@ -216,18 +221,18 @@ class Trainer:
         """How well the tower's last state and every stream tell which glyphs each patch holds."""
         import torch
         from model import grid_side
-        from samples import N_CODES, N_SLOTS
+        from samples import N_CODES, N_MARKS, SECOND
 
         assert batch.glyphs is not None
         n_tiles, n_patches, _ = batch.glyphs.shape
         side = grid_side(self.spec)
         truth = batch.glyphs.long()
         # the four patches that a token stands for, in the order of the spatial corners
-        blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_SLOTS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
+        blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_MARKS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
         heads = _half(self.heads)
         asked = [(state, heads[HEADS + "tower"], truth)]
         asked += [
-            (stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_SLOTS))
+            (stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_MARKS))
             for stream in streams
         ]
         total = torch.zeros(())
@@ -238,13 +243,15 @@ class Trainer:
             inked = known & (target > 0).any(1)
             blank = known & ~inked & (torch.rand(len(known)) < 0.25)
             chosen = (inked | blank).nonzero()[:, 0]
+            if i:  # the streams say much the same
+                chosen = chosen[torch.rand(len(chosen)) < 0.5]
             out = (source.flatten(0, 1)[chosen] @ head.t()).view(-1, N_CODES + 1).float()
             target = target[chosen].flatten()
             weight = torch.where(target > 0, 1.0, 0.15)
             losses = torch.nn.functional.cross_entropy(out, target, reduction="none")
             total = total + (losses * weight).sum() / weight.sum() / len(asked)
             if i in (0, 1, len(asked) - 1):
-                ink = target > 0
+                ink = (target > 0) & (torch.arange(len(target)) % N_MARKS <= SECOND)
                 figures[f"glyphs {('tower', 'stream', 'last')[min(i, 2)]}"] = (
                     (out.argmax(-1) == target)[ink].float().mean().item()
                 )
@@ -259,7 +266,7 @@ class Trainer:
 
         rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
         self.set_level()
-        source = batches(lambda: self.draw(rng, (0, HELD_OUT_SEEDS)), self.options.budget, 48, rng)
+        source = batches(lambda: self.draw(rng, (0, HELD_OUT_SEEDS)), self.options.budget, 128, rng)
         began, told, evaluated = time.monotonic() - self.minutes * 60, 0.0, time.monotonic()
         last_saved = time.monotonic()
         while True:
@@ -307,9 +314,9 @@ class Trainer:
     def set_level(self) -> None:
         done = self.minutes / self.options.minutes
         if self.stage == "read":
-            enough = 0.6 if self.is_tower_frozen() else 0.75 if self.level < 0 else 0.88
+            enough = 0.7 if self.level < 0 else 0.88
             rise = 0.01 if self.averages.get("tokens", 0) > enough else 0.0
-            self.level = min(1.0, max(self.level + rise, (done - 0.4) / 0.3))
+            self.level = min(1.0, max(self.level + rise, (done - 0.3) / 0.35))
         if self.stage == "tower":
             self.level = min(1.0, 0.3 + done / 0.3)
 
