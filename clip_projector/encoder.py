@@ -69,7 +69,7 @@ class VisionEncoder:
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. Raises ModelFileError and DeviceError.
         """
         from granite4v.clip_projector.weights import Weights
-        from granite4v.families import family_of_gguf
+        from granite4v.families import read_vision
         from granite4v.ggml import speed
         from granite4v.ggml.backend import Backend
         from granite4v.ggml.gguf_file import GgufFile
@@ -82,12 +82,14 @@ class VisionEncoder:
                     f"'{self.path}' has '{keys.GENERAL_ARCHITECTURE}' = {file.get(keys.GENERAL_ARCHITECTURE)!r}, "
                     f"expected {keys.ARCH_CLIP!r}: give the vision file (mmproj-*.gguf)."
                 )
-            self.config: VisionConfig = family_of_gguf(file).config_from_gguf(file)
+            family, config = read_vision(file)
+            self.config: VisionConfig = config
+            names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
             matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1}
             self.ways = speed.ways(self.backend, matrices)
-            self._weights = Weights(file, self.backend, self.ways)
+            self._weights = Weights(file, self.backend, self.ways, names)
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, self.config.text_hidden_size)
 
     def layout(self, size: tuple[int, int]) -> Layout:
@@ -159,7 +161,7 @@ class VisionEncoder:
         return graph
 
     def _build(self, n_tiles: int) -> Graph:
-        from granite4v.clip_projector.qformer import project
+        from granite4v.clip_projector.projectors import project
         from granite4v.clip_projector.tower import N_CHANNELS, hidden_states
         from granite4v.ggml.graph import Graph
 
@@ -169,13 +171,11 @@ class VisionEncoder:
         )
         graph = Graph(self.backend, max_nodes)
         pixels = graph.input("pixels", "F32", N_CHANNELS * tower.patch_size**2, tower.grid_side**2, n_tiles)
-        wanted = {stream.hidden_state for stream in config.streams}
+        wanted = {state for stream in config.streams for state in stream.hidden_states}
         together = not self.backend.is_cpu
         states = hidden_states(graph, self._weights, tower, pixels, wanted, together=together)
-        joined = {k: graph.join(parts, axis=2) for k, parts in states.items()}
-        for p, stream in enumerate(config.streams):
-            features = joined[stream.hidden_state]
-            graph.output(f"stream.{p}", project(graph, self._weights, config, p, stream, features))
+        for p, embeddings in enumerate(project(graph, self._weights, config, states)):
+            graph.output(f"stream.{p}", embeddings)
         return graph
 
     def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:

@@ -10,16 +10,33 @@ from typing import TYPE_CHECKING
 
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
+from granite4v.families.base import WindowQFormerConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from granite4v.clip_projector.weights import Weights
     from granite4v.families.base import Stream, VisionConfig
     from granite4v.ggml.graph import Graph, Tensor
 
 
-def project(graph: Graph, weights: Weights, config: VisionConfig, p: int, stream: Stream, features: Tensor) -> Tensor:
+def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    """Groups of hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` a stream.
+
+    All tiles go through a projector at once: its products are small.
+    """
+    joined = {k: graph.join(groups, axis=2) for k, groups in states.items()}
+    found = []
+    for p, stream in enumerate(config.streams):
+        (state,) = stream.hidden_states
+        found.append(graph.expand(_project(graph, weights, config, p, stream, joined[state])))
+    return found
+
+
+def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, stream: Stream, features: Tensor) -> Tensor:
     """Hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` of projector `p`."""
     projector, side = config.projector, config.tower.grid_side
+    assert isinstance(projector, WindowQFormerConfig)
     dim, n_tiles, eps = features.ne[0], features.ne[2], projector.layer_norm_eps
     n_windows = (side // projector.window_side) ** 2 * n_tiles
     n_queries, n_patches = projector.query_side**2, projector.window_side**2

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from granite4v.ggml.graph import Graph, Tensor
 
 N_CHANNELS = 3
+PRE_LN = keys.PRE_LN.format(suffix="")[:-1]
 
 
 def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
@@ -31,14 +32,16 @@ def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
 
     n, px, _, channels = tiles.shape
     side = px // patch_size
-    grid = tiles.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
+    whole = tiles[:, : side * patch_size, : side * patch_size]  # as the convolution, which drops a part of a patch
+    grid = whole.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
     return np.ascontiguousarray(grid).reshape(n, side * side, channels * patch_size**2)
 
 
 def hidden_states(
     graph: Graph, weights: Weights, config: TowerConfig, pixels: Tensor, wanted: set[int], *, together: bool
 ) -> dict[int, list[Tensor]]:
-    """The wanted hidden states (0 = embeddings, k = output of layer k-1) of patches `[values, patches, tiles]`.
+    """The wanted hidden states (0 = input of the first layer, k = output of layer k-1) of patches
+    `[values, patches, tiles]`.
 
     Each as a list of `[hidden, patches, group]` tensors: one tile a group, or all tiles in one if `together`.
     """
@@ -49,7 +52,15 @@ def hidden_states(
         states = _layer(graph, weights, config, i, states, keep=i in wanted)
         if i + 1 in wanted:
             found[i + 1] = states
+    if config.class_token:
+        return {k: [_without_first(graph, x) for x in states] for k, states in found.items()}
     return found
+
+
+def _without_first(graph: Graph, x: Tensor) -> Tensor:
+    """`[hidden, n, tiles]` without its first position."""
+    view = graph.view(x, (x.ne[0], x.ne[1] - 1, x.ne[2]), (x.nb[1], x.nb[2], x.nb[3]), x.nb[1])
+    return graph.cont(view)
 
 
 def _tiles(graph: Graph, x: Tensor) -> list[Tensor]:
@@ -57,12 +68,23 @@ def _tiles(graph: Graph, x: Tensor) -> list[Tensor]:
 
 
 def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Tensor]) -> list[Tensor]:
-    n_values, n_patches = groups[0].ne[0], groups[0].ne[1]
-    kernel = weights.matrix(graph, keys.PATCH_EMBD_WEIGHT, n_values, config.hidden_size)
-    bias = weights.vector(keys.PATCH_EMBD_BIAS, config.hidden_size)
-    positions = weights.vector(keys.POSITION_EMBD, config.hidden_size * n_patches)
-    embed = lambda x: graph.add_(graph.add_(graph.matmul(kernel, x), bias), positions)  # noqa: E731
-    return [graph.expand(embed(x)) for x in groups]
+    """Patches `[values, patches, group]` -> `[hidden, positions, group]`, what the first layer takes."""
+    n_values, width = groups[0].ne[0], config.hidden_size
+    kernel = weights.matrix(graph, keys.PATCH_EMBD_WEIGHT, n_values, width)
+    bias = weights.vector(keys.PATCH_EMBD_BIAS, width) if config.patch_bias else None
+    positions = weights.table(graph, keys.POSITION_EMBD, width, config.n_positions)
+
+    def run(x: Tensor) -> Tensor:
+        h = graph.matmul(kernel, x)
+        if bias is not None:
+            h = graph.add_(h, bias)
+        if config.class_token:
+            first = graph.repeat(weights.vector(keys.CLASS_EMBD, width), width, 1, x.ne[2])
+            h = graph.concat(first, h, axis=1)
+        h = graph.add_(h, positions)
+        return layer_norm(graph, weights, PRE_LN, h, config.layer_norm_eps) if config.pre_norm else h
+
+    return [graph.expand(run(x)) for x in groups]
 
 
 def _layer(

@@ -8,6 +8,7 @@ copied there once.
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DeviceError, ModelFileError
@@ -16,6 +17,8 @@ from granite4v.ggml.graph import Tensor
 from granite4v.ggml.library import lib
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
 
     from granite4v.ggml.backend import Backend
@@ -27,11 +30,18 @@ if TYPE_CHECKING:
 class Weights:
     """Tensors by their GGUF name; `matrix` gives one in the form in which it multiplies fastest."""
 
-    def __init__(self, file: GgufFile, backend: Backend, ways: dict[str, Way]) -> None:
-        """`ways` says for each weight type how to multiply it; types without an entry are used as they are."""
+    def __init__(
+        self, file: GgufFile, backend: Backend, ways: dict[str, Way], names: Mapping[str, str] | None = None
+    ) -> None:
+        """`ways` says for each weight type how to multiply it; types without an entry are used as they are.
+
+        `names`: of tensors that this file calls otherwise, our name -> the file's.
+        """
         import numpy as np
 
-        self._infos = dict(file.tensors)
+        ours = {theirs: our for our, theirs in (names or {}).items()}
+        named = (replace(info, name=ours.get(info.name, info.name)) for info in file.tensors.values())
+        self._infos = {info.name: info for info in named}
         self._ways = ways
         self._path = file.path
         self._arenas: list[Arena] = []
@@ -90,6 +100,17 @@ class Weights:
                 f"'{self._path}' has tensor '{name}' as {info.type_name} {info.shape}, expected F32 with {n:,} values."
             )
         return self._tensors[name]
+
+    def table(self, graph: Graph, name: str, width: int, n_rows: int) -> Tensor:
+        """Vectors `[width, n_rows]` to be added, float32; half-precision ones are widened."""
+        info = self._info(name)
+        if info.type_name not in ("F32", "F16", "BF16") or _flat(info.shape) != (n_rows, width):
+            raise ModelFileError(
+                f"'{self._path}' has tensor '{name}' as {info.type_name} {info.shape}, expected {n_rows:,} vectors of "
+                f"{width:,} values."
+            )
+        tensor = self._tensors[name]
+        return tensor if info.type_name == "F32" else graph.cast(tensor, "F32")
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """A float32 tensor as a NumPy copy of the given shape."""

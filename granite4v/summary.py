@@ -9,7 +9,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
-from granite4v.families import family_of_gguf
+from granite4v.families import read_vision
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 
 _TEXT_SIZES = {
@@ -93,11 +93,10 @@ def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
 
 def _vision(file: GgufFile) -> dict[str, Any]:
     try:
-        family = family_of_gguf(file)
-        config = family.config_from_gguf(file)
+        family, config = read_vision(file)
     except ModelFileError as error:  # still worth showing: other families' files, files of other programs
         return {"family": None, "note": str(error)}
-    layers_known = keys.TEXT_LAYERS in file
+    layers_known = keys.TEXT_LAYERS in file or len(config.streams) == 1  # a single stream is the input itself
     tower = config.tower
     return {
         "family": family.name,
@@ -112,7 +111,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
         },
         "streams": [
             {
-                "hidden_state": stream.hidden_state,
+                "hidden_states": list(stream.hidden_states),
                 "text_layer": stream.text_layer if layers_known else None,
                 "spatial_offset": stream.spatial_offset,
             }

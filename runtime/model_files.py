@@ -15,7 +15,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
-from granite4v.families import VisionConfig, family_of_gguf
+from granite4v.families import VisionConfig, read_vision
 from granite4v.ggml.gguf_file import GgufFile
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process over a file that has more
@@ -81,7 +81,7 @@ class ModelFiles:
         if self.vision is None:
             return
         _check_pair(self.text, self.vision)
-        self.vision_config = family_of_gguf(self.vision).config_from_gguf(self.vision)
+        self.vision_config = read_vision(self.vision)[1]
         if self.vision_config.text_hidden_size != n_embd:
             raise ModelFileError(
                 f"'{self.vision.path}' makes embeddings of width {self.vision_config.text_hidden_size}, but "

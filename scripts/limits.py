@@ -25,7 +25,8 @@ from side_by_side import find_files
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector import load_image
 from granite4v.clip_projector.tiles import layout
-from granite4v.families import VisionConfig, family_of_gguf
+from granite4v.families import VisionConfig, read_vision
+from granite4v.families.base import MlpConfig
 from granite4v.ggml import speed
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
@@ -44,10 +45,11 @@ def main() -> None:
 def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, Any]:
     """Arithmetic (GFLOP), rates (GFLOP/s by type and way) and the least seconds of encoding and of image prefill."""
     with GgufFile.open(mmproj) as vision_file, GgufFile.open(text) as text_file:
-        config = family_of_gguf(vision_file).config_from_gguf(vision_file)
+        config = read_vision(vision_file)[1]
         where = layout(load_image(image).size, config.tiling, config.tokens_side)
         vision_type, text_type = main_type(vision_file.tensors), main_type(text_file.tensors)
-        qformer_ffn = vision_file.tensors[keys.PROJ.format(p=0, part="ffn_up", suffix="weight")].shape[0]
+        up = vision_file.tensors.get(keys.PROJ.format(p=0, part="ffn_up", suffix="weight"))
+        qformer_ffn = up.shape[0] if up is not None else 0
         encode = encode_gflop(config, qformer_ffn, where.n_tiles)
         prefill = prefill_gflop(text_file, where.n_tokens)
     rates = {kind: measured_rates(kind, n_threads) for kind in sorted({vision_type, text_type})}
@@ -65,16 +67,27 @@ def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, A
 
 def encode_gflop(config: VisionConfig, qformer_ffn: int, n_tiles: int) -> float:
     """Products of the tower and all projectors, for `n_tiles` different tiles."""
-    tower, projector = config.tower, config.projector
-    n_patches, width, ffn = tower.grid_side**2, tower.hidden_size, tower.intermediate_size
-    last = max(stream.hidden_state for stream in config.streams)
-    layer = 2 * n_patches * (4 * width * width + 2 * width * ffn) + 4 * n_patches * n_patches * width
+    tower = config.tower
+    n_patches, n, width, ffn = tower.grid_side**2, tower.n_positions, tower.hidden_size, tower.intermediate_size
+    last = max(state for stream in config.streams for state in stream.hidden_states)
+    layer = 2 * n * (4 * width * width + 2 * width * ffn) + 4 * n * n * width
     patches = 2 * n_patches * width * 3 * tower.patch_size**2
+    projectors = sum(_projector_flop(config, len(stream.hidden_states), qformer_ffn) for stream in config.streams)
+    return n_tiles * (patches + last * layer + projectors) / 1e9
+
+
+def _projector_flop(config: VisionConfig, n_states: int, qformer_ffn: int) -> int:
+    """Products of one projector on one tile."""
+    n_patches, width, out = config.tower.grid_side**2, config.tower.hidden_size, config.text_hidden_size
+    projector = config.projector
+    if isinstance(projector, MlpConfig):
+        return 2 * n_patches * (n_states * width * out + out * out)
     # keys and values of every patch, all else for the queries only
     n_queries, n_inside = config.tokens_per_tile, projector.query_side**2
-    qformer = 2 * 2 * n_patches * width * width + 2 * n_queries * (6 * width * width + width * config.text_hidden_size)
-    qformer += 2 * n_queries * 2 * width * qformer_ffn + 4 * n_queries * width * (n_inside + projector.window_side**2)
-    return n_tiles * (patches + last * layer + len(config.streams) * qformer) / 1e9
+    linear = 2 * 2 * n_patches * width * width + 2 * n_queries * (6 * width * width + width * out)
+    return (
+        linear + 2 * n_queries * 2 * width * qformer_ffn + 4 * n_queries * width * (n_inside + projector.window_side**2)
+    )
 
 
 def prefill_gflop(file: GgufFile, n_tokens: int) -> float:

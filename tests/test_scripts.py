@@ -18,7 +18,7 @@ from reference import Reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from granite4v.converter import Options, convert
-from granite4v.families import family_of_gguf
+from granite4v.families import read_vision
 from granite4v.ggml.gguf_file import GgufFile
 
 SPEC = replace(PRESETS["tiny"], vision_head=False)
@@ -38,7 +38,7 @@ def test_counted_arithmetic_of_encoding_is_what_the_reference_multiplies(
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference.model.get_image_features(*reference._pixels(picture))
     with GgufFile.open(model / "mmproj-F32.gguf") as file:
-        config = family_of_gguf(file).config_from_gguf(file)
+        config = read_vision(file)[1]
     n_tiles = len(reference.tiles(picture))
     n_patches = (SPEC.tile_px // SPEC.patch_px) ** 2
     patches = 2 * n_tiles * n_patches * SPEC.vision_hidden * 3 * SPEC.patch_px**2  # torch leaves its convolution out

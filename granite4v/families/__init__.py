@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families import granite4_vision
 from granite4v.families.base import Family, Metadata, VisionConfig
 
-__all__ = ["FAMILIES", "Family", "VisionConfig", "family_of_checkpoint", "family_of_gguf"]
+if TYPE_CHECKING:
+    from granite4v.ggml.gguf_file import GgufFile
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "VisionConfig",
+    "family_named",
+    "family_of_checkpoint",
+    "family_of_gguf",
+    "read_vision",
+]
 
 FAMILIES: tuple[Family, ...] = (granite4_vision.Granite4Vision(),)
 
@@ -35,3 +48,14 @@ def family_of_gguf(metadata: Metadata) -> Family:
     raise ModelFileError(
         f"the vision file has '{keys.PROJECTOR_TYPE}' = {projector_type!r}; this version runs {known}."
     )
+
+
+def family_named(name: str) -> Family:
+    """The family of a `VisionConfig.family`."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def read_vision(file: GgufFile) -> tuple[Family, VisionConfig]:
+    """The family and the configuration of an opened vision file; raises ModelFileError."""
+    family = family_of_gguf(file)
+    return family, family.config_from_gguf(file, {name: info.shape for name, info in file.tensors.items()})

@@ -1,6 +1,6 @@
 """What a vision-language model is made of, as plain frozen data.
 
-A family file (`granite4_vision.py`, ...) builds a `VisionConfig` from Hugging Face JSON or from GGUF
+A family file builds a `VisionConfig` from Hugging Face JSON or from GGUF
 metadata; both give the same value. Shared code reads the parts of a `VisionConfig` and never asks
 which family it came from. Nothing here computes on weights or imports a library.
 """
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from granite4v.families.tensor_rules import TensorGroup
 
 Metadata = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A ViT image encoder. Field names are Hugging Face's."""
+    """A ViT image encoder. Field names are Hugging Face's.
+
+    `num_hidden_layers`: as many layers as are computed, which may be fewer than the checkpoint has.
+    `class_token`: a learned position before the patches; projectors never see it. `pre_norm`: a LayerNorm
+    before the first layer, behind which hidden state 0 is taken. `patch_bias`: patch embedding has a bias.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -30,11 +36,18 @@ class TowerConfig:
     hidden_act: str
     layer_norm_eps: float
     class_token: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
 
     @property
     def grid_side(self) -> int:
-        """Patches along one side of a tile."""
+        """Patches along one side of a tile; pixels beyond the last whole patch are not looked at."""
         return self.image_size // self.patch_size
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that pass through the layers: the patches, and the class token before them."""
+        return self.grid_side**2 + self.class_token
 
     @property
     def head_dim(self) -> int:
@@ -68,21 +81,40 @@ class WindowQFormerConfig:
     input_norm_eps: float = 1e-6
     hidden_act: str = "gelu"
 
+    def tokens_side(self, grid_side: int) -> int:
+        """Image tokens along one side of a tile with `grid_side` patches."""
+        return grid_side // self.window_side * self.query_side
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Two linear layers with an activation between, patch by patch: a token for every patch."""
+
+    hidden_act: str = "gelu"
+
+    def tokens_side(self, grid_side: int) -> int:
+        """Image tokens along one side of a tile with `grid_side` patches."""
+        return grid_side
+
+
+ProjectorConfig = WindowQFormerConfig | MlpConfig
+
 
 @dataclass(frozen=True)
 class Stream:
     """One set of image embeddings and where it goes.
 
-    `hidden_state`: which hidden state of the tower it is made from, 0 is the embedding output and k the
-    output of encoder layer k-1 (Hugging Face's numbering, negative indices resolved).
+    `hidden_states`: the hidden states of the tower it is made from, joined in this order along their width;
+    0 is the input of the first encoder layer and k the output of layer k-1 (Hugging Face's numbering,
+    negative indices resolved).
     `text_layer`: the decoder layer before which it is added to the hidden state.
-    `spatial_offset`: the corner of every 2x2 block that seeds the queries (0 top left, 1 top right,
-    2 bottom left, 3 bottom right); None for area interpolation.
+    `spatial_offset`: of a window Q-Former, the corner of every 2x2 block that seeds the queries (0 top left,
+    1 top right, 2 bottom left, 3 bottom right); None for area interpolation.
     `source`: the projector's name in the checkpoint, for instance `layerwise_projectors.0`; None when
     the configuration was read from GGUF, where projectors are numbered as the streams are.
     """
 
-    hidden_state: int
+    hidden_states: tuple[int, ...]
     text_layer: int
     spatial_offset: int | None = None
     source: str | None = None
@@ -95,14 +127,14 @@ class VisionConfig:
     family: str
     tower: TowerConfig
     tiling: TilingConfig
-    projector: WindowQFormerConfig
+    projector: ProjectorConfig
     streams: tuple[Stream, ...]
     text_hidden_size: int
 
     @property
     def tokens_side(self) -> int:
         """Image tokens along one side of a tile."""
-        return self.tower.grid_side // self.projector.window_side * self.projector.query_side
+        return self.projector.tokens_side(self.tower.grid_side)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -120,8 +152,12 @@ class Family(Protocol):
         """The configuration from config.json and preprocessor_config.json; raises CheckpointError."""
         ...
 
-    def config_from_gguf(self, metadata: Metadata) -> VisionConfig:
-        """The configuration from an mmproj file's metadata; raises ModelFileError."""
+    def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
+        """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError."""
+        ...
+
+    def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
+        """What tensors are called in an mmproj file that calls them otherwise than we do: our name -> the file's."""
         ...
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -134,4 +170,8 @@ class Family(Protocol):
 
     def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
         """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
+        ...
+
+    def reference_streams(self, output: Any) -> dict[int, Any]:
+        """What transformers' `get_image_features` gave for one picture: decoder layer -> packed embeddings (torch)."""
         ...

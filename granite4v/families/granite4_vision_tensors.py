@@ -7,9 +7,9 @@ Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama
 from __future__ import annotations
 
 from granite4v import gguf_keys as keys
-from granite4v.families.base import Metadata, Stream, VisionConfig
-from granite4v.families.siglip_tensors import siglip_tensors
+from granite4v.families.base import Metadata, Stream, VisionConfig, WindowQFormerConfig
 from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
+from granite4v.families.tower_tensors import tower_tensors
 
 QFORMER_INTERMEDIATE_SIZE = 3072  # transformers' default for qformer_config
 PREFIXES = ("model.", "")
@@ -21,7 +21,7 @@ def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[
     qformer = hf_config.get("qformer_config") or {}
     ffn = int(qformer.get("intermediate_size", QFORMER_INTERMEDIATE_SIZE))
     return (
-        siglip_tensors(config.tower),
+        tower_tensors(config.tower),
         TensorGroup(
             prefixes=PREFIXES,
             rules=(
@@ -35,6 +35,7 @@ def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[
 
 def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int) -> tuple[TensorRule, ...]:
     width, sides = config.tower.hidden_size, config.projector
+    assert isinstance(sides, WindowQFormerConfig)
     wide = padded_width(ffn)
     here, layer = f"{stream.source}.", f"{stream.source}.qformer.encoder.layer.0."
 

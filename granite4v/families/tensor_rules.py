@@ -25,6 +25,9 @@ class TensorRule:
     `rope_heads`: reorder the rows of every one of so many heads from Hugging Face's halves (0, n/2, 1,
     n/2+1, ... of the head's rows become neighbours) to the pairs that llama.cpp's rotary embedding takes.
     `padded`: the shape in the file when it is larger; the rest is zeros.
+    `column_blocks`: the columns in so many equal blocks, in this order instead of the checkpoint's.
+    `values`: the tensor itself, one-dimensional, where it is computed from the configuration; the checkpoint then
+    holds no such tensor and `source` says in words what it is.
     """
 
     source: str
@@ -33,6 +36,8 @@ class TensorRule:
     rows: tuple[int, int] | None = None
     rope_heads: int = 0
     padded: Shape | None = None
+    column_blocks: tuple[int, ...] = ()
+    values: tuple[float, ...] | None = None
 
     @property
     def target_shape(self) -> Shape:
@@ -101,6 +106,11 @@ def norm(source: str, target: str, width: int) -> tuple[TensorRule, TensorRule]:
         TensorRule(f"{source}.weight", target.replace("{suffix}", "weight"), (width,)),
         TensorRule(f"{source}.bias", target.replace("{suffix}", "bias"), (width,)),
     )
+
+
+def zeros(rule: TensorRule) -> TensorRule:
+    """The same tensor in the file, of zeros, for a checkpoint that has none."""
+    return TensorRule("zeros", rule.target, rule.shape, values=(0.0,) * rule.shape[0])
 
 
 def padded_width(width: int) -> int:

@@ -129,6 +129,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_mul_inplace", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_div_inplace", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_sqr", TensorP, ContextP, TensorP),
+    _base("ggml_repeat_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64),
     _base("ggml_concat", TensorP, ContextP, TensorP, TensorP, _int),  # (ctx, a, b, dim)
     _base("ggml_gelu_erf_inplace", TensorP, ContextP, TensorP),
     _base("ggml_silu_inplace", TensorP, ContextP, TensorP),

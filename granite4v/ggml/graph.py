@@ -134,6 +134,13 @@ class Graph:
             raise ValueError(f"cannot join {a!r} and {b!r} along axis {axis}")
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
 
+    def repeat(self, x: Tensor, *ne: int) -> Tensor:
+        """`x` as often along each axis as it takes to fill `ne`, which its sizes must divide."""
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        if any(n % m for n, m in zip(sizes, x.ne, strict=True)):
+            raise ValueError(f"cannot repeat {x!r} to {list(ne)}")
+        return Tensor(lib().ggml_repeat_4d(self._ctx, x.ptr, *sizes))
+
     def join(self, parts: list[Tensor], axis: int) -> Tensor:
         """Tensors along an axis, in pairs so that few bytes are copied twice."""
         while len(parts) > 1:

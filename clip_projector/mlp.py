@@ -1,0 +1,37 @@
+"""The two-layer projector: hidden states side by side, a linear layer, an activation, a linear layer.
+
+Each patch becomes one token (transformers 5.23, `LlavaNextMultiModalProjector`). Tiles go through one after the
+other as they do through the tower, so that the joined hidden states of one tile are all that is held at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector.blocks import activation, linear
+from granite4v.families.base import MlpConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from granite4v.clip_projector.weights import Weights
+    from granite4v.families.base import VisionConfig
+    from granite4v.ggml.graph import Graph, Tensor
+
+
+def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    """Groups of hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, patches, tiles]` for the one stream."""
+    projector, width = config.projector, config.text_hidden_size
+    assert isinstance(projector, MlpConfig)
+    (stream,) = config.streams
+    n_in = config.tower.hidden_size * len(stream.hidden_states)
+    first = linear(graph, weights, keys.MLP.format(layer=keys.MLP_FIRST, suffix="")[:-1], n_in, width)
+    second = linear(graph, weights, keys.MLP.format(layer=keys.MLP_SECOND, suffix="")[:-1], width, width)
+
+    def run(group: int) -> Tensor:
+        x = graph.join([states[k][group] for k in stream.hidden_states], axis=0)
+        return second(activation(graph, projector.hidden_act, first(x)))
+
+    n_groups = len(states[stream.hidden_states[0]])
+    return [graph.join([graph.expand(run(group)) for group in range(n_groups)], axis=2)]

@@ -1,0 +1,26 @@
+"""From the tower's hidden states to every stream's embeddings, by the kind of projector a configuration names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from granite4v.clip_projector import mlp, qformer
+from granite4v.families.base import MlpConfig, WindowQFormerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from granite4v.clip_projector.weights import Weights
+    from granite4v.families.base import VisionConfig
+    from granite4v.ggml.graph import Graph, Tensor
+
+    States = Mapping[int, list[Tensor]]
+    Project = Callable[[Graph, Weights, VisionConfig, States], list[Tensor]]
+
+KINDS: dict[type, Project] = {WindowQFormerConfig: qformer.project, MlpConfig: mlp.project}
+
+
+def project(graph: Graph, weights: Weights, config: VisionConfig, states: States) -> list[Tensor]:
+    """Hidden states by index, each in groups `[dim, patches, tiles of the group]`: for every stream its embeddings
+    `[n_embd, tokens_per_tile, tiles]`."""
+    return KINDS[type(config.projector)](graph, weights, config, states)

@@ -1,0 +1,49 @@
+"""Reading single values out of config.json and GGUF metadata, with messages that say what is wrong.
+
+Shared by the family files; knows no model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.families.base import Metadata
+
+
+def section(config: Metadata, name: str) -> Metadata:
+    """An object inside config.json; raises CheckpointError when there is none."""
+    found = config.get(name)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config.json has no '{name}' section; vision-language checkpoints have one.")
+    return found
+
+
+def number(values: Metadata, key: str, where: str) -> int:
+    """A positive integer; raises CheckpointError for anything else."""
+    value = values.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"{where} has '{key}' = {value!r}; expected a positive integer.")
+    return value
+
+
+def need(metadata: Metadata, key: str) -> Any:
+    """The value of a key that a vision file must have; raises ModelFileError without it."""
+    if key not in metadata:
+        raise ModelFileError(f"the vision file has no key '{key}'; convert it again with 'granite4v convert'.")
+    return metadata[key]
+
+
+def short(value: float) -> float:
+    """The shortest decimal that float32 stores as this value: 1e-06 instead of 9.999999974752427e-07."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def hidden_state_index(index: int, n_layers: int) -> int:
+    """A hidden state of a tower with so many layers, negative indices resolved; raises CheckpointError outside it."""
+    resolved = index + n_layers + 1 if index < 0 else index
+    if not 0 <= resolved <= n_layers:
+        raise CheckpointError(f"config.json takes vision hidden state {index}; the tower has {n_layers + 1} of them.")
+    return resolved

@@ -1,0 +1,84 @@
+"""The tensors of an image tower, SigLIP's or CLIP's, for every family that has one.
+
+Names: transformers 5.23 `models/siglip` and `models/clip`, and llama.cpp's `tools/mtmd/clip-impl.h`. The
+feed-forward width (4304 in so400m) is padded with zeros to whole quantized blocks: gelu(0) is 0 and meets zero
+columns, so the result is exactly the same.
+"""
+
+from __future__ import annotations
+
+from granite4v import gguf_keys as keys
+from granite4v.families.base import TowerConfig
+from granite4v.families.tensor_rules import (
+    DropRule,
+    TensorGroup,
+    TensorRule,
+    each_layer,
+    linear,
+    norm,
+    padded_width,
+)
+
+N_CHANNELS = 3
+
+# What transformers has called the tower over time, today's spelling first.
+PREFIXES = (
+    "model.vision_tower.",
+    "model.vision_tower.vision_model.",
+    "vision_tower.",
+    "vision_tower.vision_model.",
+)
+DROPS = (
+    DropRule("head.*", "the pooling head; features are taken from the patches"),
+    DropRule("embeddings.position_ids", "a constant counter that older versions of transformers saved"),
+)
+POST_NORM = "post_layernorm"
+
+
+def tower_tensors(tower: TowerConfig, n_held_layers: int | None = None, *, post_norm: bool = True) -> TensorGroup:
+    """The table of a tower: patches, positions, layers, and the norm after the last one.
+
+    `n_held_layers`: how many layers the checkpoint holds, where the tower computes fewer. Without `post_norm` the
+    norm after the last layer is left out: no hidden state passes through it, but libmtmd would apply it.
+    """
+    width, patch = tower.hidden_size, tower.patch_size
+    rules = [
+        TensorRule("embeddings.patch_embedding.weight", keys.PATCH_EMBD_WEIGHT, (width, N_CHANNELS, patch, patch)),
+        TensorRule("embeddings.position_embedding.weight", keys.POSITION_EMBD, (tower.n_positions, width)),
+    ]
+    if tower.patch_bias:
+        rules.append(TensorRule("embeddings.patch_embedding.bias", keys.PATCH_EMBD_BIAS, (width,)))
+    if tower.class_token:
+        rules.append(TensorRule("embeddings.class_embedding", keys.CLASS_EMBD, (width,)))
+    if tower.pre_norm:
+        rules += norm("pre_layrnorm", keys.PRE_LN, width)  # spelled so
+    rules += each_layer(tower.num_hidden_layers, *_layer(tower))
+    if post_norm:
+        rules += norm(POST_NORM, keys.POST_LN, width)
+    unused = [
+        DropRule(f"encoder.layers.{i}.*", "a layer behind the last hidden state that is taken")
+        for i in range(tower.num_hidden_layers, n_held_layers or 0)
+    ]
+    if not post_norm:
+        unused.append(DropRule(f"{POST_NORM}.*", "a norm that the hidden states do not pass through"))
+    return TensorGroup(prefixes=PREFIXES, rules=tuple(rules), drops=(*DROPS, *unused))
+
+
+def _layer(tower: TowerConfig) -> tuple[TensorRule, ...]:
+    """One encoder layer, its number as `{i}`."""
+    width, ffn = tower.hidden_size, tower.intermediate_size
+    wide = padded_width(ffn)
+    return (
+        *norm("encoder.layers.{i}.layer_norm1", _block("ln1"), width),
+        *linear("encoder.layers.{i}.self_attn.q_proj", _block("attn_q"), width, width),
+        *linear("encoder.layers.{i}.self_attn.k_proj", _block("attn_k"), width, width),
+        *linear("encoder.layers.{i}.self_attn.v_proj", _block("attn_v"), width, width),
+        *linear("encoder.layers.{i}.self_attn.out_proj", _block("attn_out"), width, width),
+        *norm("encoder.layers.{i}.layer_norm2", _block("ln2"), width),
+        *linear("encoder.layers.{i}.mlp.fc1", _block("ffn_up"), ffn, width, padded_out=wide),
+        *linear("encoder.layers.{i}.mlp.fc2", _block("ffn_down"), width, ffn, padded_in=wide),
+    )
+
+
+def _block(part: str) -> str:
+    return keys.BLOCK.replace("{part}", part)

@@ -1,0 +1,139 @@
+"""Image towers in config.json and GGUF: SigLIP's and CLIP's, which differ in four facts.
+
+CLIP has a class token, a LayerNorm before its layers, no bias at its patches, and other defaults. Which values a
+config.json leaves out is transformers 5.23's `models/siglip` and `models/clip` (a test compares them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.families.base import Metadata, TowerConfig
+from granite4v.families.fields import need, number, short
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """One kind of tower. `defaults`: what its vision_config may leave out."""
+
+    hf_model_type: str
+    class_token: bool
+    pre_norm: bool
+    patch_bias: bool
+    defaults: tuple[tuple[str, Any], ...]
+
+
+SIGLIP = TowerKind(
+    "siglip_vision_model",
+    class_token=False,
+    pre_norm=False,
+    patch_bias=True,
+    defaults=(
+        ("hidden_size", 768),
+        ("intermediate_size", 3072),
+        ("num_hidden_layers", 12),
+        ("num_attention_heads", 12),
+        ("image_size", 224),
+        ("patch_size", 16),
+        ("hidden_act", "gelu_pytorch_tanh"),
+        ("layer_norm_eps", 1e-6),
+    ),
+)
+CLIP = TowerKind(
+    "clip_vision_model",
+    class_token=True,
+    pre_norm=True,
+    patch_bias=False,
+    defaults=(
+        ("hidden_size", 768),
+        ("intermediate_size", 3072),
+        ("num_hidden_layers", 12),
+        ("num_attention_heads", 12),
+        ("image_size", 224),
+        ("patch_size", 32),
+        ("hidden_act", "quick_gelu"),
+        ("layer_norm_eps", 1e-5),
+    ),
+)
+KINDS = (SIGLIP, CLIP)
+
+
+def tower_kind(vision: Metadata) -> TowerKind:
+    """The kind that a vision_config names; raises CheckpointError for one that is not known."""
+    model_type = vision.get("model_type")
+    for kind in KINDS:
+        if kind.hf_model_type == model_type:
+            return kind
+    known = ", ".join(repr(kind.hf_model_type) for kind in KINDS)
+    raise CheckpointError(f"vision_config has model_type {model_type!r}; the towers that convert are {known}.")
+
+
+def tower_from_hf(vision: Metadata, kind: TowerKind) -> TowerConfig:
+    """The tower of a vision_config, defaults filled in; raises CheckpointError."""
+    full = {**dict(kind.defaults), **vision}
+    tower = TowerConfig(
+        hidden_size=number(full, "hidden_size", "vision_config"),
+        intermediate_size=number(full, "intermediate_size", "vision_config"),
+        num_hidden_layers=number(full, "num_hidden_layers", "vision_config"),
+        num_attention_heads=number(full, "num_attention_heads", "vision_config"),
+        image_size=number(full, "image_size", "vision_config"),
+        patch_size=number(full, "patch_size", "vision_config"),
+        hidden_act=str(full["hidden_act"]),
+        layer_norm_eps=float(full["layer_norm_eps"]),
+        class_token=kind.class_token,
+        pre_norm=kind.pre_norm,
+        patch_bias=kind.patch_bias,
+    )
+    problem = _problem(tower)
+    if problem:
+        raise CheckpointError(f"vision_config has {problem}.")
+    return tower
+
+
+def tower_from_gguf(metadata: Metadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
+    """The tower of a vision file; `hidden_act` where the file does not say ours. Raises ModelFileError."""
+    tower = TowerConfig(
+        hidden_size=int(need(metadata, keys.VISION_EMBEDDING_LENGTH)),
+        intermediate_size=int(need(metadata, keys.VISION_FEED_FORWARD_LENGTH)),
+        num_hidden_layers=int(need(metadata, keys.VISION_BLOCK_COUNT)),
+        num_attention_heads=int(need(metadata, keys.VISION_HEAD_COUNT)),
+        image_size=int(need(metadata, keys.IMAGE_SIZE)),
+        patch_size=int(need(metadata, keys.PATCH_SIZE)),
+        hidden_act=str(metadata.get(keys.HIDDEN_ACT, hidden_act)),
+        layer_norm_eps=short(need(metadata, keys.VISION_LAYER_NORM_EPS)),
+        class_token=kind.class_token,
+        pre_norm=kind.pre_norm,
+        patch_bias=kind.patch_bias,
+    )
+    problem = _problem(tower)
+    if problem:
+        raise ModelFileError(f"the vision file has {problem}; convert it again with 'granite4v convert'.")
+    return tower
+
+
+def tower_metadata(tower: TowerConfig) -> dict[str, Any]:
+    """What `tower_from_gguf` reads back."""
+    return {
+        keys.HAS_VISION_ENCODER: True,
+        keys.USE_GELU: tower.hidden_act != "quick_gelu",  # libmtmd's other choice
+        keys.IMAGE_SIZE: tower.image_size,
+        keys.PATCH_SIZE: tower.patch_size,
+        keys.VISION_EMBEDDING_LENGTH: tower.hidden_size,
+        keys.VISION_FEED_FORWARD_LENGTH: tower.intermediate_size,
+        keys.VISION_BLOCK_COUNT: tower.num_hidden_layers,
+        keys.VISION_HEAD_COUNT: tower.num_attention_heads,
+        keys.VISION_LAYER_NORM_EPS: tower.layer_norm_eps,
+        keys.HIDDEN_ACT: tower.hidden_act,
+    }
+
+
+def _problem(tower: TowerConfig) -> str:
+    """What no tower can compute, in words; empty when there is nothing wrong."""
+    if tower.hidden_size <= 0 or tower.num_attention_heads <= 0 or tower.hidden_size % tower.num_attention_heads:
+        return f"a width of {tower.hidden_size} with {tower.num_attention_heads} heads; it must be a multiple of them"
+    if tower.patch_size <= 0 or tower.grid_side <= 0:
+        return f"patches of {tower.patch_size} px in a tile of {tower.image_size} px; a tile must hold at least one"
+    return ""
