@@ -134,11 +134,11 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
     for kind in ("table", "chart", "form"):
         samples += [document_sample(draw_document(seed, kind), rng, prompter, NANO) for seed in range(10)]
     for sample in samples:
-        assert len({answer for answer, _, _ in sample.looks}) == len(sample.looks)
+        assert len({answer for answer, *_ in sample.looks}) == len(sample.looks)
     shown = [
         (prompter.tokenizer.decode([sample.tokens[answer]]), chr(marks(sample, image, slot)[slot % 2] + 32))
         for sample in samples
-        for answer, image, slot in sample.looks
+        for answer, image, slot, _, _ in sample.looks
     ]
     at_letters = [(said, glyph) for said, glyph in shown if len(said) == 1 and not said.isspace()]
     assert len(at_letters) > 1500
@@ -153,7 +153,7 @@ def test_marks_tell_what_is_before_a_glyph(seed: int) -> None:
     texts = [f"^{cell.text}$" for cell in document.truth.cells]
     labels = glyph_labels(document, NANO)[1:].reshape(-1, N_MARKS)
     n_adjacent = 0
-    for first, _, before, two_before, gap in labels[labels[:, 0] > 0].tolist():
+    for first, _, before, two_before, gap, _ in labels[labels[:, 0] > 0].tolist():
         letters = "".join(chr(mark + 32) for mark in (two_before, before) if mark)
         between, start = {1: "", 2: " ", 0: "^"}[gap % 3], "" if two_before else "^"
         end = "$" if gap > 3 else ""
@@ -174,14 +174,15 @@ def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
     streams = project(vision, tower(vision, batch.tiles, NANO, kernels), NANO, kernels)
     newline = vision["model.image_newline"].view(1, -1)
     packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
-    row, position, _, _ = batch.looks[0].tolist()
-    everywhere = torch.tensor([[row, position, target, 2] for target in range(position + 1)])
+    row, position, *_ = batch.looks[-1].tolist()
+    everywhere = torch.tensor([[row, position, target, 2, target, 7] for target in range(position + 1)])
     looked: list[torch.Tensor] = []
     decode(text, batch.tokens, (batch.positions, packed), NANO, kernels, everywhere, looked)
-    assert len(looked) == 2
-    shares = torch.exp(-torch.stack(looked))  # (layers, targets, heads); slot 2 is the second patch's first glyph
-    assert torch.allclose(shares[0, :, 1].sum(), torch.tensor(1.0), atol=1e-5)
-    idle = torch.cat((shares[0][:, [0, 2, 3]], shares[1]), dim=1)
+    assert len(looked) == 3
+    finding, looking, looking_second = torch.exp(-torch.stack(looked))  # each (targets, heads)
+    assert torch.allclose(looking[:, 1].sum(), torch.tensor(1.0), atol=1e-5), "slot 2: the second patch's first glyph"
+    assert torch.allclose(finding[:, 3].sum(), torch.tensor(1.0), atol=1e-5), "slot 7: the fourth patch's second one"
+    idle = torch.cat((looking[:, [0, 2, 3]], looking_second, finding[:, :3]), dim=1)
     assert torch.equal(idle, idle[:1].expand_as(idle)), "the other heads should look at position 0"
 
 

@@ -46,13 +46,15 @@ NANO = CheckpointSpec(
     max_tiles=8,
     qformer_ffn=192,
     downsample_rate="2/4",
-    deepstack_layer_map=((-2, 1), (-1, 0)),
-    spatial_target_layers=(2, 3, 4, 5),
+    deepstack_layer_map=((-2, 5), (-1, 4)),
+    spatial_target_layers=(0, 1, 2, 3),
     dtype="float16",
 )
-# Decoder layers whose heads are taught where on the page to look: the first for the first glyph of a patch, the second
-# for the second one. Each head has one of the four patches of an image token, and looks at position 0 otherwise.
-LOOKING = (4, 5)
+# Decoder layers whose heads are taught where on the page to look; each head has one of the four patches of an image
+# token, and looks at position 0 when the glyph is in another. FINDING: at the glyph that was written last. LOOKING: at
+# the one that comes next, the first layer when it is the first glyph of its patch, the second when it is the second.
+FINDING = 4
+LOOKING = (5, 6)
 NANO_ADAPTER = AdapterSpec(rank=48, alpha=96.0, dtype="float16")
 
 
@@ -460,9 +462,9 @@ def decode(
     """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
-    in the order of `projectors(spec)`. `looks` (m, 4) says of some positions (row, position, position to look
-    at, slot there) where the heads of LOOKING should look; how surprised they are, in nats (m, heads), is appended to
-    `looked`, for each layer.
+    in the order of `projectors(spec)`. `looks` (m, 6) says of some positions (row, position, position of the
+    next glyph, slot there, position of the last glyph, slot there or -1) where heads should look; how surprised those
+    of FINDING and then of LOOKING are, in nats (m, heads), is appended to `looked`.
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -490,8 +492,9 @@ def decode(
             t.unsqueeze(3).expand(n, length, kv_heads, heads // kv_heads, size).flatten(2, 3).transpose(1, 2)
             for t in (k, v)
         )
-        if looks is not None and looked is not None and i in LOOKING:
-            looked.append(_surprise(q.transpose(1, 2), k, looks, LOOKING.index(i), spec.attention_multiplier))
+        if looks is not None and looked is not None and (i == FINDING or i in LOOKING):
+            targets = _targets(looks, i, heads)
+            looked.append(_surprise(q.transpose(1, 2), k, looks, targets, spec.attention_multiplier))
         y = kernels.attention(q.transpose(1, 2), k, v, True, spec.attention_multiplier)
         y = linear(y.transpose(1, 2).reshape(n, length, width), weights[at + "self_attn.o_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)
@@ -502,16 +505,28 @@ def decode(
     return kernels.rms_norm(x, weights[TEXT + "norm.weight"], spec.rms_norm_eps)
 
 
-def _surprise(q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, number: int, scale: float) -> torch.Tensor:
-    """-log of the attention that each head gives to where it should look, (m, heads), in layer LOOKING[number]."""
+def _targets(looks: torch.Tensor, layer: int, heads: int) -> torch.Tensor:
+    """Where each head of a layer should look, (m, heads); 0 for nowhere."""
     import torch
 
-    row, position, target, slot = looks.unbind(1)
+    _, _, target, slot, last_target, last_slot = looks.unbind(1)
+    patch = torch.arange(heads)
+    if layer == FINDING:
+        return torch.where(last_slot[:, None] // 2 == patch, last_target[:, None], 0)
+    return torch.where(slot[:, None] == 2 * patch + LOOKING.index(layer), target[:, None], 0)
+
+
+def _surprise(
+    q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, targets: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """-log of the attention that each head gives to its target, (m, heads)."""
+    import torch
+
+    row, position = looks[:, 0], looks[:, 1]
     scores = (q @ k.transpose(-1, -2)).float()[row, :, position] * scale
     later = torch.arange(scores.shape[-1]) > position[:, None]
     shares = torch.log_softmax(scores.masked_fill(later[:, None], -torch.inf), dim=-1)
-    mine = slot[:, None] == torch.arange(q.shape[1]) * len(LOOKING) + number
-    return -shares.gather(2, torch.where(mine, target[:, None], 0)[:, :, None])[..., 0]
+    return -shares.gather(2, targets[:, :, None])[..., 0]
 
 
 def logits(weights: Tensors, hidden: torch.Tensor, spec: CheckpointSpec) -> torch.Tensor:

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from documents import Document
 
 N_SLOTS = 2  # glyphs that a patch can hold
-# What is known of a patch: its glyphs, the two before the first one in the same text, and the first one's gap.
-FIRST, SECOND, BEFORE, TWO_BEFORE, GAP = range(5)
-N_MARKS = 5
+# What is known of a patch: its glyphs, the two before the first one in the same text, the first one's gap, and the
+# glyph after the last one in the same text.
+FIRST, SECOND, BEFORE, TWO_BEFORE, GAP, AFTER = range(6)
+N_MARKS = 6
 QUICK = 3  # answer tokens: a sign between two words makes the model look at the second one already
 FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
 IGNORE = -100
 LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
+
+
+# (position of an answer's token, of the image token that shows it, slot there, and the same two of the glyph written
+# before it, slot -1 when there is none)
+Look = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Sample:
     image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
     image_at: int
     glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_MARKS), 255 where nothing can be said
-    looks: list[tuple[int, int, int]]  # (position of an answer's token, of the image token that shows it, slot there)
+    looks: list[Look]
     kind: str
 
 
@@ -49,7 +55,7 @@ class Batch:
     rows: torch.Tensor | None
     positions: torch.Tensor | None
     glyphs: torch.Tensor | None
-    looks: torch.Tensor  # (n, 4): row, position before an answer's token, that of the image token that shows it, slot
+    looks: torch.Tensor  # (n, 6): row, position before an answer's token, and the rest of a `Look`
     kinds: list[str]
 
 
@@ -138,14 +144,14 @@ def _with_picture(
     tiles = cut(document.picture, tiling(spec))
     shown, slot = image_token_of_glyphs(document, spec)
     token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
-    looks: list[tuple[int, int, int]] = []
-    last = 0
+    looks: list[Look] = []
+    last, before = 0, (0, -1)
     for char, glyph in glyphs_of_answer(document, answer):
         if char in token_of_char and shown[glyph] >= 0:
-            token = token_of_char[char]
+            token, here = token_of_char[char], (at + int(shown[glyph]), int(slot[glyph]))
             first = last + 1 if looks and token - last <= QUICK + 1 else token
-            looks += [(len(prompt) + i, at + int(shown[glyph]), int(slot[glyph])) for i in range(first, token + 1)]
-            last = token
+            looks += [(len(prompt) + i, *here, *before) for i in range(first, token + 1)]
+            last, before = token, here
     return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, task)
 
 
@@ -278,7 +284,7 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
 def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     """What there is to know of each patch, uint8 (n_tiles, patches, N_MARKS); 0 for none.
 
-    Which glyphs have their centre there, left to right; the two that stand before the first in its text; its gap.
+    Which glyphs have their centre there, left to right; what is before the first and after the last in their texts.
 
     The overview is left out (255) unless it shows the picture at 70% to 150% of its size both ways.
     """
@@ -300,6 +306,7 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
     code = np.where((code >= 1) & (code <= N_CODES), code, 0)
     before = np.where(starts, 0, np.roll(code, 1))
     two_before = np.where(starts | np.roll(starts, 1), 0, np.roll(code, 2))
+    after = np.where(gap > ENDING, 0, np.roll(code, -1))
     order = np.argsort(document.glyphs.x, kind="stable")
 
     def place(first: int, scale: tuple[float, float], offset: tuple[int, int], columns: int) -> None:
@@ -312,6 +319,7 @@ def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
             row = int(y[i] % px // patch) * side + int(x[i] % px // patch)
             if 0 <= x[i] < columns * px and first <= tile < n_tiles:
                 marks = out[tile, row]
+                marks[AFTER] = after[i]
                 if marks[FIRST]:
                     marks[SECOND] = code[i]
                 else:
@@ -357,7 +365,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     kinds = [sample.kind for sample in samples]
     if not rows:
         return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 4).long(), kinds
+            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 6).long(), kinds
         )
     return Batch(
         torch.from_numpy(tokens),
@@ -366,7 +374,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
-        torch.tensor(looks, dtype=torch.int64).view(-1, 4),
+        torch.tensor(looks, dtype=torch.int64).view(-1, 6),
         kinds,
     )
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
 IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
-FREE_TOWER_SHARE = 0.55  # of the last stage: from then on the tower learns on
+FREE_TOWER_SHARE = 0.5  # of the last stage: from then on the tower learns on
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
@@ -99,10 +99,9 @@ class Trainer:
         self.text, self.vision, self.adapter = initial(self.spec, self.prompter.n_vocab, options.seed)
         n_out = N_MARKS * (N_CODES + 1)
         generator = torch.Generator().manual_seed(options.seed + 1)
-        width, text_width = self.spec.vision_hidden, self.spec.text_hidden
         self.heads = {
-            HEADS + "tower": torch.randn(n_out, width, generator=generator) / math.sqrt(width),
-            HEADS + "stream": torch.randn(4 * n_out, text_width, generator=generator) / math.sqrt(text_width),
+            HEADS + name: torch.randn(n_out, width, generator=generator) / math.sqrt(width)
+            for name, width in (("tower", self.spec.vision_hidden), ("corner", self.spec.text_hidden))
         }
         self.minutes, self.step, saved = 0.0, 0, None
         level = -0.5 if self.stage == "read" else 1.0  # below 0 there are only lines to copy
@@ -193,14 +192,7 @@ class Trainer:
         looks = batch.looks if len(batch.looks) else None
         hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked).flatten(0, 1)
         if looked:
-            surprise = torch.stack(looked, dim=2).flatten(1)
-            wanted = surprise.gather(1, batch.looks[:, 3:])
-            total = (
-                total + (wanted.mean() + IDLE_WEIGHT * (surprise.sum(1, keepdim=True) - wanted).mean()) * LOOK_WEIGHT
-            )
-            figures["looks right"] = (wanted < 0.7).float().mean().item()
-            figures["surprise"] = wanted.mean().item()
-            figures["idle"] = ((surprise < 0.7).float().sum(1).mean().item() - figures["looks right"]) / 7
+            total = total + self.look_loss(looked, batch.looks, figures) * LOOK_WEIGHT
         labels = batch.labels.flatten()
         where = (labels != IGNORE).nonzero()[:, 0]
         predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
@@ -215,13 +207,30 @@ class Trainer:
             figures[f"exact {kind}"] = sum(chosen) / len(chosen)
         return total + loss, figures
 
+    def look_loss(self, looked: list[torch.Tensor], looks: torch.Tensor, figures: dict[str, float]) -> torch.Tensor:
+        """How surprised the heads are by where they should look."""
+        import torch
+
+        find, *look = looked
+        look_all = torch.stack(look, dim=2).flatten(1)
+        total = torch.zeros(())
+        for name, surprise, which in (("finds", find, looks[:, 5] // 2), ("looks", look_all, looks[:, 3])):
+            known = which >= 0
+            wanted = surprise[known].gather(1, which[known, None])
+            idle = surprise.sum(1).mean() - wanted.sum() / len(surprise)
+            n = max(1, len(wanted))
+            total = total + wanted.sum() / n + IDLE_WEIGHT * idle
+            figures[f"{name} right"] = (wanted < 0.7).sum().item() / n
+            figures[f"{name} surprise"] = wanted.sum().item() / n
+        return total
+
     def glyph_loss(
         self, batch: Batch, state: torch.Tensor, streams: list[torch.Tensor], figures: dict[str, float]
     ) -> torch.Tensor:
-        """How well the tower's last state and every stream tell which glyphs each patch holds."""
+        """How well the tower's last state tells what a patch holds, and each spatial stream what is in its corner."""
         import torch
         from model import grid_side
-        from samples import N_CODES, N_MARKS, SECOND
+        from samples import BEFORE, FIRST, N_CODES, N_MARKS
 
         assert batch.glyphs is not None
         n_tiles, n_patches, _ = batch.glyphs.shape
@@ -229,12 +238,10 @@ class Trainer:
         truth = batch.glyphs.long()
         # the four patches that a token stands for, in the order of the spatial corners
         blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_MARKS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
+        corners = blocks.reshape(n_tiles, n_patches // 4, 4, N_MARKS).unbind(2)
         heads = _half(self.heads)
         asked = [(state, heads[HEADS + "tower"], truth)]
-        asked += [
-            (stream, heads[HEADS + "stream"], blocks.reshape(n_tiles, n_patches // 4, 4 * N_MARKS))
-            for stream in streams
-        ]
+        asked += [(stream, heads[HEADS + "corner"], mark) for stream, mark in zip(streams[-4:], corners, strict=True)]
         total = torch.zeros(())
         for i, (source, head, target) in enumerate(asked):
             # every glyph and as many blanks
@@ -243,18 +250,16 @@ class Trainer:
             inked = known & (target > 0).any(1)
             blank = known & ~inked & (torch.rand(len(known)) < 0.25)
             chosen = (inked | blank).nonzero()[:, 0]
-            if i:  # the streams say much the same
-                chosen = chosen[torch.rand(len(chosen)) < 0.5]
             out = (source.flatten(0, 1)[chosen] @ head.t()).view(-1, N_CODES + 1).float()
             target = target[chosen].flatten()
             weight = torch.where(target > 0, 1.0, 0.15)
             losses = torch.nn.functional.cross_entropy(out, target, reduction="none")
             total = total + (losses * weight).sum() / weight.sum() / len(asked)
-            if i in (0, 1, len(asked) - 1):
-                ink = (target > 0) & (torch.arange(len(target)) % N_MARKS <= SECOND)
-                figures[f"glyphs {('tower', 'stream', 'last')[min(i, 2)]}"] = (
-                    (out.argmax(-1) == target)[ink].float().mean().item()
-                )
+            mark = torch.arange(len(target)) % N_MARKS
+            for name, wanted in (("glyphs", FIRST), ("before", BEFORE)):
+                right = (out.argmax(-1) == target)[(target > 0) & (mark == wanted)]
+                if i < 2 and len(right):
+                    figures[f"{name} {('tower', 'corner')[i]}"] = right.float().mean().item()
         return total
 
     # --- the loop ---
@@ -321,9 +326,9 @@ class Trainer:
             self.level = min(1.0, 0.3 + done / 0.3)
 
     def set_rate(self) -> float:
-        """Warm-up over 100 steps, then a cosine to 3%, by the clock."""
+        """Warm-up over 40 steps, then a cosine to 3%, by the clock."""
         done = min(1.0, self.minutes / self.options.minutes)
-        factor = min(1.0, (self.step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        factor = min(1.0, (self.step + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
