@@ -13,6 +13,7 @@ from typing import Any
 from granite4v.converter.hub import Location
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_header
 from granite4v.errors import CheckpointError
+from granite4v.families.text import with_defaults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,10 +41,11 @@ class Checkpoint:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
+        """The decoder's configuration, what it leaves out filled in; raises CheckpointError without one."""
         text = self.config.get("text_config")
         if not isinstance(text, dict):
             raise CheckpointError(f"'{self.folder / 'config.json'}' has no 'text_config' section.")
-        return text
+        return with_defaults(text)
 
     def fingerprint(self) -> str:
         """A short name for these very weights: equal for every conversion of one checkpoint."""

@@ -30,6 +30,7 @@ class Names:
             prefix + rule.source: group.prefixes[0] + rule.source
             for group in reversed(groups)
             for rule in group.rules
+            if rule.values is None
             for prefix in reversed(group.prefixes)
         }
         return cls(groups, spellings)
@@ -87,7 +88,8 @@ def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
 
 
 def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:
-    return {group.prefixes[0] + rule.source: rule for group in groups for rule in group.rules}
+    """What the checkpoint must hold, by the tables' own spelling."""
+    return {group.prefixes[0] + rule.source: rule for group in groups for rule in group.rules if rule.values is None}
 
 
 def raise_problems(problems: Collection[str], heading: str, advice: str) -> None:

@@ -29,13 +29,14 @@ ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
 class PlannedTensor:
     """One tensor to write. `shape` is NumPy's order; `rule` says how the rows of `source` become it.
 
+    `source`: None for a tensor that is computed from the configuration (`rule.values`).
     `lora`: a delta to add first. `factor`: multiply the values by it.
     """
 
     name: str
     shape: tuple[int, ...]
     choice: Choice
-    source: SourceTensor
+    source: SourceTensor | None
     rule: TensorRule
     lora: LoraPair | None = None
     factor: float = 1.0
@@ -207,7 +208,7 @@ def _tensors(
         for rule in group.rules:
             own = group.prefixes[0] + rule.source
             choice = choose(rule.target, rule.target_shape)
-            source = model.match.tensors[own]
+            source = model.match.tensors[own] if rule.values is None else None
             tensors.append(PlannedTensor(rule.target, rule.target_shape, choice, source, rule, merged.get(own)))
     return tuple(tensors)
 
@@ -267,12 +268,14 @@ def _line(tensor: PlannedTensor) -> str:
         "merge LoRA" if tensor.lora else "",
         f"times {tensor.factor:g}" if tensor.factor != 1.0 else "",
         f"reorder {tensor.rule.rope_heads} heads" if tensor.rule.rope_heads else "",
+        f"columns in order {list(tensor.rule.column_blocks)}" if tensor.rule.column_blocks else "",
         f"pad from {list(tensor.rule.shape)}" if tensor.rule.padded else "",
     ]
     done = ", ".join(step for step in steps if step)
     shape = "x".join(map(str, tensor.shape))
     tail = f"  [{done}]" if done else ""
-    return f"{tensor.name:<40} {tensor.type_name:<7} {shape:<16} <- {tensor.source.name}{tail}"
+    source = tensor.source.name if tensor.source is not None else f"computed: {tensor.rule.source}"
+    return f"{tensor.name:<40} {tensor.type_name:<7} {shape:<16} <- {source}{tail}"
 
 
 def _reasons(file: PlannedFile) -> list[tuple[str, str]]:

@@ -79,7 +79,11 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     from granite4v.ggml.quantize import quantize_rows
 
     tensor = chunk.tensor
-    rows = _source_rows(chunk)
+    if tensor.source is None:
+        assert tensor.rule.values is not None
+        values = np.asarray(tensor.rule.values[chunk.first : chunk.last], dtype=np.float32)
+        return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
+    rows = read_rows(tensor.source, *_source_span(chunk))
     as_it_is = tensor.source.dtype == tensor.type_name and tensor.lora is None and tensor.factor == 1.0
     if not as_it_is:
         rows = rows.astype(np.float32, copy=False)
@@ -87,7 +91,9 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
             rows = rows + _delta(chunk, cache)
         if tensor.factor != 1.0:
             rows = rows * np.float32(tensor.factor)
-        _check_finite(tensor, rows)
+        _check_finite(tensor.source, rows)
+    if tensor.rule.column_blocks:
+        rows = _reorder_columns(rows, tensor.rule.column_blocks)
     if tensor.rule.rope_heads:
         rows = _interleave(rows, _as_matrix(tensor.shape)[0] // tensor.rule.rope_heads)
     rows = _pad(rows, chunk)
@@ -125,12 +131,8 @@ def _source_span(chunk: Chunk) -> tuple[int, int]:
     """The source rows that a chunk is made of; fewer than its own where it is padded."""
     rule = chunk.tensor.rule
     start, end = rule.rows or (0, rule.shape[0])
-    return start + chunk.first, min(end, start + chunk.last)
-
-
-def _source_rows(chunk: Chunk) -> np.ndarray:
-    first, last = _source_span(chunk)
-    return read_rows(chunk.tensor.source, first, max(first, last))
+    first = start + chunk.first
+    return first, max(first, min(end, start + chunk.last))
 
 
 def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
@@ -153,6 +155,14 @@ def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, n_cols)
 
 
+def _reorder_columns(rows: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
+    """The columns in `len(blocks)` equal blocks, block `blocks[0]` first."""
+    import numpy as np
+
+    n_rows, n_cols = rows.shape
+    return np.ascontiguousarray(rows.reshape(n_rows, len(blocks), -1)[:, blocks]).reshape(n_rows, n_cols)
+
+
 def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
     import numpy as np
 
@@ -164,12 +174,12 @@ def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
     return padded
 
 
-def _check_finite(tensor: PlannedTensor, rows: np.ndarray) -> None:
+def _check_finite(source: SourceTensor, rows: np.ndarray) -> None:
     """The sum shows a NaN or infinity anywhere at a fraction of the cost of looking at each value."""
     import numpy as np
 
     if not math.isfinite(float(rows.sum(dtype=np.float32))) and not np.isfinite(rows).all():
         raise CheckpointError(
-            f"'{tensor.source.name}' in '{tensor.source.path}' holds values that are no finite numbers; the "
+            f"'{source.name}' in '{source.path}' holds values that are no finite numbers; the "
             "checkpoint is damaged. Download it again."
         )

@@ -1,11 +1,14 @@
 """llama.cpp's view of a tokenizer, built from tokenizer.json; and the chat template.
 
+Two kinds of vocabulary are known: byte-level BPE, and BPE over characters as it is converted from SentencePiece.
+
 granite4v itself tokenizes with the tokenizer.json that is stored whole; these keys are for llama.cpp.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ from granite4v.errors import CheckpointError
 
 Json = Mapping[str, Any]
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # enum llama_token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
 
 # The split patterns of tokenizer.json files, and llama.cpp's name for a pre-tokenizer that splits so
 # (src/llama-vocab.cpp). Of its names for this pattern, 'llama-bpe' would also put a first token before the
@@ -38,6 +41,8 @@ SPLITS = {
 }
 BYTE_LEVEL_SPLIT = "gpt-2"  # the pattern built into tokenizers' ByteLevel
 DIGITS_THEN_BYTE_LEVEL = "refact"
+SPACE = "▁"  # how SentencePiece writes a space
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
@@ -52,15 +57,20 @@ def vocabulary_metadata(
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"'{path}' holds a {model.get('type')!r} tokenizer; only byte-level BPE converts.")
-    pre, warnings = _pre_tokenizer(tokenizer)
+        raise CheckpointError(
+            f"'{path}' holds a {model.get('type')!r} tokenizer; only byte-level BPE, and BPE converted from "
+            "SentencePiece, convert."
+        )
     tokens, types = _tokens(path, tokenizer, n_vocab)
+    if model.get("byte_fallback"):
+        kind: dict[str, Any] = _sentencepiece(tokenizer, tokens, types)
+        warnings: list[str] = []
+    else:
+        kind, warnings = _byte_level(tokenizer)
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
+        **kind,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [_merge(merge) for merge in model.get("merges") or []],
         **_special_ids(tokenizer, settings, (text_config, config), n_vocab),
         "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer, settings),
         keys.TOKENIZER_HF_JSON: path.read_text(encoding="utf-8"),
@@ -83,6 +93,47 @@ def chat_template(folder: Path, settings: Json) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
+
+
+def _byte_level(tokenizer: Json) -> tuple[dict[str, Any], list[str]]:
+    pre, warnings = _pre_tokenizer(tokenizer)
+    merges = [_merge(merge) for merge in tokenizer["model"].get("merges") or []]
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}, warnings
+
+
+def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """llama.cpp's 'llama' vocabulary, which merges the pair whose joined piece has the highest score.
+
+    tokenizer.json has no scores but an order of merges: a piece gets minus the place of the first merge that makes
+    it. Marks bytes and the unknown token in `types`.
+    """
+    rank: dict[str, int] = {}
+    for place, merge in enumerate(tokenizer["model"].get("merges") or []):
+        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), place)
+    unknown = tokenizer["model"].get("unk_token")
+    for i, text in enumerate(tokens):
+        if text == unknown:
+            types[i] = UNKNOWN
+        elif BYTE_TOKEN.fullmatch(text):
+            types[i] = BYTE
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [float(-rank.get(text, 0)) for text in tokens],
+        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+    }
+
+
+def _adds_space(tokenizer: Json) -> bool:
+    """Whether a space is put before a text, by the normalizer or by the pre-tokenizer."""
+    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    for step in steps:
+        if step.get("type") == "Prepend":
+            return step.get("prepend") == SPACE
+        if step.get("type") == "Metaspace":
+            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+    return False
 
 
 def _tokens(path: Path, tokenizer: Json, n_vocab: int) -> tuple[list[str], list[int]]:

@@ -146,7 +146,7 @@ def test_where_the_chat_template_comes_from(template: Any, expected: str | None,
 
 def test_a_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
     change_tokenizer(folder, model={"type": "Unigram", "vocab": [["a", 0.0]]})
-    with pytest.raises(CheckpointError, match="holds a 'Unigram' tokenizer; only byte-level BPE converts"):
+    with pytest.raises(CheckpointError, match="holds a 'Unigram' tokenizer; only byte-level BPE"):
         metadata(folder)
 
 

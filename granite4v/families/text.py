@@ -1,11 +1,12 @@
 """Decoder architectures: from a checkpoint's `text_config` to the GGUF architecture that llama.cpp computes.
 
-One `TextArchitecture` for each GGUF architecture. Names: transformers' `models/granite*`, llama.cpp's
-`src/llama-arch.cpp` and the `gguf` package.
+One `TextArchitecture` for each GGUF architecture. Names and defaults: transformers 5.23 `models/granite*`, `llama`,
+`mistral` and `qwen2`; llama.cpp's `src/models`, `src/llama-arch.cpp` and the `gguf` package.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,51 @@ PREFIXES = ("model.language_model.", "language_model.model.", "model.language_mo
 HEAD_PREFIXES = ("", "language_model.", "model.language_model.", "model.")
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+
+# What a text_config may leave out, as published checkpoints do, by its model_type.
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "granite": _LLAMA_DEFAULTS,
+    "llama": _LLAMA_DEFAULTS,
+    "mistral": {
+        **_LLAMA_DEFAULTS,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        **_LLAMA_DEFAULTS,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
+}
+
+
+def with_defaults(text: Metadata) -> Metadata:
+    """A `text_config` with what it leaves out filled in."""
+    return {**DEFAULTS.get(str(text.get("model_type")), {}), **text}
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The sizes of a decoder, read from `text_config` once, defaults filled in."""
+    """The sizes of a decoder, read from `text_config` once, defaults filled in.
+
+    `rope_linear_factor`, `rope_factors`: positions divided by one number, or the frequency of each pair by its own.
+    `rope_pairs`: the rotary embedding of this GGUF architecture turns neighbouring rows, not the halves of a head.
+    `attention_bias` is that of query, key and value.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,7 +81,10 @@ class TextConfig:
     rotary: bool
     attention_bias: bool
     mlp_bias: bool
-    fused_mlp: bool
+    fused_mlp: bool = False
+    output_bias: bool = False
+    rope_pairs: bool = True
+    rope_factors: tuple[float, ...] | None = None
 
     @property
     def n_gqa(self) -> int:
@@ -82,7 +126,8 @@ def _granite_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
         _check_dense_attention(text)
     _expect(text, "hidden_act", "silu", "silu")
     heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    head_dim = int(text.get("head_dim") or hidden // heads)
+    rope = _Rope.read(text, head_dim)
     return TextConfig(
         vocab_size=_size(text, "vocab_size"),
         hidden_size=hidden,
@@ -90,14 +135,16 @@ def _granite_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
         num_hidden_layers=_size(text, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
+        head_dim=head_dim,
         max_position_embeddings=int(text.get("max_position_embeddings", 2048)),
         rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 10000.0),
-        rope_linear_factor=_linear_factor(rope),
+        rope_theta=rope.theta,
+        rope_linear_factor=rope.linear_factor,
+        rope_factors=rope.factors,
         # granitemoehybrid turns the rotary embedding on by name; granite always has it
         rotary=not hybrid or text.get("position_embedding_type") == "rope",
         attention_bias=bool(text.get("attention_bias", False)),
+        output_bias=bool(text.get("attention_bias", False)),
         mlp_bias=bool(text.get("mlp_bias", False)),
         fused_mlp=any("shared_mlp.input_linear" in name for name in tensor_names),
     )
@@ -114,6 +161,61 @@ def _granite_metadata(config: TextConfig, text: Metadata) -> dict[str, Any]:
         # granite uses this key as the switch of the rotary embedding
         "rope.scaling.finetuned": config.rotary,
     }
+
+
+# --- llama, which mistral is too, and qwen2 ---
+
+
+def _llama_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
+    return _plain_config(text, text.get("sliding_window"), bias=bool(text.get("attention_bias", False)))
+
+
+def _qwen2_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
+    """Query, key and value always have a bias, the output never; the rotary embedding turns halves."""
+    window = text.get("sliding_window") if text.get("use_sliding_window") else None
+    config = _plain_config(text, window, bias=True, output_bias=False, rope_pairs=False)
+    if config.rope_factors is not None:
+        raise CheckpointError(
+            "text_config has rope type 'llama3' and model_type 'qwen2'; llama.cpp's 'qwen2' has no such frequencies."
+        )
+    return config
+
+
+def _plain_config(
+    text: Metadata, window: int | None, *, bias: bool, output_bias: bool | None = None, rope_pairs: bool = True
+) -> TextConfig:
+    """`window`: each token sees so many. llama.cpp's architectures see all, so the context ends where that differs."""
+    _expect(text, "hidden_act", "silu", "silu")
+    heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
+    head_dim = int(text.get("head_dim") or hidden // heads)
+    rope = _Rope.read(text, head_dim)
+    context = _size(text, "max_position_embeddings")
+    return TextConfig(
+        vocab_size=_size(text, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(text, "intermediate_size"),
+        num_hidden_layers=_size(text, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        max_position_embeddings=min(context, window) if window else context,
+        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope_theta=rope.theta,
+        rope_linear_factor=rope.linear_factor,
+        rope_factors=rope.factors,
+        rope_pairs=rope_pairs,
+        rotary=True,
+        attention_bias=bias,
+        output_bias=bias if output_bias is None else output_bias,
+        mlp_bias=bool(text.get("mlp_bias", False)),
+    )
+
+
+def _plain_metadata(config: TextConfig, text: Metadata) -> dict[str, Any]:
+    return _common_metadata(config)
+
+
+# --- what they share ---
 
 
 def _common_metadata(config: TextConfig) -> dict[str, Any]:
@@ -139,27 +241,29 @@ def _common_metadata(config: TextConfig) -> dict[str, Any]:
 def _decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
     """A llama-style decoder: q, k, v, o, gate, up, down and two RMS norms a layer.
 
-    Query and key rows are reordered, for llama.cpp's rotary embedding of these architectures turns
-    neighbouring pairs where transformers turns the two halves of a head.
+    Query and key rows are reordered where llama.cpp's rotary embedding of the architecture turns neighbouring
+    pairs; transformers always turns the two halves of a head.
     """
     hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
     n_q, n_kv = config.num_attention_heads, config.num_key_value_heads
     q, kv = n_q * dim, n_kv * dim
+    q_pairs, k_pairs = (n_q, n_kv) if config.rope_pairs else (0, 0)
     rows = [
         TensorRule("layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", (hidden,)),
-        TensorRule("layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight", (q, hidden), rope_heads=n_q),
-        TensorRule("layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight", (kv, hidden), rope_heads=n_kv),
+        TensorRule("layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight", (q, hidden), rope_heads=q_pairs),
+        TensorRule("layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight", (kv, hidden), rope_heads=k_pairs),
         TensorRule("layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight", (kv, hidden)),
         TensorRule("layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight", (hidden, q)),
         TensorRule("layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight", (hidden,)),
     ]
     if config.attention_bias:
         rows += [
-            TensorRule("layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias", (q,), rope_heads=n_q),
-            TensorRule("layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias", (kv,), rope_heads=n_kv),
+            TensorRule("layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias", (q,), rope_heads=q_pairs),
+            TensorRule("layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias", (kv,), rope_heads=k_pairs),
             TensorRule("layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias", (kv,)),
-            TensorRule("layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias", (hidden,)),
         ]
+    if config.output_bias:
+        rows.append(TensorRule("layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias", (hidden,)))
     if config.fused_mlp:
         both = "layers.{i}.shared_mlp.input_linear.weight"
         rows += [
@@ -186,6 +290,7 @@ def _decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
                 TensorRule(EMBEDDING, "token_embd.weight", (config.vocab_size, hidden)),
                 *each_layer(config.num_hidden_layers, *rows),
                 TensorRule("norm.weight", "output_norm.weight", (hidden,)),
+                *_rope_factors(config),
             ),
             drops=each_layer_drop(config.num_hidden_layers),
         ),
@@ -195,6 +300,13 @@ def _decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
             drops=(DropRule(HEAD, "the same as the token embedding, to which it is tied"),) if tied else (),
         ),
     )
+
+
+def _rope_factors(config: TextConfig) -> tuple[TensorRule, ...]:
+    if config.rope_factors is None:
+        return ()
+    shape = (len(config.rope_factors),)
+    return (TensorRule("factors of the rotary frequencies", ROPE_FACTORS, shape, values=config.rope_factors),)
 
 
 def each_layer_drop(n_layers: int) -> tuple[DropRule, ...]:
@@ -218,13 +330,45 @@ def is_tied(hf_config: Metadata, text: Metadata, has_head: bool) -> bool:
     return bool(inner if outer is None else outer)
 
 
-def _linear_factor(rope: Metadata) -> float | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return float(rope["factor"])
-    raise CheckpointError(f"text_config has rope type {kind!r}; the types that convert are 'default' and 'linear'.")
+@dataclass(frozen=True)
+class _Rope:
+    theta: float
+    linear_factor: float | None = None
+    factors: tuple[float, ...] | None = None
+
+    @classmethod
+    def read(cls, text: Metadata, head_dim: int) -> _Rope:
+        """The rotary embedding of a `text_config`, in today's spelling or an older one; raises CheckpointError."""
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        theta = float(rope.get("rope_theta") or text.get("rope_theta") or 10000.0)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        try:
+            if kind == "default":
+                return cls(theta)
+            if kind == "linear":
+                return cls(theta, linear_factor=float(rope["factor"]))
+            if kind == "llama3":
+                return cls(theta, factors=_llama3_factors(rope, theta, head_dim))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"text_config has rope type {kind!r} without all that it needs ({error}).") from None
+        raise CheckpointError(
+            f"text_config has rope type {kind!r}; the types that convert are 'default', 'linear' and 'llama3'."
+        )
+
+
+def _llama3_factors(rope: Metadata, theta: float, head_dim: int) -> tuple[float, ...]:
+    """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
+
+    transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
+    """
+    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        smooth = min(max((context / wavelength - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(factors)
 
 
 def _check_dense_attention(text: Metadata) -> None:
@@ -260,6 +404,20 @@ ARCHITECTURES = (
         hf_model_types=("granite4_vision_text", "granite", "granitemoehybrid"),
         config=_granite_config,
         metadata=_granite_metadata,
+        tensors=_decoder_tensors,
+    ),
+    TextArchitecture(
+        arch="llama",
+        hf_model_types=("llama", "mistral"),
+        config=_llama_config,
+        metadata=_plain_metadata,
+        tensors=_decoder_tensors,
+    ),
+    TextArchitecture(
+        arch="qwen2",
+        hf_model_types=("qwen2",),
+        config=_qwen2_config,
+        metadata=_plain_metadata,
         tensors=_decoder_tensors,
     ),
 )
