@@ -17,7 +17,7 @@ from granite4v.runtime.decoder import Decoder
 from granite4v.runtime.llama import LlamaModel
 from granite4v.runtime.model_files import ModelFiles
 from granite4v.runtime.native import Cancel, Worker
-from granite4v.runtime.prompt import image_token
+from granite4v.runtime.prompt import image_token, image_token_text
 from granite4v.runtime.settings import N_UBATCH, Placement, choose_placement
 from granite4v.runtime.template import ChatTemplate
 from granite4v.runtime.tokens import Tokenizer, load_tokenizer, special_tokens, stop_tokens
@@ -50,6 +50,7 @@ class Engine:
         self.n_ctx = self._limit_context(n_ctx)
         self.injection = files.injection
         self.placeholder = image_token(files.text)
+        self.placeholder_text = image_token_text(files.text)
         self.stop_tokens = stop_tokens(files.text)
         self.features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
         self.closed = False

@@ -36,23 +36,36 @@ class Conversation:
     images: list[Any]
 
 
-def normalize(prompt: Prompt, images: Sequence[Any] = ()) -> Conversation:
+def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | None = None) -> Conversation:
     """The conversation a prompt stands for.
 
     A string is one user turn: the images first, then the text. In a list of messages an image part may carry
     its own picture (a path, a data URL, bytes, a Pillow image); those that carry none take `images` in order.
     Content given as a string becomes one text part: templates treat the two forms differently.
 
+    `placeholder`: how the model's vocabulary writes a picture ('<image>'). A person may put the pictures into the
+    text by it: a string that has as many as there are images gets no image parts, and in messages without image
+    parts each placeholder takes one of `images`.
+
     Raises PromptError when a message has another form, or when pictures and image parts do not match up.
     """
     if isinstance(prompt, str):
-        parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+        written = bool(placeholder) and bool(images) and prompt.count(str(placeholder)) == len(images)
+        parts: list[dict[str, Any]] = [] if written else [{"type": "image"} for _ in images]
         return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], list(images))
     if not isinstance(prompt, Sequence) or not prompt:
         raise PromptError("the prompt is neither text nor a list of messages such as {'role': 'user', 'content': ...}.")
     found: list[Any] = []
     messages = [_message(message, number, found) for number, message in enumerate(prompt, 1)]
+    if placeholder and not found and images and _count(messages, placeholder) == len(images):
+        return Conversation(messages, list(images))
     return Conversation(messages, _match(found, images))
+
+
+def _count(messages: Sequence[Mapping[str, Any]], placeholder: str) -> int:
+    """Placeholders that people wrote into user messages."""
+    parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
+    return sum(part["text"].count(placeholder) for part in parts if part["type"] == "text")
 
 
 def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:

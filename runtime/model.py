@@ -285,7 +285,7 @@ class Model:
         from granite4v.clip_projector import count_tokens, load_image
 
         with self._lock:
-            conversation = normalize(prompt, _as_list(images))
+            conversation = normalize(prompt, _as_list(images), self.engine.placeholder_text)
             if conversation.images:
                 self.engine.need_vision()
             opened = [load_image(source) for source in conversation.images]

@@ -15,7 +15,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
 from granite4v.runtime.messages import Conversation
 from granite4v.runtime.template import ChatTemplate, task_tags
-from granite4v.runtime.tokens import Tokenizer, token_id
+from granite4v.runtime.tokens import VOCABULARY, Tokenizer, token_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +66,13 @@ def image_token(metadata: Mapping[str, Any]) -> int | None:
     if keys.IMAGE_TOKEN_ID in metadata:
         return int(metadata[keys.IMAGE_TOKEN_ID])
     return token_id(metadata, IMAGE_TOKEN)
+
+
+def image_token_text(metadata: Mapping[str, Any]) -> str | None:
+    """How a text file's vocabulary writes the picture placeholder; None for a model that has none."""
+    token = image_token(metadata)
+    vocabulary = metadata.get(VOCABULARY, ()) if token is not None else ()
+    return str(vocabulary[token]) if token is not None and 0 <= token < len(vocabulary) else None
 
 
 def build_prompt(

@@ -81,9 +81,9 @@ def test_two_pictures_with_a_tag_are_refused(model: granite4v.Model) -> None:
         model.prepare("<tables_json>", PICTURES)
 
 
-def test_a_placeholder_written_in_the_text_is_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match=r"2 picture placeholders for 1 picture\(s\)"):
-        model.prepare("what is <image> here?", PICTURES[:1])
+def test_more_placeholders_than_pictures_written_in_the_text_are_refused(model: granite4v.Model) -> None:
+    with pytest.raises(PromptError, match=r"3 picture placeholders for 1 picture\(s\)"):
+        model.prepare("Compare <image> with <image>.", PICTURES[:1])
 
 
 def test_a_picture_that_the_template_skips_is_refused(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> None:
