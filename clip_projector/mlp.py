@@ -1,7 +1,7 @@
 """The two-layer projector: hidden states side by side, a linear layer, an activation, a linear layer.
 
-Each patch becomes one token (transformers 5.23, `LlavaNextMultiModalProjector`). Tiles go through one after the
-other as they do through the tower, so that the joined hidden states of one tile are all that is held at a time.
+Each patch becomes one token (transformers 5.23, `MultiModalProjector` of several models). Tiles go through one after
+the other as they do through the tower, so that the joined hidden states of one tile are all that is held at a time.
 """
 
 from __future__ import annotations

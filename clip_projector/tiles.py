@@ -1,7 +1,7 @@
-"""Cutting a picture into square tiles and finding its way back: LLaVA-NeXT's 'anyres', Pillow and NumPy only.
+"""Cutting a picture into square tiles and finding its way back: 'anyres', Pillow and NumPy only.
 
-Same pixels and same geometry as transformers 5.23 (`models/llava_next/image_processing_pil_llava_next.py`,
-`image_processing_utils.select_best_resolution`, `modeling_llava_next.unpad_image`), in Python floats, to the
+Same pixels and same geometry as transformers 5.23 (`image_processing_utils.select_best_resolution` and, of the model
+that began with it, `get_image_patches` and `unpad_image`), in Python floats, to the
 last bit. Sizes are (width, height) as in Pillow unless a name says otherwise; pinpoints are (height, width).
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.families import read_vision
+from granite4v.families.base import WindowQFormerConfig
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 
 _TEXT_SIZES = {
@@ -98,6 +99,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
         return {"family": None, "note": str(error)}
     layers_known = keys.TEXT_LAYERS in file or len(config.streams) == 1  # a single stream is the input itself
     tower = config.tower
+    seeded = isinstance(config.projector, WindowQFormerConfig)  # by a corner of each block, or by its mean
     return {
         "family": family.name,
         "vision": {
@@ -108,12 +110,13 @@ def _vision(file: GgufFile) -> dict[str, Any]:
             "patch": f"{tower.patch_size} px",
             "grids": len(config.tiling.image_grid_pinpoints),
             "tokens a tile": config.tokens_per_tile,
+            "projector": config.projector.label,
         },
         "streams": [
             {
                 "hidden_states": list(stream.hidden_states),
                 "text_layer": stream.text_layer if layers_known else None,
-                "spatial_offset": stream.spatial_offset,
+                **({"spatial_offset": stream.spatial_offset} if seeded else {}),
             }
             for stream in config.streams
         ],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import CheckpointError, DeviceError
+from granite4v.families import Family, family_named
 from granite4v.runtime.prompt import TextSpan
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def verify(
     say = report or (lambda _: None)
     images: list[tuple[str | None, Image | None]] = [(str(path), load_image(path)) for path in pictures]
     say(f"reference: {reference} in {dtype}")
-    runner = _Reference(reference, dtype, adapter)
+    runner = _Reference(reference, dtype, adapter, _family(model))
     expected = []
     for name, image in [*images, (None, None)]:
         say(f"reference: {name or 'text only'}")
@@ -104,6 +105,12 @@ def verify(
         say(f"ours: {item.picture or 'text only'}")
         results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
     return results
+
+
+def _family(model: Model) -> Family | None:
+    """The family of the model's vision file; None for a text model alone."""
+    config = model.files.vision_config
+    return None if config is None else family_named(config.family)
 
 
 def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | None) -> Comparison:
@@ -167,7 +174,8 @@ def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
 class _Reference:
     """The checkpoint in transformers, eager attention."""
 
-    def __init__(self, directory: Path, dtype: str, adapter: Path | None) -> None:
+    def __init__(self, directory: Path, dtype: str, adapter: Path | None, family: Family | None) -> None:
+        self._family = family
         self._torch, transformers = _import_extra()
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"'{directory}' has no config.json; give the Hugging Face checkpoint's directory.")
@@ -190,6 +198,19 @@ class _Reference:
         if adapter is not None:
             model = _merged(model, adapter)
         self._model = model.eval()
+        self._divisor = 1.0 if family is None else family.reference_logits_divisor(model.config.to_dict())
+        self._complete_processor()
+
+    def _complete_processor(self) -> None:
+        """What processors saved by older versions leave to the model."""
+        processor, config = self._processor, self._model.config
+        if getattr(processor, "patch_size", 0) is None:
+            processor.patch_size = config.vision_config.patch_size
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+            # 'default' drops a position that must have been counted
+            processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
+        if processor.chat_template is None:
+            processor.chat_template = processor.tokenizer.chat_template
 
     def run(self, name: str | None, image: Image | None, prompt: str, n_positions: int) -> _Expected:
         parts: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
@@ -205,7 +226,9 @@ class _Reference:
             if image is not None:
                 inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
                 features = self._model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
-                streams = {layer: packed[0].float().numpy() for layer, packed in features.deepstack_features}
+                if self._family is not None:
+                    packed = self._family.reference_streams(features)
+                    streams = {layer: rows.float().numpy() for layer, rows in packed.items()}
             answer, logits = self._greedy(inputs, n_positions)
         n_image = ids.count(placeholder)
         return _Expected(name, image, [i for i in ids if i != placeholder], n_image, streams, answer, logits)
@@ -217,7 +240,7 @@ class _Reference:
         cache = DynamicCache(config=self._model.config.text_config)  # not every model makes one by itself
         out = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         while True:
-            rows.append(out.logits[0, -1].float())
+            rows.append(out.logits[0, -1].float() / self._divisor)
             answer.append(int(rows[-1].argmax()))
             if len(answer) == n_positions:
                 return answer, torch.stack(rows).numpy()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from llava_next_checkpoint import llava_next_config, llava_next_preprocessor, llava_next_processor
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,8 +23,9 @@ N_PINPOINT_TILES = 10  # every grid of up to ten tiles
 class CheckpointSpec:
     """One checkpoint: sizes, injection map, and how its files are spelled. The default is the tiny one."""
 
+    family: str = "granite4_vision"  # or 'llava_next'
     # text model
-    text_type: str = "granite"  # or 'granitemoehybrid': fused shared_mlp.input_linear
+    text_type: str = "granite"  # 'granitemoehybrid': fused shared_mlp.input_linear; 'llama', 'mistral', 'qwen2'
     text_hidden: int = 64
     text_layers: int = 8
     text_heads: int = 4
@@ -33,7 +36,9 @@ class CheckpointSpec:
     tied: bool = True
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e7
+    rope_scaling: tuple[tuple[str, str | float], ...] = ()  # of 'llama', as config.json's object
     context: int = 131072
+    vocabulary: str = "bytes"  # or 'sentencepiece'
     embedding_multiplier: float = 1.5
     attention_multiplier: float = 0.3
     residual_multiplier: float = 0.6
@@ -48,18 +53,23 @@ class CheckpointSpec:
     tile_px: int = 64
     patch_px: int = 8
     vision_head: bool = True  # the pooling head that nobody uses
+    tower: str = "siglip"  # or 'clip': class token, norm before the layers, quick gelu
     # projectors and injection
     qformer_ffn: int = 128
     downsample_rate: str = "2/4"
     deepstack_layer_map: tuple[tuple[int, int], ...] = ((-3, 2), (-1, 0))
     spatial_vision_layer: int = -1
     spatial_target_layers: tuple[int, ...] = (3, 4, 5, 7)
+    # of llava_next: one stream
+    feature_layers: tuple[int, ...] = (-1,)
+    projector_bias: bool = True
     max_tiles: int = N_PINPOINT_TILES
     # files
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
     max_shard_bytes: int | None = None
     template_in_config: bool = False
+    template_file: str = "chat_template.jinja"  # or 'chat_template.json'
     seed: int = 0
 
     @property
@@ -95,6 +105,105 @@ PRESETS: dict[str, CheckpointSpec] = {
         deepstack_layer_map=((-7, 5), (-5, 3), (-3, 1), (-1, 0)),
         spatial_target_layers=(6, 7, 8, 10),
         naming="v4",
+    ),
+    # Granite text, hidden states that are joined, a tile of 3.4 patches, heads of 24
+    "tiny-granite-3.3": CheckpointSpec(
+        family="llava_next",
+        vision_hidden=96,
+        vision_ffn=136,
+        vision_layers=5,
+        tile_px=56,
+        patch_px=16,
+        feature_layers=(-5, -4, -2, -1),
+        text_layers=4,
+        naming="v4",
+    ),
+    # the published tile geometry and token counts, small widths
+    "tiny-granite-3.3-real-tiles": CheckpointSpec(
+        family="llava_next",
+        vision_hidden=48,
+        vision_heads=2,
+        vision_ffn=72,
+        vision_layers=5,
+        tile_px=384,
+        patch_px=14,
+        feature_layers=(-5, -4, -2, -1),
+        text_layers=2,
+        naming="v4",
+    ),
+    "tiny-clip-llama": CheckpointSpec(
+        family="llava_next",
+        text_type="llama",
+        vocabulary="sentencepiece",
+        tower="clip",
+        vision_hidden=64,
+        vision_ffn=136,
+        tile_px=56,
+        patch_px=14,
+        max_tiles=4,
+        feature_layers=(-2,),
+        text_layers=4,
+        rope_theta=1e4,
+        context=4096,
+        tied=False,
+        naming="old",
+        template_file="chat_template.json",
+    ),
+    "tiny-clip-mistral": CheckpointSpec(
+        family="llava_next",
+        text_type="mistral",
+        vocabulary="sentencepiece",
+        tower="clip",
+        vision_hidden=64,
+        vision_ffn=136,
+        tile_px=56,
+        patch_px=14,
+        max_tiles=4,
+        feature_layers=(-2,),
+        text_layers=4,
+        rope_theta=1e6,
+        context=32768,
+        tied=False,
+        naming="v4",
+        template_in_config=True,
+    ),
+    "tiny-siglip-qwen2": CheckpointSpec(
+        family="llava_next",
+        text_type="qwen2",
+        vision_hidden=96,
+        vision_ffn=136,
+        tile_px=56,
+        patch_px=14,
+        max_tiles=4,
+        feature_layers=(-1, 1),
+        projector_bias=False,
+        text_layers=4,
+        rope_theta=1e6,
+        context=32768,
+    ),
+    "full-granite-3.3": CheckpointSpec(
+        family="llava_next",
+        text_hidden=2048,
+        text_layers=40,
+        text_heads=32,
+        text_kv_heads=8,
+        text_ffn=8192,
+        n_bpe=49134,  # 49156 with the special ones, <image> last
+        embedding_multiplier=12.0,
+        attention_multiplier=0.015625,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+        embedding_std=0.1,
+        vision_hidden=1152,
+        vision_layers=27,
+        vision_heads=16,
+        vision_ffn=4304,
+        tile_px=384,
+        patch_px=14,
+        feature_layers=(-24, -20, -12, -1),
+        naming="v4",
+        dtype="bfloat16",
+        max_shard_bytes=4_000_000_000,
     ),
     "full-4.1": CheckpointSpec(
         text_hidden=2560,
@@ -151,6 +260,8 @@ class AdapterSpec:
 
 def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
     """config.json, in the fields of the transformers version that `spec.naming` stands for."""
+    if spec.family == "llava_next":
+        return llava_next_config(spec, tokenizer, _text_config(spec, tokenizer))
     return {
         "architectures": ["Granite4VisionForConditionalGeneration"],
         "model_type": "granite4_vision",
@@ -213,7 +324,7 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": spec.tied,
-        "bos_token_id": tokenizer.end_of_text_id,
+        "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.end_of_text_id,
         "pad_token_id": tokenizer.pad_id,
     }
@@ -228,14 +339,23 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
             "num_experts_per_tok": 0,
             "rope_theta": spec.rope_theta,
         }
+    if spec.text_type != "granite":
+        for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"):
+            del config[key]
+        if spec.text_type == "mistral":
+            config["sliding_window"] = None
+        config["model_type"] = spec.text_type
+    else:
+        own = spec.family == "granite4_vision" and spec.naming == "v5"
+        config["model_type"] = "granite4_vision_text" if own else "granite"
+    scaling = dict(spec.rope_scaling) or None
     if spec.naming == "v5":
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta}}
-        return config | {"model_type": "granite4_vision_text"} | rope
+        return config | {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": spec.rope_theta}}
+    architecture = {"granite": "Granite", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[spec.text_type]
     return config | {
-        "model_type": "granite",
-        "architectures": ["GraniteForCausalLM"],
+        "architectures": [f"{architecture}ForCausalLM"],
         "rope_theta": spec.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": scaling,
     }
 
 
@@ -262,6 +382,8 @@ def adapter_config(adapter: AdapterSpec, modules: Sequence[str]) -> Json:
 
 
 def preprocessor_config(spec: CheckpointSpec) -> Json:
+    if spec.family == "llava_next":
+        return llava_next_preprocessor(spec)
     side = {"height": spec.tile_px, "width": spec.tile_px}
     return {
         "image_processor_type": "LlavaNextImageProcessor",
@@ -283,6 +405,8 @@ def preprocessor_config(spec: CheckpointSpec) -> Json:
 
 
 def processor_config(spec: CheckpointSpec) -> Json:
+    if spec.family == "llava_next":
+        return llava_next_processor(spec)
     return {
         "processor_class": "Granite4VisionProcessor",
         "patch_size": spec.patch_px,

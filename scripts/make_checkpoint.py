@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes Hugging Face checkpoints of Granite 4 Vision with random weights, of any size.
+"""Makes Hugging Face checkpoints with random weights, of any size: Granite 4 Vision and LLaVA-NeXT.
 
     python scripts/make_checkpoint.py OUT --preset tiny
     python scripts/make_checkpoint.py OUT --preset full-4.1      # 4.0 billion parameters, 8 GB, about a minute
@@ -35,6 +35,7 @@ from checkpoint_spec import (
     preprocessor_config,
     processor_config,
 )
+from llava_next_checkpoint import TEMPLATES, spelled
 from toy_language import build_tokenizer, write_language_files
 
 __all__ = [
@@ -67,8 +68,9 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     """Writes a whole model directory and returns it. Sizes and spellings come from `spec`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(spec.n_bpe, spec.image_id)
-    write_language_files(directory, tokenizer, spec.template_in_config)
+    tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary)
+    template = TEMPLATES[spec.text_type] if spec.family == "llava_next" else None
+    write_language_files(directory, tokenizer, spec.template_in_config, template, spec.template_file)
     _write_json(directory / "config.json", model_config(spec, tokenizer))
     _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
     _write_json(directory / "processor_config.json", processor_config(spec))
@@ -98,6 +100,12 @@ def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
     yield from _text_tensors(spec, n_vocab)
     yield from _tower_tensors(spec)
+    if spec.family == "llava_next":
+        n_in, width = spec.vision_hidden * len(spec.feature_layers), spec.text_hidden
+        yield from _linear("model.multi_modal_projector.linear_1", width, n_in, bias=spec.projector_bias)
+        yield from _linear("model.multi_modal_projector.linear_2", width, width, bias=spec.projector_bias)
+        yield Tensor("model.image_newline", (width,), 1.0)
+        return
     for i in range(len(spec.deepstack_layer_map)):
         yield from _projector_tensors(f"model.layerwise_projectors.{i}.", spec)
     for i in range(4):
@@ -129,7 +137,8 @@ def _text_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
             ("v", kv_width, width),
             ("o", width, width),
         ):
-            yield from _linear(f"{layer}self_attn.{part}_proj", n_out, n_in, bias=False)
+            with_bias = spec.text_type == "qwen2" and part != "o"
+            yield from _linear(f"{layer}self_attn.{part}_proj", n_out, n_in, bias=with_bias)
         yield Tensor(f"{layer}post_attention_layernorm.weight", (width,), draw="rms")
         yield from _linear(f"{layer}mlp.gate_proj", spec.text_ffn, width, bias=False)
         yield from _linear(f"{layer}mlp.up_proj", spec.text_ffn, width, bias=False)
@@ -143,9 +152,14 @@ def _tower_tensors(spec: CheckpointSpec) -> Iterator[Tensor]:
     width, ffn, px = spec.vision_hidden, spec.vision_ffn, spec.patch_px
     tower = "model.vision_tower."
     yield Tensor(f"{tower}embeddings.patch_embedding.weight", (width, 3, px, px), 1.2 / math.sqrt(3 * px * px))
-    yield Tensor(f"{tower}embeddings.patch_embedding.bias", (width,), 0.3)
-    n_patches = (spec.tile_px // px) ** 2
-    yield Tensor(f"{tower}embeddings.position_embedding.weight", (n_patches, width), 0.5)
+    n_positions = (spec.tile_px // px) ** 2
+    if spec.tower == "clip":
+        n_positions += 1
+        yield Tensor(f"{tower}embeddings.class_embedding", (width,), 1.0)
+        yield from _layer_norm(f"{tower}pre_layrnorm", width)
+    else:
+        yield Tensor(f"{tower}embeddings.patch_embedding.bias", (width,), 0.3)
+    yield Tensor(f"{tower}embeddings.position_embedding.weight", (n_positions, width), 0.5)
     for i in range(spec.vision_layers):
         layer = f"{tower}encoder.layers.{i}."
         yield from _layer_norm(f"{layer}layer_norm1", width)
@@ -155,7 +169,7 @@ def _tower_tensors(spec: CheckpointSpec) -> Iterator[Tensor]:
         yield from _linear(f"{layer}mlp.fc1", ffn, width)
         yield from _linear(f"{layer}mlp.fc2", width, ffn)
     yield from _layer_norm(f"{tower}post_layernorm", width)
-    if not spec.vision_head:
+    if not spec.vision_head or spec.tower == "clip":
         return
     head = f"{tower}head."
     yield Tensor(f"{head}probe", (1, 1, width), 1.0)
@@ -205,7 +219,7 @@ def stored_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Stored]:
                 name, parts, gate = name.replace("mlp.up_proj", "shared_mlp.input_linear"), (gate, tensor), None
             elif ".mlp.down_proj." in name:
                 name = name.replace("mlp.down_proj", "shared_mlp.output_linear")
-        yield _spelled(name, spec.naming), parts
+        yield (spelled if spec.family == "llava_next" else _spelled)(name, spec.naming), parts
 
 
 def _spelled(name: str, naming: str) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_next_checkpoint import sentencepiece_tokenizer
+
 PAD, END_OF_TEXT = "<|pad|>", "<|end_of_text|>"
 START_OF_ROLE, END_OF_ROLE = "<|start_of_role|>", "<|end_of_role|>"
 IMAGE = "<image>"
@@ -72,13 +74,25 @@ class ToyTokenizer:
     pad_id: int
     end_of_text_id: int
     image_id: int
+    special: tuple[str, str, str] = (END_OF_TEXT, END_OF_TEXT, PAD)  # what begins a text, ends it, fills up
+
+    @property
+    def bos_id(self) -> int:
+        """The id of what begins a text."""
+        added = self.tokenizer_json["added_tokens"]
+        return next((int(entry["id"]) for entry in added if entry["content"] == self.special[0]), self.end_of_text_id)
 
 
-def build_tokenizer(n_bpe: int = 384, image_id: int | None = None) -> ToyTokenizer:
+def build_tokenizer(n_bpe: int = 384, image_id: int | None = None, vocabulary: str = "bytes") -> ToyTokenizer:
     """A tokenizer with `n_bpe` byte-level BPE tokens, then the special ones, `<image>` last.
 
-    With `image_id` the gap before it is filled with unused special tokens, as in published vocabularies.
+    With `image_id` the gap before it is filled with unused special tokens, as in published vocabularies. The
+    vocabulary 'sentencepiece' has at least 320 tokens, bytes among them, and no special ones but those it needs.
     """
+    if vocabulary == "sentencepiece":
+        content = sentencepiece_tokenizer(CORPUS, max(n_bpe, 320), (IMAGE, "<pad>"))
+        n_bpe = max(n_bpe, 320)
+        return ToyTokenizer(content, n_bpe + 2, n_bpe + 1, 2, n_bpe, ("<s>", "</s>", "<pad>"))
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -180,26 +194,39 @@ CHAT_TEMPLATE = """\
 """.replace("__TASKS__", json.dumps(TASK_PROMPTS)).replace("__SYSTEM__", json.dumps(DEFAULT_SYSTEM))
 
 
-def write_language_files(directory: Path, tokenizer: ToyTokenizer, template_in_config: bool = False) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template (a file of its own, or inside)."""
+def write_language_files(
+    directory: Path,
+    tokenizer: ToyTokenizer,
+    template_in_config: bool = False,
+    template: str | None = None,
+    template_file: str = "chat_template.jinja",
+) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template (a file of its own, or inside).
+
+    `template`: another than Granite 4 Vision's.
+    """
+    bos, eos, pad = tokenizer.special
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": PAD,
-        "unk_token": END_OF_TEXT,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": eos,
         "image_token": IMAGE,
         "extra_special_tokens": {"image_token": IMAGE},
         "add_bos_token": False,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 131072,
-        "processor_class": "Granite4VisionProcessor",
+        "processor_class": "LlavaNextProcessor" if template else "Granite4VisionProcessor",
     }
+    text = template or CHAT_TEMPLATE
     if template_in_config:
-        config["chat_template"] = CHAT_TEMPLATE
+        config["chat_template"] = text
+    elif template_file.endswith(".json"):
+        (directory / template_file).write_text(json.dumps({"chat_template": text}, indent=2), encoding="utf-8")
     else:
-        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        (directory / template_file).write_text(text, encoding="utf-8")
     (directory / "tokenizer.json").write_text(
         json.dumps(tokenizer.tokenizer_json, ensure_ascii=False), encoding="utf-8"
     )

@@ -93,6 +93,11 @@ def quantize(source: Path, target: Path, type_name: str) -> None:
 
 def encode_image(text: Path, mmproj: Path, pixels: np.ndarray) -> np.ndarray:
     """What libmtmd makes of uint8 (height, width, 3): float32 (n_tokens, n_embd_inp), streams side by side."""
+    return encode_pieces(text, mmproj, pixels)[-1]
+
+
+def encode_pieces(text: Path, mmproj: Path, pixels: np.ndarray) -> list[np.ndarray]:
+    """The same for each piece into which libmtmd cuts the picture, in the order of its prompt."""
     from llama_cpp import mtmd_cpp as mt
 
     mt.mtmd_helper_log_set(_quiet, None)
@@ -112,15 +117,15 @@ def encode_image(text: Path, mmproj: Path, pixels: np.ndarray) -> np.ndarray:
         chunks = mt.mtmd_input_chunks_init()
         bitmaps = (mt.mtmd_bitmap_p_ctypes * 1)(bitmap)
         assert mt.mtmd_tokenize(context, chunks, ctypes.byref(text_in), bitmaps, 1) == 0
-        width = lc.llama_model_n_embd_inp(peer.model)
+        width, pieces = lc.llama_model_n_embd_inp(peer.model), []
         for i in range(mt.mtmd_input_chunks_size(chunks)):
             chunk = mt.mtmd_input_chunks_get(chunks, i)
             if mt.mtmd_input_chunk_get_type(chunk) == mt.MTMD_INPUT_CHUNK_TYPE_IMAGE:
                 assert mt.mtmd_encode_chunk(context, chunk) == 0
                 n_tokens = mt.mtmd_input_chunk_get_n_tokens(chunk)
                 out = np.ctypeslib.as_array(mt.mtmd_get_output_embd(context), shape=(n_tokens * width,))
-                found = out.reshape(n_tokens, width).copy()
+                pieces.append(out.reshape(n_tokens, width).copy())
         mt.mtmd_input_chunks_free(chunks)
         mt.mtmd_bitmap_free(bitmap)
         mt.mtmd_free(context)
-        return found
+        return pieces

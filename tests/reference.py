@@ -37,10 +37,10 @@ class Reference:
     """A checkpoint loaded by transformers. Every method takes pictures in the order of their placeholders."""
 
     def __init__(self, directory: Path | str, adapter: Path | str | None = None) -> None:
-        from transformers import AutoProcessor, Granite4VisionForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.directory = Path(directory)
-        model, info = Granite4VisionForConditionalGeneration.from_pretrained(
+        model, info = AutoModelForImageTextToText.from_pretrained(
             self.directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         wrong = {kind: names for kind, names in info.items() if names}
@@ -51,6 +51,11 @@ class Reference:
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         self.model = model.eval()
         self.processor = AutoProcessor.from_pretrained(self.directory)
+        if self.processor.patch_size is None:  # older checkpoints leave it to the model
+            self.processor.patch_size = model.config.vision_config.patch_size
+            self.processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+            class_token = model.config.vision_config.model_type == "clip_vision_model"
+            self.processor.num_additional_image_tokens = int(class_token)
 
     def tiles(self, picture: Image.Image) -> np.ndarray:
         """float32 (n_tiles, 3, tile_px, tile_px), the overview first."""
@@ -60,18 +65,24 @@ class Reference:
         """Image tokens in the prompt, as the processor counts them."""
         width, height = ImageOps.exif_transpose(picture).size
         side = self.model.config.vision_config.image_size
-        return int(self.processor._get_number_of_features(height, width, side, side))
+        n = int(self.processor._get_number_of_features(height, width, side, side))
+        return n - (self.processor.vision_feature_select_strategy == "default")
 
     @torch.inference_mode()
     def streams(self, picture: Image.Image) -> dict[int, np.ndarray]:
         """Decoder layer -> float32 (n_tokens, n_embd), packed, newlines included."""
-        features = self.model.get_image_features(*self._pixels(picture)).deepstack_features
-        n_layers = self.model.config.text_config.num_hidden_layers
+        output = self.model.get_image_features(*self._pixels(picture))
+        if self.model.config.model_type == "llava_next":
+            return {0: output.pooler_output[0].numpy()}
+        features, n_layers = output.deepstack_features, self.model.config.text_config.num_hidden_layers
         return {layer: packed[0].numpy() for layer, packed in features if layer < n_layers}
 
     def prompt_text(self, prompt: str | Messages, n_images: int = 0) -> str:
         """What the chat template renders, one `<image>` for each picture."""
-        return self.processor.apply_chat_template(as_messages(prompt, n_images), add_generation_prompt=True)
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        return self.processor.apply_chat_template(
+            as_messages(prompt, n_images), chat_template=template, add_generation_prompt=True
+        )
 
     def prompt_ids(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> list[int]:
         """Token ids, every picture's placeholder repeated for each of its tokens."""
@@ -80,7 +91,8 @@ class Reference:
         text = pieces[0]
         for picture, piece in zip(pictures, pieces[1:], strict=True):
             text += self.processor.image_token * self.n_tokens(picture) + piece
-        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        bos = self.processor.tokenizer.bos_token
+        return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
 
     def logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_vocab,) for the token after the chat prompt."""
@@ -89,7 +101,17 @@ class Reference:
     @torch.inference_mode()
     def all_logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_prompt_tokens, n_vocab)."""
-        return self._forward(self.prompt_ids(prompt, pictures), pictures).logits[0].numpy()
+        logits = self._forward(self.prompt_ids(prompt, pictures), pictures).logits[0].numpy()
+        return logits / self.logits_divisor
+
+    @property
+    def logits_divisor(self) -> float:
+        """What the text model divides its logits by where transformers does not.
+
+        `GraniteForCausalLM` divides by `logits_scaling`. transformers 5's LLaVA-NeXT has a head of its own instead.
+        """
+        config = self.model.config
+        return getattr(config.text_config, "logits_scaling", 1.0) if config.model_type == "llava_next" else 1.0
 
     @torch.inference_mode()
     def greedy(self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32) -> list[int]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from granite4v.cli.main import app
 from granite4v.converter import Options, convert
+from granite4v.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +63,20 @@ def test_the_map_names_every_module() -> None:
     folders = ("granite4v", "clip_projector", "converter", "runtime")
     names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
     assert names - set(re.findall(r"\w+\.py", map_block)) == set()
+
+
+def test_adding_a_family_is_described_as_the_families_are_made() -> None:
+    section = README.split("## Adding a model family\n")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d\. (.*?)(?=^\d\. |\Z)", section, flags=re.MULTILINE | re.DOTALL)
+    patterns = re.findall(r"`families/(<family>\w*\.py)`", section)
+    assert len(steps) == 7 and patterns == ["<family>.py", "<family>_tensors.py"]
+    for family in FAMILIES:
+        for pattern in patterns:
+            assert (ROOT / "granite4v" / "families" / pattern.replace("<family>", family.name)).is_file()
+        assert f"`{family.name}.py`" in section
+    folders = (ROOT, ROOT / "granite4v", ROOT / "granite4v" / "families", ROOT / "clip_projector")
+    for name in re.findall(r"`([\w/]+\.py)`", section):
+        assert any((folder / name).is_file() for folder in folders), name
 
 
 def test_paths_in_the_text_exist() -> None:

@@ -54,10 +54,12 @@ def _table(summary: dict[str, Any]) -> str:
         else:
             lines.append(f"  {label:<24} {_plain(value)}")
     for stream in summary.get("streams", ()):
-        kind = "area" if stream["spatial_offset"] is None else f"corner {stream['spatial_offset']}"
+        kind = ""
+        if "spatial_offset" in stream:
+            kind = " (area)" if stream["spatial_offset"] is None else f" (corner {stream['spatial_offset']})"
         before = "?" if stream["text_layer"] is None else stream["text_layer"]
         taken = ", ".join(map(str, stream["hidden_states"]))
-        lines.append(f"  {'stream':<24} hidden state {taken} -> decoder layer {before} ({kind})")
+        lines.append(f"  {'stream':<24} hidden state {taken} -> decoder layer {before}{kind}")
     for name, entry in summary["tensor_types"].items():
         lines.append(f"  {name:<24} {entry['tensors']:>5} tensors {entry['bytes'] / 1e6:>10.1f} MB")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families import granite4_vision
+from granite4v.families import granite4_vision, llava_next
 from granite4v.families.base import Family, Metadata, VisionConfig
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = [
     "read_vision",
 ]
 
-FAMILIES: tuple[Family, ...] = (granite4_vision.Granite4Vision(),)
+FAMILIES: tuple[Family, ...] = (granite4_vision.Granite4Vision(), llava_next.LlavaNext())
 
 
 def family_of_checkpoint(config: Metadata) -> Family:

@@ -56,7 +56,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How a picture is cut into square tiles: LLaVA-NeXT's 'anyres'.
+    """How a picture is cut into square tiles by 'anyres': a grid of them, and an overview.
 
     `image_grid_pinpoints` holds (height, width) pairs in pixels. The overview tile comes first, then
     the grid row by row.
@@ -81,6 +81,8 @@ class WindowQFormerConfig:
     input_norm_eps: float = 1e-6
     hidden_act: str = "gelu"
 
+    label = "window Q-Former"
+
     def tokens_side(self, grid_side: int) -> int:
         """Image tokens along one side of a tile with `grid_side` patches."""
         return grid_side // self.window_side * self.query_side
@@ -91,6 +93,8 @@ class MlpConfig:
     """Two linear layers with an activation between, patch by patch: a token for every patch."""
 
     hidden_act: str = "gelu"
+
+    label = "two layers"
 
     def tokens_side(self, grid_side: int) -> int:
         """Image tokens along one side of a tile with `grid_side` patches."""
@@ -174,4 +178,8 @@ class Family(Protocol):
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
         """What transformers' `get_image_features` gave for one picture: decoder layer -> packed embeddings (torch)."""
+        ...
+
+    def reference_logits_divisor(self, config: Metadata) -> float:
+        """What transformers' logits are to be divided by to be those of the text model in config.json; mostly 1."""
         ...

@@ -142,6 +142,10 @@ class Granite4Vision:
         """What transformers' `get_image_features` gave for one picture; layers outside the model included."""
         return {layer: packed[0] for layer, packed in output.deepstack_features}
 
+    def reference_logits_divisor(self, config: Metadata) -> float:
+        """transformers divides by `logits_scaling` itself."""
+        return 1.0
+
 
 def _projector_from_hf(config: Metadata, tower: TowerConfig) -> WindowQFormerConfig:
     if tower.hidden_size % QFORMER_HEAD_DIM:

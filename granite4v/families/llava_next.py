@@ -1,0 +1,186 @@
+"""LLaVA-NeXT, and Granite Vision 3.x, which is one: SigLIP or CLIP tower, two-layer projector, one stream.
+
+Formats: transformers 5.23 `models/llava_next`, and llama.cpp's `tools/mtmd/legacy-models` and `tools/mtmd/clip.cpp`
+as shipped with llama-cpp-python 0.3.36. The one stream is the decoder's input itself, so a text model that scales
+its input embeddings scales it too: transformers and llama.cpp (for a text file without `deepstack_mapping`) agree.
+
+Conventions are resolved here: hidden states count from 0 = input of the first encoder layer; several of them are
+joined in ascending order, since libmtmd knows no other, and the projector's columns are reordered to that; encoder
+layers behind the last hidden state that is taken, and the norm after the last layer, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.families.anyres import tiling_from_gguf, tiling_from_hf, tiling_metadata
+from granite4v.families.base import Metadata, MlpConfig, Shapes, Stream, TowerConfig, VisionConfig
+from granite4v.families.fields import hidden_state_index, number, section
+from granite4v.families.text import with_defaults
+from granite4v.families.towers import CLIP, SIGLIP, tower_from_gguf, tower_from_hf, tower_kind, tower_metadata
+
+if TYPE_CHECKING:
+    from granite4v.families.tensor_rules import TensorGroup
+
+# What config.json and preprocessor_config.json may leave out (transformers' defaults).
+FEATURE_LAYER = -2
+SELECT_STRATEGY = "default"
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# llama.cpp's older converter writes the names of the checkpoint's file where newer ones have names of their own.
+NEWLINE_OF_OLDER_FILES = "model.image_newline"
+
+
+class LlavaNext:
+    name = "llava_next"
+    hf_model_types: tuple[str, ...] = ("llava_next",)
+    projector_type = "mlp"
+
+    def config_from_hf(self, config: Metadata, preprocessor: Metadata) -> VisionConfig:
+        """The configuration from config.json and preprocessor_config.json; raises CheckpointError."""
+        vision, text = section(config, "vision_config"), with_defaults(section(config, "text_config"))
+        tower = tower_from_hf(vision, tower_kind(vision))
+        _check_strategy(config, tower)
+        states = sorted(taken_states(config, tower.num_hidden_layers))
+        pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+        return VisionConfig(
+            family=self.name,
+            tower=dataclasses.replace(tower, num_hidden_layers=max(states[-1], 1)),
+            tiling=tiling_from_hf(pinpoints, preprocessor, tower, IMAGE_MEAN, IMAGE_STD),
+            projector=MlpConfig(str(config.get("projector_hidden_act", "gelu"))),
+            streams=(Stream(tuple(states), 0),),
+            text_hidden_size=number(text, "hidden_size", "text_config"),
+        )
+
+    def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
+        """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError.
+
+        Files of llama.cpp's converter list grids as Hugging Face does, give no width of the text model, and say of
+        the tower's activation only whether it is the tanh gelu, which they deny for SigLIP towers that have it.
+        """
+        ours = keys.HIDDEN_ACT in metadata
+        kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
+        act = str(dict(kind.defaults)["hidden_act"])
+        if kind is CLIP and metadata.get(keys.USE_GELU):
+            act = "gelu_pytorch_tanh"
+        tower = tower_from_gguf(metadata, kind, act)
+        tower = dataclasses.replace(
+            tower,
+            pre_norm=keys.PRE_LN.format(suffix="weight") in shapes,
+            patch_bias=keys.PATCH_EMBD_BIAS in shapes,
+        )
+        # a file that names none was made of a checkpoint with -2, without the last layer; libmtmd takes one state less
+        states = [int(value) for value in metadata.get(keys.FEATURE_LAYER, [tower.num_hidden_layers])]
+        if not states or not all(0 <= state <= tower.num_hidden_layers for state in states):
+            raise ModelFileError(
+                f"'{keys.FEATURE_LAYER}' takes hidden states {states}; the tower in the vision file has "
+                f"{tower.num_hidden_layers + 1} of them."
+            )
+        return VisionConfig(
+            family=self.name,
+            tower=tower,
+            tiling=tiling_from_gguf(metadata, tower, height_first=not ours),
+            projector=MlpConfig(str(metadata.get(keys.PROJECTOR_HIDDEN_ACT, "gelu"))),
+            streams=(Stream(tuple(states), 0),),
+            text_hidden_size=_projected_width(shapes),
+        )
+
+    def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
+        """Names in files of llama.cpp's older converter, which swaps the two layers of a feed-forward network."""
+        names = {}
+        if keys.IMAGE_NEWLINE not in shapes and NEWLINE_OF_OLDER_FILES in shapes:
+            names[keys.IMAGE_NEWLINE] = NEWLINE_OF_OLDER_FILES
+        width, ffn = config.tower.hidden_size, config.tower.intermediate_size
+        up = keys.BLOCK.format(i=0, part="ffn_up", suffix="weight")
+        if shapes.get(up) == (width, ffn) and (width != ffn or names):
+            for i in range(config.tower.num_hidden_layers):
+                for part, other in (("ffn_up", "ffn_down"), ("ffn_down", "ffn_up")):
+                    for suffix in ("weight", "bias"):
+                        name = keys.BLOCK.format(i=i, part=part, suffix=suffix)
+                        names[name] = keys.BLOCK.format(i=i, part=other, suffix=suffix)
+        return names
+
+    def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
+        """The mmproj metadata that `config_from_gguf` reads back, and what else libmtmd's readers look for."""
+        (stream,) = config.streams
+        return {
+            keys.PROJECTOR_TYPE: self.projector_type,
+            **tower_metadata(config.tower),
+            **tiling_metadata(config.tiling),
+            keys.HAS_LLAVA_PROJECTOR: True,
+            keys.MM_PATCH_MERGE_TYPE: "spatial_unpad",
+            keys.IMAGE_CROP_RESOLUTION: config.tiling.tile_px,
+            keys.VISION_PROJECTION_DIM: config.text_hidden_size,
+            keys.PROJECTOR_HIDDEN_ACT: config.projector.hidden_act,
+            keys.FEATURE_LAYER: list(stream.hidden_states),
+            keys.TEXT_LAYERS: [stream.text_layer],
+        }
+
+    def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
+        """Nothing: the one stream is the decoder's input."""
+        return {}
+
+    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
+        from granite4v.families.llava_next_tensors import llava_next_tensors
+
+        return llava_next_tensors(config, hf_config)
+
+    def reference_streams(self, output: Any) -> dict[int, Any]:
+        """What transformers' `get_image_features` gave for one picture."""
+        return {0: output.pooler_output[0]}
+
+    def reference_logits_divisor(self, config: Metadata) -> float:
+        """transformers 5 gives this family a head of its own, which leaves out a Granite decoder's `logits_scaling`.
+
+        Such models were trained, published and quantized with it, and llama.cpp divides, so we do. The likeliest token
+        is the same; what is sampled at a temperature is not.
+        """
+        text = with_defaults(section(config, "text_config"))
+        return float(text.get("logits_scaling", 1.0)) if text.get("model_type") == "granite" else 1.0
+
+
+def taken_states(config: Metadata, n_layers: int) -> list[int]:
+    """`vision_feature_layer` as hidden states, in the order in which the checkpoint joins them."""
+    given = config.get("vision_feature_layer", FEATURE_LAYER)
+    indices = [given] if isinstance(given, int) else given
+    if not isinstance(indices, list) or not indices or not all(isinstance(index, int) for index in indices):
+        raise CheckpointError(f"config.json has vision_feature_layer {given!r}; expected a number or a list of them.")
+    return [hidden_state_index(index, n_layers) for index in indices]
+
+
+def _check_strategy(config: Metadata, tower: TowerConfig) -> None:
+    """`default` drops the first position and `full` keeps all; only the patches fit the grid that is unpadded."""
+    strategy = config.get("vision_feature_select_strategy", SELECT_STRATEGY)
+    if strategy not in ("default", "full"):
+        raise CheckpointError(
+            f"config.json has vision_feature_select_strategy {strategy!r}; the known ones are 'default' and 'full'."
+        )
+    if tower.class_token and strategy == "full":
+        raise CheckpointError(
+            "config.json has vision_feature_select_strategy 'full' and a tower with a class token, which has no place "
+            "in the grid of patches (transformers fails on it too); such a tower needs 'default'."
+        )
+    if not tower.class_token and strategy == "default":
+        raise CheckpointError(
+            "config.json has vision_feature_select_strategy 'default', which drops the first position, and a tower "
+            "without a class token, whose first position is a patch that the grid needs (transformers fails on it "
+            "too); such a tower needs 'full'."
+        )
+
+
+def _projected_width(shapes: Shapes) -> int:
+    """The width of the text model: what the projector's last layer makes."""
+    name = keys.MLP.format(layer=keys.MLP_SECOND, suffix="weight")
+    shape = shapes.get(name, ())
+    if len(shape) != 2:
+        raise ModelFileError(
+            f"the vision file has '{name}' with shape {shape or 'none'}; expected the second of two linear layers."
+        )
+    return shape[0]

@@ -1,0 +1,44 @@
+"""The tensors of LLaVA-NeXT's image side: tower, two linear layers, newline.
+
+Names: transformers 5.23 `models/llava_next`, and the mmproj names of llama.cpp's `tools/mtmd/clip-impl.h`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from granite4v import gguf_keys as keys
+from granite4v.families.base import Metadata, VisionConfig
+from granite4v.families.fields import section
+from granite4v.families.tensor_rules import TensorGroup, TensorRule, linear, zeros
+from granite4v.families.tower_tensors import tower_tensors
+from granite4v.families.towers import tower_from_hf, tower_kind
+
+PREFIXES = ("model.", "")
+
+
+def llava_next_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+    """Every tensor of the mmproj file, for a checkpoint with this config.json."""
+    vision = section(hf_config, "vision_config")
+    n_held = tower_from_hf(vision, tower_kind(vision)).num_hidden_layers
+    newline = TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,))
+    return (
+        tower_tensors(config.tower, n_held, post_norm=False),
+        TensorGroup(prefixes=PREFIXES, rules=(newline, *_projector(config, hf_config, n_held))),
+    )
+
+
+def _projector(config: VisionConfig, hf_config: Metadata, n_held: int) -> tuple[TensorRule, ...]:
+    from granite4v.families.llava_next import taken_states
+
+    out, states = config.text_hidden_size, taken_states(hf_config, n_held)
+    first, second = (keys.MLP.replace("{layer}", str(layer)) for layer in (keys.MLP_FIRST, keys.MLP_SECOND))
+    weight, bias = linear("multi_modal_projector.linear_1", first, out, config.tower.hidden_size * len(states))
+    # the checkpoint joins hidden states in its own order, the file in ascending order
+    ascending = tuple(sorted(range(len(states)), key=states.__getitem__))
+    if ascending != tuple(range(len(states))):
+        weight = dataclasses.replace(weight, column_blocks=ascending)
+    rules = (weight, bias, *linear("multi_modal_projector.linear_2", second, out, out))
+    if hf_config.get("multimodal_projector_bias", True):
+        return rules
+    return tuple(zeros(rule) if rule.source.endswith(".bias") else rule for rule in rules)  # libmtmd needs them
