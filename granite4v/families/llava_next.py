@@ -61,14 +61,15 @@ class LlavaNext:
     def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError.
 
-        Files of llama.cpp's converter list grids as Hugging Face does, give no width of the text model, and say of
-        the tower's activation only whether it is the tanh gelu, which they deny for SigLIP towers that have it.
+        Files of llama.cpp's older converter list grids as Hugging Face does, give no width of the text model, and say
+        of the tower's activation only whether config.json called it 'gelu'. Of a SigLIP tower they say no, since it
+        has the tanh form; libmtmd then computes quick gelu, ours the tanh form.
         """
         ours = keys.HIDDEN_ACT in metadata
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
         act = str(dict(kind.defaults)["hidden_act"])
         if kind is CLIP and metadata.get(keys.USE_GELU):
-            act = "gelu_pytorch_tanh"
+            act = "gelu"
         tower = tower_from_gguf(metadata, kind, act)
         tower = dataclasses.replace(
             tower,
