@@ -319,7 +319,7 @@ class Trainer:
     def set_level(self) -> None:
         done = self.minutes / self.options.minutes
         if self.stage == "read":
-            enough = 0.7 if self.level < 0 else 0.88
+            enough = 0.7 if self.level < 0 else 0.8
             rise = 0.01 if self.averages.get("tokens", 0) > enough else 0.0
             self.level = min(1.0, max(self.level + rise, (done - 0.3) / 0.35))
         if self.stage == "tower":
@@ -417,7 +417,7 @@ def _optimizers(trained: Tensors, rate: float) -> list[Any]:
     others = [value for name, value in trained.items() if not is_matrix(name, value) and "lora" not in name]
     groups = [{"params": others, "lr": rate / 10, "peak": rate / 10}]
     if adapter:
-        groups.append({"params": adapter, "lr": rate / 2, "peak": rate / 2})
+        groups.append({"params": adapter, "lr": rate / 4, "peak": rate / 4})
     out: list[Any] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     if matrices:
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95)
