@@ -278,20 +278,19 @@ def _small_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 def _attention_gradient(
-    scores: torch.Tensor,
-    d_weights: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor,
+    scores: torch.Tensor, d_weights: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention weights again, and the gradient of the scaled scores."""
+    """The attention weights again, and the gradient of the unscaled scores.
+
+    `scores` were rounded to half precision: the weights must be theirs, and sum to one. With the sums of the forward
+    pass, a head that looks at one place only would get a gradient, and run away with it.
+    """
     import torch
 
-    weights = (
-        torch.exp((scores.float() * scale - lse.unsqueeze(-1)).clamp(max=0)) * mask
-    )  # a masked one may be far above
-    return weights.to(scores.dtype), (weights * (d_weights.float() - delta.unsqueeze(-1)) * scale).to(scores.dtype)
+    weights = torch.softmax((scores.float() * scale).masked_fill(~mask, -torch.inf), dim=-1)
+    d_weights = d_weights.float()
+    inner = (weights * d_weights).sum(-1, keepdim=True)
+    return weights.to(scores.dtype), (weights * (d_weights - inner) * scale).to(scores.dtype)
 
 
 def _attention_on_cpu(gradient: Any) -> Any:
@@ -305,19 +304,18 @@ def _attention_on_cpu(gradient: Any) -> Any:
     class Attention(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any, causal: bool, scale: float) -> Any:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-            ctx.save_for_backward(q, k, v, out, lse)
+            out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+            ctx.save_for_backward(q, k, v)
             ctx.causal, ctx.scale = causal, scale
             return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            q, k, v, out, lse = ctx.saved_tensors
+            q, k, v = ctx.saved_tensors
             grad, length = grads[0].contiguous(), q.shape[-2]
-            mask = torch.ones(length, length).tril() if ctx.causal else torch.ones(1, 1)
-            delta = (grad.float() * out.float()).sum(-1)
+            mask = torch.ones(length, length, dtype=torch.bool)
             weights, d_scores = gradient(
-                q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), lse, delta, ctx.scale, mask
+                q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), ctx.scale, mask.tril() if ctx.causal else mask
             )
             return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
 

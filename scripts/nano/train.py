@@ -417,7 +417,7 @@ def _optimizers(trained: Tensors, rate: float) -> list[Any]:
     others = [value for name, value in trained.items() if not is_matrix(name, value) and "lora" not in name]
     groups = [{"params": others, "lr": rate / 10, "peak": rate / 10}]
     if adapter:
-        groups.append({"params": adapter, "lr": rate / 4, "peak": rate / 4})
+        groups.append({"params": adapter, "lr": rate / 4, "peak": rate / 4, "weight_decay": 0.1})
     out: list[Any] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     if matrices:
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95)
