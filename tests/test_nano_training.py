@@ -91,6 +91,18 @@ def test_the_attention_gradient_is_torchs(causal: bool) -> None:
         assert relative_l2(found, expected) < 1e-4
 
 
+def test_a_head_that_is_sure_gets_no_gradient() -> None:
+    """Half precision rounds large scores by more than one; what a sure head should become must not depend on that."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 1, 40, 64)
+    keys = (keys / keys.norm(dim=-1, keepdim=True) * 60).bfloat16()
+    queries = keys.flip(2).clone().requires_grad_(True)  # every one finds one key, and is far from the others
+    upstream = torch.randn(1, 1, 40, 64).bfloat16()
+    Kernels(fuse=False).attention(queries, keys, torch.randn(1, 1, 40, 64).bfloat16(), False, 0.125).backward(upstream)
+    assert queries.grad is not None
+    assert queries.grad.abs().max() < 1e-6
+
+
 def test_labels_are_the_answer_one_ahead(prompter: Prompter) -> None:
     batch = batch_of([1, 2, 3], prompter)
     assert batch.kinds[-1] == "text"
