@@ -133,18 +133,6 @@ def llava_next_processor(spec: CheckpointSpec) -> Json:
     return content
 
 
-def spelled(name: str, naming: str) -> str:
-    """A tensor's transformers 5 name as older versions spelled it."""
-    if naming == "v5":
-        return name
-    name = name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
-    if naming == "v4":
-        return name
-    if name == "lm_head.weight":
-        return "language_model.lm_head.weight"
-    return name.replace("model.language_model.", "model.language_model.model.").removeprefix("model.")
-
-
 def sentencepiece_tokenizer(texts: Sequence[str], n_bpe: int, special: Sequence[str]) -> Json:
     """A tokenizer.json as converted from SentencePiece: spaces as '▁', unknown characters as bytes, bos first.
 

@@ -35,7 +35,7 @@ from checkpoint_spec import (
     preprocessor_config,
     processor_config,
 )
-from llava_next_checkpoint import TEMPLATES, spelled
+from llava_next_checkpoint import TEMPLATES
 from toy_language import build_tokenizer, write_language_files
 
 __all__ = [
@@ -219,7 +219,7 @@ def stored_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Stored]:
                 name, parts, gate = name.replace("mlp.up_proj", "shared_mlp.input_linear"), (gate, tensor), None
             elif ".mlp.down_proj." in name:
                 name = name.replace("mlp.down_proj", "shared_mlp.output_linear")
-        yield (spelled if spec.family == "llava_next" else _spelled)(name, spec.naming), parts
+        yield _spelled(name, spec.naming), parts
 
 
 def _spelled(name: str, naming: str) -> str:

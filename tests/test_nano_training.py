@@ -154,6 +154,18 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
     ]
     at_letters = [(said, glyph) for said, glyph in shown if len(said) == 1 and not said.isspace()]
     assert len(at_letters) > 1500
+    found = [
+        (prompter.tokenizer.decode(sample.tokens[at:answer]), chr(marks(sample, image, slot)[slot % 2] + 32))
+        for sample in samples
+        for at in [sample.tokens.index(prompter.image_id)]
+        for answer, _, _, image, slot in sample.looks
+        if slot >= 0
+    ]
+    assert len(found) > 1500
+    # the glyph that was written last, but for signs that stand on the page and in no word of the answer
+    assert np.mean([glyph in said.rstrip()[-12:] for said, glyph in found]) > 0.97
+    last = [(said[-1], glyph) for said, glyph in found if said[-1].isalnum()]
+    assert np.mean([said == glyph for said, glyph in last]) > 0.9
     # signs between words look ahead to the next word
     assert np.mean([said == glyph for said, glyph in at_letters if said.isalnum()]) > 0.97
 

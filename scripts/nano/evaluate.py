@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from documents import Document
     from measures import Measured
+
+    import granite4v
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "granite4v" / "nano"
@@ -76,8 +79,11 @@ def main() -> int:
     answers: dict[str, list[str]] = {}
     for name in names:
         start = time.monotonic()
-        with tempfile.TemporaryDirectory() as directory:
-            ask = _reference(options.checkpoint) if name == REFERENCE else _runtime(options.checkpoint, name, directory)
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as opened:
+            if name == REFERENCE:
+                ask = _reference(options.checkpoint)
+            else:
+                ask = _runtime(opened.enter_context(_converted(options.checkpoint, name, Path(directory) / "model")))
             answers[name] = [_told(name, i, len(questions), ask(question)) for i, question in enumerate(questions)]
         print(f"\r{name}: {len(questions)} answers in {time.monotonic() - start:.0f} s", file=sys.stderr)
     scores = {name: score(questions, texts) for name, texts in answers.items()}
@@ -127,15 +133,16 @@ def is_simple(table: Any) -> bool:
     return not spans and table.n_rows - table.n_header_rows <= 5 and table.n_cols <= 4
 
 
-def _runtime(checkpoint: Path, column: str, directory: str) -> Callable[[Question], str]:
+def _converted(checkpoint: Path, column: str, out: Path) -> granite4v.Model:
     import granite4v
     from granite4v.converter import Options, convert
 
     text_type, vision_type, lora = COLUMNS[column]
-    out = Path(directory) / "model"
     convert(checkpoint, out, Options(text_type=text_type, vision_type=vision_type, lora=lora))
-    model = granite4v.load(out)
+    return granite4v.load(out)
 
+
+def _runtime(model: granite4v.Model) -> Callable[[Question], str]:
     def ask(question: Question) -> str:
         answer = model.generate(question.prompt, images=[question.document.picture], max_tokens=MAX_TOKENS)
         return str(answer.text)

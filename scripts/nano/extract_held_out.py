@@ -103,9 +103,9 @@ def write_files(folder: Path, questions: list[Question], rng: random.Random) -> 
 
 def _write(path: Path, questions: list[Question]) -> Pages:
     first, *others = (question.document.picture for question in questions)
-    options: dict[str, Any] = {".pdf": {"save_all": True, "append_images": others, "resolution": 150}}.get(
-        path.suffix, {"quality": 95} if path.suffix in (".jpg", ".webp") else {}
-    )
+    options: dict[str, Any] = {"quality": 95} if path.suffix in (".jpg", ".webp") else {}
+    if path.suffix == ".pdf":
+        options = {"save_all": True, "append_images": others, "resolution": 150}
     first.save(path, **options)
     return Pages(path, tuple(questions))
 
