@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate import held_out, score
+from evaluate import MAX_TOKENS, held_out, score
 
 if TYPE_CHECKING:
     from evaluate import Question
@@ -122,7 +122,7 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind
     schema = formats.form_schema(truth) if isinstance(truth, Form) else None
-    records = list(granite4v.extract(file.path, TASKS[kind], model=model, schema=schema))
+    records = list(granite4v.extract(file.path, TASKS[kind], model=model, schema=schema, max_tokens=MAX_TOKENS))
     pages = [page for page in open_pages([file.path], view=model.files.vision_config) if isinstance(page, Page)]
     expected = [(page.number, task) for page in pages for task in TASKS[kind]]
     found = [(record.page, record.task) for record in records]
@@ -140,7 +140,7 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
         if record.task in (question.task.strip("<>"), question.task):  # the one that `evaluate.py` asks for
             seen.questions.append(question)
             seen.read.append(record.text)
-            free = model.generate(question.prompt, images=[images[record.page]], max_tokens=1500)
+            free = model.generate(question.prompt, images=[images[record.page]], max_tokens=MAX_TOKENS)
             seen.free.append(free.text)
 
 
