@@ -74,9 +74,9 @@ def test_training_computes_what_transformers_computes(prompter: Prompter) -> Non
 def test_the_attention_gradient_is_torchs(causal: bool) -> None:
     torch.manual_seed(0)
     # keys that grow make scores of later positions overflow an exponential that forgets the mask
-    inputs = [torch.randn(2, 3, 40, 64) * 3 for _ in range(3)]
-    inputs[1][:, :, 20:] *= 20
-    upstream = torch.randn(2, 3, 40, 64)
+    inputs = [torch.randn(5, 3, 300, 64) * 3 for _ in range(3)]
+    inputs[1][:, :, 150:] *= 20
+    upstream = torch.randn(5, 3, 300, 64)
     gradients: list[list[np.ndarray]] = []
     own = Kernels(fuse=False).attention
 

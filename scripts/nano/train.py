@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
 IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
-FREE_TOWER_SHARE = 0.5  # of the last stage: from then on the tower learns on
+FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
