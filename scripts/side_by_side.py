@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--predict", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peer-ctx", type=int, default=4096, help="positions of the peer's context (4096)")
     parser.add_argument("--limits", action="store_true", help="also measure how fast ggml multiplies here")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "metal", "auto"))
     options = parser.parse_args()
@@ -60,6 +61,9 @@ def main() -> None:
             print(f"run {i + 1} of {options.runs}, {side.name}: {json.dumps(result)}", file=sys.stderr, flush=True)
     summary = compare(results["ours"], results["peer"])
     print_table(summary)
+    tokens = summary["image_tokens"] = {side: runs[0]["image_tokens"] for side, runs in results.items()}
+    if tokens["ours"] != tokens["peer"]:
+        print(f"image tokens differ, and prefill with them: ours {tokens['ours']}, the peer's {tokens['peer']}")
     if options.limits:
         summary["limits"] = measure_limits(text, mmproj, options)
         for part in ("encode", "prefill"):
@@ -67,7 +71,6 @@ def main() -> None:
             print(f"{part}: the products alone would take {limit:.3f} s here; we take {taken / limit:.2f} times that")
     summary["runs"] = options.runs
     summary["threads"] = options.threads
-    summary["image_tokens"] = results["ours"][0]["image_tokens"]
     summary["settings"] = results["ours"][-1].get("settings")
     summary["peer_weight_buffers"] = "plain" if peer.plain_weights else "as llama.cpp chooses"
     print(json.dumps(summary))
@@ -96,7 +99,7 @@ class Peer:
         self._command = [
             *PEER,
             *(str(text), str(mmproj), str(options.image), "--raw", raw),
-            *("--predict", str(options.predict), "--threads", str(options.threads)),
+            *("--predict", str(options.predict), "--threads", str(options.threads), "--ctx", str(options.peer_ctx)),
             *(["--cpu"] if options.device == "cpu" else []),
         ]
 
