@@ -284,8 +284,8 @@ HEADS, ROWS = 12, 256
 def _attention_on_cpu() -> Any:
     """Softmax attention (q, k, v, causal, scale), each (n, heads, positions, size).
 
-    On a CPU the gradient is taken from the attention weights again, a few heads and queries at a time, which is about half
-    as long as the backward pass of torch's flash kernel in bfloat16; elsewhere torch's own attention is used.
+    On a CPU the gradient is taken from the attention weights again, a few heads and queries at a time, which is
+    about half as long as the backward pass of torch's flash kernel in bfloat16; elsewhere torch's own is used.
     """
     import torch
 

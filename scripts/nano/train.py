@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
 IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
-FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
+FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found,
+FREE_TOWER_STEPS = 4  # in one of so many steps, for these take twice the time
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
@@ -161,7 +162,8 @@ class Trainer:
 
     def is_tower_frozen(self) -> bool:
         """While the decoder does not yet know where to look, its gradient would only disturb the eye, and cost time."""
-        return self.stage == "read" and self.minutes < FREE_TOWER_SHARE * self.options.minutes
+        early = self.minutes < FREE_TOWER_SHARE * self.options.minutes
+        return self.stage == "read" and (early or self.step % FREE_TOWER_STEPS > 0)
 
     # --- the loss ---
 
@@ -275,8 +277,8 @@ class Trainer:
         began, told, evaluated = time.monotonic() - self.minutes * 60, 0.0, time.monotonic()
         last_saved = time.monotonic()
         while True:
-            self.minutes = (time.monotonic() - began) / 60
-            if self.stop_now():
+            self.minutes = self.common((time.monotonic() - began) / 60)
+            if self.minutes >= self.options.minutes or self.step >= (self.options.steps or math.inf):
                 break
             self.set_level()
             rate = self.set_rate()
@@ -306,15 +308,15 @@ class Trainer:
             self.evaluate()
             self.save()
 
-    def stop_now(self) -> bool:
-        over = self.minutes >= self.options.minutes or (self.options.steps and self.step >= self.options.steps)
-        if self.options.processes > 1:
-            import torch
+    def common(self, minutes: float) -> float:
+        """The largest of all processes' clocks: what follows from the time must be the same in all of them."""
+        if self.options.processes == 1:
+            return minutes
+        import torch
 
-            flag = torch.tensor([float(over)])
-            torch.distributed.all_reduce(flag)
-            over = flag.item() > 0
-        return bool(over)
+        clock = torch.tensor([minutes])
+        torch.distributed.all_reduce(clock, torch.distributed.ReduceOp.MAX)
+        return clock.item()
 
     def set_level(self) -> None:
         done = self.minutes / self.options.minutes
@@ -336,6 +338,7 @@ class Trainer:
 
     def share_gradients(self) -> None:
         import torch
+        from model import VISION
 
         for value in self.trained.values():
             if value.grad is None:  # a batch of text has none for the eye, and every process must send the same
@@ -347,6 +350,10 @@ class Trainer:
             flat /= self.options.processes
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
+        if self.is_tower_frozen():
+            for name, value in self.trained.items():
+                if name.startswith(VISION):
+                    value.grad = None  # or the optimizers would go on with what they remember
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
