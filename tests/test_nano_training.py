@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from checkpoint_spec import model_config
 from documents import draw_document
 from language import build_tokenizer
-from model import NANO, NEIGHBOURS, VISION, Kernels, decode, initial, logits, merged, patches, project, tower
+from model import NANO, NEIGHBOURS, VISION, Kernels, _surprise, decode, initial, logits, merged, patches, project, tower
 from reference import relative_l2
 from samples import (
     IGNORE,
@@ -28,6 +30,7 @@ from samples import (
     lines_sample,
     text_sample,
 )
+from train import FREE_TOWER_STEPS, Trainer
 from truth import Table
 
 
@@ -208,6 +211,47 @@ def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
     assert torch.allclose(finding[:, 3].sum(), torch.tensor(1.0), atol=1e-5), "slot 7: the fourth patch's second one"
     idle = torch.cat((looking[:, [0, 2, 3]], looking_second, finding[:, :3]), dim=1)
     assert torch.equal(idle, idle[:1].expand_as(idle)), "the other heads should look at position 0"
+
+
+def test_surprises_of_several_rows_are_those_of_each_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 2, 9, 4), torch.randn(3, 2, 9, 4)
+    looks = torch.tensor([[row, position, 0, 0, 0, 0] for row, position in ((0, 5), (0, 2), (2, 8), (2, 3), (2, 4))])
+    targets = torch.tensor([[5, 1], [0, 2], [7, 3], [3, 0], [1, 4]])
+    found = _surprise(q, k, looks, targets, 0.5)
+    for i, (row, position, *_) in enumerate(looks.tolist()):
+        for head in range(2):
+            scores = q[row, head, position] @ k[row, head, : position + 1].T * 0.5
+            assert torch.isclose(found[i, head], -torch.log_softmax(scores, 0)[targets[i, head]], atol=1e-5)
+
+
+def test_the_tower_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        stage="read",
+        run=tmp_path,
+        minutes=10.0,
+        steps=0,
+        processes=1,
+        budget=2000,
+        device="cpu",
+        rate=0.003,
+        no_fuse=True,
+        seed=0,
+    )
+    trainer = Trainer(0, options)
+    batch = collate([lines_sample(random.Random(3), prompter, NANO, 0.5)], prompter, NANO)
+    name = VISION + "encoder.layers.0.mlp.fc1.weight"
+    changed = []
+    for trainer.minutes, trainer.step in ((1.0, 0), (9.0, FREE_TOWER_STEPS), (9.0, FREE_TOWER_STEPS + 1)):
+        before = trainer.trained[name].detach().clone()
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        trainer.loss(batch)[0].backward()
+        trainer.share_gradients()
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+        changed.append(not torch.equal(before, trainer.trained[name]))
+    assert changed == [False, True, False]
 
 
 def test_the_first_layers_start_by_looking_at_neighbours(prompter: Prompter) -> None:

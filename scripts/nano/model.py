@@ -278,7 +278,7 @@ def _small_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 # Heads, and queries of each, whose gradient is taken at a time: what stands between stays in the processor's cache.
-HEADS, ROWS = 12, 256
+BLOCK_HEADS, BLOCK_ROWS = 12, 256
 
 
 def _attention_on_cpu() -> Any:
@@ -303,9 +303,8 @@ def _attention_on_cpu() -> Any:
             q, k, v, grad = (t.flatten(0, 1) for t in (*ctx.saved_tensors, grads[0]))
             q = q * ctx.scale
             d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            blocks = itertools.product(range(0, len(q), HEADS), range(0, shape[2], ROWS))
-            for head, row in blocks:
-                heads, rows = slice(head, head + HEADS), slice(row, min(row + ROWS, shape[2]))
+            for head, row in itertools.product(range(0, len(q), BLOCK_HEADS), range(0, shape[2], BLOCK_ROWS)):
+                heads, rows = slice(head, head + BLOCK_HEADS), slice(row, min(row + BLOCK_ROWS, shape[2]))
                 asked, seen = (heads, rows), (heads, slice(rows.stop if ctx.causal else None))
                 scores = q[asked] @ k[seen].mT
                 if ctx.causal:
@@ -518,13 +517,13 @@ def _targets(looks: torch.Tensor, layer: int, heads: int) -> torch.Tensor:
 def _surprise(
     q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, targets: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """-log of the attention that each head gives to its target, (m, heads)."""
+    """-log of the attention that each head gives to its target, (m, heads); the looks of a row stand together."""
     import torch
 
     row, position = looks[:, 0], looks[:, 1]
     n, heads, length, size = q.shape
     counts = torch.bincount(row, minlength=n)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # in a row's own looks, which stand together
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # among its row's own
     asked = q.new_zeros(n, int(counts.max()), heads, size).index_put((row, place), q[row, :, position])
     scores = (asked.transpose(1, 2) @ k.mT)[row, :, place].float() * scale
     later = torch.arange(length) > position[:, None]

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
 IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
-FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found,
-FREE_TOWER_STEPS = 4  # in one of so many steps, for these take twice the time
+FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
+FREE_TOWER_STEPS = 4  # then it learns in one step of so many, for such a step takes twice the time
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
@@ -161,7 +161,8 @@ class Trainer:
         return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
 
     def is_tower_frozen(self) -> bool:
-        """While the decoder does not yet know where to look, its gradient would only disturb the eye, and cost time."""
+        """In this step. While the decoder does not yet know where to look, its gradient would only disturb the eye;
+        later, steps in which the tower learns too are few because they cost time."""
         early = self.minutes < FREE_TOWER_SHARE * self.options.minutes
         return self.stage == "read" and (early or self.step % FREE_TOWER_STEPS > 0)
 
