@@ -12,10 +12,13 @@ import pytest
 import torch
 from checkpoint_spec import model_config
 from documents import draw_document
+from drawing import ENDING, START
 from language import build_tokenizer
 from model import NANO, NEIGHBOURS, VISION, Kernels, _surprise, decode, initial, logits, merged, patches, project, tower
 from reference import relative_l2
 from samples import (
+    AFTER,
+    GAP,
     IGNORE,
     N_MARKS,
     N_SLOTS,
@@ -173,6 +176,19 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
     assert np.mean([said == glyph for said, glyph in at_letters if said.isalnum()]) > 0.97
 
 
+def test_texts_are_linked_to_where_the_text_before_them_ends(prompter: Prompter) -> None:
+    rng = random.Random(5)
+    samples = [document_sample(draw_document(seed, "table"), rng, prompter, NANO) for seed in range(20)]
+    links = [(sample, *link) for sample in samples for link in sample.links]
+    assert len(links) > 200
+    for sample, first, last in links:
+        assert sample.image_at <= last < first < sample.image_at + len(sample.image_rows)
+        gaps = {at: [marks(sample, at, 2 * patch)[GAP] for patch in range(4)] for at in (first, last)}
+        # the first glyph of a patch says what is before it; a text's last letter may be a patch's second
+        assert any(gap in (START, START + ENDING) for gap in gaps[first])
+        assert any(marks(sample, last, 2 * patch)[AFTER] == 0 and gaps[last][patch] for patch in range(4))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_marks_tell_what_is_before_a_glyph(seed: int) -> None:
     document = draw_document(seed, "table", level=0.0)
@@ -211,6 +227,10 @@ def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
     assert torch.allclose(finding[:, 3].sum(), torch.tensor(1.0), atol=1e-5), "slot 7: the fourth patch's second one"
     idle = torch.cat((looking[:, [0, 2, 3]], looking_second, finding[:, :3]), dim=1)
     assert torch.equal(idle, idle[:1].expand_as(idle)), "the other heads should look at position 0"
+    linked: list[torch.Tensor] = []
+    links = everywhere[:, :3]
+    decode(text, batch.tokens, (batch.positions, packed), NANO, kernels, links=links, linked=linked)
+    assert torch.allclose(torch.exp(-torch.cat(linked, dim=1)).sum(0), torch.ones(2), atol=1e-5)
 
 
 def test_surprises_of_several_rows_are_those_of_each_alone() -> None:

@@ -56,6 +56,9 @@ NANO = CheckpointSpec(
 # the one that comes next, the first layer when it is the first glyph of its patch, the second when it is the second.
 FINDING = 4
 LOOKING = (5, 6)
+# Heads, by layer, of the image token where a text begins that are taught to look where the text before it ends: so a
+# cell can be found by the end of the cell before it, as a letter is by the letters before it.
+LINKING = {3: 0, 4: 1}
 NANO_ADAPTER = AdapterSpec(rank=48, alpha=96.0, dtype="float16")
 
 
@@ -456,13 +459,16 @@ def decode(
     kernels: Kernels,
     looks: torch.Tensor | None = None,
     looked: list[torch.Tensor] | None = None,
+    links: torch.Tensor | None = None,
+    linked: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
     in the order of `projectors(spec)`. `looks` (m, 6) says of some positions (row, position, position of the
     next glyph, slot there, position of the last glyph, slot there or -1) where heads should look; how surprised those
-    of FINDING and then of LOOKING are, in nats (m, heads), is appended to `looked`.
+    of FINDING and then of LOOKING are, in nats (m, heads), is appended to `looked`. `links` (m, 3) says the same of
+    image tokens (row, position, position of the text's end before it), and `linked` gets (m, 1) of each of LINKING.
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -493,6 +499,10 @@ def decode(
         if looks is not None and looked is not None and (i == FINDING or i in LOOKING):
             targets = _targets(looks, i, heads)
             looked.append(_surprise(q.transpose(1, 2), k, looks, targets, spec.attention_multiplier))
+        if links is not None and linked is not None and i in LINKING:
+            head = slice(LINKING[i], LINKING[i] + 1)
+            asked = q.transpose(1, 2)[:, head]
+            linked.append(_surprise(asked, k[:, head], links, links[:, 2:], spec.attention_multiplier))
         y = kernels.attention(q.transpose(1, 2), k, v, True, spec.attention_multiplier)
         y = linear(y.transpose(1, 2).reshape(n, length, width), weights[at + "self_attn.o_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)

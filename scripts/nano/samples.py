@@ -29,6 +29,7 @@ LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
 # (position of an answer's token, of the image token that shows it, slot there, and the same two of the glyph written
 # before it, slot -1 when there is none)
 Look = tuple[int, int, int, int, int]
+Link = tuple[int, int]  # positions of the image token where a text begins, and of the one where the text before it ends
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Sample:
     image_at: int
     glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_MARKS), 255 where nothing can be said
     looks: list[Look]
+    links: list[Link]
     kind: str
 
 
@@ -56,6 +58,7 @@ class Batch:
     positions: torch.Tensor | None
     glyphs: torch.Tensor | None
     looks: torch.Tensor  # (n, 6): row, position before an answer's token, and the rest of a `Look`
+    links: torch.Tensor  # (n, 3): row and a `Link`
     kinds: list[str]
 
 
@@ -101,7 +104,7 @@ def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
         tokens = prompter.prompt(question, image=False)
         start = len(tokens)
         tokens = tokens + prompter.encode(answer)
-    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, [], "text")
+    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, [], [], "text")
 
 
 def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
@@ -111,10 +114,10 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
     truth = document.truth
     if isinstance(truth, Table):
-        tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [50, 30, 20])[0]
+        tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [68, 20, 12])[0]
         return tag, tag, formats.answer_for(tag, truth)
     if isinstance(truth, Chart):
-        tag = rng.choices(["<chart2csv>", "<chart2summary>", "<chart2code>"], [76, 12, 12])[0]
+        tag = rng.choices(["<chart2csv>", "<chart2summary>", "<chart2code>"], [84, 8, 8])[0]
         return tag, tag, formats.answer_for(tag, truth)
     if rng.random() < 0.75:
         return "kvp", formats.kvp_prompt(formats.form_schema(truth)), formats.form_json(truth)
@@ -152,7 +155,18 @@ def _with_picture(
             first = last + 1 if looks and token - last <= QUICK + 1 else token
             looks += [(len(prompt) + i, *here, *before) for i in range(first, token + 1)]
             last, before = token, here
-    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, task)
+    links = [(at + first, at + last) for first, last in links_of(document, shown.tolist())]
+    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, links, task)
+
+
+def links_of(document: Document, shown: list[int]) -> list[Link]:
+    """For every text of the page that was drawn after another one which stands further up or left: the image tokens,
+    of `shown`, where it begins and where that one ends."""
+    import numpy as np
+    from drawing import ENDING, START
+
+    starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
+    return [(shown[i], shown[i - 1]) for i in starts if i and 0 <= shown[i - 1] < shown[i]]
 
 
 def glyphs_of_answer(document: Document, answer: str) -> list[tuple[int, int]]:
@@ -278,7 +292,7 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
     if rng.random() < 0.5:
         picture, glyphs = drawing.photographed(rng, picture, glyphs, paper, 4.0, 1.0)
     document = Document("letters", picture, Form("", ()), glyphs, "", 0)
-    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], [], LETTERS)
+    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], [], [], LETTERS)
 
 
 def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
@@ -350,6 +364,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
     labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
     looks = [(i, answer - 1, *shown) for i, sample in enumerate(samples) for answer, *shown in sample.looks]
+    links = [(i, *link) for i, sample in enumerate(samples) for link in sample.links]
     rows: list[Any] = []
     positions: list[Any] = []
     per_tile, first = tokens_side(spec) ** 2, 0
@@ -364,8 +379,9 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     with_picture = [sample for sample in samples if sample.tiles is not None] + letters
     kinds = [sample.kind for sample in samples]
     if not rows:
+        none = torch.zeros(0, 6).long()
         return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, torch.zeros(0, 6).long(), kinds
+            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, none, none[:, :3], kinds
         )
     return Batch(
         torch.from_numpy(tokens),
@@ -375,6 +391,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
         torch.tensor(looks, dtype=torch.int64).view(-1, 6),
+        torch.tensor(links, dtype=torch.int64).view(-1, 3),
         kinds,
     )
 

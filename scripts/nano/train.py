@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
 IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
+LINK_WEIGHT = 0.2  # of the heads that are taught which text is before which
 FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 FREE_TOWER_STEPS = 4  # then it learns in one step of so many, for such a step takes twice the time
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
@@ -192,10 +193,17 @@ class Trainer:
         weights = merged(self.text, self.adapter, self.spec) if self.stage == "read" else self.text
         half = _half(weights)
         looked: list[torch.Tensor] = []
-        looks = batch.looks if len(batch.looks) else None
-        hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked).flatten(0, 1)
+        linked: list[torch.Tensor] = []
+        looks, links = (of_all if len(of_all) else None for of_all in (batch.looks, batch.links))
+        hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked, links, linked).flatten(0, 1)
         if looked:
             total = total + self.look_loss(looked, batch.looks, figures) * LOOK_WEIGHT
+        for surprise in linked:
+            total = total + surprise.mean() / len(linked) * LINK_WEIGHT
+        if linked:
+            figures["links right"] = (linked[-1] < 0.7).float().mean().item()
+            figures["links first"] = (linked[0] < 0.7).float().mean().item()
+            figures["links surprise"] = sum(surprise.mean().item() for surprise in linked) / len(linked)
         labels = batch.labels.flatten()
         where = (labels != IGNORE).nonzero()[:, 0]
         predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
