@@ -62,12 +62,15 @@ class Answer:
     """`tokens` are the generated ids without the one that ended the answer.
 
     `finish_reason`: 'stop' (the model, its constraint or a stop string ended it), 'length' (`max_tokens`),
-    'repetition' (it ran on with the same rows) or 'cancelled'.
+    'repetition' (it ran on with the same rows) or 'cancelled'. Under a constraint an answer that reaches `max_tokens`
+    is brought to an end before that: `closing` is the end of `text` that the model did not choose, perhaps empty. It is
+    None otherwise, and where so few tokens hold no whole answer; then the text is cut.
     """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    closing: str | None = None
     timings: Timings = field(default_factory=Timings)
     warnings: list[str] = field(default_factory=list)
 
@@ -79,6 +82,13 @@ class Answer:
             "decode_tok_s": self.timings.decode_tok_s,
         }
         return {**asdict(self), "timings": timings}
+
+
+# Where that takes long, an answer's end is looked for after so many tokens, and with each token when fewer than the
+# second number are left beside twice its length.
+_LOOK_EVERY, _WATCHED = 16, 256
+_SPARE = 2  # tokens; the tokenizer may need more for text that is forced than the end was found to need
+_TRIES = 8  # tokens that leave no room for the end before the answer is ended
 
 
 class Source(Protocol):
@@ -110,11 +120,12 @@ def generate(
 
     A piece is held back while it could be the beginning of a stop string or of an unfinished character.
     Stopping the iteration early (closing it) leaves `answer` as 'cancelled'. With a `guide` only what it allows is
-    sampled, and the answer ends where it may; with `fast_forward` what it forces is not sampled.
+    sampled, and the answer ends where it may; with `fast_forward` what it forces is not sampled. Room is kept for the
+    rest of the form, so that an answer of `max_tokens` is whole, too.
     """
     answer.finish_reason = CANCELLED
     output = _Output(text, stop, answer, repetition)
-    chooser = _Chooser(Sampler(sampling), stop_tokens, guide, fast_forward, answer.timings)
+    chooser = _Chooser(Sampler(sampling), stop_tokens, guide, fast_forward, max_tokens, answer.timings)
     try:
         logits = source.first()
         while not cancelled():
@@ -124,9 +135,10 @@ def generate(
             if len(answer.tokens) >= max_tokens:
                 answer.finish_reason = LENGTH
                 break
+            n_open = output.n_characters
             n_sampled, tokens = chooser.choose(logits, answer.tokens)
             if not tokens:
-                answer.finish_reason = STOP
+                answer.finish_reason = LENGTH if chooser.is_closing else STOP
                 break
             n_before = len(answer.tokens)
             piece = output.say(tokens[: max_tokens - n_before])
@@ -134,7 +146,7 @@ def generate(
             answer.timings.n_forced += max(0, n_said - n_sampled)
             if piece:
                 yield piece
-            if output.ended or n_said < len(tokens):
+            if output.ended or n_said < len(tokens) or chooser.is_closing:
                 answer.finish_reason = output.ended or LENGTH
                 break
             if len(answer.tokens) < max_tokens and not chooser.is_over:
@@ -145,53 +157,105 @@ def generate(
     except Aborted:
         pass  # cancelled while computing: what was said so far is the answer
     piece = output.finish()
+    if chooser.is_closing and answer.finish_reason == LENGTH:
+        answer.closing = answer.text[n_open:]
     if piece:
         yield piece
 
 
-@dataclass
 class _Chooser:
     """The next tokens of an answer: one that is sampled, and those that are no choice."""
 
-    sampler: Sampler
-    stop_tokens: frozenset[int]
-    guide: Guide | None
-    fast_forward: bool
-    timings: Timings
+    def __init__(
+        self,
+        sampler: Sampler,
+        stop_tokens: frozenset[int],
+        guide: Guide | None,
+        fast_forward: bool,
+        max_tokens: int,
+        timings: Timings,
+    ) -> None:
+        self._sampler, self._stop_tokens, self._guide = sampler, stop_tokens, guide
+        self._fast_forward, self._timings = fast_forward, timings
+        self._reserve = _Reserve(guide, max_tokens) if guide is not None else None
+        self.is_closing = False  # the last tokens only make the answer whole
 
     @property
     def is_over(self) -> bool:
         """Whether the constraint allows nothing but the end."""
-        return self.guide is not None and self.guide.is_over
+        return self.is_closing or (self._guide is not None and self._guide.is_over)
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> tuple[int, list[int]]:
         """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""
-        guide = self.guide
-        if guide is None:
-            return self._unless_stop(self.sampler.pick(logits, history))
+        guide, reserve = self._guide, self._reserve
+        if guide is None or reserve is None:
+            return self._unless_stop(self._sampler.pick(logits, history))
         forced = [] if history else self._forced(guide)  # later ones come along with a sampled token
         if forced:
             return 0, forced
         start = time.perf_counter()
-        allowed = guide.allowed(self.stop_tokens)
-        self.timings.constraint_s += time.perf_counter() - start
-        n_sampled, tokens = self._unless_stop(self.sampler.pick(logits, history, allowed))
-        for token in tokens:
-            guide.accept(token)
-        return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
+        allowed = guide.allowed(self._stop_tokens)
+        ending = reserve.ending(len(history))
+        self._timings.constraint_s += time.perf_counter() - start
+        for _ in range(_TRIES):
+            if ending is not None and not reserve.has_room(ending, len(history)):
+                break
+            token = self._sampler.pick(logits, history, allowed)
+            n_sampled, tokens = self._unless_stop(token)
+            if ending is None or not tokens or reserve.allows(token, len(history)):
+                for token in tokens:
+                    guide.accept(token)
+                return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
+            allowed[token] = False
+            if not allowed.any():
+                break
+        assert ending is not None
+        self.is_closing = True
+        return 0, ending
 
     def _unless_stop(self, token: int) -> tuple[int, list[int]]:
-        return (0, []) if token in self.stop_tokens else (1, [token])
+        return (0, []) if token in self._stop_tokens else (1, [token])
 
     def _forced(self, guide: Guide) -> list[int]:
-        if not self.fast_forward:
+        if not self._fast_forward:
             return []
         start = time.perf_counter()
         tokens = guide.forced_tokens()
         for token in tokens:
             guide.accept(token)
-        self.timings.constraint_s += time.perf_counter() - start
+        self._timings.constraint_s += time.perf_counter() - start
         return tokens
+
+
+class _Reserve:
+    """Keeps room for the rest of a form, so that an answer is whole when it reaches its limit.
+
+    The end is looked for now and then, and with every token once it could soon be too long.
+    """
+
+    def __init__(self, guide: Guide, max_tokens: int) -> None:
+        self._guide, self._max_tokens = guide, max_tokens
+        self._next_look = 0  # the length of the answer at which its end is looked for again
+
+    def ending(self, n_said: int) -> list[int] | None:
+        """Tokens that make the answer whole; None where the limit is far, or nothing that short does."""
+        if n_said < self._next_look:
+            return None
+        n_left = self._max_tokens - n_said
+        ending = self._guide.ending(n_left)
+        n_spare = _LOOK_EVERY if ending is None else n_left - 2 * len(ending) - _WATCHED
+        if n_spare <= 0 or self._guide.has_quick_endings:
+            return ending
+        self._next_look = n_said + min(n_spare, _LOOK_EVERY)
+        return None
+
+    def has_room(self, ending: list[int], n_said: int) -> bool:
+        """Whether more than the ending can be said."""
+        return len(ending) < self._max_tokens - n_said - _SPARE
+
+    def allows(self, token: int, n_said: int) -> bool:
+        """Whether there is room for an ending behind this token."""
+        return self._guide.ending(self._max_tokens - n_said - 1 - _SPARE, token) is not None
 
 
 class _Output:
@@ -204,6 +268,11 @@ class _Output:
         self._repetition = repetition
         self._held = ""
         self.ended = ""  # why the answer has ended, once it has
+
+    @property
+    def n_characters(self) -> int:
+        """Of the answer so far, those that are not shown yet included."""
+        return len(self._answer.text) + len(self._held)
 
     def say(self, tokens: Sequence[int]) -> str:
         """Adds tokens to the answer, up to one that ends it; the text that is certain now."""

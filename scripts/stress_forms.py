@@ -56,9 +56,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Said:
-    """What became of a case. `written`: the value that was kept, in the form of its task; None when there is none."""
+    """What became of a case. `closing`: the end of `text` that only makes it whole. `written`: the value that was kept,
+    in the form of its task; None when there is none."""
 
     text: str = ""
+    closing: str | None = None
     finish_reason: str = ""
     n_tokens: int = 0
     seconds: float = 0.0
@@ -104,21 +106,22 @@ def forms(options: argparse.Namespace, _: Path) -> Result:
     return Result("forms", figures, [*lines, f"slowest: {slowest[0]:.1f} s, {slowest[1]}"], problems)
 
 
-KINDS = ("finished", "cut", "repetition", "nothing whole", "broken")
+KINDS = ("finished", "closed", "repetition", "cut", "broken")
 
 
 def _summary(tally: Counter[str]) -> Json:
-    """How many of each kind; `valid` are those that are, of finished answers and of values kept of the others."""
-    kinds = {kind.replace(" ", "_"): tally[kind] for kind in KINDS}
-    valid = sum(tally[kind] for kind in ("finished", "cut", "repetition"))
+    """How many of each kind; `valid` are those whose text is a whole answer, and those that ended as repetition with a
+    valid value kept."""
+    kinds = {kind: tally[kind] for kind in KINDS}
+    valid = sum(tally[kind] for kind in ("finished", "closed", "repetition"))
     return {"n": tally["n"], **kinds, "valid": valid, "tokens": tally["n_tokens"]}
 
 
 def _line(task: str, one: Json) -> str:
     return (
-        f"{task:<12} {one['n']:>5}: {one['finished']} finished and valid, {one['cut']} cut and "
-        f"{one['repetition']} ended as repetition with a valid value kept, {one['nothing_whole']} cut before anything "
-        f"was whole, {one['broken']} broken"
+        f"{task:<12} {one['n']:>5}: {one['finished']} finished and {one['closed']} brought to an end at their limit, "
+        f"all valid; {one['repetition']} ended as repetition with a valid value kept; {one['cut']} cut, with no room "
+        f"for any whole answer; {one['broken']} broken"
     )
 
 
@@ -129,9 +132,9 @@ def verdict(case: Case, said: Said) -> tuple[str, str | None]:
         return "broken", problem
     if said.finish_reason == "stop":
         return "finished", None
-    if said.written is None:
-        return "nothing whole", None
-    return ("repetition" if said.finish_reason == "repetition" else "cut"), None
+    if said.finish_reason == "repetition":
+        return ("repetition" if said.written is not None else "cut"), None
+    return ("cut" if said.closing is None else "closed"), None
 
 
 def _broken(case: Case, said: Said) -> str | None:
@@ -145,8 +148,13 @@ def _broken(case: Case, said: Said) -> str | None:
         if problem:
             return f"a finished answer is not valid: {problem}"
         return None if said.valid else "a valid answer is taken for one that is not"
+    if said.closing is not None:
+        problem = judge(case.task, said.text, schema)
+        if problem:
+            return f"an answer that was brought to an end is not valid: {problem}; {said.text!r:.200}"
     if said.written is None:
-        return "whole rows were lost" if has_whole_row(case.task, said.text) else None
+        own = said.text.removesuffix(said.closing or "")
+        return "whole rows were lost" if has_whole_row(case.task, own) else None
     problem = judge(case.task, said.written, None if schema is None else relaxed(schema))
     return f"what was kept of a cut answer is not valid: {problem}; {said.written!r:.200}" if problem else None
 
@@ -234,10 +242,11 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
         constraint=question.constraint,
         fast_forward=case.fast_forward,
     )
-    reading = understand(case.task, answer.text, answer.finish_reason, question.schema)
+    own_text = answer.text.removesuffix(answer.closing or "")
+    reading = understand(case.task, own_text, answer.finish_reason, question.schema)
     seconds = answer.timings.decode_s + answer.timings.constraint_s
     written = None if reading.value is None else _written(case.task, reading.value)
-    return Said(answer.text, answer.finish_reason, len(answer.tokens), seconds, written, reading.valid)
+    return Said(answer.text, answer.closing, answer.finish_reason, len(answer.tokens), seconds, written, reading.valid)
 
 
 def _written(task: str, value: Any) -> str:

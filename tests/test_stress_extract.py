@@ -268,21 +268,28 @@ OTSL = replace(KVP, task="tables_otsl", schema=None)
 FLAT = {"invoice_number": "1", "date": "d", "total": "t"}
 
 
+def said_to(text: str, finish_reason: str, **more: Any) -> Said:
+    return Said(text=text, finish_reason=finish_reason, **{"n_tokens": 50, **more})
+
+
 @pytest.mark.parametrize(
     ("case", "said", "kind", "problem"),
     [
-        (KVP, Said(json.dumps(FLAT), "stop", 50, valid=True, written=json.dumps(FLAT)), "finished", None),
-        (KVP, Said(json.dumps(FLAT), "stop", 51, valid=True), "broken", "has 51 tokens"),
-        (KVP, Said(json.dumps(FLAT), "stop", 9, valid=False), "broken", "taken for one that is not"),
-        (KVP, Said('{"date": 1}', "stop", 9, valid=True), "broken", "a finished answer is not valid"),
-        (KVP, Said("", "cancelled", 9), "broken", "ended as 'cancelled'"),
-        (KVP, Said('{"date": "x", "to', "length", 50, written='{"date": "x"}'), "cut", None),
-        (KVP, Said('{"date": "x", "to', "repetition", 9, written='{"date": "x"}'), "repetition", None),
-        (KVP, Said('{"date": 1, "to', "length", 50, written='{"date": 1}'), "broken", "what was kept"),
-        (KVP, Said('{"da', "length", 50), "nothing whole", None),
+        (KVP, said_to(json.dumps(FLAT), "stop", valid=True, written=json.dumps(FLAT)), "finished", None),
+        (KVP, said_to(json.dumps(FLAT), "stop", n_tokens=51, valid=True), "broken", "has 51 tokens"),
+        (KVP, said_to(json.dumps(FLAT), "stop", valid=False), "broken", "taken for one that is not"),
+        (KVP, said_to('{"date": 1}', "stop", valid=True), "broken", "a finished answer is not valid"),
+        (KVP, said_to("", "cancelled"), "broken", "ended as 'cancelled'"),
+        (KVP, said_to(json.dumps(FLAT), "length", closing='", "total": "t"}'), "closed", None),
+        (KVP, said_to('{"date": "x"}', "length", closing='"}'), "broken", "brought to an end is not valid"),
+        (KVP, said_to('{"date": "x", "to', "length", written='{"date": "x"}'), "cut", None),
+        (KVP, said_to('{"date": "x", "to', "repetition", written='{"date": "x"}'), "repetition", None),
+        (KVP, said_to('{"date": 1, "to', "length", written='{"date": 1}'), "broken", "what was kept"),
+        (KVP, said_to('{"da', "length"), "cut", None),
         (KVP, Said(error="no answer after 3 s"), "broken", "no answer after 3 s"),
-        (OTSL, Said("<otsl><fcel>a<nl><fc", "length", 50), "broken", "whole rows were lost"),
-        (OTSL, Said("<otsl><fcel>a", "length", 50), "nothing whole", None),
+        (OTSL, said_to("<otsl><fcel>a<nl><fc", "length"), "broken", "whole rows were lost"),
+        (OTSL, said_to("<otsl><fcel>a<nl></otsl>", "length", closing="<nl></otsl>"), "closed", None),
+        (OTSL, said_to("<otsl><fcel>a", "length"), "cut", None),
     ],
 )
 def test_verdicts(case: Case, said: Said, kind: str, problem: str | None) -> None:

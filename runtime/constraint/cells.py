@@ -33,10 +33,11 @@ class _Dimensions:
 
     def _number(self) -> _Number:
         if not self.values:
-            return _Number(self, 0, MOST_ROWS, b', "columns": ')
+            return _Number(self, 0, MOST_ROWS, b', "columns": ', 0)
         if len(self.values) == 1:
-            return _Number(self, 1, MOST_COLUMNS, b', "header_rows": ')
-        return _Number(self, 0 if self.values[0] else 1, MOST_ROWS, b', "total_rows": ')
+            return _Number(self, 1, MOST_COLUMNS, b', "header_rows": ', 1)
+        least = 0 if self.values[0] else 1
+        return _Number(self, least, MOST_ROWS, b', "total_rows": ', least)
 
     def after(self, literal: bytes) -> Rule:
         if len(self.values) < 3:
@@ -49,18 +50,25 @@ class _Dimensions:
 
 @dataclass(frozen=True)
 class _Number:
-    """Digits that make a number from `least` to `most`, then `tail`; `owner` goes on with the value."""
+    """Digits that make a number from `least` to `most`, then `tail`; `owner` goes on with the value.
+
+    `soonest` is the number by which the table comes to an end soon.
+    """
 
     owner: _Dimensions | _Cell
     least: int
     most: int
     tail: bytes
+    soonest: int
     digits: str = ""
 
     def expects(self) -> Expectation:
-        digits = tuple(b"%d" % d for d in range(10) if self._leads(self.digits + str(d)))
-        whole = bool(self.digits) and int(self.digits) >= self.least
-        return Expectation((*digits, self.tail) if whole else digits)
+        digits = [b"%d" % d for d in range(10) if self._leads(self.digits + str(d))]
+        digits.sort(key=lambda digit: not str(self.soonest).startswith(self.digits + digit.decode()))
+        if not self.digits or int(self.digits) < self.least:
+            return Expectation(tuple(digits))
+        on_the_way = str(self.soonest).startswith(self.digits) and self.digits != str(self.soonest)
+        return Expectation((*digits, self.tail) if on_the_way else (self.tail, *digits))
 
     def _leads(self, digits: str) -> bool:
         """Whether these digits are such a number, or its beginning."""
@@ -145,10 +153,12 @@ class _Cell:
 
     def _number(self) -> _Number:
         if not self.values:
-            return _Number(self, 1, self.grid.n_free(), b', "rowspan": ')
+            n_free = self.grid.n_free()
+            return _Number(self, 1, n_free, b', "rowspan": ', n_free)
         if len(self.values) == 1:
-            return _Number(self, 1, self.grid.n_rows - self.grid.row, b', "type": "')
-        return _Number(self, 0, MOST_LEVEL, b', "content": "')
+            n_rows = self.grid.n_rows - self.grid.row
+            return _Number(self, 1, n_rows, b', "type": "', n_rows)
+        return _Number(self, 0, MOST_LEVEL, b', "content": "', 0)
 
     def after(self, literal: bytes) -> Rule:
         if len(self.values) == 2 and not self.typed:

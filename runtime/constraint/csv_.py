@@ -35,17 +35,17 @@ class CsvField:
     def separators(self) -> tuple[bytes, ...]:
         """What may come behind the field."""
         if self.n_fields is None:
-            return (b",", b"\n")
+            return (b"\n", b",")
         return (b",",) if self.column < self.n_fields - 1 else (b"\n",)
 
     def expects(self) -> Expectation:
         separators = self.separators()
-        at_once = [b'"', *(s for s in separators if not (self.begins_row and s == b"\n"))]
+        at_once = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
         may_end = b"\n" in separators and not self.fenced
         ends_at_once = may_end and not self.begins_row
         if self.n_fields is not None and self.begins_row:  # behind a line break
             ends_at_once = not self.fenced
-            at_once += [_CLOSING] if self.fenced else []
+            at_once = [_CLOSING, *at_once] if self.fenced else at_once
         if self.fenced is None:
             at_once += _FENCES
         return Expectation(separators, _PLAIN, may_end, tuple(at_once), ends_at_once)
@@ -85,7 +85,7 @@ class _Unquoted:
 
     def expects(self) -> Expectation:
         separators = self.field.separators()
-        return Expectation((b'"', *separators), may_end=b"\n" in separators and not self.field.fenced)
+        return Expectation((*separators, b'"'), may_end=b"\n" in separators and not self.field.fenced)
 
     def after(self, literal: bytes) -> Rule:
         return _Quoted(self.field) if literal == b'"' else self.field.following(literal)

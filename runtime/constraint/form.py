@@ -11,6 +11,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+_ANY_INK = b"-"
+
 
 @dataclass(frozen=True)
 class Text:
@@ -30,7 +32,7 @@ class Expectation:
     """What may come next: free text if there is `text`, then one of `literals`, or the end if `may_end`.
 
     `at_once` and `ends_at_once` say what may come in place of any text, where that differs. No literal is the
-    beginning of another.
+    beginning of another. Always taking the first one comes to an end soon.
     """
 
     literals: tuple[bytes, ...]
@@ -150,6 +152,22 @@ def _common_beginning(texts: list[bytes]) -> bytes:
     first, last = min(texts), max(texts)  # all others lie between these two
     n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[:n]
+
+
+def ending(cursor: Cursor, most: int) -> list[bytes] | None:
+    """What brings the answer to an end, in at most so many pieces; None where that takes more."""
+    pieces: list[bytes] = []
+    while not cursor.may_end:
+        if len(pieces) == most:
+            return None
+        if cursor.literal:
+            pieces.append(cursor.remainders()[0][1])
+        else:
+            pieces.append(cursor.literals[0] if cursor.literals else _ANY_INK)
+        following = advance(cursor, pieces[-1])
+        assert following is not None
+        cursor = following
+    return pieces
 
 
 def next_bytes(cursor: Cursor) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,8 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.constraint.canonical import canonical_tokens
 from granite4v.runtime.constraint.cells import CELLS
 from granite4v.runtime.constraint.csv_ import CSV
-from granite4v.runtime.constraint.form import Rule, advance, forced, next_bytes, start
+from granite4v.runtime.constraint.ending import JsonPlace
+from granite4v.runtime.constraint.form import Rule, advance, ending, forced, next_bytes, start
 from granite4v.runtime.constraint.form_masks import FormMasks
 from granite4v.runtime.constraint.grammars import Grammar
 from granite4v.runtime.constraint.html import HTML
@@ -56,6 +57,11 @@ class Guide:
         """Whether nothing can be added any more."""
         return self._walk.is_over
 
+    @property
+    def has_quick_endings(self) -> bool:
+        """Whether `ending` takes a small part of the time of a token."""
+        return isinstance(self._walk, _FormWalk)
+
     def allowed(self, stop_tokens: Collection[int] = ()) -> np.ndarray:
         """What may be said next, bool `(n_vocab,)`; of `stop_tokens` where the answer may end.
 
@@ -88,6 +94,16 @@ class Guide:
         following = self._walk.following(text)
         return canonical_tokens(compiler.lexicon, compiler.encode, self._said, text, following)
 
+    def ending(self, most: int, token: int | None = None) -> list[int] | None:
+        """At most so many tokens that make what was said a whole answer, or what was said and `token`.
+
+        None where that takes more, or no such tokens were found.
+        """
+        try:
+            return self._walk.ending(most, token)
+        except ConstraintError:  # one of llguidance's limits, which the answer itself has not met
+            return None
+
 
 class _Walk(Protocol):
     """A grammar and how far an answer has come in it; `mask` is a new array."""
@@ -107,6 +123,8 @@ class _Walk(Protocol):
     def following(self, text: bytes) -> Collection[int]:
         """The bytes that may come behind `text`, which is forced."""
         ...
+
+    def ending(self, most: int, token: int | None) -> list[int] | None: ...
 
 
 class Compiler:
@@ -167,6 +185,7 @@ class _SchemaWalk:
 
     def __init__(self, matcher: Any, compiler: Compiler) -> None:
         self._matcher, self._compiler = matcher, compiler
+        self._place = JsonPlace()
 
     @property
     def may_end(self) -> bool:
@@ -181,6 +200,7 @@ class _SchemaWalk:
 
     def accept(self, token: int) -> None:
         _consume(self._matcher, token)
+        self._place = self._place.behind(self._compiler.lexicon.pieces[token])
 
     def forced(self) -> bytes:
         text = self._matcher.compute_ff_bytes()
@@ -196,6 +216,29 @@ class _SchemaWalk:
             return range(256)
         mask = _mask_of(ahead, lexicon.n_vocab, self._compiler.end)
         return np.flatnonzero(np.bincount(lexicon.first_byte[mask])).tolist()
+
+    def ending(self, most: int, token: int | None) -> list[int] | None:
+        ahead, place, lexicon = self._matcher.deep_copy(), self._place, self._compiler.lexicon
+        if token is not None:
+            _consume(ahead, token)
+            place = place.behind(lexicon.pieces[token])
+        tokens: list[int] = []
+        taken: Counter[int] = Counter()
+        while not ahead.is_accepting():
+            text = bytes(ahead.compute_ff_bytes())
+            if not lexicon.spell(text):
+                mask = _mask_of(ahead, lexicon.n_vocab, self._compiler.end)
+                allowed = {byte for byte, of_byte in lexicon.of_byte.items() if mask[of_byte]}
+                if not allowed:
+                    return None
+                text = bytes((place.soonest(allowed, taken),))
+                taken.update(text)
+            new = lexicon.spell(text)
+            if len(tokens) + len(new) > most or ahead.try_consume_tokens(new) != len(new):
+                return None
+            tokens += new
+            place = place.behind(text)
+        return tokens
 
 
 class _FormWalk:
@@ -231,6 +274,32 @@ class _FormWalk:
         behind = advance(self._cursor, text)
         assert behind is not None
         return next_bytes(behind)
+
+    def ending(self, most: int, token: int | None) -> list[int] | None:
+        cursor, characters, lexicon = self._cursor, self._characters, self._masks.lexicon
+        if token is not None:
+            following = advance(cursor, lexicon.pieces[token])
+            assert following is not None
+            cursor, characters = following, characters.deep_copy()
+            _consume(characters, token)
+        begun: list[bytes] = []
+        if not characters.is_accepting():  # inside a character
+            characters = characters.deep_copy()
+        while not characters.is_accepting():
+            mask = _mask_of(characters, lexicon.n_vocab, self._end)
+            byte = next((byte for byte, of_byte in lexicon.of_byte.items() if mask[of_byte]), None)
+            following = None if byte is None else advance(cursor, bytes((byte,)))
+            if byte is None or following is None or len(begun) == 3:
+                return None
+            _consume(characters, lexicon.of_byte[byte])
+            begun.append(bytes((byte,)))
+            cursor = following
+        pieces = ending(cursor, most)
+        if pieces is None:
+            return None
+        spelled = [lexicon.spell(piece) for piece in (*begun, *pieces)]
+        tokens = [token for piece in spelled for token in piece]
+        return tokens if all(spelled) and len(tokens) <= most else None
 
 
 def _mask_of(matcher: Any, n_vocab: int, end: int) -> np.ndarray:

@@ -37,13 +37,13 @@ class HtmlTable:
             literals.append(b"<tr>")
         whole = self.hanging is not None and not any(self.hanging)
         if self.section:
-            return Expectation((*literals, *([_tag("/" + self.section)] if whole and self.n_rows else [])))
+            return Expectation((*([_tag("/" + self.section)] if whole and self.n_rows else []), *literals))
         if self.hanging is None:
             literals.append(b"<thead>")
         if not self.n_rows and "tbody" not in self.past:
             literals.append(b"<tbody>")
         if whole:
-            literals.append(b"</table>")
+            literals.insert(0, b"</table>")
         return Expectation(tuple(literals))
 
     def after(self, literal: bytes) -> Rule:
@@ -84,7 +84,7 @@ class _HtmlRow:
         row = self.skipped()
         literals = _CELLS if row.n_free() else ()
         if row.below and (row.above is None or len(row.below) == len(row.above)):
-            literals = (*literals, b"</tr>")
+            literals = (b"</tr>", *literals)
         return Expectation(literals)
 
     def after(self, literal: bytes) -> Rule:
@@ -118,7 +118,7 @@ class _HtmlSpans:
             return Expectation(digits)
         other = b"rowspan" if self.name == b"colspan" else b"colspan"
         more = () if self._known(other) else (b'" ' + other + b'="',)
-        return Expectation((*digits, b'">', *more))
+        return Expectation((b'">', *digits, *more))
 
     def _known(self, name: bytes) -> bool:
         return (self.colspan if name == b"colspan" else self.rowspan) is not None

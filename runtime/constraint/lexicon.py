@@ -22,6 +22,7 @@ class Lexicon:
         self.pieces: tuple[bytes, ...] = tuple(piece or b"" for piece in pieces) + (b"",) * (n_vocab - len(pieces))
         self.all = Spellings((piece, i) for i, piece in enumerate(self.pieces) if piece)
         self.added_alone = Spellings((self.pieces[i], i) for i in self.added if i < n_vocab and self.pieces[i])
+        self._spelled: dict[bytes, list[int]] = {}
 
     @cached_property
     def first_byte(self) -> np.ndarray:
@@ -30,8 +31,29 @@ class Lexicon:
 
         return np.fromiter((piece[0] if piece else 256 for piece in self.pieces), dtype=np.uint16, count=self.n_vocab)
 
+    @cached_property
+    def of_byte(self) -> dict[int, int]:
+        """The token of each single byte, where there is one."""
+        return {piece[0]: token for piece, token in self.all if len(piece) == 1}
+
     def text(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.pieces[token] for token in tokens)
+
+    def spell(self, text: bytes) -> list[int]:
+        """Tokens of a text, always the longest that fits; none for a text that cannot be spelled so."""
+        if text not in self._spelled:
+            tokens: list[int] = []
+            rest = text
+            while rest:
+                fitting = (self.all.exactly(rest[:n]) for n in range(min(len(rest), self.all.longest), 0, -1))
+                token = next((token for found in fitting for token in found), None)
+                if token is None:
+                    tokens = []
+                    break
+                tokens.append(token)
+                rest = rest[len(self.pieces[token]) :]
+            self._spelled[text] = tokens
+        return self._spelled[text]
 
 
 class Spellings:

@@ -13,7 +13,7 @@ from granite4v.runtime.constraint.form import Expectation, Rule, Text
 from granite4v.runtime.constraint.several import End, Tables
 
 _FILLED = (b"<fcel>", b"<ched>", b"<rhed>", b"<srow>")
-_STARTS: tuple[bytes, ...] = (*_FILLED, b"<ecel>")
+_STARTS: tuple[bytes, ...] = (b"<ecel>", *_FILLED)
 _TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", ink=True)
 
 
@@ -46,9 +46,9 @@ class OtslRow:
         if above is not None and above[column]:
             tags = (*tags, b"<ucel>")
         if above is None and self.row:
-            tags = (*tags, b"<nl>")
+            tags = (b"<nl>", *tags)
         if above is not None and not self.row:
-            tags = (*tags, b"</otsl>")
+            tags = (b"</otsl>", *tags)
         return tags
 
     def after(self, literal: bytes) -> Rule:

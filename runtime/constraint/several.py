@@ -30,7 +30,7 @@ class Tables:
     between: tuple[bytes, ...] = ()
 
     def expects(self) -> Expectation:
-        return Expectation((self.opening, b"["))
+        return Expectation((b"[", self.opening))
 
     def after(self, literal: bytes) -> Rule:
         return _Inside(self, False, self.table) if literal == self.opening else _ListStart(self)
@@ -41,7 +41,7 @@ class _ListStart:
     tables: Tables
 
     def expects(self) -> Expectation:
-        return Expectation((self.tables.opening, b"]"))
+        return Expectation((b"]", self.tables.opening))
 
     def after(self, literal: bytes) -> Rule:
         return End() if literal == b"]" else _Inside(self.tables, True, self.tables.table)
@@ -70,7 +70,7 @@ class _Between:
 
     def expects(self) -> Expectation:
         if self.listed:
-            return Expectation((b", " + self.tables.opening, b"]"))
+            return Expectation((b"]", b", " + self.tables.opening))
         return Expectation(tuple(gap + self.tables.opening for gap in self.tables.between), may_end=True)
 
     def after(self, literal: bytes) -> Rule:

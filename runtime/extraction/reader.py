@@ -57,11 +57,12 @@ def answer_page(
         raise
     except Granite4vError as error:
         return replace(record, error=str(error), timings={"seconds": round(time.perf_counter() - start, 4)})
-    reading = understand(question.task, answer.text, answer.finish_reason, question.schema)
+    text = answer.text.removesuffix(answer.closing or "")  # what the model said itself
+    reading = understand(question.task, text, answer.finish_reason, question.schema)
     timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
     return replace(
         record,
-        text=answer.text,
+        text=text,
         value=reading.value,
         valid=reading.valid,
         validity_error=reading.validity_error,

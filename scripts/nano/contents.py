@@ -23,9 +23,9 @@ def random_table(rng: Random, level: float) -> Table:
     """A table of up to eight rows below at most two header rows, and up to five columns."""
     n_cols = min(rng.choices((1, 2, 3, 4, 5), (6, 24, 32, 26, 12))[0], 2 + round(3 * level))
     n_body = min(rng.choices(range(1, 9), (8, 20, 24, 18, 12, 8, 5, 5))[0], 1 + round(7 * level))
-    n_head = 0 if level < 0.1 else rng.choices((0, 1, 2), (15, 70, 15))[0]
-    spans = rng.random() < 0.32 * level and n_cols > 1
-    row_heads = level > 0.2 and n_cols > 1 and n_head > 0 and rng.random() < 0.2
+    n_head = 0 if level < 0.1 else rng.choices((0, 1, 2), (10, 82, 8))[0]
+    spans = rng.random() < 0.24 * level and n_cols > 1
+    row_heads = level > 0.2 and n_cols > 1 and n_head > 0 and rng.random() < 0.12
     if n_cols < 3:
         n_head = min(n_head, 1)
     grouped = spans and n_head > 0 and n_cols > 2 and rng.random() < 0.7
@@ -47,7 +47,7 @@ def random_table(rng: Random, level: float) -> Table:
                 if height:
                     cells.append(Cell(row, 0, values.phrase(rng, 10), height, header=row_heads))
                 continue
-            empty = n_body > 1 and n_cols > 1 and not (row_heads and col == 0) and rng.random() < 0.05 * level
+            empty = n_body > 1 and n_cols > 1 and not (row_heads and col == 0) and rng.random() < 0.03 * level
             text = "" if empty else _short(rng, kinds[col], level)
             cells.append(Cell(row, col, text, header=row_heads and col == 0))
     return Table(n_head + n_body, n_cols, n_head, tuple(_without_blank_lines(rng, cells, n_head, n_cols)))

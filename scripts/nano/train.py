@@ -34,6 +34,7 @@ IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
 LINK_WEIGHT = 0.2  # of the heads that are taught which text is before which
 FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 FREE_TOWER_STEPS = 4  # then it learns in one step of so many, for such a step takes twice the time
+ADAPTER_RATE = 1.0  # of the other matrices' learning rate
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
@@ -149,7 +150,7 @@ class Trainer:
 
         if self.stage == "read" and (self.level <= 0 or rng.random() < 0.1 + 0.4 * (1 - self.level)):
             return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
-        kind = rng.choices(["table", "chart", "form"], [50, 22, 28])[0]
+        kind = rng.choices(["table", "chart", "form"], [50, 17, 33])[0]
         level = 1.0 if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
         return document_sample(document, rng, self.prompter, self.spec)
@@ -422,23 +423,25 @@ def _half(weights: Tensors) -> Tensors:
 
 
 def _optimizers(trained: Tensors, rate: float) -> list[Any]:
-    """Muon for the matrices inside the layers, AdamW for everything else."""
+    """Muon for matrices, AdamW for everything else.
+
+    With AdamW the adapter's product comes to use a quarter of its rank.
+    """
     import torch
 
     def is_matrix(name: str, value: torch.Tensor) -> bool:
-        return value.dim() == 2 and "embed" not in name and not name.startswith(HEADS) and "lora" not in name
+        return value.dim() == 2 and "embed" not in name and not name.startswith(HEADS)
 
-    matrices = [value for name, value in trained.items() if is_matrix(name, value)]
-    adapter = [value for name, value in trained.items() if "lora" in name]
-    others = [value for name, value in trained.items() if not is_matrix(name, value) and "lora" not in name]
-    groups = [{"params": others, "lr": rate / 10, "peak": rate / 10}]
-    if adapter:
-        groups.append({"params": adapter, "lr": rate / 4, "peak": rate / 4, "weight_decay": 0.1})
-    out: list[Any] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-    if matrices:
-        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95)
-        muon.param_groups[0]["peak"] = rate
-        out.append(muon)
+    others = [value for name, value in trained.items() if not is_matrix(name, value)]
+    out: list[Any] = [torch.optim.AdamW(others, lr=rate / 10, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    matrices = {name: value for name, value in trained.items() if is_matrix(name, value)}
+    groups = [
+        {"params": [value for name, value in matrices.items() if ("lora" in name) == is_lora], "lr": rate * share}
+        for is_lora, share in ((False, 1.0), (True, ADAPTER_RATE))
+    ]
+    out.append(torch.optim.Muon([group for group in groups if group["params"]], weight_decay=0.01, momentum=0.95))
+    for group in (group for optimizer in out for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
     return out
 
 
