@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from granite4v.errors import (
         AnswerError,
         CheckpointError,
+        ConstraintError,
         ContextOverflowError,
         DeviceError,
         DocumentError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         SchemaError,
     )
     from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
+    from granite4v.runtime.constraint import grammar_for
     from granite4v.runtime.extraction import Record
 
     __version__: str
@@ -40,6 +42,7 @@ __all__ = [
     "AnswerError",
     "AnswerStream",
     "CheckpointError",
+    "ConstraintError",
     "ContextOverflowError",
     "DeviceError",
     "DocumentError",
@@ -57,6 +60,7 @@ __all__ = [
     "Timings",
     "__version__",
     "extract",
+    "grammar_for",
     "load",
     "load_image",
 ]
@@ -65,6 +69,7 @@ _ROOMS = {
     "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
     "clip_projector": ("ImageFeatures", "load_image"),
     "default_model": ("extract", "load"),
+    "runtime.constraint": ("grammar_for",),
     "runtime.extraction": ("Record",),
 }
 

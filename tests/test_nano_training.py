@@ -29,12 +29,13 @@ from samples import (
     collate,
     document_sample,
     glyph_labels,
+    labels_of_answer,
     letters_sample,
     lines_sample,
     text_sample,
 )
 from train import FREE_TOWER_STEPS, Trainer
-from truth import Table
+from truth import Form, Table
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,28 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
     assert np.mean([said == glyph for said, glyph in last]) > 0.9
     # signs between words look ahead to the next word
     assert np.mean([said == glyph for said, glyph in at_letters if said.isalnum()]) > 0.97
+
+
+def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter) -> None:
+    rng = random.Random(6)
+    n_found = 0
+    for seed in range(30):
+        document = draw_document(seed, "form")
+        assert isinstance(document.truth, Form)
+        sample = document_sample(document, rng, prompter, NANO)
+        answer = prompter.tokenizer.decode(sample.tokens[sample.answer_at : -1], skip_special_tokens=False)
+        page = "".join(map(chr, document.glyphs.code.tolist()))
+        for first, last in labels_of_answer(document, answer).items():
+            label = page[: last + 1].lower()
+            names = [name for name, value in document.truth.fields if value and value[0] == page[first]]
+            assert any(label.endswith(name.rsplit("_", 1)[-1][-4:]) for name in names)
+            n_found += 1
+        if sample.kind == "kvp":
+            n_values = sum(value is not None for _, value in document.truth.fields)
+            assert len(labels_of_answer(document, answer)) == n_values
+        else:  # nothing was written before the value, so the label is all there is to go by
+            assert sample.looks[0][0] == sample.answer_at and sample.looks[0][4] >= 0
+    assert n_found > 80
 
 
 def test_texts_are_linked_to_where_the_text_before_them_ends(prompter: Prompter) -> None:

@@ -3,9 +3,10 @@
 
     python scripts/nano/evaluate.py                                   # the shipped checkpoint, every column
     python scripts/nano/evaluate.py --columns F16,Q8_0 --documents 100
-    python scripts/nano/evaluate.py --columns F32,transformers --same # do both give the same text?
+    python scripts/nano/evaluate.py --columns "F32 free,transformers" --same # do both give the same text?
 
-Prints one Markdown table: a row a group of documents, a column a model. Needs the `dev` extra.
+Prints one Markdown table: a row a group of documents, a column a model. Answers are held to their form, as those of
+`granite4v extract` are, but in columns that are called free and those of transformers. Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ COLUMNS = {
     "no adapter": ("F16", "F16", "ignore"),
 }
 REFERENCE = "transformers"
+FREE = " free"  # behind a column's name: answers are not held to a form
 GROUPS = ("tables", "large or spanned tables", "charts", "forms", "held-out font")
 MAX_TOKENS = 1500
 
@@ -64,14 +66,14 @@ def main() -> int:
     sys.path.append(str(Path(__file__).parents[1]))  # checkpoint_spec
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="Hugging Face directory with its adapter")
-    parser.add_argument("--columns", default=",".join([*COLUMNS, REFERENCE]))
+    parser.add_argument("--columns", default=",".join([*COLUMNS, "F16" + FREE, REFERENCE]))
     parser.add_argument("--documents", type=int, default=40, help="documents of each group")
     parser.add_argument("--same", action="store_true", help="count answers that differ from the first column's")
     parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers of the first column")
     parser.add_argument("--out", type=Path, help="also write every figure as JSON")
     options = parser.parse_args()
     names = options.columns.split(",")
-    unknown = [name for name in names if name not in {*COLUMNS, REFERENCE}]
+    unknown = [name for name in names if name != REFERENCE and name.removesuffix(FREE) not in COLUMNS]
     if unknown:
         parser.error(f"no column '{unknown[0]}'; known are {', '.join([*COLUMNS, REFERENCE])}")
 
@@ -83,7 +85,8 @@ def main() -> int:
             if name == REFERENCE:
                 ask = _reference(options.checkpoint)
             else:
-                ask = _runtime(opened.enter_context(_converted(options.checkpoint, name, Path(directory) / "model")))
+                model = _converted(options.checkpoint, name.removesuffix(FREE), Path(directory) / "model")
+                ask = _runtime(opened.enter_context(model), free=name.endswith(FREE))
             answers[name] = [_told(name, i, len(questions), ask(question)) for i, question in enumerate(questions)]
         print(f"\r{name}: {len(questions)} answers in {time.monotonic() - start:.0f} s", file=sys.stderr)
     scores = {name: score(questions, texts) for name, texts in answers.items()}
@@ -142,9 +145,21 @@ def _converted(checkpoint: Path, column: str, out: Path) -> granite4v.Model:
     return granite4v.load(out)
 
 
-def _runtime(model: granite4v.Model) -> Callable[[Question], str]:
+def _runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
+    import formats
+    from truth import Form
+
+    from granite4v.runtime.constraint import grammar_for
+
     def ask(question: Question) -> str:
-        answer = model.generate(question.prompt, images=[question.document.picture], max_tokens=MAX_TOKENS)
+        truth = question.document.truth
+        schema = formats.form_schema(truth) if isinstance(truth, Form) else None
+        answer = model.generate(
+            question.prompt,
+            images=[question.document.picture],
+            max_tokens=MAX_TOKENS,
+            constraint=None if free else grammar_for(question.task, schema),
+        )
         return str(answer.text)
 
     return ask
