@@ -13,8 +13,10 @@ import torch
 from checkpoint_spec import model_config
 from documents import draw_document
 from drawing import ENDING, START
+from formats import chart_csv
 from language import build_tokenizer
 from model import NANO, NEIGHBOURS, VISION, Kernels, _surprise, decode, initial, logits, merged, patches, project, tower
+from reading import chart_rows, glyphs_of_answer, links_of, told
 from reference import relative_l2
 from samples import (
     AFTER,
@@ -29,13 +31,13 @@ from samples import (
     collate,
     document_sample,
     glyph_labels,
-    labels_of_answer,
+    image_token_of_glyphs,
     letters_sample,
     lines_sample,
     text_sample,
 )
 from train import FREE_TOWER_STEPS, Trainer
-from truth import Form, Table
+from truth import Chart, Form, Table
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +188,47 @@ def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter) -> None:
         sample = document_sample(document, rng, prompter, NANO)
         answer = prompter.tokenizer.decode(sample.tokens[sample.answer_at : -1], skip_special_tokens=False)
         page = "".join(map(chr, document.glyphs.code.tolist()))
-        for first, last in labels_of_answer(document, answer).items():
-            label = page[: last + 1].lower()
-            names = [name for name, value in document.truth.fields if value and value[0] == page[first]]
+        values, led = told(document, answer)
+        for at, text in values:
+            value = page[text.first : text.last + 1]
+            assert answer[at:].replace(" ", "").startswith(value)
+            label = page[: led[text.first] + 1].lower()
+            names = [name for name, said in document.truth.fields if said and said.replace(" ", "") == value]
             assert any(label.endswith(name.rsplit("_", 1)[-1][-4:]) for name in names)
-            n_found += 1
+        n_found += len(values)
         if sample.kind == "kvp":
-            n_values = sum(value is not None for _, value in document.truth.fields)
-            assert len(labels_of_answer(document, answer)) == n_values
+            assert len(values) == sum(value is not None for _, value in document.truth.fields)
         else:  # nothing was written before the value, so the label is all there is to go by
             assert sample.looks[0][0] == sample.answer_at and sample.looks[0][4] >= 0
     assert n_found > 80
+
+
+def test_rows_of_a_chart_are_its_labels_and_values() -> None:
+    n_linked = 0
+    for seed in range(60):
+        document = draw_document(seed, "chart")
+        chart = document.truth
+        assert isinstance(chart, Chart)
+        page = "".join(map(chr, document.glyphs.code.tolist()))
+        rows = [[page[text.first : text.last + 1] for text in row] for row in chart_rows(document)]
+        expected = [
+            [text.replace(" ", "") for text in (label, *values)]
+            for label, values in zip(chart.labels, chart.values, strict=True)
+        ]
+        assert rows == ([] if chart.kind == "pie" else expected)
+        answer = chart_csv(chart)
+        glyphs = glyphs_of_answer(document, answer)
+        assert all(answer[at] == page[glyph] for at, glyph in glyphs)
+        if rows:
+            body = answer.index("\n")
+            letters = [char for char in answer[body:] if char not in '\n" ']
+            n_commas = sum(len(row) - 1 for row in rows)
+            assert len([at for at, _ in glyphs if at > body]) == len(letters) - n_commas
+            shown, _ = image_token_of_glyphs(document, NANO)
+            links = links_of(document, shown.tolist())
+            assert all(start > end for start, end in links) and len(dict(links)) == len(links)
+            n_linked += len(links)
+    assert n_linked > 100
 
 
 def test_texts_are_linked_to_where_the_text_before_them_ends(prompter: Prompter) -> None:

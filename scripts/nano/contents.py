@@ -47,7 +47,7 @@ def random_table(rng: Random, level: float) -> Table:
                 if height:
                     cells.append(Cell(row, 0, values.phrase(rng, 10), height, header=row_heads))
                 continue
-            empty = n_body > 1 and n_cols > 1 and not (row_heads and col == 0) and rng.random() < 0.03 * level
+            empty = n_body > 1 and n_cols > 1 and not (row_heads and col == 0) and rng.random() < 0.015 * level
             text = "" if empty else _short(rng, kinds[col], level)
             cells.append(Cell(row, col, text, header=row_heads and col == 0))
     return Table(n_head + n_body, n_cols, n_head, tuple(_without_blank_lines(rng, cells, n_head, n_cols)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +134,7 @@ def _with_picture(
     document: Document, task: str, question: str, answer: str, prompter: Prompter, spec: CheckpointSpec
 ) -> Sample:
     from model import tiling, token_index
+    from reading import glyphs_of_answer, links_of, told
 
     from granite4v.clip_projector.tiles import cut
 
@@ -150,72 +149,19 @@ def _with_picture(
     token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
     looks: list[Look] = []
     last, before = 0, (0, -1)
-    labels = labels_of_answer(document, answer)
+    _, led = told(document, answer)
     for char, glyph in glyphs_of_answer(document, answer):
         if char in token_of_char and shown[glyph] >= 0:
             token, here = token_of_char[char], (at + int(shown[glyph]), int(slot[glyph]))
             first = last + 1 if looks and token - last <= QUICK + 1 else token
-            label = labels.get(glyph)
-            if label is not None and shown[label] >= 0:
-                before = (at + int(shown[label]), int(slot[label]))
-                first = max(last + 1 if looks else 0, token - 1)  # from the sign between the key and its value
+            leading = led.get(glyph)
+            if leading is not None and shown[leading] >= 0:
+                before = (at + int(shown[leading]), int(slot[leading]))
+                first = max(last + 1 if looks else 0, token - 1)  # from the sign between a key and its value
             looks += [(len(prompt) + i, *here, *before) for i in range(first, token + 1)]
             last, before = token, here
     links = [(at + first, at + last) for first, last in links_of(document, shown.tolist())]
     return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, links, task)
-
-
-def links_of(document: Document, shown: list[int]) -> list[Link]:
-    """For every text of the page that was drawn after another one which stands further up or left: the image tokens,
-    of `shown`, where it begins and where that one ends; a colon at that end does not count."""
-    import numpy as np
-    from drawing import ENDING, START
-
-    starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
-    ends = [i - 1 - int(i > 1 and document.glyphs.code[i - 1] == ord(":")) for i in starts]
-    return [(shown[i], shown[end]) for i, end in zip(starts, ends, strict=True) if i and 0 <= shown[end] < shown[i]]
-
-
-def glyphs_of_answer(document: Document, answer: str) -> list[tuple[int, int]]:
-    """(character of the answer, glyph of the page) wherever a word of the answer stands on the page.
-
-    A word that stands there more than once is taken to be the next one after the last that was found.
-    """
-    page = "".join(map(chr, document.glyphs.code.tolist()))
-    found, after = [], 0
-    words = []
-    for word in re.finditer(r"[^\s<>\"|]+", answer):
-        if word.group() in page:
-            words.append((word.start(), word.group()))
-        else:
-            words += [(word.start() + part.start(), part.group()) for part in re.finditer("[^,]+", word.group())]
-    for start, text in words:
-        at = page.find(text, after)
-        at = at if at >= 0 else page.find(text)
-        if (len(text) > 1 and at >= 0) or at == after:
-            found += [(start + i, at + i) for i in range(len(text))]
-            after = at + len(text)
-    return found
-
-
-def labels_of_answer(document: Document, answer: str) -> dict[int, int]:
-    """For the first glyph of each value of a form that the answer tells: the last glyph of its label, less a colon."""
-    import numpy as np
-    from drawing import ENDING, START
-    from truth import Form
-
-    if not isinstance(document.truth, Form):
-        return {}
-    page = "".join(map(chr, document.glyphs.code.tolist()))
-    starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
-    texts = [page[start:end] for start, end in zip(starts, [*starts[1:], len(page)], strict=True)]
-    found = {}
-    for name, value in document.truth.fields:
-        for i, (label, text) in enumerate(itertools.pairwise(texts)):
-            plain = "".join(char for char in label.lower() if char.isalnum())
-            if value and value in answer and plain == name.replace("_", "") and text == value.replace(" ", ""):
-                found[starts[i + 1]] = starts[i] + len(label.removesuffix(":")) - 1
-    return found
 
 
 def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:
