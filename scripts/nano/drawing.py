@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 RGB = tuple[int, int, int]
 TILE_PX, MOST_TILES = 128, 8
 NOMINAL_PX = 13.0  # the font size that a sheet is measured at
+PLACES = 8  # tried for a sheet on its page
 SMALLEST_PX = 10.0  # the font size in the model's view below which a page counts as unreadable
 
 AILERON = "Aileron"
@@ -288,13 +289,28 @@ def best_grid(width: int, height: int) -> tuple[tuple[int, int], float]:
     return grid, min(grid[0] * TILE_PX / width, grid[1] * TILE_PX / height)
 
 
+def n_cut_letters(boxes: list[tuple[float, float, float, float]], width: int, height: int, size: float) -> int:
+    """About how many letters of the texts in `boxes` an edge between two tiles goes through, on such a page."""
+    (columns, rows), scale = best_grid(width, height)
+    dx, dy = (columns * TILE_PX - int(width * scale)) // 2, (rows * TILE_PX - int(height * scale)) // 2
+    count = 0
+    for x0, y0, x1, y1 in boxes:
+        middle = (y0 + y1) / 2 * scale + dy
+        row = round(middle / TILE_PX)
+        if 0 < row < rows and abs(middle - row * TILE_PX) < 0.4 * size * scale:
+            count += round((x1 - x0) / (0.5 * size))
+        count += int((x1 * scale + dx) // TILE_PX) - int((x0 * scale + dx) // TILE_PX)
+    return count
+
+
 def page(
     rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float, scans: float
 ) -> tuple[Image.Image, Glyphs, float] | None:
     """A page for the sheet that `lay` makes at a font size, and its margin in pixels.
 
     None where no grid of tiles can hold it readably, or texts would overlap. `margin` counts in font sizes.
-    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger.
+    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger. Of
+    some places for the sheet, it stands where edges between tiles cut the fewest letters: those are hard to read.
     """
     x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
     em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
@@ -324,13 +340,26 @@ def page(
         return None
     x0, y0, x1, y1 = (side / finer for side in sheet.extent())
     need_x, need_y = math.ceil(x1 - x0 + 2 * margin * size), math.ceil(y1 - y0 + 2 * margin * size)
-    if not fill and need_x / width > need_y / height:
-        height = rng.randint(min(need_y, height), height)
-    elif not fill:
-        width = rng.randint(min(need_x, width), width)
-    width, height = max(width, need_x), max(height, need_y)
-    left = margin * size + rng.choice((0.0, 0.5, rng.random())) * (width - need_x)
-    top = margin * size + rng.choice((0.0, 0.5, rng.random())) * (height - need_y)
+    room = (max(width, need_x), max(height, need_y))
+
+    def placed() -> tuple[int, int, float, float]:
+        """Width and height of a page, and where on it the sheet begins."""
+        width, height = room
+        if not fill and need_x / width > need_y / height:
+            height = rng.randint(min(need_y, height), height)
+        elif not fill:
+            width = rng.randint(min(need_x, width), width)
+        left = margin * size + rng.choice((0.0, 0.5, rng.random())) * (width - need_x)
+        top = margin * size + rng.choice((0.0, 0.5, rng.random())) * (height - need_y)
+        return width, height, left, top
+
+    def n_cut(place: tuple[int, int, float, float]) -> int:
+        width, height, left, top = place
+        boxes = [[side / finer for side in box] for box in sheet.text_boxes]
+        moved = [(a - x0 + left, b - y0 + top, c - x0 + left, d - y0 + top) for a, b, c, d in boxes]
+        return n_cut_letters(moved, width, height, size)
+
+    width, height, left, top = min((placed() for _ in range(PLACES)), key=n_cut)
     picture, glyphs = sheet.render(width * finer, height * finer, (left - x0) * finer, (top - y0) * finer, paper)
     if finer > 1:  # unlike hinted text of this size, the letters keep their true shapes and distances
         picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
