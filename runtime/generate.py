@@ -88,7 +88,6 @@ class Answer:
 # second number are left beside twice its length.
 _LOOK_EVERY, _WATCHED = 16, 256
 _SPARE = 2  # tokens; the tokenizer may need more for text that is forced than the end was found to need
-_TRIES = 8  # tokens that leave no room for the end before the answer is ended
 
 
 class Source(Protocol):
@@ -197,21 +196,14 @@ class _Chooser:
         allowed = guide.allowed(self._stop_tokens)
         ending = reserve.ending(len(history))
         self._timings.constraint_s += time.perf_counter() - start
-        for _ in range(_TRIES):
-            if ending is not None and not reserve.has_room(ending, len(history)):
-                break
-            token = self._sampler.pick(logits, history, allowed)
-            n_sampled, tokens = self._unless_stop(token)
-            if ending is None or not tokens or reserve.allows(token, len(history)):
-                for token in tokens:
-                    guide.accept(token)
-                return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
-            allowed[token] = False
-            if not allowed.any():
-                break
-        assert ending is not None
-        self.is_closing = True
-        return 0, ending
+        token = self._sampler.pick(logits, history, allowed)
+        n_sampled, tokens = self._unless_stop(token)
+        if ending is not None and tokens and not reserve.allows(token, len(history)):
+            self.is_closing = True
+            return 0, ending
+        for token in tokens:
+            guide.accept(token)
+        return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
 
     def _unless_stop(self, token: int) -> tuple[int, list[int]]:
         return (0, []) if token in self._stop_tokens else (1, [token])
@@ -248,10 +240,6 @@ class _Reserve:
             return ending
         self._next_look = n_said + min(n_spare, _LOOK_EVERY)
         return None
-
-    def has_room(self, ending: list[int], n_said: int) -> bool:
-        """Whether more than the ending can be said."""
-        return len(ending) < self._max_tokens - n_said - _SPARE
 
     def allows(self, token: int, n_said: int) -> bool:
         """Whether there is room for an ending behind this token."""

@@ -59,7 +59,7 @@ def places(kind: str, task: str, n_answers: int) -> Iterator[tuple[Guide, list[i
     grammar = grammar_of(task)
     for seed in range(n_answers):
         guide, so_far = compiler(kind).begin(grammar), []
-        for token in said(kind, grammar, seed, max_tokens=40, patience=6).tokens:
+        for token in said(kind, grammar, seed, max_tokens=400, patience=6).tokens[:40]:
             yield guide, so_far
             guide.accept(token)
             so_far.append(token)
@@ -410,9 +410,10 @@ def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[
 
 @pytest.mark.parametrize("task", TASKS)
 def test_greedy_answers_are_those_of_masking_the_full_distribution(model: granite4v.Model, task: str) -> None:
-    answer = model.generate("What?", max_tokens=30, constraint=grammar_of(task), fast_forward=False, repetition=False)
-    assert answer.tokens == masked_greedily(model, task, 30)
-    assert answer.timings.n_forced == 0
+    answer = model.generate("What?", max_tokens=200, constraint=grammar_of(task), fast_forward=False, repetition=False)
+    assert answer.tokens[:30] == masked_greedily(model, task, 30)
+    n_closing = len(compiler("toy").lexicon.spell((answer.closing or "").encode()))
+    assert answer.timings.n_forced <= n_closing + 1, "a character that was not whole belongs to the end"
 
 
 def test_fast_forward_changes_the_tokens_and_not_the_text_that_is_forced(model: granite4v.Model) -> None:
@@ -480,7 +481,7 @@ def test_the_end_comes_only_where_the_answer_is_whole(model: granite4v.Model) ->
     cut = model.generate("What?", max_tokens=50, constraint=grammar, stop=[": 1"])
     assert (cut.text, cut.finish_reason) == ('{"a"', "stop")
     csv = model.generate("What?", max_tokens=25, constraint=grammar_of("chart2csv"), ignore_eos=True)
-    assert csv.finish_reason == "length" and len(csv.tokens) == 25
+    assert csv.finish_reason == "length" and csv.closing == "" and 20 < len(csv.tokens) <= 25
 
 
 def test_cancelling_a_constrained_answer_leaves_what_was_said(model: granite4v.Model) -> None:

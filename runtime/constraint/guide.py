@@ -18,7 +18,7 @@ from granite4v.runtime.constraint.canonical import canonical_tokens
 from granite4v.runtime.constraint.cells import CELLS
 from granite4v.runtime.constraint.csv_ import CSV
 from granite4v.runtime.constraint.ending import JsonPlace
-from granite4v.runtime.constraint.form import Rule, advance, ending, forced, next_bytes, start
+from granite4v.runtime.constraint.form import Cursor, Rule, advance, ending, forced, next_bytes, start
 from granite4v.runtime.constraint.form_masks import FormMasks
 from granite4v.runtime.constraint.grammars import Grammar
 from granite4v.runtime.constraint.html import HTML
@@ -246,6 +246,7 @@ class _FormWalk:
 
     def __init__(self, rule: Rule, masks: FormMasks, characters: Any, end: int) -> None:
         self._cursor, self._masks, self._characters, self._end = start(rule), masks, characters, end
+        self._endings: dict[Cursor, list[bytes] | None] = {}  # of the last cursor; there is ever less room
 
     @property
     def may_end(self) -> bool:
@@ -294,7 +295,9 @@ class _FormWalk:
             _consume(characters, lexicon.of_byte[byte])
             begun.append(bytes((byte,)))
             cursor = following
-        pieces = ending(cursor, most)
+        if cursor not in self._endings:  # text leaves it as it was
+            self._endings = {cursor: ending(cursor, most)}
+        pieces = self._endings[cursor]
         if pieces is None:
             return None
         spelled = [lexicon.spell(piece) for piece in (*begun, *pieces)]
