@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -30,10 +31,12 @@ from stress_schemas import CELLS, SCHEMAS
 
 if TYPE_CHECKING:
     from granite4v.runtime import Model
+    from granite4v.runtime.constraint import Compiler, Grammar
 
 TASKS = ("kvp", "tables_otsl", "kvp", "tables_html", "kvp", "tables_json", "kvp", "chart2csv")  # in turn
 WRITTEN = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
 GENERATIONS_A_PAGE = 25
+SPARE = 2  # tokens that are kept besides those of a whole answer
 START_S = 600.0  # for a model to be loaded
 
 
@@ -56,13 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Said:
-    """What became of a case. `closing`: the end of `text` that only makes it whole. `written`: the value that was kept,
-    in the form of its task; None when there is none."""
+    """What became of a case. `closing`: the end of `text` that only makes it whole. `n_least`: the tokens of a short
+    whole answer. `written`: the value that was kept, in the form of its task; None when there is none."""
 
     text: str = ""
     closing: str | None = None
     finish_reason: str = ""
     n_tokens: int = 0
+    n_least: int = 0
     seconds: float = 0.0
     written: str | None = None
     valid: bool = False
@@ -148,6 +152,8 @@ def _broken(case: Case, said: Said) -> str | None:
         if problem:
             return f"a finished answer is not valid: {problem}"
         return None if said.valid else "a valid answer is taken for one that is not"
+    if said.finish_reason == "length" and said.closing is None and case.max_tokens >= said.n_least + SPARE:
+        return f"the answer was cut at {case.max_tokens} tokens, and a whole one has {said.n_least}"
     if said.closing is not None:
         problem = judge(case.task, said.text, schema)
         if problem:
@@ -246,7 +252,25 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
     reading = understand(case.task, own_text, answer.finish_reason, question.schema)
     seconds = answer.timings.decode_s + answer.timings.constraint_s
     written = None if reading.value is None else _written(case.task, reading.value)
-    return Said(answer.text, answer.closing, answer.finish_reason, len(answer.tokens), seconds, written, reading.valid)
+    n_least = _shortest(model, question.constraint)
+    n_tokens, valid = len(answer.tokens), reading.valid
+    return Said(answer.text, answer.closing, answer.finish_reason, n_tokens, n_least, seconds, written, valid)
+
+
+@functools.cache
+def _compiler(model: Model) -> Compiler:
+    from granite4v.runtime.constraint import Compiler
+
+    tokenizer = model.engine.tokenizer()
+    return Compiler(tokenizer, len(tokenizer.vocabulary().pieces), model.engine.stop_tokens)
+
+
+def _shortest(model: Model, grammar: Grammar | None) -> int:
+    """The tokens of an answer that says as little as it can."""
+    assert grammar is not None
+    ending = _compiler(model).begin(grammar).ending(100_000)
+    assert ending is not None
+    return len(ending)
 
 
 def _written(task: str, value: Any) -> str:

@@ -245,7 +245,7 @@ def test_forms_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture[str])
     assert (status, told["ok"], told["generations"], told["broken"]) == (0, True, 16, [])
     assert set(told["tasks"]) == set(stress_forms.TASKS) and told["schemas"] == len(SCHEMAS) >= 20
     for one in (*told["tasks"].values(), told["all"]):
-        kinds = ("finished", "cut", "repetition", "nothing_whole", "broken")
+        kinds = ("finished", "closed", "repetition", "cut", "broken")
         assert one["n"] == sum(one[kind] for kind in kinds) and one["valid"] <= one["n"]
     assert told["all"]["n"] == 16 and told["all"]["finished"] > 0
     assert "forms: kvp              8:" in err
@@ -282,14 +282,15 @@ def said_to(text: str, finish_reason: str, **more: Any) -> Said:
         (KVP, said_to("", "cancelled"), "broken", "ended as 'cancelled'"),
         (KVP, said_to(json.dumps(FLAT), "length", closing='", "total": "t"}'), "closed", None),
         (KVP, said_to('{"date": "x"}', "length", closing='"}'), "broken", "brought to an end is not valid"),
-        (KVP, said_to('{"date": "x", "to', "length", written='{"date": "x"}'), "cut", None),
+        (KVP, said_to('{"date": "x", "to', "length", n_least=60, written='{"date": "x"}'), "cut", None),
+        (KVP, said_to('{"date": "x", "to', "length", n_least=40), "broken", "a whole one has 40"),
         (KVP, said_to('{"date": "x", "to', "repetition", written='{"date": "x"}'), "repetition", None),
-        (KVP, said_to('{"date": 1, "to', "length", written='{"date": 1}'), "broken", "what was kept"),
-        (KVP, said_to('{"da', "length"), "cut", None),
+        (KVP, said_to('{"date": 1, "to', "length", n_least=60, written='{"date": 1}'), "broken", "what was kept"),
+        (KVP, said_to('{"da', "length", n_least=60), "cut", None),
         (KVP, Said(error="no answer after 3 s"), "broken", "no answer after 3 s"),
-        (OTSL, said_to("<otsl><fcel>a<nl><fc", "length"), "broken", "whole rows were lost"),
+        (OTSL, said_to("<otsl><fcel>a<nl><fc", "length", n_least=60), "broken", "whole rows were lost"),
         (OTSL, said_to("<otsl><fcel>a<nl></otsl>", "length", closing="<nl></otsl>"), "closed", None),
-        (OTSL, said_to("<otsl><fcel>a", "length"), "cut", None),
+        (OTSL, said_to("<otsl><fcel>a", "length", n_least=60), "cut", None),
     ],
 )
 def test_verdicts(case: Case, said: Said, kind: str, problem: str | None) -> None:
