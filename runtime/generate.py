@@ -182,7 +182,7 @@ class _Chooser:
     @property
     def is_over(self) -> bool:
         """Whether the constraint allows nothing but the end."""
-        return self.is_closing or (self._guide is not None and self._guide.is_over)
+        return self._guide is not None and self._guide.is_over
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> tuple[int, list[int]]:
         """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""

@@ -102,6 +102,13 @@ def test_what_may_be_null_is_null_at_the_end_and_nothing_is_made_up() -> None:
     assert json.loads(text) == {"a": "x", "b": None, "c": [], "d": ""}
 
 
+def test_an_end_that_was_too_long_once_is_found_where_there_is_room() -> None:
+    guide = walked("toy", grammar_of("tables_otsl"), "<otsl><fcel>a")
+    assert guide.ending(1) is None
+    ending = guide.ending(50)
+    assert ending is not None and guide.ending(len(ending)) == ending and guide.ending(len(ending) - 1) is None
+
+
 def test_too_little_room_for_any_answer_leaves_a_cut_one() -> None:
     grammar = grammar_of("kvp", SCHEMAS["forty fields"])
     answer = said("toy", grammar, 1, max_tokens=30, patience=NEVER)

@@ -217,7 +217,7 @@ def test_rows_of_a_chart_are_its_labels_and_values() -> None:
         ]
         assert rows == ([] if chart.kind == "pie" else expected)
         answer = chart_csv(chart)
-        glyphs = glyphs_of_answer(document, answer)
+        glyphs = glyphs_of_answer(document, answer, told(document, answer)[0])
         assert all(answer[at] == page[glyph] for at, glyph in glyphs)
         if rows:
             body = answer.index("\n")

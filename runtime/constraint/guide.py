@@ -246,7 +246,7 @@ class _FormWalk:
 
     def __init__(self, rule: Rule, masks: FormMasks, characters: Any, end: int) -> None:
         self._cursor, self._masks, self._characters, self._end = start(rule), masks, characters, end
-        self._endings: dict[Cursor, list[bytes] | None] = {}  # of the last cursor; there is ever less room
+        self._endings: dict[Cursor, list[bytes]] = {}  # of the last cursor, which text leaves as it was
 
     @property
     def may_end(self) -> bool:
@@ -295,11 +295,10 @@ class _FormWalk:
             _consume(characters, lexicon.of_byte[byte])
             begun.append(bytes((byte,)))
             cursor = following
-        if cursor not in self._endings:  # text leaves it as it was
-            self._endings = {cursor: ending(cursor, most)}
-        pieces = self._endings[cursor]
+        pieces = self._endings.get(cursor) or ending(cursor, most)
         if pieces is None:
             return None
+        self._endings = {cursor: pieces}
         spelled = [lexicon.spell(piece) for piece in (*begun, *pieces)]
         tokens = [token for piece in spelled for token in piece]
         return tokens if all(spelled) and len(tokens) <= most else None

@@ -75,7 +75,9 @@ def main() -> int:
     names = options.columns.split(",")
     unknown = [name for name in names if name != REFERENCE and name.removesuffix(FREE) not in COLUMNS]
     if unknown:
-        parser.error(f"no column '{unknown[0]}'; known are {', '.join([*COLUMNS, REFERENCE])}")
+        parser.error(
+            f"no column '{unknown[0]}'; known are {', '.join([*COLUMNS, REFERENCE])}; all but the last also with '{FREE}'"
+        )
 
     questions = list(held_out(options.documents))
     answers: dict[str, list[str]] = {}

@@ -111,16 +111,13 @@ def chart_rows(document: Document) -> list[list[Text]]:
     return rows if len(rows) == len(chart.labels) else []
 
 
-def glyphs_of_answer(document: Document, answer: str) -> list[tuple[int, int]]:
+def glyphs_of_answer(document: Document, answer: str, known: Told) -> list[tuple[int, int]]:
     """(character of the answer, glyph of the page) wherever a word of the answer stands on the page.
 
-    What `told` does not tell is looked for: a word that stands there more than once is taken to be the next one after
+    What is not `known`, by `told`, is looked for: a word that stands there more than once is taken to be the next one after
     the last that was found.
     """
-    known, _ = told(document, answer)
-    found = _searched(document, answer[: known[0][0]] if known else answer)
-    if known and answer.startswith("{"):
-        found = []
+    found = [] if known and answer.startswith("{") else _searched(document, answer[: known[0][0]] if known else answer)
     for at, text in known:
         for i in range(text.first, text.last + 1):
             at += int(answer[at] == " ")

@@ -149,8 +149,8 @@ def _with_picture(
     token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
     looks: list[Look] = []
     last, before = 0, (0, -1)
-    _, led = told(document, answer)
-    for char, glyph in glyphs_of_answer(document, answer):
+    known, led = told(document, answer)
+    for char, glyph in glyphs_of_answer(document, answer, known):
         if char in token_of_char and shown[glyph] >= 0:
             token, here = token_of_char[char], (at + int(shown[glyph]), int(slot[glyph]))
             first = last + 1 if looks and token - last <= QUICK + 1 else token
