@@ -124,8 +124,8 @@ def _summary(tally: Counter[str]) -> Json:
 def _line(task: str, one: Json) -> str:
     return (
         f"{task:<12} {one['n']:>5}: {one['finished']} finished and {one['closed']} brought to an end at their limit, "
-        f"all valid; {one['repetition']} ended as repetition with a valid value kept; {one['cut']} cut, shorter than "
-        f"the shortest whole answer that was found; {one['broken']} broken"
+        f"all valid; {one['repetition']} ended as repetition with a valid value kept; {one['cut']} cut, with fewer "
+        f"tokens than the shortest whole answer found; {one['broken']} broken"
     )
 
 

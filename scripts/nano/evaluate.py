@@ -75,9 +75,8 @@ def main() -> int:
     names = options.columns.split(",")
     unknown = [name for name in names if name != REFERENCE and name.removesuffix(FREE) not in COLUMNS]
     if unknown:
-        parser.error(
-            f"no column '{unknown[0]}'; known are {', '.join([*COLUMNS, REFERENCE])}; all but the last also with '{FREE}'"
-        )
+        known = f"{', '.join(COLUMNS)}, each also with '{FREE}' behind it, and {REFERENCE}"
+        parser.error(f"no column '{unknown[0]}'; known are {known}")
 
     questions = list(held_out(options.documents))
     answers: dict[str, list[str]] = {}

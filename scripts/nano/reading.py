@@ -114,8 +114,8 @@ def chart_rows(document: Document) -> list[list[Text]]:
 def glyphs_of_answer(document: Document, answer: str, known: Told) -> list[tuple[int, int]]:
     """(character of the answer, glyph of the page) wherever a word of the answer stands on the page.
 
-    What is not `known`, by `told`, is looked for: a word that stands there more than once is taken to be the next one after
-    the last that was found.
+    What is not `known`, by `told`, is looked for: a word that stands there more than once is taken to be the next one
+    after the last that was found.
     """
     found = [] if known and answer.startswith("{") else _searched(document, answer[: known[0][0]] if known else answer)
     for at, text in known:
