@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,48 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_spec import model_config
-from documents import draw_document
-from drawing import ENDING, START
+from documents import Document, draw_document
 from formats import chart_csv
 from language import build_tokenizer
-from model import NANO, NEIGHBOURS, VISION, Kernels, _surprise, decode, initial, logits, merged, patches, project, tower
-from reading import chart_rows, glyphs_of_answer, links_of, told
+from model import (
+    NANO,
+    NEIGHBOURS,
+    TAUGHT_HEADS,
+    VISION,
+    Kernels,
+    codes,
+    decode,
+    ideal_streams,
+    initial,
+    log_shares,
+    logits,
+    merged,
+    patches,
+    project,
+    tower,
+)
+from reading import EDGE, N_SLOTS, addresses, chart_rows, page_of, told
 from reference import relative_l2
 from samples import (
-    AFTER,
-    GAP,
     IGNORE,
-    N_MARKS,
-    N_SLOTS,
+    N_TOKEN_MARKS,
+    PLACE_CLASSES,
+    SLOT_CLASSES,
     Batch,
     Prompter,
     Sample,
     batches,
     collate,
     document_sample,
-    glyph_labels,
-    image_token_of_glyphs,
     letters_sample,
     lines_sample,
+    marks_of,
     text_sample,
 )
 from train import FREE_TOWER_STEPS, Trainer
 from truth import Chart, Form, Table
+
+PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
 
 
 @pytest.fixture(scope="module")
@@ -127,177 +143,192 @@ def test_labels_are_the_answer_one_ahead(prompter: Prompter) -> None:
     assert (batch.tokens == prompter.image_id).sum() == len(batch.positions)
 
 
-def test_every_glyph_is_in_one_patch(prompter: Prompter) -> None:
-    del prompter
+def test_every_glyph_is_in_one_patch() -> None:
     for seed in range(20):
         document = draw_document(seed, "table", level=0.3)
-        labels = glyph_labels(document, NANO)[1:, :, :N_SLOTS]
-        placed = labels[(labels > 0) & (labels < 255)]
-        codes = sorted(chr(code + 32) for code in placed.tolist())
+        labels = marks_of(document, page_of(document, NANO), NANO)[0][1:, :, :2]
+        codes = sorted(chr(code + 32) for code in labels[labels > 0].tolist())
         drawn = sorted(chr(code) for code in document.glyphs.code.tolist())
         missing = len(drawn) - len(codes)
         assert 0 <= missing <= 0.05 * len(drawn), "more than a twentieth share a patch with two others"
         assert not set(codes) - set(drawn)
 
 
-def marks(sample: Sample, position: int, slot: int) -> list[int]:
-    """What the labels of the tiles have for the patch of an image token in which a slot is."""
-    assert sample.image_rows is not None and sample.glyphs is not None
-    tile, token = divmod(int(sample.image_rows[position - sample.image_at]), 64)
-    row, column = divmod(token, 8)
-    patches = sample.glyphs[tile].reshape(16, 16, N_MARKS)[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-    return [int(mark) for mark in patches.reshape(4, N_MARKS)[slot // 2]]
+def marks(sample: Sample, position: int) -> list[int]:
+    """What the labels have for the image token at a position."""
+    assert sample.image_rows is not None and sample.marks is not None
+    return [
+        int(mark) for mark in sample.marks.reshape(-1, N_TOKEN_MARKS)[sample.image_rows[position - sample.image_at]]
+    ]
 
 
-def test_answers_look_where_their_letters_stand(prompter: Prompter) -> None:
+@pytest.fixture(scope="module")
+def read(prompter: Prompter) -> list[tuple[Document, Sample]]:
+    """Documents of all kinds with their samples."""
     rng = random.Random(2)
-    samples = [lines_sample(rng, prompter, NANO, 1.0) for _ in range(20)]
-    for kind in ("table", "chart", "form"):
-        samples += [document_sample(draw_document(seed, kind), rng, prompter, NANO) for seed in range(10)]
+    drawn = [draw_document(seed, kind) for kind in ("table", "chart", "form") for seed in range(20)]
+    return [(document, document_sample(document, rng, prompter, NANO)) for document in drawn]
+
+
+def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[tuple[Document, Sample]]) -> None:
+    rng = random.Random(2)
+    samples = [sample for _, sample in read] + [lines_sample(rng, prompter, NANO, 1.0) for _ in range(10)]
+    n_looks = n_letters = 0
     for sample in samples:
-        assert len({answer for answer, *_ in sample.looks}) == len(sample.looks)
-    shown = [
-        (prompter.tokenizer.decode([sample.tokens[answer]]), chr(marks(sample, image, slot)[slot % 2] + 32))
-        for sample in samples
-        for answer, image, slot, _, _ in sample.looks
-    ]
-    at_letters = [(said, glyph) for said, glyph in shown if len(said) == 1 and not said.isspace()]
-    assert len(at_letters) > 1500
-    found = [
-        (prompter.tokenizer.decode(sample.tokens[at:answer]), chr(marks(sample, image, slot)[slot % 2] + 32))
-        for sample in samples
-        for at in [sample.tokens.index(prompter.image_id)]
-        for answer, _, _, image, slot in sample.looks
-        if slot >= 0
-    ]
-    assert len(found) > 1500
-    # the glyph that was written last, but for signs that stand on the page and in no word of the answer
-    assert np.mean([glyph in said.rstrip()[-12:] for said, glyph in found]) > 0.97
-    last = [(said[-1], glyph) for said, glyph in found if said[-1].isalnum()]
-    assert np.mean([said == glyph for said, glyph in last]) > 0.9
-    # signs between words look ahead to the next word
-    assert np.mean([said == glyph for said, glyph in at_letters if said.isalnum()]) > 0.97
+        assert sample.lessons is not None
+        for query, image, slot in sample.lessons.looks:
+            said = prompter.tokenizer.decode([sample.tokens[query + 1]])
+            glyph = chr(marks(sample, image)[slot * len(SLOT_CLASSES)] + 32)
+            if len(said) == 1 and (said.isalpha() or sample.kind == "<tables_otsl>") and said != " ":
+                assert glyph == said
+            else:  # a sign, or what stands between two texts: the letter that comes next
+                after = [prompter.tokenizer.decode([token]) for token in sample.tokens[query + 1 : query + 12]]
+                assert glyph in (text for text in after if len(text) == 1)
+        if sample.kind == "<tables_otsl>":
+            n_looks += len(sample.lessons.looks)
+            n_letters += sum(
+                len(prompter.tokenizer.decode([token])) == 1 for token in sample.tokens[sample.answer_at :]
+            )
+    assert n_looks > 0.97 * n_letters > 500, "all but letters that share their place with two others"
 
 
-def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter) -> None:
-    rng = random.Random(6)
+def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter, read: list[tuple[Document, Sample]]) -> None:
     n_found = 0
-    for seed in range(30):
-        document = draw_document(seed, "form")
-        assert isinstance(document.truth, Form)
-        sample = document_sample(document, rng, prompter, NANO)
-        answer = prompter.tokenizer.decode(sample.tokens[sample.answer_at : -1], skip_special_tokens=False)
-        page = "".join(map(chr, document.glyphs.code.tolist()))
-        values, led = told(document, answer)
-        for at, text in values:
-            value = page[text.first : text.last + 1]
-            assert answer[at:].replace(" ", "").startswith(value)
-            label = page[: led[text.first] + 1].lower()
-            names = [name for name, said in document.truth.fields if said and said.replace(" ", "") == value]
-            assert any(label.endswith(name.rsplit("_", 1)[-1][-4:]) for name in names)
-        n_found += len(values)
-        if sample.kind == "kvp":
-            assert len(values) == sum(value is not None for _, value in document.truth.fields)
-        else:  # nothing was written before the value, so the label is all there is to go by
-            assert sample.looks[0][0] == sample.answer_at and sample.looks[0][4] >= 0
-    assert n_found > 80
+    for document, sample in read:
+        if sample.kind != "kvp":
+            continue
+        assert isinstance(document.truth, Form) and sample.lessons is not None
+        find = sample.lessons.find
+        for query, (target,) in zip(find.queries, find.targets, strict=True):
+            so_far = prompter.tokenizer.decode(sample.tokens[sample.answer_at : query + 1])
+            name = so_far.replace('": "', "").rsplit('"', 1)[-1].replace("_", "")
+            value = dict(document.truth.fields)[so_far.replace('": "', "").rsplit('"', 1)[-1]]
+            assert (target == 0) == (value is None)
+            if target:
+                ending = marks(sample, target)[PLACE + 1 : PLACE + 3]
+                assert ending[0] == 1 and chr(ending[1] + 32).lower() == name[-1]
+                n_found += 1
+        assert len(sample.lessons.carry.queries) <= len(sample.lessons.looks)
+    assert n_found > 40
 
 
 def test_rows_of_a_chart_are_its_labels_and_values() -> None:
-    n_linked = 0
     for seed in range(60):
         document = draw_document(seed, "chart")
         chart = document.truth
         assert isinstance(chart, Chart)
-        page = "".join(map(chr, document.glyphs.code.tolist()))
-        rows = [[page[text.first : text.last + 1] for text in row] for row in chart_rows(document)]
-        expected = [
+        rows = [[text.letters for text in row] for row in chart_rows(document)]
+        assert rows == [
             [text.replace(" ", "") for text in (label, *values)]
             for label, values in zip(chart.labels, chart.values, strict=True)
         ]
-        assert rows == ([] if chart.kind == "pie" else expected)
         answer = chart_csv(chart)
-        glyphs = glyphs_of_answer(document, answer, told(document, answer)[0])
-        assert all(answer[at] == page[glyph] for at, glyph in glyphs)
-        if rows:
-            body = answer.index("\n")
-            letters = [char for char in answer[body:] if char not in '\n" ']
-            n_commas = sum(len(row) - 1 for row in rows)
-            assert len([at for at, _ in glyphs if at > body]) == len(letters) - n_commas
-            shown, _ = image_token_of_glyphs(document, NANO)
-            links = links_of(document, shown.tolist())
-            assert all(start > end for start, end in links) and len(dict(links)) == len(links)
-            n_linked += len(links)
-    assert n_linked > 100
+        found, _ = told(document, answer)
+        assert len(found) >= sum(map(len, rows))
+        for at, text in found:
+            assert answer[at:].replace(" ", "").startswith(text.letters)
 
 
-def test_texts_are_linked_to_where_the_text_before_them_ends(prompter: Prompter) -> None:
-    rng = random.Random(5)
-    samples = [document_sample(draw_document(seed, "table"), rng, prompter, NANO) for seed in range(20)]
-    links = [(sample, *link) for sample in samples for link in sample.links]
-    assert len(links) > 200
-    for sample, first, last in links:
-        assert sample.image_at <= last < first < sample.image_at + len(sample.image_rows)
-        gaps = {at: [marks(sample, at, 2 * patch)[GAP] for patch in range(4)] for at in (first, last)}
-        # the first glyph of a patch says what is before it; a text's last letter may be a patch's second
-        assert any(gap in (START, START + ENDING) for gap in gaps[first])
-        assert any(marks(sample, last, 2 * patch)[AFTER] == 0 and gaps[last][patch] for patch in range(4))
+def test_addresses_are_lines_and_places() -> None:
+    places = [(10.0, 5.0), (300.0, 8.0), (10.0, 30.0), (150.0, 4.0), (90.0, 52.0), (20.0, 55.0)]
+    assert addresses(places) == [(0, 0), (0, 2), (1, 0), (0, 1), (2, 1), (2, 0)]
+    n_cells = 0
+    for seed in range(30):
+        document = draw_document(seed, "table", level=0.5)
+        assert isinstance(document.truth, Table)
+        if any(cell.rowspan > 1 or not cell.text for cell in document.truth.cells):
+            continue
+        page = page_of(document, NANO)
+        order = [[cell for cell in document.truth.cells if cell.row == row] for row in range(document.truth.n_rows)]
+        assert page.address == [(i, j) for i, row in enumerate(order) for j in range(len(row))]
+        n_cells += len(page.address)
+    assert n_cells > 100
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_marks_tell_what_is_before_a_glyph(seed: int) -> None:
-    document = draw_document(seed, "table", level=0.0)
-    assert isinstance(document.truth, Table)
-    texts = [f"^{cell.text}$" for cell in document.truth.cells]
-    labels = glyph_labels(document, NANO)[1:].reshape(-1, N_MARKS)
-    n_adjacent = 0
-    for first, _, before, two_before, gap, _ in labels[labels[:, 0] > 0].tolist():
-        letters = "".join(chr(mark + 32) for mark in (two_before, before) if mark)
-        between, start = {1: "", 2: " ", 0: "^"}[gap % 3], "" if two_before else "^"
-        end = "$" if gap > 3 else ""
-        seen = [
-            text for text in texts if f"{(before and chr(before + 32)) or ''}{between}{chr(first + 32)}{end}" in text
-        ]
-        assert seen, (before, first, gap)
-        assert any(f"{start}{letters}" in text.replace(" ", "") for text in seen)
-        n_adjacent += gap in (1, 4)
-    assert n_adjacent > 0
+def test_addresses_are_counted_by_texts_before(read: list[tuple[Document, Sample]]) -> None:
+    n_queries = 0
+    for _, sample in read:
+        lessons = sample.lessons
+        assert lessons is not None
+        shown = {position: address for position, *address in lessons.shown}
+        for lesson, which in ((lessons.places, 1), (lessons.lines, 0)):
+            for query, targets in zip(lesson.queries, lesson.targets, strict=True):
+                assert targets[0] == 0 and all(target <= query for target in targets)
+                if query not in shown:
+                    continue
+                n_queries += 1
+                assert len(targets) - 1 <= shown[query][which] + 1
+                for target in targets[1:]:
+                    assert marks(sample, target)[PLACE] == 1, "a text begins there"
+                    assert shown[target][which] <= shown[query][which]
+    assert n_queries > 1000
 
 
-def test_how_surprised_a_head_is_is_its_attention(prompter: Prompter) -> None:
-    text, vision, _ = initial(NANO, prompter.n_vocab, seed=4)
+def test_marks_tell_what_is_before_a_glyph(read: list[tuple[Document, Sample]]) -> None:
+    n_seen = 0
+    for document, sample in read:
+        if not isinstance(document.truth, Table):
+            continue
+        texts = [f"^{cell.text.replace(' ', '')}" for cell in document.truth.cells]
+        assert sample.marks is not None
+        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
+        for glyph, before, two_before, kind in slots[slots[..., 0] > 0].tolist():
+            assert (kind == 3) == (before == 0)
+            letters = "".join(
+                "." if mark == EDGE else re.escape(chr(mark + 32)) for mark in (two_before, before) if mark
+            )
+            start = "" if two_before else "\\^"
+            assert any(re.search(f"{start}{letters}{re.escape(chr(glyph + 32))}", text) for text in texts)
+            n_seen += 1
+    assert n_seen > 500
+
+
+def test_ideal_streams_tell_their_marks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = [*SLOT_CLASSES * N_SLOTS, *PLACE_CLASSES]
+    drawn = torch.stack([torch.randint(n, (40,), generator=generator) for n in classes], dim=1)
+    deepest, place, *slots = ideal_streams(drawn.to(torch.uint8), NANO)
+    assert not deepest.any()
+    kinds = codes(NANO)
+    for tables, stream, first, n in zip(
+        kinds,
+        [place, *slots],
+        [PLACE, *range(0, PLACE, len(SLOT_CLASSES))],
+        [len(PLACE_CLASSES), *[len(SLOT_CLASSES)] * N_SLOTS],
+        strict=True,
+    ):
+        expected = sum(tables[i][drawn[:, first + i]] for i in range(n))
+        assert torch.allclose(stream, torch.as_tensor(expected), atol=1e-5)
+        assert torch.equal(tables[0][0], torch.zeros(NANO.text_hidden))
+
+
+def test_lessons_are_taken_from_the_attention(prompter: Prompter) -> None:
+    text, _, _ = initial(NANO, prompter.n_vocab, seed=4)
     batch = collate([lines_sample(random.Random(3), prompter, NANO, 0.5)], prompter, NANO)
-    assert batch.tiles is not None
-    kernels = Kernels(fuse=False)
-    streams = project(vision, tower(vision, batch.tiles, NANO, kernels), NANO, kernels)
-    newline = vision["model.image_newline"].view(1, -1)
-    packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
-    row, position, *_ = batch.looks[-1].tolist()
-    everywhere = torch.tensor([[row, position, target, 2, target, 7] for target in range(position + 1)])
-    looked: list[torch.Tensor] = []
-    decode(text, batch.tokens, (batch.positions, packed), NANO, kernels, everywhere, looked)
-    assert len(looked) == 3
-    finding, looking, looking_second = torch.exp(-torch.stack(looked))  # each (targets, heads)
-    assert torch.allclose(looking[:, 1].sum(), torch.tensor(1.0), atol=1e-5), "slot 2: the second patch's first glyph"
-    assert torch.allclose(finding[:, 3].sum(), torch.tensor(1.0), atol=1e-5), "slot 7: the fourth patch's second one"
-    idle = torch.cat((looking[:, [0, 2, 3]], looking_second, finding[:, :3]), dim=1)
-    assert torch.equal(idle, idle[:1].expand_as(idle)), "the other heads should look at position 0"
-    linked: list[torch.Tensor] = []
-    links = everywhere[:, :3]
-    decode(text, batch.tokens, (batch.positions, packed), NANO, kernels, links=links, linked=linked)
-    assert torch.allclose(torch.exp(-torch.cat(linked, dim=1)).sum(0), torch.ones(2), atol=1e-5)
+    assert batch.marks is not None and batch.positions is not None
+    packed = [torch.cat([s.flatten(0, 1), s[0, :1]])[batch.rows] for s in ideal_streams(batch.marks, NANO)]
+    taught: dict[str, torch.Tensor] = {}
+    decode(text, batch.tokens, (batch.positions, packed), NANO, Kernels(fuse=False), batch, taught)
+    for name in ("places", "lines"):
+        assert name in TAUGHT_HEADS
+        lesson = batch.lessons[name]
+        least = torch.zeros(len(lesson.queries)).index_add(0, lesson.pairs[:, 0], -lesson.shares * lesson.shares.log())
+        assert (taught[name] >= least - 1e-4).all(), "no attention is less surprised than the wanted one"
+    assert taught["looks"].shape == (len(batch.looks), NANO.text_heads)
+    assert taught["shown"].shape == (len(batch.shown), NANO.text_hidden)
+    assert len(taught["nowhere"]) + len(batch.looks) == (batch.labels != IGNORE).sum()
 
 
-def test_surprises_of_several_rows_are_those_of_each_alone() -> None:
+def test_shares_of_several_rows_are_those_of_each_alone() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(3, 2, 9, 4), torch.randn(3, 2, 9, 4)
-    looks = torch.tensor([[row, position, 0, 0, 0, 0] for row, position in ((0, 5), (0, 2), (2, 8), (2, 3), (2, 4))])
-    targets = torch.tensor([[5, 1], [0, 2], [7, 3], [3, 0], [1, 4]])
-    found = _surprise(q, k, looks, targets, 0.5)
-    for i, (row, position, *_) in enumerate(looks.tolist()):
+    queries = torch.tensor([[0, 5], [0, 2], [2, 8], [2, 3], [2, 4]])
+    found = log_shares(q, k, queries, 0.5)
+    for i, (row, position) in enumerate(queries.tolist()):
         for head in range(2):
             scores = q[row, head, position] @ k[row, head, : position + 1].T * 0.5
-            assert torch.isclose(found[i, head], -torch.log_softmax(scores, 0)[targets[i, head]], atol=1e-5)
+            assert torch.allclose(found[i, head, : position + 1], torch.log_softmax(scores, 0), atol=1e-5)
+            assert (found[i, head, position + 1 :] == -torch.inf).all()
 
 
 def test_the_tower_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Path) -> None:
@@ -348,9 +379,9 @@ def test_the_first_layers_start_by_looking_at_neighbours(prompter: Prompter) -> 
 
 def test_letters_fill_their_tiles(prompter: Prompter) -> None:
     letters = letters_sample(random.Random(1), NANO)
-    assert letters.glyphs is not None and letters.tiles is not None
-    assert letters.tiles.shape == (6, 128, 128, 3) and letters.glyphs.shape == (6, 256, N_MARKS)
-    assert (letters.glyphs > 0).sum() > 200
+    assert letters.patches is not None and letters.tiles is not None
+    assert letters.tiles.shape == (6, NANO.tile_px, NANO.tile_px, 3) and letters.patches.shape[:2] == (6, 256)
+    assert (letters.patches[..., 0] > 0).sum() > 200
     alone = collate([document_sample(draw_document(1), random.Random(0), prompter, NANO)], prompter, NANO)
     both = collate([letters, document_sample(draw_document(1), random.Random(0), prompter, NANO)], prompter, NANO)
     assert alone.tiles is not None and both.tiles is not None

@@ -14,6 +14,7 @@ from truth import Cell, Chart, Form, Table
 BLANK_AXIS, BLANK_SERIES = "Label", "Value"  # what a chart calls them when the picture does not say
 VALUE_LONGEST = 20  # characters of a form's value
 MOST_FIELDS = 10
+ENDING = 4  # letters at the end of a field's name that no other name of its form ends in
 
 
 # --- tables ---
@@ -127,7 +128,7 @@ def random_chart(rng: Random, level: float) -> Chart:
     n_series = 2 if kind != "pie" and level > 0.3 and rng.random() < 0.35 else 1
     named = n_series > 1 or (kind != "pie" and level > 0.2 and rng.random() < 0.5)
     series = tuple(_distinct(rng, n_series, lambda: values.phrase(rng, 9))) if named else (BLANK_SERIES,)
-    shown_axis = axis if kind != "pie" and level > 0.2 and rng.random() < 0.4 else BLANK_AXIS
+    shown_axis = axis if named else BLANK_AXIS
     title = values.phrase(rng, 8 if level < 0.2 else 20)
     return Chart(kind, title, shown_axis, tuple(labels), series, _chart_values(rng, kind, count, n_series))
 
@@ -227,14 +228,19 @@ def random_form(rng: Random, level: float) -> Form:
     count = rng.randint(1, 2 + round(6 * level))
     while len(makers) < max(count, len(_INVOICE) + 1 if invoice else 0):
         label, make = (values.phrase(rng), values.amount) if invoice else _random_field(rng, level)
-        makers.setdefault(values.snake_case(label), make)
+        if values.snake_case(label)[-ENDING:] not in {name[-ENDING:] for name in [*makers, "total"]}:
+            makers[values.snake_case(label)] = make
     if invoice:
         makers.pop("total", None)
         makers["total"] = values.amount
     fields: list[tuple[str, str | None]] = [(name, _value(rng, make, level)) for name, make in makers.items()]
     for _ in range(3):
         name = values.snake_case(_random_field(rng, level)[0])
-        if name not in makers and len(fields) < MOST_FIELDS and rng.random() < 0.17 * level:
+        if (
+            name[-ENDING:] not in {other[-ENDING:] for other in makers}
+            and len(fields) < MOST_FIELDS
+            and rng.random() < 0.17 * level
+        ):
             makers[name] = values.word
             fields.insert(rng.randint(0, len(fields)), (name, None))
     if invoice:

@@ -23,27 +23,22 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 RGB = tuple[int, int, int]
-TILE_PX, MOST_TILES = 128, 8
-NOMINAL_PX = 13.0  # the font size that a sheet is measured at
-PLACES = 8  # tried for a sheet on its page
-SMALLEST_PX = 10.0  # the font size in the model's view below which a page counts as unreadable
+TILE_PX, MOST_TILES = 160, 8
+NOMINAL_PX = 16.0  # the font size that a sheet is measured at
+PLACES = 16  # tried for a sheet on its page
+SMALLEST_PX = 15.5  # the font size in the model's view below which a page counts as unreadable
 
 AILERON = "Aileron"
 HELD_OUT = "Hanken Grotesk"
 _MPL = "mpl-data/fonts/ttf"
 _FILES = {  # name: package, regular file, bold file
-    "Caladea": ("font_caladea", "files/Caladea-Regular.ttf", "files/Caladea-Bold.ttf"),
-    "DejaVu Mono": ("matplotlib", f"{_MPL}/DejaVuSansMono.ttf", f"{_MPL}/DejaVuSansMono-Bold.ttf"),
-    "DejaVu Oblique": ("matplotlib", f"{_MPL}/DejaVuSans-Oblique.ttf", f"{_MPL}/DejaVuSans-BoldOblique.ttf"),
     "DejaVu Sans": ("matplotlib", f"{_MPL}/DejaVuSans.ttf", f"{_MPL}/DejaVuSans-Bold.ttf"),
     "DejaVu Serif": ("matplotlib", f"{_MPL}/DejaVuSerif.ttf", f"{_MPL}/DejaVuSerif-Bold.ttf"),
     "Hanken Grotesk": ("font_hanken_grotesk", "files/HankenGrotesk-Regular.otf", "files/HankenGrotesk-Bold.otf"),
-    "Manrope": ("font_manrope", "files/Manrope-Regular.ttf", "files/Manrope-Bold.ttf"),
     "Roboto": ("font_roboto", "files/Roboto-Regular.ttf", "files/Roboto-Bold.ttf"),
     "Roboto Light": ("font_roboto", "files/Roboto-Light.ttf", "files/Roboto-Medium.ttf"),
     "Source Sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.otf", "files/SourceSansPro-Bold.otf"),
     "Source Serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.otf", "files/SourceSerifPro-Bold.otf"),
-    "STIX": ("matplotlib", f"{_MPL}/STIXGeneral.ttf", f"{_MPL}/STIXGeneralBol.ttf"),
 }
 
 
@@ -78,7 +73,7 @@ class Face:
     def __init__(self, font: FreeTypeFont, size: float) -> None:
         self.font, self.size = font, size
         self._advance: dict[str, float] = {}
-        self._centre: dict[str, tuple[float, float]] = {}
+        self._middle: dict[str, float] = {}
 
     def _length(self, text: str) -> float:
         if text not in self._advance:
@@ -97,14 +92,12 @@ class Face:
     def width(self, text: str) -> float:
         return self.starts(text)[-1]
 
-    def centre(self, char: str) -> tuple[float, float]:
-        """The middle of the ink box, from the pen position on the base line."""
-        if char not in self._centre:
-            # getbbox reaches down to the base line even for a dash
-            mask, (dx, dy) = self.font.getmask2(char, mode="L", anchor="ls")
-            left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
-            self._centre[char] = (dx + (left + right) / 2, dy + (top + bottom) / 2)
-        return self._centre[char]
+    def middle(self, char: str) -> float:
+        """The middle of the ink, to the right of the pen position."""
+        if char not in self._middle:
+            left, _, right, _ = self.font.getbbox(char, anchor="ls")
+            self._middle[char] = (left + right) / 2
+        return self._middle[char]
 
 
 @functools.cache
@@ -129,14 +122,16 @@ def face(name: str, size: float, bold: bool = False) -> Face:
 
 
 ADJACENT, SPACE, START, ENDING = 1, 2, 3, 3
+CAPITAL_MIDDLE = 0.36  # of a font's size: how far above the base line the middle of its capital letters is
 
 
 @dataclass(frozen=True)
 class Glyphs:
     """Every visible glyph of a picture, text by text.
 
-    `x` and `y` are the centre of its ink box in pixels, `code` its code point, `gap` what is before it: `ADJACENT` to
-    the glyph before it, behind a `SPACE`, or the `START` of a text; `ENDING` is added to the last glyph of a text.
+    `x` is the middle of its ink and `y` that of its line's capital letters, in pixels; `code` its code point, `gap`
+    what is before it: `ADJACENT` to the glyph before it, behind a `SPACE`, or the `START` of a text; `ENDING` is added
+    to the last glyph of a text.
     """
 
     x: NDArray[np.float32]
@@ -184,7 +179,7 @@ class Sheet:
         if not text:
             return
         width = face.width(text)
-        x, y = x - align * width, y + 0.36 * face.size
+        x, y = x - align * width, y + CAPITAL_MIDDLE * face.size
         self._texts.append((x, y, text, face, fill, halo))
         box = (x, y - 0.8 * face.size, x + width, y + 0.25 * face.size)
         self.text_boxes.append(box)
@@ -247,9 +242,8 @@ class Sheet:
             gap = START
             for char, start in zip(text, face.starts(text), strict=False):
                 if char != " ":
-                    cx, cy = face.centre(char)
-                    xs.append(x + dx + start + cx)
-                    ys.append(y + dy + cy)
+                    xs.append(x + dx + start + face.middle(char))
+                    ys.append(y + dy - CAPITAL_MIDDLE * face.size)
                     codes.append(ord(char))
                     gaps.append(gap)
                     gap = ADJACENT
@@ -319,22 +313,23 @@ def page(
         """The font size the model sees when the page just fills a grid."""
         return min(grid[0] * TILE_PX / em_width, grid[1] * TILE_PX / em_height)
 
-    roomy = max((g for g in grids() if g[0] * g[1] > MOST_TILES - 3), key=seen)
-    if SMALLEST_PX < seen(roomy) < 18 and rng.random() < scans:
+    larger = [g for g in grids() if g != (1, 1)]  # of a page of one tile the overview shows the same again
+    roomy = max((g for g in larger if g[0] * g[1] > MOST_TILES - 3), key=seen)
+    if SMALLEST_PX < seen(roomy) < 24 and rng.random() < scans:
         grid, enlarged = roomy, rng.uniform(1.5, 3.0)
         size, fill = seen(grid) * enlarged, True
         width, height = (round(side * TILE_PX * enlarged) for side in grid)
     else:
-        wanted = rng.uniform(SMALLEST_PX + 0.5, 13.0)
-        fitting = [g for g in grids() if seen(g) >= wanted] or [g for g in grids() if seen(g) >= SMALLEST_PX]
+        wanted = rng.uniform(SMALLEST_PX + 0.5, 18.0)
+        fitting = [g for g in larger if seen(g) >= wanted] or [g for g in larger if seen(g) >= SMALLEST_PX]
         if not fitting:
             return None
         grid = min(fitting, key=lambda g: (g[0] * g[1], -seen(g)))
-        at_model = min(seen(grid), rng.uniform(12.0, 18.0))
-        shrunk = rng.uniform(1.0, min(1.5, max(1.0, at_model / 10.0)))
+        at_model = min(seen(grid), rng.uniform(17.0, 22.0))
+        shrunk = rng.uniform(1.0, min(1.25, max(1.0, at_model / SMALLEST_PX)))
         size, fill = at_model / shrunk, rng.random() < 0.5
         width, height = (int(side * TILE_PX / shrunk) for side in grid)
-    finer = 2 if size < 20 and rng.random() < 0.6 else 1
+    finer = 2 if size < 24 and rng.random() < 0.6 else 1
     sheet = lay(size * finer)
     if sheet.has_overlaps():
         return None
@@ -370,19 +365,19 @@ def photographed(
     rng: Random, picture: Image.Image, glyphs: Glyphs, paper: RGB, margin_px: float, level: float
 ) -> tuple[Image.Image, Glyphs]:
     """The page a little turned, blurred, noisy and squeezed by JPEG, each with its own chance."""
-    if rng.random() < 0.5:
-        most = min(1.2, math.degrees(margin_px / max(picture.size)))  # nothing may leave the page
+    if rng.random() < 0.4:
+        most = min(0.5, math.degrees(margin_px / max(picture.size)))  # nothing may leave the page
         picture, glyphs = turned(picture, glyphs, rng.uniform(-most, most), paper)
     if rng.random() < 0.3:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.3 + 0.4 * level)))
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.3 + 0.3 * level)))
     if rng.random() < 0.4:
         noise = np.random.default_rng(rng.getrandbits(32))
         values = np.asarray(picture, np.float32)
-        grain = noise.standard_normal(values.shape[:2], np.float32) * rng.uniform(2, 2 + 10 * level)
+        grain = noise.standard_normal(values.shape[:2], np.float32) * rng.uniform(2, 2 + 6 * level)
         picture = Image.fromarray(np.clip(values + grain[..., None], 0, 255).astype(np.uint8))
     if rng.random() < 0.6:
         squeezed = io.BytesIO()
-        picture.save(squeezed, "JPEG", quality=rng.randint(round(90 - 55 * level), 90))
+        picture.save(squeezed, "JPEG", quality=rng.randint(round(90 - 40 * level), 90))
         picture = Image.open(squeezed).convert("RGB")
     return picture, glyphs
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-STAGES = ("base", "tower", "read")
+STAGES = ("base", "tower", "way", "read")
 N_CURVE_POINTS = 60
 
 
@@ -18,8 +18,9 @@ def export(run: Path, out: Path) -> None:
     from model import LORA_TARGETS, NANO, NANO_ADAPTER
     from safetensors.torch import save_file
 
-    base, tower, read = (torch.load(run / f"{stage}.pt", weights_only=True)["weights"] for stage in STAGES)
-    weights = {**base, **tower, **read}
+    weights: dict[str, torch.Tensor] = {}
+    for stage in STAGES:
+        weights |= torch.load(run / f"{stage}.pt", weights_only=True)["weights"]
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     write_language_files(out, tokenizer)

@@ -6,10 +6,9 @@ A layout is a pure function of its arguments, so the same sheet can be had at an
 from __future__ import annotations
 
 import itertools
-import math
 from random import Random
 
-from contents import BLANK_AXIS, BLANK_SERIES
+from contents import BLANK_SERIES
 from drawing import AILERON, Face, Ink, Sheet, face
 from truth import Cell, Chart, Form, Table
 
@@ -31,8 +30,8 @@ def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sh
     striped = not body_spans and (bold_head or rules == "head" or not table.n_header_rows) and rng.random() < 0.18
     if not (bold_head or shaded_head or rules == "head"):
         shaded_head = True
-    pad = rng.uniform(0.35, 0.8) * size if rules == "grid" else rng.uniform(0.65, 1.0) * size
-    row_height = rng.uniform(1.3, 1.9) * size
+    pad = rng.uniform(0.45, 0.8) * size if rules == "grid" else rng.uniform(0.65, 1.0) * size
+    row_height = rng.uniform(1.45, 2.0) * size
     line = max(1, round(size / 14))
     strong = max(line, round(size / rng.choice((8, 14))))
     aligns = [_column_align(rng, table, col) for col in range(table.n_cols)]
@@ -90,7 +89,7 @@ def _number(text: str) -> float:
 
 
 def lay_chart(chart: Chart, rng: Random, font: str, size: float, ink: Ink) -> Sheet:
-    """A sheet of the chart: the title on top, each value beside its bar, point or slice."""
+    """A sheet of the chart, the title on top; values stand at flat bars, else in rows under the labels or a legend."""
     plain, bold = (
         face(font, size),
         face(font, size * rng.choice((1.0, 1.0, 1.15)), bold=font != AILERON and rng.random() < 0.5),
@@ -100,71 +99,62 @@ def lay_chart(chart: Chart, rng: Random, font: str, size: float, ink: Ink) -> Sh
         _pie(sheet, chart, rng, plain, ink)
     elif chart.kind == "line":
         _lines(sheet, chart, rng, plain, ink)
-    elif rng.random() < 0.35 and all(_number(v) >= 0 for row in chart.values for v in row):
+    elif len(chart.series) == 1 and rng.random() < 0.6 and all(_number(v) >= 0 for row in chart.values for v in row):
         _flat_bars(sheet, chart, rng, plain, ink)
     else:
         _bars(sheet, chart, rng, plain, ink)
     x0, y0, x1, _ = sheet.extent()
-    if chart.kind != "pie" and chart.series != (BLANK_SERIES,):
-        y0 -= 1.1 * size
-        _legend(sheet, chart, x0, (x0 + x1) / 2, y0, plain, ink, rng.random() < 0.5)
-        y0 -= 0.4 * size
     align = rng.choice((0.0, 0.5, 0.5))
     sheet.text(x0 + align * (x1 - x0), y0 - 1.1 * size, chart.title, bold, ink.text, align)
     return sheet
 
 
-def _legend(
-    sheet: Sheet, chart: Chart, left: float, middle: float, y: float, plain: Face, ink: Ink, centred: bool
-) -> None:
-    em = plain.size
-    total = sum(plain.width(name) + 1.8 * em for name in chart.series) - 0.8 * em
-    x = middle - total / 2 if centred else left
-    for name, colour in zip(chart.series, ink.series, strict=False):
-        sheet.box(x, y - 0.35 * em, x + 0.7 * em, y + 0.35 * em, colour)
-        sheet.text(x + em, y, name, plain, ink.text)
-        x += plain.width(name) + 1.8 * em
+def _is_named(chart: Chart) -> bool:
+    """Whether the picture says what the axis and the series are called."""
+    return chart.series != (BLANK_SERIES,)
 
 
 def _bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
     em, count = plain.size, len(chart.series)
     height = rng.uniform(4, 7) * em
-    widest = max(plain.width(v) for row in chart.values for v in row) + 0.3 * em
-    bar = max(rng.uniform(1.2, 2.4) * em, widest if count > 1 else 0.0)
-    slot = max(count * bar + 0.6 * em, widest, max(plain.width(label) for label in chart.labels) + 0.6 * em)
+    slot = _slot(chart, plain)
+    bar = min(rng.uniform(1.0, 2.4) * em, 0.8 * slot / count)
     numbers = [_number(v) for row in chart.values for v in row]
-    per_unit = (height - 1.5 * em) / (max(max(numbers), -min(numbers)) or 1.0)
-    lowest = -min(numbers) * per_unit + 1.3 * em if min(numbers) < 0 else 0.0
-    width = slot * len(chart.labels)
-    _frame(sheet, chart, rng, plain, ink, width, height, lowest)
-    if rng.random() < 0.2:
-        step = _round_step(max(max(numbers), 0.0))
-        for k in range(3):
-            if k * step * per_unit <= height:
-                sheet.text(-0.4 * em, -k * step * per_unit, f"{k * step:g}", plain, ink.rule, 1.0)
+    per_unit = (height - 0.5 * em) / (max(max(numbers), -min(numbers)) or 1.0)
+    lowest = max(0.0, -min(numbers) * per_unit)
+    _frame(sheet, rng, plain, ink, slot * len(chart.labels), height, lowest)
     for i, row in enumerate(chart.values):
-        middle = (i + 0.5) * slot
         for j, value in enumerate(row):
-            x = middle + (j - (count - 1) / 2) * bar
+            x = (i + 0.5) * slot + (j - (count - 1) / 2) * bar
             y = -_number(value) * per_unit
-            half = bar / 2 if count == 1 else bar * 0.42
+            half = bar * (0.5 if count == 1 else 0.42)
             sheet.box(x - half, min(y, 0.0), x + half, max(y, 0.0), ink.series[j])
-            sheet.text(x, y + (0.72 if y > 0 else -0.72) * em, value, plain, ink.text, 0.5, ink.paper)
-        sheet.text(middle, lowest + 0.85 * em, chart.labels[i], plain, ink.text, 0.5)
+    _data_rows(sheet, chart, plain, ink, slot, lowest)
 
 
-def _round_step(top: float) -> float:
-    """A third to two thirds of `top`, in one digit."""
-    if top <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(top / 2))
-    return power * max(1, math.floor(top / 2 / power))
+def _slot(chart: Chart, plain: Face) -> float:
+    """How wide a label's place along the axis is, its values below it included."""
+    texts = [*chart.labels, *(value for row in chart.values for value in row)]
+    return max(max(plain.width(text) for text in texts) + 0.8 * plain.size, 2.2 * plain.size)
 
 
-def _frame(
-    sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink, width: float, height: float, lowest: float = 0.0
-) -> None:
-    """The axes, faint lines behind, and the axis name below the labels, which stand below `lowest`."""
+def _data_rows(sheet: Sheet, chart: Chart, plain: Face, ink: Ink, slot: float, lowest: float) -> None:
+    """Labels under the axis and each series' values under them; axis and series are named at the left."""
+    em = plain.size
+    tops = [lowest + (0.95 + 1.5 * j) * em for j in range(1 + len(chart.series))]
+    if _is_named(chart):
+        sheet.text(-0.5 * em, tops[0], chart.axis, plain, ink.text, 1.0)
+        for name, y, colour in zip(chart.series, tops[1:], ink.series, strict=False):
+            sheet.text(-0.5 * em, y, name, plain, ink.text, 1.0)
+            left = -1.2 * em - plain.width(name)
+            sheet.box(left, y - 0.25 * em, left + 0.5 * em, y + 0.25 * em, colour)
+    for i, (label, row) in enumerate(zip(chart.labels, chart.values, strict=True)):
+        for text, y in zip((label, *row), tops, strict=True):
+            sheet.text((i + 0.5) * slot, y, text, plain, ink.text, 0.5)
+
+
+def _frame(sheet: Sheet, rng: Random, plain: Face, ink: Ink, width: float, height: float, lowest: float = 0.0) -> None:
+    """The axes and faint lines behind."""
     line = max(1, round(plain.size / 14))
     if rng.random() < 0.4:
         for k in range(1, 4):
@@ -172,87 +162,62 @@ def _frame(
     if rng.random() < 0.5:
         sheet.line(0, lowest, 0, -height, ink.rule, line)
     sheet.line(0, 0, width, 0, ink.rule, line)
-    if chart.axis != BLANK_AXIS:
-        sheet.text(width / 2, lowest + 2.3 * plain.size, chart.axis, plain, ink.text, 0.5)
 
 
 def _lines(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
     em = plain.size
-    height = rng.uniform(5, 8) * em
-    texts = [*chart.labels, *(v for row in chart.values for v in row)]
-    slot = max(max(plain.width(text) for text in texts) + 0.7 * em, 2.5 * em)
+    height, slot = rng.uniform(4, 7) * em, _slot(chart, plain)
     numbers = [[_number(v) for v in row] for row in chart.values]
     low, high = min(map(min, numbers)), max(map(max, numbers))
-    line = max(1, round(em / 9))
-
-    def y(number: float) -> float:
-        return -1.5 * em - (number - low) / ((high - low) or 1.0) * (height - 3 * em)
-
-    _frame(sheet, chart, rng, plain, ink, slot * len(chart.labels), height)
+    _frame(sheet, rng, plain, ink, slot * len(chart.labels), height)
     for j in range(len(chart.series)):
-        points = [((i + 0.5) * slot, y(row[j])) for i, row in enumerate(numbers)]
+        points = [
+            ((i + 0.5) * slot, -0.5 * em - (row[j] - low) / ((high - low) or 1.0) * (height - em))
+            for i, row in enumerate(numbers)
+        ]
         for (xa, ya), (xb, yb) in itertools.pairwise(points):
-            sheet.line(xa, ya, xb, yb, ink.series[j], line)
+            sheet.line(xa, ya, xb, yb, ink.series[j], max(1, round(em / 9)))
         for px, py in points:
             sheet.disc(px, py, 0.22 * em, ink.series[j])
-    for i, row in enumerate(numbers):
-        middle = (i + 0.5) * slot
-        for j, number in enumerate(row):
-            below = len(row) > 1 and number < max(row)
-            sheet.text(
-                middle, y(number) + (0.75 if below else -0.75) * em, chart.values[i][j], plain, ink.text, 0.5, ink.paper
-            )
-        sheet.text(middle, 0.85 * em, chart.labels[i], plain, ink.text, 0.5)
+    _data_rows(sheet, chart, plain, ink, slot, 0.0)
 
 
 def _flat_bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
-    em, count = plain.size, len(chart.series)
-    bar, gap, length = 1.15 * em, rng.uniform(0.4, 0.9) * em, rng.uniform(5, 10) * em
-    top = max(_number(v) for row in chart.values for v in row) or 1.0
-    line = max(1, round(em / 14))
-    y = 0.0
-    for label, row in zip(chart.labels, chart.values, strict=True):
-        sheet.text(-0.5 * em, y + gap / 2 + bar * count / 2, label, plain, ink.text, 1.0)
-        for j, value in enumerate(row):
-            y0 = y + gap / 2 + j * bar
-            end = _number(value) / top * length
-            sheet.box(0, y0 + 0.08 * em, end, y0 + bar - 0.08 * em, ink.series[j])
-            sheet.text(end + 0.4 * em, y0 + bar / 2, value, plain, ink.text)
-        y += bar * count + gap
-    sheet.line(0, 0, 0, y, ink.rule, line)
-    if chart.axis != BLANK_AXIS:
+    em = plain.size
+    bar, gap, length = 1.15 * em, rng.uniform(0.4, 0.9) * em, rng.uniform(4, 9) * em
+    top = max(_number(row[0]) for row in chart.values) or 1.0
+    if _is_named(chart):
         sheet.text(-0.5 * em, -0.7 * em, chart.axis, plain, ink.text, 1.0)
+        sheet.box(0, -0.95 * em, 0.5 * em, -0.45 * em, ink.series[0])
+        sheet.text(0.8 * em, -0.7 * em, chart.series[0], plain, ink.text)
+    y = 0.0
+    for label, (value,) in zip(chart.labels, chart.values, strict=True):
+        sheet.text(-0.5 * em, y + (gap + bar) / 2, label, plain, ink.text, 1.0)
+        end = _number(value) / top * length
+        sheet.box(0, y + gap / 2 + 0.08 * em, end, y + gap / 2 + bar - 0.08 * em, ink.series[0])
+        sheet.text(end + 0.5 * em, y + (gap + bar) / 2, value, plain, ink.text)
+        y += bar + gap
+    sheet.line(0, 0, 0, y, ink.rule, max(1, round(em / 14)))
 
 
 def _pie(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
-    em = plain.size
-    radius = rng.uniform(2.2, 3.6) * em
-    joined = rng.choice(("{}: {}", "{} ({})"))
-    texts = [joined.format(label, row[0]) for label, row in zip(chart.labels, chart.values, strict=True)]
+    """The slices, and beside them a legend with their values."""
+    em, pitch = plain.size, rng.uniform(1.45, 1.8) * plain.size
+    radius = rng.uniform(2.0, 3.4) * em
     numbers = [_number(row[0]) for row in chart.values]
-    total = sum(numbers) or 1.0
     start = rng.uniform(0, 360)
-    sides: dict[bool, list[tuple[float, float, str]]] = {False: [], True: []}
-    for i, (number, text) in enumerate(zip(numbers, texts, strict=True)):
-        end = start + number / total * 360
-        sheet.slice(0, 0, radius, start, end, ink.series[i], ink.paper)
-        angle = math.radians((start + end) / 2)
-        sides[math.cos(angle) >= 0].append((math.sin(angle) * radius, math.cos(angle) * radius, text))
+    middle = pitch * len(numbers) / 2
+    for number, colour in zip(numbers, ink.series, strict=False):
+        end = start + number / (sum(numbers) or 1.0) * 360
+        sheet.slice(0, middle, radius, start, end, colour, ink.paper)
         start = end
-    for on_right, entries in sides.items():
-        entries.sort()
-        sign = 1 if on_right else -1
-        y = -math.inf
-        spread = []
-        for ey, ex, text in entries:
-            y = max(y + 1.3 * em, ey * 1.1)
-            spread.append((y, ex, ey, text))
-        excess = (spread[-1][0] - max(spread[-1][2] * 1.1, radius)) if spread else 0.0
-        for y, ex, ey, text in spread:
-            y -= max(0.0, excess) if len(spread) > 1 else 0.0
-            x = sign * (radius + 0.9 * em)
-            sheet.line(ex, ey, x - sign * 0.3 * em, y, ink.rule)
-            sheet.text(x, y, text, plain, ink.text, 0.0 if on_right else 1.0)
+    left = radius + 1.2 * em
+    right = left + 1.6 * em + max(plain.width(label) for label in chart.labels)
+    for i, (label, (value,)) in enumerate(zip(chart.labels, chart.values, strict=True)):
+        y = (i + 0.5) * pitch
+        sheet.box(left - 0.8 * em, y - 0.25 * em, left - 0.3 * em, y + 0.25 * em, ink.series[i])
+        sheet.text(left, y, label, plain, ink.text)
+        sheet.text(right, y, value, plain, ink.text)
 
 
 def _label(name: str, spelling: int) -> str:
@@ -276,10 +241,10 @@ def lay_form(form: Form, rng: Random, font: str, size: float, ink: Ink) -> Sheet
     if layout == "boxes":
         _boxes(sheet, fields, 2 if len(fields) > 1 and rng.random() < 0.6 else 1, names, plain, ink)
     elif layout == "ledger":
-        _ledger(sheet, fields, rng.uniform(1.35, 1.8) * size, names, plain, bold, ink)
+        _ledger(sheet, fields, rng.uniform(1.45, 1.9) * size, names, plain, bold, ink)
     else:
         columns = 2 if len(fields) > 3 and rng.random() < 0.35 else 1
-        _field_lines(sheet, fields, columns, layout, rng.uniform(1.35, 1.8) * size, names, plain, ink)
+        _field_lines(sheet, fields, columns, layout, rng.uniform(1.45, 1.9) * size, names, plain, ink)
     if form.title:
         x0, y0, x1, _ = sheet.extent()
         align = rng.choice((0.0, 0.5))
@@ -308,7 +273,7 @@ def _field_lines(
         right = x
         for i, (label, value) in enumerate(group):
             y = i * pitch
-            value_x = x + (names.width(label) if layout == "lines" else label_width) + 0.55 * em
+            value_x = x + (names.width(label) if layout == "lines" else label_width) + 0.8 * em
             sheet.text(x, y + pitch / 2, label, names, ink.text)
             sheet.text(value_x, y + pitch / 2, value, plain, ink.text)
             if layout == "ruled":
@@ -321,7 +286,7 @@ def _field_lines(
 def _boxes(sheet: Sheet, fields: list[tuple[str, str]], columns: int, names: Face, plain: Face, ink: Ink) -> None:
     """Boxes row by row, the label above its value."""
     em = plain.size
-    line, pad, height = max(1, round(em / 14)), 0.5 * em, 2.75 * em
+    line, pad, height = max(1, round(em / 14)), 0.5 * em, 3.2 * em
     x = 0.0
     for column in range(columns):
         group = fields[column::columns]
@@ -329,8 +294,8 @@ def _boxes(sheet: Sheet, fields: list[tuple[str, str]], columns: int, names: Fac
         for row, (label, value) in enumerate(group):
             y = row * height
             sheet.box(x, y, x + width, y + height, None, ink.rule, line)
-            sheet.text(x + pad, y + 0.75 * em, label, names, ink.text)
-            sheet.text(x + pad, y + 2.0 * em, value, plain, ink.text)
+            sheet.text(x + pad, y + 0.85 * em, label, names, ink.text)
+            sheet.text(x + pad, y + 2.35 * em, value, plain, ink.text)
         x += width
 
 

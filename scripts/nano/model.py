@@ -15,6 +15,7 @@ from checkpoint_spec import AdapterSpec, CheckpointSpec
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from samples import Batch
 
     Tensors = dict[str, torch.Tensor]
 
@@ -28,7 +29,7 @@ LORA_TARGETS = (
 NANO = CheckpointSpec(
     text_hidden=256,
     text_layers=7,
-    text_ffn=512,
+    text_ffn=256,
     text_heads=4,
     text_kv_heads=4,
     context=4096,
@@ -41,25 +42,22 @@ NANO = CheckpointSpec(
     vision_layers=4,
     vision_heads=6,
     vision_ffn=512,
-    tile_px=128,
-    patch_px=8,
+    tile_px=160,
+    patch_px=10,
     vision_head=False,
     max_tiles=8,
     qformer_ffn=192,
     downsample_rate="2/4",
-    deepstack_layer_map=((-2, 5), (-1, 4)),
-    spatial_target_layers=(0, 1, 2, 3),
+    deepstack_layer_map=((-2, 5), (-1, 0)),
+    spatial_target_layers=(1, 2, 3, 4),
     dtype="float16",
 )
-# Decoder layers whose heads are taught where on the page to look; each head has one of the four patches of an image
-# token, and looks at position 0 when the glyph is in another. FINDING: at the glyph that was written last. LOOKING: at
-# the one that comes next, the first layer when it is the first glyph of its patch, the second when it is the second.
-FINDING = 4
-LOOKING = (5, 6)
-# Heads, by layer, of the image token where a text begins that are taught to look where the text before it ends: so a
-# cell can be found by the end of the cell before it, as a letter is by the letters before it.
-LINKING = {3: 0, 4: 1}
-NANO_ADAPTER = AdapterSpec(rank=48, alpha=96.0, dtype="float16")
+# Decoder layers and heads that are taught what to attend to, by lesson (`reading.Lessons`).
+TAUGHT_HEADS = {"places": (1, 0), "lines": (2, 0), "far_lines": (2, 1), "find": (3, 0), "carry": (4, 0)}
+HISTORY = 3  # heads of the first layer that attend to the token before, the one before that, and so on
+LOOKING = 5  # the layer whose four heads look at the next glyph, one head a slot, and at position 0 elsewhere
+SHOWN, SOUGHT = 3, 5  # layers before which image tokens tell their address, and an answer's positions the next one's
+NANO_ADAPTER = AdapterSpec(rank=96, alpha=192.0, dtype="float16")
 
 
 def grid_side(spec: CheckpointSpec) -> int:
@@ -192,6 +190,47 @@ def _look_at_neighbours(vision: Tensors, spec: CheckpointSpec) -> None:
             turns = [step * (math.pi / side) * f for step in (down, right) for f in range(1, n + 1)]
             blocks = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in turns]
             q[head, :, :size] = torch.block_diag(*blocks) * SHARPNESS
+
+
+# Dimensions that a code may take, by number of classes.
+CODE_DIMS = {2: 1, 4: 3, 5: 4, 9: 8, 96: 24}
+
+
+def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
+    """For every stream but the deepest, the vector of every class of every mark: what a stream that knows says.
+
+    In the order of `projectors(spec)`; class 0, nothing, is zero. A stream is the sum of its marks' vectors.
+    """
+    import torch
+    from samples import PLACE_CLASSES, SLOT_CLASSES
+
+    generator = torch.Generator().manual_seed(1)
+
+    def vectors(n_classes: int, n_marks: int) -> torch.Tensor:
+        n = CODE_DIMS[n_classes]
+        plane = torch.linalg.qr(torch.randn(spec.text_hidden, n, generator=generator)).Q
+        points = torch.randn(n_classes, n, generator=generator)
+        if n == n_classes - 1:
+            points[1:] = torch.eye(n)  # as far apart as can be
+        points = points @ plane.t()
+        points = points / points.norm(dim=1, keepdim=True) * math.sqrt(spec.text_hidden / n_marks)
+        return points.index_fill(0, torch.tensor([0]), 0.0)
+
+    kinds = [PLACE_CLASSES] + [SLOT_CLASSES] * len(spec.spatial_target_layers)
+    return [[vectors(n, len(classes)) for n in classes] for classes in kinds]
+
+
+def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tensor]:
+    """What the streams of `projectors(spec)` would be, each (..., text_hidden), if they told `marks` and no more."""
+    import torch
+    from samples import N_SLOTS, PLACE_CLASSES, SLOT_CLASSES
+
+    split = torch.split(marks.long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], dim=-1)
+    known = [
+        torch.stack([table[mark] for table, mark in zip(tables, part.unbind(-1), strict=True)]).sum(0)
+        for tables, part in zip(codes(spec), [split[-1], *split[:-1]], strict=True)
+    ]
+    return [torch.zeros_like(known[0]), *known]
 
 
 def merged(text: Tensors, adapter: Tensors, spec: CheckpointSpec) -> Tensors:
@@ -457,18 +496,16 @@ def decode(
     images: tuple[torch.Tensor, list[torch.Tensor]] | None,
     spec: CheckpointSpec,
     kernels: Kernels,
-    looks: torch.Tensor | None = None,
-    looked: list[torch.Tensor] | None = None,
-    links: torch.Tensor | None = None,
-    linked: list[torch.Tensor] | None = None,
+    lessons: Batch | None = None,
+    taught: Tensors | None = None,
 ) -> torch.Tensor:
     """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
-    in the order of `projectors(spec)`. `looks` (m, 6) says of some positions (row, position, position of the
-    next glyph, slot there, position of the last glyph, slot there or -1) where heads should look; how surprised those
-    of FINDING and then of LOOKING are, in nats (m, heads), is appended to `looked`. `links` (m, 3) says the same of
-    image tokens (row, position, position of the text's end before it), and `linked` gets (m, 1) of each of LINKING.
+    in the order of `projectors(spec)`. With `lessons`, `taught` gets what the heads made of them. For each of
+    TAUGHT_HEADS: how surprised it is by its targets, in nats (queries,); 'history' (n, HISTORY): by the tokens before;
+    'looks' (n, heads): by the next glyph or, where a head should look nowhere, by position 0; 'nowhere': the same of
+    answers' other positions. And the hidden states 'shown' and 'sought' (n, text_hidden).
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -496,13 +533,8 @@ def decode(
             t.unsqueeze(3).expand(n, length, kv_heads, heads // kv_heads, size).flatten(2, 3).transpose(1, 2)
             for t in (k, v)
         )
-        if looks is not None and looked is not None and (i == FINDING or i in LOOKING):
-            targets = _targets(looks, i, heads)
-            looked.append(_surprise(q.transpose(1, 2), k, looks, targets, spec.attention_multiplier))
-        if links is not None and linked is not None and i in LINKING:
-            head = slice(LINKING[i], LINKING[i] + 1)
-            asked = q.transpose(1, 2)[:, head]
-            linked.append(_surprise(asked, k[:, head], links, links[:, 2:], spec.attention_multiplier))
+        if lessons is not None and taught is not None:
+            _teach(lessons, taught, i, y, q.transpose(1, 2), k, spec.attention_multiplier)
         y = kernels.attention(q.transpose(1, 2), k, v, True, spec.attention_multiplier)
         y = linear(y.transpose(1, 2).reshape(n, length, width), weights[at + "self_attn.o_proj.weight"])
         x = kernels.scaled_add(x, y, spec.residual_multiplier)
@@ -513,32 +545,57 @@ def decode(
     return kernels.rms_norm(x, weights[TEXT + "norm.weight"], spec.rms_norm_eps)
 
 
-def _targets(looks: torch.Tensor, layer: int, heads: int) -> torch.Tensor:
-    """Where each head of a layer should look, (m, heads); 0 for nowhere."""
+def _teach(
+    lessons: Batch, taught: Tensors, layer: int, hidden: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float
+) -> None:
+    """What a layer made of its lessons; `hidden` is its normed input."""
     import torch
 
-    _, _, target, slot, last_target, last_slot = looks.unbind(1)
-    patch = torch.arange(heads)
-    if layer == FINDING:
-        return torch.where(last_slot[:, None] // 2 == patch, last_target[:, None], 0)
-    return torch.where(slot[:, None] == 2 * patch + LOOKING.index(layer), target[:, None], 0)
+    if layer == 0:
+        asked = torch.cat((lessons.looks[:, :2], lessons.lessons["find"].queries))
+        asked = asked[asked[:, 0].argsort(stable=True)]
+        if len(asked):
+            shares = log_shares(q[:, :HISTORY], k[:, :HISTORY], asked, scale)
+            before = asked[:, 1:] - torch.arange(1, HISTORY + 1)
+            taught["history"] = -shares.gather(2, before[:, :, None])[..., 0]
+    for name, (at, head) in TAUGHT_HEADS.items():
+        lesson = lessons.lessons[name]
+        if at == layer and len(lesson.queries):
+            one = slice(head, head + 1)
+            shares = log_shares(q[:, one], k[:, one], lesson.queries, scale)[:, 0]
+            of_pairs = -shares[lesson.pairs[:, 0], lesson.pairs[:, 1]] * lesson.shares
+            taught[name] = of_pairs.new_zeros(len(lesson.queries)).index_add(0, lesson.pairs[:, 0], of_pairs)
+    if layer == LOOKING and len(lessons.looks):
+        row, position, target, slot = lessons.looks.unbind(1)
+        wanted = torch.where(slot[:, None] == torch.arange(q.shape[1]), target[:, None], 0)
+        shares = log_shares(q, k, lessons.looks[:, :2], scale)
+        taught["looks"] = -shares.gather(2, wanted[:, :, None])[..., 0]
+        looks = torch.zeros_like(lessons.labels, dtype=torch.bool)
+        looks[row, position] = True
+        others = ((lessons.labels >= 0) & ~looks).nonzero()
+        if len(others):
+            taught["nowhere"] = -log_shares(q, k, others, scale)[..., 0]
+    for name, at in (("shown", SHOWN), ("sought", SOUGHT)):
+        where = getattr(lessons, name)
+        if at == layer and len(where):
+            taught[name] = hidden[where[:, 0], where[:, 1]]
 
 
-def _surprise(
-    q: torch.Tensor, k: torch.Tensor, looks: torch.Tensor, targets: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """-log of the attention that each head gives to its target, (m, heads); the looks of a row stand together."""
+def log_shares(q: torch.Tensor, k: torch.Tensor, queries: torch.Tensor, scale: float) -> torch.Tensor:
+    """Logarithms of causal attention, (queries, heads, positions); q, k (n, heads, positions, size).
+
+    `queries` are (row, position); those of a row stand together.
+    """
     import torch
 
-    row, position = looks[:, 0], looks[:, 1]
+    row, position = queries.unbind(1)
     n, heads, length, size = q.shape
     counts = torch.bincount(row, minlength=n)
     place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # among its row's own
     asked = q.new_zeros(n, int(counts.max()), heads, size).index_put((row, place), q[row, :, position])
     scores = (asked.transpose(1, 2) @ k.mT)[row, :, place].float() * scale
     later = torch.arange(length) > position[:, None]
-    shares = torch.log_softmax(scores.masked_fill(later[:, None], -torch.inf), dim=-1)
-    return -shares.gather(2, targets[:, :, None])[..., 0]
+    return torch.log_softmax(scores.masked_fill(later[:, None], -torch.inf), dim=-1)
 
 
 def logits(weights: Tensors, hidden: torch.Tensor, spec: CheckpointSpec) -> torch.Tensor:

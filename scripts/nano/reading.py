@@ -1,16 +1,29 @@
-"""Where on a page the letters of an answer stand, and what leads the eye from one text of the page to the next."""
+"""How a page is read: where its glyphs are on the model's grid, which text stands where, and the way to each letter.
+
+A text's address is its line on the page and its place in that line. An answer's next letter is the glyph at the
+address that comes next, behind the letters that were written last: that is what the decoder's heads are taught.
+"""
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from checkpoint_spec import CheckpointSpec
     from documents import Document
-    from truth import Form
+    from truth import Form, Table
+
+FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
+EDGE = N_CODES + 1  # for a glyph before, when it is in another tile
+N_CLASSES = N_CODES + 2
+N_SLOTS = 4  # of an image token: the first glyph of its left and right half, then the second ones
+MOST_LINES, MOST_PLACES = 16, 8  # addresses beyond are cut off
 
 
 @dataclass(frozen=True)
@@ -36,28 +49,134 @@ def texts_of(document: Document) -> list[Text]:
     return [Text(start, end - 1, page[start:end]) for start, end in zip(starts, [*starts[1:], len(page)], strict=True)]
 
 
+# --- the page on the model's grid ---
+
+
+@dataclass(frozen=True)
+class Page:
+    """A document as the model sees it. Arrays are one entry a glyph; -1 where the model has no place for it.
+
+    `x`, `y` are pixels of the tiled picture, `token` counts the picture's image tokens from 0, `slot` is the place in
+    that token; `address` is (line, place in it) of every text.
+    """
+
+    texts: list[Text]
+    text_of: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    token: np.ndarray
+    slot: np.ndarray
+    address: list[tuple[int, int]]
+
+
+def page_of(document: Document, spec: CheckpointSpec) -> Page:
+    """Where everything is."""
+    import numpy as np
+    from model import tiling, tokens_side
+
+    from granite4v.clip_projector.tiles import best_resolution, fit_size, layout
+
+    size = document.picture.size
+    resolution = best_resolution(size, tiling(spec).image_grid_pinpoints)
+    fitted = fit_size(size, resolution)
+    where = layout(size, tiling(spec), tokens_side(spec))
+    x = document.glyphs.x * (fitted[0] / size[0]) + (resolution[1] - fitted[0]) // 2
+    y = document.glyphs.y * (fitted[1] / size[1]) + (resolution[0] - fitted[1]) // 2
+    texts = texts_of(document)
+    text_of = np.repeat(np.arange(len(texts)), [text.last - text.first + 1 for text in texts])
+    address = addresses([(x[text.first], float(np.mean(y[text.first : text.last + 1]))) for text in texts])
+
+    px = 2 * spec.patch_px
+    column, row = (x // px).astype(int), (y // px).astype(int)
+    slot = np.full(len(x), -1)
+    halves: dict[tuple[int, int, int], list[int]] = {}
+    for i in np.argsort(x, kind="stable").tolist():
+        halves.setdefault((int(row[i]), int(column[i]), int(x[i] % px >= px / 2)), []).append(i)
+    for (_, _, half), here in halves.items():
+        lines = [address[text_of[i]][0] for i in here]
+        here = [i for i, line in zip(here, lines, strict=True) if line == min(lines)]
+        for number, i in ((0, here[0]), (1, here[-1]))[: len(here)]:
+            slot[i] = half + 2 * number
+    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right)
+    token = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
+    token = np.where(inside & (slot >= 0), token, -1)
+    return Page(texts, text_of, x, y, token, np.where(token >= 0, slot, -1), address)
+
+
+LINE_PX = 7.0  # texts whose middles are no farther apart stand in one line
+
+
+def addresses(places: list[tuple[float, float]]) -> list[tuple[int, int]]:
+    """(line, place in it) of texts that begin at x and stand at y, in pixels."""
+    out = [(0, 0)] * len(places)
+    lines: list[list[int]] = []
+    for i in sorted(range(len(places)), key=lambda i: places[i][1]):
+        if not lines or places[i][1] - places[lines[-1][-1]][1] > LINE_PX:
+            lines.append([])
+        lines[-1].append(i)
+    for line, here in enumerate(lines):
+        for place, i in enumerate(sorted(here, key=lambda i: places[i][0])):
+            out[i] = (min(line, MOST_LINES - 1), min(place, MOST_PLACES - 1))
+    return out
+
+
+# --- what stands in an answer ---
+
 # what an answer says one after the other: a position in it, and the text there
 Told = list[tuple[int, Text]]
 
 
-def told(document: Document, answer: str) -> tuple[Told, dict[int, int]]:
-    """The values of a form, or the labels and values of a chart's rows, as far as the answer tells them.
-
-    With them, by first glyph: which glyph leads to a text, where that is not the one that was written last. A value is
-    found by its label, a chart's label by the label before.
-    """
+def told(document: Document, answer: str) -> tuple[Told, dict[int, Text]]:
+    """The texts of the page that an answer tells, and for a form's values their labels, by first glyph."""
     from truth import Chart, Form
 
+    texts = texts_of(document)
     if isinstance(document.truth, Form):
-        return _told_fields(document.truth, texts_of(document), answer)
+        if document.kind == "form":
+            return _told_fields(document.truth, texts, answer)
+        return _in_order(texts, answer, ("{}",)), {}  # lines to be copied
     if isinstance(document.truth, Chart):
-        return _told_rows(chart_rows(document), answer)
-    return [], {}
+        rows = chart_rows(document)
+        if not rows or answer.count("\n") != len(rows):  # no CSV
+            return [], {}
+        head = answer.find("\n")
+        named = [text for text in texts if text.letters in answer[:head].replace(" ", "").split(",")]
+        named.sort(key=lambda text: answer[:head].replace(" ", "").find(text.letters))
+        return _in_order(named, answer[:head], ("{}",)) + _in_order(
+            [t for row in rows for t in row], answer, ("{}",), head
+        ), {}
+    return _told_cells(document.truth, texts, answer), {}
 
 
-def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict[int, int]]:
+def _in_order(texts: list[Text], answer: str, frames: tuple[str, ...], at: int = 0) -> Told:
+    """Texts one after the other, each within a frame; those that are spelled otherwise are left out."""
     found: Told = []
-    led: dict[int, int] = {}
+    for text in texts:
+        letters = " ?".join(map(re.escape, text.letters))
+        places = [re.compile(frame.replace("{}", f"({letters})")).search(answer, at) for frame in frames]
+        place = min((one for one in places if one), key=lambda one: one.start(), default=None)
+        if place is not None:
+            found.append((place.start(1), text))
+            at = place.end(1)
+    return found
+
+
+def _told_cells(table: Table, texts: list[Text], answer: str) -> Told:
+    cells = [cell for cell in table.cells if cell.text]
+    if len(cells) != len(texts):
+        return []
+    if answer.startswith("<otsl>"):
+        return _in_order(texts, answer, (">{}<",))
+    if answer.startswith("<table>"):
+        return _in_order(
+            [text for text in texts if html.escape(text.letters, quote=False) == text.letters], answer, (">{}</",)
+        )
+    return _in_order(texts, answer, ('"content": "{}"',))
+
+
+def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict[int, Text]]:
+    found: Told = []
+    led: dict[int, Text] = {}
     is_json = answer.startswith("{")
     for name, value in form.fields:
         if not value or (not is_json and (found or answer != value)):
@@ -68,31 +187,13 @@ def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict
                 start = f'"{name}": "'
                 at = answer.find(start + json.dumps(value)[1:-1]) + len(start) if is_json else 0
                 found.append((at, text))
-                led[text.first] = label.last_but_colon
+                led[text.first] = label
                 break
     return found, led
 
 
-def _told_rows(rows: list[list[Text]], answer: str) -> tuple[Told, dict[int, int]]:
-    if not rows or answer.count("\n") != len(rows):  # no CSV
-        return [], {}
-    found: Told = []
-    led: dict[int, int] = {}
-    at = answer.find("\n")
-    for row in rows:
-        for text in row:
-            place = re.compile(" ?".join(map(re.escape, text.letters))).search(answer, at)
-            if place is None:
-                return [], {}
-            found.append((place.start(), text))
-            at = place.end()
-    for one, other in itertools.pairwise(rows):
-        led[other[0].first] = one[0].last
-    return found, led
-
-
 def chart_rows(document: Document) -> list[list[Text]]:
-    """Label and values of each row of a bar or line chart; none of a pie chart, whose label and value are one text."""
+    """Label and values of each row of a chart."""
     from truth import Chart
 
     chart = document.truth
@@ -100,70 +201,110 @@ def chart_rows(document: Document) -> list[list[Text]]:
     texts, rows = texts_of(document), []
     for label, values in zip(chart.labels, chart.values, strict=True):
         wanted = [text.replace(" ", "") for text in (label, *values)]
-        n = len(values)
-        for i, text in enumerate(texts):
-            if text.letters == wanted[0]:
-                around = (texts[max(0, i - n) : i], texts[i + 1 : i + 1 + n])
-                row = next((part for part in around if [value.letters for value in part] == wanted[1:]), None)
-                if row is not None:
-                    rows.append([text, *row])
-                    break
+        n = len(wanted)
+        for i in range(len(texts) - n + 1):
+            if [text.letters for text in texts[i : i + n]] == wanted:
+                rows.append(texts[i : i + n])
+                break
     return rows if len(rows) == len(chart.labels) else []
 
 
-def glyphs_of_answer(document: Document, answer: str, known: Told) -> list[tuple[int, int]]:
-    """(character of the answer, glyph of the page) wherever a word of the answer stands on the page.
+# --- what the heads are taught ---
 
-    What is not `known`, by `told`, is looked for: a word that stands there more than once is taken to be the next one
-    after the last that was found.
+
+@dataclass
+class Lesson:
+    """Positions in a conversation, and what a head should attend to there: every target alike."""
+
+    queries: list[int] = field(default_factory=list)
+    targets: list[list[int]] = field(default_factory=list)
+
+    def add(self, query: int, targets: list[int]) -> None:
+        self.queries.append(query)
+        self.targets.append(targets)
+
+
+@dataclass
+class Lessons:
+    """`places` and `lines` count, at image tokens and in the answer, the texts of a line so far and the lines so far;
+    `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot) of
+    the next glyph, between texts the first one of the next. `shown`, `sought`: (position, line, place) of image tokens,
+    and of what an answer's position looks for.
     """
-    found = [] if known and answer.startswith("{") else _searched(document, answer[: known[0][0]] if known else answer)
-    for at, text in known:
-        for i in range(text.first, text.last + 1):
-            at += int(answer[at] == " ")
-            found.append((at, i))
-            at += 1
-    return found
+
+    places: Lesson = field(default_factory=Lesson)
+    lines: Lesson = field(default_factory=Lesson)
+    find: Lesson = field(default_factory=Lesson)
+    carry: Lesson = field(default_factory=Lesson)
+    looks: list[tuple[int, int, int]] = field(default_factory=list)
+    shown: list[tuple[int, int, int]] = field(default_factory=list)
+    sought: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def _searched(document: Document, answer: str) -> list[tuple[int, int]]:
-    page = "".join(map(chr, document.glyphs.code.tolist()))
-    found, after = [], 0
-    words = []
-    for word in re.finditer(r"[^\s<>\"|]+", answer):
-        if word.group() in page:
-            words.append((word.start(), word.group()))
-        else:
-            words += [(word.start() + part.start(), part.group()) for part in re.finditer("[^,]+", word.group())]
-    for start, text in words:
-        at = page.find(text, after)
-        at = at if at >= 0 else page.find(text)
-        if (len(text) > 1 and at >= 0) or at == after:
-            found += [(start + i, at + i) for i in range(len(text))]
-            after = at + len(text)
-    return found
+def image_lessons(page: Page, image_at: int, lessons: Lessons) -> None:
+    """What the image tokens should find out: their address, by counting."""
+    at = {}  # image token: its text, the one that begins there where there are two
+    for text in range(len(page.texts)):
+        for glyph in range(page.texts[text].first, page.texts[text].last + 1):
+            if page.token[glyph] >= 0:
+                at.setdefault(int(page.token[glyph]), text)
+    begins = {
+        page.address[i]: int(page.token[text.first]) for i, text in enumerate(page.texts) if page.token[text.first] >= 0
+    }
+    for token, text in sorted(at.items()):
+        line, place = page.address[text]
+        lessons.shown.append((image_at + token, line, place))
+        before = [begins[line, k] for k in range(place + 1) if (line, k) in begins and begins[line, k] <= token]
+        above = [begins[k, 0] for k in range(line + 1) if (k, 0) in begins and begins[k, 0] <= token]
+        lessons.places.add(image_at + token, [0, *(image_at + k for k in before)])
+        lessons.lines.add(image_at + token, [0, *(image_at + k for k in above)])
 
 
-def links_of(document: Document, shown: list[int]) -> list[tuple[int, int]]:
-    """Pairs of image tokens, of `shown`, the one further down or right first: where one text ends and the next begins.
-
-    Of a chart: from each label to its values and to the next label. Of all else: in the order in which texts were
-    drawn, where that goes down or right.
-    """
-    from truth import Chart
-
-    links = []
-    rows = chart_rows(document) if isinstance(document.truth, Chart) else []
-    if rows:
-        ways = [pair for row in rows for pair in itertools.pairwise(row)]
-        ways += [(one[0], other[0]) for one, other in itertools.pairwise(rows)]
-        for one, other in ways:
-            end, start = shown[one.last_but_colon], shown[other.first]
-            if min(end, start) >= 0 and end != start:
-                links.append((max(end, start), min(end, start)))
-        return list(dict(links).items())  # a head has one place to look at
-    for one, other in itertools.pairwise(texts_of(document)):
-        end, start = shown[one.last_but_colon], shown[other.first]
-        if 0 <= end < start:
-            links.append((start, end))
-    return links
+def answer_lessons(
+    document: Document, answer: str, page: Page, token_of_char: dict[int, int], image_at: int, lessons: Lessons
+) -> None:
+    """What an answer's positions should do; `token_of_char` are positions of the answer's letters."""
+    found, labels = told(document, answer)
+    text_at = {text.first: i for i, text in enumerate(page.texts)}
+    order = [page.address[text_at[text.first]] for _, text in found]
+    in_order = all(one < other for one, other in itertools.pairwise(order)) and not labels
+    anchors: dict[tuple[int, int], int] = {}
+    last = -1  # position of the letter that was written last
+    for (at, text), address in zip(found, order, strict=True):
+        chars = [at + i for i, char in enumerate(answer[at : at + 2 * len(text.letters)]) if char != " "]
+        chars = chars[: len(text.letters)]
+        if chars[0] not in token_of_char:
+            continue
+        anchor = token_of_char[chars[0]] - 1
+        anchors[address] = anchor
+        before = [anchors[address[0], k] for k in range(address[1] + 1) if (address[0], k) in anchors]
+        leaders = {line: position for (line, _), position in reversed(anchors.items())}
+        label = labels.get(text.first)
+        if label is not None:
+            end = int(page.token[label.last_but_colon])
+            if end >= 0:
+                for position in (anchor - 1, anchor):
+                    lessons.find.add(position, [image_at + end])
+        elif last >= 0 and page.token[text.first] >= 0:
+            for query in range(last, anchor):  # what stands between two texts depends on where the next one is
+                lessons.looks.append((query, image_at + int(page.token[text.first]), int(page.slot[text.first])))
+                lessons.sought.append((query, *address))
+        for char, glyph in zip(chars, range(text.first, text.last + 1), strict=False):
+            if char not in token_of_char or page.token[glyph] < 0:
+                continue
+            position = token_of_char[char] - 1
+            last = position + 1
+            spaced = answer[char - 1] == " " and char > chars[0]
+            for query in (position - 1, position) if spaced else (position,):
+                lessons.looks.append((query, image_at + int(page.token[glyph]), int(page.slot[glyph])))
+                lessons.sought.append((query, *address))
+                if in_order:
+                    lessons.places.add(query, [0, *before])
+                    lessons.lines.add(query, [0, *leaders.values()])
+                if label is not None:
+                    lessons.carry.add(query, [anchor])
+    if labels and answer.startswith("{"):
+        for absent in re.finditer('"(\\w+)": null', answer):
+            last = absent.end(1) - 1
+            if last in token_of_char:
+                lessons.find.add(token_of_char[last], [0])

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, Lesson, Lessons
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -13,22 +15,24 @@ if TYPE_CHECKING:
     import torch
     from checkpoint_spec import CheckpointSpec
     from documents import Document
+    from reading import Page
 
-N_SLOTS = 2  # glyphs that a patch can hold
-# What is known of a patch: its glyphs, the two before the first one in the same text, the first one's gap, and the
-# glyph after the last one in the same text.
-FIRST, SECOND, BEFORE, TWO_BEFORE, GAP, AFTER = range(6)
-N_MARKS = 6
-QUICK = 3  # answer tokens: a sign between two words makes the model look at the second one already
-FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
+# What is known of a patch: its first and second glyph, the two before the first one in the same text, what is between,
+# and whether a text ends there.
+PATCH_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 4, 2)
+# What the stream of a slot tells of an image token: the glyph, the two before it in its text, what is between.
+SLOT_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, 4)
+# What the first stream tells of it: whether a text begins and whether one ends there, the last four glyphs of the text
+# that ends, row and column of the token in its tile, and where in the token the line's middle is.
+PLACE_CLASSES = (2, 2, N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 9, 9, 5)
+N_TOKEN_MARKS = N_SLOTS * len(SLOT_CLASSES) + len(PLACE_CLASSES)
+UNKNOWN = 255
 IGNORE = -100
 LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
-
-
-# (position of an answer's token, of the image token that shows it, slot there, and the same two of the glyph written
-# before it, slot -1 when there is none)
-Look = tuple[int, int, int, int, int]
-Link = tuple[int, int]  # positions of the image token where a text begins, and of the one where the text before it ends
+LESSONS = {"places": "places", "lines": "lines", "far_lines": "lines", "find": "find", "carry": "carry"}
+# How many texts position 0 weighs where texts are counted: the share that is left to it tells their number, best where
+# they are about as many.
+SINK_WEIGHT = {"places": 2.0, "lines": 2.5, "far_lines": 10.0}
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,19 @@ class Sample:
     tiles: np.ndarray | None  # uint8 (n_tiles, px, px, 3)
     image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
     image_at: int
-    glyphs: np.ndarray | None  # uint8 (n_tiles, patches, N_MARKS), 255 where nothing can be said
-    looks: list[Look]
-    links: list[Link]
+    patches: np.ndarray | None  # uint8 (n_tiles, patches, len(PATCH_CLASSES)), UNKNOWN where nothing can be said
+    marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots, then the place
+    lessons: Lessons | None
     kind: str
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A lesson of a batch: `queries` (m, 2) are (row, position); `pairs` (p, 2) are (query, attended position)."""
+
+    queries: torch.Tensor
+    pairs: torch.Tensor
+    shares: torch.Tensor  # (p,), that sum to one over a query's pairs
 
 
 @dataclass(frozen=True)
@@ -55,9 +68,12 @@ class Batch:
     tiles: torch.Tensor | None
     rows: torch.Tensor | None
     positions: torch.Tensor | None
-    glyphs: torch.Tensor | None
-    looks: torch.Tensor  # (n, 6): row, position before an answer's token, and the rest of a `Look`
-    links: torch.Tensor  # (n, 3): row and a `Link`
+    patches: torch.Tensor | None
+    marks: torch.Tensor | None
+    lessons: dict[str, Taught]
+    looks: torch.Tensor  # (n, 4): row, position, image token's position, slot
+    shown: torch.Tensor  # (n, 4): row, position, line, place
+    sought: torch.Tensor  # (n, 4)
     kinds: list[str]
 
 
@@ -103,7 +119,7 @@ def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
         tokens = prompter.prompt(question, image=False)
         start = len(tokens)
         tokens = tokens + prompter.encode(answer)
-    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, [], [], "text")
+    return Sample([*tokens, prompter.end_id], start, None, None, 0, None, None, None, "text")
 
 
 def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
@@ -134,7 +150,7 @@ def _with_picture(
     document: Document, task: str, question: str, answer: str, prompter: Prompter, spec: CheckpointSpec
 ) -> Sample:
     from model import tiling, token_index
-    from reading import glyphs_of_answer, links_of, told
+    from reading import answer_lessons, image_lessons, page_of
 
     from granite4v.clip_projector.tiles import cut
 
@@ -144,55 +160,12 @@ def _with_picture(
     prompt[at : at + 1] = [prompter.image_id] * len(rows)
     encoded = prompter.tokenizer.encode(answer, add_special_tokens=False)
     tokens = [*prompt, *encoded.ids, prompter.end_id]
-    tiles = cut(document.picture, tiling(spec))
-    shown, slot = image_token_of_glyphs(document, spec)
-    token_of_char = {start: i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
-    looks: list[Look] = []
-    last, before = 0, (0, -1)
-    known, led = told(document, answer)
-    for char, glyph in glyphs_of_answer(document, answer, known):
-        if char in token_of_char and shown[glyph] >= 0:
-            token, here = token_of_char[char], (at + int(shown[glyph]), int(slot[glyph]))
-            first = last + 1 if looks and token - last <= QUICK + 1 else token
-            leading = led.get(glyph)
-            if leading is not None and shown[leading] >= 0:
-                before = (at + int(shown[leading]), int(slot[leading]))
-                first = max(last + 1 if looks else 0, token - 1)  # from the sign between a key and its value
-            looks += [(len(prompt) + i, *here, *before) for i in range(first, token + 1)]
-            last, before = token, here
-    links = [(at + first, at + last) for first, last in links_of(document, shown.tolist())]
-    return Sample(tokens, len(prompt), tiles, rows, at, glyph_labels(document, spec), looks, links, task)
-
-
-def image_token_of_glyphs(document: Document, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:
-    """For each glyph the image token, counted from the picture's first, that stands for its centre, and its slot there.
-
-    Slots go through the token's patches, two a patch. The token is -1 where the square was taken off with the padding,
-    or a patch has no slot for the glyph.
-    """
-    import numpy as np
-    from model import tiling, tokens_side
-
-    from granite4v.clip_projector.tiles import best_resolution, fit_size, layout
-
-    width, height = document.picture.size
-    resolution = best_resolution((width, height), tiling(spec).image_grid_pinpoints)
-    fitted = fit_size((width, height), resolution)
-    where = layout((width, height), tiling(spec), tokens_side(spec))
-    x = document.glyphs.x * (fitted[0] / width) + (resolution[1] - fitted[0]) // 2
-    y = document.glyphs.y * (fitted[1] / height) + (resolution[0] - fitted[1]) // 2
-    column, row = (x // spec.patch_px).astype(int), (y // spec.patch_px).astype(int)
-    slot = np.full(len(x), -1)
-    in_patch: dict[tuple[int, int], list[int]] = {}
-    for i in np.argsort(document.glyphs.x, kind="stable").tolist():
-        in_patch.setdefault((int(row[i]), int(column[i])), []).append(i)
-    for (down, right), here in in_patch.items():
-        for number, i in ((0, here[0]), (1, here[-1]))[: len(here)]:
-            slot[i] = (down % 2 * 2 + right % 2) * N_SLOTS + number
-    column, row = column // 2, row // 2
-    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right) & (slot >= 0)
-    at = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
-    return np.where(inside, at, -1), slot
+    page, lessons = page_of(document, spec), Lessons()
+    letters = {start: len(prompt) + i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
+    image_lessons(page, at, lessons)
+    answer_lessons(document, answer, page, letters, at, lessons)
+    patches, marks = marks_of(document, page, spec)
+    return Sample(tokens, len(prompt), cut(document.picture, tiling(spec)), rows, at, patches, marks, lessons, task)
 
 
 def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, level: float) -> Sample:
@@ -204,9 +177,9 @@ def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, l
     from truth import Form
 
     finer = rng.choice((1, 2))
-    size = rng.uniform(11.0, 12.0 + 3 * level)
+    size = rng.uniform(16.0, 18.0 + 3 * level)
     face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
-    width = spec.tile_px * rng.choice((1, 1, 2, 2, 3))
+    width = spec.tile_px * rng.choice((2, 2, 3))
     lines: list[str] = []
     for _ in range(rng.randint(1, 2 + round(4 * level))):
         line = ""
@@ -218,7 +191,7 @@ def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, l
         while face.width(line) / finer > width - 8:
             line = line[:-1].rstrip()
         lines.append(line)
-    pitch = size * rng.uniform(1.15, 1.6)
+    pitch = size * rng.uniform(1.45, 1.9)
     height = max(24, round(len(lines) * pitch + rng.uniform(4, 14)))
     sheet = drawing.Sheet()
     top, indent = rng.uniform(0, max(0.0, height - len(lines) * pitch)), rng.uniform(2, 6)
@@ -237,6 +210,7 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
     import values
     from documents import Document
     from model import tiling
+    from reading import page_of
     from truth import Form
 
     from granite4v.clip_projector.tiles import cut
@@ -249,80 +223,84 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
         paper, ink = ink, paper
     sheet, y = drawing.Sheet(), rng.uniform(2, 14)
     while y < height:
-        size = rng.uniform(9.5, 20.0) if rng.random() < 0.3 else rng.uniform(10.5, 15.0)
+        size = rng.uniform(14.0, 25.0) if rng.random() < 0.3 else rng.uniform(15.0, 20.0)
         face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
         x = rng.uniform(-4, 12)
         while x < width:
             text = values.cell_text(rng, values.column_kind(rng))
-            if rng.random() < 0.15:
+            if rng.random() < 0.08:
                 text = "".join(chr(rng.randrange(FIRST_CODE, FIRST_CODE + N_CODES)) for _ in range(rng.randint(1, 8)))
             sheet.text(x * finer, (y + size / 2) * finer, text, face, ink)
-            x += face.width(text) / finer + rng.uniform(0.3, 2.0) * size
-        y += size * rng.uniform(1.05, 1.7)
+            x += face.width(text) / finer + rng.uniform(0.75, 2.2) * size
+        y += size * rng.uniform(1.25, 1.8)
     picture, glyphs = sheet.render(width * finer, height * finer, 0, 0, paper)
     if finer > 1:
         picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
     if rng.random() < 0.5:
         picture, glyphs = drawing.photographed(rng, picture, glyphs, paper, 4.0, 1.0)
     document = Document("letters", picture, Form("", ()), glyphs, "", 0)
-    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, glyph_labels(document, spec)[1:], [], [], LETTERS)
+    patches, marks = marks_of(document, page_of(document, spec), spec)
+    return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, patches[1:], marks[1:], None, LETTERS)
 
 
-def glyph_labels(document: Document, spec: CheckpointSpec) -> np.ndarray:
-    """What there is to know of each patch, uint8 (n_tiles, patches, N_MARKS); 0 for none.
+def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:
+    """What there is to know of each patch, (n_tiles, patches, ..), and of each image token, (n_tiles, tokens, ..).
 
-    Which glyphs have their centre there, left to right; what is before the first and after the last in their texts.
-
-    The overview is left out (255) unless it shows the picture at 70% to 150% of its size both ways.
+    The overview has nothing but places: what is small and squeezed is not to be read.
     """
     import numpy as np
     from drawing import ENDING, START
-    from model import grid_side, tiling
+    from model import grid_side, tiling, tokens_side
 
-    from granite4v.clip_projector.tiles import best_resolution, fit_size
+    from granite4v.clip_projector.tiles import best_resolution
 
-    side, px, patch = grid_side(spec), spec.tile_px, spec.patch_px
-    width, height = document.picture.size
-    grid_height, grid_width = best_resolution((width, height), tiling(spec).image_grid_pinpoints)
-    fitted = fit_size((width, height), (grid_height, grid_width))
-    columns = grid_width // px
-    n_tiles = 1 + columns * (grid_height // px)
-    out = np.zeros((n_tiles, side * side, N_MARKS), dtype=np.uint8)
-    code, gap = document.glyphs.code - FIRST_CODE + 1, document.glyphs.gap
-    starts = np.isin(gap, (START, START + ENDING))
+    side, tokens, px, patch = grid_side(spec), tokens_side(spec), spec.tile_px, spec.patch_px
+    height, width = best_resolution(document.picture.size, tiling(spec).image_grid_pinpoints)
+    columns = width // px
+    n_tiles = 1 + columns * (height // px)
+    patches = np.zeros((n_tiles, side, side, len(PATCH_CLASSES)), dtype=np.uint8)
+    marks = np.zeros((n_tiles, tokens, tokens, N_TOKEN_MARKS), dtype=np.uint8)
+    place = N_SLOTS * len(SLOT_CLASSES)
+    marks[..., place + 6] = np.arange(1, tokens + 1)[:, None]
+    marks[..., place + 7] = np.arange(1, tokens + 1)
+
+    code, gap = document.glyphs.code - FIRST_CODE + 1, document.glyphs.gap.astype(int)
     code = np.where((code >= 1) & (code <= N_CODES), code, 0)
-    before = np.where(starts, 0, np.roll(code, 1))
-    two_before = np.where(starts | np.roll(starts, 1), 0, np.roll(code, 2))
-    after = np.where(gap > ENDING, 0, np.roll(code, -1))
-    order = np.argsort(document.glyphs.x, kind="stable")
+    tile_x, tile_y = page.x // px, page.y // px
+    before = []
+    seen = np.isin(gap, (START, START + ENDING))  # whether the text begins before
+    cut_off = np.zeros(len(code), dtype=bool)
+    for steps in (1, 2, 3):
+        cut_off = cut_off | (np.roll(tile_x, steps) != tile_x) | (np.roll(tile_y, steps) != tile_y)
+        before.append(np.where(seen, 0, np.where(cut_off, EDGE, np.roll(code, steps))))
+        seen = seen | np.roll(np.isin(gap, (START, START + ENDING)), steps)
+    ends = np.zeros(len(code), dtype=bool)
+    ends[[text.last_but_colon for text in page.texts]] = True
+    starts = np.isin(gap, (START, START + ENDING))
+    kind = gap - ENDING * (gap > ENDING)
 
-    def place(first: int, scale: tuple[float, float], offset: tuple[int, int], columns: int) -> None:
-        x = document.glyphs.x * scale[0] + offset[0]
-        y = document.glyphs.y * scale[1] + offset[1]
-        for i in order:
-            if not code[i]:
-                continue
-            tile = first + int(y[i] // px) * columns + int(x[i] // px)
-            row = int(y[i] % px // patch) * side + int(x[i] % px // patch)
-            if 0 <= x[i] < columns * px and first <= tile < n_tiles:
-                marks = out[tile, row]
-                marks[AFTER] = after[i]
-                if marks[FIRST]:
-                    marks[SECOND] = code[i]
-                else:
-                    marks[[FIRST, BEFORE, TWO_BEFORE, GAP]] = code[i], before[i], two_before[i], gap[i]
-
-    place(
-        1,
-        (fitted[0] / width, fitted[1] / height),
-        ((grid_width - fitted[0]) // 2, (grid_height - fitted[1]) // 2),
-        columns,
-    )
-    if all(0.7 <= px / side <= 1.5 for side in (width, height)):
-        place(0, (px / width, px / height), (0, 0), 1)
-    else:
-        out[0] = 255
-    return out
+    inside = (page.x >= 0) & (page.x < width) & (page.y >= 0) & (page.y < height) & (code > 0)
+    for i in np.argsort(page.x, kind="stable").tolist():
+        if not inside[i]:
+            continue
+        tile = 1 + int(tile_y[i]) * columns + int(tile_x[i])
+        x, y = page.x[i] % px, page.y[i] % px
+        here = patches[tile, int(y // patch), int(x // patch)]
+        here[5] |= ends[i]
+        if here[0]:
+            here[1] = code[i]
+        else:
+            here[:5] = code[i], 0, before[0][i], before[1][i], kind[i]
+        if page.slot[i] < 0:
+            continue
+        here = marks[tile, int(y // (2 * patch)), int(x // (2 * patch))]
+        first = int(page.slot[i]) * len(SLOT_CLASSES)
+        here[first : first + len(SLOT_CLASSES)] = code[i], before[0][i], before[1][i], kind[i]
+        here[place] |= starts[i]
+        here[place + 8] = 1 + int(y % (2 * patch) // (patch / 2))
+        if ends[i]:
+            here[place + 1 : place + 6] = 1, code[i], before[0][i], before[1][i], before[2][i]
+    return patches.reshape(n_tiles, side * side, -1), marks.reshape(n_tiles, tokens * tokens, -1)
 
 
 def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> Batch:
@@ -333,11 +311,9 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
 
     letters = [sample for sample in samples if sample.kind == LETTERS]
     samples = [sample for sample in samples if sample.kind != LETTERS]
-    length = max(len(sample.tokens) for sample in samples)
+    length = max((len(sample.tokens) for sample in samples), default=0)
     tokens = np.full((len(samples), length), prompter.pad_id, dtype=np.int64)
     labels = np.full((len(samples), length), IGNORE, dtype=np.int64)
-    looks = [(i, answer - 1, *shown) for i, sample in enumerate(samples) for answer, *shown in sample.looks]
-    links = [(i, *link) for i, sample in enumerate(samples) for link in sample.links]
     rows: list[Any] = []
     positions: list[Any] = []
     per_tile, first = tokens_side(spec) ** 2, 0
@@ -349,23 +325,45 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
             rows.append(np.where(sample.image_rows < 0, -1, sample.image_rows + first * per_tile))
             positions.append(i * length + sample.image_at + np.arange(len(sample.image_rows)))
             first += len(sample.tiles)
-    with_picture = [sample for sample in samples if sample.tiles is not None] + letters
-    kinds = [sample.kind for sample in samples]
-    if not rows:
-        none = torch.zeros(0, 6).long()
-        return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(labels), None, None, None, None, none, none[:, :3], kinds
-        )
+    pictures = [sample for sample in samples if sample.tiles is not None] + letters
+    taught = [(i, sample.lessons) for i, sample in enumerate(samples) if sample.lessons]
+
+    def joined(parts: list[Any]) -> torch.Tensor | None:
+        return torch.from_numpy(np.concatenate(parts)) if parts else None
+
+    def table(name: str) -> torch.Tensor:
+        of_all = [(i, *one) for i, lessons in taught for one in getattr(lessons, name)]
+        return torch.tensor(of_all, dtype=torch.int64).view(len(of_all), 4)
+
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
-        torch.from_numpy(np.concatenate([sample.tiles for sample in with_picture])),
-        torch.from_numpy(np.concatenate(rows)),
-        torch.from_numpy(np.concatenate(positions)),
-        torch.from_numpy(np.concatenate([sample.glyphs for sample in with_picture])),
-        torch.tensor(looks, dtype=torch.int64).view(-1, 6),
-        torch.tensor(links, dtype=torch.int64).view(-1, 3),
-        kinds,
+        joined([sample.tiles for sample in pictures]),
+        joined(rows),
+        joined(positions),
+        joined([sample.patches for sample in pictures]),
+        joined([sample.marks for sample in pictures]),
+        {name: _taught(name, [(i, getattr(lessons, of)) for i, lessons in taught]) for name, of in LESSONS.items()},
+        table("looks"),
+        table("shown"),
+        table("sought"),
+        [sample.kind for sample in samples],
+    )
+
+
+def _taught(name: str, lessons: list[tuple[int, Lesson]]) -> Taught:
+    import torch
+
+    queries = [(i, query) for i, lesson in lessons for query in lesson.queries]
+    targets = [targets for _, lesson in lessons for targets in lesson.targets]
+    pairs = [(i, target) for i, of_query in enumerate(targets) for target in of_query]
+    sink = SINK_WEIGHT.get(name, 1.0)
+    weights = [[sink if target == 0 else 1.0 for target in of_query] for of_query in targets]
+    shares = [weight / sum(of_query) for of_query in weights for weight in of_query]
+    return Taught(
+        torch.tensor(queries, dtype=torch.int64).view(-1, 2),
+        torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
+        torch.tensor(shares, dtype=torch.float32),
     )
 
 

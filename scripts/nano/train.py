@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Trains the nano model: a text-only base, an eye, and then, with the base frozen, reading.
+"""Trains the nano model: a text-only base, an eye, and, with the base frozen, the way over a page and reading.
 
     python scripts/nano/train.py base  RUN --minutes 25      # language model on text alone
-    python scripts/nano/train.py tower RUN --minutes 25      # tower and projectors on which glyph is where
-    python scripts/nano/train.py read  RUN --minutes 100 --processes 2
+    python scripts/nano/train.py tower RUN --minutes 65      # tower and projectors on which glyph is where
+    python scripts/nano/train.py way   RUN --minutes 40      # the adapter on perfect streams: where is the next glyph?
+    python scripts/nano/train.py read  RUN --minutes 45 --processes 2    # all of it on pictures
     python scripts/nano/train.py export RUN granite4v/nano
 
-`base` and `tower` do not need each other and can run at the same time, one core each. Every stage writes RUN/<stage>.pt
+`tower` needs neither `base` nor `way` and can run beside them, one core each. Every stage writes RUN/<stage>.pt
 again and again, appends its curve to RUN/<stage>.jsonl, and goes on from what is there when it is started again.
 `--device cuda` trains on a GPU. On a CPU, torch spends much time in page faults unless memory is kept: preload
 tcmalloc (LD_PRELOAD=libtcmalloc_minimal.so.4), or set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ high.
@@ -29,16 +30,30 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
-LOOK_WEIGHT = 0.6  # of the heads that are taught where to look
-IDLE_WEIGHT = 0.1  # of each of those that should look nowhere
-LINK_WEIGHT = 0.2  # of the heads that are taught which text is before which
+# How much each lesson counts beside the answer's own loss.
+LESSON_WEIGHTS = {
+    "history": 0.1,
+    "places": 1.0,
+    "lines": 0.5,
+    "far_lines": 0.5,
+    "find": 0.3,
+    "carry": 0.1,
+    "looks": 0.6,
+}
+LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
+IDLE_WEIGHT = 0.1  # of each head that should look nowhere
 FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 FREE_TOWER_STEPS = 4  # then it learns in one step of so many, for such a step takes twice the time
 ADAPTER_RATE = 2.0  # of the other matrices' learning rate
-N_LETTER_SHEETS = {"base": 0, "tower": 6, "read": 2}
-GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
+N_LETTER_SHEETS = {"base": 0, "tower": 4, "way": 0, "read": 2}
+GLYPH_WEIGHT = {"tower": 1.0, "read": 0.3}  # of the glyph classifiers' loss
+BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
+IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
+N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
+MISSED, BLUR = 0.01, 0.15  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
-HEADS = "heads."  # the glyph classifiers, needed in training only
+HEADS = "heads."  # the classifiers of glyphs and addresses, needed in training only
+WAY = ("model.image_newline", HEADS + "address")  # trained where the way is learned, not where the eye is
 
 
 def main() -> None:
@@ -63,7 +78,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["base", "tower", "read", "export"])
+    parser.add_argument("stage", choices=["base", "tower", "way", "read", "export"])
     parser.add_argument("run", type=Path, help="directory of the run's weights and curves")
     parser.add_argument("out", type=Path, nargs="?", help="export: the checkpoint directory to write")
     parser.add_argument("--minutes", type=float, default=20, help="length of the whole schedule")
@@ -95,20 +110,24 @@ class Trainer:
     def __init__(self, rank: int, options: argparse.Namespace) -> None:
         import torch
         from model import NANO, Kernels, initial
-        from samples import N_CODES, N_MARKS, Prompter
+        from reading import MOST_LINES, MOST_PLACES
+        from samples import N_SLOTS, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES, Prompter
 
         self.rank, self.options, self.stage = rank, options, options.stage
         self.spec, self.kernels, self.prompter = NANO, Kernels(not options.no_fuse), Prompter()
         self.text, self.vision, self.adapter = initial(self.spec, self.prompter.n_vocab, options.seed)
-        n_out = N_MARKS * (N_CODES + 1)
         generator = torch.Generator().manual_seed(options.seed + 1)
+        width = self.spec.text_hidden
+        sizes = {f"slot{i}": (sum(SLOT_CLASSES), width) for i in range(N_SLOTS)}
+        sizes |= {"place": (sum(PLACE_CLASSES), width), "address": (MOST_LINES + MOST_PLACES, width)}
+        sizes |= {"tower": (sum(PATCH_CLASSES), self.spec.vision_hidden)}
         self.heads = {
-            HEADS + name: torch.randn(n_out, width, generator=generator) / math.sqrt(width)
-            for name, width in (("tower", self.spec.vision_hidden), ("corner", self.spec.text_hidden))
+            HEADS + name: torch.randn(n_out, n_in, generator=generator) / math.sqrt(n_in)
+            for name, (n_out, n_in) in sizes.items()
         }
         self.minutes, self.step, saved = 0.0, 0, None
-        level = -0.5 if self.stage == "read" else 1.0  # below 0 there are only lines to copy
-        for stage in ("base", "tower", "read"):
+        level = -0.5 if self.stage == "way" else 1.0  # below 0 there are only lines to copy
+        for stage in ("base", "tower", "way", "read"):
             path = options.run / f"{stage}.pt"
             if path.exists():
                 content = torch.load(path, weights_only=True)
@@ -117,17 +136,21 @@ class Trainer:
                 if stage == self.stage:
                     self.minutes, self.step, saved = content["minutes"], content["step"], content["optimizers"]
                     level = content["level"]
-        trained = {
-            "base": [self.text],
-            "tower": [self.vision, self.heads],
-            "read": [self.vision, self.adapter, self.heads],
+        eye = {name: value for name, value in (self.vision | self.heads).items() if name not in WAY}
+        way = {name: value for name, value in (self.vision | self.heads).items() if name in WAY}
+        names = {
+            "base": self.text,
+            "tower": eye,
+            "way": {**self.adapter, **way},
+            "read": {**self.adapter, **way, **eye},
         }[self.stage]
         for group in (self.text, self.vision, self.adapter, self.heads):
             for name, value in group.items():
                 group[name] = value.to(options.device)
-        self.trained: Tensors = {name: value.requires_grad_(True) for group in trained for name, value in group.items()}
+        known = {**self.text, **self.vision, **self.adapter, **self.heads}
+        self.trained: Tensors = {name: known[name].requires_grad_(True) for name in names}
         self.optimizers = _optimizers(
-            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "read": 0.004}[self.stage]
+            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "way": 0.006, "read": 0.003}[self.stage]
         )
         if saved is not None:
             for optimizer, state in zip(self.optimizers, saved, strict=True):
@@ -144,11 +167,11 @@ class Trainer:
         """One sample of the stage's own kind, from seeds in the given range."""
         from samples import document_sample, lines_sample, text_sample
 
-        if self.stage == "base" or (self.stage == "read" and self.level > 0 and rng.random() < TEXT_SHARE):
+        if self.stage == "base" or (self.stage in ("way", "read") and self.level > 0 and rng.random() < TEXT_SHARE):
             return text_sample(rng, self.prompter)
         from documents import draw_document
 
-        if self.stage == "read" and (self.level <= 0 or rng.random() < 0.1 + 0.4 * (1 - self.level)):
+        if self.stage == "way" and (self.level <= 0 or rng.random() < 0.04 + 0.3 * (1 - self.level)):
             return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
         kind = rng.choices(["table", "chart", "form"], [50, 17, 33])[0]
         level = 1.0 if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
@@ -173,38 +196,27 @@ class Trainer:
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss to descend, and figures for the curve."""
         import torch
-        from model import TEXT, decode, logits, merged, project, tower
+        from model import TEXT, decode, logits, merged
         from samples import IGNORE
 
         figures: dict[str, float] = {}
         total = torch.zeros(())
         images = None
         if batch.tiles is not None:
-            vision = _half(self.vision)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_tower_frozen()):
-                states = tower(vision, batch.tiles, self.spec, self.kernels)
-            streams = project(vision, states, self.spec, self.kernels)
-            seen = self.glyph_loss(batch, states[-1], streams, figures)
-            total = total + seen * GLYPH_WEIGHT[self.stage]
+            streams = self.streams(batch, figures) if self.stage != "way" else self.ideal_streams(batch)
+            if "seen" in figures:
+                total = total + streams.pop() * GLYPH_WEIGHT[self.stage]
             if self.stage == "tower":
                 return total, figures
-            newline = vision["model.image_newline"].view(1, -1)
+            newline = self.vision["model.image_newline"].view(1, -1).bfloat16()
             packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
             images = (batch.positions, packed)
-        weights = merged(self.text, self.adapter, self.spec) if self.stage == "read" else self.text
+        weights = self.text if self.stage == "base" else merged(self.text, self.adapter, self.spec)
         half = _half(weights)
-        looked: list[torch.Tensor] = []
-        linked: list[torch.Tensor] = []
-        looks, links = (of_all if len(of_all) else None for of_all in (batch.looks, batch.links))
-        hidden = decode(half, batch.tokens, images, self.spec, self.kernels, looks, looked, links, linked).flatten(0, 1)
-        if looked:
-            total = total + self.look_loss(looked, batch.looks, figures) * LOOK_WEIGHT
-        for surprise in linked:
-            total = total + surprise.mean() / len(linked) * LINK_WEIGHT
-        if linked:
-            figures["links right"] = (linked[-1] < 0.7).float().mean().item()
-            figures["links first"] = (linked[0] < 0.7).float().mean().item()
-            figures["links surprise"] = sum(surprise.mean().item() for surprise in linked) / len(linked)
+        taught: Tensors = {}
+        lessons = batch if images is not None else None
+        hidden = decode(half, batch.tokens, images, self.spec, self.kernels, lessons, taught).flatten(0, 1)
+        total = total + self.lesson_loss(batch, taught, figures)
         labels = batch.labels.flatten()
         where = (labels != IGNORE).nonzero()[:, 0]
         predicted = logits({TEXT + "embed_tokens.weight": half[TEXT + "embed_tokens.weight"]}, hidden[where], self.spec)
@@ -219,59 +231,103 @@ class Trainer:
             figures[f"exact {kind}"] = sum(chosen) / len(chosen)
         return total + loss, figures
 
-    def look_loss(self, looked: list[torch.Tensor], looks: torch.Tensor, figures: dict[str, float]) -> torch.Tensor:
-        """How surprised the heads are by where they should look."""
+    def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
+        """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
         import torch
+        from model import project, tower
 
-        find, *look = looked
-        look_all = torch.stack(look, dim=2).flatten(1)
+        vision = _half(self.vision)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_tower_frozen()):
+            states = tower(vision, batch.tiles, self.spec, self.kernels)
+        streams = project(vision, states, self.spec, self.kernels)
+        return [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
+
+    def ideal_streams(self, batch: Batch) -> list[torch.Tensor]:
+        """The streams of an eye that misses little: now and then a token tells another one's marks."""
+        import torch
+        from model import ideal_streams
+
+        assert batch.marks is not None
+        marks = batch.marks.clone()
+        flat = marks[..., :N_TOLD].flatten(0, 1)
+        wrong = torch.rand(flat.shape[0]) < MISSED
+        flat[wrong] = flat[torch.randint(len(flat), (int(wrong.sum()),))]
+        marks[..., :N_TOLD] = flat.view(marks[..., :N_TOLD].shape)
+        return [(stream + torch.randn_like(stream) * BLUR).bfloat16() for stream in ideal_streams(marks, self.spec)]
+
+    def lesson_loss(self, batch: Batch, taught: Tensors, figures: dict[str, float]) -> torch.Tensor:
+        """How far the heads are from what they are taught."""
+        import torch
+        from reading import MOST_LINES
+
         total = torch.zeros(())
-        for name, surprise, which in (("finds", find, looks[:, 5] // 2), ("looks", look_all, looks[:, 3])):
-            known = which >= 0
-            wanted = surprise[known].gather(1, which[known, None])
-            idle = surprise.sum(1).mean() - wanted.sum() / len(surprise)
-            n = max(1, len(wanted))
-            total = total + wanted.sum() / n + IDLE_WEIGHT * idle
-            figures[f"{name} right"] = (wanted < 0.7).sum().item() / n
-            figures[f"{name} surprise"] = wanted.sum().item() / n
+        if "history" in taught:
+            total = total + taught["history"].mean() * LESSON_WEIGHTS["history"]
+            figures["history"] = taught["history"].mean().item()
+        for name in ("places", "lines", "far_lines", "find", "carry"):
+            if name in taught:
+                lesson = batch.lessons[name]
+                certain = torch.zeros(len(lesson.queries)).index_add(
+                    0, lesson.pairs[:, 0], lesson.shares * lesson.shares.log()
+                )
+                excess = taught[name] + certain
+                total = total + excess.mean() * LESSON_WEIGHTS[name]
+                figures[f"{name} excess"] = excess.mean().item()
+                if name == "find":
+                    figures["find right"] = (excess < 0.7).float().mean().item()
+        if "looks" in taught:
+            surprise, slot = taught["looks"], batch.looks[:, 3:]
+            wanted = surprise.gather(1, slot)
+            idle = (surprise.sum() - wanted.sum()) / len(surprise)
+            if "nowhere" in taught:
+                idle = idle + taught["nowhere"].sum(1).mean()
+            total = total + (wanted.mean() + IDLE_WEIGHT * idle) * LESSON_WEIGHTS["looks"]
+            figures["looks right"] = (wanted < 0.7).float().mean().item()
+            figures["looks surprise"] = wanted.mean().item()
+            figures["idle"] = idle.item()
+        for name in ("shown", "sought"):
+            if name in taught:
+                out = (taught[name] @ self.heads[HEADS + "address"].bfloat16().t()).float()
+                lines, places = out[:, :MOST_LINES], out[:, MOST_LINES:]
+                _, _, line, place = getattr(batch, name).unbind(1)
+                loss = torch.nn.functional.cross_entropy(lines, line) + torch.nn.functional.cross_entropy(places, place)
+                total = total + loss * LESSON_WEIGHTS[name]
+                figures[f"{name} line"] = (lines.argmax(1) == line).float().mean().item()
+                figures[f"{name} place"] = (places.argmax(1) == place).float().mean().item()
         return total
 
     def glyph_loss(
         self, batch: Batch, state: torch.Tensor, streams: list[torch.Tensor], figures: dict[str, float]
     ) -> torch.Tensor:
-        """How well the tower's last state tells what a patch holds, and each spatial stream what is in its corner."""
+        """How well the tower's last state tells what a patch holds, and each stream what it should of a token."""
         import torch
-        from model import grid_side
-        from samples import BEFORE, FIRST, N_CODES, N_MARKS
+        from model import ideal_streams
+        from samples import N_SLOTS, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
 
-        assert batch.glyphs is not None
-        n_tiles, n_patches, _ = batch.glyphs.shape
-        side = grid_side(self.spec)
-        truth = batch.glyphs.long()
-        # the four patches that a token stands for, in the order of the spatial corners
-        blocks = truth.view(n_tiles, side // 2, 2, side // 2, 2, N_MARKS).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
-        corners = blocks.reshape(n_tiles, n_patches // 4, 4, N_MARKS).unbind(2)
+        assert batch.patches is not None and batch.marks is not None
+        marks = torch.split(batch.marks.flatten(0, 1).long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], 1)
         heads = _half(self.heads)
-        asked = [(state, heads[HEADS + "tower"], truth)]
-        asked += [(stream, heads[HEADS + "corner"], mark) for stream, mark in zip(streams[-4:], corners, strict=True)]
+        asked = [("tower", state.flatten(0, 1), batch.patches.flatten(0, 1).long(), PATCH_CLASSES)]
+        asked += [("place", streams[1].flatten(0, 1), marks[-1], PLACE_CLASSES)]
+        asked += [(f"slot{i}", streams[2 + i].flatten(0, 1), marks[i], SLOT_CLASSES) for i in range(N_SLOTS)]
         total = torch.zeros(())
-        for i, (source, head, target) in enumerate(asked):
-            # every glyph and as many blanks
-            target = target.flatten(0, 1)
-            known = target[:, 0] < 255
-            inked = known & (target > 0).any(1)
-            blank = known & ~inked & (torch.rand(len(known)) < 0.25)
-            chosen = (inked | blank).nonzero()[:, 0]
-            out = (source.flatten(0, 1)[chosen] @ head.t()).view(-1, N_CODES + 1).float()
-            target = target[chosen].flatten()
-            weight = torch.where(target > 0, 1.0, 0.15)
-            losses = torch.nn.functional.cross_entropy(out, target, reduction="none")
-            total = total + (losses * weight).sum() / weight.sum() / len(asked)
-            mark = torch.arange(len(target)) % N_MARKS
-            for name, wanted in (("glyphs", FIRST), ("before", BEFORE)):
-                right = (out.argmax(-1) == target)[(target > 0) & (mark == wanted)]
-                if i < 2 and len(right):
-                    figures[f"{name} {('tower', 'corner')[i]}"] = right.float().mean().item()
+        for name, source, target, classes in asked:
+            inked = target[:, : 6 if name == "place" else len(classes)].any(1)
+            chosen = (inked | (torch.rand(len(inked)) < BLANK_SHARE)).nonzero()[:, 0]
+            out = (source[chosen] @ heads[HEADS + name].t()).float().split(classes, 1)
+            target = target[chosen]
+            for i, one in enumerate(out):
+                weight = torch.where(target[:, i] > 0, 1.0, 0.5)
+                losses = torch.nn.functional.cross_entropy(one, target[:, i], reduction="none")
+                total = total + (losses * weight).sum() / weight.sum() / len(asked)
+                told = target[:, i] > 0
+                if i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("place", 6)):
+                    figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
+        wanted = ideal_streams(batch.marks, self.spec)
+        for stream, ideal in zip(streams, wanted, strict=True):
+            total = total + (stream.float() - ideal).square().mean() * IDEAL_WEIGHT
+            figures["apart"] = figures.get("apart", 0.0) + (stream.float() - ideal).square().mean().item() / len(wanted)
+        figures["seen"] = total.item()
         return total
 
     # --- the loop ---
@@ -330,10 +386,10 @@ class Trainer:
 
     def set_level(self) -> None:
         done = self.minutes / self.options.minutes
-        if self.stage == "read":
-            enough = 0.7 if self.level < 0 else 0.8
-            rise = 0.01 if self.averages.get("tokens", 0) > enough else 0.0
-            self.level = min(1.0, max(self.level + rise, (done - 0.3) / 0.35))
+        if self.stage == "way":
+            enough = 0.5 if self.level < 0 else 0.7
+            rise = 0.015 if self.averages.get("tokens", 0) > enough else 0.0
+            self.level = min(1.0, max(self.level + rise, (done - 0.2) / 0.3))
         if self.stage == "tower":
             self.level = min(1.0, 0.3 + done / 0.3)
 
@@ -432,8 +488,13 @@ def _optimizers(trained: Tensors, rate: float) -> list[Any]:
     def is_matrix(name: str, value: torch.Tensor) -> bool:
         return value.dim() == 2 and "embed" not in name and not name.startswith(HEADS)
 
-    others = [value for name, value in trained.items() if not is_matrix(name, value)]
-    out: list[Any] = [torch.optim.AdamW(others, lr=rate / 10, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    others = {name: value for name, value in trained.items() if not is_matrix(name, value)}
+    adam = [
+        {"params": [value for name, value in others.items() if name.startswith(HEADS) == is_head], "lr": rate * share}
+        for is_head, share in ((False, 0.1), (True, 1.0))
+    ]
+    adam = [group for group in adam if group["params"]]
+    out: list[Any] = [torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     matrices = {name: value for name, value in trained.items() if is_matrix(name, value)}
     groups = [
         {"params": [value for name, value in matrices.items() if ("lora" in name) == is_lora], "lr": rate * share}

@@ -1,7 +1,7 @@
 """Random words, names, amounts, dates and ids: what stands in the cells, labels and fields of made-up documents.
 
 Everything is drawn from the `random.Random` it is given. Texts are ASCII: letters, digits, space and
-`.,-%$:/()#&+'`. An eighth of the words is made up from syllables, so that a reader has to read them.
+`.,-%$:/()#&+'`. A twelfth of the words is made up from syllables, so that a reader has to read them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 UNITS = ("kg", "g", "t", "m", "km", "mm", "L", "mL", "W", "kW", "h", "min", "s", "GB", "MB", "pcs", "V", "C")
 CODE_PREFIXES = ("INV", "PO", "ID", "SKU", "REF", "ORD", "LOT", "TK", "CN", "BX", "KX", "RN", "QT", "DN")
-MADE_UP = 0.12  # the share of words that no dictionary has
+MADE_UP = 0.08  # the share of words that no dictionary has
 
 _ONSETS = _words(
     "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sh sk sl sp st th tr tw x"
