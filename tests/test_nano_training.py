@@ -50,7 +50,7 @@ from samples import (
     marks_of,
     text_sample,
 )
-from train import FREE_TOWER_STEPS, Trainer
+from train import FREE_EYE_STEPS, Trainer
 from truth import Chart, Form, Table
 
 PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
@@ -331,7 +331,7 @@ def test_shares_of_several_rows_are_those_of_each_alone() -> None:
             assert (found[i, head, position + 1 :] == -torch.inf).all()
 
 
-def test_the_tower_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Path) -> None:
+def test_the_eye_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Path) -> None:
     options = argparse.Namespace(
         stage="read",
         run=tmp_path,
@@ -348,7 +348,7 @@ def test_the_tower_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Pa
     batch = collate([lines_sample(random.Random(3), prompter, NANO, 0.5)], prompter, NANO)
     name = VISION + "encoder.layers.0.mlp.fc1.weight"
     changed = []
-    for trainer.minutes, trainer.step in ((1.0, 0), (9.0, FREE_TOWER_STEPS), (9.0, FREE_TOWER_STEPS + 1)):
+    for trainer.minutes, trainer.step in ((1.0, 0), (9.0, FREE_EYE_STEPS), (9.0, FREE_EYE_STEPS + 1)):
         before = trainer.trained[name].detach().clone()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()

@@ -1,4 +1,7 @@
-"""Writes a training run as a checkpoint in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve."""
+"""Writes a training run as a checkpoint in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve.
+
+And makes a run of such a checkpoint, so that training can go on from it.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,25 @@ def export(run: Path, out: Path) -> None:
         halves = {key: value.half().contiguous() for key, value in tensors.items()}
         save_file(halves, out / f"{name}.safetensors", metadata={"format": "pt"})
     _write_json(out / "training.json", {"tokenizer": ids, "stages": {stage: curve(run, stage) for stage in STAGES}})
+
+
+def restore(checkpoint: Path, run: Path) -> None:
+    """Writes the stages of `run` as if they had ended with the weights of `checkpoint`; classifiers start anew."""
+    import torch
+    from model import TEXT
+    from safetensors.torch import load_file
+
+    model = {name: value.float() for name, value in load_file(checkpoint / "model.safetensors").items()}
+    adapter = {
+        name.removeprefix("base_model.model."): value.float()
+        for name, value in load_file(checkpoint / "adapter_model.safetensors").items()
+    }
+    base = {name: value for name, value in model.items() if name.startswith(TEXT)}
+    tower = {name: value for name, value in model.items() if name not in base}
+    for stage, weights in (("base", base), ("tower", tower), ("way", adapter)):
+        content = {"weights": weights, "optimizers": None, "minutes": 0.0, "step": 0, "level": 1.0}
+        torch.save(content, run / f"{stage}.pt")
+        (run / f"{stage}.jsonl").touch()
 
 
 def curve(run: Path, stage: str) -> dict[str, Any]:

@@ -223,7 +223,8 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
 def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tensor]:
     """What the streams of `projectors(spec)` would be, each (..., text_hidden), if they told `marks` and no more."""
     import torch
-    from samples import N_SLOTS, PLACE_CLASSES, SLOT_CLASSES
+    from reading import N_SLOTS
+    from samples import PLACE_CLASSES, SLOT_CLASSES
 
     split = torch.split(marks.long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], dim=-1)
     known = [

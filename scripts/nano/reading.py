@@ -243,7 +243,7 @@ class Lessons:
 
 def image_lessons(page: Page, image_at: int, lessons: Lessons) -> None:
     """What the image tokens should find out: their address, by counting."""
-    at = {}  # image token: its text, the one that begins there where there are two
+    at: dict[int, int] = {}  # image token: its text, the one that begins there where there are two
     for text in range(len(page.texts)):
         for glyph in range(page.texts[text].first, page.texts[text].last + 1):
             if page.token[glyph] >= 0:

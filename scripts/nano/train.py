@@ -6,6 +6,7 @@
     python scripts/nano/train.py way   RUN --minutes 40      # the adapter on perfect streams: where is the next glyph?
     python scripts/nano/train.py read  RUN --minutes 45 --processes 2    # all of it on pictures
     python scripts/nano/train.py export RUN granite4v/nano
+    python scripts/nano/train.py restore RUN granite4v/nano  # a run to go on from, made of a checkpoint
 
 `tower` needs neither `base` nor `way` and can run beside them, one core each. Every stage writes RUN/<stage>.pt
 again and again, appends its curve to RUN/<stage>.jsonl, and goes on from what is there when it is started again.
@@ -42,11 +43,11 @@ LESSON_WEIGHTS = {
 }
 LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
 IDLE_WEIGHT = 0.1  # of each head that should look nowhere
-FREE_TOWER_SHARE = 0.35  # of the last stage: from then on the tower learns on, whose marks limit what can be found
-FREE_TOWER_STEPS = 4  # then it learns in one step of so many, for such a step takes twice the time
+FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
+FREE_EYE_STEPS = 5  # then it learns in one step of so many, for such a step takes twice the time
 ADAPTER_RATE = 2.0  # of the other matrices' learning rate
 N_LETTER_SHEETS = {"base": 0, "tower": 4, "way": 0, "read": 2}
-GLYPH_WEIGHT = {"tower": 1.0, "read": 0.3}  # of the glyph classifiers' loss
+GLYPH_WEIGHT = {"tower": 1.0, "read": 0.5}  # of the glyph classifiers' loss
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
 N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
@@ -65,6 +66,11 @@ def main() -> None:
         export(options.run, options.out)
         return
     options.run.mkdir(parents=True, exist_ok=True)
+    if options.stage == "restore":
+        from export import restore
+
+        restore(options.out, options.run)
+        return
     if options.processes > 1:
         import os
 
@@ -78,9 +84,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["base", "tower", "way", "read", "export"])
+    parser.add_argument("stage", choices=["base", "tower", "way", "read", "export", "restore"])
     parser.add_argument("run", type=Path, help="directory of the run's weights and curves")
-    parser.add_argument("out", type=Path, nargs="?", help="export: the checkpoint directory to write")
+    parser.add_argument("out", type=Path, nargs="?", help="the checkpoint that export writes and restore reads")
     parser.add_argument("--minutes", type=float, default=20, help="length of the whole schedule")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes, one thread each")
     parser.add_argument("--threads", type=int, default=1)
@@ -110,8 +116,8 @@ class Trainer:
     def __init__(self, rank: int, options: argparse.Namespace) -> None:
         import torch
         from model import NANO, Kernels, initial
-        from reading import MOST_LINES, MOST_PLACES
-        from samples import N_SLOTS, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES, Prompter
+        from reading import MOST_LINES, MOST_PLACES, N_SLOTS
+        from samples import PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES, Prompter
 
         self.rank, self.options, self.stage = rank, options, options.stage
         self.spec, self.kernels, self.prompter = NANO, Kernels(not options.no_fuse), Prompter()
@@ -182,14 +188,14 @@ class Trainer:
         """Sheets of letters that a step looks at besides its documents."""
         from samples import letters_sample
 
-        n_sheets = 0 if self.is_tower_frozen() else N_LETTER_SHEETS[self.stage]
+        n_sheets = 0 if self.is_eye_frozen() else N_LETTER_SHEETS[self.stage]
         return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
 
-    def is_tower_frozen(self) -> bool:
+    def is_eye_frozen(self) -> bool:
         """In this step. While the decoder does not yet know where to look, its gradient would only disturb the eye;
         later, steps in which the tower learns too are few because they cost time."""
-        early = self.minutes < FREE_TOWER_SHARE * self.options.minutes
-        return self.stage == "read" and (early or self.step % FREE_TOWER_STEPS > 0)
+        early = self.minutes < FREE_EYE_SHARE * self.options.minutes
+        return self.stage == "read" and (early or self.step % FREE_EYE_STEPS > 0)
 
     # --- the loss ---
 
@@ -203,7 +209,8 @@ class Trainer:
         total = torch.zeros(())
         images = None
         if batch.tiles is not None:
-            streams = self.streams(batch, figures) if self.stage != "way" else self.ideal_streams(batch)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_eye_frozen()):
+                streams = self.streams(batch, figures) if self.stage != "way" else self.ideal_streams(batch)
             if "seen" in figures:
                 total = total + streams.pop() * GLYPH_WEIGHT[self.stage]
             if self.stage == "tower":
@@ -233,14 +240,12 @@ class Trainer:
 
     def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
         """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
-        import torch
         from model import project, tower
 
         vision = _half(self.vision)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_tower_frozen()):
-            states = tower(vision, batch.tiles, self.spec, self.kernels)
+        states = tower(vision, batch.tiles, self.spec, self.kernels)
         streams = project(vision, states, self.spec, self.kernels)
-        return [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
+        return streams if self.is_eye_frozen() else [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
 
     def ideal_streams(self, batch: Batch) -> list[torch.Tensor]:
         """The streams of an eye that misses little: now and then a token tells another one's marks."""
@@ -302,11 +307,13 @@ class Trainer:
         """How well the tower's last state tells what a patch holds, and each stream what it should of a token."""
         import torch
         from model import ideal_streams
-        from samples import N_SLOTS, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
+        from reading import N_SLOTS
+        from samples import PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
 
         assert batch.patches is not None and batch.marks is not None
         marks = torch.split(batch.marks.flatten(0, 1).long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], 1)
         heads = _half(self.heads)
+        asked: list[tuple[str, torch.Tensor, torch.Tensor, tuple[int, ...]]]
         asked = [("tower", state.flatten(0, 1), batch.patches.flatten(0, 1).long(), PATCH_CLASSES)]
         asked += [("place", streams[1].flatten(0, 1), marks[-1], PLACE_CLASSES)]
         asked += [(f"slot{i}", streams[2 + i].flatten(0, 1), marks[i], SLOT_CLASSES) for i in range(N_SLOTS)]
@@ -404,7 +411,6 @@ class Trainer:
 
     def share_gradients(self) -> None:
         import torch
-        from model import VISION
 
         for value in self.trained.values():
             if value.grad is None:  # a batch of text has none for the eye, and every process must send the same
@@ -416,9 +422,9 @@ class Trainer:
             flat /= self.options.processes
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
-        if self.is_tower_frozen():
+        if self.is_eye_frozen():
             for name, value in self.trained.items():
-                if name.startswith(VISION):
+                if "lora" not in name and name not in WAY:
                     value.grad = None  # or the optimizers would go on with what they remember
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         if not torch.isfinite(norm):
