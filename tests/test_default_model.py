@@ -360,7 +360,6 @@ def test_with_no_place_at_all_the_error_says_what_to_do(cache: Path, monkeypatch
 # --- the real one ---
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="this source tree holds no trained checkpoint")
 def test_the_shipped_checkpoint_is_small_and_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(path.stat().st_size for path in SHIPPED.parent.iterdir()) <= 20e6
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))

@@ -50,7 +50,7 @@ from samples import (
     marks_of,
     text_sample,
 )
-from train import FREE_EYE_STEPS, Trainer
+from train import Trainer
 from truth import Chart, Form, Table
 
 PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
@@ -342,13 +342,15 @@ def test_the_eye_learns_in_its_own_steps_only(prompter: Prompter, tmp_path: Path
         device="cpu",
         rate=0.003,
         no_fuse=True,
+        adapter_rate=2.0,
+        eye_every=3,
         seed=0,
     )
     trainer = Trainer(0, options)
     batch = collate([lines_sample(random.Random(3), prompter, NANO, 0.5)], prompter, NANO)
     name = VISION + "encoder.layers.0.mlp.fc1.weight"
     changed = []
-    for trainer.minutes, trainer.step in ((1.0, 0), (9.0, FREE_EYE_STEPS), (9.0, FREE_EYE_STEPS + 1)):
+    for trainer.minutes, trainer.step in ((1.0, 0), (9.0, 3), (9.0, 4)):
         before = trainer.trained[name].detach().clone()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()

@@ -4,7 +4,7 @@
     python scripts/nano/train.py base  RUN --minutes 25      # language model on text alone
     python scripts/nano/train.py tower RUN --minutes 65      # tower and projectors on which glyph is where
     python scripts/nano/train.py way   RUN --minutes 40      # the adapter on perfect streams: where is the next glyph?
-    python scripts/nano/train.py read  RUN --minutes 45 --processes 2    # all of it on pictures
+    python scripts/nano/train.py read  RUN --minutes 41 --processes 2    # all of it on pictures
     python scripts/nano/train.py export RUN granite4v/nano
     python scripts/nano/train.py restore RUN granite4v/nano  # a run to go on from, made of a checkpoint
 
@@ -44,10 +44,9 @@ LESSON_WEIGHTS = {
 LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
 IDLE_WEIGHT = 0.1  # of each head that should look nowhere
 FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
-FREE_EYE_STEPS = 5  # then it learns in one step of so many, for such a step takes twice the time
-ADAPTER_RATE = 2.0  # of the other matrices' learning rate
-N_LETTER_SHEETS = {"base": 0, "tower": 4, "way": 0, "read": 2}
-GLYPH_WEIGHT = {"tower": 1.0, "read": 0.5}  # of the glyph classifiers' loss
+N_LETTER_SHEETS = {"base": 0, "tower": 4, "way": 0, "read": 4}
+GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
+LEVELS = (0.5, 0.7, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
 N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
@@ -93,6 +92,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=int, default=8192, help="padded positions a process takes in one step")
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate of the matrices; 0: the stage's own")
+    parser.add_argument("--adapter-rate", type=float, default=2.0, help="of the other matrices' learning rate")
+    parser.add_argument("--eye-every", type=int, default=5, help="read: the eye learns in one step of so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-fuse", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps")
@@ -156,7 +157,9 @@ class Trainer:
         known = {**self.text, **self.vision, **self.adapter, **self.heads}
         self.trained: Tensors = {name: known[name].requires_grad_(True) for name in names}
         self.optimizers = _optimizers(
-            self.trained, options.rate or {"base": 0.02, "tower": 0.02, "way": 0.006, "read": 0.003}[self.stage]
+            self.trained,
+            options.rate or {"base": 0.02, "tower": 0.02, "way": 0.004, "read": 0.002}[self.stage],
+            options.adapter_rate,
         )
         if saved is not None:
             for optimizer, state in zip(self.optimizers, saved, strict=True):
@@ -180,7 +183,7 @@ class Trainer:
         if self.stage == "way" and (self.level <= 0 or rng.random() < 0.04 + 0.3 * (1 - self.level)):
             return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
         kind = rng.choices(["table", "chart", "form"], [50, 17, 33])[0]
-        level = 1.0 if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
+        level = rng.choice(LEVELS) if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
         return document_sample(document, rng, self.prompter, self.spec)
 
@@ -193,9 +196,9 @@ class Trainer:
 
     def is_eye_frozen(self) -> bool:
         """In this step. While the decoder does not yet know where to look, its gradient would only disturb the eye;
-        later, steps in which the tower learns too are few because they cost time."""
+        later, steps in which the tower learns too may be few because they cost time."""
         early = self.minutes < FREE_EYE_SHARE * self.options.minutes
-        return self.stage == "read" and (early or self.step % FREE_EYE_STEPS > 0)
+        return self.stage == "read" and (early or self.step % self.options.eye_every > 0)
 
     # --- the loss ---
 
@@ -484,10 +487,10 @@ def _half(weights: Tensors) -> Tensors:
     }
 
 
-def _optimizers(trained: Tensors, rate: float) -> list[Any]:
+def _optimizers(trained: Tensors, rate: float, adapter_rate: float) -> list[Any]:
     """Muon for matrices, AdamW for everything else.
 
-    With AdamW the adapter's product comes to use a quarter of its rank.
+    With AdamW the adapter's product comes to use a quarter of its rank. `adapter_rate` is its share of `rate`.
     """
     import torch
 
@@ -504,7 +507,7 @@ def _optimizers(trained: Tensors, rate: float) -> list[Any]:
     matrices = {name: value for name, value in trained.items() if is_matrix(name, value)}
     groups = [
         {"params": [value for name, value in matrices.items() if ("lora" in name) == is_lora], "lr": rate * share}
-        for is_lora, share in ((False, 1.0), (True, ADAPTER_RATE))
+        for is_lora, share in ((False, 1.0), (True, adapter_rate))
     ]
     out.append(torch.optim.Muon([group for group in groups if group["params"]], weight_decay=0.01, momentum=0.95))
     for group in (group for optimizer in out for group in optimizer.param_groups):
