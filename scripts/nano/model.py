@@ -6,6 +6,7 @@ bfloat16 with whole batches of pictures packed by index, several times faster on
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -196,6 +197,7 @@ def _look_at_neighbours(vision: Tensors, spec: CheckpointSpec) -> None:
 CODE_DIMS = {2: 1, 4: 3, 5: 4, 9: 8, 96: 24}
 
 
+@functools.cache
 def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
     """For every stream but the deepest, the vector of every class of every mark: what a stream that knows says.
 

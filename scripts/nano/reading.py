@@ -61,7 +61,6 @@ class Page:
     """
 
     texts: list[Text]
-    text_of: np.ndarray
     x: np.ndarray
     y: np.ndarray
     token: np.ndarray
@@ -100,7 +99,7 @@ def page_of(document: Document, spec: CheckpointSpec) -> Page:
     inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right)
     token = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
     token = np.where(inside & (slot >= 0), token, -1)
-    return Page(texts, text_of, x, y, token, np.where(token >= 0, slot, -1), address)
+    return Page(texts, x, y, token, np.where(token >= 0, slot, -1), address)
 
 
 LINE_PX = 7.0  # texts whose middles are no farther apart stand in one line
