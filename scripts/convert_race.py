@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,16 @@ source, target, kind = sys.argv[1:]
 params = llama_cpp.llama_model_quantize_default_params()
 params.nthread, params.ftype = os.cpu_count(), getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind)
 sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
+"""
+
+# Starts the command itself: on Linux a process's peak memory begins with that of the one which started it.
+TIMED = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.run(sys.argv[2:]).returncode
+with open(sys.argv[1], "w") as out:
+    print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=out)
+sys.exit(status)
 """
 
 
@@ -103,15 +111,15 @@ def race(steps: list[Step], folder: Path) -> dict[str, Any]:
 
 def timed(command: list[str], log: Path) -> tuple[float, float]:
     """Seconds and peak resident memory (GB) of one process; what it prints goes to the log."""
-    start = time.perf_counter()
+    figures = log.with_suffix(".figures")
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise SystemExit(f"status {process.returncode} from {command}:\n{log.read_text(errors='replace')[-4000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - start, usage.ru_maxrss * unit / 1e9
+        status = subprocess.run(
+            [sys.executable, "-c", TIMED, figures, *command], stdout=output, stderr=output
+        ).returncode
+    if status != 0:
+        raise SystemExit(f"status {status} from {command}:\n{log.read_text(errors='replace')[-4000:]}")
+    seconds, max_rss = figures.read_text().split()
+    return float(seconds), int(max_rss) * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def read_through(checkpoint: Path) -> None:

@@ -322,23 +322,16 @@ def memory_by_page(
     import psutil
 
     import granite4v
+    from granite4v.cli.bench import peak_rss_gb
 
     process, used = psutil.Process(), []
     tasks = ("tables_html", "chart2csv")
     options: Json = {"out": out, "report": True, "max_tokens": max_tokens, "n_threads": threads}
     for record in granite4v.extract(folder, tasks, model=model, **options):
         if record.task == tasks[-1]:
-            used.append((round(process.memory_info().rss / 1e6, 2), _peak_mb()))
+            peak = peak_rss_gb()
+            used.append((round(process.memory_info().rss / 1e6, 2), None if peak is None else round(peak * 1e3, 2)))
     return used
-
-
-def _peak_mb() -> float | None:
-    """Of this process alone: what getrusage says can be its parent's."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:  # not Linux
-        return None
-    return round(int(found[1]) * 1024 / 1e6, 2) if found else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,12 +69,13 @@ def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
         result[name] = round(values[len(values) // 2], 3)
         if len(values) > 1:
             result[f"{name}_range"] = [round(values[0], 3), round(values[-1], 3)]
+    peak = peak_rss_gb()
     return {
         **result,
         "prompt_tokens": first.n_prompt,
         "image_tokens": first.n_image,
         "predicted": first.n_steps,
-        "peak_rss_gb": peak_rss_gb(),
+        "peak_rss_gb": None if peak is None else round(peak, 3),
         "settings": settings,
     }
 
@@ -81,11 +83,17 @@ def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
 def peak_rss_gb() -> float | None:
     """The most memory this process has had resident, in GB (10^9 bytes); None where the system does not say."""
     try:
+        # Linux's getrusage would tell that of the process which started this one, where that is more
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 / 1e9 if found else None
+    except OSError:
+        pass
+    try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _line(timings: Timings) -> str:

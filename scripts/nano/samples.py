@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, Lesson, Lessons
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from checkpoint_spec import CheckpointSpec
     from documents import Document
+    from drawing import RGB
     from reading import Page
 
 # What is known of a patch: its first and second glyph, the two before the first one in the same text, what is between,
@@ -48,6 +49,11 @@ class Sample:
     marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots, then the place
     lessons: Lessons | None
     kind: str
+
+    def without_overview(self) -> Sample:
+        """For the eye alone, which need not know where the tiles stand in a page."""
+        assert self.tiles is not None and self.patches is not None and self.marks is not None
+        return replace(self, tiles=self.tiles[1:], patches=self.patches[1:], marks=self.marks[1:])
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,10 @@ def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, l
 
 
 def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
-    """Tiles full of lines of text, each line in a font and size of its own: many glyphs to learn from, no question."""
+    """Tiles full of lines of text, each line in a font and size of its own: many glyphs to learn from, no question.
+
+    Between them stand what stands between texts of documents: rules, shades, boxes.
+    """
     import drawing
     import values
     from documents import Document
@@ -221,18 +230,32 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
     paper, ink = (grey, grey, grey), (rng.randint(0, 70), rng.randint(0, 70), rng.randint(0, 110))
     if rng.random() < 0.1:
         paper, ink = ink, paper
+    rule, shade, bar = (_mixed(paper, ink, share) for share in (0.6, 0.25, 0.5))
+    ruled, barred = rng.random() < 0.5, rng.random() < 0.35
     sheet, y = drawing.Sheet(), rng.uniform(2, 14)
     while y < height:
-        size = rng.uniform(14.0, 25.0) if rng.random() < 0.3 else rng.uniform(15.0, 20.0)
+        size = rng.uniform(14.0, 25.0) if rng.random() < 0.2 else rng.uniform(15.0, 22.0)
         face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
-        x = rng.uniform(-4, 12)
+        pitch, x = size * rng.uniform(1.25, 1.8), rng.uniform(-4, 12)
+        top, bottom = (y + (size - pitch) / 2) * finer, (y + (size + pitch) / 2) * finer
+        if rng.random() < 0.15:
+            sheet.box(0, top, width * finer, bottom, shade)
+        if ruled:
+            sheet.line(0, bottom, width * finer, bottom, rule, rng.choice((1, finer)))
         while x < width:
             text = values.cell_text(rng, values.column_kind(rng))
             if rng.random() < 0.08:
                 text = "".join(chr(rng.randrange(FIRST_CODE, FIRST_CODE + N_CODES)) for _ in range(rng.randint(1, 8)))
             sheet.text(x * finer, (y + size / 2) * finer, text, face, ink)
-            x += face.width(text) / finer + rng.uniform(0.75, 2.2) * size
-        y += size * rng.uniform(1.25, 1.8)
+            gap = rng.uniform(0.75, 2.2) * size
+            x += face.width(text) / finer + gap
+            middle = (x - gap / 2) * finer
+            if barred:
+                sheet.line(middle, top, middle, bottom, rule, rng.choice((1, finer)))
+            elif rng.random() < 0.1:
+                half = 0.3 * gap * finer
+                sheet.box(middle - half, top + half / 2, middle + half, bottom - half / 2, bar)
+        y += pitch
     picture, glyphs = sheet.render(width * finer, height * finer, 0, 0, paper)
     if finer > 1:
         picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
@@ -241,6 +264,12 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
     document = Document("letters", picture, Form("", ()), glyphs, "", 0)
     patches, marks = marks_of(document, page_of(document, spec), spec)
     return Sample([], 0, cut(picture, tiling(spec))[1:], None, 0, patches[1:], marks[1:], None, LETTERS)
+
+
+def _mixed(paper: RGB, ink: RGB, share: float) -> RGB:
+    """A colour with so much of the ink's."""
+    red, green, blue = (round(p + share * (i - p)) for p, i in zip(paper, ink, strict=True))
+    return red, green, blue
 
 
 def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -44,13 +44,14 @@ LESSON_WEIGHTS = {
 LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
 IDLE_WEIGHT = 0.1  # of each head that should look nowhere
 FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
-N_LETTER_SHEETS = {"base": 0, "tower": 4, "way": 0, "read": 4}
+N_LETTER_SHEETS = {"base": 0, "tower": 6, "way": 0, "read": 5}
+OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to read in it
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 LEVELS = (0.5, 0.7, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
 N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
-MISSED, BLUR = 0.01, 0.15  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
+MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 HEADS = "heads."  # the classifiers of glyphs and addresses, needed in training only
 WAY = ("model.image_newline", HEADS + "address")  # trained where the way is learned, not where the eye is
@@ -182,10 +183,12 @@ class Trainer:
 
         if self.stage == "way" and (self.level <= 0 or rng.random() < 0.04 + 0.3 * (1 - self.level)):
             return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
-        kind = rng.choices(["table", "chart", "form"], [50, 17, 33])[0]
+        kind = rng.choices(["table", "chart", "form"], [50, 21, 29])[0]
         level = rng.choice(LEVELS) if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
-        return document_sample(document, rng, self.prompter, self.spec)
+        sample = document_sample(document, rng, self.prompter, self.spec)
+        overview = self.stage == "tower" and rng.random() < OVERVIEW_SHARE
+        return sample if overview or self.stage != "tower" else sample.without_overview()
 
     def letters(self, rng: random.Random) -> list[Any]:
         """Sheets of letters that a step looks at besides its documents."""
@@ -197,7 +200,7 @@ class Trainer:
     def is_eye_frozen(self) -> bool:
         """In this step. While the decoder does not yet know where to look, its gradient would only disturb the eye;
         later, steps in which the tower learns too may be few because they cost time."""
-        early = self.minutes < FREE_EYE_SHARE * self.options.minutes
+        early = self.minutes < FREE_EYE_SHARE * self.options.minutes and self.options.eye_every > 1
         return self.stage == "read" and (early or self.step % self.options.eye_every > 0)
 
     # --- the loss ---
