@@ -45,7 +45,10 @@ def export(run: Path, out: Path) -> None:
 
 
 def restore(checkpoint: Path, run: Path) -> None:
-    """Writes the stages of `run` as if they had ended with the weights of `checkpoint`; classifiers start anew."""
+    """Writes the stages of `run` as if they had ended with the weights of `checkpoint`; classifiers start anew.
+
+    What is trained then adds to the curves, its minutes counted from 0 again.
+    """
     import torch
     from model import TEXT
     from safetensors.torch import load_file
@@ -60,7 +63,10 @@ def restore(checkpoint: Path, run: Path) -> None:
     for stage, weights in (("base", base), ("tower", tower), ("way", adapter)):
         content = {"weights": weights, "optimizers": None, "minutes": 0.0, "step": 0, "level": 1.0}
         torch.save(content, run / f"{stage}.pt")
-        (run / f"{stage}.jsonl").touch()
+    known = json.loads((checkpoint / "training.json").read_text())["stages"]
+    for stage in STAGES:
+        records = sorted(known[stage]["curve"] + known[stage]["held out"], key=lambda record: record["minutes"])
+        (run / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def curve(run: Path, stage: str) -> dict[str, Any]:
