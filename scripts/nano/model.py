@@ -223,16 +223,21 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
 
 
 def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tensor]:
-    """What the streams of `projectors(spec)` would be, each (..., text_hidden), if they told `marks` and no more."""
+    """What the streams of `projectors(spec)` would be, each (..., text_hidden), if they told `marks` and no more.
+
+    NaN where marks are OPEN.
+    """
     import torch
     from reading import N_SLOTS
-    from samples import PLACE_CLASSES, SLOT_CLASSES
+    from samples import OPEN, PLACE_CLASSES, SLOT_CLASSES
 
     split = torch.split(marks.long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], dim=-1)
-    known = [
-        torch.stack([table[mark] for table, mark in zip(tables, part.unbind(-1), strict=True)]).sum(0)
-        for tables, part in zip(codes(spec), [split[-1], *split[:-1]], strict=True)
-    ]
+    known = []
+    for tables, part in zip(codes(spec), [split[-1], *split[:-1]], strict=True):
+        is_open = part[..., :1] == OPEN
+        told = part.masked_fill(is_open, 0).unbind(-1)
+        stream = torch.stack([table[mark] for table, mark in zip(tables, told, strict=True)]).sum(0)
+        known.append(stream.masked_fill(is_open, torch.nan))
     return [torch.zeros_like(known[0]), *known]
 
 
@@ -507,8 +512,9 @@ def decode(
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
     in the order of `projectors(spec)`. With `lessons`, `taught` gets what the heads made of them. For each of
     TAUGHT_HEADS: how surprised it is by its targets, in nats (queries,); 'history' (n, HISTORY): by the tokens before;
-    'looks' (n, heads): by the next glyph or, where a head should look nowhere, by position 0; 'nowhere': the same of
-    answers' other positions. And the hidden states 'shown' and 'sought' (n, text_hidden).
+    'looks' (n, heads): by the next glyph or, where a head should look nowhere, by position 0; 'others' (n,): by where
+    the glyph may be seen as well; 'nowhere': as 'looks', of answers' other positions. And the hidden states 'shown'
+    and 'sought' (n, text_hidden).
     """
     import torch
     from torch.nn.functional import embedding, linear
@@ -569,10 +575,11 @@ def _teach(
             of_pairs = -shares[lesson.pairs[:, 0], lesson.pairs[:, 1]] * lesson.shares
             taught[name] = of_pairs.new_zeros(len(lesson.queries)).index_add(0, lesson.pairs[:, 0], of_pairs)
     if layer == LOOKING and len(lessons.looks):
-        row, position, target, slot = lessons.looks.unbind(1)
+        row, position, target, slot, other, other_slot = lessons.looks.unbind(1)
         wanted = torch.where(slot[:, None] == torch.arange(q.shape[1]), target[:, None], 0)
         shares = log_shares(q, k, lessons.looks[:, :2], scale)
         taught["looks"] = -shares.gather(2, wanted[:, :, None])[..., 0]
+        taught["others"] = -shares[torch.arange(len(row)), other_slot, other]
         looks = torch.zeros_like(lessons.labels, dtype=torch.bool)
         looks[row, position] = True
         others = ((lessons.labels >= 0) & ~looks).nonzero()

@@ -57,7 +57,9 @@ class Page:
     """A document as the model sees it. Arrays are one entry a glyph; -1 where the model has no place for it.
 
     `x`, `y` are pixels of the tiled picture, `token` counts the picture's image tokens from 0, `slot` is the place in
-    that token; `address` is (line, place in it) of every text.
+    that token; `address` is (line, place in it) of every text. A glyph that stands on an edge between two places may
+    as well be seen in the other one, `other_token` and `other_slot`, else the same; `open` are the places, (row and
+    column of tokens, slot), that nobody can say to be empty for this.
     """
 
     texts: list[Text]
@@ -66,6 +68,9 @@ class Page:
     token: np.ndarray
     slot: np.ndarray
     address: list[tuple[int, int]]
+    other_token: np.ndarray
+    other_slot: np.ndarray
+    open: list[tuple[int, int, int]]
 
 
 def page_of(document: Document, spec: CheckpointSpec) -> Page:
@@ -87,19 +92,68 @@ def page_of(document: Document, spec: CheckpointSpec) -> Page:
 
     px = 2 * spec.patch_px
     column, row = (x // px).astype(int), (y // px).astype(int)
-    slot = np.full(len(x), -1)
-    halves: dict[tuple[int, int, int], list[int]] = {}
+    halves: dict[Half, list[int]] = {}
     for i in np.argsort(x, kind="stable").tolist():
         halves.setdefault((int(row[i]), int(column[i]), int(x[i] % px >= px / 2)), []).append(i)
-    for (_, _, half), here in halves.items():
-        lines = [address[text_of[i]][0] for i in here]
-        here = [i for i, line in zip(here, lines, strict=True) if line == min(lines)]
-        for number, i in ((0, here[0]), (1, here[-1]))[: len(here)]:
-            slot[i] = half + 2 * number
-    inside = (row >= where.top) & (row < where.bottom) & (column >= where.left) & (column < where.right)
-    token = where.tokens_side**2 + (row - where.top) * (where.right - where.left + 1) + column - where.left
-    token = np.where(inside & (slot >= 0), token, -1)
-    return Page(texts, x, y, token, np.where(token >= 0, slot, -1), address)
+
+    def slots(half: Half, glyphs: list[int]) -> dict[int, Place]:
+        """Of a half's glyphs of its upper line the first one and the last one."""
+        lines = [address[text_of[i]][0] for i in glyphs]
+        here = [i for i, line in zip(glyphs, lines, strict=True) if line == min(lines)]
+        return {i: (*half[:2], half[2] + 2 * n) for n, i in ((1, here[-1]), (0, here[0]))} if here else {}
+
+    places = {i: place for half, glyphs in halves.items() for i, place in slots(half, glyphs).items()}
+    others: dict[int, Place] = {}
+    unsure: set[Place] = set()
+    for half, glyphs in halves.items():
+        for i in glyphs:
+            if i in places:
+                for beside in _beside(half, float(x[i]), float(y[i]), spec):
+                    there = halves.get(beside, [])
+                    if beside[0] != half[0]:
+                        moved = {} if there else {i: (*beside[:2], places[i][2])}
+                    else:
+                        moved = slots(half, [k for k in glyphs if k != i])
+                        moved |= slots(beside, sorted([*there, i], key=lambda k: x[k]))
+                    moved = {k: place for k, place in moved.items() if places.get(k, place) != place}
+                    others |= moved
+                    unsure |= set(moved.values())
+
+    def tokens(found: dict[int, Place]) -> tuple[np.ndarray, np.ndarray]:
+        token, slot = np.full(len(x), -1), np.full(len(x), -1)
+        for i, (row, column, place) in found.items():
+            if where.top <= row < where.bottom and where.left <= column < where.right:
+                token[i] = (row - where.top) * (where.right - where.left + 1) + column - where.left
+                token[i] += where.tokens_side**2
+                slot[i] = place
+        return token, slot
+
+    token, slot = tokens(places)
+    other_token, other_slot = tokens(places | others)
+    other_slot = np.where(other_token < 0, slot, other_slot)
+    other_token = np.where(other_token < 0, token, other_token)
+    return Page(texts, x, y, token, slot, address, other_token, other_slot, sorted(unsure - set(places.values())))
+
+
+Half = tuple[int, int, int]  # row and column of an image token in the picture, left or right half of it
+Place = tuple[int, int, int]  # row and column, slot
+NEAR_PX = (1.0, 1.2)  # so close to an edge between places, to the side or up and down, a glyph may be seen in either
+
+
+def _beside(half: Half, x: float, y: float, spec: CheckpointSpec) -> list[Half]:
+    """The halves of the same tile on whose edge a glyph stands, those up or down behind the others."""
+    row, column, right = half
+    px, tile = 2 * spec.patch_px, spec.tile_px
+    aside: list[Half] = []
+    down: list[Half] = []
+    for step in (-1, 1):
+        edge = int((x + step * NEAR_PX[0]) // (px // 2))
+        if edge != 2 * column + right and edge * (px // 2) // tile == int(x // tile):
+            aside.append((row, edge // 2, edge % 2))
+        below = int((y + step * NEAR_PX[1]) // px)
+        if below != row and below * px // tile == int(y // tile):
+            down.append((below, column, right))
+    return aside + down
 
 
 LINE_PX = 7.0  # texts whose middles are no farther apart stand in one line
@@ -226,16 +280,16 @@ class Lesson:
 @dataclass
 class Lessons:
     """`places` and `lines` count, at image tokens and in the answer, the texts of a line so far and the lines so far;
-    `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot) of
-    the next glyph, between texts the first one of the next. `shown`, `sought`: (position, line, place) of image tokens,
-    and of what an answer's position looks for.
+    `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot, and
+    those where it may be seen as well) of the next glyph, between texts the first one of the next. `shown`, `sought`:
+    (position, line, place) of image tokens, and of what an answer's position looks for.
     """
 
     places: Lesson = field(default_factory=Lesson)
     lines: Lesson = field(default_factory=Lesson)
     find: Lesson = field(default_factory=Lesson)
     carry: Lesson = field(default_factory=Lesson)
-    looks: list[tuple[int, int, int]] = field(default_factory=list)
+    looks: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     shown: list[tuple[int, int, int]] = field(default_factory=list)
     sought: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -257,6 +311,15 @@ def image_lessons(page: Page, image_at: int, lessons: Lessons) -> None:
         above = [begins[k, 0] for k in range(line + 1) if (k, 0) in begins and begins[k, 0] <= token]
         lessons.places.add(image_at + token, [0, *(image_at + k for k in before)])
         lessons.lines.add(image_at + token, [0, *(image_at + k for k in above)])
+
+
+def _look(page: Page, glyph: int, image_at: int) -> tuple[int, int, int, int]:
+    return (
+        image_at + int(page.token[glyph]),
+        int(page.slot[glyph]),
+        image_at + int(page.other_token[glyph]),
+        int(page.other_slot[glyph]),
+    )
 
 
 def answer_lessons(
@@ -286,7 +349,7 @@ def answer_lessons(
                     lessons.find.add(position, [image_at + end])
         elif last >= 0 and page.token[text.first] >= 0:
             for query in range(last, anchor):  # what stands between two texts depends on where the next one is
-                lessons.looks.append((query, image_at + int(page.token[text.first]), int(page.slot[text.first])))
+                lessons.looks.append((query, *_look(page, text.first, image_at)))
                 lessons.sought.append((query, *address))
         for char, glyph in zip(chars, range(text.first, text.last + 1), strict=False):
             if char not in token_of_char or page.token[glyph] < 0:
@@ -295,7 +358,7 @@ def answer_lessons(
             last = position + 1
             spaced = answer[char - 1] == " " and char > chars[0]
             for query in (position - 1, position) if spaced else (position,):
-                lessons.looks.append((query, image_at + int(page.token[glyph]), int(page.slot[glyph])))
+                lessons.looks.append((query, *_look(page, glyph, image_at)))
                 lessons.sought.append((query, *address))
                 if in_order:
                     lessons.places.add(query, [0, *before])

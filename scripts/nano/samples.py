@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, Lesson, Lessons
+from reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, NEAR_PX, Lesson, Lessons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ SLOT_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, 4)
 # that ends, row and column of the token in its tile, and where in the token the line's middle is.
 PLACE_CLASSES = (2, 2, N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 9, 9, 5)
 N_TOKEN_MARKS = N_SLOTS * len(SLOT_CLASSES) + len(PLACE_CLASSES)
-UNKNOWN = 255
+OPEN = 255  # the marks of a slot that a glyph may be seen in or not, and of such a patch
 IGNORE = -100
 LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
 LESSONS = {"places": "places", "lines": "lines", "far_lines": "lines", "find": "find", "carry": "carry"}
@@ -45,8 +45,8 @@ class Sample:
     tiles: np.ndarray | None  # uint8 (n_tiles, px, px, 3)
     image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
     image_at: int
-    patches: np.ndarray | None  # uint8 (n_tiles, patches, len(PATCH_CLASSES)), UNKNOWN where nothing can be said
-    marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots, then the place
+    patches: np.ndarray | None  # uint8 (n_tiles, patches, len(PATCH_CLASSES))
+    marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots (or OPEN), then the place
     lessons: Lessons | None
     kind: str
 
@@ -77,7 +77,7 @@ class Batch:
     patches: torch.Tensor | None
     marks: torch.Tensor | None
     lessons: dict[str, Taught]
-    looks: torch.Tensor  # (n, 4): row, position, image token's position, slot
+    looks: torch.Tensor  # (n, 6): row, position, image token's position, slot, and both again where it may be as well
     shown: torch.Tensor  # (n, 4): row, position, line, place
     sought: torch.Tensor  # (n, 4)
     kinds: list[str]
@@ -329,6 +329,19 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
         here[place + 8] = 1 + int(y % (2 * patch) // (patch / 2))
         if ends[i]:
             here[place + 1 : place + 6] = 1, code[i], before[0][i], before[1][i], before[2][i]
+    for row, column, slot in page.open:
+        if 0 <= column < width // (2 * patch) and 0 <= row < height // (2 * patch):
+            tile = 1 + row // tokens * columns + column // tokens
+            first = slot * len(SLOT_CLASSES)
+            marks[tile, row % tokens, column % tokens, first : first + len(SLOT_CLASSES)] = OPEN
+    for i in np.flatnonzero(inside).tolist():
+        tile = 1 + int(tile_y[i]) * columns + int(tile_x[i])
+        x, y = page.x[i] % px, page.y[i] % px
+        for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            beside_x, beside_y = x + dx * NEAR_PX[0], y + dy * NEAR_PX[1]
+            if 0 <= beside_x < px and 0 <= beside_y < px:
+                here = patches[tile, int(beside_y // patch), int(beside_x // patch)]
+                here[:5] = here[:5] if here[0] else OPEN
     return patches.reshape(n_tiles, side * side, -1), marks.reshape(n_tiles, tokens * tokens, -1)
 
 
@@ -362,7 +375,7 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
 
     def table(name: str) -> torch.Tensor:
         of_all = [(i, *one) for i, lessons in taught for one in getattr(lessons, name)]
-        return torch.tensor(of_all, dtype=torch.int64).view(len(of_all), 4)
+        return torch.tensor(of_all, dtype=torch.int64).view(len(of_all), 6 if name == "looks" else 4)
 
     return Batch(
         torch.from_numpy(tokens),

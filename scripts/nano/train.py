@@ -264,7 +264,8 @@ class Trainer:
         wrong = torch.rand(flat.shape[0]) < MISSED
         flat[wrong] = flat[torch.randint(len(flat), (int(wrong.sum()),))]
         marks[..., :N_TOLD] = flat.view(marks[..., :N_TOLD].shape)
-        return [(stream + torch.randn_like(stream) * BLUR).bfloat16() for stream in ideal_streams(marks, self.spec)]
+        streams = [stream.nan_to_num() for stream in ideal_streams(marks, self.spec)]
+        return [(stream + torch.randn_like(stream) * BLUR).bfloat16() for stream in streams]
 
     def lesson_loss(self, batch: Batch, taught: Tensors, figures: dict[str, float]) -> torch.Tensor:
         """How far the heads are from what they are taught."""
@@ -287,9 +288,13 @@ class Trainer:
                 if name == "find":
                     figures["find right"] = (excess < 0.7).float().mean().item()
         if "looks" in taught:
-            surprise, slot = taught["looks"], batch.looks[:, 3:]
-            wanted = surprise.gather(1, slot)
-            idle = (surprise.sum() - wanted.sum()) / len(surprise)
+            surprise = taught["looks"]
+            _, _, token, slot, other_token, other_slot = batch.looks.unbind(1)
+            wanted = surprise.gather(1, slot[:, None])[:, 0]
+            other = torch.where(other_slot != slot, surprise.gather(1, other_slot[:, None])[:, 0], 0.0)
+            idle = (surprise.sum() - wanted.sum() - other.sum()) / len(surprise)
+            either = (-torch.logaddexp(-wanted, -taught["others"])).clamp(min=0)
+            wanted = torch.where((other_token != token) | (other_slot != slot), either, wanted)
             if "nowhere" in taught:
                 idle = idle + taught["nowhere"].sum(1).mean()
             total = total + (wanted.mean() + IDLE_WEIGHT * idle) * LESSON_WEIGHTS["looks"]
@@ -314,7 +319,7 @@ class Trainer:
         import torch
         from model import ideal_streams
         from reading import N_SLOTS
-        from samples import PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
+        from samples import OPEN, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
 
         assert batch.patches is not None and batch.marks is not None
         marks = torch.split(batch.marks.flatten(0, 1).long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], 1)
@@ -326,7 +331,8 @@ class Trainer:
         total = torch.zeros(())
         for name, source, target, classes in asked:
             inked = target[:, : 6 if name == "place" else len(classes)].any(1)
-            chosen = (inked | (torch.rand(len(inked)) < BLANK_SHARE)).nonzero()[:, 0]
+            chosen = inked | (torch.rand(len(inked)) < BLANK_SHARE)
+            chosen = (chosen & (target[:, 0] != OPEN)).nonzero()[:, 0]
             out = (source[chosen] @ heads[HEADS + name].t()).float().split(classes, 1)
             target = target[chosen]
             for i, one in enumerate(out):
@@ -338,8 +344,9 @@ class Trainer:
                     figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
         wanted = ideal_streams(batch.marks, self.spec)
         for stream, ideal in zip(streams, wanted, strict=True):
-            total = total + (stream.float() - ideal).square().mean() * IDEAL_WEIGHT
-            figures["apart"] = figures.get("apart", 0.0) + (stream.float() - ideal).square().mean().item() / len(wanted)
+            apart = (stream.float() - torch.where(ideal.isnan(), stream.detach().float(), ideal)).square().mean()
+            total = total + apart * IDEAL_WEIGHT
+            figures["apart"] = figures.get("apart", 0.0) + apart.item() / len(wanted)
         figures["seen"] = total.item()
         return total
 
