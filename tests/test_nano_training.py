@@ -52,7 +52,7 @@ from samples import (
     marks_of,
     text_sample,
 )
-from train import Trainer
+from train import Trainer, round_to_q4_0
 from truth import Chart, Form, Table
 
 PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
@@ -426,3 +426,12 @@ def test_batches_keep_to_the_budget(prompter: Prompter) -> None:
         group = next(source)
         longest = max(len(sample.tokens) for sample in group)
         assert len(group) == 1 or longest * len(group) <= 2000
+
+
+def test_rounding_is_that_of_the_files() -> None:
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    matrix = torch.randn(7, 96, generator=torch.Generator().manual_seed(5))
+    matrix[3, 32:64] = 0
+    kind = GGMLQuantizationType.Q4_0
+    assert np.array_equal(round_to_q4_0(matrix).numpy(), dequantize(quantize(matrix.numpy(), kind), kind))

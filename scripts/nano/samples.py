@@ -135,7 +135,7 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
     truth = document.truth
     if isinstance(truth, Table):
-        tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [68, 20, 12])[0]
+        tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [54, 26, 20])[0]
         return tag, tag, formats.answer_for(tag, truth)
     if isinstance(truth, Chart):
         tag = rng.choices(["<chart2csv>", "<chart2summary>", "<chart2code>"], [84, 8, 8])[0]

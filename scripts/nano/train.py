@@ -42,17 +42,19 @@ LESSON_WEIGHTS = {
     "looks": 0.6,
 }
 LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
+DEEPER_WEIGHT = 0.25  # more for every line further down the page: there are fewer of them, and they are harder to count
 IDLE_WEIGHT = 0.1  # of each head that should look nowhere
 FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "way": 0, "read": 5}
 OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to read in it
 GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
-LEVELS = (0.5, 0.7, 1.0)  # of the documents when all of them can be had
+LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
 N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
 MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
+ROUNDED_SHARE = 0.33  # of the last stage's steps that are taken with 4 bits a weight, so that such files lose little
 HEADS = "heads."  # the classifiers of glyphs and addresses, needed in training only
 WAY = ("model.image_newline", HEADS + "address")  # trained where the way is learned, not where the eye is
 
@@ -169,7 +171,7 @@ class Trainer:
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["peak"] = peak
         self.averages: dict[str, float] = {}
-        self.level = level
+        self.level, self.is_rounding = level, False
 
     # --- data ---
 
@@ -225,7 +227,7 @@ class Trainer:
             packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
             images = (batch.positions, packed)
         weights = self.text if self.stage == "base" else merged(self.text, self.adapter, self.spec)
-        half = _half(weights)
+        half = _half(self.rounded(weights))
         taught: Tensors = {}
         lessons = batch if images is not None else None
         hidden = decode(half, batch.tokens, images, self.spec, self.kernels, lessons, taught).flatten(0, 1)
@@ -244,11 +246,22 @@ class Trainer:
             figures[f"exact {kind}"] = sum(chosen) / len(chosen)
         return total + loss, figures
 
+    def rounded(self, weights: Tensors) -> Tensors:
+        """In some steps, the matrices rounded to 4 bits; their gradient is taken as if they were not."""
+        if not self.is_rounding:
+            return weights
+        return {
+            name: value + (round_to_q4_0(value.detach()) - value.detach())
+            if value.dim() == 2 and value.shape[1] % Q4_0_BLOCK == 0 and "embed" not in name
+            else value
+            for name, value in weights.items()
+        }
+
     def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
         """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
         from model import project, tower
 
-        vision = _half(self.vision)
+        vision = _half(self.rounded(self.vision))
         states = tower(vision, batch.tiles, self.spec, self.kernels)
         streams = project(vision, states, self.spec, self.kernels)
         return streams if self.is_eye_frozen() else [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
@@ -306,7 +319,8 @@ class Trainer:
                 out = (taught[name] @ self.heads[HEADS + "address"].bfloat16().t()).float()
                 lines, places = out[:, :MOST_LINES], out[:, MOST_LINES:]
                 _, _, line, place = getattr(batch, name).unbind(1)
-                loss = torch.nn.functional.cross_entropy(lines, line) + torch.nn.functional.cross_entropy(places, place)
+                deep = torch.nn.functional.cross_entropy(lines, line, reduction="none") * (1 + line * DEEPER_WEIGHT)
+                loss = deep.mean() + torch.nn.functional.cross_entropy(places, place)
                 total = total + loss * LESSON_WEIGHTS[name]
                 figures[f"{name} line"] = (lines.argmax(1) == line).float().mean().item()
                 figures[f"{name} place"] = (places.argmax(1) == place).float().mean().item()
@@ -368,6 +382,7 @@ class Trainer:
                 break
             self.set_level()
             rate = self.set_rate()
+            self.is_rounding = self.stage == "read" and rng.random() < ROUNDED_SHARE
             batch = collate([*next(source), *self.letters(rng)], self.prompter, self.spec)
             loss, figures = self.loss(batch)
             for optimizer in self.optimizers:
@@ -452,7 +467,7 @@ class Trainer:
         from truth import HELD_OUT_SEEDS
 
         rng = random.Random("held out")
-        level, self.level = self.level, 1.0
+        level, self.level, self.is_rounding = self.level, 1.0, False
         sums: dict[str, list[float]] = {}
         n = 0
         for group in batches(
@@ -487,6 +502,19 @@ class Trainer:
         }
         torch.save(content, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
+
+
+Q4_0_BLOCK = 32  # weights that share a scale
+
+
+def round_to_q4_0(matrix: torch.Tensor) -> torch.Tensor:
+    """What ggml's Q4_0 keeps of a matrix: in each block 16 steps, of which the lowest is the weight that is largest."""
+    import torch
+
+    blocks = matrix.unflatten(1, (-1, Q4_0_BLOCK))
+    step = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+    whole = (blocks / torch.where(step == 0, 1.0, step) + 8.5).floor().clamp(0, 15) - 8
+    return (whole * step.half().float()).flatten(1)
 
 
 def _half(weights: Tensors) -> Tensors:
