@@ -172,6 +172,10 @@ def read(prompter: Prompter) -> list[tuple[Document, Sample]]:
     return [(document, document_sample(document, rng, prompter, NANO)) for document in drawn]
 
 
+def so_far(sample: Sample, position: int, prompter: Prompter) -> str:
+    return prompter.tokenizer.decode(sample.tokens[sample.answer_at : position + 1])
+
+
 def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[tuple[Document, Sample]]) -> None:
     rng = random.Random(2)
     samples = [sample for _, sample in read] + [lines_sample(rng, prompter, NANO, 1.0) for _ in range(10)]
@@ -182,7 +186,9 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[t
             assert marks(sample, other)[other_slot * len(SLOT_CLASSES)] > 0, "where it may be seen as well is not empty"
             said = prompter.tokenizer.decode([sample.tokens[query + 1]])
             glyph = chr(marks(sample, image)[slot * len(SLOT_CLASSES)] + 32)
-            if len(said) == 1 and (said.isalpha() or sample.kind == "<tables_otsl>") and said != " ":
+            if sample.kind == "<tables_json>" and '"cells"' not in so_far(sample, query, prompter):
+                assert said.isdigit(), "how many rows and columns there are"
+            elif len(said) == 1 and (said.isalpha() or sample.kind == "<tables_otsl>") and said != " ":
                 assert glyph == said
             else:  # a sign, or what stands between two texts: the letter that comes next
                 after = [prompter.tokenizer.decode([token]) for token in sample.tokens[query + 1 : query + 12]]
@@ -226,9 +232,8 @@ def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter, read: list[
         assert isinstance(document.truth, Form) and sample.lessons is not None
         find = sample.lessons.find
         for query, (target,) in zip(find.queries, find.targets, strict=True):
-            so_far = prompter.tokenizer.decode(sample.tokens[sample.answer_at : query + 1])
-            name = so_far.replace('": "', "").rsplit('"', 1)[-1].replace("_", "")
-            value = dict(document.truth.fields)[so_far.replace('": "', "").rsplit('"', 1)[-1]]
+            written = so_far(sample, query, prompter).replace('": "', "").rsplit('"', 1)[-1]
+            name, value = written.replace("_", ""), dict(document.truth.fields)[written]
             assert (target == 0) == (value is None)
             if target:
                 ending = marks(sample, target)[PLACE + 1 : PLACE + 3]

@@ -281,7 +281,8 @@ class Lesson:
 class Lessons:
     """`places` and `lines` count, at image tokens and in the answer, the texts of a line so far and the lines so far;
     `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot, and
-    those where it may be seen as well) of the next glyph, between texts the first one of the next. `shown`, `sought`:
+    those where it may be seen as well) of the next glyph, between texts the first one of the next, and of the text that
+    tells how many there are. `shown`, `sought`:
     (position, line, place) of image tokens, and of what an answer's position looks for.
     """
 
@@ -320,6 +321,20 @@ def _look(page: Page, glyph: int, image_at: int) -> tuple[int, int, int, int]:
         image_at + int(page.other_token[glyph]),
         int(page.other_slot[glyph]),
     )
+
+
+def _counted(answer: str, page: Page, token_of_char: dict[int, int]) -> Told:
+    """Where a table's JSON says how many rows and columns there are, and the text whose address tells it."""
+    if not answer.startswith('{"dimensions"'):
+        return []
+    lowest = max(zip(page.address, page.texts, strict=True), key=lambda pair: pair[0])[1]
+    rightmost = max(zip(page.address, page.texts, strict=True), key=lambda pair: (pair[0][1], -pair[0][0]))[1]
+    found: Told = []
+    for name, text in (("rows", lowest), ("columns", rightmost), ("total_rows", lowest)):
+        at = answer.index(f'"{name}": ') + len(f'"{name}": ')
+        if at in token_of_char:
+            found.append((token_of_char[at] - 1, text))
+    return found
 
 
 def answer_lessons(
@@ -365,6 +380,9 @@ def answer_lessons(
                     lessons.lines.add(query, [0, *leaders.values()])
                 if label is not None:
                     lessons.carry.add(query, [anchor])
+    for position, text in _counted(answer, page, token_of_char):
+        if page.token[text.first] >= 0:
+            lessons.looks.append((position, *_look(page, text.first, image_at)))
     if labels and answer.startswith("{"):
         for absent in re.finditer('"(\\w+)": null', answer):
             last = absent.end(1) - 1

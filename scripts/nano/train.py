@@ -357,10 +357,10 @@ class Trainer:
                 if i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("place", 6)):
                     figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
         wanted = ideal_streams(batch.marks, self.spec)
-        for stream, ideal in zip(streams, wanted, strict=True):
+        for stream, ideal in list(zip(streams, wanted, strict=True))[1:]:  # the deepest may tell what it likes
             apart = (stream.float() - torch.where(ideal.isnan(), stream.detach().float(), ideal)).square().mean()
             total = total + apart * IDEAL_WEIGHT
-            figures["apart"] = figures.get("apart", 0.0) + apart.item() / len(wanted)
+            figures["apart"] = figures.get("apart", 0.0) + apart.item() / (len(wanted) - 1)
         figures["seen"] = total.item()
         return total
 
