@@ -188,6 +188,8 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[t
             glyph = chr(marks(sample, image)[slot * len(SLOT_CLASSES)] + 32)
             if sample.kind == "<tables_json>" and '"cells"' not in so_far(sample, query, prompter):
                 assert said.isdigit(), "how many rows and columns there are"
+            elif so_far(sample, query, prompter) == "<otsl>":
+                assert said in ("<ched>", "<ecel>", "<fcel>", "<rhed>"), "whether a cell of the first line is empty"
             elif len(said) == 1 and (said.isalpha() or sample.kind == "<tables_otsl>") and said != " ":
                 assert glyph == said
             else:  # a sign, or what stands between two texts: the letter that comes next

@@ -323,13 +323,19 @@ def _look(page: Page, glyph: int, image_at: int) -> tuple[int, int, int, int]:
     )
 
 
-def _counted(answer: str, page: Page, token_of_char: dict[int, int]) -> Told:
-    """Where a table's JSON says how many rows and columns there are, and the text whose address tells it."""
-    if not answer.startswith('{"dimensions"'):
-        return []
+def _counted(answer: str, page: Page, token_of_char: dict[int, int], first: int) -> Told:
+    """Where a table's JSON says how many rows and columns there are, and the text whose address tells it.
+
+    And where its OTSL begins: when the line with most texts is not the first one, the first one has an empty cell.
+    `first` is where the first cell's text stands in the answer.
+    """
     lowest = max(zip(page.address, page.texts, strict=True), key=lambda pair: pair[0])[1]
     rightmost = max(zip(page.address, page.texts, strict=True), key=lambda pair: (pair[0][1], -pair[0][0]))[1]
     found: Told = []
+    if answer.startswith("<otsl>") and first in token_of_char:
+        found.append((token_of_char[first] - answer.count("<", 0, first), rightmost))
+    if not answer.startswith('{"dimensions"'):
+        return found
     for name, text in (("rows", lowest), ("columns", rightmost), ("total_rows", lowest)):
         at = answer.index(f'"{name}": ') + len(f'"{name}": ')
         if at in token_of_char:
@@ -380,7 +386,8 @@ def answer_lessons(
                     lessons.lines.add(query, [0, *leaders.values()])
                 if label is not None:
                     lessons.carry.add(query, [anchor])
-    for position, text in _counted(answer, page, token_of_char):
+    first = found[0][0] if found else 0
+    for position, text in _counted(answer, page, token_of_char, first):
         if page.token[text.first] >= 0:
             lessons.looks.append((position, *_look(page, text.first, image_at)))
     if labels and answer.startswith("{"):
