@@ -6,6 +6,7 @@ And makes a run of such a checkpoint, so that training can go on from it.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def restore(checkpoint: Path, run: Path) -> None:
 
 def curve(run: Path, stage: str) -> dict[str, Any]:
     """A stage's training curve, thinned, and what it measured on held-out samples."""
-    records = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
+    lines = (run / f"{stage}.jsonl").read_text().splitlines()
+    records = [{name: value for name, value in json.loads(line).items() if not math.isnan(value)} for line in lines]
     trained = [record for record in records if "step" in record]
     step = max(1, len(trained) // N_CURVE_POINTS)
     return {"curve": trained[::step], "held out": [record for record in records if "held out" in record]}

@@ -354,7 +354,8 @@ class Trainer:
                 losses = torch.nn.functional.cross_entropy(one, target[:, i], reduction="none")
                 total = total + (losses * weight).sum() / weight.sum() / len(asked)
                 told = target[:, i] > 0
-                if i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("place", 6)):
+                shown = i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("place", 6))
+                if shown and told.any():
                     figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
         wanted = ideal_streams(batch.marks, self.spec)
         for stream, ideal in list(zip(streams, wanted, strict=True))[1:]:  # the deepest may tell what it likes
