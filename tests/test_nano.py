@@ -22,9 +22,9 @@ from granite4v.default_model import checkpoint_folder
 
 NANO = checkpoint_folder()
 TASKS = {"table": "<tables_otsl>", "chart": "<chart2csv>"}
-# Held-out documents that the model reads without a mistake, the last three also with 4 bits a weight.
-READ = (("table", 1), ("table", 10), ("form", 3), ("chart", 5), ("chart", 14), ("form", 14))
-PRECISIONS = {("F32", "F32"): READ, ("F16", "F16"): READ, ("Q8_0", "Q8_0"): READ, ("Q4_K_M", "Q4_0"): READ[3:]}
+# Held-out documents that the model reads without a mistake.
+READ = (("table", 0), ("table", 12), ("form", 3), ("chart", 5), ("chart", 14), ("form", 14))
+PRECISIONS = (("F32", "F32"), ("F16", "F16"), ("Q8_0", "Q8_0"), ("Q4_K_M", "Q4_0"))
 
 
 def document(kind: str, seed: int) -> Document:
@@ -55,7 +55,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, s
 @pytest.mark.parametrize("types", PRECISIONS, ids="+".join)
 def test_it_reads(converted: Callable[[str, str, str], Path], types: tuple[str, str]) -> None:
     with granite4v.load(converted(*types, "merge")) as model:
-        for kind, seed in PRECISIONS[types]:
+        for kind, seed in READ:
             drawn = document(kind, seed)
             prompt, truth = question(drawn)
             answer = model.generate(prompt, images=[drawn.picture], max_tokens=800)
