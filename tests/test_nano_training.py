@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -442,3 +443,13 @@ def test_rounding_is_that_of_the_files() -> None:
     matrix[3, 32:64] = 0
     kind = GGMLQuantizationType.Q4_0
     assert np.array_equal(round_to_q4_0(matrix).numpy(), dequantize(quantize(matrix.numpy(), kind), kind))
+
+
+def test_rounded_weights_are_learned_as_if_they_were_not() -> None:
+    matrix = torch.randn(4, 64, requires_grad=True)
+    bias = torch.randn(4, requires_grad=True)
+    found = Trainer.rounded(SimpleNamespace(is_rounding=True), {"fc1.weight": matrix, "fc1.bias": bias})  # type: ignore[arg-type]
+    assert torch.allclose(found["fc1.weight"], round_to_q4_0(matrix.detach()), atol=1e-6)
+    assert not torch.equal(found["fc1.weight"], matrix) and torch.equal(found["fc1.bias"], bias)
+    (found["fc1.weight"] * 3).sum().backward()
+    assert matrix.grad is not None and torch.equal(matrix.grad, torch.full((4, 64), 3.0))

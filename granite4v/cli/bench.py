@@ -85,7 +85,8 @@ def peak_rss_gb() -> float | None:
     try:
         # Linux's getrusage would tell that of the process which started this one, where that is more
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 / 1e9 if found else None
+        if found:
+            return int(found[1]) * 1024 / 1e9
     except OSError:
         pass
     try:

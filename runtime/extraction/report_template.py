@@ -146,7 +146,7 @@ xmlns="http://www.w3.org/2000/svg">
 <header>
 <h1>What was read</h1>
 <p class="soft">{{ contents.n_pages }} page{{ 's' if contents.n_pages != 1 }} of {{ contents.documents | length }} \
-document{{ 's' if contents.documents | length != 1 }}, {{ contents.n_records }} records: {{ contents.tasks | join(', ') }}.
+document{{ 's' if contents.documents | length != 1 }}, {{ contents.n_records }} record{{ 's' if contents.n_records != 1 }}: {{ contents.tasks | join(', ') }}.
 {% if contents.n_salvaged %}{{ contents.n_salvaged }} cut and kept to the last whole row or field. {% endif %}
 Model:{% for role, digest in contents.model.items() %} {{ role }} {{ digest[:12] }}{% endfor %}.</p>
 {% if contents.failures %}

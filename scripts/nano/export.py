@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ STAGES = ("base", "tower", "way", "read")
 N_CURVE_POINTS = 60
 
 
-def export(run: Path, out: Path) -> None:
-    """Writes the checkpoint of `run` into `out`, float16; FileNotFoundError when a stage has not been trained."""
+def export(run: Path, out: Path, others: Sequence[Path] = ()) -> None:
+    """Writes the checkpoint of `run` into `out`, float16; FileNotFoundError when a stage has not been trained.
+
+    What the last stage trained is the mean of its weights and of those in `others`, saves of the same stage.
+    """
     import torch
     from checkpoint_spec import adapter_config, model_config, preprocessor_config, processor_config
     from language import build_tokenizer, write_language_files
@@ -25,6 +29,9 @@ def export(run: Path, out: Path) -> None:
     weights: dict[str, torch.Tensor] = {}
     for stage in STAGES:
         weights |= torch.load(run / f"{stage}.pt", weights_only=True)["weights"]
+    if others:
+        saves = [torch.load(path, weights_only=True)["weights"] for path in (run / "read.pt", *others)]
+        weights |= {name: sum(save[name] for save in saves) / len(saves) for name in saves[0]}
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     write_language_files(out, tokenizer)

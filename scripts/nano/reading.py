@@ -282,8 +282,8 @@ class Lessons:
     """`places` and `lines` count, at image tokens and in the answer, the texts of a line so far and the lines so far;
     `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot, and
     those where it may be seen as well) of the next glyph, between texts the first one of the next, and of the text that
-    tells how many there are. `shown`, `sought`:
-    (position, line, place) of image tokens, and of what an answer's position looks for.
+    tells how many there are. `shown`, `sought`: (position, line, place) of image tokens, and of what an answer's
+    position looks for.
     """
 
     places: Lesson = field(default_factory=Lesson)
@@ -329,13 +329,13 @@ def _counted(answer: str, page: Page, token_of_char: dict[int, int], first: int)
     And where its OTSL begins: when the line with most texts is not the first one, the first one has an empty cell.
     `first` is where the first cell's text stands in the answer.
     """
+    if not answer.startswith(("<otsl>", '{"dimensions"')):
+        return []
     lowest = max(zip(page.address, page.texts, strict=True), key=lambda pair: pair[0])[1]
     rightmost = max(zip(page.address, page.texts, strict=True), key=lambda pair: (pair[0][1], -pair[0][0]))[1]
+    if answer.startswith("<otsl>"):
+        return [(token_of_char[first] - answer.count("<", 0, first), rightmost)] if first in token_of_char else []
     found: Told = []
-    if answer.startswith("<otsl>") and first in token_of_char:
-        found.append((token_of_char[first] - answer.count("<", 0, first), rightmost))
-    if not answer.startswith('{"dimensions"'):
-        return found
     for name, text in (("rows", lowest), ("columns", rightmost), ("total_rows", lowest)):
         at = answer.index(f'"{name}": ') + len(f'"{name}": ')
         if at in token_of_char:

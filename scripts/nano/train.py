@@ -10,8 +10,9 @@
     python scripts/nano/train.py read  RUN --minutes 120 --processes 2 --rate 0.006 --adapter-rate 0.5 \\
         --eye-every 1 --budget 2800                          # how the shipped checkpoint went on
 
-What is shipped is the mean of the weights at minutes 121 and 131 of that, the last ten with half as many charts and
-hardly any rounding; it reads up to a point better than either.
+What is shipped is the mean (`export --mean-with`) of the weights at minutes 121 and 131 of that, the last ten with
+fewer charts and hardly any rounding; it reads up to a point better than either. After `restore`, `way` would only do
+harm: the adapter knows the eye's own streams by then, which are not perfect ones.
 
 `tower` needs neither `base` nor `way` and can run beside them, one core each. Every stage writes RUN/<stage>.pt
 again and again, appends its curve to RUN/<stage>.jsonl, and goes on from what is there when it is started again.
@@ -52,7 +53,6 @@ IDLE_WEIGHT = 0.1  # of each head that should look nowhere
 FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "way": 0, "read": 5}
 OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to read in it
-GLYPH_WEIGHT = {"tower": 1.0, "read": 1.0}  # of the glyph classifiers' loss
 LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
@@ -70,7 +70,7 @@ def main() -> None:
     if options.stage == "export":
         from export import export
 
-        export(options.run, options.out)
+        export(options.run, options.out, options.mean_with)
         return
     options.run.mkdir(parents=True, exist_ok=True)
     if options.stage == "restore":
@@ -101,7 +101,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=8192, help="padded positions a process takes in one step")
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate of the matrices; 0: the stage's own")
     parser.add_argument("--adapter-rate", type=float, default=2.0, help="of the other matrices' learning rate")
-    parser.add_argument("--eye-every", type=int, default=5, help="read: the eye learns in one step of so many")
+    parser.add_argument(
+        "--eye-every",
+        type=int,
+        default=5,
+        help="read: the eye learns in one step of so many; 1: from the start",
+    )
+    parser.add_argument("--mean-with", type=Path, nargs="*", default=[], help="export: other saves of the last stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-fuse", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps")
@@ -194,8 +200,9 @@ class Trainer:
         level = rng.choice(LEVELS) if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
         sample = document_sample(document, rng, self.prompter, self.spec)
-        overview = self.stage == "tower" and rng.random() < OVERVIEW_SHARE
-        return sample if overview or self.stage != "tower" else sample.without_overview()
+        if self.stage == "tower" and rng.random() > OVERVIEW_SHARE:
+            return sample.without_overview()
+        return sample
 
     def letters(self, rng: random.Random) -> list[Any]:
         """Sheets of letters that a step looks at besides its documents."""
@@ -225,7 +232,7 @@ class Trainer:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_eye_frozen()):
                 streams = self.streams(batch, figures) if self.stage != "way" else self.ideal_streams(batch)
             if "seen" in figures:
-                total = total + streams.pop() * GLYPH_WEIGHT[self.stage]
+                total = total + streams.pop()
             if self.stage == "tower":
                 return total, figures
             newline = self.vision["model.image_newline"].view(1, -1).bfloat16()
@@ -363,7 +370,7 @@ class Trainer:
                 if shown and told.any():
                     figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
         wanted = ideal_streams(batch.marks, self.spec)
-        for stream, ideal in list(zip(streams, wanted, strict=True))[1:]:  # the deepest may tell what it likes
+        for stream, ideal in zip(streams[1:], wanted[1:], strict=True):  # the deepest may tell what it likes
             apart = (stream.float() - torch.where(ideal.isnan(), stream.detach().float(), ideal)).square().mean()
             total = total + apart * IDEAL_WEIGHT
             figures["apart"] = figures.get("apart", 0.0) + apart.item() / (len(wanted) - 1)
