@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from checkpoint_spec import model_config
 from documents import Document, draw_document
-from formats import chart_csv
+from formats import answer_for, chart_csv
 from language import build_tokenizer
 from model import (
     NANO,
@@ -37,6 +38,8 @@ from model import (
 from reading import EDGE, N_SLOTS, NEAR_PX, addresses, chart_rows, page_of, told
 from reference import relative_l2
 from samples import (
+    CELL,
+    HEADER,
     IGNORE,
     N_TOKEN_MARKS,
     OPEN,
@@ -53,8 +56,11 @@ from samples import (
     marks_of,
     text_sample,
 )
-from train import Trainer, round_to_q4_0
+from train import Trainer, round_to_q4_0, round_to_q4_k, rounded
 from truth import Chart, Form, Table
+
+from granite4v.ggml.quantize import quantize_rows
+from granite4v.runtime.outputs import read as read_answer
 
 PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
 
@@ -187,7 +193,9 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[t
             assert marks(sample, other)[other_slot * len(SLOT_CLASSES)] > 0, "where it may be seen as well is not empty"
             said = prompter.tokenizer.decode([sample.tokens[query + 1]])
             glyph = chr(marks(sample, image)[slot * len(SLOT_CLASSES)] + 32)
-            if sample.kind == "<tables_json>" and '"cells"' not in so_far(sample, query, prompter):
+            if query == sample.answer_at - 1 and sample.kind in ("<tables_html>", "<tables_json>"):
+                assert said.startswith(("<table>", '{"dim')), "whether a cell of the first line is empty"
+            elif sample.kind == "<tables_json>" and '"cells"' not in so_far(sample, query, prompter):
                 assert said.isdigit(), "how many rows and columns there are"
             elif so_far(sample, query, prompter) == "<otsl>":
                 assert said in ("<ched>", "<ecel>", "<fcel>", "<rhed>"), "whether a cell of the first line is empty"
@@ -307,8 +315,8 @@ def test_marks_tell_what_is_before_a_glyph(read: list[tuple[Document, Sample]]) 
         assert sample.marks is not None
         slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
         seen = (slots[..., 0] > 0) & (slots[..., 0] != OPEN)
-        for glyph, before, two_before, kind in slots[seen].tolist():
-            assert (kind == 3) == (before == 0)
+        for glyph, before, two_before, kind, cell in slots[seen].tolist():
+            assert (kind == 3) == (before == 0) == (cell != 0)
             letters = "".join(
                 "." if mark == EDGE else re.escape(chr(mark + 32)) for mark in (two_before, before) if mark
             )
@@ -316,6 +324,46 @@ def test_marks_tell_what_is_before_a_glyph(read: list[tuple[Document, Sample]]) 
             assert any(re.search(f"{start}{letters}{re.escape(chr(glyph + 32))}", text) for text in texts)
             n_seen += 1
     assert n_seen > 500
+
+
+def test_marks_tell_headers_from_other_cells(read: list[tuple[Document, Sample]]) -> None:
+    n_seen = {CELL: 0, HEADER: 0}
+    for document, sample in read:
+        assert sample.marks is not None
+        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
+        for kind in n_seen:
+            told = Counter(slots[(slots[..., 4] == kind) & (slots[..., 0] != OPEN)][:, 0].tolist())
+            if not isinstance(document.truth, Table):
+                assert not told
+                continue
+            table = document.truth
+            wanted = [
+                cell for cell in table.cells if (cell.header or cell.row < table.n_header_rows) == (kind == HEADER)
+            ]
+            assert not told - Counter(ord(cell.text[0]) - 32 for cell in wanted if cell.text)
+            n_seen[kind] += told.total()
+    assert min(n_seen.values()) > 40
+
+
+def test_a_row_too_many_is_not_learned_but_left_empty(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samples.ROW_TOO_MANY_SHARE", 1.0)
+    rng = random.Random(6)
+    kinds = set()
+    for seed in range(12):
+        document = draw_document(seed, "table")
+        sample = document_sample(document, rng, prompter, NANO)
+        kinds.add(sample.kind)
+        if sample.kind == "<tables_json>":
+            assert sample.unlearned is None
+            continue
+        assert sample.unlearned is not None
+        labels = collate([sample], prompter, NANO).labels[0].tolist()
+        assert [i for i in range(sample.answer_at, len(sample.tokens)) if labels[i - 1] == IGNORE] == [sample.unlearned]
+        answer = prompter.tokenizer.decode(sample.tokens[sample.answer_at : -1])
+        (found,) = read_answer(sample.kind.strip("<>"), answer)
+        (wanted,) = read_answer(sample.kind.strip("<>"), answer_for(sample.kind, document.truth))
+        assert found.texts() == [*wanted.texts(), [""] * wanted.n_cols]
+    assert len(kinds) == 3
 
 
 def test_ideal_streams_tell_their_marks() -> None:
@@ -445,11 +493,26 @@ def test_rounding_is_that_of_the_files() -> None:
     assert np.array_equal(round_to_q4_0(matrix).numpy(), dequantize(quantize(matrix.numpy(), kind), kind))
 
 
-def test_rounded_weights_are_learned_as_if_they_were_not() -> None:
-    matrix = torch.randn(4, 64, requires_grad=True)
+def test_rounding_is_about_that_of_larger_blocks() -> None:
+    from gguf import GGMLQuantizationType, dequantize
+
+    matrix = torch.randn(16, 512, generator=torch.Generator().manual_seed(5))
+    matrix[3, 32:64] = 0
+    found = round_to_q4_k(matrix).numpy()
+    kept = dequantize(quantize_rows(matrix.numpy(), "Q4_K", 1), GGMLQuantizationType.Q4_K)
+    assert relative_l2(found, matrix.numpy()) < 1.2 * relative_l2(kept, matrix.numpy())
+    for block in found.reshape(-1, 32):
+        assert len(np.unique(block)) <= 16
+
+
+@pytest.mark.parametrize("rounding", [round_to_q4_0, round_to_q4_k])
+def test_rounded_weights_are_learned_as_if_they_were_not(rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    matrix = torch.randn(4, 256, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)
-    found = Trainer.rounded(SimpleNamespace(is_rounding=True), {"fc1.weight": matrix, "fc1.bias": bias})  # type: ignore[arg-type]
-    assert torch.allclose(found["fc1.weight"], round_to_q4_0(matrix.detach()), atol=1e-6)
+    weights = {"fc1.weight": matrix, "fc1.bias": bias}
+    assert rounded(weights, None) is weights
+    found = rounded(weights, rounding)
+    assert torch.allclose(found["fc1.weight"], rounding(matrix.detach()), atol=1e-6)
     assert not torch.equal(found["fc1.weight"], matrix) and torch.equal(found["fc1.bias"], bias)
     (found["fc1.weight"] * 3).sum().backward()
-    assert matrix.grad is not None and torch.equal(matrix.grad, torch.full((4, 64), 3.0))
+    assert matrix.grad is not None and torch.equal(matrix.grad, torch.full((4, 256), 3.0))

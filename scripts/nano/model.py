@@ -194,7 +194,7 @@ def _look_at_neighbours(vision: Tensors, spec: CheckpointSpec) -> None:
 
 
 # Dimensions that a code may take, by number of classes.
-CODE_DIMS = {2: 1, 4: 3, 5: 4, 9: 8, 96: 24}
+CODE_DIMS = {2: 1, 3: 2, 4: 3, 5: 4, 9: 8, 96: 24}
 
 
 @functools.cache
@@ -207,6 +207,7 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
     from samples import PLACE_CLASSES, SLOT_CLASSES
 
     generator = torch.Generator().manual_seed(1)
+    *shared, cell = SLOT_CLASSES
 
     def vectors(n_classes: int, n_marks: int) -> torch.Tensor:
         n = CODE_DIMS[n_classes]
@@ -218,8 +219,10 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
         points = points / points.norm(dim=1, keepdim=True) * math.sqrt(spec.text_hidden / n_marks)
         return points.index_fill(0, torch.tensor([0]), 0.0)
 
-    kinds = [PLACE_CLASSES] + [SLOT_CLASSES] * len(spec.spatial_target_layers)
-    return [[vectors(n, len(classes)) for n in classes] for classes in kinds]
+    n_slots = len(spec.spatial_target_layers)
+    place = [vectors(n, len(PLACE_CLASSES)) for n in PLACE_CLASSES]
+    slots = [[vectors(n, len(shared)) for n in shared] for _ in range(n_slots)]
+    return [place, *([*slot, vectors(cell, len(shared))] for slot in slots)]
 
 
 def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tensor]:

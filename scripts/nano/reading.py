@@ -323,19 +323,21 @@ def _look(page: Page, glyph: int, image_at: int) -> tuple[int, int, int, int]:
     )
 
 
-def _counted(answer: str, page: Page, token_of_char: dict[int, int], first: int) -> Told:
+def _counted(answer: str, page: Page, token_of_char: dict[int, int], start: int) -> Told:
     """Where a table's JSON says how many rows and columns there are, and the text whose address tells it.
 
-    And where its OTSL begins: when the line with most texts is not the first one, the first one has an empty cell.
-    `first` is where the first cell's text stands in the answer.
+    And where a table begins: when the line with most texts is not the first one, the first one has an empty cell.
+    `start` is the position that the answer follows.
     """
-    if not answer.startswith(("<otsl>", '{"dimensions"')):
+    if not answer.startswith(("<otsl>", "<table>", '{"dimensions"')):
         return []
     lowest = max(zip(page.address, page.texts, strict=True), key=lambda pair: pair[0])[1]
     rightmost = max(zip(page.address, page.texts, strict=True), key=lambda pair: (pair[0][1], -pair[0][0]))[1]
+    if answer.startswith("<table>"):
+        return [(start, rightmost)]
     if answer.startswith("<otsl>"):
-        return [(token_of_char[first] - answer.count("<", 0, first), rightmost)] if first in token_of_char else []
-    found: Told = []
+        return [(start + 1, rightmost)]
+    found: Told = [(start, rightmost)]
     for name, text in (("rows", lowest), ("columns", rightmost), ("total_rows", lowest)):
         at = answer.index(f'"{name}": ') + len(f'"{name}": ')
         if at in token_of_char:
@@ -344,7 +346,13 @@ def _counted(answer: str, page: Page, token_of_char: dict[int, int], first: int)
 
 
 def answer_lessons(
-    document: Document, answer: str, page: Page, token_of_char: dict[int, int], image_at: int, lessons: Lessons
+    document: Document,
+    answer: str,
+    page: Page,
+    token_of_char: dict[int, int],
+    answer_at: int,
+    image_at: int,
+    lessons: Lessons,
 ) -> None:
     """What an answer's positions should do; `token_of_char` are positions of the answer's letters."""
     found, labels = told(document, answer)
@@ -386,8 +394,7 @@ def answer_lessons(
                     lessons.lines.add(query, [0, *leaders.values()])
                 if label is not None:
                     lessons.carry.add(query, [anchor])
-    first = found[0][0] if found else 0
-    for position, text in _counted(answer, page, token_of_char, first):
+    for position, text in _counted(answer, page, token_of_char, answer_at - 1):
         if page.token[text.first] >= 0:
             lessons.looks.append((position, *_look(page, text.first, image_at)))
     if labels and answer.startswith("{"):

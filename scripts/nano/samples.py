@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from documents import Document
     from drawing import RGB
     from reading import Page
+    from truth import Table
 
+# What begins where a table's text does: a cell of its body, or one that stands out as a header; else neither.
+CELL, HEADER = 1, 2
 # What is known of a patch: its first and second glyph, the two before the first one in the same text, what is between,
-# and whether a text ends there.
-PATCH_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 4, 2)
-# What the stream of a slot tells of an image token: the glyph, the two before it in its text, what is between.
-SLOT_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, 4)
+# whether a text ends there, and which cell begins with the first glyph.
+PATCH_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 4, 2, 3)
+# What the stream of a slot tells of an image token: the glyph, the two before it in its text, what is between, and
+# which cell begins there.
+SLOT_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, 4, 3)
 # What the first stream tells of it: whether a text begins and whether one ends there, the last four glyphs of the text
 # that ends, row and column of the token in its tile, and where in the token the line's middle is.
 PLACE_CLASSES = (2, 2, N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 9, 9, 5)
@@ -33,6 +37,7 @@ LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
 LESSONS = {"places": "places", "lines": "lines", "far_lines": "lines", "find": "find", "carry": "carry"}
 # How many texts position 0 weighs where texts are counted: the share that is left to it tells their number, best where
 # they are about as many.
+ROW_TOO_MANY_SHARE = 0.06  # of the tables in OTSL and HTML
 SINK_WEIGHT = {"places": 2.0, "lines": 2.5, "far_lines": 10.0}
 
 
@@ -49,6 +54,7 @@ class Sample:
     marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots (or OPEN), then the place
     lessons: Lessons | None
     kind: str
+    unlearned: int | None = None  # the place among `tokens` of one that the model is not to say, only to go on from
 
     def without_overview(self) -> Sample:
         """For the eye alone, which need not know where the tiles stand in a page."""
@@ -147,9 +153,32 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
 
 def document_sample(document: Document, rng: random.Random, prompter: Prompter, spec: CheckpointSpec) -> Sample:
-    """A picture, what is asked about it and the true answer."""
+    """A picture, what is asked about it and the true answer.
+
+    Or, now and then, one that begins a row more than the table has, and leaves it empty: how to go on after a row too
+    many has been begun.
+    """
+    from truth import Table
+
     task, question, answer = ask(document, rng)
-    return _with_picture(document, task, question, answer, prompter, spec)
+    sample = _with_picture(document, task, question, answer, prompter, spec)
+    if isinstance(document.truth, Table) and task != "<tables_json>" and rng.random() < ROW_TOO_MANY_SHARE:
+        longer = _with_row_too_many(document.truth, task)
+        longer_sample = _with_picture(document, task, question, longer, prompter, spec)
+        pairs = zip(sample.tokens, longer_sample.tokens, strict=False)
+        at = next(i for i, (token, other) in enumerate(pairs) if token != other)
+        return replace(longer_sample, unlearned=at)
+    return sample
+
+
+def _with_row_too_many(table: Table, task: str) -> str:
+    import formats
+    from truth import Cell
+
+    row = tuple(Cell(table.n_rows, col, "") for col in range(table.n_cols))
+    longer = formats.answer_for(task, replace(table, n_rows=table.n_rows + 1, cells=table.cells + row))
+    head, tail = longer[: longer.rfind("<nl><ecel>")], longer[longer.rfind("<nl><ecel>") :]
+    return head + tail.replace("<ecel>", "<fcel>", 1) if task == "<tables_otsl>" else longer
 
 
 def _with_picture(
@@ -169,7 +198,7 @@ def _with_picture(
     page, lessons = page_of(document, spec), Lessons()
     letters = {start: len(prompt) + i for i, (start, end) in enumerate(encoded.offsets) if end == start + 1}
     image_lessons(page, at, lessons)
-    answer_lessons(document, answer, page, letters, at, lessons)
+    answer_lessons(document, answer, page, letters, len(prompt), at, lessons)
     patches, marks = marks_of(document, page, spec)
     return Sample(tokens, len(prompt), cut(document.picture, tiling(spec)), rows, at, patches, marks, lessons, task)
 
@@ -306,6 +335,7 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
     ends = np.zeros(len(code), dtype=bool)
     ends[[text.last_but_colon for text in page.texts]] = True
     starts = np.isin(gap, (START, START + ENDING))
+    begins = _cells_that_begin(document, page, len(code))
     kind = gap - ENDING * (gap > ENDING)
 
     inside = (page.x >= 0) & (page.x < width) & (page.y >= 0) & (page.y < height) & (code > 0)
@@ -320,11 +350,12 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
             here[1] = code[i]
         else:
             here[:5] = code[i], 0, before[0][i], before[1][i], kind[i]
+            here[6] = begins[i]
         if page.slot[i] < 0:
             continue
         here = marks[tile, int(y // (2 * patch)), int(x // (2 * patch))]
         first = int(page.slot[i]) * len(SLOT_CLASSES)
-        here[first : first + len(SLOT_CLASSES)] = code[i], before[0][i], before[1][i], kind[i]
+        here[first : first + len(SLOT_CLASSES)] = code[i], before[0][i], before[1][i], kind[i], begins[i]
         here[place] |= starts[i]
         here[place + 8] = 1 + int(y % (2 * patch) // (patch / 2))
         if ends[i]:
@@ -345,6 +376,19 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
     return patches.reshape(n_tiles, side * side, -1), marks.reshape(n_tiles, tokens * tokens, -1)
 
 
+def _cells_that_begin(document: Document, page: Page, n_glyphs: int) -> np.ndarray:
+    """For every glyph CELL or HEADER where it is the first one of a table's cell, else 0."""
+    import numpy as np
+    from truth import Table
+
+    begins, table = np.zeros(n_glyphs, dtype=np.uint8), document.truth
+    if isinstance(table, Table):
+        shown = [cell for cell in table.cells if cell.text]
+        for cell, text in zip(shown, page.texts, strict=True):
+            begins[text.first] = HEADER if cell.header or cell.row < table.n_header_rows else CELL
+    return begins
+
+
 def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> Batch:
     """Samples padded on the right to the longest; letters only add their tiles, after all others."""
     import numpy as np
@@ -363,6 +407,8 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
         n = len(sample.tokens)
         tokens[i, :n] = sample.tokens
         labels[i, sample.answer_at - 1 : n - 1] = sample.tokens[sample.answer_at :]
+        if sample.unlearned is not None:
+            labels[i, sample.unlearned - 1] = IGNORE
         if sample.tiles is not None and sample.image_rows is not None:
             rows.append(np.where(sample.image_rows < 0, -1, sample.image_rows + first * per_tile))
             positions.append(i * length + sample.image_at + np.arange(len(sample.image_rows)))

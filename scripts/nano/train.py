@@ -32,10 +32,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from samples import Batch
 
     Tensors = dict[str, torch.Tensor]
+    Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 # How much each lesson counts beside the answer's own loss.
 LESSON_WEIGHTS = {
@@ -56,10 +59,10 @@ OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to
 LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
-N_TOLD = 22  # marks of a token that an eye may take for another's: all but where the token is
+N_TOLD = 26  # marks of a token that an eye may take for another's: all but where the token is
 MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
-ROUNDED_SHARE = 0.33  # of the last stage's steps that are taken with 4 bits a weight, so that such files lose little
+ROUNDED_SHARE = 0.6  # of the last stage's steps that are taken with 4 bits a weight, so that such files lose little
 HEADS = "heads."  # the classifiers of glyphs and addresses, needed in training only
 WAY = ("model.image_newline", HEADS + "address")  # trained where the way is learned, not where the eye is
 
@@ -182,7 +185,9 @@ class Trainer:
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["peak"] = peak
         self.averages: dict[str, float] = {}
-        self.level, self.is_rounding = level, False
+        self.level = level
+        self.text_rounding: Rounding | None = None
+        self.vision_rounding: Rounding | None = None
 
     # --- data ---
 
@@ -239,7 +244,7 @@ class Trainer:
             packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
             images = (batch.positions, packed)
         weights = self.text if self.stage == "base" else merged(self.text, self.adapter, self.spec)
-        half = _half(self.rounded(weights))
+        half = _half(rounded(weights, self.text_rounding))
         taught: Tensors = {}
         lessons = batch if images is not None else None
         hidden = decode(half, batch.tokens, images, self.spec, self.kernels, lessons, taught).flatten(0, 1)
@@ -258,22 +263,11 @@ class Trainer:
             figures[f"exact {kind}"] = sum(chosen) / len(chosen)
         return total + loss, figures
 
-    def rounded(self, weights: Tensors) -> Tensors:
-        """In some steps, the matrices rounded to 4 bits; their gradient is taken as if they were not."""
-        if not self.is_rounding:
-            return weights
-        return {
-            name: value + (round_to_q4_0(value.detach()) - value.detach())
-            if value.dim() == 2 and value.shape[1] % Q4_0_BLOCK == 0 and "embed" not in name
-            else value
-            for name, value in weights.items()
-        }
-
     def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
         """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
         from model import project, tower
 
-        vision = _half(self.rounded(self.vision))
+        vision = _half(rounded(self.vision, self.vision_rounding))
         states = tower(vision, batch.tiles, self.spec, self.kernels)
         streams = project(vision, states, self.spec, self.kernels)
         return streams if self.is_eye_frozen() else [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
@@ -366,7 +360,7 @@ class Trainer:
                 losses = torch.nn.functional.cross_entropy(one, target[:, i], reduction="none")
                 total = total + (losses * weight).sum() / weight.sum() / len(asked)
                 told = target[:, i] > 0
-                shown = i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("place", 6))
+                shown = i == 0 or (name, i) in (("place", 1), ("place", 2), ("slot0", 1), ("slot0", 4), ("place", 6))
                 if shown and told.any():
                     figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
         wanted = ideal_streams(batch.marks, self.spec)
@@ -395,7 +389,9 @@ class Trainer:
                 break
             self.set_level()
             rate = self.set_rate()
-            self.is_rounding = self.stage == "read" and rng.random() < ROUNDED_SHARE
+            is_rounding = self.stage == "read" and rng.random() < ROUNDED_SHARE
+            self.text_rounding = rng.choice((round_to_q4_0, round_to_q4_k)) if is_rounding else None
+            self.vision_rounding = round_to_q4_0 if is_rounding else None
             batch = collate([*next(source), *self.letters(rng)], self.prompter, self.spec)
             loss, figures = self.loss(batch)
             for optimizer in self.optimizers:
@@ -480,7 +476,8 @@ class Trainer:
         from truth import HELD_OUT_SEEDS
 
         rng = random.Random("held out")
-        level, self.level, self.is_rounding = self.level, 1.0, False
+        level, self.level = self.level, 1.0
+        self.text_rounding = self.vision_rounding = None
         sums: dict[str, list[float]] = {}
         n = 0
         for group in batches(
@@ -517,17 +514,51 @@ class Trainer:
         path.with_suffix(".tmp").replace(path)
 
 
-Q4_0_BLOCK = 32  # weights that share a scale
+BLOCK = 32  # weights that share a scale in ggml's types of 4 bits
+BLOCKS = 8  # that share what their scales are counted in, in Q4_K
+
+
+def rounded(weights: Tensors, rounding: Rounding | None) -> Tensors:
+    """The weights with their matrices rounded; the gradient is taken as if they were not."""
+    if rounding is None:
+        return weights
+    return {
+        name: value + (rounding(value.detach()) - value.detach())
+        if value.dim() == 2 and value.shape[1] % BLOCK == 0 and "embed" not in name
+        else value
+        for name, value in weights.items()
+    }
 
 
 def round_to_q4_0(matrix: torch.Tensor) -> torch.Tensor:
     """What ggml's Q4_0 keeps of a matrix: in each block 16 steps, of which the lowest is the weight that is largest."""
     import torch
 
-    blocks = matrix.unflatten(1, (-1, Q4_0_BLOCK))
+    blocks = matrix.unflatten(1, (-1, BLOCK))
     step = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
     whole = (blocks / torch.where(step == 0, 1.0, step) + 8.5).floor().clamp(0, 15) - 8
     return (whole * step.half().float()).flatten(1)
+
+
+def round_to_q4_k(matrix: torch.Tensor) -> torch.Tensor:
+    """About what ggml's Q4_K keeps: in each block 16 steps from its lowest weight (or 0) to its highest.
+
+    Steps and lowest weights are whole parts, 6 bits, of the largest ones in eight blocks. ggml also searches for the
+    steps that lose least.
+    """
+    import torch
+
+    blocks = matrix.unflatten(1, (-1, BLOCKS, BLOCK))
+    lowest = blocks.amin(-1, keepdim=True).clamp(max=0)
+    step = (blocks.amax(-1, keepdim=True) - lowest) / 15
+
+    def in_parts(values: torch.Tensor) -> torch.Tensor:
+        part = (values.abs().amax(-2, keepdim=True) / 63).clamp(min=1e-9)
+        return (values / part).round() * part
+
+    step, lowest = in_parts(step), in_parts(lowest)
+    whole = ((blocks - lowest) / torch.where(step == 0, 1.0, step)).round().clamp(0, 15)
+    return (whole * step + lowest).flatten(1)
 
 
 def _half(weights: Tensors) -> Tensors:
