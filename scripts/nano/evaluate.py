@@ -87,7 +87,7 @@ def main() -> int:
                 ask = _reference(options.checkpoint)
             else:
                 model = _converted(options.checkpoint, name.removesuffix(FREE), Path(directory) / "model")
-                ask = _runtime(opened.enter_context(model), free=name.endswith(FREE))
+                ask = runtime(opened.enter_context(model), free=name.endswith(FREE))
             answers[name] = [_told(name, i, len(questions), ask(question)) for i, question in enumerate(questions)]
         print(f"\r{name}: {len(questions)} answers in {time.monotonic() - start:.0f} s", file=sys.stderr)
     scores = {name: score(questions, texts) for name, texts in answers.items()}
@@ -146,8 +146,13 @@ def _converted(checkpoint: Path, column: str, out: Path) -> granite4v.Model:
     return granite4v.load(out)
 
 
-def _runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
+def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
+    """What answers a question with a model, held to the form of its task unless `free`.
+
+    Of an answer that did not end by itself that is what `extract` keeps.
+    """
     import formats
+    from measures import whole_part
     from truth import Form
 
     from granite4v.runtime.constraint import grammar_for
@@ -161,7 +166,9 @@ def _runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
             max_tokens=MAX_TOKENS,
             constraint=None if free else grammar_for(question.task, schema),
         )
-        return str(answer.text)
+        if free or answer.finish_reason == "stop":
+            return str(answer.text)
+        return whole_part(question.task.strip("<>"), answer.text.removesuffix(answer.closing or ""))
 
     return ask
 

@@ -4,14 +4,16 @@
     python scripts/nano/extract_held_out.py --documents 20 --model build/nano-f16
 
 Half of the pages stand in PDFs of 1 to 20 pages, the others are PNG, JPEG, WebP, BMP and TIFF files. Every record must
-parse and be valid to other people's programs (docling-core, lxml, csv, `jsonschema`); how much of the truth it has is
-measured as `evaluate.py` does, and again with answers of `Model.generate` that nothing holds to a form. Prints one
-Markdown table, then one JSON line; status 1 when a record is not valid. Needs the `dev` extra.
+parse and be valid to other people's programs (docling-core, lxml, csv, `jsonschema`); of an answer that did not end by
+itself that is what was kept of it. How much of the truth a record has is measured as `evaluate.py` does, beside what
+`evaluate.py` is answered about the same documents; where a file kept every pixel, that must be the same text. Prints
+one Markdown table, then one JSON line; status 1 when a record is not valid or not the same. Needs the `dev` extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate import MAX_TOKENS, held_out, score
+from evaluate import MAX_TOKENS, held_out, runtime, score
 
 if TYPE_CHECKING:
     from evaluate import Question
@@ -34,6 +36,7 @@ TASKS = {
     "form": ("kvp",),
 }
 PICTURES = ("png", "jpg", "webp", "bmp", "tiff")
+LOSSLESS = (".png", ".bmp", ".tiff")
 MOST_PAGES = 20
 
 
@@ -47,11 +50,16 @@ class Pages:
 
 @dataclass
 class Seen:
-    """What came of all records."""
+    """What came of all records: what was asked, answered and answered to `evaluate.py`, whether from the same pixels;
+    which records have only the whole part of an answer, and what is wrong.
+    """
 
     questions: list[Question] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
-    free: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+    lossless: list[bool] = field(default_factory=list)
+    n_records: int = 0
+    cut: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
 
@@ -71,16 +79,18 @@ def main() -> int:
             print(f"\r{number} of {len(files)} files", end="", file=sys.stderr, flush=True)
             read_file(model, one, seen)
     print(file=sys.stderr)
-    scores = {"extract": score(seen.questions, seen.read), "free": score(seen.questions, seen.free)}
+    scores = {"extract": score(seen.questions, seen.read), "evaluate": score(seen.questions, seen.expected)}
     print(_table(scores))
-    n_pdf = sum(one.path.suffix == ".pdf" for one in files)
-    n_same = sum(one == other for one, other in zip(seen.read, seen.free, strict=True))
+    same = [one == other for one, other in zip(seen.read, seen.expected, strict=True)]
     figures = {
         "documents": 5 * options.documents,
         "files": len(files),
-        "pdfs": n_pdf,
-        "records": len(seen.read),
-        "same_as_free": n_same,
+        "pdfs": sum(one.path.suffix == ".pdf" for one in files),
+        "records": seen.n_records,
+        "same_as_evaluate": sum(same),
+        "lossless": sum(seen.lossless),
+        "lossless_and_same": sum(itertools.compress(same, seen.lossless)),
+        "cut": seen.cut,
         "broken": seen.broken,
         "scores": scores,
     }
@@ -103,45 +113,51 @@ def write_files(folder: Path, questions: list[Question], rng: random.Random) -> 
 
 def _write(path: Path, questions: list[Question]) -> Pages:
     first, *others = (question.document.picture for question in questions)
-    options: dict[str, Any] = {"quality": 95} if path.suffix in (".jpg", ".webp") else {}
+    options: dict[str, Any] = {} if path.suffix in LOSSLESS else {"quality": 95}
     if path.suffix == ".pdf":
-        options = {"save_all": True, "append_images": others, "resolution": 150}
+        options |= {"save_all": True, "append_images": others, "resolution": 150}
     first.save(path, **options)
     return Pages(path, tuple(questions))
 
 
 def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
-    """All records of a file, judged; and the same asked without a form to keep to."""
+    """All records of a file, judged, and what `evaluate.py` is answered about its pages."""
     import formats
+    from measures import whole_part
     from stress_forms import judge
     from truth import Form
 
     import granite4v
-    from granite4v.runtime.pages import Page, open_pages
 
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind
     schema = formats.form_schema(truth) if isinstance(truth, Form) else None
     records = list(granite4v.extract(file.path, TASKS[kind], model=model, schema=schema, max_tokens=MAX_TOKENS))
-    pages = [page for page in open_pages([file.path], view=model.files.vision_config) if isinstance(page, Page)]
-    expected = [(page.number, task) for page in pages for task in TASKS[kind]]
+    expected = [(number, task) for number, _ in enumerate(file.questions, 1) for task in TASKS[kind]]
     found = [(record.page, record.task) for record in records]
-    if found != expected or len(pages) != len(file.questions):
+    if found != expected:
         seen.broken.append(f"{file.path.name}: {len(found)} records of {len(expected)}")
         return
-    images = {page.number: page.image for page in pages}
+    ask = runtime(model, free=False)
+    seen.n_records += len(records)
     for record in records:
         assert record.page is not None
         question = file.questions[record.page - 1]
-        problem = record.error or record.validity_error or judge(record.task, record.text, schema)
+        where = f"{file.path.name}, page {record.page}, {record.task}"
+        text = record.text
+        if record.salvaged:
+            seen.cut.append(f"{where}: {record.validity_error}")
+            text = whole_part(record.task, text)
+        problem = record.error or judge(record.task, text, schema)
         if problem or not record.valid:
-            where = f"{file.path.name}, page {record.page}, {record.task}"
             seen.broken.append(f"{where}: {problem or 'not valid'}; seed {question.document.seed}: {record.text!r}")
         if record.task in (question.task.strip("<>"), question.task):  # the one that `evaluate.py` asks for
             seen.questions.append(question)
-            seen.read.append(record.text)
-            free = model.generate(question.prompt, images=[images[record.page]], max_tokens=MAX_TOKENS)
-            seen.free.append(free.text)
+            seen.read.append(text)
+            seen.expected.append(ask(question))
+            seen.lossless.append(file.path.suffix in LOSSLESS)
+            if seen.lossless[-1] and seen.read[-1] != seen.expected[-1]:
+                seen.broken.append(f"{where}: {text!r} instead of {seen.expected[-1]!r}")
 
 
 def _table(scores: dict[str, dict[str, dict[str, float]]]) -> str:

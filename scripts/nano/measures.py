@@ -36,6 +36,20 @@ def measure(document: Document, task: str, text: str) -> Measured:
     raise ValueError(f"no measure for {task}; known are {', '.join(formats.TASK_PROMPTS)}, kvp")
 
 
+def whole_part(task: str, text: str) -> str:
+    """What `extract` keeps of an answer that did not end by itself, in the task's form; empty when that is nothing."""
+    from granite4v.runtime.outputs import Table, salvage, write
+
+    saved = salvage(task, text)
+    if saved is None:
+        return ""
+    forms = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
+    if task == "kvp":
+        return json.dumps(saved.value)
+    table = saved.value if isinstance(saved.value, Table) else saved.value[0]
+    return write(table, forms[task])
+
+
 def _table(truth: Table, task: str, text: str) -> Measured:
     """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
     import formats
