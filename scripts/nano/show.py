@@ -3,7 +3,7 @@
 
     python scripts/nano/show.py build/demo [--seed N] [--model DIR]
 
-The pictures are written beside each other; every one is read by the command `granite4v ask` as anyone would call it.
+The pictures are written beside each other; every one is read by `granite4v extract` as anyone would call it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import shlex
 import subprocess
 import sys
 from itertools import zip_longest
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Line = tuple[str, str]  # what a value is called, the value
 FONT = "Aileron"  # Pillow's own, so that no font package is needed
 LEVEL = 0.5  # of the generator's full range: clean paper, short texts
+TASKS = {"table": "tables_html", "chart": "chart2csv", "form": "kvp"}
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
     options.out.mkdir(parents=True, exist_ok=True)
     status = 0
-    for kind in ("table", "chart", "form"):
+    for kind in TASKS:
         status |= show(kind, seed, options.out, ["--model", options.model] if options.model else [])
     print(f"\nThe same documents again: --seed {seed}", file=sys.stderr)
     return status
@@ -50,13 +52,13 @@ def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
     document = draw_document(HELD_OUT_SEEDS + seed, kind, LEVEL, FONT)
     path = out / f"{kind}.png"
     document.picture.save(path)
-    prompt = {"table": "<tables_html>", "chart": "<chart2csv>"}.get(kind)
+    asked = [str(path), "--task", TASKS[kind]]
     if isinstance(document.truth, Form):
-        prompt = formats.kvp_prompt(formats.form_schema(document.truth))
-    assert prompt is not None
-    shown = prompt if kind != "form" else "Extract structured data ... matching this schema: {...}"
-    print(f"\n$ granite4v ask {path} '{shown}'", flush=True)
-    command = [sys.executable, "-m", "granite4v", "ask", str(path), prompt, *model]
+        schema = out / "form.schema.json"
+        schema.write_text(json.dumps(formats.form_schema(document.truth), indent=1) + "\n", encoding="utf-8")
+        asked += ["--schema", str(schema)]
+    print(f"\n$ granite4v extract {shlex.join(asked)}", flush=True)
+    command = [sys.executable, "-m", "granite4v", "extract", *asked, *model]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         return result.returncode
