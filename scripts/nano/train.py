@@ -59,7 +59,7 @@ OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to
 LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents when all of them can be had
 BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
 IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
-N_TOLD = 26  # marks of a token that an eye may take for another's: all but where the token is
+N_WHERE = 3  # marks of a token, the last ones, that no eye takes for another's: where the token is
 MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
 TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
 ROUNDED_SHARE = 0.6  # of the last stage's steps that are taken with 4 bits a weight, so that such files lose little
@@ -279,10 +279,10 @@ class Trainer:
 
         assert batch.marks is not None
         marks = batch.marks.clone()
-        flat = marks[..., :N_TOLD].flatten(0, 1)
+        flat = marks[..., :-N_WHERE].flatten(0, 1)
         wrong = torch.rand(flat.shape[0]) < MISSED
         flat[wrong] = flat[torch.randint(len(flat), (int(wrong.sum()),))]
-        marks[..., :N_TOLD] = flat.view(marks[..., :N_TOLD].shape)
+        marks[..., :-N_WHERE] = flat.view(marks[..., :-N_WHERE].shape)
         streams = [stream.nan_to_num() for stream in ideal_streams(marks, self.spec)]
         return [(stream + torch.randn_like(stream) * BLUR).bfloat16() for stream in streams]
 
