@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,31 @@ def test_the_example_runs(
     assert "[0, 2, 3, 4, 5, 7]" in capsys.readouterr().out
 
 
+def test_the_session_goes_as_it_is_shown(tmp_path: Path) -> None:
+    """Of what goes to stderr the numbers may be others: how long it took."""
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        cache = {"GRANITE4V_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, **cache, "PATH": path}, capture_output=True, text=True, check=True
+        )
+
+    def without_numbers(text: str) -> list[str]:
+        return re.sub(r"[\d.,]+", "0", text).splitlines()
+
+    (seed,) = re.findall(r"`scripts/demo\.sh --seed (\d+)`", README)
+    run(sys.executable, str(ROOT / "scripts" / "nano" / "show.py"), "build/demo", "--seed", seed)
+    steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks("console")[0], flags=re.MULTILINE)
+    assert len(steps) == 3
+    for command, shown in steps:
+        result = run("bash", "-c", command)
+        said = result.stdout.splitlines()
+        told = [line for line in shown.splitlines() if line not in said]
+        assert [line for line in shown.splitlines() if line not in told] == said
+        assert not set(without_numbers("\n".join(told))) - set(without_numbers(result.stderr))
+
+
 def test_the_map_names_every_module() -> None:
     map_block = next(block for block in blocks() if block.startswith("granite4v/ "))
     folders = ("granite4v", "clip_projector", "converter", "runtime")
@@ -80,5 +106,5 @@ def test_adding_a_family_is_described_as_the_families_are_made() -> None:
 
 
 def test_paths_in_the_text_exist() -> None:
-    for name in re.findall(r"(?:scripts|tests)/[\w./-]+\w", README):
+    for name in re.findall(r"(?:scripts|tests|docs)/[\w./-]+\w", README):
         assert (ROOT / name).exists(), name
