@@ -99,6 +99,12 @@ class Reference:
         return self.all_logits(prompt, pictures)[-1]
 
     @torch.inference_mode()
+    def logits_after(self, ids: list[int], pictures: Sequence[Image.Image] = ()) -> np.ndarray:
+        """float32 (n_vocab,) for the token after `ids`, which hold the pictures' placeholders."""
+        logits = self._forward(ids, pictures).logits[0, -1].numpy()
+        return logits / self.logits_divisor
+
+    @torch.inference_mode()
     def all_logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_prompt_tokens, n_vocab)."""
         logits = self._forward(self.prompt_ids(prompt, pictures), pictures).logits[0].numpy()

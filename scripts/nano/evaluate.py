@@ -98,6 +98,9 @@ def main() -> int:
                 i for i, pair in enumerate(zip(answers[names[0]], answers[name], strict=True)) if pair[0] != pair[1]
             ]
             print(f"{name}: {len(differ)} of {len(questions)} answers differ from {names[0]}'s")
+            for i in differ if name == REFERENCE else ():
+                apart = parting(options.checkpoint, questions[i], answers[names[0]][i], answers[name][i])
+                print(f"seed {questions[i].document.seed}: where they part, its two logits are {apart:.1e} apart")
     _show_wrong(questions, answers[names[0]], options.wrong)
     if options.out:
         options.out.write_text(json.dumps({"documents": options.documents, "scores": scores}, indent=1) + "\n")
@@ -173,16 +176,34 @@ def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
     return ask
 
 
-def _reference(checkpoint: Path) -> Callable[[Question], str]:
+def _reference_model(checkpoint: Path) -> Any:
     sys.path.append(str(ROOT / "tests"))
+    return importlib.import_module("reference").Reference(checkpoint, checkpoint)
 
-    reference = importlib.import_module("reference").Reference(checkpoint, checkpoint)
+
+def _reference(checkpoint: Path) -> Callable[[Question], str]:
+    reference = _reference_model(checkpoint)
 
     def ask(question: Question) -> str:
         tokens = reference.greedy(question.prompt, [question.document.picture], n=MAX_TOKENS)
         return str(reference.processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
     return ask
+
+
+def parting(checkpoint: Path, question: Question, text: str, other: str) -> float:
+    """By how much transformers, in one pass over all that both texts have in common, prefers one's next token.
+
+    Next to nothing: token by token, with what it computed before in its cache, it rounds otherwise.
+    """
+    reference = _reference_model(checkpoint)
+    tokenizer, pictures = reference.processor.tokenizer, [question.document.picture]
+    ids, others = (
+        [*tokenizer(one, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for one in (text, other)
+    )
+    n = next(i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1])
+    logits = reference.logits_after(reference.prompt_ids(question.prompt, pictures) + ids[:n], pictures)
+    return abs(float(logits[ids[n]] - logits[others[n]]))
 
 
 def _told(name: str, i: int, n: int, text: str) -> str:
