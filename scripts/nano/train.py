@@ -207,7 +207,8 @@ class Trainer:
         kind = rng.choices(["table", "chart", "form"], [50, 21, 29])[0]
         level = rng.choice(LEVELS) if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
-        if kind == "table" and seeds[0] == 0 and rng.random() < GAP_SHARE:
+        as_they_come = seeds[0] > 0  # held-out ones
+        if kind == "table" and not as_they_come and rng.random() < GAP_SHARE:
             drawn = (draw_document(rng.randrange(*seeds), kind, level) for _ in range(GAP_TRIES))
             document = next((other for other in drawn if has_gap(other)), document)
         sample = document_sample(document, rng, self.prompter, self.spec)
