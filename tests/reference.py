@@ -96,7 +96,7 @@ class Reference:
 
     def logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_vocab,) for the token after the chat prompt."""
-        return self.all_logits(prompt, pictures)[-1]
+        return self.logits_after(self.prompt_ids(prompt, pictures), pictures)
 
     @torch.inference_mode()
     def logits_after(self, ids: list[int], pictures: Sequence[Image.Image] = ()) -> np.ndarray:

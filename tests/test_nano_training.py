@@ -56,8 +56,8 @@ from samples import (
     marks_of,
     text_sample,
 )
-from train import Trainer, round_to_q4_0, round_to_q4_k, rounded
-from truth import Chart, Form, Table
+from train import Trainer, has_gap, round_to_q4_0, round_to_q4_k, rounded
+from truth import Cell, Chart, Form, Table
 
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.runtime.outputs import read as read_answer
@@ -210,6 +210,34 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[t
                 len(prompter.tokenizer.decode([token])) == 1 for token in sample.tokens[sample.answer_at :]
             )
     assert n_looks > 0.97 * n_letters > 500, "all but letters that share their place with two others"
+
+
+def test_a_table_begins_with_a_look_at_its_longest_line(read: list[tuple[Document, Sample]]) -> None:
+    n_seen = Counter[str]()
+    for document, sample in read:
+        table = document.truth
+        if not isinstance(table, Table) or any(cell.rowspan > 1 or cell.colspan > 1 for cell in table.cells):
+            continue
+        rows = [[cell.text for cell in table.cells if cell.row == i and cell.text] for i in range(table.n_rows)]
+        longest = max(rows, key=len)
+        assert sample.lessons is not None
+        at = sample.answer_at - int(sample.kind != "<tables_otsl>")
+        seen = [
+            marks(sample, image)[slot * len(SLOT_CLASSES)] for q, image, slot, *_ in sample.lessons.looks if q == at
+        ]
+        assert seen in ([], [ord(longest[-1][0]) - 32]), "none where the glyph shares its place with two others"
+        n_seen[sample.kind] += len(seen)
+    assert len(n_seen) == 3 and min(n_seen.values()) > 0
+
+
+def test_gaps_are_those_that_counting_does_not_tell() -> None:
+    def gap(*texts: str) -> bool:
+        cells = tuple(Cell(i // 3, i % 3, text) for i, text in enumerate(texts))
+        return has_gap(replace(draw_document(1, "table"), truth=Table(2, 3, 1, cells)))
+
+    assert gap("", "b", "c", "d", "e", "f") and gap("a", "b", "c", "d", "e", "")
+    assert not gap("a", "b", "c", "", "", "f")
+    assert not has_gap(draw_document(1, "form"))
 
 
 def test_a_glyph_on_an_edge_may_be_seen_on_its_other_side() -> None:

@@ -98,9 +98,11 @@ def main() -> int:
                 i for i, pair in enumerate(zip(answers[names[0]], answers[name], strict=True)) if pair[0] != pair[1]
             ]
             print(f"{name}: {len(differ)} of {len(questions)} answers differ from {names[0]}'s")
-            for i in differ if name == REFERENCE else ():
-                apart = parting(options.checkpoint, questions[i], answers[names[0]][i], answers[name][i])
-                print(f"seed {questions[i].document.seed}: where they part, its two logits are {apart:.1e} apart")
+            if differ and name == REFERENCE:
+                reference = _reference_model(options.checkpoint)
+                for i in differ:
+                    apart = parting(reference, questions[i], answers[names[0]][i], answers[name][i])
+                    print(f"seed {questions[i].document.seed}: where they part, its two logits are {apart:.1e} apart")
     _show_wrong(questions, answers[names[0]], options.wrong)
     if options.out:
         options.out.write_text(json.dumps({"documents": options.documents, "scores": scores}, indent=1) + "\n")
@@ -191,12 +193,11 @@ def _reference(checkpoint: Path) -> Callable[[Question], str]:
     return ask
 
 
-def parting(checkpoint: Path, question: Question, text: str, other: str) -> float:
+def parting(reference: Any, question: Question, text: str, other: str) -> float:
     """By how much transformers, in one pass over all that both texts have in common, prefers one's next token.
 
     Next to nothing: token by token, with what it computed before in its cache, it rounds otherwise.
     """
-    reference = _reference_model(checkpoint)
     tokenizer, pictures = reference.processor.tokenizer, [question.document.picture]
     ids, others = (
         [*tokenizer(one, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for one in (text, other)

@@ -123,7 +123,7 @@ def _write(path: Path, questions: list[Question]) -> Pages:
 def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
     """All records of a file, judged, and what `evaluate.py` is answered about its pages."""
     import formats
-    from measures import whole_part
+    from measures import written
     from stress_forms import judge
     from truth import Form
 
@@ -147,7 +147,7 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
         text = record.text
         if record.salvaged:
             seen.cut.append(f"{where}: {record.validity_error}")
-            text = whole_part(record.task, text)
+            text = written(record.task, record.value)
         problem = record.error or judge(record.task, text, schema)
         if problem or not record.valid:
             seen.broken.append(f"{where}: {problem or 'not valid'}; seed {question.document.seed}: {record.text!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from documents import Document
@@ -38,16 +38,21 @@ def measure(document: Document, task: str, text: str) -> Measured:
 
 def whole_part(task: str, text: str) -> str:
     """What `extract` keeps of an answer that did not end by itself, in the task's form; empty when that is nothing."""
-    from granite4v.runtime.outputs import Table, salvage, write
+    from granite4v.runtime.outputs import salvage
 
     saved = salvage(task, text)
-    if saved is None:
-        return ""
-    forms = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
+    return "" if saved is None else written(task, saved.value)
+
+
+def written(task: str, value: Any) -> str:
+    """A record's value in the form of its task: one table, a chart's data or fields."""
+    from granite4v.runtime.extraction.documents import NATIVE
+    from granite4v.runtime.outputs import write
+
     if task == "kvp":
-        return json.dumps(saved.value)
-    table = saved.value if isinstance(saved.value, Table) else saved.value[0]
-    return write(table, forms[task])
+        return json.dumps(value)
+    (table,) = value if isinstance(value, list) else (value,)
+    return write(table, NATIVE[task])
 
 
 def _table(truth: Table, task: str, text: str) -> Measured:

@@ -222,6 +222,7 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
     n_slots = len(spec.spatial_target_layers)
     place = [vectors(n, len(PLACE_CLASSES)) for n in PLACE_CLASSES]
     slots = [[vectors(n, len(shared)) for n in shared] for _ in range(n_slots)]
+    # drawn last: with a mark more, the vectors of all others are still those that checkpoints learned
     return [place, *([*slot, vectors(cell, len(shared))] for slot in slots)]
 
 

@@ -161,14 +161,13 @@ def document_sample(document: Document, rng: random.Random, prompter: Prompter, 
     from truth import Table
 
     task, question, answer = ask(document, rng)
-    sample = _with_picture(document, task, question, answer, prompter, spec)
-    if isinstance(document.truth, Table) and task != "<tables_json>" and rng.random() < ROW_TOO_MANY_SHARE:
-        longer = _with_row_too_many(document.truth, task)
-        longer_sample = _with_picture(document, task, question, longer, prompter, spec)
-        pairs = zip(sample.tokens, longer_sample.tokens, strict=False)
-        at = next(i for i, (token, other) in enumerate(pairs) if token != other)
-        return replace(longer_sample, unlearned=at)
-    return sample
+    if not isinstance(document.truth, Table) or task == "<tables_json>" or rng.random() >= ROW_TOO_MANY_SHARE:
+        return _with_picture(document, task, question, answer, prompter, spec)
+    longer = _with_row_too_many(document.truth, task)
+    pairs = zip(prompter.encode(answer), prompter.encode(longer), strict=False)
+    place = next(i for i, (token, other) in enumerate(pairs) if token != other)
+    sample = _with_picture(document, task, question, longer, prompter, spec)
+    return replace(sample, unlearned=sample.answer_at + place)
 
 
 def _with_row_too_many(table: Table, task: str) -> str:

@@ -189,8 +189,7 @@ class Trainer:
                     group["peak"] = peak
         self.averages: dict[str, float] = {}
         self.level = level
-        self.text_rounding: Rounding | None = None
-        self.vision_rounding: Rounding | None = None
+        self.rounding: Rounding | None = None  # of the text's weights in this step; with any, vision's are Q4_0
 
     # --- data ---
 
@@ -251,7 +250,7 @@ class Trainer:
             packed = [torch.cat([stream.flatten(0, 1), newline])[batch.rows] for stream in streams]
             images = (batch.positions, packed)
         weights = self.text if self.stage == "base" else merged(self.text, self.adapter, self.spec)
-        half = _half(rounded(weights, self.text_rounding))
+        half = _half(rounded(weights, self.rounding))
         taught: Tensors = {}
         lessons = batch if images is not None else None
         hidden = decode(half, batch.tokens, images, self.spec, self.kernels, lessons, taught).flatten(0, 1)
@@ -274,7 +273,7 @@ class Trainer:
         """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
         from model import project, tower
 
-        vision = _half(rounded(self.vision, self.vision_rounding))
+        vision = _half(rounded(self.vision, round_to_q4_0 if self.rounding else None))
         states = tower(vision, batch.tiles, self.spec, self.kernels)
         streams = project(vision, states, self.spec, self.kernels)
         return streams if self.is_eye_frozen() else [*streams, self.glyph_loss(batch, states[-1], streams, figures)]
@@ -397,8 +396,7 @@ class Trainer:
             self.set_level()
             rate = self.set_rate()
             is_rounding = self.stage == "read" and rng.random() < ROUNDED_SHARE
-            self.text_rounding = rng.choice((round_to_q4_0, round_to_q4_k)) if is_rounding else None
-            self.vision_rounding = round_to_q4_0 if is_rounding else None
+            self.rounding = rng.choice((round_to_q4_0, round_to_q4_k)) if is_rounding else None
             batch = collate([*next(source), *self.letters(rng)], self.prompter, self.spec)
             loss, figures = self.loss(batch)
             for optimizer in self.optimizers:
@@ -483,8 +481,7 @@ class Trainer:
         from truth import HELD_OUT_SEEDS
 
         rng = random.Random("held out")
-        level, self.level = self.level, 1.0
-        self.text_rounding = self.vision_rounding = None
+        level, self.level, self.rounding = self.level, 1.0, None
         sums: dict[str, list[float]] = {}
         n = 0
         for group in batches(
