@@ -1,4 +1,4 @@
-"""What the README says is true: its commands exist, its example runs, its map is complete."""
+"""What the README and docs/ say is true: commands exist, examples run, the source map is complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from granite4v.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str = "") -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str = "", text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [text for name, text in fenced if name == language]
 
 
@@ -85,14 +86,14 @@ def test_the_session_goes_as_it_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_map_names_every_module() -> None:
-    map_block = next(block for block in blocks() if block.startswith("granite4v/ "))
+    map_block = next(block for block in blocks(text=DESIGN) if block.startswith("granite4v/ "))
     folders = ("granite4v", "clip_projector", "converter", "runtime")
     names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
     assert names - set(re.findall(r"\w+\.py", map_block)) == set()
 
 
 def test_adding_a_family_is_described_as_the_families_are_made() -> None:
-    section = README.split("## Adding a model family\n")[1].split("\n## ")[0]
+    section = DESIGN.split("## Adding a model family\n")[1].split("\n## ")[0]
     steps = re.findall(r"^\d\. (.*?)(?=^\d\. |\Z)", section, flags=re.MULTILINE | re.DOTALL)
     patterns = re.findall(r"`families/(<family>\w*\.py)`", section)
     assert len(steps) == 7 and patterns == ["<family>.py", "<family>_tensors.py"]
@@ -106,5 +107,6 @@ def test_adding_a_family_is_described_as_the_families_are_made() -> None:
 
 
 def test_paths_in_the_text_exist() -> None:
-    for name in re.findall(r"(?:scripts|tests|docs)/[\w./-]+\w", README):
+    texts = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    for name in re.findall(r"(?:scripts|tests|docs)/[\w./-]+\w", "\n".join(texts)):
         assert (ROOT / name).exists(), name
