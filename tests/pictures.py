@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -68,6 +70,16 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def png_of(width: int, height: int, *, idat: bytes, interlaced: int = 0) -> bytes:
+    """A PNG that claims width x height grey pixels of 8 bits and holds `idat`, which zlib should have compressed."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", idat) + chunk(b"IEND", b"")
 
 
 def odd_files(size: tuple[int, int] = (150, 100)) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ import pikepdf
 import psutil
 import pytest
 from pdfs import LETTER, add_image, add_page, add_text_field, pdf_bytes, scan_pdf, square, text_pdf, write
-from pictures import EXIF_ORIENTATION, encoded, noise_picture, text_picture
+from pictures import EXIF_ORIENTATION, encoded, noise_picture, png_of, text_picture
 from PIL import Image, ImageOps
 
 from granite4v.clip_projector import load_image
@@ -375,13 +375,7 @@ def test_standard_input_that_holds_nothing_says_so(monkeypatch: pytest.MonkeyPat
 
 def png(width: int, height: int, rows: int = 0, data: bytes = b"", interlaced: int = 0) -> bytes:
     """A PNG that claims width x height grey pixels and has `rows` black rows of them, or `data`."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)
-    data = zlib.compress(data or bytes(rows * (width + 1)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return png_of(width, height, idat=zlib.compress(data or bytes(rows * (width + 1))), interlaced=interlaced)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"])

@@ -216,12 +216,13 @@ class Extraction:
         self.close()
 
     def _run(self) -> Generator[Record]:
-        from granite4v.runtime.pages import open_pages
+        from granite4v.runtime.pages import PageSkipped, open_pages
 
         job, current = self._job, None
         opened = open_pages(job.inputs, **asdict(job.selection), view=job.model.files.vision_config)
         with contextlib.closing(opened) as pages:
             for item in pages:
+                assert not isinstance(item, PageSkipped)  # none without `wanted`
                 if item.source != current:
                     self._end_document(current)
                     current = item.source

@@ -3,7 +3,7 @@
 Importing this package loads no library and reads no file.
 """
 
-from granite4v.runtime.pages.opening import Page, PageFailure, Totals, count_pages, open_pages
+from granite4v.runtime.pages.opening import Page, PageFailure, PageSkipped, Totals, count_pages, open_pages
 from granite4v.runtime.pages.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Page",
     "PageFailure",
     "PageRanges",
+    "PageSkipped",
     "SelectionError",
     "Totals",
     "count_pages",

@@ -170,6 +170,17 @@ def read_content(document: Document) -> Path | bytes:
     raise DocumentError(f"{document.name} is a device or a socket; give a file, a directory or a pipe.")
 
 
+def file_state(document: Document) -> str | None:
+    """'size:mtime_ns' of the document's file; None for what is not a file, or not there."""
+    if document.path is None:
+        return None
+    try:
+        found = os.stat(document.path)
+    except (OSError, ValueError):
+        return None
+    return f"{found.st_size}:{found.st_mtime_ns}" if stat.S_ISREG(found.st_mode) else None
+
+
 def is_read_once(document: Document) -> bool:
     """Whether looking into it takes its content away: standard input or a pipe."""
     if document.path is None:
