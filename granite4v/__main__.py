@@ -1,6 +1,6 @@
 """`python -m granite4v`: the same as the `granite4v` command."""
 
-from granite4v.cli.main import entry
+from granite4v.cli.entry import entry
 
 if __name__ == "__main__":
     entry()

@@ -1,11 +1,12 @@
 """The `granite4v` command: puts the commands together and turns expected failures into a message and a status.
 
-Status 0: done. 1: an expected failure, one message on stderr. 2: wrong usage. 130: interrupted. Anything else
-is a bug and keeps its traceback. Command modules import nothing heavy, so that `--help` returns at once.
+Command modules import nothing heavy, so that `--help` returns at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -14,28 +15,36 @@ from typer.core import TyperGroup
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
+from granite4v.cli.entry import conclude, entry, explain
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.verify import verify
-from granite4v.errors import Granite4vError
 
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+@contextlib.contextmanager
+def _concluding() -> Iterator[None]:
+    """Turns an expected failure into a message and an exit status; lets a bug through."""
+    try:
+        yield
+    except BaseException as error:
+        if explain(error) is None:
+            raise
+        raise typer.Exit(conclude(error)) from None
 
 
 class Commands(TyperGroup):
     """The one place where an exception becomes an exit status."""
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Granite4vError as error:
-            typer.echo(f"granite4v: {error}", err=True)
-            raise typer.Exit(EXIT_FAILURE) from None
-        except KeyboardInterrupt:
-            typer.echo("granite4v: interrupted", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _concluding():
+            return super().make_context(*args, **extra)
 
+    def invoke(self, ctx: Any) -> Any:
+        with _concluding():
+            return super().invoke(ctx)
+
+
+__all__ = ["app", "entry"]
 
 app = typer.Typer(
     cls=Commands,
@@ -67,8 +76,3 @@ def common(
 
 for command in (convert, ask, extract, inspect, verify, bench):
     app.command()(command)
-
-
-def entry() -> None:
-    """What the console script calls."""
-    app()

@@ -1,0 +1,19 @@
+"""Text from files, names and models, made safe to print on a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters (escape sequences begin with one), line and paragraph separators, what reorders a line
+# (bidirectional marks, embeddings, overrides, isolates), and lone surrogates: bytes of a name that are not UTF-8.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(text: str, keep: str = "\n\t") -> str:
+    r"""The text with every character that could move the cursor, recolour or reorder what a terminal shows written
+    as its escape: '\x1b', '\u202e'. Line feeds and tabs stay; for text that must stay on one line, `keep` is ''."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
