@@ -90,11 +90,12 @@ class VisionEncoder:
             matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1}
             self.ways = speed.ways(self.backend, matrices)
             self._weights = Weights(file, self.backend, self.ways, names)
-        self._newline = self._weights.array(keys.IMAGE_NEWLINE, self.config.text_hidden_size)
+        width = self.config.text_hidden_size
+        self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """Grid and tokens of a picture of `size` (width, height), without looking at it."""
-        return layout(size, self.config.tiling, self.config.tokens_side)
+        return layout(size, self.config.tiling, self.config.tokens_side, newline=self.config.newline)
 
     def encode(
         self, images: Sequence[Image], progress: Callable[[int, int], None] | None = None

@@ -25,7 +25,8 @@ class Layout:
     """Where a picture's tokens come from.
 
     The overview tile first, then a grid of `rows` x `columns` tiles; of the grid's tokens only the window
-    `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows.
+    `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows (none where
+    `newlines` is 0).
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Layout:
     bottom: int
     left: int
     right: int
+    newlines: int = 1  # at the end of a row
 
     @property
     def n_tiles(self) -> int:
@@ -43,7 +45,7 @@ class Layout:
     @property
     def n_tokens(self) -> int:
         height, width = self.bottom - self.top, self.right - self.left
-        return self.tokens_side**2 + height * (width + 1)
+        return self.tokens_side**2 + height * (width + self.newlines)
 
 
 def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -69,7 +71,7 @@ def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, i
     return min(math.ceil(width * scale_height), grid_width), grid_height
 
 
-def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int) -> Layout:
+def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, newline: bool = True) -> Layout:
     """The grid and the token window for a picture of `size` (width, height); needs no pixels."""
     grid_height, grid_width = best_resolution(size, tiling.image_grid_pinpoints)
     rows, columns = grid_height // tiling.tile_px, grid_width // tiling.tile_px
@@ -83,12 +85,12 @@ def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int) -> Lay
         kept = int(round(width * (tokens_high / height), 7))
         padding = (tokens_wide - kept) // 2
         window = (0, tokens_high, padding, tokens_wide - padding)
-    return Layout(rows, columns, tokens_side, *window)
+    return Layout(rows, columns, tokens_side, *window, newlines=int(newline))
 
 
 def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
     """Image tokens of a picture of `size` (width, height), newlines included."""
-    return layout(size, config.tiling, config.tokens_side).n_tokens
+    return layout(size, config.tiling, config.tokens_side, newline=config.newline).n_tokens
 
 
 def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
@@ -120,17 +122,18 @@ def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
 
 
-def pack(tiles: Sequence[np.ndarray], newline: np.ndarray, where: Layout, out: np.ndarray) -> None:
+def pack(tiles: Sequence[np.ndarray], newline: np.ndarray | None, where: Layout, out: np.ndarray) -> None:
     """Writes the tokens of a picture in order into `out` `(n_tokens, n_embd)`.
 
     `tiles`: for the overview and each grid tile its tokens `(tokens_per_tile, n_embd)`. The overview comes
-    first, then the unpadded grid row by row, each row ended by `newline` `(n_embd,)`.
+    first, then the unpadded grid row by row, each row ended by `newline` `(n_embd,)` if there is one.
     """
     side, n_overview = where.tokens_side, where.tokens_side**2
     out[:n_overview] = tiles[0]
     width = where.right - where.left
-    grid = out[n_overview:].reshape(where.bottom - where.top, width + 1, out.shape[1])
-    grid[:, width] = newline
+    grid = out[n_overview:].reshape(where.bottom - where.top, width + where.newlines, out.shape[1])
+    if newline is not None:
+        grid[:, width] = newline
     for i, tile in enumerate(tiles[1:]):
         tile = tile.reshape(side, side, -1)
         row, column = i // where.columns * side, i % where.columns * side

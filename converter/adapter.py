@@ -13,16 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from granite4v.converter.checkpoint import read_json
-from granite4v.converter.match import Names, raise_problems
+from granite4v.converter.files import exists, read_json
+from granite4v.converter.match import Names, raise_problems, type_problem
 from granite4v.converter.safetensors_file import SourceTensor, read_header
 from granite4v.errors import CheckpointError
+from granite4v.families.hf_fields import MAX_FACTOR, MAX_WIDTH, Fields, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 WRAPPER = "base_model.model."
 # a.b.lora_A.weight; some versions of peft kept the adapter's name: a.b.lora_A.default.weight
-LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight")
+LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[\w-]+)?\.weight")
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft's
+# A pattern is a regular expression from a file: repetitions of repetitions, or very many, would run for ever.
+MAX_PATTERNS = 10_000
+MAX_PATTERN_LENGTH = 500
+MAX_REPETITIONS = 4
+REPETITION = re.compile(r"(?<!\()[*+?{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 # Features that change what the adapter computes and that neither merging nor GGUF's format covers.
 UNSUPPORTED = {
@@ -66,18 +74,18 @@ class Adapter:
 
 
 def has_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
+    return exists(folder / CONFIG)
 
 
 def base_model_of(folder: Path) -> str:
     """The base model that the adapter in this directory names; raises CheckpointError when it names none."""
-    base = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if not base:
+    config = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
+    if not config.get("base_model_name_or_path"):
         raise CheckpointError(
             f"'{folder}' holds an adapter but no model, and its '{CONFIG}' has no 'base_model_name_or_path'. Give the "
             f"base model as SRC and the adapter with --adapter '{folder}'."
         )
-    return str(base)
+    return config.text("base_model_name_or_path")
 
 
 def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tuple[int, ...]], where: str) -> Adapter:
@@ -86,9 +94,10 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
     `shapes`: the base's matrices under the tables' spelling. Raises CheckpointError that lists everything
     unsupported, unknown, incomplete or mis-shaped.
     """
-    config = read_json(folder / CONFIG)
-    problems = _unsupported(config)
-    if not (folder / WEIGHTS).exists():
+    config = Fields(read_json(folder / CONFIG), CONFIG)
+    problems = _unsupported(config.values)
+    settings = _Settings.read(config)
+    if not exists(folder / WEIGHTS):
         raise CheckpointError(f"'{folder}' has '{CONFIG}' but no '{WEIGHTS}'; only safetensors adapters convert.")
     tensors, wrong = read_header(folder / WEIGHTS)
     problems += wrong
@@ -99,7 +108,9 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
         match = LORA_KEY.fullmatch(tensor.name.removeprefix(WRAPPER))
         own = names.spellings.get(f"{match['module']}.weight") if match else None
         if match is None:
-            problems.append(f"unknown tensor '{tensor.name}': neither lora_A nor lora_B of a linear layer")
+            problems.append(f"unknown tensor {tensor.name!r}: neither lora_A nor lora_B of a linear layer")
+        elif (problem := type_problem(tensor)) is not None:
+            problems.append(problem)
         elif own is None or own not in shapes or len(shapes[own]) != 2:
             strangers.append(f"it changes '{match['module']}', a linear layer that the model does not have")
         elif match["side"] in sides.setdefault(own, {}):
@@ -109,9 +120,9 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
             modules[own] = match["module"]
     pairs: dict[str, LoraPair] = {}
     for own, found in sides.items():
-        problems += _check_pair(own, found, shapes[own], rank := _by_pattern(config, "rank", modules[own]))
+        problems += _check_pair(own, found, shapes[own], settings.rank(modules[own]))
         if len(found) == 2:
-            pairs[own] = LoraPair(found["A"], found["B"], _scale(config, modules[own], rank))
+            pairs[own] = LoraPair(found["A"], found["B"], settings.scale(modules[own]))
     problems += strangers
     if not pairs and not problems:
         problems.append(f"'{WEIGHTS}' holds no tensors")
@@ -120,15 +131,15 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
         f"the adapter '{name}' cannot be applied to '{where}'",
         "Give the base model that the adapter was trained on, or convert the base alone with --lora ignore.",
     )
-    return Adapter(folder, name, float(config.get("lora_alpha", 8)), pairs)
+    return Adapter(folder, name, settings.general_alpha, pairs)
 
 
-def _check_pair(own: str, found: Mapping[str, SourceTensor], shape: tuple[int, ...], rank: float) -> list[str]:
+def _check_pair(own: str, found: Mapping[str, SourceTensor], shape: tuple[int, ...], r: int) -> list[str]:
     if len(found) != 2:
         missing = "B" if "A" in found else "A"
         return [f"'{own}' has no lora_{missing}"]
     n_out, n_in = shape
-    a, b, r = found["A"], found["B"], int(rank)
+    a, b = found["A"], found["B"]
     problems = []
     if a.shape != (r, n_in):
         problems.append(f"mis-shaped '{a.name}': found {list(a.shape)}, expected {[r, n_in]} for '{own}'")
@@ -153,14 +164,57 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: float) -> float:
-    alpha = _by_pattern(config, "alpha", module)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+@dataclass(frozen=True)
+class _Settings:
+    """Rank and alpha of every module. Patterns in the order of the file; the first that fits decides, as in peft."""
+
+    general_rank: int
+    general_alpha: float
+    ranks: tuple[tuple[re.Pattern[str], int], ...]
+    alphas: tuple[tuple[re.Pattern[str], float], ...]
+    use_rslora: bool
+
+    @classmethod
+    def read(cls, config: Fields) -> _Settings:
+        """Raises CheckpointError for numbers that no adapter has and patterns that cannot be used."""
+        ranks, alphas = (config.section(key, {}) for key in ("rank_pattern", "alpha_pattern"))
+        return cls(
+            general_rank=config.integer("r", 1, MAX_WIDTH, DEFAULT_RANK),
+            general_alpha=_alpha(config, "lora_alpha", DEFAULT_ALPHA),
+            ranks=tuple((_pattern(ranks, key), ranks.integer(key, 1, MAX_WIDTH)) for key in ranks.values),
+            alphas=tuple((_pattern(alphas, key), _alpha(alphas, key)) for key in alphas.values),
+            use_rslora=config.flag("use_rslora", False),
+        )
+
+    def rank(self, module: str) -> int:
+        return next((rank for pattern, rank in self.ranks if pattern.match(module)), self.general_rank)
+
+    def scale(self, module: str) -> float:
+        alpha = next((alpha for pattern, alpha in self.alphas if pattern.match(module)), self.general_alpha)
+        rank = self.rank(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _by_pattern(config: Mapping[str, Any], which: str, module: str) -> float:
-    """The module's rank or alpha: of the first pattern that matches the end of its name, or the general one."""
-    for pattern, value in (config.get(f"{which}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(config.get("r" if which == "rank" else "lora_alpha", 8))
+def _alpha(values: Fields, key: str, *default: float) -> float:
+    return values.number(key, -MAX_FACTOR, MAX_FACTOR, *default)
+
+
+def _pattern(patterns: Fields, key: str) -> re.Pattern[str]:
+    """The expression for module names that end in what `key` describes, as peft matches them."""
+    if len(patterns.values) > MAX_PATTERNS:
+        raise CheckpointError(
+            f"'{patterns.file}': '{patterns.path}' has {len(patterns.values):,} entries; expected at most "
+            f"{MAX_PATTERNS:,}."
+        )
+    if len(key) > MAX_PATTERN_LENGTH or len(REPETITION.findall(key)) > MAX_REPETITIONS or REPEATED_GROUP.search(key):
+        raise CheckpointError(
+            f"'{patterns.file}': '{patterns.path}' has the pattern {shown(key)}; expected the end of a module's name, "
+            f"or a regular expression with at most {MAX_REPETITIONS} repetitions and no repeated groups."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"'{patterns.file}': '{patterns.path}' has the pattern {shown(key)}, which is not a regular expression "
+            f"({error})."
+        ) from None

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from granite4v.converter.files import exists, read_json
 from granite4v.converter.hub import Location
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_header
 from granite4v.errors import CheckpointError
-from granite4v.families.text import with_defaults
+from granite4v.families.hf_fields import Fields, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
+SHARD_NAME = re.compile(r"[\w][\w.\- ]{0,200}\.safetensors")
+MAX_SHARDS = 10_000
 FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one model apart
 
 
@@ -30,7 +33,7 @@ class Checkpoint:
 
     location: Location
     config: Mapping[str, Any]
-    preprocessor: Mapping[str, Any]
+    preprocessor: Fields
     tensors: Mapping[str, SourceTensor]
     problems: tuple[str, ...] = ()
     incomplete: bool = False
@@ -38,14 +41,6 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         return self.location.folder
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """The decoder's configuration, what it leaves out filled in; raises CheckpointError without one."""
-        text = self.config.get("text_config")
-        if not isinstance(text, dict):
-            raise CheckpointError(f"'{self.folder / 'config.json'}' has no 'text_config' section.")
-        return with_defaults(text)
 
     def fingerprint(self) -> str:
         """A short name for these very weights: equal for every conversion of one checkpoint."""
@@ -69,22 +64,7 @@ def open_checkpoint(location: Location) -> Checkpoint:
 
 def has_weights(folder: Path) -> bool:
     """Whether the directory holds a model, not just an adapter."""
-    return (folder / INDEX).exists() or (folder / SINGLE).exists() or bool(_numbered_shards(folder))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{path.parent}' has no '{path.name}'; it is not a Hugging Face checkpoint.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"'{path}' is not valid JSON ({error}); download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"'{path}' holds {type(value).__name__}; expected a JSON object.")
-    return value
+    return exists(folder / INDEX) or exists(folder / SINGLE) or bool(_numbered_shards(folder))
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], list[str]]:
@@ -92,9 +72,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], lis
 
     A single file wins over shards, as in transformers. Raises CheckpointError when there is neither.
     """
-    if (folder / SINGLE).exists():
+    if exists(folder / SINGLE):
         return *_merge([folder / SINGLE]), []
-    if (folder / INDEX).exists():
+    if exists(folder / INDEX):
         return _read_indexed(folder)
     numbered = _numbered_shards(folder)
     if not numbered:
@@ -109,6 +89,10 @@ def _numbered_shards(folder: Path) -> list[Path]:
     if not matches:
         return []
     digits, total = len(matches[0].group(1)), matches[0].group(2)
+    if int(total) > MAX_SHARDS:
+        raise CheckpointError(
+            f"'{matches[0].group()}' in '{folder}' is one of {total} files; expected {MAX_SHARDS:,} at most."
+        )
     return [folder / f"model-{i:0{digits}}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
 
 
@@ -116,12 +100,18 @@ def _read_indexed(folder: Path) -> tuple[dict[str, SourceTensor], list[str], lis
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"'{folder / INDEX}' has no 'weight_map'; download it again.")
-    files = sorted({str(name) for name in weight_map.values()})
-    absent = [name for name in files if not (folder / name).is_file()]
+    strange = [name for name in weight_map.values() if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
+    if strange:
+        raise CheckpointError(
+            f"'{folder / INDEX}' places tensors in {shown(strange[0])}; expected the name of a .safetensors file "
+            "beside it."
+        )
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not exists(folder / name)]
     tensors, problems = _merge([folder / name for name in files if name not in absent])
     for name, file_name in weight_map.items():
         if file_name not in absent and (name not in tensors or tensors[name].path.name != file_name):
-            problems.append(f"'{INDEX}' places '{name}' in '{file_name}', which does not hold it")
+            problems.append(f"'{INDEX}' places {name!r} in '{file_name}', which does not hold it")
     return tensors, problems, [f"'{INDEX}' names '{name}', which is not in '{folder}'" for name in absent]
 
 
@@ -133,21 +123,25 @@ def _merge(paths: list[Path]) -> tuple[dict[str, SourceTensor], list[str]]:
         problems += wrong
         for tensor in found:
             if tensor.name in tensors:
-                problems.append(f"'{tensor.name}' stands in both '{tensors[tensor.name].path.name}' and '{path.name}'")
+                problems.append(f"{tensor.name!r} stands in both '{tensors[tensor.name].path.name}' and '{path.name}'")
             tensors[tensor.name] = tensor
     return tensors, problems
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
+def _preprocessor(folder: Path) -> Fields:
     """The image processor's settings, from the file that holds them in this version of transformers."""
     merged: dict[str, Any] = {}
+    files: list[str] = []
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            settings = read_json(folder / name)
-            merged |= settings.get("image_processor") or (settings if name.startswith("preprocessor") else {})
+        if exists(folder / name):
+            settings = Fields(read_json(folder / name), name)
+            own = {} if name.startswith("processor") else settings.values
+            found = settings.section("image_processor", own).values
+            files += [name] if found else []
+            merged |= found
     if not merged:
         raise CheckpointError(
             f"'{folder}' has no 'preprocessor_config.json' (or 'processor_config.json' with an image processor); it "
             "says how pictures are scaled and normalized. Copy it from the original checkpoint."
         )
-    return merged
+    return Fields(merged, " and ".join(files))

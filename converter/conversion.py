@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +11,20 @@ from pathlib import Path
 from granite4v.converter import policy
 from granite4v.converter.adapter import Adapter, base_model_of, has_adapter, open_adapter
 from granite4v.converter.checkpoint import has_weights, open_checkpoint
-from granite4v.converter.hub import Location, locate
+from granite4v.converter.head import decide_head
+from granite4v.converter.hub import Location, is_hub_id, locate
 from granite4v.converter.match import Names, match_tensors
 from granite4v.converter.output import check_space, check_target, files_in_place
 from granite4v.converter.plan import Model, Plan, make_plan
+from granite4v.converter.quantized import check_full_precision
 from granite4v.converter.stream import n_cores
 from granite4v.converter.writer import write_file
 from granite4v.errors import CheckpointError, Granite4vError
 from granite4v.families import family_of_checkpoint
-from granite4v.families.text import HEAD, HEAD_PREFIXES, is_tied, text_architecture
+from granite4v.families.text import is_tied, text_architecture, text_section
 
 LORA_MODES = ("merge", "separate", "ignore")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,18 @@ class Summary:
         return sum(path.stat().st_size for path in self.paths)
 
 
-def plan_conversion(source: str | Path, options: Options | None = None) -> Plan:
-    """What `convert` would write, without reading a weight; raises CheckpointError."""
+def plan_conversion(
+    source: str | Path, options: Options | None = None, report: Callable[[str], None] | None = None
+) -> Plan:
+    """What `convert` would write, with nothing written; raises CheckpointError.
+
+    `report`: told what is about to be downloaded; without it a warning is logged where an adapter chose that.
+    """
     options = options or Options()
     text_type, vision_type = policy.check_policies(options.text_type, options.vision_type)
     if options.lora not in LORA_MODES:
         raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
-    base, adapter_at = _find(str(source), options)
+    base, adapter_at = _find(str(source), options, report)
     model = _open_model(base)
     adapter = _open_adapter(adapter_at, model, options.lora)
     return make_plan(model, text_type, vision_type, adapter, options.lora)
@@ -76,16 +85,17 @@ def convert(
     target: str | Path,
     options: Options | None = None,
     progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Summary:
     """Writes a model directory from a checkpoint (a directory or a hub id).
 
-    Raises CheckpointError for what is wrong with the checkpoint or adapter, before anything is written;
-    OutputError for a target that exists or cannot be written. Nothing half-written stays, on an interrupt
-    neither.
+    `report` as for `plan_conversion`; warnings are in the summary's plan. Raises CheckpointError for what is wrong
+    with the checkpoint or adapter, before anything is written; OutputError for a target that exists or cannot be
+    written. Nothing half-written stays, on an interrupt neither.
     """
     options, target, began = options or Options(), Path(target), time.perf_counter()
     check_target(target, options.force)
-    plan = plan_conversion(source, options)
+    plan = plan_conversion(source, options, report)
     total_bytes, done_bytes = plan.data_bytes, 0
     check_space(target, total_bytes)
     n_threads = options.n_threads or n_cores()
@@ -103,13 +113,13 @@ def convert(
     return Summary(plan, tuple(target / name for name in names), time.perf_counter() - began)
 
 
-def _find(source: str, options: Options) -> tuple[Location, Location | None]:
+def _find(source: str, options: Options, report: Callable[[str], None] | None) -> tuple[Location, Location | None]:
     """The base model and the adapter. SRC may hold both, the model alone, or an adapter that names its base."""
-    here = locate(source, options.revision)
+    here = locate(source, options.revision, report)
     if options.adapter is not None:
         if not has_weights(here.folder) and has_adapter(here.folder):
             raise CheckpointError(f"'{source}' is an adapter itself; give the base model as SRC, or no --adapter.")
-        adapter = locate(options.adapter)
+        adapter = locate(options.adapter, report=report)
         if not has_adapter(adapter.folder):
             raise CheckpointError(f"'{options.adapter}' has no 'adapter_config.json'; it is not a PEFT adapter.")
         return here, adapter
@@ -119,23 +129,53 @@ def _find(source: str, options: Options) -> tuple[Location, Location | None]:
         return here, None
     if has_weights(here.folder):
         return here, here
-    base = base_model_of(here.folder)
-    beside = here.folder / base
-    return locate(str(beside) if beside.is_dir() else base), here
+    return _base_of(here, report), here
+
+
+def _base_of(adapter: Location, report: Callable[[str], None] | None) -> Location:
+    """The model that an adapter names, which may lie beside it. A file chooses it, so a download is announced."""
+    base = base_model_of(adapter.folder)
+    try:
+        beside = adapter.folder / base
+        if beside.is_dir():
+            return locate(str(beside))
+        absent = not Path(base).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        absent = True
+    if absent and not is_hub_id(base):
+        raise CheckpointError(
+            f"the adapter '{adapter.name}' names {base!r} as its base model, and there is no such directory; give the "
+            f"base model as SRC and the adapter with --adapter '{adapter.name}'."
+        )
+    tell = report or log.warning
+    return locate(base, report=lambda line: tell(f"the adapter '{adapter.name}' names its base model: {line}"))
 
 
 def _open_model(location: Location) -> Model:
     checkpoint = open_checkpoint(location)
     family = family_of_checkpoint(checkpoint.config)
+    warnings = check_full_precision(checkpoint)
     vision = family.config_from_hf(checkpoint.config, checkpoint.preprocessor)
-    architecture = text_architecture(checkpoint.text_config)
-    text = architecture.config(checkpoint.text_config, checkpoint.tensors)
-    has_head = any(prefix + HEAD in checkpoint.tensors for prefix in HEAD_PREFIXES)
-    tied = is_tied(checkpoint.config, checkpoint.text_config, has_head)
+    text_config = text_section(checkpoint.config)
+    architecture = text_architecture(text_config)
+    text = architecture.config(text_config, checkpoint.tensors)
+    checkpoint, tied, remarks = decide_head(checkpoint, is_tied(checkpoint.config, text_config))
     text_groups = architecture.tensors(text, tied)
     vision_groups = family.vision_tensors(vision, checkpoint.config)
     match = match_tensors(Names.of((*text_groups, *vision_groups)), checkpoint)
-    return Model(checkpoint, family, vision, architecture, text, tied, text_groups, vision_groups, match)
+    return Model(
+        checkpoint=checkpoint,
+        family=family,
+        vision=vision,
+        architecture=architecture,
+        text_config=text_config,
+        text=text,
+        tied=tied,
+        text_groups=text_groups,
+        vision_groups=vision_groups,
+        match=match,
+        warnings=(*warnings, *remarks),
+    )
 
 
 def _open_adapter(location: Location | None, model: Model, lora: str) -> Adapter | None:

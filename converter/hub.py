@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,34 +28,47 @@ class Location:
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name.rsplit("/", 1)[-1]
 
 
-def locate(source: str, revision: str | None = None) -> Location:
+def locate(source: str, revision: str | None = None, report: Callable[[str], None] | None = None) -> Location:
     """The directory of a local path or hub id; what the hub has and the cache lacks is downloaded.
 
-    Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE. Raises CheckpointError.
+    Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE; `report` is told before one begins.
+    Raises CheckpointError.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        match = SNAPSHOT.search(folder.resolve().as_posix())
-        return Location(folder, source, match.group(1) if match else None)
-    if folder.exists():
+    folder = Path(source)
+    try:
+        folder = folder.expanduser()
+        if folder.is_dir():
+            match = SNAPSHOT.search(folder.resolve().as_posix())
+            return Location(folder, source, match.group(1) if match else None)
+        exists = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a NUL
+        raise CheckpointError(f"cannot read '{source}': {getattr(error, 'strerror', None) or error}.") from None
+    if exists:
         raise CheckpointError(f"'{source}' is a file; give the checkpoint's directory or a hub id.")
-    if not HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise CheckpointError(
             f"there is no directory '{source}', and it is no hub id (such as 'owner/name') either; check the path."
         )
-    path = _download(source, revision)
+    path = _download(source, revision, report or (lambda _: None))
     return Location(path, source, path.name)
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+def is_hub_id(source: str) -> bool:
+    """Whether a name can be a repository on the hub; what begins with a dot is meant as a path."""
+    return bool(HUB_ID.fullmatch(source)) and not source.startswith(".") and ".." not in source
+
+
+def _download(repository: str, revision: str | None, report: Callable[[str], None]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
 
     expected = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, ValueError)
+    at = f" at revision '{revision}'" if revision else ""
+    if not constants.HF_HUB_OFFLINE:
+        report(f"there is no directory '{repository}' here; fetching '{repository}'{at} from {constants.ENDPOINT}")
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=FILE_PATTERNS))
     except expected as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        at = f" at revision '{revision}'" if revision else ""
         raise CheckpointError(
             f"there is no directory '{repository}' here, and the hub repository of that name{at} could not be "
             f"fetched: {reason} Check the name, the network, or 'hf auth login' for a gated one."

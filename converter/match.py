@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from granite4v.converter.checkpoint import Checkpoint
-from granite4v.converter.safetensors_file import SourceTensor
+from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor
 from granite4v.errors import CheckpointError
 from granite4v.families.tensor_rules import TensorGroup, TensorRule
 
@@ -64,13 +64,14 @@ def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
         if own is None:
             reason = names.drop_reason(name)
             if reason is None:
-                wrong.append(f"unknown tensor '{name}' {list(tensor.shape)}")
+                wrong.append(f"unknown tensor {name!r} {list(tensor.shape)}")
             else:
                 dropped.append((name, reason))
         elif own in found:
             wrong.append(f"doubled tensor: '{found[own].name}' and '{name}' are the same")
         else:
             found[own] = tensor
+    wrong += [problem for tensor in found.values() if (problem := type_problem(tensor))]
     for own, rule in _expected(names.groups).items():
         if own in found and found[own].shape != rule.shape:
             wrong.append(
@@ -85,6 +86,13 @@ def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
         "Check the files, or download them again.",
     )
     return Match(found, tuple(dropped))
+
+
+def type_problem(tensor: SourceTensor) -> str | None:
+    """What is wrong with the type of a tensor that is wanted; None when it converts."""
+    if tensor.dtype in ELEMENT_BYTES:
+        return None
+    return f"'{tensor.name}' in '{tensor.path.name}' has type {tensor.dtype}; expected {', '.join(ELEMENT_BYTES)}"
 
 
 def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:

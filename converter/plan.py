@@ -19,6 +19,7 @@ from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
 from granite4v.families import Family, VisionConfig
+from granite4v.families.hf_fields import Fields
 from granite4v.families.tensor_rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.families.text import TextArchitecture, TextConfig
 
@@ -88,17 +89,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint understood: its family, configuration, and tables matched against its tensors."""
+    """A checkpoint understood: its family, configuration, and tables matched against its tensors.
+
+    `text_config`: the section of config.json that `text` was read from.
+    """
 
     checkpoint: Checkpoint
     family: Family
     vision: VisionConfig
     architecture: TextArchitecture
+    text_config: Fields
     text: TextConfig
     tied: bool
     text_groups: tuple[TensorGroup, ...]
     vision_groups: tuple[TensorGroup, ...]
     match: Match
+    warnings: tuple[str, ...] = ()
 
 
 def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter | None, lora: str) -> Plan:
@@ -116,7 +122,7 @@ def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter |
         source=model.checkpoint.location.name,
         files=tuple(files),
         dropped=model.match.dropped,
-        warnings=tuple(warnings),
+        warnings=(*model.warnings, *warnings),
         adapter=adapter.name if adapter is not None else None,
         adapter_use=provenance[keys.PROVENANCE_ADAPTER],
     )
@@ -125,8 +131,11 @@ def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter |
 def _text_file(
     model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
 ) -> tuple[PlannedFile, list[str]]:
-    arch, config, text = model.architecture.arch, model.checkpoint.config, model.checkpoint.text_config
-    vocabulary, warnings = vocabulary_metadata(model.checkpoint.folder, config, text, model.text.vocab_size)
+    arch, config, text = model.architecture.arch, model.checkpoint.config, model.text_config
+    image_token = _image_token_id(config, model.text.vocab_size)
+    vocabulary, warnings = vocabulary_metadata(
+        model.checkpoint.folder, config, text.values, model.text.vocab_size, image_token
+    )
     injection = model.family.text_metadata(model.vision, model.text.num_hidden_layers)
     metadata = {
         keys.GENERAL_TYPE: "model",
@@ -136,7 +145,7 @@ def _text_file(
         **vocabulary,
         **provenance,
         keys.PROVENANCE_POLICY: type_policy,
-        keys.IMAGE_TOKEN_ID: _image_token_id(config),
+        keys.IMAGE_TOKEN_ID: image_token,
     }
     shape = policy.TextShape(model.text.num_hidden_layers, model.text.n_gqa, model.tied)
     tensors = _tensors(model, model.text_groups, merged, lambda n, s: policy.text_type(n, s, type_policy, shape))
@@ -239,11 +248,13 @@ def _provenance(model: Model, adapter: Adapter | None, lora: str) -> dict[str, A
     return provenance
 
 
-def _image_token_id(config: Mapping[str, Any]) -> int:
-    value = config.get("image_token_index", config.get("image_token_id"))
-    if not isinstance(value, int):
-        raise CheckpointError(f"config.json has 'image_token_index' = {value!r}; expected the id of the image token.")
-    return value
+def _image_token_id(config: Mapping[str, Any], n_vocab: int) -> int:
+    fields = Fields(config)
+    names = [name for name in ("image_token_index", "image_token_id") if name in fields]
+    ids = {fields.integer(name, 0, n_vocab - 1) for name in names or ("image_token_index",)}
+    if len(ids) > 1:
+        raise fields.error("image_token_id", f"the same as 'image_token_index', {fields.get('image_token_index')}")
+    return ids.pop()
 
 
 def describe(plan: Plan) -> str:

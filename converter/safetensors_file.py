@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors, an 8-byte length, JSON, then
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -14,13 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from granite4v.converter.files import PEEK_BYTES, check_regular, placeholder
 from granite4v.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the types that convert
+
+# Of the format's other types; what has no whole bytes is left out, its size is not checked.
+OTHER_BYTES = {
+    name: n_bytes
+    for n_bytes, names in (
+        (1, ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0")),
+        (2, ("I16", "U16")),
+        (4, ("I32", "U32")),
+        (8, ("I64", "U64", "F64", "C64")),
+    )
+    for name in names
+}
 
 
 @dataclass(frozen=True)
@@ -43,58 +57,82 @@ class SourceTensor:
         return math.prod(self.shape[1:])
 
 
+class _Pairs(list):  # type: ignore[type-arg]
+    """The (name, value) pairs of a JSON object, doubled names kept apart."""
+
+
 def read_header(path: Path) -> tuple[list[SourceTensor], list[str]]:
-    """The tensors of a file, and what is wrong with it in words (empty when nothing is).
+    """The tensors of a file of any type, and what is wrong with it in words (empty when nothing is).
 
     Raises CheckpointError when the header itself cannot be read.
     """
     try:
+        size_bytes = check_regular(path)
         with path.open("rb") as file:
-            size_bytes = file.seek(0, 2)
-            file.seek(0)
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+            start = file.read(PEEK_BYTES)
+            instead = placeholder(start)
+            if instead is not None:
+                raise CheckpointError(f"'{path}' {instead}.")
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else None
             if length is None or length > min(MAX_HEADER_BYTES, size_bytes - 8):
                 raise CheckpointError(
                     f"'{path}' is cut short or is no safetensors file: its header does not fit in {size_bytes:,} "
                     "bytes. Download it again."
                 )
-            pairs = json.loads(file.read(length), object_pairs_hook=lambda items: items)
+            file.seek(8)
+            text = file.read(length).decode("utf-8")
+            pairs = json.loads(text, object_pairs_hook=_Pairs)
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"'{path}' has a broken safetensors header (not JSON). Download it again.") from None
+    if not isinstance(pairs, _Pairs):
+        raise CheckpointError(f"'{path}' has a broken safetensors header (not a JSON object). Download it again.")
     return _tensors(path, pairs, 8 + length, size_bytes)
 
 
-def _tensors(path: Path, pairs: Any, data_start: int, size_bytes: int) -> tuple[list[SourceTensor], list[str]]:
+def _tensors(path: Path, pairs: _Pairs, data_start: int, size_bytes: int) -> tuple[list[SourceTensor], list[str]]:
     tensors: dict[str, SourceTensor] = {}
     problems: list[str] = []
-    end_bytes = data_start
+    spans: list[tuple[int, int, str]] = []
     for name, fields in pairs:
         if name == "__metadata__":
             continue
-        info = dict(fields)
-        try:
-            dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-            first, last = (int(n) for n in info["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            problems.append(f"'{name}' in '{path.name}' has a header entry without dtype, shape or offsets")
+        info = dict(fields) if isinstance(fields, _Pairs) else {}
+        dtype, shape, offsets = (info.get(key, 0) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+            problems.append(f"{name!r} in '{path.name}' has a header entry without dtype, shape or offsets")
             continue
+        first, last = offsets
         if name in tensors:
-            problems.append(f"'{name}' stands twice in '{path.name}'")
-        if dtype not in ELEMENT_BYTES:
-            problems.append(f"'{name}' in '{path.name}' has type {dtype}; expected {', '.join(ELEMENT_BYTES)}")
-        elif last - first != ELEMENT_BYTES[dtype] * math.prod(shape):
-            problems.append(f"'{name}' in '{path.name}' has {last - first:,} bytes for {dtype} {list(shape)}")
-        end_bytes = max(end_bytes, data_start + last)
-        tensors[name] = SourceTensor(name, path, dtype, shape, data_start + first)
+            problems.append(f"{name!r} stands twice in '{path.name}'")
+        n_bytes = ELEMENT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
+        if last < first or (n_bytes and last - first != n_bytes * math.prod(shape)):
+            problems.append(f"{name!r} in '{path.name}' has {last - first:,} bytes for {dtype} {shape}")
+        spans.append((data_start + first, data_start + last, name))
+        tensors[name] = SourceTensor(name, path, dtype, tuple(shape), data_start + first)
+    return list(tensors.values()), problems + _misplaced(path, spans, size_bytes)
+
+
+def _counts(value: Any) -> bool:
+    """Whether a JSON value is a list of integers from zero to what a file can hold."""
+    return type(value) is list and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -> list[str]:
+    """Tensors that lie on each other or beyond the file's end. `spans`: first and last byte, name."""
+    problems = []
+    end_bytes = max((last for _, last, _ in spans), default=0)
     if end_bytes > size_bytes:
         problems.append(
             f"'{path.name}' is cut short: its tensors end at byte {end_bytes:,}, the file has {size_bytes:,}; "
             "download it again"
         )
-    return list(tensors.values()), problems
+    held = sorted(span for span in spans if span[1] > span[0])
+    for (_, end, name), (start, _, other) in itertools.pairwise(held):
+        if start < end and name != other:
+            problems.append(f"{name!r} and {other!r} lie on the same bytes of '{path.name}'")
+    return problems
 
 
 def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray:

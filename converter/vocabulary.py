@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from granite4v import gguf_keys as keys
-from granite4v.converter.checkpoint import read_json
+from granite4v.converter.files import exists, parse_object, read_json, read_text
 from granite4v.errors import CheckpointError
+from granite4v.families.hf_fields import MAX_VOCABULARY, Fields, is_integer, shown
 
 Json = Mapping[str, Any]
 
@@ -43,56 +44,186 @@ BYTE_LEVEL_SPLIT = "gpt-2"  # the pattern built into tokenizers' ByteLevel
 DIGITS_THEN_BYTE_LEVEL = "refact"
 SPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 def vocabulary_metadata(
-    folder: Path, config: Json, text_config: Json, n_vocab: int
+    folder: Path, config: Json, text_config: Json, n_vocab: int, image_token: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The `tokenizer.*` metadata of a text file, and warnings; raises CheckpointError."""
+    """The `tokenizer.*` metadata of a text file, and warnings; raises CheckpointError.
+
+    `image_token`: the id that stands for an image in a prompt.
+    """
     path = folder / "tokenizer.json"
-    if not path.exists():
-        raise CheckpointError(f"'{folder}' has no 'tokenizer.json'; copy it from the original checkpoint.")
-    tokenizer = read_json(path)
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    model = tokenizer.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(
-            f"'{path}' holds a {model.get('type')!r} tokenizer; only byte-level BPE, and BPE converted from "
-            "SentencePiece, convert."
-        )
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"'{folder}' has no 'tokenizer.json'; copy it from the original checkpoint.") from None
+    tokenizer = parse_object(text, f"'{path}'")
+    settings = _optional(folder / "tokenizer_config.json")
+    check_tokenizer(tokenizer, path)
+    added = _add_tokens(tokenizer, _tokens_elsewhere(folder, settings), n_vocab)
+    model = tokenizer["model"]
     tokens, types = _tokens(path, tokenizer, n_vocab)
     if model.get("byte_fallback"):
         kind: dict[str, Any] = _sentencepiece(tokenizer, tokens, types)
         warnings: list[str] = []
     else:
         kind, warnings = _byte_level(tokenizer)
+    if image_token is not None and types[image_token] not in (CONTROL, USER_DEFINED):
+        warnings.append(
+            f"config.json says that token {image_token} stands for an image, but neither 'tokenizer.json' nor "
+            "'tokenizer_config.json' has such an added token; prompts with images will fail"
+        )
     metadata: dict[str, Any] = {
         **kind,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         **_special_ids(tokenizer, settings, (text_config, config), n_vocab),
         "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer, settings),
-        keys.TOKENIZER_HF_JSON: path.read_text(encoding="utf-8"),
+        keys.TOKENIZER_HF_JSON: json.dumps(tokenizer, ensure_ascii=False) if added else text,
     }
-    template = chat_template(folder, settings)
-    if template is None:
-        warnings.append(f"'{folder}' has no chat template; prompts will have to be written out")
-    else:
+    template, named = chat_template(folder, settings)
+    if template is not None:
         metadata[keys.CHAT_TEMPLATE] = template
+    else:
+        found = f" named 'default', only {', '.join(map(repr, named))}" if named else ""
+        warnings.append(f"'{folder}' has no chat template{found}; prompts will have to be written out")
     return metadata, warnings
 
 
-def chat_template(folder: Path, settings: Json) -> str | None:
-    """The template's text: from a file of its own, or from tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if template is None and (folder / "chat_template.json").exists():
-        template = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+def _optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that need not be there."""
+    return read_json(path) if exists(path) else {}
+
+
+def _optional_text(path: Path) -> str | None:
+    return read_text(path) if exists(path) else None
+
+
+def chat_template(folder: Path, settings: Json) -> tuple[str | None, list[str]]:
+    """The template that is used when none is named, and the names of the others when there is no such one.
+
+    From where transformers 5.24 takes a processor's template (`processing_utils.py`): processor_config.json, else
+    chat_template.json, else chat_template.jinja and additional_chat_templates/. The tokenizer's comes last: published
+    checkpoints have one there that knows no images.
+    """
+    named: list[str] = []
+    for source in (_of_processor, _of_json, _of_jinja_files, lambda _: _templates(settings.get("chat_template"))):
+        templates = source(folder)
+        if "default" in templates:
+            return templates["default"], []
+        named += templates
+    return None, sorted(set(named))
+
+
+def _of_processor(folder: Path) -> dict[str, str]:
+    return _templates(_optional(folder / "processor_config.json").get("chat_template"))
+
+
+def _of_json(folder: Path) -> dict[str, str]:
+    return _templates(_optional(folder / "chat_template.json").get("chat_template"))
+
+
+def _of_jinja_files(folder: Path) -> dict[str, str]:
+    others = folder / "additional_chat_templates"
+    try:
+        paths = sorted(others.glob("*.jinja")) if others.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{others}': {error.strerror or error}.") from None
+    templates = {path.stem: read_text(path) for path in paths}
+    default = _optional_text(folder / "chat_template.jinja")
+    return templates if default is None else templates | {"default": default}
+
+
+def _templates(value: Any) -> dict[str, str]:
+    """Templates by name; a field holds one text, an object of them, or a list of named ones."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        value = {str(entry.get("name")): entry.get("template") for entry in entries}
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {name: template for name, template in pairs if isinstance(template, str)}
+
+
+def check_tokenizer(tokenizer: Json, path: Path) -> None:
+    """Raises CheckpointError unless a tokenizer.json holds BPE and each part that is read has its type."""
+    model = tokenizer.get("model")
+    model = model if isinstance(model, dict) else {}
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(
+            f"'{path}' holds a {model.get('type')!r} tokenizer; only byte-level BPE, and BPE converted from "
+            "SentencePiece, convert."
+        )
+    whole = Fields(tokenizer, str(path))
+    for text, i in model["vocab"].items():
+        if not is_integer(i) or not 0 <= i < MAX_VOCABULARY:
+            raise CheckpointError(f"'{path}': token {text!r} has the id {shown(i)}; expected an integer from 0.")
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or not all(_is_merge(merge) for merge in merges):
+        raise Fields(model, str(path), "model").error("merges", "a list of pairs of texts")
+    entries = tokenizer.get("added_tokens") or []
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and is_integer(entry.get("id"))
+        and 0 <= entry["id"] < MAX_VOCABULARY
+        for entry in entries
+    ):
+        raise whole.error("added_tokens", "a list of objects with 'id' and 'content'")
+    for key, plural in (
+        ("normalizer", "normalizers"),
+        ("pre_tokenizer", "pretokenizers"),
+        ("post_processor", "processors"),
+    ):
+        part = whole.section(key, {})
+        steps = part.get(plural, [])
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise part.error(plural, "a list of objects")
+
+
+def _is_merge(merge: Any) -> bool:
+    if isinstance(merge, str):
+        return " " in merge
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def _tokens_elsewhere(folder: Path, settings: Json) -> dict[int, dict[str, Any]]:
+    """Added tokens by id from the files beside tokenizer.json, as transformers adds them when it reads those."""
+    found: dict[int, dict[str, Any]] = {}
+    for text, i in _optional(folder / "added_tokens.json").items():
+        if is_integer(i):
+            found[i] = {"content": text, "special": False}
+    decoder = Fields(settings, "tokenizer_config.json").section("added_tokens_decoder", {}).values
+    for key, entry in decoder.items():
+        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found[int(key)] = dict(entry)
+    return found
+
+
+def _add_tokens(tokenizer: dict[str, Any], others: Mapping[int, Json], n_vocab: int) -> bool:
+    """Puts into `tokenizer` the added tokens that it lacks and has room for; whether there were any.
+
+    A text of its own vocabulary at the same id becomes an added token: until then text was never split there.
+    """
+    entries = tokenizer.get("added_tokens") or []
+    taken = {entry["id"] for entry in entries}
+    known = {entry["content"] for entry in entries}
+    vocabulary = tokenizer["model"]["vocab"]
+    texts = {i: text for text, i in vocabulary.items()}
+    new = []
+    for i, entry in sorted(others.items()):
+        text = entry["content"]
+        free = i not in taken and text not in known and texts.get(i, text) == text and vocabulary.get(text, i) == i
+        if free and i < n_vocab:
+            flags = {name: entry.get(name) is True for name in TOKEN_FLAGS}
+            new.append({"id": i, "content": text, **flags})
+            known.add(text)
+    if new:
+        tokenizer["added_tokens"] = sorted([*entries, *new], key=lambda entry: entry["id"])
+    return bool(new)
 
 
 def _byte_level(tokenizer: Json) -> tuple[dict[str, Any], list[str]]:
@@ -127,7 +258,7 @@ def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict
 def _adds_space(tokenizer: Json) -> bool:
     """Whether a space is put before a text, by the normalizer or by the pre-tokenizer."""
     normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    steps = [*(normalizer.get("normalizers") or [normalizer]), *(pre.get("pretokenizers") or [pre])]
     for step in steps:
         if step.get("type") == "Prepend":
             return step.get("prepend") == SPACE
@@ -164,15 +295,16 @@ def _merge(merge: str | list[str]) -> str:
 
 def _pre_tokenizer(tokenizer: Json) -> tuple[str, list[str]]:
     pre = tokenizer.get("pre_tokenizer") or {}
-    steps: list[Json] = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    steps: list[Json] = (pre.get("pretokenizers") or []) if pre.get("type") == "Sequence" else [pre]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
         return BYTE_LEVEL_SPLIT, []
     if kinds == ["Digits", "ByteLevel"]:
         return DIGITS_THEN_BYTE_LEVEL, []
     if kinds == ["Split", "ByteLevel"]:
-        pattern = (steps[0].get("pattern") or {}).get("Regex", "")
-        if pattern in SPLITS:
+        given = steps[0].get("pattern")
+        pattern = given.get("Regex") if isinstance(given, dict) else None
+        if isinstance(pattern, str) and pattern in SPLITS:
             return SPLITS[pattern], []
     nearest = SPLITS[CL100K_BY_THREE] if DIGITS_BY_THREE in json.dumps(pre) else BYTE_LEVEL_SPLIT
     return nearest, [
@@ -192,7 +324,7 @@ def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_v
             value = config.get(f"{kind}_token_id")
             candidates.append(value[0] if isinstance(value, list) and value else value)
         for value in candidates:
-            if isinstance(value, int) and 0 <= value < n_vocab:
+            if is_integer(value) and 0 <= value < n_vocab:
                 key = {"unk": "unknown", "sep": "seperator", "pad": "padding"}.get(kind, kind)  # llama.cpp's spelling
                 found[f"tokenizer.ggml.{key}_token_id"] = value
                 break
@@ -202,10 +334,11 @@ def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_v
 def _adds_bos(tokenizer: Json, settings: Json) -> bool:
     """Whether text is to be preceded by the begin-of-text token: what the post-processor does decides."""
     processor = tokenizer.get("post_processor") or {}
-    steps = processor.get("processors", [processor])
-    for step in steps:
+    for step in processor.get("processors") or [processor]:
+        single = step.get("single")
         if step.get("type") == "TemplateProcessing":
-            return "SpecialToken" in (step.get("single") or [{}])[0]
+            first = single[0] if isinstance(single, list) and single else {}
+            return isinstance(first, dict) and "SpecialToken" in first
     if not processor:
         return bool(settings.get("add_bos_token", False))
     return False

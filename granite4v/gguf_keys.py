@@ -54,6 +54,7 @@ PROJECTOR_SPATIAL_OFFSETS = "clip.vision.projector.spatial_offsets"
 
 # --- ours, mmproj file: what llama.cpp's keys have no word for ---
 TEXT_LAYERS = "granite4v.vision.text_layers"
+HAS_NEWLINE = "granite4v.vision.has_newline"  # false where no learned embedding ends the rows of a grid
 HIDDEN_ACT = "granite4v.vision.hidden_act"
 RESAMPLE = "granite4v.vision.resample"
 RESCALE_FACTOR = "granite4v.vision.rescale_factor"

@@ -11,48 +11,116 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families.base import Metadata, TilingConfig, TowerConfig
 from granite4v.families.fields import need, short
+from granite4v.families.hf_fields import MAX_PINPOINTS, MAX_PIXELS, Fields, is_integer, is_number, shown
 
 Triple = tuple[float, float, float]
 
+MAX_TILES = 256  # of a grid
+MAX_GRID_PX = MAX_PIXELS * MAX_TILES
+MAX_CHANNEL = 1e6  # of a mean or a deviation
+MIN_STD = 1e-6
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by number
+
 
 def tiling_from_hf(
-    pinpoints: Any, preprocessor: Metadata, tower: TowerConfig, mean: Triple, std: Triple
+    config: Fields, preprocessor: Fields, tower: TowerConfig, mean: Triple, std: Triple, default: Any = None
 ) -> TilingConfig:
-    """The tiling of a checkpoint whose grids are `pinpoints`; `mean` and `std` where the processor says none.
+    """The tiling of a checkpoint; `default`: its grids where neither file gives any.
 
-    Raises CheckpointError when the processor's tiles are not the tower's, or its grids not the model's.
+    `mean` and `std` where the processor says none. Raises CheckpointError when the processor's tiles are not the
+    tower's, or its grids not the model's.
     """
     tile_px = _tile_px(preprocessor, tower)
-    if not pinpoints:
-        raise CheckpointError("config.json has no 'image_grid_pinpoints'; expected (height, width) pairs.")
-    if preprocessor.get("image_grid_pinpoints", pinpoints) != pinpoints:
+    given = [
+        fields.pairs("image_grid_pinpoints", 1, MAX_GRID_PX, most=MAX_PINPOINTS)
+        for fields in (config, preprocessor)
+        if fields.get("image_grid_pinpoints")
+    ]
+    if not given and not default:
+        raise CheckpointError(f"'{config.file}' has no 'image_grid_pinpoints'; expected (height, width) pairs.")
+    if len(given) == 2 and given[0] != given[1]:
         raise CheckpointError(
-            "'image_grid_pinpoints' differ between config.json and preprocessor_config.json; they must agree."
+            f"'image_grid_pinpoints' differ between {config.file} and {preprocessor.file}; they must agree."
         )
-    if any(side % tile_px for pair in pinpoints for side in pair):
-        raise CheckpointError(f"'image_grid_pinpoints' {pinpoints} are not all multiples of the {tile_px} px tile.")
+    pinpoints = given[0] if given else default
+    wrong = [[h, w] for h, w in pinpoints if h % tile_px or w % tile_px or h * w > MAX_TILES * tile_px**2]
+    if wrong:
+        raise CheckpointError(
+            f"'image_grid_pinpoints' {shown(wrong)} are not all multiples of the {tile_px} px tile, or of more than "
+            f"{MAX_TILES} tiles."
+        )
     return TilingConfig(
         tile_px=tile_px,
-        image_grid_pinpoints=tuple((int(h), int(w)) for h, w in pinpoints),
-        image_mean=tuple(float(value) for value in preprocessor.get("image_mean", mean)),
-        image_std=tuple(float(value) for value in preprocessor.get("image_std", std)),
-        rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)),
-        resample=int(preprocessor.get("resample", 3)),
+        image_grid_pinpoints=tuple((h, w) for h, w in pinpoints),
+        **_scaling(preprocessor, mean, std),
     )
 
 
-def _tile_px(preprocessor: Metadata, tower: TowerConfig) -> int:
-    """The side of the processor's tiles: a size by height and width, or by its shortest edge, and perhaps a crop."""
-    size, crop = preprocessor.get("size") or {}, preprocessor.get("crop_size") or {}
-    tile_px = size.get("height") or size.get("shortest_edge") or tower.image_size
-    sides = [tile_px, size.get("width", tile_px), crop.get("height", tile_px), crop.get("width", tile_px)]
-    if any(side != tower.image_size for side in sides):
-        given = f"{size!r}" if not crop or set(sides[2:]) == {tile_px} else f"{size!r} cropped to {crop!r}"
+def _scaling(preprocessor: Fields, mean: Triple, std: Triple) -> dict[str, Any]:
+    """How pixels become numbers, as a TilingConfig's fields: what is switched off leaves them as they are."""
+    normalize, rescale = preprocessor.flag("do_normalize", True), preprocessor.flag("do_rescale", True)
+    return {
+        "image_mean": _channels(preprocessor, "image_mean", mean) if normalize else (0.0, 0.0, 0.0),
+        "image_std": _channels(preprocessor, "image_std", std, positive=True) if normalize else (1.0, 1.0, 1.0),
+        "rescale_factor": preprocessor.number("rescale_factor", 0, 1, 1 / 255, positive=True) if rescale else 1.0,
+        "resample": _resample(preprocessor),
+    }
+
+
+def _channels(preprocessor: Fields, key: str, default: Triple, *, positive: bool = False) -> Triple:
+    """A number for each channel."""
+    value = preprocessor.get(key, default)
+    low = MIN_STD if positive else -MAX_CHANNEL
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 3
+        or not all(is_number(item) and low <= item <= MAX_CHANNEL for item in value)
+    ):
+        raise preprocessor.error(key, f"a list of 3 numbers from {low:g} to {MAX_CHANNEL:g}, one a channel")
+    red, green, blue = map(float, value)
+    return red, green, blue
+
+
+def _resample(preprocessor: Fields) -> int:
+    """The filter by Pillow's number; some files have its name."""
+    value = preprocessor.get("resample", FILTERS.index("bicubic"))
+    if isinstance(value, str) and value.lower() in FILTERS:
+        return FILTERS.index(value.lower())
+    if not is_integer(value) or not 0 <= value < len(FILTERS):
+        raise preprocessor.error("resample", f"one of Pillow's filters, 0 to {len(FILTERS) - 1}")
+    return int(value)
+
+
+def _tile_px(preprocessor: Fields, tower: TowerConfig) -> int:
+    """The side of the processor's tiles: of its size, and of the crop that may follow, as all sides must be.
+
+    Older files give an integer, which transformers reads as the shortest edge of the size and the side of the crop,
+    or a list of height and width (`get_size_dict`).
+    """
+    size = _size(preprocessor, "size", ("height", "width", "shortest_edge"))
+    crop = _size(preprocessor, "crop_size", ("height", "width"))
+    if any(side != tower.image_size for side in (*size, *crop)):
+        found = f"{preprocessor.get('size')!r}"
+        cropped = f" cropped to {preprocessor.get('crop_size')!r}" if crop and set(crop) != set(size) else ""
         raise CheckpointError(
-            f"preprocessor_config.json makes tiles of size {given}, but the tower takes "
+            f"{preprocessor.file} makes tiles of size {found}{cropped}, but the tower takes "
             f"{tower.image_size}x{tower.image_size}."
         )
-    return int(tile_px)
+    return tower.image_size
+
+
+def _size(preprocessor: Fields, key: str, names: tuple[str, ...]) -> list[int]:
+    """The sides that a size gives, in any of its forms; none when there is no such field."""
+    value = preprocessor.get(key, {})
+    if isinstance(value, dict):
+        sides = [value[name] for name in names if value.get(name) is not None]
+        if value and not sides:
+            sides = [None]
+    else:
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(is_integer(side) and 1 <= side <= MAX_PIXELS for side in sides):
+        raise preprocessor.error(key, f"a side in pixels from 1 to {MAX_PIXELS}, or an object of {', '.join(names)}")
+    return list(sides)
 
 
 def tiling_from_gguf(metadata: Metadata, tower: TowerConfig, *, height_first: bool = False) -> TilingConfig:

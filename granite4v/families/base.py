@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from granite4v.families.hf_fields import Fields
     from granite4v.families.tensor_rules import TensorGroup
 
 Metadata = Mapping[str, Any]
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
 
 
@@ -126,7 +128,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image side of one model. `streams` is sorted by `text_layer`, one projector a stream."""
+    """The image side of one model. `streams` is sorted by `text_layer`, one projector a stream.
+
+    `newline`: a learned embedding ends each row of the grid.
+    """
 
     family: str
     tower: TowerConfig
@@ -134,6 +139,7 @@ class VisionConfig:
     projector: ProjectorConfig
     streams: tuple[Stream, ...]
     text_hidden_size: int
+    newline: bool = True
 
     @property
     def tokens_side(self) -> int:
@@ -152,8 +158,8 @@ class Family(Protocol):
     hf_model_types: tuple[str, ...]
     projector_type: str
 
-    def config_from_hf(self, config: Metadata, preprocessor: Metadata) -> VisionConfig:
-        """The configuration from config.json and preprocessor_config.json; raises CheckpointError."""
+    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+        """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         ...
 
     def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:

@@ -8,6 +8,7 @@ keeps the last projector (as transformers does), a decoder layer outside the mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families.anyres import tiling_from_gguf, tiling_from_hf, tiling_metadata
 from granite4v.families.base import (
+    ACTIVATIONS,
     Metadata,
     Shapes,
     Stream,
@@ -22,14 +24,36 @@ from granite4v.families.base import (
     VisionConfig,
     WindowQFormerConfig,
 )
-from granite4v.families.fields import hidden_state_index, need, number, section, short
-from granite4v.families.towers import SIGLIP, tower_from_gguf, tower_from_hf, tower_metadata
+from granite4v.families.fields import hidden_state_index, need, short
+from granite4v.families.hf_fields import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, shown
+from granite4v.families.text import n_text_layers, text_section
+from granite4v.families.towers import (
+    CLIP,
+    SIGLIP,
+    check_strategy,
+    tower_from_gguf,
+    tower_from_hf,
+    tower_kind,
+    tower_metadata,
+)
 
 if TYPE_CHECKING:
     from granite4v.families.tensor_rules import TensorGroup
 
 QFORMER_HEAD_DIM = 64  # transformers' Granite4VisionConfig sets num_attention_heads to hidden_size // 64
 N_SPATIAL_PROJECTORS = 4
+SPATIAL_STRIDE = 2
+SPATIAL_TARGET_LAYERS = (12, 15, 18, 21)
+DOWNSAMPLE_RATE = re.compile(r"(\d{1,4})/(\d{1,4})")
+
+# How checkpoints from before the family was in transformers spell fields.
+OLDER_NAMES = {
+    "vision_layer_to_llm_layer": "deepstack_layer_map",
+    "use_checkerboard_sampling": "use_spatial_sampling",
+    "checkerboard_stride": "spatial_stride",
+    "checkerboard_vision_layer": "spatial_vision_layer",
+    "checkerboard_llm_layers": "spatial_target_layers",
+}
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 
 
@@ -38,26 +62,20 @@ class Granite4Vision:
     hf_model_types: tuple[str, ...] = ("granite4_vision",)
     projector_type = "granite4_vision"
 
-    def config_from_hf(self, config: Metadata, preprocessor: Metadata) -> VisionConfig:
-        """The configuration from config.json and preprocessor_config.json; raises CheckpointError."""
-        vision, text = section(config, "vision_config"), section(config, "text_config")
-        tower = tower_from_hf(vision, SIGLIP)
-        strategy = config.get("vision_feature_select_strategy", "default")
-        if strategy != "full":
-            raise CheckpointError(
-                f"config.json has vision_feature_select_strategy {strategy!r}; a tower without a class token "
-                "needs 'full'."
-            )
-        projector = _projector_from_hf(config, tower)
-        n_text_layers = number(text, "num_hidden_layers", "text_config")
-        pinpoints = config.get("image_grid_pinpoints")
+    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+        """The configuration from config.json and the image processor's settings; raises CheckpointError."""
+        fields, text = Fields(renamed(config)), text_section(config)
+        vision = fields.section("vision_config")
+        tower = tower_from_hf(vision, tower_kind(vision) if "model_type" in vision else SIGLIP)
+        check_strategy(fields, tower)
         return VisionConfig(
             family=self.name,
             tower=tower,
-            tiling=tiling_from_hf(pinpoints, preprocessor, tower, IMAGE_MEAN, IMAGE_STD),
-            projector=projector,
-            streams=_streams_from_hf(config, tower.num_hidden_layers, n_text_layers),
-            text_hidden_size=number(text, "hidden_size", "text_config"),
+            tiling=tiling_from_hf(fields, preprocessor, tower, IMAGE_MEAN, IMAGE_STD),
+            projector=_projector_from_hf(fields, tower),
+            streams=_streams_from_hf(fields, tower.num_hidden_layers, n_text_layers(text)),
+            text_hidden_size=text.integer("hidden_size", 1, MAX_WIDTH),
+            newline=fields.flag("use_image_newline_parameter", True),
         )
 
     def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
@@ -66,7 +84,8 @@ class Granite4Vision:
         Files without our keys say nothing about decoder layers: their streams get text_layer = the index
         of the stream, and the text file's deepstack_mapping gives the layers.
         """
-        tower = tower_from_gguf(metadata, SIGLIP, "gelu_pytorch_tanh")
+        kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
+        tower = tower_from_gguf(metadata, kind, str(dict(kind.defaults)["hidden_act"]))
         features = [int(value) for value in need(metadata, keys.FEATURE_LAYER)]
         offsets = [int(value) for value in need(metadata, keys.PROJECTOR_SPATIAL_OFFSETS)]
         layers = [int(value) for value in metadata.get(keys.TEXT_LAYERS, range(len(features)))]
@@ -92,6 +111,7 @@ class Granite4Vision:
                 for feature, layer, offset in zip(features, layers, offsets, strict=True)
             ),
             text_hidden_size=int(need(metadata, keys.VISION_PROJECTION_DIM)),
+            newline=metadata.get(keys.HAS_NEWLINE) is not False,
         )
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
@@ -117,6 +137,7 @@ class Granite4Vision:
                 -1 if stream.spatial_offset is None else stream.spatial_offset for stream in config.streams
             ],
             keys.TEXT_LAYERS: [stream.text_layer for stream in config.streams],
+            **({} if config.newline else {keys.HAS_NEWLINE: False}),
         }
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
@@ -147,20 +168,36 @@ class Granite4Vision:
         return 1.0
 
 
-def _projector_from_hf(config: Metadata, tower: TowerConfig) -> WindowQFormerConfig:
+def renamed(config: Metadata) -> Metadata:
+    """A config.json in today's field names; raises CheckpointError when it gives both names different values.
+
+    transformers knows today's names; vLLM reads both.
+    """
+    fields, today = Fields(config), dict(config)
+    for old, new in OLDER_NAMES.items():
+        if old not in fields:
+            continue
+        if new in fields and fields.get(new) != fields.get(old):
+            raise CheckpointError(
+                f"'{fields.file}' has '{new}' {shown(fields.get(new))} and, under its older name, '{old}' "
+                f"{shown(fields.get(old))}; remove the one that is wrong."
+            )
+        today[new] = fields.get(old)
+    return today
+
+
+def _projector_from_hf(config: Fields, tower: TowerConfig) -> WindowQFormerConfig:
     if tower.hidden_size % QFORMER_HEAD_DIM:
         raise CheckpointError(
             f"vision_config has hidden_size {tower.hidden_size}; it must be a multiple of {QFORMER_HEAD_DIM} (the "
             "projector's head size)."
         )
-    rate = config.get("downsample_rate")
-    try:
-        query_side, window_side = (int(part) for part in str(rate).split("/"))
-    except ValueError:
-        raise CheckpointError(
-            f"config.json has downsample_rate {rate!r}; expected query/window sides such as '4/8'."
-        ) from None
-    if query_side <= 0 or window_side <= 0 or tower.grid_side % window_side:
+    rate = config.text("downsample_rate")
+    match = DOWNSAMPLE_RATE.fullmatch(rate)
+    if match is None:
+        raise config.error("downsample_rate", "query and window sides such as '4/8'")
+    query_side, window_side = int(match[1]), int(match[2])
+    if not query_side or not window_side or tower.grid_side % window_side:
         raise CheckpointError(
             f"config.json has downsample_rate {rate!r}; its window must divide the {tower.grid_side} patches of a side."
         )
@@ -169,34 +206,48 @@ def _projector_from_hf(config: Metadata, tower: TowerConfig) -> WindowQFormerCon
             f"config.json has downsample_rate {rate!r}; the spatial projectors take one patch of every 2x2 "
             "block, so the window must be twice the query side."
         )
-    qformer = config.get("qformer_config") or {}
-    layers = qformer.get("num_hidden_layers", 1)
-    if layers != 1:
-        raise CheckpointError(f"qformer_config has {layers} layers; granite4_vision projectors have one.")
+    qformer = config.section("qformer_config", {})
+    if qformer.integer("num_hidden_layers", 1, MAX_LAYERS, 1) != 1:
+        raise qformer.error("num_hidden_layers", "1, the layers of a granite4_vision projector")
     return WindowQFormerConfig(
         query_side=query_side,
         window_side=window_side,
         num_attention_heads=tower.hidden_size // QFORMER_HEAD_DIM,
-        layer_norm_eps=float(qformer.get("layer_norm_eps", 1e-12)),
-        hidden_act=str(qformer.get("hidden_act", "gelu")),
+        layer_norm_eps=qformer.number("layer_norm_eps", 0, 1, 1e-12),
+        hidden_act=qformer.text("hidden_act", "gelu", ACTIVATIONS),
     )
 
 
-def _streams_from_hf(config: Metadata, n_vision_layers: int, n_text_layers: int) -> tuple[Stream, ...]:
+def layer_map(config: Fields) -> list[tuple[int, int]]:
+    """`deepstack_layer_map`: (vision hidden state, decoder layer) of each layerwise projector."""
+    return config.pairs("deepstack_layer_map", -MAX_LAYERS, MAX_LAYERS, (), most=MAX_LAYERS)
+
+
+def has_spatial(config: Fields) -> bool:
+    """Whether the model has spatial projectors; transformers knows no model without."""
+    if not config.flag("use_spatial_sampling", True):
+        return False
+    if config.integer("spatial_stride", 1, MAX_PIXELS, SPATIAL_STRIDE) != SPATIAL_STRIDE:
+        raise config.error("spatial_stride", f"{SPATIAL_STRIDE}: a projector for each corner of a 2x2 block")
+    return True
+
+
+def _streams_from_hf(config: Fields, n_vision_layers: int, n_text_layers: int) -> tuple[Stream, ...]:
+    """Every projector's stream, by decoder layer; see the module for the conventions."""
+
     def hidden_state(index: int) -> tuple[int, ...]:
         return (hidden_state_index(index, n_vision_layers),)
 
     by_layer: dict[int, Stream] = {}
-    for i, (vision_layer, text_layer) in enumerate(config.get("deepstack_layer_map") or ()):
+    for i, (vision_layer, text_layer) in enumerate(layer_map(config)):
         by_layer[text_layer] = Stream(hidden_state(vision_layer), text_layer, None, f"layerwise_projectors.{i}")
-    targets = config.get("spatial_target_layers", [12, 15, 18, 21])
-    if len(targets) > N_SPATIAL_PROJECTORS:
-        raise CheckpointError(
-            f"config.json has {len(targets)} spatial_target_layers; at most {N_SPATIAL_PROJECTORS} are possible."
+    if has_spatial(config):
+        spatial = hidden_state(config.integer("spatial_vision_layer", -MAX_LAYERS, MAX_LAYERS, -1))
+        targets = config.integers(
+            "spatial_target_layers", -MAX_LAYERS, MAX_LAYERS, SPATIAL_TARGET_LAYERS, most=N_SPATIAL_PROJECTORS
         )
-    spatial = hidden_state(config.get("spatial_vision_layer", -1))
-    for i, text_layer in enumerate(targets):
-        by_layer[text_layer] = Stream(spatial, text_layer, i, f"spatial_projectors.{i}")
+        for i, text_layer in enumerate(targets):
+            by_layer[text_layer] = Stream(spatial, text_layer, i, f"spatial_projectors.{i}")
     streams = tuple(by_layer[layer] for layer in sorted(by_layer) if 0 <= layer < n_text_layers)
     if not streams:
         raise CheckpointError(

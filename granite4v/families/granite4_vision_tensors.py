@@ -8,27 +8,39 @@ from __future__ import annotations
 
 from granite4v import gguf_keys as keys
 from granite4v.families.base import Metadata, Stream, VisionConfig, WindowQFormerConfig
+from granite4v.families.granite4_vision import N_SPATIAL_PROJECTORS, layer_map, renamed
+from granite4v.families.hf_fields import MAX_WIDTH, Fields
 from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
 from granite4v.families.tower_tensors import tower_tensors
 
 QFORMER_INTERMEDIATE_SIZE = 3072  # transformers' default for qformer_config
 PREFIXES = ("model.", "")
-UNUSED = "a projector that no decoder layer takes: its layer is outside the model, or a later one has it"
+UNUSED = (
+    "a projector that no decoder layer takes: spatial sampling is off, its layer is outside the model, or a later one "
+    "has it"
+)
 
 
 def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
-    qformer = hf_config.get("qformer_config") or {}
-    ffn = int(qformer.get("intermediate_size", QFORMER_INTERMEDIATE_SIZE))
+    fields = Fields(renamed(hf_config))
+    qformer = fields.section("qformer_config", {})
+    ffn = qformer.integer("intermediate_size", 1, MAX_WIDTH, QFORMER_INTERMEDIATE_SIZE)
+    drops = [DropRule(f"{name}.*", UNUSED) for name in _unused_projectors(config, fields)]
+    if config.newline:
+        newline: tuple[TensorRule, ...] = (TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,)),)
+    else:
+        newline = ()
+        drops.append(DropRule("image_newline", "'use_image_newline_parameter' is false"))
     return (
         tower_tensors(config.tower),
         TensorGroup(
             prefixes=PREFIXES,
             rules=(
-                TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,)),
+                *newline,
                 *(rule for p, stream in enumerate(config.streams) for rule in _projector(stream, str(p), config, ffn)),
             ),
-            drops=tuple(DropRule(f"{name}.*", UNUSED) for name in _unused_projectors(config, hf_config)),
+            drops=tuple(drops),
         ),
     )
 
@@ -64,11 +76,9 @@ def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int) -> tuple[
     )
 
 
-def _unused_projectors(config: VisionConfig, hf_config: Metadata) -> list[str]:
+def _unused_projectors(config: VisionConfig, fields: Fields) -> list[str]:
     """Projectors that the checkpoint holds and no stream uses."""
-    from granite4v.families.granite4_vision import N_SPATIAL_PROJECTORS
-
     used = {stream.source for stream in config.streams}
-    held = [f"layerwise_projectors.{i}" for i in range(len(hf_config.get("deepstack_layer_map") or ()))]
+    held = [f"layerwise_projectors.{i}" for i in range(len(layer_map(fields)))]
     held += [f"spatial_projectors.{i}" for i in range(N_SPATIAL_PROJECTORS)]
     return [name for name in held if name not in used]

@@ -16,20 +16,29 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
-from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.errors import ModelFileError
 from granite4v.families.anyres import tiling_from_gguf, tiling_from_hf, tiling_metadata
-from granite4v.families.base import Metadata, MlpConfig, Shapes, Stream, TowerConfig, VisionConfig
-from granite4v.families.fields import hidden_state_index, number, section
-from granite4v.families.text import with_defaults
-from granite4v.families.towers import CLIP, SIGLIP, tower_from_gguf, tower_from_hf, tower_kind, tower_metadata
+from granite4v.families.base import ACTIVATIONS, Metadata, MlpConfig, Shapes, Stream, VisionConfig
+from granite4v.families.fields import hidden_state_index
+from granite4v.families.hf_fields import MAX_WIDTH, Fields, is_integer
+from granite4v.families.text import logits_scaling, text_section
+from granite4v.families.towers import (
+    CLIP,
+    SIGLIP,
+    check_strategy,
+    tower_from_gguf,
+    tower_from_hf,
+    tower_kind,
+    tower_metadata,
+)
 
 if TYPE_CHECKING:
     from granite4v.families.tensor_rules import TensorGroup
 
 # What config.json and preprocessor_config.json may leave out (transformers' defaults).
 FEATURE_LAYER = -2
-SELECT_STRATEGY = "default"
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+MAX_STATES = 64
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -42,20 +51,20 @@ class LlavaNext:
     hf_model_types: tuple[str, ...] = ("llava_next",)
     projector_type = "mlp"
 
-    def config_from_hf(self, config: Metadata, preprocessor: Metadata) -> VisionConfig:
-        """The configuration from config.json and preprocessor_config.json; raises CheckpointError."""
-        vision, text = section(config, "vision_config"), with_defaults(section(config, "text_config"))
+    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+        """The configuration from config.json and the image processor's settings; raises CheckpointError."""
+        fields, text = Fields(config), text_section(config)
+        vision = fields.section("vision_config")
         tower = tower_from_hf(vision, tower_kind(vision))
-        _check_strategy(config, tower)
-        states = sorted(taken_states(config, tower.num_hidden_layers))
-        pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+        check_strategy(fields, tower)
+        states = sorted(taken_states(fields, tower.num_hidden_layers))
         return VisionConfig(
             family=self.name,
             tower=dataclasses.replace(tower, num_hidden_layers=max(states[-1], 1)),
-            tiling=tiling_from_hf(pinpoints, preprocessor, tower, IMAGE_MEAN, IMAGE_STD),
-            projector=MlpConfig(str(config.get("projector_hidden_act", "gelu"))),
+            tiling=tiling_from_hf(fields, preprocessor, tower, IMAGE_MEAN, IMAGE_STD, PINPOINTS),
+            projector=MlpConfig(fields.text("projector_hidden_act", "gelu", ACTIVATIONS)),
             streams=(Stream(tuple(states), 0),),
-            text_hidden_size=number(text, "hidden_size", "text_config"),
+            text_hidden_size=text.integer("hidden_size", 1, MAX_WIDTH),
         )
 
     def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
@@ -143,37 +152,17 @@ class LlavaNext:
         Such models were trained, published and quantized with it, and llama.cpp divides, so we do. The likeliest token
         is the same; what is sampled at a temperature is not.
         """
-        text = with_defaults(section(config, "text_config"))
-        return float(text.get("logits_scaling", 1.0)) if text.get("model_type") == "granite" else 1.0
+        text = text_section(config)
+        return logits_scaling(text) if text.get("model_type") == "granite" else 1.0
 
 
-def taken_states(config: Metadata, n_layers: int) -> list[int]:
+def taken_states(config: Fields, n_layers: int) -> list[int]:
     """`vision_feature_layer` as hidden states, in the order in which the checkpoint joins them."""
     given = config.get("vision_feature_layer", FEATURE_LAYER)
-    indices = [given] if isinstance(given, int) else given
-    if not isinstance(indices, list) or not indices or not all(isinstance(index, int) for index in indices):
-        raise CheckpointError(f"config.json has vision_feature_layer {given!r}; expected a number or a list of them.")
+    indices = [given] if is_integer(given) else given
+    if not isinstance(indices, list) or not 0 < len(indices) <= MAX_STATES or not all(map(is_integer, indices)):
+        raise config.error("vision_feature_layer", f"a number, or a list of at most {MAX_STATES}")
     return [hidden_state_index(index, n_layers) for index in indices]
-
-
-def _check_strategy(config: Metadata, tower: TowerConfig) -> None:
-    """`default` drops the first position and `full` keeps all; only the patches fit the grid that is unpadded."""
-    strategy = config.get("vision_feature_select_strategy", SELECT_STRATEGY)
-    if strategy not in ("default", "full"):
-        raise CheckpointError(
-            f"config.json has vision_feature_select_strategy {strategy!r}; the known ones are 'default' and 'full'."
-        )
-    if tower.class_token and strategy == "full":
-        raise CheckpointError(
-            "config.json has vision_feature_select_strategy 'full' and a tower with a class token, which has no place "
-            "in the grid of patches (transformers fails on it too); such a tower needs 'default'."
-        )
-    if not tower.class_token and strategy == "default":
-        raise CheckpointError(
-            "config.json has vision_feature_select_strategy 'default', which drops the first position, and a tower "
-            "without a class token, whose first position is a patch that the grid needs (transformers fails on it "
-            "too); such a tower needs 'full'."
-        )
 
 
 def _projected_width(shapes: Shapes) -> int:

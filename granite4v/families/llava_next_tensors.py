@@ -9,7 +9,7 @@ import dataclasses
 
 from granite4v import gguf_keys as keys
 from granite4v.families.base import Metadata, VisionConfig
-from granite4v.families.fields import section
+from granite4v.families.hf_fields import Fields
 from granite4v.families.tensor_rules import TensorGroup, TensorRule, linear, zeros
 from granite4v.families.tower_tensors import tower_tensors
 from granite4v.families.towers import tower_from_hf, tower_kind
@@ -19,7 +19,7 @@ PREFIXES = ("model.", "")
 
 def llava_next_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
-    vision = section(hf_config, "vision_config")
+    vision = Fields(hf_config).section("vision_config")
     n_held = tower_from_hf(vision, tower_kind(vision)).num_hidden_layers
     newline = TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,))
     return (
@@ -31,7 +31,7 @@ def llava_next_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[Tenso
 def _projector(config: VisionConfig, hf_config: Metadata, n_held: int) -> tuple[TensorRule, ...]:
     from granite4v.families.llava_next import taken_states
 
-    out, states = config.text_hidden_size, taken_states(hf_config, n_held)
+    out, states = config.text_hidden_size, taken_states(Fields(hf_config), n_held)
     first, second = (keys.MLP.replace("{layer}", str(layer)) for layer in (keys.MLP_FIRST, keys.MLP_SECOND))
     weight, bias = linear("multi_modal_projector.linear_1", first, out, config.tower.hidden_size * len(states))
     # the checkpoint joins hidden states in its own order, the file in ascending order
@@ -39,6 +39,6 @@ def _projector(config: VisionConfig, hf_config: Metadata, n_held: int) -> tuple[
     if ascending != tuple(range(len(states))):
         weight = dataclasses.replace(weight, column_blocks=ascending)
     rules = (weight, bias, *linear("multi_modal_projector.linear_2", second, out, out))
-    if hf_config.get("multimodal_projector_bias", True):
+    if Fields(hf_config).flag("multimodal_projector_bias", True):
         return rules
     return tuple(zeros(rule) if rule.source.endswith(".bias") else rule for rule in rules)  # libmtmd needs them

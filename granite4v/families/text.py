@@ -7,12 +7,21 @@ One `TextArchitecture` for each GGUF architecture. Names and defaults: transform
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from granite4v.errors import CheckpointError
 from granite4v.families.base import Metadata
+from granite4v.families.hf_fields import (
+    MAX_FACTOR,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    Fields,
+)
 from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, each_layer
 
 # Where the decoder's tensors stand, today's spelling first. Adapters trained on the text model alone
@@ -22,6 +31,7 @@ HEAD_PREFIXES = ("", "language_model.", "model.language_model.", "model.")
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+MIN_THETA = 1e-3
 
 # What a text_config may leave out, as published checkpoints do, by its model_type.
 _LLAMA_DEFAULTS = {
@@ -34,6 +44,8 @@ _LLAMA_DEFAULTS = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "granite": _LLAMA_DEFAULTS,
+    "granite4_vision_text": _LLAMA_DEFAULTS,
+    "granitemoehybrid": {**_LLAMA_DEFAULTS, "shared_intermediate_size": 1024},
     "llama": _LLAMA_DEFAULTS,
     "mistral": {
         **_LLAMA_DEFAULTS,
@@ -53,9 +65,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_defaults(text: Metadata) -> Metadata:
-    """A `text_config` with what it leaves out filled in."""
-    return {**DEFAULTS.get(str(text.get("model_type")), {}), **text}
+# Fields that a granitemoehybrid has and a granite has not.
+_HYBRID_FIELDS = ("shared_intermediate_size", "layer_types", "layers_block_type")
+
+
+def text_section(config: Metadata) -> Fields:
+    """The `text_config` of a config.json with what it leaves out filled in, `model_type` included.
+
+    Raises CheckpointError without one.
+    """
+    given = Fields(config).section("text_config")
+    model_type = given.get("model_type")
+    if model_type is None:
+        if config.get("model_type") == "llava_next":
+            model_type = "llama"
+        else:
+            model_type = "granitemoehybrid" if any(key in given for key in _HYBRID_FIELDS) else "granite"
+    elif not isinstance(model_type, str):
+        raise given.error("model_type", "the name of a text model")
+    values = {**DEFAULTS.get(model_type, {}), **given.values, "model_type": model_type}
+    return Fields(values, given.file, given.path)
 
 
 @dataclass(frozen=True)
@@ -98,14 +127,14 @@ class TextArchitecture:
 
     arch: str
     hf_model_types: tuple[str, ...]
-    config: Callable[[Metadata, Iterable[str]], TextConfig]
-    metadata: Callable[[TextConfig, Metadata], dict[str, Any]]
+    config: Callable[[Fields, Iterable[str]], TextConfig]
+    metadata: Callable[[TextConfig, Fields], dict[str, Any]]
     tensors: Callable[[TextConfig, bool], tuple[TensorGroup, ...]]
 
 
-def text_architecture(text_config: Metadata) -> TextArchitecture:
+def text_architecture(text: Fields) -> TextArchitecture:
     """The architecture of a `text_config`; raises CheckpointError when none is known."""
-    model_type = text_config.get("model_type")
+    model_type = text.get("model_type")
     for architecture in ARCHITECTURES:
         if model_type in architecture.hf_model_types:
             return architecture
@@ -116,63 +145,56 @@ def text_architecture(text_config: Metadata) -> TextArchitecture:
 # --- granite ---
 
 
-def _granite_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
+def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
     """Sizes of a `granite`, or of a `granitemoehybrid` whose layers are all attention and dense.
 
     Whether gate and up are fused is a fact of the checkpoint: see its tensor names.
     """
     hybrid = text.get("model_type") == "granitemoehybrid"
+    names = list(tensor_names)
     if hybrid:
-        _check_dense_attention(text)
-    _expect(text, "hidden_act", "silu", "silu")
-    heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
-    head_dim = int(text.get("head_dim") or hidden // heads)
-    rope = _Rope.read(text, head_dim)
+        _check_dense_attention(text, names)
+    bias = text.flag("attention_bias", False)
     return TextConfig(
-        vocab_size=_size(text, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(text, "shared_intermediate_size" if hybrid else "intermediate_size"),
-        num_hidden_layers=_size(text, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        max_position_embeddings=int(text.get("max_position_embeddings", 2048)),
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        rope_theta=rope.theta,
-        rope_linear_factor=rope.linear_factor,
-        rope_factors=rope.factors,
+        **_sizes(text, "shared_intermediate_size" if hybrid else "intermediate_size"),
         # granitemoehybrid turns the rotary embedding on by name; granite always has it
         rotary=not hybrid or text.get("position_embedding_type") == "rope",
-        attention_bias=bool(text.get("attention_bias", False)),
-        output_bias=bool(text.get("attention_bias", False)),
-        mlp_bias=bool(text.get("mlp_bias", False)),
-        fused_mlp=any("shared_mlp.input_linear" in name for name in tensor_names),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=text.flag("mlp_bias", False),
+        fused_mlp=any("shared_mlp.input_linear" in name for name in names),
     )
 
 
-def _granite_metadata(config: TextConfig, text: Metadata) -> dict[str, Any]:
+def _granite_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return {
         **_common_metadata(config),
         # llama.cpp divides the logits by logit_scale and multiplies by the others, as transformers does
-        "attention.scale": float(text.get("attention_multiplier", 1.0)),
-        "embedding_scale": float(text.get("embedding_multiplier", 1.0)),
-        "residual_scale": float(text.get("residual_multiplier", 1.0)),
-        "logit_scale": float(text.get("logits_scaling", 1.0)),
+        "attention.scale": text.number("attention_multiplier", 0, MAX_FACTOR, 1.0),
+        "embedding_scale": text.number("embedding_multiplier", 0, MAX_FACTOR, 1.0),
+        "residual_scale": text.number("residual_multiplier", 0, MAX_FACTOR, 1.0),
+        "logit_scale": logits_scaling(text),
         # granite uses this key as the switch of the rotary embedding
         "rope.scaling.finetuned": config.rotary,
     }
 
 
+def logits_scaling(text: Fields) -> float:
+    """What a granite divides its logits by."""
+    return text.number("logits_scaling", 0, MAX_FACTOR, 1.0, positive=True)
+
+
 # --- llama, which mistral is too, and qwen2 ---
 
 
-def _llama_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
-    return _plain_config(text, text.get("sliding_window"), bias=bool(text.get("attention_bias", False)))
+def _llama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
+    bias = text.flag("attention_bias", False)
+    return _plain_config(text, _window(text), bias=bias, output_bias=bias)
 
 
-def _qwen2_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
+def _qwen2_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
     """Query, key and value always have a bias, the output never; the rotary embedding turns halves."""
-    window = text.get("sliding_window") if text.get("use_sliding_window") else None
+    window = _window(text) if text.flag("use_sliding_window", False) else None
     config = _plain_config(text, window, bias=True, output_bias=False, rope_pairs=False)
     if config.rope_factors is not None:
         raise CheckpointError(
@@ -181,41 +203,69 @@ def _qwen2_config(text: Metadata, tensor_names: Iterable[str]) -> TextConfig:
     return config
 
 
+def _window(text: Fields) -> int | None:
+    """How many tokens each one sees; None for all."""
+    return text.integer("sliding_window", 1, MAX_POSITIONS) if text.get("sliding_window") else None
+
+
 def _plain_config(
-    text: Metadata, window: int | None, *, bias: bool, output_bias: bool | None = None, rope_pairs: bool = True
+    text: Fields, window: int | None, *, bias: bool, output_bias: bool, rope_pairs: bool = True
 ) -> TextConfig:
     """`window`: each token sees so many. llama.cpp's architectures see all, so the context ends where that differs."""
-    _expect(text, "hidden_act", "silu", "silu")
-    heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
-    head_dim = int(text.get("head_dim") or hidden // heads)
-    rope = _Rope.read(text, head_dim)
-    context = _size(text, "max_position_embeddings")
+    sizes = _sizes(text, "intermediate_size")
+    if window:
+        sizes["max_position_embeddings"] = min(sizes["max_position_embeddings"], window)
     return TextConfig(
-        vocab_size=_size(text, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(text, "intermediate_size"),
-        num_hidden_layers=_size(text, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        max_position_embeddings=min(context, window) if window else context,
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        rope_theta=rope.theta,
-        rope_linear_factor=rope.linear_factor,
-        rope_factors=rope.factors,
+        **sizes,
         rope_pairs=rope_pairs,
         rotary=True,
         attention_bias=bias,
-        output_bias=bias if output_bias is None else output_bias,
-        mlp_bias=bool(text.get("mlp_bias", False)),
+        output_bias=output_bias,
+        mlp_bias=text.flag("mlp_bias", False),
     )
 
 
-def _plain_metadata(config: TextConfig, text: Metadata) -> dict[str, Any]:
+def _plain_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return _common_metadata(config)
 
 
 # --- what they share ---
+
+
+def _sizes(text: Fields, ffn: str) -> dict[str, Any]:
+    """The fields of a TextConfig that every architecture reads alike. `ffn`: what its feed-forward width is called."""
+    if text.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise text.error("hidden_act", "'silu', which this architecture computes")
+    heads = text.integer("num_attention_heads", 1, MAX_HEADS)
+    hidden = text.integer("hidden_size", 1, MAX_WIDTH)
+    head_dim = text.integer("head_dim", 2, MAX_WIDTH, hidden // heads)
+    kv_heads = text.integer("num_key_value_heads", 1, MAX_HEADS, heads)
+    if heads % kv_heads:
+        raise text.error("num_key_value_heads", f"a divisor of the {heads} attention heads")
+    if head_dim % 2:
+        raise CheckpointError(
+            f"'{text.file}' gives heads of {head_dim} values ('{text.path}': 'hidden_size' {hidden}, "
+            f"'num_attention_heads' {heads}); expected an even number, since the rotary embedding turns pairs."
+        )
+    rope = _Rope.read(text, head_dim)
+    return {
+        "vocab_size": text.integer("vocab_size", 1, MAX_VOCABULARY),
+        "hidden_size": hidden,
+        "intermediate_size": text.integer(ffn, 1, MAX_WIDTH),
+        "num_hidden_layers": n_text_layers(text),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": text.integer("max_position_embeddings", 1, MAX_POSITIONS, 2048),
+        "rms_norm_eps": text.number("rms_norm_eps", 0, 1, 1e-6),
+        "rope_theta": rope.theta,
+        "rope_linear_factor": rope.linear_factor,
+        "rope_factors": rope.factors,
+    }
+
+
+def n_text_layers(text: Fields) -> int:
+    return text.integer("num_hidden_layers", 1, MAX_LAYERS)
 
 
 def _common_metadata(config: TextConfig) -> dict[str, Any]:
@@ -297,7 +347,7 @@ def _decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
         TensorGroup(
             prefixes=HEAD_PREFIXES,
             rules=() if tied else (TensorRule(HEAD, "output.weight", (config.vocab_size, hidden)),),
-            drops=(DropRule(HEAD, "the same as the token embedding, to which it is tied"),) if tied else (),
+            drops=(DropRule(HEAD, "equal to the token embedding, to which it is tied"),) if tied else (),
         ),
     )
 
@@ -318,16 +368,12 @@ def each_layer_drop(n_layers: int) -> tuple[DropRule, ...]:
     )
 
 
-def is_tied(hf_config: Metadata, text: Metadata, has_head: bool) -> bool:
-    """Whether the output head is the token embedding.
+def is_tied(config: Metadata, text: Fields) -> bool:
+    """Whether config.json says that the output head is the token embedding.
 
-    The outer configuration decides, as in transformers, then text_config. A checkpoint that says 'untied'
-    in one place, 'tied' in the other and holds no head is tied.
+    The outer configuration decides, as in transformers, then text_config.
     """
-    outer, inner = hf_config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
-    if not has_head:
-        return bool(outer or inner)
-    return bool(inner if outer is None else outer)
+    return Fields(config).flag("tie_word_embeddings", text.flag("tie_word_embeddings", False))
 
 
 @dataclass(frozen=True)
@@ -337,32 +383,35 @@ class _Rope:
     factors: tuple[float, ...] | None = None
 
     @classmethod
-    def read(cls, text: Metadata, head_dim: int) -> _Rope:
+    def read(cls, text: Fields, head_dim: int) -> _Rope:
         """The rotary embedding of a `text_config`, in today's spelling or an older one; raises CheckpointError."""
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        theta = float(rope.get("rope_theta") or text.get("rope_theta") or 10000.0)
+        old, new = (text.section(key, {}) for key in ("rope_scaling", "rope_parameters"))
+        rope = Fields({**old.values, **new.values}, text.file, new.path if new.values else old.path)
+        at = rope if "rope_theta" in rope else text
+        theta = at.number("rope_theta", MIN_THETA, MAX_FACTOR, 10000.0)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        try:
-            if kind == "default":
-                return cls(theta)
-            if kind == "linear":
-                return cls(theta, linear_factor=float(rope["factor"]))
-            if kind == "llama3":
-                return cls(theta, factors=_llama3_factors(rope, theta, head_dim))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"text_config has rope type {kind!r} without all that it needs ({error}).") from None
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, linear_factor=rope.number("factor", 0, MAX_FACTOR, positive=True))
+        if kind == "llama3":
+            return cls(theta, factors=_llama3_factors(rope, theta, head_dim))
         raise CheckpointError(
             f"text_config has rope type {kind!r}; the types that convert are 'default', 'linear' and 'llama3'."
         )
 
 
-def _llama3_factors(rope: Metadata, theta: float, head_dim: int) -> tuple[float, ...]:
+def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
     """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
 
     transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
     """
-    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    factor, context = (
+        rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
+    )
+    low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise rope.error("high_freq_factor", f"more than 'low_freq_factor' ({low:g})")
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
@@ -371,31 +420,31 @@ def _llama3_factors(rope: Metadata, theta: float, head_dim: int) -> tuple[float,
     return tuple(factors)
 
 
-def _check_dense_attention(text: Metadata) -> None:
-    layers = text.get("layer_types") or text.get("layers_block_type") or ()
-    others = sorted({kind for kind in layers if kind not in ("attention", "full_attention")})
-    if others or not layers:
+def _check_dense_attention(text: Fields, tensor_names: Collection[str]) -> None:
+    """Raises CheckpointError for layers that are not attention, and for experts.
+
+    What the configuration leaves out, the tensors show: transformers' defaults (eight experts, no attention) are
+    those of another model than one that has neither.
+    """
+    name = "layer_types" if "layer_types" in text else "layers_block_type"
+    layers = text.get(name)
+    if layers is None:
+        mamba = any(".mamba." in tensor for tensor in tensor_names)
+        layers = ["mamba" if mamba else "attention"] * n_text_layers(text)
+    if not isinstance(layers, list):
+        raise text.error(name, f"a list of {n_text_layers(text)} layer types")
+    others = sorted({str(kind) for kind in layers if kind not in ("attention", "full_attention")})
+    if others:
         raise CheckpointError(
-            f"text_config is a granitemoehybrid with layer types {others or 'not given'}; only models whose layers "
-            "are all 'attention' convert."
+            f"text_config is a granitemoehybrid with layer types {others}; only models whose layers are all "
+            "'attention' convert."
         )
-    if text.get("num_local_experts"):
-        raise CheckpointError(
-            f"text_config is a granitemoehybrid with {text['num_local_experts']} experts; only dense models convert."
-        )
-
-
-def _expect(text: Metadata, key: str, expected: str, default: str) -> None:
-    value = text.get(key, default)
-    if value != expected:
-        raise CheckpointError(f"text_config has {key} {value!r}; this architecture computes {expected!r}.")
-
-
-def _size(text: Metadata, key: str) -> int:
-    value = text.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"text_config has '{key}' = {value!r}; expected a positive integer.")
-    return value
+    if len(layers) != n_text_layers(text):
+        raise text.error(name, f"a list of {n_text_layers(text)} layer types")
+    experts = any("block_sparse_moe" in tensor for tensor in tensor_names)
+    n_experts = text.integer("num_local_experts", 0, MAX_WIDTH, 8 if experts else 0)
+    if n_experts:
+        raise CheckpointError(f"text_config is a granitemoehybrid with {n_experts} experts; only dense models convert.")
 
 
 ARCHITECTURES = (

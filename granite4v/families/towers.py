@@ -11,8 +11,11 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.base import Metadata, TowerConfig
-from granite4v.families.fields import need, number, short
+from granite4v.families.base import ACTIVATIONS, Metadata, TowerConfig
+from granite4v.families.fields import need, short
+from granite4v.families.hf_fields import MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields
+
+N_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ CLIP = TowerKind(
 KINDS = (SIGLIP, CLIP)
 
 
-def tower_kind(vision: Metadata) -> TowerKind:
+def tower_kind(vision: Fields) -> TowerKind:
     """The kind that a vision_config names; raises CheckpointError for one that is not known."""
     model_type = vision.get("model_type")
     for kind in KINDS:
@@ -71,18 +74,24 @@ def tower_kind(vision: Metadata) -> TowerKind:
     raise CheckpointError(f"vision_config has model_type {model_type!r}; the towers that convert are {known}.")
 
 
-def tower_from_hf(vision: Metadata, kind: TowerKind) -> TowerConfig:
+def tower_from_hf(vision: Fields, kind: TowerKind) -> TowerConfig:
     """The tower of a vision_config, defaults filled in; raises CheckpointError."""
-    full = {**dict(kind.defaults), **vision}
+    default = dict(kind.defaults)
+
+    def size(key: str, high: int) -> int:
+        return vision.integer(key, 1, high, default[key])
+
+    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
+        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
     tower = TowerConfig(
-        hidden_size=number(full, "hidden_size", "vision_config"),
-        intermediate_size=number(full, "intermediate_size", "vision_config"),
-        num_hidden_layers=number(full, "num_hidden_layers", "vision_config"),
-        num_attention_heads=number(full, "num_attention_heads", "vision_config"),
-        image_size=number(full, "image_size", "vision_config"),
-        patch_size=number(full, "patch_size", "vision_config"),
-        hidden_act=str(full["hidden_act"]),
-        layer_norm_eps=float(full["layer_norm_eps"]),
+        hidden_size=size("hidden_size", MAX_WIDTH),
+        intermediate_size=size("intermediate_size", MAX_WIDTH),
+        num_hidden_layers=size("num_hidden_layers", MAX_LAYERS),
+        num_attention_heads=size("num_attention_heads", MAX_HEADS),
+        image_size=size("image_size", MAX_PIXELS),
+        patch_size=size("patch_size", MAX_PIXELS),
+        hidden_act=vision.text("hidden_act", default["hidden_act"], ACTIVATIONS),
+        layer_norm_eps=vision.number("layer_norm_eps", 0, 1, default["layer_norm_eps"]),
         class_token=kind.class_token,
         pre_norm=kind.pre_norm,
         patch_bias=kind.patch_bias,
@@ -91,6 +100,25 @@ def tower_from_hf(vision: Metadata, kind: TowerKind) -> TowerConfig:
     if problem:
         raise CheckpointError(f"vision_config has {problem}.")
     return tower
+
+
+def check_strategy(config: Fields, tower: TowerConfig) -> None:
+    """Raises CheckpointError unless `vision_feature_select_strategy` leaves the patches and nothing else.
+
+    `default` drops the first position and `full` keeps all; only the patches fit the grid that is unpadded.
+    """
+    strategy = config.text("vision_feature_select_strategy", "default", ("default", "full"))
+    if tower.class_token and strategy == "full":
+        raise CheckpointError(
+            "config.json has vision_feature_select_strategy 'full' and a tower with a class token, which has no place "
+            "in the grid of patches (transformers fails on it too); such a tower needs 'default'."
+        )
+    if not tower.class_token and strategy == "default":
+        raise CheckpointError(
+            "config.json has vision_feature_select_strategy 'default', which drops the first position, and a tower "
+            "without a class token, whose first position is a patch that the grid needs (transformers fails on it "
+            "too); such a tower needs 'full'."
+        )
 
 
 def tower_from_gguf(metadata: Metadata, kind: TowerKind, hidden_act: str) -> TowerConfig:

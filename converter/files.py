@@ -1,0 +1,125 @@
+"""Reads the small files of a checkpoint: regular files only, and what stands in their place is named.
+
+A checkpoint folder holds what somebody downloaded: Git LFS pointers, error pages of a web server, halves of files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import CheckpointError
+
+MAX_TEXT_BYTES = 256 << 20  # the largest published tokenizer.json has 35 MB
+MAX_JSON_DEPTH = 100
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+PEEK_BYTES = 512
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything by that name; a broken link is nothing. Raises CheckpointError."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
+
+
+def check_regular(path: Path) -> int:
+    """The size in bytes of a regular file that may be opened; raises CheckpointError for anything else.
+
+    A named pipe, for instance, would wait for a writer for ever. FileNotFoundError passes through.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "directory" if stat.S_ISDIR(status.st_mode) else "device, pipe or socket"
+        raise CheckpointError(f"'{path}' is a {kind}; expected a file.")
+    return status.st_size
+
+
+def placeholder(start: bytes) -> str | None:
+    """What a file that begins so is instead of the one wanted, and what to do; None when it may be that file."""
+    if not start:
+        return "is empty; download it again"
+    if start.startswith(LFS_POINTER):
+        return "is a Git LFS pointer, not the file itself; run 'git lfs pull' in the checkpoint's folder"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, perhaps an error message of the server; download the file again"
+    return None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises CheckpointError, FileNotFoundError when there is none."""
+    size_bytes = check_regular(path)
+    if size_bytes > MAX_TEXT_BYTES:
+        raise CheckpointError(f"'{path}' has {size_bytes:,} bytes; expected at most {MAX_TEXT_BYTES:,}.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
+    instead = placeholder(data[:PEEK_BYTES])
+    if instead is not None:
+        raise CheckpointError(f"'{path}' {instead}.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {error.start:,})"
+        raise CheckpointError(f"'{path}' is {found}; expected UTF-8. Save it as UTF-8, or download it again.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError."""
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"'{path.parent}' has no '{path.name}'; it is not a Hugging Face checkpoint.") from None
+    return parse_object(text, f"'{path}'")
+
+
+def parse_object(text: str, what: str) -> dict[str, Any]:
+    """The object that JSON text holds; raises CheckpointError that begins with `what`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{what} is nested too deeply; expected at most {MAX_JSON_DEPTH} levels.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{what} is not valid JSON ({error}); download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds {_kind(value)}; expected a JSON object.")
+    _check_depth(value, what)
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"\\u{ord(error.object[error.start]):04x}"
+            raise CheckpointError(f"{what} holds half of a surrogate pair ({found}), which is no character.") from None
+    return value
+
+
+def _check_depth(value: Any, what: str) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise CheckpointError(f"{what} is nested too deeply; expected at most {MAX_JSON_DEPTH} levels.")
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's type, in JSON's words."""
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,130 @@
+"""Typed, bounded reads of Hugging Face JSON: config.json and its sections, and the files beside it.
+
+The one place that decides what a wrong type or an absurd number is, so that no other code needs to guard against
+them. Every message names the file and the field, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from granite4v.errors import CheckpointError
+from granite4v.families.base import Metadata
+
+# Bounds that no published model is near, and that keep every later product within what can be counted and stored.
+MAX_LAYERS = 512
+MAX_HEADS = 4096
+MAX_WIDTH = 1 << 18
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = (1 << 31) - 1
+MAX_PIXELS = 1 << 14
+MAX_PINPOINTS = 1024
+MAX_FACTOR = 1e12
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """One JSON object of a file. A field that is null counts as absent, as in transformers."""
+
+    def __init__(self, values: Metadata, file: str = "config.json", path: str = "") -> None:
+        """`path`: where in the file the object stands, for instance 'text_config'; empty for the file itself."""
+        self.values, self.file, self.path = values, file, path
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is, of any type."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def error(self, key: str, expected: str) -> CheckpointError:
+        """The error for a field whose value is not what was expected."""
+        name = f"{self.path}.{key}" if self.path else key
+        if key not in self.values:
+            return CheckpointError(f"'{self.file}' has no '{name}'; expected {expected}.")
+        return CheckpointError(f"'{self.file}': '{name}' is {shown(self.values[key])}; expected {expected}.")
+
+    def section(self, key: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
+        """An object inside this one."""
+        value = self.get(key, default)
+        if not isinstance(value, Mapping):
+            raise self.error(key, "a section (a JSON object)")
+        return Fields(value, self.file, f"{self.path}.{key}" if self.path else key)
+
+    def integer(self, key: str, low: int, high: int, default: int = _REQUIRED) -> int:
+        value = self.get(key, default)
+        if not is_integer(value) or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return int(value)
+
+    def number(self, key: str, low: float, high: float, default: float = _REQUIRED, *, positive: bool = False) -> float:
+        """A finite number in the bounds, which is not `low` itself where it must be `positive`."""
+        value = self.get(key, default)
+        if not is_number(value) or not low <= value <= high or (positive and value <= 0):
+            raise self.error(
+                key, f"a positive number up to {high:g}" if positive else f"a number from {low:g} to {high:g}"
+            )
+        return float(value)
+
+    def text(self, key: str, default: str = _REQUIRED, choices: Collection[str] = ()) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str) or (choices and value not in choices):
+            raise self.error(key, " or ".join(map(repr, choices)) if choices else "a string")
+        return value
+
+    def flag(self, key: str, default: bool = _REQUIRED) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def integers(
+        self, key: str, low: int, high: int, default: Iterable[int] = _REQUIRED, *, most: int = MAX_LAYERS
+    ) -> list[int]:
+        """A list of integers in the bounds, `most` of them at most."""
+        value = self.get(key, default)
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) > most
+            or not all(is_integer(item) and low <= item <= high for item in value)
+        ):
+            raise self.error(key, f"a list of at most {most} integers from {low} to {high}")
+        return list(value)
+
+    def pairs(self, key: str, low: int, high: int, default: Any = _REQUIRED, *, most: int) -> list[tuple[int, int]]:
+        """A list of pairs of integers in the bounds, `most` pairs at most."""
+        value = self.get(key, default)
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) > most
+            or not all(
+                isinstance(pair, (list, tuple))
+                and len(pair) == 2
+                and all(is_integer(item) and low <= item <= high for item in pair)
+                for pair in value
+            )
+        ):
+            raise self.error(key, f"a list of at most {most} pairs of integers from {low} to {high}")
+        return [(int(first), int(second)) for first, second in value]
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; an integer of any size counts, and is to be compared before it is made a float."""
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as JSON or Python writes it, cut to a readable length."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 100 else f"{text[:97]}..."
