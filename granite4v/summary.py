@@ -12,7 +12,10 @@ from granite4v.errors import ModelFileError
 from granite4v.families import read_vision
 from granite4v.families.base import WindowQFormerConfig
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+from granite4v.gguf_role import role
 
+_MAX_SHOWN = 512  # values of a list: one for each layer of the deepest models
+_VOCABULARY = "tokenizer.ggml.tokens"
 _TEXT_SIZES = {
     "layers": "{arch}.block_count",
     "width": "{arch}.embedding_length",
@@ -34,17 +37,16 @@ _PROVENANCE = {
 def summarize(path: Path | str) -> dict[str, Any]:
     """Architecture, sizes, tensor types, tokenizer, streams and provenance of one GGUF file.
 
-    Every value is JSON-ready; what the file does not say is left out or None. Raises ModelFileError for a file that
-    is not a whole GGUF.
+    Every value is JSON-ready; what the file does not say is left out or None. `kind` is 'text', 'vision', 'adapter' or
+    'other'. Raises ModelFileError for a file that is not a whole GGUF.
     """
     with GgufFile.open(path) as file:
-        architecture = file.get(keys.GENERAL_ARCHITECTURE)
-        kind = _kind(file)
+        architecture, kind = file.get(keys.GENERAL_ARCHITECTURE), role(file)
         summary: dict[str, Any] = {
             "path": str(path),
             "kind": kind,
-            "architecture": architecture,
-            "name": file.get(keys.GENERAL_NAME),
+            "architecture": _shown(architecture),
+            "name": _shown(file.get(keys.GENERAL_NAME)),
             "bytes": Path(path).stat().st_size,
             "parameters": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
         }
@@ -54,7 +56,7 @@ def summarize(path: Path | str) -> dict[str, Any]:
             summary |= _vision(file)
         elif kind == "adapter":
             summary |= _adapter(file)
-        summary["provenance"] = {label: file[key] for label, key in _PROVENANCE.items() if key in file}
+        summary["provenance"] = {label: _shown(file[key]) for label, key in _PROVENANCE.items() if key in file}
         summary["tensor_types"] = tensor_types(file.tensors)
         return summary
 
@@ -69,23 +71,28 @@ def tensor_types(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, int]]
     return dict(sorted(types.items(), key=lambda item: -item[1]["bytes"]))
 
 
-def _kind(file: GgufFile) -> str:
-    if file.get(keys.GENERAL_TYPE) == keys.TYPE_ADAPTER:
-        return "adapter"
-    return "vision" if file.get(keys.GENERAL_ARCHITECTURE) == keys.ARCH_CLIP else "text"
+def _shown(value: Any) -> Any:
+    """A value as JSON can hold it, whatever its type in the file: NaN is written as text, a long list as its length."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list) and len(value) > _MAX_SHOWN:
+        return f"{len(value):,} values"
+    return [_shown(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
-    sizes = {label: file.get(key.format(arch=architecture)) for label, key in _TEXT_SIZES.items()}
-    mapping = file.get(keys.DEEPSTACK_MAPPING.format(arch=architecture))
-    injected = None if mapping is None else [layer for layer, slot in enumerate(mapping) if slot >= 0]
+    sizes = {label: _shown(file.get(key.replace("{arch}", architecture))) for label, key in _TEXT_SIZES.items()}
+    mapping = file.get(keys.DEEPSTACK_MAPPING.replace("{arch}", architecture))
+    injected = None
+    if isinstance(mapping, list):
+        injected = [layer for layer, slot in enumerate(mapping) if isinstance(slot, int) and slot >= 0]
     return {
         "text": sizes,
         "injected_layers": injected,  # besides layer 0, whose stream is the input embedding itself
         "tokenizer": {
-            "model": file.get("tokenizer.ggml.model"),
-            "split": file.get("tokenizer.ggml.pre"),
-            "tokens": len(file["tokenizer.ggml.tokens"]) if "tokenizer.ggml.tokens" in file else None,
+            "model": _shown(file.get("tokenizer.ggml.model")),
+            "split": _shown(file.get("tokenizer.ggml.pre")),
+            "tokens": file.n_texts(_VOCABULARY) or None,
             "tokenizer.json": keys.TOKENIZER_HF_JSON in file,
         },
         "chat_template": keys.CHAT_TEMPLATE in file,
@@ -127,8 +134,8 @@ def _adapter(file: GgufFile) -> dict[str, Any]:
     ranks = {tensor.shape[0] for name, tensor in file.tensors.items() if name.endswith(".lora_a")}
     return {
         "adapter": {
-            "type": file.get(keys.ADAPTER_TYPE),
-            "alpha": file.get(keys.ADAPTER_LORA_ALPHA),
+            "type": _shown(file.get(keys.ADAPTER_TYPE)),
+            "alpha": _shown(file.get(keys.ADAPTER_LORA_ALPHA)),
             "ranks": ", ".join(map(str, sorted(ranks))),
         }
     }

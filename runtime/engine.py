@@ -15,7 +15,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.runtime.decoder import Decoder
 from granite4v.runtime.llama import LlamaModel
-from granite4v.runtime.model_files import ModelFiles
+from granite4v.runtime.model_files import MAX_COUNT, ModelFiles
 from granite4v.runtime.native import Cancel, Worker
 from granite4v.runtime.prompt import image_token, image_token_text
 from granite4v.runtime.settings import N_UBATCH, Placement, choose_placement
@@ -70,7 +70,7 @@ class Engine:
         n_ctx = DEFAULT_CONTEXT if asked is None else asked
         if n_ctx < 1:
             raise ValueError(f"n_ctx is {n_ctx}; expected 1 or more.")
-        trained = int(self.files.text_value(keys.CONTEXT_LENGTH))
+        trained = self.files.text.integer(self.files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
         if asked is not None and asked > trained:
             self.warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: the model was trained for no more")
         return min(n_ctx, trained)
@@ -104,7 +104,7 @@ class Engine:
 
     def template(self) -> ChatTemplate:
         if self._template is None:
-            source = self.files.text_value(keys.CHAT_TEMPLATE)
+            source = self.files.text.text(keys.CHAT_TEMPLATE)
             self._template = ChatTemplate(source, special_tokens(self.files.text))
         return self._template
 

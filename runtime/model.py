@@ -259,7 +259,7 @@ class Model:
         if grammar is None:
             return None
         if self._compiler is None:
-            n_vocab = len(self.files.text_value(VOCABULARY))
+            n_vocab = self.files.text.n_texts(VOCABULARY)
             self._compiler = Compiler(self.engine.tokenizer(), n_vocab, self.engine.stop_tokens)
         return self._compiler.begin(grammar)
 

@@ -7,17 +7,19 @@ llama.cpp's, or from a publisher's repository: what they are is read from their 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.families import VisionConfig, read_vision
+from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.ggml.gguf_file import GgufFile
+from granite4v.gguf_role import gguf_files, role
 
+MAX_COUNT = (1 << 31) - 1
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process over a file that has more
 _LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _AGAIN = "convert it again with 'granite4v convert'"
@@ -58,19 +60,16 @@ class ModelFiles:
 
     @property
     def architecture(self) -> str:
-        return str(self.text[keys.GENERAL_ARCHITECTURE])
+        return str(self.text.text(keys.GENERAL_ARCHITECTURE))
 
-    def text_value(self, key: str) -> Any:
-        """A value of the text file by its key pattern ('{arch}.block_count'); raises ModelFileError without it."""
-        key = key.format(arch=self.architecture)
-        if key not in self.text:
-            raise ModelFileError(f"'{self.text.path}' has no key '{key}'; {_AGAIN}.")
-        return self.text[key]
+    def text_key(self, pattern: str) -> str:
+        """The key of a text file for a pattern such as '{arch}.block_count'."""
+        return pattern.replace("{arch}", self.architecture)
 
     def _check(self) -> None:
-        n_embd = int(self.text_value(keys.EMBEDDING_LENGTH))
-        self.text_value(keys.CONTEXT_LENGTH)
-        n_layers = int(self.text_value(keys.BLOCK_COUNT))
+        n_embd = self.text.integer(self.text_key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)
+        self.text.integer(self.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
+        n_layers = self.text.integer(self.text_key(keys.BLOCK_COUNT), 0, MAX_COUNT)
         if not 0 < n_layers <= MAX_LAYERS:
             raise ModelFileError(
                 f"'{self.text.path}' says it has {n_layers:,} layers; llama.cpp takes 1 to {MAX_LAYERS}. "
@@ -99,7 +98,8 @@ class ModelFiles:
         _check_pair(self.text, adapter)
 
     def _injection(self, vision: GgufFile, config: VisionConfig) -> Injection:
-        mapping = [int(slot) for slot in self.text.get(keys.DEEPSTACK_MAPPING.format(arch=self.architecture), [])]
+        key = self.text_key(keys.DEEPSTACK_MAPPING)
+        mapping = self.text.integers(key, -1, MAX_LAYERS, [], max_length=MAX_LAYERS)
         layer_of_slot = {slot: layer for layer, slot in enumerate(mapping) if slot > 0}
         n_slots = 1 + len(layer_of_slot)
         if sorted(layer_of_slot) != list(range(1, n_slots)):
@@ -144,36 +144,34 @@ def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _role(metadata: Mapping[str, Any]) -> str:
-    """'text', 'vision' or 'adapter', from what the file says of itself."""
-    if metadata.get(keys.GENERAL_TYPE) == keys.TYPE_ADAPTER:
-        return "adapter"
-    if metadata.get(keys.GENERAL_ARCHITECTURE) == keys.ARCH_CLIP:
-        return "vision"
-    return "text"
-
-
 def _resolve(
     path: Path, mmproj: Path | None, adapter: Path | None
 ) -> tuple[GgufFile, GgufFile | None, GgufFile | None]:
     """The files to use. In a directory each role may occur once; beside a text file its partners are looked for."""
-    if not path.exists():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelFileError(
             f"'{path}' does not exist; give a model directory made by 'granite4v convert', or a text GGUF file."
-        )
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ModelFileError(
+            f"cannot read '{path}': {getattr(error, 'strerror', None) or error}; give a model directory made by "
+            "'granite4v convert', or a text GGUF file."
+        ) from None
     opened: list[GgufFile] = []
 
-    def open_as(role: str, file: Path) -> GgufFile:
+    def open_as(wanted: str, file: Path) -> GgufFile:
         gguf = GgufFile.open(file)
         opened.append(gguf)
         if keys.GENERAL_ARCHITECTURE not in gguf:
             raise ModelFileError(f"'{file}' has no key '{keys.GENERAL_ARCHITECTURE}'; {_AGAIN}.")
-        if _role(gguf) != role:
-            raise ModelFileError(f"'{file}' is a {_NAMES[_role(gguf)]}, but a {_NAMES[role]} is needed there.")
+        if role(gguf) != wanted:
+            raise ModelFileError(f"'{file}' is {_A[role(gguf)]}, but {_A[wanted]} is needed there.")
         return gguf
 
     try:
-        if path.is_dir():
+        if is_folder:
             beside = _by_role(path)
             text = open_as("text", _only(beside["text"], "text", path))
         else:
@@ -195,6 +193,9 @@ def _resolve(
 
 
 _NAMES = {"text": "text model", "vision": "vision file (mmproj)", "adapter": "LoRA adapter"}
+_A = {part: f"a {name}" for part, name in _NAMES.items()} | {
+    "other": "a GGUF file without a model (an importance matrix, or a vocabulary)"
+}
 _OPTIONS = {
     "text": "give the text GGUF itself instead of the directory",
     "vision": "choose one with '--mmproj'",
@@ -203,18 +204,25 @@ _OPTIONS = {
 
 
 def _by_role(folder: Path) -> dict[str, list[Path]]:
-    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": []}
-    for file in sorted(folder.glob("*.gguf")):
-        if not _LATER_SHARD.search(file.name):
+    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
+    broken: list[ModelFileError] = []
+    for file in gguf_files(folder):
+        if _LATER_SHARD.search(file.name):
+            continue
+        try:
             with GgufFile.open(file) as gguf:
-                roles[_role(gguf)].append(file)
+                roles[role(gguf)].append(file)
+        except ModelFileError as error:
+            broken.append(error)
+    if broken and not (roles["text"] and roles["vision"]):  # else it is a stranger's beside a whole model
+        raise broken[0]
     return roles
 
 
 def _partners(text: GgufFile) -> dict[str, list[Path]]:
     """Vision files and adapters beside a text file that was given alone; those of another conversion do not count."""
-    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": []}
-    for file in sorted(text.path.parent.glob("*.gguf")):
+    roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
+    for file in gguf_files(text.path.parent):
         if file == text.path or _LATER_SHARD.search(file.name):
             continue
         try:
@@ -223,18 +231,18 @@ def _partners(text: GgufFile) -> dict[str, list[Path]]:
             continue
         with gguf:
             if gguf.get(keys.PAIR_ID) == text.get(keys.PAIR_ID):
-                roles[_role(gguf)].append(file)
+                roles[role(gguf)].append(file)
     return roles
 
 
-def _only(found: list[Path], role: str, where: Path) -> Path:
+def _only(found: list[Path], part: str, where: Path) -> Path:
     if not found:
         raise ModelFileError(
-            f"'{where}' holds no {_NAMES[role]} (*.gguf); make one with 'granite4v convert', or give a text GGUF file."
+            f"'{where}' holds no {_NAMES[part]} (*.gguf); make one with 'granite4v convert', or give a text GGUF file."
         )
     if len(found) > 1:
         names = ", ".join(f"'{file.name}'" for file in found)
-        raise ModelFileError(f"'{where}' holds more than one {_NAMES[role]}: {names}; {_OPTIONS[role]}.")
+        raise ModelFileError(f"'{where}' holds more than one {_NAMES[part]}: {names}; {_OPTIONS[part]}.")
     return found[0]
 
 

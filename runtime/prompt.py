@@ -7,7 +7,7 @@ has embeddings, so a span of that length takes its place here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from granite4v.runtime.tokens import VOCABULARY, Tokenizer, token_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from granite4v.ggml.metadata import GgufMetadata
 
 IMAGE_TOKEN = "<image>"  # the placeholder of files that do not name theirs
 
@@ -61,18 +63,17 @@ class Prompt:
         return sum(span.n_tokens for span in self.spans if isinstance(span, ImageSpan))
 
 
-def image_token(metadata: Mapping[str, Any]) -> int | None:
+def image_token(metadata: GgufMetadata) -> int | None:
     """The id of the picture placeholder in a text file's vocabulary; None for a model that has none."""
     if keys.IMAGE_TOKEN_ID in metadata:
-        return int(metadata[keys.IMAGE_TOKEN_ID])
+        return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(VOCABULARY) - 1))
     return token_id(metadata, IMAGE_TOKEN)
 
 
-def image_token_text(metadata: Mapping[str, Any]) -> str | None:
+def image_token_text(metadata: GgufMetadata) -> str | None:
     """How a text file's vocabulary writes the picture placeholder; None for a model that has none."""
     token = image_token(metadata)
-    vocabulary = metadata.get(VOCABULARY, ()) if token is not None else ()
-    return str(vocabulary[token]) if token is not None and 0 <= token < len(vocabulary) else None
+    return None if token is None else str(metadata.texts(VOCABULARY)[token])
 
 
 def build_prompt(

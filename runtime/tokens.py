@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 
 if TYPE_CHECKING:
+    from granite4v.ggml.metadata import GgufMetadata
     from granite4v.runtime.llama import LlamaModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
@@ -28,6 +29,7 @@ _SPECIAL_KEYS = {
 _STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 VOCABULARY = "tokenizer.ggml.tokens"
 _TOKEN_TYPES = "tokenizer.ggml.token_type"
+MAX_TOKENS = 1 << 24
 _USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
 
 
@@ -70,38 +72,43 @@ class Tokenizer(Protocol):
     def close(self) -> None: ...
 
 
-def load_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
     """The tokenizer of a text GGUF; raises ModelFileError when the file has none that works."""
-    source = metadata.get(keys.TOKENIZER_HF_JSON)
+    source = metadata.text(keys.TOKENIZER_HF_JSON, "")
     if source:
         return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
-    return LlamaTokenizer(path, metadata.get(_TOKEN_TYPES, ()))
+    return LlamaTokenizer(path, metadata.integers(_TOKEN_TYPES, 0, MAX_TOKENS, ()))
 
 
-def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(metadata: GgufMetadata) -> dict[str, str]:
     """'bos_token', 'eos_token', ... as text, for the chat template."""
-    ids = {name: metadata[key] for name, key in _SPECIAL_KEYS.items() if key in metadata}
-    vocabulary = metadata.get(VOCABULARY) if ids else None
-    if not vocabulary:
-        return {}
-    return {name: vocabulary[i] for name, i in ids.items() if 0 <= i < len(vocabulary)}
+    ids = {name: _id(metadata, key) for name, key in _SPECIAL_KEYS.items() if key in metadata}
+    vocabulary = metadata.texts(VOCABULARY, []) if ids else []
+    return {name: vocabulary[i] for name, i in ids.items() if i is not None and i < len(vocabulary)}
 
 
-def stop_tokens(metadata: Mapping[str, Any]) -> frozenset[int]:
+def stop_tokens(metadata: GgufMetadata) -> frozenset[int]:
     """The ids that end an answer; raises ModelFileError when the file names none."""
-    found = frozenset(int(metadata[key]) for key in _STOP_KEYS if key in metadata)
+    found = frozenset(_id(metadata, key) for key in _STOP_KEYS if key in metadata) - {None}
     if not found:
         raise ModelFileError(
-            f"the text file names no end of text (no key '{keys.EOS_TOKEN_ID}'); convert it again with "
-            "'granite4v convert'."
+            f"'{metadata.path}' names no end of text, expected a token id in '{keys.EOS_TOKEN_ID}'; convert it again "
+            "with 'granite4v convert'."
         )
-    return found
+    return frozenset(token for token in found if token is not None)
 
 
-def token_id(metadata: Mapping[str, Any], text: str) -> int | None:
+def _id(metadata: GgufMetadata, key: str) -> int | None:
+    """A token id; None for the numbers that other converters write for 'none' (-1 and 2^32 - 1)."""
+    if metadata[key] in (-1, 0xFFFFFFFF):
+        return None
+    return int(metadata.integer(key, 0, MAX_TOKENS - 1))
+
+
+def token_id(metadata: GgufMetadata, text: str) -> int | None:
     """The id of a token of the vocabulary, by its exact text."""
     try:
-        return int(metadata.get(VOCABULARY, []).index(text))
+        return int(metadata.texts(VOCABULARY, []).index(text))
     except ValueError:
         return None
 

@@ -11,10 +11,16 @@ from gguf.constants import GGUFValueType
 
 
 def copy_gguf(
-    source: Path, target: Path, *, change: Mapping[str, Any] | None = None, without: Collection[str] = ()
+    source: Path,
+    target: Path,
+    *,
+    change: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    retype: bool = False,
 ) -> Path:
     """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
-    `without` left out; tensors stay as they are. A changed value keeps its GGUF type. Returns `target`.
+    `without` left out; tensors stay as they are. A changed value keeps its GGUF type; with `retype` it gets that of
+    its Python type. Returns `target`.
     """
     reader = gguf.GGUFReader(source)
     change = dict(change or {})
@@ -25,7 +31,9 @@ def copy_gguf(
         if key.startswith(("GGUF.", "general.architecture", *without)):
             continue
         value = change.get(key, field.contents())
-        if field.types[0] == GGUFValueType.ARRAY:
+        if retype and key in change:
+            writer.add_key_value(key, value, GGUFValueType.get_type(value))
+        elif field.types[0] == GGUFValueType.ARRAY:
             writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=field.types[-1])
         else:
             writer.add_key_value(key, value, field.types[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,14 @@ from granite4v.ggml.gguf_file import TensorInfo
 from granite4v.summary import summarize, tensor_types
 
 TINY = PRESETS["tiny"]
+DAMAGED = {
+    "granite.deepstack_mapping": 3,
+    "tokenizer.ggml.tokens": "abc",
+    "granite.context_length": math.nan,
+    "granite.attention.head_count": [1] * 1000,
+    "tokenizer.ggml.model": [True],
+    "granite4v.source": math.inf,
+}
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +121,53 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     result = inspect(tmp_path / "empty")
     assert result.exit_code == 1
     assert "holds no .gguf file" in result.stderr
+
+
+def test_hidden_files_and_links_to_nothing_are_left_out(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "._text-Q8_0.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one beside each file on foreign disks
+    (folder / "gone.gguf").symlink_to(folder / "nowhere")
+    result = inspect(folder, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    names = [Path(file["path"]).name for file in json.loads(result.stdout)["files"]]
+    assert names == ["mmproj-F16.gguf", "text-Q8_0.gguf"]
+
+
+def test_a_broken_file_does_not_hide_the_others(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "other.gguf").write_bytes(b"nonsense")
+    result = inspect(folder)
+    assert result.exit_code == 1
+    assert "text-Q8_0.gguf" in result.stdout and "mmproj-F16.gguf" in result.stdout
+    assert f"'{folder / 'other.gguf'}' is not a GGUF file" in result.stderr
+
+
+def test_an_importance_matrix_is_not_a_text_model(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "")  # no architecture
+    writer.add_type("imatrix")
+    writer.add_tensor("blk.0.ffn_up.weight.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert summarize(tmp_path / "imatrix.gguf")["kind"] == "other"
+    assert inspect(tmp_path / "imatrix.gguf").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_metadata_of_wrong_types_are_shown_and_not_fatal(model: Path, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "f.gguf"
+    values = {"general.name": [1, 2], "general.type": 5, "granite.block_count": "many", damage: DAMAGED[damage]}
+    writer = gguf.GGUFWriter(path, "granite")
+    for key, value in values.items():
+        if key != "general.architecture":
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    writer.add_tensor("w", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for options in ((), ("--json",)):
+        result = inspect(path, *options)
+        assert result.exit_code == 0, result.output
+    json.loads(result.stdout, parse_constant=pytest.fail)

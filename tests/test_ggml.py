@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.library import lib
 from granite4v.ggml.quantize import quantize_rows
-from granite4v.ggml.types import TYPE_IDS, block_size, row_bytes
+from granite4v.ggml.types import TYPE_IDS, TYPES, block_size, row_bytes
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +44,10 @@ def test_every_declared_function_resolves() -> None:
 
 def test_our_type_numbers_are_the_librarys() -> None:
     assert {lib().ggml_type_name(number).decode().upper(): number for number in TYPE_IDS.values()} == TYPE_IDS
+    for number, block, nbytes in TYPES.values():
+        assert (lib().ggml_blck_size(number), lib().ggml_type_size(number)) == (block, nbytes)
+    in_use = {number for number in range(llama_cpp.GGML_TYPE_COUNT) if lib().ggml_blck_size(number)}
+    assert in_use == set(TYPE_IDS.values())
 
 
 def test_arrays_make_the_round_trip(backend: Backend) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from checkpoint_spec import MAPPING_CASES, PRESETS
 from gguf_edit import copy_gguf
@@ -214,6 +217,77 @@ def test_damaged_files(folder: Path, name: str, damage: Callable[[bytes], bytes]
     path.write_bytes(damage(path.read_bytes()))
     message = message_of(folder)
     assert expected in message and str(path) in message
+
+
+def test_hidden_files_are_left_out(folder: Path) -> None:
+    (folder / "._text-F32.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one beside each file on foreign disks
+    shutil.copy(folder / "text-F32.gguf", folder / ".text-Q4.gguf")  # a download that has not ended
+    for path in (folder, folder / "text-F32.gguf"):
+        with ModelFiles.open(path) as files:
+            assert files.text.path.name == "text-F32.gguf" and files.vision is not None
+
+
+def test_an_importance_matrix_and_a_vocabulary_are_no_text_models(folder: Path) -> None:
+    for name, architecture, kind in (("imatrix.gguf", "", "imatrix"), ("vocab.gguf", "granite", "")):
+        writer = gguf.GGUFWriter(folder / name, architecture)
+        if kind:
+            writer.add_type(kind)
+            writer.add_tensor("blk.0.ffn_up.weight.in_sum2", np.ones((1, 64), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with ModelFiles.open(folder) as files:
+        assert files.text.path.name == "text-F32.gguf"
+    assert "is a GGUF file without a model (an importance matrix" in message_of(folder / "vocab.gguf")
+
+
+def test_a_broken_file_of_somebody_else_beside_a_whole_model_does_not_matter(folder: Path) -> None:
+    (folder / "other.gguf").write_bytes(b"nonsense")
+    ModelFiles.open(folder).close()
+
+
+def test_a_vision_file_with_names_that_are_not_utf8_beside_a_text_file_does_not_matter(folder: Path) -> None:
+    data = (folder / "mmproj-F32.gguf").read_bytes()
+    (folder / "other.gguf").write_bytes(data.replace(b"granite4v.pair_id", b"granite4v.pair\xff\xff\xff", 1))
+    ModelFiles.open(folder / "text-F32.gguf").close()
+
+
+WRONG_VALUES = [
+    ("text", "granite.embedding_length", "wide", "an integer from 1 to"),
+    ("text", "granite.embedding_length", 0, "an integer from 1 to"),
+    ("text", "granite.context_length", 1.5, "an integer from 1 to"),
+    ("text", "granite.deepstack_mapping", "x", "a list of 1 to 512 integers"),
+    ("text", "granite.deepstack_mapping", [0.5], "a list of 1 to 512 integers"),
+    ("mmproj", "clip.vision.patch_size", 0, "an integer from 1 to"),
+    ("mmproj", "clip.vision.patch_size", [16], "an integer from 1 to"),
+    ("mmproj", "clip.vision.embedding_length", 1 << 30, "an integer from 1 to"),
+    ("mmproj", "clip.vision.attention.layer_norm_epsilon", math.nan, "a number from 0 to 1"),
+    ("mmproj", "clip.vision.attention.layer_norm_epsilon", "small", "a number from 0 to 1"),
+    ("mmproj", "clip.vision.image_mean", [0.5], "a list of 3 numbers"),
+    ("mmproj", "clip.vision.image_std", [0.5, 0.0, 0.5], "a list of 3 numbers"),
+    ("mmproj", "clip.vision.image_grid_pinpoints", [0, 48], "integers from 1 to"),
+    ("mmproj", "clip.vision.image_grid_pinpoints", [48, 48, 48], "holds 3 numbers, expected pairs"),
+    ("mmproj", "clip.vision.image_grid_pinpoints", [48, 48 << 12], "expected multiples of the"),
+    ("mmproj", "clip.vision.feature_layer", [99] * 6, "integers from -1 to"),
+    ("mmproj", "clip.vision.feature_layer", [1], "lists 1 feature layers, 6 spatial offsets and 6 text layers"),
+    ("mmproj", "clip.vision.projector.spatial_offsets", [4] * 6, "integers from -1 to 3"),
+    ("mmproj", "clip.vision.projector.window_side", 0, "an integer from 1 to"),
+    ("mmproj", "clip.vision.projector.query_side", 1, "expected twice as many patches as queries"),
+    ("mmproj", "granite4v.vision.projector.head_count", 7, "expected heads that divide it"),
+    ("mmproj", "granite4v.vision.text_layers", [5, 4, 3, 2, 1, 0], "expected each layer once, in ascending order"),
+    ("mmproj", "granite4v.vision.rescale_factor", "nan", "a number from"),
+    ("mmproj", "granite4v.vision.resample", 9, "an integer from 0 to 5"),
+    ("mmproj", "clip.projector_type", 7, "expected text"),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value", "expected"), WRONG_VALUES)
+def test_a_value_that_no_model_can_have_is_named(folder: Path, part: str, key: str, value: Any, expected: str) -> None:
+    path = folder / f"{part}-F32.gguf"
+    copy_gguf(path, folder / "copy.gguf", change={key: value}, retype=True).replace(path)
+    message = message_of(folder)
+    assert str(path) in message and expected in message, message
 
 
 def test_a_broken_file_of_somebody_else_beside_a_text_file_does_not_matter(folder: Path) -> None:

@@ -13,6 +13,7 @@ from toy_language import END_OF_TEXT, IMAGE, START_OF_ROLE
 
 from granite4v.errors import ModelFileError
 from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.metadata import GgufMetadata
 from granite4v.runtime.tokens import (
     HfTokenizer,
     LlamaTokenizer,
@@ -107,12 +108,12 @@ def test_special_and_stop_tokens_come_from_the_file(text_file: Path, reference: 
 
 def test_a_file_without_an_end_of_text_is_an_error() -> None:
     with pytest.raises(ModelFileError, match="names no end of text"):
-        stop_tokens({})
+        stop_tokens(GgufMetadata("text.gguf", {}))
 
 
 def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="'tokenizer.huggingface.json' that cannot be read"):
-        load_tokenizer({"tokenizer.huggingface.json": "{"}, tmp_path / "text.gguf")
+        load_tokenizer(GgufMetadata("text.gguf", {"tokenizer.huggingface.json": "{"}), tmp_path / "text.gguf")
 
 
 def test_nothing_is_added_when_the_text_starts_with_the_bos_token(text_file: Path) -> None:

@@ -17,25 +17,36 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a GGUF file or a model directory; reads headers only."""
+    from granite4v.errors import ModelFileError
     from granite4v.summary import summarize
 
     found = Path(model_path(path))
-    files = [summarize(file) for file in gguf_files(found)]
+    files: list[dict[str, Any]] = []
+    broken: list[ModelFileError] = []
+    for file in _files(found):
+        try:
+            files.append(summarize(file))
+        except ModelFileError as error:
+            broken.append(error)
     if as_json:
         import json
 
-        typer.echo(json.dumps({"path": str(found), "files": files}, indent=2, ensure_ascii=False))
-        return
-    typer.echo("\n\n".join(_table(summary) for summary in files))
+        if files:
+            typer.echo(json.dumps({"path": str(found), "files": files}, indent=2, ensure_ascii=False))
+    elif files:
+        typer.echo("\n\n".join(_table(summary) for summary in files))
+    if broken:
+        raise ModelFileError(" ".join(map(str, broken)))
 
 
-def gguf_files(path: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """The file itself, or every GGUF of a directory by name; raises ModelFileError when there is none."""
     from granite4v.errors import ModelFileError
+    from granite4v.gguf_role import gguf_files
 
     if not path.is_dir():
         return [path]
-    files = sorted(path.glob("*.gguf"))
+    files = gguf_files(path)
     if not files:
         raise ModelFileError(
             f"'{path}' holds no .gguf file; give a model directory made by 'granite4v convert', or a GGUF file."

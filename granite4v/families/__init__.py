@@ -11,6 +11,7 @@ from granite4v.families.base import Family, Metadata, VisionConfig
 
 if TYPE_CHECKING:
     from granite4v.ggml.gguf_file import GgufFile
+    from granite4v.ggml.metadata import GgufMetadata
 
 __all__ = [
     "FAMILIES",
@@ -38,15 +39,16 @@ def family_of_checkpoint(config: Metadata) -> Family:
     )
 
 
-def family_of_gguf(metadata: Metadata) -> Family:
+def family_of_gguf(metadata: GgufMetadata) -> Family:
     """The family of an mmproj file's metadata; raises ModelFileError when none matches."""
-    projector_type = metadata.get(keys.PROJECTOR_TYPE)
+    projector_type = metadata.text(keys.PROJECTOR_TYPE)
     for family in FAMILIES:
         if projector_type == family.projector_type:
             return family
     known = ", ".join(repr(family.projector_type) for family in FAMILIES)
     raise ModelFileError(
-        f"the vision file has '{keys.PROJECTOR_TYPE}' = {projector_type!r}; this version runs {known}."
+        f"'{metadata.path}' has '{keys.PROJECTOR_TYPE}' = {projector_type!r:.60}; this version runs {known}. "
+        "Use a vision file of one of these families."
     )
 
 

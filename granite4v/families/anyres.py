@@ -9,14 +9,16 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.base import Metadata, TilingConfig, TowerConfig
-from granite4v.families.fields import need, short
+from granite4v.families.base import TilingConfig, TowerConfig
+from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_PINPOINTS, MAX_PIXELS, Fields, is_integer, is_number, shown
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 Triple = tuple[float, float, float]
 
 MAX_TILES = 256  # of a grid
 MAX_GRID_PX = MAX_PIXELS * MAX_TILES
+MAX_CANVAS_PX = 1 << 27  # pixels of a grid that are held at once: 0.4 GB as RGB
 MAX_CHANNEL = 1e6  # of a mean or a deviation
 MIN_STD = 1e-6
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by number
@@ -123,22 +125,34 @@ def _size(preprocessor: Fields, key: str, names: tuple[str, ...]) -> list[int]:
     return list(sides)
 
 
-def tiling_from_gguf(metadata: Metadata, tower: TowerConfig, *, height_first: bool = False) -> TilingConfig:
+def tiling_from_gguf(metadata: GgufMetadata, tower: TowerConfig, *, height_first: bool = False) -> TilingConfig:
     """The tiling of a vision file. `height_first`: its grids are listed (height, width). Raises ModelFileError."""
-    flat = [int(value) for value in need(metadata, keys.IMAGE_GRID_PINPOINTS)]
-    if len(flat) % 2 or not flat:
-        raise ModelFileError(f"'{keys.IMAGE_GRID_PINPOINTS}' holds {len(flat)} numbers; expected pairs.")
+    flat = metadata.integers(keys.IMAGE_GRID_PINPOINTS, 1, MAX_GRID_PX, max_length=2 * MAX_PINPOINTS)
+    if len(flat) % 2:
+        raise ModelFileError(
+            f"'{metadata.path}': '{keys.IMAGE_GRID_PINPOINTS}' holds {len(flat)} numbers, expected pairs; {AGAIN}."
+        )
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
-    tile_px = int(metadata.get(keys.PREPROC_IMAGE_SIZE, tower.image_size))
-    if any(side <= 0 or side % tile_px for side in flat):
-        raise ModelFileError(f"'{keys.IMAGE_GRID_PINPOINTS}' {flat} are not all multiples of the {tile_px} px tile.")
+    tile_px = metadata.integer(keys.PREPROC_IMAGE_SIZE, 1, MAX_PIXELS, tower.image_size)
+    if tile_px != tower.image_size:
+        raise ModelFileError(
+            f"'{metadata.path}' cuts tiles of {tile_px} px ('{keys.PREPROC_IMAGE_SIZE}') for a tower that takes "
+            f"{tower.image_size} px ('{keys.IMAGE_SIZE}'), expected equal sizes; {AGAIN}."
+        )
+    most_px = min(MAX_TILES * tile_px**2, MAX_CANVAS_PX)
+    for first, second in pairs:
+        if first % tile_px or second % tile_px or first * second > most_px:
+            raise ModelFileError(
+                f"'{metadata.path}': '{keys.IMAGE_GRID_PINPOINTS}' holds a grid of {first:,} x {second:,} px, expected "
+                f"multiples of the {tile_px} px tile and at most {most_px:,} pixels; {AGAIN}."
+            )
     return TilingConfig(
         tile_px=tile_px,
         image_grid_pinpoints=tuple(pairs if height_first else [(h, w) for w, h in pairs]),
-        image_mean=tuple(short(value) for value in need(metadata, keys.IMAGE_MEAN)),
-        image_std=tuple(short(value) for value in need(metadata, keys.IMAGE_STD)),
-        rescale_factor=float(metadata.get(keys.RESCALE_FACTOR, 1 / 255)),
-        resample=int(metadata.get(keys.RESAMPLE, 3)),
+        image_mean=tuple(short(value) for value in metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL)),
+        image_std=tuple(short(value) for value in metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL)),
+        rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
+        resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bicubic")),
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from granite4v.families.hf_fields import Fields
     from granite4v.families.tensor_rules import TensorGroup
+    from granite4v.ggml.metadata import GgufMetadata
 
 Metadata = Mapping[str, Any]
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
@@ -162,7 +163,7 @@ class Family(Protocol):
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         ...
 
-    def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
+    def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError."""
         ...
 

@@ -1,13 +1,11 @@
-"""Reading single values out of config.json and GGUF metadata, with messages that say what is wrong.
+"""Reading single values out of config.json, with messages that say what is wrong, and bounds that hold everywhere.
 
-Shared by the family files; knows no model.
+Shared by the family files; knows no model. GGUF metadata have accessors of their own (`GgufMetadata`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.errors import CheckpointError
 from granite4v.families.base import Metadata
 
 
@@ -25,13 +23,6 @@ def number(values: Metadata, key: str, where: str) -> int:
     if not isinstance(value, int) or value <= 0:
         raise CheckpointError(f"{where} has '{key}' = {value!r}; expected a positive integer.")
     return value
-
-
-def need(metadata: Metadata, key: str) -> Any:
-    """The value of a key that a vision file must have; raises ModelFileError without it."""
-    if key not in metadata:
-        raise ModelFileError(f"the vision file has no key '{key}'; convert it again with 'granite4v convert'.")
-    return metadata[key]
 
 
 def short(value: float) -> float:

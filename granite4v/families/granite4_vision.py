@@ -24,7 +24,7 @@ from granite4v.families.base import (
     VisionConfig,
     WindowQFormerConfig,
 )
-from granite4v.families.fields import hidden_state_index, need, short
+from granite4v.families.fields import hidden_state_index, short
 from granite4v.families.hf_fields import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, shown
 from granite4v.families.text import n_text_layers, text_section
 from granite4v.families.towers import (
@@ -36,12 +36,13 @@ from granite4v.families.towers import (
     tower_kind,
     tower_metadata,
 )
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 if TYPE_CHECKING:
     from granite4v.families.tensor_rules import TensorGroup
 
 QFORMER_HEAD_DIM = 64  # transformers' Granite4VisionConfig sets num_attention_heads to hidden_size // 64
-N_SPATIAL_PROJECTORS = 4
+N_SPATIAL_PROJECTORS = N_CORNERS = 4  # a projector for each corner of a 2x2 block
 SPATIAL_STRIDE = 2
 SPATIAL_TARGET_LAYERS = (12, 15, 18, 21)
 DOWNSAMPLE_RATE = re.compile(r"(\d{1,4})/(\d{1,4})")
@@ -78,7 +79,7 @@ class Granite4Vision:
             newline=fields.flag("use_image_newline_parameter", True),
         )
 
-    def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
+    def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata; raises ModelFileError.
 
         Files without our keys say nothing about decoder layers: their streams get text_layer = the index
@@ -86,32 +87,32 @@ class Granite4Vision:
         """
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
         tower = tower_from_gguf(metadata, kind, str(dict(kind.defaults)["hidden_act"]))
-        features = [int(value) for value in need(metadata, keys.FEATURE_LAYER)]
-        offsets = [int(value) for value in need(metadata, keys.PROJECTOR_SPATIAL_OFFSETS)]
-        layers = [int(value) for value in metadata.get(keys.TEXT_LAYERS, range(len(features)))]
+        most = tower.num_hidden_layers - 1
+        features = metadata.integers(keys.FEATURE_LAYER, -1, most, max_length=MAX_LAYERS)
+        offsets = metadata.integers(keys.PROJECTOR_SPATIAL_OFFSETS, -1, N_CORNERS - 1, max_length=MAX_LAYERS)
+        unnumbered = list(range(len(features)))
+        layers = metadata.integers(keys.TEXT_LAYERS, 0, MAX_LAYERS - 1, unnumbered, max_length=MAX_LAYERS)
         if not len(features) == len(offsets) == len(layers):
             raise ModelFileError(
-                f"the vision file lists {len(features)} feature layers, {len(offsets)} spatial offsets and "
-                f"{len(layers)} text layers; the three must have the same length."
+                f"'{metadata.path}' lists {len(features)} feature layers, {len(offsets)} spatial offsets and "
+                f"{len(layers)} text layers, expected the same number of each; {AGAIN}."
             )
-        heads = tower.hidden_size // QFORMER_HEAD_DIM
+        if sorted(set(layers)) != layers:
+            raise ModelFileError(
+                f"'{metadata.path}': '{keys.TEXT_LAYERS}' is {layers}, expected each layer once, in ascending order; "
+                f"{AGAIN}."
+            )
         return VisionConfig(
             family=self.name,
             tower=tower,
             tiling=tiling_from_gguf(metadata, tower),
-            projector=WindowQFormerConfig(
-                query_side=int(need(metadata, keys.PROJECTOR_QUERY_SIDE)),
-                window_side=int(need(metadata, keys.PROJECTOR_WINDOW_SIDE)),
-                num_attention_heads=int(metadata.get(keys.PROJECTOR_HEAD_COUNT, heads)),
-                layer_norm_eps=short(metadata.get(keys.PROJECTOR_LAYER_NORM_EPS, 1e-12)),
-                hidden_act=str(metadata.get(keys.PROJECTOR_HIDDEN_ACT, "gelu")),
-            ),
+            projector=_projector_from_gguf(metadata, tower),
             streams=tuple(
                 Stream((feature + 1,), layer, None if offset < 0 else offset)
                 for feature, layer, offset in zip(features, layers, offsets, strict=True)
             ),
-            text_hidden_size=int(need(metadata, keys.VISION_PROJECTION_DIM)),
-            newline=metadata.get(keys.HAS_NEWLINE) is not False,
+            text_hidden_size=metadata.integer(keys.VISION_PROJECTION_DIM, 1, MAX_WIDTH),
+            newline=metadata.flag(keys.HAS_NEWLINE, True),
         )
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
@@ -215,6 +216,31 @@ def _projector_from_hf(config: Fields, tower: TowerConfig) -> WindowQFormerConfi
         num_attention_heads=tower.hidden_size // QFORMER_HEAD_DIM,
         layer_norm_eps=qformer.number("layer_norm_eps", 0, 1, 1e-12),
         hidden_act=qformer.text("hidden_act", "gelu", ACTIVATIONS),
+    )
+
+
+def _projector_from_gguf(metadata: GgufMetadata, tower: TowerConfig) -> WindowQFormerConfig:
+    query_side = metadata.integer(keys.PROJECTOR_QUERY_SIDE, 1, tower.grid_side)
+    window_side = metadata.integer(keys.PROJECTOR_WINDOW_SIDE, 1, tower.grid_side)
+    if window_side != 2 * query_side or tower.grid_side % window_side:
+        raise ModelFileError(
+            f"'{metadata.path}' has projector windows of {window_side} patches a side for {query_side} queries a side, "
+            f"expected twice as many patches as queries, in windows that divide the {tower.grid_side} patches of a "
+            f"tile's side; {AGAIN}."
+        )
+    default = max(tower.hidden_size // QFORMER_HEAD_DIM, 1)
+    heads = metadata.integer(keys.PROJECTOR_HEAD_COUNT, 1, tower.hidden_size, default)
+    if tower.hidden_size % heads:
+        raise ModelFileError(
+            f"'{metadata.path}' has projectors with {heads} heads for a width of {tower.hidden_size}, expected heads "
+            f"that divide it ('{keys.PROJECTOR_HEAD_COUNT}'); {AGAIN}."
+        )
+    return WindowQFormerConfig(
+        query_side=query_side,
+        window_side=window_side,
+        num_attention_heads=heads,
+        layer_norm_eps=short(metadata.number(keys.PROJECTOR_LAYER_NORM_EPS, 0, 1, 1e-12)),
+        hidden_act=metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu"),
     )
 
 

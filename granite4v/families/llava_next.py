@@ -31,6 +31,7 @@ from granite4v.families.towers import (
     tower_kind,
     tower_metadata,
 )
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 if TYPE_CHECKING:
     from granite4v.families.tensor_rules import TensorGroup
@@ -67,7 +68,7 @@ class LlavaNext:
             text_hidden_size=text.integer("hidden_size", 1, MAX_WIDTH),
         )
 
-    def config_from_gguf(self, metadata: Metadata, shapes: Shapes) -> VisionConfig:
+    def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError.
 
         Files of llama.cpp's older converter list grids as Hugging Face does, give no width of the text model, and say
@@ -77,7 +78,7 @@ class LlavaNext:
         ours = keys.HIDDEN_ACT in metadata
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
         act = str(dict(kind.defaults)["hidden_act"])
-        if kind is CLIP and metadata.get(keys.USE_GELU):
+        if kind is CLIP and metadata.flag(keys.USE_GELU, False):
             act = "gelu"
         tower = tower_from_gguf(metadata, kind, act)
         tower = dataclasses.replace(
@@ -86,19 +87,15 @@ class LlavaNext:
             patch_bias=keys.PATCH_EMBD_BIAS in shapes,
         )
         # a file that names none was made of a checkpoint with -2, without the last layer; libmtmd takes one state less
-        states = [int(value) for value in metadata.get(keys.FEATURE_LAYER, [tower.num_hidden_layers])]
-        if not states or not all(0 <= state <= tower.num_hidden_layers for state in states):
-            raise ModelFileError(
-                f"'{keys.FEATURE_LAYER}' takes hidden states {states}; the tower in the vision file has "
-                f"{tower.num_hidden_layers + 1} of them."
-            )
+        most = tower.num_hidden_layers
+        states = metadata.integers(keys.FEATURE_LAYER, 0, most, [most], max_length=most + 1)
         return VisionConfig(
             family=self.name,
             tower=tower,
             tiling=tiling_from_gguf(metadata, tower, height_first=not ours),
-            projector=MlpConfig(str(metadata.get(keys.PROJECTOR_HIDDEN_ACT, "gelu"))),
+            projector=MlpConfig(metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu")),
             streams=(Stream(tuple(states), 0),),
-            text_hidden_size=_projected_width(shapes),
+            text_hidden_size=_projected_width(metadata, shapes),
         )
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
@@ -165,12 +162,13 @@ def taken_states(config: Fields, n_layers: int) -> list[int]:
     return [hidden_state_index(index, n_layers) for index in indices]
 
 
-def _projected_width(shapes: Shapes) -> int:
+def _projected_width(metadata: GgufMetadata, shapes: Shapes) -> int:
     """The width of the text model: what the projector's last layer makes."""
     name = keys.MLP.format(layer=keys.MLP_SECOND, suffix="weight")
     shape = shapes.get(name, ())
     if len(shape) != 2:
         raise ModelFileError(
-            f"the vision file has '{name}' with shape {shape or 'none'}; expected the second of two linear layers."
+            f"'{metadata.path}' has '{name}' with shape {shape or 'none'}, expected the second of two linear layers; "
+            f"{AGAIN}."
         )
     return shape[0]

@@ -11,9 +11,10 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.base import ACTIVATIONS, Metadata, TowerConfig
-from granite4v.families.fields import need, short
+from granite4v.families.base import ACTIVATIONS, TowerConfig
+from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 N_CHANNELS = 3
 
@@ -121,24 +122,24 @@ def check_strategy(config: Fields, tower: TowerConfig) -> None:
         )
 
 
-def tower_from_gguf(metadata: Metadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
+def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
     """The tower of a vision file; `hidden_act` where the file does not say ours. Raises ModelFileError."""
     tower = TowerConfig(
-        hidden_size=int(need(metadata, keys.VISION_EMBEDDING_LENGTH)),
-        intermediate_size=int(need(metadata, keys.VISION_FEED_FORWARD_LENGTH)),
-        num_hidden_layers=int(need(metadata, keys.VISION_BLOCK_COUNT)),
-        num_attention_heads=int(need(metadata, keys.VISION_HEAD_COUNT)),
-        image_size=int(need(metadata, keys.IMAGE_SIZE)),
-        patch_size=int(need(metadata, keys.PATCH_SIZE)),
-        hidden_act=str(metadata.get(keys.HIDDEN_ACT, hidden_act)),
-        layer_norm_eps=short(need(metadata, keys.VISION_LAYER_NORM_EPS)),
+        hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
+        intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
+        num_hidden_layers=metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS),
+        num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
+        image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
+        patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
+        hidden_act=metadata.text(keys.HIDDEN_ACT, hidden_act),
+        layer_norm_eps=short(metadata.number(keys.VISION_LAYER_NORM_EPS, 0, 1)),
         class_token=kind.class_token,
         pre_norm=kind.pre_norm,
         patch_bias=kind.patch_bias,
     )
     problem = _problem(tower)
     if problem:
-        raise ModelFileError(f"the vision file has {problem}; convert it again with 'granite4v convert'.")
+        raise ModelFileError(f"'{metadata.path}' has {problem}; {AGAIN}.")
     return tower
 
 

@@ -1,6 +1,6 @@
 """Flat mirror of the C functions we call, in header order. No behaviour.
 
-Source: ggml 0.25.3, include/ggml.h, ggml-alloc.h, ggml-backend.h, ggml-cpu.h, gguf.h, as built into
+Source: ggml 0.25.3, include/ggml.h, ggml-alloc.h, ggml-backend.h, ggml-cpu.h, as built into
 llama-cpp-python 0.3.36. Each handle has its own Python type, so that one cannot be passed for another.
 """
 
@@ -51,10 +51,6 @@ class AllocatorP(Handle):
     """ggml_gallocr_t"""
 
 
-class GgufP(Handle):
-    """struct gguf_context *"""
-
-
 class TensorStruct(c.Structure):
     """struct ggml_tensor; `library.lib` checks its size against the library before it is used."""
 
@@ -83,12 +79,6 @@ class InitParams(c.Structure):
     """struct ggml_init_params"""
 
     _fields_ = [("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool)]
-
-
-class GgufInitParams(c.Structure):
-    """struct gguf_init_params"""
-
-    _fields_ = [("no_alloc", c.c_bool), ("ctx", c.c_void_p)]
 
 
 class Declaration(NamedTuple):
@@ -184,23 +174,4 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_reg_get_proc_address", _void_p, RegistryP, _str),
     _registry("ggml_backend_dev_count", _size),
     _registry("ggml_backend_dev_get", DeviceP, _size),
-    # gguf.h
-    _base("gguf_init_from_file", GgufP, _str, GgufInitParams),
-    _base("gguf_free", None, GgufP),
-    _base("gguf_get_data_offset", _size, GgufP),
-    _base("gguf_get_n_kv", _i64, GgufP),
-    _base("gguf_get_key", _str, GgufP, _i64),
-    _base("gguf_get_kv_type", _int, GgufP, _i64),
-    _base("gguf_get_arr_type", _int, GgufP, _i64),
-    _base("gguf_get_val_str", _str, GgufP, _i64),
-    _base("gguf_get_val_data", _void_p, GgufP, _i64),
-    _base("gguf_get_arr_n", _size, GgufP, _i64),
-    _base("gguf_get_arr_data", _void_p, GgufP, _i64),
-    _base("gguf_get_arr_str", _str, GgufP, _i64, _size),
-    _base("gguf_get_n_tensors", _i64, GgufP),
-    _base("gguf_get_tensor_offset", _size, GgufP, _i64),
-    _base("gguf_get_tensor_name", _str, GgufP, _i64),
-    _base("gguf_get_tensor_ne", c.POINTER(c.c_int64), GgufP, _i64),
-    _base("gguf_get_tensor_type", _int, GgufP, _i64),
-    _base("gguf_get_tensor_size", _size, GgufP, _i64),
 )

@@ -8,17 +8,15 @@ process on a product of real size; a child that dies marks its way as unusable.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from granite4v.cache import cache_folder, read_json, write_json
 from granite4v.ggml.library import lib
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ REPEATS = 4
 ROUNDS = 2  # the ways take turns, so that what else the machine does for a moment falls on all of them
 TIMEOUT_S = 60.0
 PLAIN, FLOAT32 = "plain", "float32"
+CACHE = "speed.json"
 # Two ways within this ratio count as equal; the more exact one (float32), then the plain one, is taken.
 EQUAL = 1.04
 
@@ -93,7 +92,7 @@ def seconds(backend: Backend, type_name: str) -> dict[str, float]:
                 known[name] = min(measured, known.get(name, math.inf))
         cache = _read_cache()
         cache.setdefault(_key(type_name, backend.n_threads), {}).update(known)
-        _write_cache(cache)
+        write_json(CACHE, cache)
     return {name: known[name] for name in names}
 
 
@@ -105,11 +104,15 @@ def _measure_in_child(type_name: str, way: str, n_threads: int) -> float:
     command = [sys.executable, "-m", "granite4v.ggml.speed", type_name, way, str(n_threads)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):  # OSError: no memory for another process
         return math.inf
     if child.returncode != 0:
         return math.inf
-    return float(child.stdout.split()[-1])
+    try:
+        measured = float(child.stdout.split()[-1])
+    except (IndexError, ValueError):
+        return math.inf
+    return measured if measured > 0 else math.inf
 
 
 def measure(type_name: str, way: str, n_threads: int) -> float:
@@ -158,29 +161,21 @@ def _cpu_model() -> str:
 
 def cache_file() -> Path:
     """Where the measurements are kept; GRANITE4V_CACHE moves the folder."""
-    import platformdirs
-
-    folder = os.environ.get("GRANITE4V_CACHE") or platformdirs.user_cache_dir("granite4v")
-    return Path(folder) / "speed.json"
+    return cache_folder() / CACHE
 
 
 def _read_cache() -> dict[str, dict[str, float]]:
-    try:
-        content = json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or damaged: measure again
-        return {}
-    return content if isinstance(content, dict) else {}
+    """What was measured; entries that are no times are left out, and so measured again."""
+    return {
+        key: {way: float(seconds) for way, seconds in entry.items() if _is_time(seconds)}
+        for key, entry in read_json(CACHE).items()
+        if isinstance(entry, dict)
+    }
 
 
-def _write_cache(cache: dict[str, dict[str, float]]) -> None:
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(cache, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:  # a read-only home: measure again next time
-        return
+def _is_time(value: Any) -> bool:
+    """Positive seconds; infinity is that of a way that crashed."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and value > 0
 
 
 if __name__ == "__main__":

@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from granite4v.ggml.library import lib
 
-# enum ggml_type, include/ggml.h; a test compares the names with the library's.
-TYPE_IDS: dict[str, int] = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-    "IQ4_NL": 20,
-    "IQ4_XS": 23,
-    "I8": 24,
-    "I16": 25,
-    "I32": 26,
-    "I64": 27,
-    "F64": 28,
-    "BF16": 30,
+
+class TensorType(NamedTuple):
+    """One type: its number in files, elements in a block, and bytes of a block."""
+
+    id: int
+    block: int
+    nbytes: int
+
+
+# enum ggml_type, include/ggml.h of ggml 0.25.3; a test compares the table with the library's.
+TYPES: dict[str, TensorType] = {
+    "F32": TensorType(0, 1, 4),
+    "F16": TensorType(1, 1, 2),
+    "Q4_0": TensorType(2, 32, 18),
+    "Q4_1": TensorType(3, 32, 20),
+    "Q5_0": TensorType(6, 32, 22),
+    "Q5_1": TensorType(7, 32, 24),
+    "Q8_0": TensorType(8, 32, 34),
+    "Q8_1": TensorType(9, 32, 36),
+    "Q2_K": TensorType(10, 256, 84),
+    "Q3_K": TensorType(11, 256, 110),
+    "Q4_K": TensorType(12, 256, 144),
+    "Q5_K": TensorType(13, 256, 176),
+    "Q6_K": TensorType(14, 256, 210),
+    "Q8_K": TensorType(15, 256, 292),
+    "IQ2_XXS": TensorType(16, 256, 66),
+    "IQ2_XS": TensorType(17, 256, 74),
+    "IQ3_XXS": TensorType(18, 256, 98),
+    "IQ1_S": TensorType(19, 256, 50),
+    "IQ4_NL": TensorType(20, 32, 18),
+    "IQ3_S": TensorType(21, 256, 110),
+    "IQ2_S": TensorType(22, 256, 82),
+    "IQ4_XS": TensorType(23, 256, 136),
+    "I8": TensorType(24, 1, 1),
+    "I16": TensorType(25, 1, 2),
+    "I32": TensorType(26, 1, 4),
+    "I64": TensorType(27, 1, 8),
+    "F64": TensorType(28, 1, 8),
+    "IQ1_M": TensorType(29, 256, 56),
+    "BF16": TensorType(30, 1, 2),
+    "TQ1_0": TensorType(34, 256, 54),
+    "TQ2_0": TensorType(35, 256, 66),
+    "MXFP4": TensorType(39, 32, 17),
+    "NVFP4": TensorType(40, 64, 36),
+    "Q1_0": TensorType(41, 128, 18),
+    "Q2_0": TensorType(42, 64, 18),
 }
+TYPE_IDS: dict[str, int] = {name: kind.id for name, kind in TYPES.items()}
+TYPE_NAMES: dict[int, str] = {kind.id: name for name, kind in TYPES.items()}
+# Integers, doubles, and the formats that ggml rounds activations to: no weight matrix is multiplied in these.
+NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 
 
 def type_name(type_id: int) -> str:
-    """'Q4_K' for 12; types that we never write get ggml's own spelling in capitals."""
-    for name, known in TYPE_IDS.items():
-        if known == type_id:
-            return name
-    return str(lib().ggml_type_name(type_id).decode()).upper()
+    """'Q4_K' for 12; KeyError for a number that this ggml does not use."""
+    return TYPE_NAMES[type_id]
 
 
 def block_size(name: str) -> int:
     """Elements in one block of the type; a row must be a multiple of it."""
-    return int(lib().ggml_blck_size(TYPE_IDS[name]))
+    return TYPES[name].block
 
 
 def row_bytes(name: str, n_elements: int) -> int:

@@ -1,0 +1,139 @@
+"""Metadata values with the type and the bounds that their reader needs, and one kind of message when they differ.
+
+A GGUF file comes from anyone: a key may be missing, hold text where a number belongs, a zero that divides, or a count
+that would take all memory. Whoever reads a value names what it accepts here and can rely on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import ModelFileError
+
+AGAIN = "convert it again with 'granite4v convert', or download it again"
+_REQUIRED: Any = object()
+_SHOWN = 60  # characters of a wrong value that a message quotes
+
+
+class GgufMetadata(Mapping[str, Any]):
+    """A file's metadata as a mapping, with accessors that check what they return.
+
+    Each accessor raises ModelFileError for a value of another type or outside the bounds, and for a missing key
+    unless a default is given. The default itself is not checked.
+    """
+
+    def __init__(self, path: str | Path, values: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def integer(self, key: str, least: int, most: int, default: Any = _REQUIRED) -> Any:
+        """An integer from `least` to `most`."""
+        expected = f"an integer from {least:,} to {most:,}"
+        value = self._get(key, default, expected)
+        if value is default or _is_integer(value, least, most):
+            return value
+        raise self._wrong(key, value, expected)
+
+    def number(self, key: str, least: float, most: float, default: Any = _REQUIRED) -> Any:
+        """A finite number from `least` to `most`; also one that is written as text, to keep all its digits."""
+        expected = f"a number from {least:g} to {most:g}"
+        value = self._get(key, default, expected)
+        if value is default:
+            return value
+        number = _as_number(value)
+        if number is None or not least <= number <= most:
+            raise self._wrong(key, value, expected)
+        return number
+
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A string."""
+        value = self._get(key, default, "text")
+        if value is default or isinstance(value, str):
+            return value
+        raise self._wrong(key, value, "text")
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A boolean."""
+        value = self._get(key, default, "true or false")
+        if value is default or isinstance(value, bool):
+            return value
+        raise self._wrong(key, value, "true or false")
+
+    def integers(self, key: str, least: int, most: int, default: Any = _REQUIRED, *, max_length: int = 1 << 24) -> Any:
+        """A list of integers from `least` to `most`, at least one and at most `max_length` of them."""
+        expected = f"a list of 1 to {max_length:,} integers from {least:,} to {most:,}"
+        value = self._get(key, default, expected)
+        if value is default:
+            return value
+        if not isinstance(value, list) or not 0 < len(value) <= max_length:
+            raise self._wrong(key, value, expected)
+        for item in value:
+            if not _is_integer(item, least, most):
+                raise self._wrong(key, value, expected, item)
+        return value
+
+    def numbers(self, key: str, length: int, least: float, most: float) -> list[float]:
+        """A list of exactly `length` finite numbers from `least` to `most`."""
+        expected = f"a list of {length} numbers from {least:g} to {most:g}"
+        value = self._get(key, _REQUIRED, expected)
+        if not isinstance(value, list) or len(value) != length:
+            raise self._wrong(key, value, expected)
+        numbers = [_as_number(item) for item in value]
+        for item, number in zip(value, numbers, strict=True):
+            if number is None or not least <= number <= most:
+                raise self._wrong(key, value, expected, item)
+        return [float(number) for number in numbers if number is not None]
+
+    def texts(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A list of strings."""
+        value = self._get(key, default, "a list of texts")
+        if value is default or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            return value
+        raise self._wrong(key, value, "a list of texts")
+
+    def n_texts(self, key: str) -> int:
+        """The length of a list of strings; 0 without the key."""
+        return len(self.texts(key, []))
+
+    def _get(self, key: str, default: Any, expected: str) -> Any:
+        if key in self:
+            return self[key]
+        if default is _REQUIRED:
+            raise ModelFileError(f"'{self.path}' has no key '{key}'; {AGAIN} (expected {expected}).")
+        return default
+
+    def _wrong(self, key: str, value: Any, expected: str, item: Any = None) -> ModelFileError:
+        if isinstance(value, list):
+            kind = type(value[0]).__name__ if value else "nothing"
+            found = f"holds a list of {len(value):,} ({kind})" + (
+                f" with {item!r:.{_SHOWN}}" if item is not None else ""
+            )
+        else:
+            found = f"is {value!r:.{_SHOWN}}"
+        return ModelFileError(f"'{self.path}': '{key}' {found}, expected {expected}; {AGAIN}.")
+
+
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,40 @@
+"""Which GGUF files a folder holds, and what part of a model each one is, by its metadata and never by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ModelFileError
+from granite4v.ggml.gguf_file import GgufFile
+
+# What general.type says of GGUF files that hold no weights to run.
+_NO_MODEL = ("imatrix", "dataset", "vocab", "template", "kv_cache")
+_SPLIT_COUNT = "split.count"
+
+
+def role(file: GgufFile) -> str:
+    """'text', 'vision', 'adapter', or 'other' for an importance matrix, a bare vocabulary and the like."""
+    kind, architecture = file.get(keys.GENERAL_TYPE), file.get(keys.GENERAL_ARCHITECTURE)
+    if kind == keys.TYPE_ADAPTER:
+        return "adapter"
+    if architecture == keys.ARCH_CLIP or kind == keys.TYPE_MMPROJ:
+        return "vision"
+    if kind in _NO_MODEL or keys.GENERAL_ARCHITECTURE not in file:
+        return "other"
+    if not file.tensors and _SPLIT_COUNT not in file:  # the first part of a split file may hold metadata alone
+        return "other"
+    return "text"
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, sorted by name, without hidden ones: macOS writes '._name' beside each file on
+    foreign disks, and some downloads begin as '.name'. Raises ModelFileError when the folder cannot be read.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise ModelFileError(
+            f"cannot read the folder '{folder}': {error.strerror or error}; give a model directory that you may read."
+        ) from None
+    return [path for path in found if path.suffix == ".gguf" and not path.name.startswith(".") and path.is_file()]
