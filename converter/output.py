@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -13,15 +14,22 @@ from pathlib import Path
 from granite4v.errors import OutputError
 
 SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
+LOCK = "lock"
 MODEL_FILES = ("text-*.gguf", "mmproj-*.gguf", "lora-*.gguf")
 
 
 def check_target(target: Path, force: bool) -> None:
     """Raises OutputError when the model directory cannot be made, or holds something and `force` is off."""
-    if target.exists() and not target.is_dir():
+    try:
+        is_file = target.exists() and not target.is_dir()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}.") from None
+    if is_file:
         raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        held = sorted(path.name for path in target.iterdir())
+    if target.is_dir():
+        remove_leftovers(target, target.name)
+    held = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if held and not force:
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         raise OutputError(
             f"'{target}' exists and holds {', '.join(held[:3])}{more}; give another directory, or --force to replace "
@@ -50,20 +58,61 @@ def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
     """
     fresh = not target.exists()
     made = _make_parents(target.parent) if fresh else []
-    work = None
+    work, lock = None, None
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent if fresh else target))
+        place = target.parent if fresh else target
+        remove_leftovers(place, target.name)
+        work = Path(tempfile.mkdtemp(prefix=_prefix(target.name), dir=place))
+        lock = _lock(work)
         yield work
+        if lock is not None:
+            (work / LOCK).unlink()
         _move(work, target, names, fresh)
     except OSError as error:
         raise _as_output_error(error, target) from None
     finally:
+        if lock is not None:
+            os.close(lock)
         if work is not None and work.exists():
             shutil.rmtree(work, ignore_errors=True)
         if not target.exists():
             for folder in reversed(made):
                 with contextlib.suppress(OSError):  # not empty: somebody else put something there
                     folder.rmdir()
+
+
+def remove_leftovers(place: Path, name: str) -> None:
+    """Removes working directories for the target `name` whose process was killed; those at work keep theirs."""
+    for work in place.glob(f"{glob.escape(_prefix(name))}*"):
+        lock = _lock(work, existing=True)
+        if lock is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+
+
+def _prefix(name: str) -> str:
+    return f".{name}-partial-"
+
+
+def _lock(work: Path, *, existing: bool = False) -> int | None:
+    """A file descriptor that holds the directory's lock for as long as the process lives; None without one.
+
+    `existing`: only a lock that another process has left. Systems without `fcntl` have no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        descriptor = os.open(work / LOCK, os.O_RDWR | (0 if existing else os.O_CREAT), 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or the file system knows no locks
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _move(work: Path, target: Path, names: Sequence[str], fresh: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -258,19 +259,32 @@ def _image_token_id(config: Mapping[str, Any], n_vocab: int) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text: one line a tensor, then what is dropped, and why each type was chosen."""
+    """The plan as text: one line a tensor, then what is dropped, and a summary last."""
     lines = [f"source: {plan.source}"]
     if plan.adapter is not None:
         lines.append(f"adapter: {plan.adapter}, {plan.adapter_use}")
     for file in plan.files:
-        lines += ["", f"{file.name}  ({file.arch}, {len(file.tensors)} tensors, {_size(file.data_bytes)})"]
+        lines += ["", f"{file.name}  ({file.arch}, {counted(len(file.tensors), 'tensor')}, {size(file.data_bytes)})"]
         lines += [f"  {key} = {_short(value)}" for key, value in file.metadata.items()]
         lines += [f"  {_line(tensor)}" for tensor in file.tensors]
         lines += [f"  {type_name}: {reason}" for type_name, reason in _reasons(file)]
     if plan.dropped:
         lines += ["", "left out:", *(f"  {name}: {reason}" for name, reason in plan.dropped)]
-    lines += [f"warning: {warning}" for warning in plan.warnings]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_summary(plan)])
+
+
+def _summary(plan: Plan) -> list[str]:
+    """Size, tensors and types of each file, how many tensors are dropped and why, and warnings."""
+    lines = ["summary:"]
+    for file in plan.files:
+        types = Counter(tensor.type_name for tensor in file.tensors)
+        listed = ", ".join(f"{n} {type_name}" for type_name, n in types.most_common())
+        lines.append(f"  {file.name}: {size(file.data_bytes)}, {counted(len(file.tensors), 'tensor')} ({listed})")
+    lines.append(f"  {counted(len(plan.files), 'file')}, {size(plan.data_bytes)} in all")
+    for reason, n in Counter(reason for _, reason in plan.dropped).items():
+        lines.append(f"  left out: {counted(n, 'tensor')}, {reason}")
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
+    return lines
 
 
 def _line(tensor: PlannedTensor) -> str:
@@ -300,5 +314,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{len(text)} characters"
 
 
-def _size(n_bytes: int) -> str:
+def size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def counted(n: int, what: str) -> str:
+    """'1 tensor', '2 tensors'."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -6,13 +6,15 @@ torch and transformers (the `verify` extra), which nothing else in the product i
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granite4v.errors import CheckpointError, DeviceError
+from granite4v.errors import CheckpointError, DeviceError, Granite4vError
 from granite4v.families import Family, family_named
 from granite4v.runtime.prompt import TextSpan
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from granite4v.runtime.model import Model
 
 Report = Callable[[str], None]
+INSTALL = "Install what 'verify' needs with \"pip install 'granite4v[verify]'\"."
 
 
 @dataclass
@@ -97,7 +100,8 @@ def verify(
     expected = []
     for name, image in [*images, (None, None)]:
         say(f"reference: {name or 'text only'}")
-        expected.append(runner.run(name, image, prompt, n_positions))
+        with runner.transformers("run"):
+            expected.append(runner.run(name, image, prompt, n_positions))
     with_adapter = runner.has_adapter
     del runner
     results = []
@@ -180,13 +184,10 @@ class _Reference:
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"'{directory}' has no config.json; give the Hugging Face checkpoint's directory.")
         options = {"dtype": getattr(self._torch, dtype), "attn_implementation": "eager", "output_loading_info": True}
-        try:
+        self._where = f"'{directory}'"
+        with self.transformers("load"):
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(directory, **options)
             self._processor = transformers.AutoProcessor.from_pretrained(directory)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot load '{directory}': {error}"
-            ) from error
         self.has_adapter = adapter is not None or (directory / "adapter_config.json").is_file()
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if "lora_" not in str(name)]
         if lost:
@@ -196,8 +197,14 @@ class _Reference:
                 "with that version, or verify against one that was."
             )
         if adapter is not None:
-            model = _merged(model, adapter)
+            self._where = f"the adapter '{adapter}'"
+            with self.transformers("load"):
+                model = _merged(model, adapter)
+            self._where = f"'{directory}'"
         self._model = model.eval()
+        # what transformers 5.24 calls it; both names work until 5.40
+        takes = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._divisor = 1.0 if family is None else family.reference_logits_divisor(model.config.to_dict())
         self._complete_processor()
 
@@ -211,6 +218,23 @@ class _Reference:
             processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
         if processor.chat_template is None:
             processor.chat_template = processor.tokenizer.chat_template
+
+    @contextlib.contextmanager
+    def transformers(self, verb: str) -> Iterator[None]:
+        """Turns whatever transformers, which is not ours, raises on a checkpoint into an error that names it."""
+        try:
+            yield
+        except Granite4vError:
+            raise
+        except ImportError as error:
+            raise DeviceError(f"transformers cannot {verb} {self._where}: {error} {INSTALL}") from error
+        except Exception as error:
+            import transformers
+
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot {verb} {self._where}: {reason}"
+            ) from error
 
     def run(self, name: str | None, image: Image | None, prompt: str, n_positions: int) -> _Expected:
         parts: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
@@ -238,13 +262,14 @@ class _Reference:
 
         torch, rows, answer = self._torch, [], []
         cache = DynamicCache(config=self._model.config.text_config)  # not every model makes one by itself
-        out = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kept = {self._cache_name: cache, "use_cache": True}
+        out = self._model(**inputs, **kept, logits_to_keep=1)
         while True:
             rows.append(out.logits[0, -1].float() / self._divisor)
             answer.append(int(rows[-1].argmax()))
             if len(answer) == n_positions:
                 return answer, torch.stack(rows).numpy()
-            out = self._model(torch.tensor([answer[-1:]]), past_key_values=cache, use_cache=True)
+            out = self._model(torch.tensor([answer[-1:]]), **kept)
 
 
 def _import_extra() -> tuple[Any, Any]:
@@ -253,8 +278,7 @@ def _import_extra() -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise DeviceError(
-            f"'verify' runs the checkpoint through transformers, and {error.name!r} is not installed; install it with "
-            "\"pip install 'granite4v[verify]'\"."
+            f"'verify' runs the checkpoint through transformers, and {error.name!r} is not installed. {INSTALL}"
         ) from None
     return torch, transformers
 
@@ -263,5 +287,5 @@ def _merged(model: Any, adapter: Path) -> Any:
     try:
         from peft import PeftModel
     except ImportError:
-        raise DeviceError("'--adapter' needs peft; install it with \"pip install 'granite4v[verify]'\".") from None
+        raise DeviceError(f"'--adapter' needs peft. {INSTALL}") from None
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,40 @@ def test_quantized_files_show_their_damage(folder: Path, make_checkpoint: Callab
     for comparison in (with_picture, text_only):
         assert 1e-7 < comparison["kl_mean"] < 0.1
         assert 1e-4 < comparison["logits_relative_l2"] < 0.2
+
+
+@pytest.mark.parametrize("preset", ["tiny-granite-3.3", "tiny-clip-llama"])
+def test_the_other_family_is_compared_with_its_reference(
+    preset: str, folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    source = make_checkpoint(PRESETS[preset])
+    convert(source, tmp_path / "model", Options("F32", "F32"))
+    arguments = ("--image", folder / "picture.png", "--exact", "--positions", 4, "--json")
+    with_picture, text_only = comparisons(verify(tmp_path / "model", "--reference", source, *arguments))
+    assert with_picture["n_image_tokens"] == with_picture["n_image_tokens_reference"]
+    assert [stream["layer"] for stream in with_picture["streams"]] == [0]
+    for comparison in (with_picture, text_only):
+        assert (comparison["same_prompt_tokens"], comparison["same_top"]) == (True, 1.0)
+        assert comparison["logits_max"] < 1e-4
+
+
+def test_the_cache_goes_by_the_name_that_transformers_has_for_it(
+    folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    comparisons(verify(folder / "F32", "--reference", make_checkpoint(TINY), "--positions", 3, "--json"))
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+
+
+def test_what_transformers_raises_is_one_message(
+    folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(make_checkpoint(TINY), tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    for change in ({"vision_config": 7}, {"downsample_rate": None}, {"deepstack_layer_map": [["x"]]}):
+        (broken / "config.json").write_text(json.dumps(config | change))
+        result = verify(folder / "F32", "--reference", broken, "--positions", 1)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"cannot load '{broken}': " in result.stderr, result.stderr
 
 
 def test_another_checkpoint_is_noticed(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:

@@ -12,6 +12,9 @@ import typer
 if TYPE_CHECKING:
     from granite4v.converter import Progress, Summary
 
+# Before that much is done, nothing is said of the time that is left.
+MIN_SECONDS, MIN_SHARE = 2.0, 0.02
+
 ADAPTER_USES = {"merged": "merged", "separate": "kept in a file of its own", "ignored": "ignored"}
 
 
@@ -52,11 +55,11 @@ def convert(
         source = str(default_model.checkpoint_folder())
     options = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
     if dry_run:
-        typer.echo(converter.describe(converter.plan_conversion(source, options)))
+        typer.echo(converter.describe(converter.plan_conversion(source, options, _report)))
         return
     meter = Meter()
     try:
-        summary = converter.convert(source, out, options, meter)
+        summary = converter.convert(source, out, options, meter, _report)
     finally:
         meter.clear()
     for path in summary.paths:
@@ -66,6 +69,8 @@ def convert(
 
 def _remark(summary: Summary) -> None:
     """On stderr: what a reader of the file names would not expect."""
+    from granite4v.converter.plan import counted, size
+
     for warning in summary.plan.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if summary.plan.adapter is not None:
@@ -77,13 +82,21 @@ def _remark(summary: Summary) -> None:
                 key = (tensor.type_name, tensor.choice.reason)
                 forced[key] = forced.get(key, 0) + 1
         for (type_name, reason), count in forced.items():
-            typer.echo(f"note: {file.name}: {count} tensors are {type_name}, for {reason}", err=True)
-    size = sum(path.stat().st_size for path in summary.paths)
-    typer.echo(f"converted in {summary.seconds:.1f} s, {size / 1e9:.2f} GB", err=True)
+            are = "tensor is" if count == 1 else "tensors are"
+            typer.echo(f"note: {file.name}: {count} {are} {type_name}, for {reason}", err=True)
+    files = counted(len(summary.paths), "file")
+    typer.echo(f"converted in {summary.seconds:.1f} s: {files}, {size(summary.file_bytes)} on disk", err=True)
+
+
+def _report(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 class Meter:
-    """Progress on stderr: a line that renews itself on a terminal, a line every ten seconds elsewhere."""
+    """Progress on stderr: a line that renews itself on a terminal, a line every ten seconds elsewhere.
+
+    Time left is shown once enough is done to tell.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -91,22 +104,33 @@ class Meter:
         self._interval_s = 0.1 if self._terminal else 10.0
         self._began = time.monotonic()
         self._last = self._began + 0.5 - self._interval_s  # the first line after half a second
+        self._first: Progress | None = None
+        self._first_time = self._began
         self._width = 0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
+        if self._first is None:  # what came before, imports and reading of headers, tells nothing of the writing
+            self._first, self._first_time = progress, now
         if now - self._last < self._interval_s:
             return
         self._last = now
-        share = progress.done_bytes / progress.total_bytes
-        left_s = (now - self._began) * (1 / share - 1) if share else 0.0
-        line = f"{progress.file}: {share:4.0%}, {left_s:.0f} s left, {progress.tensor}"
+        share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
+        line = f"{progress.file}: {share:4.0%}, {self._left(progress, now)}{progress.tensor}"
         if self._terminal:
             line = line[:100]
             print("\r" + line.ljust(self._width), end="", file=self._stream, flush=True)
             self._width = len(line)
         else:
             print(line, file=self._stream, flush=True)
+
+    def _left(self, progress: Progress, now: float) -> str:
+        assert self._first is not None
+        done = progress.done_bytes - self._first.done_bytes
+        took_s = now - self._first_time
+        if took_s < MIN_SECONDS or done < MIN_SHARE * progress.total_bytes:
+            return ""
+        return f"{took_s * (progress.total_bytes - progress.done_bytes) / done:.0f} s left, "
 
     def clear(self) -> None:
         if self._width:
