@@ -1,0 +1,1 @@
+"""Long runs that judge the whole program from outside, as its users do."""

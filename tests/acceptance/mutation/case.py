@@ -1,0 +1,53 @@
+"""What a case is, and what a kind of input must offer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass
+class Case:
+    """Edits in words, and the command lines (without 'granite4v') to run one after another in the case's folder."""
+
+    edits: list[str] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one command ended. `status` is None when a signal or a time limit ended it."""
+
+    command: list[str]
+    status: int | None
+    signal: int | None
+    timed_out: bool
+    seconds: float
+    stdout: str
+    stderr: str
+    stack: str  # Python's, where a signal or the time limit met it
+    left_running: bool  # processes that the command started outlived it
+
+
+class Kind(Protocol):
+    """One kind of input. Everything is a function of its arguments, so that a case can be built again."""
+
+    name: str
+
+    def prepare(self, bases: Path) -> None:
+        """Makes the sound inputs that cases start from. Runs once, in a process of its own."""
+
+    def build(self, rng: random.Random, bases: Path, folder: Path) -> Case:
+        """Writes the files of a case into `folder`."""
+
+    def run(self, command: list[str]) -> int | None:
+        """Runs one command in the current folder and returns its exit status."""
+
+    def check(self, folder: Path, case: Case, results: list[Result]) -> list[str]:
+        """What is wrong with what the commands left behind, in words."""
+
+
+def rng_of(kind: str, seed: int, index: int) -> random.Random:
+    return random.Random(f"{kind} {seed} {index}")

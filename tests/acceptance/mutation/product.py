@@ -1,0 +1,39 @@
+"""The product as the cases meet it: its command line, run in this process."""
+
+from __future__ import annotations
+
+import sys
+
+# what the parent of all cases imports before it forks; none of it may start a thread
+IMPORTS = (
+    "granite4v.cli.main",
+    "granite4v.converter",
+    "granite4v.default_model",
+    "granite4v.summary",
+    "granite4v.runtime",
+    "granite4v.runtime.model",
+    "granite4v.runtime.pages",
+    "granite4v.runtime.outputs",
+    "granite4v.runtime.extraction",
+    "granite4v.runtime.extraction.report",
+    "granite4v.runtime.extraction.docling_export",
+    "jinja2.sandbox",
+    "jsonschema.validators",
+    "llama_cpp",
+    "llguidance",
+    "ml_dtypes",
+    "numpy",
+    "PIL.Image",
+    "pypdfium2",
+    "referencing",
+    "tokenizers",
+)
+
+
+def command_line(command: list[str]) -> int | None:
+    """What the console script `granite4v` does."""
+    from granite4v.cli.main import entry
+
+    sys.argv = ["granite4v", *command]
+    entry()
+    return 0
