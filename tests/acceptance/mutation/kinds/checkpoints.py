@@ -133,11 +133,21 @@ def _edit_entry(rng: random.Random, header: dict[str, Any], n_bytes: int) -> str
         entry["dtype"] = rng.choice(("F64", "F16", "BF16", "F8_E4M3", "I64", "U8", "BOOL", "f32", "Q4", 5, None))
         return f"{key} has dtype {entry['dtype']}"
     if kind == 3:
-        entry["shape"] = rng.choice(([], [1], [*entry["shape"], 1], entry["shape"][::-1], [-1], [0], [2**62, 4], [1.5], "x"))
+        entry["shape"] = rng.choice(
+            ([], [1], [*entry["shape"], 1], entry["shape"][::-1], [-1], [0], [2**62, 4], [1.5], "x")
+        )
         return f"{key} has shape {entry['shape']}"
     if kind == 4:
         begin, end = entry["data_offsets"]
-        choices = ([end, begin], [begin, end + 4], [-4, end], [begin, n_bytes + 4], [begin], [begin, end, end], [0.0, 1.5])
+        choices = (
+            [end, begin],
+            [begin, end + 4],
+            [-4, end],
+            [begin, n_bytes + 4],
+            [begin],
+            [begin, end, end],
+            [0.0, 1.5],
+        )
         entry["data_offsets"] = rng.choice((*choices, [0, end - begin], [2**70, 2**71], "x", None))
         return f"{key} at {entry['data_offsets']}"
     other = header[rng.choice(list(header))]

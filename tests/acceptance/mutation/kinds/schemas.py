@@ -24,12 +24,19 @@ FORMATS = (
     "phone", "currency", "", "%",
 )  # fmt: skip
 PATTERNS = (
-    "^[A-Z]{2}$", r"^\d{4}-\d{2}$", "^(a|b)*c?$", "[0-9]+", "^$", "", ".", "^.{0,3}$", r"\w+\s*", r"^[^\x00-\x1f]*$",
-    "^(?=x)", "(?!a)b", "(?<=a)b", r"(a)\1", "(?P<n>a)", "^[a-z", "*", "(", "a{3,1}", "a{1000}", "^(a{30}){30}$",
-    r"\p{L}+", r"^[\p{Lu}\d]+$", r"\u00e9", "\u00e9+", "^(?:(?:(?:x?)?)?)$", "[[:alpha:]]", r"^\S+@\S+\.\S+$", r"\Z", "(?i)abc",
+    "^[A-Z]{2}$", r"^\d{4}-\d{2}$", "^(a|b)*c?$", "[0-9]+", "^.{0,3}$", r"^[^\x00-\x1f]*$", r"^\S+@\S+\.\S+$", "^x",
+)  # fmt: skip
+ODD_PATTERNS = (
+    "^$", "", ".", r"\w+\s*", "^(?=x)", "(?!a)b", "(?<=a)b", r"(a)\1", "(?P<n>a)", "^[a-z", "*", "(", "a{3,1}",
+    "a{1000}",
+    "^(a{30}){30}$", r"\p{L}+", r"^[\p{Lu}\d]+$", r"\u00e9", "\u00e9+", "^(?:(?:(?:x?)?)?)$", "[[:alpha:]]",
+    r"\Z", "(?i)b",
 )  # fmt: skip
 KEYS = ("total", "a", "b", "name", "", " ", "a b", "größe", "金額", '"', "\\", "$ref", "type", "properties", "\n", "0")
-NUMBERS = (0, 1, -1, 2, 10, 0.1, 0.01, 1.5, -0.0, 1e-9, 100, 2**31, 2**53 + 1, 2**64, 1e308, -1e308, 10**40)
+NUMBERS = (0, 1, 2, 5, 10, 100, 1000)
+ODD_NUMBERS = (-1, 0.1, 0.01, 1.5, -0.0, 1e-9, 2**31, 2**53 + 1, 2**64, 1e308, -1e308, 10**40)
+VALUES = (None, True, 0, 1.5, "x", "paid", "é", 12)
+ODD_VALUES = (-0.0, 1e400, 2**53 + 1, 10**25, "", "\u2028", [], {}, [1, "a"], {"k": [None]})
 
 
 def prepare(bases: Path) -> None:
@@ -38,13 +45,13 @@ def prepare(bases: Path) -> None:
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
     samples.write_page(folder / samples.PAGE)
-    schema = _root(rng)
+    schema = _Maker(rng).root()
     if rng.random() < 0.45:
         data, what = edits.edit_json_text(rng, schema)
     else:
         data, what = edits.dump_json(schema), "made up"
     (folder / SCHEMA).write_bytes(data)
-    n_tokens = str(rng.choice((1, 5, 20, 20, 60, 120)))
+    n_tokens = str(rng.choice((1, 20, 120, 400, 400)))
     command = ["extract", samples.PAGE, "--task", "kvp", "--schema", SCHEMA, "--max-tokens", n_tokens]
     command += ["--threads", "1", "--out", "out", *rng.choice(([], [], ["--report"], ["--free"]))]
     return Case([what, data[:300].decode("utf-8", "replace")], [command])
@@ -78,108 +85,131 @@ def _why_invalid(schema: Path, value: Json) -> str | None:
 # --- made-up schemas ---
 
 
-def _root(rng: random.Random) -> Json:
-    names = [rng.choice(("item", "node", "a b", "x/y", "~")) for _ in range(rng.randrange(4))]
-    schema = _object(rng, 0, names) if rng.random() < 0.9 else _any(rng, 0, names)
-    if not isinstance(schema, dict):
+class _Maker:
+    """Makes schemas up. `oddness` is how often a part is one that few people would write."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.oddness = rng.choice((0.0, 0.0, 0.03, 0.3))
+        self.names = [rng.choice(("item", "node", "a b", "x/y", "~")) for _ in range(rng.randrange(4))]
+
+    def odd(self) -> bool:
+        return self.rng.random() < self.oddness
+
+    def pick(self, usual: tuple[Any, ...], odd: tuple[Any, ...]) -> Any:
+        return self.rng.choice(odd if self.odd() else usual)
+
+    def root(self) -> Json:
+        rng, names = self.rng, self.names
+        schema = self.any(0) if self.odd() else self.object(0)
+        if not isinstance(schema, dict):
+            return schema
+        if names:
+            schema["definitions" if self.odd() else "$defs"] = {name: self.any(2) for name in names}
+        if self.odd():
+            schema["$schema"] = rng.choice((
+                "https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-07/schema#",
+                "http://json-schema.org/draft-04/schema#", "urn:none", 5,
+            ))  # fmt: skip
+        if self.odd():
+            schema["$id"] = rng.choice(("urn:x", "#a", "https://example.org/s", 1))
         return schema
-    if names:
-        schema["$defs" if rng.random() < 0.9 else "definitions"] = {name: _any(rng, 1, names) for name in names}
-    if rng.random() < 0.1:
-        schema["$schema"] = rng.choice((
-            "https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-07/schema#",
-            "http://json-schema.org/draft-04/schema#", "urn:none", 5,
-        ))  # fmt: skip
-    if rng.random() < 0.05:
-        schema["$id"] = rng.choice(("urn:x", "#a", "https://example.org/s", 1))
-    return schema
 
+    def any(self, depth: int) -> Json:
+        makers: list[Callable[[int], Json]] = [
+            self.string,
+            self.string,
+            self.number,
+            self.number,
+            self.value,
+            self.bare,
+        ]
+        if self.names:
+            makers.append(self.reference)
+        if depth < 4:
+            makers += [self.object, self.array, self.combined]
+        schema = self.rng.choice(makers)(depth)
+        if isinstance(schema, dict) and self.rng.random() < 0.1:
+            word = self.pick(
+                ("title", "description"), ("default", "examples", "nullable", "readOnly", "x-a", "$comment")
+            )
+            schema[word] = edits.odd_value(self.rng) if self.odd() else "text"
+        return schema
 
-def _any(rng: random.Random, depth: int, names: list[str]) -> Json:
-    makers: list[Callable[[random.Random, int, list[str]], Json]] = [_string, _number, _number, _value, _bare]
-    if names:
-        makers.append(_reference)
-    if depth < 5:
-        makers += [_object, _object, _array, _array, _combined, _combined]
-    schema = rng.choice(makers)(rng, depth, names)
-    if isinstance(schema, dict) and rng.random() < 0.15:
-        extra = rng.choice(("title", "description", "default", "examples", "nullable", "readOnly", "x-unknown", "$comment"))
-        schema[extra] = rng.choice((True, "text", None, [1], edits.odd_value(rng)))
-    return schema
+    def object(self, depth: int) -> Json:
+        rng = self.rng
+        keys = list(dict.fromkeys(self.pick(KEYS[:4], KEYS) for _ in range(rng.choice((1, 2, 3, 6)))))
+        if self.odd():
+            keys = [f"box {i}" for i in range(rng.choice((0, 50, 400)))]
+        schema: Json = {"type": "object", "properties": {key: self.any(depth + 1) for key in keys}}
+        if rng.random() < 0.7:
+            schema["required"] = [key for key in keys if rng.random() < 0.7] + ["more"] * self.odd()
+        if rng.random() < 0.3:
+            schema["additionalProperties"] = self.any(depth + 1) if self.odd() else False
+        extras: list[tuple[str, Callable[[], Json]]] = [
+            ("patternProperties", lambda: {self.pick(PATTERNS, ODD_PATTERNS): self.any(depth + 1)}),
+            ("propertyNames", lambda: self.string(depth)),
+            ("minProperties", lambda: self.pick(NUMBERS, ODD_NUMBERS)),
+            ("maxProperties", lambda: self.pick(NUMBERS, ODD_NUMBERS)),
+            ("dependentRequired", lambda: {rng.choice(KEYS): [rng.choice(KEYS)]}),
+            ("unevaluatedProperties", lambda: False),
+        ]
+        for word, make in extras:
+            if self.odd():
+                schema[word] = make()
+        return schema
 
-
-def _object(rng: random.Random, depth: int, names: list[str]) -> Json:
-    keys = list(dict.fromkeys(rng.choice(KEYS) for _ in range(rng.choice((0, 1, 2, 3, 6)))))
-    if rng.random() < 0.03:
-        keys = [f"box {i}" for i in range(rng.choice((50, 400)))]
-    schema: Json = {"type": "object", "properties": {key: _any(rng, depth + 1, names) for key in keys}}
-    if rng.random() < 0.6:
-        schema["required"] = [key for key in keys if rng.random() < 0.7] + (["more"] if rng.random() < 0.1 else [])
-    for key, make in (
-        ("additionalProperties", lambda: rng.choice((False, False, True, _any(rng, depth + 1, names)))),
-        ("patternProperties", lambda: {rng.choice(PATTERNS): _any(rng, depth + 1, names)}),
-        ("propertyNames", lambda: _string(rng, depth, names)),
-        ("minProperties", lambda: rng.choice(NUMBERS)),
-        ("maxProperties", lambda: rng.choice(NUMBERS)),
-        ("dependentRequired", lambda: {rng.choice(KEYS): [rng.choice(KEYS)]}),
-        ("unevaluatedProperties", lambda: False),
-    ):
-        if rng.random() < (0.3 if key == "additionalProperties" else 0.04):
-            schema[key] = make()
-    return schema
-
-
-def _array(rng: random.Random, depth: int, names: list[str]) -> Json:
-    schema: Json = {"type": "array"}
-    if rng.random() < 0.8:
-        schema["items"] = rng.choice((_any(rng, depth + 1, names), _any(rng, depth + 1, names), False, True))
-    if rng.random() < 0.2:
-        schema["prefixItems"] = [_any(rng, depth + 1, names) for _ in range(rng.randint(0, 3))]
-    for key in ("minItems", "maxItems", "uniqueItems", "contains", "minContains"):
+    def array(self, depth: int) -> Json:
+        rng = self.rng
+        schema: Json = {"type": "array", "items": rng.choice((True, False)) if self.odd() else self.any(depth + 1)}
         if rng.random() < 0.2:
-            schema[key] = rng.choice((0, 1, 2, 3, 5, *NUMBERS)) if key[:3] in ("min", "max") else True
-    return schema
+            schema["prefixItems"] = [self.any(depth + 1) for _ in range(rng.randint(0, 3))]
+        for word in ("minItems", "maxItems"):
+            if rng.random() < 0.25:
+                schema[word] = self.pick((0, 1, 2, 3, 5), ODD_NUMBERS)
+        for word in ("uniqueItems", "contains", "minContains"):
+            if self.odd():
+                schema[word] = rng.choice((True, 1))
+        return schema
 
+    def string(self, depth: int) -> Json:
+        schema: Json = {"type": "string"}
+        for word, usual, odd in (
+            ("format", FORMATS[:4], FORMATS),
+            ("pattern", PATTERNS, ODD_PATTERNS),
+            ("minLength", NUMBERS[:4], ODD_NUMBERS),
+            ("maxLength", NUMBERS[3:], ODD_NUMBERS),
+        ):
+            if self.rng.random() < 0.15:
+                schema[word] = self.pick(usual, odd)
+        return schema
 
-def _string(rng: random.Random, depth: int, names: list[str]) -> Json:
-    schema: Json = {"type": "string"}
-    for key, values in (
-        ("format", FORMATS), ("pattern", PATTERNS), ("minLength", (0, 1, 2, 5, *NUMBERS)), ("maxLength", (0, 1, 8, *NUMBERS)),
-        ("contentEncoding", ("base64",)),
-    ):  # fmt: skip
-        if rng.random() < 0.25:
-            schema[key] = rng.choice(values)
-    return schema
+    def number(self, depth: int) -> Json:
+        kinds = ("integer", "number", ["integer", "null"])
+        schema: Json = {"type": self.pick(kinds, (["number", "string"], ["integer", "number"], []))}
+        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
+            if self.rng.random() < 0.15:
+                schema[word] = self.pick(NUMBERS[1:], ODD_NUMBERS)
+        return schema
 
+    def value(self, depth: int) -> Json:
+        values = VALUES + ODD_VALUES * self.odd()
+        if self.rng.random() < 0.3:
+            return {"const": self.rng.choice(values)}
+        return {"enum": self.rng.sample(values, self.rng.randint(not self.odd(), 5))}
 
-def _number(rng: random.Random, depth: int, names: list[str]) -> Json:
-    schema: Json = {"type": rng.choice(("integer", "number", ["integer", "null"], ["number", "string"]))}
-    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
-        if rng.random() < 0.25:
-            schema[key] = rng.choice(NUMBERS)
-    return schema
+    def bare(self, depth: int) -> Json:
+        usual = ({"type": "null"}, {"type": "boolean"}, {"type": ["string", "null"]})
+        return self.pick(usual, (True, False, {}, {"type": ["boolean", "object"]}))
 
+    def reference(self, depth: int) -> Json:
+        pointer = self.rng.choice(self.names).replace("~", "~0").replace("/", "~1")
+        return {"$ref": self.pick((f"#/$defs/{pointer}",), ("#", "#/properties/a", "#/$defs/none", "other.json", "#%"))}
 
-def _value(rng: random.Random, depth: int, names: list[str]) -> Json:
-    values = [None, True, 0, 1.0, -0.0, 1e400, 2**53 + 1, 10**25, "x", "", "é", "\u2028", [], {}, [1, "a"], {"k": [None]}]
-    if rng.random() < 0.5:
-        return {"const": rng.choice(values[:5] + values[6:])}
-    return {"enum": rng.sample(values, rng.randint(0, 5))}
-
-
-def _bare(rng: random.Random, depth: int, names: list[str]) -> Json:
-    return rng.choice((True, False, {}, {"type": "null"}, {"type": "boolean"}, {"type": ["string", "null"]}, {"type": []}))
-
-
-def _reference(rng: random.Random, depth: int, names: list[str]) -> Json:
-    pointer = rng.choice(names).replace("~", "~0").replace("/", "~1")
-    return {"$ref": rng.choice((*[f"#/$defs/{pointer}"] * 6, "#", "#/properties/a", "#/$defs/none", "other.json", "#%"))}
-
-
-def _combined(rng: random.Random, depth: int, names: list[str]) -> Json:
-    word = rng.choice(("anyOf", "anyOf", "oneOf", "allOf", "not", "if"))
-    if word == "not":
-        return {"not": _any(rng, depth + 1, names)}
-    if word == "if":
-        return {key: _any(rng, depth + 1, names) for key in ("if", "then", "else") if rng.random() < 0.8}
-    return {word: [_any(rng, depth + 1, names) for _ in range(rng.choice((0, 1, 2, 2, 3, 5)))]}
+    def combined(self, depth: int) -> Json:
+        word = self.pick(("anyOf", "anyOf", "oneOf", "allOf"), ("not", "if", "anyOf", "oneOf"))
+        if word == "not":
+            return {"not": self.any(depth + 1)}
+        if word == "if":
+            return {key: self.any(depth + 1) for key in ("if", "then", "else") if self.rng.random() < 0.8}
+        return {word: [self.any(depth + 1) for _ in range(self.rng.choice((0, 1, 5)) if self.odd() else 2)]}

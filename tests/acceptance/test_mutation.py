@@ -1,0 +1,106 @@
+"""The mutation harness judges what it sees rightly, and builds the same case from the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .mutation.isolation import Limits, isolated
+from .mutation.verdict import judge
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = Limits(seconds=1, memory_bytes=8 << 30)
+
+
+def say(text: str, status: int) -> Callable[[], int]:
+    def function() -> int:
+        print(text, file=sys.stderr)
+        return status
+
+    return function
+
+
+def fail() -> int:
+    raise KeyError("total")
+
+
+def exit_with_words() -> int:
+    raise SystemExit("granite4v: no such file")
+
+
+def crash() -> int:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return 0
+
+
+def compute_without_end() -> int:
+    while True:
+        pass
+
+
+def wait_without_end() -> int:
+    time.sleep(1000)
+    return 0
+
+
+def leave_a_process() -> int:
+    if os.fork() == 0:
+        time.sleep(1000)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "cause"),
+    [
+        (say("document 1 of 1", 0), "clean", ""),
+        (say("granite4v: 'a.png' is empty.", 1), "refused", ""),
+        (exit_with_words, "refused", ""),
+        (say("Usage: granite4v extract", 2), "refused", ""),
+        (say("Error", 2), "wrong", "x: status 2 without 'Usage:'"),
+        (lambda: 1, "wrong", "x: status 1 without a message"),
+        (lambda: 3, "traceback", "status 3"),
+        (fail, "traceback", "KeyError: _ in acceptance/test_mutation.py"),
+        (crash, "signal", "SIGSEGV in acceptance/test_mutation.py"),
+        (compute_without_end, "hang", "compute_without_end"),
+        (wait_without_end, "hang", "wait_without_end"),
+        (leave_a_process, "wrong", "x: processes are left running"),
+        (say("gguf_init_from_file: failed", 1), "noise", "gguf_init_from_file"),
+        (say("/lib/a.py:5: UserWarning: odd", 0), "noise", "x: /lib/a.py"),
+    ],
+)
+def test_each_end_of_a_command_is_told_from_the_others(
+    function: Callable[[], int], kind: str, cause: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    verdict = judge(isolated(function, folder, "0", LIMITS, ["x"]))
+    assert verdict.kind == kind
+    assert cause in verdict.cause
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.acceptance.mutation", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_same_numbers_build_the_same_cases(tmp_path: Path) -> None:
+    kept = []
+    for name in ("a", "b"):
+        run("--only", 3, "--only", 4, "--seed", 9, "--keep", tmp_path / name, "--work", tmp_path / "work")
+        cases = sorted((tmp_path / name).glob("*/case.json"))
+        kept.append([json.loads(path.read_text()) for path in cases])
+        assert len(cases) == 12
+    assert kept[0] == kept[1]
+    inputs = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "pdfs-9-3" / "case").glob("*.p*")} for name in "ab"
+    ]
+    assert inputs[0] == inputs[1]
