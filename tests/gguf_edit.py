@@ -17,15 +17,20 @@ def copy_gguf(
     change: Mapping[str, Any] | None = None,
     without: Collection[str] = (),
     retype: bool = False,
+    tensors_a_part: int = 0,
 ) -> Path:
     """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
     `without` left out; tensors stay as they are. A changed value keeps its GGUF type; with `retype` it gets that of
     its Python type. Returns `target`.
+
+    `tensors_a_part`: splits it, as llama.cpp does, into files named `target`-00001-of-0000N.
     """
     reader = gguf.GGUFReader(source)
     change = dict(change or {})
     writer = gguf.GGUFWriter(
-        target, change.pop("general.architecture", reader.fields["general.architecture"].contents())
+        target,
+        change.pop("general.architecture", reader.fields["general.architecture"].contents()),
+        split_max_tensors=tensors_a_part,
     )
     for key, field in reader.fields.items():
         if key.startswith(("GGUF.", "general.architecture", *without)):

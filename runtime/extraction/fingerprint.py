@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granite4v.errors import ModelFileError
+
 if TYPE_CHECKING:
     from granite4v.runtime.model_files import ModelFiles
 
 READ_BYTES = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
 _SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
 
@@ -27,10 +30,19 @@ def model_hashes(files: ModelFiles, say: Callable[[str], None]) -> dict[str, str
 
 
 def file_hash(path: Path, say: Callable[[str], None]) -> str:
-    """SHA-256 of a file, or of its shards' one after another; known again by path, size and time of change."""
+    """SHA-256 of a file, or of its shards' one after another; known again by path, size and time of change.
+
+    Raises ModelFileError for a file that cannot be read.
+    """
     parts = _shards(path)
-    if len(parts) > 1:
-        return hashlib.sha256("".join(file_hash(part, say) for part in parts).encode()).hexdigest()
+    try:
+        hashes = [_hash_of_one(part, say) for part in parts]
+    except OSError as error:
+        raise ModelFileError(f"'{error.filename or path}' cannot be read: {error.strerror or error}.") from None
+    return hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _hash_of_one(path: Path, say: Callable[[str], None]) -> str:
     status = path.stat()
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
     known = _read_cache()
@@ -46,7 +58,7 @@ def _shards(path: Path) -> list[Path]:
     match = _SHARD.search(path.name)
     if match is None:
         return [path]
-    stem, n = path.name[: match.start()], int(match[1])
+    stem, n = path.name[: match.start()], max(1, int(match[1]))
     return [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
 
 
@@ -67,9 +79,11 @@ def _cache_file() -> Path:
 def _read_cache() -> dict[str, str]:
     try:
         content = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: computed again
+    except (OSError, ValueError, RecursionError):  # none yet, or damaged: computed again
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, str) and _SHA256.fullmatch(value)}
 
 
 def _write_cache(known: dict[str, str]) -> None:
