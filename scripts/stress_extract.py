@@ -192,6 +192,9 @@ def _kill_often(
     while len(kills) < options.kills:
         # one that ended before it was killed is made good by a kill while it starts
         moment = waiting.pop(0) if waiting else Moment(0, "start", rng.uniform(0, 0.8 * pace.start_s))
+        if moment.stage == "start" and died_within_a_page(results.parent):
+            # a second death there would be the page's own, which is then left alone: let it be read first
+            moment = Moment(0, "records", rng.uniform(0, 2 * pace.record_s))
         if not kill_at(moment, command, results, pace, n_records):
             continue
         kills.append((moment.stage, n_lines(results)))
@@ -214,6 +217,12 @@ def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n
         process.kill()
         return process.wait() < 0
     return False
+
+
+def died_within_a_page(out: Path) -> bool:
+    """Whether the run that was killed had begun a page, as it notes for the next one."""
+    path = out / ".granite4v-attempts.json"
+    return path.exists() and path.stat().st_size > 0
 
 
 def n_lines(path: Path) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
+from fake_model import SCHEMA, FakeModel, make_scans, run, without_timings
 
 from granite4v.errors import (
     ConstraintError,
@@ -20,63 +18,11 @@ from granite4v.errors import (
     OutputError,
     PromptError,
 )
-from granite4v.runtime import Answer
-from granite4v.runtime.extraction import ArgumentError, Extraction, Record, extract
+from granite4v.runtime.extraction import ArgumentError, Record
 from granite4v.runtime.extraction.questions import KVP_PROMPT, check_tasks
 from granite4v.runtime.extraction.reader import understand
 from granite4v.runtime.extraction.schema import load_schema
 from granite4v.runtime.pages import SelectionError
-
-SCHEMA = {"type": "object", "properties": {"shade": {"type": "integer"}}, "required": ["shade"]}
-
-
-class FakeModel:
-    """Says how bright a page is, in the form that the task wants."""
-
-    def __init__(self, path: Path, known: tuple[str, ...] = ("tables_html", "chart2csv")) -> None:
-        path.write_bytes(b"weights")
-        self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
-        self.n_ctx, self.warnings, self.progress = 5000, [], None
-        self.known, self.closed, self.n_forgotten = known, False, 0
-        self.asked: list[tuple[str, int, int]] = []
-        self.fail: Callable[[str, int], None] = lambda prompt, shade: None
-        self.held: list[Any] = []
-
-    def prepare(self, prompt: str, images: Any) -> Any:
-        expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
-        return SimpleNamespace(text=f"system {expanded}", n_tokens=1000)
-
-    def stream(self, prompt: str, images: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
-        shade = images[0].getpixel((0, 0))[0]
-        self.asked.append((prompt, shade, max_tokens))
-        self.held.append(held)
-        self.fail(prompt, shade)
-        texts = {
-            "<tables_html>": f"<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
-            "<chart2csv>": f"x,shade\na,{shade}\n",
-        }
-        text = texts.get(prompt, f'{{"shade": {shade}}}' if "schema" in prompt else f"It is {shade}.")
-        return FakeStream(text)
-
-    def forget_pictures(self) -> None:
-        self.n_forgotten += 1
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeStream:
-    def __init__(self, text: str) -> None:
-        self.answer = Answer(finish_reason="stop")
-        self._text = text
-
-    def __iter__(self) -> Iterator[str]:
-        for token, letter in enumerate(self._text):
-            self.answer.text += letter
-            self.answer.tokens.append(token)
-            self.answer.timings.n_generated += 1
-            yield letter
-        self.answer.timings.decode_s = 0.5
 
 
 @pytest.fixture
@@ -87,25 +33,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
-    """Six pages in four documents; two have the same pixels, one document is broken."""
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    pages = [Image.new("RGB", (20, 30), (shade,) * 3) for shade in (10, 20, 30, 20)]
-    pages[0].save(folder / "a.pdf", save_all=True, append_images=pages[1:3], resolution=72)
-    (folder / "b.pdf").write_bytes(b"%PDF-1.7 nothing more")
-    pages[3].save(folder / "c.png")
-    Image.new("RGB", (20, 30), (20,) * 3).save(folder / "d.bmp")
-    return folder
-
-
-def run(model: Any, inputs: Any, tasks: Any = ("tables_html", "kvp"), **options: Any) -> Extraction:
-    options = {"schema": SCHEMA if "kvp" in tasks else None, "free": True, **options}
-    return extract(inputs, tasks, model=model, **options)
-
-
-def without_timings(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "timings"} for line in lines]
+    return make_scans(tmp_path / "scans")
 
 
 def test_every_page_and_task_in_order_each_on_the_disk_first(model: FakeModel, scans: Path, tmp_path: Path) -> None:
@@ -205,24 +133,19 @@ def test_a_run_that_is_not_used_up_gives_its_directory_back(model: FakeModel, sc
     assert list(records) == []
 
 
-def test_a_page_that_changed_in_between_is_not_mixed_in(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    with run(model, scans, out=tmp_path / "out") as records:
-        list(records)
-    Image.new("RGB", (20, 30), "white").save(scans / "c.png")
-    with pytest.raises(OutputError, match=r"page 1 of '.*c.png' is not the one that was read earlier"):
-        list(run(model, scans, out=tmp_path / "out", resume=True))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["tables_html"]}, "the tasks differ"),
-        ({"schema": {"type": "array"}}, "the schema differ"),
+        (
+            {"schema": {"type": "array"}},
+            r"another run: the schema differs \([0-9a-f]{12}... then, [0-9a-f]{12}... now\)\.",
+        ),
         ({"max_tokens": 7}, "max_tokens none then and 7 now"),
-        ({"crop": (0, 0, 5, 5)}, "the region differ .none then, 0,0,5,5 now"),
-        ({"pages": "1"}, "the pages differ .none then, 1 now"),
-        ({"prompt": "How bright?"}, "the tasks differ"),
+        ({"crop": (0, 0, 5, 5)}, "the crop differs .none then, 0,0,5,5 now"),
+        ({"free": False}, "free true then and false now"),
         ({"password": "x", "formats": ["csv"]}, ""),
+        ({"tasks": ["tables_html"]}, ""),
+        ({"pages": "1"}, ""),
     ],
 )
 def test_a_changed_job_is_refused(
@@ -336,6 +259,29 @@ def test_answers_are_understood_as_far_as_they_go(
     value = reading.value.texts() if hasattr(reading.value, "texts") else reading.value
     assert (value, reading.valid, reading.salvaged) == expected
     assert (reading.validity_error is None) == (reading.valid and not reading.salvaged)
+
+
+@pytest.mark.parametrize("levels", [99, 100, 101, 300, 600, 5000, 100_000])
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize("task", ["kvp", "tables_json", "chart2csv", "tables_html", "prompt"])
+def test_an_answer_of_any_depth_is_a_record(task: str, reason: str, levels: int) -> None:
+    texts = {"tables_html": "<table><tr><td>" * levels, "kvp": '{"a":' * levels + "1" + "}" * levels}
+    reading = understand(task, texts.get(task, "[" * levels + "1" + "]" * levels), reason, None)
+    if task == "kvp" and reason == "stop":
+        assert reading.valid == (levels <= 100) and (reading.value is None) != reading.valid
+        if levels in (101, 300, 600):
+            assert f"nested {levels} levels deep; expected at most 100" in str(reading.validity_error)
+    json.dumps(Record("a", 1, 1, task, value=reading.value).as_dict())
+
+
+def test_an_answer_that_json_cannot_carry_is_a_record_without_a_value(
+    model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granite4v.runtime.extraction.reader.read", lambda task, text: {"shade": float("inf")})
+    found = list(run(model, scans / "c.png", ("kvp",), out=tmp_path / "out", report=True))
+    assert (found[0].value, found[0].valid, found[0].error) == (None, False, None)
+    assert "cannot be kept" in str(found[0].validity_error) and "20" in found[0].text
+    assert len(without_timings(tmp_path / "out" / "results.jsonl")) == 1
 
 
 def test_records_tell_what_they_are_about() -> None:

@@ -37,7 +37,7 @@ def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
         Record("a.pdf", None, None, "kvp", error="cut short"),
     ]
     path = write_docling(tmp_path, "a", "in/a.pdf", records)
-    assert path.name == "a.docling.json"
+    assert path is not None and path.name == "a.docling.json"
     document = DoclingDocument.model_validate(json.loads(path.read_text(encoding="utf-8")))
     assert sorted(document.pages) == [1, 2, 3] and document.pages[1].size.as_tuple() == (100, 200)
     (table,) = document.tables
@@ -60,3 +60,11 @@ def test_without_the_library_there_is_a_message(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Granite4vError, match=r"needs docling-core; install it with pip install 'granite4v\[docling\]'"):
         check_installed()
+
+
+def test_a_document_that_could_not_be_read_has_no_file(tmp_path: Path) -> None:
+    failed = [Record("a.pdf", None, None, "kvp", error="broken"), Record("a.pdf", 1, None, "kvp", error="broken")]
+    assert write_docling(tmp_path, "sub/a", "a.pdf", failed) is None and list(tmp_path.iterdir()) == []
+    path = write_docling(tmp_path, "sub/a", "a.pdf", [record("kvp", '{"x": 1}', 1)])
+    assert path == tmp_path / "sub" / "a.docling.json"
+    assert DoclingDocument.load_from_json(path).name == "a"

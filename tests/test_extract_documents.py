@@ -12,7 +12,7 @@ import pandas
 import pytest
 from docling_core.types.doc.utils import parse_otsl_table_content
 
-from granite4v.runtime.extraction.documents import MAX_NAME_BYTES, Names, as_text, write_document
+from granite4v.runtime.extraction.documents import as_text, remove_stale, spreadsheet_text, write_document
 from granite4v.runtime.extraction.record import Record
 from granite4v.runtime.outputs import read
 
@@ -29,7 +29,7 @@ def record(task: str, text: str, page: int = 1, n_pages: int = 1) -> Record:
 
 def written(tmp_path: Path, records: list[Record], *formats: str) -> dict[str, str]:
     remarks: list[str] = []
-    paths = write_document(tmp_path, "a", records, formats, remarks.append)
+    paths = write_document(tmp_path, "a", records, formats, remarks.append).paths
     assert not remarks and sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
@@ -104,30 +104,76 @@ def test_a_table_that_a_form_cannot_carry_is_said_and_the_others_stay(tmp_path: 
     assert len(json.loads((tmp_path / "a.tables_html.json").read_text())) == 3
 
 
-def test_names_fit_any_disk_and_are_never_the_same() -> None:
-    names = Names()
-    sources = [
-        "x/a.pdf",
-        "y/a.pdf",
-        "y/A.png",
-        "-",
-        "...",
-        "../..",
-        "a/b:c*?.png",
-        "é" * 300 + ".pdf",
-        "é" * 301,
-        "c d",
-    ]
-    found = [names.name(source) for source in sources]
-    assert found[:5] == ["a", "a-2", "A-3", "stdin", "document"] and found[-1] == "c_d"
-    assert len({name.casefold() for name in found}) == len(sources)
-    assert all(len(name.encode()) <= MAX_NAME_BYTES + 4 and "/" not in name for name in found)
-    assert [names.name(source) for source in sources] == found
-
-
 def test_one_record_as_text() -> None:
     assert as_text(record("kvp", '{"a": 1}')) == '{\n  "a": 1\n}'
     assert as_text(record("chart2csv", CHART)) == CHART.strip()
     assert as_text(record("chart2csv", CHART), "md").startswith("| Year")
     assert as_text(record("tables_html", HTML), "csv").startswith('"A, ""B"""')
     assert as_text(Record("a", 1, 1, "tables_json", value=[], valid=True)) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("=1+1", "'=1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("+1 555 0100", "+1 555 0100"), ("+A1", "'+A1"),
+        ("-cmd|' /C calc", "'-cmd|' /C calc"),
+        ("\t=1", "'\t=1"), ("\r=1", "'\r=1"), ("-5", "-5"), ("-1,234.50", "-1,234.50"), ("+3 %", "'+3 %"),
+        ("-3%", "-3%"), ("-", "'-"),
+        ("-1+2", "'-1+2"), ("a=b", "a=b"), ("'x", "'x"), ("", ""), ("- item", "'- item"),
+    ],
+)  # fmt: skip
+def test_cells_that_a_spreadsheet_would_compute(text: str, expected: str) -> None:
+    assert spreadsheet_text(text) == expected
+
+
+def test_csv_for_spreadsheets_and_csv_that_reads_back(tmp_path: Path) -> None:
+    chart = record("chart2csv", 'Name,"=Sum"\n@x,-5\n\u00e9,"=HYPERLINK(""http://x"",""y"")"\n')
+    for safe in (False, True):
+        (path,) = write_document(tmp_path, "a", [chart], [], print, csv_safe=safe).paths
+        content = path.read_bytes()
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
+        mark = "'" if safe else ""
+        assert content.startswith(b"\xef\xbb\xbf") == safe
+        assert rows == [
+            ["Name", f"{mark}=Sum"], [f"{mark}@x", "-5"], ["\u00e9", f'{mark}=HYPERLINK("http://x","y")']
+        ]  # fmt: skip
+
+
+def test_one_file_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> None:
+    remarks: list[str] = []
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.kvp.json").mkdir()
+    records = [record("kvp", '{"a": 1}'), record("tables_html", HTML), record("chart2csv", CHART)]
+    written_ = write_document(tmp_path, "sub/a", records, [], remarks.append)
+    assert written_.n_failed == 1 and [path.name for path in written_.paths] == [
+        "a.tables_html.html",
+        "a.chart2csv.csv",
+    ]
+    assert len(remarks) == 1 and remarks[0].startswith("'sub/a.kvp.json' is not written: cannot write")
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == [
+        "a.chart2csv.csv", "a.kvp.json", "a.tables_html.html"
+    ]  # fmt: skip
+
+
+def test_a_value_nested_too_deep_is_told(tmp_path: Path) -> None:
+    """As an earlier version may have kept it."""
+    value: Any = 1
+    for _ in range(5000):
+        value = {"a": value}
+    remarks: list[str] = []
+    records = [Record("a", 1, 1, "kvp", value=value, valid=True), record("tables_html", HTML)]
+    assert [path.name for path in write_document(tmp_path, "a", records, [], remarks.append).paths] == [
+        "a.tables_html.html"
+    ]
+    assert remarks == ["'a.kvp.json' is not written: it is nested too deep."]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tables_html.html"]
+
+
+def test_only_files_of_the_document_are_removed(tmp_path: Path) -> None:
+    ours = ["a.kvp.json", "a.tables_html.page3.csv", "a.tables_html-2.csv", "a.prompt.md", "a.docling.json"]
+    others = ["a-2.kvp.json", "a.b.kvp.json", "ab.kvp.json", "a.notes.md", "a.kvp.json.bak", "b.kvp.json", "a.kvp.txt"]
+    for name in [*ours, *others, "a.chart2csv.csv"]:
+        (tmp_path / name).write_text("")
+    remove_stale(tmp_path, "a", [tmp_path / "a.chart2csv.csv"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a.chart2csv.csv"])
+    remove_stale(tmp_path, "gone/a", [])

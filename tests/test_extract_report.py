@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lxml import etree
@@ -160,3 +161,14 @@ def test_every_scale_can_be_drawn(text: str) -> None:
     chart = redraw(read_csv(text))
     assert chart is not None and len(chart.ticks) >= 2
     assert all(0 <= tick.y <= HEIGHT for tick in chart.ticks)
+
+
+@pytest.mark.parametrize("levels", [100, 101, 5000])
+def test_a_value_of_any_depth_ends_no_report(tmp_path: Path, levels: int) -> None:
+    value: Any = "core"
+    for _ in range(levels):
+        value = {"a": value} if levels % 2 else [value]
+    records = [Record("a", 1, 1, "kvp", value=value, text="as written", valid=True)]
+    write_report(tmp_path / "report.html", records)
+    text = (tmp_path / "report.html").read_text()
+    assert ("core" in text) == (levels == 100) and "as written" in text and text.endswith("</html>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -18,6 +19,9 @@ from granite4v.cli.options import (
     ThreadsOption,
     model_path,
 )
+from granite4v.cli.streams import PipeClosed, ResultsLost
+from granite4v.cli.terminal import clean
+from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
     from granite4v.runtime.extraction import Extraction, Record, State
@@ -29,7 +33,7 @@ def extract(
     *,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Pictures, PDFs, folders or globs; '-' reads one file from stdin."),
+        typer.Argument(metavar="INPUT...", help="Images, PDFs, folders or globs; '-' reads one file from stdin."),
     ],
     model: ModelOption = None,
     mmproj: MmprojOption = None,
@@ -67,8 +71,19 @@ def extract(
             show_default="the task's own",
         ),
     ] = None,
+    csv_safe: Annotated[
+        bool,
+        typer.Option(
+            "--csv-safe", help="Write CSV for spreadsheets: with a byte order mark, and no cell that begins a formula."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each record as a line of JSON.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that DIR holds; changed files are read again.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume, read pages again that failed.")
+    ] = False,
     free: Annotated[bool, typer.Option("--free", help="Do not hold answers to the form of their task.")] = False,
     fast_forward: Annotated[
         bool,
@@ -89,13 +104,25 @@ def extract(
     """Read tables, chart data and fields from documents.
 
     With --out, every finished record is kept in DIR/results.jsonl, whatever happens, and --resume goes on from there.
-    A page that fails is a record with its error; the status is then 1.
+    A page that fails is a record with its error. The status is 1 when a page failed, when an answer is not valid or was
+    cut, and when a file could not be written.
     """
     from granite4v.runtime.extraction import ArgumentError
     from granite4v.runtime.extraction import extract as run_extract
     from granite4v.runtime.pages import SelectionError
 
-    _check_usage(inputs, task, prompt, schema, formats, out=out, resume=resume, report=report)
+    _check_usage(
+        inputs,
+        task,
+        prompt,
+        schema,
+        formats,
+        out=out,
+        resume=resume,
+        report=report,
+        csv_safe=csv_safe,
+        retry_failed=retry_failed,
+    )
     meter = Meter()
     try:
         run = run_extract(
@@ -114,6 +141,8 @@ def extract(
             fast_forward=fast_forward,
             max_tokens=max_tokens,
             report=report,
+            csv_safe=csv_safe,
+            retry_failed=retry_failed,
             n_ctx=ctx,
             n_threads=threads,
             device=device,
@@ -128,23 +157,27 @@ def extract(
         for warning in run.model.warnings:
             meter.say(f"warning: {warning}")
         run.model.progress = meter.stage
-        printer = _Printer(as_json=as_json, keep=out is not None, form=formats[0] if formats else None)
+        printer = _Printer(as_json=as_json, out=out, form=formats[0] if formats else None, say=meter.say)
         try:
             for record in run:
                 meter.clear()
                 meter.failure(record)
                 printer.print(record)
             printer.finish()
-        except KeyboardInterrupt:
-            meter.say(_interrupted(run, out))
+        except BaseException as error:
+            told = isinstance(error, OutputError)  # which says what is kept
+            if isinstance(error, KeyboardInterrupt) or (out is not None and not told):
+                meter.say(_kept(run, out))
             raise
         finally:
             meter.clear()
             run.model.progress = None
+    meter.say(summary(run.state, time.monotonic() - run.state.began))
     if out is not None and not as_json:
-        _list_files(run.state, out)
-    print(summary(run.state, time.monotonic() - run.state.began), file=sys.stderr)
-    if run.state.tally.n_failed or run.state.tally.n_invalid:
+        printer.write(lambda: _list_files(run.state, out))
+    if printer.failure is not None:
+        raise printer.failure
+    if run.state.incomplete:
         raise typer.Exit(EXIT_FAILURE)
 
 
@@ -156,23 +189,24 @@ def _check_usage(
     formats: list[str] | None,
     *,
     out: Path | None,
-    resume: bool,
-    report: bool,
+    **options: bool,
 ) -> None:
-    """What is wrong whatever the model is said before the embedded one is converted."""
+    """Wrong usage is told before the embedded model is converted."""
+    from granite4v.runtime.extraction.arguments import check_arguments
     from granite4v.runtime.extraction.questions import ArgumentError, check_tasks
-    from granite4v.runtime.extraction.run import check_arguments
 
     try:
-        check_tasks(task or (), prompt, has_schema=schema is not None)
-        check_arguments(inputs, formats or (), out=out, resume=resume, report=report, max_tokens=None)
+        tasks = check_tasks(task or (), prompt, has_schema=schema is not None)
+        check_arguments(inputs, tasks, formats or (), out=out, **options)
     except ArgumentError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def _interrupted(run: Extraction, out: Path | None) -> str:
+def _kept(run: Extraction, out: Path | None) -> str:
+    if out is None:
+        return "nothing is kept without --out"
     n = run.state.tally.n_records
-    return f"{n} finished records are kept in '{out}'; go on with --resume" if out else "nothing is kept without --out"
+    return f"{plural(n, 'finished record')} {'is' if n == 1 else 'are'} kept in '{out}'; go on with --resume"
 
 
 def _list_files(state: State, out: Path) -> None:
@@ -186,25 +220,40 @@ def _list_files(state: State, out: Path) -> None:
 
 
 class _Printer:
-    """What was read, on stdout: as it is when there is one record, under headings when there are more."""
+    """What was read, on stdout: as it is when there is one record, under headings when there are more.
 
-    def __init__(self, *, as_json: bool, keep: bool, form: str | None) -> None:
-        """`keep`: results go to files. `form`: of tables, None for the task's own."""
-        self._as_json, self._keep, self._form = as_json, keep, form
+    Where results go to files as well, a stdout that cannot be written ends nothing: `failure` tells of it.
+    """
+
+    def __init__(self, *, as_json: bool, out: Path | None, form: str | None, say: Callable[[str], None]) -> None:
+        """`form`: of tables, None for the task's own."""
+        self._as_json, self._out, self._form, self._say = as_json, out, form, say
         self._first: str | None = None
         self._many = False
+        self.failure: Exception | None = None
 
     def print(self, record: Record) -> None:
         import json
 
         if self._as_json:
-            print(json.dumps(record.as_dict(), ensure_ascii=False), flush=True)
-        elif not self._keep and record.value is not None:
+            self.write(lambda: print(json.dumps(record.as_dict(), ensure_ascii=False), flush=True))
+        elif self._out is None and record.value is not None:
             self._print_text(record)
 
     def finish(self) -> None:
         if self._first is not None:
             print(self._first.partition("\n")[2])
+
+    def write(self, step: Callable[[], None]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            step()
+        except (OSError, PipeClosed, ResultsLost) as error:
+            if self._out is None:
+                raise
+            self.failure = error
+            self._say(f"standard output cannot be written any more; results still go to '{self._out}'")
 
     def _print_text(self, record: Record) -> None:
         text = f"== {record.source}, page {record.page}, {record.task}\n{_text(record, self._form)}"
@@ -225,20 +274,28 @@ def _text(record: Record, form: str | None) -> str:
 def summary(state: State, seconds: float) -> str:
     """One line: how much was read, how it fared, how long it took."""
     tally = state.tally
-    n_pages = state.n_pages_read + state.n_pages_known
-    parts = [f"{n_pages} page{'s' * (n_pages != 1)} of {state.n_documents} document{'s' * (state.n_documents != 1)}"]
-    parts.append(f"{tally.n_records} record{'s' * (tally.n_records != 1)}")
+    pages = plural(state.n_pages_read + state.n_pages_known, "page")
+    parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(tally.n_records, "record")]
     for n, what in (
         (state.n_resumed, "from an earlier run"),
-        (tally.n_failed, "failed"),
-        (tally.n_invalid, "not valid"),
+        (state.n_replaced, "of those replaced"),
+        (state.left_out.n_records, "about documents that were not given now"),
+        (tally.n_failed - state.left_out.n_failed, "failed"),
+        (tally.n_invalid - state.left_out.n_invalid, "not valid"),
         (tally.n_salvaged, "cut and kept to the last whole row or field"),
         (tally.n_copied, "copied from a page with the same pixels"),
     ):
         if n:
             parts.append(f"{n} {what}")
-    speed = f", {state.tokens_per_s:.1f} a second" if state.tokens_per_s else ""
-    return f"{', '.join(parts)}; {state.n_tokens:,} tokens{speed}, {duration(seconds)}"
+    if state.n_unwritten:
+        parts.append(f"{plural(state.n_unwritten, 'file')} not written")
+    speed = f", {state.tokens_per_s:,.1f} a second" if state.tokens_per_s else ""
+    return f"{', '.join(parts)}; {plural(state.n_tokens, 'token')}{speed}, {duration(seconds)}"
+
+
+def plural(n: int, noun: str) -> str:
+    """'1 page', '2,000 pages'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -285,7 +342,7 @@ class Meter:
 
     def say(self, text: str) -> None:
         self.clear()
-        print(text, file=self._stream, flush=True)
+        print(clean(text, keep="\n"), file=self._stream, flush=True)
 
     def clear(self) -> None:
         if self._width:
@@ -302,7 +359,7 @@ class Meter:
             return
         import shutil
 
-        text = text[: shutil.get_terminal_size().columns - 1]
+        text = clean(text, keep="")[: shutil.get_terminal_size().columns - 1]
         print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
         self._width = len(text)
 
@@ -312,8 +369,10 @@ def line(state: State, now: float) -> str:
     parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {Path(state.source).name}"]
     if state.page is not None:
         parts.append(f"page {_of(state.page, state.n_pages)}")
+    if state.waited_s:
+        parts.append(f"{'opening' if state.page is None else 'rendering'} for {duration(state.waited_s)}")
     if state.task:
-        parts.append(state.task + (f" {state.n_answer_tokens} tokens" if state.n_answer_tokens else ""))
+        parts.append(state.task + (f" {plural(state.n_answer_tokens, 'token')}" if state.n_answer_tokens else ""))
     if state.tokens_per_s:
         parts.append(f"{state.tokens_per_s:.1f} tokens/s")
     left_s = state.left_s(now)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import Granite4vError
-from granite4v.runtime.extraction.durable import whole_file
+from granite4v.runtime.extraction.durable import make_folders, whole_file
 from granite4v.runtime.extraction.record import CHART, TABLES, Record
 from granite4v.runtime.outputs import Table
 
@@ -31,10 +31,16 @@ def check_installed() -> None:
         )
 
 
-def write_docling(folder: Path, name: str, source: str, records: Iterable[Record]) -> Path:
-    """Writes `name.docling.json`, whole or not at all, and returns its path. Raises OutputError."""
+def write_docling(root: Path, stem: str, source: str, records: Iterable[Record]) -> Path | None:
+    """Writes `stem.docling.json` below `root`, whole or not at all, and returns its path.
+
+    None, and no file, for a document of which no page could be read. Raises OutputError.
+    """
+    name = Path(stem).name
     document = as_docling(name, source, records)
-    path = folder / f"{name}.{SUFFIX}"
+    if not document.pages:
+        return None
+    path = make_folders(root, str(Path(stem).parent)) / f"{name}.{SUFFIX}"
     with whole_file(path) as file:
         json.dump(document.export_to_dict(), file, ensure_ascii=False)
         file.write("\n")

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extraction.durable import OWN, disk_errors, remove_partial_files, sync_folder, whole_file
+from granite4v.runtime.extraction.durable import (
+    OWN,
+    check_own,
+    disk_errors,
+    remove_partial_files,
+    sync_folder,
+    whole_file,
+)
+from granite4v.runtime.extraction.pictures import image_path
+from granite4v.runtime.extraction.questions import KVP
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
 FORMAT = 1  # raise it when records or files of an earlier version cannot be gone on with
 _LOCK = f"{OWN}.lock"
-# what a run must have in common with the one it goes on with, in the words of a message
+# what a run must have in common with the one it goes on with, in the words of a message; inputs, pages and tasks may
+# be others: they say how much is read, not what a record means
 _SAME = {
-    "inputs": "the inputs",
-    "pages": "the pages",
-    "crop": "the region",
-    "tasks": "the tasks",
-    "prompts": "the prompts",
-    "schema": "the schema",
-    "model": "the model's files",
-    "settings": "the settings",
+    "crop": "the crop differs",
+    "schema": "the schema differs",
+    "prompts": "the prompts differ",
+    "model": "the model's files differ",
+    "settings": "the settings differ",
 }
 
 
 class Folder:
     """An output directory that this process holds the lock of, until `release`."""
 
-    def __init__(self, path: Path, lock: Any, created: bool) -> None:
+    def __init__(self, path: Path, lock: Any, created: Sequence[Path]) -> None:
+        """`created`: the folders that were made for it, innermost first."""
         self.path, self._lock, self._created = path, lock, created
         self._begun = (path / MANIFEST).exists()
 
@@ -44,10 +53,12 @@ class Folder:
         from filelock import FileLock, Timeout
 
         with disk_errors(path):
-            if path.exists() and not path.is_dir():
+            if os.path.lexists(path) and not path.is_dir():
                 raise OutputError(f"'{path}' is a file; give a directory, or one that does not exist yet.")
-            created = not path.exists()
+            created = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
+            for name in (_LOCK, MANIFEST, RESULTS):
+                check_own(path / name)
             lock = FileLock(path / _LOCK)
             try:
                 lock.acquire(blocking=False)
@@ -72,28 +83,47 @@ class Folder:
     def results(self) -> Path:
         return self.path / RESULTS
 
-    def begin(self, manifest: Mapping[str, Any]) -> bool:
-        """Writes down which run this is, or checks that it is the one that was begun here; True for the latter.
+    def has_image(self, digest: str) -> bool:
+        """Whether the report has the image of a page."""
+        return image_path(self.path, digest).exists()
 
-        Raises OutputError that names what differs.
+    def begin(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Writes down which run this is, or checks that it goes on with the one that was begun here.
+
+        Returns remarks about differences that may change answers a little. Raises OutputError that names what differs
+        otherwise.
         """
         if not self._begun:
-            with whole_file(self.path / MANIFEST) as file:
-                json.dump({"format": FORMAT, **manifest}, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+            self._write({"format": FORMAT, **manifest})
             sync_folder(self.path.parent)
             self._begun = True
-            return False
+            return []
         begun = self._manifest()
         wanted = json.loads(json.dumps(manifest))
-        differences = [_difference(name, begun.get(key), wanted.get(key)) for key, name in _SAME.items()]
+        differences = [_difference(name, *_comparable(key, begun, wanted)) for key, name in _SAME.items()]
         found = "; ".join(filter(None, differences))
         if found:
             raise OutputError(
                 f"'{self.path}' holds the results of another run: {found}. Go on with what it was begun with, or give "
                 "another directory."
             )
-        return True
+        environments, now = begun.get("environments") or [], wanted.get("environments") or []
+        new = [environment for environment in now if environment not in environments]
+        merged = {
+            **begun,
+            **wanted,
+            "tasks": list(dict.fromkeys([*(begun.get("tasks") or []), *(wanted.get("tasks") or [])])),
+            "prompts": {**begun["prompts"], **wanted["prompts"]},
+            "schema": wanted.get("schema") or begun.get("schema"),
+            "environments": [*environments, *new],
+        }
+        self._write(merged)
+        return [_remark(environments[-1], environment) for environment in new if environments]
+
+    def _write(self, manifest: Mapping[str, Any]) -> None:
+        with whole_file(self.path / MANIFEST) as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
 
     def release(self) -> None:
         """Gives the lock back; of a run that never began nothing stays."""
@@ -101,9 +131,10 @@ class Folder:
             with contextlib.suppress(OSError):
                 (self.path / _LOCK).unlink(missing_ok=True)
         self._lock.release()
-        if self._created and not self._begun:
+        if not self._begun:
             with contextlib.suppress(OSError):  # somebody else put something there
-                self.path.rmdir()
+                for folder in self._created:
+                    folder.rmdir()
 
     def _check(self, resume: bool) -> None:
         if self._begun:
@@ -126,11 +157,33 @@ class Folder:
         path = self.path / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"'{path}' cannot be read ({error}); start again with another --out.") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        ours = isinstance(content, dict) and all(
+            isinstance(content.get(name), kind)
+            for name, kind in (("inputs", list), ("tasks", list), ("prompts", dict), ("model", dict))
+        )
+        if not ours or content.get("format") != FORMAT:
             raise OutputError(f"'{path}' was not written by this version of granite4v; start again with another --out.")
         return content
+
+
+def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What two runs say about the same thing: prompts of the tasks that both have, and schemas where both have one."""
+    then, now = begun.get(key), wanted.get(key)
+    if key == "schema" and (then is None or now is None):
+        return None, None
+    if key == "prompts" and isinstance(then, dict) and isinstance(now, dict):
+        # that of kvp is made from the schema, which is told already
+        both = [task for task in then if task in now and not (task == KVP and begun["schema"] != wanted["schema"])]
+        return {task: then[task] for task in both}, {task: now[task] for task in both}
+    return then, now
+
+
+def _remark(then: Any, now: Mapping[str, Any]) -> str:
+    before = then if isinstance(then, dict) else {}
+    pairs = ", ".join(f"{key} {before.get(key)} then and {now[key]} now" for key in now if before.get(key) != now[key])
+    return f"the run goes on under other conditions ({pairs}); answers to the rest may differ in details."
 
 
 def _difference(name: str, begun: Any, wanted: Any) -> str:
@@ -139,8 +192,8 @@ def _difference(name: str, begun: Any, wanted: Any) -> str:
     if isinstance(begun, dict) and isinstance(wanted, dict):
         keys = [key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key)]
         pairs = ", ".join(f"{key} {_short(begun.get(key))} then and {_short(wanted.get(key))} now" for key in keys)
-        return f"{name} differ ({pairs})"
-    return f"{name} differ ({_short(begun)} then, {_short(wanted)} now)"
+        return f"{name} ({pairs})"
+    return f"{name} ({_short(begun)} then, {_short(wanted)} now)"
 
 
 def _short(value: Any) -> str:

@@ -1,23 +1,31 @@
-"""`results.jsonl`: a record a line, each on the disk before the next is begun, and found again after a crash.
+"""`results.jsonl`: one record a line, each on the disk before the next is begun, and found again after a crash.
 
-Keeps where records are, never the records themselves: memory does not grow with what is in them.
+A record replaces an older one with the same key: its line is appended, and the older line leaves the file when the
+journal is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with
+what is in them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from granite4v.errors import AnswerError, OutputError
-from granite4v.runtime.extraction.durable import disk_errors, output_error, sync_folder
+from granite4v.runtime.extraction.durable import OWN, disk_errors, new_file, open_own, output_error, sync_folder
 from granite4v.runtime.extraction.record import Key, Record, decode, encode
+
+MAX_LINE_BYTES = 1 << 28  # far above what a context can hold
+_NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
+_BEGINNING = b'{"source": '  # of every record; by it a torn first line is known as ours
 
 
 @dataclass
@@ -28,61 +36,98 @@ class Tally:
     n_failed: int = 0
     n_invalid: int = 0
     n_salvaged: int = 0
+    n_cut: int = 0  # salvaged and valid as far as they go
     n_copied: int = 0
 
-    def count(self, record: Record) -> None:
-        self.n_records += 1
-        self.n_failed += record.error is not None
-        self.n_invalid += record.error is None and not record.valid
-        self.n_salvaged += record.salvaged
-        self.n_copied += record.copy_of is not None
+    @property
+    def n_incomplete(self) -> int:
+        """Records without an answer, with one that is not valid, or with one that was cut."""
+        return self.n_failed + self.n_invalid + self.n_cut
+
+    def add(self, entry: Entry, sign: int = 1) -> None:
+        self.n_records += sign
+        self.n_failed += sign * entry.failed
+        self.n_invalid += sign * (not entry.failed and not entry.valid)
+        self.n_salvaged += sign * entry.salvaged
+        self.n_cut += sign * (entry.salvaged and entry.valid and not entry.failed)
+        self.n_copied += sign * entry.copied
 
 
-@dataclass
-class _Index:
-    digests: dict[Key, str | None] = field(default_factory=dict)
-    answers: dict[tuple[str, str], int] = field(default_factory=dict)  # (digest, task): where the first answer is
-    documents: dict[str, tuple[int, int]] = field(default_factory=dict)  # source: where its records begin and end
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a record is, in bytes, and what can be asked of it without reading it. `failed`: it has an error."""
 
-    def add(self, record: Record, start: int, end: int) -> None:
-        self.digests[record.key] = record.digest
-        if record.digest is not None and record.error is None:
-            self.answers.setdefault((record.digest, record.task), start)
-        first, _ = self.documents.get(record.source, (start, end))
-        self.documents[record.source] = (first, end)
+    start: int
+    length: int
+    digest: str | None
+    file_state: str | None
+    error_type: str | None
+    failed: bool
+    valid: bool
+    salvaged: bool
+    copied: bool
+
+    @classmethod
+    def of(cls, record: Record, start: int, length: int) -> Entry:
+        return cls(
+            start,
+            length,
+            record.digest and sys.intern(record.digest),
+            record.file_state and sys.intern(record.file_state),
+            record.error_type and sys.intern(record.error_type),
+            record.error is not None,
+            record.valid,
+            record.salvaged,
+            record.copy_of is not None,
+        )
 
 
 class Journal:
-    """The records of one run, in the order they were made. One writer at a time: see `folder`."""
+    """The records of one run, each key once. One writer at a time: see `folder`.
+
+    Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
+    last), the tasks of a page as they were first recorded. `close` leaves the file in this order, too.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
         """`lasting`: False for a file that goes with the process. Raises OutputError for a file that is damaged."""
         self._file, self._path, self._lasting = file, path, lasting
         self._end = 0
-        self._index = _Index()
+        self._entries: dict[Key, Entry] = {}
+        self._documents: dict[str, dict[Key, None]] = {}  # source: its keys
+        self._stems: dict[str, str | None] = {}
+        self._places: dict[str, int] = {}  # source: its place
+        self._tasks: dict[str, int] = {}  # task: its place
+        self._answers: dict[tuple[str, str], Key] = {}  # (digest, task): the first answer
+        self._last: tuple[int, ...] = ()
+        self._tidy = True  # the file holds what is read, in the same order
         self.tally = Tally()
         self._load()
 
     @classmethod
     def open(cls, path: Path | None) -> Journal:
-        """The journal in a file, made if there is none. A last line that a crash left unfinished is dropped."""
+        """The journal in a file, made if there is none. A last line that a crash left unfinished is dropped.
+
+        Raises OutputError for a file that holds anything but records.
+        """
         if path is None:
             passing = tempfile.NamedTemporaryFile(prefix="granite4v-", suffix=".jsonl", buffering=0)  # noqa: SIM115
             return cls(cast(BinaryIO, passing), Path(passing.name), lasting=False)
-        with disk_errors(path):
-            fresh = not path.exists()
-            file = path.open("w+b" if fresh else "r+b", buffering=0)
-            if fresh:
-                sync_folder(path.parent)
+        file = open_own(path)
         try:
-            return cls(cast(BinaryIO, file), path, lasting=True)
+            return cls(file, path, lasting=True)
         except BaseException:
             file.close()
             raise
 
     def append(self, record: Record) -> None:
-        """Returns when the record is on the disk. Raises OutputError, and then holds what it held before."""
+        """Returns when the record is on the disk, in place of an older one with the same key.
+
+        Raises ValueError for a number that JSON does not have, OutputError for a file that cannot be written; the
+        journal then holds what it held before.
+        """
         line = encode(record)
+        self.check_there()
         try:
             self._file.seek(self._end)
             rest = memoryview(line)
@@ -93,32 +138,103 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):  # if this fails too, the torn line is dropped by the next run
                 self._file.truncate(self._end)
-            kept = f"{self.tally.n_records} finished records are kept; go on with --resume." if self._lasting else ""
-            raise output_error(error, self._path, kept) from None
-        self._note(record, self._end, self._end + len(line))
+            raise output_error(error, self._path, self._kept()) from None
+        self._note(record, len(line))
+
+    def drop(self, key: Key) -> None:
+        """Removes a record; its line leaves the file when the journal is closed."""
+        self.tally.add(self._entries.pop(key), -1)
+        del self._documents[key[0]][key]
+        self._tidy = False
+
+    def check_there(self) -> None:
+        """Raises OutputError when the file was removed or replaced while it is written."""
+        if not self._lasting:
+            return
+        with disk_errors(self._path):
+            mine = os.fstat(self._file.fileno())
+            try:
+                there = os.stat(self._path)
+            except (FileNotFoundError, NotADirectoryError):
+                there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise OutputError(
+                f"'{self._path}' was removed or replaced while the run was writing to it; "
+                f"put its directory back where it was and go on with --resume, or start again."
+            )
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._index.digests
+        return key in self._entries
 
-    def digest(self, key: Key) -> str | None:
-        """Of the page that this record was made from."""
-        return self._index.digests[key]
+    def get(self, key: Key) -> Entry | None:
+        return self._entries.get(key)
+
+    def entry(self, key: Key) -> Entry:
+        """Of a record that must be there."""
+        return self._entries[key]
+
+    def read(self, key: Key) -> Record:
+        """The record with this key, which must be there."""
+        return self._read(self._entries[key])
+
+    def keys_of(self, source: str) -> list[Key]:
+        """Of a document's records, in order."""
+        return sorted(self._documents.get(source, ()), key=self._place_in_document)
+
+    def sources(self) -> dict[str, str | None]:
+        """Every document that was ever recorded, in order, with the `stem` that its records have, if they do."""
+        return dict(self._stems)
 
     def answer_to(self, digest: str, task: str) -> Record | None:
         """The first record about a page with these pixels."""
-        start = self._index.answers.get((digest, task))
-        return None if start is None else next(self._read(start, self._end))
+        key = self._answer_key(digest, task)
+        return None if key is None else self.read(key)
 
     def of_document(self, source: str) -> Iterator[Record]:
         """Its records in order, one at a time."""
-        start, end = self._index.documents.get(source, (0, 0))
-        return (record for record in self._read(start, end) if record.source == source)
+        return (self._read(entry) for key in self.keys_of(source) if (entry := self._entries.get(key)) is not None)
 
     def __iter__(self) -> Iterator[Record]:
-        return self._read(0, self._end)
+        return (record for source in list(self._documents) for record in self.of_document(source))
+
+    def tidy(self) -> None:
+        """Leaves each record once and in order in the file, which is replaced in one step.
+
+        Raises OutputError, and the file is then as it was.
+        """
+        if self._tidy or not self._lasting:
+            return
+        self.check_there()
+        partial = self._path.with_name(f"{OWN}-partial-{self._path.name}")
+        with disk_errors(self._path, self._kept()):
+            file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115
+            try:
+                entries: dict[Key, Entry] = {}
+                end = 0
+                for source in self._documents:
+                    for key in self.keys_of(source):
+                        old = self._entries[key]
+                        file.write(self._bytes(old))
+                        entries[key] = replace(old, start=end)
+                        end += old.length
+                if os.fstat(file.fileno()).st_size != end:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+                partial.replace(self._path)
+                sync_folder(self._path.parent)
+            except BaseException:
+                file.close()
+                partial.unlink(missing_ok=True)
+                raise
+        self._file.close()
+        self._file, self._entries, self._end, self._tidy = file, entries, end, True
 
     def close(self) -> None:
-        self._file.close()
+        """A second call does nothing."""
+        if not self._file.closed:
+            with contextlib.suppress(OutputError):  # the next run replaces, too
+                self.tidy()
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -128,41 +244,81 @@ class Journal:
     ) -> None:
         self.close()
 
-    def _note(self, record: Record, start: int, end: int) -> None:
-        self._index.add(record, start, end)
-        self.tally.count(record)
-        self._end = end
+    def _note(self, record: Record, length: int) -> None:
+        key, entry = record.key, Entry.of(record, self._end, length)
+        self._end += length
+        if key in self._entries:
+            self.tally.add(self._entries[key], -1)
+            self._tidy = False
+        self._entries[key] = entry
+        self.tally.add(entry)
+        self._documents.setdefault(record.source, {})[key] = None
+        self._stems[record.source] = self._stems.get(record.source) or record.stem
+        self._places.setdefault(record.source, len(self._places))
+        self._tasks.setdefault(record.task, len(self._tasks))
+        if entry.digest is not None and not entry.failed and self._answer_key(entry.digest, record.task) is None:
+            self._answers[entry.digest, record.task] = key
+        place = (self._places[record.source], *self._place_in_document(key))
+        self._tidy &= place > self._last
+        self._last = max(place, self._last)
 
-    def _read(self, start: int, end: int) -> Iterator[Record]:
-        with self._path.open("rb") as file:
-            while start < end:
-                file.seek(start)  # the caller may write, or read elsewhere, between two records
-                line = file.readline()
-                start += len(line)
-                yield decode(line)
+    def _answer_key(self, digest: str, task: str) -> Key | None:
+        key = self._answers.get((digest, task))
+        entry = None if key is None else self._entries.get(key)
+        replaced = entry is None or entry.digest != digest or entry.failed
+        return None if replaced else key
+
+    def _place_in_document(self, key: Key) -> tuple[bool, int, int]:
+        _, page, task = key
+        return page is None, page or 0, self._tasks[task]
+
+    def _read(self, entry: Entry) -> Record:
+        try:
+            return decode(self._bytes(entry))
+        except _NOT_OURS as error:
+            raise OutputError(self._damaged(f"the record at byte {entry.start}", error)) from None
+
+    def _bytes(self, entry: Entry) -> bytes:
+        with disk_errors(self._path):
+            self._file.seek(entry.start)
+            found = b""
+            while len(found) < entry.length and (piece := self._file.read(entry.length - len(found))):
+                found += piece
+        if len(found) < entry.length:
+            raise OutputError(f"'{self._path}' was shortened by something else; start again with another --out.")
+        return found
 
     def _load(self) -> None:
-        with self._path.open("rb") as reader:
-            for number, line in enumerate(reader, 1):
-                if not line.endswith(b"\n"):
-                    break  # torn: the process ended, or the power, while it was written
+        number = 0
+        with disk_errors(self._path), os.fdopen(os.dup(self._file.fileno()), "rb") as reader:
+            size = os.fstat(reader.fileno()).st_size
+            reader.seek(0)
+            while line := reader.readline(MAX_LINE_BYTES):
+                number += 1
                 try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("it does not end")
                     record = decode(line)
-                except (ValueError, KeyError, TypeError, AnswerError) as error:
-                    if reader.read(1):
-                        raise OutputError(self._damaged(number, error)) from None
-                    break  # the last line: a power cut can leave its length and not its bytes
-                if record.key in self:
-                    raise OutputError(self._damaged(number, "a record that is there already"))
-                self._note(record, self._end, self._end + len(line))
-        with disk_errors(self._path):
-            if self._path.stat().st_size > self._end:
+                except _NOT_OURS as error:
+                    # a crash or a power cut leaves a part of the last line, or its length and not its bytes
+                    last = reader.tell() == size
+                    ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))
+                    torn = not line.endswith(b"\n") or bool(self._entries)
+                    if last and ours and torn:
+                        break
+                    raise OutputError(self._damaged(f"line {number}", error)) from None
+                self._note(record, len(line))
+            if size > self._end:
                 self._file.truncate(self._end)
                 os.fsync(self._file.fileno())
 
-    def _damaged(self, number: int, why: Any) -> str:
-        why = f"no JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
+    def _kept(self) -> str:
+        n = self.tally.n_records
+        return f"{n} finished record{'s are' if n != 1 else ' is'} kept; go on with --resume." if self._lasting else ""
+
+    def _damaged(self, where: str, why: Exception) -> str:
+        reason = f"no JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
         return (
-            f"line {number} of '{self._path}' is not a record of ours ({why:.120}); the file was changed by something "
+            f"{where} of '{self._path}' is not a record of ours ({reason:.120}); the file was changed by something "
             "else. Start again with another --out."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extraction.durable import OWN, output_error
+from granite4v.runtime.extraction.durable import OWN, make_folders, output_error, write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,18 +20,16 @@ QUALITY = 50
 
 def keep_picture(folder: Path, digest: str, image: Image) -> None:
     """Writes the page as a small WebP, unless a page with the same pixels is there. Raises OutputError."""
-    path = _path(folder, digest)
+    path = image_path(folder, digest)
     if path.exists():
         return
     small = image.copy()
     small.thumbnail((SIDE_PX, SIDE_PX))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=QUALITY, method=2)
-    partial = path.with_suffix(".partial")
+    make_folders(folder, FOLDER)
     try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(buffer.getvalue())  # not made to last: a picture that is lost is left out
-        partial.replace(path)
+        write_bytes(path, buffer.getvalue())  # not made to last: a picture that is lost is left out
     except OSError as error:
         raise output_error(error, path) from None
 
@@ -41,13 +39,14 @@ def data_url(folder: Path, digest: str | None) -> str | None:
     if digest is None:
         return None
     try:
-        content = _path(folder, digest).read_bytes()
+        content = image_path(folder, digest).read_bytes()
     except OSError:  # an earlier run without a report did not keep it
         return None
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}" if content else None
 
 
-def _path(folder: Path, digest: str) -> Path:
+def image_path(folder: Path, digest: str) -> Path:
+    """Where the image of a page is kept. Raises OutputError."""
     if not digest.isalnum():
         raise OutputError(f"'{digest:.80}' is no digest of a page; start again with another --out.")
     return folder / FOLDER / f"{digest[:32]}.webp"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import AnswerError, DeviceError, Granite4vError, ModelFileError
+from granite4v.runtime.extraction.attempts import MAX_DEATHS
+from granite4v.runtime.extraction.documents import described
 from granite4v.runtime.extraction.questions import PROMPT, Question
-from granite4v.runtime.extraction.record import Record
+from granite4v.runtime.extraction.record import MAX_DEPTH, Record, depth
 from granite4v.runtime.extraction.schema import Schema
 from granite4v.runtime.outputs import Salvaged, read, salvage
 
@@ -52,11 +55,26 @@ def answer_page(
     record = _begin(page, question, hashes)
     start = time.perf_counter()
     try:
-        answer = _ask(model, page, question, settings, on_token)
-    except (ModelFileError, DeviceError):
+        return _answered(record, model, page, question, settings, on_token, start)
+    except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Granite4vError as error:
-        return replace(record, error=str(error), timings={"seconds": round(time.perf_counter() - start, 4)})
+    except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
+        if not isinstance(error, Granite4vError):
+            logging.getLogger("granite4v").info("page %s of '%s'", page.number, page.source, exc_info=True)
+        timings = {"seconds": _rounded(time.perf_counter() - start)}
+        return replace(record, error=described(error), error_type=type(error).__name__, timings=timings)
+
+
+def _answered(
+    record: Record,
+    model: Model,
+    page: Page,
+    question: Question,
+    settings: Settings,
+    on_token: OnToken,
+    start: float,
+) -> Record:
+    answer = _ask(model, page, question, settings, on_token)
     text = answer.text.removesuffix(answer.closing or "")  # what the model said itself
     reading = understand(question.task, text, answer.finish_reason, question.schema)
     timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
@@ -83,7 +101,18 @@ def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, s
         schema_sha256=question.schema.sha256 if question.schema else None,
         model=hashes,
         error=str(failure.error),
+        error_type=type(failure.error).__name__,
+        file_state=failure.file_state,
     )
+
+
+def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
+    """The record of a page that is not tried again, because the process died whenever it was read."""
+    error = (
+        f"the process ended {MAX_DEATHS} times while this page was read (killed, out of memory, or a crash in native "
+        "code), so it is left out; try it once more with --retry-failed."
+    )
+    return replace(_begin(page, question, hashes), error=error, error_type="ProcessDied")
 
 
 def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like: Record) -> Record:
@@ -98,13 +127,25 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
         dpi=begun.dpi,
         warnings=begun.warnings,
         copy_of={"source": like.source, "page": like.page},
+        file_state=begun.file_state,
+        stem=None,
         timings=dict.fromkeys(like.timings, 0),
     )
 
 
 def understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
     """The value of an answer. What did not end by itself is kept up to its last whole row or field, even where the
-    cut answer happens to parse: nothing tells a short last cell from half of one."""
+    cut answer happens to parse: nothing tells a short last cell from half of one. Prose is kept as it is."""
+    try:
+        reading = _understand(task, text, finish_reason, schema)
+    except RecursionError:
+        return Reading(None, False, "the answer is nested deeper than can be read")
+    if (levels := depth(reading.value)) > MAX_DEPTH:
+        return Reading(None, False, f"the answer is nested {levels} levels deep; expected at most {MAX_DEPTH}")
+    return reading
+
+
+def _understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
     why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
     if task == PROMPT:
         said = text.strip()
@@ -162,6 +203,7 @@ def _begin(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
         schema_sha256=question.schema.sha256 if question.schema else None,
         model=hashes,
         warnings=page.warnings,
+        file_state=page.file_state,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from granite4v.runtime.outputs import Cell, Table, read_tables_json
@@ -14,22 +14,31 @@ from granite4v.runtime.outputs.tables_json import write_tables_json_list
 Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
 
 CHART = "chart2csv"
+MAX_DEPTH = 100  # of nested dicts and lists in a value; Python, JSON and the report handle that many
 TABLES = ("tables_html", "tables_json", "tables_otsl")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was read from one page for one task.
+    """What was read from one page for one task; a line of `results.jsonl` has the same fields.
 
-    `page` counts from 1; it is None, as are `n_pages`, `size_px` (width, height), `dpi` and `digest` (of the pixels),
-    when a document could not be opened. `value` is what `outputs.read` gives: a list of Table, a Table (chart data),
-    a dict or list (fields) or a str (code, prose); None when nothing could be read. `valid`: the value has the task's
-    form, and fits the schema if there is one; `validity_error` says why not, or what was wrong with an answer of
-    which only the whole part was kept (`salvaged`). `finish_reason` as in `Answer`. `copy_of`: the page with the same
-    pixels that the answer was taken from. `error`: why there is no answer.
-    `warnings`: what a person should know of the page. `model`: SHA-256 of the model's files.
-    `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and `seconds`, all of it; what this
-    record cost, so they are zero in a copy and differ from run to run.
+    Which page. `source`: the document's path as given, '-' for standard input. `page` counts from 1 of `n_pages`.
+    `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page image. All of
+    them are None when a document could not be opened. `file_state`: size and time of change of the file, by which
+    a later run knows it again; None where it has none, or could not be found. `stem`: what the names of the document's
+    files in the output directory begin with, '/' between folders; None without a directory.
+
+    What was asked. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
+
+    What came of it. `text`: the answer as the model wrote it. `value` is what `outputs.read` gives: a list of Table,
+    a Table (chart data), a dict or list (fields) or a str (code, prose); None when nothing could be read. In JSON,
+    tables are objects as in `tables_json`, and chart data is a list of rows, the header first. `valid`: the value has
+    the task's form, and fits the schema if there is one; `validity_error` says why not, or what was wrong with
+    an answer that was cut, of which the part up to the last complete row, field or line was kept (`salvaged`; of prose
+    all of it). `finish_reason` as in `Answer`. `copy_of`: the page with the same pixels that the answer was taken
+    from. `error`: why there is no answer, and `error_type` the name of the exception; None otherwise. `warnings`: what
+    a person should know of the page. `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and
+    `seconds`, all of it; what this record cost, so they are zero in a copy and differ from run to run.
     """
 
     source: str
@@ -52,6 +61,9 @@ class Record:
     error: str | None = None
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    file_state: str | None = None
+    stem: str | None = None
+    error_type: str | None = None
 
     @property
     def key(self) -> Key:
@@ -71,12 +83,17 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON data: tables in the form of `tables_json`, chart data as rows, the header first."""
-        shallow = asdict(self) if not self.tables else asdict(_without_value(self))
-        return {**shallow, "value": _value_as_json(self.value)}
+        content = {name: getattr(self, name) for name in _TYPES}  # asdict would take thousands of cells apart
+        return {**content, "value": _value_as_json(self.value)}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Record:
-        """The record that `as_dict` gave; raises KeyError, TypeError or AnswerError for anything else."""
+    def from_dict(cls, content: Any) -> Record:
+        """The record that `as_dict` gave; raises ValueError, KeyError, TypeError or AnswerError for anything else."""
+        if not isinstance(content, Mapping):
+            raise TypeError(f"it is {content!r:.40}")
+        for name, value in content.items():
+            if not isinstance(value, _TYPES[name]):
+                raise TypeError(f"'{name}' is {value!r:.40}")
         size_px = content["size_px"]
         return cls(
             **{
@@ -88,24 +105,59 @@ class Record:
         )
 
 
+# of JSON data, in the order of the fields
+_TYPES: dict[str, Any] = {
+    "source": str,
+    "page": int | None,
+    "n_pages": int | None,
+    "task": str,
+    "size_px": list | tuple | None,
+    "dpi": float | int | None,
+    "digest": str | None,
+    "prompt_sha256": str,
+    "schema_sha256": str | None,
+    "model": Mapping,
+    "text": str,
+    "value": object,
+    "valid": bool,
+    "validity_error": str | None,
+    "salvaged": bool,
+    "finish_reason": str | None,
+    "copy_of": Mapping | None,
+    "error": str | None,
+    "warnings": list | tuple,
+    "timings": Mapping,
+    "file_state": str | None,
+    "stem": str | None,
+    "error_type": str | None,
+}
+
+
 def encode(record: Record) -> bytes:
-    """One line of UTF-8, its line break included."""
+    """One line of UTF-8, its line break included. Raises ValueError for a number that JSON does not have."""
     content = record.as_dict()
     try:
-        return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, from a file's name or a field
-        return json.dumps(content).encode() + b"\n"
+        return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def decode(line: bytes) -> Record:
-    """The record of such a line; raises ValueError, KeyError, TypeError or AnswerError for any other."""
-    return Record.from_dict(json.loads(line))
+    """The record of such a line; raises ValueError, KeyError, TypeError, RecursionError or AnswerError for others."""
+    return Record.from_dict(json.loads(line, parse_constant=_refuse))
 
 
-def _without_value(record: Record) -> Record:
-    from dataclasses import replace
+def depth(value: Any) -> int:
+    """How many levels of dicts and lists are nested in a value, 0 for a scalar."""
+    n, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        n += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return n
 
-    return replace(record, value=None)  # asdict would take thousands of cells apart for nothing
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which JSON does not have")
 
 
 def _value_as_json(value: Any) -> Any:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from granite4v.errors import OutputError
 from granite4v.runtime.extraction.charts import redraw
-from granite4v.runtime.extraction.durable import whole_file
+from granite4v.runtime.extraction.durable import check_own, disk_errors, whole_file
 from granite4v.runtime.extraction.pictures import data_url
-from granite4v.runtime.extraction.record import CHART, Record
+from granite4v.runtime.extraction.record import CHART, MAX_DEPTH, Record, depth
 from granite4v.runtime.extraction.report_template import TEMPLATE
 from granite4v.runtime.outputs import Cell, Table
 
+_TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 # neither HTML nor XML has a way to write these
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -55,6 +57,17 @@ class PageView:
     records: list[Record]
 
 
+def check_report(path: Path) -> None:
+    """Raises OutputError when there is something else at `path`, which a report would replace."""
+    check_own(path)
+    with disk_errors(path):
+        found = path.read_bytes()[:_HEAD_BYTES] if path.exists() else b""
+    if found and _TITLE not in found:
+        raise OutputError(
+            f"'{path}' is not a report that 'granite4v extract' made; move it elsewhere, or give another directory."
+        )
+
+
 def write_report(path: Path, records: Iterable[Record]) -> None:
     """Writes the report of `records`, which are read twice; pictures are looked for beside it.
 
@@ -67,8 +80,6 @@ def write_report(path: Path, records: Iterable[Record]) -> None:
 
 
 def _contents(records: Iterable[Record]) -> Contents:
-    from dataclasses import replace
-
     found = Contents()
     for anchor, page in enumerate(_by_page(records), 1):
         found.n_pages += 1
@@ -90,8 +101,14 @@ def _contents(records: Iterable[Record]) -> Contents:
 def _pages(records: Iterable[Record], folder: Path) -> Iterator[PageView]:
     for anchor, page in enumerate(_by_page(records), 1):
         first = page[0]
+        page = [_shown(record) for record in page]
         picture = data_url(folder, first.digest)
         yield PageView(anchor, first.source, first.page, first.n_pages, picture, first.size_px, page)
+
+
+def _shown(record: Record) -> Record:
+    """Without a value that is nested deeper than a template can follow, as earlier versions kept it."""
+    return record if depth(record.value) <= MAX_DEPTH else replace(record, value=None)
 
 
 def _by_page(records: Iterable[Record]) -> Iterator[list[Record]]:

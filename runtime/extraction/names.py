@@ -1,0 +1,109 @@
+"""What a document's files are called in the output directory: fit for any disk, each name once, and for good.
+
+Files below a directory that was given, or below the fixed part of a glob, keep their folders.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+MAX_NAME_BYTES = 100  # of a folder's or a file's part of a name
+MAX_STEM_BYTES = 400  # of a name with its folders; one that has more goes without them
+_SAFE = re.compile(r"[\w+-][\w.+-]*")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)  # names of devices on Windows
+_SUFFIXES = (".csv", ".html", ".json", ".jsonl", ".md", ".otsl", ".py")  # of our files, which a folder must not be
+
+
+class Names:
+    """A stem for each document: '/' between folders, no suffix, unique even where letter case does not count."""
+
+    def __init__(self, inputs: Sequence[str] = (), known: Mapping[str, str | None] | None = None) -> None:
+        """`known`: stems of an earlier run by source, in its order; None where it did not record them."""
+        self._roots = sorted(_roots(inputs), key=len)
+        self._taken: set[str] = set()
+        self._stems: dict[str, str] = {}
+        known = known or {}
+        for source, stem in known.items():
+            if stem is not None and _is_stem(stem) and _key(stem) not in self._taken:
+                self._take(source, stem)
+        for source in known:
+            if source not in self._stems:  # of a version that had no folders
+                self._take(source, self._unique(_clean(_stem(source), "document")))
+
+    def stem(self, source: str) -> str:
+        """The same stem for the same document."""
+        if source not in self._stems:
+            folder, name = self._folder(source), _clean(_stem(source), "document")
+            found = f"{folder}/{name}" if folder else name
+            self._take(source, self._unique(name if len(found.encode()) > MAX_STEM_BYTES else found))
+        return self._stems[source]
+
+    def _take(self, source: str, stem: str) -> None:
+        self._stems[source] = stem
+        self._taken.add(_key(stem))
+
+    def _unique(self, stem: str) -> str:
+        found, n = stem, 1
+        while _key(found) in self._taken:
+            n += 1
+            found = f"{stem}-{n}"
+        return found
+
+    def _folder(self, source: str) -> str:
+        path = os.path.normpath(source)
+        for root in self._roots:
+            inside = _inside(path, root)
+            if inside is not None:
+                return "/".join(_clean_folder(part) for part in Path(inside).parent.parts)
+        return ""
+
+
+def _roots(inputs: Iterable[str]) -> set[str]:
+    found = set()
+    for given in inputs:
+        if os.path.isdir(given):
+            found.add(os.path.normpath(given))
+        elif glob.has_magic(given) and not os.path.lexists(given):
+            parts = Path(given).parts
+            fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+            found.add(os.path.normpath(Path(*parts[:fixed])))
+    return found
+
+
+def _inside(path: str, root: str) -> str | None:
+    """The way from `root` down to `path`; None when it is not below."""
+    if root == os.curdir:
+        return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else path
+    beginning = os.path.join(root, "")
+    return path[len(beginning) :] if path.startswith(beginning) else None
+
+
+def _stem(source: str) -> str:
+    return "stdin" if source in ("", "-") else Path(source.rstrip("/\\")).stem
+
+
+def _clean(text: str, otherwise: str) -> str:
+    plain = re.sub(r"[^\w.+-]+", "_", unicodedata.normalize("NFC", text)).strip("._") or otherwise
+    plain = plain.encode("utf-8", "replace")[:MAX_NAME_BYTES].decode("utf-8", "ignore").rstrip(".")
+    return _RESERVED.sub(r"\1_", plain, count=1) if _RESERVED.match(plain) else plain
+
+
+def _clean_folder(text: str) -> str:
+    plain = _clean(text, "folder")
+    return f"{plain}_" if plain.casefold().endswith(_SUFFIXES) else plain
+
+
+def _is_stem(text: str) -> bool:
+    """Whether it could be ours: a damaged record must not lead out of the directory."""
+    parts = text.split("/")
+    return len(text.encode("utf-8", "replace")) <= MAX_STEM_BYTES + 20 and all(_SAFE.fullmatch(part) for part in parts)
+
+
+def _key(stem: str) -> str:
+    """Equal for names that some disk takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
