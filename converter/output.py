@@ -28,7 +28,8 @@ def check_target(target: Path, force: bool) -> None:
         raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
     if target.is_dir():
         remove_leftovers(target, target.name)
-    held = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    # the lock is that of a caller who converts into a working directory of `files_in_place`
+    held = sorted(path.name for path in target.iterdir() if path.name != LOCK) if target.is_dir() else []
     if held and not force:
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         raise OutputError(
