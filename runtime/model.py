@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from granite4v.errors import ModelFileError
+from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.constraint import Compiler, Grammar, Guide
 from granite4v.runtime.engine import Engine, Progress
 from granite4v.runtime.generate import Answer, generate
@@ -286,6 +287,7 @@ class Model:
 
         with self._lock:
             conversation = normalize(prompt, _as_list(images), self.engine.placeholder_text)
+            _check_unicode(conversation.messages)
             if conversation.images:
                 self.engine.need_vision()
             opened = [load_image(source) for source in conversation.images]
@@ -373,6 +375,17 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, list | tuple):
         return list(images)
     return [images]
+
+
+def _check_unicode(messages: Any) -> None:
+    """Tokenizers take UTF-8: raises PromptError for the lone surrogates that Python reads other bytes as."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds {error.object[error.start]!r}, which is not Unicode text: bytes that are not UTF-8 are "
+            "read as that. Convert the prompt to UTF-8."
+        ) from None
 
 
 def _never() -> bool:

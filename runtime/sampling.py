@@ -5,6 +5,7 @@ Filters in llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,12 +31,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits = (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
             ("min_p", 0 <= self.min_p < 1, "0 (off) or more, below 1"),
-            ("repeat_penalty", self.repeat_penalty > 0, "above 0 (1 is off)"),
+            ("repeat_penalty", 0 < self.repeat_penalty < math.inf, "above 0 (1 is off)"),
             ("repeat_last_n", self.repeat_last_n >= 0, "0 or more"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more, or None"),
         )
         for name, fits, expected in limits:
             if not fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -127,6 +128,19 @@ def test_escapes_reach_a_pipe_and_no_terminal() -> None:
     os.close(ours)
     os.close(theirs)
     assert (done.returncode, shown) == (0, b"\\x1b[31mred\r\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_json_can_be_read_back_whatever_the_encoding(encoding: str) -> None:
+    text = "caf\u00e9 \u2713 \U0001f642 \udcff"
+    code = stub(f"from granite4v.cli.streams import to_json\nprint(to_json({{'text': {text!r}}}))")
+    done = subprocess.run(code, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert json.loads(done.stdout.decode(encoding)) == {"text": text}
+
+
+def test_a_warning_is_one_line_without_the_place_in_the_code() -> None:
+    done = subprocess.run(stub("import warnings\nwarnings.warn('odd\\n\\x1b name')"), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: odd\\n\\x1b name\n")
 
 
 # --- signals ---

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +16,10 @@ from granite4v.cli.options import (
     MmprojOption,
     ModelOption,
     ThreadsOption,
+    finite,
     model_path,
 )
+from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
     from granite4v.runtime import Answer
@@ -32,11 +33,15 @@ def ask(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
     model: ModelOption = None,
     mmproj: MmprojOption = None,
-    max_tokens: Annotated[int, typer.Option(min=0, help="The most tokens the answer may have.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token every time.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens the answer may have.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 takes the most likely token every time.")
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most likely tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest that add up to p.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show_default="random")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, callback=finite, help="Draw from the likeliest that add up to p.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes drawing repeatable.", show_default="random")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.", show_default="the template's own")] = None,
     lora: LoraOption = None,
     device: DeviceOption = "auto",
@@ -52,9 +57,9 @@ def ask(
     from granite4v.cli.status import Status
     from granite4v.runtime import Model
 
-    pictures = [_picture(image) for image in images or []]
-    if not pictures and Path(prompt).is_file():
+    if not images and os.path.isfile(prompt):
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
+    pictures = _pictures(images or [])
     status = Status()
     try:
         with Model.load(model_path(model), n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
@@ -80,8 +85,24 @@ def ask(
     _finish(stream.answer, as_json=as_json, whole=no_stream)
 
 
-def _picture(image: str) -> Any:
-    return sys.stdin.buffer.read() if image == "-" else Path(image)
+def _pictures(images: list[str]) -> list[str | bytes]:
+    if images.count("-") > 1:
+        raise typer.BadParameter("'-' reads standard input, and can be given once.", param_hint="IMAGE")
+    return [_from_stdin() if image == "-" else image for image in images]
+
+
+def _from_stdin() -> bytes:
+    from granite4v.errors import ImageError
+
+    if sys.stdin.isatty():
+        raise ImageError("'-' reads an image from standard input, which is a terminal; pipe an image into it.")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise ImageError(f"standard input cannot be read: {error.strerror or error}.") from None
+    if not data:
+        raise ImageError("'-' reads an image from standard input, which is empty or closed; pipe an image into it.")
+    return data
 
 
 def _messages(prompt: str, n_pictures: int, system: str | None) -> list[dict[str, Any]]:
@@ -93,7 +114,7 @@ def _messages(prompt: str, n_pictures: int, system: str | None) -> list[dict[str
 def _finish(answer: Answer, *, as_json: bool, whole: bool) -> None:
     timings = answer.timings
     if as_json:
-        print(json.dumps(answer.as_dict(), ensure_ascii=False, indent=2))
+        print(to_json(answer.as_dict(), indent=2))
     elif whole:
         print(answer.text)
     elif not answer.text.endswith("\n"):

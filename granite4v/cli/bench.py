@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from granite4v.cli.options import ContextOption, DeviceOption, MmprojOption, ModelOption, ThreadsOption, model_path
+from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
     from granite4v.runtime import Timings
@@ -52,7 +52,7 @@ def bench(
             if not as_json:
                 print(_line(answer.timings), file=sys.stderr)
         settings = loaded.settings
-    print(json.dumps(report(runs, settings)))
+    print(to_json(report(runs, settings)))
 
 
 def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
+from typing import TextIO
 
 from granite4v.cli import streams
 from granite4v.cli.signals import Interrupted, Signals
@@ -40,6 +42,7 @@ def entry() -> None:
 def _run() -> int:
     try:
         results = streams.prepare()
+        warnings.showwarning = _show_warning
         status = _command_line()
         if results.failure is None or status == 0:  # otherwise the status is that failure's, and it has been told
             results.flush()
@@ -58,6 +61,18 @@ def _command_line() -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_FAILURE if end.code else 0
     return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Without the place in the code, which is Python's form."""
+    print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
 
 
 def conclude(error: BaseException) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from granite4v.choices import MAX_THREADS, Device
 
 NO_MODEL = (
     "no --model given: using the embedded 'nano', a small model trained on synthetic documents; --model DIR takes a "
@@ -26,10 +29,11 @@ MmprojOption = Annotated[
     typer.Option("--mmproj", metavar="FILE", help="Vision GGUF; needed when it does not lie beside the text GGUF."),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, metal, or auto: a GPU if llama-cpp-python was built for one.")
+    Device, typer.Option("--device", help="cpu, cuda, metal, or auto: a GPU if llama-cpp-python was built for one.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one a core")
+    int | None,
+    typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.", show_default="one a core"),
 ]
 ContextOption = Annotated[
     int | None,
@@ -47,6 +51,13 @@ LoraOption = Annotated[
         "--lora/--no-lora", help="Apply a separate LoRA or not.", show_default="only to requests with pictures"
     ),
 ]
+
+
+def finite(value: float) -> float:
+    """A callback of float options: 'nan' passes every comparison with a limit."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def model_path(model: str | None, *, quiet: bool = False) -> str | Path:

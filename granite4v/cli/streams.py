@@ -8,12 +8,14 @@ and work never fails because a message could not be written.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
@@ -125,6 +127,14 @@ def prepare() -> Results:
         sys.stdout.reconfigure(encoding=None if named else "utf-8", errors="backslashreplace")
     results = sys.stdout = Results(sys.stdout)
     return results
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """JSON for stdout: in ASCII where stdout is not UTF-8, since what its encoding lacks would be written in escapes
+    that JSON does not have. Raises ValueError for NaN and infinities."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    return json.dumps(data, ensure_ascii=not is_utf8, allow_nan=False, indent=indent)
 
 
 def _open_descriptors() -> None:

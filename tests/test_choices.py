@@ -1,0 +1,16 @@
+"""The words that types offer are those that the tables behind them know."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from granite4v import choices
+from granite4v.ggml.backend import DEVICES
+from granite4v.runtime.extraction.documents import FORMATS
+from granite4v.runtime.outputs import TASKS
+
+
+def test_types_and_tables_agree() -> None:
+    assert get_args(choices.Device) == DEVICES
+    assert get_args(choices.Task) == TASKS
+    assert get_args(choices.Format) == FORMATS
