@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from granite4v.errors import ModelFileError, PromptError
+from granite4v.errors import DeviceError, ModelFileError, PromptError
 from granite4v.runtime.constraint import Compiler, Grammar, Guide
 from granite4v.runtime.engine import Engine, Progress
 from granite4v.runtime.generate import Answer, generate
@@ -36,7 +37,7 @@ class Model:
         """`lora`: when a separate adapter is applied; None for requests with pictures."""
         self.engine = engine
         self._lora = lora
-        self._lock = threading.RLock()
+        self._lock = _Turns()
         self._compiler: Compiler | None = None
 
     @classmethod
@@ -83,6 +84,11 @@ class Model:
     def n_ctx(self) -> int:
         """Tokens that a request and its answer may have together."""
         return self.engine.n_ctx
+
+    @property
+    def n_threads(self) -> int:
+        """Threads it computes with on the CPU. Another number sums in another order, so answers may differ."""
+        return self.engine.n_threads
 
     @property
     def warnings(self) -> list[str]:
@@ -339,9 +345,17 @@ class Model:
         return wanted
 
     def close(self) -> None:
-        """Frees everything; a second call does nothing."""
-        with self._lock:
-            self.engine.close()
+        """Frees everything; a second call does nothing, nor does one in a forked process."""
+        if self._lock.is_ours:
+            with self._lock:
+                self.engine.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses copy, deepcopy and pickle: a copy would free the same native memory."""
+        raise TypeError(
+            "a Model cannot be copied or pickled: it owns native memory and a thread. Share it between threads, which "
+            "take turns, or load it again from its path in each process."
+        )
 
     def __enter__(self) -> Model:
         return self
@@ -352,10 +366,33 @@ class Model:
         self.close()
 
 
+class _Turns:
+    """A lock that callers of one model take turns by, and that only the process which loaded it may take."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    @property
+    def is_ours(self) -> bool:
+        return os.getpid() == self._pid
+
+    def __enter__(self) -> None:
+        if not self.is_ours:  # the lock may have been held at the fork, and the thread that computes is not here
+            raise DeviceError(
+                f"this model was loaded by process {self._pid} and cannot be used in process {os.getpid()}, which was "
+                "forked from it: its threads stayed behind. Load the model after the fork, or start processes with "
+                "multiprocessing.get_context('spawn')."
+            )
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+
 class AnswerStream:
     """An iterator over the pieces of an answer. Closing it early, or dropping it, ends the answer."""
 
-    def __init__(self, pieces: Iterator[str], answer: Answer, lock: threading.RLock) -> None:
+    def __init__(self, pieces: Iterator[str], answer: Answer, lock: _Turns) -> None:
         self.answer = answer
         self._pieces, self._lock = pieces, lock
 

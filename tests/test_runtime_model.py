@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
+import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +26,7 @@ from reference import relative_l2
 import granite4v
 from granite4v.converter import Options, convert
 from granite4v.errors import ImageError, ModelFileError, PromptError
+from granite4v.ggml.backend import default_threads
 
 if TYPE_CHECKING:
     from reference import Reference
@@ -351,3 +357,54 @@ def test_threads_take_turns(model: granite4v.Model) -> None:
     for thread in threads:
         thread.join()
     assert found == expected
+
+
+def test_the_number_of_threads_is_known(make_model: Callable[..., Path]) -> None:
+    with granite4v.load(make_model(TINY), n_threads=1) as one, granite4v.load(make_model(TINY)) as default:
+        assert (one.n_threads, one.settings["n_threads"]) == (1, 1)
+        assert default.n_threads == default_threads()
+
+
+# --- copies and forked processes ---
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_cannot_be_copied(model: granite4v.Model, duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled.*load it again"):
+        duplicate(model)
+    assert model.generate("Hello", max_tokens=2).tokens
+
+
+FORK = """
+import os, sys
+import granite4v
+with granite4v.load(sys.argv[1], device="cpu") as model:
+    before = model.generate("Hello", max_tokens=3).tokens
+    stream = model.stream("Hello", max_tokens=3)
+    next(stream)
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        assert model.generate("Hello", max_tokens=3).tokens == before
+        print("parent")
+    else:
+        for use in (lambda: model.generate("Hello"), lambda: model.encode_image("x.png"), lambda: next(stream)):
+            try:
+                use()
+            except granite4v.DeviceError as error:
+                assert f"loaded by process {os.getppid()}" in str(error), error
+                print(str(error).rpartition(". ")[2], flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_refused_and_ends(make_model: Callable[..., Path]) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, str(make_model(TINY))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    advice = "Load the model after the fork, or start processes with multiprocessing.get_context('spawn').\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 3 * advice + "parent\n"
+
+
+def test_a_prompt_that_is_not_unicode_is_refused(model: granite4v.Model) -> None:
+    with pytest.raises(PromptError, match=r"the prompt holds '\\udcff', which is not Unicode text"):
+        model.generate("caf\udcff")
