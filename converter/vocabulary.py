@@ -76,13 +76,16 @@ def vocabulary_metadata(
             f"config.json says that token {image_token} stands for an image, but neither 'tokenizer.json' nor "
             "'tokenizer_config.json' has such an added token; prompts with images will fail"
         )
+    if added:
+        text = json.dumps(tokenizer, ensure_ascii=False)
+    _check_loads(text, path)
     metadata: dict[str, Any] = {
         **kind,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         **_special_ids(tokenizer, settings, (text_config, config), n_vocab),
         "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer, settings),
-        keys.TOKENIZER_HF_JSON: json.dumps(tokenizer, ensure_ascii=False) if added else text,
+        keys.TOKENIZER_HF_JSON: text,
     }
     template, named = chat_template(folder, settings)
     if template is not None:
@@ -91,6 +94,18 @@ def vocabulary_metadata(
         found = f" named 'default', only {', '.join(map(repr, named))}" if named else ""
         warnings.append(f"'{folder}' has no chat template{found}; prompts will have to be written out")
     return metadata, warnings
+
+
+def _check_loads(text: str, path: Path) -> None:
+    """Raises CheckpointError for a tokenizer that the tokenizers package, which will run it, cannot read."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # its panics are no Exception
+        raise CheckpointError(f"'{path}' cannot be read by the tokenizers package: {error}.") from None
 
 
 def _optional(path: Path) -> dict[str, Any]:

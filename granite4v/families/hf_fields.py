@@ -87,30 +87,32 @@ class Fields:
         self, key: str, low: int, high: int, default: Iterable[int] = _REQUIRED, *, most: int = MAX_LAYERS
     ) -> list[int]:
         """A list of integers in the bounds, `most` of them at most."""
-        value = self.get(key, default)
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) > most
-            or not all(is_integer(item) and low <= item <= high for item in value)
-        ):
-            raise self.error(key, f"a list of at most {most} integers from {low} to {high}")
-        return list(value)
+        expected = f"an integer from {low} to {high}"
+        items = self._items(key, default, most, expected)
+        for i, item in enumerate(items):
+            if not (is_integer(item) and low <= item <= high):
+                raise self._item_error(key, i, item, expected)
+        return items
 
     def pairs(self, key: str, low: int, high: int, default: Any = _REQUIRED, *, most: int) -> list[tuple[int, int]]:
         """A list of pairs of integers in the bounds, `most` pairs at most."""
+        expected = f"a pair of integers from {low} to {high}"
+        items = self._items(key, default, most, expected)
+        for i, item in enumerate(items):
+            if not (isinstance(item, (list, tuple)) and len(item) == 2) or not all(
+                is_integer(side) and low <= side <= high for side in item
+            ):
+                raise self._item_error(key, i, item, expected)
+        return [(int(first), int(second)) for first, second in items]
+
+    def _items(self, key: str, default: Any, most: int, expected: str) -> list[Any]:
         value = self.get(key, default)
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) > most
-            or not all(
-                isinstance(pair, (list, tuple))
-                and len(pair) == 2
-                and all(is_integer(item) and low <= item <= high for item in pair)
-                for pair in value
-            )
-        ):
-            raise self.error(key, f"a list of at most {most} pairs of integers from {low} to {high}")
-        return [(int(first), int(second)) for first, second in value]
+        if not isinstance(value, (list, tuple)) or len(value) > most:
+            raise self.error(key, f"a list of at most {most} items, each {expected}")
+        return list(value)
+
+    def _item_error(self, key: str, i: int, item: Any, expected: str) -> CheckpointError:
+        return Fields({f"{key}[{i}]": item}, self.file, self.path).error(f"{key}[{i}]", expected)
 
 
 def is_integer(value: Any) -> bool:
