@@ -22,11 +22,22 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything by that name; a broken link is nothing. Raises CheckpointError."""
+    """Whether there is anything by that name; raises CheckpointError for a link to nothing."""
     try:
-        return path.exists()
-    except OSError as error:
-        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise _dangling(path) from None
+        return False
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from None
+    return True
+
+
+def _dangling(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"'{path}' is a link to '{os.readlink(path)}', which does not exist; download the checkpoint again."
+    )
 
 
 def check_regular(path: Path) -> int:
@@ -37,6 +48,8 @@ def check_regular(path: Path) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise _dangling(path) from None
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from None
