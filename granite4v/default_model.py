@@ -15,12 +15,16 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from granite4v.choices import Device, Format, Task
     from granite4v.converter import Progress
     from granite4v.runtime import Model
     from granite4v.runtime.extraction import Extraction
+    from granite4v.runtime.extraction.run import Say
+    from granite4v.runtime.extraction.schema import SchemaSource
+    from granite4v.runtime.extraction.state import Watch
 
     Meter = Callable[[Progress], None]
     Report = Callable[[str], None]
@@ -38,7 +42,7 @@ def load(
     *,
     n_ctx: int | None = None,
     n_threads: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     mmproj: str | Path | None = None,
     lora: bool | str | Path | None = None,
     exact: bool | None = None,
@@ -60,10 +64,30 @@ def load(
 
 def extract(
     inputs: Sequence[str | Path] | str | Path,
-    tasks: Sequence[str] | str = (),
+    tasks: Sequence[Task] | Task = (),
     *,
     model: Model | str | Path | None = None,
-    **options: Any,
+    schema: SchemaSource | None = None,
+    prompt: str | None = None,
+    out: str | Path | None = None,
+    formats: Sequence[Format] = (),
+    pages: str | None = None,
+    password: str | None = None,
+    crop: Sequence[float | str] | str | None = None,
+    resume: bool = False,
+    free: bool = False,
+    fast_forward: bool = True,
+    max_tokens: int | None = None,
+    report: bool = False,
+    csv_safe: bool = False,
+    retry_failed: bool = False,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    device: Device = "auto",
+    mmproj: str | Path | None = None,
+    lora: bool | None = None,
+    watch: Watch | None = None,
+    say: Say | None = None,
 ) -> Extraction:
     """`runtime.extraction.extract`, which see, and without a model, or with 'nano', the embedded one.
 
@@ -87,7 +111,32 @@ def extract(
 
     if model is None or (isinstance(model, str | Path) and is_embedded(model)):
         model = embedded_model(logging.getLogger("granite4v").info)
-    return run_extract(inputs, tasks, model=model, **options)
+    return run_extract(
+        inputs,
+        tasks,
+        model=model,
+        schema=schema,
+        prompt=prompt,
+        out=out,
+        formats=formats,
+        pages=pages,
+        password=password,
+        crop=crop,
+        resume=resume,
+        free=free,
+        fast_forward=fast_forward,
+        max_tokens=max_tokens,
+        report=report,
+        csv_safe=csv_safe,
+        retry_failed=retry_failed,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        device=device,
+        mmproj=mmproj,
+        lora=lora,
+        watch=watch,
+        say=say,
+    )
 
 
 def is_embedded(name: str | Path) -> bool:

@@ -27,6 +27,7 @@ from granite4v.runtime.tokens import VOCABULARY
 if TYPE_CHECKING:
     import numpy as np
 
+    from granite4v.choices import Device
     from granite4v.clip_projector import ImageFeatures, ImageSource
 
 
@@ -47,7 +48,7 @@ class Model:
         *,
         n_ctx: int | None = None,
         n_threads: int | None = None,
-        device: str = "auto",
+        device: Device = "auto",
         mmproj: str | Path | None = None,
         lora: bool | str | Path | None = None,
         exact: bool | None = None,

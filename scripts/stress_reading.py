@@ -16,10 +16,11 @@ from stress_batch import FORM, Json, Result, draw_page, in_new_process, on_lette
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from granite4v.choices import Task
     from granite4v.runtime import Answer, Model
     from granite4v.runtime.extraction.questions import Question
 
-SHARED_TASKS = ("tables_html", "tables_otsl", "chart2csv")
+SHARED_TASKS: tuple[Task, ...] = ("tables_html", "tables_otsl", "chart2csv")
 COUNTS = ("n_image", "n_prompt", "n_encoded", "n_reused", "n_generated")
 PARTS = {
     "page_s": ("encode_s", "prefill_image_s"),
@@ -35,7 +36,7 @@ def share(options: argparse.Namespace, work: Path) -> Result:
         image = work / "page.png"
         on_letter(draw_page(0, options.seed, "table").picture, 850).save(image)
 
-    def read(names: tuple[str, ...]) -> list[Json]:
+    def read(names: tuple[Task, ...]) -> list[Json]:
         return in_new_process(read_page, image, names, options.model, options.max_tokens, options.threads)
 
     read(tasks[:1])  # what a machine measures once is measured now, and files are in memory
@@ -106,7 +107,7 @@ def _ratio(one: float, other: float) -> float | None:
     return round(one / other, 4) if other else None
 
 
-def read_page(image: Path, tasks: tuple[str, ...], model: Path, max_tokens: int, threads: int) -> list[Json]:
+def read_page(image: Path, tasks: tuple[Task, ...], model: Path, max_tokens: int, threads: int) -> list[Json]:
     """The records of one run as data."""
     import granite4v
 

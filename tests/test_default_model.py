@@ -26,6 +26,7 @@ from granite4v.cli.options import NO_MODEL
 from granite4v.errors import CheckpointError, OutputError
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.speed import cache_file
+from granite4v.runtime.extraction import extract as run_extract
 
 TINY = PRESETS["tiny"]
 FILES = ["files.json", "mmproj-F16.gguf", "text-F16.gguf"]
@@ -365,3 +366,38 @@ def test_the_shipped_checkpoint_is_small_and_converts(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     folder, _ = make()
     assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+# --- signatures ---
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def test_load_takes_what_the_model_takes() -> None:
+    ours, theirs = parameters(granite4v.load), parameters(granite4v.Model.load)
+    assert (ours.pop("path").default, theirs.pop("path").default) == (None, inspect.Parameter.empty)
+    assert ours == theirs
+
+
+def test_extract_takes_what_the_runtime_takes() -> None:
+    """Named one by one, so that a type checker finds a misspelled one; tasks and formats are the words that exist."""
+    ours, theirs = parameters(granite4v.extract), parameters(run_extract)
+    assert list(ours) == list(theirs)
+    assert ours.pop("model") == theirs.pop("model").replace(default=None, annotation="Model | str | Path | None")
+    for name, annotation in (("tasks", "Sequence[Task] | Task"), ("formats", "Sequence[Format]")):
+        assert ours.pop(name) == theirs.pop(name).replace(annotation=annotation)
+    assert ours == theirs
+
+
+def test_extract_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: object() for name in parameters(granite4v.extract)}
+    found: dict[str, Any] = {}
+
+    def record(inputs: Any, tasks: Any, **options: Any) -> None:
+        found.update(inputs=inputs, tasks=tasks, **options)
+
+    monkeypatch.setattr("granite4v.runtime.extraction.extract", record)
+    granite4v.extract(**given)  # type: ignore[arg-type]
+    assert found == given

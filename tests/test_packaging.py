@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("clip_projector", "converter", "runtime")
+MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v").rglob("*.py")}
+MODULES |= {f"granite4v/{path.relative_to(ROOT).as_posix()}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
 CHECKPOINT = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v" / "nano").glob("[!.]*")}
 
 
@@ -26,8 +29,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (source / name).symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).is_file():
             (source / name).write_bytes((ROOT / name).read_bytes())
     return source
 
@@ -41,25 +46,31 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v").rglob("*.py")}
-    for room in ROOMS:
-        expected |= {f"granite4v/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert {name for name in names if name.endswith(".py")} == expected
-    folders = {str(Path(name).parent) for name in expected}
-    assert names - expected == {f"{folder}/py.typed" for folder in folders} | CHECKPOINT
+    assert {name for name in names if name.endswith(".py")} == MODULES
+    folders = {str(Path(name).parent) for name in MODULES}
+    assert names - MODULES == {f"{folder}/py.typed" for folder in folders} | CHECKPOINT
 
 
-def test_a_source_distribution_holds_what_the_wheel_is_made_of(source: Path, tmp_path: Path) -> None:
+def test_a_source_distribution_holds_what_the_wheel_is_made_of_once(source: Path, tmp_path: Path) -> None:
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    modules = {
-        path.relative_to(ROOT).as_posix() for room in ("granite4v", *ROOMS) for path in (ROOT / room).rglob("*.py")
-    }
-    assert modules | CHECKPOINT <= names
+        names = [member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()]
+    assert set(names) >= CHECKPOINT and len(names) == len(set(names))
+    assert {name for name in names if name.endswith(".py") and not name.startswith("tests/")} == MODULES
+
+
+def test_an_editable_install_is_a_folder_that_type_checkers_follow(source: Path, tmp_path: Path) -> None:
+    """A path in a .pth file, not an import hook."""
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert [Path(name).suffix for name in names] == [".pth"]
+        assert archive.read(names[0]).decode().strip() == str(source)
+    assert {path.name for path in (source / "granite4v").iterdir() if path.is_symlink()} == set(ROOMS)
 
 
 def test_the_wheel_works_from_outside_the_repository(wheel: Path, tmp_path: Path) -> None:

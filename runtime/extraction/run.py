@@ -21,6 +21,7 @@ from granite4v.runtime.extraction.schema import SchemaSource, load_schema
 from granite4v.runtime.extraction.state import State, Watch
 
 if TYPE_CHECKING:
+    from granite4v.choices import Device
     from granite4v.runtime.model import Model
 
 Say = Callable[[str], None]
@@ -47,7 +48,7 @@ def extract(
     retry_failed: bool = False,
     n_ctx: int | None = None,
     n_threads: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     mmproj: str | Path | None = None,
     lora: bool | None = None,
     watch: Watch | None = None,

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from evaluate import Question
 
     import granite4v
+    from granite4v.choices import Task
 
-TASKS = {
+TASKS: dict[str, tuple[Task, ...]] = {
     "table": ("tables_otsl", "tables_html", "tables_json"),
     "chart": ("chart2csv",),
     "form": ("kvp",),
