@@ -20,16 +20,16 @@ MODEL_FILES = ("text-*.gguf", "mmproj-*.gguf", "lora-*.gguf")
 
 def check_target(target: Path, force: bool) -> None:
     """Raises OutputError when the model directory cannot be made, or holds something and `force` is off."""
-    try:
-        is_file = target.exists() and not target.is_dir()
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}.") from None
-    if is_file:
-        raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
-    if target.is_dir():
+    if "\0" in str(target):
+        raise OutputError(f"cannot write {str(target)!r}: it holds a zero byte.")
+    with _output_errors(target):
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
         remove_leftovers(target, target.name)
-    # the lock is that of a caller who converts into a working directory of `files_in_place`
-    held = sorted(path.name for path in target.iterdir() if path.name != LOCK) if target.is_dir() else []
+        # the lock is that of a caller who converts into a working directory of `files_in_place`
+        held = sorted(path.name for path in target.iterdir() if path.name != LOCK)
     if held and not force:
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         raise OutputError(
@@ -41,12 +41,22 @@ def check_target(target: Path, force: bool) -> None:
 def check_space(target: Path, needed_bytes: int) -> None:
     """Raises OutputError when the target's disk has not room for so many bytes."""
     needed_bytes += SPARE_BYTES
-    free_bytes = shutil.disk_usage(_existing_parent(target)).free
+    with _output_errors(target):
+        free_bytes = shutil.disk_usage(_existing_parent(target)).free
     if free_bytes < needed_bytes:
         raise OutputError(
             f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free; make room, "
             "choose a smaller type or another place."
         )
+
+
+@contextlib.contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
+    """What the system says of the target as an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise _as_output_error(error, target) from None
 
 
 @contextlib.contextmanager
@@ -58,9 +68,11 @@ def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
     OutputError.
     """
     fresh = not target.exists()
-    made = _make_parents(target.parent) if fresh else []
+    made: list[Path] = []
     work, lock = None, None
     try:
+        if fresh:
+            _make_parents(target.parent, made)
         place = target.parent if fresh else target
         remove_leftovers(place, target.name)
         work = Path(tempfile.mkdtemp(prefix=_prefix(target.name), dir=place))
@@ -76,7 +88,7 @@ def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
             os.close(lock)
         if work is not None and work.exists():
             shutil.rmtree(work, ignore_errors=True)
-        if not target.exists():
+        if not os.path.exists(target):
             for folder in reversed(made):
                 with contextlib.suppress(OSError):  # not empty: somebody else put something there
                     folder.rmdir()
@@ -135,13 +147,12 @@ def _umask() -> int:
     return mask
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _as_output_error(error, folder) from None
-    return missing[::-1]
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Makes the directory and those above it; `made` lists what was not there, also when it fails in the middle."""
+    for path in reversed((folder, *folder.parents)):
+        if not path.exists():
+            path.mkdir(exist_ok=True)
+            made.append(path)
 
 
 def _existing_parent(path: Path) -> Path:

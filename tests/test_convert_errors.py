@@ -319,26 +319,83 @@ def test_a_failure_with_force_keeps_the_model_that_is_there(single: Path, tmp_pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
-def test_ctrl_c_in_the_middle_leaves_nothing_and_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["../single/config.json/out", "a/" * 10 + "x" * 300, "nul\0"])
+def test_a_target_that_no_directory_can_have(target: str, single: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="cannot write "):
+        convert(single, tmp_path / "models" / target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes a moment to convert."""
     spec = replace(PRESETS["tiny-wide"], text_hidden=1024, text_ffn=2048, text_heads=16, dtype="bfloat16")
-    source, models = write_checkpoint(tmp_path / "source", spec), tmp_path / "models"
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from granite4v.cli.main import entry; entry()", "convert", source, models / "out"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return write_checkpoint(tmp_path_factory.mktemp("large") / "source", spec)
+
+
+def interrupt(source: Path, target: Path, number: int, *options: str) -> tuple[int, str, str]:
+    """Starts `convert`, sends it a signal while it writes, returns its status and output."""
+    command = [sys.executable, "-m", "granite4v", "convert", source, target, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     give_up = time.monotonic() + 60
-    while not list(models.glob(".out-partial-*/text-*.gguf")) and time.monotonic() < give_up:
+    places = (target.parent, target)
+    while not [path for place in places for path in place.glob(".out-partial-*/text-*.gguf")]:
+        assert time.monotonic() < give_up
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert err.strip().splitlines()[-1] == "granite4v: interrupted"
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_in_the_middle_leaves_nothing_and_no_traceback(
+    name: str, status: int, large: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    found, out, err = interrupt(large, models / "out", getattr(signal, name))
+    assert (found, out) == (status, "")
+    last = err.strip().splitlines()[-1]
+    assert last == ("granite4v: interrupted" if name == "SIGINT" else f"granite4v: ended by {name}")
     assert "Traceback" not in err
     assert not models.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and locks")
+@pytest.mark.parametrize("exists", [False, True], ids=["new directory", "empty directory"])
+def test_what_a_killed_run_left_is_removed_by_the_next(exists: bool, large: Path, single: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    target = models / "out"
+    if exists:
+        target.mkdir(parents=True)
+    assert interrupt(large, target, signal.SIGKILL)[0] == -signal.SIGKILL
+    (left,) = (target if exists else models).iterdir()
+    assert left.name.startswith(".out-partial-")
+    convert(single, target, Options("F16", "F16"))
+    assert [path.name for path in models.iterdir()] == ["out"]
+    assert sorted(path.name for path in target.iterdir()) == ["mmproj-F16.gguf", "text-F16.gguf"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks")
+def test_a_run_at_work_keeps_its_directory(single: Path, tmp_path: Path) -> None:
+    """Another process converts to the same name meanwhile; the one that ends last is told."""
+    other = [sys.executable, "-m", "granite4v", "convert", single, tmp_path / "models" / "out", "--text-type", "F16"]
+    kept: list[bool] = []
+
+    def meanwhile(progress: Progress) -> None:
+        if not kept:
+            (work,) = (tmp_path / "models").glob(".out-partial-*")
+            subprocess.run(other, check=True, capture_output=True, timeout=120)
+            kept.append(work.exists())
+
+    with pytest.raises(OutputError, match="cannot write"):
+        convert(single, tmp_path / "models" / "out", Options("F32", "F32"), meanwhile)
+    assert kept == [True]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "models" / "out").iterdir()) == ["mmproj-F16.gguf", "text-F16.gguf"]
 
 
 def test_a_source_that_shrinks_while_it_is_read(single: Path, tmp_path: Path) -> None:

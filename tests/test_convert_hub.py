@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from make_checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 from test_quant import tensor_bytes
+from typer.testing import CliRunner
 
 from granite4v.converter import Options, convert, plan_conversion
 from granite4v.converter.hub import locate
@@ -67,3 +68,78 @@ def test_what_is_neither_here_nor_on_the_hub(cache: Path) -> None:
         locate("owner/absent")
     with pytest.raises(CheckpointError, match="of that name at revision 'v9' could not be fetched"):
         locate("owner/model", "v9")
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that would be asked, and what it is asked for; it has nothing."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def snapshot_download(repository: str, **options: object) -> str:
+        asked.append(repository)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_base_that_an_adapter_chooses_is_announced_before_it_is_fetched(online: list[str], tmp_path: Path) -> None:
+    spec = AdapterSpec(base_model_name_or_path="owner/model")
+    adapter = write_adapter(tmp_path / "adapter", TINY, spec)
+    told: list[tuple[str, int]] = []
+    with pytest.raises(CheckpointError, match="the hub repository of that name could not be fetched"):
+        plan_conversion(adapter, report=lambda line: told.append((line, len(online))))
+    ((line, asked),) = told
+    assert line.startswith(f"the adapter '{adapter}' names its base model: there is no directory 'owner/model' here; ")
+    assert "fetching 'owner/model' from https://" in line
+    assert asked == 0
+    assert online == ["owner/model"]
+
+
+def test_without_a_reporter_that_base_is_logged(
+    online: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec(base_model_name_or_path="owner/model"))
+    with pytest.raises(CheckpointError):
+        plan_conversion(adapter)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "fetching 'owner/model' from https://" in caplog.text
+
+
+def test_the_command_announces_it_on_stderr(online: list[str], tmp_path: Path) -> None:
+    from granite4v.cli.main import app
+
+    adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec(base_model_name_or_path="owner/model"))
+    result = CliRunner().invoke(app, ["convert", str(adapter), str(tmp_path / "out")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    first, *_ = result.stderr.splitlines()
+    assert first.startswith(f"the adapter '{adapter}' names its base model: ")
+
+
+def test_nothing_is_fetched_for_a_base_that_is_given(
+    online: list[str], make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec(base_model_name_or_path="owner/model"))
+    told: list[str] = []
+    plan_conversion(make_checkpoint(TINY), Options(adapter=str(adapter)), told.append)
+    assert (online, told) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./models/granite", "../models/granite", "/models/granite", "models/granite/4.1", "~/models", "a..b/c", "x" * 400],
+)
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name: str, online: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="there is no directory|cannot read") as caught:
+        plan_conversion(name)
+    assert name in str(caught.value)
+    assert online == []
+
+
+def test_a_name_without_a_home(online: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="cannot read '~no-such-user/models'"):
+        plan_conversion("~no-such-user/models")
