@@ -21,6 +21,7 @@ from granite4v.runtime.prompt import image_token, image_token_text
 from granite4v.runtime.settings import N_UBATCH, Placement, choose_placement
 from granite4v.runtime.template import ChatTemplate
 from granite4v.runtime.tokens import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+from granite4v.runtime.trial import try_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +55,7 @@ class Engine:
         self.stop_tokens = stop_tokens(files.text)
         self.features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
         self.closed = False
+        self._tried = False
         self._worker = Worker("granite4v")
         self._encoder: VisionEncoder | None = None
         self._decoder: Decoder | None = None
@@ -99,8 +101,15 @@ class Engine:
 
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
+            self._try_once()
             self._tokenizer = load_tokenizer(self.files.text, self.files.text.path)
         return self._tokenizer
+
+    def _try_once(self) -> None:
+        """Before native code of this process meets the text file: see `trial`."""
+        if not self._tried:
+            try_once(self.files, lambda: self.report("check", 0, 1))
+            self._tried = True
 
     def template(self) -> ChatTemplate:
         if self._template is None:
@@ -134,6 +143,7 @@ class Engine:
     def decoder(self) -> Decoder:
         self.check_open()
         if self._decoder is None:
+            self._try_once()
             self.report("load", 0, 1)
             if not self.exact:
                 self._placement = self._choose_placement()

@@ -22,6 +22,7 @@ from granite4v.gguf_role import gguf_files, role
 MAX_COUNT = (1 << 31) - 1
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process over a file that has more
 _LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
+_FIRST_SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 _AGAIN = "convert it again with 'granite4v convert'"
 
 
@@ -61,6 +62,16 @@ class ModelFiles:
     @property
     def architecture(self) -> str:
         return str(self.text.text(keys.GENERAL_ARCHITECTURE))
+
+    @property
+    def text_paths(self) -> list[Path]:
+        """The text file, and all its parts when it is split."""
+        path = self.text.path
+        match = _FIRST_SHARD.search(path.name)
+        if match is None:
+            return [path]
+        stem, n = path.name[: match.start()], int(match[1])
+        return [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
 
     def text_key(self, pattern: str) -> str:
         """The key of a text file for a pattern such as '{arch}.block_count'."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -28,7 +28,7 @@ _SPECIAL_KEYS = {
 }
 _STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 VOCABULARY = "tokenizer.ggml.tokens"
-_TOKEN_TYPES = "tokenizer.ggml.token_type"
+TOKEN_TYPES = "tokenizer.ggml.token_type"
 MAX_TOKENS = 1 << 24
 _USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
 
@@ -77,7 +77,7 @@ def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
     source = metadata.text(keys.TOKENIZER_HF_JSON, "")
     if source:
         return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
-    return LlamaTokenizer(path, metadata.integers(_TOKEN_TYPES, 0, MAX_TOKENS, ()))
+    return LlamaTokenizer(path, metadata.integers(TOKEN_TYPES, 0, MAX_TOKENS, ()))
 
 
 def special_tokens(metadata: GgufMetadata) -> dict[str, str]:
@@ -119,24 +119,34 @@ class HfTokenizer:
     def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
         import tokenizers
 
-        try:
+        self._path, self._bos_token = path, bos_token
+        with self._explained("cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception for every fault in the JSON
-            raise ModelFileError(
-                f"'{path}' has a '{keys.TOKENIZER_HF_JSON}' that cannot be read ({error}); convert it again."
-            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._path, self._bos_token = path, bos_token
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """The library raises bare Exception for every fault in the JSON, and its panics derive from BaseException."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise ModelFileError(
+                f"'{self._path}' has a '{keys.TOKENIZER_HF_JSON}' that {what} ({error!s:.200}); convert it again."
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         add_special = not (self._bos_token and text.startswith(self._bos_token))
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+        with self._explained("cannot split this text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
 
     def encode_plain(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = True
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            with self._explained("cannot split this text"):
+                return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         finally:
             self._tokenizer.encode_special_tokens = False
 
@@ -164,7 +174,8 @@ class HfTokenizer:
         return pieces
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with self._explained("cannot spell out these tokens"):
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def text_stream(self) -> TextStream:
         return _DecodeStream(self)

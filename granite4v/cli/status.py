@@ -6,7 +6,12 @@ import sys
 import time
 from typing import TextIO
 
-NAMES = {"load": "loading weights", "encode": "reading pictures", "prefill": "reading the prompt"}
+NAMES = {
+    "check": "checking the model's files",
+    "load": "loading weights",
+    "encode": "reading pictures",
+    "prefill": "reading the prompt",
+}
 _INTERVAL_S = 0.1
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.cache import cache_folder, read_json, write_json
+from granite4v.child import run_module
 from granite4v.ggml.library import lib
 
 if TYPE_CHECKING:
@@ -101,12 +101,11 @@ def _n_in(type_name: str) -> int:
 
 
 def _measure_in_child(type_name: str, way: str, n_threads: int) -> float:
-    command = [sys.executable, "-m", "granite4v.ggml.speed", type_name, way, str(n_threads)]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # OSError: no memory for another process
+        child = run_module(__name__, [type_name, way, str(n_threads)], TIMEOUT_S)
+    except OSError:  # no memory for another process
         return math.inf
-    if child.returncode != 0:
+    if child.status != 0:
         return math.inf
     try:
         measured = float(child.stdout.split()[-1])

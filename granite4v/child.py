@@ -1,0 +1,72 @@
+"""Runs a module of ours in a Python of its own: for native code that may end its process, or never return."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ANNOUNCE_AFTER_S = 1.0
+# The child finds modules where this process does, and not in the current folder, as '-m' would.
+_START = (
+    "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
+    "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended. `status` is negative for a signal, None for one that ran out of time."""
+
+    status: int | None
+    stdout: str
+    stderr: str
+
+    @property
+    def how(self) -> str:
+        """In words: 'by SIGABRT', 'with status 3', 'after more time than it may take'."""
+        if self.status is None:
+            return "after more time than it may take"
+        if self.status < 0:
+            with contextlib.suppress(ValueError):
+                return f"by {signal.Signals(-self.status).name}"
+            return f"by signal {-self.status}"
+        return f"with status {self.status}"
+
+    @property
+    def last_line(self) -> str:
+        """The last line on stderr, where a library says why it aborts; perhaps empty."""
+        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def run_module(
+    module: str, arguments: Sequence[str], timeout_s: float, announce: Callable[[], None] | None = None
+) -> Ended:
+    """Waits until the child has ended, or ends it after `timeout_s`; `announce` is called once it takes a second.
+
+    Raises OSError when there is no Python to start, or no memory for it.
+    """
+    if not sys.executable:
+        raise OSError("this process does not know its Python")
+    command = [sys.executable, "-c", _START, "\n".join(sys.path), module, *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace"
+    ) as child:
+        try:
+            try:
+                output = child.communicate(timeout=min(ANNOUNCE_AFTER_S, timeout_s))
+            except subprocess.TimeoutExpired:
+                if announce is not None:
+                    announce()
+                output = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return Ended(None, *child.communicate())
+        except BaseException:
+            child.kill()
+            raise
+    return Ended(child.returncode, *output)
