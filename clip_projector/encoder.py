@@ -6,6 +6,7 @@ Knows the configuration's parts (tiling, tower, projector, streams), never which
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.tiles import Layout, cut, layout, normalize
 from granite4v.errors import ModelFileError
+from granite4v.ggml.metadata import AGAIN
+from granite4v.ggml.types import NO_WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from PIL.Image import Image
@@ -68,14 +71,21 @@ class VisionEncoder:
 
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. Raises ModelFileError and DeviceError.
         """
+        self.path = Path(path)
+        self._graphs: OrderedDict[int, Graph] = OrderedDict()
+        try:
+            self._open(device, n_threads, abort)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, device: str, n_threads: int | None, abort: tuple[int, int] | None) -> None:
         from granite4v.clip_projector.weights import Weights
         from granite4v.families import read_vision
         from granite4v.ggml import speed
         from granite4v.ggml.backend import Backend
         from granite4v.ggml.gguf_file import GgufFile
 
-        self.path = Path(path)
-        self._graphs: OrderedDict[int, Graph] = OrderedDict()
         with GgufFile.open(self.path) as file:
             if file.get(keys.GENERAL_ARCHITECTURE) != keys.ARCH_CLIP:
                 raise ModelFileError(
@@ -87,11 +97,12 @@ class VisionEncoder:
             names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
-            matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1}
+            matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1} - NO_WEIGHTS
             self.ways = speed.ways(self.backend, matrices)
             self._weights = Weights(file, self.backend, self.ways, names)
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
+        self._build(1).close()  # every tensor is there in its shape and type, or this says which is not
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """Grid and tokens of a picture of `size` (width, height), without looking at it."""
@@ -139,6 +150,7 @@ class VisionEncoder:
             pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
             graph = self._graph(len(batch))
             outputs = graph.run(pixels=pixels)
+            self._check_finite(outputs)
             graph.release()
             streams = [
                 outputs[f"stream.{p}"].reshape(len(batch), self.config.tokens_per_tile, -1)
@@ -149,6 +161,14 @@ class VisionEncoder:
                 progress(len(done), len(tiles))
         self._weights.release()
         return done
+
+    def _check_finite(self, outputs: Mapping[str, np.ndarray]) -> None:
+        for name, values in outputs.items():
+            if not math.isfinite(float(values.sum(dtype="float64"))):
+                raise ModelFileError(
+                    f"'{self.path}' makes image embeddings ({name}) that are not finite numbers, so its weights are "
+                    f"damaged; {AGAIN}."
+                )
 
     def _graph(self, n_tiles: int) -> Graph:
         """The graph for a number of tiles, built once and kept for the next picture."""
@@ -162,22 +182,33 @@ class VisionEncoder:
         return graph
 
     def _build(self, n_tiles: int) -> Graph:
-        from granite4v.clip_projector.projectors import project
-        from granite4v.clip_projector.tower import N_CHANNELS, hidden_states
-        from granite4v.ggml.graph import Graph
+        from granite4v.ggml.graph import Graph, ShapeError
 
         config, tower = self.config, self.config.tower
         max_nodes = NODES_PER_TILE_AND_LAYER * n_tiles * (tower.num_hidden_layers + 2) + NODES_PER_PROJECTOR * len(
             config.streams
         )
         graph = Graph(self.backend, max_nodes)
+        try:
+            self._fill(graph, n_tiles)
+        except BaseException as error:
+            graph.close()
+            if isinstance(error, ShapeError):
+                raise ModelFileError(f"'{self.path}' has tensors that do not fit together: {error}; {AGAIN}.") from None
+            raise
+        return graph
+
+    def _fill(self, graph: Graph, n_tiles: int) -> None:
+        from granite4v.clip_projector.projectors import project
+        from granite4v.clip_projector.tower import N_CHANNELS, hidden_states
+
+        config, tower = self.config, self.config.tower
         pixels = graph.input("pixels", "F32", N_CHANNELS * tower.patch_size**2, tower.grid_side**2, n_tiles)
         wanted = {state for stream in config.streams for state in stream.hidden_states}
         together = not self.backend.is_cpu
         states = hidden_states(graph, self._weights, tower, pixels, wanted, together=together)
         for p, embeddings in enumerate(project(graph, self._weights, config, states)):
             graph.output(f"stream.{p}", embeddings)
-        return graph
 
     def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:
         """The rows of one picture, `(n_tokens, n_streams, n_embd)`, written stream by stream."""

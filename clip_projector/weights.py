@@ -15,6 +15,7 @@ from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Arena
 from granite4v.ggml.graph import Tensor
 from granite4v.ggml.library import lib
+from granite4v.ggml.types import NO_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from granite4v.ggml.gguf_file import GgufFile, TensorInfo
     from granite4v.ggml.graph import Graph
     from granite4v.ggml.speed import Way
+
+
+ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
 
 
 class Weights:
@@ -48,21 +52,30 @@ class Weights:
         self._tensors: dict[str, Tensor] = {}
         self._file = open(file.path, "rb")  # noqa: SIM115  kept for as long as the mapping
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self._map) < max((info.offset + info.nbytes for info in self._infos.values()), default=0):
+            self._map.close()
+            self._file.close()
+            raise ModelFileError(f"'{file.path}' has become shorter since its header was read; open it again.")
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         elsewhere: dict[Any, list[TensorInfo]] = {}
-        mapped = []
+        mapped: list[TensorInfo] = []
+        shifted: list[TensorInfo] = []
         for info in self._infos.values():
             way = self._way(info)
             if way is not None and way.buffer_type is not None:
                 elsewhere.setdefault(way.name, []).append(info)
+            elif info.offset % ALIGNMENT:
+                shifted.append(info)
             else:
                 mapped.append(info)
         for name, infos in elsewhere.items():
             self._copy(infos, next(way.buffer_type for way in ways.values() if way.name == name))
-        if backend.is_cpu:
+        if not backend.is_cpu:
+            mapped, shifted = [], mapped + shifted
+        if mapped:
             self._map_in_place(mapped, backend)
-        elif mapped:
-            self._copy(mapped, backend.buffer_type)
+        if shifted:
+            self._copy(shifted, backend.buffer_type)
 
     def _way(self, info: TensorInfo) -> Way | None:
         return self._ways.get(info.type_name) if len(info.shape) > 1 else None
@@ -124,6 +137,11 @@ class Weights:
     def matrix(self, graph: Graph, name: str, n_in: int, n_out: int) -> Tensor:
         """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster."""
         info = self._info(name)
+        if info.type_name in NO_WEIGHTS:
+            raise ModelFileError(
+                f"'{self._path}' has tensor '{name}' as {info.type_name}, expected a type that weights are multiplied "
+                "in, such as F16 or Q8_0; convert it again with 'granite4v convert'."
+            )
         if _flat(info.shape) != (n_out, n_in):
             raise ModelFileError(
                 f"'{self._path}' has tensor '{name}' with shape {info.shape}, its metadata says {(n_out, n_in)}."

@@ -6,6 +6,7 @@ Both have `close()`, work in a `with`, may be closed twice, and raise ValueError
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,7 +267,13 @@ class LlamaContext(_Owner):
         pointer = llama().llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise ValueError("the last batch asked for no logits")
-        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+        values = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+        if math.isnan(float(values.sum())):
+            raise ModelFileError(
+                f"'{self.model.path}' computes logits that are not numbers, so its weights or those of its vision file "
+                "or adapter are damaged; convert it again with 'granite4v convert', or download it again."
+            )
+        return values
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets everything from position `n_tokens` on."""

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from granite4v.ggml.types import NO_WEIGHTS
+
 if TYPE_CHECKING:
     from granite4v.ggml.backend import Backend
     from granite4v.ggml.gguf_file import TensorInfo
@@ -59,7 +61,7 @@ def choose_placement(tensors: Mapping[str, TensorInfo], backend: Backend) -> Pla
     if not backend.is_cpu or not extra:
         return Placement()
     weights = [info for info in tensors.values() if _BLOCK_WEIGHT.match(info.name) and len(info.shape) == 2]
-    types = sorted({info.type_name for info in weights} - {"F32"})
+    types = sorted({info.type_name for info in weights} - NO_WEIGHTS - {"F32"})
     best = {kind: fastest(speed.seconds(backend, kind), set(extra)) for kind in types}
     placed: dict[str, list[str]] = defaultdict(list)
     supported: dict[tuple[str, tuple[int, ...]], bool] = {}

@@ -240,7 +240,7 @@ def _projector_from_gguf(metadata: GgufMetadata, tower: TowerConfig) -> WindowQF
         window_side=window_side,
         num_attention_heads=heads,
         layer_norm_eps=short(metadata.number(keys.PROJECTOR_LAYER_NORM_EPS, 0, 1, 1e-12)),
-        hidden_act=metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu"),
+        hidden_act=metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu", ACTIVATIONS),
     )
 
 

@@ -93,7 +93,7 @@ class LlavaNext:
             family=self.name,
             tower=tower,
             tiling=tiling_from_gguf(metadata, tower, height_first=not ours),
-            projector=MlpConfig(metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu")),
+            projector=MlpConfig(metadata.text(keys.PROJECTOR_HIDDEN_ACT, "gelu", ACTIVATIONS)),
             streams=(Stream(tuple(states), 0),),
             text_hidden_size=_projected_width(metadata, shapes),
         )

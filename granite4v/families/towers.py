@@ -131,7 +131,7 @@ def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) ->
         num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
         image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
         patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
-        hidden_act=metadata.text(keys.HIDDEN_ACT, hidden_act),
+        hidden_act=metadata.text(keys.HIDDEN_ACT, hidden_act, ACTIVATIONS),
         layer_norm_eps=short(metadata.number(keys.VISION_LAYER_NORM_EPS, 0, 1)),
         class_token=kind.class_token,
         pre_norm=kind.pre_norm,

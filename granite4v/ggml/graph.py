@@ -1,7 +1,7 @@
 """Building and running one ggml graph. Model code sees tensor algebra; shapes are checked before ggml sees them.
 
 Square brackets give ggml order, fastest first: `[dim, tokens, tiles]`. ggml aborts the process on a bad
-shape, so each helper raises ValueError with both shapes instead.
+shape, so each helper raises ShapeError with both shapes instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from granite4v.ggml.types import TYPE_IDS, type_name
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+class ShapeError(ValueError):
+    """Tensors that an operation cannot take together. Where shapes come from a file, so does this error."""
 
 
 class Tensor:
@@ -97,13 +101,13 @@ class Graph:
     def reshape(self, x: Tensor, *ne: int) -> Tensor:
         sizes = (*ne, *(1,) * (4 - len(ne)))
         if _product(sizes) != _product(x.ne) or not x.is_contiguous:
-            raise ValueError(f"cannot reshape {x!r} (contiguous: {x.is_contiguous}) to {list(ne)}")
+            raise ShapeError(f"cannot reshape {x!r} (contiguous: {x.is_contiguous}) to {list(ne)}")
         return Tensor(lib().ggml_reshape_4d(self._ctx, x.ptr, *sizes))
 
     def permute(self, x: Tensor, a0: int, a1: int, a2: int, a3: int) -> Tensor:
         """Axis i of `x` becomes axis a_i of the result (a view)."""
         if sorted((a0, a1, a2, a3)) != [0, 1, 2, 3]:
-            raise ValueError(f"permute needs each axis once, got {(a0, a1, a2, a3)}")
+            raise ShapeError(f"permute needs each axis once, got {(a0, a1, a2, a3)}")
         return Tensor(lib().ggml_permute(self._ctx, x.ptr, a0, a1, a2, a3))
 
     def cont(self, x: Tensor) -> Tensor:
@@ -117,13 +121,13 @@ class Graph:
             strides.append((strides[-1] if strides else sizes[0] * x.nb[0]) * sizes[len(strides)])
         end = offset + x.nb[0] * sizes[0] + sum((n - 1) * s for n, s in zip(sizes[1:], strides, strict=True))
         if end > lib().ggml_nbytes(x.ptr):
-            raise ValueError(f"view {list(ne)} strides {strides} offset {offset} ends at byte {end}, outside {x!r}")
+            raise ShapeError(f"view {list(ne)} strides {strides} offset {offset} ends at byte {end}, outside {x!r}")
         return Tensor(lib().ggml_view_4d(self._ctx, x.ptr, *sizes, *strides, offset))
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of `x` `[dim, rows, b]` picked by I32 `index` `[n, b]`: `[dim, n, b]`."""
         if index.type_name != "I32" or index.ne[1] != x.ne[2] or index.ne[2] != x.ne[3]:
-            raise ValueError(f"cannot pick rows of {x!r} by {index!r}")
+            raise ShapeError(f"cannot pick rows of {x!r} by {index!r}")
         return Tensor(lib().ggml_get_rows(self._ctx, x.ptr, index.ptr))
 
     def concat(self, a: Tensor, b: Tensor, axis: int) -> Tensor:
@@ -131,14 +135,14 @@ class Graph:
             any(n != m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis)
             or a.type_name != b.type_name
         ):
-            raise ValueError(f"cannot join {a!r} and {b!r} along axis {axis}")
+            raise ShapeError(f"cannot join {a!r} and {b!r} along axis {axis}")
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
 
     def repeat(self, x: Tensor, *ne: int) -> Tensor:
         """`x` as often along each axis as it takes to fill `ne`, which its sizes must divide."""
         sizes = (*ne, *(1,) * (4 - len(ne)))
         if any(n % m for n, m in zip(sizes, x.ne, strict=True)):
-            raise ValueError(f"cannot repeat {x!r} to {list(ne)}")
+            raise ShapeError(f"cannot repeat {x!r} to {list(ne)}")
         return Tensor(lib().ggml_repeat_4d(self._ctx, x.ptr, *sizes))
 
     def join(self, parts: list[Tensor], axis: int) -> Tensor:
@@ -157,7 +161,7 @@ class Graph:
         """`weight` `[k, m, ...]`, `x` `[k, n, ...]`: `[m, n, ...]` = x . weight^T, float32."""
         w, v = weight.ne, x.ne
         if w[0] != v[0] or v[2] % w[2] or v[3] % w[3] or weight.nb[0] > weight.nb[1]:
-            raise ValueError(f"cannot multiply {weight!r} with {x!r}")
+            raise ShapeError(f"cannot multiply {weight!r} with {x!r}")
         return Tensor(lib().ggml_mul_mat(self._ctx, weight.ptr, x.ptr))
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -202,13 +206,13 @@ class Graph:
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q `[head_dim, n, heads, b]`, k and v `[head_dim, m, heads, b]`: `[head_dim, heads, n, b]`."""
         if q.ne[0] != k.ne[0] or k.ne[1] != v.ne[1] or q.ne[2] % k.ne[2] or q.ne[3] != k.ne[3]:
-            raise ValueError(f"attention does not fit: q {q!r}, k {k!r}, v {v!r}")
+            raise ShapeError(f"attention does not fit: q {q!r}, k {k!r}, v {v!r}")
         return Tensor(lib().ggml_flash_attn_ext(self._ctx, q.ptr, k.ptr, v.ptr, None, scale, 0.0, 0.0))
 
     @staticmethod
     def _check_broadcast(a: Tensor, b: Tensor) -> None:
         if any(n % m for n, m in zip(a.ne, b.ne, strict=True)):
-            raise ValueError(f"cannot broadcast {b!r} over {a!r}")
+            raise ShapeError(f"cannot broadcast {b!r} over {a!r}")
 
     # --- execution ---
 

@@ -7,7 +7,7 @@ that would take all memory. Whoever reads a value names what it accepts here and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,13 @@ class GgufMetadata(Mapping[str, Any]):
             raise self._wrong(key, value, expected)
         return number
 
-    def text(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A string."""
-        value = self._get(key, default, "text")
-        if value is default or isinstance(value, str):
+    def text(self, key: str, default: Any = _REQUIRED, known: Collection[str] = ()) -> Any:
+        """A string, one of `known` if there are any."""
+        expected = f"one of {', '.join(map(repr, known))}" if known else "text"
+        value = self._get(key, default, expected)
+        if value is default or (isinstance(value, str) and (not known or value in known)):
             return value
-        raise self._wrong(key, value, "text")
+        raise self._wrong(key, value, expected)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         """A boolean."""
