@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from granite4v.runtime.constraint.schema import definite
 
@@ -14,18 +14,22 @@ _KVP = "kvp"
 
 @dataclass(frozen=True)
 class Grammar:
-    """What answers to `task` look like: a `form` of tables, or JSON text of a `schema`."""
+    """What answers to `task` look like: a `form` of tables, or JSON text of a `schema`.
+
+    `warnings`: what the schema demands beyond that; answers can break it, and have to be checked.
+    """
 
     task: str
     form: str = ""
     schema: str = ""
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
 def grammar_for(task: str, schema: object = None) -> Grammar | None:
     """The grammar of a task, with or without angle brackets; None for one whose answers are free text.
 
-    `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for a schema that is none or
-    that answers cannot be held to, ValueError for an unknown task or a schema that the task has no use for.
+    `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for one that is invalid or that
+    no answer can satisfy, ValueError for an unknown task or a schema that the task has no use for.
     """
     name = task.strip().removeprefix("<").removesuffix(">")
     if name not in (*_FORMS, *_FREE, _KVP):
@@ -33,5 +37,6 @@ def grammar_for(task: str, schema: object = None) -> Grammar | None:
     if schema is not None and name != _KVP:
         raise ValueError(f"a schema for {task!r}; only '{_KVP}' takes one.")
     if name == _KVP:
-        return Grammar(name, schema=definite({"type": "object"} if schema is None else schema))
+        text, warnings = definite({"type": "object"} if schema is None else schema)
+        return Grammar(name, schema=text, warnings=warnings)
     return Grammar(name, form=_FORMS[name]) if name in _FORMS else None

@@ -1,123 +1,104 @@
-"""JSON schemas: checked, made definite, and written as llguidance takes them.
+"""JSON schemas of answers: checked, translated for llguidance, and tried.
 
 An answer is one line as Python's json.dumps writes it, so keys and what stands between values are never the model's
-choice. Objects have the properties their schema names and no others, unless it speaks of others; a property that may
-be null is always there. Both leave only instances that the schema allows, and are what the prompt asks for.
+choice.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from granite4v.errors import ConstraintError
+from granite4v.runtime.constraint.grammar_text import lark_grammar, validation_problem
+from granite4v.runtime.constraint.json_schema import InvalidSchema, read_schema, subschemas
+from granite4v.runtime.constraint.leaves import Impossible
+from granite4v.runtime.constraint.translation import Translation
+from granite4v.runtime.constraint.trial import try_grammars
 
 Schema = dict[str, Any]
 
-# no \u escapes: half a surrogate pair is JSON, but no text
-_LAYOUT = {
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "whitespace_flexible": False,
-    "json_allowed_escapes": 'nrbtf\\"',
-}
-_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-_OF_ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
-_COMBINING = ("anyOf", "oneOf", "allOf", "$ref", "$dynamicRef")
-_OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "unevaluatedProperties", "required")
-_WITHOUT_EFFECT = {"uniqueItems": False, "minContains": 0, "unevaluatedProperties": True, "unevaluatedItems": True}
-_MOST_REFERENCES = 20  # one leading to the next
+_MANY = 50  # schemas in one, that are each tried by themselves
+_WHAT_TO_DO = "Change the schema, or let answers be free (--free; free=True in Python)."
 
 
-def definite(schema: object) -> str:
-    """The schema as JSON text, its objects closed and its properties that may be null required.
+class Definite(NamedTuple):
+    """The schema that answers are held to, as JSON text, and what it leaves to be checked afterwards."""
 
-    Raises ConstraintError unless it is a schema, or when it asks for what answers cannot be held to.
+    text: str
+    warnings: tuple[str, ...]
+
+
+def definite(schema: object) -> Definite:
+    """The schema as llguidance takes it, its objects closed and its properties that may be null required.
+
+    Raises ConstraintError unless it is a valid schema, and where no answer could satisfy it.
     """
-    checked = _checked(schema)
-    text = json.dumps(checked)
-    if not _refers_where_merged(checked):  # there, whether an object can be closed depends on who refers to it
-        closed = json.dumps(_closed(checked, checked))
-        if not _problem(closed):
-            return closed
-    problem = _problem(text)
-    if problem:
-        raise ConstraintError(problem)
-    return text
-
-
-def _checked(schema: object) -> Schema:
-    import jsonschema
-
-    if not isinstance(schema, dict):
-        raise ConstraintError(f"the JSON schema is {_shown(schema)}; expected an object such as {{'type': 'object'}}.")
     try:
-        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
-        json.dumps(schema, allow_nan=False)
-        endless = _endless(schema)
-    except jsonschema.SchemaError as error:
-        where = "".join(f"/{part}" for part in error.absolute_path) or "its top"
-        raise ConstraintError(f"this is no JSON schema, at '{where}': {error.message}. Correct the schema.") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConstraintError(f"the JSON schema cannot be written as JSON ({error}); give it as JSON data.") from None
+        translation = Translation(read_schema(schema))
+    except InvalidSchema as error:
+        raise ConstraintError(f"the JSON schema {error}") from None
+    except Impossible as error:
+        raise ConstraintError(f"no answer can satisfy the JSON schema at {error}. {_WHAT_TO_DO}") from None
+    endless = _endless(translation)
     if endless:
         raise ConstraintError(endless)
-    return schema
+    if len(translation.merged_patterns) > 2:  # llguidance may take any time to intersect them
+        grammar = lark_grammar(json.dumps(translation.made))
+        if try_grammars([grammar])[0]:
+            translation.leave_out_merged_patterns()
+    problem = validation_problem(json.dumps(translation.made))
+    if problem:
+        where = _culprit(translation)
+        raise ConstraintError(f"answers cannot be held to the JSON schema at '{where}': {problem}. {_WHAT_TO_DO}")
+    return Definite(json.dumps(translation.made), translation.warnings)
 
 
-def lark_grammar(schema_text: str) -> str:
-    """llguidance's grammar of the instances of a schema. Masks hold every spelling, not the tokenizer's alone."""
-    schema = {**_pruned(json.loads(schema_text)), "x-guidance": _LAYOUT}
-    return '%llguidance {"no_forcing": true}\nstart: %json ' + json.dumps(schema)
+def _alone(translation: Translation, made: Schema) -> str:
+    """A part of the schema as a schema, with what it refers to."""
+    return json.dumps({**made, "$defs": translation.defs})
 
 
-def _problem(schema_text: str) -> str:
-    """Why llguidance cannot hold an answer to a schema; empty if it can."""
-    from llguidance import LLMatcher
-
-    failed, messages = LLMatcher.validate_grammar_with_warnings(lark_grammar(schema_text), None)
-    if not failed:
-        return ""
-    found = re.search(r"failed to compile JSON schema: (.*?)(?=\n +\d+ \| |\Z)", messages[0], re.DOTALL)
-    reason = found[1].strip() if found else messages[0]
-    keys = re.search(r"Unimplemented keys: \[(.*)\]", reason)
-    if keys:
-        named = keys[1].replace('"', "'")
-        return f"answers cannot be held to the keyword {named} of the JSON schema; leave it out, or answer freely."
-    if "oneOf" in reason:
-        reason = "the alternatives of a 'oneOf' can be true at once; write 'anyOf' where that does no harm"
-    return f"answers cannot be held to the JSON schema: {reason}. Change the schema, or answer freely."
+def _culprit(translation: Translation) -> str:
+    """The field of the innermost schema that llguidance cannot hold an answer to."""
+    made: Any = translation.made
+    field = "$"
+    while True:
+        inner = [one for keys, one in subschemas(made) if keys[0] != "$defs" and isinstance(one, dict)]
+        if "$ref" in made:
+            inner.append(translation.defs[made["$ref"].removeprefix("#/$defs/")])
+        wrong = next((one for one in inner[:_MANY] if validation_problem(_alone(translation, one))), None)
+        if wrong is None or wrong is made or ("$ref" in wrong and wrong["$ref"] == made.get("$ref")):
+            return field
+        made = wrong
+        field = translation.fields.get(id(made), field)
 
 
-def _endless(schema: Schema) -> str:
+def _endless(translation: Translation) -> str:
     """Says which part of a schema demands another of itself, so that no instance has an end; empty if none does."""
     nodes: list[Schema] = []
-
-    def collect(node: Any) -> None:
+    waiting: list[Any] = [translation.made]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, dict):
             nodes.append(node)
-            _mapped(node, collect)
-
-    collect(schema)
+            waiting += [inner for _, inner in subschemas(node)]
     ending: set[int] = set()  # ids of the nodes with an instance that has an end
     n_before = -1
+    nodes.reverse()  # inner ones first, so that few rounds are needed
     while len(ending) > n_before:
         n_before = len(ending)
-        ending |= {id(node) for node in nodes if _ends(node, schema, ending)}
-    for node in nodes:
+        ending |= {id(node) for node in nodes if id(node) not in ending and _ends(node, translation.defs, ending)}
+    for node in reversed(nodes):
         if id(node) not in ending:
             return (
-                f"every instance of {json.dumps(node):.120} holds another one, without end; let the part that refers "
-                "back be optional, or null, or an empty list."
+                f"every value of '{translation.fields.get(id(node), '$')}' in the JSON schema holds another one, "
+                "without end; let the part that refers back be optional, or null, or an empty list."
             )
     return ""
 
 
-def _ends(node: Schema, root: Schema, ending: set[int]) -> bool:
+def _ends(node: Schema, defs: dict[str, Any], ending: set[int]) -> bool:
     def known(inner: Any) -> bool:
         return not isinstance(inner, dict) or id(inner) in ending
 
@@ -127,110 +108,8 @@ def _ends(node: Schema, root: Schema, ending: set[int]) -> bool:
         first = node.get("prefixItems", [])
         demanded += [*first[: node["minItems"]], *([node.get("items")] if len(first) < node["minItems"] else [])]
     if "$ref" in node:
-        demanded.append(_resolved(node["$ref"], root))
+        demanded.append(defs[node["$ref"].removeprefix("#/$defs/")])
     demanded += node.get("allOf", [])
     if not all(known(inner) for inner in demanded):
         return False
     return all(any(known(inner) for inner in node[key]) for key in ("anyOf", "oneOf") if node.get(key))
-
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
-
-
-# --- from a schema to what it says for certain ---
-
-
-def _mapped(node: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of a node with `change` applied to every schema directly in it."""
-    if not isinstance(node, dict):
-        return node
-    made = dict(node)
-    for key, value in node.items():
-        if key in _OF_NAMES and isinstance(value, dict):
-            made[key] = {name: change(inner) for name, inner in value.items()}
-        elif key in _OF_SCHEMAS and isinstance(value, list):
-            made[key] = [change(inner) for inner in value]
-        elif key in _OF_ONE and isinstance(value, dict):
-            made[key] = change(value)
-    return made
-
-
-def _refers_where_merged(node: Any, merged: bool = False) -> bool:
-    """Whether what a '$ref' points to is merged with other schemas of the same object."""
-    if not isinstance(node, dict):
-        return False
-    merged = merged or _merges(node)
-    inner: list[Any] = []
-    _mapped(node, inner.append)
-    return (merged and "$ref" in node) or any(_refers_where_merged(one, merged) for one in inner)
-
-
-def _merges(node: Schema) -> bool:
-    """Whether several schemas speak of the same object here."""
-    n_combining = sum(key in node for key in _COMBINING)
-    return "allOf" in node or n_combining > 1 or (n_combining == 1 and any(key in node for key in _OF_OBJECTS))
-
-
-def _pruned(node: Any) -> Any:
-    """Without keywords that say nothing."""
-    if isinstance(node, dict):
-        node = {k: v for k, v in node.items() if not (k in _WITHOUT_EFFECT and v is _WITHOUT_EFFECT[k])}
-    return _mapped(node, _pruned)
-
-
-def _closed(node: Any, root: Schema) -> Any:
-    if not isinstance(node, dict) or _merges(node):
-        return node
-    made = _mapped(node, lambda inner: _closed(inner, root))
-    properties = made.get("properties")
-    others = ("patternProperties", "unevaluatedProperties", "maxProperties")
-    if not properties or any(key in made for key in others):
-        return made
-    required = made.get("required", [])
-    if "additionalProperties" not in made:
-        made["properties"] = {**properties, **{name: {} for name in required if name not in properties}}
-        made["additionalProperties"] = False
-        made.setdefault("type", "object")
-    nullable = [name for name, inner in properties.items() if _takes_null(inner, root)]
-    if nullable:
-        made["required"] = [*required, *(name for name in nullable if name not in required)]
-    return made
-
-
-def _takes_null(node: Any, root: Schema, n_references: int = 0) -> bool:
-    """Whether null is certainly an instance."""
-    if not isinstance(node, dict):
-        return node is True
-    checks: list[bool] = []
-    if "type" in node:
-        checks.append("null" in node["type"] if isinstance(node["type"], list) else node["type"] == "null")
-    if "enum" in node:
-        checks.append(None in node["enum"])
-    if "const" in node:
-        checks.append(node["const"] is None)
-    for key in ("anyOf", "oneOf"):
-        if key in node:
-            checks.append(any(_takes_null(inner, root, n_references) for inner in node[key]))
-    if "allOf" in node:
-        checks.append(all(_takes_null(inner, root, n_references) for inner in node["allOf"]))
-    if "$ref" in node:
-        target = _resolved(node["$ref"], root)
-        checks.append(n_references < _MOST_REFERENCES and _takes_null(target, root, n_references + 1))
-    return all(checks) and not any(key in node for key in ("not", "if", "$dynamicRef"))
-
-
-def _resolved(reference: str, root: Schema) -> Any:
-    """What a reference within the schema points to; False for any other."""
-    target: Any = root
-    if not reference.startswith("#"):
-        return False
-    for part in filter(None, reference[1:].split("/")):
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, dict) and name in target:
-            target = target[name]
-        elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            return False
-    return target

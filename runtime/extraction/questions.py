@@ -82,6 +82,13 @@ def check_tasks(tasks: Sequence[str], prompt: str | None, *, has_schema: bool) -
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise ArgumentError("the question by 'prompt' is empty.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python shows bytes of the command line that are not text
+        raise ArgumentError(
+            f"the question by 'prompt' is not UTF-8 text at character {error.start + 1}; check the encoding of the "
+            "terminal or of the file that it comes from."
+        ) from None
     found = [tag for tag in TAG.findall(prompt) if tag.strip("<>") in TAGS]
     if found:
         raise ArgumentError(
@@ -116,6 +123,17 @@ def questions(
         )
         for task in tasks
     )
+
+
+def schema_warnings(asked: Sequence[Question]) -> list[str]:
+    """What whoever wrote the schema should know, and what answers are not held to."""
+    warnings: list[str] = []
+    for question in asked:
+        if question.schema is not None:
+            warnings += question.schema.warnings
+        if question.constraint is not None:
+            warnings += [f"of the schema, {warning}" for warning in question.constraint.warnings]
+    return warnings
 
 
 def _expands(model: Model, task: str) -> bool:

@@ -15,7 +15,7 @@ from granite4v.runtime.extraction.batch import REPORT, Extraction, Job, OutputOp
 from granite4v.runtime.extraction.fingerprint import model_hashes
 from granite4v.runtime.extraction.folder import Folder
 from granite4v.runtime.extraction.journal import Journal
-from granite4v.runtime.extraction.questions import Question, check_tasks, questions
+from granite4v.runtime.extraction.questions import Question, check_tasks, questions, schema_warnings
 from granite4v.runtime.extraction.reader import Settings
 from granite4v.runtime.extraction.schema import SchemaSource, load_schema
 from granite4v.runtime.extraction.state import State, Watch
@@ -97,8 +97,8 @@ def extract(
         csv_safe=csv_safe,
         retry_failed=retry_failed,
     )
-    found = None if schema is None else load_schema(schema)
     say = say or logging.getLogger("granite4v").info
+    found = None if schema is None else load_schema(schema, say)
     selection = PageSelection(pages, password, None if crop is None else str(parse_crop(crop)))
     totals = count_pages(paths, pages=pages, password=password)
     for note in totals.notes:
@@ -116,6 +116,8 @@ def extract(
             model = Model.load(model, n_ctx=n_ctx, n_threads=n_threads, device=device, mmproj=mmproj)
             closing.insert(0, model.close)
         asked = questions(model, tasks, prompt, found, free=free)
+        for warning in schema_warnings(asked):
+            say(f"warning: {warning}")
         settings = Settings(max_tokens, free, fast_forward, lora)
         hashes = model_hashes(model.files, say)
         if folder is not None:
