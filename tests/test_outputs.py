@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from granite4v.runtime.outputs import (
     FORMATS,
     TASKS,
     Cell,
+    Salvaged,
     Table,
     read,
     read_csv,
@@ -33,6 +35,7 @@ from granite4v.runtime.outputs import (
     write_tables_json,
 )
 from granite4v.runtime.outputs.json_prefix import read_prefix
+from granite4v.runtime.outputs.json_values import MAX_NESTING
 
 PLAIN_TEXTS = [
     "12.50",
@@ -338,6 +341,12 @@ def test_otsl_spans(rows: str, spans: list[tuple[int, int]]) -> None:
         ("<TD ALIGN=left>a</TD>", "a"),
         ("<td>a<!-- no --></td>", "a"),
         ("<td>é\u00a0x </td>", "é\u00a0x"),
+        ("<td title='>'>a</td>", "a"),
+        ('<td title="<td>" align = left x=y/z>a</td>', "a"),
+        ("<td>&#" + "9" * 5000 + ";&#xD800;&#x110000;&#0;</td>", "\ufffd" * 4),
+        ("<td>a<script>if (x < y) { z('</td>') }</script>b</td>", "aif (x < y) { z('</td>') }b"),
+        ("<td>a<5 b</>c</td>", "a<5 bc"),
+        ("<td>" + "<p>" * 50 + "a" + " <p> " * 50 + "b</td>", "a\nb"),
     ],
 )
 def test_html_cells(cells: str, expected: str) -> None:
@@ -498,7 +507,23 @@ def test_code_prose_and_fields() -> None:
         ("chart2code", "", "the answer is empty; expected text."),
         ("kvp", '"x"', "the answer is 'x'; expected a JSON object."),
         ("kvp", '{"a": NaN}', "JSON that cannot be read: it holds NaN, which is no JSON; expected ordinary numbers."),
-        ("kvp", "[" * 100_000, "JSON nested deeper than Python reads; expected a few levels."),
+        ("kvp", '{"a": 1e400}',
+         "JSON that cannot be read: it holds the number 1e400, which is larger than a double can be; expected ordinary "
+         "numbers."),
+        ("kvp", '{"a": ' + "1" * 10_000 + "}",
+         "JSON that cannot be read: it holds an integer of 10,000 digits, more than 1,000; expected ordinary numbers."),
+        ("kvp", "[" * 65 + "]" * 65, "JSON nested deeper than 64 levels; expected a few."),
+        ("kvp", '{"a": ' * 600 + "1" + "}" * 600, "JSON nested deeper than 64 levels; expected a few."),
+        ("kvp", "[" * 100_000 + "]" * 100_000, "JSON nested deeper than 64 levels; expected a few."),
+        ("tables_json", "[" * 600 + "]" * 600, "JSON nested deeper than 64 levels; expected a few."),
+        ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "rowspan": 20000000000, "content": ""}]}',
+         "'rowspan' of cell 1 of table 1 is 20000000000; expected at most 1,000,000,000."),
+        ("tables_json", json.dumps([{"dimensions": {"columns": 500_000}, "cells": [
+            {"row": 1, "col": 1, "colspan": 500_000, "content": ""}]}] * 3),
+         "3 tables of 1,500,000 slots together; expected at most 1,000,000."),
+        ("tables_otsl", "<otsl>" + "<fcel>" * 3 + "<nl><ucel><fcel><ucel><nl><ucel><ucel><lcel><nl></otsl>",
+         "<ucel> in row 3, column 2, at character 56, continues the cell of row 2, column 2, but not over all its 1 "
+         "columns; expected a rectangle."),
         ("kvp", '{"a": 1} and so on',
          "no JSON at character 9, before 'and so on': Extra data; expected one whole JSON value."),
     ],
@@ -670,7 +695,89 @@ def test_fields_are_kept_to_the_last_whole_one(text: str, expected: Any) -> None
 
 def test_nesting_without_end_ends_nothing() -> None:
     assert salvage("kvp", "[" * 200_000) is None
-    assert read_prefix("[1," * 50_000).end > 0
+    assert salvage("kvp", '{"a": [1, 2], "b": ' + "[" * 200_000) == Salvaged({"a": [1, 2]}, True)
+    found = read_prefix("[1," * 50_000)
+    assert len(found.unclosed) == MAX_NESTING and found.end == 3 * MAX_NESTING - 1
+
+
+@pytest.mark.parametrize("levels", [MAX_NESTING - 1, MAX_NESTING])
+def test_values_up_to_the_nesting_limit_are_read(levels: int) -> None:
+    text = '{"a": ' * levels + "1" + "}" * levels
+    assert read("kvp", text) == json.loads(text)
+    assert salvage("kvp", text) == Salvaged(json.loads(text), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": "\\ud800", "\\udc00b": ["\\ude00\\ud83d"]}', {"a": "\ufffd", "\ufffdb": ["\ufffd\ufffd"]}),
+        ('{"a": "\\ud83d\\ude00", "b": "\\\\ud800"}', {"a": "\U0001f600", "b": "\\ud800"}),
+        ('{"a": "\ud800"}', {"a": "\ufffd"}),
+        ('{"a": "\\u0000", "a": 2}', {"a": 2}),
+        ('{"a": ' + "9" * 1000 + ', "b": 1e308, "c": -0.0}', {"a": 10**1000 - 1, "b": 1e308, "c": -0.0}),
+    ],
+)
+def test_what_other_programs_cannot_read_does_not_leave_the_parser(text: str, expected: Any) -> None:
+    assert read("kvp", text) == expected
+    found = salvage("kvp", text)
+    assert found is not None
+    assert found.value == expected
+    json.dumps(found.value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_a_number_that_is_too_large_ends_what_is_kept() -> None:
+    assert salvage("kvp", '{"a": 1, "b": 1e400, "c": 2}') == Salvaged({"a": 1}, True)
+    assert salvage("kvp", '{"a": 1, "b": ' + "1" * 1001 + ', "c": 2}') == Salvaged({"a": 1}, True)
+
+
+# --- long answers ---
+
+
+def test_spans_of_long_tables_are_read() -> None:
+    wide = read_otsl("<otsl>" + "<fcel>" * 8000 + "<nl>" + "<ucel>" * 8000 + "<nl></otsl>")[0]
+    assert (wide.n_rows, wide.n_cols, len(wide.cells)) == (2, 8000, 8000)
+    assert {cell.rowspan for cell in wide.cells} == {2}
+    tall = read_html("<table><tr><td rowspan=12000>x<td>y" + "<tr><td>z" * 11_999 + "</table>")[0]
+    assert (tall.n_rows, tall.n_cols, tall.cells[0].rowspan) == (12_000, 2, 12_000)
+    begun = '{"dimensions": {"columns": 1}, "cells": [{"row": 1, "col": 1, "content": "a", "rowspan": 900000}'
+    found = salvage("tables_json", begun + ', {"row": 900001, "col": 1, "content": "b"}' * 1500)
+    assert found is not None
+    assert [(table.n_rows, len(table.cells)) for table in found.value] == [(900_000, 1)]
+
+
+def test_column_spans_take_no_memory_before_they_are_refused() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(AnswerError, match="expected at most 1000000 slots"):
+            read_html("<table><tr>" + "<td colspan=1000>" * 6000 + "</tr></table>")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("form", ["csv", "markdown"])
+def test_texts_are_not_repeated_out_of_bounds(form: str) -> None:
+    table = Table(1000, 1000, 0, (Cell(0, 0, "x" * 60, 1000, 1000),))
+    with pytest.raises(AnswerError, match=r"^a table that has 60,000,000 characters when cells repeat their text in "):
+        write(table, form)
+    assert read_html(write_html(table)) == [table]
+
+
+def test_markup_that_never_ends_is_let_go() -> None:
+    for mark in ("<!--", "<a ", "<![x", "<!", "<?", "</x ", "<a b='", "&#"):
+        with pytest.raises(AnswerError, match="expected '</table>'"):
+            read_html("<table><tr><td>" + mark * 30_000)
+    for mark in ("<!-- x -->", "<!>", "<!DOCTYPE x [ ]>", "<![CDATA[ x >", "<?x ?>", "</ >", "<!-->", "<!ELEMENT br>"):
+        assert read_html(f"<table><tr><td>a{mark}b</td></tr></table>")[0].texts() == [["ab"]]
+
+
+def test_html_written_holds_what_html_can() -> None:
+    lxml = pytest.importorskip("lxml.html")
+    table = Table(1, 3, 0, (Cell(0, 0, "a\0b\x1bc"), Cell(0, 1, "&#0; < é"), Cell(0, 2, "\ufffe日本")))
+    texts = ["a\ufffdb\ufffdc", "&#0; < é", "\ufffd日本"]
+    assert [cell.text for cell in lxml.fromstring(write_html(table)).iter("td")] == texts
+    assert read_html(write_html(table))[0].texts() == [texts]
+    assert write_markdown(table).splitlines()[0] == "| a\ufffdb\ufffdc | &#0; < é | \ufffd日本 |"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerEr
     while True:
         try:
             row = next(reader, None)
-        except csv.Error as error:
+        except csv.Error as error:  # also for a field of more than 131,072 characters
             where = f"row {len(rows) + 1}, on line {reader.line_num},"
             return rows, AnswerError(f"{where} is no CSV: {error}; expected quotes around whole fields.")
         if row is None:
@@ -66,8 +66,10 @@ def _table(rows: list[list[str]]) -> Table:
 def write_csv(table: Table) -> str:
     """A line for each row, header rows too, and a line break between rows.
 
-    A cell that spans repeats its text in every slot, as pandas.read_html and docling's data frames have it.
+    A cell that spans repeats its text in every slot, as pandas.read_html and docling's data frames have it. Raises
+    AnswerError where that grows out of bounds.
     """
+    table.check_repeated()
     return "\n".join(",".join(map(_field, row)) if len(row) > 1 else _only_field(row[0]) for row in table.texts())
 
 

@@ -1,6 +1,7 @@
-"""HTML tables, with Python's own parser: rows, cells, spans and text. All other markup is let go.
+"""HTML tables: rows, cells, spans and text. All other markup is let go.
 
 Inside a cell `<br>` and the borders of blocks become line breaks, other white space one space, nested tables text.
+Reading takes time and memory in proportion to the answer, whatever is in it.
 """
 
 from __future__ import annotations
@@ -8,10 +9,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from html import escape
-from html.parser import HTMLParser
 
 from granite4v.errors import AnswerError
-from granite4v.runtime.outputs.table import Cell, Table, check_size, place, with_header_rows
+from granite4v.runtime.outputs.html_markup import Tag, pieces
+from granite4v.runtime.outputs.table import (
+    Cell,
+    Table,
+    as_many_as_fit,
+    bounded,
+    check_size,
+    place,
+    printable,
+    with_header_rows,
+)
 from granite4v.runtime.outputs.wrapping import joined
 
 MAX_COLSPAN, MAX_ROWSPAN = 1000, 65534  # HTML's own limits
@@ -33,13 +43,17 @@ class _Draft:
     col: int = 0
 
     def text(self) -> str:
-        text = ""
+        parts: list[str] = []
+        in_line = False  # something but spaces stands behind the last line break
         for part in self.parts:
-            if part is not None:
-                text += part
-            elif not text.rstrip(" ").endswith("\n"):
-                text += "\n"
-        return re.sub(" ?\n ?", "\n", re.sub(" +", " ", text)).strip(" \n")
+            if part is None:
+                parts += ["\n"] * in_line
+                in_line = False
+            else:
+                parts.append(part)
+                last_line = part[part.rfind("\n") + 1 :]
+                in_line = bool(last_line.strip(" ")) or (in_line and last_line == part)
+        return re.sub(" ?\n ?", "\n", re.sub(" +", " ", "".join(parts))).strip(" \n")
 
 
 @dataclass
@@ -49,7 +63,7 @@ class _Rows:
     n_rows: int = 0
     n_cols: int = 0
     cells: list[_Draft] = field(default_factory=list)
-    hanging: list[_Draft] = field(default_factory=list)  # cells that reach below the last row
+    hanging: list[_Draft] = field(default_factory=list)  # cells that reach below the last row, by column
     heads: int = 0  # leading rows in <thead>
     all_th: int = 0  # leading rows of <th> alone
     has_thead: bool = False
@@ -59,31 +73,38 @@ class _Rows:
         where = f"row {self.n_rows + 1}, which ends at character {offset},"
         if in_head and self.heads != self.n_rows:
             raise AnswerError(f"{where} is in a <thead> below other rows; expected the header first.")
-        covered = {j for draft in self.hanging for j in range(draft.col, draft.col + draft.colspan)}
-        cols: list[int] = []
-        j = 0
-        for draft in drafts:
-            while j in covered:
-                j += 1
-            span = range(j, j + draft.colspan)
-            if covered.intersection(span):
-                raise AnswerError(
-                    f"{where} has a cell over columns {j + 1} to {j + draft.colspan} that overlaps a cell from a row "
-                    "above; expected one cell for each slot."
-                )
-            covered.update(span)
-            cols.append(j)
-            j += draft.colspan
-        n_cols = self.n_cols or len(covered)
-        if not n_cols or covered != set(range(n_cols)):
-            raise AnswerError(f"{where} covers {len(covered)} columns; expected {self.n_cols or 'at least one'}.")
+        cols, n_cols, n_covered = self._place(drafts, where)
+        if not n_covered or n_covered != n_cols or n_covered != (self.n_cols or n_covered):
+            raise AnswerError(f"{where} covers {n_covered} columns; expected {self.n_cols or 'at least one'}.")
         check_size(self.n_rows + 1, n_cols)
         for draft, col in zip(drafts, cols, strict=True):
             draft.row, draft.col = self.n_rows, col
         self._count_headers(drafts, in_head)
         self.cells += drafts
         self.n_rows, self.n_cols = self.n_rows + 1, n_cols
-        self.hanging = [d for d in [*self.hanging, *drafts] if d.row + d.rowspan > self.n_rows]
+        reaching = [draft for draft in [*self.hanging, *drafts] if draft.row + draft.rowspan > self.n_rows]
+        self.hanging = sorted(reaching, key=lambda draft: draft.col)
+
+    def _place(self, drafts: list[_Draft], where: str) -> tuple[list[int], int, int]:
+        """The first columns of a new row's cells, which go where none hangs in from above; how many columns the row
+        reaches over, and how many of them are covered."""
+        cols: list[int] = []
+        j = k = 0
+        for draft in drafts:
+            while k < len(self.hanging) and self.hanging[k].col == j:
+                j += self.hanging[k].colspan
+                k += 1
+            end = j + draft.colspan
+            if k < len(self.hanging) and self.hanging[k].col < end:
+                raise AnswerError(
+                    f"{where} has a cell over columns {j + 1} to {end} that overlaps a cell from a row above; expected "
+                    "one cell for each slot."
+                )
+            cols.append(j)
+            j = end
+        n_covered = j + sum(draft.colspan for draft in self.hanging[k:])
+        n_cols = max([j, *(draft.col + draft.colspan for draft in self.hanging[k:])])
+        return cols, n_cols, n_covered
 
     def _count_headers(self, drafts: list[_Draft], in_head: bool) -> None:
         if in_head:
@@ -108,13 +129,12 @@ class _Rows:
         return with_header_rows(self.n_rows, self.n_cols, self.heads if self.has_thead else self.all_th, cells)
 
 
-class _Reader(HTMLParser):
-    """Collects `tables` up to the error that `feed` raises. End tags of cells and rows may be missing, as in HTML."""
+class _Reader:
+    """Collects `tables` up to the error that `run` raises. End tags of cells and rows may be missing, as in HTML."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
         self.text = text
-        self.line_starts = [0, *(found.end() for found in re.finditer("\n", text))]
+        self.offset = 0  # of the piece that is being read
         self.tables: list[_Rows] = []
         self.depth = 0
         self.section = ""
@@ -122,11 +142,19 @@ class _Reader(HTMLParser):
         self.cell: _Draft | None = None
         self.ignored = False  # inside a <caption>
 
-    def position(self) -> int:
-        line, column = self.getpos()
-        return self.line_starts[line - 1] + column
+    def run(self) -> None:
+        for offset, piece in pieces(self.text):
+            self.offset = offset
+            if isinstance(piece, str):
+                self._take_text(piece)
+            elif piece.closing:
+                self._take_end(piece.name)
+            else:
+                self._take_start(piece)
+        self.offset = len(self.text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def _take_start(self, start: Tag) -> None:
+        tag = start.name
         if tag == "table":
             self._open_table()
         elif not self.depth:
@@ -143,17 +171,14 @@ class _Reader(HTMLParser):
         elif tag in ("td", "th"):
             self._end_cell()
             self.row = self.row if self.row is not None else []
-            rowspan, colspan = self._span(attrs, "rowspan", MAX_ROWSPAN), self._span(attrs, "colspan", MAX_COLSPAN)
+            rowspan, colspan = self._span(start, "rowspan", MAX_ROWSPAN), self._span(start, "colspan", MAX_COLSPAN)
             self.cell = _Draft(tag, rowspan, colspan)
         elif self.cell is not None:
             self._mark(tag)
         elif tag == "caption":
             self.ignored = True
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)  # as in HTML: the slash of '<td/>' means nothing
-
-    def handle_endtag(self, tag: str) -> None:
+    def _take_end(self, tag: str) -> None:
         if tag == "table" and self.depth:
             self._close_table()
         elif self.depth == 1 and tag in ("td", "th"):
@@ -168,20 +193,18 @@ class _Reader(HTMLParser):
         elif tag == "caption":
             self.ignored = False
 
-    def handle_data(self, data: str) -> None:
+    def _take_text(self, data: str) -> None:
         if self.cell is not None:
             self.cell.parts.append(_SPACE.sub(" ", data))
         elif self.depth and data.strip() and not self.ignored:
             raise AnswerError(
-                f"{data.strip()!r:.60} at character {self.position()} is in a table but in no cell; expected '<td>' or "
+                f"{data.strip()!r:.60} at character {self.offset} is in a table but in no cell; expected '<td>' or "
                 "'<th>' before it."
             )
 
     def _open_table(self) -> None:
         if self.depth and self.cell is None:
-            raise AnswerError(
-                f"<table> at character {self.position()} is inside a table; expected '</table>' before it."
-            )
+            raise AnswerError(f"<table> at character {self.offset} is inside a table; expected '</table>' before it.")
         self.depth += 1
         if self.depth == 1:
             self.tables.append(_Rows())
@@ -192,7 +215,7 @@ class _Reader(HTMLParser):
     def _close_table(self) -> None:
         if self.depth == 1:
             self._end_row()
-            self.tables[-1].check_end(self.position())
+            self.tables[-1].check_end(self.offset)
         else:
             self._mark("table")
         self.depth -= 1
@@ -220,14 +243,14 @@ class _Reader(HTMLParser):
         self._end_cell()
         row, self.row = self.row, None
         if row is not None:
-            self.tables[-1].add(row, self.section == "thead", self.position())
+            self.tables[-1].add(row, self.section == "thead", self.offset)
 
-    def _span(self, attrs: list[tuple[str, str | None]], name: str, most: int) -> int:
-        value = dict(attrs).get(name, "1")
-        digits = (value or "").strip()
+    def _span(self, start: Tag, name: str, most: int) -> int:
+        value = start.attributes.get(name, "1")
+        digits = value.strip()
         if not re.fullmatch("[0-9]{1,9}", digits) or not 1 <= int(digits) <= most:
             raise AnswerError(
-                f"{name} at character {self.position()} is {value!r:.60}; expected a whole number from 1 to {most}."
+                f"{name} at character {self.offset} is {value!r:.60}; expected a whole number from 1 to {most}."
             )
         return int(digits)
 
@@ -238,8 +261,7 @@ def read_html(text: str) -> list[Table]:
     Header rows are those of `<thead>`, without one the leading rows of `<th>` alone. Raises AnswerError.
     """
     reader = _Reader(joined(text).text)
-    reader.feed(reader.text)
-    reader.close()
+    reader.run()
     if reader.depth:
         raise AnswerError(
             f"the answer ends at character {len(reader.text)} in row {reader.tables[-1].n_rows + 1} of table "
@@ -247,7 +269,7 @@ def read_html(text: str) -> list[Table]:
         )
     if not reader.tables and reader.text.strip() != "[]":
         raise AnswerError(f"no table in {text!r:.60}; expected '<table>'.")
-    return [rows.table() for rows in reader.tables]
+    return list(bounded(rows.table() for rows in reader.tables))
 
 
 def salvage_html(text: str) -> tuple[list[Table], bool]:
@@ -255,19 +277,21 @@ def salvage_html(text: str) -> tuple[list[Table], bool]:
     body = joined(text)
     reader = _Reader(body.text)
     try:
-        reader.feed(reader.text)
+        reader.run()
         whole = body.closed and not reader.depth and bool(reader.tables or body.text.strip() == "[]")
         if body.text.lstrip().startswith("["):
             whole = whole and body.text.rstrip("` \r\n").endswith("]")
     except AnswerError:
         whole = False
-    return [rows.table() for rows in reader.tables if rows.n_rows], whole
+    tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
+    return tables, whole and fit
 
 
 def write_html(table: Table) -> str:
     """A `<table>` on one line, with `<thead>` and `<tbody>` where there are such rows.
 
-    Runs of white space are as good as one space in HTML; line breaks become `<br>`.
+    Runs of white space are as good as one space in HTML; line breaks become `<br>`, and characters that HTML has no way
+    to write U+FFFD.
     """
     rows: list[list[str]] = [[] for _ in range(table.n_rows)]
     for cell in table.cells:
@@ -284,4 +308,4 @@ def _cell(table: Table, cell: Cell) -> str:
     tag = "th" if cell.header or cell.row < table.n_header_rows else "td"
     spans = f' colspan="{cell.colspan}"' if cell.colspan > 1 else ""
     spans += f' rowspan="{cell.rowspan}"' if cell.rowspan > 1 else ""
-    return f"<{tag}{spans}>{escape(cell.text, quote=False).replace(chr(10), '<br>')}</{tag}>"
+    return f"<{tag}{spans}>{escape(printable(cell.text), quote=False).replace(chr(10), '<br>')}</{tag}>"

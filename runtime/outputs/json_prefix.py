@@ -1,6 +1,6 @@
 """The longest beginning of a JSON text that is whole: for answers that were cut.
 
-Knows nothing of tables or schemas. Iterative, so that no depth of nesting ends the process.
+Knows nothing of tables or schemas.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from granite4v.runtime.outputs.json_values import MAX_NESTING, to_float, to_int, whole_characters
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -31,10 +33,11 @@ class Prefix:
     unclosed: list[Any]
 
 
-def read_prefix(text: str, parse_float: Callable[[str], Any] = float) -> Prefix:
+def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Prefix:
     """The value at the start of `text`, as far as it is whole and well formed. What follows is not looked at.
 
-    Containers that were opened but hold nothing whole are left out.
+    Containers that were opened but hold nothing whole are left out. A container below MAX_NESTING levels, and a number
+    that no double or no integer of MAX_DIGITS holds, count as not well formed.
     """
     stack: list[Any] = []
     keys: list[str | None] = []  # for each open object the key whose value is still to come
@@ -62,6 +65,8 @@ def read_prefix(text: str, parse_float: Callable[[str], Any] = float) -> Prefix:
                 break
             keys[-1] = key
         if text[at : at + 1] in ("{", "["):
+            if len(stack) == MAX_NESTING:
+                break
             opened: Any = {} if text[at] == "{" else []
             root = _attach(root, stack, keys, opened)
             stack.append(opened)
@@ -85,7 +90,7 @@ def partial_string(text: str) -> str | None:
         return None
     for cut in range(min(len(text), 12)):  # at most an unfinished pair of \\uXXXX escapes
         try:
-            return str(json.loads(text[: len(text) - cut] + '"', strict=False))
+            return str(whole_characters(json.loads(text[: len(text) - cut] + '"', strict=False)))
         except ValueError:
             continue
     return ""
@@ -123,7 +128,7 @@ def _string(text: str, at: int) -> tuple[str, int] | None:
     if found is None:
         return None
     try:
-        return str(json.loads(found[0], strict=False)), found.end()
+        return str(whole_characters(json.loads(found[0], strict=False))), found.end()
     except ValueError:
         return None
 
@@ -138,8 +143,8 @@ def _scalar(text: str, at: int, parse_float: Callable[[str], Any]) -> tuple[Any,
     if number is None:
         return None
     try:
-        return (parse_float(number[0]) if number[2] else int(number[1])), number.end()
-    except ValueError:  # more digits than Python converts
+        return (parse_float(number[0]) if number[2] else to_int(number[1])), number.end()
+    except ValueError:  # too large a number
         return None
 
 

@@ -8,26 +8,36 @@ from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.outputs.json_prefix import read_prefix
+from granite4v.runtime.outputs.json_values import MAX_NESTING, is_deeper, to_float, to_int, whole_characters
 from granite4v.runtime.outputs.wrapping import unfence
 
+_TOO_DEEP = f"JSON nested deeper than {MAX_NESTING} levels; expected a few."
 
-def load_json(text: str, parse_float: Callable[[str], Any] = float) -> Any:
-    """The value; line breaks inside strings are let pass. Raises AnswerError."""
+
+def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
+    """The value, nested at most MAX_NESTING levels deep. Line breaks inside strings are let pass; of a key that is
+    there twice the last value counts. Raises AnswerError.
+    """
     body = unfence(text, "json")
     try:
-        return json.loads(body.text, parse_float=parse_float, parse_constant=_refuse, strict=False)
+        value = json.loads(
+            body.text, parse_float=parse_float, parse_int=to_int, parse_constant=_refuse_constant, strict=False
+        )
     except json.JSONDecodeError as error:
         at = body.start + error.pos
         raise AnswerError(
             f"no JSON at character {at}, before {text[at : at + 30]!r}: {error.msg}; expected one whole JSON value."
         ) from None
     except RecursionError:
-        raise AnswerError("JSON nested deeper than Python reads; expected a few levels.") from None
+        raise AnswerError(_TOO_DEEP) from None
     except ValueError as error:
         raise AnswerError(f"JSON that cannot be read: {error}; expected ordinary numbers.") from None
+    if is_deeper(value, MAX_NESTING):
+        raise AnswerError(_TOO_DEEP)
+    return whole_characters(value)
 
 
-def _refuse(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from granite4v.runtime.outputs.table import Table
+from granite4v.runtime.outputs.table import Table, printable
 
 
 def write_markdown(table: Table) -> str:
     """One header line, all that Markdown knows, and the other rows below it.
 
     As docling does it: a cell that spans repeats its text in every slot, several header rows are joined with ' - ',
-    a table without any takes its first row, a line break becomes a space.
+    a table without any takes its first row, a line break becomes a space. Raises AnswerError where repeated texts grow
+    out of bounds.
     """
+    table.check_repeated()
     texts = table.texts()
     n_header_rows = max(1, table.n_header_rows)
     header = [_joined(column) for column in zip(*texts[:n_header_rows], strict=True)]
@@ -27,4 +29,4 @@ def _joined(texts: tuple[str, ...]) -> str:
 
 
 def _escape(text: str) -> str:
-    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|")
+    return printable(" ".join(text.splitlines())).replace("\\", "\\\\").replace("|", "\\|")

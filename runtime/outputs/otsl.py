@@ -11,10 +11,11 @@ Only these tags are markup. Everything else is text, `<` and `&` included.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from granite4v.errors import AnswerError
-from granite4v.runtime.outputs.table import Cell, Table, check_size, place, with_header_rows
+from granite4v.runtime.outputs.table import Cell, Table, as_many_as_fit, bounded, check_size, place, with_header_rows
 from granite4v.runtime.outputs.wrapping import joined, unfence
 
 _TAG = re.compile(r"<(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl|/otsl)>")
@@ -63,8 +64,9 @@ class _Rows:
         row: list[_Draft] = []
         for slot in slots:
             row.append(self._owner(slot, row))
+        n_continued = Counter(id(draft) for draft in row if draft.row < self.n_rows)
         for j, draft in enumerate(row):
-            if draft.row < self.n_rows and [x is draft for x in row] != [x is draft for x in self.above]:
+            if draft.row < self.n_rows and (self.above[j] is not draft or n_continued[id(draft)] != draft.colspan):
                 raise AnswerError(
                     f"<{slots[j].tag}> in {place(self.n_rows, j)}, at character {slots[j].offset}, continues the cell "
                     f"of {place(draft.row, draft.col)}, but not over all its {draft.colspan} columns; expected a "
@@ -193,7 +195,7 @@ def read_otsl(text: str) -> list[Table]:
     reader.finish()
     if not reader.tables and reader.text.strip() != "[]":
         raise AnswerError(f"no OTSL tag in {text!r:.60}; expected '<otsl>'.")
-    return [rows.table() for rows in reader.tables]
+    return list(bounded(rows.table() for rows in reader.tables))
 
 
 def salvage_otsl(text: str) -> tuple[list[Table], bool]:
@@ -207,7 +209,8 @@ def salvage_otsl(text: str) -> tuple[list[Table], bool]:
             whole = whole and "]" in body.text[reader.end :]
     except AnswerError:
         whole = False
-    return [rows.table() for rows in reader.tables if rows.n_rows], whole
+    tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
+    return tables, whole and fit
 
 
 def write_otsl(table: Table) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from granite4v.errors import AnswerError
 
 MAX_SLOTS = 1_000_000  # far above what an answer can hold; a made-up "colspan" must not fill the memory
+MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
+_UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,15 @@ class Table:
         """The text of each slot, (n_rows, n_cols); a cell that spans repeats its text."""
         return [[cell.text for cell in row] for row in self.grid()]
 
+    def check_repeated(self) -> None:
+        """Raises AnswerError when a form that repeats the text of a cell in every slot would grow out of bounds."""
+        n_characters = sum(len(cell.text) * cell.rowspan * cell.colspan for cell in self.cells)
+        if n_characters > MAX_WRITTEN:
+            raise AnswerError(
+                f"a table that has {n_characters:,} characters when cells repeat their text in every slot; expected at "
+                f"most {MAX_WRITTEN:,}. Write it as HTML, JSON or OTSL."
+            )
+
     def _check_bounds(self, cell: Cell) -> None:
         inside = 0 <= cell.row <= self.n_rows - cell.rowspan and 0 <= cell.col <= self.n_cols - cell.colspan
         if not inside or cell.rowspan < 1 or cell.colspan < 1:
@@ -82,6 +95,27 @@ class Table:
         return cell
 
 
+def bounded(tables: Iterable[Table]) -> Iterator[Table]:
+    """The tables, until they have more slots together than an answer can hold; then raises AnswerError."""
+    n_slots = 0
+    for number, table in enumerate(tables, 1):
+        n_slots += table.n_rows * table.n_cols
+        if n_slots > MAX_SLOTS:
+            raise AnswerError(f"{number} tables of {n_slots:,} slots together; expected at most {MAX_SLOTS:,}.")
+        yield table
+
+
+def as_many_as_fit(tables: Iterable[Table]) -> tuple[list[Table], bool]:
+    """The tables up to the first that cannot be, and whether these are all."""
+    found: list[Table] = []
+    try:
+        for table in bounded(tables):
+            found.append(table)
+    except AnswerError:
+        return found, False
+    return found, True
+
+
 def check_size(n_rows: int, n_cols: int) -> None:
     """Raises AnswerError for a table without slots, or with more than an answer can hold."""
     size = f"a table of {n_rows} rows and {n_cols} columns"
@@ -89,6 +123,11 @@ def check_size(n_rows: int, n_cols: int) -> None:
         raise AnswerError(f"{size}; expected at least one of each.")
     if n_rows * n_cols > MAX_SLOTS:
         raise AnswerError(f"{size}; expected at most {MAX_SLOTS} slots.")
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for control characters and others that neither HTML nor Markdown can hold."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def place(row: int, col: int) -> str:

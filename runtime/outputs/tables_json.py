@@ -8,9 +8,10 @@ from typing import Any
 from granite4v.errors import AnswerError
 from granite4v.runtime.outputs.json_prefix import read_prefix
 from granite4v.runtime.outputs.json_text import load_json
-from granite4v.runtime.outputs.table import MAX_SLOTS, Cell, Table
+from granite4v.runtime.outputs.table import MAX_SLOTS, Cell, Table, as_many_as_fit, bounded
 from granite4v.runtime.outputs.wrapping import unfence
 
+MAX_COUNT = 1_000_000_000  # of a row, a column or a span: far above what a table can have
 _KINDS = {"header": True, "data": False}
 
 
@@ -18,26 +19,23 @@ def read_tables_json(text: str) -> list[Table]:
     """The tables of an answer, one object or a list of them. Raises AnswerError."""
     root = load_json(text, parse_float=str)
     tables = root if isinstance(root, list) else [root]
-    return [_table(found, number) for number, found in enumerate(tables, 1)]
+    return list(bounded(_table(found, number) for number, found in enumerate(tables, 1)))
 
 
 def salvage_tables_json(text: str) -> tuple[list[Table], bool]:
     """The tables up to the last whole row that fits, and whether that is the whole answer."""
     prefix = read_prefix(unfence(text, "json").text.lstrip(), parse_float=str)
     found = prefix.value if isinstance(prefix.value, list) else [prefix.value]
-    tables: list[Table] = []
-    for number, one in enumerate(found, 1):
-        unclosed = any(one is container for container in prefix.unclosed)
-        try:
-            if unclosed:
-                break
-            tables.append(_table(one, number))
-        except AnswerError:
-            break
-    else:
+    n_closed = next((i for i, one in enumerate(found) if _is_one_of(one, prefix.unclosed)), len(found))
+    tables, fit = as_many_as_fit(_table(one, number) for number, one in enumerate(found[:n_closed], 1))
+    if fit and n_closed == len(found):
         return tables, prefix.whole
     last = _whole_rows(found[len(tables)], prefix.unclosed)
-    return ([*tables, last] if last else tables), False
+    return as_many_as_fit([*tables, last] if last else tables)[0], False
+
+
+def _is_one_of(value: Any, containers: list[Any]) -> bool:
+    return any(value is container for container in containers)
 
 
 def write_tables_json(table: Table) -> str:
@@ -127,6 +125,8 @@ def _count(found: dict[str, Any], key: str, where: str, least: int, default: int
     value = found.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise AnswerError(f"'{key}' of {where} is {value!r:.60}; expected a whole number from {least}.")
+    if value > MAX_COUNT:
+        raise AnswerError(f"'{key}' of {where} is {value!r:.60}; expected at most {MAX_COUNT:,}.")
     return value
 
 
@@ -136,7 +136,7 @@ def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
         return None
     cells: list[Cell] = []
     for one in found["cells"]:
-        if any(one is container for container in unclosed):
+        if _is_one_of(one, unclosed):
             break
         try:
             cells.append(_cell(one, "a cell"))
@@ -161,11 +161,17 @@ def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
 def _n_covered_rows(cells: list[Cell], columns: int) -> int:
     """How many rows from the top have each slot covered once."""
     n_rows = 0
-    while (n_rows + 1) * columns <= MAX_SLOTS:
-        across = [c for c in cells if c.row <= n_rows < c.row + c.rowspan]
-        if sum(c.colspan for c in across) != columns:
-            break
-        if sorted(j for c in across for j in range(c.col, c.col + c.colspan)) != list(range(columns)):
-            break
-        n_rows += 1
-    return n_rows
+    waiting = sorted(cells, key=lambda cell: cell.row, reverse=True)
+    across: list[Cell] = []  # the cells of a row; they change where one begins or ends
+    while True:
+        across = [cell for cell in across if cell.row + cell.rowspan > n_rows]
+        while waiting and waiting[-1].row <= n_rows:
+            across.append(waiting.pop())
+        across.sort(key=lambda cell: cell.col)
+        ends = [0, *(cell.col + cell.colspan for cell in across)]
+        if ends[-1] != columns or ends[:-1] != [cell.col for cell in across]:
+            return n_rows
+        changes = [cell.row + cell.rowspan for cell in across] + [cell.row for cell in waiting[-1:]]
+        n_rows = min(min(changes), MAX_SLOTS // columns)
+        if (n_rows + 1) * columns > MAX_SLOTS:
+            return n_rows

@@ -10,6 +10,7 @@ from granite4v.errors import AnswerError
 from granite4v.runtime.outputs.csv_ import read_csv, salvage_csv, write_csv
 from granite4v.runtime.outputs.html import read_html, salvage_html, write_html
 from granite4v.runtime.outputs.json_text import read_fields, salvage_fields
+from granite4v.runtime.outputs.json_values import whole_characters
 from granite4v.runtime.outputs.markdown import write_markdown
 from granite4v.runtime.outputs.otsl import read_otsl, salvage_otsl, write_otsl
 from granite4v.runtime.outputs.table import Table
@@ -85,7 +86,7 @@ def read(task: str, text: str) -> Any:
     `task` is one of TASKS, with or without angle brackets; `kvp` is the key-value prompt. Raises AnswerError when the
     answer is not in the task's form, ValueError for an unknown task.
     """
-    return _task(task).read(text)
+    return _task(task).read(whole_characters(text))
 
 
 def salvage(task: str, text: str) -> Salvaged | None:
@@ -94,7 +95,7 @@ def salvage(task: str, text: str) -> Salvaged | None:
     A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there.
     None when nothing is whole.
     """
-    value, whole = _task(task).salvage(text)
+    value, whole = _task(task).salvage(whole_characters(text))
     return Salvaged(value, not whole) if value or whole else None
 
 

@@ -1,0 +1,87 @@
+"""HTML taken apart into tags and text, as the HTML standard has browsers do it, in one pass over the answer.
+
+Not `html.parser`: it searches the rest of the text again for each mark that is never closed, raises AssertionError for
+some declarations, and changes from one Python release to the next.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_RAW = ("script", "style")  # what they hold is text up to their end tag
+_MARK = re.compile(r"<(?=[a-zA-Z!?]|/.)", re.DOTALL)  # a '<' that begins markup; any other is text
+_NAME = re.compile(r"(/?)([a-zA-Z][^\s/>]*)")
+_ATTRIBUTE = re.compile(r"""[\s/]*([^\s/>][^\s/>=]*)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>][^\s>]*)?))?""")
+_END = re.compile(r"[\s/]*>")
+# more digits than a character has, and than Python converts: html.unescape would raise ValueError
+_LONG_NUMBER = re.compile(r"&#0*[1-9][0-9]{7,};?")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A start or an end tag, names in lower case. Of an attribute that is there twice the first counts."""
+
+    name: str
+    closing: bool = False
+    attributes: dict[str, str] = field(default_factory=dict)
+
+
+def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
+    """Each tag, and each text with its character references replaced, with its offset. A tag that the end of the text
+    cuts is left out; comments, declarations and processing instructions are, too."""
+    at = 0
+    while at < len(text):
+        found = _MARK.search(text, at)
+        mark = found.start() if found else len(text)
+        if mark > at:
+            yield at, unescape(text[at:mark])
+        at = mark
+        if at == len(text):
+            return
+        if (name := _NAME.match(text, at + 1)) is None:
+            at = _behind_comment(text, at)
+            continue
+        attributes, end = _attributes(text, name.end())
+        if end is None:
+            return
+        tag = Tag(name[2].lower(), bool(name[1]), attributes)
+        yield at, tag
+        at = end
+        if tag.name in _RAW and not tag.closing:
+            ending = re.compile(f"</{tag.name}(?=[\\s/>])", re.IGNORECASE).search(text, at)
+            raw_end = ending.start() if ending else len(text)
+            if raw_end > at:
+                yield at, text[at:raw_end]
+            at = raw_end
+
+
+def unescape(text: str) -> str:
+    """Character references replaced; those of no character become U+FFFD."""
+    return html.unescape(_LONG_NUMBER.sub("\ufffd", text))
+
+
+def _behind_comment(text: str, at: int) -> int:
+    """Behind what begins with '<!', '<?', or '</' and no letter. Without its end it goes on to that of the text."""
+    if not text.startswith("<!--", at):
+        end = text.find(">", at)
+        return len(text) if end < 0 else end + 1
+    if text.startswith(("<!-->", "<!--->"), at):
+        return text.index(">", at) + 1
+    found = re.compile("--!?>").search(text, at + 4)
+    return found.end() if found else len(text)
+
+
+def _attributes(text: str, at: int) -> tuple[dict[str, str], int | None]:
+    """The attributes of a tag from behind its name, and where the tag ends; None where it does not."""
+    found: dict[str, str] = {}
+    while (end := _END.match(text, at)) is None:
+        attribute = _ATTRIBUTE.match(text, at)
+        if attribute is None:
+            return found, None
+        value = next((value for value in attribute.groups()[1:] if value is not None), "")
+        found.setdefault(attribute[1].lower(), unescape(value))
+        at = attribute.end()
+    return found, end.end()
