@@ -175,9 +175,9 @@ def extract(
     meter.say(summary(run.state, time.monotonic() - run.state.began))
     if out is not None and not as_json:
         printer.write(lambda: _list_files(run.state, out))
-    if printer.failure is not None:
+    if isinstance(printer.failure, PipeClosed):
         raise printer.failure
-    if run.state.incomplete:
+    if run.state.incomplete or printer.failure is not None:
         raise typer.Exit(EXIT_FAILURE)
 
 
@@ -253,7 +253,7 @@ class _Printer:
             if self._out is None:
                 raise
             self.failure = error
-            self._say(f"standard output cannot be written any more; results still go to '{self._out}'")
+            self._say(f"standard output cannot be written any more; all results are in '{self._out}'")
 
     def _print_text(self, record: Record) -> None:
         text = f"== {record.source}, page {record.page}, {record.task}\n{_text(record, self._form)}"
@@ -330,12 +330,14 @@ class Meter:
         self._show(f"{self._line}: {NAMES.get(what, what)}{share}" if self._line else NAMES.get(what, what))
 
     def failure(self, record: Record) -> None:
-        """A line for a record without a valid answer; one for a page that could not be opened, whatever the tasks."""
-        if not record.failed:
+        """A line for a record without a valid and complete answer; one for a page that could not be opened, whatever
+        the tasks."""
+        if not record.failed and not record.salvaged:
             return
         where = record.source if record.page is None else f"{record.source}, page {record.page}"
         if record.error is None:
-            self.say(f"{where}, {record.task}: not valid: {record.validity_error}")
+            what = "not valid" if record.failed else "cut"
+            self.say(f"{where}, {record.task}: {what}: {record.validity_error}")
         elif self._failure != (failure := (record.source, record.page, record.error)):
             self._failure = failure
             self.say(f"{where}: {record.error}")

@@ -195,8 +195,9 @@ class Extraction:
             record = replace(self._record(item, question, working), stem=self._stem(item.source))
             try:
                 self._journal.append(record)
-            except ValueError as error:  # infinity, which JSON cannot carry
-                record = replace(record, value=None, valid=False, validity_error=f"the answer cannot be kept: {error}")
+            except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
+                why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
+                record = replace(record, value=None, valid=False, validity_error=why)
                 self._journal.append(record)
         return record
 

@@ -182,8 +182,10 @@ def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 def _remark(then: Any, now: Mapping[str, Any]) -> str:
     before = then if isinstance(then, dict) else {}
-    pairs = ", ".join(f"{key} {before.get(key)} then and {now[key]} now" for key in now if before.get(key) != now[key])
-    return f"the run goes on under other conditions ({pairs}); answers to the rest may differ in details."
+    pairs = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
+    return (
+        f"resumed under different conditions ({pairs}); new answers may differ slightly from what a single run gives."
+    )
 
 
 def _difference(name: str, begun: Any, wanted: Any) -> str:

@@ -8,7 +8,7 @@ TEMPLATE = """\
 <meta charset="utf-8" />
 <meta name="viewport" content="width=device-width, initial-scale=1" />
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'" />
-<title>What was read from {{ contents.n_pages }} pages</title>
+<title>What was read from {{ contents.n_pages }} page{{ 's' if contents.n_pages != 1 }}</title>
 <style>
 :root { color-scheme: light dark;
   --paper: #fbfbfa; --card: #fff; --ink: #1c1e21; --soft: #5d6470; --line: #dcdfe4; --head: #f1f3f6;
