@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from .mutation.isolation import Limits, isolated
 from .mutation.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(seconds=1, memory_bytes=8 << 30)
+LIMITS = Limits(seconds=3, memory_bytes=16 << 30)
 
 
 def say(text: str, status: int) -> Callable[[], int]:
@@ -51,6 +52,16 @@ def wait_without_end() -> int:
     return 0
 
 
+def leave_a_file() -> int:
+    tempfile.mkstemp(prefix="page")
+    return 0
+
+
+def keep_the_traceback() -> int:
+    Path(tempfile.gettempdir(), "granite4v-error-1.txt").write_text("Traceback (most recent call last):\nKeyError: 1")
+    return 70
+
+
 def leave_a_process() -> int:
     if os.fork() == 0:
         time.sleep(1000)
@@ -71,6 +82,8 @@ def leave_a_process() -> int:
         (crash, "signal", "SIGSEGV in acceptance/test_mutation.py"),
         (compute_without_end, "hang", "compute_without_end"),
         (wait_without_end, "hang", "wait_without_end"),
+        (leave_a_file, "wrong", "x: a temporary file is left behind: page"),
+        (keep_the_traceback, "traceback", "x: KeyError: _"),
         (leave_a_process, "wrong", "x: processes are left running"),
         (say("gguf_init_from_file: failed", 1), "noise", "gguf_init_from_file"),
         (say("/lib/a.py:5: UserWarning: odd", 0), "noise", "x: /lib/a.py"),
@@ -88,7 +101,9 @@ def test_each_end_of_a_command_is_told_from_the_others(
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.acceptance.mutation", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def _run_case(kind: Kind, index: int, options: argparse.Namespace, work: Path, l
     report = Report(kind.name, index, verdict.kind, verdict.cause, round(time.monotonic() - began, 3))
     if verdict.kind in FAULTS or options.only:
         report.edits, report.commands = case.edits, [" ".join(command) for command in case.commands]
-        report.said = "\n".join(f"$ {' '.join(r.command)}\n{r.stderr[-1500:]}{r.stack[:600]}" for r in results)
+        report.said = "\n".join(f"$ {' '.join(r.command)}\n{r.stderr[-2500:]}{r.stack[:600]}" for r in results)
         if options.keep:
             target = options.keep / f"{kind.name}-{options.seed}-{index}"
             shutil.rmtree(target, ignore_errors=True)

@@ -29,6 +29,7 @@ class Result:
     stderr: str
     stack: str  # Python's, where a signal or the time limit met it
     left_running: bool  # processes that the command started outlived it
+    left_behind: list[str]  # in the folder for temporary files
 
 
 class Kind(Protocol):

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,6 +27,7 @@ from .case import Result
 MAX_FILE_BYTES = 1 << 30
 MAX_OUTPUT_BYTES = 1 << 20  # read back of what a command printed
 WALL_PER_CPU = 3  # a busy machine must not look like a hang
+ERRORS = "granite4v-error-*.txt"  # where the command keeps the traceback of an error that nobody expected
 GRACE_S = 5.0  # for processes that a command started to see that it is gone
 
 
@@ -40,12 +42,14 @@ def isolated(
 ) -> Result:
     """Runs `function` in `folder`, as the console script would run it; `name` is that of its output files."""
     stdout, stderr, stack = (folder.parent / f"{name}.{what}" for what in ("out", "err", "stack"))
+    temporary = folder.parent / f"{name}.tmp"
+    temporary.mkdir(exist_ok=True)
     began = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _child(function, folder, stdout, stderr, stack, limits)
+        _child(function, folder, temporary, stdout, stderr, stack, limits)
     status, timed_out = _wait(pid, began + limits.seconds * WALL_PER_CPU)
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     timed_out |= ended_by == signal.SIGXCPU
@@ -56,20 +60,28 @@ def isolated(
         timed_out=timed_out,
         seconds=time.monotonic() - began,
         stdout=_text(stdout),
-        stderr=_text(stderr),
+        stderr=_text(stderr) + "".join(map(_text, sorted(temporary.glob(ERRORS)))),
         stack=_text(stack),
         left_running=_end_group(pid, killed=timed_out or ended_by is not None),
+        left_behind=_entries(temporary),
     )
 
 
 def _child(
-    function: Callable[[], int | None], folder: Path, stdout: Path, stderr: Path, stack: Path, limits: Limits
+    function: Callable[[], int | None],
+    folder: Path,
+    temporary: Path,
+    stdout: Path,
+    stderr: Path,
+    stack: Path,
+    limits: Limits,
 ) -> None:
     """Never returns."""
     status = 1
     try:
         os.setsid()
         os.chdir(folder)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         _redirect(stdout, stderr)
         stacks = stack.open("w")
         faulthandler.enable(stacks)
@@ -167,6 +179,10 @@ def _is_there(pid: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.match(ERRORS))
 
 
 def _text(path: Path) -> str:

@@ -53,6 +53,9 @@ def judge(result: Result) -> Verdict:
         return Verdict("noise", f"{where}: {re.split('[0-9:]', line)[0]:.60}")
     if result.left_running:
         return Verdict("wrong", f"{where}: processes are left running")
+    if result.left_behind:
+        name = re.sub("[0-9]+", "_", result.left_behind[0])
+        return Verdict("wrong", f"{where}: a temporary file is left behind: {name:.60}")
     if result.status == 0:
         return Verdict(CLEAN)
     if result.status == 1 and not result.stderr.strip():
