@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from granite4v.families.base import TilingConfig
+    from granite4v.runtime.pages.limits import Limits
     from granite4v.runtime.pages.selection import Crop
 
 
@@ -22,10 +23,14 @@ class Drawn:
 
 
 class Book(Protocol):
-    """An open document. `damage` says what became of pages that cannot even be counted."""
+    """An open document. `damage` says what became of pages that cannot even be counted.
+
+    `index`: what it took to find the pages, which saves that work when the document is opened again.
+    """
 
     n_pages: int
     damage: str | None
+    index: list[int] | None
 
     def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
         """Page `number`, from 1, or the part of it that `crop` says. Raises ImageError, DocumentError."""
@@ -40,3 +45,10 @@ def whole_pixels(box: tuple[float, float, float, float], size: tuple[int, int]) 
     """(left, top, right, bottom) at the pixels nearest to `box`, at least one each way, inside `size`."""
     left, top = min(round(box[0]), size[0] - 1), min(round(box[1]), size[1] - 1)
     return left, top, max(round(box[2]), left + 1), max(round(box[3]), top + 1)
+
+
+def within(n_pages: int, limits: Limits, name: str) -> tuple[int, str | None]:
+    """How many pages are read, and what became of the others."""
+    if n_pages <= limits.n_pages:
+        return n_pages, None
+    return limits.n_pages, f"{name} has more than {limits.n_pages:,} pages; those behind are not read. Split it."

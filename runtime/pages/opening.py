@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from granite4v.errors import DocumentError, Granite4vError
-from granite4v.runtime.pages.book import Book, Drawn
+from granite4v.errors import DocumentError, Granite4vError, ImageError
+from granite4v.runtime.pages.limits import LIMITS, Limits
+from granite4v.runtime.pages.reader import Reader, ReaderEnded, RemoteBook, Rendered, Waiting
 from granite4v.runtime.pages.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
 from granite4v.runtime.pages.sources import (
     Document,
-    Kind,
     NotFound,
     file_state,
     find_documents,
     is_read_once,
-    read_content,
-    recognize,
+    read_once,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 Inputs = Sequence[str | os.PathLike[str]]
 Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page
-Waiting = Callable[[str, int | None, float], None]  # (source, number or None while opening, seconds so far)
 ALL_PAGES = PageRanges(((1, None),))
 
 
@@ -90,6 +88,34 @@ class Totals:
     documents: int
     pages: int | None
     notes: tuple[str, ...] = ()
+    found: _Found | None = field(default=None, repr=False, compare=False)  # for `open_pages`
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What was found out about a document while counting: its index, or how it ended its reader."""
+
+    state: str | None
+    index: list[int] | None
+    error: ReaderEnded | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    inputs: tuple[str, ...]
+    documents: tuple[Document | NotFound, ...]
+    counted: Mapping[str, _Counted]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted of each document."""
+
+    ranges: PageRanges
+    password: str | None = None
+    crop: Crop | None = None
+    tiling: TilingConfig | None = None
+    wanted: Wanted | None = None
 
 
 def open_pages(
@@ -102,8 +128,12 @@ def open_pages(
     wanted: Wanted | None = None,
     waiting: Waiting | None = None,
     counted: Totals | None = None,
+    limits: Limits = LIMITS,
 ) -> Generator[Page | PageFailure | PageSkipped, None, None]:
-    """The pages of `inputs`, each opened when it is asked for, and not kept.
+    """The pages of `inputs`, each rendered while its predecessor is looked at, and not kept.
+
+    Files are opened and rendered by a process of their own (see `worker`), within `limits`: one that ends it, takes too
+    long or too much memory is a PageFailure like any other, and the next page goes on.
 
     `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, '-' for standard input; see
     `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
@@ -118,22 +148,39 @@ def open_pages(
     `number` None, a document. No two have the same source and number. Close it to close the document it is at.
     """
     _check_password(password)
-    ranges, area = _ranges(pages), None if crop is None else parse_crop(crop)
-    tiling = None if view is None else view.tiling
-    return _pages(find_documents(inputs), ranges, password, area, tiling, wanted or _all)
+    area, tiling = None if crop is None else parse_crop(crop), None if view is None else view.tiling
+    request = _Request(_ranges(pages), password, area, tiling, wanted)
+    known = None if counted is None else counted.found
+    if known is None or known.inputs != _texts(inputs):
+        known = _Found(_texts(inputs), tuple(find_documents(inputs)), {})
+    return _pages(known, request, Reader(limits, waiting))
 
 
-def count_pages(inputs: Inputs, *, pages: str | PageRanges | None = None, password: str | None = None) -> Totals:
-    """How much `open_pages` will yield, failures included, without drawing a page. Raises what it raises at once."""
+def count_pages(
+    inputs: Inputs,
+    *,
+    pages: str | PageRanges | None = None,
+    password: str | None = None,
+    waiting: Waiting | None = None,
+    limits: Limits = LIMITS,
+) -> Totals:
+    """How much `open_pages` will yield, failures included, without rendering a page. Raises what it raises."""
     _check_password(password)
-    ranges, documents = _ranges(pages), find_documents(inputs)
-    counts = [_count(item, ranges, password) for item in documents]
-    known = [count for count in counts if count is not None]
-    return Totals(len(documents), sum(known) if len(known) == len(counts) else None)
+    ranges = _ranges(pages)
+    notes: list[str] = []
+    documents = find_documents(inputs, notes.append)
+    counted: dict[str, _Counted] = {}
+    n_pages: int | None = 0
+    with contextlib.closing(Reader(limits, waiting)) as reader:
+        for item in documents:
+            count = _count(item, _Request(ranges, password), reader, counted)
+            n_pages = None if n_pages is None or count is None else n_pages + count
+    found = _Found(_texts(inputs), tuple(documents), counted)
+    return Totals(len(documents), n_pages, tuple(notes), found)
 
 
-def _all(source: str, number: int, state: str | None) -> bool:
-    return True
+def _texts(inputs: Inputs) -> tuple[str, ...]:
+    return tuple(os.fspath(item) for item in inputs)
 
 
 def _ranges(pages: str | PageRanges | None) -> PageRanges:
@@ -151,108 +198,144 @@ def _check_password(password: str | None) -> None:
         raise SelectionError("the password holds a character that no password can have.")
 
 
-def _count(item: Document | NotFound, ranges: PageRanges, password: str | None) -> int | None:
-    """None for what can be read only once."""
+def _count(item: Document | NotFound, request: _Request, reader: Reader, counted: dict[str, _Counted]) -> int | None:
+    """None for what can be read only once. What else was found out goes into `counted`."""
     if isinstance(item, NotFound):
         return 1
     if is_read_once(item):
         return None
+    state = file_state(item)
+    book = _book(item, state, None, request, reader, None)
     try:
-        with contextlib.closing(_open(item, password)) as book:
-            return ranges.count(book.n_pages) + (book.damage is not None)
-    except Exception:  # reported as what it is when the document is read
+        book.begin_open()
+        book.finish_open()
+    except ReaderEnded as error:
+        counted[item.source] = _Counted(state, None, error)
         return 1
+    except (DocumentError, ImageError):  # said when it is read
+        return 1
+    counted[item.source] = _Counted(state, book.index, None)
+    return request.ranges.count(book.n_pages) + (book.damage is not None)
 
 
-def _pages(
-    documents: Sequence[Document | NotFound],
-    ranges: PageRanges,
-    password: str | None,
-    crop: Crop | None,
-    tiling: TilingConfig | None,
-    wanted: Wanted,
-) -> Generator[Page | PageFailure | PageSkipped, None, None]:
-    for item in documents:
-        if isinstance(item, NotFound):
-            yield PageFailure(item.source, None, item.error)
-            continue
-        state = file_state(item)
-        try:
-            book = _open(item, password)
-        except Exception as error:
-            yield PageFailure(item.source, None, readable(error, item.name), state)
-            continue
-        with contextlib.closing(book):
-            yield from _pages_of(book, item, state, ranges, crop, tiling, wanted)
-
-
-def _pages_of(
-    book: Book,
+def _book(
     document: Document,
     state: str | None,
-    ranges: PageRanges,
-    crop: Crop | None,
-    tiling: TilingConfig | None,
-    wanted: Wanted,
-) -> Iterator[Page | PageFailure | PageSkipped]:
-    n_pages = book.n_pages
-    for first, last in ranges.of(n_pages):
-        if first > n_pages:
-            yield PageFailure(document.source, first, _no_such_page(document.name, n_pages, first, last), state)
-            continue
-        if not wanted(document.source, first, state):
-            yield PageSkipped(document.source, first, n_pages, state)
-            continue
-        try:
-            drawn = book.draw(first, crop, tiling)
-            page = _page(document.source, first, n_pages, drawn, state)
-        except Exception as error:
-            name = f"page {first} of {document.name}" if n_pages > 1 else document.name
-            yield PageFailure(document.source, first, readable(error, name), state)
-            continue
-        del drawn
-        yield page
-        del page  # its pixels are the caller's alone while the next page is drawn
-    if book.damage is not None:
-        yield PageFailure(document.source, None, DocumentError(book.damage), state)
-
-
-def readable(error: Exception, name: str) -> Granite4vError:
-    """The error as one that a person can use. Whatever a library raises on a file is about that file, never a bug."""
-    if isinstance(error, Granite4vError):
-        return error
-    if isinstance(error, MemoryError):
-        return DocumentError(f"{name} needs more memory than there is; scale it down, or split it.")
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return DocumentError(
-        f"{name} cannot be read ({what:.200}); it is probably damaged. Open it in another program and save it again."
+    content: bytes | None,
+    request: _Request,
+    reader: Reader,
+    index: list[int] | None,
+) -> RemoteBook:
+    return RemoteBook(
+        reader,
+        document.source,
+        document.name,
+        path=None if content is not None else os.fspath(document.path or ""),
+        content=content,
+        state=state,
+        password=request.password,
+        index=index,
     )
 
 
-def _page(source: str, number: int, n_pages: int, drawn: Drawn, state: str | None) -> Page:
+Item = Page | PageFailure | PageSkipped
+
+
+def _pages(found: _Found, request: _Request, reader: Reader) -> Generator[Item, None, None]:
+    """Hands out each item when the next one has been begun, so that the reader works while the caller does."""
+    ready: Item | None = None
+    with contextlib.closing(reader):
+        for item in _steps(found, request, reader):
+            if ready is not None:
+                handed, ready = ready, None
+                yield handed
+                del handed  # its pixels are the caller's alone while the next page is fetched
+            if item is not None:
+                ready = item
+            del item
+        if ready is not None:
+            yield ready
+
+
+def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | None]:
+    """The items, and a None whenever the reader has been given work that takes time."""
+    for item in found.documents:
+        if isinstance(item, NotFound):
+            yield PageFailure(item.source, None, item.error)
+            continue
+        state, content = file_state(item), None
+        known = found.counted.get(item.source)
+        if known is not None and known.error is not None and known.state == state:
+            yield PageFailure(item.source, None, known.error, state)
+            continue
+        if is_read_once(item):
+            yield None
+            try:
+                content = read_once(item, reader.limits)
+            except DocumentError as error:
+                yield PageFailure(item.source, None, error, state)
+                continue
+        index = known.index if known is not None and known.state == state else None
+        book = _book(item, state, content, request, reader, index)
+        book.begin_open()
+        yield None
+        try:
+            book.finish_open()
+        except (DocumentError, ImageError) as error:
+            yield PageFailure(item.source, None, error, state)
+            continue
+        yield from _pages_of(book, item, state, request, reader.limits)
+
+
+def _pages_of(
+    book: RemoteBook, document: Document, state: str | None, request: _Request, limits: Limits
+) -> Iterator[Item | None]:
+    source, n_pages = document.source, book.n_pages
+    n_failed = n_ended = 0  # in a row
+    for first, last in request.ranges.of(n_pages):
+        if first > n_pages:
+            yield PageFailure(source, first, _no_such_page(document.name, n_pages, first, last), state)
+            continue
+        if request.wanted is not None and not request.wanted(source, first, state):
+            yield PageSkipped(source, first, n_pages, state)
+            continue
+        if n_ended == limits.n_ended or n_failed == limits.n_failed:
+            yield PageFailure(source, None, _given_up(document.name, n_pages, first, n_failed), state)
+            return
+        book.begin_draw(first, request.crop, request.tiling)
+        yield None
+        try:
+            rendered = book.finish_draw()
+        except (DocumentError, ImageError) as error:
+            n_failed, n_ended = n_failed + 1, n_ended + 1 if isinstance(error, ReaderEnded) else 0
+            yield PageFailure(source, first, error, state)
+            continue
+        n_failed = n_ended = 0
+        page = _page(source, first, n_pages, rendered, state)
+        del rendered
+        yield page
+        del page
+    if book.damage is not None:
+        yield PageFailure(source, None, DocumentError(book.damage), state)
+
+
+def _page(source: str, number: int, n_pages: int, rendered: Rendered, state: str | None) -> Page:
+    from PIL import Image
+
     from granite4v.runtime.prompt import image_digest
 
-    digest = image_digest(drawn.image).hex()
-    return Page(source, number, n_pages, drawn.image, digest, drawn.dpi, drawn.warnings, state)
+    image = Image.frombytes("RGB", rendered.size, bytes(rendered.pixels))
+    return Page(source, number, n_pages, image, image_digest(image).hex(), rendered.dpi, rendered.warnings, state)
+
+
+def _given_up(name: str, n_pages: int, first: int, n_failed: int) -> DocumentError:
+    return DocumentError(
+        f"{name} is given up at page {first} of {n_pages}: the {n_failed} pages before it failed, one after another. "
+        "Choose others with '--pages', or save the document anew."
+    )
 
 
 def _no_such_page(name: str, n_pages: int, first: int, last: int | None) -> DocumentError:
     has = f"{n_pages} pages" if n_pages > 1 else "1 page"
     is_no = f"is no page {first}" if last in (first, None) else f"are no pages {first} to {last}"
     return DocumentError(f"{name} has {has}; there {is_no}.")
-
-
-def _open(document: Document, password: str | None) -> Book:
-    """Raises DocumentError, ImageError."""
-    content = read_content(document)
-    kind = recognize(content, document.name)
-    try:
-        if kind is Kind.PDF:
-            from granite4v.runtime.pages.pdf import PdfBook
-
-            return PdfBook(content, document.name, password)
-        from granite4v.runtime.pages.pictures import PictureBook, TiffBook
-
-        return (TiffBook if kind is Kind.TIFF else PictureBook)(content, document.name)
-    except OSError as error:
-        raise DocumentError(f"{document.name} cannot be read: {error.strerror or error}.") from None

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import DocumentError
-from granite4v.runtime.pages.book import Drawn, whole_pixels
+from granite4v.runtime.pages.book import Drawn, whole_pixels, within
+from granite4v.runtime.pages.limits import Limits
 from granite4v.runtime.pages.resolution import render_size, shrunk
+from granite4v.runtime.pages.sources import state_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,14 +45,17 @@ MAX_PICTURE_PIXELS = 4_000_000_000  # of one picture on a page: about ten second
 class PdfBook:
     """A PDF file. `password` is tried on encrypted ones only."""
 
-    def __init__(self, content: Path | bytes, name: str, password: str | None) -> None:
-        """Raises DocumentError for a file that is damaged, encrypted or without pages."""
-        self._content, self._name, self._password = content, name, password
+    def __init__(
+        self, content: Path | bytes, name: str, password: str | None, state: str | None, limits: Limits
+    ) -> None:
+        """`state`: of its file. Raises DocumentError for a file that is damaged, encrypted or without pages."""
+        self._content, self._name, self._password, self._state = content, name, password, state
+        self._limits = limits
         self._n_drawn = 0
         self._notes: tuple[str, ...] = ()
         self._pdf = self._open()
-        self.n_pages = len(self._pdf)
-        self.damage: str | None = None
+        self.n_pages, self.damage = within(len(self._pdf), limits, name)
+        self.index: list[int] | None = None
         self._notes = self._take_note()
 
     def _open(self) -> Any:
@@ -113,6 +118,7 @@ class PdfBook:
 
         if self._n_drawn == REOPEN_AFTER:
             self._pdf.close()
+            self._check_unchanged()
             self._pdf, self._n_drawn = self._open(), 0
         self._n_drawn += 1
         name = f"page {number} of {self._name}"
@@ -121,20 +127,26 @@ class PdfBook:
         except (pypdfium2.PdfiumError, IndexError):
             raise DocumentError(f"{name} cannot be loaded: the file is damaged or cut short.") from None
         with contextlib.closing(page):
-            image, dpi = _draw(page, name, crop, tiling)
+            image, dpi = _draw(page, name, crop, tiling, self._limits)
         return Drawn(image, dpi, self._notes)
+
+    def _check_unchanged(self) -> None:
+        if isinstance(self._content, Path) and self._state is not None and state_of(self._content) != self._state:
+            if not self._content.exists():
+                raise DocumentError(f"{self._name} cannot be read; is it still there?")
+            raise DocumentError(f"{self._name} has been changed while it was read; read it again.")
 
     def close(self) -> None:
         self._pdf.close()
 
 
-def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None) -> tuple[Image, float]:
+def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, limits: Limits) -> tuple[Image, float]:
     width, height = page.get_size()
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise DocumentError(f"{name} has no size ({width:g} x {height:g} points).")
     box = (0.0, 0.0, width, height) if crop is None else crop.box((width, height), name, "points")
     shape = (box[2] - box[0], box[3] - box[1])
-    pictures, fine = _pictures(page, name), render_size(shape, None, tiling)[0] / shape[0]
+    pictures, fine = _pictures(page, name, limits), render_size(shape, None, tiling)[0] / shape[0]
     scan = None if tiling is None else _scan_resolution(page, pictures, fine)
     if scan is not None and crop is not None:
         pixels = (round(width * scan[0]), round(height * scan[1]))
@@ -165,7 +177,7 @@ def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tu
         return bitmap.to_pil()  # a copy, since pixels of three bytes cannot be shared
 
 
-def _pictures(page: Any, name: str) -> list[tuple[Any, tuple[int, int]]]:
+def _pictures(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int, int]]]:
     """(handle, size in pixels) of the pictures on a page that is nothing but pictures; empty for others.
 
     Text that is not to be seen does not count. Raises DocumentError for a picture, wherever it is on the page, that
@@ -175,7 +187,11 @@ def _pictures(page: Any, name: str) -> list[tuple[Any, tuple[int, int]]]:
 
     pictures = []
     nothing_else = pdfium.FPDFPage_GetAnnotCount(page) == 0
-    for handle, depth in _objects(page):
+    for n_objects, (handle, depth) in enumerate(_objects(page), 1):
+        if n_objects > limits.n_objects:
+            raise DocumentError(
+                f"{name} holds more than {limits.n_objects:,} objects; print it to a new PDF or save it as an image."
+            )
         kind = pdfium.FPDFPageObj_GetType(handle)
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
             pictures.append((handle, _picture_size(handle, name)))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.clip_projector.images import load_image
-from granite4v.errors import ImageError, ImageWarning
-from granite4v.runtime.pages.book import Drawn, whole_pixels
+from granite4v.errors import DocumentError, ImageError, ImageWarning
+from granite4v.runtime.pages.book import Drawn, whole_pixels, within
+from granite4v.runtime.pages.limits import Limits
 from granite4v.runtime.pages.whole import check_png, check_tiff, looks_filled
 
 if TYPE_CHECKING:
@@ -28,10 +29,18 @@ _NOT_A_PAGE = 0b101
 class PictureBook:
     """A file with one picture; of one with several frames (GIF, WebP) the first. Nothing is read before `draw`."""
 
-    def __init__(self, content: Path | bytes, name: str) -> None:
+    def __init__(self, content: Path | bytes, name: str, limits: Limits) -> None:
+        """Raises DocumentError for a file that is too large to be read whole."""
+        n_bytes = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if n_bytes > limits.file_bytes:
+            raise DocumentError(
+                f"{name} has {n_bytes:,} bytes; expected an image of at most {limits.file_bytes:,}. Save it anew, as "
+                "PNG or JPEG."
+            )
         self._content, self._name = content, name
         self.n_pages = 1
         self.damage: str | None = None
+        self.index: list[int] | None = None
 
     def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
         """The picture at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
@@ -47,11 +56,11 @@ class PictureBook:
 class TiffBook:
     """A TIFF file, page by page. Smaller copies of a page and masks are not counted."""
 
-    def __init__(self, content: Path | bytes, name: str) -> None:
-        """Raises ImageError when it has no page that can be found."""
+    def __init__(self, content: Path | bytes, name: str, limits: Limits, index: list[int] | None) -> None:
+        """`index`: the frames that are pages, where that is known. Raises ImageError when there is none."""
         from PIL import Image
 
-        self._name = name
+        self._name, self._limits = name, limits
         self.damage: str | None = None
         try:
             with _quietly():
@@ -59,7 +68,8 @@ class TiffBook:
         except _errors() as error:
             load_image(content, name)  # knows better what is wrong
             raise ImageError(f"{name} is damaged: {error}.") from None
-        self._frames = self._find_pages()
+        self._frames = self._find_pages() if index is None else index
+        self.index: list[int] | None = self._frames
         self.n_pages = len(self._frames)
 
     def _find_pages(self) -> list[int]:
@@ -68,6 +78,9 @@ class TiffBook:
         others: list[int] = []
         while True:
             index = len(pages) + len(others)
+            if index == self._limits.n_pages:
+                _, self.damage = within(index + 1, self._limits, self._name)
+                return pages or others
             try:
                 with _quietly():
                     self._image.seek(index)

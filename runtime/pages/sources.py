@@ -1,6 +1,6 @@
-"""What a person names (files, directories, globs, '-') -> the documents to read, and what a file holds.
+"""What a person names (files, directories, globs, '-') -> the documents to read.
 
-Knows nothing of pages.
+Knows nothing of pages, nor of what a file holds.
 """
 
 from __future__ import annotations
@@ -8,20 +8,22 @@ from __future__ import annotations
 import glob
 import os
 import re
+import select
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from granite4v.errors import DocumentError
+from granite4v.runtime.pages.limits import Limits
 
 STDIN = "-"
 # what is taken from a directory; elsewhere the content decides
 SUFFIXES = (".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
+_NO_WRITER_S = 0.02  # between two looks at a pipe that nobody has opened for writing
 EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
-HEAD_BYTES = 1024  # a PDF's header may have as much before it
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,9 @@ class NotFound:
     error: DocumentError
 
 
-class Kind(Enum):
-    PICTURE = "picture"
-    TIFF = "TIFF"
-    PDF = "PDF"
-
-
-def find_documents(inputs: Sequence[str | os.PathLike[str]]) -> list[Document | NotFound]:
+def find_documents(
+    inputs: Sequence[str | os.PathLike[str]], note: Callable[[str], None] | None = None
+) -> list[Document | NotFound]:
     """The documents that `inputs` stand for, in order, each once.
 
     A directory stands for the files with a known suffix in it and below it, in natural order (page2 before page10);
@@ -147,35 +145,70 @@ def _printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def read_content(document: Document) -> Path | bytes:
-    """The document's path, or its bytes where it can be read only once. Raises DocumentError when it cannot."""
-    path = document.path
-    if path is None:
-        if sys.stdin.isatty():
-            raise DocumentError("standard input is a terminal; pipe a picture or PDF into it, or name a file.")
-        return _not_empty(sys.stdin.buffer.read(), document)
+def read_once(document: Document, limits: Limits) -> bytes:
+    """All that standard input or a pipe holds. Raises DocumentError."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            with path.open("rb") as file:
-                _not_empty(file.read(1), document)
-            return path
-        if stat.S_ISFIFO(mode):
-            return _not_empty(path.read_bytes(), document)
+        if document.path is not None:
+            return _not_empty(_from_pipe(document, document.path, limits), document, limits)
+        if sys.stdin is None or sys.stdin.closed:
+            raise DocumentError("standard input is closed; pipe an image or PDF into it, or name a file.")
+        if sys.stdin.isatty():
+            raise DocumentError("standard input is a terminal; pipe an image or PDF into it, or name a file.")
+        return _not_empty(sys.stdin.buffer.read(limits.file_bytes + 1), document, limits)
     except OSError as error:
-        if os.path.islink(path) and not os.path.exists(path):
-            target = _printable(os.readlink(path))
-            raise DocumentError(f"{document.name} is a link to '{target}', which is not there.") from None
-        raise DocumentError(f"{document.name} cannot be read: {error.strerror or error}.") from None
-    raise DocumentError(f"{document.name} is a device or a socket; give a file, a directory or a pipe.")
+        raise why_missing(document, error) from None
+
+
+def _from_pipe(document: Document, path: Path, limits: Limits) -> bytes:
+    """What comes until the writer closes it; opened without waiting for one, which might never come."""
+    data = bytearray()
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb", buffering=0) as pipe:
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        deadline = time.monotonic() + limits.pipe_s
+        while len(data) <= limits.file_bytes:
+            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+                raise DocumentError(f"{document.name} is a pipe into which nothing came for {limits.pipe_s:g} s.")
+            piece = pipe.read(1 << 20)
+            if piece is None or (not piece and not data and time.monotonic() < deadline):
+                time.sleep(_NO_WRITER_S)  # no writer yet: macOS says at once that there is no more
+                continue
+            if not piece:
+                break
+            data += piece
+            deadline = time.monotonic() + limits.pipe_s
+    return bytes(data)
+
+
+def _not_empty(data: bytes, document: Document, limits: Limits) -> bytes:
+    if not data:
+        raise DocumentError(f"{document.name} is empty (0 bytes).")
+    if len(data) > limits.file_bytes:
+        raise DocumentError(
+            f"{document.name} holds more than {limits.file_bytes:,} bytes; save it to a file and read that."
+        )
+    return data
+
+
+def why_missing(document: Document, error: OSError) -> DocumentError:
+    """What to tell of a document that cannot be opened."""
+    path = document.path
+    if path is not None and os.path.islink(path) and not os.path.exists(path):
+        target = _printable(os.readlink(path))
+        return DocumentError(f"{document.name} is a link to '{target}', which is not there.")
+    return DocumentError(f"{document.name} cannot be read: {error.strerror or error}.")
 
 
 def file_state(document: Document) -> str | None:
     """'size:mtime_ns' of the document's file; None for what is not a file, or not there."""
-    if document.path is None:
-        return None
+    return None if document.path is None else state_of(document.path)
+
+
+def state_of(path: Path) -> str | None:
+    """As `file_state`, of a path."""
     try:
-        found = os.stat(document.path)
+        found = os.stat(path)
     except (OSError, ValueError):
         return None
     return f"{found.st_size}:{found.st_mtime_ns}" if stat.S_ISREG(found.st_mode) else None
@@ -189,62 +222,3 @@ def is_read_once(document: Document) -> bool:
         return stat.S_ISFIFO(os.stat(document.path).st_mode)
     except OSError:
         return False
-
-
-def _not_empty(data: bytes, document: Document) -> bytes:
-    if not data:
-        raise DocumentError(f"{document.name} is empty (0 bytes).")
-    return data
-
-
-_PICTURES = (
-    re.compile(rb"\x89PNG\r\n\x1a\n"),
-    re.compile(rb"\xff\xd8\xff"),  # JPEG
-    re.compile(rb"GIF8[79]a"),
-    re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # with the size of its header
-    re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
-)
-_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-_OTHERS = (
-    (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE), "a web page"),
-    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "an office document or a ZIP archive"),
-    (re.compile(rb"\xd0\xcf\x11\xe0"), "an old office document"),
-    (re.compile(rb"(\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!)"), "an archive"),
-    (re.compile(rb".{4}ftyp(heic|heix|mif1|msf1|avif|avis)", re.DOTALL), "a HEIF or AVIF picture"),
-    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 picture"),
-    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
-    (re.compile(rb"AT&TFORM"), "a DjVu document"),
-)
-
-
-def recognize(content: Path | bytes, name: str) -> Kind:
-    """What a file holds, by its content: names say it wrongly too often.
-
-    Raises DocumentError, which calls it `name`, for everything that is neither a picture of a kind we read nor a PDF.
-    """
-    if isinstance(content, bytes):
-        head = content[:HEAD_BYTES]
-    else:
-        try:
-            with content.open("rb") as file:
-                head = file.read(HEAD_BYTES)
-        except OSError as error:
-            raise DocumentError(f"{name} cannot be read: {error.strerror or error}.") from None
-    if any(pattern.match(head) for pattern in _PICTURES):
-        return Kind.PICTURE
-    if _TIFF.match(head):
-        return Kind.TIFF
-    if b"%PDF-" in head:
-        return Kind.PDF
-    raise DocumentError(f"{name} holds {_describe(head)}; {EXPECTED}.")
-
-
-def _describe(head: bytes) -> str:
-    for pattern, what in _OTHERS:
-        if pattern.match(head):
-            return what
-    if not head.strip(b"\0"):
-        return "zero bytes alone"
-    text = head.decode("utf-8", "ignore")
-    is_text = len(text.encode()) > len(head) - 4 and all(char.isprintable() or char.isspace() for char in text)
-    return "text" if is_text else "neither a picture nor a document that we know, or its beginning is damaged"

@@ -1,0 +1,23 @@
+"""What one file or page may take of a machine. Every limit has a message of its own where it is reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that ordinary documents stay far below. Pixels have theirs in Pillow, and in `pdf` and `resolution`."""
+
+    open_s: float = 60  # to open a document and find its pages
+    page_s: float = 60  # to render one page; a letter page takes 0.1 s
+    memory_bytes: int = 3 << 30  # of the process that reads: the largest image that Pillow opens needs half of it
+    file_bytes: int = 1 << 30  # of an image with one page, or of standard input and pipes, which are read whole
+    pipe_s: float = 60  # without a byte from a named pipe
+    n_pages: int = 20_000  # of a document
+    n_objects: int = 1_000_000  # on a page of a PDF
+    n_ended: int = 3  # pages in a row that end their reader, before the rest of a document is given up
+    n_failed: int = 100  # pages in a row that cannot be read, likewise
+
+
+LIMITS = Limits()
