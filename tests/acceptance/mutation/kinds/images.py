@@ -134,6 +134,12 @@ def _exif(rng: random.Random) -> bytes:
 # --- edits at the joints of formats ---
 
 
+_PNG_CHUNKS = (
+    *b"tEXt zTXt iTXt iCCP eXIf pHYs tRNS PLTE acTL fcTL fdAT gAMA cHRM sBIT IDAT IEND zzZz".split(),
+    b"\0\0\0\0",
+)
+
+
 def _png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     chunks, at = [], 8
     while at + 12 <= len(data):
@@ -160,9 +166,7 @@ def _edit_png(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         rng.shuffle(chunks)
         what = "chunks shuffled"
     elif choice == 3:
-        new = rng.choice((b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"pHYs", b"tRNS", b"PLTE", b"acTL",
-            b"fcTL", b"fdAT",
-                          b"gAMA", b"cHRM", b"sBIT", b"IDAT", b"IEND", b"zzZz", b"\0\0\0\0"))  # fmt: skip
+        new = rng.choice(_PNG_CHUNKS)
         new_body = rng.choice(
             (b"", rng.randbytes(rng.randint(1, 40)), b"a\0\0" + zlib.compress(bytes(rng.choice((9, 9**7)))))
         )

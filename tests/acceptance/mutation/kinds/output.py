@@ -35,12 +35,10 @@ TEXTS = (
     "50 %",
 )
 HTML = (
-    "<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>", "<th>", "<td colspan=2>", '<td rowspan="3">',
-    "<thead>", "</thead>",
-    "<tbody>", "<caption>", "<br>", "<td/>", "<!--", "-->", "<!", "<![CDATA[", "]]>", "<?php",
-    "<!DOCTYPE html [", "&#x110000;",
-    "&#0;", "&", "<", "<a b='", "<script>", "</script>", "<textarea>", "<td colspan=1000>",
-    "<td rowspan=65534>", "<ul><li>", "</",
+    "<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>", "<th>", "<td colspan=2>", '<td rowspan="3">', "<thead>",
+    "</thead>", "<tbody>", "<caption>", "<br>", "<td/>", "<!--", "-->", "<!", "<![CDATA[", "]]>", "<?php", "</",
+    "<!DOCTYPE html [", "&#x110000;", "&#0;", "&", "<", "<a b='", "<script>", "</script>", "<textarea>", "<ul><li>",
+    "<td colspan=1000>", "<td rowspan=65534>",
 )  # fmt: skip
 OTSL = (
     "<otsl>",
@@ -57,10 +55,9 @@ OTSL = (
     "<loc_5>",
 )
 JSON = (
-    "{", "}", "[", "]", ":", ",", '"', "null", "true", "NaN", "Infinity", "-Infinity", "1e400", "-1e400",
-    "1E+999", "0", "-0", "01",
-    "1.", ".5", "\\", "\\u0000", "\\ud800", '"\\ud83d"', '"\\udc00\\ud800"', "\0", "//", "'", "9" * 400, "9" * 5000,
-    "1" + "0" * 10000, '{"a":1,"a":2}', '"a":', '"cells":', '"rowspan":', '"row": 0',
+    "{", "}", "[", "]", ":", ",", '"', "null", "true", "NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1E+999", "0",
+    "-0", "01", "1.", ".5", "\\", "\\u0000", "\\ud800", '"\\ud83d"', '"\\udc00\\ud800"', "\0", "//", "'", "9" * 400,
+    "9" * 5000, "1" + "0" * 10000, '{"a":1,"a":2}', '"a":', '"cells":', '"rowspan":', '"row": 0',
 )  # fmt: skip
 CSV = (",", ";", "\n", "\r\n", "\r", '"', '""', "\t", "\0", ",,,,", "\n\n", "=1+1", "'", "\x0b", "\u2028", "a\rb")
 
@@ -241,12 +238,22 @@ def _repeat(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str,
     return text[: at + n] + piece * times + text[at + n :], f"{piece!r:.40} x {times} at {at}"
 
 
+_WRAPPINGS = (
+    ("```json\n", "\n```"),
+    ("```\n", "```"),
+    ("Here is it:\n```html\n", ""),
+    ("```csv\n", "\n```\nDone."),
+    ('["', '"]'),
+    ('["<table></table>", "', ""),
+    ("[", "]"),
+    ("'", "'"),
+    ("\ufeff", ""),
+    (" \n", " \n"),
+)
+
+
 def _wrap(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str, str]:
-    before, after = rng.choice((
-        ("```json\n", "\n```"), ("```\n", "```"), ("Here is it:\n```html\n", ""), ('["', '"]'), ("[", "]"),
-            ("\ufeff", ""),
-        ("```csv\n", "\n```\nDone."), (" \n", " \n"), ('["<table></table>", "', ""), ("'", "'"),
-    ))  # fmt: skip
+    before, after = rng.choice(_WRAPPINGS)
     return before + text + after, f"inside {before!r}"
 
 

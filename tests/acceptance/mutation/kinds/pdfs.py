@@ -12,7 +12,7 @@ from typing import Any
 import pikepdf
 from pikepdf import Array, Dictionary, Name, Stream, String
 
-from .. import edits, samples
+from .. import edits, pdf_samples, samples
 from ..case import Case, Result
 from ..product import command_line
 from ..records import problems, records
@@ -27,12 +27,12 @@ def prepare(bases: Path) -> None:
     folder = bases / BASES
     folder.mkdir(exist_ok=True)
     packed = pikepdf.ObjectStreamMode.generate
-    for maker in (_plain, _scan, _rich):
+    for maker in (pdf_samples.plain, pdf_samples.scan, pdf_samples.rich):
         pdf = maker()
-        pdf.save(folder / f"{maker.__name__.strip('_')}.pdf", compress_streams=False, static_id=True)
-        pdf.save(folder / f"{maker.__name__.strip('_')}-packed.pdf", object_stream_mode=packed, static_id=True)
-    _plain().save(folder / "encrypted.pdf", encryption=pikepdf.Encryption(owner="o", user="", R=4))
-    _plain().save(folder / "locked.pdf", encryption=pikepdf.Encryption(owner="o", user="secret", R=6))
+        pdf.save(folder / f"{maker.__name__}.pdf", compress_streams=False, static_id=True)
+        pdf.save(folder / f"{maker.__name__}-packed.pdf", object_stream_mode=packed, static_id=True)
+    pdf_samples.plain().save(folder / "encrypted.pdf", encryption=pikepdf.Encryption(owner="o", user="", R=4))
+    pdf_samples.plain().save(folder / "locked.pdf", encryption=pikepdf.Encryption(owner="o", user="secret", R=6))
 
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
@@ -59,110 +59,62 @@ def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
     return problems(out)
 
 
-# --- sound PDFs, small pages ---
-
-SIZE = (120, 90)
-
-
-def _page(pdf: pikepdf.Pdf, content: str, **entries: Any) -> pikepdf.Page:
-    page = pdf.add_blank_page(page_size=SIZE)
-    font = Dictionary(Type=Name.Font, Subtype=Name.Type1, BaseFont=Name.Helvetica)
-    page.Resources = Dictionary(Font=Dictionary(F=font))
-    page.Contents = Stream(pdf, content.encode())
-    for key, value in entries.items():
-        page[f"/{key}"] = value
-    return page
-
-
-def _plain() -> pikepdf.Pdf:
-    pdf = pikepdf.new()
-    _page(pdf, "BT /F 12 Tf 10 60 Td (Total 12.50) Tj ET 1 0 0 rg 10 10 30 20 re f")
-    _page(
-        pdf, "BT /F 9 Tf 10 60 Td [(Item) -500 (Price)] TJ T* (Tea) ' ET", Rotate=90, CropBox=Array([10, 10, 110, 80])
-    )
-    return pdf
-
-
-def _image(pdf: pikepdf.Pdf) -> Stream:
-    image = Stream(pdf, samples.page_image((24, 16)).tobytes())
-    image.Type, image.Subtype, image.ColorSpace = Name.XObject, Name.Image, Name.DeviceRGB
-    image.Width, image.Height, image.BitsPerComponent = 24, 16, 8
-    return image
-
-
-def _scan() -> pikepdf.Pdf:
-    pdf = pikepdf.new()
-    page = _page(pdf, "q 120 0 0 90 0 0 cm /I Do Q q 20 0 0 20 5 5 cm /J Do Q q 9 0 0 9 50 5 cm /M Do Q")
-    jpeg = io.BytesIO()
-    samples.page_image((24, 16)).save(jpeg, "JPEG")
-    photo = Stream(pdf, jpeg.getvalue())
-    photo.Type, photo.Subtype, photo.ColorSpace, photo.Filter = Name.XObject, Name.Image, Name.DeviceRGB, Name.DCTDecode
-    photo.Width, photo.Height, photo.BitsPerComponent = 24, 16, 8
-    photo.SMask = Stream(pdf, bytes(range(24)) * 16)
-    photo.SMask.Type, photo.SMask.Subtype, photo.SMask.ColorSpace = Name.XObject, Name.Image, Name.DeviceGray
-    photo.SMask.Width, photo.SMask.Height, photo.SMask.BitsPerComponent = 24, 16, 8
-    mask = Stream(pdf, b"\xaa\x55" * 8)
-    mask.Type, mask.Subtype, mask.ImageMask, mask.Width, mask.Height = Name.XObject, Name.Image, True, 8, 16
-    mask.BitsPerComponent, mask.Decode = 1, Array([1, 0])
-    page.Resources.XObject = Dictionary(I=_image(pdf), J=photo, M=mask)
-    return pdf
-
-
-def _rich() -> pikepdf.Pdf:
-    """Forms, patterns, shadings, functions, a Type 3 font, transparency, annotations, fields, outlines, labels."""
-    pdf = pikepdf.new()
-    page = _page(
-        pdf,
-        "/G gs /Pattern cs /P scn 0 0 60 40 re f q 1 0 0 1 60 0 cm /S sh Q /X Do BT /T 8 Tf 5 70 Td (ab) Tj ET "
-        "/Sep cs 0.5 scn 70 50 20 20 re f BI /W 2 /H 2 /CS /G /BPC 8 ID abcd EI 0 0 m 10 10 20 10 30 0 c [3 2] 0 d S",
-    )
-    function = Dictionary(FunctionType=2, Domain=Array([0, 1]), C0=Array([1, 0, 0]), C1=Array([0, 0, 1]), N=1)
-    sampled = Stream(pdf, bytes(range(12)))
-    sampled.FunctionType, sampled.Domain, sampled.Range = 0, Array([0, 1]), Array([0, 1, 0, 1, 0, 1])
-    sampled.Size, sampled.BitsPerSample = Array([4]), 8
-    calculator = Stream(pdf, b"{ dup 2 mul exch 0.5 sub 1 }")
-    calculator.FunctionType, calculator.Domain, calculator.Range = 4, Array([0, 1]), Array([0, 1, 0, 1, 0, 1])
-    stitched = Dictionary(FunctionType=3, Domain=Array([0, 1]), Functions=Array([function, sampled]),
-        Bounds=Array([0.5]),
-                          Encode=Array([0, 1, 0, 1]))  # fmt: skip
-    shading = Dictionary(ShadingType=2, ColorSpace=Name.DeviceRGB, Coords=Array([0, 0, 60, 0]), Function=stitched)
-    tile = Stream(pdf, b"1 0 0 rg 0 0 4 4 re f")
-    tile.PatternType, tile.PaintType, tile.TilingType, tile.BBox = 1, 1, 1, Array([0, 0, 8, 8])
-    tile.XStep, tile.YStep, tile.Resources = 8, 8, Dictionary()
-    form = Stream(pdf, b"0 1 0 rg 0 0 9 9 re f /Y Do")
-    form.Type, form.Subtype, form.BBox = Name.XObject, Name.Form, Array([0, 0, 20, 20])
-    form.Group = Dictionary(S=Name.Transparency, CS=Name.DeviceRGB, I=True)
-    form.Resources = Dictionary(XObject=Dictionary(Y=_image(pdf)))
-    glyph = Stream(pdf, b"600 0 0 0 500 500 d1 0 0 500 500 re f")
-    type3 = Dictionary(
-        Type=Name.Font, Subtype=Name.Type3, FontBBox=Array([0, 0, 500, 500]), FontMatrix=Array([0.001, 0, 0,
-        0.001, 0, 0]),
-        CharProcs=Dictionary(a=glyph, b=glyph), FirstChar=97, LastChar=98, Widths=Array([600, 600]),
-            Resources=Dictionary(),
-        Encoding=Dictionary(Type=Name.Encoding, Differences=Array([97, Name.a, Name.b])),
-    )  # fmt: skip
-    page.Resources.Font.T = type3
-    page.Resources.Pattern, page.Resources.Shading = Dictionary(P=tile), Dictionary(S=shading)
-    page.Resources.XObject = Dictionary(X=form)
-    page.Resources.ExtGState = Dictionary(G=Dictionary(CA=0.5, ca=0.5, BM=Name.Multiply, SMask=Name("/None")))
-    page.Resources.ColorSpace = Dictionary(Sep=Array([Name.Separation, Name.Spot, Name.DeviceRGB, calculator]))
-    field = pdf.make_indirect(Dictionary(
-        Type=Name.Annot, Subtype=Name.Widget, FT=Name.Tx, T="field", V="value", Rect=Array([5, 50, 60, 65]),
-        DA="/F 8 Tf 0 g", F=4, P=page.obj,
-    ))  # fmt: skip
-    note = Dictionary(Type=Name.Annot, Subtype=Name.Square, Rect=Array([60, 60, 80, 80]), C=Array([1, 0, 0]), F=4)
-    page.Annots = Array([field, note])
-    fonts = Dictionary(Font=Dictionary(F=page.Resources.Font.F))
-    pdf.Root.AcroForm = Dictionary(Fields=Array([field]), DA="/F 8 Tf 0 g", NeedAppearances=True, DR=fonts)
-    pdf.Root.PageLabels = Dictionary(Nums=Array([0, Dictionary(S=Name.r)]))
-    layer = pdf.make_indirect(Dictionary(Type=Name.OCG, Name="layer"))
-    pdf.Root.OCProperties = Dictionary(OCGs=Array([layer]), D=Dictionary(ON=Array([layer])))
-    with pdf.open_outline() as outline:
-        outline.root.append(pikepdf.OutlineItem("one", 0))
-    return pdf
-
-
 # --- damage ---
+
+_STRUCTURE = (
+    b"obj endobj stream endstream xref trailer startxref /Length /Size /Kids /Count /Root /Prev %%EOF %PDF- /Type << "
+    b">> /Filter R"
+).split()
+_KEYS = [
+    "Parent",
+    "Kids",
+    "Next",
+    "Prev",
+    "Resources",
+    "SMask",
+    "Length",
+    "Filter",
+    "DecodeParms",
+    "Matrix",
+    "Decode",
+    "Mask",
+    "UserUnit",
+    "MediaBox",
+    "Group",
+    "OC",
+]
+_FILTERS = [
+    "FlateDecode",
+    "LZWDecode",
+    "ASCII85Decode",
+    "ASCIIHexDecode",
+    "RunLengthDecode",
+    "DCTDecode",
+    "JPXDecode",
+    "JBIG2Decode",
+    "CCITTFaxDecode",
+]
+_NAMES = [
+    *_FILTERS,
+    *[
+        "Crypt",
+        "DeviceN",
+        "Indexed",
+        "ICCBased",
+        "Lab",
+        "CalRGB",
+        "Pattern",
+        "Type0",
+        "TrueType",
+        "CIDFontType2",
+        "Type3",
+        "MMType1",
+        "None",
+        "Identity-H",
+    ],
+    *["Form", "Image", "PS", "Page", "Pages", "Catalog", "ObjStm"],
+]
+_OPERATORS = (b"q Q cm Do Tf Tj BT ET re f W n S sh gs scn cs c d w BI EI Tr Tz BDC EMC d1 { } exch roll").split()
 
 
 def _damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
@@ -179,15 +131,12 @@ def _damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 def _edit_text(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     """Edits at the words of a file's structure."""
-    words = (b"obj", b"endobj", b"stream", b"endstream", b"xref", b"trailer", b"startxref", b"/Length",
-        b"/Size", b"/Kids",
-             b"/Count", b"/Root", b"/Prev", b"%%EOF", b"%PDF-", b"/Type", b"<<", b">>", b" R", b"/Filter")  # fmt: skip
-    there = [word for word in words if word in data]
+    there = [word for word in _STRUCTURE if word in data]
     word = rng.choice(there)
     at = rng.choice([i for i in range(len(data)) if data.startswith(word, i)])
     end = at + len(word)
     other = rng.choice(
-        (b"", rng.choice(words), b" 0 R ", b" 99999999999 ", b"-1", b"[" * 400, b"<<" * 400, rng.randbytes(4))
+        (b"", rng.choice(_STRUCTURE), b" 0 R ", b" 99999999999 ", b"-1", b"[" * 400, b"<<" * 400, rng.randbytes(4))
     )
     choice = rng.randrange(3)
     if choice == 0:
@@ -230,9 +179,7 @@ def _edit_member(rng: random.Random, pdf: pikepdf.Pdf) -> str:
         return f"{path}[{key}] removed"
     if choice < 0.22:
         other, _ = _holder(rng, pdf)
-        new = Name("/" + rng.choice(("Parent", "Kids", "Next", "Prev", "Resources", "SMask", "Length",
-            "Filter", "DecodeParms",
-                                     "Matrix", "Decode", "Mask", "UserUnit", "MediaBox", "Group", "OC")))  # fmt: skip
+        new = Name("/" + rng.choice(_KEYS))
         if not isinstance(holder, Array):
             holder[new] = _odd_object(rng, pdf, other)
             return f"{path}[{new}] added"
@@ -269,13 +216,7 @@ def _odd_object(rng: random.Random, pdf: pikepdf.Pdf, other: Any) -> Any:
     others: list[Callable[[], Any]] = [
         lambda: other,
         lambda: pdf.make_indirect(other) if not other.is_indirect else other,
-        lambda: Name("/" + rng.choice(("DCTDecode", "FlateDecode", "LZWDecode", "JPXDecode", "JBIG2Decode",
-            "CCITTFaxDecode",
-                                       "ASCII85Decode", "RunLengthDecode", "Crypt", "DeviceN", "Indexed",
-                                       "ICCBased", "Lab",
-                                       "CalRGB", "Pattern", "Type0", "TrueType", "CIDFontType2", "Type3",
-                                       "MMType1", "None",
-                                       "Identity-H", "Form", "Image", "PS", "Page", "Pages", "Catalog", "ObjStm"))),
+        lambda: Name("/" + rng.choice(_NAMES)),
         lambda: String(edits.text(rng).encode("utf-8", "replace").decode()),
         lambda: Array([rng.choice(numbers)() for _ in range(rng.choice((0, 1, 3, 4, 6, 300)))]),
         lambda: Dictionary(),
@@ -283,7 +224,7 @@ def _odd_object(rng: random.Random, pdf: pikepdf.Pdf, other: Any) -> Any:
         lambda: bool(rng.randrange(2)),
         lambda: Stream(pdf, rng.choice((b"", rng.randbytes(50), b"q " * 5000, b"/X Do " * 50))),
         lambda: Array([Name.Indexed, Name.DeviceRGB, 255, String("abc")]),
-    ]  # fmt: skip
+    ]
     return rng.choice([*numbers * 3, *others])()
 
 
@@ -310,8 +251,7 @@ def _edit_stream(rng: random.Random, pdf: pikepdf.Pdf) -> str:
         )
         what = f"deflated: {what}"
     else:
-        filters = [Name.FlateDecode, Name.LZWDecode, Name.ASCII85Decode, Name.ASCIIHexDecode, Name.RunLengthDecode,
-                   Name.DCTDecode, Name.JPXDecode, Name.JBIG2Decode, Name.CCITTFaxDecode]  # fmt: skip
+        filters = [Name(f"/{name}") for name in _FILTERS]
         chosen = [rng.choice(filters) for _ in range(rng.choice((1, 1, 2, 40)))]
         stream.write(rng.choice((data, zlib.compress(data))), filter=Array(chosen))
         what = f"filters {[str(name) for name in chosen][:5]}"
@@ -320,15 +260,11 @@ def _edit_stream(rng: random.Random, pdf: pikepdf.Pdf) -> str:
 
 def _edit_operators(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     words = data.split(b" ")
-    operators = (b"q", b"Q", b"cm", b"Do", b"Tf", b"Tj", b"BT", b"ET", b"re", b"f", b"W", b"n", b"S", b"sh",
-        b"gs", b"scn",
-                 b"cs", b"c", b"d", b"w", b"BI", b"EI", b"Tr", b"Tz", b"BDC", b"EMC", b"d1", b"{", b"}",
-                 b"exch", b"roll")  # fmt: skip
     done = []
     for _ in range(rng.choice((1, 2, 5))):
         at = rng.randrange(len(words))
         new = rng.choice(
-            (rng.choice(operators), str(edits.number(rng)).encode(), b"1e9", b"-0.0", b"/X", b"(", b"<", b"[", b"]")
+            (rng.choice(_OPERATORS), str(edits.number(rng)).encode(), b"1e9", b"-0.0", b"/X", b"(", b"<", b"[", b"]")
         )
         choice = rng.randrange(4)
         if choice == 0:
