@@ -95,16 +95,19 @@ def n_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_ctrl_c_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = [scans, "--model", folder, *TASKS, "--max-tokens", 60, "--out", tmp_path / "out"]
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and n_lines(tmp_path / "out" / "results.jsonl") < 2:
         time.sleep(0.01)
     second = run(*arguments, "--resume")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr and stdout == ""
-    assert "finished records are kept in" in stderr and "granite4v: interrupted" in stderr
+    assert process.returncode == 128 + number and "Traceback" not in stderr and stdout == ""
+    n = len(records(tmp_path / "out"))
+    assert f"{n} finished records are kept in '{tmp_path / 'out'}'; go on with --resume" in stderr
+    assert stderr.splitlines()[-1].startswith("granite4v: ")
     assert second.exit_code == 1 and "another process is writing to" in second.stderr
     assert len(records(tmp_path / "out")) == n_lines(tmp_path / "out" / "results.jsonl") >= 2
 
@@ -172,6 +175,16 @@ def test_a_page_is_encoded_and_read_once_for_all_tasks(folder: Path, scans: Path
         (["--task", "chart2csv", "--resume"], 2, "'resume' needs a directory"),
         (["--task", "chart2csv", "--report"], 2, "(--out)"),
         (["--task", "chart2csv", "--format", "xls"], 2, "there is no format 'xls'"),
+        (
+            ["--prompt", "What?", "--format", "csv"],
+            2,
+            "the format 'csv' is for tables and chart data, which prompt does",
+        ),
+        (["--task", "chart2csv", "--out", "-"], 2, "'out' (--out) is '-'; expected a directory"),
+        (["--task", "chart2csv", "--out", "x.json"], 2, "'x.json', which looks like a file; expected a directory"),
+        (["--task", "chart2csv", "--out", "{scans}/b.png"], 2, "which is no directory"),
+        (["--task", "chart2csv", "--csv-safe"], 2, "'csv_safe' needs a directory"),
+        (["--task", "chart2csv", "--retry-failed"], 2, "add 'resume' (--resume)"),
         (["--task", "chart2csv", "--pages", "3-1"], 2, "which counts down"),
         (["--task", "chart2csv", "--crop", "1,2,3"], 2, "is not four numbers"),
         (["--task", "chart2csv", "--max-tokens", "0"], 2, "--max-tokens"),
@@ -189,6 +202,47 @@ def test_failures_are_a_message_and_a_status(
     result = run(scans / "b.png", *model, *given)
     assert (result.exit_code, result.stdout) == (status, "")
     assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+
+
+def test_a_file_that_was_repaired_leaves_no_failure(folder: Path, scans: Path, tmp_path: Path) -> None:
+    batch, out = tmp_path / "batch", tmp_path / "out"
+    (batch / "sub").mkdir(parents=True)
+    for name in ("b.png", "c.png"):
+        (batch / "sub" / name).write_bytes((scans / name).read_bytes())
+    arguments = ["--model", folder, "--task", "chart2csv", "--free", "--max-tokens", 5, "--out", out, "--report"]
+    first = run(batch, *arguments)
+    assert first.exit_code == 1 and "1 failed" in first.stderr and "sub/c.png" in first.stderr
+    text_picture((60, 90), 20).save(batch / "sub" / "c.png")
+    second = run(f"{batch}/", *arguments, "--resume")
+    assert "2 from an earlier run, 1 of those replaced" in second.stderr and " failed" not in second.stderr
+    assert [(Path(one["source"]).name, one["error"], one["stem"]) for one in records(out)] == [
+        ("b.png", None, "sub/b"), ("c.png", None, "sub/c")
+    ]  # fmt: skip
+    assert "cannot be read" not in (out / "report.html").read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_records_are_kept_where_stdout_cannot_be_written(folder: Path, scans: Path, tmp_path: Path) -> None:
+    arguments = [scans, "--model", folder, *TASKS, "--max-tokens", 4, "--out", tmp_path / "out", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"standard output cannot be written any more; all results are in '{tmp_path / 'out'}'" in done.stderr
+    assert len(records(tmp_path / "out")) == 20 and "20 records" in done.stderr
+
+
+def test_an_answer_that_was_cut_is_told(folder: Path, scans: Path, tmp_path: Path) -> None:
+    result = run(scans / "b.png", "--model", folder, "--task", "chart2summary", "--free", "--max-tokens", 4)
+    assert (
+        result.exit_code == 1 and "b.png, page 1, chart2summary: cut: the answer did not end by itself" in result.stderr
+    )
+
+
+def test_what_could_act_on_a_terminal_is_escaped(folder: Path, scans: Path, tmp_path: Path) -> None:
+    name = tmp_path / "a\x1b[31m\rb.png"
+    name.write_bytes((scans / "c.png").read_bytes())
+    result = run(name, "--model", folder, "--prompt", "What?", "--max-tokens", 2)
+    assert "\\x1b[31m\\rb.png" in result.stderr and not {"\x1b", "\r"} & set(result.stderr)
 
 
 def test_the_files_are_listed(folder: Path, scans: Path, tmp_path: Path) -> None:
@@ -213,6 +267,10 @@ def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         "document 2 of 4: a.pdf, page 3 of 6, kvp 12 tokens, 25.0 tokens/s, 5 min left"
     )  # fmt: skip
     assert summary(state, 130.0).endswith("100 tokens, 25.0 a second, 2 min")
+    state.n_tokens = 1
+    assert summary(state, 1.0) == "10 pages of 2 documents, 0 records; 1 token, 0.2 a second, 1 s"
+    state.page, state.task, state.waited_s, state.n_answer_tokens = 4, "", 7.0, 0
+    assert line(state, 60.0).startswith("document 2 of 4: a.pdf, page 4 of 6, rendering for 7 s")
     assert [duration(seconds) for seconds in (3, 99, 600, 7800)] == ["3 s", "99 s", "10 min", "2 h 10 min"]
 
 

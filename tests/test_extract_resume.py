@@ -16,7 +16,7 @@ from fake_model import FakeModel, make_scans, run
 from PIL import Image
 
 from granite4v.errors import ContextOverflowError, OutputError
-from granite4v.runtime.extraction import Record
+from granite4v.runtime.extraction import Record, State
 from granite4v.runtime.extraction.durable import whole_file
 
 TASKS = ("tables_html", "kvp")
@@ -259,6 +259,17 @@ def test_any_exception_on_a_page_is_its_record(
     found = list(run(model, scans, ("kvp",), out=tmp_path / "out", report=True))
     assert [record.error is None for record in found] == [False, True, True, False, True, True]
     assert found[0].error and found[0].error_type == type(error).__name__ and (tmp_path / "out/report.html").exists()
+
+
+def test_what_the_caller_raises_is_the_callers(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def watch(state: State) -> None:
+        if state.n_answer_tokens == 3:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        list(run(model, scans, ("kvp",), out=tmp_path / "out", watch=watch))
+    assert kept(tmp_path / "out") == []
+    assert len(list(run(model, scans, ("kvp",), out=tmp_path / "out", resume=True))) == 6
 
 
 KILLED = """

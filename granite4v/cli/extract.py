@@ -356,12 +356,13 @@ class Meter:
         if now - self._last < self._interval_s:
             return
         self._last = now
+        text = clean(text, keep="")
         if not self._terminal:
             print(text, file=self._stream, flush=True)
             return
         import shutil
 
-        text = clean(text, keep="")[: shutil.get_terminal_size().columns - 1]
+        text = text[: shutil.get_terminal_size().columns - 1]
         print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
         self._width = len(text)
 

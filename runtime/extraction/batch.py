@@ -230,7 +230,7 @@ class Extraction:
             return
         from granite4v.runtime.extraction.pictures import keep_picture
 
-        with self._one_file(f"the image of page {page.number} of '{page.source}'"):
+        with self._one_file(f"the image of page {page.number} of '{page.source}' is not written"):
             keep_picture(self._folder.path, page.digest, page.image)
 
     def _count(self, record: Record) -> None:
@@ -259,12 +259,12 @@ class Extraction:
         if DOCLING in output.formats:
             from granite4v.runtime.extraction.docling_export import write_docling
 
-            with self._one_file(f"'{stem}.docling.json'"):
+            with self._one_file(f"'{stem}.docling.json' is not written"):
                 path = write_docling(root, stem, source, self._journal.of_document(source))
                 written.paths += [path] if path is not None else []
                 self.state.wrote([path] if path is not None else [])
         if seen.changed or stale:
-            with self._one_file(f"an older file of '{source}'"):
+            with self._one_file(f"an older file of '{source}' is not removed"):
                 remove_stale(root, stem, written.paths)
         if written.n_failed:
             self._journal.check_there()
@@ -281,20 +281,20 @@ class Extraction:
             from granite4v.runtime.extraction.report import write_report
 
             path = self._folder.path / REPORT
-            with self._one_file(f"'{path}'"):
+            with self._one_file(f"'{path}' is not written"):
                 write_report(path, self._journal)
                 self.state.wrote([path])
 
     @contextlib.contextmanager
-    def _one_file(self, name: str) -> Iterator[None]:
-        """What goes wrong with one file beside the records is told, and ends nothing."""
+    def _one_file(self, failed: str) -> Iterator[None]:
+        """Tells what goes wrong with one file beside the records, which ends nothing."""
         try:
             yield
         except Exception as error:
             if isinstance(error, OutputError) and not isinstance(error, FileOutputError):
                 raise
             self.state.n_unwritten += 1
-            self._say(f"{name} is not written: {described(error)}")
+            self._say(f"{failed}: {described(error)}")
 
     def _stem(self, source: str) -> str | None:
         return None if self._folder is None else self._names.stem(source)

@@ -12,7 +12,7 @@ from granite4v.errors import AnswerError, DeviceError, Granite4vError, ModelFile
 from granite4v.runtime.extraction.attempts import MAX_DEATHS
 from granite4v.runtime.extraction.documents import described
 from granite4v.runtime.extraction.questions import PROMPT, Question
-from granite4v.runtime.extraction.record import MAX_DEPTH, Record, depth
+from granite4v.runtime.extraction.record import Record
 from granite4v.runtime.extraction.schema import Schema
 from granite4v.runtime.outputs import Salvaged, read, salvage
 
@@ -50,15 +50,26 @@ def answer_page(
 ) -> Record:
     """The record of one question about one page; with `error` when the page cannot be asked about.
 
-    Raises ModelFileError and DeviceError, after which no other page would fare better.
+    Raises ModelFileError and DeviceError, after which no other page would fare better, and what `on_token` raises.
     """
     record = _begin(page, question, hashes)
     start = time.perf_counter()
+    raised: list[BaseException] = []  # by the caller, whose business it is
+
+    def tell(n: int) -> None:
+        try:
+            on_token(n)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
     try:
-        return _answered(record, model, page, question, settings, on_token, start)
+        return _answered(record, model, page, question, settings, tell, start)
     except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
+        if error in raised:
+            raise
         if not isinstance(error, Granite4vError):
             logging.getLogger("granite4v").info("page %s of '%s'", page.number, page.source, exc_info=True)
         timings = {"seconds": _rounded(time.perf_counter() - start)}
@@ -136,16 +147,6 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
 def understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
     """The value of an answer. What did not end by itself is kept up to its last whole row or field, even where the
     cut answer happens to parse: nothing tells a short last cell from half of one. Prose is kept as it is."""
-    try:
-        reading = _understand(task, text, finish_reason, schema)
-    except RecursionError:
-        return Reading(None, False, "the answer is nested deeper than can be read")
-    if (levels := depth(reading.value)) > MAX_DEPTH:
-        return Reading(None, False, f"the answer is nested {levels} levels deep; expected at most {MAX_DEPTH}")
-    return reading
-
-
-def _understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
     why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
     if task == PROMPT:
         said = text.strip()

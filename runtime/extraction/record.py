@@ -14,7 +14,6 @@ from granite4v.runtime.outputs.tables_json import write_tables_json_list
 Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
 
 CHART = "chart2csv"
-MAX_DEPTH = 100  # of nested dicts and lists in a value; Python, JSON and the report handle that many
 TABLES = ("tables_html", "tables_json", "tables_otsl")
 
 
@@ -145,15 +144,6 @@ def encode(record: Record) -> bytes:
 def decode(line: bytes) -> Record:
     """The record of such a line; raises ValueError, KeyError, TypeError, RecursionError or AnswerError for others."""
     return Record.from_dict(json.loads(line, parse_constant=_refuse))
-
-
-def depth(value: Any) -> int:
-    """How many levels of dicts and lists are nested in a value, 0 for a scalar."""
-    n, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        n += 1
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-    return n
 
 
 def _refuse(name: str) -> Any:

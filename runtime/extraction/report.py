@@ -16,9 +16,10 @@ from granite4v.errors import OutputError
 from granite4v.runtime.extraction.charts import redraw
 from granite4v.runtime.extraction.durable import check_own, disk_errors, whole_file
 from granite4v.runtime.extraction.pictures import data_url
-from granite4v.runtime.extraction.record import CHART, MAX_DEPTH, Record, depth
+from granite4v.runtime.extraction.record import CHART, Record
 from granite4v.runtime.extraction.report_template import TEMPLATE
 from granite4v.runtime.outputs import Cell, Table
+from granite4v.runtime.outputs.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 # neither HTML nor XML has a way to write these
@@ -108,7 +109,7 @@ def _pages(records: Iterable[Record], folder: Path) -> Iterator[PageView]:
 
 def _shown(record: Record) -> Record:
     """Without a value that is nested deeper than a template can follow, as earlier versions kept it."""
-    return record if depth(record.value) <= MAX_DEPTH else replace(record, value=None)
+    return replace(record, value=None) if is_deeper(record.value, MAX_NESTING) else record
 
 
 def _by_page(records: Iterable[Record]) -> Iterator[list[Record]]:
