@@ -48,9 +48,12 @@ class Checkpoint:
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             n_bytes = ELEMENT_BYTES.get(tensor.dtype, 0) * tensor.n_rows * tensor.n_cols
-            with tensor.path.open("rb") as file:
-                file.seek(tensor.offset_bytes)
-                digest.update(file.read(min(FINGERPRINT_BYTES, n_bytes)))
+            try:
+                with tensor.path.open("rb") as file:
+                    file.seek(tensor.offset_bytes)
+                    digest.update(file.read(min(FINGERPRINT_BYTES, n_bytes)))
+            except OSError as error:
+                raise CheckpointError(f"cannot read '{tensor.path}': {error.strerror or error}.") from None
         return digest.hexdigest()[:16]
 
 

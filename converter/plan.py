@@ -1,4 +1,4 @@
-"""What a conversion will write, as plain data: made without reading a weight, printed by --dry-run."""
+"""What a conversion will write, as plain data: made from headers alone, printed by --dry-run."""
 
 from __future__ import annotations
 
