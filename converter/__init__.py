@@ -1,6 +1,6 @@
 """Hugging Face checkpoint to GGUF: plan, merge, quantize, write."""
 
-from granite4v.converter.conversion import Options, Progress, Summary, convert, plan_conversion
+from granite4v.converter.conversion import Options, Progress, Summary, check_options, convert, plan_conversion
 from granite4v.converter.plan import Plan, describe
 
-__all__ = ["Options", "Plan", "Progress", "Summary", "convert", "describe", "plan_conversion"]
+__all__ = ["Options", "Plan", "Progress", "Summary", "check_options", "convert", "describe", "plan_conversion"]

@@ -63,6 +63,14 @@ class Summary:
         return sum(path.stat().st_size for path in self.paths)
 
 
+def check_options(options: Options) -> tuple[str, str]:
+    """The types of text and vision in capitals; raises Granite4vError for what no conversion can be told."""
+    types = policy.check_policies(options.text_type, options.vision_type)
+    if options.lora not in LORA_MODES:
+        raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
+    return types
+
+
 def plan_conversion(
     source: str | Path, options: Options | None = None, report: Callable[[str], None] | None = None
 ) -> Plan:
@@ -71,9 +79,7 @@ def plan_conversion(
     `report`: told what is about to be downloaded; without it a warning is logged where an adapter chose that.
     """
     options = options or Options()
-    text_type, vision_type = policy.check_policies(options.text_type, options.vision_type)
-    if options.lora not in LORA_MODES:
-        raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
+    text_type, vision_type = check_options(options)
     base, adapter_at = _find(str(source), options, report)
     model = _open_model(base)
     adapter = _open_adapter(adapter_at, model, options.lora)

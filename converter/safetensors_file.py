@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_TENSORS = 100_000  # in one file; models of hundreds of experts stay below
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the types that convert
 
 # Of the format's other types; what has no whole bytes is left out, its size is not checked.
@@ -88,6 +89,8 @@ def read_header(path: Path) -> tuple[list[SourceTensor], list[str]]:
         raise CheckpointError(f"'{path}' has a broken safetensors header (not JSON). Download it again.") from None
     if not isinstance(pairs, _Pairs):
         raise CheckpointError(f"'{path}' has a broken safetensors header (not a JSON object). Download it again.")
+    if len(pairs) > MAX_TENSORS:
+        raise CheckpointError(f"'{path}' has {len(pairs):,} tensors; expected at most {MAX_TENSORS:,}.")
     return _tensors(path, pairs, 8 + length, size_bytes)
 
 

@@ -99,9 +99,25 @@ def test_one_tensor_is_not_several(make_checkpoint: Callable[[CheckpointSpec], P
 
 
 def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
-    status, stdout, stderr = run(tmp_path, tmp_path / "out", "--text-type", "Q1")
+    status, stdout, stderr = run(tmp_path, tmp_path / "out")
     assert (status, stdout) == (1, "")
-    assert stderr.startswith("granite4v: unknown quantization type 'Q1' for --text-type; known: F32, F16,")
+    assert stderr == f"granite4v: '{tmp_path}' has no 'config.json'; it is not a Hugging Face checkpoint.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text-type", "Q1"), "unknown quantization type 'Q1' for --text-type; known: F32, F16,"),
+        (("--vision-type", "Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16,"),
+        (("--lora", "apply"), "unknown way with an adapter 'apply'; known: merge, separate, ignore"),
+        (("--threads", "0"), "'--threads': 0 is not in the range"),
+        (("--threads", "9999999"), "'--threads': 9999999 is not in the range"),
+    ],
+)
+def test_wrong_usage_is_status_2(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    status, stdout, stderr = run(tmp_path, tmp_path / "out", *options)
+    assert (status, stdout) == (2, "")
+    assert message in " ".join(stderr.split())
 
 
 class Terminal(io.StringIO):

@@ -132,6 +132,14 @@ def test_a_header_that_is_no_object(header: bytes, source: Path) -> None:
     assert "has a broken safetensors header (not " in refusal(source)
 
 
+def test_more_tensors_than_any_model_has(source: Path) -> None:
+    """Each would be looked for in every table."""
+    entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(entry % i for i in range(100_001)) + b"}"
+    write_raw(source / "model.safetensors", header, b"")
+    assert "has 100,001 tensors; expected at most 100,000" in refusal(source)
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8])
 def test_a_header_longer_than_its_file(length: int, source: Path) -> None:
     raw = (source / "model.safetensors").read_bytes()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from granite4v.choices import MAX_THREADS
+
 if TYPE_CHECKING:
     from granite4v.converter import Progress, Summary
 
@@ -45,15 +47,21 @@ def convert(
         bool, typer.Option("--force", help="Replace the model in OUT; other files there are left alone.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads to quantize with.", show_default="one a core")
+        int | None,
+        typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to quantize with.", show_default="one a core"),
     ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to GGUF files: text, vision and, if wanted, a separate LoRA adapter."""
     from granite4v import converter, default_model
+    from granite4v.errors import Granite4vError
 
+    options = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
+    try:
+        converter.check_options(options)
+    except Granite4vError as error:
+        raise typer.BadParameter(str(error)) from None
     if default_model.is_embedded(source):
         source = str(default_model.checkpoint_folder())
-    options = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
     if dry_run:
         typer.echo(converter.describe(converter.plan_conversion(source, options, _report)))
         return

@@ -6,23 +6,6 @@ Shared by the family files; knows no model. GGUF metadata have accessors of thei
 from __future__ import annotations
 
 from granite4v.errors import CheckpointError
-from granite4v.families.base import Metadata
-
-
-def section(config: Metadata, name: str) -> Metadata:
-    """An object inside config.json; raises CheckpointError when there is none."""
-    found = config.get(name)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"config.json has no '{name}' section; vision-language checkpoints have one.")
-    return found
-
-
-def number(values: Metadata, key: str, where: str) -> int:
-    """A positive integer; raises CheckpointError for anything else."""
-    value = values.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"{where} has '{key}' = {value!r}; expected a positive integer.")
-    return value
 
 
 def short(value: float) -> float:
