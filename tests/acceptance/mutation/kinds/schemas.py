@@ -18,6 +18,7 @@ SCHEMA = "schema.json"
 run = command_line
 Json = Any
 
+NOT_HELD = ("does not guide answers", "answers are not held")  # the run says what it can only check afterwards
 FORMATS = (
     "date", "date-time", "time", "duration", "email", "idn-email", "hostname", "ipv4", "ipv6", "uri", "uri-reference",
     "iri", "uuid", "json-pointer", "regex", "int32", "int64", "float", "double", "decimal", "byte", "binary", "color",
@@ -57,14 +58,18 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
-    """Answers that are said to be valid must be, by the judge that the schema's own words call for."""
+    """Answers that are said to be valid are, by the judge that the schema itself calls for; held ones always are."""
     found = problems(folder / "out")
     for record in records(folder / "out") if (folder / "out").exists() else ():
         if record.get("valid") and not record.get("error"):
             wrong = _why_invalid(folder / SCHEMA, record["value"])
             if wrong:
                 found.append(f"an answer is called valid and is not: {wrong}")
-        elif record.get("finish_reason") == "stop" and "--free" not in case.commands[0]:
+        elif (
+            record.get("finish_reason") == "stop"
+            and "--free" not in case.commands[0]
+            and not any(words in results[0].stderr for words in NOT_HELD)
+        ):
             found.append(f"an answer that ended by itself is not valid: {record.get('validity_error')!s:.80}")
     return found
 
@@ -73,7 +78,9 @@ def _why_invalid(schema: Path, value: Json) -> str | None:
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
 
-    content = json.loads(schema.read_text("utf-8-sig"))
+    content = json.loads(schema.read_bytes())
+    if not isinstance(content.get("$id", ""), str):
+        del content["$id"]  # the library stumbles over it
     kind = validator_for(content, default=Draft202012Validator)
     strict_json(json.dumps(value))
     for error in kind(content, registry=Registry()).iter_errors(value):
