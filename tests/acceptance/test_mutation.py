@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from .mutation.__main__ import KINDS
 from .mutation.isolation import Limits, isolated
 from .mutation.verdict import judge
 
@@ -139,3 +141,13 @@ def test_the_same_numbers_build_the_same_cases(tmp_path: Path) -> None:
         built.append(done.stdout.splitlines())
     assert len(built[0]) > 80
     assert built[0] == built[1]
+
+
+@pytest.mark.slow
+def test_a_short_run_of_all_kinds_finds_nothing() -> None:
+    done = run("-m", "tests.acceptance.mutation", "--cases", "12", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert set(figures["kinds"]) == set(KINDS)
+    assert figures["cases"] == 12 * len(KINDS)
+    assert figures["failures"] == []

@@ -117,8 +117,11 @@ def _work_folder(given: Path | None) -> Iterator[Path]:
         given.mkdir(parents=True, exist_ok=True)
         yield given.resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="mutation-") as made:
+    made = tempfile.mkdtemp(prefix="mutation-")  # TemporaryDirectory's finalizer would run in every child, too
+    try:
         yield Path(made).resolve()
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _prepare(kinds: dict[str, Kind], work: Path) -> None:
