@@ -71,7 +71,10 @@ def placeholder(start: bytes) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises CheckpointError, FileNotFoundError when there is none."""
+    """The text of a UTF-8 file, its lines ended by newlines alone.
+
+    Raises CheckpointError, and FileNotFoundError when there is none.
+    """
     size_bytes = check_regular(path)
     if size_bytes > MAX_TEXT_BYTES:
         raise CheckpointError(f"'{path}' has {size_bytes:,} bytes; expected at most {MAX_TEXT_BYTES:,}.")
@@ -83,7 +86,7 @@ def read_text(path: Path) -> str:
     if instead is not None:
         raise CheckpointError(f"'{path}' {instead}.")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {error.start:,})"
         raise CheckpointError(f"'{path}' is {found}; expected UTF-8. Save it as UTF-8, or download it again.") from None

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_edit import copy_gguf
 from make_checkpoint import PRESETS, CheckpointSpec
 from pictures import noise_picture
 from reference import Reference, relative_l2
@@ -199,6 +198,19 @@ def test_a_text_model_of_no_type_is_a_granite(
     convert(base, tmp_path / "expected", F32)
     for name in ("text-F32.gguf", "mmproj-F32.gguf"):
         assert tensor_bytes(tmp_path / "out" / name) == tensor_bytes(tmp_path / "expected" / name)
+
+
+@pytest.mark.parametrize("model_type", [None, "siglip", "siglip2_vision_model"])
+def test_a_tower_that_is_called_otherwise(
+    model_type: str | None, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    base = make_checkpoint(TINY)
+    source = edited(base, tmp_path / "source", lambda config: config["vision_config"].update(model_type=model_type))
+    ours, expected = plan_conversion(source).files[1], plan_conversion(base).files[1]
+    assert [(t.name, t.shape) for t in ours.tensors] == [(t.name, t.shape) for t in expected.tensors]
+    assert {k: v for k, v in ours.metadata.items() if k.startswith("clip.")} == {
+        k: v for k, v in expected.metadata.items() if k.startswith("clip.")
+    }
 
 
 def test_a_hybrid_says_only_what_differs_from_its_defaults(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -386,54 +398,3 @@ def test_transformers_own_tiny_checkpoint(tmp_path: Path) -> None:
 def test_what_its_text_model_computes_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'text_config.hidden_act' is 'gelu'; expected 'silu'"):
         plan_conversion(transformers_tiny(tmp_path / "source", hidden_act="gelu"))
-
-
-# --- the official pair of GGUF files ---
-
-OFFICIAL_TEXT, OFFICIAL_VISION = "granite-vision-4.1-4b-Q8_0.gguf", "mmproj-model-f16.gguf"
-GENERAL = {"general.architecture", "general.type", "general.name", "general.file_type", "general.quantization_version"}
-TEXT_KEYS = {
-    *(f"granite.{key}" for key in ("vocab_size", "block_count", "context_length", "embedding_length")),
-    *(f"granite.{key}" for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv")),
-    *(f"granite.{key}" for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count")),
-    *(f"granite.{key}" for key in ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")),
-    "granite.deepstack_mapping",
-    *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "merges", "tokens", "token_type", "add_bos_token")),
-    *(f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "unknown", "padding")),
-    "tokenizer.chat_template",
-}
-VISION_KEYS = {
-    *(f"clip.{key}" for key in ("projector_type", "has_vision_encoder", "use_gelu")),
-    *(f"clip.vision.{key}" for key in ("image_size", "patch_size", "embedding_length", "feed_forward_length")),
-    *(f"clip.vision.{key}" for key in ("block_count", "projection_dim", "attention.head_count")),
-    *(f"clip.vision.{key}" for key in ("attention.layer_norm_epsilon", "image_mean", "image_std", "feature_layer")),
-    *(f"clip.vision.{key}" for key in ("preproc_image_size", "image_grid_pinpoints")),
-    *(f"clip.vision.projector.{key}" for key in ("query_side", "window_side", "spatial_offsets")),
-}
-
-
-def official_pair(source: Path, folder: Path) -> Path:
-    """The files of a conversion under the official names, with the keys that those have and no others."""
-    from gguf import GGUFReader
-
-    folder.mkdir()
-    for ours, theirs, wanted, change in (
-        ("text-F32.gguf", OFFICIAL_TEXT, TEXT_KEYS, {"tokenizer.ggml.pre": "granite-docling"}),
-        ("mmproj-F32.gguf", OFFICIAL_VISION, VISION_KEYS, {}),
-    ):
-        held = {key for key in GGUFReader(source / ours).fields if not key.startswith("GGUF.")}
-        assert wanted | GENERAL <= held
-        copy_gguf(source / ours, folder / theirs, change=change, without=sorted(held - wanted - GENERAL))
-        found = {key for key in GGUFReader(folder / theirs).fields if not key.startswith("GGUF.")}
-        assert found == wanted | GENERAL
-    return folder
-
-
-def test_a_pair_with_the_official_names_and_keys(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    source = make_checkpoint(PUBLISHED)
-    convert(source, tmp_path / "ours", F32)
-    folder = official_pair(tmp_path / "ours", tmp_path / "official")
-    reference = Reference(source)
-    with granite4v.load(folder, device="cpu") as model:
-        check_streams(reference, model)
-        check_logits(reference, model)

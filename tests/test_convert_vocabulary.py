@@ -198,6 +198,15 @@ def test_the_tokenizers_chat_template_comes_last(template: Any, expected: str | 
     assert bool(warnings) == (expected is None)
 
 
+def test_a_template_with_the_line_ends_of_another_system(folder: Path) -> None:
+    from transformers import LlavaNextProcessor
+
+    put_templates(folder)
+    (folder / "chat_template.jinja").write_bytes(b"{{ 'a' }}\r\nb\rc\n")
+    expected = LlavaNextProcessor.get_processor_dict(folder)[0]["chat_template"]
+    assert metadata(folder)[0]["tokenizer.chat_template"] == expected
+
+
 def test_templates_without_a_default_are_named(folder: Path) -> None:
     put_templates(folder, tokenizer=[{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}])
     found, warnings = metadata(folder)

@@ -67,7 +67,9 @@ class Granite4Vision:
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         fields, text = Fields(renamed(config)), text_section(config)
         vision = fields.section("vision_config")
-        tower = tower_from_hf(vision, tower_kind(vision) if "model_type" in vision else SIGLIP)
+        # a SigLIP2 of fixed size is a SigLIP; one of another kind has patches of another shape
+        is_siglip = str(vision.get("model_type", "siglip")).startswith("siglip")
+        tower = tower_from_hf(vision, SIGLIP if is_siglip else tower_kind(vision))
         check_strategy(fields, tower)
         return VisionConfig(
             family=self.name,
