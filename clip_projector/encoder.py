@@ -113,7 +113,8 @@ class VisionEncoder:
     ) -> list[ImageFeatures]:
         """The features of each RGB picture. Equal tiles, in one picture or in several, are computed once.
 
-        `progress` is called with (tiles done, tiles to do). Raises Aborted when the abort callback says so.
+        `progress` is called now and then with (done, to do), in hundredths of the whole. Raises Aborted when the abort
+        callback says so.
         """
         pictures = [cut(image, self.config.tiling) for image in images]
         unique: dict[bytes, int] = {}
@@ -149,7 +150,7 @@ class VisionEncoder:
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
             pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
             graph = self._graph(len(batch))
-            outputs = graph.run(pixels=pixels)
+            outputs = graph.run(_within(progress, len(done), len(batch), len(tiles)), pixels=pixels)
             self._check_finite(outputs)
             graph.release()
             streams = [
@@ -157,8 +158,6 @@ class VisionEncoder:
                 for p in range(len(self.config.streams))
             ]
             done += [[stream[t] for stream in streams] for t in range(len(batch))]
-            if progress:
-                progress(len(done), len(tiles))
         self._weights.release()
         return done
 
@@ -241,3 +240,12 @@ class VisionEncoder:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _within(
+    progress: Callable[[int, int], None] | None, n_done: int, n_now: int, n_tiles: int
+) -> Callable[[int, int], None] | None:
+    """Progress of the graph for the next `n_now` tiles of `n_tiles` as progress of all, in hundredths."""
+    if progress is None:
+        return None
+    return lambda part, n_parts: progress(100 * (n_done * n_parts + n_now * part) // (n_tiles * n_parts), 100)

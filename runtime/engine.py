@@ -181,13 +181,15 @@ class Engine:
         if digest in self.features:
             self.features.move_to_end(digest)
             return self.features[digest]
+        self.report("encode", 0, 100)
         encoder = self.encoder()
 
         def progress(done: int, total: int) -> None:
             self.report("encode", done, total)
 
         assert self.injection is not None
-        encoded = self._worker.run(lambda: encoder.encode([image], progress), cancel)[0]
+        wanted = progress if self.progress is not None else None
+        encoded = self._worker.run(lambda: encoder.encode([image], wanted), cancel)[0]
         features = dataclasses.replace(encoded, layers=list(self.injection.layers))
         self.features[digest] = features
         return features

@@ -55,6 +55,7 @@ class Request:
         decoder = engine.decoder()
         timings.load_s += time.perf_counter() - start
         engine.release_encoder()
+        engine.report("prefill", 0, sum(span.n_tokens for span in spans))
         stats = PrefillStats()
         try:
             logits = decoder.prefill(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_the_answer_alone_is_on_stdout(folder: Path, page: Path, answer: granite
     result = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 12)
     assert result.exit_code == 0
     assert result.stdout == answer.text + "\n"
-    assert "reading pictures ..." in result.stderr and "reading the prompt ..." in result.stderr
+    assert "reading images ..." in result.stderr and "reading the prompt ..." in result.stderr
     assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of pictures)" in result.stderr
     assert "the answer was cut at 12 tokens; --max-tokens allows more" in result.stderr
 
@@ -191,21 +192,34 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_one_line_renews_itself() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("granite4v.cli.status.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def test_on_a_terminal_one_line_renews_itself(clock: SimpleNamespace) -> None:
     stream = Terminal()
     status = Status(stream)
-    status("encode", 1, 3)
-    status("encode", 3, 3)
+    for done in (0, 40, 41, 100):
+        status("encode", done, 100)
+        clock.now += 0.06
     status.clear()
     status.clear()
-    wiped = "\r" + " " * len("reading pictures 1/3") + "\r"
-    assert stream.getvalue() == f"reading pictures 1/3{wiped}reading pictures 3/3{wiped}"
+    shown = ["reading images ...", "reading images 41%"]
+    assert stream.getvalue() == "".join(f"{line}\r{' ' * len(line)}\r" for line in shown)
 
 
-def test_elsewhere_a_line_a_stage() -> None:
+def test_elsewhere_a_line_a_stage_and_every_ten_seconds(clock: SimpleNamespace) -> None:
     stream = io.StringIO()
     status = Status(stream)
-    for done in range(3):
-        status("prefill", done, 3)
+    for done in range(0, 100, 10):
+        status("encode", done, 100)
+        clock.now += 4
+    status("load", 0, 1)
     status.clear()
-    assert stream.getvalue() == "reading the prompt ...\n"
+    assert stream.getvalue().splitlines() == [
+        *(f"reading images {share}" for share in ("...", "30%", "60%", "90%")),
+        "loading weights ...",
+    ]

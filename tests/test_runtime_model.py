@@ -365,6 +365,19 @@ def test_the_number_of_threads_is_known(make_model: Callable[..., Path]) -> None
         assert default.n_threads == default_threads()
 
 
+def test_one_image_has_progress_of_its_own_and_the_same_bits(make_model: Callable[..., Path]) -> None:
+    """Also where all its tiles are computed together."""
+    told: list[tuple[str, int, int]] = []
+    with granite4v.load(make_model(TINY), device="cpu") as model:
+        plain = model.encode_image(PICTURE).rows
+        model.clear_cache()
+        model.progress = lambda *what: told.append(what)
+        followed = model.encode_image(PICTURE).rows
+    assert np.array_equal(plain, followed)
+    shares = [done for what, done, total in told if (what, total) == ("encode", 100)]
+    assert len(shares) == len(told) > 3 and shares == sorted(shares) and (shares[0], shares[-1]) == (0, 100)
+
+
 # --- copies and forked processes ---
 
 

@@ -19,6 +19,7 @@ from granite4v.cli.options import (
     ThreadsOption,
     model_path,
 )
+from granite4v.cli.status import stage_line
 from granite4v.cli.streams import PipeClosed, ResultsLost
 from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
@@ -324,10 +325,7 @@ class Meter:
 
     def stage(self, what: str, done: int, total: int) -> None:
         """A `Model.progress` callback."""
-        from granite4v.cli.status import NAMES
-
-        share = f" {done}/{total}" if total > 1 else ""
-        self._show(f"{self._line}: {NAMES.get(what, what)}{share}" if self._line else NAMES.get(what, what))
+        self._show(": ".join(filter(None, [self._line, stage_line(what, done, total)])))
 
     def failure(self, record: Record) -> None:
         """A line for a record without a valid and complete answer; one for a page that could not be opened, whatever

@@ -139,6 +139,9 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_flash_attn_ext", TensorP, ContextP, TensorP, TensorP, TensorP, TensorP, _float, _float, _float),
     _base("ggml_build_forward_expand", None, GraphP, TensorP),
     _base("ggml_new_graph_custom", GraphP, ContextP, _size, c.c_bool),  # (ctx, size, grads)
+    _base("ggml_graph_node", TensorP, GraphP, _int),
+    _base("ggml_graph_n_nodes", _int, GraphP),
+    _base("ggml_graph_add_node", None, GraphP, TensorP),
     _base("ggml_graph_overhead_custom", _size, _size, c.c_bool),
     _base("ggml_quantize_init", None, _int),
     # (type, src, dst, start, nrows, n_per_row, imatrix)

@@ -14,7 +14,13 @@ from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
+
+    Progress = Callable[[int, int], None]
+
+MAX_PARTS, MIN_NODES_PER_PART = 50, 64  # of a graph that tells how far it is
 
 
 class ShapeError(ValueError):
@@ -73,6 +79,7 @@ class Graph:
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._allocator: Any = None
+        self._parts: list[tuple[Arena, Any]] = []
 
     # --- inputs and outputs ---
 
@@ -216,8 +223,11 @@ class Graph:
 
     # --- execution ---
 
-    def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first)."""
+    def run(self, progress: Progress | None = None, /, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first).
+
+        `progress` is called with (parts computed, parts there are), now and then.
+        """
         if set(arrays) != set(self._inputs):
             raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
         ggml = lib()
@@ -231,8 +241,31 @@ class Graph:
             raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
         for name, array in arrays.items():
             set_data(self._inputs[name].ptr, array)
-        self.backend.compute(self._graph)
+        # a GPU is quick, and may fuse nodes that would be in different parts
+        parts = self._in_parts() if progress and self.backend.is_cpu else [self._graph]
+        for number, part in enumerate(parts, 1):
+            self.backend.compute(part)
+            if progress:
+                progress(number, len(parts))
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
+
+    def _in_parts(self) -> list[Any]:
+        """Graphs that compute this one's nodes one after another: the same operations in the same order.
+
+        A callback from ggml would cost more: it takes Python's lock at every node, which a busy thread holds for
+        milliseconds.
+        """
+        if not self._parts:
+            ggml = lib()
+            n_nodes = ggml.ggml_graph_n_nodes(self._graph)
+            step = max(MIN_NODES_PER_PART, -(-n_nodes // MAX_PARTS))
+            for start in range(0, n_nodes, step):
+                arena = Arena(0, graph_size=step)
+                part = ggml.ggml_new_graph_custom(arena.context, step, False)
+                for i in range(start, min(start + step, n_nodes)):
+                    ggml.ggml_graph_add_node(part, ggml.ggml_graph_node(self._graph, i))
+                self._parts.append((arena, part))
+        return [part for _, part in self._parts]
 
     def release(self) -> None:
         """Lets the system have the memory of intermediate results until the next run."""
@@ -244,6 +277,8 @@ class Graph:
         allocator, self._allocator = getattr(self, "_allocator", None), None
         if allocator:
             lib().ggml_gallocr_free(allocator)
+        while getattr(self, "_parts", None):
+            self._parts.pop()[0].close()
         if hasattr(self, "_arena"):
             self._arena.close()
 
