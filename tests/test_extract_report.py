@@ -96,6 +96,20 @@ def test_failures_come_first_and_lead_to_their_pages(report: str) -> None:
     assert links and all(link.removeprefix("#") in targets for link in links)
 
 
+def test_each_list_of_records_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[Any] = []
+
+    def columns(value: Any) -> list[str]:
+        looked_at.append(value)
+        return ["a", "b"] if isinstance(value, list) else []
+
+    monkeypatch.setattr("granite4v.runtime.extraction.report._columns", columns)
+    value = {"items": [{"a": i, "b": "x"} for i in range(200)]}
+    write_report(tmp_path / "report.html", [Record("page.png", 1, 1, "kvp", value=value, valid=True)])
+    assert looked_at.count(value["items"]) == 1
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<td>") == 400
+
+
 def test_it_needs_no_network_and_no_scripts(report: str) -> None:
     assert "default-src 'none'" in report
     addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", report)

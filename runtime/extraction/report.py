@@ -135,7 +135,10 @@ def _printable(value: Any) -> Any:
 
 def _rows(table: Table) -> list[list[Cell]]:
     """The cells that begin in each row."""
-    return [[cell for cell in table.cells if cell.row == i] for i in range(table.n_rows)]
+    rows: list[list[Cell]] = [[] for _ in range(table.n_rows)]
+    for cell in table.cells:
+        rows[cell.row].append(cell)
+    return rows
 
 
 def _chart(record: Record) -> Any:

@@ -77,14 +77,15 @@ summary { cursor: pointer; color: var(--soft); font-size: .8rem; }
 {% else %}<span class="value">{{ value }}</span>{% endif %}
 {% endmacro %}
 {% macro fields(value) %}
+{% set names = columns(value) %}
 {% if plain(value) %}{{ scalar(value) }}
 {% elif value is mapping %}
 {% if value %}<dl>{% for name, item in value.items() %}<dt>{{ name }}</dt><dd>{{ fields(item) }}</dd>{% endfor %}</dl>\
 {% else %}<span class="soft">nothing</span>{% endif %}
-{% elif columns(value) %}
-<div class="scroll"><table><tr>{% for name in columns(value) %}<th>{{ name }}</th>{% endfor %}</tr>
+{% elif names %}
+<div class="scroll"><table><tr>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for item in value %}
-<tr>{% for name in columns(value) %}<td>{% if name in item %}{{ scalar(item[name]) }}{% endif %}</td>{% endfor %}</tr>
+<tr>{% for name in names %}<td>{% if name in item %}{{ scalar(item[name]) }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% elif value %}<ol class="items">{% for item in value %}<li>{{ fields(item) }}</li>{% endfor %}</ol>\
