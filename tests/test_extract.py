@@ -18,7 +18,7 @@ from granite4v.errors import (
     OutputError,
     PromptError,
 )
-from granite4v.runtime.extraction import ArgumentError, Record
+from granite4v.runtime.extraction import ArgumentError, Record, State
 from granite4v.runtime.extraction.questions import KVP_PROMPT, check_tasks
 from granite4v.runtime.extraction.reader import understand
 from granite4v.runtime.extraction.record import decode, encode
@@ -308,3 +308,32 @@ def test_a_schema_that_answers_cannot_be_held_to_is_refused_before_the_first_pag
     with pytest.raises(ConstraintError):
         run(model, scans, ["kvp"], schema=schema, free=False, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and model.asked == []
+
+
+def test_files_that_were_left_out_and_documents_that_take_long_are_told(
+    model: FakeModel, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import granite4v.runtime.pages as pages
+
+    seen: list[tuple[int, str, int | None, float]] = []
+    remarks: list[str] = []
+    count, read = pages.count_pages, pages.open_pages
+
+    def slow_count(*arguments: Any, waiting: Any, **options: Any) -> Any:
+        waiting("x.pdf", None, 2.5)
+        return replace(count(*arguments, **options), notes=("2 files were left out",))
+
+    def slow_open(*arguments: Any, waiting: Any, **options: Any) -> Any:
+        for item in read(*arguments, **options):
+            waiting(item.source, 7, 3.5)
+            yield item
+
+    monkeypatch.setattr(pages, "count_pages", slow_count)
+    monkeypatch.setattr(pages, "open_pages", slow_open)
+
+    def watch(state: State) -> None:
+        seen.append((state.n_documents, Path(state.source).name, state.page, state.waited_s))
+
+    list(run(model, scans, ("chart2csv",), say=remarks.append, watch=watch))
+    assert seen[0] == (0, "x.pdf", None, 2.5) and seen[1] == (0, "a.pdf", 7, 3.5) and seen[2] == (1, "a.pdf", 1, 0.0)
+    assert remarks == ["2 files were left out"]

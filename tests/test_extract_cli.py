@@ -271,6 +271,7 @@ def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert summary(state, 1.0) == "10 pages of 2 documents, 0 records; 1 token, 0.2 a second, 1 s"
     state.page, state.task, state.waited_s, state.n_answer_tokens = 4, "", 7.0, 0
     assert line(state, 60.0).startswith("document 2 of 4: a.pdf, page 4 of 6, rendering for 7 s")
+    assert line(State(source="x/a.pdf", waited_s=3.0), 60.0) == "counting pages: a.pdf, opening for 3 s"
     assert [duration(seconds) for seconds in (3, 99, 600, 7800)] == ["3 s", "99 s", "10 min", "2 h 10 min"]
 
 

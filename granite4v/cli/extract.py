@@ -367,7 +367,11 @@ class Meter:
 
 def line(state: State, now: float) -> str:
     """Where a run is: document, page, task, tokens a second, time left."""
-    parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {Path(state.source).name}"]
+    name = Path(state.source).name
+    if state.n_documents:
+        parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {name}"]
+    else:
+        parts = [f"counting pages: {name}"]
     if state.page is not None:
         parts.append(f"page {_of(state.page, state.n_pages)}")
     if state.waited_s:

@@ -19,7 +19,7 @@ from granite4v.runtime.extraction.names import Names
 from granite4v.runtime.extraction.questions import Question
 from granite4v.runtime.extraction.reader import Settings, abandoned_page, answer_page, copied_page, failed_page
 from granite4v.runtime.extraction.record import Key, Record
-from granite4v.runtime.extraction.state import State, Watch
+from granite4v.runtime.extraction.state import State, Watch, waiting
 
 if TYPE_CHECKING:
     from granite4v.runtime.model import Model
@@ -69,6 +69,7 @@ class Extraction:
         folder: Folder | None,
         journal: Journal,
         attempts: Attempts,
+        state: State,
         watch: Watch,
         say: Say,
         closing: list[Callable[[], None]],
@@ -80,7 +81,8 @@ class Extraction:
         tasks = [question.task for question in job.questions]
         has_image = None if folder is None or not job.output.report else folder.has_image
         self._earlier = Earlier(journal, tasks, retry_failed=job.retry_failed, has_image=has_image)
-        self.state = State(tally=journal.tally, n_resumed=journal.tally.n_records)
+        self.state = state
+        self.state.tally, self.state.n_resumed = journal.tally, journal.tally.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
         self._records = self._run()
 
@@ -122,7 +124,7 @@ class Extraction:
             **asdict(job.selection),
             view=job.model.files.vision_config,
             wanted=self._earlier.wanted,
-            waiting=self._wait,
+            waiting=waiting(self.state, self._watch),
             counted=job.totals,
         )
         with contextlib.closing(opened) as pages:
@@ -137,11 +139,6 @@ class Extraction:
                 del item  # its pixels go before the next page is rendered
         self._end_document(seen)
         self._end(met)
-
-    def _wait(self, source: str, number: int | None, waited_s: float) -> None:
-        self.state.source, self.state.page, self.state.n_pages = source, number, None
-        self.state.task, self.state.n_answer_tokens, self.state.waited_s = "", 0, waited_s
-        self._watch(self.state)
 
     def _page(self, item: Page | PageFailure | PageSkipped, seen: Seen) -> Iterator[Record]:
         """The records of one page that are not there yet, each on the disk before it is given out."""

@@ -18,7 +18,7 @@ from granite4v.runtime.extraction.journal import Journal
 from granite4v.runtime.extraction.questions import Question, check_tasks, questions, schema_warnings
 from granite4v.runtime.extraction.reader import Settings
 from granite4v.runtime.extraction.schema import SchemaSource, load_schema
-from granite4v.runtime.extraction.state import State, Watch
+from granite4v.runtime.extraction.state import State, Watch, waiting
 
 if TYPE_CHECKING:
     from granite4v.choices import Device
@@ -100,7 +100,8 @@ def extract(
     say = say or logging.getLogger("granite4v").info
     found = None if schema is None else load_schema(schema, say)
     selection = PageSelection(pages, password, None if crop is None else str(parse_crop(crop)))
-    totals = count_pages(paths, pages=pages, password=password)
+    watch, state = watch or _nothing, State()
+    totals = count_pages(paths, pages=pages, password=password, waiting=waiting(state, watch))
     for note in totals.notes:
         say(note)
     folder = None if out is None else Folder.claim(Path(out), resume=resume)
@@ -129,7 +130,7 @@ def extract(
         closing.insert(0, attempts.close)
         options = OutputOptions(tuple(formats), csv_safe, report)
         job = Job(model, hashes, asked, settings, selection, tuple(paths), totals, options, retry_failed)
-        return Extraction(job, folder, journal, attempts, watch or _nothing, say, closing)
+        return Extraction(job, folder, journal, attempts, state, watch, say, closing)
     except BaseException:
         for close in closing:
             close()

@@ -22,7 +22,7 @@ class State:
     task: str = ""
     n_answer_tokens: int = 0  # of the answer that is being written
     waited_s: float = 0.0  # for a document to be opened or a page to be rendered, while that lasts
-    n_documents: int = 0  # begun
+    n_documents: int = 0  # begun; none while pages are counted
     n_documents_total: int | None = None  # where that is known
     n_pages_total: int | None = None
     n_pages_read: int = 0  # by this process: those of an earlier run, and copies, take no time
@@ -62,3 +62,14 @@ class State:
 
 
 Watch = Callable[[State], None]
+
+
+def waiting(state: State, watch: Watch) -> Callable[[str, int | None, float], None]:
+    """A callback for `runtime.pages`, which tells `watch` how long a document or page takes."""
+
+    def wait(source: str, number: int | None, waited_s: float) -> None:
+        state.source, state.page, state.n_pages = source, number, None
+        state.task, state.n_answer_tokens, state.waited_s = "", 0, waited_s
+        watch(state)
+
+    return wait
