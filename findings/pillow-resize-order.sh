@@ -5,9 +5,9 @@
 #   in every release, horizontal pass first, rounded to 8 bits in between. Image processors of vision
 #   models are built on that, and other runtimes imitate it to the bit.
 # Observed (Pillow 12.3.0 and 13.0.0): 12.3.0 always goes horizontally first. 13.0.0 goes vertically
-#   first when the height shrinks by much more than the width. The result differs in a quarter of the
-#   pixels of a noisy image, by up to 9 levels; for other shapes nothing changes, so a test with one
-#   photo does not notice.
+#   first when the height shrinks by more than twice as many pixels as the width does. For a noisy
+#   image that changes a quarter of the pixels, by up to 9 levels. Other shapes come out as before,
+#   so a test with one photo may not notice.
 # Output (bicubic, noise):
 #   Pillow 12.3.0: 850x1100 to 384x384 horizontal first; 400x1200 to 384x384 horizontal first
 #   Pillow 13.0.0: 850x1100 to 384x384 horizontal first; 400x1200 to 384x384 vertical first
@@ -37,7 +37,7 @@ for width, height in ((850, 1100), (400, 1200)):
             image.resize((width, side), Image.BICUBIC).resize((side, side), Image.BICUBIC),
         )
     )
-    assert (horizontal != vertical).any()
+    assert (horizontal != vertical).mean() > 0.1
     order = {(True, False): "horizontal first", (False, True): "vertical first"}[
         (resized == horizontal).all(), (resized == vertical).all()
     ]
