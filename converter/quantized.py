@@ -48,21 +48,22 @@ def check_full_precision(checkpoint: Checkpoint) -> list[str]:
         )
     if named is None:
         return []
+    how = named or "it does not say how"
     return [
-        f"config.json says that the checkpoint is quantized ({named}), but its weights are full precision; they are "
+        f"config.json says that the checkpoint is quantized ({how}), but its weights are full precision; they are "
         "converted as such"
     ]
 
 
 def _named_method(checkpoint: Checkpoint) -> str | None:
-    """The quantization that config.json names; None when there is none."""
+    """The quantization that config.json names, empty when it gives no name; None when there is none."""
     config = checkpoint.config
     text = config.get("text_config")
     for values in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
             if values.get(key):
                 section = Fields(values).section(key)
-                method = section.get("quant_method", "MLX" if key == "quantization" else "of an unnamed method")
+                method = section.get("quant_method", "")
                 return METHODS.get(str(method), str(method))
     return None
 

@@ -66,7 +66,12 @@ QUANTIZED: dict[str, tuple[dict[str, Any] | None, dict[str, np.ndarray], str]] =
     ),
     "torchao": ({"quant_method": "torchao"}, {LINEAR: np.zeros((176, 64), np.int8)}, "torchao"),
     "weights of eight bits, nothing said": (None, {LINEAR: np.zeros((176, 64), np.int8)}, "weights of type I8"),
-    "of no method": ({"bits": 4}, {LINEAR: np.zeros((176, 64), np.int8)}, "of an unnamed method"),
+    "of no method": ({"bits": 4}, {LINEAR: np.zeros((176, 64), np.int8)}, "weights of type I8"),
+    "MLX": (
+        {"group_size": 64, "bits": 4},
+        {LINEAR: np.zeros((176, 8), np.uint32), LINEAR.replace("weight", "scales"): np.zeros((176, 1), np.float16)},
+        "MLX",
+    ),
 }
 
 
