@@ -63,7 +63,7 @@ def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
     list(run(model, scans, TASKS, out=out, report=True))
     assert ("b.pdf", None, "kvp") in keys(out) and "b.pdf" in (out / "report.html").read_text().partition("<main>")[0]
     image(scans / "b.pdf", 40, 50)
-    with run(model, scans, TASKS, out=out, resume=True, report=True) as again:
+    with run(model, scans, TASKS, out=out, resume=True) as again:  # the report that is there is renewed
         new = list(again)
         state = again.state
     assert [(Path(r.source).name, r.page, r.task) for r in new] == [
@@ -440,5 +440,5 @@ def test_someone_elses_report_is_not_replaced(model: FakeModel, scans: Path, tmp
     list(run(model, scans, out=tmp_path / "out"))
     (tmp_path / "out" / "report.html").write_text("<title>My report</title>")
     with pytest.raises(OutputError, match=r"report.html' is not a report that 'granite4v extract' made"):
-        run(model, scans, out=tmp_path / "out", resume=True, report=True)
+        run(model, scans, out=tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "report.html").read_text() == "<title>My report</title>"

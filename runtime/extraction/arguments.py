@@ -71,6 +71,8 @@ def _check_out(out: str | Path) -> None:
         raise ArgumentError(
             f"'out' (--out) is '{text}'; expected a directory. To print records, leave it out and add --json."
         )
+    if "\0" in text:
+        raise ArgumentError("'out' (--out) holds a character that no name can have; expected a directory.")
     if os.path.isdir(text):
         return
     if os.path.lexists(text):

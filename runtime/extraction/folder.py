@@ -80,6 +80,11 @@ class Folder:
         return folder
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether the directory holds a run that was begun before."""
+        return self._begun
+
+    @property
     def results(self) -> Path:
         return self.path / RESULTS
 

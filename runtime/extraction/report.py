@@ -58,8 +58,8 @@ class PageView:
     records: list[Record]
 
 
-def check_report(path: Path) -> None:
-    """Raises OutputError when there is something else at `path`, which a report would replace."""
+def is_report(path: Path) -> bool:
+    """Whether there is a report at `path`; raises OutputError when it is something else, which one would replace."""
     check_own(path)
     with disk_errors(path):
         found = path.read_bytes()[:_HEAD_BYTES] if path.exists() else b""
@@ -67,6 +67,7 @@ def check_report(path: Path) -> None:
         raise OutputError(
             f"'{path}' is not a report that 'granite4v extract' made; move it elsewhere, or give another directory."
         )
+    return bool(found)
 
 
 def write_report(path: Path, records: Iterable[Record]) -> None:

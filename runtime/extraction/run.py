@@ -73,8 +73,8 @@ def extract(
     and what they do not name keeps its records. Records that are there are not given again, nor made again while their
     file is unchanged; a changed file is read again, and its new records replace the old ones. Failures stay, too,
     except those of documents that can be opened now and of pages for which there was not enough memory;
-    `retry_failed` reads every failed page again. A page whose process died twice is not read a third time. Refused is
-    a run with another model, schema, question, crop or other settings.
+    `retry_failed` reads every failed page again. A report that is there is renewed. A page whose process died twice is
+    not read a third time. Refused is a run with another model, schema, question, crop or other settings.
 
     A page that fails is a record with its `error`; a file that cannot be written is a line to `say`. What is wrong with
     the request itself is raised here: ArgumentError and SelectionError for arguments that cannot be, SchemaError,
@@ -85,6 +85,7 @@ def extract(
     from granite4v.runtime.pages import count_pages, parse_crop
 
     paths = [str(item) for item in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    formats = [formats] if isinstance(formats, str) else formats
     tasks = check_tasks([tasks] if isinstance(tasks, str) else tasks, prompt, has_schema=schema is not None)
     check_arguments(
         paths,
@@ -107,10 +108,10 @@ def extract(
     folder = None if out is None else Folder.claim(Path(out), resume=resume)
     closing: list[Callable[[], None]] = [folder.release] if folder else []
     try:
-        if folder is not None and report:
-            from granite4v.runtime.extraction.report import check_report
+        if folder is not None and (report or folder.is_resumed):
+            from granite4v.runtime.extraction.report import is_report
 
-            check_report(folder.path / REPORT)
+            report |= is_report(folder.path / REPORT)  # one that is there would tell of an earlier state
         if isinstance(model, str | Path):
             from granite4v.runtime.model import Model
 
