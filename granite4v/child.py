@@ -1,4 +1,4 @@
-"""Runs a module of ours in a Python of its own: for native code that may end its process, or never return."""
+"""Calls a module's `main` in a Python of its own: for native code that may end its process, or never return."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANNOUNCE_AFTER_S = 1.0
 # The child finds modules where this process does, and not in the current folder, as '-m' would.
 _START = (
     "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
-    "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    "import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[2:])"
 )
 
 
@@ -43,10 +43,12 @@ class Ended:
         return lines[-1] if lines else ""
 
 
-def run_module(
+def run_main(
     module: str, arguments: Sequence[str], timeout_s: float, announce: Callable[[], None] | None = None
 ) -> Ended:
-    """Waits until the child has ended, or ends it after `timeout_s`; `announce` is called once it takes a second.
+    """Calls `module.main(*arguments)`, and waits until the child has ended or ends it after `timeout_s`.
+
+    `announce` is called once it takes a second.
 
     Raises OSError when there is no Python to start, or no memory for it.
     """

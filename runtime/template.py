@@ -1,7 +1,7 @@
 """The checkpoint's own Jinja chat template, rendered as transformers renders it, with its losses noticed.
 
 Environment: transformers 5.23, `utils/chat_template_utils.py`. A template is code from a stranger's file, so it
-runs in Jinja's immutable sandbox and sees plain data only.
+runs in a sandbox with bounds on time and size (`sandbox`) and sees plain data only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from granite4v.errors import ModelFileError, PromptError
 
 TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]*>")  # a task tag, such as '<tables_json>', is one of these in a user's text
+_ADVICE = "Convert the checkpoint again with the template that belongs to it."
 _MARK = "zq{}granite4vmark{}qz"  # a text that no template and no person writes
 
 
@@ -24,16 +25,20 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         """`special_tokens`: 'bos_token', 'eos_token', ... Raises ModelFileError when the template has an error."""
-        import jinja2
+        from granite4v.runtime.sandbox import MAX_SOURCE
 
         self.special_tokens = dict(special_tokens or {})
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelFileError(
-                f"the model's chat template cannot be compiled: {error}; convert the checkpoint again with the "
-                "template that belongs to it."
-            ) from None
+        reason = f"it has {len(source):,} characters, expected at most {MAX_SOURCE:,}"
+        if len(source) <= MAX_SOURCE:
+            try:
+                self._template = _environment().from_string(source)
+                return
+            except Exception as error:  # Jinja's own, and Python's for code that is nested too deeply
+                reason = f"{error or type(error).__name__}"
+        raise ModelFileError(
+            f"the model's chat template cannot be compiled: {reason:.300}; convert the checkpoint again with the "
+            "template that belongs to it."
+        )
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt text for normalized messages (see `messages.normalize`).
@@ -53,13 +58,18 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         import jinja2
 
+        from granite4v.runtime.sandbox import LimitError, bounded
+
+        values = {"messages": messages, **self.special_tokens, **variables}
         try:
-            return str(self._template.render(messages=messages, **{**self.special_tokens, **variables}))
+            return bounded(lambda: str(self._template.render(values)))
         except jinja2.TemplateError as error:
             raise PromptError(f"the model's chat template refuses these messages: {error}") from None
-        except (TypeError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        except LimitError as error:
+            raise PromptError(f"the model's chat template was stopped: {error}. {_ADVICE}") from None
+        except Exception as error:
             # raised by the template's own Python calls (str.index, filters) on messages it was not written for
-            raise PromptError(f"the model's chat template fails on these messages: {error!r}") from None
+            raise PromptError(f"the model's chat template fails on these messages: {error!r:.300}. {_ADVICE}") from None
 
 
 def task_tags(message: Mapping[str, Any]) -> list[str]:
@@ -106,8 +116,10 @@ def _lost(number: int, written: str, message: Mapping[str, Any]) -> str:
 @functools.cache
 def _environment() -> Any:
     import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
+    import jinja2.defaults
+    from jinja2.ext import loopcontrols
+
+    from granite4v.runtime.sandbox import Environment
 
     class Generation(jinja2.ext.Extension):  # type: ignore[misc]  # jinja2 is not followed by the type checker
         """`{% generation %}...{% endgeneration %}`: marks the assistant's words for training; renders its body."""
@@ -119,10 +131,8 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+    filters = {**jinja2.defaults.DEFAULT_FILTERS, "tojson": _tojson}
+    environment = Environment(filters, trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

@@ -8,14 +8,13 @@ gigabytes the reading of it, which the load after it then spares; it is done onc
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.cache import read_json, write_json
-from granite4v.child import Ended, run_module
+from granite4v.child import Ended, run_main
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.text_checks import check_text
 
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
 CACHE = "trials.json"
 VERSION = 1  # to be raised when a trial tries more than before
 MAX_KNOWN = 1000
-BASE_TIME_S = 60.0
-BYTES_A_SECOND = 10e6  # of the slowest disk that is waited for
+BASE_CPU_S = 60.0  # seconds of one core, which are the same however busy the machine is
+PATIENCE = 10  # times as many seconds on the clock
+BYTES_A_SECOND = 10e6  # of the slowest core
 BASE_MEMORY, MEMORY_A_BYTE = 4 << 30, 3
 MAX_TOKENS_A_LETTER = 16
 SAMPLE = "Invoice No. 2026-11-28: 1234567.89 EUR (19 %)\n\tTotal\N{EM DASH}paid\N{CJK UNIFIED IDEOGRAPH-6F22} " * 4
@@ -42,9 +42,11 @@ def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> N
     if not key or key in read_json(CACHE):
         return
     check_text(files.text)
-    arguments = [str(files.text.path), str(files.adapter.path) if files.adapter else "", str(_memory(n_bytes))]
+    cpu_s, memory = BASE_CPU_S + n_bytes / BYTES_A_SECOND, BASE_MEMORY + MEMORY_A_BYTE * n_bytes
+    adapter = str(files.adapter.path) if files.adapter else ""
+    arguments = [str(files.text.path), adapter, str(int(cpu_s)), str(memory)]
     try:
-        ended = run_module(__name__, arguments, BASE_TIME_S + n_bytes / BYTES_A_SECOND, announce)
+        ended = run_main(__name__, arguments, cpu_s * PATIENCE, announce)
     except OSError:  # no process can be started here: the load itself must do
         return
     _judge(ended, files)
@@ -86,15 +88,12 @@ def _state(files: ModelFiles) -> tuple[str, int]:
     return " | ".join(parts), n_bytes
 
 
-def _memory(n_bytes: int) -> int:
-    return BASE_MEMORY + MEMORY_A_BYTE * n_bytes
-
-
 # --- in the child ---
 
 
-def main(text: str, adapter: str, memory: str) -> None:
-    _limit(int(memory))
+def main(text: str, adapter: str, cpu_s: str, memory: str) -> None:
+    """What the child process does: prints 'ok', or an error of ours as JSON."""
+    _limit(int(cpu_s), int(memory))
     try:
         _load(Path(text), Path(adapter) if adapter else None)
     except Granite4vError as error:
@@ -103,13 +102,14 @@ def main(text: str, adapter: str, memory: str) -> None:
         print("ok")
 
 
-def _limit(memory: int) -> None:
-    """Keeps the child from taking the machine's memory, and from leaving a core file."""
+def _limit(cpu_s: int, memory: int) -> None:
+    """Keeps the child from running for ever, from taking the machine's memory, and from leaving a core file."""
     try:
         import resource
     except ImportError:
         return
-    for limit, wanted in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
+    wants = ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0))
+    for limit, wanted in wants:
         soft, hard = resource.getrlimit(limit)
         allowed = [value for value in (soft, hard, wanted) if value != resource.RLIM_INFINITY]
         resource.setrlimit(limit, (min(allowed), hard))
@@ -118,7 +118,6 @@ def _limit(memory: int) -> None:
 def _load(text: Path, adapter: Path | None) -> None:
     import numpy as np
 
-    from granite4v.ggml.backend import default_threads
     from granite4v.ggml.gguf_file import GgufFile
     from granite4v.runtime.llama import LlamaContext, LlamaModel
     from granite4v.runtime.native import Worker
@@ -138,14 +137,10 @@ def _load(text: Path, adapter: Path | None) -> None:
         with LlamaModel(text) as model:
             if adapter is not None:
                 model.load_adapter(adapter)
-            with LlamaContext(model, 256, 8, default_threads(), exact=False, worker=worker) as context:
+            with LlamaContext(model, 256, 8, 1, exact=False, worker=worker) as context:
                 context.set_adapter(adapter is not None)
                 context.decode_tokens([0], 0, n_outputs=1)
                 context.decode_rows(np.zeros((1, model.n_embd_inp), np.float32), 1, n_outputs=1)
                 context.logits()
     finally:
         worker.close()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:4])

@@ -202,7 +202,7 @@ def test_the_fastest_way_prefers_the_exact_one_among_equals() -> None:
 
 
 def test_a_way_that_ends_its_process_counts_as_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "run_module", lambda *arguments: Ended(-6, "", "GGML_ASSERT(false) failed"))
+    monkeypatch.setattr(speed, "run_main", lambda *arguments: Ended(-6, "", "GGML_ASSERT(false) failed"))
     assert speed._measure_in_child("Q4_0", "AMX", 1) == math.inf
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.cache import cache_folder, read_json, write_json
-from granite4v.child import run_module
+from granite4v.child import run_main
 from granite4v.ggml.library import lib
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def _n_in(type_name: str) -> int:
 
 def _measure_in_child(type_name: str, way: str, n_threads: int) -> float:
     try:
-        child = run_module(__name__, [type_name, way, str(n_threads)], TIMEOUT_S)
+        child = run_main(__name__, [type_name, way, str(n_threads)], TIMEOUT_S)
     except OSError:  # no memory for another process
         return math.inf
     if child.status != 0:
@@ -177,5 +176,6 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and value > 0
 
 
-if __name__ == "__main__":
-    print(measure(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+def main(type_name: str, way: str, n_threads: str) -> None:
+    """What the child process does."""
+    print(measure(type_name, way, int(n_threads)))
