@@ -17,10 +17,10 @@ from granite4v.runtime.decoder import Decoder
 from granite4v.runtime.llama import LlamaModel
 from granite4v.runtime.model_files import MAX_COUNT, ModelFiles
 from granite4v.runtime.native import Cancel, Worker
-from granite4v.runtime.prompt import image_token, image_token_text
+from granite4v.runtime.prompt import check_length, image_token, image_token_text
 from granite4v.runtime.settings import N_UBATCH, Placement, choose_placement
 from granite4v.runtime.template import ChatTemplate
-from granite4v.runtime.tokens import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+from granite4v.runtime.tokens import VOCABULARY, Tokenizer, load_tokenizer, special_tokens, stop_tokens
 from granite4v.runtime.trial import try_once
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class Engine:
     def __init__(
         self, files: ModelFiles, *, n_ctx: int | None, n_threads: int | None, device: str, exact: bool
     ) -> None:
-        from granite4v.ggml.backend import default_threads, find_device
+        from granite4v.ggml.backend import check_threads, find_device
 
         find_device(device)  # a device that is missing is reported now, not after the first picture
         self.files, self.device, self.exact = files, device, exact
-        self.n_threads = n_threads or default_threads()
+        self.n_threads = check_threads(n_threads)
         self.warnings: list[str] = []
         self.progress: Progress | None = None
         self.n_ctx = self._limit_context(n_ctx)
@@ -56,6 +56,7 @@ class Engine:
         self.features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
         self.closed = False
         self._tried = False
+        self._longest_token = 0  # bytes; not known yet
         self._worker = Worker("granite4v")
         self._encoder: VisionEncoder | None = None
         self._decoder: Decoder | None = None
@@ -104,6 +105,14 @@ class Engine:
             self._try_once()
             self._tokenizer = load_tokenizer(self.files.text, self.files.text.path)
         return self._tokenizer
+
+    def check_length(self, text: str) -> None:
+        """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
+        if len(text) > self.n_ctx:
+            if not self._longest_token:
+                tokens = self.files.text.texts(VOCABULARY, [])
+                self._longest_token = max((len(token.encode()) for token in tokens), default=1)
+            check_length(text, self._longest_token, self.n_ctx)
 
     def _try_once(self) -> None:
         """Before native code of this process meets the text file: see `trial`."""

@@ -19,6 +19,7 @@ from granite4v.errors import PromptError
 Message: TypeAlias = "Mapping[str, Any]"
 Prompt: TypeAlias = "str | Sequence[Message]"
 
+MAX_DEPTH = 64  # of values beside the content, such as the arguments of a tool call
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
@@ -82,9 +83,9 @@ def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
 
 def _message(message: Any, number: int, found: list[Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise PromptError(f"message {number} is {message!r:.80}; expected a mapping with 'role' and 'content'.")
+        raise PromptError(f"message {number} is {_shown(message)}; expected a mapping with 'role' and 'content'.")
     if message["role"] not in ROLES:
-        raise PromptError(f"message {number} has role {message['role']!r}; known: {', '.join(ROLES)}.")
+        raise PromptError(f"message {number} has role {_shown(message['role'])}; known: {', '.join(ROLES)}.")
     content = message.get("content")
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}] if content else []
@@ -93,7 +94,7 @@ def _message(message: Any, number: int, found: list[Any]) -> dict[str, Any]:
     elif isinstance(content, Sequence) and not isinstance(content, bytes):
         parts = [_part(part, number, found) for part in content]
     else:
-        raise PromptError(f"message {number} has content {content!r:.80}; expected text or a list of parts.")
+        raise PromptError(f"message {number} has content {_shown(content)}; expected text or a list of parts.")
     others = {str(key): _plain(value) for key, value in message.items() if key not in ("role", "content")}
     return {"role": message["role"], **others, "content": parts}
 
@@ -108,7 +109,7 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
         found.append(_picture(part, number))
         return {"type": "image"}
     raise PromptError(
-        f"message {number} has a content part {part!r:.80}; expected {{'type': 'text', 'text': ...}} or "
+        f"message {number} has a content part {_shown(part)}; expected {{'type': 'text', 'text': ...}} or "
         "{'type': 'image', ...}."
     )
 
@@ -123,7 +124,10 @@ def _picture(part: Mapping[str, Any], number: int) -> Any:
         return value
     if key == "base64":
         return _decode(value, number)
-    scheme = urlparse(value).scheme.lower()
+    try:
+        scheme = urlparse(value).scheme.lower()
+    except ValueError:  # 'http://[': a path with such a name is taken as it is
+        scheme = value.partition(":")[0].lower() if "://" in value else ""
     if scheme == "data":
         head, _, data = value.partition(",")
         if not head.endswith(";base64"):
@@ -146,12 +150,22 @@ def _decode(data: str, number: int) -> bytes:
         raise PromptError(f"message {number} has a picture whose base64 data is damaged.") from None
 
 
-def _plain(value: Any) -> Any:
+def _shown(value: Any) -> str:
+    """The beginning of a value for a message; not even its representation can be relied on."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
     """JSON types only: a template is code from a file and must not be handed live objects."""
+    if depth > MAX_DEPTH:
+        raise PromptError(f"a message nests values more than {MAX_DEPTH} deep; expected at most so many.")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     raise PromptError(f"a message holds a {type(value).__name__}; beside pictures only JSON values can be rendered.")

@@ -311,6 +311,7 @@ class Model:
                 self.engine.tokenizer(),
                 self.engine.placeholder,
                 count,
+                self.engine.check_length,
                 **(template_variables or {}),
             )
 

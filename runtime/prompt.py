@@ -83,14 +83,18 @@ def build_prompt(
     tokenizer: Tokenizer,
     placeholder: int | None,
     count_tokens: Callable[[tuple[int, int]], int],
+    check_text: Callable[[str], None] | None = None,
     **variables: Any,
 ) -> Prompt:
     """The prompt of a conversation whose pictures are `images` (opened, in reading order).
 
-    `count_tokens` gives the embeddings of a picture by its size (width, height). `variables` go to the template.
+    `count_tokens` gives the embeddings of a picture by its size (width, height). `check_text` sees the text
+    before it is split into tokens, and may raise. `variables` go to the template.
     Raises PromptError when the template leaves another number of placeholders than there are pictures.
     """
     text = template.render(conversation.messages, **variables)
+    if check_text is not None:
+        check_text(text)
     tokens = tokenizer.encode(text)
     places = [i for i, token in enumerate(tokens) if token == placeholder]
     if images and placeholder is None:
@@ -115,6 +119,19 @@ def build_prompt(
 def image_digest(image: Image) -> bytes:
     """Equal for pictures with the same pixels, different for all others (SHA-256)."""
     return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+
+
+def check_length(text: str, longest_token: int, n_ctx: int) -> None:
+    """Raises ContextOverflowError for a text that overflows the context whatever its tokens are.
+
+    `longest_token`: bytes. To split such a text takes seconds a megabyte, and minutes for what people paste by mistake.
+    """
+    least = -(-len(text) // max(longest_token, 1))
+    if least > n_ctx:
+        raise ContextOverflowError(
+            f"the prompt has {len(text):,} characters, which are at least {least:,} tokens, but the context holds "
+            f"{n_ctx:,}; raise the context (--ctx, n_ctx), or ask about less text."
+        )
 
 
 def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:

@@ -17,13 +17,12 @@ def copy_gguf(
     change: Mapping[str, Any] | None = None,
     without: Collection[str] = (),
     retype: bool = False,
+    tensors: Mapping[str, Any] | None = None,
     tensors_a_part: int = 0,
 ) -> Path:
     """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
-    `without` left out; tensors stay as they are. A changed value keeps its GGUF type; with `retype` it gets that of
-    its Python type. Returns `target`.
-
-    `tensors_a_part`: splits it, as llama.cpp does, into files named `target`-00001-of-0000N.
+    `without` left out; tensors stay as they are, but for those of `tensors`: other arrays, or None for none. A changed
+    value keeps its GGUF type; with `retype` it gets that of its Python type. Returns `target`.
     """
     reader = gguf.GGUFReader(source)
     change = dict(change or {})
@@ -43,6 +42,10 @@ def copy_gguf(
         else:
             writer.add_key_value(key, value, field.types[0])
     for tensor in reader.tensors:
+        if tensors and tensor.name in tensors:
+            if tensors[tensor.name] is not None:
+                writer.add_tensor(tensor.name, tensors[tensor.name])
+            continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_edit import copy_gguf
 from make_checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 from typer.testing import CliRunner, Result
 
@@ -171,3 +172,13 @@ def test_metadata_of_wrong_types_are_shown_and_not_fatal(model: Path, tmp_path: 
         result = inspect(path, *options)
         assert result.exit_code == 0, result.output
     json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_escape_sequences_of_a_file_do_not_reach_the_terminal(model: Path, tmp_path: Path) -> None:
+    change = {"general.name": "\x1b]0;title\x07\x1b[31mred\nnew line", "tokenizer.ggml.pre": "a\x9bb"}
+    path = copy_gguf(model / "text-Q8_0.gguf", tmp_path / "f.gguf", change=change)
+    result = inspect(path)
+    assert result.exit_code == 0 and r"\x1b[31mred" in result.stdout and r"\x9b" in result.stdout
+    assert not {"\x1b", "\x07", "\x9b"} & set(result.stdout)
+    assert not any(line.startswith("new line") for line in result.stdout.splitlines())
+    assert json.loads(inspect(path, "--json").stdout)["files"][0]["name"] == change["general.name"]

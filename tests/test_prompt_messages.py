@@ -33,6 +33,9 @@ def test_string_content_becomes_a_text_part() -> None:
     assert normalize(messages).messages == [{"role": "system", "content": [text("brief")]}, user(text("hi"))]
 
 
+DEEP: Any = []
+for _ in range(10_000):
+    DEEP = [DEEP]
 PNG = b"\x89PNG"
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
@@ -80,6 +83,16 @@ def test_other_fields_are_kept_as_plain_data() -> None:
         ([user({"type": "image", "url": "data:image/png,abc"})], [], "not base64"),
         ([user({"type": "image", "base64": "%%%"})], [], "base64 data is damaged"),
         ([{"role": "user", "content": "x", "extra": object()}], [], "only JSON values can be rendered"),
+        ([{"role": 5, "content": "hi"}], [], "expected a mapping with 'role' and 'content'"),
+        ([{"role": "user", "content": None}], [], "has content None; expected text or a list of parts"),
+        ([{"role": "user", "content": 5}], [], "has content 5"),
+        ([user([text("x")])], [], "message 1 has a content part \\["),
+        ([user(None)], [], "message 1 has a content part None"),
+        ([user({"type": ["text"]})], [], "message 1 has a content part"),
+        ([user({"type": "text", "text": 5})], [], "message 1 has a content part"),
+        ([user({"type": "image", "url": "http://["})], [], "works offline and fetches nothing"),
+        ([{"role": "user", "content": "x", "extra": DEEP}], [], "nests values more than 64 deep"),
+        (5, [], "neither text nor a list of messages"),
     ],
 )
 def test_what_cannot_be_rendered_is_said(prompt: Any, images: list[str], message: str) -> None:

@@ -17,6 +17,7 @@ from gguf_edit import copy_gguf
 
 import granite4v
 from granite4v.errors import DeviceError, ModelFileError
+from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.model_files import ModelFiles
 
 OURS = ("granite4v.", "tokenizer.huggingface")
@@ -97,7 +98,99 @@ def test_files_of_other_converters_number_their_streams(folder: Path, tmp_path: 
         assert files.injection.layers == (0, 2, 3, 4, 5, 7) and files.injection.slots == tuple(range(6))
 
 
+# What the vision file of ibm-granite/granite-vision-4.1-4b-GGUF says, by names and keys.
+OFFICIAL_NAMES = ("granite-vision-4.1-4b-Q4_K_M.gguf", "mmproj-model-f16.gguf")
+OFFICIAL_KEYS = (
+    "general.architecture",
+    "clip.projector_type",
+    "clip.use_gelu",
+    "clip.has_vision_encoder",
+    "clip.vision.image_size",
+    "clip.vision.preproc_image_size",
+    "clip.vision.patch_size",
+    "clip.vision.embedding_length",
+    "clip.vision.feed_forward_length",
+    "clip.vision.block_count",
+    "clip.vision.projection_dim",
+    "clip.vision.attention.head_count",
+    "clip.vision.attention.layer_norm_epsilon",
+    "clip.vision.image_mean",
+    "clip.vision.image_std",
+    "clip.vision.feature_layer",
+    "clip.vision.image_grid_pinpoints",
+    "clip.vision.projector.query_side",
+    "clip.vision.projector.window_side",
+    "clip.vision.projector.spatial_offsets",
+)
+
+
+def test_a_pair_with_the_names_and_keys_of_the_official_repository(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(TINY, "Q8_0", "F16")
+    text_name, vision_name = OFFICIAL_NAMES
+    copy_gguf(source / "text-Q8_0.gguf", tmp_path / text_name, without=OURS)
+    with GgufFile.open(source / "mmproj-F16.gguf") as file:
+        others = [key for key in file if key not in OFFICIAL_KEYS]
+    vision = copy_gguf(source / "mmproj-F16.gguf", tmp_path / vision_name, without=others)
+    with GgufFile.open(vision) as file:
+        assert set(file) == set(OFFICIAL_KEYS)
+    for path in (tmp_path, tmp_path / text_name):
+        with ModelFiles.open(path) as files, ModelFiles.open(source) as ours:
+            assert files.vision is not None and files.vision.path == vision
+            assert files.vision_config is not None and ours.vision_config is not None
+            assert files.injection == ours.injection
+            assert files.vision_config.tower == ours.vision_config.tower
+            assert files.vision_config.tiling == ours.vision_config.tiling
+    from granite4v.clip_projector import VisionEncoder
+
+    VisionEncoder(vision, device="cpu").close()
+
+
 # --- what is wrong, and what is said about it ---
+
+
+TENSORS = [
+    ("I32", np.int32, "v.blk.0.ffn_up.weight", "as I32, expected a type that weights are multiplied in"),
+    ("F64", np.float64, "v.blk.0.ffn_up.weight", "as F64, expected a type that weights are multiplied in"),
+    ("I64", np.int64, "v.blk.0.ln1.bias", "as I64 (192,), expected F32 with 192 values"),
+    ("F32", None, "v.blk.1.attn_q.weight", "with shape (3, 5), its metadata says (192, 192)"),
+    ("F32", None, "v.position_embd.weight", "expected 64 vectors of 192 values"),
+    ("", None, "v.blk.1.attn_q.weight", "has no tensor 'v.blk.1.attn_q.weight'"),
+    ("", None, "v.image_newline", "has no tensor 'v.image_newline'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "name", "expected"), TENSORS)
+def test_a_vision_tensor_that_cannot_be_used_is_named_when_the_file_is_opened(
+    folder: Path, kind: str, dtype: Any, name: str, expected: str
+) -> None:
+    from granite4v.clip_projector import VisionEncoder
+
+    path = folder / "mmproj-F32.gguf"
+    reader = gguf.GGUFReader(path)
+    shape = next(tuple(map(int, tensor.shape))[::-1] for tensor in reader.tensors if tensor.name == name)
+    data = np.ones(shape, dtype) if dtype else np.zeros((3, 5), np.float32)
+    copy_gguf(path, folder / "copy.gguf", tensors={name: data if kind else None}).replace(path)
+    with pytest.raises(ModelFileError) as caught:
+        VisionEncoder(path, device="cpu").close()
+    assert f"'{path}' has" in str(caught.value) and expected in str(caught.value)
+
+
+def test_weights_that_are_not_numbers_are_said(folder: Path) -> None:
+    from PIL import Image
+
+    for name, tensor in (("mmproj-F32.gguf", "v.blk.0.ln1.bias"), ("text-F32.gguf", "blk.0.attn_norm.weight")):
+        path = folder / name
+        reader = gguf.GGUFReader(path)
+        n = next(int(entry.n_elements) for entry in reader.tensors if entry.name == tensor)
+        damaged = copy_gguf(path, folder / f"{name}.copy", tensors={tensor: np.full(n, np.nan, np.float32)})
+        good = path.rename(folder / "good")
+        damaged.rename(path)
+        with granite4v.load(folder, device="cpu") as model, pytest.raises(ModelFileError, match="numbers") as caught:
+            model.logits("x", [Image.new("RGB", (40, 30))])
+        assert str(path) in str(caught.value)
+        good.rename(path)
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from granite4v.cli.options import JsonOption, model_path
+from granite4v.cli.terminal import clean
 
 
 def inspect(
@@ -34,7 +35,7 @@ def inspect(
         if files:
             typer.echo(json.dumps({"path": str(found), "files": files}, indent=2, ensure_ascii=False))
     elif files:
-        typer.echo("\n\n".join(_table(summary) for summary in files))
+        typer.echo("\n\n".join(map(_table, files)))
     if broken:
         raise ModelFileError(" ".join(map(str, broken)))
 
@@ -73,7 +74,7 @@ def _table(summary: dict[str, Any]) -> str:
         lines.append(f"  {'stream':<24} hidden state {taken} -> decoder layer {before}{kind}")
     for name, entry in summary["tensor_types"].items():
         lines.append(f"  {name:<24} {entry['tensors']:>5} tensors {entry['bytes'] / 1e6:>10.1f} MB")
-    return "\n".join(lines)
+    return "\n".join(clean(line, keep="") for line in lines)
 
 
 def _plain(value: Any) -> str:

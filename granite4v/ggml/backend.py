@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
 _USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _STATUS_SUCCESS, _STATUS_ABORTED = 0, 1  # enum ggml_status
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
 DEVICES = ("auto", "cpu", "cuda", "metal")
 _REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
 
@@ -43,6 +44,19 @@ def default_threads() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def check_threads(n_threads: int | None) -> int:
+    """`n_threads`, or the default for None. Raises DeviceError for a number that ggml cannot start: it ends the process
+    over more than 512."""
+    if n_threads is None:
+        return default_threads()
+    if not isinstance(n_threads, int) or isinstance(n_threads, bool) or not 1 <= n_threads <= MAX_THREADS:
+        raise DeviceError(
+            f"the number of threads is {n_threads!r:.40}, expected 1 to {MAX_THREADS}; leave it out for one on each of "
+            f"the {default_threads()} cores."
+        )
+    return n_threads
 
 
 def find_device(name: str) -> Any:
@@ -86,7 +100,7 @@ class Backend:
         self.device = find_device(device)
         self.name = str(ggml.ggml_backend_dev_name(self.device).decode())
         self.is_cpu = ggml.ggml_backend_dev_type(self.device) == _DEVICE_CPU
-        self.n_threads = n_threads or default_threads()
+        self.n_threads = check_threads(n_threads)
         self.handle: Any = ggml.ggml_backend_dev_init(self.device, None)
         if not self.handle:
             raise DeviceError(
