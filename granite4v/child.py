@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,10 @@ _START = (
     "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
     "import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[2:])"
 )
+
+
+_FAULT = re.compile(r"assert|abort|fatal|terminate|what\(\)|panicked|failed|error", re.IGNORECASE)
+_MEMORY = re.compile(r"bad_alloc|MemoryError|memory alloc|allocate memory|out of memory|mmap: 12", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,15 @@ class Ended:
         return f"with status {self.status}"
 
     @property
-    def last_line(self) -> str:
-        """The last line on stderr, where a library says why it aborts; perhaps empty."""
+    def reason(self) -> str:
+        """The line on stderr that says why: the first that names a fault, else the last; perhaps empty."""
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        line = next(filter(_FAULT.search, lines), lines[-1] if lines else "")
+        return re.sub(r"^\S*/(\S+:\d+: )", r"\1", line)  # without the folder in which a library was built
+
+    @property
+    def lacked_memory(self) -> bool:
+        return bool(_MEMORY.search(self.stderr))
 
 
 def run_main(
@@ -56,7 +67,12 @@ def run_main(
         raise OSError("this process does not know its Python")
     command = [sys.executable, "-c", _START, "\n".join(sys.path), module, *arguments]
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        errors="replace",
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # it would start a debugger, and hide its reason in the output
     ) as child:
         try:
             try:

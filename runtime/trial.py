@@ -61,14 +61,18 @@ def _judge(ended: Ended, files: ModelFiles) -> None:
         return
     try:
         kind, message = json.loads(ended.stdout.splitlines()[-1])
-        error = _ERRORS[kind](str(message))
+        error: Granite4vError = _ERRORS[kind](str(message))
     except (ValueError, IndexError, KeyError, TypeError):
         names = f"'{files.text.path}'" + (f" with the adapter '{files.adapter.path}'" if files.adapter else "")
-        said = f" ({ended.last_line:.300})" if ended.last_line else ""
-        error = ModelFileError(
-            f"a process that loads {names} ends {ended.how}{said}, expected it to load and to compute a token. The "
-            "file is damaged or of another program: convert it again with 'granite4v convert', or download it again."
-        )
+        said = f" ({ended.reason:.300})" if ended.reason else ""
+        found = f"a process that loads {names} ends {ended.how}{said}, expected it to load and to compute a token."
+        if ended.lacked_memory:
+            error = DeviceError(f"{found} Memory is short: close other programs, or raise the limit ('ulimit -v').")
+        else:
+            error = ModelFileError(
+                f"{found} The file is damaged or of another program: convert it again with 'granite4v convert', or "
+                "download it again."
+            )
     raise error
 
 

@@ -56,10 +56,13 @@ def test_a_good_model_is_tried_once_for_each_state_of_its_files(folder: Path, mo
 
 
 ENDS = [
-    (Ended(-int(signal.SIGABRT), "", "GGML_ASSERT(n_rot <= 8) failed\n"), ["by SIGABRT", "GGML_ASSERT(n_rot <= 8)"]),
+    (
+        Ended(-int(signal.SIGABRT), "", "/tmp/b/x.cpp:1: GGML_ASSERT(n_rot <= 8) failed\n#0 in main\n"),
+        ["by SIGABRT", "GGML_ASSERT(n_rot <= 8)"],
+    ),
     (Ended(-int(signal.SIGSEGV), "", ""), ["by SIGSEGV"]),
     (Ended(None, "", ""), ["after more time than it may take"]),
-    (Ended(1, "", "Traceback ...\nMemoryError"), ["with status 1", "MemoryError"]),
+    (Ended(1, "", "Traceback ...\nKeyError: 5"), ["with status 1", "KeyError: 5"]),
     (Ended(0, "", ""), ["with status 0"]),
     (Ended(0, '["NoSuchError", "x"]', ""), ["with status 0"]),
     (Ended(0, 'noise\n["ModelFileError", "its own words"]', ""), ["its own words"]),
@@ -79,6 +82,14 @@ def test_how_a_process_ended_is_told(
         assert str(folder / "text-F32.gguf") in str(caught.value)
 
 
+def test_a_lack_of_memory_is_not_the_files_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stderr in ("terminate called after throwing an instance of 'std::bad_alloc'", "MemoryError"):
+        ended = Ended(-int(signal.SIGABRT), "", stderr)
+        monkeypatch.setattr(trial, "run_main", lambda *arguments, ended=ended: ended)
+        with pytest.raises(DeviceError, match="Memory is short: close other programs"):
+            try_(folder)
+
+
 def test_without_another_process_the_load_itself_must_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "")
     try_(folder)
@@ -95,7 +106,7 @@ def test_a_child_that_aborts_hangs_or_floods(tmp_path: Path, monkeypatch: pytest
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     ended = run_main("ending", ["abort"], 60)
-    assert (ended.status, ended.how, ended.last_line) == (-int(signal.SIGABRT), "by SIGABRT", "GGML_ASSERT failed")
+    assert (ended.status, ended.how, ended.reason) == (-int(signal.SIGABRT), "by SIGABRT", "GGML_ASSERT failed")
     assert run_main("ending", ["flood"], 60).stdout == "ok\n"
     said: list[int] = []
     monkeypatch.setattr(child, "ANNOUNCE_AFTER_S", 0.1)
@@ -133,6 +144,15 @@ def test_hyperparameters_that_do_not_fit_are_said(folder: Path, change: dict[str
     with pytest.raises(ModelFileError) as caught:
         try_(folder)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_vocabulary_over_which_llama_cpp_ends_the_process(folder: Path) -> None:
+    """A SentencePiece model needs a token for every byte; llama.cpp throws where nothing catches."""
+    path = folder / "text-F32.gguf"
+    change = {"tokenizer.ggml.model": "llama"}
+    copy_gguf(path, folder / "copy.gguf", change=change, without=["tokenizer.huggingface"]).replace(path)
+    with granite4v.load(folder, device="cpu") as model, pytest.raises(ModelFileError, match="ends by SIG.* to load"):
+        model.logits("x")
 
 
 def test_a_vocabulary_entry_twice_is_said(folder: Path) -> None:
