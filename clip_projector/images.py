@@ -1,4 +1,4 @@
-"""Opening pictures: whatever a person has (path, bytes, file, Pillow image, array) as an upright RGB image.
+"""Opening images: whatever a person has (path, bytes, file, Pillow image, array) as an upright RGB image.
 
 Knows nothing of tiles or models.
 """
@@ -6,10 +6,12 @@ Knows nothing of tiles or models.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, read_whole, url_in, what_it_holds
 from granite4v.errors import ImageError, ImageWarning
 
 if TYPE_CHECKING:
@@ -17,52 +19,102 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | Path | bytes | Image | Any"
 
+ORIENTATION = 0x0112  # EXIF and TIFF tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SUBFILE_TYPE = 258, 262, 254  # TIFF tags
+_WHITE_IS_ZERO = 0
+_SHORT = 3  # EXIF type of two bytes
+NOT_A_PAGE = 0b101  # of a TIFF frame's subfile type: a smaller copy of another page, or a mask
+_MOST_PAGES = 1000  # that are counted in a TIFF of which only the first is read
 
-def load_image(source: ImageSource, name: str | None = None) -> Image:
-    """The picture as Pillow RGB, uint8, turned upright by its EXIF orientation, transparency on white.
+
+def load_image(source: ImageSource, name: str | None = None, *, as_reference: bool = False) -> Image:
+    """The image as Pillow RGB, uint8, turned upright by its EXIF orientation, transparency on white.
 
     `source`: a path, encoded bytes, a binary file object, a Pillow image, or a uint8 array `(h, w)`,
     `(h, w, 3)` or `(h, w, 4)`. Of a file with several frames the first is taken. Colours are converted as
-    Hugging Face's image processors do, so that tiles come out equal. `name`: what messages call the picture;
+    Hugging Face's image processors do, so that tiles come out equal. `name`: what messages call the image;
     its path, in quotes, when it is not given.
 
-    Warns (ImageWarning) of a greyscale picture with 16 or more bits: Pillow, and so the reference, cuts values
-    above 255 to white, which a page rarely survives.
+    Greyscale of more than 8 bits is scaled to 8: from 0 to 65535 (4095 for a TIFF of 12 bits), or as it is where no
+    value exceeds 255; 32-bit integers and floats from the narrowest of 0 to 1, 255, 65535 that holds all values, or
+    else from their least to their greatest. `as_reference` cuts values above 255 to white instead, as Pillow and
+    transformers do: for comparing with these.
 
-    Raises ImageError for what is missing, empty, not a picture, cut short, or so large that it is probably a
-    decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`).
+    Warns (ImageWarning) of a TIFF with more pages than the first, of a guessed range, and of values cut off.
+
+    Raises ImageError for what is missing, empty, not an image, cut short, larger than MAX_FILE_BYTES, or so many
+    pixels that it is probably a decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     name = name or _describe(source)
+    head = b""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not isinstance(source, Image.Image):
+                source = _content(source, name)
+                head = source[:1024] if isinstance(source, bytes) else b""
             image = _open(source, name)
             image.load()
-        _warn_if_clipped(image, name)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if isinstance(source, bytes) and image.format == "TIFF":
+            _warn_of_more_pages(source, name)
+        return _to_rgb(_upright(image), image, name, as_reference=as_reference)
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; scale it "
             "down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(
-            f"{name} is not a picture that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP."
-        ) from None
+        raise ImageError(_why_unknown(head, name)) from None
+    except MemoryError:
+        raise ImageError(f"{name} needs more memory than there is; scale it down.") from None
+    except FileNotFoundError as error:
+        raise ImageError(_why_missing(source, name, error)) from None
     except OSError as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error.strerror or error}.") from None
-    except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise ImageError(f"{name} is damaged: {error}.") from None
+        raise ImageError(f"{name} cannot be read as an image: {error.strerror or error}.") from None
+    except Exception as error:  # decoders raise whatever they meet in damaged files: struct.error, KeyError, zlib.error
+        what = str(error) or type(error).__name__
+        raise ImageError(f"{name} is damaged: {what}.") from None
 
 
 def _describe(source: ImageSource) -> str:
     if isinstance(source, str | Path):
         return f"'{source}'"
     if isinstance(source, bytes):
-        return f"the picture ({len(source):,} bytes)"
-    return f"the picture ({type(source).__name__})"
+        return f"the image ({len(source):,} bytes)"
+    return f"the image ({type(source).__name__})"
+
+
+def _why_unknown(head: bytes, name: str) -> str:
+    if is_pdf(head):
+        return f"{name} is a PDF, not an image; 'granite4v extract' reads PDFs, page by page."
+    held = what_it_holds(head)
+    if held is None:
+        return f"{name} is not an image that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP."
+    return f"{name} holds {held}, which Pillow cannot read here; give a PNG, JPEG, WebP, TIFF or BMP."
+
+
+def _why_missing(source: ImageSource, name: str, error: OSError) -> str:
+    url = url_in(str(source))
+    if url is not None:
+        return f"'{url}' is a URL, and URLs are not read; download the file and give its path."
+    return f"{name} cannot be read as an image: {error.strerror}."
+
+
+def _content(source: ImageSource, name: str) -> bytes | Any:
+    """The bytes of a path or file; an array as it is."""
+    if isinstance(source, str | Path):
+        source = read_whole(Path(source))
+    elif hasattr(source, "read"):
+        source = source.read(MAX_FILE_BYTES + 1)
+        if len(source) > MAX_FILE_BYTES:
+            raise ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes; save it anew, as PNG or JPEG.")
+    if isinstance(source, bytes) and not source:
+        raise ImageError(f"{name} is empty (0 bytes).")
+    return source
 
 
 def _open(source: ImageSource, name: str) -> Image:
@@ -71,27 +123,17 @@ def _open(source: ImageSource, name: str) -> Image:
     if isinstance(source, Image.Image):
         image = source
     elif isinstance(source, bytes):
-        image = Image.open(io.BytesIO(_not_empty(source, name)))
-    elif isinstance(source, str | Path):
-        image = Image.open(io.BytesIO(_not_empty(Path(source).read_bytes(), name)))
-    elif hasattr(source, "read"):
-        image = Image.open(io.BytesIO(_not_empty(source.read(), name)))
+        image = Image.open(io.BytesIO(source))
     elif hasattr(source, "__array_interface__"):
         image = _from_array(source, name)
     else:
-        raise ImageError(f"{name} is not a picture; give a path, bytes, a file, a Pillow image or a uint8 array.")
+        raise ImageError(f"{name} is not an image; give a path, bytes, a file, a Pillow image or a uint8 array.")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"{name} is empty ({image.width}x{image.height} pixels).")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise Image.DecompressionBombError
     return image
-
-
-def _not_empty(data: bytes, name: str) -> bytes:
-    if not data:
-        raise ImageError(f"{name} is empty (0 bytes).")
-    return data
 
 
 def _from_array(array: Any, name: str) -> Image:
@@ -109,23 +151,128 @@ def _from_array(array: Any, name: str) -> Image:
     return Image.fromarray(array)
 
 
-def _warn_if_clipped(image: Image, name: str) -> None:
-    if image.mode.startswith(("I", "F")):
-        highest = image.getextrema()[1]
-        if isinstance(highest, int | float) and highest > 255:
-            warnings.warn(
-                f"{name} is greyscale with values up to {highest:g}; those above 255 are read as white. Save it "
-                "with 8 bits a channel to keep its greys.",
-                ImageWarning,
-                stacklevel=3,
-            )
+def _upright(image: Image) -> Image:
+    """As `PIL.ImageOps.exif_transpose` has it, which also writes all other EXIF values anew, and fails on odd ones."""
+    from PIL.Image import Transpose
+
+    turns: dict[float, Transpose] = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow parses the block as a whole, and raises whatever it meets
+        orientation = None
+    if orientation is None:
+        orientation = _orientation_in(image.info.get("exif", b""))
+    turn = turns.get(orientation) if isinstance(orientation, int | float) else None
+    return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image) -> Image:
+def _orientation_in(exif: bytes) -> int:
+    """The orientation in an EXIF block that is damaged elsewhere; 1, upright, where there is none."""
+    tiff = exif[6:] if exif.startswith(b"Exif\0\0") else exif
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    start = struct.unpack_from(order + "I", tiff, 4)[0] + 2  # behind the number of entries
+    for entry in range(start, len(tiff) - 9, 12):
+        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        if tag >= ORIENTATION:  # tags ascend
+            return value if (tag, kind, count) == (ORIENTATION, _SHORT, 1) else 1
+    return 1
+
+
+def _warn_of_more_pages(data: bytes, name: str) -> None:
+    """Frames of other formats are steps of an animation, or sizes of one image."""
+    n_pages = count_tiff_pages(data, _MOST_PAGES + 1)
+    if n_pages > 1:
+        found = f"{n_pages:,} pages" if n_pages <= _MOST_PAGES else f"more than {_MOST_PAGES:,} pages"
+        warnings.warn(
+            f"{name} has {found}, of which the first is read; 'granite4v extract' reads all.",
+            ImageWarning,
+            stacklevel=3,
+        )
+
+
+def count_tiff_pages(data: bytes, enough: int) -> int:
+    """Frames of a TIFF that are pages of their own, counted up to `enough`."""
     from PIL import Image
 
+    n_pages = 0
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        warnings.simplefilter("ignore")
+        try:
+            for i in range(2 * enough):
+                image.seek(i)
+                kind = image.tag_v2.get(_SUBFILE_TYPE, 0)
+                n_pages += not (isinstance(kind, int) and kind & NOT_A_PAGE)
+                if n_pages == enough:
+                    break
+        except Exception:  # the end, or damage, which matters to whoever reads these pages
+            pass
+    return n_pages
+
+
+def _to_rgb(image: Image, opened: Image, name: str, *, as_reference: bool) -> Image:
+    """`opened`: as it came from its file, with that file's tags."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        if not as_reference:
+            return _scaled(image, opened, name).convert("RGB")
+        _warn_if_clipped(image, name)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _scaled(image: Image, opened: Image, name: str) -> Image:
+    """Greyscale of more than 8 bits as 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
+    lowest, highest = float(values.min()), float(values.max())
+    tags = getattr(opened, "tag_v2", {})
+    if (image.mode.startswith("I;16") or opened.format == "PNG") and lowest >= 0:
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))
+        low, high = 0.0, 255.0 if highest <= 255 else 4095.0 if bits == (12,) and highest <= 4095 else 65535.0
+    else:
+        high = next((limit for limit in (1.0, 255.0, 65535.0) if lowest >= 0 and highest <= limit), highest)
+        low = 0.0 if lowest >= 0 and highest <= 65535 else lowest
+        warnings.warn(
+            f"{name} is greyscale of {'floats' if image.mode == 'F' else 'large integers'} from {lowest:g} to "
+            f"{highest:g}, which are read as if {low:g} were black and {high:g} white; save it with 8 bits a channel "
+            "if that is wrong.",
+            ImageWarning,
+            stacklevel=4,
+        )
+    scaled = values.astype(np.float32)  # in place from here on: it may be large
+    scaled -= low
+    scaled *= 255 / ((high - low) or 1)
+    grey = np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts up to 8 bits alone
+        grey = 255 - grey
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def _warn_if_clipped(image: Image, name: str) -> None:
+    highest = image.getextrema()[1]
+    if isinstance(highest, int | float) and highest > 255:
+        warnings.warn(
+            f"{name} is greyscale with values up to {highest:g}; those above 255 are read as white, as the reference "
+            "does.",
+            ImageWarning,
+            stacklevel=4,
+        )

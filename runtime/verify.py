@@ -94,7 +94,9 @@ def verify(
     from granite4v.clip_projector import load_image
 
     say = report or (lambda _: None)
-    images: list[tuple[str | None, Image | None]] = [(str(path), load_image(path)) for path in pictures]
+    images: list[tuple[str | None, Image | None]] = [
+        (str(path), load_image(path, as_reference=True)) for path in pictures
+    ]
     say(f"reference: {reference} in {dtype}")
     runner = _Reference(reference, dtype, adapter, _family(model))
     expected = []

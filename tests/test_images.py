@@ -1,7 +1,9 @@
 """Opening pictures: what comes out upright and RGB, and the message for each that cannot be opened."""
 
 import io
+import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from granite4v.clip_projector import load_image
+from granite4v.clip_projector.files import read_whole
 from granite4v.errors import ImageError, ImageWarning
 
 GRADIENT = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
@@ -50,11 +53,136 @@ def test_exif_orientation_is_applied() -> None:
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(GRADIENT, -1))
 
 
-def test_a_grey_picture_of_16_bits_is_clipped_with_a_warning() -> None:
+def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A JPEG of 4 x 2 pixels with an EXIF block of (tag, type, count, value) entries, as cameras write it."""
+    data, offset, body = b"", 8 + 2 + 12 * len(entries) + 4, struct.pack("<H", len(entries))
+    for tag, kind, count, value in sorted(entries):
+        where = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", offset + len(data))
+        data += value if len(value) > 4 else b""
+        body += struct.pack("<HHI", tag, kind, count) + where
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + bytes(4) + data
+
+
+def photo(exif: bytes) -> bytes:
+    data = encoded(Image.fromarray(GRADIENT), "JPEG", quality=95)
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<H", 6))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param([], id="alone"),
+        pytest.param([(0x011A, 2, 3, b"72\0")], id="resolution as text"),
+        pytest.param([(0x011A, 10, 1, struct.pack("<ii", -1, 0))], id="negative over zero"),
+        pytest.param([(0x011A, 5, 1, struct.pack("<II", 0, 0))], id="zero over zero"),
+        pytest.param([(0x010F, 3, 1, struct.pack("<H", 5))], id="maker as number"),
+        pytest.param([(0x1001, 99, 1, b"abcd")], id="unknown type"),
+        pytest.param([(0x8769, 2, 5, b"abcd\0"), (0x8825, 4, 1, b"\0\xff\xff\xff")], id="other blocks nowhere"),
+        pytest.param([(0xC000, 11, 2, struct.pack("<ff", float("nan"), float("inf")))], id="not a number"),
+        pytest.param([(0x010F, 2, 4000, b"")], id="value cut off"),
+    ],
+)
+def test_a_photo_is_turned_whatever_else_its_exif_block_holds(entries: list[tuple[int, int, int, bytes]]) -> None:
+    upright = load_image(photo(exif_block()))
+    turned = load_image(photo(exif_block(TURNED, *entries)))
+    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(upright), -1))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(exif_block((0x0112, 2, 2, b"6\0")), id="text"),
+        pytest.param(exif_block((0x0112, 3, 1, b"\x09\0")), id="9"),
+        pytest.param(exif_block(TURNED)[:17], id="cut short"),
+        pytest.param(b"Exif\0\0hello", id="no block"),
+        pytest.param(b"Exif\0\0", id="empty"),
+    ],
+)
+def test_an_orientation_that_is_none_leaves_the_photo_as_it_is(exif: bytes) -> None:
+    loaded = load_image(photo(exif))
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(load_image(photo(exif_block()))))
+
+
+GREYS = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+
+
+def grey_tiff(values: np.ndarray, photometric: int, bits: int, sample_format: int = 1) -> bytes:
+    """A TIFF of one row of greyscale values, as they are in memory."""
+    height, width = values.shape
+    fields = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 200)]
+    fields += [(277, 3, 1), (278, 4, height), (279, 4, values.nbytes), (339, 3, sample_format)]
+    body = struct.pack("<H", len(fields)) + b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in fields)
+    return (b"II*\0\x08\0\0\0" + body).ljust(200, b"\0") + values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "says"),
+    [
+        pytest.param(encoded(Image.fromarray(GREYS)), [0, 1, 128, 255], None, id="PNG"),
+        pytest.param(encoded(Image.fromarray(GREYS), "TIFF"), [0, 1, 128, 255], None, id="TIFF"),
+        pytest.param(grey_tiff(GREYS, 0, 16), [255, 254, 127, 0], None, id="white is zero"),
+        pytest.param(grey_tiff(GREYS.astype(">u2").view("<u2"), 1, 16), [0, 1, 128, 255], None, id="bytes alike"),
+        pytest.param(encoded(Image.fromarray(GREYS // 257)), [0, 1, 128, 255], None, id="8 bits in 16"),
+        pytest.param(
+            grey_tiff(np.array([[0, 0.5, 1]], "<f4"), 1, 32, 3), [0, 128, 255], "floats from 0 to 1,", id="0 to 1"
+        ),
+        pytest.param(
+            grey_tiff(np.array([[-100, 0, 100]], "<f4"), 1, 32, 3), [0, 128, 255], "if -100 were black", id="any floats"
+        ),
+        pytest.param(
+            grey_tiff(np.array([[0, np.nan, np.inf, 200]], "<f4"), 1, 32, 3),
+            [0, 0, 0, 200],
+            "0 to 200",
+            id="not finite",
+        ),
+        pytest.param(
+            grey_tiff(np.array([[0, 32896, 65535]], "<i4"), 1, 32, 2), [0, 128, 255], "large integers", id="32 bits"
+        ),
+        pytest.param(
+            grey_tiff(np.array([[-500, 0, 500]], "<i2"), 1, 16, 2), [0, 128, 255], "from -500 to 500", id="signed"
+        ),
+    ],
+)
+def test_deep_greys_are_scaled_to_what_a_person_sees(data: bytes, expected: list[int], says: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_image(data)
+    np.testing.assert_array_equal(np.asarray(loaded)[0, :, 0], expected)
+    messages = [str(item.message) for item in caught if issubclass(item.category, ImageWarning)]
+    assert len(messages) == (says is not None)
+    assert says is None or says in messages[0]
+
+
+def test_clear_pixels_of_deep_greys_fall_on_white() -> None:
+    data = encoded(Image.fromarray(GREYS), transparency=257)
+    np.testing.assert_array_equal(np.asarray(load_image(data))[0, :, 0], [0, 255, 128, 255])
+
+
+def test_for_the_reference_deep_greys_are_cut_off_as_it_does() -> None:
     deep = Image.fromarray(np.array([[5, 256, 65535]], dtype=np.uint16))
-    with pytest.warns(ImageWarning, match="greyscale with values up to 65535"):
-        loaded = load_image(encoded(deep))
+    with pytest.warns(ImageWarning, match="greyscale with values up to 65535; those above 255 are read as white"):
+        loaded = load_image(encoded(deep), as_reference=True)
     assert [loaded.getpixel((x, 0))[0] for x in range(3)] == [5, 255, 255]
+
+
+def test_a_tiff_with_more_pages_says_how_many_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    pages = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
+    path.write_bytes(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
+    with pytest.warns(ImageWarning, match="a.tif' has 3 pages, of which the first is read; 'granite4v extract' reads"):
+        assert load_image(path).getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_frames_that_are_no_pages_are_not_missed(kind: str) -> None:
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
+    data = encoded(frames[0], kind, **({} if kind == "TIFF" else {"save_all": True, "append_images": frames[1:]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_image(data)
 
 
 def bomb() -> bytes:
@@ -70,12 +198,15 @@ def bomb() -> bytes:
 
 BAD = [
     pytest.param(b"", "is empty (0 bytes)", id="no bytes"),
-    pytest.param(b"hello, I am text", "is not a picture that Pillow can read", id="text"),
-    pytest.param(encoded(Image.fromarray(GRADIENT))[:50], "cannot be read as a picture", id="cut short"),
+    pytest.param(b"hello, I am text", "holds text, which Pillow cannot read here; give a PNG", id="text"),
+    pytest.param(encoded(Image.fromarray(GRADIENT))[:50], "cannot be read as an image", id="cut short"),
     pytest.param(bomb(), "decompression bomb", id="bomb"),
     pytest.param(np.zeros((0, 5, 3), np.uint8), "is empty (shape (0, 5, 3))", id="empty array"),
     pytest.param(np.zeros((4, 5, 3), np.float32), "expected uint8", id="float array"),
-    pytest.param(12, "is not a picture; give a path", id="number"),
+    pytest.param(b"\x89\x01\xfe" * 99, "is not an image that Pillow can read; give a PNG", id="noise"),
+    pytest.param(b"%PDF-1.7 ...", "is a PDF, not an image; 'granite4v extract' reads PDFs, page by page.", id="PDF"),
+    pytest.param(b"\0\0\0\x18ftypheic" + bytes(99), "holds a HEIC (HEIF) image, which Pillow cannot", id="HEIC"),
+    pytest.param(12, "is not an image; give a path", id="number"),
 ]
 
 
@@ -87,7 +218,42 @@ def test_bad_pictures_say_what_is_wrong(source: object, message: str) -> None:
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="'.*nowhere.png' cannot be read as a picture: No such file"):
+    with pytest.raises(ImageError, match="'.*nowhere.png' cannot be read as an image: No such file"):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="Is a directory"):
         load_image(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["https://example.org/a.png", Path("https://example.org/a.png")])
+def test_a_url_is_told_apart_and_shown_as_it_was_given(source: str | Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(source)
+    assert str(caught.value) == (
+        "'https://example.org/a.png' is a URL, and URLs are not read; download the file and give its path."
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), struct.error("short"), KeyError("tag"), RecursionError(), zlib.error()]
+)
+def test_whatever_a_decoder_raises_is_an_error_of_the_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image) -> None:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(ImageError, match="the image"):
+        load_image(GRADIENT)
+
+
+def test_what_is_no_file_and_what_has_no_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImageError, match="'/dev/zero' cannot be read as an image: it is a device or a socket"):
+        load_image("/dev/zero")
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(GRADIENT)))
+    size = path.stat().st_size
+    with pytest.raises(OSError, match=f"it has {size} bytes, and at most 9 are read"):
+        read_whole(path, 9)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="it is a pipe into which nothing came for 0.1 s"):
+        read_whole(pipe, pipe_s=0.1)

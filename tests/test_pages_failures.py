@@ -77,15 +77,15 @@ BAD = [
     pytest.param("bad.png", bytes(500), "'bad.png' holds zero bytes alone; expected PNG", id="zeros"),
     pytest.param("bad.pdf", b"<!DOCTYPE html><p>404", "'bad.pdf' holds a web page; expected PNG", id="web page"),
     pytest.param("bad.jpg", b"PK\x03\x04" + bytes(99), "holds an office document or a ZIP archive", id="office"),
-    pytest.param("bad.jpg", b"\0\0\0\x18ftypheic" + bytes(9), "holds a HEIF or AVIF picture", id="HEIF"),
+    pytest.param("bad.jpg", b"\0\0\0\x18ftypheic" + bytes(9), "holds a HEIC (HEIF) image", id="HEIF"),
     pytest.param("bad.tif", "Zwölf Bücher".encode(), "'bad.tif' holds text; expected", id="text"),
-    pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither a picture nor a document that we know", id="noise"),
+    pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither an image nor a document that we know", id="noise"),
     pytest.param("bad.png", png(300, 200, 10), LIES.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG lies"),
     pytest.param(
         "bad.tif", tiff_that_lies(), "high, but holds 1 of 2 strips of them; get a whole copy", id="TIFF lies"
     ),
     pytest.param(
-        "bad.bmp", bmp_that_lies(), "'bad.bmp' cannot be read as a picture: image file is trunc", id="BMP lies"
+        "bad.bmp", bmp_that_lies(), "'bad.bmp' cannot be read as an image: image file is trunc", id="BMP lies"
     ),
     pytest.param("bad.png", png(30_000, 30_000, 1), f"'bad.png' {BOMB}", id="PNG bomb"),
     pytest.param("bad.png", png(10_000, 10_000, 1), f"'bad.png' {BOMB}", id="smaller bomb"),
@@ -94,7 +94,7 @@ BAD = [
     ),
     pytest.param("bad.webp", encoded(noise_picture((99, 99)), "WEBP")[:900], "'bad.webp' ", id="WebP cut short"),
     pytest.param(
-        "bad.tif", b"II*\0\x08\0\0\0", "'bad.tif' is not a picture that Pillow can read", id="TIFF without pages"
+        "bad.tif", b"II*\0\x08\0\0\0", "'bad.tif' is not an image that Pillow can read", id="TIFF without pages"
     ),
     pytest.param("bad.pdf", b"%PDF-1.7\nand nothing more", "'bad.pdf' is cut short: PDFium finds no", id="bare PDF"),
     pytest.param("bad.pdf", PDF[: len(PDF) // 2], "'bad.pdf' is cut short: PDFium finds no", id="half a PDF"),
@@ -118,7 +118,7 @@ def test_bad_files_say_what_is_wrong_and_the_batch_goes_on(
     bad = found[0]
     assert isinstance(bad, PageFailure)
     assert bad.source == name
-    opened = isinstance(bad.error, ImageError) and "not a picture" not in message
+    opened = isinstance(bad.error, ImageError) and "not an image" not in message
     assert bad.number == (1 if opened else None)
     assert message in str(bad.error)
     assert count_pages([name, GOOD]) == count_pages([GOOD, name])
@@ -257,7 +257,7 @@ def test_one_damaged_page_of_a_tiff_is_one_failure(tmp_path: Path) -> None:
     assert [(type(item), item.number) for item in found] == [(Page, 1), (PageFailure, 2), (Page, 3)]
     assert isinstance(found[1], PageFailure)
     assert isinstance(found[1].error, ImageError)
-    assert str(found[1].error).startswith(f"page 2 of '{path}' cannot be read as a picture:")
+    assert str(found[1].error).startswith(f"page 2 of '{path}' cannot be read as an image:")
 
 
 def test_a_tiff_cut_short_gives_the_pages_it_has_and_a_failure(tmp_path: Path) -> None:

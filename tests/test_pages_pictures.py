@@ -9,7 +9,7 @@ import pytest
 from page_tests import GOOD, TIFF_PAGES, VIEW, failure, jpeg_that_lies, one, png, read, same, tiff
 from pdfs import scan_pdf, write
 from pictures import EXIF_ORIENTATION, encoded, noise_picture, text_picture
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from granite4v.clip_projector import load_image
 from granite4v.runtime.pages import (
@@ -110,10 +110,28 @@ def test_smaller_copies_and_masks_in_a_tiff_are_no_pages(tmp_path: Path) -> None
 
 
 def test_what_is_not_as_one_would_expect_comes_with_the_page(tmp_path: Path) -> None:
-    path = tmp_path / "deep.png"
-    Image.fromarray(np.array([[5, 256, 65535]], dtype=np.uint16)).save(path)
-    (warning,) = one(path).warnings
-    assert "deep.png' is greyscale with values up to 65535" in warning
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(path)
+    page = one(path)
+    (warning,) = page.warnings
+    assert "deep.tif' is greyscale of floats from 0 to 1, which are read as if 0 were black and 1 white" in warning
+    same(page.image.convert("L"), [[0, 128, 255]])
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "PPM", "PCX"])
+def test_other_kinds_that_pillow_knows_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path.write_bytes(encoded(text_picture((60, 40)), kind))
+    same(one(path).image, load_image(path))
+
+
+def test_an_even_grey_edge_matters_only_in_a_jpeg(tmp_path: Path) -> None:
+    framed = Image.new("RGB", (80, 60), (128, 128, 128))
+    framed.paste(noise_picture((40, 20)), (20, 20))
+    (tmp_path / "a.png").write_bytes(encoded(framed))
+    assert one(tmp_path / "a.png").warnings == ()
 
 
 @pytest.mark.parametrize("progressive", [False, True])

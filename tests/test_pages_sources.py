@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import sys
@@ -26,7 +27,7 @@ from granite4v.runtime.pages import (
 )
 from granite4v.runtime.pages.content import open_book
 from granite4v.runtime.pages.limits import LIMITS
-from granite4v.runtime.pages.sources import Document
+from granite4v.runtime.pages.sources import Document, _matches
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ IN_ORDER = ["in/Page1.png", "in/page2.PNG", "in/page10.png", "in/sub/a.jpg"]
 @pytest.mark.usefixtures("folder")
 def test_a_directory_gives_known_files_in_natural_order_and_paths_as_given() -> None:
     assert sources("in") == IN_ORDER
-    assert sources("./in/") == [f"./{name}" for name in IN_ORDER]
+    assert sources("./in/") == sources("in//") == sources("./in/.") == IN_ORDER  # one run, however it is written
     assert sources(Path("in")) == IN_ORDER
 
 
@@ -92,11 +93,57 @@ def test_a_file_named_openly_is_read_whatever_its_suffix(folder: Path) -> None:
 
 def test_links_to_files_are_followed_and_those_to_directories_are_not(folder: Path) -> None:
     (folder / "loop").symlink_to(folder)
-    (folder / "zz.png").symlink_to(folder / "page2.PNG")
+    (folder.parent / "elsewhere.png").write_bytes(GOOD.read_bytes())
+    (folder / "zz.png").symlink_to("../elsewhere.png")
     (folder / "dangling.png").symlink_to(folder / "gone.png")
     assert sources("in") == ["in/dangling.png", *IN_ORDER[:3], *IN_ORDER[3:], "in/zz.png"]
     assert "'in/dangling.png' is a link to '" in str(failure("in/dangling.png").error)
     assert "gone.png', which is not there" in str(failure("in/dangling.png").error)
+
+
+def test_a_file_met_again_by_a_link_is_the_same_and_a_hard_link_is_another(folder: Path) -> None:
+    (folder / "zz.png").symlink_to("page2.PNG")
+    (folder.parent / "other").symlink_to("in")
+    assert sources("in", "other", "other/page10.png") == IN_ORDER
+    os.link(folder / "page2.PNG", folder / "hard.png")
+    assert sources("in/hard.png", "in/page2.PNG") == ["in/hard.png", "in/page2.PNG"]
+
+
+@pytest.mark.parametrize("pattern", ["in/**/*.png", "in/**/**/*.png", "./in//**/*.png", "**/*.png"])
+def test_a_recursive_glob_follows_no_links_to_directories(folder: Path, pattern: str) -> None:
+    (folder / "sub" / "up").symlink_to("..")
+    (folder / "sub" / "self").symlink_to(".")
+    (folder / "sub" / "b.png").write_bytes(GOOD.read_bytes())
+    (folder / ".git" / "deep").mkdir()
+    (folder / ".git" / "deep" / "c.png").write_bytes(GOOD.read_bytes())
+    assert sources(pattern) == ["in/Page1.png", "in/page10.png", "in/sub/b.png"]
+    assert sources("in/*/*.png") == ["in/sub/b.png"]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("pattern", ["in/*", "**/*", "i?/**/*", "in/s*/../*.PNG", "in/.h*", "[!x]n/p*", "*/sub/a.*"])
+def test_globs_find_what_the_standard_library_finds(pattern: str) -> None:
+    expected = {os.path.normpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    assert expected
+    assert {os.path.normpath(path) for path in _matches(pattern) if os.path.isfile(path)} == expected
+
+
+def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
+    for name in ("x.heic", "y.HEIF", "sub/z.jxl", "sub/q.svg", "sub/r.txt"):
+        (folder / name).write_text("x")
+    (folder / "photo.jp2").write_bytes(encoded(noise_picture((8, 8)), "JPEG2000"))
+    totals = count_pages(["in", GOOD])
+    assert totals.notes == (
+        "left out of 'in': 4 files of kinds that are not read (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
+        "them to PNG, JPEG or PDF.",
+    )
+    assert (totals.documents, totals.pages) == (6, 6)
+    assert "in/photo.jp2" in sources("in")
+
+
+def test_a_url_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="'https://x.org/a.pdf' is a URL, and URLs are not read; download"):
+        open_pages(["https://x.org/a.pdf"])
 
 
 def test_pipes_in_a_directory_are_left_alone_and_one_that_is_named_is_read(folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, ans
     [
         (["{page}", "<tables_json> please"], 1, "the task tag '<tables_json>' beside other text"),
         (["{page}", "x", "--ctx", "64"], 1, "but the context holds 64"),
-        (["missing.png", "x"], 1, "'missing.png' cannot be read as a picture"),
+        (["missing.png", "x"], 1, "'missing.png' cannot be read as an image"),
         (["{page}", "x", "--device", "tpu"], 2, "'tpu' is not one of 'auto', 'cpu', 'cuda', 'metal'"),
         (["{page}", "x", "--lora"], 1, "no separate LoRA to apply"),
         (["{page}"], 2, "write the question after it"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import stat
+import warnings
 from enum import Enum
 from pathlib import Path
 
+from granite4v.clip_projector.files import what_it_holds
 from granite4v.errors import DocumentError, Granite4vError
 from granite4v.runtime.pages.book import Book
 from granite4v.runtime.pages.limits import Limits
@@ -16,7 +19,7 @@ HEAD_BYTES = 1024  # a PDF's header may have as much before it
 
 
 class Kind(Enum):
-    PICTURE = "picture"
+    IMAGE = "image"
     TIFF = "TIFF"
     PDF = "PDF"
 
@@ -70,7 +73,7 @@ def readable(error: Exception, name: str) -> Granite4vError:
     )
 
 
-_PICTURES = (
+_IMAGES = (
     re.compile(rb"\x89PNG\r\n\x1a\n"),
     re.compile(rb"\xff\xd8\xff"),  # JPEG
     re.compile(rb"GIF8[79]a"),
@@ -78,16 +81,8 @@ _PICTURES = (
     re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 )
 _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-_OTHERS = (
-    (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE), "a web page"),
-    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "an office document or a ZIP archive"),
-    (re.compile(rb"\xd0\xcf\x11\xe0"), "an old office document"),
-    (re.compile(rb"(\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!)"), "an archive"),
-    (re.compile(rb".{4}ftyp(heic|heix|mif1|msf1|avif|avis)", re.DOTALL), "a HEIF or AVIF picture"),
-    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 picture"),
-    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
-    (re.compile(rb"AT&TFORM"), "a DjVu document"),
-)
+# Pillow's names of others that are read where it can: none that is drawn by another program, or known by guessing
+_FORMATS = ("AVIF", "JPEG2000", "PPM", "PCX", "DIB", "ICO", "ICNS", "PSD", "SGI", "QOI")
 
 
 def recognize(content: Path | bytes, name: str) -> Kind:
@@ -103,21 +98,37 @@ def recognize(content: Path | bytes, name: str) -> Kind:
             head = file.read(HEAD_BYTES)
     if not head:
         raise DocumentError(f"{name} is empty (0 bytes).")
-    if any(pattern.match(head) for pattern in _PICTURES):
-        return Kind.PICTURE
+    if any(pattern.match(head) for pattern in _IMAGES):
+        return Kind.IMAGE
     if _TIFF.match(head):
         return Kind.TIFF
     if b"%PDF-" in head:
         return Kind.PDF
-    raise DocumentError(f"{name} holds {_describe(head)}; {EXPECTED}.")
+    if _is_image_of_another_kind(content):
+        return Kind.IMAGE
+    held = what_it_holds(head) or "neither an image nor a document that we know, or its beginning is damaged"
+    raise DocumentError(f"{name} holds {held}; {EXPECTED}.")
 
 
-def _describe(head: bytes) -> str:
-    for pattern, what in _OTHERS:
-        if pattern.match(head):
-            return what
-    if not head.strip(b"\0"):
-        return "zero bytes alone"
-    text = head.decode("utf-8", "ignore")
-    is_text = len(text.encode()) > len(head) - 4 and all(char.isprintable() or char.isspace() for char in text)
-    return "text" if is_text else "neither a picture nor a document that we know, or its beginning is damaged"
+def _is_image_of_another_kind(content: Path | bytes) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_known_formats()).close()
+        except UnidentifiedImageError:
+            return False
+        except OSError:
+            raise
+        except Exception:  # a bomb, or damage: said when it is read
+            return True
+    return True
+
+
+def _known_formats() -> list[str]:
+    """Those of `_FORMATS` that the installed Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]

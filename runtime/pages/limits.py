@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from granite4v.clip_projector.files import MAX_FILE_BYTES, PIPE_S
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -12,8 +14,8 @@ class Limits:
     open_s: float = 60  # to open a document and find its pages
     page_s: float = 60  # to render one page; a letter page takes 0.1 s
     memory_bytes: int = 3 << 30  # of the process that reads: the largest image that Pillow opens needs half of it
-    file_bytes: int = 1 << 30  # of an image with one page, or of standard input and pipes, which are read whole
-    pipe_s: float = 60  # without a byte from a named pipe
+    file_bytes: int = MAX_FILE_BYTES  # of an image with one page, or of standard input and pipes, which are read whole
+    pipe_s: float = PIPE_S  # without a byte from a named pipe
     n_pages: int = 20_000  # of a document
     n_objects: int = 1_000_000  # on a page of a PDF
     n_ended: int = 3  # pages in a row that end their reader, before the rest of a document is given up

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from granite4v.clip_projector.images import load_image
+from granite4v.clip_projector.files import read_whole
+from granite4v.clip_projector.images import NOT_A_PAGE, load_image
 from granite4v.errors import DocumentError, ImageError, ImageWarning
 from granite4v.runtime.pages.book import Drawn, whole_pixels, within
 from granite4v.runtime.pages.limits import Limits
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from granite4v.families.base import TilingConfig
     from granite4v.runtime.pages.selection import Crop
 
-_SUBFILE_TYPE = 254  # TIFF tag: bit 0 marks a smaller copy of another page, bit 2 a mask
-_NOT_A_PAGE = 0b101
+_JPEG = b"\xff\xd8\xff"
+_SUBFILE_TYPE, _COMPRESSION = 254, 259  # TIFF tags
+_JPEG_IN_TIFF = (6, 7)
 
 
 class PictureBook:
@@ -37,7 +38,7 @@ class PictureBook:
                 f"{name} has {n_bytes:,} bytes; expected an image of at most {limits.file_bytes:,}. Save it anew, as "
                 "PNG or JPEG."
             )
-        self._content, self._name = content, name
+        self._content, self._name, self._limits = content, name, limits
         self.n_pages = 1
         self.damage: str | None = None
         self.index: list[int] | None = None
@@ -45,8 +46,9 @@ class PictureBook:
     def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
         """The picture at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
         del number, tiling
-        drawn = _drawn(self._content, self._name, crop)
-        check_png(self._content, self._name)
+        data = self._content if isinstance(self._content, bytes) else read_whole(self._content, self._limits.file_bytes)
+        drawn = _drawn(data, self._name, crop, is_jpeg=data.startswith(_JPEG))
+        check_png(data, self._name)
         return drawn
 
     def close(self) -> None:
@@ -65,9 +67,9 @@ class TiffBook:
         try:
             with _quietly():
                 self._image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-        except _errors() as error:
+        except Exception as error:
             load_image(content, name)  # knows better what is wrong
-            raise ImageError(f"{name} is damaged: {error}.") from None
+            raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         self._frames = self._find_pages() if index is None else index
         self.index: list[int] | None = self._frames
         self.n_pages = len(self._frames)
@@ -85,12 +87,13 @@ class TiffBook:
                 with _quietly():
                     self._image.seek(index)
                 kind = self._image.tag_v2.get(_SUBFILE_TYPE, 0)  # type: ignore[attr-defined]  # of TIFF alone
-                (others if isinstance(kind, int) and kind & _NOT_A_PAGE else pages).append(index)
+                (others if isinstance(kind, int) and kind & NOT_A_PAGE else pages).append(index)
             except EOFError:
                 return pages or others
-            except _errors() as error:
+            except Exception as error:
                 if self._image.tell() < index:  # the chain of pages ends in nothing
-                    self.damage = f"{self._name} is damaged behind page {len(pages)}: {error}; what follows is lost."
+                    what = str(error) or type(error).__name__
+                    self.damage = f"{self._name} is damaged behind page {len(pages)}: {what}; what follows is lost."
                     return pages or others
                 pages.append(index)
 
@@ -101,21 +104,22 @@ class TiffBook:
         try:
             with _quietly():
                 self._image.seek(self._frames[number - 1])
-        except _errors() as error:
-            raise ImageError(f"{name} is damaged: {error}.") from None
+        except Exception as error:
+            raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         check_tiff(self._image, name)
-        return _drawn(self._image, name, crop)
+        is_jpeg = self._image.tag_v2.get(_COMPRESSION) in _JPEG_IN_TIFF  # type: ignore[attr-defined]
+        return _drawn(self._image, name, crop, is_jpeg=is_jpeg)
 
     def close(self) -> None:
         self._image.close()
 
 
-def _drawn(source: Path | bytes | Image, name: str, crop: Crop | None) -> Drawn:
+def _drawn(source: bytes | Image, name: str, crop: Crop | None, *, is_jpeg: bool) -> Drawn:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = load_image(source, name)
     said = tuple(str(item.message) for item in caught if issubclass(item.category, ImageWarning))
-    if looks_filled(image):
+    if is_jpeg and looks_filled(image):
         said += (f"{name} has an edge of one even grey, as where a JPEG's data ends too soon; part of it may be lost.",)
     if crop is not None:
         box = crop.box(image.size, name, "pixels")
@@ -129,11 +133,3 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What Pillow raises on a TIFF whose directories are damaged."""
-    from PIL.Image import DecompressionBombError
-
-    shape = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error)
-    return (DecompressionBombError, EOFError, *shape)

@@ -5,24 +5,31 @@ Knows nothing of pages, nor of what a file holds.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
-import select
 import stat
 import sys
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from granite4v.clip_projector.files import read_whole, url_in
 from granite4v.errors import DocumentError
 from granite4v.runtime.pages.limits import Limits
 
 STDIN = "-"
 # what is taken from a directory; elsewhere the content decides
 SUFFIXES = (".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
-_NO_WRITER_S = 0.02  # between two looks at a pipe that nobody has opened for writing
+_BY_FEATURE = {"avif": (".avif",), "jpg_2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc")}  # of Pillow
+# what people may think is read: told when it is left out
+_LOOKS_READABLE = (
+    *(".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".tga", ".pcx", ".pbm", ".pgm", ".ppm", ".pnm", ".wmf", ".emf"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".djvu", ".djv", ".xps", ".oxps", ".ps", ".eps"),
+)
+_MOST_NAMES = 3  # of files that were left out
 EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
 
 
@@ -54,17 +61,21 @@ def find_documents(
 
     A directory stands for the files with a known suffix in it and below it, in natural order (page2 before page10);
     hidden ones are left out and links to directories not followed. A name with `*`, `?` or `[` that is no file is a
-    glob (`**` for directories in between). An input that gives nothing is a NotFound in its place; raises DocumentError
-    when no input gives anything.
+    glob (`**` for directories in between, links not followed). An input that gives nothing is a NotFound in its place;
+    raises DocumentError when no input gives anything.
+
+    A file that is met again, by whatever path or link, is the same document, called by the path that came first; a
+    hard link is a file of its own. Paths are written without './', doubled and closing slashes. `note` gets a line on
+    files of a directory that are left out although they look like images or documents.
     """
     if not inputs:
         raise DocumentError("nothing to read; give files, directories or globs, or '-' for standard input.")
     found: list[Document | NotFound] = []
     seen: set[str] = set()
     for given in inputs:
-        for item in _expand(os.fspath(given)):
+        for item in _expand(os.fspath(given), note or _no_note):
             path = item.path if isinstance(item, Document) else None
-            key = item.source if path is None else os.path.abspath(path)
+            key = item.source if path is None else os.path.realpath(path)
             if key not in seen:
                 seen.add(key)
                 found.append(item)
@@ -74,48 +85,120 @@ def find_documents(
     return found
 
 
-def _expand(given: str) -> Iterator[Document | NotFound]:
+def _no_note(line: str) -> None:
+    pass
+
+
+def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotFound]:
     if given == STDIN:
         yield Document(STDIN, None)
     elif not given:
         yield _not_found(given, "an input is empty text; give a file, a directory, a glob, or '-'.")
+    elif "\0" in given:
+        yield _not_found(given, f"'{_printable(given)}' holds a zero byte, which no file name can.")
     elif os.path.isdir(given):
-        yield from _in_directory(given)
+        yield from _in_directory(given, note)
     elif os.path.lexists(given):
         yield _document(given)
+    elif (url := url_in(given)) is not None:
+        yield _not_found(given, f"'{_printable(url)}' is a URL, and URLs are not read; download it.")
     elif glob.has_magic(given):
-        matches = sorted(glob.glob(given, recursive=True), key=_natural)
+        matches = sorted(set(_matches(given)), key=_natural)
         if not matches:
             yield _not_found(given, f"no file matches '{_printable(given)}'; is it the right directory?")
         for match in matches:
-            yield from _in_directory(match) if os.path.isdir(match) else [_document(match)]
+            yield from _in_directory(match, note) if os.path.isdir(match) else [_document(match)]
     else:
         yield _not_found(given, f"there is no file or directory '{_printable(given)}'.")
 
 
-def _in_directory(directory: str) -> Iterator[Document | NotFound]:
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob stands for, as `glob.glob(..., recursive=True)` has it, but for links: `**` follows none."""
+    absolute = os.path.isabs(pattern)
+    return _match(os.sep if absolute else "", [part for part in pattern.split(os.sep) if part not in ("", ".")])
+
+
+def _match(base: str, parts: list[str]) -> Iterator[str]:
+    if not parts:
+        yield base or "."
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        while rest[:1] == ["**"]:
+            rest = rest[1:]
+        if not rest:
+            yield base or "."  # a directory stands for all that is in it
+            return
+        for folder, folders, _ in os.walk(base or "."):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from _match(os.path.relpath(folder, ".") if not base else folder, rest)
+    elif glob.has_magic(first):
+        try:
+            names = os.listdir(base or ".")
+        except OSError:
+            return
+        for name in names:
+            path = os.path.join(base, name)
+            hidden = name.startswith(".") and not first.startswith(".")
+            if not hidden and fnmatch.fnmatchcase(name, first) and (not rest or os.path.isdir(path)):
+                yield from _match(path, rest)
+    elif os.path.lexists(path := os.path.join(base, first)):
+        yield from _match(path, rest)
+
+
+def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Document | NotFound]:
     errors: list[OSError] = []
     found: list[str] = []
+    left_out: list[str] = []
+    suffixes = _suffixes()
     for folder, folders, files in os.walk(directory, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [os.path.join(folder, name) for name in files if not name.startswith(".")]
-        found += [path for path in paths if _suffix(path) in SUFFIXES and not _is_special(path)]
+        found += [path for path in paths if _suffix(path) in suffixes and not _is_special(path)]
+        left_out += [path for path in paths if _suffix(path) not in suffixes and _looks_readable(path)]
     for error in errors:
         folder = str(error.filename or directory)
         reason = error.strerror or str(error)
         yield _not_found(folder, f"the directory '{_printable(folder)}' cannot be read: {reason}.")
+    if left_out:
+        note(_left_out(directory, sorted(left_out, key=_natural)))
     if not found and not errors:
         yield _not_found(
             directory,
             f"the directory '{_printable(directory)}' holds nothing to read; {EXPECTED}, by their usual suffixes "
-            f"({' '.join(SUFFIXES)}).",
+            + f"({' '.join(suffixes)})."
+            + (f" {_left_out(directory, left_out)}" if left_out else ""),
         )
     for path in sorted(found, key=_natural):
         yield _document(path)
 
 
+def _suffixes() -> tuple[str, ...]:
+    """Those of what the installed Pillow reads."""
+    from PIL import features
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions that do not know a feature
+        more = [suffix for feature, known in _BY_FEATURE.items() if features.check(feature) for suffix in known]
+    return (*SUFFIXES, *more)
+
+
+def _looks_readable(path: str) -> bool:
+    return _suffix(path) in _LOOKS_READABLE or any(_suffix(path) in known for known in _BY_FEATURE.values())
+
+
+def _left_out(directory: str, paths: list[str]) -> str:
+    names = ", ".join(_printable(os.path.relpath(path, directory)) for path in paths[:_MOST_NAMES])
+    more = f" and {len(paths) - _MOST_NAMES:,} more" if len(paths) > _MOST_NAMES else ""
+    files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
+    return (
+        f"left out of '{_printable(directory)}': {files} of kinds that are not read ({names}{more}); convert them "
+        "to PNG, JPEG or PDF."
+    )
+
+
 def _document(path: str) -> Document:
-    return Document(_printable(path), Path(path))
+    return Document(_printable(str(Path(path))), Path(path))
 
 
 def _not_found(source: str, message: str) -> NotFound:
@@ -148,46 +231,26 @@ def _printable(path: str) -> str:
 def read_once(document: Document, limits: Limits) -> bytes:
     """All that standard input or a pipe holds. Raises DocumentError."""
     try:
-        if document.path is not None:
-            return _not_empty(_from_pipe(document, document.path, limits), document, limits)
-        if sys.stdin is None or sys.stdin.closed:
-            raise DocumentError("standard input is closed; pipe an image or PDF into it, or name a file.")
-        if sys.stdin.isatty():
-            raise DocumentError("standard input is a terminal; pipe an image or PDF into it, or name a file.")
-        return _not_empty(sys.stdin.buffer.read(limits.file_bytes + 1), document, limits)
+        data = (
+            _standard_input(limits.file_bytes)
+            if document.path is None
+            else read_whole(document.path, limits.file_bytes, limits.pipe_s)
+        )
     except OSError as error:
         raise why_missing(document, error) from None
-
-
-def _from_pipe(document: Document, path: Path, limits: Limits) -> bytes:
-    """What comes until the writer closes it; opened without waiting for one, which might never come."""
-    data = bytearray()
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb", buffering=0) as pipe:
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        deadline = time.monotonic() + limits.pipe_s
-        while len(data) <= limits.file_bytes:
-            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
-                raise DocumentError(f"{document.name} is a pipe into which nothing came for {limits.pipe_s:g} s.")
-            piece = pipe.read(1 << 20)
-            if piece is None or (not piece and not data and time.monotonic() < deadline):
-                time.sleep(_NO_WRITER_S)  # no writer yet: macOS says at once that there is no more
-                continue
-            if not piece:
-                break
-            data += piece
-            deadline = time.monotonic() + limits.pipe_s
-    return bytes(data)
-
-
-def _not_empty(data: bytes, document: Document, limits: Limits) -> bytes:
     if not data:
         raise DocumentError(f"{document.name} is empty (0 bytes).")
-    if len(data) > limits.file_bytes:
-        raise DocumentError(
-            f"{document.name} holds more than {limits.file_bytes:,} bytes; save it to a file and read that."
-        )
+    return data
+
+
+def _standard_input(limit_bytes: int) -> bytes:
+    if sys.stdin is None or sys.stdin.closed:
+        raise DocumentError("standard input is closed; pipe an image or PDF into it, or name a file.")
+    if sys.stdin.isatty():
+        raise DocumentError("standard input is a terminal; pipe an image or PDF into it, or name a file.")
+    data = sys.stdin.buffer.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise DocumentError(f"standard input holds more than {limit_bytes:,} bytes; save them to a file and name that.")
     return data
 
 

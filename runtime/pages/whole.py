@@ -54,7 +54,10 @@ def _inflated_bytes(file: BinaryIO, enough: int) -> int:
         data = file.read(n_bytes)
         file.seek(4, 1)
         while data and found < enough and not inflate.eof:
-            found += len(inflate.decompress(data, _INFLATE_BYTES))
+            try:  # not a byte further than the rows go: what lies behind them may be damaged
+                found += len(inflate.decompress(data, min(_INFLATE_BYTES, enough - found)))
+            except zlib.error:
+                return found
             data = inflate.unconsumed_tail
     return found
 

@@ -1,0 +1,96 @@
+"""Reading a file whole, whatever it turns out to be, and telling what it holds when it is no image."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import stat
+import time
+from pathlib import Path
+
+MAX_FILE_BYTES = 1 << 30  # of what is read whole: twice as much as the largest image that Pillow opens, uncompressed
+PIPE_S = 60.0  # without a byte from a pipe
+_NO_WRITER_S = 0.02  # between two looks at a pipe that nobody has opened for writing
+_PIECE_BYTES = 1 << 20
+
+
+def read_whole(path: Path, limit_bytes: int = MAX_FILE_BYTES, pipe_s: float = PIPE_S) -> bytes:
+    """What a file or pipe holds, never without end.
+
+    Raises OSError, whose text says what is wrong, also for too many bytes and for devices.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode):
+        return _from_pipe(path, limit_bytes, pipe_s)
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is a device or a socket")
+    with path.open("rb") as file:  # a directory says so by itself
+        n_bytes = os.fstat(file.fileno()).st_size
+        data = b"" if n_bytes > limit_bytes else file.read(limit_bytes + 1)  # files of the kernel tell no size
+    if max(n_bytes, len(data)) > limit_bytes:
+        raise OSError(f"it has {max(n_bytes, len(data)):,} bytes, and at most {limit_bytes:,} are read")
+    return data
+
+
+def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
+    """What comes until the writer closes it; opened without waiting for one, which might never come."""
+    data = bytearray()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        deadline = time.monotonic() + pipe_s
+        while len(data) <= limit_bytes:
+            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+                raise OSError(f"it is a pipe into which nothing came for {pipe_s:g} s")
+            piece = pipe.read(_PIECE_BYTES)
+            if piece is None or (not piece and not data and time.monotonic() < deadline):
+                time.sleep(_NO_WRITER_S)  # no writer yet: some systems say at once that there is no more
+            elif not piece:
+                return bytes(data)
+            else:
+                data += piece
+                deadline = time.monotonic() + pipe_s
+    raise OSError(f"it is a pipe with more than {limit_bytes:,} bytes; save them to a file")
+
+
+_PDF = re.compile(rb"\s*%PDF-")
+_OTHERS = (
+    (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE), "a web page"),
+    (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(\?xml[^>]*>\s*<)?svg", re.IGNORECASE), "an SVG drawing"),
+    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "an office document or a ZIP archive"),
+    (re.compile(rb"\xd0\xcf\x11\xe0"), "an old office document"),
+    (re.compile(rb"(\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!)"), "an archive"),
+    (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), "a HEIC (HEIF) image"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "an AVIF image"),
+    (re.compile(rb"\0\0\0\x0cJXL |\xff\x0a"), "a JPEG XL image"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 image"),
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
+    (re.compile(rb"AT&TFORM"), "a DjVu document"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file itself ('git lfs pull' gets it)"),
+)
+
+
+def is_pdf(head: bytes) -> bool:
+    return _PDF.match(head) is not None
+
+
+def what_it_holds(head: bytes) -> str | None:
+    """What a file that begins with `head` probably is, as text to go behind 'holds'; None for who knows what."""
+    for pattern, what in _OTHERS:
+        if pattern.match(head):
+            return what
+    if not head.strip(b"\0"):
+        return "zero bytes alone"
+    text = head.decode("utf-8", "ignore")
+    is_text = len(text.encode()) > len(head) - 4 and all(char.isprintable() or char.isspace() for char in text)
+    return "text" if is_text else None
+
+
+_URL = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+(?=[^/])", re.IGNORECASE)
+
+
+def url_in(text: str) -> str | None:
+    """The URL that was meant by what was taken for a path, which may have lost one of its slashes; None for others."""
+    match = _URL.match(text)
+    return None if match is None else f"{match[1]}://{text[match.end() :]}"
