@@ -15,9 +15,10 @@ from typer.core import TyperGroup
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
-from granite4v.cli.entry import conclude, entry, explain
+from granite4v.cli.entry import entry
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
+from granite4v.cli.outcome import conclude, explain
 from granite4v.cli.verify import verify
 
 

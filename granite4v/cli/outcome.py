@@ -1,0 +1,121 @@
+"""How a command ends: streams are flushed, and an exception becomes one message and an exit status.
+
+Status 0: done. 1: an expected failure, one message on stderr. 2: wrong usage. 70: a bug in granite4v, its traceback
+in a file. 129, 130, 143: ended by SIGHUP, Ctrl-C or SIGTERM, 141: by whoever read its output (128 + the signal's
+number, as shells report it).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from typing import TextIO
+
+from granite4v.cli import streams
+from granite4v.cli.signals import Interrupted
+from granite4v.cli.terminal import clean
+from granite4v.errors import Granite4vError
+
+EXIT_FAILURE = 1
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_INTERRUPTED = 128 + 2
+EXIT_PIPE_CLOSED = 128 + 13
+
+
+def run() -> int:
+    """Runs the command line; returns the exit status, with everything written and told."""
+    try:
+        results = streams.prepare()
+        warnings.showwarning = _show_warning
+        status = _command_line()
+        if results.failure is None or status == 0:  # otherwise the status is that failure's, and it has been told
+            results.flush()
+        return status
+    except BaseException as error:
+        return conclude(error)
+    finally:
+        sys.stdout = sys.__stdout__  # which the interpreter flushes at its end; a failure has been told by now
+
+
+def _command_line() -> int:
+    from granite4v.cli.main import app
+
+    try:
+        app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_FAILURE if end.code else 0
+    return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Without the place in the code, which is Python's form."""
+    print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
+
+
+def conclude(error: BaseException) -> int:
+    """Says on stderr why a command ended, in one message; returns the exit status."""
+    status, message = explain(error) or (EXIT_BUG, _bug(error))
+    if message:
+        print(f"granite4v: {clean(message)}", file=sys.stderr, flush=True)
+    return status
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and message for what a user, a file or the machine can cause; None for a bug."""
+    if isinstance(error, Interrupted) and error.number != signal.SIGINT:
+        return 128 + error.number, f"ended by {signal.Signals(error.number).name}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if isinstance(error, streams.PipeClosed):
+        return EXIT_PIPE_CLOSED, ""
+    if isinstance(error, Granite4vError):
+        return EXIT_FAILURE, str(error)
+    if isinstance(error, MemoryError):
+        return EXIT_FAILURE, (
+            "out of memory. Use a smaller image or page, a smaller --ctx, a model with smaller weight types, or a "
+            "machine with more memory."
+        )
+    if isinstance(error, RecursionError):
+        return EXIT_FAILURE, f"the input is nested too deeply ({_place(error)}); simplify the file, schema or template."
+    if isinstance(error, OSError) and error.strerror:
+        name = f": '{os.fsdecode(error.filename)}'" if isinstance(error.filename, str | bytes) else ""
+        return EXIT_FAILURE, f"the operating system reported '{error.strerror}'{name}."
+    return None
+
+
+def _bug(error: BaseException) -> str:
+    return (
+        f"internal error: {type(error).__name__}: {error} ({_place(error)}). This is a bug in granite4v; please report "
+        f"it with {_keep_traceback(error)}."
+    )
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of this package on the way to the error."""
+    frames = [(frame.f_globals.get("__name__", "?"), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame[0].partition(".")[0] == "granite4v"] or frames
+    return f"{ours[-1][0]}, line {ours[-1][1]}" if ours else "place unknown"
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Writes the traceback to a temporary file that stays; where it is, or the traceback itself if that fails."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="granite4v-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(text)
+    except OSError:
+        return f"this:\n{text}"
+    return f"'{file.name}', which holds the traceback"
