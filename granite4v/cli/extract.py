@@ -283,7 +283,7 @@ def summary(state: State, seconds: float) -> str:
         (state.left_out.n_records, "about documents that were not given now"),
         (tally.n_failed - state.left_out.n_failed, "failed"),
         (tally.n_invalid - state.left_out.n_invalid, "not valid"),
-        (tally.n_salvaged, "cut and kept to the last whole row or field"),
+        (tally.n_salvaged - state.left_out.n_salvaged, "cut and kept to the last whole row or field"),
         (tally.n_copied, "copied from a page with the same pixels"),
     ):
         if n:

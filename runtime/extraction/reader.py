@@ -121,7 +121,7 @@ def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) ->
     """The record of a page that is not tried again, because the process died whenever it was read."""
     error = (
         f"the process ended {MAX_DEATHS} times while this page was read (killed, out of memory, or a crash in native "
-        "code), so it is left out; try it once more with --retry-failed."
+        "code), so it is left out; try it once more with --resume --retry-failed."
     )
     return replace(_begin(page, question, hashes), error=error, error_type="ProcessDied")
 
