@@ -259,7 +259,9 @@ def _progress(reports: Iterator[Report], n_total: int) -> Iterator[Report]:
     began = last = time.monotonic()
     n_failed = 0
     for n_done, report in enumerate(reports, 1):
-        n_failed += report.verdict in FAULTS
+        if report.verdict in FAULTS:
+            n_failed += 1
+            print(f"{report.kind} {report.index}: {report.verdict}: {report.cause}", file=sys.stderr, flush=True)
         now = time.monotonic()
         if now - last > 10 or n_done == n_total:
             last = now
