@@ -163,7 +163,7 @@ def test_tables_come_back_as_written(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(200))
 def test_csv_comes_back_as_written(seed: int) -> None:
     rng = random.Random(seed)
-    texts = [*ODD_TEXTS, *LINES, " x ", "", "a\rb", "a\r\nb", '"', ","]
+    texts = [*ODD_TEXTS, *LINES, " x ", "", " ", "\t", "a\rb", "a\r\nb", '"', ","]
     n_rows, n_cols = rng.randint(1, 6), rng.randint(1, 4)
     rows = [[rng.choice(texts) for _ in range(n_cols)] for _ in range(n_rows)]
     cells = [Cell(i, j, text, 1, 1, not i, int(not i)) for i, row in enumerate(rows) for j, text in enumerate(row)]
@@ -499,6 +499,7 @@ def test_code_prose_and_fields() -> None:
         ("tables_json", '{"dimensions": {"columns": 1, "header_rows": 2}, "cells": [{"row": 1, "col": 1}]}',
          "table 1: a table of 1 rows has 2 header rows; expected 0 to 1."),
         ("chart2csv", " \n", "no row in ' \\n'; expected CSV with a header row."),
+        ("chart2csv", "```csv\n \n\n```", "no row in '```csv\\n \\n\\n```'; expected CSV with a header row."),
         ("chart2csv", "a,b\n1,2\n3", "row 3, on line 3, has 1 fields; expected 2 as in the header row."),
         ("chart2csv", 'a,b\n1,"2"x\n', "row 2, on line 2, is no CSV: ',' expected after '\"'; expected quotes around "
          "whole fields."),

@@ -16,10 +16,11 @@ from granite4v.runtime.outputs.wrapping import unfence
 
 def read_csv(text: str) -> Table:
     """The rows as a table with one header row, blank lines left out, fields as they are. Raises AnswerError."""
-    rows, error = _rows(unfence(text, "csv").text)
+    body = unfence(text, "csv").text
+    rows, error = _rows(body)
     if error:
         raise error
-    if not text.strip() or not rows:
+    if not body.strip() or not rows:
         raise AnswerError(f"no row in {text!r:.60}; expected CSV with a header row.")
     return _table(rows)
 
@@ -31,7 +32,7 @@ def salvage_csv(text: str) -> tuple[Table | None, bool]:
     """
     body = unfence(text, "csv")
     rows, error = _rows(body.text, drop_last=not body.closed)
-    return (_table(rows) if rows else None), body.closed and error is None
+    return (_table(rows) if rows and body.text.strip() else None), body.closed and error is None
 
 
 def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerError | None]:
@@ -79,4 +80,4 @@ def _field(text: str) -> str:
 
 
 def _only_field(text: str) -> str:
-    return _field(text) or '""'  # a blank line is no row
+    return _field(text) if text.strip() else f'"{text}"'  # a blank line is no row

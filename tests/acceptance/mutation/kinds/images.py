@@ -39,7 +39,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
     if rng.random() < 0.25:
         case.commands.append(["ask", names[0], "Total?", "--max-tokens", "1", "--threads", "1"])
     else:
-        options = ["--prompt", "Total?", "--max-tokens", "1", "--threads", "1", "--out", "out"]
+        options = ["--prompt", "what?", "--max-tokens", "30", "--threads", "1", "--out", "out"]
         options += rng.choice(([], [], ["--report"], ["--crop", "0,0,1,1"], ["--pages", "1"]))
         case.commands.append(["extract", *names, GOOD, *options])
     return case

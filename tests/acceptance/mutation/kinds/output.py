@@ -143,7 +143,8 @@ def _check_table(table: Any) -> None:
     _need(read_tables_json(write(table, "json")) == [table], "JSON that reads back otherwise")
     texts = table.texts()
     lines = write(table, "csv")
-    if "\0" not in lines:  # before Python 3.11 its reader refuses these
+    # Python's reader takes no longer fields, and before 3.11 no NUL
+    if "\0" not in lines and all(len(cell.text) <= csv.field_size_limit() for cell in table.cells):
         _need(list(csv.reader(io.StringIO(lines, newline=""), strict=True)) == texts, "CSV that reads back otherwise")
         _need(read_csv(lines).texts() == texts, "our CSV that reads back otherwise")
     html = read_html(write(table, "html"))
@@ -168,9 +169,8 @@ def _answer(rng: random.Random, task: str) -> str:
     from granite4v.runtime.outputs import Cell, Table, write
 
     if task == "kvp":
-        return json.dumps(
-            edits.edit_json(rng, _fields(rng))[0] if rng.random() < 0.5 else _fields(rng), indent=rng.choice((None, 1))
-        )
+        fields = edits.edit_json(rng, _fields(rng))[0] if rng.random() < 0.5 else _fields(rng)
+        return edits.dump_json(fields).decode("utf-8", "surrogatepass")
     if task in ("chart2code", "chart2summary"):
         return "import math\nprint(1)\n" * rng.randint(0, 4) + "The chart shows sales."
     n_rows, n_cols = rng.randint(1, 5), rng.randint(1, 5)

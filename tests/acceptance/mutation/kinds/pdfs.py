@@ -44,7 +44,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
         names.append(f"{i}.pdf" if rng.random() < 0.97 else f"{i}.png")
         (folder / names[-1]).write_bytes(data)
         case.edits.append(f"{names[-1]}: {path.stem}; {what}")
-    options = ["--prompt", "Total?", "--max-tokens", "1", "--threads", "1", "--out", "out"]
+    options = ["--prompt", "what?", "--max-tokens", "30", "--threads", "1", "--out", "out"]
     options += rng.choice(([], [], [], ["--report"], ["--password", "secret"], ["--crop", "0.1,0.1,0.5,0.5"]))
     case.commands.append(["extract", *names, GOOD, *options])
     return case
