@@ -50,7 +50,7 @@ def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
 
 
 def _edit_file(rng: random.Random, target: Path, models: list[Path]) -> str:
-    files = sorted(target.glob("*.gguf"))
+    files = sorted(path for path in target.glob("*.gguf") if path.is_file())
     if not files:
         return "no file left"
     path = rng.choice(files)
