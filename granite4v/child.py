@@ -63,7 +63,7 @@ def run_main(
 
     Raises OSError when there is no Python to start, or no memory for it.
     """
-    if not sys.executable:
+    if not sys.executable or getattr(sys, "frozen", False):  # frozen: the executable is an application
         raise OSError("this process does not know its Python")
     command = [sys.executable, "-c", _START, "\n".join(sys.path), module, *arguments]
     with subprocess.Popen(

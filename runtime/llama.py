@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ class LlamaModel(_Owner):
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
         listen()
-        handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
             raise ModelFileError(
                 f"llama.cpp cannot load '{path}': {log().reason()}. Convert it again with 'granite4v convert', or "
@@ -140,7 +141,7 @@ class LlamaModel(_Owner):
     def load_adapter(self, path: Path) -> None:
         """Loads a LoRA; a context applies it once it is switched on. Raises ModelFileError when it does not fit."""
         listen()
-        adapter = llama().llama_adapter_lora_init(self.handle, str(path).encode())
+        adapter = llama().llama_adapter_lora_init(self.handle, os.fsencode(path))
         if not adapter:
             raise ModelFileError(
                 f"the adapter '{path}' does not fit '{self.path}': {log().reason()}. Use the adapter that was "

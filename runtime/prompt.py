@@ -7,7 +7,7 @@ has embeddings, so a span of that length takes its place here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,11 @@ def build_prompt(
     """The prompt of a conversation whose pictures are `images` (opened, in reading order).
 
     `count_tokens` gives the embeddings of a picture by its size (width, height). `check_text` sees the text
-    before it is split into tokens, and may raise. `variables` go to the template.
+    before it is rendered and before it is split into tokens, and may raise. `variables` go to the template.
     Raises PromptError when the template leaves another number of placeholders than there are pictures.
     """
+    if check_text is not None:
+        check_text("".join(written(conversation)))
     text = template.render(conversation.messages, **variables)
     if check_text is not None:
         check_text(text)
@@ -114,6 +116,12 @@ def build_prompt(
     if start < len(tokens):
         spans.append(TextSpan(tuple(tokens[start:])))
     return Prompt(text, tuple(spans), tuple(images))
+
+
+def written(conversation: Conversation) -> Iterator[str]:
+    """The text of all messages, part by part."""
+    for message in conversation.messages:
+        yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def image_digest(image: Image) -> bytes:

@@ -117,6 +117,17 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     assert "the context holds 200; raise the context (--ctx, n_ctx) to 201" in str(caught.value)
 
 
+@pytest.mark.parametrize("letter", ["a", "word ", "\N{CJK UNIFIED IDEOGRAPH-6F22}", "\n"])
+def test_a_text_that_must_overflow_is_refused_before_it_is_split(
+    model: granite4v.Model, monkeypatch: pytest.MonkeyPatch, letter: str
+) -> None:
+    monkeypatch.setattr(model.engine.tokenizer(), "encode", lambda text: pytest.fail("it was split"))
+    with pytest.raises(
+        ContextOverflowError, match=r"20,000,\d\d\d characters, .* at least [\d,]+ tokens, but the context"
+    ):
+        model.generate(letter * (20_000_000 // len(letter)) + "!" * 100)
+
+
 def test_overflow_is_refused_before_any_work(make_model: Callable[..., Path]) -> None:
     with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_ctx=100) as small:
         with pytest.raises(ContextOverflowError, match="the context holds 100"):
