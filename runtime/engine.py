@@ -63,6 +63,7 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._placement = Placement()
+        self.warnings += [f"a file beside the model is left out: {str(error).rstrip('.')}" for error in files.left_out]
         if keys.TOKENIZER_HF_JSON not in files.text:
             self.warnings.append(
                 f"'{files.text.path}' carries no tokenizer.json; llama.cpp's tokenizer is used, which may split text "

@@ -43,6 +43,7 @@ class ModelFiles:
 
     def __init__(self, text: GgufFile, vision: GgufFile | None, adapter: GgufFile | None) -> None:
         self.text, self.vision, self.adapter = text, vision, adapter
+        self.left_out: list[ModelFileError] = []  # why files beside these were not looked at
         self.vision_config: VisionConfig | None = None
         self.injection: Injection | None = None
 
@@ -51,7 +52,9 @@ class ModelFiles:
         cls, path: str | Path, *, mmproj: str | Path | None = None, adapter: str | Path | None = None
     ) -> ModelFiles:
         """The files of a model directory or of a text GGUF; raises ModelFileError when they do not fit together."""
-        files = cls(*_resolve(Path(path), _path(mmproj), _path(adapter)))
+        left_out: list[ModelFileError] = []
+        files = cls(*_resolve(Path(path), _path(mmproj), _path(adapter), left_out))
+        files.left_out = left_out
         try:
             files._check()
         except BaseException:
@@ -156,7 +159,7 @@ def _path(value: str | Path | None) -> Path | None:
 
 
 def _resolve(
-    path: Path, mmproj: Path | None, adapter: Path | None
+    path: Path, mmproj: Path | None, adapter: Path | None, left_out: list[ModelFileError]
 ) -> tuple[GgufFile, GgufFile | None, GgufFile | None]:
     """The files to use. In a directory each role may occur once; beside a text file its partners are looked for."""
     try:
@@ -183,15 +186,17 @@ def _resolve(
 
     try:
         if is_folder:
-            beside = _by_role(path)
+            beside = _by_role(path, left_out)
             text = open_as("text", _only(beside["text"], "text", path))
         else:
             text = open_as("text", path)
-            beside = _partners(text)
+            beside = _partners(text, left_out)
         if mmproj is None and beside["vision"]:
             mmproj = _only(beside["vision"], "vision", path)
         if adapter is None and beside["adapter"]:
             adapter = _only(beside["adapter"], "adapter", path)
+        if adapter is None and left_out and text.get(keys.PROVENANCE_ADAPTER) == "separate":
+            raise left_out[0]  # it may be the adapter that this model was trained with
         return (
             text,
             open_as("vision", mmproj) if mmproj is not None else None,
@@ -214,9 +219,8 @@ _OPTIONS = {
 }
 
 
-def _by_role(folder: Path) -> dict[str, list[Path]]:
+def _by_role(folder: Path, left_out: list[ModelFileError]) -> dict[str, list[Path]]:
     roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
-    broken: list[ModelFileError] = []
     for file in gguf_files(folder):
         if _LATER_SHARD.search(file.name):
             continue
@@ -224,13 +228,13 @@ def _by_role(folder: Path) -> dict[str, list[Path]]:
             with GgufFile.open(file) as gguf:
                 roles[role(gguf)].append(file)
         except ModelFileError as error:
-            broken.append(error)
-    if broken and not (roles["text"] and roles["vision"]):  # else it is a stranger's beside a whole model
-        raise broken[0]
+            left_out.append(error)
+    if left_out and not (roles["text"] and roles["vision"]):  # else it is a stranger's beside a whole model
+        raise left_out[0]
     return roles
 
 
-def _partners(text: GgufFile) -> dict[str, list[Path]]:
+def _partners(text: GgufFile, left_out: list[ModelFileError]) -> dict[str, list[Path]]:
     """Vision files and adapters beside a text file that was given alone; those of another conversion do not count."""
     roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
     for file in gguf_files(text.path.parent):
@@ -238,7 +242,8 @@ def _partners(text: GgufFile) -> dict[str, list[Path]]:
             continue
         try:
             gguf = GgufFile.open(file)
-        except ModelFileError:  # a stranger's broken file beside ours is not this model's fault
+        except ModelFileError as error:  # a stranger's broken file beside ours is not this model's fault
+            left_out.append(error)
             continue
         with gguf:
             if gguf.get(keys.PAIR_ID) == text.get(keys.PAIR_ID):

@@ -337,7 +337,20 @@ def test_an_importance_matrix_and_a_vocabulary_are_no_text_models(folder: Path) 
 
 def test_a_broken_file_of_somebody_else_beside_a_whole_model_does_not_matter(folder: Path) -> None:
     (folder / "other.gguf").write_bytes(b"nonsense")
-    ModelFiles.open(folder).close()
+    for path in (folder, folder / "text-F32.gguf"):
+        with granite4v.load(path, device="cpu") as model:
+            assert model.has_vision
+            assert [f"left out: '{folder / 'other.gguf'}' is not a GGUF file" in line for line in model.warnings] == [
+                True
+            ]
+
+
+def test_a_model_with_a_separate_adapter_does_not_run_without_it_when_that_is_damaged(folder: Path) -> None:
+    path = folder / "text-F32.gguf"
+    copy_gguf(path, folder / "copy.gguf", change={"granite4v.adapter": "separate"}).replace(path)
+    (folder / "lora-F32.gguf").write_bytes(b"GGUF" + bytes(50))
+    for given in (folder, path):
+        assert "lora-F32.gguf' is GGUF version 0" in message_of(given)
 
 
 def test_a_vision_file_with_names_that_are_not_utf8_beside_a_text_file_does_not_matter(folder: Path) -> None:

@@ -122,7 +122,7 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
             f"'{path}' begins like a GGUF file, but its header is broken or cut short ({size:,} bytes); {_AGAIN}."
         )
     version = _U32.unpack_from(start, 4)[0]
-    if version & 0xFFFF == 0:
+    if int.from_bytes(start[4:8], "big") in (1, *VERSIONS):
         raise ModelFileError(
             f"'{path}' is a big-endian GGUF file; expected little-endian. Convert it with "
             "'gguf-convert-endian', or download the little-endian file."
