@@ -21,6 +21,7 @@ from granite4v.runtime.pages import (
     PageFailure,
     count_pages,
 )
+from granite4v.runtime.pages.limits import Limits
 
 
 def bmp_that_lies() -> bytes:
@@ -178,6 +179,14 @@ def test_either_password_opens_an_encrypted_pdf(revision: int, password: str, tm
     assert one(tmp_path / "plain.pdf", view=VIEW, password="hush").digest == plain.digest
 
 
+def test_a_password_for_many_files_opens_those_that_need_none(tmp_path: Path) -> None:
+    """As bank statements are: anybody may read them, and the owner alone change them."""
+    for revision in (3, 6):
+        lock = pikepdf.Encryption(owner="boss", user="", R=revision, aes=revision >= 4, metadata=revision >= 4)
+        path = write(tmp_path / f"{revision}.pdf", text_pdf("secret"), encryption=lock)
+        assert one(path, password="hush").digest == one(path).digest == one(path, password="").digest
+
+
 def test_pages_beyond_the_end_name_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("a.pdf"), text_pdf("1", "2", "3"))
@@ -225,12 +234,39 @@ def test_one_damaged_page_of_a_pdf_is_one_failure(tmp_path: Path) -> None:
     assert "cannot be loaded: the file is damaged or cut short." in str(found[1].error)
 
 
-def test_a_pdf_without_its_end_is_read_with_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linearize", [False, True])
+def test_a_pdf_without_its_end_is_read_with_a_warning(linearize: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
-    path.write_bytes(PDF.replace(b"%%EOF", b""))
+    data = pdf_bytes(text_pdf("one", "two"), linearize=linearize)
+    path.write_bytes(data[: data.rindex(b"%%EOF")])  # one of these stands behind the first page of a linearized file
     for page in read(path, view=VIEW):
         assert isinstance(page, Page)
         assert "has no end mark: it may be cut short" in page.warnings[0]
+
+
+@pytest.mark.parametrize("linearize", [False, True])
+@pytest.mark.parametrize("behind", [b"", bytes(100_000), b"\r\n<!-- sent by a server -->" * 99])
+def test_what_stands_behind_the_end_of_a_pdf_is_no_sign_of_a_cut(
+    behind: bytes, linearize: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf_bytes(text_pdf("one"), linearize=linearize) + behind)
+    assert one(path).warnings == ()
+
+
+def test_a_page_with_too_many_objects_is_refused(tmp_path: Path) -> None:
+    pdf = pikepdf.new()
+    add_page(pdf, "0 0 1 1 re f\n" * 60)
+    form = pikepdf.Stream(pdf, b"0 0 1 1 re f\n" * 20)
+    form.Type, form.Subtype, form.BBox = pikepdf.Name.XObject, pikepdf.Name.Form, [0, 0, 50, 50]
+    add_page(pdf, "/X Do\n" * 3).Resources.XObject = pikepdf.Dictionary(X=form)
+    path = write(tmp_path / "a.pdf", pdf)
+    found = read(path, limits=Limits(n_objects=59))
+    assert [str(item.error) for item in found if isinstance(item, PageFailure)] == [
+        f"page {number} of '{path}' holds more than 59 objects; print it to a new PDF or save it as an image."
+        for number in (1, 2)
+    ]
+    assert len([item for item in read(path, limits=Limits(n_objects=63)) if isinstance(item, Page)]) == 2
 
 
 def test_a_form_that_only_adobe_can_draw_is_read_with_a_warning(

@@ -75,6 +75,40 @@ def test_only_what_the_crop_box_shows_is_drawn(tmp_path: Path) -> None:
     assert GREEN not in colours(page.image)
 
 
+@pytest.mark.parametrize("box", [[5000, 5000, 6000, 6000], [612, 0, 700, 792], [-20, -20, 0, 0]])
+def test_a_crop_box_outside_of_the_page_shows_the_whole_page_with_a_warning(box: list[int], tmp_path: Path) -> None:
+    plain = one(write(tmp_path / "a.pdf", corner_page()), view=VIEW)
+    pdf = corner_page()
+    pdf.pages[0].CropBox = box
+    page = one(write(tmp_path / "b.pdf", pdf), view=VIEW)
+    assert page.digest == plain.digest
+    (warning,) = page.warnings
+    assert "the crop box of page 1 of '" in warning
+    assert "b.pdf' lies outside of the page, which is shown whole instead." in warning
+
+
+def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:
+    pdf = pikepdf.new()
+    for content in ("BT /F 20 Tf 9 9 Td (seen) Tj ET", "BT /F 20 Tf 3 Tr 9 9 Td (hidden) Tj ET", ""):
+        add_page(pdf, content)
+    add_page(pdf, "BT 1 g /F 20 Tf 9 9 Td (white on white, like letters without a font) Tj ET")
+    pages = read(write(tmp_path / "a.pdf", pdf), view=VIEW)
+    assert [len(page.warnings) for page in pages if isinstance(page, Page)] == [0, 0, 0, 1]
+    assert isinstance(pages[3], Page)
+    assert "a.pdf' holds text, but shows none; is its font neither in the file nor on" in pages[3].warnings[0]
+
+
+def test_documents_in_a_portfolio_are_told_and_data_in_an_invoice_is_not(tmp_path: Path) -> None:
+    pdf = text_pdf("cover")
+    for name in ("a.pdf", "data.xml", "Ü.PDF", "c.docx", "d.png"):
+        pdf.attachments[name] = pikepdf.AttachedFileSpec(pdf, b"x", filename=name)
+    (warning,) = one(write(tmp_path / "a.pdf", pdf)).warnings
+    assert "a.pdf' has files attached, which are not read: 'a.pdf', 'c.docx', 'd.png' and 1 more; save" in warning
+    pdf = text_pdf("invoice")
+    pdf.attachments["factur-x.xml"] = pikepdf.AttachedFileSpec(pdf, b"<x/>", filename="factur-x.xml")
+    assert one(write(tmp_path / "b.pdf", pdf)).warnings == ()
+
+
 def test_pages_without_a_model_are_what_pypdfium2_draws_at_200_dpi(tmp_path: Path) -> None:
     import pypdfium2
 

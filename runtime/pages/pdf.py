@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from granite4v.runtime.pages.selection import Crop
 
 REOPEN_AFTER = 8  # pages: an open document keeps what it has read of all pages, 1 MB a scan and more
-_TAIL_BYTES = 2048  # where a whole file has its end mark
+_HEAD_BYTES = 1024  # where a file says that it is linearized
+_TAIL_BYTES = 32768  # where a whole file has its end mark
 _END_MARK = b"%%EOF"
 _WHITE = 0xFFFFFFFF
+_DOCUMENTS = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx")
+_MOST_NAMES, _MOST_ATTACHED = 3, 1000
 _INSET = 1e-5  # of a scan's size, see `_inset`
 _SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
 _INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
@@ -62,11 +65,9 @@ class PdfBook:
         import pypdfium2
         import pypdfium2.raw as pdfium
 
-        password = None if self._password is None else self._password.encode()
-        if isinstance(self._content, bytes):
-            handle = pdfium.FPDF_LoadMemDocument64(self._content, len(self._content), password)
-        else:
-            handle = pdfium.FPDF_LoadDocument(os.fsencode(self._content), password)
+        handle = self._handle(None if self._password is None else self._password.encode())
+        if not handle and self._password and pdfium.FPDF_GetLastError() == pdfium.FPDF_ERR_PASSWORD:
+            handle = self._handle(None)  # a password for a folder must not lock out files that need none
         if not handle:
             raise DocumentError(self._why_closed(pdfium.FPDF_GetLastError()))
         pdf = pypdfium2.PdfDocument(handle)
@@ -76,6 +77,13 @@ class PdfBook:
             pdf.close()
             raise DocumentError(f"{self._name} has no pages.")
         return pdf
+
+    def _handle(self, password: bytes | None) -> Any:
+        import pypdfium2.raw as pdfium
+
+        if isinstance(self._content, bytes):
+            return pdfium.FPDF_LoadMemDocument64(self._content, len(self._content), password)
+        return pdfium.FPDF_LoadDocument(os.fsencode(self._content), password)
 
     def _why_closed(self, code: int) -> str:
         import pypdfium2.raw as pdfium
@@ -92,12 +100,17 @@ class PdfBook:
         return f"{self._name} {what}: PDFium finds no document in it; get a whole copy of it."
 
     def _is_cut(self) -> bool:
-        if isinstance(self._content, bytes):
-            return _END_MARK not in self._content[-_TAIL_BYTES:]
-        with self._content.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            return _END_MARK not in file.read()
+        """Whether there is no end mark near the end, zero bytes and some junk behind it aside."""
+        with io.BytesIO(self._content) if isinstance(self._content, bytes) else self._content.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            end = file.seek(0, 2)
+            tail = b""
+            while end > 0 and not tail.strip(b"\0"):
+                start = max(0, end - _TAIL_BYTES)
+                file.seek(start)
+                tail, end = file.read(end - start), start
+        n_expected = 2 if end == 0 and b"/Linearized" in head else 1  # one of these stands behind the first page
+        return tail.count(_END_MARK) < n_expected
 
     def _take_note(self) -> tuple[str, ...]:
         import pypdfium2.raw as pdfium
@@ -107,7 +120,16 @@ class PdfBook:
             notes.append(f"{self._name} has no end mark: it may be cut short, and its pages may lack something.")
         if self._pdf.get_formtype() == pdfium.FORMTYPE_XFA_FULL:
             notes.append(f"{self._name} is an XFA form, of which only the placeholder can be drawn; print it to PDF.")
+        attached = [name for name in self._attached() if name.lower().endswith(_DOCUMENTS)]
+        if attached:
+            names = ", ".join(f"'{name}'" for name in attached[:_MOST_NAMES])
+            more = f" and {len(attached) - _MOST_NAMES} more" if len(attached) > _MOST_NAMES else ""
+            notes.append(f"{self._name} has files attached, which are not read: {names}{more}; save them to read them.")
         return tuple(notes)
+
+    def _attached(self) -> list[str]:
+        n_files = min(self._pdf.count_attachments(), _MOST_ATTACHED)
+        return [self._pdf.get_attachment(i).get_name() for i in range(n_files)]
 
     def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
         """The page, turned and cut as it says, with annotations and form fields, on white, as large as needed.
@@ -126,9 +148,14 @@ class PdfBook:
             page = self._pdf[number - 1]
         except (pypdfium2.PdfiumError, IndexError):
             raise DocumentError(f"{name} cannot be loaded: the file is damaged or cut short.") from None
+        notes = self._notes
         with contextlib.closing(page):
+            if _show_whole(page):
+                notes += (f"the crop box of {name} lies outside of the page, which is shown whole instead.",)
             image, dpi = _draw(page, name, crop, tiling, self._limits)
-        return Drawn(image, dpi, self._notes)
+            if _is_blank(image) and crop is None and _has_text(page):
+                notes += (f"{name} holds text, but shows none; is its font neither in the file nor on this machine?",)
+        return Drawn(image, dpi, notes)
 
     def _check_unchanged(self) -> None:
         if isinstance(self._content, Path) and self._state is not None and state_of(self._content) != self._state:
@@ -159,6 +186,35 @@ def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, 
     corner = (round(box[0] * scale[0]), round(box[1] * scale[1]))
     image = shrunk(_render(page, size, corner, whole), tiling)
     return image, round(image.width / shape[0] * 72, 1)
+
+
+def _show_whole(page: Any) -> bool:
+    """Gives a page whose crop box has nothing of it its media box, as other viewers do; whether that was so."""
+    import pypdfium2
+
+    if min(page.get_size()) > 0:
+        return False
+    try:
+        left, bottom, right, top = page.get_mediabox()
+    except pypdfium2.PdfiumError:
+        return False
+    page.set_cropbox(left, bottom, right, top)
+    return min(page.get_size()) > 0
+
+
+def _is_blank(image: Image) -> bool:
+    return len(set(image.convert("L").getextrema())) == 1
+
+
+def _has_text(page: Any) -> bool:
+    """Whether there is text that should be seen."""
+    import pypdfium2.raw as pdfium
+
+    return any(
+        pdfium.FPDFPageObj_GetType(handle) == pdfium.FPDF_PAGEOBJ_TEXT
+        and pdfium.FPDFTextObj_GetTextRenderMode(handle) != _INVISIBLE
+        for handle, _ in _objects(page)
+    )
 
 
 def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tuple[int, int]) -> Image:
