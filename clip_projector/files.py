@@ -54,6 +54,19 @@ def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
     raise OSError(f"it is a pipe with more than {limit_bytes:,} bytes; save them to a file")
 
 
+def printable(path: str) -> str:
+    """The path as text that can be written anywhere; bytes that are no UTF-8 become `\\xNN`."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # text that no file system can hold
+        return path.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(path: str) -> str:
+    """The path in a message: printable, and without characters that would move a terminal's cursor."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in printable(path))
+
+
 _PDF = re.compile(rb"\s*%PDF-")
 _OTHERS = (
     (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE), "a web page"),

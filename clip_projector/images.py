@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, read_whole, url_in, what_it_holds
+from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, read_whole, shown, url_in, what_it_holds
 from granite4v.errors import ImageError, ImageWarning
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def load_image(source: ImageSource, name: str | None = None, *, as_reference: bo
 
 def _describe(source: ImageSource) -> str:
     if isinstance(source, str | Path):
-        return f"'{source}'"
+        return f"'{shown(str(source))}'"
     if isinstance(source, bytes):
         return f"the image ({len(source):,} bytes)"
     return f"the image ({type(source).__name__})"
@@ -100,7 +100,7 @@ def _why_unknown(head: bytes, name: str) -> str:
 def _why_missing(source: ImageSource, name: str, error: OSError) -> str:
     url = url_in(str(source))
     if url is not None:
-        return f"'{url}' is a URL, and URLs are not read; download the file and give its path."
+        return f"'{shown(url)}' is a URL, and URLs are not read; download the file and give its path."
     return f"{name} cannot be read as an image: {error.strerror}."
 
 

@@ -257,3 +257,10 @@ def test_what_is_no_file_and_what_has_no_end_is_refused(tmp_path: Path, monkeypa
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="it is a pipe into which nothing came for 0.1 s"):
         read_whole(pipe, pipe_s=0.1)
+
+
+@pytest.mark.parametrize(("path", "name"), [("a\x1b[31m\n.png", r"a\x1b[31m\n.png"), ("\ud800.png", r"\ud800.png")])
+def test_names_of_files_move_no_cursor(path: str, name: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(path)
+    assert str(caught.value).startswith(f"'{name}' ")

@@ -165,6 +165,18 @@ def test_names_that_are_no_utf8_become_text_that_can_be_written(folder: Path) ->
     assert page.source == "in/sub/\\xff.png"
 
 
+def test_messages_show_control_characters_of_names_and_sources_keep_them(folder: Path) -> None:
+    name = "in/new\nline\x1b[31m.txt"
+    Path(name).write_text("nothing")
+    found = failure(name)
+    assert found.source == name
+    assert str(found.error) == (
+        "'in/new\\nline\\x1b[31m.txt' holds text; expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF."
+    )
+    with pytest.raises(DocumentError, match=r"there is no file or directory 'a\\x07b'"):
+        open_pages(["a\x07b"])
+
+
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("given", "message"),

@@ -324,7 +324,7 @@ def _page(source: str, number: int, n_pages: int, rendered: Rendered, state: str
 
     from granite4v.runtime.prompt import image_digest
 
-    image = Image.frombytes("RGB", rendered.size, bytes(rendered.pixels))
+    image = Image.frombytes("RGB", rendered.size, rendered.pixels)
     return Page(source, number, n_pages, image, image_digest(image).hex(), rendered.dpi, rendered.warnings, state)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from granite4v.clip_projector.files import read_whole, url_in
+from granite4v.clip_projector.files import printable, read_whole, shown, url_in
 from granite4v.errors import DocumentError
 from granite4v.runtime.pages.limits import Limits
 
@@ -42,8 +42,8 @@ class Document:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        return "standard input" if self.path is None else f"'{self.source}'"
+        """What messages call it: in quotes, without characters that would move a terminal's cursor."""
+        return "standard input" if self.path is None else f"'{shown(self.source)}'"
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,21 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
     elif not given:
         yield _not_found(given, "an input is empty text; give a file, a directory, a glob, or '-'.")
     elif "\0" in given:
-        yield _not_found(given, f"'{_printable(given)}' holds a zero byte, which no file name can.")
+        yield _not_found(given, f"'{shown(given)}' holds a zero byte, which no file name can.")
     elif os.path.isdir(given):
         yield from _in_directory(given, note)
     elif os.path.lexists(given):
         yield _document(given)
     elif (url := url_in(given)) is not None:
-        yield _not_found(given, f"'{_printable(url)}' is a URL, and URLs are not read; download it.")
+        yield _not_found(given, f"'{shown(url)}' is a URL, and URLs are not read; download it.")
     elif glob.has_magic(given):
         matches = sorted(set(_matches(given)), key=_natural)
         if not matches:
-            yield _not_found(given, f"no file matches '{_printable(given)}'; is it the right directory?")
+            yield _not_found(given, f"no file matches '{shown(given)}'; is it the right directory?")
         for match in matches:
             yield from _in_directory(match, note) if os.path.isdir(match) else [_document(match)]
     else:
-        yield _not_found(given, f"there is no file or directory '{_printable(given)}'.")
+        yield _not_found(given, f"there is no file or directory '{shown(given)}'.")
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -159,13 +159,13 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
     for error in errors:
         folder = str(error.filename or directory)
         reason = error.strerror or str(error)
-        yield _not_found(folder, f"the directory '{_printable(folder)}' cannot be read: {reason}.")
+        yield _not_found(folder, f"the directory '{shown(folder)}' cannot be read: {reason}.")
     if left_out:
         note(_left_out(directory, sorted(left_out, key=_natural)))
     if not found and not errors:
         yield _not_found(
             directory,
-            f"the directory '{_printable(directory)}' holds nothing to read; {EXPECTED}, by their usual suffixes "
+            f"the directory '{shown(directory)}' holds nothing to read; {EXPECTED}, by their usual suffixes "
             + f"({' '.join(suffixes)})."
             + (f" {_left_out(directory, left_out)}" if left_out else ""),
         )
@@ -188,21 +188,21 @@ def _looks_readable(path: str) -> bool:
 
 
 def _left_out(directory: str, paths: list[str]) -> str:
-    names = ", ".join(_printable(os.path.relpath(path, directory)) for path in paths[:_MOST_NAMES])
+    names = ", ".join(shown(os.path.relpath(path, directory)) for path in paths[:_MOST_NAMES])
     more = f" and {len(paths) - _MOST_NAMES:,} more" if len(paths) > _MOST_NAMES else ""
     files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
     return (
-        f"left out of '{_printable(directory)}': {files} of kinds that are not read ({names}{more}); convert them "
+        f"left out of '{shown(directory)}': {files} of kinds that are not read ({names}{more}); convert them "
         "to PNG, JPEG or PDF."
     )
 
 
 def _document(path: str) -> Document:
-    return Document(_printable(str(Path(path))), Path(path))
+    return Document(printable(str(Path(path))), Path(path))
 
 
 def _not_found(source: str, message: str) -> NotFound:
-    return NotFound(_printable(source), DocumentError(message))
+    return NotFound(printable(source), DocumentError(message))
 
 
 def _suffix(path: str) -> str:
@@ -221,11 +221,6 @@ def _natural(path: str) -> tuple[list[list[tuple[int, int, str]]], str]:
     """Sorts numbers in names by value and letters whatever their case, folder by folder."""
     parts = [re.split(r"(\d+)", part) for part in Path(path).parts]
     return [[(0, int(s), "") if s.isdecimal() else (1, 0, s.casefold()) for s in part] for part in parts], path
-
-
-def _printable(path: str) -> str:
-    """The path as text that can be written anywhere; bytes that are no UTF-8 become `\\xNN`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_once(document: Document, limits: Limits) -> bytes:
@@ -258,7 +253,7 @@ def why_missing(document: Document, error: OSError) -> DocumentError:
     """What to tell of a document that cannot be opened."""
     path = document.path
     if path is not None and os.path.islink(path) and not os.path.exists(path):
-        target = _printable(os.readlink(path))
+        target = shown(os.readlink(path))
         return DocumentError(f"{document.name} is a link to '{target}', which is not there.")
     return DocumentError(f"{document.name} cannot be read: {error.strerror or error}.")
 
