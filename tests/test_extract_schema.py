@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import decimal
+import enum
+import ipaddress
 import json
+import os
 import sys
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import pytest
+from constrained import said
+from typing_extensions import TypedDict
 
 from granite4v.errors import SchemaError
+from granite4v.runtime.constraint import grammar_for
+from granite4v.runtime.extraction import schema as schema_module
 from granite4v.runtime.extraction.schema import load_schema
 
 
@@ -104,3 +115,206 @@ def test_what_gives_none(source: Any, message: str) -> None:
 def test_references_that_lead_nowhere_are_refused_before_any_page_is_read(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(SchemaError, match=message):
         load_schema(schema)
+
+
+# --- files of all kinds ---
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings_that_editors_and_shells_write(tmp_path: Path, encoding: str) -> None:
+    content = {"type": "object", "properties": {"größe": {"type": "string"}}}
+    (tmp_path / "s.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert load_schema(tmp_path / "s.json").content == content
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"type": "\xff"}', "is not UTF-8 text: .* save it as UTF-8"),
+        (b" \n", "is empty"),
+        (
+            b'{"type": "object", "maxProperties": 1e400}',
+            r"has at '\$.maxProperties' inf, which is not a number in JSON",
+        ),
+        (b'{"properties": {"a": {"const": NaN}}}', r"has at '\$.properties.a.const' nan"),
+        (b'{"maximum": 1' + b"0" * 5000 + b"}", "a number has 5,001 digits"),
+        (b'{"type": "string", "default": "\\ud800"}', r"has at '\$.default' half a surrogate pair"),
+        (b'{"name": "invoice", "schema": {"type": "object"}}', "what is under 'schema' does, so give that alone"),
+        (b'{"json_schema": {"schema": {"type": "object"}}}', "what is under 'json_schema.schema' does"),
+        (b'{"openapi": "3.0.0", "components": {"schemas": {"I": {}}}}', "an OpenAPI document with the schemas 'I'"),
+        (b'{"$defs": {"A": {"type": "object"}}}', r'add "\$ref": "#/\$defs/NAME"'),
+    ],
+)
+def test_files_that_hold_no_usable_schema(tmp_path: Path, raw: bytes, message: str) -> None:
+    (tmp_path / "s.json").write_bytes(raw)
+    with pytest.raises(SchemaError, match=message):
+        load_schema(tmp_path / "s.json")
+
+
+def test_directories_huge_files_and_pipes_that_nobody_writes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SchemaError, match="is a directory; give one file in it"):
+        load_schema(tmp_path)
+    huge = tmp_path / "huge.json"
+    with huge.open("wb") as file:
+        file.truncate(500_000_000)
+    with pytest.raises(SchemaError, match="is larger than 4,000,000 bytes"):
+        load_schema(huge)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(schema_module, "_WAIT_S", 0.2)
+    with pytest.raises(SchemaError, match="is not a file, and gave nothing within 0 seconds"):
+        load_schema(tmp_path / "pipe")
+
+
+def test_a_pipe_of_the_shell_is_read() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file:
+        file.write(b'{"type": "string"}')
+    assert load_schema(f"/dev/fd/{reading}").content == {"type": "string"}
+    os.close(reading)
+
+
+def test_keys_that_stand_twice_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('{"properties": {"a": {"type": "string"}, "b": {}, "a": {"type": "null"}}}')
+    schema = load_schema(tmp_path / "s.json")
+    assert "'a' stands more than once in an object; the last one counts." in schema.warnings[0]
+    assert schema.problem({"a": None}) is None
+
+
+def test_nullable_counts_and_stays_in_the_prompt() -> None:
+    content = {"type": "object", "properties": {"a": {"type": "string", "nullable": True}}}
+    schema = load_schema(content)
+    assert schema.content == content and schema.problem({"a": None}) is None
+    assert "'nullable' of OpenAPI is taken as \"or null\" at '$.properties.a'" in schema.warnings[0]
+
+
+# --- classes of all kinds ---
+
+
+@dataclasses.dataclass
+class Address:
+    street: str
+    number: int = 0
+
+
+class Person(TypedDict):
+    name: str
+
+
+class OfPydanticOne:
+    """As pydantic 1 declares its models."""
+
+    __fields__: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+def test_dataclasses_typed_dicts_and_models_of_pydantic_one() -> None:
+    assert load_schema(Address).content["properties"]["street"] == {"title": "Street", "type": "string"}
+    assert load_schema(Person).content["required"] == ["name"]
+    assert load_schema(OfPydanticOne).content["properties"] == {"a": {"type": "string"}}
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return tmp_path
+
+
+def test_a_module_is_named_before_it_is_run_and_prints_to_stderr(
+    modules: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (modules / "told_forms.py").write_text(
+        "import pydantic\nprint('hello')\nclass A(pydantic.BaseModel):\n    n: int\n"
+    )
+    lines: list[str] = []
+    load_schema("told_forms:A", lines.append)
+    assert lines == [f"importing 'told_forms' from '{modules / 'told_forms.py'}'"]
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\nraise SystemExit(3)\n", "SystemExit: 3 ('{file}', line 2)"),
+        ("\n\n1 / 0\n", "ZeroDivisionError: division by zero ('{file}', line 3)"),
+        ("def f(:\n", "SyntaxError: invalid syntax ('{file}', line 1)"),
+        ("import no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing' ('{file}', line 1)"),
+        ("A = 5\n", "is 5; expected a pydantic model"),
+        (
+            "import pydantic, typing\nclass A(pydantic.BaseModel):\n    f: typing.Callable[[], int]\n",
+            "has no JSON Schema: PydanticInvalidForJsonSchema",
+        ),
+    ],
+)
+def test_errors_of_a_module_come_with_its_line(
+    modules: Path, code: str, message: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"bad_{abs(hash(request.node.name))}"
+    (modules / f"{name}.py").write_text(code)
+    with pytest.raises(SchemaError) as caught:
+        load_schema(f"{name}:A")
+    assert message.format(file=modules / f"{name}.py") in str(caught.value)
+
+
+# --- what people declare, under pydantic's own verdict ---
+
+
+class Money(pydantic.BaseModel):
+    total: decimal.Decimal
+    rate: Annotated[float, pydantic.Field(gt=0, le=0.25)]
+
+
+class Everything(pydantic.BaseModel):
+    day: datetime.date
+    time: datetime.time
+    at: datetime.datetime
+    span: datetime.timedelta
+    key: uuid.UUID
+    address: ipaddress.IPv4Address
+    site: pydantic.AnyUrl
+    secret: pydantic.SecretStr
+    path: Path
+    raw: bytes
+    tags: set[str]
+    pair: tuple[str, int]
+    level: enum.IntEnum("Level", {"LOW": 1, "HIGH": 2})  # type: ignore[valid-type]
+    kind: Literal["a", "b"]
+    amounts: dict[Literal["net", "gross"], float]
+    nothing: None = None
+
+
+@pytest.mark.parametrize("model", [Money, Everything])
+def test_answers_to_what_pydantic_declares_are_valid_to_pydantic_or_found_out(model: type[pydantic.BaseModel]) -> None:
+    schema = load_schema(model)
+    grammar = grammar_for("kvp", schema.checked)
+    assert grammar is not None
+    n_valid = 0
+    for seed in (0, 3, 4, 5):
+        answer = said("toy", grammar, seed, max_tokens=300, patience=3)
+        if answer.finish_reason != "stop":
+            continue
+        value = json.loads(answer.text)
+        problem = schema.problem(value)
+        try:
+            model.model_validate_json(answer.text)
+        except pydantic.ValidationError as error:
+            # pydantic demands more than its schema says: hosts that exist, years that it can count, bytes that are text
+            assert problem is not None or {one["loc"][0] for one in error.errors()} <= {"site", "span", "total", "raw"}
+        else:
+            assert problem is None
+            n_valid += 1
+    assert n_valid
+
+
+def test_naive_times_of_pydantic_are_valid() -> None:
+    schema = load_schema(Everything)
+    for name, text in (("at", "2024-02-29T10:30:00"), ("time", "10:30:00"), ("day", "2024-02-29")):
+        part = load_schema({"properties": {name: schema.content["properties"][name]}})
+        assert part.problem({name: text}) is None
+    part = load_schema({"properties": {"day": schema.content["properties"]["day"]}})
+    assert part.problem({"day": "2023-02-29"}) == "at '$.day': '2023-02-29' is not a 'date'"

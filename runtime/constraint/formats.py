@@ -21,19 +21,36 @@ _MONTH_AND_DAY = (
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 )
 _DATE = f"(?:{_YEAR}-{_MONTH_AND_DAY}|{_LEAP_YEAR}-02-29)"
-_OFFSET = "(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?"
+_OFFSET = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?"
 _TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?{_OFFSET}"
 _LEAP_SECOND = rf"(?:[01][0-9]|2[0-3]):59:60(?:\.[0-9]+)?{_OFFSET}"  # in a value, but not in an answer to a page
 # in place of llguidance's own
-PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[Tt]{_TIME}$"}
+PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
 # those of jsonschema's checks that need no other package; 'hostname', 'uri' and 'duration' are held by grammars alone
-_CHECKED = ("email", "idn-email", "ipv4", "ipv6", "uuid")
+_OF_JSONSCHEMA = ("email", "idn-email", "ipv4", "ipv6", "uuid")
+CHECKED = (*PATTERNS, *_OF_JSONSCHEMA, "regex")
+# of JSON Schema, where llguidance may know them; what it takes for a text of any other name is not asked
+STANDARD = frozenset(
+    (
+        "duration",
+        "email",
+        "hostname",
+        "idn-email",
+        "idn-hostname",
+        "ipv4",
+        "ipv6",
+        "iri",
+        "uri",
+        "uri-reference",
+        "uuid",
+    )
+)
 # these say how a text is shown or encoded, and leave no text out
 WITHOUT_EFFECT = frozenset(
     (
         "password", "binary", "byte", "base64", "base64url", "path", "file-path", "directory-path", "textarea", "text",
-        "string", "html", "markdown", "json-string", "multiline", "unknown", "color", "regex", "iri", "iri-reference",
+        "string", "html", "markdown", "json-string", "multiline", "unknown", "color", "iri", "iri-reference",
         "uri-reference", "uri-template", "idn-hostname", "json-pointer", "relative-json-pointer",
     )
 )  # fmt: skip
@@ -44,10 +61,10 @@ def checker() -> Any:
     """jsonschema's FormatChecker of the formats whose values are checked; others are remarks."""
     from jsonschema import FormatChecker
 
-    made = FormatChecker(formats=_CHECKED)
-    leap_second = {"time": f"^{_LEAP_SECOND}$", "date-time": f"^{_DATE}[Tt]{_LEAP_SECOND}$"}
+    made = FormatChecker(formats=_OF_JSONSCHEMA)
+    leap_second = {"time": f"^{_LEAP_SECOND}$", "date-time": f"^{_DATE}T{_LEAP_SECOND}$"}
     for name, pattern in PATTERNS.items():
-        compiled = re.compile("|".join(filter(None, [pattern, leap_second.get(name)])))
+        compiled = re.compile("|".join(filter(None, [pattern, leap_second.get(name)])), re.IGNORECASE)
         made.checks(name)(functools.partial(_is_whole, compiled))
     made.checks("regex")(lambda value: not isinstance(value, str) or not pattern_problem(value))
     return made

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
+_MAX_ITEMS = 50_000  # that a parser considers at once: four for each optional property of an object
 # no \u escapes: half a surrogate pair is JSON, but no text
 _LAYOUT = {
     "item_separator": ", ",
@@ -26,6 +28,35 @@ def validation_problem(schema_text: str) -> str:
 
     failed, messages = LLMatcher.validate_grammar_with_warnings(lark_grammar(schema_text), None)
     return reason_of(messages[0]) if failed else ""
+
+
+def compile_problem(schema_text: str) -> str:
+    """As `validation_problem`, and why the grammar cannot be compiled, which is found without a vocabulary, too."""
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+    problem = validation_problem(schema_text)
+    if problem:
+        return problem
+    tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
+    matcher = LLMatcher(tokenizer, lark_grammar(schema_text), log_level=0, limits=limits())
+    return reason_of(str(matcher.get_error())) if matcher.is_error() else ""
+
+
+def limits() -> Any:
+    """Of llguidance's parser: as its own, but for objects with thousands of optional properties."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=5 * _MAX_ITEMS)
+
+
+class Bytes:
+    """A vocabulary of single bytes, for `llguidance.TokenizerWrapper`."""
+
+    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    tokens = (*(bytes((byte,)) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
 
 
 def reason_of(message: str) -> str:

@@ -20,7 +20,7 @@ from granite4v.runtime.constraint.csv_ import CSV
 from granite4v.runtime.constraint.ending import JsonPlace
 from granite4v.runtime.constraint.form import Cursor, Rule, advance, ending, forced, next_bytes, start
 from granite4v.runtime.constraint.form_masks import FormMasks
-from granite4v.runtime.constraint.grammar_text import lark_grammar
+from granite4v.runtime.constraint.grammar_text import lark_grammar, limits
 from granite4v.runtime.constraint.grammars import Grammar
 from granite4v.runtime.constraint.html import HTML
 from granite4v.runtime.constraint.lexicon import Lexicon
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FORMS: dict[str, Rule] = {"otsl": OTSL, "html": HTML, "csv": CSV, "cells": CELLS}
 MOST_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
 _KEPT_GRAMMARS = 16
-_MOST_ITEMS = 50_000  # that a parser considers at once: four for each optional property of an object
 # no control characters but tab and line feed, no byte order mark
 _ANY_TEXT = (
     '%llguidance {"no_forcing": true}\n'
@@ -149,11 +148,10 @@ class Compiler:
 
     def _matcher(self, grammar: str) -> Any:
         """A fresh matcher; compiled grammars are kept."""
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
         if grammar not in self._matchers:
-            limits = LLParserLimits(max_items_in_row=_MOST_ITEMS, step_max_items=5 * _MOST_ITEMS)
-            matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0, limits=limits)
+            matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0, limits=limits())
             if matcher.is_error():
                 raise ConstraintError(f"llguidance cannot compile the grammar: {_reason(matcher)}. Answer freely.")
             self._matchers[grammar] = matcher

@@ -19,8 +19,8 @@ Schema = dict[str, Any]
 
 MAX_CHARACTERS = 1_000_000  # of the schema as JSON; some 250,000 tokens, more than any context holds
 MAX_NESTING = 200  # of objects and lists in one another
-MAX_LEVELS = 80  # of schemas in one another, those referred to included; native code recurses on them
-MAX_SUBSCHEMAS = 10_000
+MAX_LEVELS = 80  # of schemas in one another, and of references that lead to one another
+MAX_SUBSCHEMAS = 5_000  # llguidance takes seconds for so many
 MAX_DIGITS = 400  # of an integer: beyond the largest float
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -212,9 +212,12 @@ def _subschemas(content: Schema) -> Iterator[tuple[Path, Schema]]:
     n = 0
     while waiting:
         path, node, level = waiting.pop()
-        n += 1
+        required = node.get("required") if isinstance(node, dict) else None
+        n += 1 + (len(required) if isinstance(required, list) else 0)
         if n > MAX_SUBSCHEMAS:
-            raise InvalidSchema(f"has more than {MAX_SUBSCHEMAS:,} schemas in it; ask for fewer fields at a time.")
+            raise InvalidSchema(
+                f"has more than {MAX_SUBSCHEMAS:,} schemas and required names in it; ask for fewer fields at a time."
+            )
         if level > MAX_LEVELS:
             raise InvalidSchema(
                 f"has more than {MAX_LEVELS} levels of schemas in one another, at '{_json_path(path):.60}...'; make it "
@@ -282,6 +285,11 @@ def _invalid(content: Schema, kind: Any) -> str:
         if text not in known:
             known[text] = best_match(validator.iter_errors(alone))
         error = known[text]
+        wrong = next((key for key in REFERENCES if key in node and not isinstance(node[key], str)), None)
+        if wrong is not None:
+            return (
+                f"at '{_json_path((*path, wrong))}': {_shown(node[wrong])}; expected a reference such as '#/$defs/NAME'"
+            )
         if error is not None:
             return f"at '{_json_path((*path, *error.absolute_path))}': {error.message:.300}"
         patterns = [(key, node[key]) for key in ("pattern",) if key in node]
@@ -294,11 +302,14 @@ def _invalid(content: Schema, kind: Any) -> str:
 
 
 def _alone(node: Schema, kind: Any) -> Schema:
-    """A schema without the schemas in it, which are looked at by themselves, and without what cannot be wrong."""
+    """A schema without the schemas in it, which are looked at by themselves, and without what cannot be wrong.
+
+    What is right in the same way becomes the same, so that few of many schemas need a look.
+    """
     from jsonschema.validators import Draft3Validator, Draft4Validator
 
     nothing: Any = {} if kind in (Draft3Validator, Draft4Validator) else True
-    made = {key: value for key, value in node.items() if key not in _ANNOTATIONS}
+    made = {key: _likely(key, value) for key, value in node.items() if key not in (*_ANNOTATIONS, *REFERENCES, "const")}
     inner: dict[str, set[str | int]] = {}
     for keys, _ in subschemas(node):
         inner.setdefault(str(keys[0]), set()).update(keys[1:])
@@ -311,6 +322,18 @@ def _alone(node: Schema, kind: Any) -> Schema:
         elif isinstance(value, dict):
             made[key] = nothing
     return made
+
+
+def _likely(key: str, value: Any) -> Any:
+    if key.endswith(("Length", "Items", "Properties")) and type(value) is int and value >= 0:
+        return 0
+    if key.endswith(("imum", "Of")) and type(value) in (int, float) and value > 0:
+        return 1
+    if key in ("pattern", "format") and isinstance(value, str):
+        return ""
+    if key == "enum" and isinstance(value, list) and value:
+        return [0]
+    return value
 
 
 # --- references ---
@@ -340,17 +363,12 @@ def _check_references(schema: JsonSchema) -> None:
                     raise InvalidSchema(f"cannot be followed: '{_json_path((*path, key))}' {error}") from None
                 waiting.append(((*path, key), target))
                 same.append(id(target.node))
-    circle = _circle(followed)
-    if circle is not None:
-        raise InvalidSchema(
-            f"refers to itself without end at '{_json_path(paths[circle])}': the references lead back to the same "
-            "value. Put the part that repeats into a property or a list."
-        )
+    _check_ends(followed, paths)
 
 
-def _circle(followed: dict[int, list[int]]) -> int | None:
-    """A node from which the edges lead back to it."""
-    done: set[int] = set()
+def _check_ends(followed: dict[int, list[int]], paths: dict[int, Path]) -> None:
+    """Every way through schemas of the same value must end, and soon."""
+    heights: dict[int, int] = {}
     for start in followed:
         on_way: set[int] = set()
         stack: list[tuple[int, bool]] = [(start, False)]
@@ -358,11 +376,18 @@ def _circle(followed: dict[int, list[int]]) -> int | None:
             node, leaving = stack.pop()
             if leaving:
                 on_way.discard(node)
-                done.add(node)
+                heights[node] = 1 + max((heights.get(inner, 0) for inner in followed[node]), default=0)
+                if heights[node] > MAX_LEVELS:
+                    raise InvalidSchema(
+                        f"refers from one schema to the next more than {MAX_LEVELS} times, at "
+                        f"'{_json_path(paths[node]):.60}'; refer to the last one."
+                    )
             elif node in on_way:
-                return node
-            elif node not in done and node in followed:
+                raise InvalidSchema(
+                    f"refers to itself without end at '{_json_path(paths[node])}': the references lead back to the "
+                    "same value. Put the part that repeats into a property or a list."
+                )
+            elif node not in heights and node in followed:
                 on_way.add(node)
                 stack.append((node, True))
                 stack += [(inner, False) for inner in followed[node]]
-    return None

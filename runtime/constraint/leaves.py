@@ -6,7 +6,6 @@ nor references back. What it cannot hold is widened or left out here, never narr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from granite4v.runtime.constraint.formats import PATTERNS, WITHOUT_EFFECT
-from granite4v.runtime.constraint.grammar_text import lark_grammar, reason_of, validation_problem
+from granite4v.runtime.constraint.formats import CHECKED, PATTERNS, STANDARD, WITHOUT_EFFECT
 from granite4v.runtime.constraint.patterns import pattern_size, without_look_around
-from granite4v.runtime.constraint.trial import try_grammars
+from granite4v.runtime.constraint.trial import Trials
 
 Schema = dict[str, Any]
 
@@ -50,8 +48,9 @@ class Leaf:
 # --- numbers ---
 
 
-def number_leaf(node: Schema, *, whole: bool) -> Leaf:
-    """`whole`: where a number is allowed it is an integer. Raises Impossible."""
+def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool = True) -> Leaf:
+    """`whole`: where a number is allowed it is an integer. `close_ranges`: add what llguidance's ranges lack. Raises
+    Impossible."""
     leaf = Leaf({})
     lower: Bound | None = _strictest(node, "minimum", "exclusiveMinimum", max)
     upper: Bound | None = _strictest(node, "maximum", "exclusiveMaximum", min)
@@ -63,7 +62,7 @@ def number_leaf(node: Schema, *, whole: bool) -> Leaf:
         raise Impossible(f"no {what} is at least its minimum and at most its maximum")
     lower = _held(leaf, lower, 1, "minimum")
     upper = _held(leaf, upper, -1, "maximum")
-    if whole:
+    if whole or not close_ranges:
         ranges = [_range(lower, upper)]
     else:
         if lower and upper and math.trunc(lower[0]) == math.trunc(upper[0]):
@@ -75,7 +74,7 @@ def number_leaf(node: Schema, *, whole: bool) -> Leaf:
         leaf.made.update(ranges[0])
     step = node.get("multipleOf", node.get("divisibleBy"))
     if step is not None:
-        _add_step(leaf, _fraction(step), whole=whole)
+        _add_step(leaf, _fraction(step), trials, whole=whole)
     return leaf
 
 
@@ -175,7 +174,7 @@ def _is_empty(made: Schema) -> bool:
     return bool(low and high and low[0] >= high[0])
 
 
-def _add_step(leaf: Leaf, step: Fraction, *, whole: bool) -> None:
+def _add_step(leaf: Leaf, step: Fraction, trials: Trials, *, whole: bool) -> None:
     if whole:
         step = Fraction(step.numerator)  # the integers among the multiples of p/q
     if whole and step == 1:
@@ -186,7 +185,7 @@ def _add_step(leaf: Leaf, step: Fraction, *, whole: bool) -> None:
         leaf.left_out.append(("multipleOf", "has too many digits to guide answers"))
         return
     made = {"type": "number", "multipleOf": _json_number(step)}
-    problem = held_problem(made, costly=n_held > _COSTLY_STEP)
+    problem = trials.problem(made, costly=n_held > _COSTLY_STEP)
     if problem:
         leaf.left_out.append(("multipleOf", "cannot guide answers"))
     else:
@@ -227,7 +226,7 @@ def wider(value: Any) -> Schema:
 # --- texts ---
 
 
-def string_leaf(node: Schema) -> Leaf:
+def string_leaf(node: Schema, trials: Trials) -> Leaf:
     """Raises Impossible."""
     leaf = Leaf({})
     for name in ("minLength", "maxLength"):
@@ -237,42 +236,44 @@ def string_leaf(node: Schema) -> Leaf:
         raise Impossible("its minLength is greater than its maxLength")
     patterns: list[str] = []
     if "pattern" in node:
-        held = _held_pattern(leaf, node["pattern"])
+        held = _held_pattern(leaf, node["pattern"], trials)
         patterns += [] if held is None else [held]
     kind = node.get("format")
     if kind in PATTERNS:
         patterns.append(PATTERNS[kind])
     elif isinstance(kind, str) and kind not in WITHOUT_EFFECT:
-        if held_problem({"type": "string", "format": kind}):
-            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so that any text is taken"))
-        else:
+        if kind in STANDARD and not trials.problem({"type": "string", "format": kind}):
             leaf.made["format"] = kind
+        elif kind in CHECKED:
+            leaf.left_out.append((f"format {kind!r}", "does not guide answers"))
+        else:
+            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so that any text is taken"))
     if len(patterns) == 1:
         leaf.made["pattern"] = patterns[0]
     elif patterns:
         leaf.made["allOf"] = [{"pattern": pattern} for pattern in patterns]
     if len(leaf.made) > 1 and (patterns or "format" in leaf.made):
-        _hold_together(leaf, patterns)
+        _hold_together(leaf, patterns, trials)
     return leaf
 
 
-def _held_pattern(leaf: Leaf, pattern: str) -> str | None:
+def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
     """The pattern, or one that matches more, as far as it can be held."""
-    problem = held_problem({"type": "string", "pattern": pattern}, costly=_is_costly([pattern]))
+    problem = trials.problem({"type": "string", "pattern": pattern}, costly=_is_costly([pattern]))
     if not problem:
         return pattern
     looser = without_look_around(pattern)
-    if looser != pattern and not held_problem({"type": "string", "pattern": looser}, costly=_is_costly([looser])):
+    if looser != pattern and not trials.problem({"type": "string", "pattern": looser}, costly=_is_costly([looser])):
         leaf.left_out.append(("pattern", "guides answers without its look-around"))
         return looser
     leaf.left_out.append(("pattern", f"cannot guide answers ({problem})"))
     return None
 
 
-def _hold_together(leaf: Leaf, patterns: Sequence[str]) -> None:
+def _hold_together(leaf: Leaf, patterns: Sequence[str], trials: Trials) -> None:
     """Leaves the pattern out where it cannot be held together with the length or the format."""
     longest = max(leaf.made.get("minLength", 0), leaf.made.get("maxLength", 0))
-    problem = held_problem({"type": "string", **leaf.made}, costly=_is_costly(patterns) or longest > _COSTLY_LENGTH)
+    problem = trials.problem({"type": "string", **leaf.made}, costly=_is_costly(patterns) or longest > _COSTLY_LENGTH)
     if problem.startswith("Unsatisfiable"):
         raise Impossible("no text has its pattern, its format and its length at once")
     if problem:
@@ -286,14 +287,3 @@ def _is_costly(patterns: Sequence[str]) -> bool:
 
 
 _OWN = frozenset(PATTERNS.values())
-
-
-# --- llguidance's word ---
-
-
-def held_problem(schema: Schema, *, costly: bool = False) -> str:
-    """Why llguidance cannot hold an answer to a schema, in a few words; empty if it can. `costly`: tried apart."""
-    text = json.dumps(schema)
-    if costly:
-        return reason_of(try_grammars([lark_grammar(text)])[0])
-    return validation_problem(text)

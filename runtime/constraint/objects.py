@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v.runtime.constraint import keywords as of
 from granite4v.runtime.constraint.json_schema import REFERENCES, Resolved, subschemas
-from granite4v.runtime.constraint.leaves import held_problem
 
 if TYPE_CHECKING:
     from granite4v.runtime.constraint.translation import Translation
@@ -22,9 +21,9 @@ _CONDITIONAL = ("if", "then", "else", "dependentSchemas", "dependencies", "depen
 class Place:
     """A schema that is being translated, and where it stands."""
 
-    def __init__(self, found: Resolved, node: Schema, field: str, merged: bool, level: int, nesting: int) -> None:
+    def __init__(self, found: Resolved, node: Schema, field: str, merged: bool, nesting: int) -> None:
         self.found, self.node, self.field, self.merged = found, node, field, merged
-        self.level, self.nesting = level, nesting
+        self.nesting = nesting
         self.has_patterns = False
         self.held: set[str] = set()  # keywords that are translated here after all
 
@@ -130,7 +129,7 @@ def _add_pattern_properties(of_schema: Translation, made: Schema, place: Place) 
     patterns: dict[str, Any] = place.node["patternProperties"]
     parts = {pattern: of_schema.part(place, inner, f".{{{pattern}}}") for pattern, inner in patterns.items()}
     outline = {"type": "object", "patternProperties": dict.fromkeys(parts, True), "additionalProperties": False}
-    if len(parts) <= _MAX_KEY_PATTERNS and not held_problem(outline, costly=len(parts) > 10):
+    if len(parts) <= _MAX_KEY_PATTERNS and not of_schema.trials.problem(outline, costly=len(parts) > 10):
         made["patternProperties"] = parts
         return
     of_schema.leave_out("patternProperties", "does not guide answers", place.field)
@@ -159,8 +158,8 @@ def _names_keys(of_schema: Translation, made: Schema, place: Place) -> bool:
         shared = of_schema.shared(values)
         made["properties"] = dict.fromkeys(names, shared)
         made["additionalProperties"] = False
-    elif isinstance(keys.get("pattern"), str) and not held_problem(
-        {"type": "object", "patternProperties": {keys["pattern"]: True}, "additionalProperties": False}
+    elif isinstance(keys.get("pattern"), str) and not of_schema.trials.problem(
+        {"type": "object", "patternProperties": {keys["pattern"]: True}, "additionalProperties": False}, costly=True
     ):
         made["patternProperties"] = {keys["pattern"]: values}
         made["additionalProperties"] = False
@@ -186,7 +185,7 @@ def _add_counts(of_schema: Translation, made: Schema, place: Place) -> None:
         "additionalProperties": made.get("additionalProperties") is not False,
         **counts,
     }
-    if held_problem(outline):
+    if of_schema.trials.problem(outline):
         for name in counts:
             of_schema.leave_out(name, "does not guide answers", place.field)
     else:

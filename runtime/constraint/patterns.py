@@ -49,6 +49,7 @@ def _compiled(pattern: str) -> Any:
     # ECMA's escapes that `regex` spells in another way
     spelled = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", pattern)
     spelled = re.sub(r"\\c([A-Za-z])", lambda found: f"\\x{ord(found[1]) % 32:02x}", spelled)
+    spelled = re.sub(r"\\k<(\w+)>", r"(?P=\1)", spelled)
     spelled = spelled.replace("[^]", r"[\s\S]")
     return regex.compile(spelled, regex.V0)
 

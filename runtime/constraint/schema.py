@@ -7,17 +7,19 @@ choice.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from granite4v.errors import ConstraintError
-from granite4v.runtime.constraint.grammar_text import lark_grammar, validation_problem
-from granite4v.runtime.constraint.json_schema import InvalidSchema, read_schema, subschemas
+from granite4v.runtime.constraint.grammar_text import compile_problem, validation_problem
+from granite4v.runtime.constraint.json_schema import InvalidSchema, JsonSchema, read_schema, subschemas
 from granite4v.runtime.constraint.leaves import Impossible
 from granite4v.runtime.constraint.translation import Translation
-from granite4v.runtime.constraint.trial import try_grammars
+from granite4v.runtime.constraint.trial import Trials
 
 Schema = dict[str, Any]
 
+_MAX_LEVELS = 200  # llguidance needs up to 16 KB of the stack for each
 _MANY = 50  # schemas in one, that are each tried by themselves
 _WHAT_TO_DO = "Change the schema, or let answers be free (--free; free=True in Python)."
 
@@ -32,26 +34,63 @@ class Definite(NamedTuple):
 def definite(schema: object) -> Definite:
     """The schema as llguidance takes it, its objects closed and its properties that may be null required.
 
-    Raises ConstraintError unless it is a valid schema, and where no answer could satisfy it.
+    `schema`: plain data, or a JsonSchema. Raises ConstraintError unless it is a valid schema, and where no answer could
+    satisfy it.
     """
     try:
-        translation = Translation(read_schema(schema))
+        checked = schema if isinstance(schema, JsonSchema) else read_schema(schema)
+        with Trials() as trials:
+            translation, problem = _tried(checked, trials, close_ranges=True)
+            if "too large" in problem:
+                translation, problem = _tried(checked, trials, close_ranges=False)
     except InvalidSchema as error:
         raise ConstraintError(f"the JSON schema {error}") from None
     except Impossible as error:
         raise ConstraintError(f"no answer can satisfy the JSON schema at {error}. {_WHAT_TO_DO}") from None
-    endless = _endless(translation)
-    if endless:
-        raise ConstraintError(endless)
-    if len(translation.merged_patterns) > 2:  # llguidance may take any time to intersect them
-        grammar = lark_grammar(json.dumps(translation.made))
-        if try_grammars([grammar])[0]:
-            translation.leave_out_merged_patterns()
-    problem = validation_problem(json.dumps(translation.made))
     if problem:
+        if translation.impossible:
+            problem += f"; no value is possible at {translation.impossible[0]}"
         where = _culprit(translation)
         raise ConstraintError(f"answers cannot be held to the JSON schema at '{where}': {problem}. {_WHAT_TO_DO}")
     return Definite(json.dumps(translation.made), translation.warnings)
+
+
+def _tried(schema: JsonSchema, trials: Trials, *, close_ranges: bool) -> tuple[Translation, str]:
+    """A translation, and why llguidance cannot hold answers to it."""
+    translation = Translation(schema, trials, close_ranges=close_ranges)
+    _check_levels(translation)
+    endless = _endless(translation)
+    if endless:
+        raise InvalidSchema(endless)
+    if translation.n_merged_patterns > 2 and trials.problem(translation.made, costly=True):
+        translation.leave_out_patterns()  # llguidance may take any time to intersect them
+    problem = compile_problem(json.dumps(translation.made))
+    if "fuel" in problem or "complex" in problem:
+        translation.leave_out_patterns()
+        problem = compile_problem(json.dumps(translation.made))
+    return translation, problem
+
+
+def _check_levels(translation: Translation) -> None:
+    """llguidance compiles what a schema refers to inside it, once each, on the stack."""
+    entered: set[int] = set()
+    stack: list[Iterator[Any]] = [iter([translation.made])]
+    while stack:
+        node = next(stack[-1], None)
+        if node is None:
+            stack.pop()
+        elif isinstance(node, dict) and id(node) not in entered:
+            entered.add(id(node))
+            inner = [one for keys, one in subschemas(node) if keys[0] != "$defs"]
+            if "$ref" in node:
+                inner.append(translation.defs[node["$ref"].removeprefix("#/$defs/")])
+            stack.append(iter(inner))
+            if len(stack) > _MAX_LEVELS:
+                field = translation.fields.get(id(node), "$")
+                raise InvalidSchema(
+                    f"refers from one schema to the next through more than {_MAX_LEVELS} levels, at '{field:.60}...'; "
+                    "make it flatter."
+                )
 
 
 def _alone(translation: Translation, made: Schema) -> str:
@@ -61,17 +100,17 @@ def _alone(translation: Translation, made: Schema) -> str:
 
 def _culprit(translation: Translation) -> str:
     """The field of the innermost schema that llguidance cannot hold an answer to."""
-    made: Any = translation.made
-    field = "$"
-    while True:
-        inner = [one for keys, one in subschemas(made) if keys[0] != "$defs" and isinstance(one, dict)]
+    made, field = translation.made, "$"
+    seen: set[int] = set()
+    while id(made) not in seen:
+        seen.add(id(made))
+        field = translation.fields.get(id(made), field)
+        inner = [one for keys, one in subschemas(made) if keys[0] != "$defs"]
         if "$ref" in made:
             inner.append(translation.defs[made["$ref"].removeprefix("#/$defs/")])
-        wrong = next((one for one in inner[:_MANY] if validation_problem(_alone(translation, one))), None)
-        if wrong is None or wrong is made or ("$ref" in wrong and wrong["$ref"] == made.get("$ref")):
-            return field
-        made = wrong
-        field = translation.fields.get(id(made), field)
+        parts = [one for one in inner[:_MANY] if isinstance(one, dict)]
+        made = next((one for one in parts if validation_problem(_alone(translation, one))), made)
+    return field
 
 
 def _endless(translation: Translation) -> str:
@@ -92,8 +131,8 @@ def _endless(translation: Translation) -> str:
     for node in reversed(nodes):
         if id(node) not in ending:
             return (
-                f"every value of '{translation.fields.get(id(node), '$')}' in the JSON schema holds another one, "
-                "without end; let the part that refers back be optional, or null, or an empty list."
+                f"has no value that ends: every value of '{translation.fields.get(id(node), '$')}' holds another one, "
+                "without end. Let the part that refers back be optional, or null, or an empty list."
             )
     return ""
 

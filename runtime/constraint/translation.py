@@ -13,9 +13,7 @@ from typing import Any
 from granite4v.runtime.constraint import keywords as of
 from granite4v.runtime.constraint.alternatives import are_disjoint
 from granite4v.runtime.constraint.json_schema import (
-    MAX_LEVELS,
     REFERENCES,
-    InvalidSchema,
     JsonSchema,
     Resolved,
     listed,
@@ -32,33 +30,43 @@ from granite4v.runtime.constraint.leaves import (
     wider,
 )
 from granite4v.runtime.constraint.objects import Place, add_object, closing
+from granite4v.runtime.constraint.trial import Trials
 from granite4v.runtime.constraint.validation import Validator
 
 Schema = dict[str, Any]
 
+_MAX_WARNINGS = 20
 _MAX_NESTING = 20  # of schemas within one of '$defs': llguidance reads at most 128 levels of JSON
 
 
 class Translation:
     """`made` is the schema for llguidance; `fields` says where in an answer each schema in it stands, by its id."""
 
-    def __init__(self, schema: JsonSchema) -> None:
-        """Raises Impossible or InvalidSchema."""
-        self.schema = schema
+    def __init__(self, schema: JsonSchema, trials: Trials, *, close_ranges: bool = True) -> None:
+        """`close_ranges` off: leave numbers out that llguidance's ranges lack. Raises Impossible."""
+        self.schema, self.trials, self.close_ranges = schema, trials, close_ranges
         self._names: dict[tuple[int, bool], str] = {}
-        self._heights: dict[str, int] = {}  # levels of schemas in one another, of each of '$defs'
-        self._reach = 0  # the deepest level so far
+        self._waiting: list[tuple[str, Resolved, str, bool]] = []  # what is referred to and not translated yet
         self._takes_null: dict[int, bool] = {}
         self._left_out: dict[tuple[str, str], list[str]] = {}
         self.defs: dict[str, Any] = {}
         self.fields: dict[int, str] = {}
-        self.merged_patterns: list[tuple[Schema, str]] = []  # where llguidance intersects them, and their fields
+        self.n_merged_patterns = 0  # where llguidance intersects them
+        self._patterns: list[tuple[Schema, str]] = []
         self._one_ofs: list[tuple[Schema, str]] = []
-        root = self._translated(schema.root, "$", False, 0, 0)
+        self.impossible: list[str] = []  # what can be left out of an answer, and has to be
+        root = self._translated(schema.root, "$", False, 0)
         if root is False:
             raise Impossible("'$': it allows no value")
         self.made: Schema = {} if root is True else root
         self.made["$defs"] = self.defs
+        while self._waiting:
+            name, found, field, merged = self._waiting.pop(0)
+            try:
+                self.defs[name] = self._translated(found, field, merged, 0)
+            except Impossible as problem:
+                self.defs[name] = False
+                self.impossible.append(str(problem))
         for made, field in self._one_ofs:
             self._choose_any(made, field)
 
@@ -67,17 +75,21 @@ class Translation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(
+        """What is left out, in one sentence for each keyword and reason."""
+        said = [
             f"{keyword if ' ' in keyword else repr(keyword)} at {listed(fields)} {why}"
             + ("." if "any text is taken" in why else "; the answer is checked against it afterwards.")
             for (keyword, why), fields in self._left_out.items()
-        )
+        ]
+        more = [f"{len(said) - _MAX_WARNINGS} more warnings are left out."] if len(said) > _MAX_WARNINGS else []
+        return (*said[:_MAX_WARNINGS], *more)
 
-    def leave_out_merged_patterns(self) -> None:
-        for made, field in self.merged_patterns:
+    def leave_out_patterns(self) -> None:
+        for made, field in self._patterns:
             found = [key for key in PATTERN_KEYWORDS if made.pop(key, None) is not None]
             if found:
-                self.leave_out("pattern", "cannot guide answers together with others of the same value", field)
+                keyword = "multipleOf" if found == ["multipleOf"] else "pattern"
+                self.leave_out(keyword, "cannot guide answers together with the others", field)
 
     def _choose_any(self, made: Schema, field: str) -> None:
         """llguidance's 'oneOf' is for schemas that it knows to exclude each other; with 'anyOf' the others are held,
@@ -96,21 +108,16 @@ class Translation:
 
     # --- one schema ---
 
-    def _translated(self, found: Resolved, field: str, merged: bool, level: int, nesting: int) -> Any:
+    def _translated(self, found: Resolved, field: str, merged: bool, nesting: int) -> Any:
         """`merged`: with other schemas of the same value, so that what this one leaves open stays open."""
-        self._reach = max(self._reach, level)
-        if level > MAX_LEVELS:
-            raise InvalidSchema(
-                f"has more than {MAX_LEVELS} levels of schemas in one another, at '{field:.60}...'; make it flatter."
-            )
         node = found.node
         if not isinstance(node, dict):
             return node
         if self.schema.ignores_siblings and "$ref" in node:
             node = {"$ref": node["$ref"]}
         if of.restrictions(node) == ["allOf"] and len(node["allOf"]) == 1:
-            return self._inner(found, node["allOf"][0], field, merged, level, nesting)
-        place = Place(found, node, field, merged or of.merges(node), level, nesting)
+            return self._inner(found, node["allOf"][0], field, merged, nesting)
+        place = Place(found, node, field, merged or of.merges(node), nesting)
         try:
             made = self._parts(place)
         except Impossible as problem:
@@ -130,9 +137,9 @@ class Translation:
         else:
             if kinds is None or "integer" in kinds or "number" in kinds:
                 whole = kinds is not None and "number" not in kinds
-                self._add_leaf(made, number_leaf(of.only(node, NUMBER_KEYWORDS), whole=whole), place)
+                self._add_leaf(made, self._number(node, whole=whole), place)
             if kinds is None or "string" in kinds:
-                self._add_leaf(made, string_leaf(of.only(node, STRING_KEYWORDS)), place)
+                self._add_leaf(made, string_leaf(of.only(node, STRING_KEYWORDS), self.trials), place)
         if kinds is None or "array" in kinds:
             self._add_array(made, place)
         if kinds is None or "object" in kinds:
@@ -144,37 +151,30 @@ class Translation:
         made = {key: made[key] for key in (*node, *made) if key in made}  # answers follow the order of the keywords
         if "oneOf" in made:
             self._one_ofs.append((made, place.field))
-        if place.has_patterns and place.merged:
-            self.merged_patterns.append((made, place.field))
+        if place.has_patterns:
+            self._patterns.append((made, place.field))
+            self.n_merged_patterns += place.merged
         return made
 
-    def _inner(self, found: Resolved, node: Any, field: str, merged: bool, level: int, nesting: int) -> Any:
+    def _inner(self, found: Resolved, node: Any, field: str, merged: bool, nesting: int) -> Any:
         inner = self.schema.inside(node, found.resolver)
         if nesting >= _MAX_NESTING and isinstance(node, dict):
-            return self._reference(inner, field, merged, level)
-        return self._translated(inner, field, merged, level + 1, nesting + 1)
+            return self._reference(inner, field, merged)
+        return self._translated(inner, field, merged, nesting + 1)
 
     def part(self, place: Place, node: Any, suffix: str = "", merged: bool = False) -> Any:
         """A schema in a schema. Parts of what is merged may be merged themselves."""
         merged = merged or place.merged
-        return self._inner(place.found, node, place.field + suffix, merged, place.level, place.nesting)
+        return self._inner(place.found, node, place.field + suffix, merged, place.nesting)
 
-    def _reference(self, target: Resolved, field: str, merged: bool, level: int) -> Any:
+    def _reference(self, target: Resolved, field: str, merged: bool) -> Any:
         if not isinstance(target.node, dict):
             return target.node
         key = (id(target.node), merged)
         name = self._names.get(key)
         if name is None:
             name = self._names[key] = f"s{len(self._names)}"
-            before, self._reach = self._reach, level
-            self.defs[name] = self._translated(target, field, merged, level + 1, 0)
-            self._heights[name] = self._reach - level
-            self._reach = max(self._reach, before)
-        self._reach = max(self._reach, level + self._heights.get(name, 0))
-        if self._reach > MAX_LEVELS:
-            raise InvalidSchema(
-                f"has more than {MAX_LEVELS} levels of references in one another, at '{field:.60}'; make it flatter."
-            )
+            self._waiting.append((name, target, field, merged))
         return {"$ref": f"#/$defs/{name}"}
 
     def follow(self, found: Resolved, node: Schema, key: str) -> Resolved:
@@ -187,6 +187,10 @@ class Translation:
             self.leave_out(keyword, why, place.field)
         made |= {**leaf.made, **({"allOf": [*made["allOf"], *leaf.made.get("allOf", [])]} if "allOf" in made else {})}
         place.has_patterns |= any(key in leaf.made for key in PATTERN_KEYWORDS)
+
+    def _number(self, node: Schema, *, whole: bool) -> Leaf:
+        numbers = of.only(node, NUMBER_KEYWORDS)
+        return number_leaf(numbers, self.trials, whole=whole, close_ranges=self.close_ranges)
 
     def _add_constants(self, made: Schema, constants: list[Any], place: Place) -> None:
         """Those that the other keywords for single values allow."""
@@ -225,15 +229,17 @@ class Translation:
         if "contains" in self.schema.dialect.VALIDATORS and of.has_effect("contains", node):
             made["minItems"] = max(made.get("minItems", 0), int(min(node.get("minContains", 1), 10**9)))
         if node.get("uniqueItems") is True and not first and isinstance(made.get("items"), dict):
-            values = self._resolved(made["items"]).get("enum")
+            values = self._values(self.schema.inside(others, place.found.resolver))
             if values is not None:
                 made["maxItems"] = min(made.get("maxItems", len(values)), len(values))
         if made.get("minItems", 0) > made.get("maxItems", 10**9):
             raise Impossible("no list has its minItems and its maxItems at once")
 
-    def _resolved(self, made: Schema) -> Schema:
-        found = self.defs.get(str(made.get("$ref", "")).removeprefix("#/$defs/"), made)
-        return found if isinstance(found, dict) else {}
+    def _values(self, found: Resolved) -> list[Any] | None:
+        """The values that a schema lists."""
+        while isinstance(found.node, dict) and isinstance(found.node.get("$ref"), str) and "enum" not in found.node:
+            found = self.follow(found, found.node, "$ref")
+        return found.node.get("enum") if isinstance(found.node, dict) else None
 
     def shared(self, made: Any) -> Any:
         """A schema that is used several times, as one of '$defs'."""
@@ -249,9 +255,9 @@ class Translation:
     def _add_combinations(self, made: Schema, place: Place) -> None:
         node = place.node
         if "anyOf" in node:
-            made["anyOf"] = of.distinct(self.part(place, inner) for inner in node["anyOf"])
+            made["anyOf"] = of.distinct(self._possible(place, node["anyOf"]))
         if "oneOf" in node:
-            made["oneOf"] = [self.part(place, inner) for inner in node["oneOf"]]
+            made["oneOf"] = self._possible(place, node["oneOf"])
         for key in ("anyOf", "oneOf"):
             if key in made:
                 made[key] = _with_discriminator(made[key], node.get("discriminator"))
@@ -260,11 +266,24 @@ class Translation:
             made["allOf"] = [*made.get("allOf", []), *merged]
         for key in REFERENCES:
             if isinstance(node.get(key), str):
-                reference = self._reference(self.follow(place.found, node, key), place.field, place.merged, place.level)
+                reference = self._reference(self.follow(place.found, node, key), place.field, place.merged)
                 if isinstance(reference, dict) and "$ref" not in made:
                     made.update(reference)
                 else:
                     made["allOf"] = [*made.get("allOf", []), reference]
+
+    def _possible(self, place: Place, alternatives: list[Any]) -> list[Any]:
+        """Those that some value satisfies."""
+        made: list[Any] = []
+        why = Impossible("none of its alternatives is possible")
+        for inner in alternatives:
+            try:
+                made.append(self.part(place, inner))
+            except Impossible as problem:
+                why = problem
+        if not made:
+            raise why
+        return made
 
     def accepts_null(self, found: Resolved) -> bool:
         """Whether null is certainly an instance."""

@@ -150,4 +150,4 @@ def _expands(model: Model, task: str) -> bool:
 def _grammar(task: str, schema: Schema | None) -> Grammar | None:
     from granite4v.runtime.constraint import grammar_for
 
-    return grammar_for(task, None if schema is None else schema.content)
+    return grammar_for(task, None if schema is None else schema.checked)

@@ -48,6 +48,7 @@ class Schema:
 
     name: str
     content: dict[str, Any]
+    checked: JsonSchema = field(compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -60,7 +61,7 @@ class Schema:
 
     @functools.cached_property
     def _validator(self) -> Validator:
-        return Validator(read_schema(self.content))
+        return Validator(self.checked)
 
 
 def load_schema(source: SchemaSource, say: Callable[[str], None] | None = None) -> Schema:
@@ -89,7 +90,7 @@ def _checked(name: str, content: Any, notes: tuple[str, ...] = ()) -> Schema:
     if not any(key in content for key in _SAYS_SOMETHING):
         raise SchemaError(f"{name} does not say which fields are wanted{_hint(content)}; {_EXPECTED}.")
     warnings = tuple(f"{name}: {note}" for note in (*notes, *schema.notes))
-    return Schema(name.strip("'"), json.loads(json.dumps(content)), warnings)
+    return Schema(name.strip("'"), json.loads(json.dumps(content)), schema, warnings)
 
 
 def _hint(content: Mapping[str, Any]) -> str:
