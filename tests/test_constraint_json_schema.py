@@ -153,7 +153,7 @@ def test_a_pattern_without_its_look_around_matches_more(pattern: str, looser: st
 
 def test_patterns_that_backtrack_without_end_are_given_up() -> None:
     problem = Validator(read_schema({"type": "string", "pattern": "(a|aa)+b$"})).problem("a" * 80)
-    assert problem is not None and "takes more than 2 seconds" in problem
+    assert problem is not None and "takes more than a second" in problem
 
 
 def test_patterns_of_ecma_that_python_spells_in_another_way() -> None:
@@ -166,7 +166,7 @@ def test_patterns_of_ecma_that_python_spells_in_another_way() -> None:
 
 
 def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 1.0)
+    monkeypatch.setattr(trial, "SECONDS", 1)
     patterns = [{"pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]
     grammar = kvp(of(["a"], a={"type": "string", "allOf": patterns}))
     (warning,) = grammar.warnings
@@ -174,7 +174,7 @@ def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.Mon
 
 
 def test_a_trial_that_takes_too_long_is_stopped_and_later_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 1.0)
+    monkeypatch.setattr(trial, "SECONDS", 1)
     hanging = {"allOf": [{"type": "string", "pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]}
     with Trials() as trials:
         assert trials.problem({"type": "string", "pattern": "^a$"}, costly=True) == ""

@@ -276,7 +276,6 @@ class Everything(pydantic.BaseModel):
     span: datetime.timedelta
     key: uuid.UUID
     address: ipaddress.IPv4Address
-    site: pydantic.AnyUrl
     secret: pydantic.SecretStr
     path: Path
     raw: bytes
@@ -294,8 +293,8 @@ def test_answers_to_what_pydantic_declares_are_valid_to_pydantic_or_found_out(mo
     grammar = grammar_for("kvp", schema.checked)
     assert grammar is not None
     n_valid = 0
-    for seed in (0, 3, 4, 5):
-        answer = said("toy", grammar, seed, max_tokens=300, patience=3)
+    for seed in range(6):
+        answer = said("toy", grammar, seed, max_tokens=400, patience=3)
         if answer.finish_reason != "stop":
             continue
         value = json.loads(answer.text)
@@ -303,8 +302,8 @@ def test_answers_to_what_pydantic_declares_are_valid_to_pydantic_or_found_out(mo
         try:
             model.model_validate_json(answer.text)
         except pydantic.ValidationError as error:
-            # pydantic demands more than its schema says: hosts that exist, years that it can count, bytes that are text
-            assert problem is not None or {one["loc"][0] for one in error.errors()} <= {"site", "span", "total", "raw"}
+            # pydantic demands more than its schema says: durations and numbers that are not too large
+            assert problem is not None or {one["loc"][0] for one in error.errors()} <= {"span", "total"}
         else:
             assert problem is None
             n_valid += 1

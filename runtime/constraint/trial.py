@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import random
@@ -20,8 +21,9 @@ from typing import IO, Any
 
 from granite4v.runtime.constraint.grammar_text import Bytes, lark_grammar, limits, reason_of, validation_problem
 
-SECONDS = 5.0  # for one grammar
-MAX_SECONDS = 12.0  # for all that look costly; what comes later counts as too costly
+SECONDS = 5  # of the processor's time, for one grammar
+MAX_SECONDS = 12  # for all that look costly; what comes later counts as too costly
+_MAX_WAIT_S = 60.0  # on a busy machine
 _MEMORY_BYTES = 3 << 30
 _N_STEPS = 200  # of a walk through a grammar
 
@@ -32,7 +34,7 @@ class Trials:
     def __init__(self) -> None:
         self._child: _Child | None = None
         self._known: dict[str, str] = {}
-        self._seconds_left = MAX_SECONDS
+        self._seconds_left: float = MAX_SECONDS
 
     def problem(self, schema: dict[str, Any], *, costly: bool = False) -> str:
         """Why answers cannot be held to a schema, in a few words; empty if they can. `costly`: tried apart."""
@@ -44,17 +46,18 @@ class Trials:
     def _tried_apart(self, text: str) -> str:
         if self._seconds_left <= 0:
             return "it was not tried, as others took too much time"
-        start = time.monotonic()
         try:
             self._child = self._child or _Child()
-            answer = self._child.answer(lark_grammar(text), min(SECONDS, self._seconds_left))
         except OSError as error:
             return f"it could not be tried: {error}"
-        self._seconds_left -= time.monotonic() - start
+        answer = self._child.answer(lark_grammar(text))
         if answer is None:
+            self._seconds_left -= SECONDS
             self.close()
             return "compiling it takes too much time or memory"
-        return reason_of(answer)
+        problem, seconds = answer
+        self._seconds_left -= seconds
+        return reason_of(problem)
 
     def close(self) -> None:
         if self._child is not None:
@@ -78,7 +81,7 @@ class _Child:
         if not sys.executable:
             raise OSError("there is no Python executable")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, str(SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -95,15 +98,18 @@ class _Child:
                 self._answers.put(line)
         self._answers.put(b"")
 
-    def answer(self, grammar: str, seconds: float) -> str | None:
-        """None if it does not come in time, or the process ended."""
+    def answer(self, grammar: str) -> tuple[str, float] | None:
+        """What is wrong with a grammar and how long it took to find out; None if the process ended over it."""
         try:
             self._input.write(json.dumps(grammar).encode() + b"\n")
             self._input.flush()
-            line = self._answers.get(timeout=seconds)
+            line = self._answers.get(timeout=_MAX_WAIT_S)
         except (OSError, queue.Empty):
             return None
-        return str(json.loads(line)) if line else None
+        if not line:
+            return None
+        problem, seconds = json.loads(line)
+        return problem, seconds
 
     def close(self) -> None:
         self._process.kill()
@@ -115,23 +121,30 @@ class _Child:
 # --- the process ---
 
 
-def _main() -> None:
+def _main(seconds: int) -> None:
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has the limit
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
+    _limit("RLIMIT_AS", _MEMORY_BYTES)
     for line in sys.stdin.buffer:
-        grammar = json.loads(line)
+        grammar, start = json.loads(line), time.process_time()
+        _limit("RLIMIT_CPU", math.ceil(start) + seconds)
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None)
         problem = messages[0] if failed else ""
         if not failed:
             matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
             _walk(matcher)
             problem = str(matcher.get_error()) if matcher.is_error() else ""
-        print(json.dumps(problem), flush=True)
+        print(json.dumps((problem, time.process_time() - start)), flush=True)
+
+
+def _limit(name: str, value: int) -> None:
+    """The system ends the process that goes beyond it; without the limit, the one that waits for an answer does."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):  # not every system has it
+        import resource
+
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
 def _walk(matcher: Any) -> None:
@@ -145,4 +158,4 @@ def _walk(matcher: Any) -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(int(sys.argv[1]))
