@@ -126,8 +126,7 @@ def _work_folder(given: Path | None) -> Iterator[Path]:
 
 def _prepare(kinds: dict[str, Kind], work: Path) -> None:
     """Makes sound inputs and fills the cache, in a process whose threads are not here when cases fork."""
-    folder = work / "prepare" / "case"
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder = work / f"job{os.getpid()}" / "case"  # its own: several runs may share sound inputs
     folder.mkdir(parents=True)
     write_page(folder / "page.png")
     for kind in kinds.values():
@@ -138,6 +137,7 @@ def _prepare(kinds: dict[str, Kind], work: Path) -> None:
         _must_work(isolated(make, folder, kind.name, Limits(300, 1 << 36)))
     ask = ["ask", "page.png", "Total?", "--max-tokens", "1", "--threads", "1"]
     _must_work(isolated(lambda: command_line(ask), folder, "ask", Limits(300, 1 << 36), ask))
+    shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def _must_work(result: Result) -> None:
@@ -160,7 +160,11 @@ def _reports(kinds: dict[str, Kind], options: argparse.Namespace, work: Path, li
         if pid == 0:
             os.close(reader)
             _worker(
-                [(kinds[name], index) for name, index in todo[job::jobs]], options, work / f"job{job}", limits, writer
+                [(kinds[name], index) for name, index in todo[job::jobs]],
+                options,
+                work / f"job{os.getpid()}",
+                limits,
+                writer,
             )
         os.close(writer)
         children.append(pid)
@@ -191,6 +195,7 @@ def _worker(todo: list[tuple[Kind, int]], options: argparse.Namespace, work: Pat
                 report = _run_case(kind, index, options, work, limits)
                 file.write(json.dumps(asdict(report)).encode() + b"\n")
                 file.flush()
+        shutil.rmtree(work, ignore_errors=True)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
