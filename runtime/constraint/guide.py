@@ -73,7 +73,7 @@ class Guide:
         if not mask.any():
             raise ConstraintError(
                 f"no token can follow {self._compiler.lexicon.text(self._said[-20:])!r}; the model's vocabulary cannot "
-                "spell what the form demands. Answer freely."
+                "spell what the form demands. Use --free (free=True)."
             )
         return mask
 
@@ -153,7 +153,9 @@ class Compiler:
         if grammar not in self._matchers:
             matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0, limits=limits())
             if matcher.is_error():
-                raise ConstraintError(f"llguidance cannot compile the grammar: {_reason(matcher)}. Answer freely.")
+                raise ConstraintError(
+                    f"llguidance cannot compile the grammar: {_reason(matcher)}. Use --free (free=True)."
+                )
             self._matchers[grammar] = matcher
             while len(self._matchers) > _KEPT_GRAMMARS:
                 self._matchers.popitem(last=False)
@@ -325,7 +327,9 @@ def _consume(matcher: Any, token: int) -> None:
 def _check(matcher: Any) -> None:
     """Raises ConstraintError when llguidance ran into one of its limits: its masks hold the end alone then."""
     if matcher.is_error():
-        raise ConstraintError(f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Answer freely.")
+        raise ConstraintError(
+            f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Use --free (free=True)."
+        )
 
 
 def _reason(matcher: Any) -> str:
