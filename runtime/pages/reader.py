@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -114,15 +115,15 @@ class Reader:
         with tempfile.TemporaryFile() as errors:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, WORKER, json.dumps(setup), *sys.path],
+                    [sys.executable or "", "-c", _BOOT, WORKER, json.dumps(setup), *map(str, sys.path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread of it would take address space
                     start_new_session=True,  # a terminal's Ctrl-C is for the owner alone
-                    pipesize=_PIPE_BYTES,
                 )
                 assert self._process.stdout is not None
+                _widen(self._process.stdout.fileno())
                 self._poll = select.poll()
                 self._poll.register(self._process.stdout, select.POLLIN)
                 self._receive(time.monotonic() + _START_S, _START_S, None)
@@ -270,6 +271,14 @@ def _why(died: _Died, op: str, about: str) -> str:
     if died.by_itself:
         return f"the page reader {died.why} while {verb}ing {about}, twice; the file is damaged, or strange. {advice}"
     return f"{about} {died.why} to {verb}, twice; it is damaged, or far from ordinary. {advice}"
+
+
+def _widen(pipe: int) -> None:
+    """Where the system lets us: it may refuse to a user who has many pipes."""
+    resize = getattr(fcntl, "F_SETPIPE_SZ", None)  # of Linux
+    if resize is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, resize, _PIPE_BYTES)
 
 
 def _signal_name(number: int) -> str:
