@@ -133,9 +133,10 @@ def test_escapes_reach_a_pipe_and_no_terminal() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
 def test_json_can_be_read_back_whatever_the_encoding(encoding: str) -> None:
     text = "caf\u00e9 \u2713 \U0001f642 \udcff"
-    code = stub(f"from granite4v.cli.streams import to_json\nprint(to_json({{'text': {text!r}}}))")
+    data = f"{{'text': {text!r}, 'lost': [float('nan'), float('inf'), 1.5]}}"
+    code = stub(f"from granite4v.cli.streams import to_json\nprint(to_json({data}))")
     done = subprocess.run(code, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert json.loads(done.stdout.decode(encoding)) == {"text": text}
+    assert json.loads(done.stdout.decode(encoding)) == {"text": text, "lost": [None, None, 1.5]}
 
 
 def test_a_warning_is_one_line_without_the_place_in_the_code() -> None:
@@ -191,9 +192,20 @@ def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")
 
 
+LEFT_OVER = """
+import threading
+def wait():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    os.write(1, b"working\\n")
+    time.sleep(60)
+threading.Thread(target=wait).start()
+"""
+
+
 def test_a_signal_at_the_very_end_leaves_no_traceback() -> None:
-    body = "import threading\nthreading.Thread(target=lambda: time.sleep(60)).start()\nprint('working', flush=True)"
-    done = interrupted(signal.SIGINT, body=body)
+    """While the interpreter waits for a thread."""
+    done = interrupted(signal.SIGINT, body=LEFT_OVER)
     assert (done.returncode, done.stderr) == (130, "")
 
 

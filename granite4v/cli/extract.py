@@ -20,7 +20,7 @@ from granite4v.cli.options import (
     model_path,
 )
 from granite4v.cli.status import stage_line
-from granite4v.cli.streams import PipeClosed, ResultsLost
+from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
 from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
 
@@ -234,10 +234,8 @@ class _Printer:
         self.failure: Exception | None = None
 
     def print(self, record: Record) -> None:
-        import json
-
         if self._as_json:
-            self.write(lambda: print(json.dumps(record.as_dict(), ensure_ascii=False), flush=True))
+            self.write(lambda: print(to_json(record.as_dict()), flush=True))
         elif self._out is None and record.value is not None:
             self._print_text(record)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from granite4v.cli.options import JsonOption, model_path
+from granite4v.cli.streams import to_json
 from granite4v.cli.terminal import clean
 
 
@@ -30,10 +31,8 @@ def inspect(
         except ModelFileError as error:
             broken.append(error)
     if as_json:
-        import json
-
         if files:
-            typer.echo(json.dumps({"path": str(found), "files": files}, indent=2, ensure_ascii=False))
+            print(to_json({"path": str(found), "files": files}, indent=2))
     elif files:
         typer.echo("\n\n".join(map(_table, files)))
     if broken:

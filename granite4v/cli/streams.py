@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -130,11 +131,21 @@ def prepare() -> Results:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """JSON for stdout: in ASCII where stdout is not UTF-8, since what its encoding lacks would be written in escapes
-    that JSON does not have. Raises ValueError for NaN and infinities."""
+    """JSON for stdout. NaN and infinities, which JSON lacks, are null. In ASCII where stdout is not UTF-8: what its
+    encoding lacks would be written in escapes that JSON does not have."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
-    return json.dumps(data, ensure_ascii=not is_utf8, allow_nan=False, indent=indent)
+    return json.dumps(_finite(data), ensure_ascii=not is_utf8, allow_nan=False, indent=indent)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
 
 
 def _open_descriptors() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from granite4v.cli.options import DeviceOption, JsonOption, MmprojOption, ThreadsOption
+from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
     from granite4v.runtime.verify import Comparison
@@ -62,10 +63,8 @@ def verify(
             report=lambda line: typer.echo(line, err=True),
         )
     if as_json:
-        import json
-
         comparisons = [result.as_dict() for result in results]
-        typer.echo(json.dumps({"model": str(model), "reference": str(reference), "comparisons": comparisons}, indent=2))
+        print(to_json({"model": str(model), "reference": str(reference), "comparisons": comparisons}, indent=2))
     else:
         typer.echo("\n\n".join(_table(result) for result in results))
 
