@@ -8,7 +8,6 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from granite4v.runtime.pages import (
 )
 from granite4v.runtime.pages.content import open_book
 from granite4v.runtime.pages.limits import LIMITS
-from granite4v.runtime.pages.sources import Document, _matches
+from granite4v.runtime.pages.sources import Document, _matches, find_documents
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
     for name in ("x.heic", "y.HEIF", "sub/z.jxl", "sub/q.svg", "sub/r.txt"):
         (folder / name).write_text("x")
     (folder / "photo.jp2").write_bytes(encoded(noise_picture((8, 8)), "JPEG2000"))
-    totals = count_pages(["in", GOOD])
+    totals = count_pages(["in", "./in/", GOOD])
     assert totals.notes == (
         "left out of 'in': 4 files of kinds that are not read (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
         "them to PNG, JPEG or PDF.",
@@ -231,17 +230,34 @@ def test_files_and_directories_without_permission_are_failures(folder: Path) -> 
 
 
 def test_errors_of_the_disk_are_failures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def walk(top: str, onerror: Any) -> Iterator[Any]:
-        onerror(PermissionError(13, "Permission denied", f"{top}/locked"))
-        yield top, [], ["page2.PNG", "page10.png"]
+    def scan(path: str) -> Any:
+        if path == "in/sub":
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path)
 
-    monkeypatch.setattr(os, "walk", walk)
+    opened = os.scandir
+    monkeypatch.setattr(os, "scandir", scan)
     found = [str(item.error) if isinstance(item, PageFailure) else item.source for item in read(folder.name)]
-    assert found == [
-        "the directory 'in/locked' cannot be read: Permission denied.",
-        "in/page2.PNG",
-        "in/page10.png",
-    ]
+    assert found == ["the directory 'in/sub' cannot be read: Permission denied.", *IN_ORDER[:3]]
+
+
+def test_directories_may_be_deeper_than_python_calls_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("a.png").write_bytes(GOOD.read_bytes())
+    deepest = os.open(".", os.O_RDONLY)
+    os.chdir(tmp_path)
+    try:
+        assert len(find_documents(["d"])) == len(find_documents(["d/**/*.png"])) == 1
+    finally:  # by hand: what removes temporary folders calls itself, too
+        os.chdir(deepest)
+        os.close(deepest)
+        os.unlink("a.png")
+        for _ in range(1100):
+            os.chdir("..")
+            os.rmdir("d")
 
 
 def test_a_file_that_the_disk_refuses_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def count_pages(
             count = _count(item, _Request(ranges, password), reader, counted)
             n_pages = None if n_pages is None or count is None else n_pages + count
     found = _Found(_texts(inputs), tuple(documents), counted)
-    return Totals(len(documents), n_pages, tuple(notes), found)
+    return Totals(len(documents), n_pages, tuple(dict.fromkeys(notes)), found)
 
 
 def _texts(inputs: Inputs) -> tuple[str, ...]:

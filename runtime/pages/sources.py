@@ -129,9 +129,8 @@ def _match(base: str, parts: list[str]) -> Iterator[str]:
         if not rest:
             yield base or "."  # a directory stands for all that is in it
             return
-        for folder, folders, _ in os.walk(base or "."):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from _match(os.path.relpath(folder, ".") if not base else folder, rest)
+        for folder, _ in _walk(base or ".", []):
+            yield from _match(folder if base else folder[2:], rest)
     elif glob.has_magic(first):
         try:
             names = os.listdir(base or ".")
@@ -151,9 +150,8 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
     found: list[str] = []
     left_out: list[str] = []
     suffixes = _suffixes()
-    for folder, folders, files in os.walk(directory, onerror=errors.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+    for folder, files in _walk(directory, errors):
+        paths = [os.path.join(folder, name) for name in files]
         found += [path for path in paths if _suffix(path) in suffixes and not _is_special(path)]
         left_out += [path for path in paths if _suffix(path) not in suffixes and _looks_readable(path)]
     for error in errors:
@@ -171,6 +169,24 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
         )
     for path in sorted(found, key=_natural):
         yield _document(path)
+
+
+def _walk(top: str, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
+    """(directory, names of what else is in it) of `top` and below, hidden ones left out, links not followed.
+
+    Not `os.walk`, which calls itself before Python 3.12, and so ends at about a thousand levels.
+    """
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            errors.append(error)
+            continue
+        waiting += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+        yield folder, [entry.name for entry in found if not os.path.isdir(entry.path)]
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -192,8 +208,8 @@ def _left_out(directory: str, paths: list[str]) -> str:
     more = f" and {len(paths) - _MOST_NAMES:,} more" if len(paths) > _MOST_NAMES else ""
     files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
     return (
-        f"left out of '{shown(directory)}': {files} of kinds that are not read ({names}{more}); convert them "
-        "to PNG, JPEG or PDF."
+        f"left out of '{shown(str(Path(directory)))}': {files} of kinds that are not read ({names}{more}); convert "
+        "them to PNG, JPEG or PDF."
     )
 
 
