@@ -271,6 +271,11 @@ def test_settings_of_llguidance_in_a_schema_are_ignored() -> None:
         (of(["x"], x={"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "holds another one, without end"),
         (of(x={"anyOf": [{"$ref": "#/properties/x"}, {"type": "null"}]}), "refers to itself without end"),
         ({"$ref": "#"}, "refers to itself without end at '$'"),
+        (
+            of(["b"], a={}, b={"type": "null"}) | {"required": ["c"], "additionalProperties": False},
+            "at '$': it requires 'c', which is no property of it, and allows no others",
+        ),
+        (of(x=of(["c"], a={}) | {"unevaluatedProperties": False}), "at '$.x': it requires 'c', which is no property"),
         (of(["a"], a=False), "required property 'a' is unsatisfiable"),
         (of(a={"enum": []}), "at '$.a': none of its values is allowed"),
         (of(a={"enum": ["x"], "maxLength": 0}), "at '$.a': none of its values is allowed"),

@@ -82,6 +82,13 @@ def test_order_of_keys_counts() -> None:
             "refers to 'https://example.com/s.json', which is not in it; granite4v fetches",
         ),
         ("[" * 100000, "is nested too deep"),
+        ('{"type": ["string", "null"]}', "describes a single value; fields are an object or a list, so put it under a"),
+        ('{"enum": [0, "x"]}', "describes a single value"),
+        ('{"const": null}', "describes a single value"),
+        (
+            '{"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}], "$defs": {"a": {"allOf": [{"enum": [1]}]}}}',
+            "describes a single value",
+        ),
     ],
 )
 def test_what_is_no_schema(tmp_path: Path, content: str, message: str) -> None:
@@ -167,11 +174,23 @@ def test_directories_huge_files_and_pipes_that_nobody_writes_to(
         load_schema(tmp_path / "pipe")
 
 
+def test_long_chains_of_references_are_taken() -> None:
+    """Whether they hold fields is looked for only so far."""
+    definitions = {
+        f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}"}]} for i in range(30)
+    }
+    text = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d30": {"type": "string"}}}
+    with pytest.raises(SchemaError, match="describes a single value"):
+        load_schema(text)
+    fields = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d30": {"type": "object"}}}
+    assert load_schema(fields).content == fields
+
+
 def test_a_pipe_of_the_shell_is_read() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:
-        file.write(b'{"type": "string"}')
-    assert load_schema(f"/dev/fd/{reading}").content == {"type": "string"}
+        file.write(b'{"type": "object"}')
+    assert load_schema(f"/dev/fd/{reading}").content == {"type": "object"}
     os.close(reading)
 
 

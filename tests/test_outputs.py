@@ -686,6 +686,8 @@ def test_every_beginning_of_fields_gives_the_first_fields(seed: int) -> None:
         ("{", None),
         ("", None),
         ("sorry", None),
+        ("null", None),
+        ('"x"', None),
     ],
 )
 def test_fields_are_kept_to_the_last_whole_one(text: str, expected: Any) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from granite4v.runtime.constraint import keywords as of
-from granite4v.runtime.constraint.json_schema import REFERENCES, Resolved, subschemas
+from granite4v.runtime.constraint.json_schema import REFERENCES, Resolved, listed, subschemas
+from granite4v.runtime.constraint.leaves import Impossible
 
 if TYPE_CHECKING:
     from granite4v.runtime.constraint.translation import Translation
@@ -33,6 +34,8 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
     properties = {name: of_schema.part(place, inner, f".{name}") for name, inner in node.get("properties", {}).items()}
     required = of.required(node)
     others = node.get("additionalProperties")
+    if others is False and "patternProperties" not in node:
+        _check_required(node, required, properties)
     if others is not None:
         made["additionalProperties"] = of_schema.part(place, others, ".*")
     if "patternProperties" in node:
@@ -42,6 +45,8 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
     if _is_closed(of_schema, place):
         for name, inner in _conditional_properties(of_schema, place):
             properties.setdefault(name, inner)
+        if node.get("unevaluatedProperties") is False:
+            _check_required(node, required, properties)
         properties |= {name: True for name in required if name not in properties}
         if "additionalProperties" not in made:
             made["additionalProperties"] = False
@@ -58,6 +63,13 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
     if required:
         made["required"] = required
     _add_counts(of_schema, made, place)
+
+
+def _check_required(node: Schema, required: list[str], allowed: Iterable[str]) -> None:
+    """Raises Impossible for an object that must have a property that it must not have."""
+    missing = [name for name in required if name not in allowed]
+    if missing and of.kinds(node) == ["object"]:
+        raise Impossible(f"it requires {listed(missing)}, which is no property of it, and allows no others")
 
 
 def _is_closed(of_schema: Translation, place: Place) -> bool:

@@ -20,12 +20,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from granite4v.errors import SchemaError
-from granite4v.runtime.constraint.json_schema import MAX_CHARACTERS, InvalidSchema, JsonSchema, listed, read_schema
+from granite4v.runtime.constraint.json_schema import (
+    MAX_CHARACTERS,
+    InvalidSchema,
+    JsonSchema,
+    Resolved,
+    listed,
+    read_schema,
+)
+from granite4v.runtime.constraint.keywords import kinds
 from granite4v.runtime.constraint.validation import Validator
 
 SchemaSource: TypeAlias = "str | Path | Mapping[str, Any] | type"
 
 _CLASS_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+MAX_LOOKED_AT = 200  # schemas behind the root
 # a schema without any of these allows everything, and is most likely an example of the data instead
 _SAYS_SOMETHING = (
     "type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "not", "$ref",
@@ -89,8 +98,38 @@ def _checked(name: str, content: Any, notes: tuple[str, ...] = ()) -> Schema:
         raise SchemaError(f"{name} {error}") from None
     if not any(key in content for key in _SAYS_SOMETHING):
         raise SchemaError(f"{name} does not say which fields are wanted{_hint(content)}; {_EXPECTED}.")
+    if not _may_hold_fields(schema, schema.root, {}):
+        raise SchemaError(
+            f"{name} describes a single value; fields are an object or a list, so put it under a name, as in "
+            '{"type": "object", "properties": {"total": {"type": "number"}}}.'
+        )
     warnings = tuple(f"{name}: {note}" for note in (*notes, *schema.notes))
     return Schema(name.strip("'"), json.loads(json.dumps(content)), schema, warnings)
+
+
+def _may_hold_fields(schema: JsonSchema, found: Resolved, known: dict[int, bool]) -> bool:
+    """Whether an object or a list may fit a schema, as far as types and listed values tell. `known`: by id of a node;
+    a schema that says so only after hundreds of others is given the benefit of the doubt."""
+    node = found.node
+    if not isinstance(node, dict) or len(known) > MAX_LOOKED_AT:
+        return node is not False
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = True  # where it refers to itself, what else it says decides
+    parts = {
+        word: [_may_hold_fields(schema, schema.inside(inner, found.resolver), known) for inner in node[word]]
+        for word in ("anyOf", "oneOf", "allOf")
+        if word in node
+    }
+    if isinstance(node.get("$ref"), str):
+        parts["$ref"] = [_may_hold_fields(schema, schema.follow(node["$ref"], found.resolver), known)]
+    values = node.get("enum", [node["const"]] if "const" in node else [{}])
+    known[id(node)] = (
+        bool({"object", "array"}.intersection(kinds(node) or ("object",)))
+        and any(isinstance(value, dict | list) for value in values)
+        and all(any(found) if word in ("anyOf", "oneOf") else all(found) for word, found in parts.items())
+    )
+    return known[id(node)]
 
 
 def _hint(content: Mapping[str, Any]) -> str:

@@ -55,4 +55,6 @@ def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:
     Objects and lists that were begun stay, with what is whole in them.
     """
     prefix = read_prefix(unfence(text, "json").text.lstrip())
-    return (prefix.value if isinstance(prefix.value, dict | list) else None), prefix.whole
+    if not isinstance(prefix.value, dict | list):
+        return None, False
+    return prefix.value, prefix.whole
