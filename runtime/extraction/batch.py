@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -12,7 +13,7 @@ from granite4v.errors import OutputError
 from granite4v.runtime.extraction.attempts import Attempts
 from granite4v.runtime.extraction.documents import DOCLING, described, remove_stale, write_document
 from granite4v.runtime.extraction.durable import FileOutputError
-from granite4v.runtime.extraction.earlier import Earlier, Seen
+from granite4v.runtime.extraction.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extraction.folder import Folder
 from granite4v.runtime.extraction.journal import Journal
 from granite4v.runtime.extraction.names import Names
@@ -124,6 +125,7 @@ class Extraction:
             **asdict(job.selection),
             view=job.model.files.vision_config,
             wanted=self._earlier.wanted,
+            earlier_error=None if job.retry_failed else functools.partial(earlier_error, self._journal),
             waiting=waiting(self.state, self._watch),
             counted=job.totals,
         )

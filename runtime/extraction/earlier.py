@@ -2,7 +2,8 @@
 
 A file is known again by its state (size and time of change), a page by its pixels. Records of a file that has not
 changed stay, failures too, unless what failed may fare better now. A document whose opening failed is opened by every
-run, so that a password, or more memory, helps at once.
+run, so that a password, or more memory, helps at once; but not one whose opening ended the reader process, which would
+cost its time limits in every run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from granite4v.errors import DocumentError, Granite4vError
 from granite4v.runtime.extraction.journal import Entry, Journal
 from granite4v.runtime.extraction.record import Key
 
@@ -18,6 +20,24 @@ if TYPE_CHECKING:
     from granite4v.runtime.pages import Page, PageFailure, PageSkipped
 
 TRIED_AGAIN = ("MemoryError",)  # failures of a page that need not happen twice
+
+
+def earlier_error(journal: Journal, source: str, number: int | None, file_state: str | None) -> Granite4vError | None:
+    """How an earlier run failed at a page, or at opening a document; as `pages.open_pages` takes it.
+
+    None for a file that has changed since, and for a failure that is tried again.
+    """
+    from granite4v.runtime.pages import ReaderEnded
+
+    for task in journal.tasks():
+        key = (source, number, task)
+        entry = journal.get(key)
+        if entry is None or not entry.failed or file_state is None or entry.file_state != file_state:
+            continue
+        ended = entry.error_type == ReaderEnded.__name__
+        if ended or (number is not None and entry.error_type not in TRIED_AGAIN):
+            return (ReaderEnded if ended else DocumentError)(journal.read(key).error)
+    return None
 
 
 @dataclass

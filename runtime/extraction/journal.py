@@ -181,6 +181,10 @@ class Journal:
         """Of a document's records, in order."""
         return sorted(self._documents.get(source, ()), key=self._place_in_document)
 
+    def tasks(self) -> list[str]:
+        """Every task that was ever recorded."""
+        return list(self._tasks)
+
     def sources(self) -> dict[str, str | None]:
         """Every document that was ever recorded, in order, with the `stem` that its records have, if they do."""
         return dict(self._stems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from granite4v.runtime.extraction.arguments import check_arguments
 from granite4v.runtime.extraction.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extraction.attempts import Attempts
 from granite4v.runtime.extraction.batch import REPORT, Extraction, Job, OutputOptions, PageSelection
+from granite4v.runtime.extraction.earlier import earlier_error
 from granite4v.runtime.extraction.fingerprint import model_hashes
 from granite4v.runtime.extraction.folder import Folder
 from granite4v.runtime.extraction.journal import Journal
@@ -102,12 +104,15 @@ def extract(
     found = None if schema is None else load_schema(schema, say)
     selection = PageSelection(pages, password, None if crop is None else str(parse_crop(crop)))
     watch, state = watch or _nothing, State()
-    totals = count_pages(paths, pages=pages, password=password, waiting=waiting(state, watch))
-    for note in totals.notes:
-        say(note)
     folder = None if out is None else Folder.claim(Path(out), resume=resume)
     closing: list[Callable[[], None]] = [folder.release] if folder else []
     try:
+        journal = Journal.open(folder.results) if folder is not None and folder.is_resumed else None
+        closing[:0] = [journal.close] if journal is not None else []
+        known = None if journal is None or retry_failed else functools.partial(earlier_error, journal)
+        totals = count_pages(paths, pages=pages, password=password, earlier_error=known, waiting=waiting(state, watch))
+        for note in totals.notes:
+            say(note)
         if folder is not None and (report or folder.is_resumed):
             from granite4v.runtime.extraction.report import is_report
 
@@ -125,8 +130,9 @@ def extract(
         if folder is not None:
             for remark in folder.begin(_manifest(paths, asked, hashes, selection, settings, model)):
                 say(remark)
-        journal = Journal.open(None if folder is None else folder.results)
-        closing.insert(0, journal.close)
+        if journal is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
+            journal = Journal.open(None if folder is None else folder.results)
+            closing.insert(0, journal.close)
         attempts = Attempts(None if folder is None else folder.path / ATTEMPTS)
         closing.insert(0, attempts.close)
         options = OutputOptions(tuple(formats), csv_safe, report)

@@ -4,6 +4,7 @@ Importing this package loads no library and reads no file.
 """
 
 from granite4v.runtime.pages.opening import Page, PageFailure, PageSkipped, Totals, count_pages, open_pages
+from granite4v.runtime.pages.reader import ReaderEnded
 from granite4v.runtime.pages.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PageFailure",
     "PageRanges",
     "PageSkipped",
+    "ReaderEnded",
     "SelectionError",
     "Totals",
     "count_pages",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Inputs = Sequence[str | os.PathLike[str]]
 Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page
+# (source, number or None, file_state): how an earlier run failed at a page, or at opening a document
+EarlierError = Callable[[str, "int | None", "str | None"], "Granite4vError | None"]
 ALL_PAGES = PageRanges(((1, None),))
 
 
@@ -93,11 +95,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What was found out about a document while counting: its index, or how it ended its reader."""
+    """What was found out about a document while counting: its index, or how it ended its reader, now or earlier."""
 
     state: str | None
     index: list[int] | None
-    error: ReaderEnded | None
+    error: Granite4vError | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Request:
     crop: Crop | None = None
     tiling: TilingConfig | None = None
     wanted: Wanted | None = None
+    earlier_error: EarlierError | None = None
 
 
 def open_pages(
@@ -126,6 +129,7 @@ def open_pages(
     crop: str | Sequence[float | str] | Crop | None = None,
     view: VisionConfig | None = None,
     wanted: Wanted | None = None,
+    earlier_error: EarlierError | None = None,
     waiting: Waiting | None = None,
     counted: Totals | None = None,
     limits: Limits = LIMITS,
@@ -139,9 +143,10 @@ def open_pages(
     `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
     `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will look at the pages, which
     decides how large those of a PDF are drawn (see `resolution`); without one at 200 dpi. `wanted`: called before a
-    page is rendered; where it returns False, the page comes as PageSkipped. `waiting`: called about twice a second
-    while a document or page takes its time. `counted`: what `count_pages` returned for these inputs, so that nothing
-    is searched for or counted twice.
+    page is rendered; where it returns False, the page comes as PageSkipped. `earlier_error`: called for skipped pages,
+    which count as failed where it returns an error, so that every run gives up a document at the same page. `waiting`:
+    called about twice a second while a document or page takes its time. `counted`: what `count_pages` returned for
+    these inputs, so that nothing is searched for or counted twice.
 
     Raises at once SelectionError for pages, a crop or a password that cannot be meant so, and DocumentError when there
     is nothing at all to read. Everything after that is a PageFailure: a page that is missing or damaged, or, with
@@ -149,7 +154,7 @@ def open_pages(
     """
     _check_password(password)
     area, tiling = None if crop is None else parse_crop(crop), None if view is None else view.tiling
-    request = _Request(_ranges(pages), password, area, tiling, wanted)
+    request = _Request(_ranges(pages), password, area, tiling, wanted, earlier_error)
     known = None if counted is None else counted.found
     if known is None or known.inputs != _texts(inputs):
         known = _Found(_texts(inputs), tuple(find_documents(inputs)), {})
@@ -161,10 +166,15 @@ def count_pages(
     *,
     pages: str | PageRanges | None = None,
     password: str | None = None,
+    earlier_error: EarlierError | None = None,
     waiting: Waiting | None = None,
     limits: Limits = LIMITS,
 ) -> Totals:
-    """How much `open_pages` will yield, failures included, without rendering a page. Raises what it raises."""
+    """How much `open_pages` will yield, failures included, without rendering a page. Raises what it raises.
+
+    `earlier_error`: called with None for a page number before a document is opened; where it returns an error, the
+    document is not opened, and `open_pages` yields a PageFailure with that error.
+    """
     _check_password(password)
     ranges = _ranges(pages)
     notes: list[str] = []
@@ -173,7 +183,8 @@ def count_pages(
     n_pages: int | None = 0
     with contextlib.closing(Reader(limits, waiting)) as reader:
         for item in documents:
-            count = _count(item, _Request(ranges, password), reader, counted)
+            request = _Request(ranges, password, earlier_error=earlier_error)
+            count = _count(item, request, reader, counted)
             n_pages = None if n_pages is None or count is None else n_pages + count
     found = _Found(_texts(inputs), tuple(documents), counted)
     return Totals(len(documents), n_pages, tuple(dict.fromkeys(notes)), found)
@@ -205,6 +216,10 @@ def _count(item: Document | NotFound, request: _Request, reader: Reader, counted
     if is_read_once(item):
         return None
     state = file_state(item)
+    earlier = None if request.earlier_error is None else request.earlier_error(item.source, None, state)
+    if earlier is not None:
+        counted[item.source] = _Counted(state, None, earlier)
+        return 1
     book = _book(item, state, None, request, reader, None)
     try:
         book.begin_open()
@@ -298,6 +313,9 @@ def _pages_of(
             continue
         if request.wanted is not None and not request.wanted(source, first, state):
             yield PageSkipped(source, first, n_pages, state)
+            failed = None if request.earlier_error is None else request.earlier_error(source, first, state)
+            n_failed = 0 if failed is None else n_failed + 1
+            n_ended = n_ended + 1 if isinstance(failed, ReaderEnded) else 0
             continue
         if n_ended == limits.n_ended or n_failed == limits.n_failed:
             yield PageFailure(source, None, _given_up(document.name, n_pages, first, n_failed), state)
