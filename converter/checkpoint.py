@@ -145,6 +145,6 @@ def _preprocessor(folder: Path) -> Fields:
     if not merged:
         raise CheckpointError(
             f"'{folder}' has no 'preprocessor_config.json' (or 'processor_config.json' with an image processor); it "
-            "says how pictures are scaled and normalized. Copy it from the original checkpoint."
+            "says how images are scaled and normalized. Copy it from the original checkpoint."
         )
     return Fields(merged, " and ".join(files))

@@ -131,7 +131,7 @@ class Engine:
         """Raises ModelFileError for a model without a vision file."""
         if self.files.vision is None:
             raise ModelFileError(
-                f"'{self.files.text.path}' has no vision file beside it, so it cannot look at pictures; give one with "
+                f"'{self.files.text.path}' has no vision file beside it, so it cannot look at images; give one with "
                 "'--mmproj', or a model directory that holds both."
             )
 

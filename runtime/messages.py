@@ -74,11 +74,16 @@ def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
     waiting = sum(picture is None for picture in found)
     if waiting != len(images):
         raise PromptError(
-            f"the messages have {waiting} image part(s) without a picture of their own, but {len(images)} picture(s) "
-            "were given beside them; add or remove {'type': 'image'} parts, one where each picture belongs."
+            f"the messages expect {counted(waiting, 'image')} beside them, and got {len(images)}; add or remove "
+            "{'type': 'image'} parts, one where each image belongs."
         )
     given = iter(images)
     return [next(given) if picture is None else picture for picture in found]
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _message(message: Any, number: int, found: list[Any]) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def _picture(part: Mapping[str, Any], number: int) -> Any:
         return _decode(data, number)
     if scheme in ("http", "https", "ftp"):
         raise PromptError(
-            f"message {number} has a picture at '{value:.80}'; granite4v works offline and fetches nothing. "
+            f"message {number} has an image at '{value:.80}'; granite4v works offline and fetches nothing. "
             "Give a local path or a data URL."
         )
     return Path(unquote(urlparse(value).path)) if scheme == "file" else Path(value)
@@ -147,7 +152,7 @@ def _decode(data: str, number: int) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise PromptError(f"message {number} has a picture whose base64 data is damaged.") from None
+        raise PromptError(f"message {number} has an image whose base64 data is damaged.") from None
 
 
 def _shown(value: Any) -> str:
@@ -168,4 +173,4 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, depth + 1) for item in value]
-    raise PromptError(f"a message holds a {type(value).__name__}; beside pictures only JSON values can be rendered.")
+    raise PromptError(f"a message holds a {type(value).__name__}; beside images only JSON values can be rendered.")

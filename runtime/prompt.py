@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
-from granite4v.runtime.messages import Conversation
+from granite4v.runtime.messages import Conversation, counted
 from granite4v.runtime.template import ChatTemplate, task_tags
 from granite4v.runtime.tokens import VOCABULARY, Tokenizer, token_id
 
@@ -101,7 +101,7 @@ def build_prompt(
     places = [i for i, token in enumerate(tokens) if token == placeholder]
     if images and placeholder is None:
         raise ModelFileError(
-            f"the text file's vocabulary has no picture placeholder ('{keys.IMAGE_TOKEN_ID}' or '{IMAGE_TOKEN}'); "
+            f"the text file's vocabulary has no image placeholder ('{keys.IMAGE_TOKEN_ID}' or '{IMAGE_TOKEN}'); "
             "use the text file that belongs to the vision file."
         )
     if len(places) != len(images):
@@ -149,7 +149,7 @@ def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:
         return
     n_image = prompt.n_image_tokens
     raise ContextOverflowError(
-        f"the request needs {needed:,} tokens ({n_image:,} for {len(prompt.images)} picture(s), "
+        f"the request needs {needed:,} tokens ({n_image:,} for {counted(len(prompt.images), 'image')}, "
         f"{prompt.n_tokens - n_image:,} of text, {max_tokens:,} for the answer), but the context holds {n_ctx:,}; "
         f"raise the context (--ctx, n_ctx) to {needed:,} or ask for a shorter answer."
     )
@@ -161,15 +161,15 @@ def _mismatch(n_places: int, n_images: int, conversation: Conversation) -> str:
         tags = task_tags(message)
         if n_parts > 1 and tags and n_places < n_images:
             return (
-                f"message {number} has {n_parts} pictures and the task tag '{tags[0]}', for which the model's chat "
-                "template keeps only one picture; ask about one picture at a time."
+                f"message {number} has {n_parts} images and the task tag '{tags[0]}', for which the model's chat "
+                "template keeps only one image; ask about one image at a time."
             )
     if n_places > n_images:
         return (
-            f"the prompt has {n_places} picture placeholders for {n_images} picture(s); a text may not contain the "
-            "placeholder itself."
+            f"the prompt has {counted(n_places, 'image placeholder')} for {counted(n_images, 'image')}; a text may "
+            "not contain the placeholder itself."
         )
     return (
-        f"the model's chat template leaves {n_places} picture placeholder(s) for {n_images} picture(s); put every "
-        "picture into a user message, as a part of its own."
+        f"the model's chat template leaves {counted(n_places, 'image placeholder')} for "
+        f"{counted(n_images, 'image')}; put every image into a user message, as a part of its own."
     )

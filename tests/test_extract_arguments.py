@@ -53,7 +53,7 @@ def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
-        with pytest.raises(ArgumentError, match="which is no directory"):
+        with pytest.raises(ArgumentError, match="which is not a directory"):
             check(out=tmp_path / name)
 
 

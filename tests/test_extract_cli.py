@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 from checkpoint_spec import PRESETS
 from pictures import text_picture
+from PIL import Image
 from typer.testing import CliRunner
 
 import granite4v
@@ -182,7 +183,7 @@ def test_a_page_is_encoded_and_read_once_for_all_tasks(folder: Path, scans: Path
         ),
         (["--task", "chart2csv", "--out", "-"], 2, "'out' (--out) is '-'; expected a directory"),
         (["--task", "chart2csv", "--out", "x.json"], 2, "'x.json', which looks like a file; expected a directory"),
-        (["--task", "chart2csv", "--out", "{scans}/b.png"], 2, "which is no directory"),
+        (["--task", "chart2csv", "--out", "{scans}/b.png"], 2, "which is not a directory"),
         (["--task", "chart2csv", "--csv-safe"], 2, "'csv_safe' needs a directory"),
         (["--task", "chart2csv", "--retry-failed"], 2, "add 'resume' (--resume)"),
         (["--task", "chart2csv", "--pages", "3-1"], 2, "which counts down"),
@@ -236,6 +237,21 @@ def test_an_answer_that_was_cut_is_told(folder: Path, scans: Path, tmp_path: Pat
     assert (
         result.exit_code == 1 and "b.png, page 1, chart2summary: cut: the answer did not end by itself" in result.stderr
     )
+
+
+def test_warnings_of_a_page_are_told_once_for_all_tasks(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "floats.tif"
+    Image.new("F", (30, 20), 0.5).save(path)
+    result = run(path, *TASKS, "--max-tokens", 2, "--model", folder)
+    assert result.stderr.count("warning: ") == 1
+    assert f"warning: '{path}' is greyscale of floats" in result.stderr
+
+
+def test_a_failure_names_its_file_once(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes.png"
+    path.write_text("no image")
+    result = run(path, *TASKS, "--model", folder)
+    assert f"\n'{path}' holds text; expected " in result.stderr and result.stderr.count(f"{path}") == 1
 
 
 def test_what_could_act_on_a_terminal_is_escaped(folder: Path, scans: Path, tmp_path: Path) -> None:

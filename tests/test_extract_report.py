@@ -63,7 +63,7 @@ def test_it_is_well_formed_and_says_everything(report: str) -> None:
     again = lxml_html.document_fromstring(report)  # as a browser reads it
     pages = list(root.iter(f"{XHTML}article"))
     assert len(pages) == len(again.findall(".//article")) == 4
-    assert "a.pdf page 1 of 2" in text_of(pages[0]) and "no picture of this page" in text_of(pages[1])
+    assert "a.pdf page 1 of 2" in text_of(pages[0]) and "no image of this page" in text_of(pages[1])
     table = next(pages[0].iter(f"{XHTML}table"))
     assert [(cell.tag.removeprefix(XHTML), dict(cell.attrib), text_of(cell)) for row in table for cell in row] == [
         ("th", {"colspan": "2"}, "T"), ("td", {"rowspan": "2"}, "a"), ("td", {}, "b"), ("td", {}, "c"),

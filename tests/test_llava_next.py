@@ -196,7 +196,7 @@ def test_a_person_may_write_the_placeholder(pair: Callable[..., Pair]) -> None:
     middle = model.prepare([{"role": "user", "content": "This <image> or that <image>?"}], [picture, picture])
     assert middle.text == "USER: This <image> or that <image>? ASSISTANT:"
     assert middle.n_image_tokens == 2 * usual.n_image_tokens
-    with pytest.raises(PromptError, match="2 picture placeholders for 1 picture|3 picture placeholders"):
+    with pytest.raises(PromptError, match="2 image placeholders for 1 image|3 image placeholders"):
         model.prepare("<image> or <image>?", [picture])
 
 

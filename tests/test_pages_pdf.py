@@ -95,7 +95,10 @@ def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:
     pages = read(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert [len(page.warnings) for page in pages if isinstance(page, Page)] == [0, 0, 0, 1]
     assert isinstance(pages[3], Page)
-    assert "a.pdf' holds text, but shows none; is its font neither in the file nor on" in pages[3].warnings[0]
+    assert (
+        "a.pdf' has text, but renders without any; its fonts are probably neither embedded nor installed"
+        in pages[3].warnings[0]
+    )
 
 
 def test_documents_in_a_portfolio_are_told_and_data_in_an_invoice_is_not(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_documents_in_a_portfolio_are_told_and_data_in_an_invoice_is_not(tmp_pat
     for name in ("a.pdf", "data.xml", "Ü.PDF", "c.docx", "d.png"):
         pdf.attachments[name] = pikepdf.AttachedFileSpec(pdf, b"x", filename=name)
     (warning,) = one(write(tmp_path / "a.pdf", pdf)).warnings
-    assert "a.pdf' has files attached, which are not read: 'a.pdf', 'c.docx', 'd.png' and 1 more; save" in warning
+    assert "a.pdf' has attached files, which are not read: 'a.pdf', 'c.docx', 'd.png' and 1 more; save" in warning
     pdf = text_pdf("invoice")
     pdf.attachments["factur-x.xml"] = pikepdf.AttachedFileSpec(pdf, b"<x/>", filename="factur-x.xml")
     assert one(write(tmp_path / "b.pdf", pdf)).warnings == ()

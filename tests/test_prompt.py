@@ -77,12 +77,12 @@ def test_the_digest_knows_pixels_and_shape() -> None:
 
 
 def test_two_pictures_with_a_tag_are_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match="2 pictures and the task tag '<tables_json>'.* one picture at a time"):
+    with pytest.raises(PromptError, match="2 images and the task tag '<tables_json>'.* one image at a time"):
         model.prepare("<tables_json>", PICTURES)
 
 
 def test_more_placeholders_than_pictures_written_in_the_text_are_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match=r"3 picture placeholders for 1 picture\(s\)"):
+    with pytest.raises(PromptError, match=r"3 image placeholders for 1 image;"):
         model.prepare("Compare <image> with <image>.", PICTURES[:1])
 
 
@@ -91,12 +91,12 @@ def test_a_picture_that_the_template_skips_is_refused(model: granite4v.Model, mo
 
     template = ChatTemplate("{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}")
     monkeypatch.setattr(model.engine, "_template", template)
-    with pytest.raises(PromptError, match=r"leaves 0 picture placeholder\(s\) for 1 picture"):
+    with pytest.raises(PromptError, match=r"leaves 0 image placeholders for 1 image;"):
         model.prepare("x", PICTURES[:1])
 
 
 def test_more_pictures_than_parts_is_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match="2 image part"):
+    with pytest.raises(PromptError, match="expect 2 images beside them, and got"):
         model.prepare(LATER, [*PICTURES, PICTURES[0]])
 
 
@@ -104,7 +104,7 @@ def test_a_vocabulary_without_a_placeholder_is_an_error(
     model: granite4v.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.engine, "placeholder", None)
-    with pytest.raises(ModelFileError, match="no picture placeholder"):
+    with pytest.raises(ModelFileError, match="no image placeholder"):
         model.prepare("x", PICTURES[:1])
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     check_fits(prompt, 50, 200)
     with pytest.raises(ContextOverflowError) as caught:
         check_fits(prompt, 51, 200)
-    assert "needs 201 tokens (100 for 1 picture(s), 50 of text, 51 for the answer)" in str(caught.value)
+    assert "needs 201 tokens (100 for 1 image, 50 of text, 51 for the answer)" in str(caught.value)
     assert "the context holds 200; raise the context (--ctx, n_ctx) to 201" in str(caught.value)
 
 

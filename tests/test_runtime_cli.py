@@ -56,7 +56,7 @@ def test_the_answer_alone_is_on_stdout(folder: Path, page: Path, answer: granite
     assert result.exit_code == 0
     assert result.stdout == answer.text + "\n"
     assert "reading images ..." in result.stderr and "reading the prompt ..." in result.stderr
-    assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of pictures)" in result.stderr
+    assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of images)" in result.stderr
     assert "the answer was cut at 12 tokens; --max-tokens allows more" in result.stderr
 
 

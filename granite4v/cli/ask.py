@@ -122,7 +122,7 @@ def _finish(answer: Answer, *, as_json: bool, whole: bool) -> None:
     if answer.finish_reason == "length":
         print(f"the answer was cut at {len(answer.tokens)} tokens; --max-tokens allows more", file=sys.stderr)
     print(
-        f"{timings.n_prompt} prompt tokens ({timings.n_image} of pictures): pictures {timings.encode_s:.1f} s, "
+        f"{timings.n_prompt} prompt tokens ({timings.n_image} of images): images {timings.encode_s:.1f} s, "
         f"prompt {timings.prefill_s:.1f} s; {timings.n_generated} tokens in {timings.decode_s:.1f} s "
         f"({timings.decode_tok_s:.1f} a second)",
         file=sys.stderr,

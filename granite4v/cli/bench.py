@@ -21,7 +21,7 @@ PROMPT = "What does this page say?"
 def bench(
     *,
     model: ModelOption = None,
-    image: Annotated[Path, typer.Option("--image", metavar="FILE", help="The picture to read.")],
+    image: Annotated[Path, typer.Option("--image", metavar="FILE", help="The image to read.")],
     mmproj: MmprojOption = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
     predict: Annotated[int, typer.Option(min=1, help="Tokens to generate, whatever the model says.")] = 32,

@@ -162,7 +162,7 @@ def extract(
         try:
             for record in run:
                 meter.clear()
-                meter.failure(record)
+                meter.remarks(record)
                 printer.print(record)
             printer.finish()
         except BaseException as error:
@@ -315,7 +315,7 @@ class Meter:
         self._last = -self._interval_s
         self._width = 0
         self._line = ""
-        self._failure: tuple[str, int | None, str | None] | None = None
+        self._said: tuple[str, set[str]] = "", set()  # of the document at hand
 
     def watch(self, state: State) -> None:
         self._line = line(state, time.monotonic())
@@ -325,18 +325,29 @@ class Meter:
         """A `Model.progress` callback."""
         self._show(": ".join(filter(None, [self._line, stage_line(what, done, total)])))
 
-    def failure(self, record: Record) -> None:
-        """A line for a record without a valid and complete answer; one for a page that could not be opened, whatever
-        the tasks."""
+    def remarks(self, record: Record) -> None:
+        """Lines for the warnings of a page, and for a record without a valid and complete answer.
+
+        What concerns a page or document is said once, whatever the tasks.
+        """
+        for warning in record.warnings:
+            self._say_once(record.source, f"warning: {warning}")
         if not record.failed and not record.salvaged:
             return
         where = record.source if record.page is None else f"{record.source}, page {record.page}"
         if record.error is None:
             what = "not valid" if record.failed else "cut"
             self.say(f"{where}, {record.task}: {what}: {record.validity_error}")
-        elif self._failure != (failure := (record.source, record.page, record.error)):
-            self._failure = failure
-            self.say(f"{where}: {record.error}")
+        else:
+            named = f"'{record.source}'" in record.error
+            self._say_once(record.source, record.error if named else f"{where}: {record.error}")
+
+    def _say_once(self, source: str, text: str) -> None:
+        if self._said[0] != source:
+            self._said = source, set()
+        if text not in self._said[1]:
+            self._said[1].add(text)
+            self.say(text)
 
     def say(self, text: str) -> None:
         self.clear()

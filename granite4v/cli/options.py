@@ -41,15 +41,13 @@ ContextOption = Annotated[
         "--ctx",
         min=1,
         show_default="8192, or what the model was trained for",
-        help="Tokens that pictures, prompt and answer may have together.",
+        help="Tokens that images, prompt and answer may have together.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 LoraOption = Annotated[
     bool | None,
-    typer.Option(
-        "--lora/--no-lora", help="Apply a separate LoRA or not.", show_default="only to requests with pictures"
-    ),
+    typer.Option("--lora/--no-lora", help="Apply a separate LoRA or not.", show_default="only to requests with images"),
 ]
 
 

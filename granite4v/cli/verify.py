@@ -24,7 +24,7 @@ def verify(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or a text GGUF file.")],
     reference: Annotated[Path, typer.Option(metavar="HF_DIR", help="The checkpoint it was made of.")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture to compare on; may be repeated.")
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image to compare on; may be repeated.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="The question put to both.")] = "What is shown here?",
     positions: Annotated[int, typer.Option(min=1, help="Tokens of the reference's answer to compare at.")] = 32,

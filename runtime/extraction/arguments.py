@@ -52,7 +52,7 @@ def check_arguments(
         if given and out is None:
             raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
     if retry_failed and not resume:
-        raise ArgumentError("'retry_failed' is for a run that is gone on with; add 'resume' (--resume).")
+        raise ArgumentError("'retry_failed' is for a run that is resumed; add 'resume' (--resume).")
     if csv_safe and not any("csv" in suffixes(task, formats) for task in tasks):
         raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
     if out is not None:
@@ -77,7 +77,7 @@ def _check_out(out: str | Path) -> None:
         return
     if os.path.lexists(text):
         raise ArgumentError(
-            f"'out' (--out) is '{text}', which is no directory; give a directory, or one that does not exist yet."
+            f"'out' (--out) is '{text}', which is not a directory; give a directory, or one that does not exist yet."
         )
     if text.lower().endswith(_FILE_SUFFIXES):
         raise ArgumentError(

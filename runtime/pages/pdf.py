@@ -90,7 +90,7 @@ class PdfBook:
 
         if code == pdfium.FPDF_ERR_PASSWORD:
             if self._password:
-                return f"{self._name} is encrypted, and not with the password that was given."
+                return f"{self._name} is encrypted, and the given password does not open it; check '--password'."
             return f"{self._name} is encrypted; give its password with '--password'."
         if code == pdfium.FPDF_ERR_FILE:
             return f"{self._name} cannot be read; is it still there?"
@@ -124,7 +124,9 @@ class PdfBook:
         if attached:
             names = ", ".join(f"'{name}'" for name in attached[:_MOST_NAMES])
             more = f" and {len(attached) - _MOST_NAMES} more" if len(attached) > _MOST_NAMES else ""
-            notes.append(f"{self._name} has files attached, which are not read: {names}{more}; save them to read them.")
+            notes.append(
+                f"{self._name} has attached files, which are not read: {names}{more}; save and read them by themselves."
+            )
         return tuple(notes)
 
     def _attached(self) -> list[str]:
@@ -154,7 +156,10 @@ class PdfBook:
                 notes += (f"the crop box of {name} lies outside of the page, which is shown whole instead.",)
             image, dpi = _draw(page, name, crop, tiling, self._limits)
             if _is_blank(image) and crop is None and _has_text(page):
-                notes += (f"{name} holds text, but shows none; is its font neither in the file nor on this machine?",)
+                notes += (
+                    f"{name} has text, but renders without any; its fonts are probably neither embedded nor installed "
+                    "here. Install them, or save the PDF with its fonts embedded.",
+                )
         return Drawn(image, dpi, notes)
 
     def _check_unchanged(self) -> None:
@@ -374,7 +379,7 @@ def _picture_size(handle: Any, name: str) -> tuple[int, int]:
         size, limit = _jpeg2000_size(data.raw) or size, Image.MAX_IMAGE_PIXELS or limit
     if size[0] * size[1] > limit:
         raise DocumentError(
-            f"{name} holds a picture of {size[0]:,} x {size[1]:,} pixels, more than {limit:,} together, which may be a "
+            f"{name} holds an image of {size[0]:,} x {size[1]:,} pixels, more than {limit:,} together, which may be a "
             "decompression bomb; scale it down."
         )
     return size
