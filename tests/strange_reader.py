@@ -63,5 +63,13 @@ def main(setup: str) -> None:
             return StrangeBook(document.path)
         return opened(document, *rest)
 
+    loaded = worker.load
+
+    def load(source: str | bytes) -> Any:
+        if isinstance(source, str) and source.endswith(".strange"):
+            StrangeBook(Path(source))
+        return loaded(source)
+
     content.open_book = open_book  # type: ignore[assignment]
+    worker.load = load  # type: ignore[assignment]
     worker.main(setup)

@@ -481,6 +481,8 @@ def test_code_prose_and_fields() -> None:
          "'col' of cell 1 of table 1 is True; expected a whole number from 1."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "type": "x"}]}',
          "'type' of cell 1 of table 1 is 'x'; expected 'header' or 'data'."),
+        ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "type": []}]}',
+         "'type' of cell 1 of table 1 is []; expected 'header' or 'data'."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "content": []}]}',
          "'content' of cell 1 of table 1 is []; expected text."),
         ("tables_json", '{"dimensions": {}, "cells": [7]}', "cell 1 of table 1 is 7; expected an object."),

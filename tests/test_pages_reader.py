@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from page_tests import GOOD, one, read, same
-from pictures import encoded, noise_picture
+from pictures import encoded, noise_picture, odd_files
 from PIL import Image
 
 from granite4v.clip_projector import load_image
-from granite4v.errors import DeviceError
+from granite4v.errors import DeviceError, ImageError
 from granite4v.runtime.pages import Page, PageFailure, count_pages, open_pages, reader
 from granite4v.runtime.pages.limits import Limits
 
@@ -64,6 +64,36 @@ def test_a_page_that_kills_its_reader_is_a_failure_and_the_next_goes_on(strange:
 def test_a_page_is_read_after_all_when_only_the_first_reader_ended(strange: Strange) -> None:
     found = read(strange("once-1-3"))
     assert kinds(found) == [(Page, 1), (Page, 2), (Page, 3), (Page, 4)]
+
+
+def test_images_loaded_apart_are_those_that_load_image_gives(tmp_path: Path) -> None:
+    files = odd_files()
+    loaded = reader.load_apart([*files.values()])
+    for content, found in zip(files.values(), loaded, strict=True):
+        same(Image.frombytes("RGB", found.size, bytes(found.pixels)), load_image(content))
+    (tmp_path / "page.png").write_bytes(files["16-bit"])
+    (found,) = reader.load_apart([str(tmp_path / "page.png")])
+    same(Image.frombytes("RGB", found.size, bytes(found.pixels)), load_image(files["16-bit"]))
+
+
+@pytest.mark.parametrize(
+    "source", ["missing.png", "https://example.org/a.png", b"", b"%PDF-1.7", b"\x89PNG\r\n\x1a\nx"]
+)
+def test_an_image_loaded_apart_fails_as_load_image_does(source: str | bytes) -> None:
+    with pytest.raises(ImageError) as expected:
+        load_image(source)
+    with pytest.raises(ImageError) as caught:
+        reader.load_apart([source])
+    assert str(caught.value) == str(expected.value)
+
+
+def test_an_image_that_kills_its_reader_is_an_error(strange: Strange) -> None:
+    with pytest.raises(
+        reader.ReaderEnded, match="^the page reader ended with SIGKILL while loading 'kill-0.strange', "
+    ):
+        reader.load_apart([str(strange("kill-0"))])
+    with pytest.raises(reader.ReaderEnded, match="^'sleep-0.strange' takes longer than 1 s to load, twice; "):
+        reader.load_apart([str(strange("sleep-0"))], Limits(page_s=1))
 
 
 def test_a_document_that_kills_its_reader_while_it_is_opened_is_a_failure(strange: Strange) -> None:

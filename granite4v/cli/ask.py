@@ -59,9 +59,9 @@ def ask(
 
     if not images and os.path.isfile(prompt):
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
-    pictures = _pictures(images or [])
     status = Status()
     try:
+        pictures = _pictures(images or [])
         with Model.load(model_path(model), n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
             for warning in loaded.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
@@ -85,10 +85,22 @@ def ask(
     _finish(stream.answer, as_json=as_json, whole=no_stream)
 
 
-def _pictures(images: list[str]) -> list[str | bytes]:
+def _pictures(images: list[str]) -> list[Any]:
+    """Opened in a process of their own: what a damaged file does to its decoder stays there."""
     if images.count("-") > 1:
         raise typer.BadParameter("'-' reads standard input, and can be given once.", param_hint="IMAGE")
-    return [_from_stdin() if image == "-" else image for image in images]
+    if not images:
+        return []
+    from PIL import Image
+
+    from granite4v.runtime.pages.reader import load_apart
+
+    found = []
+    for loaded in load_apart([_from_stdin() if image == "-" else image for image in images]):
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        found.append(Image.frombytes("RGB", loaded.size, bytes(loaded.pixels)))
+    return found
 
 
 def _from_stdin() -> bytes:

@@ -104,7 +104,7 @@ def _cell(found: Any, where: str) -> Cell:
     if not isinstance(found, dict):
         raise AnswerError(f"{where} is {found!r:.60}; expected an object.")
     kind, text = found.get("type", "data"), found.get("content")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise AnswerError(f"'type' of {where} is {kind!r:.60}; expected 'header' or 'data'.")
     if isinstance(text, int) and not isinstance(text, bool):
         text = str(text)  # a model may leave out the quotes of a number

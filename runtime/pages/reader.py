@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from granite4v.clip_projector.files import shown
 from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
 from granite4v.runtime.pages.frames import PREFIX, packed
-from granite4v.runtime.pages.limits import Limits
+from granite4v.runtime.pages.limits import LIMITS, Limits
 from granite4v.runtime.pages.worker import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
@@ -180,6 +181,20 @@ class Reader:
         )
 
 
+def load_apart(sources: Sequence[str | bytes], limits: Limits = LIMITS) -> list[Rendered]:
+    """Images, given as paths or encoded, as `load_image` opens them, but in a process of its own: one that ends or
+    bloats a decoder does not end the caller. Raises ImageError, ReaderEnded, DeviceError."""
+    with contextlib.closing(Reader(limits)) as reader:
+        return [_book_of(reader, source).load() for source in sources]
+
+
+def _book_of(reader: Reader, source: str | bytes) -> RemoteBook:
+    if isinstance(source, bytes):
+        name = f"the image ({len(source):,} bytes)"
+        return RemoteBook(reader, name, name, path=None, content=source, state=None, password=None)
+    return RemoteBook(reader, source, f"'{shown(source)}'", path=source, content=None, state=None, password=None)
+
+
 class RemoteBook:
     """A document that the reader opens, again whenever it had to be started again.
 
@@ -213,6 +228,11 @@ class RemoteBook:
         self.n_pages = 0
         self.damage: str | None = None
         self.index: list[int] | None = None
+
+    def load(self) -> Rendered:
+        """The document as one image, opened by `load_image`. Raises what `finish_open` raises."""
+        self._ask({"op": "load", "about": self._name})
+        return self.finish_draw()
 
     def begin_open(self) -> None:
         self._ask({"op": "open", "about": self._name})
@@ -266,7 +286,7 @@ _ERRORS: dict[str, type[Granite4vError]] = {"ImageError": ImageError, "DocumentE
 
 
 def _why(died: _Died, op: str, about: str) -> str:
-    verb = {"open": "open", "draw": "render"}[op]
+    verb = {"load": "load", "open": "open", "draw": "render"}[op]
     advice = "Print it to a new PDF or save it as an image, and read that."
     if died.by_itself:
         return f"the page reader {died.why} while {verb}ing {about}, twice; the file is damaged, or strange. {advice}"

@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from granite4v.errors import DocumentError, ImageError
+from granite4v.errors import DocumentError, ImageError, ImageWarning
 from granite4v.runtime.pages.frames import PREFIX, packed
 from granite4v.runtime.pages.limits import Limits
 
@@ -70,11 +71,13 @@ class Desk:
         self._content: bytes | None = None  # of that document, where it is not in a file
 
     def answer(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-        """The header and payload of the reply to `open` or `draw`; an error is a reply, too."""
+        """The header and payload of the reply to `load`, `open` or `draw`; an error is a reply, too."""
         from granite4v.runtime.pages.content import readable
 
         name = request["about"]
         try:
+            if request["op"] == "load":
+                return load(request["document"]["path"] or content)
             if request["op"] == "open":
                 book = self._open(request, content)
                 return {"n_pages": book.n_pages, "damage": book.damage, "index": book.index}, b""
@@ -120,6 +123,17 @@ class Desk:
             crop = Crop(tuple(crop["values"]), tuple(crop["relative"]))
         drawn = book.draw(request["number"], crop, tiling)
         return {"size": drawn.image.size, "dpi": drawn.dpi, "warnings": drawn.warnings}, drawn.image.tobytes()
+
+
+def load(source: str | bytes) -> tuple[dict[str, Any], bytes]:
+    """The reply to `load`: an image as the model's own `load_image` opens it."""
+    from granite4v.clip_projector import load_image
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = load_image(source)
+    said = [str(one.message) for one in caught if issubclass(one.category, ImageWarning)]
+    return {"size": image.size, "dpi": None, "warnings": said}, image.tobytes()
 
 
 def _send(stream: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
