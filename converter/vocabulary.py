@@ -16,6 +16,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.converter.files import exists, parse_object, read_json, read_text
+from granite4v.converter.tokenizer_check import check_loads
 from granite4v.errors import CheckpointError
 from granite4v.families.hf_fields import MAX_VOCABULARY, Fields, is_integer, shown
 
@@ -78,7 +79,7 @@ def vocabulary_metadata(
         )
     if added:
         text = json.dumps(tokenizer, ensure_ascii=False)
-    _check_loads(text, path)
+    check_loads(text, path)
     metadata: dict[str, Any] = {
         **kind,
         "tokenizer.ggml.tokens": tokens,
@@ -94,18 +95,6 @@ def vocabulary_metadata(
         found = f" named 'default', only {', '.join(map(repr, named))}" if named else ""
         warnings.append(f"'{folder}' has no chat template{found}; prompts will have to be written out")
     return metadata, warnings
-
-
-def _check_loads(text: str, path: Path) -> None:
-    """Raises CheckpointError for a tokenizer that the tokenizers package, which will run it, cannot read."""
-    from tokenizers import Tokenizer
-
-    try:
-        Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # its panics are no Exception
-        raise CheckpointError(f"'{path}' cannot be read by the tokenizers package: {error}.") from None
 
 
 def _optional(path: Path) -> dict[str, Any]:

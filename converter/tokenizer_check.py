@@ -1,0 +1,38 @@
+"""Loads a tokenizer.json in a child process, as the runtime will, before a conversion relies on it.
+
+The tokenizers package panics on some files and may end the process over others, and what it takes for a large
+vocabulary would stay in the conversion's peak memory. In a child none of that matters.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from granite4v.child import run_main
+from granite4v.errors import CheckpointError
+
+TIMEOUT_S = 300.0
+
+
+def check_loads(text: str, path: Path) -> None:
+    """Raises CheckpointError, which names `path`, for a tokenizer that the tokenizers package cannot read."""
+    with tempfile.NamedTemporaryFile(prefix="granite4v-", suffix=".json") as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.flush()
+        ended = run_main(__name__, [file.name], TIMEOUT_S)
+    if ended.status == 0:
+        return
+    reason = ended.stdout.strip() or f"a process that loads it ends {ended.how} ({ended.reason:.300})"
+    raise CheckpointError(f"'{path}' cannot be read by the tokenizers package: {reason}.")
+
+
+def main(path: str) -> None:
+    """What the child does: status 1, and the reason on stdout, when the file does not load."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(path)
+    except BaseException as error:  # its panics are no Exception
+        print(error)
+        raise SystemExit(1) from None
