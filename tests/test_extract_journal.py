@@ -166,3 +166,20 @@ def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
             journal.append(record("a", 1, "x", float("inf")))
         journal.append(record("a", 2, "x"))
         assert len(list(journal)) == 1
+
+
+def test_a_record_that_is_on_the_disk_when_a_signal_arrives_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with Journal.open(tmp_path / "results.jsonl") as journal:
+        journal.append(record("a", 1, "x"))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                journal.append(record("a", 2, "x"))
+        assert journal.tally.n_records == 2 and ("a", 2, "x") in journal
+        journal.append(record("a", 3, "x"))
+    assert [page for _, page, _, _ in lines(tmp_path / "results.jsonl")] == [1, 2, 3]

@@ -128,9 +128,9 @@ class Journal:
         """
         line = encode(record)
         self.check_there()
+        rest = memoryview(line)
         try:
             self._file.seek(self._end)
-            rest = memoryview(line)
             while rest:  # a disk that fills up takes a part, then refuses
                 rest = rest[self._file.write(rest) :]
             if self._lasting:
@@ -139,6 +139,10 @@ class Journal:
             with contextlib.suppress(OSError):  # if this fails too, the torn line is dropped by the next run
                 self._file.truncate(self._end)
             raise output_error(error, self._path, self._kept()) from None
+        except BaseException:
+            if not rest:  # a signal arrived behind the last byte: the record is there, and has to be counted
+                self._note(record, len(line))
+            raise
         self._note(record, len(line))
 
     def drop(self, key: Key) -> None:
