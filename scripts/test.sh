@@ -12,7 +12,6 @@ stage "lint"
 ruff check .
 
 stage "types"
-python scripts/link_rooms.py
 mypy
 
 stage "tests"

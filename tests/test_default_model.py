@@ -40,7 +40,7 @@ from granite4v import converter, default_model
 from granite4v.converter import conversion
 default_model.checkpoint_folder = lambda: pathlib.Path(os.environ["TEST_CHECKPOINT"])
 {extra}
-from granite4v.cli.main import entry
+from granite4v.cli.entry import entry
 entry()
 """
 SLOW = """

@@ -116,7 +116,7 @@ def test_a_signal_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Pa
 def test_a_full_disk_is_a_message_and_loses_nothing(folder: Path, scans: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
-        "from granite4v.cli.main import entry\n"
+        "from granite4v.cli.entry import entry\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))\n"
         "entry()\n"
     )

@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
-from granite4v.cli.entry import entry
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.outcome import conclude, explain
@@ -44,8 +43,6 @@ class Commands(TyperGroup):
         with _concluding():
             return super().invoke(ctx)
 
-
-__all__ = ["app", "entry"]
 
 app = typer.Typer(
     cls=Commands,

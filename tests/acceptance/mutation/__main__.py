@@ -30,7 +30,7 @@ from pathlib import Path
 from .case import Case, Kind, Result, rng_of
 from .isolation import Limits, isolated
 from .product import IMPORTS, command_line
-from .samples import ROOT, write_page
+from .samples import write_page
 from .verdict import CLEAN, FAULTS, REFUSED, Verdict, judge
 
 KINDS = ("gguf", "checkpoints", "images", "pdfs", "schemas", "output")
@@ -61,7 +61,6 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     os.environ.update(ENVIRONMENT)
-    _use_this_tree()
     with _work_folder(options.work) as work:
         os.environ["GRANITE4V_CACHE"] = str(work / "cache")
         kinds = {name: _kind(name) for name in options.kind or KINDS}
@@ -93,14 +92,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="keep the files of cases that fail here, with --only of all")
     parser.add_argument("--work", type=Path, help="folder for sound inputs, used again by later runs (a new one)")
     return parser.parse_args(arguments)
-
-
-def _use_this_tree() -> None:
-    """Puts the folder of links that `scripts/link_rooms.py` makes first, here and in the processes that cases start."""
-    rooms = str(ROOT / "build" / "rooms")
-    if os.path.isdir(rooms):
-        sys.path.insert(0, rooms)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [rooms, os.environ.get("PYTHONPATH")]))
 
 
 def _indices(options: argparse.Namespace) -> list[int]:

@@ -32,7 +32,7 @@ IMPORTS = (
 
 def command_line(command: list[str]) -> int | None:
     """What the console script `granite4v` does."""
-    from granite4v.cli.main import entry
+    from granite4v.cli.entry import entry
 
     sys.argv = ["granite4v", *command]
     entry()
