@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from granite4v.errors import DeviceError
+from granite4v.ggml.library import openmp_for_this_load
 
 T = TypeVar("T")
 Cancel = Callable[[], bool]
@@ -31,7 +32,8 @@ def llama() -> Any:
     Raises DeviceError when llama-cpp-python is missing or older than what we call.
     """
     try:
-        from llama_cpp import llama_cpp
+        with openmp_for_this_load():
+            from llama_cpp import llama_cpp
     except ImportError as error:
         raise DeviceError(
             f"llama-cpp-python cannot be loaded ({error}); install it with 'pip install llama-cpp-python'."
