@@ -106,7 +106,7 @@ def test_a_field_is_named_by_its_place_in_the_answer() -> None:
 @pytest.mark.parametrize("name", ["currency", "iban", "decimal", "x-own"])
 def test_unknown_formats_are_remarks(name: str) -> None:
     schema = of(["a"], a={"type": "string", "format": name})
-    assert warning(schema) == f"format '{name}' at '$.a' is not known here, so that any text is taken."
+    assert warning(schema) == f"format '{name}' at '$.a' is not known here, so any text is accepted."
     holds({"type": "string", "format": name}, ['"any text"'], ["1"])
     assert problem(schema, {"a": "any text"}) is None
 

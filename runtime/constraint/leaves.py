@@ -247,7 +247,7 @@ def string_leaf(node: Schema, trials: Trials) -> Leaf:
         elif kind in CHECKED:
             leaf.left_out.append((f"format {kind!r}", "does not guide answers"))
         else:
-            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so that any text is taken"))
+            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so any text is accepted"))
     if len(patterns) == 1:
         leaf.made["pattern"] = patterns[0]
     elif patterns:

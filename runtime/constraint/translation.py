@@ -78,7 +78,7 @@ class Translation:
         """What is left out, in one sentence for each keyword and reason."""
         said = [
             f"{keyword if ' ' in keyword else repr(keyword)} at {listed(fields)} {why}"
-            + ("." if "any text is taken" in why else "; the answer is checked against it afterwards.")
+            + ("." if "any text is accepted" in why else "; the answer is checked against it afterwards.")
             for (keyword, why), fields in self._left_out.items()
         ]
         more = [f"{len(said) - _MAX_WARNINGS} more warnings are left out."] if len(said) > _MAX_WARNINGS else []

@@ -132,7 +132,7 @@ def schema_warnings(asked: Sequence[Question]) -> list[str]:
         if question.schema is not None:
             warnings += question.schema.warnings
         if question.constraint is not None:
-            warnings += [f"of the schema, {warning}" for warning in question.constraint.warnings]
+            warnings += [f"in the schema, {warning}" for warning in question.constraint.warnings]
     return warnings
 
 
