@@ -276,6 +276,7 @@ def test_settings_of_llguidance_in_a_schema_are_ignored() -> None:
             "at '$': it requires 'c', which is no property of it, and allows no others",
         ),
         (of(x=of(["c"], a={}) | {"unevaluatedProperties": False}), "at '$.x': it requires 'c', which is no property"),
+        (of(["c"]) | {"unevaluatedProperties": False}, "at '$': it requires 'c', which is no property"),
         (of(["a"], a=False), "required property 'a' is unsatisfiable"),
         (of(a={"enum": []}), "at '$.a': none of its values is allowed"),
         (of(a={"enum": ["x"], "maxLength": 0}), "at '$.a': none of its values is allowed"),

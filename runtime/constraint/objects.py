@@ -34,8 +34,12 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
     properties = {name: of_schema.part(place, inner, f".{name}") for name, inner in node.get("properties", {}).items()}
     required = of.required(node)
     others = node.get("additionalProperties")
-    if others is False and "patternProperties" not in node:
-        _check_required(node, required, properties)
+    if "patternProperties" not in node:
+        if others is False:
+            _check_required(node, required, properties)
+        elif node.get("unevaluatedProperties") is False and others is None and not place.merged:
+            conditional = {name for name, _ in _conditional_properties(of_schema, place)}
+            _check_required(node, required, {*properties, *conditional})
     if others is not None:
         made["additionalProperties"] = of_schema.part(place, others, ".*")
     if "patternProperties" in node:
@@ -45,8 +49,6 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
     if _is_closed(of_schema, place):
         for name, inner in _conditional_properties(of_schema, place):
             properties.setdefault(name, inner)
-        if node.get("unevaluatedProperties") is False:
-            _check_required(node, required, properties)
         properties |= {name: True for name in required if name not in properties}
         if "additionalProperties" not in made:
             made["additionalProperties"] = False
