@@ -16,6 +16,7 @@ import pytest
 from constrained import allows, said
 from test_constraint_schema import SHORT, kvp, of
 
+from granite4v.errors import ConstraintError
 from granite4v.runtime.constraint.json_schema import read_schema
 from granite4v.runtime.constraint.validation import Validator
 
@@ -36,6 +37,43 @@ def problem(schema: Any, value: Any) -> str | None:
 def warning(schema: Any) -> str:
     (found,) = kvp(schema).warnings
     return found
+
+
+# --- multiples within bounds ---
+
+
+@pytest.mark.parametrize(
+    ("step", "low", "high"),
+    [
+        ("0.1", "0.3", "0.35"),
+        ("0.25", "1.25", "2.8"),
+        ("0.15", "-0.7", "0.2"),
+        ("0.12", "0.5", "1.3"),
+        ("1", "2", "2.5"),
+    ],
+)
+def test_every_multiple_within_bounds_is_allowed_however_short_it_is(step: str, low: str, high: str) -> None:
+    schema = {"type": "number", "multipleOf": float(step), "minimum": float(low), "maximum": float(high)}
+    hundredths = [Decimal(i) / 100 for i in range(-100, 301)]
+    inside = [value for value in hundredths if Decimal(low) <= value <= Decimal(high) and value % Decimal(step) == 0]
+    texts = {f"{value.normalize() + 0:f}" for value in inside}
+    assert texts
+    holds(schema, sorted(texts), [str(Decimal(low) - 1), str(Decimal(high) + 1)])
+
+
+@pytest.mark.parametrize(
+    ("step", "low", "high"), [(0.1, 0.3, 0.35), (0.1, -0.35, -0.3), (0.25, 1.3, 1.9), (0.07, 0.07, 0.21)]
+)
+def test_answers_to_multiples_within_bounds_end(step: float, low: float, high: float) -> None:
+    grammar = kvp(of(["a"], a={"type": "number", "multipleOf": step, "minimum": low, "maximum": high}))
+    for seed in range(4):
+        assert low <= json.loads(said("toy", grammar, seed).text)["a"] <= high
+
+
+def test_bounds_with_no_multiple_between_them_are_refused() -> None:
+    schema = {"type": "number", "multipleOf": 0.1, "minimum": 1.31, "maximum": 1.39}
+    with pytest.raises(ConstraintError, match=r"'\$\.a': no multiple of 0\.1 is at least its minimum"):
+        kvp(of(["a"], a=schema))
 
 
 # --- keywords that answers are not held to ---

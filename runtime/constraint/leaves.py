@@ -57,9 +57,12 @@ def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool
     if whole:
         lower = lower and (Fraction(math.floor(lower[0]) + 1 if lower[1] else math.ceil(lower[0])), False)
         upper = upper and (Fraction(math.ceil(upper[0]) - 1 if upper[1] else math.floor(upper[0])), False)
-    if lower and upper and (lower[0] > upper[0] or (lower[0] == upper[0] and (lower[1] or upper[1]))):
-        what = "integer" if whole else "number"
-        raise Impossible(f"no {what} is at least its minimum and at most its maximum")
+    _check_range(lower, upper, "integer" if whole else "number")
+    step = _step(node, whole=whole)
+    if step is not None:  # llguidance may find no way through a range whose ends are no multiples
+        lower = lower and (_next_multiple(lower, step), False)
+        upper = upper and (-_next_multiple((-upper[0], upper[1]), step), False)
+        _check_range(lower, upper, f"multiple of {float(step):g}")
     lower = _held(leaf, lower, 1, "minimum")
     upper = _held(leaf, upper, -1, "maximum")
     if whole or not close_ranges:
@@ -72,10 +75,32 @@ def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool
         leaf.made["allOf"] = [{"anyOf": ranges}]
     else:
         leaf.made.update(ranges[0])
-    step = node.get("multipleOf", node.get("divisibleBy"))
     if step is not None:
-        _add_step(leaf, _fraction(step), trials, whole=whole)
+        _add_step(leaf, step, trials)
     return leaf
+
+
+def _step(node: Schema, *, whole: bool) -> Fraction | None:
+    """What a number, or an integer, must be a multiple of; None for nothing."""
+    given = node.get("multipleOf", node.get("divisibleBy"))
+    if given is None:
+        return None
+    step = _fraction(given)
+    if not whole:
+        return step
+    step = Fraction(step.numerator)  # the integers among the multiples of p/q
+    return None if step == 1 else step
+
+
+def _next_multiple(bound: Bound, step: Fraction) -> Fraction:
+    """The least multiple that a lower bound allows."""
+    n = bound[0] / step
+    return step * (math.floor(n) + 1 if bound[1] else math.ceil(n))
+
+
+def _check_range(lower: Bound | None, upper: Bound | None, what: str) -> None:
+    if lower and upper and (lower[0] > upper[0] or (lower[0] == upper[0] and (lower[1] or upper[1]))):
+        raise Impossible(f"no {what} is at least its minimum and at most its maximum")
 
 
 def _fraction(number: float) -> Fraction:
@@ -174,22 +199,35 @@ def _is_empty(made: Schema) -> bool:
     return bool(low and high and low[0] >= high[0])
 
 
-def _add_step(leaf: Leaf, step: Fraction, trials: Trials, *, whole: bool) -> None:
-    if whole:
-        step = Fraction(step.numerator)  # the integers among the multiples of p/q
-    if whole and step == 1:
-        return
+def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
     scaled = step * 10**_DECIMALS
     n_held = _without_zeros(scaled.numerator)
     if step > EXACT or scaled.denominator != 1 or n_held > _MAX_STEP:
         leaf.left_out.append(("multipleOf", "has too many digits to guide answers"))
         return
-    made = {"type": "number", "multipleOf": _json_number(step)}
+    steps = [{"type": "number", "multipleOf": _json_number(one)} for one in _shorter_steps(step)]
+    made = steps[0] if len(steps) == 1 else {"type": "number", "anyOf": steps}
     problem = trials.problem(made, costly=n_held > _COSTLY_STEP)
+    # llguidance computes in floats, for which 0.3 is no multiple of 0.1
+    if not problem and leaf.made:
+        whole = [*leaf.made.get("allOf", ()), made]
+        problem = trials.problem({"type": "number", **leaf.made, "allOf": whole}, costly=n_held > _COSTLY_STEP)
     if problem:
         leaf.left_out.append(("multipleOf", "cannot guide answers"))
+    elif len(steps) > 1:
+        leaf.made["allOf"] = [*leaf.made.get("allOf", ()), {"anyOf": steps}]
     else:
-        leaf.made["multipleOf"] = made["multipleOf"]
+        leaf.made["multipleOf"] = steps[0]["multipleOf"]
+
+
+def _shorter_steps(step: Fraction) -> list[Fraction]:
+    """The step, and those of its multiples that have fewer decimals, where llguidance would miss these: it takes 0.50
+    for a multiple of 0.25, but not 0.5."""
+    n = _n_decimals(step)
+    digits = (step * 10**n).numerator
+    if _without_zeros(digits) in (1, 2, 5):
+        return [step]
+    return list(dict.fromkeys(Fraction(math.lcm(digits, 10**k), 10**n) for k in range(n + 1)))
 
 
 def _without_zeros(number: int) -> int:
