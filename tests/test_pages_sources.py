@@ -26,7 +26,7 @@ from granite4v.runtime.pages import (
 )
 from granite4v.runtime.pages.content import open_book
 from granite4v.runtime.pages.limits import LIMITS
-from granite4v.runtime.pages.sources import Document, _matches, find_documents
+from granite4v.runtime.pages.sources import Document, NotFound, _matches, find_documents
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_recursive_glob_follows_no_links_to_directories(folder: Path, pattern:
 def test_globs_find_what_the_standard_library_finds(pattern: str) -> None:
     expected = {os.path.normpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
     assert expected
-    assert {os.path.normpath(path) for path in _matches(pattern) if os.path.isfile(path)} == expected
+    assert {os.path.normpath(path) for path in _matches(pattern, []) if os.path.isfile(path)} == expected
 
 
 def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
@@ -239,6 +239,44 @@ def test_errors_of_the_disk_are_failures(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "scandir", scan)
     found = [str(item.error) if isinstance(item, PageFailure) else item.source for item in read(folder.name)]
     assert found == ["the directory 'in/sub' cannot be read: Permission denied.", *IN_ORDER[:3]]
+
+
+@pytest.mark.parametrize("pattern", ["in/**/*.png", "in/*/*.png", "i?/sub/*.png", "in/sub/*.png"])
+def test_directories_that_a_glob_cannot_look_into_are_failures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    def refuse(call: Any) -> Any:
+        def called(path: str = ".") -> Any:
+            if Path(path) == Path("in/sub"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return call(path)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir))
+    monkeypatch.setattr(os, "listdir", refuse(os.listdir))
+    found = find_documents([pattern, "in/page2.PNG"])
+    errors = [str(item.error) for item in found if isinstance(item, NotFound)]
+    assert errors == ["the directory 'in/sub' cannot be read: Permission denied."]
+
+
+def test_a_file_in_a_directory_that_cannot_be_searched_is_not_called_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, call: Any = os.lstat) -> Any:
+        if Path(path).parent == Path("in/sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return call(path)
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    for given in ("in/sub/x.png", "i*/sub/x.png"):
+        with pytest.raises(DocumentError, match=r"^'in/sub/x\.png' cannot be read: Permission denied\.$"):
+            find_documents([given])
+
+
+def test_a_link_to_itself_is_no_missing_file(folder: Path) -> None:
+    Path("in/loop.png").symlink_to("loop.png")
+    assert str(failure("in/loop.png").error) == f"'in/loop.png' cannot be read: {os.strerror(errno.ELOOP)}."
 
 
 def test_directories_may_be_deeper_than_python_calls_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Knows nothing of pages, nor of what a file holds.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import os
@@ -30,6 +31,7 @@ _LOOKS_READABLE = (
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".djvu", ".djv", ".xps", ".oxps", ".ps", ".eps"),
 )
 _MOST_NAMES = 3  # of files that were left out
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
 EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
 
 
@@ -98,13 +100,17 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
         yield _not_found(given, f"'{shown(given)}' holds a zero byte, which no file name can.")
     elif os.path.isdir(given):
         yield from _in_directory(given, note)
-    elif os.path.lexists(given):
+    elif _is_there(given, errors := []):
         yield _document(given)
+    elif errors:
+        yield _unreadable(errors[0], given)
     elif (url := url_in(given)) is not None:
         yield _not_found(given, f"'{shown(url)}' is a URL, and URLs are not read; download it.")
     elif glob.has_magic(given):
-        matches = sorted(set(_matches(given)), key=_natural)
-        if not matches:
+        matches = sorted(set(_matches(given, errors)), key=_natural)
+        errors = [error for error in errors if not isinstance(error, _NOT_THERE)]
+        yield from (_unreadable(error, given) for error in errors)
+        if not matches and not errors:
             yield _not_found(given, f"no file matches '{shown(given)}'; is it the right directory?")
         for match in matches:
             yield from _in_directory(match, note) if os.path.isdir(match) else [_document(match)]
@@ -112,13 +118,28 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
         yield _not_found(given, f"there is no file or directory '{shown(given)}'.")
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """What a glob stands for, as `glob.glob(..., recursive=True)` has it, but for links: `**` follows none."""
+def _is_there(path: str, errors: list[OSError]) -> bool:
+    """Whether there is a file, a directory or a link; `errors` gets why that cannot be known."""
+    try:
+        os.lstat(path)
+    except _NOT_THERE:
+        return False
+    except OSError as error:
+        errors.append(error)
+        return False
+    return True
+
+
+def _matches(pattern: str, errors: list[OSError]) -> Iterator[str]:
+    """What a glob stands for, as `glob.glob(..., recursive=True)` has it, but for links: `**` follows none.
+
+    `errors` gets what could not be looked into.
+    """
     absolute = os.path.isabs(pattern)
-    return _match(os.sep if absolute else "", [part for part in pattern.split(os.sep) if part not in ("", ".")])
+    return _match(os.sep if absolute else "", [part for part in pattern.split(os.sep) if part not in ("", ".")], errors)
 
 
-def _match(base: str, parts: list[str]) -> Iterator[str]:
+def _match(base: str, parts: list[str], errors: list[OSError]) -> Iterator[str]:
     if not parts:
         yield base or "."
         return
@@ -129,20 +150,21 @@ def _match(base: str, parts: list[str]) -> Iterator[str]:
         if not rest:
             yield base or "."  # a directory stands for all that is in it
             return
-        for folder, _ in _walk(base or ".", []):
-            yield from _match(folder if base else folder[2:], rest)
+        for folder, _ in _walk(base or ".", errors):
+            yield from _match(folder if base else folder[2:], rest, errors)
     elif glob.has_magic(first):
         try:
             names = os.listdir(base or ".")
-        except OSError:
+        except OSError as error:
+            errors.append(error)
             return
         for name in names:
             path = os.path.join(base, name)
             hidden = name.startswith(".") and not first.startswith(".")
             if not hidden and fnmatch.fnmatchcase(name, first) and (not rest or os.path.isdir(path)):
-                yield from _match(path, rest)
-    elif os.path.lexists(path := os.path.join(base, first)):
-        yield from _match(path, rest)
+                yield from _match(path, rest, errors)
+    elif _is_there(path := os.path.join(base, first), errors):
+        yield from _match(path, rest, errors)
 
 
 def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Document | NotFound]:
@@ -154,10 +176,7 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
         paths = [os.path.join(folder, name) for name in files]
         found += [path for path in paths if _suffix(path) in suffixes and not _is_special(path)]
         left_out += [path for path in paths if _suffix(path) not in suffixes and _looks_readable(path)]
-    for error in errors:
-        folder = str(error.filename or directory)
-        reason = error.strerror or str(error)
-        yield _not_found(folder, f"the directory '{shown(folder)}' cannot be read: {reason}.")
+    yield from (_unreadable(error, directory) for error in errors)
     if left_out:
         note(_left_out(directory, sorted(left_out, key=_natural)))
     if not found and not errors:
@@ -187,6 +206,12 @@ def _walk(top: str, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
             continue
         waiting += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
         yield folder, [entry.name for entry in found if not os.path.isdir(entry.path)]
+
+
+def _unreadable(error: OSError, otherwise: str) -> NotFound:
+    path = str(error.filename or otherwise)
+    what = "the directory " if os.path.isdir(path) else ""
+    return _not_found(path, f"{what}'{shown(path)}' cannot be read: {error.strerror or error}.")
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -268,7 +293,7 @@ def _standard_input(limit_bytes: int) -> bytes:
 def why_missing(document: Document, error: OSError) -> DocumentError:
     """What to tell of a document that cannot be opened."""
     path = document.path
-    if path is not None and os.path.islink(path) and not os.path.exists(path):
+    if path is not None and os.path.islink(path) and error.errno == errno.ENOENT:
         target = shown(os.readlink(path))
         return DocumentError(f"{document.name} is a link to '{target}', which is not there.")
     return DocumentError(f"{document.name} cannot be read: {error.strerror or error}.")
