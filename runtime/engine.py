@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
+from granite4v.choices import whole_number
 from granite4v.errors import ModelFileError
 from granite4v.runtime.decoder import Decoder
 from granite4v.runtime.llama import LlamaModel
@@ -71,11 +72,9 @@ class Engine:
             )
 
     def _limit_context(self, asked: int | None) -> int:
-        n_ctx = DEFAULT_CONTEXT if asked is None else asked
-        if n_ctx < 1:
-            raise ValueError(f"n_ctx is {n_ctx}; expected 1 or more.")
+        n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
         trained = self.files.text.integer(self.files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
-        if asked is not None and asked > trained:
+        if asked is not None and n_ctx > trained:
             self.warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: the model was trained for no more")
         return min(n_ctx, trained)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from granite4v.choices import whole_number
 from granite4v.errors import DeviceError, ModelFileError, PromptError
 from granite4v.runtime.constraint import Compiler, Grammar, Guide
 from granite4v.runtime.engine import Engine, Progress
@@ -241,6 +242,9 @@ class Model:
         ConstraintError.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
+        max_tokens = whole_number("max_tokens", max_tokens, 0)
+        if constraint is not None and not isinstance(constraint, Grammar):
+            raise TypeError(f"the constraint is {constraint!r:.60}; expected what granite4v.grammar_for returns.")
         if isinstance(stop, str):
             stop = (stop,)
         with self._lock:
@@ -328,8 +332,6 @@ class Model:
         variables: Mapping[str, Any],
     ) -> Request:
         self.engine.check_open()
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens is {max_tokens}; expected 0 or more.")
         prepared = self.prepare(prompt, images, template_variables=variables)
         check_fits(prepared, max_tokens, self.n_ctx)
         adapter = self._adapter_for(prepared, lora)

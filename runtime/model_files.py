@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from granite4v import gguf_keys as keys
+from granite4v.clip_projector.files import url_in
 from granite4v.errors import ModelFileError
 from granite4v.families import VisionConfig, read_vision
 from granite4v.families.hf_fields import MAX_WIDTH
@@ -165,8 +166,11 @@ def _resolve(
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
+        url = url_in(str(path))
         raise ModelFileError(
-            f"'{path}' does not exist; give a model directory made by 'granite4v convert', or a text GGUF file."
+            f"'{url}' is a URL; download the model and give its directory."
+            if url is not None
+            else f"'{path}' does not exist; give a model directory made by 'granite4v convert', or a text GGUF file."
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ModelFileError(

@@ -216,6 +216,7 @@ def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_sc
         ({"formats": ["docling"]}, ArgumentError, "the format 'docling' needs a directory"),
         ({"formats": ["xlsx"]}, ArgumentError, "there is no format 'xlsx'; known are csv"),
         ({"max_tokens": 0}, ArgumentError, "max_tokens is 0"),
+        ({"max_tokens": "9"}, ArgumentError, "max_tokens is '9'; expected an integer"),
         ({"pages": "x"}, SelectionError, "the pages 'x'"),
         ({"crop": "1,2"}, SelectionError, "the crop '1,2'"),
         ({"inputs": []}, ArgumentError, "no input"),

@@ -148,6 +148,14 @@ def test_encodings_that_editors_and_shells_write(tmp_path: Path, encoding: str) 
         (b'{"type": "string", "default": "\\ud800"}', r"has at '\$.default' half a surrogate pair"),
         (b'{"name": "invoice", "schema": {"type": "object"}}', "what is under 'schema' does, so give that alone"),
         (b'{"json_schema": {"schema": {"type": "object"}}}', "what is under 'json_schema.schema' does"),
+        (
+            b'{"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}',
+            "what is under 'json_schema.schema' does",
+        ),
+        (
+            b'{"type": "object", "properties": {"a": {"type": "STRING"}}}',
+            r"at '\$.properties.a.type': 'STRING' is not valid; the types are null, boolean, integer,",
+        ),
         (b'{"openapi": "3.0.0", "components": {"schemas": {"I": {}}}}', "an OpenAPI document with the schemas 'I'"),
         (b'{"$defs": {"A": {"type": "object"}}}', r'add "\$ref": "#/\$defs/NAME"'),
     ],

@@ -95,10 +95,26 @@ def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:
     pages = read(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert [len(page.warnings) for page in pages if isinstance(page, Page)] == [0, 0, 0, 1]
     assert isinstance(pages[3], Page)
-    assert (
-        "a.pdf' has text, but renders without any; its fonts are probably neither embedded nor installed"
-        in pages[3].warnings[0]
-    )
+    assert "a.pdf' has text, but renders without any: its fonts may be neither embedded nor" in pages[3].warnings[0]
+
+
+def test_text_in_a_layer_that_is_switched_off_is_told(tmp_path: Path) -> None:
+    pdf = pikepdf.new()
+    page = add_page(pdf, "/OC /L BDC BT /F 20 Tf 9 9 Td (hidden) Tj ET EMC")
+    layer = pdf.make_indirect(pikepdf.Dictionary(Type=pikepdf.Name.OCG, Name=pikepdf.String("L")))
+    page.Resources.Properties = pikepdf.Dictionary(L=layer)
+    off = pikepdf.Dictionary(OFF=pikepdf.Array([layer]))
+    pdf.Root.OCProperties = pikepdf.Dictionary(OCGs=pikepdf.Array([layer]), D=off)
+    (warning,) = one(write(tmp_path / "a.pdf", pdf), view=VIEW).warnings
+    assert "its layers may be switched off" in warning
+
+
+def test_names_of_attached_files_are_short_and_printable_in_messages(tmp_path: Path) -> None:
+    pdf = text_pdf("cover")
+    for name in ("n" * 3000 + ".pdf", "red\u202etxt.pdf"):
+        pdf.attachments[name] = pikepdf.AttachedFileSpec(pdf, b"x", filename=name)
+    (warning,) = one(write(tmp_path / "a.pdf", pdf)).warnings
+    assert f"'{'n' * 80}', 'red\\u202etxt.pdf'" in warning
 
 
 def test_documents_in_a_portfolio_are_told_and_data_in_an_invoice_is_not(tmp_path: Path) -> None:

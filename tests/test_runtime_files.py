@@ -196,6 +196,7 @@ def test_weights_that_are_not_numbers_are_said(folder: Path) -> None:
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     assert "'granite4v convert'" in message_of(tmp_path / "nowhere")
     assert f"'{tmp_path / 'nowhere'}' does not exist" in message_of(tmp_path / "nowhere")
+    assert "'https://host/model' is a URL; download the model" in message_of(Path("https://host/model"))
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ from reference import relative_l2
 
 import granite4v
 from granite4v.converter import Options, convert
-from granite4v.errors import ImageError, ModelFileError, PromptError
+from granite4v.errors import DeviceError, ImageError, ModelFileError, PromptError
 from granite4v.ggml.backend import default_threads
 
 if TYPE_CHECKING:
@@ -299,6 +300,27 @@ def test_arguments_out_of_range(model: granite4v.Model, make_model: Callable[...
         model.stream("x", temperature=-1)
     with pytest.raises(ValueError, match="n_ctx is 0"):
         granite4v.load(make_model(TINY), n_ctx=0)
+
+
+@pytest.mark.parametrize("wrong", ["4", 4.0, float("nan"), True, b"4"])
+def test_numbers_that_are_no_integers(model: granite4v.Model, make_model: Callable[..., Path], wrong: Any) -> None:
+    with pytest.raises(TypeError, match="^n_ctx is .*; expected an integer of 1 or more"):
+        granite4v.load(make_model(TINY), n_ctx=wrong)
+    with pytest.raises(TypeError, match="^max_tokens is .*; expected an integer of 0 or more"):
+        model.generate("x", max_tokens=wrong)
+    with pytest.raises(DeviceError, match="the number of threads is .*, expected 1 to 512"):
+        granite4v.load(make_model(TINY), n_threads=wrong)
+
+
+def test_integers_of_numpy_count(make_model: Callable[..., Path]) -> None:
+    with granite4v.load(make_model(TINY), n_ctx=np.int64(256), n_threads=np.int32(1)) as model:  # type: ignore[arg-type]
+        assert json.dumps([model.n_ctx, model.n_threads]) == "[256, 1]"
+        assert model.generate("x", max_tokens=np.int16(2)).timings.n_generated <= 2  # type: ignore[arg-type]
+
+
+def test_a_schema_is_no_constraint_by_itself(model: granite4v.Model) -> None:
+    with pytest.raises(TypeError, match=r"^the constraint is .*; expected what granite4v\.grammar_for returns"):
+        model.generate("x", constraint={"type": "object"})  # type: ignore[arg-type]
 
 
 def test_a_bad_prompt_costs_nothing(model: granite4v.Model) -> None:

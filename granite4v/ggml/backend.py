@@ -5,12 +5,14 @@ Every owner has `close()`, works in a `with`, may be closed twice and raises Val
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from granite4v.choices import MAX_THREADS, whole_number
 from granite4v.errors import DeviceError
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 _DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
 _USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _STATUS_SUCCESS, _STATUS_ABORTED = 0, 1  # enum ggml_status
-MAX_THREADS = 512  # GGML_MAX_N_THREADS
 DEVICES = ("auto", "cpu", "cuda", "metal")
 _REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
 
@@ -51,12 +52,13 @@ def check_threads(n_threads: int | None) -> int:
     over more than 512."""
     if n_threads is None:
         return default_threads()
-    if not isinstance(n_threads, int) or isinstance(n_threads, bool) or not 1 <= n_threads <= MAX_THREADS:
-        raise DeviceError(
-            f"the number of threads is {n_threads!r:.40}, expected 1 to {MAX_THREADS}; leave it out for one on each of "
-            f"the {default_threads()} cores."
-        )
-    return n_threads
+    with contextlib.suppress(TypeError, ValueError):
+        if whole_number("n_threads", n_threads, 1) <= MAX_THREADS:
+            return int(n_threads)
+    raise DeviceError(
+        f"the number of threads is {n_threads!r:.40}, expected 1 to {MAX_THREADS}; leave it out for one on each of "
+        f"the {default_threads()} cores."
+    )
 
 
 def find_device(name: str) -> Any:

@@ -23,6 +23,7 @@ MAX_LEVELS = 80  # of schemas in one another, and of references that lead to one
 MAX_SUBSCHEMAS = 5_000  # llguidance takes seconds for so many
 MAX_DIGITS = 400  # of an integer: beyond the largest float
 
+TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLES = (
@@ -289,6 +290,11 @@ def _invalid(content: Schema, kind: Any) -> str:
         if wrong is not None:
             return (
                 f"at '{_json_path((*path, wrong))}': {_shown(node[wrong])}; expected a reference such as '#/$defs/NAME'"
+            )
+        if error is not None and error.absolute_path and error.absolute_path[0] == "type":
+            return (
+                f"at '{_json_path((*path, 'type'))}': {node['type']!r:.60} is not valid; the types are "
+                f"{', '.join(TYPES)}"
             )
         if error is not None:
             return f"at '{_json_path((*path, *error.absolute_path))}': {error.message:.300}"

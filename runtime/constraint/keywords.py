@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from granite4v.runtime.constraint.json_schema import REFERENCES
+from granite4v.runtime.constraint.json_schema import REFERENCES, TYPES
 
 Schema = dict[str, Any]
 
@@ -21,7 +21,6 @@ _REMARKS = (
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "$defs", "definitions", "$schema", "$id", "$anchor", "discriminator", "xml", "externalDocs",
 )  # fmt: skip
-_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 
 def restrictions(node: Schema) -> list[str]:
@@ -59,7 +58,7 @@ def kinds(node: Schema) -> list[str] | None:
     """The types that are named; None where any will do."""
     named = node.get("type")
     named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list) or not all(kind in _TYPES for kind in named):
+    if not isinstance(named, list) or not all(kind in TYPES for kind in named):
         return None
     return list(dict.fromkeys(named))
 

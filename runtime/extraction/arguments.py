@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from granite4v.choices import whole_number
 from granite4v.runtime.extraction.documents import DOCLING, FORMATS, applies, suffixes
 from granite4v.runtime.extraction.questions import ArgumentError
 
@@ -57,8 +58,11 @@ def check_arguments(
         raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
     if out is not None:
         _check_out(out)
-    if max_tokens is not None and max_tokens < 1:
-        raise ArgumentError(f"max_tokens is {max_tokens}; expected 1 or more.")
+    if max_tokens is not None:
+        try:
+            whole_number("max_tokens", max_tokens, 1)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(str(error)) from None
     if DOCLING in formats:
         from granite4v.runtime.extraction.docling_export import check_installed
 

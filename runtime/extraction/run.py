@@ -125,7 +125,7 @@ def extract(
         asked = questions(model, tasks, prompt, found, free=free)
         for warning in schema_warnings(asked):
             say(f"warning: {warning}")
-        settings = Settings(max_tokens, free, fast_forward, lora)
+        settings = Settings(None if max_tokens is None else int(max_tokens), free, fast_forward, lora)
         hashes = model_hashes(model.files, say)
         if folder is not None:
             for remark in folder.begin(_manifest(paths, asked, hashes, selection, settings, model)):

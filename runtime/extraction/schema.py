@@ -95,7 +95,11 @@ def _checked(name: str, content: Any, notes: tuple[str, ...] = ()) -> Schema:
     try:
         schema: JsonSchema = read_schema(content)
     except InvalidSchema as error:
-        raise SchemaError(f"{name} {error}") from None
+        alone = all(key == "type" or key not in content for key in _SAYS_SOMETHING)
+        hint = _hint(content) if alone else ""  # for {"type": "json_schema", "json_schema": ...}
+        raise SchemaError(
+            f"{name} does not say which fields are wanted{hint}." if hint else f"{name} {error}"
+        ) from None
     if not any(key in content for key in _SAYS_SOMETHING):
         raise SchemaError(f"{name} does not say which fields are wanted{_hint(content)}; {_EXPECTED}.")
     if not _may_hold_fields(schema, schema.root, {}):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from granite4v.clip_projector.files import shown
 from granite4v.errors import DocumentError
 from granite4v.runtime.pages.book import Drawn, whole_pixels, within
 from granite4v.runtime.pages.limits import Limits
@@ -36,6 +37,7 @@ _END_MARK = b"%%EOF"
 _WHITE = 0xFFFFFFFF
 _DOCUMENTS = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx")
 _MOST_NAMES, _MOST_ATTACHED = 3, 1000
+_MOST_NAME = 80  # characters of a name
 _INSET = 1e-5  # of a scan's size, see `_inset`
 _SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
 _INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
@@ -122,7 +124,7 @@ class PdfBook:
             notes.append(f"{self._name} is an XFA form, of which only the placeholder can be drawn; print it to PDF.")
         attached = [name for name in self._attached() if name.lower().endswith(_DOCUMENTS)]
         if attached:
-            names = ", ".join(f"'{name}'" for name in attached[:_MOST_NAMES])
+            names = ", ".join(f"'{shown(name):.{_MOST_NAME}}'" for name in attached[:_MOST_NAMES])
             more = f" and {len(attached) - _MOST_NAMES} more" if len(attached) > _MOST_NAMES else ""
             notes.append(
                 f"{self._name} has attached files, which are not read: {names}{more}; save and read them by themselves."
@@ -157,8 +159,9 @@ class PdfBook:
             image, dpi = _draw(page, name, crop, tiling, self._limits)
             if _is_blank(image) and crop is None and _has_text(page):
                 notes += (
-                    f"{name} has text, but renders without any; its fonts are probably neither embedded nor installed "
-                    "here. Install them, or save the PDF with its fonts embedded.",
+                    f"{name} has text, but renders without any: its fonts may be neither embedded nor installed here, "
+                    "its layers may be switched off, or the text may lie outside of the page. Print it to a new PDF "
+                    "from a program that shows it.",
                 )
         return Drawn(image, dpi, notes)
 

@@ -92,6 +92,7 @@ def _no_note(line: str) -> None:
 
 
 def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotFound]:
+    errors: list[OSError] = []
     if given == STDIN:
         yield Document(STDIN, None)
     elif not given:
@@ -100,7 +101,7 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
         yield _not_found(given, f"'{shown(given)}' holds a zero byte, which no file name can.")
     elif os.path.isdir(given):
         yield from _in_directory(given, note)
-    elif _is_there(given, errors := []):
+    elif _is_there(given, errors):
         yield _document(given)
     elif errors:
         yield _unreadable(errors[0], given)
