@@ -112,6 +112,11 @@ class Model:
         self.engine.progress = progress
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed and can answer nothing any more."""
+        return self.engine.closed
+
+    @property
     def has_vision(self) -> bool:
         return self.files.vision is not None
 

@@ -219,6 +219,16 @@ def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_sc
         ({"max_tokens": "9"}, ArgumentError, "max_tokens is '9'; expected an integer"),
         ({"pages": "x"}, SelectionError, "the pages 'x'"),
         ({"crop": "1,2"}, SelectionError, "the crop '1,2'"),
+        ({"crop": 3}, SelectionError, "the crop '3'"),
+        ({"pages": 1}, ArgumentError, "pages is 1; expected text"),
+        ({"password": b"x"}, ArgumentError, "password is b'x'; expected text"),
+        ({"prompt": 3}, ArgumentError, "prompt is 3; expected text"),
+        ({"tasks": [3]}, ArgumentError, "'tasks' holds 3; expected names"),
+        ({"formats": None}, ArgumentError, "'formats' holds None; expected names"),
+        ({"out": 3}, ArgumentError, "'out' is 3; expected a directory"),
+        ({"inputs": 3}, ArgumentError, "an input is 3; expected a path"),
+        ({"inputs": [None]}, ArgumentError, "an input is None; expected a path"),
+        ({"inputs": b"a.png"}, ArgumentError, "an input is b'a.png'; expected a path"),
         ({"inputs": []}, ArgumentError, "no input"),
         ({"inputs": "gone.pdf"}, DocumentError, "there is no file or directory 'gone.pdf'"),
         ({"schema": {"a": 1}}, ArgumentError, "does not say which fields|a schema belongs"),
@@ -229,6 +239,12 @@ def test_requests_that_cannot_be(
 ) -> None:
     with pytest.raises(error, match=message):
         run(model, **{"inputs": scans, "tasks": ["chart2csv"], **options})
+
+
+def test_a_model_that_is_none_is_refused(scans: Path) -> None:
+    model: Any = 3
+    with pytest.raises(ArgumentError, match="the model is 3; expected a path"):
+        run(model, scans, ["chart2csv"])
 
 
 def test_a_request_that_is_refused_leaves_no_directory(model: FakeModel, scans: Path, tmp_path: Path) -> None:

@@ -261,6 +261,24 @@ def test_any_exception_on_a_page_is_its_record(
     assert found[0].error and found[0].error_type == type(error).__name__ and (tmp_path / "out/report.html").exists()
 
 
+def test_a_model_that_is_closed_meanwhile_ends_the_run(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if model.closed:
+            raise ValueError("the model is closed")
+
+    model.fail = fail
+    records = run(model, scans, ["chart2csv"], out=tmp_path / "out")
+    first = next(records)
+    model.close()
+    with pytest.raises(ValueError, match="the model is closed"):
+        list(records)
+    model.closed = False
+    rest = list(run(model, scans, ["chart2csv"], out=tmp_path / "out", resume=True))
+    assert first.error is None
+    assert any(record.error is None for record in rest)
+    assert not any("the model is closed" in str(record.error) for record in rest)
+
+
 def test_what_the_caller_raises_is_the_callers(model: FakeModel, scans: Path, tmp_path: Path) -> None:
     def watch(state: State) -> None:
         if state.n_answer_tokens == 3:

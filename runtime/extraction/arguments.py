@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from granite4v.choices import whole_number
 from granite4v.runtime.extraction.documents import DOCLING, FORMATS, applies, suffixes
@@ -16,6 +17,32 @@ _FILE_SUFFIXES = (
     ".parquet", ".pdf", ".png", ".py", ".sqlite", ".tif", ".tiff", ".tsv", ".txt", ".webp", ".xls", ".xlsx", ".xml",
     ".zip",
 )  # fmt: skip
+
+
+def as_paths(inputs: Any) -> list[str]:
+    """The inputs as text; a single one may be given without a list. Raises ArgumentError."""
+    single = isinstance(inputs, str | bytes | os.PathLike)
+    paths = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else [inputs]
+    for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            raise ArgumentError(f"an input is {path!r:.60}; expected a path, as text or a Path, or a list of such.")
+    return [os.fsdecode(path) for path in paths]
+
+
+def as_texts(name: str, given: Any) -> list[str]:
+    """Names as a list; a single one may be given without a list. Raises ArgumentError."""
+    texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ArgumentError(f"{name} holds {text!r:.60}; expected names, as text.")
+    return texts
+
+
+def check_texts(**given: Any) -> None:
+    """Raises ArgumentError for what is neither text nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise ArgumentError(f"{name} is {value!r:.60}; expected text.")
 
 
 def check_arguments(
@@ -57,6 +84,8 @@ def check_arguments(
     if csv_safe and not any("csv" in suffixes(task, formats) for task in tasks):
         raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
     if out is not None:
+        if not isinstance(out, str | os.PathLike):
+            raise ArgumentError(f"'out' is {out!r:.60}; expected a directory, as text or a Path.")
         _check_out(out)
     if max_tokens is not None:
         try:

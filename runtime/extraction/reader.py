@@ -50,7 +50,8 @@ def answer_page(
 ) -> Record:
     """The record of one question about one page; with `error` when the page cannot be asked about.
 
-    Raises ModelFileError and DeviceError, after which no other page would fare better, and what `on_token` raises.
+    Raises ModelFileError and DeviceError, after which no other page would fare better, what `on_token` raises,
+    and ValueError for a model that was closed meanwhile.
     """
     record = _begin(page, question, hashes)
     start = time.perf_counter()
@@ -68,7 +69,7 @@ def answer_page(
     except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
-        if error in raised:
+        if error in raised or model.closed:
             raise
         if not isinstance(error, Granite4vError):
             logging.getLogger("granite4v").info("page %s of '%s'", page.number, page.source, exc_info=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granite4v.runtime.extraction.arguments import check_arguments
+from granite4v.runtime.extraction.arguments import as_paths, as_texts, check_arguments, check_texts
 from granite4v.runtime.extraction.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extraction.attempts import Attempts
 from granite4v.runtime.extraction.batch import REPORT, Extraction, Job, OutputOptions, PageSelection
@@ -17,7 +17,7 @@ from granite4v.runtime.extraction.earlier import earlier_error
 from granite4v.runtime.extraction.fingerprint import model_hashes
 from granite4v.runtime.extraction.folder import Folder
 from granite4v.runtime.extraction.journal import Journal
-from granite4v.runtime.extraction.questions import Question, check_tasks, questions, schema_warnings
+from granite4v.runtime.extraction.questions import ArgumentError, Question, check_tasks, questions, schema_warnings
 from granite4v.runtime.extraction.reader import Settings
 from granite4v.runtime.extraction.schema import SchemaSource, load_schema
 from granite4v.runtime.extraction.state import State, Watch, waiting
@@ -86,9 +86,11 @@ def extract(
     """
     from granite4v.runtime.pages import count_pages, parse_crop
 
-    paths = [str(item) for item in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    formats = [formats] if isinstance(formats, str) else formats
-    tasks = check_tasks([tasks] if isinstance(tasks, str) else tasks, prompt, has_schema=schema is not None)
+    paths, formats = as_paths(inputs), as_texts("'formats'", formats)
+    check_texts(prompt=prompt, pages=pages, password=password)
+    if not isinstance(model, str | Path) and not hasattr(model, "prepare"):
+        raise ArgumentError(f"the model is {model!r:.60}; expected a path, or what granite4v.load returns.")
+    tasks = check_tasks(as_texts("'tasks'", tasks), prompt, has_schema=schema is not None)
     check_arguments(
         paths,
         tasks,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from granite4v.errors import DocumentError
@@ -122,7 +122,8 @@ def parse_crop(value: str | Sequence[float | str] | Crop) -> Crop:
     """
     if isinstance(value, Crop):
         return value
-    parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+    parts = [str(part).strip() for part in given]
     text = ",".join(parts)
     example = "write x,y,width,height, for instance '100,50,400,300' or '10%,0,50%,25%'"
     matches = [_LENGTH.fullmatch(part) for part in parts]
