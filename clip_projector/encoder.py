@@ -82,7 +82,7 @@ class VisionEncoder:
     def _open(self, device: str, n_threads: int | None, abort: tuple[int, int] | None) -> None:
         from granite4v.clip_projector.weights import Weights
         from granite4v.families import read_vision
-        from granite4v.ggml import speed
+        from granite4v.ggml import autotune
         from granite4v.ggml.backend import Backend
         from granite4v.ggml.gguf_file import GgufFile
 
@@ -98,7 +98,7 @@ class VisionEncoder:
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
             matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1} - NO_WEIGHTS
-            self.ways = speed.ways(self.backend, matrices)
+            self.ways = autotune.ways(self.backend, matrices)
             self._weights = Weights(file, self.backend, self.ways, names)
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from granite4v.ggml.autotune import Way
     from granite4v.ggml.backend import Backend
     from granite4v.ggml.gguf_file import GgufFile, TensorInfo
     from granite4v.ggml.graph import Graph
-    from granite4v.ggml.speed import Way
 
 
 ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied

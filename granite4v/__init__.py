@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         SchemaError,
     )
     from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
-    from granite4v.runtime.constraint import grammar_for
-    from granite4v.runtime.extraction import Record
+    from granite4v.runtime.extract import Record
+    from granite4v.runtime.grammar import grammar_for
 
     __version__: str
 

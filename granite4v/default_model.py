@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from granite4v.choices import Device, Format, Task
     from granite4v.converter import Progress
     from granite4v.runtime import Model
-    from granite4v.runtime.extraction import Extraction
-    from granite4v.runtime.extraction.run import Say
-    from granite4v.runtime.extraction.schema import SchemaSource
-    from granite4v.runtime.extraction.state import Watch
+    from granite4v.runtime.extract import Extraction
+    from granite4v.runtime.extract.run import Say
+    from granite4v.runtime.extract.schema import SchemaSource
+    from granite4v.runtime.extract.state import Watch
 
     Meter = Callable[[Progress], None]
     Report = Callable[[str], None]
@@ -107,7 +107,7 @@ def extract(
     """
     import logging
 
-    from granite4v.runtime.extraction import extract as run_extract
+    from granite4v.runtime.extract import extract as run_extract
 
     if model is None or (isinstance(model, str | Path) and is_embedded(model)):
         model = embedded_model(logging.getLogger("granite4v").info)
@@ -167,7 +167,7 @@ def embedded_model(report: Report, progress: Meter | None = None) -> Path:
     CheckpointError when the package lacks the model, OutputError when the temporary folder fails as well.
     """
     from granite4v.errors import OutputError
-    from granite4v.ggml.speed import cache_file
+    from granite4v.ggml.autotune import cache_file
 
     checkpoint = checkpoint_folder()
     target = cache_file().parent / _folder_name(checkpoint)

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from granite4v.runtime.generate import Answer, Timings
+    from granite4v.runtime.engine.generate import Answer, Timings
+    from granite4v.runtime.engine.sampler import Sampling
     from granite4v.runtime.model import AnswerStream, Model
-    from granite4v.runtime.sampling import Sampling
 
 __all__ = ["Answer", "AnswerStream", "Model", "Sampling", "Timings"]
 
 _HOMES = {
-    "Answer": "generate",
-    "Timings": "generate",
+    "Answer": "engine.generate",
+    "Timings": "engine.generate",
     "AnswerStream": "model",
     "Model": "model",
-    "Sampling": "sampling",
+    "Sampling": "engine.sampler",
 }
 
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v.choices import whole_number
 from granite4v.errors import DeviceError, ModelFileError, PromptError
-from granite4v.runtime.constraint import Compiler, Grammar, Guide
-from granite4v.runtime.engine import Engine, Progress
-from granite4v.runtime.generate import Answer, generate
-from granite4v.runtime.messages import Prompt as PromptLike
-from granite4v.runtime.messages import normalize
-from granite4v.runtime.model_files import ModelFiles
-from granite4v.runtime.native import Cancel
-from granite4v.runtime.prompt import Prompt, build_prompt, check_fits
-from granite4v.runtime.repetition import Repetition
-from granite4v.runtime.request import Request
-from granite4v.runtime.sampling import Sampling
-from granite4v.runtime.tokens import VOCABULARY
+from granite4v.runtime.engine.engine import Engine, Progress
+from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.engine.repetition import Repetition
+from granite4v.runtime.engine.request import Request
+from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.grammar import Compiler, Grammar, Guide
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.library import Cancel
+from granite4v.runtime.prompt.messages import Prompt as PromptLike
+from granite4v.runtime.prompt.messages import normalize
+from granite4v.runtime.prompt.spans import Prompt, build_prompt, check_fits
+from granite4v.runtime.prompt.tokenizer import VOCABULARY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +129,7 @@ class Model:
         """The picture's embeddings: `streams` float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the
         decoder layer before which each stream is added. Raises ImageError, ModelFileError."""
         from granite4v.clip_projector import load_image
-        from granite4v.runtime.prompt import image_digest
+        from granite4v.runtime.prompt.spans import image_digest
 
         with self._lock:
             self.engine.check_open()

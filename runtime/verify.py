@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
 from granite4v.families import Family, family_named
-from granite4v.runtime.prompt import TextSpan
+from granite4v.runtime.prompt.spans import TextSpan
 
 if TYPE_CHECKING:
     import numpy as np

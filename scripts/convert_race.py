@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Converts one checkpoint with granite4v and with llama.cpp's converter and quantizer, and prints how they compare.
 
-    python scripts/convert_race.py CHECKPOINT --llama-cpp LLAMA_CPP_SOURCE --work DIR
+    python -m scripts.convert_race CHECKPOINT --llama-cpp LLAMA_CPP_SOURCE --work DIR
 
 llama.cpp needs three programs: its converter for the text (to BF16 or the source's type) and again for the vision
 part, then its quantizer. Times are from start to end of each process; peak memory is the largest process's. Both
@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 OURS = (sys.executable, "-m", "granite4v")
 UNQUANTIZED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes by itself
 QUANTIZE = """
@@ -82,7 +81,7 @@ def ours(options: argparse.Namespace, folder: Path) -> list[Step]:
 
 
 def peer(options: argparse.Namespace, folder: Path) -> list[Step]:
-    converter = [sys.executable, str(HERE / "llama_cpp_convert.py"), str(options.llama_cpp), str(options.checkpoint)]
+    converter = [sys.executable, "-m", "tests.peers.llama_cpp_convert", str(options.llama_cpp), str(options.checkpoint)]
     direct = UNQUANTIZED.get(options.text_type)
     text, unquantized = folder / f"text-{options.text_type}.gguf", folder / "text-unquantized.gguf"
     steps: list[Step] = [

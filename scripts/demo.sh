@@ -7,4 +7,4 @@ set -euo pipefail
 use_environment
 
 stage "three documents, drawn now and read: build/demo"
-python scripts/nano/show.py build/demo "$@"
+python -m scripts.nano.show build/demo "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long a picture must take at least: its arithmetic divided by the rate at which ggml multiplies here.
 
-    python scripts/limits.py MODEL_DIR IMAGE
+    python -m scripts.limits MODEL_DIR IMAGE
 
 Counts the multiplications of the tower, the projectors and the decoder's prefill, and measures ggml's matrix product
 for each weight type and each way of multiplying it, in a process of its own (a way may fault). The limit assumes
@@ -20,16 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from side_by_side import find_files
-
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector import load_image
 from granite4v.clip_projector.tiles import layout
 from granite4v.families import VisionConfig, read_vision
 from granite4v.families.base import MlpConfig
-from granite4v.ggml import speed
+from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+from scripts.side_by_side import find_files
 
 
 def main() -> None:
@@ -110,11 +109,11 @@ def main_type(tensors: Mapping[str, TensorInfo]) -> str:
 
 def measured_rates(type_name: str, n_threads: int) -> dict[str, float]:
     """GFLOP/s of ggml's product for each way of multiplying this type that works here."""
-    n_in = speed.K_QUANT_N_IN if type_name.endswith("_K") else speed.N_IN
-    gflop = 2 * n_in * speed.N_OUT * speed.N_TOKENS / 1e9
+    n_in = autotune.K_QUANT_N_IN if type_name.endswith("_K") else autotune.N_IN
+    gflop = 2 * n_in * autotune.N_OUT * autotune.N_TOKENS / 1e9
     rates = {}
-    for way in speed.seconds(Backend("cpu", n_threads), type_name):
-        command = [sys.executable, "-m", "granite4v.ggml.speed", type_name, way, str(n_threads)]
+    for way in autotune.seconds(Backend("cpu", n_threads), type_name):
+        command = [sys.executable, "-m", "granite4v.ggml.autotune", type_name, way, str(n_threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             rates[way] = gflop / float(done.stdout.split()[-1])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs granite4v and stock llama.cpp (libmtmd) on the same files in turn, and prints how they compare.
 
-    python scripts/side_by_side.py MODEL_DIR tests/data/invoice.png --runs 3
+    python -m scripts.side_by_side MODEL_DIR tests/data/invoice.png --runs 3
 
 Each run is a process of its own, all threads of the machine on both sides, and who goes first changes from run to
 run; medians are compared, for machines are noisy. granite4v chooses its settings by itself; llama.cpp runs with its
@@ -20,9 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 OURS = (sys.executable, "-m", "granite4v")
-PEER = (sys.executable, str(HERE / "mtmd_peer.py"))
+PEER = (sys.executable, "-m", "tests.peers.mtmd")
 RENDER = """
 import sys, granite4v
 with granite4v.load(sys.argv[1], mmproj=sys.argv[2]) as model:
@@ -136,7 +135,7 @@ def render_prompt(text: Path, mmproj: Path, prompt: str, image: Path) -> str:
 
 def measure_limits(text: Path, mmproj: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What limits.py says of this machine, in the same run."""
-    command = [sys.executable, str(HERE / "limits.py"), str(text), str(options.image), "--mmproj", str(mmproj)]
+    command = [sys.executable, "-m", "scripts.limits", str(text), str(options.image), "--mmproj", str(mmproj)]
     command += ["--threads", str(options.threads)]
     return last_json(subprocess.run(command, capture_output=True, text=True), command)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from make_checkpoint import CheckpointSpec, write_checkpoint
+
+from tests.toy.checkpoint import CheckpointSpec, write_checkpoint
 
 if TYPE_CHECKING:
-    from reference import Reference
+    from tests.peers.reference import Reference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,7 +61,7 @@ def make_model(
 @pytest.fixture(scope="session")
 def load_reference(make_checkpoint: Callable[[CheckpointSpec], Path]) -> Callable[..., Reference]:
     """The reference for a specification (and an adapter's directory), loaded once a run."""
-    from reference import Reference
+    from tests.peers.reference import Reference
 
     loaded: dict[tuple[CheckpointSpec, Path | None], Reference] = {}
 

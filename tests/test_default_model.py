@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
-from pictures import text_picture
 from typer.testing import CliRunner
 
 import granite4v
@@ -24,9 +22,11 @@ from granite4v import default_model
 from granite4v.cli.main import app
 from granite4v.cli.options import NO_MODEL
 from granite4v.errors import CheckpointError, OutputError
+from granite4v.ggml.autotune import cache_file
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.ggml.speed import cache_file
-from granite4v.runtime.extraction import extract as run_extract
+from granite4v.runtime.extract import extract as run_extract
+from tests.helpers.pictures import text_picture
+from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 TINY = PRESETS["tiny"]
 FILES = ["files.json", "mmproj-F16.gguf", "text-F16.gguf"]
@@ -398,6 +398,6 @@ def test_extract_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> Non
     def record(inputs: Any, tasks: Any, **options: Any) -> None:
         found.update(inputs=inputs, tasks=tasks, **options)
 
-    monkeypatch.setattr("granite4v.runtime.extraction.extract", record)
+    monkeypatch.setattr("granite4v.runtime.extract.extract", record)
     granite4v.extract(**given)  # type: ignore[arg-type]
     assert found == given

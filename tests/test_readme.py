@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from make_checkpoint import PRESETS, CheckpointSpec
-from pictures import text_picture
 from typer.testing import CliRunner
 
 from granite4v.cli.main import app
 from granite4v.converter import Options, convert
 from granite4v.families import FAMILIES
+from tests.helpers.pictures import text_picture
+from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

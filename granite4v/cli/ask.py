@@ -93,7 +93,7 @@ def _pictures(images: list[str]) -> list[Any]:
         return []
     from PIL import Image
 
-    from granite4v.runtime.pages.reader import load_apart
+    from granite4v.runtime.documents.reader import load_apart
 
     found = []
     for loaded in load_apart([_from_stdin() if image == "-" else image for image in images]):

@@ -25,7 +25,7 @@ from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
-    from granite4v.runtime.extraction import Extraction, Record, State
+    from granite4v.runtime.extract import Extraction, Record, State
 
 EXIT_FAILURE = 1
 
@@ -108,9 +108,9 @@ def extract(
     A page that fails is a record with its error. The status is 1 when a page failed, when an answer is not valid or was
     cut, and when a file could not be written.
     """
-    from granite4v.runtime.extraction import ArgumentError
-    from granite4v.runtime.extraction import extract as run_extract
-    from granite4v.runtime.pages import SelectionError
+    from granite4v.runtime.documents import SelectionError
+    from granite4v.runtime.extract import ArgumentError
+    from granite4v.runtime.extract import extract as run_extract
 
     _check_usage(
         inputs,
@@ -193,8 +193,8 @@ def _check_usage(
     **options: bool,
 ) -> None:
     """Wrong usage is told before the embedded model is converted."""
-    from granite4v.runtime.extraction.arguments import check_arguments
-    from granite4v.runtime.extraction.questions import ArgumentError, check_tasks
+    from granite4v.runtime.extract.arguments import check_arguments
+    from granite4v.runtime.extract.questions import ArgumentError, check_tasks
 
     try:
         tasks = check_tasks(task or (), prompt, has_schema=schema is not None)
@@ -211,7 +211,7 @@ def _kept(run: Extraction, out: Path | None) -> str:
 
 
 def _list_files(state: State, out: Path) -> None:
-    from granite4v.runtime.extraction.folder import RESULTS
+    from granite4v.runtime.extract.folder import RESULTS
 
     print(out / RESULTS)
     for path in state.paths:
@@ -265,7 +265,7 @@ class _Printer:
 
 
 def _text(record: Record, form: str | None) -> str:
-    from granite4v.runtime.extraction.documents import TABLE_FORMATS, as_text
+    from granite4v.runtime.extract.documents import TABLE_FORMATS, as_text
 
     return as_text(record, form if form in TABLE_FORMATS and record.tables else None)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-import values
-from truth import Cell, Chart, Form, Table
+from scripts.nano import values
+from scripts.nano.truth import Cell, Chart, Form, Table
 
 BLANK_AXIS, BLANK_SERIES = "Label", "Value"  # what a chart calls them when the picture does not say
 VALUE_LONGEST = 20  # characters of a form's value

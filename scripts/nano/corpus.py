@@ -14,11 +14,10 @@ from dataclasses import replace
 from random import Random
 from typing import TypeVar
 
-import contents
-import formats
-from language import pieces
-from truth import Cell, Chart, Form, Table
-from values import (
+from scripts.nano import contents, formats
+from scripts.nano.language import pieces
+from scripts.nano.truth import Cell, Chart, Form, Table
+from scripts.nano.values import (
     amount,
     cased,
     cell_text,

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from contents import random_chart, random_form, random_table
-from drawing import RGB, Glyphs, Ink, Sheet, fonts, held_out_font, page, photographed
-from layouts import lay_chart, lay_form, lay_table
 from PIL import Image
-from truth import Chart, Form, Table
+
+from scripts.nano.contents import random_chart, random_form, random_table
+from scripts.nano.drawing import RGB, Glyphs, Ink, Sheet, fonts, held_out_font, page, photographed
+from scripts.nano.layouts import lay_chart, lay_form, lay_table
+from scripts.nano.truth import Chart, Form, Table
 
 __all__ = ["HELD_OUT_SEEDS", "KINDS", "Document", "Glyphs", "draw", "draw_document", "fonts", "held_out_font"]
 

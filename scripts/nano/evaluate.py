@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Accuracy of the nano model on held-out documents, through the runtime in every quantization and through transformers.
 
-    python scripts/nano/evaluate.py                                   # the shipped checkpoint, every column
-    python scripts/nano/evaluate.py --columns F16,Q8_0 --documents 100
-    python scripts/nano/evaluate.py --columns "F32 free,transformers" --same # do both give the same text?
+    python -m scripts.nano.evaluate                                   # the shipped checkpoint, every column
+    python -m scripts.nano.evaluate --columns F16,Q8_0 --documents 100
+    python -m scripts.nano.evaluate --columns "F32 free,transformers" --same # do both give the same text?
 
 Prints one Markdown table: a row a group of documents, a column a model. Answers are held to their form, as those of
 `granite4v extract` are, but in columns that are called free and those of transformers. Needs the `dev` extra.
@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from documents import Document
-    from measures import Measured
-
     import granite4v
+    from scripts.nano.documents import Document
+    from scripts.nano.measures import Measured
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "granite4v" / "nano"
@@ -63,7 +62,6 @@ class Question:
 
 
 def main() -> int:
-    sys.path.append(str(Path(__file__).parents[1]))  # checkpoint_spec
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="Hugging Face directory with its adapter")
     parser.add_argument("--columns", default=",".join([*COLUMNS, "F16" + FREE, REFERENCE]))
@@ -111,9 +109,9 @@ def main() -> int:
 
 def held_out(n: int) -> Iterator[Question]:
     """`n` questions of each group, always the same ones."""
-    import formats
-    from documents import draw_document, held_out_font
-    from truth import HELD_OUT_SEEDS, Form, Table
+    from scripts.nano import formats
+    from scripts.nano.documents import draw_document, held_out_font
+    from scripts.nano.truth import HELD_OUT_SEEDS, Form, Table
 
     tags = ("<tables_otsl>", "<tables_html>", "<tables_json>")
     for i, group in enumerate(GROUPS):
@@ -156,11 +154,10 @@ def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
 
     Of an answer that did not end by itself that is what `extract` keeps.
     """
-    import formats
-    from measures import whole_part
-    from truth import Form
-
-    from granite4v.runtime.constraint import grammar_for
+    from granite4v.runtime.grammar import grammar_for
+    from scripts.nano import formats
+    from scripts.nano.measures import whole_part
+    from scripts.nano.truth import Form
 
     def ask(question: Question) -> str:
         truth = question.document.truth
@@ -179,7 +176,6 @@ def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
 
 
 def _reference_model(checkpoint: Path) -> Any:
-    sys.path.append(str(ROOT / "tests"))
     return importlib.import_module("reference").Reference(checkpoint, checkpoint)
 
 
@@ -214,7 +210,7 @@ def _told(name: str, i: int, n: int, text: str) -> str:
 
 def score(questions: list[Question], texts: list[str]) -> dict[str, dict[str, float]]:
     """For every group: share of cells, values or fields right, of documents all right, and mean TEDS of its tables."""
-    from measures import measure
+    from scripts.nano.measures import measure
 
     groups: dict[str, list[Measured]] = {}
     for question, text in zip(questions, texts, strict=True):
@@ -245,8 +241,8 @@ def table(names: list[str], scores: dict[str, dict[str, dict[str, float]]]) -> s
 
 
 def _show_wrong(questions: list[Question], texts: list[str], n: int) -> None:
-    import formats
-    from measures import measure
+    from scripts.nano import formats
+    from scripts.nano.measures import measure
 
     for question, text in zip(questions, texts, strict=True):
         if n and not measure(question.document, question.task, text).exact:

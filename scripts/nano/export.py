@@ -21,10 +21,11 @@ def export(run: Path, out: Path, others: Sequence[Path] = ()) -> None:
     What the last stage trained is the mean of its weights and of those in `others`, saves of the same stage.
     """
     import torch
-    from checkpoint_spec import adapter_config, model_config, preprocessor_config, processor_config
-    from language import build_tokenizer, write_language_files
-    from model import LORA_TARGETS, NANO, NANO_ADAPTER
     from safetensors.torch import save_file
+
+    from scripts.nano.language import build_tokenizer, write_language_files
+    from scripts.nano.model import LORA_TARGETS, NANO, NANO_ADAPTER
+    from tests.toy.spec import adapter_config, model_config, preprocessor_config, processor_config
 
     weights: dict[str, torch.Tensor] = {}
     for stage in STAGES:
@@ -58,8 +59,9 @@ def restore(checkpoint: Path, run: Path) -> None:
     What is trained then adds to the curves, its minutes counted from 0 again.
     """
     import torch
-    from model import TEXT
     from safetensors.torch import load_file
+
+    from scripts.nano.model import TEXT
 
     model = {name: value.float() for name, value in load_file(checkpoint / "model.safetensors").items()}
     adapter = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`granite4v extract` on held-out documents in mixed formats, beside plain questions about the same pages.
 
-    python scripts/nano/extract_held_out.py --documents 20 --model build/nano-f16
+    python -m scripts.nano.extract_held_out --documents 20 --model build/nano-f16
 
 Half of the pages stand in PDFs of 1 to 20 pages, the others are PNG, JPEG, WebP, BMP and TIFF files. Every record must
 parse and be valid to other people's programs (docling-core, lxml, csv, `jsonschema`); of an answer that did not end by
@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate import MAX_TOKENS, held_out, runtime, score
+from scripts.nano.evaluate import MAX_TOKENS, held_out, runtime, score
 
 if TYPE_CHECKING:
-    from evaluate import Question
-
     import granite4v
     from granite4v.choices import Task
+    from scripts.nano.evaluate import Question
 
 TASKS: dict[str, tuple[Task, ...]] = {
     "table": ("tables_otsl", "tables_html", "tables_json"),
@@ -65,7 +64,6 @@ class Seen:
 
 
 def main() -> int:
-    sys.path.append(str(Path(__file__).parents[1]))  # stress_forms
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model directory; by default the embedded one")
     parser.add_argument("--documents", type=int, default=20, help="documents of each of the five groups")
@@ -123,12 +121,11 @@ def _write(path: Path, questions: list[Question]) -> Pages:
 
 def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
     """All records of a file, judged, and what `evaluate.py` is answered about its pages."""
-    import formats
-    from measures import written
-    from stress_forms import judge
-    from truth import Form
-
     import granite4v
+    from scripts.nano import formats
+    from scripts.nano.measures import written
+    from scripts.nano.truth import Form
+    from tests.acceptance.stress_forms import judge
 
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind
@@ -162,7 +159,7 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
 
 
 def _table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    from evaluate import table
+    from scripts.nano.evaluate import table
 
     return table(list(scores), scores)
 

@@ -13,7 +13,7 @@ import json
 import re
 from typing import Any
 
-from truth import Cell, Chart, Form, Table
+from scripts.nano.truth import Cell, Chart, Form, Table
 
 Json = dict[str, Any]
 

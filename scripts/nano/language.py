@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import formats
-from toy_language import ToyTokenizer
-from truth import Cell, Chart, Form, Table
+from scripts.nano import formats
+from scripts.nano.truth import Cell, Chart, Form, Table
+from tests.toy.language import ToyTokenizer
 
 PAD, END_OF_TEXT = "<|pad|>", "<|end_of_text|>"
 START_OF_ROLE, END_OF_ROLE = "<|start_of_role|>", "<|end_of_role|>"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 from random import Random
 
-from contents import BLANK_SERIES
-from drawing import AILERON, Face, Ink, Sheet, face
-from truth import Cell, Chart, Form, Table
+from scripts.nano.contents import BLANK_SERIES
+from scripts.nano.drawing import AILERON, Face, Ink, Sheet, face
+from scripts.nano.truth import Cell, Chart, Form, Table
 
 
 def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sheet:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from documents import Document
-    from truth import Chart, Form, Table
+    from scripts.nano.documents import Document
+    from scripts.nano.truth import Chart, Form, Table
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Measured:
 
 def measure(document: Document, task: str, text: str) -> Measured:
     """Compares an answer with the truth. An answer that does not parse has nothing right."""
-    import formats
-    from truth import Chart, Table
+    from scripts.nano import formats
+    from scripts.nano.truth import Chart, Table
 
     if isinstance(document.truth, Table):
         return _table(document.truth, task, text)
@@ -38,7 +38,7 @@ def measure(document: Document, task: str, text: str) -> Measured:
 
 def whole_part(task: str, text: str) -> str:
     """What `extract` keeps of an answer that did not end by itself, in the task's form; empty when that is nothing."""
-    from granite4v.runtime.outputs import salvage
+    from granite4v.runtime.formats import salvage
 
     saved = salvage(task, text)
     return "" if saved is None else written(task, saved.value)
@@ -46,8 +46,8 @@ def whole_part(task: str, text: str) -> str:
 
 def written(task: str, value: Any) -> str:
     """A record's value in the form of its task: one table, a chart's data or fields."""
-    from granite4v.runtime.extraction.documents import NATIVE
-    from granite4v.runtime.outputs import write
+    from granite4v.runtime.extract.documents import NATIVE
+    from granite4v.runtime.formats import write
 
     if task == "kvp":
         return json.dumps(value)
@@ -57,9 +57,8 @@ def written(task: str, value: Any) -> str:
 
 def _table(truth: Table, task: str, text: str) -> Measured:
     """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
-    import formats
-
-    from granite4v.runtime.outputs import AnswerError, read, write_html
+    from granite4v.runtime.formats import AnswerError, read, write_html
+    from scripts.nano import formats
 
     expected = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in truth.cells}
     try:
@@ -87,7 +86,7 @@ def _teds(expected: str, found: str) -> float:
 
 def _chart(truth: Chart, text: str) -> Measured:
     """A value is right when it stands beside its label, under its series."""
-    import formats
+    from scripts.nano import formats
 
     rows = list(csv.reader(text.splitlines()))
     header = rows[0][1:] if rows else []
@@ -103,7 +102,7 @@ def _chart(truth: Chart, text: str) -> Measured:
 
 def _form(truth: Form, text: str) -> Measured:
     """A field is right when its value is, null for one that is not on the page."""
-    import formats
+    from scripts.nano import formats
 
     try:
         found = json.loads(text)

@@ -11,12 +11,13 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_spec import AdapterSpec, CheckpointSpec
+from tests.toy.spec import AdapterSpec, CheckpointSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from samples import Batch
+
+    from scripts.nano.samples import Batch
 
     Tensors = dict[str, torch.Tensor]
 
@@ -204,7 +205,8 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
     In the order of `projectors(spec)`; class 0, nothing, is zero. A stream is the sum of its marks' vectors.
     """
     import torch
-    from samples import PLACE_CLASSES, SLOT_CLASSES
+
+    from scripts.nano.samples import PLACE_CLASSES, SLOT_CLASSES
 
     generator = torch.Generator().manual_seed(1)
     *shared, cell = SLOT_CLASSES
@@ -232,8 +234,9 @@ def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tenso
     NaN where marks are OPEN.
     """
     import torch
-    from reading import N_SLOTS
-    from samples import OPEN, PLACE_CLASSES, SLOT_CLASSES
+
+    from scripts.nano.reading import N_SLOTS
+    from scripts.nano.samples import OPEN, PLACE_CLASSES, SLOT_CLASSES
 
     split = torch.split(marks.long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], dim=-1)
     known = []

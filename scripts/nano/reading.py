@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
-    from checkpoint_spec import CheckpointSpec
-    from documents import Document
-    from truth import Form, Table
+
+    from scripts.nano.documents import Document
+    from scripts.nano.truth import Form, Table
+    from tests.toy.spec import CheckpointSpec
 
 FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
 EDGE = N_CODES + 1  # for a glyph before, when it is in another tile
@@ -42,7 +43,8 @@ class Text:
 def texts_of(document: Document) -> list[Text]:
     """All texts in the order in which they were drawn."""
     import numpy as np
-    from drawing import ENDING, START
+
+    from scripts.nano.drawing import ENDING, START
 
     page = "".join(map(chr, document.glyphs.code.tolist()))
     starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
@@ -76,9 +78,9 @@ class Page:
 def page_of(document: Document, spec: CheckpointSpec) -> Page:
     """Where everything is."""
     import numpy as np
-    from model import tiling, tokens_side
 
     from granite4v.clip_projector.tiles import best_resolution, fit_size, layout
+    from scripts.nano.model import tiling, tokens_side
 
     size = document.picture.size
     resolution = best_resolution(size, tiling(spec).image_grid_pinpoints)
@@ -181,7 +183,7 @@ Told = list[tuple[int, Text]]
 
 def told(document: Document, answer: str) -> tuple[Told, dict[int, Text]]:
     """The texts of the page that an answer tells, and for a form's values their labels, by first glyph."""
-    from truth import Chart, Form
+    from scripts.nano.truth import Chart, Form
 
     texts = texts_of(document)
     if isinstance(document.truth, Form):
@@ -247,7 +249,7 @@ def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict
 
 def chart_rows(document: Document) -> list[list[Text]]:
     """Label and values of each row of a chart."""
-    from truth import Chart
+    from scripts.nano.truth import Chart
 
     chart = document.truth
     assert isinstance(chart, Chart)

@@ -6,18 +6,19 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, NEAR_PX, Lesson, Lessons
+from scripts.nano.reading import EDGE, FIRST_CODE, N_CLASSES, N_CODES, N_SLOTS, NEAR_PX, Lesson, Lessons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
     import torch
-    from checkpoint_spec import CheckpointSpec
-    from documents import Document
-    from drawing import RGB
-    from reading import Page
-    from truth import Table
+
+    from scripts.nano.documents import Document
+    from scripts.nano.drawing import RGB
+    from scripts.nano.reading import Page
+    from scripts.nano.truth import Table
+    from tests.toy.spec import CheckpointSpec
 
 # What begins where a table's text does: a cell of its body, or one that stands out as a header; else neither.
 CELL, HEADER = 1, 2
@@ -96,8 +97,9 @@ class Prompter:
         import json
 
         import jinja2
-        from language import CHAT_TEMPLATE, build_tokenizer
         from tokenizers import Tokenizer
+
+        from scripts.nano.language import CHAT_TEMPLATE, build_tokenizer
 
         built = build_tokenizer()
         self.n_vocab, self.pad_id, self.end_id, self.image_id = (
@@ -122,7 +124,7 @@ class Prompter:
 
 def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
     """What the base model learns from: an instruction and its answer, or plain text."""
-    import corpus
+    from scripts.nano import corpus
 
     if rng.random() < 0.15:
         tokens, start = prompter.encode(corpus.plain_text(rng)), 1
@@ -136,8 +138,8 @@ def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
 
 def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
     """(task name, prompt text, true answer) for a document; long formats are asked for less often."""
-    import formats
-    from truth import Chart, Table
+    from scripts.nano import formats
+    from scripts.nano.truth import Chart, Table
 
     truth = document.truth
     if isinstance(truth, Table):
@@ -158,7 +160,7 @@ def document_sample(document: Document, rng: random.Random, prompter: Prompter, 
     Or, now and then, one that begins a row more than the table has, and leaves it empty: how to go on after a row too
     many has been begun.
     """
-    from truth import Table
+    from scripts.nano.truth import Table
 
     task, question, answer = ask(document, rng)
     if not isinstance(document.truth, Table) or task == "<tables_json>" or rng.random() >= ROW_TOO_MANY_SHARE:
@@ -171,8 +173,8 @@ def document_sample(document: Document, rng: random.Random, prompter: Prompter, 
 
 
 def _with_row_too_many(table: Table, task: str) -> str:
-    import formats
-    from truth import Cell
+    from scripts.nano import formats
+    from scripts.nano.truth import Cell
 
     row = tuple(Cell(table.n_rows, col, "") for col in range(table.n_cols))
     longer = formats.answer_for(task, replace(table, n_rows=table.n_rows + 1, cells=table.cells + row))
@@ -183,10 +185,9 @@ def _with_row_too_many(table: Table, task: str) -> str:
 def _with_picture(
     document: Document, task: str, question: str, answer: str, prompter: Prompter, spec: CheckpointSpec
 ) -> Sample:
-    from model import tiling, token_index
-    from reading import answer_lessons, image_lessons, page_of
-
     from granite4v.clip_projector.tiles import cut
+    from scripts.nano.model import tiling, token_index
+    from scripts.nano.reading import answer_lessons, image_lessons, page_of
 
     rows = token_index(document.picture.size, 0, spec)
     prompt = prompter.prompt(question, image=True)
@@ -204,11 +205,9 @@ def _with_picture(
 
 def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, level: float) -> Sample:
     """A strip of paper full of lines, to be copied: the first thing to read. `level` 0..1: how many lines, how wide."""
-    import drawing
-    import formats
-    import values
-    from documents import Document
-    from truth import Form
+    from scripts.nano import drawing, formats, values
+    from scripts.nano.documents import Document
+    from scripts.nano.truth import Form
 
     finer = rng.choice((1, 2))
     size = rng.uniform(16.0, 18.0 + 3 * level)
@@ -243,14 +242,12 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
 
     Between them stand what stands between texts of documents: rules, shades, boxes.
     """
-    import drawing
-    import values
-    from documents import Document
-    from model import tiling
-    from reading import page_of
-    from truth import Form
-
     from granite4v.clip_projector.tiles import cut
+    from scripts.nano import drawing, values
+    from scripts.nano.documents import Document
+    from scripts.nano.model import tiling
+    from scripts.nano.reading import page_of
+    from scripts.nano.truth import Form
 
     finer = rng.choice((1, 2))
     width, height = 3 * spec.tile_px, 2 * spec.tile_px
@@ -306,10 +303,10 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
     The overview has nothing but places: what is small and squeezed is not to be read.
     """
     import numpy as np
-    from drawing import ENDING, START
-    from model import grid_side, tiling, tokens_side
 
     from granite4v.clip_projector.tiles import best_resolution
+    from scripts.nano.drawing import ENDING, START
+    from scripts.nano.model import grid_side, tiling, tokens_side
 
     side, tokens, px, patch = grid_side(spec), tokens_side(spec), spec.tile_px, spec.patch_px
     height, width = best_resolution(document.picture.size, tiling(spec).image_grid_pinpoints)
@@ -378,7 +375,8 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
 def _cells_that_begin(document: Document, page: Page, n_glyphs: int) -> np.ndarray:
     """For every glyph CELL or HEADER where it is the first one of a table's cell, else 0."""
     import numpy as np
-    from truth import Table
+
+    from scripts.nano.truth import Table
 
     begins, table = np.zeros(n_glyphs, dtype=np.uint8), document.truth
     if isinstance(table, Table):
@@ -392,7 +390,8 @@ def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> 
     """Samples padded on the right to the longest; letters only add their tiles, after all others."""
     import numpy as np
     import torch
-    from model import tokens_side
+
+    from scripts.nano.model import tokens_side
 
     letters = [sample for sample in samples if sample.kind == LETTERS]
     samples = [sample for sample in samples if sample.kind != LETTERS]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws a table, a chart and a form with values nobody knew before, has granite4v read them, and shows both.
 
-    python scripts/nano/show.py build/demo [--seed N] [--model DIR]
+    python -m scripts.nano.show build/demo [--seed N] [--model DIR]
 
 The pictures are written beside each other; every one is read by `granite4v extract` as anyone would call it.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from documents import Document, Truth
+    from scripts.nano.documents import Document, Truth
 
 Line = tuple[str, str]  # what a value is called, the value
 FONT = "Aileron"  # Pillow's own, so that no font package is needed
@@ -45,9 +45,9 @@ def main() -> int:
 
 def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
     """Draws one document, has it read, prints both; returns the command's exit status."""
-    import formats
-    from documents import draw_document
-    from truth import HELD_OUT_SEEDS, Form
+    from scripts.nano import formats
+    from scripts.nano.documents import draw_document
+    from scripts.nano.truth import HELD_OUT_SEEDS, Form
 
     document = draw_document(HELD_OUT_SEEDS + seed, kind, LEVEL, FONT)
     path = out / f"{kind}.png"
@@ -83,7 +83,7 @@ def _print_beside(document: Document, answer: str) -> None:
 
 def lines(truth: Truth) -> list[Line]:
     """The truth as named lines: a row of a table, a value of a chart, a field of a form."""
-    from truth import Chart, Form
+    from scripts.nano.truth import Chart, Form
 
     if isinstance(truth, Form):
         return [(name, "(not there)" if value is None else value) for name, value in truth.fields]
@@ -98,9 +98,8 @@ def lines(truth: Truth) -> list[Line]:
 
 def read_lines(truth: Truth, answer: str) -> list[Line]:
     """An answer as the same lines; what does not parse is one line."""
-    from truth import Chart, Form
-
-    from granite4v.runtime.outputs import AnswerError, read
+    from granite4v.runtime.formats import AnswerError, read
+    from scripts.nano.truth import Chart, Form
 
     try:
         if isinstance(truth, Form):

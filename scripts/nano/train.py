@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Trains the nano model: a text-only base, an eye, and, with the base frozen, the way over a page and reading.
 
-    python scripts/nano/train.py base  RUN --minutes 25      # language model on text alone
-    python scripts/nano/train.py tower RUN --minutes 65      # tower and projectors on which glyph is where
-    python scripts/nano/train.py way   RUN --minutes 40      # the adapter on perfect streams: where is the next glyph?
-    python scripts/nano/train.py read  RUN --minutes 41 --processes 2    # all of it on pictures
-    python scripts/nano/train.py export RUN granite4v/nano
-    python scripts/nano/train.py restore RUN granite4v/nano  # a run to go on from, made of a checkpoint
-    python scripts/nano/train.py read  RUN --minutes 108 --processes 2 --rate 0.0035 --adapter-rate 0.5 \\
+    python -m scripts.nano.train base  RUN --minutes 25      # language model on text alone
+    python -m scripts.nano.train tower RUN --minutes 65      # tower and projectors on which glyph is where
+    python -m scripts.nano.train way   RUN --minutes 40      # the adapter on perfect streams: where is the next glyph?
+    python -m scripts.nano.train read  RUN --minutes 41 --processes 2    # all of it on pictures
+    python -m scripts.nano.train export RUN granite4v/nano
+    python -m scripts.nano.train restore RUN granite4v/nano  # a run to go on from, made of a checkpoint
+    python -m scripts.nano.train read  RUN --minutes 108 --processes 2 --rate 0.0035 --adapter-rate 0.5 \\
         --eye-every 1 --budget 2800                          # how the shipped checkpoint went on
 
 What is shipped is the mean (`export --mean-with`) of nine saves of that, one every two minutes from 87 to 103; it reads
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from documents import Document
-    from samples import Batch
+
+    from scripts.nano.documents import Document
+    from scripts.nano.samples import Batch
 
     Tensors = dict[str, torch.Tensor]
     Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -71,16 +72,15 @@ WAY = ("model.image_newline", HEADS + "address")  # trained where the way is lea
 
 
 def main() -> None:
-    sys.path.append(str(Path(__file__).parents[1]))  # checkpoint_spec
     options = _arguments()
     if options.stage == "export":
-        from export import export
+        from scripts.nano.export import export
 
         export(options.run, options.out, options.mean_with)
         return
     options.run.mkdir(parents=True, exist_ok=True)
     if options.stage == "restore":
-        from export import restore
+        from scripts.nano.export import restore
 
         restore(options.out, options.run)
         return
@@ -136,9 +136,10 @@ class Trainer:
 
     def __init__(self, rank: int, options: argparse.Namespace) -> None:
         import torch
-        from model import NANO, Kernels, initial
-        from reading import MOST_LINES, MOST_PLACES, N_SLOTS
-        from samples import PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES, Prompter
+
+        from scripts.nano.model import NANO, Kernels, initial
+        from scripts.nano.reading import MOST_LINES, MOST_PLACES, N_SLOTS
+        from scripts.nano.samples import PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES, Prompter
 
         self.rank, self.options, self.stage = rank, options, options.stage
         self.spec, self.kernels, self.prompter = NANO, Kernels(not options.no_fuse), Prompter()
@@ -195,11 +196,11 @@ class Trainer:
 
     def draw(self, rng: random.Random, seeds: tuple[int, int]) -> Any:
         """One sample of the stage's own kind, from seeds in the given range."""
-        from samples import document_sample, lines_sample, text_sample
+        from scripts.nano.samples import document_sample, lines_sample, text_sample
 
         if self.stage == "base" or (self.stage in ("way", "read") and self.level > 0 and rng.random() < TEXT_SHARE):
             return text_sample(rng, self.prompter)
-        from documents import draw_document
+        from scripts.nano.documents import draw_document
 
         if self.stage == "way" and (self.level <= 0 or rng.random() < 0.04 + 0.3 * (1 - self.level)):
             return lines_sample(rng, self.prompter, self.spec, max(0.0, min(1.0, 1 + 2 * self.level)))
@@ -217,7 +218,7 @@ class Trainer:
 
     def letters(self, rng: random.Random) -> list[Any]:
         """Sheets of letters that a step looks at besides its documents."""
-        from samples import letters_sample
+        from scripts.nano.samples import letters_sample
 
         n_sheets = 0 if self.is_eye_frozen() else N_LETTER_SHEETS[self.stage]
         return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
@@ -233,8 +234,9 @@ class Trainer:
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss to descend, and figures for the curve."""
         import torch
-        from model import TEXT, decode, logits, merged
-        from samples import IGNORE
+
+        from scripts.nano.model import TEXT, decode, logits, merged
+        from scripts.nano.samples import IGNORE
 
         figures: dict[str, float] = {}
         total = torch.zeros(())
@@ -271,7 +273,7 @@ class Trainer:
 
     def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
         """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
-        from model import project, tower
+        from scripts.nano.model import project, tower
 
         vision = _half(rounded(self.vision, round_to_q4_0 if self.rounding else None))
         states = tower(vision, batch.tiles, self.spec, self.kernels)
@@ -281,7 +283,8 @@ class Trainer:
     def ideal_streams(self, batch: Batch) -> list[torch.Tensor]:
         """The streams of an eye that misses little: now and then a token tells another one's marks."""
         import torch
-        from model import ideal_streams
+
+        from scripts.nano.model import ideal_streams
 
         assert batch.marks is not None
         marks = batch.marks.clone()
@@ -295,7 +298,8 @@ class Trainer:
     def lesson_loss(self, batch: Batch, taught: Tensors, figures: dict[str, float]) -> torch.Tensor:
         """How far the heads are from what they are taught."""
         import torch
-        from reading import MOST_LINES
+
+        from scripts.nano.reading import MOST_LINES
 
         total = torch.zeros(())
         if "history" in taught:
@@ -343,9 +347,10 @@ class Trainer:
     ) -> torch.Tensor:
         """How well the tower's last state tells what a patch holds, and each stream what it should of a token."""
         import torch
-        from model import ideal_streams
-        from reading import N_SLOTS
-        from samples import OPEN, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
+
+        from scripts.nano.model import ideal_streams
+        from scripts.nano.reading import N_SLOTS
+        from scripts.nano.samples import OPEN, PATCH_CLASSES, PLACE_CLASSES, SLOT_CLASSES
 
         assert batch.patches is not None and batch.marks is not None
         marks = torch.split(batch.marks.flatten(0, 1).long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], 1)
@@ -381,8 +386,8 @@ class Trainer:
 
     def train(self) -> None:
         """Runs until the schedule's minutes are over."""
-        from samples import batches, collate
-        from truth import HELD_OUT_SEEDS
+        from scripts.nano.samples import batches, collate
+        from scripts.nano.truth import HELD_OUT_SEEDS
 
         rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
         self.set_level()
@@ -477,8 +482,9 @@ class Trainer:
     def evaluate(self) -> None:
         """Figures on held-out documents (or held-out text), with teacher forcing."""
         import torch
-        from samples import batches, collate
-        from truth import HELD_OUT_SEEDS
+
+        from scripts.nano.samples import batches, collate
+        from scripts.nano.truth import HELD_OUT_SEEDS
 
         rng = random.Random("held out")
         level, self.level, self.rounding = self.level, 1.0, None
@@ -520,7 +526,7 @@ class Trainer:
 
 def has_gap(document: Document) -> bool:
     """Whether it is a table whose first cell is empty, or the last one of a row."""
-    from truth import Table
+    from scripts.nano.truth import Table
 
     table = document.truth
     return isinstance(table, Table) and any(

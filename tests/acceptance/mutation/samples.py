@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = "page.png"  # in the folder of each case
-
-
-def use_scripts() -> None:
-    """Makes `scripts/` importable, where tiny checkpoints come from."""
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def write_page(path: Path, size: tuple[int, int] = (64, 48)) -> Path:
@@ -34,10 +27,9 @@ def page_image(size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 def checkpoint(bases: Path, preset: str, *, adapter: bool = False, sharded: bool = False) -> Path:
     """A tiny checkpoint of a preset of `make_checkpoint.py`, made when it is first asked for."""
-    use_scripts()
     from dataclasses import replace
 
-    from make_checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint
+    from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint
 
     name = preset + "-adapter" * adapter + "-sharded" * sharded
     folder = bases / "checkpoints" / name

@@ -67,7 +67,7 @@ def prepare(bases: Path) -> None:
 
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
-    from granite4v.runtime.outputs import TASKS
+    from granite4v.runtime.formats import TASKS
 
     task = rng.choice(TASKS)
     text = _answer(rng, task)
@@ -87,10 +87,10 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 def run(command: list[str]) -> int | None:
     """What a page's answer goes through, and what must hold of it."""
     from granite4v.errors import AnswerError
-    from granite4v.runtime.extraction.reader import understand
-    from granite4v.runtime.extraction.record import Record, decode, encode
-    from granite4v.runtime.extraction.report import write_report
-    from granite4v.runtime.outputs import Table, read, salvage
+    from granite4v.runtime.extract.reader import understand
+    from granite4v.runtime.extract.record import Record, decode, encode
+    from granite4v.runtime.extract.report import write_report
+    from granite4v.runtime.formats import Table, read, salvage
 
     task, reason = command
     text = Path(ANSWER).read_bytes().decode("utf-8", "surrogatepass")
@@ -137,7 +137,7 @@ def _check_json(task: str, value: Any) -> None:
 def _check_table(table: Any) -> None:
     """Each form reads back; CSV as Python's own reader has it."""
     from granite4v.errors import AnswerError
-    from granite4v.runtime.outputs import read_csv, read_html, read_otsl, read_tables_json, write
+    from granite4v.runtime.formats import read_csv, read_html, read_otsl, read_tables_json, write
 
     strict_json(write(table, "json"))
     _need(read_tables_json(write(table, "json")) == [table], "JSON that reads back otherwise")
@@ -166,7 +166,7 @@ def _check_table(table: Any) -> None:
 
 
 def _answer(rng: random.Random, task: str) -> str:
-    from granite4v.runtime.outputs import Cell, Table, write
+    from granite4v.runtime.formats import Cell, Table, write
 
     if task == "kvp":
         fields = edits.edit_json(rng, _fields(rng))[0] if rng.random() < 0.5 else _fields(rng)

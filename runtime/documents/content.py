@@ -1,0 +1,134 @@
+"""What a file holds, and the open document for it. Names say it wrongly too often, so the content decides."""
+
+from __future__ import annotations
+
+import io
+import re
+import stat
+import warnings
+from enum import Enum
+from pathlib import Path
+
+from granite4v.clip_projector.files import what_it_holds
+from granite4v.errors import DocumentError, Granite4vError
+from granite4v.runtime.documents.book import Book
+from granite4v.runtime.documents.limits import Limits
+from granite4v.runtime.documents.sources import EXPECTED, Document, file_state, why_missing
+
+HEAD_BYTES = 1024  # a PDF's header may have as much before it
+
+
+class Kind(Enum):
+    IMAGE = "image"
+    TIFF = "TIFF"
+    PDF = "PDF"
+
+
+def open_book(
+    document: Document,
+    content: bytes | None,
+    state: str | None,
+    password: str | None,
+    index: list[int] | None,
+    limits: Limits,
+) -> Book:
+    """The document, open. `content`: what it holds, when that is not in a file. `state`: of its file, as listed.
+
+    `index`: what an earlier `Book.index` was. Raises DocumentError, ImageError.
+    """
+    held: Path | bytes
+    try:
+        if content is not None:
+            held = content
+        else:
+            assert document.path is not None
+            held = document.path
+            if not stat.S_ISREG(held.stat().st_mode):
+                raise DocumentError(f"{document.name} is a device or a socket; give a file, a directory or a pipe.")
+            if state is not None and file_state(document) != state:
+                raise DocumentError(f"{document.name} has been changed while it was read; read it again.")
+        kind = recognize(held, document.name)
+        if kind is Kind.PDF:
+            from granite4v.runtime.documents.pdf import PdfBook
+
+            return PdfBook(held, document.name, password, state, limits)
+        from granite4v.runtime.documents.pictures import PictureBook, TiffBook
+
+        if kind is Kind.TIFF:
+            return TiffBook(held, document.name, limits, index)
+        return PictureBook(held, document.name, limits)
+    except OSError as error:
+        raise why_missing(document, error) from None
+
+
+def readable(error: Exception, name: str) -> Granite4vError:
+    """The error as one that a person can use. Whatever a library raises on a file is about that file, never a bug."""
+    if isinstance(error, Granite4vError):
+        return error
+    if isinstance(error, MemoryError):
+        return DocumentError(f"{name} needs more memory than there is; scale it down, or split it.")
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return DocumentError(
+        f"{name} cannot be read ({what:.200}); it is probably damaged. Open it in another program and save it again."
+    )
+
+
+_IMAGES = (
+    re.compile(rb"\x89PNG\r\n\x1a\n"),
+    re.compile(rb"\xff\xd8\xff"),  # JPEG
+    re.compile(rb"GIF8[79]a"),
+    re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # with the size of its header
+    re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+)
+_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+# Pillow's names of others that are read where it can: none that is drawn by another program, or known by guessing
+_FORMATS = ("AVIF", "JPEG2000", "PPM", "PCX", "DIB", "ICO", "ICNS", "PSD", "SGI", "QOI")
+
+
+def recognize(content: Path | bytes, name: str) -> Kind:
+    """What a file holds, by its content: names say it wrongly too often.
+
+    Raises DocumentError, which calls it `name`, for everything that is neither an image of a kind we read nor a PDF;
+    OSError.
+    """
+    if isinstance(content, bytes):
+        head = content[:HEAD_BYTES]
+    else:
+        with content.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    if not head:
+        raise DocumentError(f"{name} is empty (0 bytes).")
+    if any(pattern.match(head) for pattern in _IMAGES):
+        return Kind.IMAGE
+    if _TIFF.match(head):
+        return Kind.TIFF
+    if b"%PDF-" in head:
+        return Kind.PDF
+    if _is_image_of_another_kind(content):
+        return Kind.IMAGE
+    held = what_it_holds(head) or "neither an image nor a document that we know, or its beginning is damaged"
+    raise DocumentError(f"{name} holds {held}; {EXPECTED}.")
+
+
+def _is_image_of_another_kind(content: Path | bytes) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_known_formats()).close()
+        except UnidentifiedImageError:
+            return False
+        except OSError:
+            raise
+        except Exception:  # a bomb, or damage: said when it is read
+            return True
+    return True
+
+
+def _known_formats() -> list[str]:
+    """Those of `_FORMATS` that the installed Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]

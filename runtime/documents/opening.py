@@ -1,0 +1,359 @@
+"""Pages, one after another, of whatever a person names. What cannot be read is a failure in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from granite4v.errors import DocumentError, Granite4vError, ImageError
+from granite4v.runtime.documents.limits import LIMITS, Limits
+from granite4v.runtime.documents.reader import Reader, ReaderEnded, RemoteBook, Rendered, Waiting
+from granite4v.runtime.documents.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
+from granite4v.runtime.documents.sources import (
+    Document,
+    NotFound,
+    file_state,
+    find_documents,
+    is_read_once,
+    read_once,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from granite4v.families.base import TilingConfig, VisionConfig
+
+Inputs = Sequence[str | os.PathLike[str]]
+Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page
+# (source, number or None, file_state): how an earlier run failed at a page, or at opening a document
+EarlierError = Callable[[str, "int | None", "str | None"], "Granite4vError | None"]
+ALL_PAGES = PageRanges(((1, None),))
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One page to read.
+
+    `source`: the document's path as it was given, '-' for standard input. `number` counts from 1, of `n_pages`.
+    `image`: upright Pillow RGB, transparency on white, cropped. `digest` stands for its pixels: SHA-256 in hexadecimal
+    digits, equal for equal pixels whatever file they came from. `dpi`: pixels an inch of a PDF's page, rounded to a
+    tenth; None for pictures. `warnings`: what a person should know of the page. `file_state` changes when the
+    document's file does; None for what is not a file (standard input, pipes).
+    """
+
+    source: str
+    number: int
+    n_pages: int
+    image: Image = field(repr=False)
+    digest: str
+    dpi: float | None = None
+    warnings: tuple[str, ...] = ()
+    file_state: str | None = None
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height)"""
+        return self.image.size
+
+
+@dataclass(frozen=True)
+class PageFailure:
+    """A page, or with `number` None a document, that cannot be read, and why; `file_state` as in Page."""
+
+    source: str
+    number: int | None
+    error: Granite4vError
+    file_state: str | None = None
+
+
+@dataclass(frozen=True)
+class PageSkipped:
+    """A page that was not rendered, because `wanted` returned False for it; fields as in Page."""
+
+    source: str
+    number: int
+    n_pages: int
+    file_state: str | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """How much there is to read.
+
+    `pages` is None when that cannot be known beforehand (standard input, pipes). `notes`: lines for a person, for
+    instance about files of a folder that were left out.
+    """
+
+    documents: int
+    pages: int | None
+    notes: tuple[str, ...] = ()
+    found: _Found | None = field(default=None, repr=False, compare=False)  # for `open_pages`
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What was found out about a document while counting: its index, or how it ended its reader, now or earlier."""
+
+    state: str | None
+    index: list[int] | None
+    error: Granite4vError | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    inputs: tuple[str, ...]
+    documents: tuple[Document | NotFound, ...]
+    counted: Mapping[str, _Counted]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted of each document."""
+
+    ranges: PageRanges
+    password: str | None = None
+    crop: Crop | None = None
+    tiling: TilingConfig | None = None
+    wanted: Wanted | None = None
+    earlier_error: EarlierError | None = None
+
+
+def open_pages(
+    inputs: Inputs,
+    *,
+    pages: str | PageRanges | None = None,
+    password: str | None = None,
+    crop: str | Sequence[float | str] | Crop | None = None,
+    view: VisionConfig | None = None,
+    wanted: Wanted | None = None,
+    earlier_error: EarlierError | None = None,
+    waiting: Waiting | None = None,
+    counted: Totals | None = None,
+    limits: Limits = LIMITS,
+) -> Generator[Page | PageFailure | PageSkipped, None, None]:
+    """The pages of `inputs`, each rendered while its predecessor is looked at, and not kept.
+
+    Files are opened and rendered by a process of their own (see `worker`), within `limits`: one that ends it, takes too
+    long or too much memory is a PageFailure like any other, and the next page goes on.
+
+    `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, '-' for standard input; see
+    `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
+    `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will look at the pages, which
+    decides how large those of a PDF are drawn (see `resolution`); without one at 200 dpi. `wanted`: called before a
+    page is rendered; where it returns False, the page comes as PageSkipped. `earlier_error`: called for skipped pages,
+    which count as failed where it returns an error, so that every run gives up a document at the same page. `waiting`:
+    called about twice a second while a document or page takes its time. `counted`: what `count_pages` returned for
+    these inputs, so that nothing is searched for or counted twice.
+
+    Raises at once SelectionError for pages, a crop or a password that cannot be meant so, and DocumentError when there
+    is nothing at all to read. Everything after that is a PageFailure: a page that is missing or damaged, or, with
+    `number` None, a document. No two have the same source and number. Close it to close the document it is at.
+    """
+    _check_password(password)
+    area, tiling = None if crop is None else parse_crop(crop), None if view is None else view.tiling
+    request = _Request(_ranges(pages), password, area, tiling, wanted, earlier_error)
+    known = None if counted is None else counted.found
+    if known is None or known.inputs != _texts(inputs):
+        known = _Found(_texts(inputs), tuple(find_documents(inputs)), {})
+    return _pages(known, request, Reader(limits, waiting))
+
+
+def count_pages(
+    inputs: Inputs,
+    *,
+    pages: str | PageRanges | None = None,
+    password: str | None = None,
+    earlier_error: EarlierError | None = None,
+    waiting: Waiting | None = None,
+    limits: Limits = LIMITS,
+) -> Totals:
+    """How much `open_pages` will yield, failures included, without rendering a page. Raises what it raises.
+
+    `earlier_error`: called with None for a page number before a document is opened; where it returns an error, the
+    document is not opened, and `open_pages` yields a PageFailure with that error.
+    """
+    _check_password(password)
+    ranges = _ranges(pages)
+    notes: list[str] = []
+    documents = find_documents(inputs, notes.append)
+    counted: dict[str, _Counted] = {}
+    n_pages: int | None = 0
+    with contextlib.closing(Reader(limits, waiting)) as reader:
+        for item in documents:
+            request = _Request(ranges, password, earlier_error=earlier_error)
+            count = _count(item, request, reader, counted)
+            n_pages = None if n_pages is None or count is None else n_pages + count
+    found = _Found(_texts(inputs), tuple(documents), counted)
+    return Totals(len(documents), n_pages, tuple(dict.fromkeys(notes)), found)
+
+
+def _texts(inputs: Inputs) -> tuple[str, ...]:
+    return tuple(os.fspath(item) for item in inputs)
+
+
+def _ranges(pages: str | PageRanges | None) -> PageRanges:
+    if pages is None:
+        return ALL_PAGES
+    return pages if isinstance(pages, PageRanges) else parse_pages(pages)
+
+
+def _check_password(password: str | None) -> None:
+    try:
+        fits = password is None or "\0" not in password.encode().decode()
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise SelectionError("the password holds a character that no password can have.")
+
+
+def _count(item: Document | NotFound, request: _Request, reader: Reader, counted: dict[str, _Counted]) -> int | None:
+    """None for what can be read only once. What else was found out goes into `counted`."""
+    if isinstance(item, NotFound):
+        return 1
+    if is_read_once(item):
+        return None
+    state = file_state(item)
+    earlier = None if request.earlier_error is None else request.earlier_error(item.source, None, state)
+    if earlier is not None:
+        counted[item.source] = _Counted(state, None, earlier)
+        return 1
+    book = _book(item, state, None, request, reader, None)
+    try:
+        book.begin_open()
+        book.finish_open()
+    except ReaderEnded as error:
+        counted[item.source] = _Counted(state, None, error)
+        return 1
+    except (DocumentError, ImageError):  # said when it is read
+        return 1
+    counted[item.source] = _Counted(state, book.index, None)
+    return request.ranges.count(book.n_pages) + (book.damage is not None)
+
+
+def _book(
+    document: Document,
+    state: str | None,
+    content: bytes | None,
+    request: _Request,
+    reader: Reader,
+    index: list[int] | None,
+) -> RemoteBook:
+    return RemoteBook(
+        reader,
+        document.source,
+        document.name,
+        path=None if content is not None else os.fspath(document.path or ""),
+        content=content,
+        state=state,
+        password=request.password,
+        index=index,
+    )
+
+
+Item = Page | PageFailure | PageSkipped
+
+
+def _pages(found: _Found, request: _Request, reader: Reader) -> Generator[Item, None, None]:
+    """Hands out each item when the next one has been begun, so that the reader works while the caller does."""
+    ready: Item | None = None
+    with contextlib.closing(reader):
+        for item in _steps(found, request, reader):
+            if ready is not None:
+                handed, ready = ready, None
+                yield handed
+                del handed  # its pixels are the caller's alone while the next page is fetched
+            if item is not None:
+                ready = item
+            del item
+        if ready is not None:
+            yield ready
+
+
+def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | None]:
+    """The items, and a None whenever the reader has been given work that takes time."""
+    for item in found.documents:
+        if isinstance(item, NotFound):
+            yield PageFailure(item.source, None, item.error)
+            continue
+        state, content = file_state(item), None
+        known = found.counted.get(item.source)
+        if known is not None and known.error is not None and known.state == state:
+            yield PageFailure(item.source, None, known.error, state)
+            continue
+        if is_read_once(item):
+            yield None
+            try:
+                content = read_once(item, reader.limits)
+            except DocumentError as error:
+                yield PageFailure(item.source, None, error, state)
+                continue
+        index = known.index if known is not None and known.state == state else None
+        book = _book(item, state, content, request, reader, index)
+        book.begin_open()
+        yield None
+        try:
+            book.finish_open()
+        except (DocumentError, ImageError) as error:
+            yield PageFailure(item.source, None, error, state)
+            continue
+        yield from _pages_of(book, item, state, request, reader.limits)
+
+
+def _pages_of(
+    book: RemoteBook, document: Document, state: str | None, request: _Request, limits: Limits
+) -> Iterator[Item | None]:
+    source, n_pages = document.source, book.n_pages
+    n_failed = n_ended = 0  # in a row
+    for first, last in request.ranges.of(n_pages):
+        if first > n_pages:
+            yield PageFailure(source, first, _no_such_page(document.name, n_pages, first, last), state)
+            continue
+        if request.wanted is not None and not request.wanted(source, first, state):
+            yield PageSkipped(source, first, n_pages, state)
+            failed = None if request.earlier_error is None else request.earlier_error(source, first, state)
+            n_failed = 0 if failed is None else n_failed + 1
+            n_ended = n_ended + 1 if isinstance(failed, ReaderEnded) else 0
+            continue
+        if n_ended == limits.n_ended or n_failed == limits.n_failed:
+            yield PageFailure(source, None, _given_up(document.name, n_pages, first, n_failed), state)
+            return
+        book.begin_draw(first, request.crop, request.tiling)
+        yield None
+        try:
+            rendered = book.finish_draw()
+        except (DocumentError, ImageError) as error:
+            n_failed, n_ended = n_failed + 1, n_ended + 1 if isinstance(error, ReaderEnded) else 0
+            yield PageFailure(source, first, error, state)
+            continue
+        n_failed = n_ended = 0
+        page = _page(source, first, n_pages, rendered, state)
+        del rendered
+        yield page
+        del page
+    if book.damage is not None:
+        yield PageFailure(source, None, DocumentError(book.damage), state)
+
+
+def _page(source: str, number: int, n_pages: int, rendered: Rendered, state: str | None) -> Page:
+    from PIL import Image
+
+    from granite4v.runtime.prompt.spans import image_digest
+
+    image = Image.frombytes("RGB", rendered.size, rendered.pixels)
+    return Page(source, number, n_pages, image, image_digest(image).hex(), rendered.dpi, rendered.warnings, state)
+
+
+def _given_up(name: str, n_pages: int, first: int, n_failed: int) -> DocumentError:
+    return DocumentError(
+        f"{name} is given up at page {first} of {n_pages}: the {n_failed} pages before it failed, one after another. "
+        "Choose others with '--pages', or save the document anew."
+    )
+
+
+def _no_such_page(name: str, n_pages: int, first: int, last: int | None) -> DocumentError:
+    has = f"{n_pages} pages" if n_pages > 1 else "1 page"
+    is_no = f"is no page {first}" if last in (first, None) else f"are no pages {first} to {last}"
+    return DocumentError(f"{name} has {has}; there {is_no}.")

@@ -1,0 +1,314 @@
+"""The owner's side of the reader process: starts it, asks it, gives up on it in time, and says what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from granite4v.clip_projector.files import shown
+from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
+from granite4v.runtime.documents.frames import PREFIX, packed
+from granite4v.runtime.documents.limits import LIMITS, Limits
+from granite4v.runtime.documents.worker import OUT_OF_MEMORY
+
+if TYPE_CHECKING:
+    from granite4v.families.base import TilingConfig
+    from granite4v.runtime.documents.selection import Crop
+
+WORKER = "granite4v.runtime.documents.worker"
+# The owner's module path comes first of all: with '-c' the current folder would be searched for modules.
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[3:]; import importlib; importlib.import_module(sys.argv[1]).main(sys.argv[2])"
+)
+_START_S = 60
+_GRACE_S = 5
+_WAIT_S = 0.5  # between two calls of `waiting`
+_PIPE_BYTES = 1 << 20  # where the system lets us choose: a page is some megabytes
+_IDS = itertools.count()
+
+Waiting = Callable[[str, "int | None", float], None]
+Reply = tuple[dict[str, Any], bytearray]
+
+
+class ReaderEnded(DocumentError):
+    """A page or document that ended its reader twice, or was too much for it."""
+
+
+class _Died(Exception):
+    """The reader ended, or was ended, before it replied. `why` completes 'page 3 of ...'."""
+
+    def __init__(self, why: str, *, by_itself: bool) -> None:
+        super().__init__(why)
+        self.why, self.by_itself = why, by_itself
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A page as it comes from the reader: RGB, 3 bytes a pixel, row by row."""
+
+    size: tuple[int, int]
+    pixels: bytearray
+    dpi: float | None
+    warnings: tuple[str, ...]
+
+
+class Reader:
+    """One worker process, started when it is first needed, and again when it has ended."""
+
+    def __init__(self, limits: Limits, waiting: Waiting | None = None) -> None:
+        """`waiting` gets (source, number or None, seconds) about twice a second while something takes its time."""
+        self.limits, self._waiting = limits, waiting
+        self._process: subprocess.Popen[bytes] | None = None
+        self._poll = select.poll()
+        self._holds: int | None = None  # the document whose content it was sent
+        self._asked_at = 0.0
+
+    def ask(self, request: dict[str, Any], content: bytes) -> None:
+        """Sends a request; `answer` must be called before the next. Raises DeviceError without a reader."""
+        if self._process is None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        document = request["document"]["id"]
+        payload = b"" if self._holds == document else content
+        self._asked_at = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` finds out how
+            self._process.stdin.write(packed(request, len(payload)))
+            self._process.stdin.write(payload)
+            self._process.stdin.flush()
+        self._holds = document
+
+    def answer(self, request: dict[str, Any], limit_s: float) -> Reply:
+        """The reply to what was asked. Raises _Died."""
+        # the owner may have been busy for long: a reply that is under way is waited for
+        deadline = max(self._asked_at + limit_s, time.monotonic() + min(limit_s, _GRACE_S))
+        return self._receive(deadline, limit_s, request)
+
+    def close(self) -> None:
+        """Ends the process; a second call does nothing."""
+        process, self._process, self._holds = self._process, None, None
+        if process is None:
+            return
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what was not sent yet has nowhere to go
+                    stream.close()
+        process.wait()
+
+    def _start(self) -> None:
+        pillow = sys.modules.get("PIL.Image")
+        setup = {
+            "limits": asdict(self.limits),
+            "max_image_pixels": pillow.MAX_IMAGE_PIXELS if pillow else _default_max_pixels(),
+        }
+        with tempfile.TemporaryFile() as errors:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable or "", "-c", _BOOT, WORKER, json.dumps(setup), *map(str, sys.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread of it would take address space
+                    start_new_session=True,  # a terminal's Ctrl-C is for the owner alone
+                )
+                assert self._process.stdout is not None
+                _widen(self._process.stdout.fileno())
+                self._poll = select.poll()
+                self._poll.register(self._process.stdout, select.POLLIN)
+                self._receive(time.monotonic() + _START_S, _START_S, None)
+            except (OSError, ValueError) as error:
+                self.close()
+                raise DeviceError(
+                    f"the process that reads pages cannot be started with '{sys.executable}': {error}."
+                ) from None
+            except _Died as died:
+                errors.seek(0)
+                said = errors.read()[-2000:].decode(errors="replace").strip().splitlines()
+                raise DeviceError(
+                    f"the process that reads pages does not start (it {died.why}): {said[-1] if said else 'no reason'}."
+                ) from None
+
+    def _receive(self, deadline: float, limit_s: float, request: dict[str, Any] | None) -> Reply:
+        n_header, n_bytes = PREFIX.unpack(self._read(PREFIX.size, deadline, limit_s, request))
+        deadline = time.monotonic() + limit_s  # what follows has only to be copied
+        header = json.loads(self._read(n_header, deadline, limit_s, request))
+        return header, self._read(n_bytes, deadline, limit_s, request)
+
+    def _read(self, n_bytes: int, deadline: float, limit_s: float, request: dict[str, Any] | None) -> bytearray:
+        assert self._process is not None and self._process.stdout is not None
+        data = bytearray(n_bytes)
+        rest = memoryview(data)
+        began = time.monotonic()
+        while rest:
+            now = time.monotonic()
+            if not self._poll.poll(1000 * min(_WAIT_S, max(0.0, deadline - now))):
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise _Died(f"takes longer than {limit_s:g} s", by_itself=False)
+                if self._waiting is not None and request is not None:
+                    seconds = time.monotonic() - began
+                    self._waiting(request["document"]["source"], request.get("number"), seconds)
+                continue
+            n_read = os.readv(self._process.stdout.fileno(), [rest])
+            if not n_read:
+                raise self._died()
+            rest = rest[n_read:]
+        return data
+
+    def _died(self) -> _Died:
+        assert self._process is not None
+        try:
+            status = self._process.wait(5)
+        except subprocess.TimeoutExpired:  # it closed its end and lives on
+            status = -signal.SIGKILL
+        self.close()
+        if status == OUT_OF_MEMORY:
+            return _Died(f"needs more than {self.limits.memory_bytes / (1 << 30):g} GiB of memory", by_itself=False)
+        return _Died(
+            f"ended with {_signal_name(-status)}" if status < 0 else f"ended with status {status}", by_itself=True
+        )
+
+
+def load_apart(sources: Sequence[str | bytes], limits: Limits = LIMITS) -> list[Rendered]:
+    """Images, given as paths or encoded, as `load_image` opens them, but in a process of its own: one that ends or
+    bloats a decoder does not end the caller. Raises ImageError, ReaderEnded, DeviceError."""
+    with contextlib.closing(Reader(limits)) as reader:
+        return [_book_of(reader, source).load() for source in sources]
+
+
+def _book_of(reader: Reader, source: str | bytes) -> RemoteBook:
+    if isinstance(source, bytes):
+        name = f"the image ({len(source):,} bytes)"
+        return RemoteBook(reader, name, name, path=None, content=source, state=None, password=None)
+    return RemoteBook(reader, source, f"'{shown(source)}'", path=source, content=None, state=None, password=None)
+
+
+class RemoteBook:
+    """A document that the reader opens, again whenever it had to be started again.
+
+    Every question is asked in two steps, `begin_...` and `finish_...`, so that the owner can work in between; one
+    that ends the reader is asked once more, of a new one: the first may have ended for what it read before.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        source: str,
+        name: str,
+        *,
+        path: str | None,
+        content: bytes | None,
+        state: str | None,
+        password: str | None,
+        index: list[int] | None = None,
+    ) -> None:
+        """`name`: what messages call it. `index`: from an earlier `finish_open`, which it shortens."""
+        self._reader, self._name, self._content = reader, name, content or b""
+        self._document = {
+            "id": next(_IDS),
+            "source": source,
+            "path": path,
+            "state": state,
+            "password": password,
+            "index": index,
+        }
+        self._request: dict[str, Any] = {}
+        self.n_pages = 0
+        self.damage: str | None = None
+        self.index: list[int] | None = None
+
+    def load(self) -> Rendered:
+        """The document as one image, opened by `load_image`. Raises what `finish_open` raises."""
+        self._ask({"op": "load", "about": self._name})
+        return self.finish_draw()
+
+    def begin_open(self) -> None:
+        self._ask({"op": "open", "about": self._name})
+
+    def finish_open(self) -> None:
+        """Sets `n_pages`, `damage` and `index`. Raises DocumentError, ImageError, ReaderEnded, DeviceError."""
+        header, _ = self._answer()
+        self.n_pages, self.damage, self.index = header["n_pages"], header["damage"], header["index"]
+        self._document["index"] = self.index
+
+    def begin_draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> None:
+        self._ask(
+            {
+                "op": "draw",
+                "about": self.page_name(number),
+                "number": number,
+                "crop": None if crop is None else asdict(crop),
+                "tiling": None if tiling is None else asdict(tiling),
+            }
+        )
+
+    def finish_draw(self) -> Rendered:
+        """Raises what `finish_open` raises."""
+        header, pixels = self._answer()
+        return Rendered(tuple(header["size"]), pixels, header["dpi"], tuple(header["warnings"]))
+
+    def page_name(self, number: int) -> str:
+        return f"page {number} of {self._name}" if self.n_pages > 1 else self._name
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        self._request = {**request, "document": self._document}
+        self._reader.ask(self._request, self._content)
+
+    def _answer(self) -> Reply:
+        limits = self._reader.limits
+        limit_s = limits.open_s if self._request["op"] == "open" else limits.page_s
+        try:
+            header, payload = self._reader.answer(self._request, limit_s)
+        except _Died:
+            self._reader.ask(self._request, self._content)
+            try:
+                header, payload = self._reader.answer(self._request, limit_s)
+            except _Died as died:
+                raise ReaderEnded(_why(died, self._request["op"], self._request["about"])) from None
+        if "error" in header:
+            raise _ERRORS[header["error"]](header["message"])
+        return header, payload
+
+
+_ERRORS: dict[str, type[Granite4vError]] = {"ImageError": ImageError, "DocumentError": DocumentError}
+
+
+def _why(died: _Died, op: str, about: str) -> str:
+    verb = {"load": "load", "open": "open", "draw": "render"}[op]
+    advice = "Print it to a new PDF or save it as an image, and read that."
+    if died.by_itself:
+        return f"the page reader {died.why} while {verb}ing {about}, twice; the file is damaged, or strange. {advice}"
+    return f"{about} {died.why} to {verb}, twice; it is damaged, or far from ordinary. {advice}"
+
+
+def _widen(pipe: int) -> None:
+    """Where the system lets us: it may refuse to a user who has many pipes."""
+    resize = getattr(fcntl, "F_SETPIPE_SZ", None)  # of Linux
+    if resize is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, resize, _PIPE_BYTES)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _default_max_pixels() -> int | None:
+    from PIL import Image
+
+    return Image.MAX_IMAGE_PIXELS

@@ -1,0 +1,193 @@
+"""The process that opens files and renders pages, so that no file can end, hang or bloat the one that asks.
+
+Started by `reader`, one request at a time on its standard input, one reply each on its standard output. It ends with
+its owner: a thread sees the end of its standard input even while a page is rendered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from granite4v.errors import DocumentError, ImageError, ImageWarning
+from granite4v.runtime.documents.frames import PREFIX, packed
+from granite4v.runtime.documents.limits import Limits
+
+if TYPE_CHECKING:
+    from granite4v.runtime.documents.book import Book
+
+OUT_OF_MEMORY = 77  # exit status of a worker that has passed its limit
+_CHECK_S = 0.02  # between two looks at the memory, while there is work
+
+Request = tuple[dict[str, Any], bytes]
+
+
+def main(setup: str) -> None:
+    """Answers requests until standard input ends. `setup`: JSON of `limits` and `max_image_pixels`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which then closes our standard input
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the replies
+    options = json.loads(setup)
+    limits = Limits(**options["limits"])
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = options["max_image_pixels"]
+    _limit_resources(limits)
+    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
+    busy = threading.Event()
+    threading.Thread(target=_watch_memory, args=(limits.memory_bytes, busy), daemon=True).start()
+    _send(replies, {"ready": True})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # up to here it would have been the reason why there is no reader
+    desk = Desk(limits)
+    while True:
+        request, content = requests.get()
+        busy.set()
+        seconds = resource.getrusage(resource.RUSAGE_SELF)
+        _limit_cpu(seconds.ru_utime + seconds.ru_stime + 4 * (limits.open_s + limits.page_s))
+        reply, pixels = desk.answer(request, content)
+        _send(replies, reply, pixels)
+        del reply, pixels, request, content
+        busy.clear()
+
+
+class Desk:
+    """Answers requests, with one document open at a time."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._book: Book | None = None
+        self._id: int | None = None
+        self._content: bytes | None = None  # of that document, where it is not in a file
+
+    def answer(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+        """The header and payload of the reply to `load`, `open` or `draw`; an error is a reply, too."""
+        from granite4v.runtime.documents.content import readable
+
+        name = request["about"]
+        try:
+            if request["op"] == "load":
+                return load(request["document"]["path"] or content)
+            if request["op"] == "open":
+                book = self._open(request, content)
+                return {"n_pages": book.n_pages, "damage": book.damage, "index": book.index}, b""
+            return self._draw(request, content)
+        except Exception as error:
+            known = readable(error, name)
+            kind = ImageError if isinstance(known, ImageError) else DocumentError
+            return {"error": kind.__name__, "message": str(known)}, b""
+
+    def _open(self, request: dict[str, Any], content: bytes) -> Book:
+        from granite4v.runtime.documents.content import open_book
+        from granite4v.runtime.documents.sources import Document
+
+        document = request["document"]
+        if self._book is not None and self._id == document["id"]:
+            return self._book
+        if self._book is not None:
+            self._book.close()
+            self._book = self._id = self._content = None
+        path = document["path"]
+        self._book = open_book(
+            Document(document["source"], None if path is None else Path(path)),
+            content if path is None or content else None,
+            document["state"],
+            document["password"],
+            document["index"],
+            self._limits,
+        )
+        self._id = document["id"]
+        return self._book
+
+    def _draw(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+        from granite4v.families.base import TilingConfig
+        from granite4v.runtime.documents.selection import Crop
+
+        book = self._open(request, content)
+        crop, tiling = request["crop"], request["tiling"]
+        if tiling is not None:
+            tiling = TilingConfig(
+                **{**tiling, "image_grid_pinpoints": tuple(map(tuple, tiling["image_grid_pinpoints"]))}
+            )
+        if crop is not None:
+            crop = Crop(tuple(crop["values"]), tuple(crop["relative"]))
+        drawn = book.draw(request["number"], crop, tiling)
+        return {"size": drawn.image.size, "dpi": drawn.dpi, "warnings": drawn.warnings}, drawn.image.tobytes()
+
+
+def load(source: str | bytes) -> tuple[dict[str, Any], bytes]:
+    """The reply to `load`: an image as the model's own `load_image` opens it."""
+    from granite4v.clip_projector import load_image
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = load_image(source)
+    said = [str(one.message) for one in caught if issubclass(one.category, ImageWarning)]
+    return {"size": image.size, "dpi": None, "warnings": said}, image.tobytes()
+
+
+def _send(stream: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
+    stream.write(packed(header, len(payload)))
+    stream.write(payload)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
+    while len(prefix := stream.read(PREFIX.size)) == PREFIX.size:
+        n_header, n_bytes = PREFIX.unpack(prefix)
+        header, content = stream.read(n_header), stream.read(n_bytes)
+        if len(header) + len(content) < n_header + n_bytes:
+            break
+        requests.put((json.loads(header), content))
+        del content
+    os._exit(0)  # the owner is gone, or done
+
+
+def _limit_resources(limits: Limits) -> None:
+    """No core files, and an end to allocations. macOS has no limit on address space: there `_watch_memory` is all."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        address_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = address_bytes + 2 * limits.memory_bytes  # twice: `_watch_memory` should be first, since it says why
+        limit = min(value for value in (wanted, soft, hard) if value != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """A worker whose owner was killed, and that is busy in a library that lets no thread of ours run, ends anyway."""
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        limit = int(seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _watch_memory(limit_bytes: int, busy: threading.Event) -> None:
+    idle_bytes = _resident_bytes()
+    while busy.wait():
+        if _resident_bytes() - idle_bytes > limit_bytes:
+            os._exit(OUT_OF_MEMORY)
+        time.sleep(_CHECK_S)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):  # no Linux; the peak, in bytes on macOS and in KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,210 @@
+"""The output directory: one process at a time, one run for good, and nobody else's files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import OutputError
+from granite4v.runtime.extract.durable import (
+    OWN,
+    check_own,
+    disk_errors,
+    remove_partial_files,
+    sync_folder,
+    whole_file,
+)
+from granite4v.runtime.extract.pictures import image_path
+from granite4v.runtime.extract.questions import KVP
+
+RESULTS, MANIFEST = "results.jsonl", "run.json"
+FORMAT = 1  # raise it when records or files of an earlier version cannot be gone on with
+_LOCK = f"{OWN}.lock"
+# what a run must have in common with the one it goes on with, in the words of a message; inputs, pages and tasks may
+# be others: they say how much is read, not what a record means
+_SAME = {
+    "crop": "the crop differs",
+    "schema": "the schema differs",
+    "prompts": "the prompts differ",
+    "model": "the model's files differ",
+    "settings": "the settings differ",
+}
+
+
+class Folder:
+    """An output directory that this process holds the lock of, until `release`."""
+
+    def __init__(self, path: Path, lock: Any, created: Sequence[Path]) -> None:
+        """`created`: the folders that were made for it, innermost first."""
+        self.path, self._lock, self._created = path, lock, created
+        self._begun = (path / MANIFEST).exists()
+
+    @classmethod
+    def claim(cls, path: Path, *, resume: bool) -> Folder:
+        """Makes the directory if need be and locks it.
+
+        Raises OutputError when another process writes there, when it holds another run's results (and `resume` is
+        off) or files that no run of ours made, and when it cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        with disk_errors(path):
+            if os.path.lexists(path) and not path.is_dir():
+                raise OutputError(f"'{path}' is a file; give a directory, or one that does not exist yet.")
+            created = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            for name in (_LOCK, MANIFEST, RESULTS):
+                check_own(path / name)
+            lock = FileLock(path / _LOCK)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise OutputError(
+                    f"another process is writing to '{path}'; wait for it, or give another directory."
+                ) from None
+            except NotImplementedError:
+                raise OutputError(
+                    f"the disk of '{path}' has no file locks, so two runs could mix; give a directory on another disk."
+                ) from None
+        folder = cls(path, lock, created)
+        try:
+            folder._check(resume)
+            remove_partial_files(path)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the directory holds a run that was begun before."""
+        return self._begun
+
+    @property
+    def results(self) -> Path:
+        return self.path / RESULTS
+
+    def has_image(self, digest: str) -> bool:
+        """Whether the report has the image of a page."""
+        return image_path(self.path, digest).exists()
+
+    def begin(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Writes down which run this is, or checks that it goes on with the one that was begun here.
+
+        Returns remarks about differences that may change answers a little. Raises OutputError that names what differs
+        otherwise.
+        """
+        if not self._begun:
+            self._write({"format": FORMAT, **manifest})
+            sync_folder(self.path.parent)
+            self._begun = True
+            return []
+        begun = self._manifest()
+        wanted = json.loads(json.dumps(manifest))
+        differences = [_difference(name, *_comparable(key, begun, wanted)) for key, name in _SAME.items()]
+        found = "; ".join(filter(None, differences))
+        if found:
+            raise OutputError(
+                f"'{self.path}' holds the results of another run: {found}. Go on with what it was begun with, or give "
+                "another directory."
+            )
+        environments, now = begun.get("environments") or [], wanted.get("environments") or []
+        new = [environment for environment in now if environment not in environments]
+        merged = {
+            **begun,
+            **wanted,
+            "tasks": list(dict.fromkeys([*(begun.get("tasks") or []), *(wanted.get("tasks") or [])])),
+            "prompts": {**begun["prompts"], **wanted["prompts"]},
+            "schema": wanted.get("schema") or begun.get("schema"),
+            "environments": [*environments, *new],
+        }
+        self._write(merged)
+        return [_remark(environments[-1], environment) for environment in new if environments]
+
+    def _write(self, manifest: Mapping[str, Any]) -> None:
+        with whole_file(self.path / MANIFEST) as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+    def release(self) -> None:
+        """Gives the lock back; of a run that never began nothing stays."""
+        if not self._begun:
+            with contextlib.suppress(OSError):
+                (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
+        if not self._begun:
+            with contextlib.suppress(OSError):  # somebody else put something there
+                for folder in self._created:
+                    folder.rmdir()
+
+    def _check(self, resume: bool) -> None:
+        if self._begun:
+            if not resume:
+                raise OutputError(
+                    f"'{self.path}' holds the results of another run; go on with it (--resume), or give another "
+                    "directory."
+                )
+            return
+        with disk_errors(self.path):
+            foreign = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(OWN))
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise OutputError(
+                f"'{self.path}' holds {', '.join(foreign[:3])}{more}, which no run of 'granite4v extract' made; give "
+                "an empty directory, or one that does not exist yet."
+            )
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise OutputError(f"'{path}' cannot be read ({error}); start again with another --out.") from None
+        ours = isinstance(content, dict) and all(
+            isinstance(content.get(name), kind)
+            for name, kind in (("inputs", list), ("tasks", list), ("prompts", dict), ("model", dict))
+        )
+        if not ours or content.get("format") != FORMAT:
+            raise OutputError(f"'{path}' was not written by this version of granite4v; start again with another --out.")
+        return content
+
+
+def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What two runs say about the same thing: prompts of the tasks that both have, and schemas where both have one."""
+    then, now = begun.get(key), wanted.get(key)
+    if key == "schema" and (then is None or now is None):
+        return None, None
+    if key == "prompts" and isinstance(then, dict) and isinstance(now, dict):
+        # that of kvp is made from the schema, which is told already
+        both = [task for task in then if task in now and not (task == KVP and begun["schema"] != wanted["schema"])]
+        return {task: then[task] for task in both}, {task: now[task] for task in both}
+    return then, now
+
+
+def _remark(then: Any, now: Mapping[str, Any]) -> str:
+    before = then if isinstance(then, dict) else {}
+    pairs = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
+    return (
+        f"resumed under different conditions ({pairs}); new answers may differ slightly from what a single run gives."
+    )
+
+
+def _difference(name: str, begun: Any, wanted: Any) -> str:
+    if begun == wanted:
+        return ""
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        keys = [key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key)]
+        pairs = ", ".join(f"{key} {_short(begun.get(key))} then and {_short(wanted.get(key))} now" for key in keys)
+        return f"{name} ({pairs})"
+    return f"{name} ({_short(begun)} then, {_short(wanted)} now)"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
+        return f"{text[:12]}..."  # a SHA-256
+    return text if len(text) <= 60 else f"{text[:57]}..."

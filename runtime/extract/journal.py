@@ -1,0 +1,332 @@
+"""`results.jsonl`: one record a line, each on the disk before the next is begun, and found again after a crash.
+
+A record replaces an older one with the same key: its line is appended, and the older line leaves the file when the
+journal is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with
+what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, cast
+
+from granite4v.errors import AnswerError, OutputError
+from granite4v.runtime.extract.durable import OWN, disk_errors, new_file, open_own, output_error, sync_folder
+from granite4v.runtime.extract.record import Key, Record, decode, encode
+
+MAX_LINE_BYTES = 1 << 28  # far above what a context can hold
+_NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
+_BEGINNING = b'{"source": '  # of every record; by it a torn first line is known as ours
+
+
+@dataclass
+class Tally:
+    """How the records fared."""
+
+    n_records: int = 0
+    n_failed: int = 0
+    n_invalid: int = 0
+    n_salvaged: int = 0
+    n_cut: int = 0  # salvaged and valid as far as they go
+    n_copied: int = 0
+
+    @property
+    def n_incomplete(self) -> int:
+        """Records without an answer, with one that is not valid, or with one that was cut."""
+        return self.n_failed + self.n_invalid + self.n_cut
+
+    def add(self, entry: Entry, sign: int = 1) -> None:
+        self.n_records += sign
+        self.n_failed += sign * entry.failed
+        self.n_invalid += sign * (not entry.failed and not entry.valid)
+        self.n_salvaged += sign * entry.salvaged
+        self.n_cut += sign * (entry.salvaged and entry.valid and not entry.failed)
+        self.n_copied += sign * entry.copied
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a record is, in bytes, and what can be asked of it without reading it. `failed`: it has an error."""
+
+    start: int
+    length: int
+    digest: str | None
+    file_state: str | None
+    error_type: str | None
+    failed: bool
+    valid: bool
+    salvaged: bool
+    copied: bool
+
+    @classmethod
+    def of(cls, record: Record, start: int, length: int) -> Entry:
+        return cls(
+            start,
+            length,
+            record.digest and sys.intern(record.digest),
+            record.file_state and sys.intern(record.file_state),
+            record.error_type and sys.intern(record.error_type),
+            record.error is not None,
+            record.valid,
+            record.salvaged,
+            record.copy_of is not None,
+        )
+
+
+class Journal:
+    """The records of one run, each key once. One writer at a time: see `folder`.
+
+    Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
+    last), the tasks of a page as they were first recorded. `close` leaves the file in this order, too.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
+        """`lasting`: False for a file that goes with the process. Raises OutputError for a file that is damaged."""
+        self._file, self._path, self._lasting = file, path, lasting
+        self._end = 0
+        self._entries: dict[Key, Entry] = {}
+        self._documents: dict[str, dict[Key, None]] = {}  # source: its keys
+        self._stems: dict[str, str | None] = {}
+        self._places: dict[str, int] = {}  # source: its place
+        self._tasks: dict[str, int] = {}  # task: its place
+        self._answers: dict[tuple[str, str], Key] = {}  # (digest, task): the first answer
+        self._last: tuple[int, ...] = ()
+        self._tidy = True  # the file holds what is read, in the same order
+        self.tally = Tally()
+        self._load()
+
+    @classmethod
+    def open(cls, path: Path | None) -> Journal:
+        """The journal in a file, made if there is none. A last line that a crash left unfinished is dropped.
+
+        Raises OutputError for a file that holds anything but records.
+        """
+        if path is None:
+            passing = tempfile.NamedTemporaryFile(prefix="granite4v-", suffix=".jsonl", buffering=0)  # noqa: SIM115
+            return cls(cast(BinaryIO, passing), Path(passing.name), lasting=False)
+        file = open_own(path)
+        try:
+            return cls(file, path, lasting=True)
+        except BaseException:
+            file.close()
+            raise
+
+    def append(self, record: Record) -> None:
+        """Returns when the record is on the disk, in place of an older one with the same key.
+
+        Raises ValueError for a number that JSON does not have, OutputError for a file that cannot be written; the
+        journal then holds what it held before.
+        """
+        line = encode(record)
+        self.check_there()
+        rest = memoryview(line)
+        try:
+            self._file.seek(self._end)
+            while rest:  # a disk that fills up takes a part, then refuses
+                rest = rest[self._file.write(rest) :]
+            if self._lasting:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # if this fails too, the torn line is dropped by the next run
+                self._file.truncate(self._end)
+            raise output_error(error, self._path, self._kept()) from None
+        except BaseException:
+            if not rest:  # a signal arrived behind the last byte: the record is there, and has to be counted
+                self._note(record, len(line))
+            raise
+        self._note(record, len(line))
+
+    def drop(self, key: Key) -> None:
+        """Removes a record; its line leaves the file when the journal is closed."""
+        self.tally.add(self._entries.pop(key), -1)
+        del self._documents[key[0]][key]
+        self._tidy = False
+
+    def check_there(self) -> None:
+        """Raises OutputError when the file was removed or replaced while it is written."""
+        if not self._lasting:
+            return
+        with disk_errors(self._path):
+            mine = os.fstat(self._file.fileno())
+            try:
+                there = os.stat(self._path)
+            except (FileNotFoundError, NotADirectoryError):
+                there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise OutputError(
+                f"'{self._path}' was removed or replaced while the run was writing to it; "
+                f"put its directory back where it was and go on with --resume, or start again."
+            )
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
+    def get(self, key: Key) -> Entry | None:
+        return self._entries.get(key)
+
+    def entry(self, key: Key) -> Entry:
+        """Of a record that must be there."""
+        return self._entries[key]
+
+    def read(self, key: Key) -> Record:
+        """The record with this key, which must be there."""
+        return self._read(self._entries[key])
+
+    def keys_of(self, source: str) -> list[Key]:
+        """Of a document's records, in order."""
+        return sorted(self._documents.get(source, ()), key=self._place_in_document)
+
+    def tasks(self) -> list[str]:
+        """Every task that was ever recorded."""
+        return list(self._tasks)
+
+    def sources(self) -> dict[str, str | None]:
+        """Every document that was ever recorded, in order, with the `stem` that its records have, if they do."""
+        return dict(self._stems)
+
+    def answer_to(self, digest: str, task: str) -> Record | None:
+        """The first record about a page with these pixels."""
+        key = self._answer_key(digest, task)
+        return None if key is None else self.read(key)
+
+    def of_document(self, source: str) -> Iterator[Record]:
+        """Its records in order, one at a time."""
+        return (self._read(entry) for key in self.keys_of(source) if (entry := self._entries.get(key)) is not None)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (record for source in list(self._documents) for record in self.of_document(source))
+
+    def tidy(self) -> None:
+        """Leaves each record once and in order in the file, which is replaced in one step.
+
+        Raises OutputError, and the file is then as it was.
+        """
+        if self._tidy or not self._lasting:
+            return
+        self.check_there()
+        partial = self._path.with_name(f"{OWN}-partial-{self._path.name}")
+        with disk_errors(self._path, self._kept()):
+            file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115
+            try:
+                entries: dict[Key, Entry] = {}
+                end = 0
+                for source in self._documents:
+                    for key in self.keys_of(source):
+                        old = self._entries[key]
+                        file.write(self._bytes(old))
+                        entries[key] = replace(old, start=end)
+                        end += old.length
+                if os.fstat(file.fileno()).st_size != end:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+                partial.replace(self._path)
+                sync_folder(self._path.parent)
+            except BaseException:
+                file.close()
+                partial.unlink(missing_ok=True)
+                raise
+        self._file.close()
+        self._file, self._entries, self._end, self._tidy = file, entries, end, True
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if not self._file.closed:
+            with contextlib.suppress(OutputError):  # the next run replaces, too
+                self.tidy()
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _note(self, record: Record, length: int) -> None:
+        key, entry = record.key, Entry.of(record, self._end, length)
+        self._end += length
+        if key in self._entries:
+            self.tally.add(self._entries[key], -1)
+            self._tidy = False
+        self._entries[key] = entry
+        self.tally.add(entry)
+        self._documents.setdefault(record.source, {})[key] = None
+        self._stems[record.source] = self._stems.get(record.source) or record.stem
+        self._places.setdefault(record.source, len(self._places))
+        self._tasks.setdefault(record.task, len(self._tasks))
+        if entry.digest is not None and not entry.failed and self._answer_key(entry.digest, record.task) is None:
+            self._answers[entry.digest, record.task] = key
+        place = (self._places[record.source], *self._place_in_document(key))
+        self._tidy &= place > self._last
+        self._last = max(place, self._last)
+
+    def _answer_key(self, digest: str, task: str) -> Key | None:
+        key = self._answers.get((digest, task))
+        entry = None if key is None else self._entries.get(key)
+        replaced = entry is None or entry.digest != digest or entry.failed
+        return None if replaced else key
+
+    def _place_in_document(self, key: Key) -> tuple[bool, int, int]:
+        _, page, task = key
+        return page is None, page or 0, self._tasks[task]
+
+    def _read(self, entry: Entry) -> Record:
+        try:
+            return decode(self._bytes(entry))
+        except _NOT_OURS as error:
+            raise OutputError(self._damaged(f"the record at byte {entry.start}", error)) from None
+
+    def _bytes(self, entry: Entry) -> bytes:
+        with disk_errors(self._path):
+            self._file.seek(entry.start)
+            found = b""
+            while len(found) < entry.length and (piece := self._file.read(entry.length - len(found))):
+                found += piece
+        if len(found) < entry.length:
+            raise OutputError(f"'{self._path}' was shortened by something else; start again with another --out.")
+        return found
+
+    def _load(self) -> None:
+        number = 0
+        with disk_errors(self._path), os.fdopen(os.dup(self._file.fileno()), "rb") as reader:
+            size = os.fstat(reader.fileno()).st_size
+            reader.seek(0)
+            while line := reader.readline(MAX_LINE_BYTES):
+                number += 1
+                try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("it does not end")
+                    record = decode(line)
+                except _NOT_OURS as error:
+                    # a crash or a power cut leaves a part of the last line, or its length and not its bytes
+                    last = reader.tell() == size
+                    ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))
+                    torn = not line.endswith(b"\n") or bool(self._entries)
+                    if last and ours and torn:
+                        break
+                    raise OutputError(self._damaged(f"line {number}", error)) from None
+                self._note(record, len(line))
+            if size > self._end:
+                self._file.truncate(self._end)
+                os.fsync(self._file.fileno())
+
+    def _kept(self) -> str:
+        n = self.tally.n_records
+        return f"{n} finished record{'s are' if n != 1 else ' is'} kept; go on with --resume." if self._lasting else ""
+
+    def _damaged(self, where: str, why: Exception) -> str:
+        reason = f"no JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
+        return (
+            f"{where} of '{self._path}' is not a record of ours ({reason:.120}); the file was changed by something "
+            "else. Start again with another --out."
+        )

@@ -1,0 +1,52 @@
+"""Small pictures of the pages that were read, kept beside the results for the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from granite4v.errors import OutputError
+from granite4v.runtime.extract.durable import OWN, make_folders, output_error, write_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = f"{OWN}-pages"
+SIDE_PX = 1000  # print of ordinary size on a letter page can just be read
+QUALITY = 50
+
+
+def keep_picture(folder: Path, digest: str, image: Image) -> None:
+    """Writes the page as a small WebP, unless a page with the same pixels is there. Raises OutputError."""
+    path = image_path(folder, digest)
+    if path.exists():
+        return
+    small = image.copy()
+    small.thumbnail((SIDE_PX, SIDE_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=QUALITY, method=2)
+    make_folders(folder, FOLDER)
+    try:
+        write_bytes(path, buffer.getvalue())  # not made to last: a picture that is lost is left out
+    except OSError as error:
+        raise output_error(error, path) from None
+
+
+def data_url(folder: Path, digest: str | None) -> str | None:
+    """The picture as a data URL; None when there is none."""
+    if digest is None:
+        return None
+    try:
+        content = image_path(folder, digest).read_bytes()
+    except OSError:  # an earlier run without a report did not keep it
+        return None
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}" if content else None
+
+
+def image_path(folder: Path, digest: str) -> Path:
+    """Where the image of a page is kept. Raises OutputError."""
+    if not digest.isalnum():
+        raise OutputError(f"'{digest:.80}' is no digest of a page; start again with another --out.")
+    return folder / FOLDER / f"{digest[:32]}.webp"

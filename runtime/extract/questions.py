@@ -1,0 +1,153 @@
+"""What is asked about every page: task tags that the model's template knows, fields of a schema, a free question."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from granite4v.errors import PromptError
+from granite4v.runtime.extract.schema import Schema
+from granite4v.runtime.formats import TASKS
+from granite4v.runtime.prompt.template import TAG
+
+if TYPE_CHECKING:
+    from granite4v.runtime.grammar import Grammar
+    from granite4v.runtime.model import Model
+
+KVP, PROMPT = "kvp", "prompt"
+TAGS = tuple(task for task in TASKS if task != KVP)
+# word for word the prompt of the publisher's benchmark, which the models were trained on
+KVP_PROMPT = """\
+Extract structured data from this document.
+Return a JSON object matching this schema:
+
+{schema}
+
+Return null for fields you cannot find.
+Return ONLY valid JSON.
+Return an instance of the JSON with extracted values, not the schema itself."""
+
+
+class ArgumentError(ValueError):
+    """Arguments that do not go together: wrong usage, where a Granite4vError is about files or the model."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One task as the model is asked: a tag that its template expands, or the whole text.
+
+    `constraint`: the grammar that the answer is held to, as `Model.generate` takes it; None for a free answer.
+    """
+
+    task: str
+    prompt: str
+    schema: Schema | None = None
+    constraint: Grammar | None = None
+
+    @property
+    def prompt_sha256(self) -> str:
+        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_tasks(tasks: Sequence[str], prompt: str | None, *, has_schema: bool) -> tuple[str, ...]:
+    """The names of the tasks, each once, without angle brackets; `prompt` adds the task 'prompt' at the end.
+
+    Raises ArgumentError when they cannot be asked, whatever the model.
+    """
+    names = list(dict.fromkeys(task.strip().removeprefix("<").removesuffix(">") for task in tasks))
+    for name in names:
+        if name not in (*TASKS, PROMPT):
+            raise ArgumentError(
+                f"there is no task '{name}'; known are {', '.join(TASKS)}, and a question by 'prompt' (--prompt)."
+            )
+    if PROMPT in names and prompt is None:
+        raise ArgumentError("the task 'prompt' needs a question; give it by 'prompt' (--prompt).")
+    if prompt is not None:
+        _check_prompt(prompt)
+        names = [*(name for name in names if name != PROMPT), PROMPT]
+    if not names:
+        raise ArgumentError(f"no task; give one or more of {', '.join(TASKS)}, or a question by 'prompt' (--prompt).")
+    if KVP in names and not has_schema:
+        raise ArgumentError(
+            "the task 'kvp' needs a schema of the fields that are wanted; give it by 'schema' (--schema)."
+        )
+    if has_schema and KVP not in names:
+        raise ArgumentError(f"a schema belongs to the task 'kvp', which is not among {', '.join(names)}; add it.")
+    return tuple(names)
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise ArgumentError("the question by 'prompt' is empty.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python shows bytes of the command line that are not text
+        raise ArgumentError(
+            f"the question by 'prompt' is not UTF-8 text at character {error.start + 1}; check the encoding of the "
+            "terminal or of the file that it comes from."
+        ) from None
+    found = [tag for tag in TAG.findall(prompt) if tag.strip("<>") in TAGS]
+    if found:
+        raise ArgumentError(
+            f"the question by 'prompt' has the task tag '{found[0]}', in place of which the model's template would "
+            f"throw the question away; give it as a task, {found[0].strip('<>')}, beside the question."
+        )
+
+
+def questions(
+    model: Model, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, free: bool
+) -> tuple[Question, ...]:
+    """What to ask for each of `tasks` (see `check_tasks`), in the words of this model's template.
+
+    `free`: without grammars. Raises PromptError for a task that the template does not know.
+    """
+    unknown = [task for task in tasks if task in TAGS and not _expands(model, task)]
+    if unknown:
+        known = [task for task in TAGS if task not in unknown and _expands(model, task)]
+        raise PromptError(
+            f"the model's chat template does not know the task '{unknown[0]}'; it knows "
+            f"{', '.join([*known, KVP])}, and any model takes a question by 'prompt' (--prompt)."
+        )
+    texts = {task: f"<{task}>" for task in TAGS} | {PROMPT: prompt or ""}
+    if schema is not None:
+        texts[KVP] = KVP_PROMPT.format(schema=json.dumps(schema.content, indent=2, ensure_ascii=False))
+    return tuple(
+        Question(
+            task,
+            texts[task],
+            schema if task == KVP else None,
+            None if free else _grammar(task, schema if task == KVP else None),
+        )
+        for task in tasks
+    )
+
+
+def schema_warnings(asked: Sequence[Question]) -> list[str]:
+    """What whoever wrote the schema should know, and what answers are not held to."""
+    warnings: list[str] = []
+    for question in asked:
+        if question.schema is not None:
+            warnings += question.schema.warnings
+        if question.constraint is not None:
+            warnings += [f"in the schema, {warning}" for warning in question.constraint.warnings]
+    return warnings
+
+
+def _expands(model: Model, task: str) -> bool:
+    """Whether the tag is replaced by words; a template that does not know it leaves it as it is."""
+    from PIL import Image
+
+    tag = f"<{task}>"
+    try:
+        return tag not in model.prepare(tag, [Image.new("RGB", (32, 32))]).text
+    except PromptError:
+        return False
+
+
+def _grammar(task: str, schema: Schema | None) -> Grammar | None:
+    from granite4v.runtime.grammar import grammar_for
+
+    return grammar_for(task, None if schema is None else schema.checked)

@@ -1,0 +1,213 @@
+"""One page and one question to one record: asks the model, understands the answer, turns failures into records."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from granite4v.errors import AnswerError, DeviceError, Granite4vError, ModelFileError
+from granite4v.runtime.extract.attempts import MAX_DEATHS
+from granite4v.runtime.extract.documents import described
+from granite4v.runtime.extract.questions import PROMPT, Question
+from granite4v.runtime.extract.record import Record
+from granite4v.runtime.extract.schema import Schema
+from granite4v.runtime.formats import Salvaged, read, salvage
+
+if TYPE_CHECKING:
+    from granite4v.runtime.documents import Page, PageFailure
+    from granite4v.runtime.engine.generate import Answer
+    from granite4v.runtime.model import Model
+
+MAX_TOKENS = 4096  # of an answer, where the context has room and nobody says otherwise; what the family generates up to
+OnToken = Callable[[int], None]  # how many tokens the answer has by now
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made; all of it changes what is answered, or could."""
+
+    max_tokens: int | None = None
+    free: bool = False
+    fast_forward: bool = True
+    lora: bool | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says; fields as in Record."""
+
+    value: Any
+    valid: bool
+    validity_error: str | None = None
+    salvaged: bool = False
+
+
+def answer_page(
+    model: Model, page: Page, question: Question, hashes: Mapping[str, str], settings: Settings, on_token: OnToken
+) -> Record:
+    """The record of one question about one page; with `error` when the page cannot be asked about.
+
+    Raises ModelFileError and DeviceError, after which no other page would fare better, what `on_token` raises,
+    and ValueError for a model that was closed meanwhile.
+    """
+    record = _begin(page, question, hashes)
+    start = time.perf_counter()
+    raised: list[BaseException] = []  # by the caller, whose business it is
+
+    def tell(n: int) -> None:
+        try:
+            on_token(n)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    try:
+        return _answered(record, model, page, question, settings, tell, start)
+    except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
+        if error in raised or model.closed:
+            raise
+        if not isinstance(error, Granite4vError):
+            logging.getLogger("granite4v").info("page %s of '%s'", page.number, page.source, exc_info=True)
+        timings = {"seconds": _rounded(time.perf_counter() - start)}
+        return replace(record, error=described(error), error_type=type(error).__name__, timings=timings)
+
+
+def _answered(
+    record: Record,
+    model: Model,
+    page: Page,
+    question: Question,
+    settings: Settings,
+    on_token: OnToken,
+    start: float,
+) -> Record:
+    answer = _ask(model, page, question, settings, on_token)
+    text = answer.text.removesuffix(answer.closing or "")  # what the model said itself
+    reading = understand(question.task, text, answer.finish_reason, question.schema)
+    timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
+    return replace(
+        record,
+        text=text,
+        value=reading.value,
+        valid=reading.valid,
+        validity_error=reading.validity_error,
+        salvaged=reading.salvaged,
+        finish_reason=answer.finish_reason,
+        timings={**timings, "seconds": _rounded(time.perf_counter() - start)},
+    )
+
+
+def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, str]) -> Record:
+    """The record of a page that could not be opened."""
+    return Record(
+        source=failure.source,
+        page=failure.number,
+        n_pages=None,
+        task=question.task,
+        prompt_sha256=question.prompt_sha256,
+        schema_sha256=question.schema.sha256 if question.schema else None,
+        model=hashes,
+        error=str(failure.error),
+        error_type=type(failure.error).__name__,
+        file_state=failure.file_state,
+    )
+
+
+def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
+    """The record of a page that is not tried again, because the process died whenever it was read."""
+    error = (
+        f"the process ended {MAX_DEATHS} times while this page was read (killed, out of memory, or a crash in native "
+        "code), so it is left out; try it once more with --resume --retry-failed."
+    )
+    return replace(_begin(page, question, hashes), error=error, error_type="ProcessDied")
+
+
+def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like: Record) -> Record:
+    """The record of a page whose pixels have been read before, in this run and for this task."""
+    begun = _begin(page, question, hashes)
+    return replace(
+        like,
+        source=begun.source,
+        page=begun.page,
+        n_pages=begun.n_pages,
+        size_px=begun.size_px,
+        dpi=begun.dpi,
+        warnings=begun.warnings,
+        copy_of={"source": like.source, "page": like.page},
+        file_state=begun.file_state,
+        stem=None,
+        timings=dict.fromkeys(like.timings, 0),
+    )
+
+
+def understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
+    """The value of an answer. What did not end by itself is kept up to its last whole row or field, even where the
+    cut answer happens to parse: nothing tells a short last cell from half of one. Prose is kept as it is."""
+    why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
+    if task == PROMPT:
+        said = text.strip()
+        return Reading(said, True, why, why is not None) if said else Reading(None, False, why or "the answer is empty")
+    if why is None:
+        try:
+            return _checked(Reading(read(task, text), True), schema)
+        except AnswerError as error:
+            why = str(error)
+    saved: Salvaged | None = salvage(task, text)
+    if saved is None:
+        return Reading(None, False, why)
+    if not saved.cut:
+        why = None
+    return _checked(Reading(saved.value, True, why, saved.cut), schema)
+
+
+def _checked(reading: Reading, schema: Schema | None) -> Reading:
+    problem = schema.problem(reading.value) if schema is not None else None
+    if problem is None:
+        return reading
+    return replace(reading, valid=False, validity_error="; ".join(filter(None, [reading.validity_error, problem])))
+
+
+def _ask(model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken) -> Answer:
+    pictures = [page.image]
+    max_tokens = settings.max_tokens
+    if max_tokens is None:
+        room = model.n_ctx - model.prepare(question.prompt, pictures).n_tokens
+        max_tokens = max(1, min(MAX_TOKENS, room))
+    stream = model.stream(
+        question.prompt,
+        pictures,
+        max_tokens=max_tokens,
+        constraint=question.constraint,
+        fast_forward=settings.fast_forward,
+        repetition=question.task,
+        lora=settings.lora,
+    )
+    for _ in stream:
+        on_token(len(stream.answer.tokens))
+    return stream.answer
+
+
+def _begin(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
+    return Record(
+        source=page.source,
+        page=page.number,
+        n_pages=page.n_pages,
+        size_px=page.size_px,
+        dpi=page.dpi,
+        digest=page.digest,
+        task=question.task,
+        prompt_sha256=question.prompt_sha256,
+        schema_sha256=question.schema.sha256 if question.schema else None,
+        model=hashes,
+        warnings=page.warnings,
+        file_state=page.file_state,
+    )
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4) if isinstance(value, float) else value

@@ -1,0 +1,171 @@
+"""One record: what was read from one page for one task, with all it takes to trust or repeat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from granite4v.runtime.formats import Cell, Table, read_tables_json
+from granite4v.runtime.formats.table import with_header_rows
+from granite4v.runtime.formats.tables_json import write_tables_json_list
+
+Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
+
+CHART = "chart2csv"
+TABLES = ("tables_html", "tables_json", "tables_otsl")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was read from one page for one task; a line of `results.jsonl` has the same fields.
+
+    Which page. `source`: the document's path as given, '-' for standard input. `page` counts from 1 of `n_pages`.
+    `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page image. All of
+    them are None when a document could not be opened. `file_state`: size and time of change of the file, by which
+    a later run knows it again; None where it has none, or could not be found. `stem`: what the names of the document's
+    files in the output directory begin with, '/' between folders; None without a directory.
+
+    What was asked. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
+
+    What came of it. `text`: the answer as the model wrote it. `value` is what `outputs.read` gives: a list of Table,
+    a Table (chart data), a dict or list (fields) or a str (code, prose); None when nothing could be read. In JSON,
+    tables are objects as in `tables_json`, and chart data is a list of rows, the header first. `valid`: the value has
+    the task's form, and fits the schema if there is one; `validity_error` says why not, or what was wrong with
+    an answer that was cut, of which the part up to the last complete row, field or line was kept (`salvaged`; of prose
+    all of it). `finish_reason` as in `Answer`. `copy_of`: the page with the same pixels that the answer was taken
+    from. `error`: why there is no answer, and `error_type` the name of the exception; None otherwise. `warnings`: what
+    a person should know of the page. `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and
+    `seconds`, all of it; what this record cost, so they are zero in a copy and differ from run to run.
+    """
+
+    source: str
+    page: int | None
+    n_pages: int | None
+    task: str
+    size_px: tuple[int, int] | None = None
+    dpi: float | None = None
+    digest: str | None = None
+    prompt_sha256: str = ""
+    schema_sha256: str | None = None
+    model: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
+    value: Any = None
+    valid: bool = False
+    validity_error: str | None = None
+    salvaged: bool = False
+    finish_reason: str | None = None
+    copy_of: Mapping[str, Any] | None = None
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    file_state: str | None = None
+    stem: str | None = None
+    error_type: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return (self.source, self.page, self.task)
+
+    @property
+    def failed(self) -> bool:
+        """There is no answer, or none that is valid."""
+        return self.error is not None or not self.valid
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables of the value, chart data included; an empty list when it is something else."""
+        if isinstance(self.value, Table):
+            return [self.value]
+        return [item for item in self.value if isinstance(item, Table)] if isinstance(self.value, list) else []
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON data: tables in the form of `tables_json`, chart data as rows, the header first."""
+        content = {name: getattr(self, name) for name in _TYPES}  # asdict would take thousands of cells apart
+        return {**content, "value": _value_as_json(self.value)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Record:
+        """The record that `as_dict` gave; raises ValueError, KeyError, TypeError or AnswerError for anything else."""
+        if not isinstance(content, Mapping):
+            raise TypeError(f"it is {content!r:.40}")
+        for name, value in content.items():
+            if not isinstance(value, _TYPES[name]):
+                raise TypeError(f"'{name}' is {value!r:.40}")
+        size_px = content["size_px"]
+        return cls(
+            **{
+                **content,
+                "warnings": tuple(content["warnings"]),
+                "size_px": None if size_px is None else (size_px[0], size_px[1]),
+                "value": _value_from_json(content["task"], content["value"]),
+            }
+        )
+
+
+# of JSON data, in the order of the fields
+_TYPES: dict[str, Any] = {
+    "source": str,
+    "page": int | None,
+    "n_pages": int | None,
+    "task": str,
+    "size_px": list | tuple | None,
+    "dpi": float | int | None,
+    "digest": str | None,
+    "prompt_sha256": str,
+    "schema_sha256": str | None,
+    "model": Mapping,
+    "text": str,
+    "value": object,
+    "valid": bool,
+    "validity_error": str | None,
+    "salvaged": bool,
+    "finish_reason": str | None,
+    "copy_of": Mapping | None,
+    "error": str | None,
+    "warnings": list | tuple,
+    "timings": Mapping,
+    "file_state": str | None,
+    "stem": str | None,
+    "error_type": str | None,
+}
+
+
+def encode(record: Record) -> bytes:
+    """One line of UTF-8, its line break included. Raises ValueError for a number that JSON does not have."""
+    content = record.as_dict()
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, from a file's name or a field
+        return json.dumps(content, allow_nan=False).encode() + b"\n"
+
+
+def decode(line: bytes) -> Record:
+    """The record of such a line; raises ValueError, KeyError, TypeError, RecursionError or AnswerError for others."""
+    return Record.from_dict(json.loads(line, parse_constant=_refuse))
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which JSON does not have")
+
+
+def _value_as_json(value: Any) -> Any:
+    if isinstance(value, Table):
+        return value.texts()
+    if isinstance(value, list) and value and all(isinstance(item, Table) for item in value):
+        return json.loads(write_tables_json_list(value))
+    return value
+
+
+def _value_from_json(task: str, value: Any) -> Any:
+    if task == CHART and value is not None:
+        return _chart(value)
+    if task in TABLES and value is not None:
+        return read_tables_json(json.dumps(value))
+    return value
+
+
+def _chart(rows: Sequence[Sequence[str]]) -> Table:
+    cells = [Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row)]
+    return with_header_rows(len(rows), len(rows[0]), 1, cells)

@@ -1,0 +1,159 @@
+"""`report.html`: each page beside what was read from it, in one file that needs no network and no scripts.
+
+Built from the journal, a page at a time, whatever its length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import OutputError
+from granite4v.runtime.extract.charts import redraw
+from granite4v.runtime.extract.durable import check_own, disk_errors, whole_file
+from granite4v.runtime.extract.pictures import data_url
+from granite4v.runtime.extract.record import CHART, Record
+from granite4v.runtime.extract.report_template import TEMPLATE
+from granite4v.runtime.formats import Cell, Table
+from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
+
+_TITLE, _HEAD_BYTES = b"<title>What was read", 1000
+# neither HTML nor XML has a way to write these
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A record without a valid answer, and the number of its page in the report."""
+
+    anchor: int
+    record: Record
+
+
+@dataclass
+class Contents:
+    """What the top of the report says; kept in memory, so without answers."""
+
+    documents: list[tuple[int, str, int]] = field(default_factory=list)  # first page's number, source, pages
+    failures: list[Failure] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    model: dict[str, str] = field(default_factory=dict)
+    n_pages: int = 0
+    n_records: int = 0
+    n_salvaged: int = 0
+
+
+@dataclass(frozen=True)
+class PageView:
+    anchor: int
+    source: str
+    number: int | None
+    n_pages: int | None
+    picture: str | None  # a data URL
+    size_px: tuple[int, int] | None
+    records: list[Record]
+
+
+def is_report(path: Path) -> bool:
+    """Whether there is a report at `path`; raises OutputError when it is something else, which one would replace."""
+    check_own(path)
+    with disk_errors(path):
+        found = path.read_bytes()[:_HEAD_BYTES] if path.exists() else b""
+    if found and _TITLE not in found:
+        raise OutputError(
+            f"'{path}' is not a report that 'granite4v extract' made; move it elsewhere, or give another directory."
+        )
+    return bool(found)
+
+
+def write_report(path: Path, records: Iterable[Record]) -> None:
+    """Writes the report of `records`, which are read twice; pictures are looked for beside it.
+
+    Raises OutputError.
+    """
+    template = _environment().from_string(TEMPLATE)
+    with whole_file(path) as file:
+        for piece in template.generate(contents=_contents(records), pages=_pages(records, path.parent)):
+            file.write(piece)
+
+
+def _contents(records: Iterable[Record]) -> Contents:
+    found = Contents()
+    for anchor, page in enumerate(_by_page(records), 1):
+        found.n_pages += 1
+        if not found.documents or found.documents[-1][1] != page[0].source:
+            found.documents.append((anchor, page[0].source, 0))
+        first, source, n = found.documents[-1]
+        found.documents[-1] = (first, source, n + 1)
+        for record in page:
+            found.n_records += 1
+            found.n_salvaged += record.salvaged
+            found.model = found.model or dict(record.model)
+            if record.task not in found.tasks:
+                found.tasks.append(record.task)
+            if record.failed:
+                found.failures.append(Failure(anchor, replace(record, text="", value=None)))
+    return found
+
+
+def _pages(records: Iterable[Record], folder: Path) -> Iterator[PageView]:
+    for anchor, page in enumerate(_by_page(records), 1):
+        first = page[0]
+        page = [_shown(record) for record in page]
+        picture = data_url(folder, first.digest)
+        yield PageView(anchor, first.source, first.page, first.n_pages, picture, first.size_px, page)
+
+
+def _shown(record: Record) -> Record:
+    """Without a value that is nested deeper than a template can follow, as earlier versions kept it."""
+    return replace(record, value=None) if is_deeper(record.value, MAX_NESTING) else record
+
+
+def _by_page(records: Iterable[Record]) -> Iterator[list[Record]]:
+    for _, page in groupby(records, key=lambda record: (record.source, record.page)):
+        yield list(page)
+
+
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+    )
+    environment.globals.update(rows=_rows, chart=_chart, plain=_plain, columns=_columns)
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    from markupsafe import Markup
+
+    return _UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _rows(table: Table) -> list[list[Cell]]:
+    """The cells that begin in each row."""
+    rows: list[list[Cell]] = [[] for _ in range(table.n_rows)]
+    for cell in table.cells:
+        rows[cell.row].append(cell)
+    return rows
+
+
+def _chart(record: Record) -> Any:
+    return redraw(record.value) if record.task == CHART and isinstance(record.value, Table) else None
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, dict | list)
+
+
+def _columns(value: Any) -> list[str]:
+    """The keys of a list of records that can stand as a table; none for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return []
+    keys = list(dict.fromkeys(key for item in value for key in item))
+    flat = all(_plain(cell) for item in value for cell in item.values())
+    return keys if flat and 0 < len(keys) <= 8 else []

@@ -1,0 +1,75 @@
+"""How far a run is, for whoever shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from granite4v.runtime.extract.journal import Tally
+
+MAX_PATHS = 20
+
+
+@dataclass
+class State:
+    """How far a run is; the same object for as long as it lasts."""
+
+    source: str = ""
+    page: int | None = None
+    n_pages: int | None = None
+    task: str = ""
+    n_answer_tokens: int = 0  # of the answer that is being written
+    waited_s: float = 0.0  # for a document to be opened or a page to be rendered, while that lasts
+    n_documents: int = 0  # begun; none while pages are counted
+    n_documents_total: int | None = None  # where that is known
+    n_pages_total: int | None = None
+    n_pages_read: int = 0  # by this process: those of an earlier run, and copies, take no time
+    n_pages_known: int = 0  # not to be read: they were by an earlier run, are copies, or failed
+    n_tokens: int = 0  # of finished answers
+    decode_s: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    tally: Tally = field(default_factory=Tally)  # of all records, an earlier run's too
+    left_out: Tally = field(default_factory=Tally)  # of those about documents that this run was not given; at the end
+    n_resumed: int = 0  # records of an earlier run
+    n_replaced: int = 0  # records of an earlier run that gave way to new ones, or were dropped with nothing in place
+    n_unwritten: int = 0  # files that could not be written
+    paths: list[Path] = field(default_factory=list)  # files written, first to last, as many as MAX_PATHS
+    n_paths: int = 0
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether anything that was asked for is missing, not valid, or cut."""
+        missing = self.tally.n_incomplete - self.left_out.n_incomplete
+        return bool(missing or self.n_unwritten)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While answering; 0 before the first answer."""
+        return self.n_tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds to the end, if the other pages take as long as those that were read; `now` as of time.monotonic."""
+        if self.n_pages_total is None or not self.n_pages_read:
+            return None
+        n_left = self.n_pages_total - self.n_pages_read - self.n_pages_known
+        return max(0.0, (now - self.began) / self.n_pages_read * n_left)
+
+    def wrote(self, paths: Sequence[Path]) -> None:
+        self.n_paths += len(paths)
+        self.paths += paths[: MAX_PATHS - len(self.paths)]
+
+
+Watch = Callable[[State], None]
+
+
+def waiting(state: State, watch: Watch) -> Callable[[str, int | None, float], None]:
+    """A callback for `runtime.pages`, which tells `watch` how long a document or page takes."""
+
+    def wait(source: str, number: int | None, waited_s: float) -> None:
+        state.source, state.page, state.n_pages = source, number, None
+        state.task, state.n_answer_tokens, state.waited_s = "", 0, waited_s
+        watch(state)
+
+    return wait

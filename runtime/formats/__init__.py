@@ -1,0 +1,33 @@
+"""What a document model writes, parsed to values and written again: tables, chart data, fields. Pure Python."""
+
+from granite4v.errors import AnswerError
+from granite4v.runtime.formats.csv_ import read_csv, write_csv
+from granite4v.runtime.formats.html import read_html, write_html
+from granite4v.runtime.formats.json_text import read_fields
+from granite4v.runtime.formats.markdown import write_markdown
+from granite4v.runtime.formats.otsl import read_otsl, write_otsl
+from granite4v.runtime.formats.table import Cell, Table
+from granite4v.runtime.formats.tables_json import read_tables_json, write_tables_json
+from granite4v.runtime.formats.tasks import FORMATS, TASKS, Salvaged, read, salvage, write
+
+__all__ = [
+    "FORMATS",
+    "TASKS",
+    "AnswerError",
+    "Cell",
+    "Salvaged",
+    "Table",
+    "read",
+    "read_csv",
+    "read_fields",
+    "read_html",
+    "read_otsl",
+    "read_tables_json",
+    "salvage",
+    "write",
+    "write_csv",
+    "write_html",
+    "write_markdown",
+    "write_otsl",
+    "write_tables_json",
+]

@@ -1,0 +1,94 @@
+"""CSV as a form: a header, and rows as wide as it, with the quoting of RFC 4180 and '\\n' between rows.
+
+Bare, or in a Markdown fence; so that the two cannot be mixed up there is no '`' in a field. A row of one empty field
+is written with quotes, since a blank line is no row. Named with an underscore as the outputs' module is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from granite4v.runtime.formats.tables_grammar import End
+from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+
+_PLAIN = Text(marks=b',"\n`')
+_QUOTED = Text(marks=b'"`')
+_FENCES = (b"```csv\n", b"```\n")
+_CLOSING = b"```"
+
+
+@dataclass(frozen=True)
+class CsvField:
+    """At the beginning of a field, or in one without quotes. Columns count from 0.
+
+    `n_fields` is the header's width, None in the header. `fenced`: None before it is known.
+    """
+
+    n_fields: int | None = None
+    column: int = 0
+    fenced: bool | None = False
+
+    @property
+    def begins_row(self) -> bool:
+        return self.column == 0
+
+    def separators(self) -> tuple[bytes, ...]:
+        """What may come behind the field."""
+        if self.n_fields is None:
+            return (b"\n", b",")
+        return (b",",) if self.column < self.n_fields - 1 else (b"\n",)
+
+    def expects(self) -> Expectation:
+        separators = self.separators()
+        at_once = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
+        may_end = b"\n" in separators and not self.fenced
+        ends_at_once = may_end and not self.begins_row
+        if self.n_fields is not None and self.begins_row:  # behind a line break
+            ends_at_once = not self.fenced
+            at_once = [_CLOSING, *at_once] if self.fenced else at_once
+        if self.fenced is None:
+            at_once += _FENCES
+        return Expectation(separators, _PLAIN, may_end, tuple(at_once), ends_at_once)
+
+    def after(self, literal: bytes) -> Rule:
+        if literal in _FENCES:
+            return CsvField(fenced=True)
+        if literal == _CLOSING:
+            return End()
+        field = replace(self, fenced=bool(self.fenced))
+        return _Quoted(field) if literal == b'"' else field.following(literal)
+
+    def following(self, separator: bytes) -> CsvField:
+        if separator == b",":
+            return replace(self, column=self.column + 1)
+        return replace(self, n_fields=self.n_fields or self.column + 1, column=0)
+
+
+@dataclass(frozen=True)
+class _Quoted:
+    """Between the quotes of a field."""
+
+    field: CsvField
+
+    def expects(self) -> Expectation:
+        return Expectation((b'"',), _QUOTED)
+
+    def after(self, literal: bytes) -> Rule:
+        return _Unquoted(self.field)
+
+
+@dataclass(frozen=True)
+class _Unquoted:
+    """Behind a quote that closes the field, or begins a doubled one."""
+
+    field: CsvField
+
+    def expects(self) -> Expectation:
+        separators = self.field.separators()
+        return Expectation((*separators, b'"'), may_end=b"\n" in separators and not self.field.fenced)
+
+    def after(self, literal: bytes) -> Rule:
+        return _Quoted(self.field) if literal == b'"' else self.field.following(literal)
+
+
+CSV = CsvField(fenced=None)

@@ -1,0 +1,161 @@
+"""The longest beginning of a JSON text that is whole: for answers that were cut.
+
+Knows nothing of tables or schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from granite4v.runtime.formats.json_values import MAX_NESTING, to_float, to_int, whole_characters
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))((?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[\s,\]}])", re.ASCII)  # a digit may follow
+_LITERALS = {"true": True, "false": False, "null": None}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a text begins with: objects and lists that are not closed hold the members that are whole.
+
+    `end` is the offset behind the last value or closing bracket that was kept; `unclosed` are the containers
+    that the text leaves open, outermost first. `value` is None when nothing is whole.
+    """
+
+    value: Any
+    end: int
+    whole: bool
+    unclosed: list[Any]
+
+
+def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Prefix:
+    """The value at the start of `text`, as far as it is whole and well formed. What follows is not looked at.
+
+    Containers that were opened but hold nothing whole are left out. A container below MAX_NESTING levels, and a number
+    that no double or no integer of MAX_DIGITS holds, count as not well formed.
+    """
+    stack: list[Any] = []
+    keys: list[str | None] = []  # for each open object the key whose value is still to come
+    root: Any = None
+    at = end = 0
+    after_value = False
+    while True:
+        at = _skip(text, at)
+        top = stack[-1] if stack else None
+        mark = text[at : at + 1]
+        if stack and mark == ("}" if isinstance(top, dict) else "]") and (after_value or not top):
+            stack.pop(), keys.pop()
+            at = end = at + 1
+            if not stack:
+                return Prefix(root, end, True, [])
+            after_value = True
+            continue
+        if after_value:
+            if mark != ",":
+                break
+            at = _skip(text, at + 1)
+        if isinstance(top, dict):
+            key, at = _key(text, at)
+            if key is None:
+                break
+            keys[-1] = key
+        if text[at : at + 1] in ("{", "["):
+            if len(stack) == MAX_NESTING:
+                break
+            opened: Any = {} if text[at] == "{" else []
+            root = _attach(root, stack, keys, opened)
+            stack.append(opened)
+            keys.append(None)
+            at, after_value = at + 1, False
+            continue
+        found = _scalar(text, at, parse_float)
+        if found is None:
+            break
+        value, at = found
+        end, after_value = at, True
+        root = _attach(root, stack, keys, value)
+        if not stack:
+            return Prefix(root, end, True, [])
+    return _without_empty(root, end, stack)
+
+
+def partial_string(text: str) -> str | None:
+    """The text of a JSON string that starts here and has no closing mark; None where none starts or one closes."""
+    if not text.startswith('"') or _STRING.match(text):
+        return None
+    for cut in range(min(len(text), 12)):  # at most an unfinished pair of \\uXXXX escapes
+        try:
+            return str(whole_characters(json.loads(text[: len(text) - cut] + '"', strict=False)))
+        except ValueError:
+            continue
+    return ""
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _attach(root: Any, stack: list[Any], keys: list[str | None], value: Any) -> Any:
+    """Puts a value where it belongs; returns the root."""
+    if not stack:
+        return value
+    if isinstance(stack[-1], dict):
+        stack[-1][keys[-1]] = value
+    else:
+        stack[-1].append(value)
+    return root
+
+
+def _key(text: str, at: int) -> tuple[str | None, int]:
+    """An object's key and where its value starts."""
+    found = _string(text, at)
+    if found is None:
+        return None, at
+    colon = _skip(text, found[1])
+    if text[colon : colon + 1] != ":":
+        return None, at
+    return found[0], _skip(text, colon + 1)
+
+
+def _string(text: str, at: int) -> tuple[str, int] | None:
+    found = _STRING.match(text, at)
+    if found is None:
+        return None
+    try:
+        return str(whole_characters(json.loads(found[0], strict=False))), found.end()
+    except ValueError:
+        return None
+
+
+def _scalar(text: str, at: int, parse_float: Callable[[str], Any]) -> tuple[Any, int] | None:
+    if text[at : at + 1] == '"':
+        return _string(text, at)
+    for name, value in _LITERALS.items():
+        if text.startswith(name, at):
+            return value, at + len(name)
+    number = _NUMBER.match(text, at)
+    if number is None:
+        return None
+    try:
+        return (parse_float(number[0]) if number[2] else to_int(number[1])), number.end()
+    except ValueError:  # too large a number
+        return None
+
+
+def _without_empty(root: Any, end: int, stack: list[Any]) -> Prefix:
+    while stack and not stack[-1]:
+        stack.pop()
+        if not stack:
+            return Prefix(None, end, False, [])
+        parent = stack[-1]
+        if isinstance(parent, dict):
+            parent.popitem()  # the member that was attached last
+        else:
+            parent.pop()
+    return Prefix(root, end, False, stack)

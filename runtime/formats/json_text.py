@@ -1,0 +1,60 @@
+"""JSON in an answer, fenced or bare, with errors that say where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from granite4v.errors import AnswerError
+from granite4v.runtime.formats.json_prefix import read_prefix
+from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper, to_float, to_int, whole_characters
+from granite4v.runtime.formats.wrapping import unfence
+
+_TOO_DEEP = f"JSON nested deeper than {MAX_NESTING} levels; expected a few."
+
+
+def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
+    """The value, nested at most MAX_NESTING levels deep. Line breaks inside strings are let pass; of a key that is
+    there twice the last value counts. Raises AnswerError.
+    """
+    body = unfence(text, "json")
+    try:
+        value = json.loads(
+            body.text, parse_float=parse_float, parse_int=to_int, parse_constant=_refuse_constant, strict=False
+        )
+    except json.JSONDecodeError as error:
+        at = body.start + error.pos
+        raise AnswerError(
+            f"no JSON at character {at}, before {text[at : at + 30]!r}: {error.msg}; expected one whole JSON value."
+        ) from None
+    except RecursionError:
+        raise AnswerError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise AnswerError(f"JSON that cannot be read: {error}; expected ordinary numbers.") from None
+    if is_deeper(value, MAX_NESTING):
+        raise AnswerError(_TOO_DEEP)
+    return whole_characters(value)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def read_fields(text: str) -> dict[str, Any] | list[Any]:
+    """The object (or list) that answers a key-value prompt. Raises AnswerError."""
+    value = load_json(text)
+    if not isinstance(value, dict | list):
+        raise AnswerError(f"the answer is {value!r:.60}; expected a JSON object.")
+    return value
+
+
+def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:
+    """The object (or list) up to the last whole field or item, and whether that is the whole answer.
+
+    Objects and lists that were begun stay, with what is whole in them.
+    """
+    prefix = read_prefix(unfence(text, "json").text.lstrip())
+    if not isinstance(prefix.value, dict | list):
+        return None, False
+    return prefix.value, prefix.whole

@@ -1,0 +1,242 @@
+"""OTSL: one tag for each slot of the grid, `<nl>` at the end of a row, text after the tag of a cell's first slot.
+
+`<fcel>` starts a cell, `<ecel>` an empty one, `<ched>`, `<rhed>` and `<srow>` the header of a column, a row and a
+section. `<lcel>` belongs to the cell on its left, `<ucel>` to the one above, `<xcel>` to both (Lysak et al., 2023,
+arXiv 2305.03393). docling writes `<xcel>` for every slot but the first of a cell that spans rows and columns; that is
+read too, a cell reaching down as far as `<xcel>` does.
+
+Only these tags are markup. Everything else is text, `<` and `&` included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from granite4v.errors import AnswerError
+from granite4v.runtime.formats.table import Cell, Table, as_many_as_fit, bounded, check_size, place, with_header_rows
+from granite4v.runtime.formats.wrapping import joined, unfence
+
+_TAG = re.compile(r"<(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl|/otsl)>")
+_STARTS = ("fcel", "ecel", "ched", "rhed", "srow")
+_HEADERS = ("ched", "rhed", "srow")
+_BETWEEN = re.compile(r"[\s\[\],\"'`]*")  # a list around tables
+
+
+@dataclass
+class _Slot:
+    tag: str
+    offset: int
+    text: str = ""
+
+
+@dataclass
+class _Draft:
+    """A cell that may still grow. `crossed` if its first row was continued with <xcel>, docling's way."""
+
+    tag: str
+    row: int
+    col: int
+    text: str
+    rowspan: int = 1
+    colspan: int = 1
+    crossed: bool = False
+
+
+@dataclass
+class _Rows:
+    """Rows that fit together so far."""
+
+    n_rows: int = 0
+    n_header_rows: int = 0
+    above: list[_Draft] = field(default_factory=list)  # the cell of each slot of the last row
+    cells: list[_Draft] = field(default_factory=list)
+
+    def add(self, slots: list[_Slot]) -> None:
+        """Adds a row, or raises AnswerError and leaves everything as it was."""
+        if self.above and len(slots) != len(self.above):
+            raise AnswerError(
+                f"row {self.n_rows + 1}, at character {slots[0].offset}, has {len(slots)} columns; "
+                f"expected {len(self.above)} as in the rows above."
+            )
+        check_size(self.n_rows + 1, len(slots))
+        row: list[_Draft] = []
+        for slot in slots:
+            row.append(self._owner(slot, row))
+        n_continued = Counter(id(draft) for draft in row if draft.row < self.n_rows)
+        for j, draft in enumerate(row):
+            if draft.row < self.n_rows and (self.above[j] is not draft or n_continued[id(draft)] != draft.colspan):
+                raise AnswerError(
+                    f"<{slots[j].tag}> in {place(self.n_rows, j)}, at character {slots[j].offset}, continues the cell "
+                    f"of {place(draft.row, draft.col)}, but not over all its {draft.colspan} columns; expected a "
+                    "rectangle."
+                )
+        for j, draft in enumerate(row):
+            if draft.row == self.n_rows:
+                draft.colspan = j - draft.col + 1
+            else:
+                draft.rowspan = self.n_rows - draft.row + 1
+        self.cells += [draft for j, draft in enumerate(row) if draft.row == self.n_rows and draft.col == j]
+        tags = {draft.tag for draft in row}
+        if self.n_header_rows == self.n_rows and "ched" in tags and tags <= {"ched", "ecel"}:
+            self.n_header_rows += 1
+        self.above = row
+        self.n_rows += 1
+
+    def _owner(self, slot: _Slot, row: list[_Draft]) -> _Draft:
+        """The cell that a slot belongs to, given the row up to there."""
+        j = len(row)
+        left = row[-1] if row else None
+        up = self.above[j] if self.above else None
+        if slot.tag in _STARTS:
+            return _Draft(slot.tag, self.n_rows, j, slot.text)
+        if slot.tag == "lcel" and left is not None:
+            return left
+        if slot.tag == "ucel" and up is not None:
+            return up
+        if slot.tag == "xcel":
+            if up is not None and (up is left or (up.crossed and up.col == j)):
+                return up
+            if left is not None and left.row == self.n_rows:
+                left.crossed = True
+                return left
+        expected = {"lcel": "a cell on its left", "ucel": "a cell above it", "xcel": "one cell above and on its left"}
+        raise AnswerError(
+            f"<{slot.tag}> in {place(self.n_rows, j)}, at character {slot.offset}, continues no cell; "
+            f"expected {expected[slot.tag]}."
+        )
+
+    def table(self) -> Table:
+        cells = [Cell(d.row, d.col, d.text, d.rowspan, d.colspan, d.tag in _HEADERS) for d in self.cells]
+        return with_header_rows(self.n_rows, len(self.above), self.n_header_rows, cells)
+
+
+@dataclass
+class _Reader:
+    """Goes through an answer; `tables` holds what fits, up to the error that `run` raises."""
+
+    text: str
+    tables: list[_Rows] = field(default_factory=list)
+    row: list[_Slot] = field(default_factory=list)
+    inside: bool = False  # a table has begun
+    tagged: bool = False  # ... with <otsl>
+    end: int = 0  # behind the last whole row
+
+    def run(self) -> None:
+        at = 0
+        for found in _TAG.finditer(self.text):
+            self._take_text(at, found.start())
+            self._take_tag(found[1], found.start(), found.end())
+            at = found.end()
+        self._take_text(at, len(self.text))
+
+    def finish(self) -> None:
+        """The end of the answer ends a table that no <otsl> began."""
+        if self.inside and self.tagged:
+            where = f"row {self.tables[-1].n_rows + 1}" if self.tables else "row 1"
+            raise AnswerError(
+                f"the answer ends at character {len(self.text)} in {where} of table {len(self.tables)}; "
+                "expected '</otsl>'. It was probably cut."
+            )
+        self._end_row(len(self.text))
+
+    def _take_text(self, start: int, end: int) -> None:
+        text = self.text[start:end].strip()
+        if self.row and self.row[-1].tag in _STARTS and not self.row[-1].text:
+            self.row[-1].text = text
+            if text and self.row[-1].tag == "ecel":
+                raise AnswerError(f"{text!r:.60} at character {start} follows <ecel>, an empty cell; expected a tag.")
+        elif text and (self.inside or not _BETWEEN.fullmatch(text)):
+            raise AnswerError(f"{text!r:.60} at character {start} belongs to no cell; expected an OTSL tag before it.")
+
+    def _take_tag(self, tag: str, start: int, end: int) -> None:
+        if tag == "otsl":
+            if self.inside:
+                raise AnswerError(f"<otsl> at character {start} is inside a table; expected '</otsl>' before it.")
+            self.inside = self.tagged = True
+            self.tables.append(_Rows())
+            return
+        if tag == "/otsl":
+            if not self.inside:
+                raise AnswerError(f"</otsl> at character {start} ends no table; expected '<otsl>' before it.")
+            self._end_row(end)
+            if not self.tables[-1].n_rows:
+                raise AnswerError(f"</otsl> at character {start} ends a table without rows; expected a cell before it.")
+            self.inside = self.tagged = False
+            self.end = end
+            return
+        if not self.inside:
+            self.inside = True
+            self.tables.append(_Rows())
+        if tag != "nl":
+            self.row.append(_Slot(tag, start))
+        elif self.row:
+            self._end_row(end)
+        else:
+            raise AnswerError(
+                f"<nl> at character {start} ends row {self.tables[-1].n_rows + 1}, which has no cell; expected one."
+            )
+
+    def _end_row(self, end: int) -> None:
+        if self.row:
+            self.tables[-1].add(self.row)
+            self.row = []
+            self.end = end
+
+
+def read_otsl(text: str) -> list[Table]:
+    """The tables of an answer: one, with or without `<otsl>` around it, or several in a list.
+
+    Leading rows of `<ched>` and `<ecel>` alone are the header rows. Text is stripped. Raises AnswerError.
+    """
+    reader = _Reader(joined(unfence(text, "otsl").text).text)
+    reader.run()
+    reader.finish()
+    if not reader.tables and reader.text.strip() != "[]":
+        raise AnswerError(f"no OTSL tag in {text!r:.60}; expected '<otsl>'.")
+    return list(bounded(rows.table() for rows in reader.tables))
+
+
+def salvage_otsl(text: str) -> tuple[list[Table], bool]:
+    """The tables up to the last whole row that fits, and whether that is the whole answer."""
+    body = joined(unfence(text, "otsl").text)
+    reader = _Reader(body.text)
+    try:
+        reader.run()
+        whole = body.closed and not reader.inside and bool(reader.tables or body.text.strip() == "[]")
+        if body.text.lstrip().startswith("["):
+            whole = whole and "]" in body.text[reader.end :]
+    except AnswerError:
+        whole = False
+    tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
+    return tables, whole and fit
+
+
+def write_otsl(table: Table) -> str:
+    """One line of tags. A body header as wide as the table is a section row; empty cells are `<ecel>`, headers too.
+
+    Raises AnswerError for a text that holds an OTSL tag.
+    """
+    parts = ["<otsl>"]
+    for i, row in enumerate(table.grid()):
+        for j, cell in enumerate(row):
+            if (cell.row, cell.col) == (i, j):
+                parts.append(_start(table, cell) + cell.text.strip())
+            else:
+                parts.append("<lcel>" if cell.row == i else "<ucel>" if cell.col == j else "<xcel>")
+        parts.append("<nl>")
+    return "".join([*parts, "</otsl>"])
+
+
+def _start(table: Table, cell: Cell) -> str:
+    found = _TAG.search(cell.text)
+    if found:
+        raise AnswerError(f"the text of {place(cell.row, cell.col)} holds '{found[0]}', which OTSL cannot carry.")
+    if not cell.text.strip():
+        return "<ecel>"
+    if cell.row < table.n_header_rows:
+        return "<ched>"
+    if cell.header:
+        return "<srow>" if cell.colspan == table.n_cols > 1 else "<rhed>"
+    return "<fcel>"

@@ -1,0 +1,73 @@
+"""OTSL as a form: rows as long as the first, and cells that are rectangles.
+
+The rules are those of the paper (Lysak et al., 2023, arXiv 2305.03393): `<lcel>` goes on with a cell of this row,
+`<ucel>` with the first column of the cell above, `<xcel>` with its other columns. `<ecel>` is an empty cell; a cell
+of any other kind has text that is not blank. A '<' before anything but a small letter or '/' is text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from granite4v.runtime.formats.tables_grammar import End, Tables
+from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+
+_FILLED = (b"<fcel>", b"<ched>", b"<rhed>", b"<srow>")
+_STARTS: tuple[bytes, ...] = (b"<ecel>", *_FILLED)
+_TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", ink=True)
+
+
+@dataclass(frozen=True)
+class OtslRow:
+    """Inside a row, behind `row`. For each column of a row: the width of the cell that begins there, else 0.
+
+    `above` is the row above, None in the first; `crossing` more columns belong to the cell above that was entered;
+    `own`: the last cell begins in this row; `filled`: it has text.
+    """
+
+    above: tuple[int, ...] | None = None
+    row: tuple[int, ...] = ()
+    crossing: int = 0
+    own: bool = False
+    filled: bool = False
+
+    def expects(self) -> Expectation:
+        return Expectation(self._tags(), _TEXT, at_once=()) if self.filled else Expectation(self._tags())
+
+    def _tags(self) -> tuple[bytes, ...]:
+        if self.crossing:
+            return (b"<xcel>",)
+        column, above = len(self.row), self.above
+        if above is not None and column == len(above):
+            return (b"<nl>",)
+        tags = _STARTS
+        if self.own:
+            tags = (*tags, b"<lcel>")
+        if above is not None and above[column]:
+            tags = (*tags, b"<ucel>")
+        if above is None and self.row:
+            tags = (b"<nl>", *tags)
+        if above is not None and not self.row:
+            tags = (b"</otsl>", *tags)
+        return tags
+
+    def after(self, literal: bytes) -> Rule:
+        if literal == b"<nl>":
+            return OtslRow(above=self.row)
+        if literal == b"</otsl>":
+            return End()
+        row, column = self.row, len(self.row)
+        if literal == b"<xcel>":
+            return replace(self, row=(*row, 0), crossing=self.crossing - 1, filled=False)
+        if literal == b"<ucel>":
+            assert self.above is not None
+            width = self.above[column]
+            return replace(self, row=(*row, width), crossing=width - 1, own=False, filled=False)
+        if literal == b"<lcel>":
+            first = max(i for i, width in enumerate(row) if width)
+            wider = (*row[:first], row[first] + 1, *row[first + 1 :], 0)
+            return replace(self, row=wider, filled=False)
+        return replace(self, row=(*row, 1), own=True, filled=literal in _FILLED)
+
+
+OTSL = Tables(b"<otsl>", OtslRow(), between=(b"", b"\n"))

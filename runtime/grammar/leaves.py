@@ -1,0 +1,327 @@
+"""What a schema says of one number or one text, as far as llguidance can hold an answer to it exactly.
+
+llguidance computes with floats, which change integers beyond 2^53, and its regular expressions know neither look-around
+nor references back. What it cannot hold is widened or left out here, never narrowed: the value is checked afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from granite4v.runtime.grammar.formats import CHECKED, PATTERNS, STANDARD, WITHOUT_EFFECT
+from granite4v.runtime.grammar.patterns import pattern_size, without_look_around
+from granite4v.runtime.grammar.trial import Trials
+
+Schema = dict[str, Any]
+
+EXACT = 2**53  # floats hold every integer up to here
+_DECIMALS = 15
+_MAX_STEP = 100_000  # of 'multipleOf' without its zeros: llguidance counts remainders, and takes long for many
+_MAX_LENGTH = 1_000_000  # characters; longer ones do not fit into an answer
+_COSTLY_STEP, _COSTLY_SIZE, _COSTLY_LENGTH = 1000, 200, 10_000
+
+PATTERN_KEYWORDS = ("pattern", "format", "allOf", "multipleOf")  # of what is made here; llguidance intersects automata
+STRING_KEYWORDS = ("pattern", "format", "minLength", "maxLength")
+NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "divisibleBy")
+
+
+class Impossible(ValueError):
+    """Why no value satisfies a schema, to be read behind the name of its field."""
+
+
+Bound = tuple[Fraction, bool]  # a number, and whether it is itself left out
+
+
+@dataclass
+class Leaf:
+    """Keywords for llguidance, and what they leave out: pairs of a keyword and why it is not held in full."""
+
+    made: Schema
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+# --- numbers ---
+
+
+def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool = True) -> Leaf:
+    """`whole`: where a number is allowed it is an integer. `close_ranges`: add what llguidance's ranges lack. Raises
+    Impossible."""
+    leaf = Leaf({})
+    lower: Bound | None = _strictest(node, "minimum", "exclusiveMinimum", max)
+    upper: Bound | None = _strictest(node, "maximum", "exclusiveMaximum", min)
+    if whole:
+        lower = lower and (Fraction(math.floor(lower[0]) + 1 if lower[1] else math.ceil(lower[0])), False)
+        upper = upper and (Fraction(math.ceil(upper[0]) - 1 if upper[1] else math.floor(upper[0])), False)
+    _check_range(lower, upper, "integer" if whole else "number")
+    step = _step(node, whole=whole)
+    if step is not None:  # llguidance may find no way through a range whose ends are no multiples
+        lower = lower and (_next_multiple(lower, step), False)
+        upper = upper and (-_next_multiple((-upper[0], upper[1]), step), False)
+        _check_range(lower, upper, f"multiple of {float(step):g}")
+    lower = _held(leaf, lower, 1, "minimum")
+    upper = _held(leaf, upper, -1, "maximum")
+    if whole or not close_ranges:
+        ranges = [_range(lower, upper)]
+    else:
+        if lower and upper and math.trunc(lower[0]) == math.trunc(upper[0]):
+            lower, upper = _included(lower, 1), _included(upper, -1)
+        ranges = [_range(lower, upper), *_lost(lower, upper)]
+    if len(ranges) > 1:
+        leaf.made["allOf"] = [{"anyOf": ranges}]
+    else:
+        leaf.made.update(ranges[0])
+    if step is not None:
+        _add_step(leaf, step, trials)
+    return leaf
+
+
+def _step(node: Schema, *, whole: bool) -> Fraction | None:
+    """What a number, or an integer, must be a multiple of; None for nothing."""
+    given = node.get("multipleOf", node.get("divisibleBy"))
+    if given is None:
+        return None
+    step = _fraction(given)
+    if not whole:
+        return step
+    step = Fraction(step.numerator)  # the integers among the multiples of p/q
+    return None if step == 1 else step
+
+
+def _next_multiple(bound: Bound, step: Fraction) -> Fraction:
+    """The least multiple that a lower bound allows."""
+    n = bound[0] / step
+    return step * (math.floor(n) + 1 if bound[1] else math.ceil(n))
+
+
+def _check_range(lower: Bound | None, upper: Bound | None, what: str) -> None:
+    if lower and upper and (lower[0] > upper[0] or (lower[0] == upper[0] and (lower[1] or upper[1]))):
+        raise Impossible(f"no {what} is at least its minimum and at most its maximum")
+
+
+def _fraction(number: float) -> Fraction:
+    """The decimal number that JSON writes, exactly."""
+    return Fraction(Decimal(repr(number)))
+
+
+def _strictest(
+    node: Schema, name: str, exclusive: str, choose: Callable[[Iterable[Fraction]], Fraction]
+) -> Bound | None:
+    """A bound and whether it is itself left out. In draft 4, 'exclusiveMinimum' says that of 'minimum'."""
+    bounds = []
+    if name in node:
+        bounds.append((_fraction(node[name]), node.get(exclusive) is True))
+    if exclusive in node and not isinstance(node[exclusive], bool):
+        bounds.append((_fraction(node[exclusive]), True))
+    if not bounds:
+        return None
+    value = choose(bound[0] for bound in bounds)
+    return value, any(excluded for bound, excluded in bounds if bound == value)
+
+
+def _held(leaf: Leaf, bound: Bound | None, sign: int, name: str) -> Bound | None:
+    """A bound that llguidance computes with exactly: the same one or one that is wider."""
+    if bound is None:
+        return None
+    value, excluded = bound
+    held: Fraction | None = value
+    if abs(value) > EXACT:
+        held = Fraction(sign * EXACT) if value * sign > 0 else None
+    elif (value * 10**_DECIMALS).denominator != 1:
+        scaled = value * 10**_DECIMALS
+        held = Fraction(math.floor(scaled) if sign > 0 else math.ceil(scaled), 10**_DECIMALS)
+    if held != value:
+        leaf.left_out.append((name, "is too large, or has too many digits, to guide answers exactly"))
+    return None if held is None else (held, excluded and held == value)
+
+
+def _range(lower: Bound | None, upper: Bound | None) -> Schema:
+    made: Schema = {}
+    if lower is not None:
+        made["exclusiveMinimum" if lower[1] else "minimum"] = _json_number(lower[0])
+    if upper is not None:
+        made["exclusiveMaximum" if upper[1] else "maximum"] = _json_number(upper[0])
+    return made
+
+
+def _included(bound: Bound, sign: int) -> Bound:
+    """In place of a whole number that is left out, the next one beside it: llguidance lets '0' pass for above 0."""
+    if bound[1] and bound[0].denominator == 1:
+        return bound[0] + sign * Fraction(1, 10**_DECIMALS), False
+    return bound
+
+
+def _lost(lower: Bound | None, upper: Bound | None) -> list[Schema]:
+    """Numbers in a range that llguidance's expression for it lacks: a maximum of 0.25 forbids 0.2, which is shorter,
+    and a number above 0 or below it may not end in zeros, as 0.50 does, while it is less than 1."""
+    lost: list[Schema] = []
+    if lower is not None and lower[1] and lower[0] >= 0:
+        lost.append(_range((lower[0] + _tick(lower[0]), False), upper))
+    if upper is not None and upper[1] and upper[0] <= 0:
+        lost.append(_range(lower, (upper[0] - _tick(upper[0]), False)))
+    if (lower or upper) and (lower is None or lower[0] < 0) and (upper is None or upper[0] >= 0):
+        lost.append(_range(lower, (-_tick(Fraction(0)), False)))
+    lost = [made for made in lost if not _is_empty(made)]
+    shorter: set[Fraction] = set()
+    if upper is not None and upper[0] > 0:
+        shorter |= _shortened(upper[0])
+    if lower is not None and lower[0] < 0:
+        shorter |= {-value for value in _shortened(-lower[0])}
+    inside = sorted(value for value in shorter if _contains(lower, value, 1) and _contains(upper, value, -1))
+    return [*lost, *([{"enum": [_json_number(value) for value in inside]}] if inside else [])]
+
+
+def _tick(value: Fraction) -> Fraction:
+    """A step of two decimals more than a number has."""
+    return Fraction(1, 10 ** min(_n_decimals(value) + 2, _DECIMALS))
+
+
+def _n_decimals(value: Fraction) -> int:
+    return next(n for n in range(_DECIMALS + 1) if (value * 10**n).denominator == 1)
+
+
+def _shortened(value: Fraction) -> set[Fraction]:
+    """A number without its last decimals: one, two, ... all but the first."""
+    return {Fraction(math.floor(value * 10**n), 10**n) for n in range(1, _n_decimals(value))}
+
+
+def _contains(bound: Bound | None, value: Fraction, sign: int) -> bool:
+    return bound is None or (value - bound[0]) * sign > 0 or (value == bound[0] and not bound[1])
+
+
+def _is_empty(made: Schema) -> bool:
+    low = [made[name] for name in ("minimum", "exclusiveMinimum") if name in made]
+    high = [made[name] for name in ("maximum", "exclusiveMaximum") if name in made]
+    return bool(low and high and low[0] >= high[0])
+
+
+def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
+    scaled = step * 10**_DECIMALS
+    n_held = _without_zeros(scaled.numerator)
+    if step > EXACT or scaled.denominator != 1 or n_held > _MAX_STEP:
+        leaf.left_out.append(("multipleOf", "has too many digits to guide answers"))
+        return
+    steps = [{"type": "number", "multipleOf": _json_number(one)} for one in _shorter_steps(step)]
+    made = steps[0] if len(steps) == 1 else {"type": "number", "anyOf": steps}
+    problem = trials.problem(made, costly=n_held > _COSTLY_STEP)
+    # llguidance computes in floats, for which 0.3 is no multiple of 0.1
+    if not problem and leaf.made:
+        whole = [*leaf.made.get("allOf", ()), made]
+        problem = trials.problem({"type": "number", **leaf.made, "allOf": whole}, costly=n_held > _COSTLY_STEP)
+    if problem:
+        leaf.left_out.append(("multipleOf", "cannot guide answers"))
+    elif len(steps) > 1:
+        leaf.made["allOf"] = [*leaf.made.get("allOf", ()), {"anyOf": steps}]
+    else:
+        leaf.made["multipleOf"] = steps[0]["multipleOf"]
+
+
+def _shorter_steps(step: Fraction) -> list[Fraction]:
+    """The step, and those of its multiples that have fewer decimals, where llguidance would miss these: it takes 0.50
+    for a multiple of 0.25, but not 0.5."""
+    n = _n_decimals(step)
+    digits = (step * 10**n).numerator
+    if _without_zeros(digits) in (1, 2, 5):
+        return [step]
+    return list(dict.fromkeys(Fraction(math.lcm(digits, 10**k), 10**n) for k in range(n + 1)))
+
+
+def _without_zeros(number: int) -> int:
+    while number and number % 10 == 0:
+        number //= 10
+    return number
+
+
+def _json_number(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def is_exact(value: Any) -> bool:
+    """Whether llguidance writes a constant as it is: not where a number in it is too large or too long."""
+    if isinstance(value, dict):
+        return all(is_exact(inner) for inner in value.values())
+    if isinstance(value, list):
+        return all(is_exact(inner) for inner in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return abs(value) <= EXACT and (_fraction(value) * 10**_DECIMALS).denominator == 1
+    return True
+
+
+def wider(value: Any) -> Schema:
+    """A schema that a constant which is not exact satisfies, with few others."""
+    if isinstance(value, dict | list):
+        return {"type": "object" if isinstance(value, dict) else "array"}
+    if abs(value) <= EXACT:
+        return {"type": "number"}
+    kind = "integer" if _fraction(value).denominator == 1 else "number"
+    return {"type": kind, **({"minimum": EXACT} if value > 0 else {"maximum": -EXACT})}
+
+
+# --- texts ---
+
+
+def string_leaf(node: Schema, trials: Trials) -> Leaf:
+    """Raises Impossible."""
+    leaf = Leaf({})
+    for name in ("minLength", "maxLength"):
+        if name in node and node[name] <= _MAX_LENGTH:
+            leaf.made[name] = int(node[name])
+    if leaf.made.get("minLength", 0) > leaf.made.get("maxLength", _MAX_LENGTH):
+        raise Impossible("its minLength is greater than its maxLength")
+    patterns: list[str] = []
+    if "pattern" in node:
+        held = _held_pattern(leaf, node["pattern"], trials)
+        patterns += [] if held is None else [held]
+    kind = node.get("format")
+    if kind in PATTERNS:
+        patterns.append(PATTERNS[kind])
+    elif isinstance(kind, str) and kind not in WITHOUT_EFFECT:
+        if kind in STANDARD and not trials.problem({"type": "string", "format": kind}):
+            leaf.made["format"] = kind
+        elif kind in CHECKED:
+            leaf.left_out.append((f"format {kind!r}", "does not guide answers"))
+        else:
+            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so any text is accepted"))
+    if len(patterns) == 1:
+        leaf.made["pattern"] = patterns[0]
+    elif patterns:
+        leaf.made["allOf"] = [{"pattern": pattern} for pattern in patterns]
+    if len(leaf.made) > 1 and (patterns or "format" in leaf.made):
+        _hold_together(leaf, patterns, trials)
+    return leaf
+
+
+def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
+    """The pattern, or one that matches more, as far as it can be held."""
+    problem = trials.problem({"type": "string", "pattern": pattern}, costly=_is_costly([pattern]))
+    if not problem:
+        return pattern
+    looser = without_look_around(pattern)
+    if looser != pattern and not trials.problem({"type": "string", "pattern": looser}, costly=_is_costly([looser])):
+        leaf.left_out.append(("pattern", "guides answers without its look-around"))
+        return looser
+    leaf.left_out.append(("pattern", f"cannot guide answers ({problem})"))
+    return None
+
+
+def _hold_together(leaf: Leaf, patterns: Sequence[str], trials: Trials) -> None:
+    """Leaves the pattern out where it cannot be held together with the length or the format."""
+    longest = max(leaf.made.get("minLength", 0), leaf.made.get("maxLength", 0))
+    problem = trials.problem({"type": "string", **leaf.made}, costly=_is_costly(patterns) or longest > _COSTLY_LENGTH)
+    if problem.startswith("Unsatisfiable"):
+        raise Impossible("no text has its pattern, its format and its length at once")
+    if problem:
+        leaf.left_out.append(("pattern", f"cannot guide answers ({problem})"))
+        for name in ("pattern", "allOf", "format"):
+            leaf.made.pop(name, None)
+
+
+def _is_costly(patterns: Sequence[str]) -> bool:
+    return len(patterns) > 2 or sum(pattern_size(pattern) for pattern in patterns if pattern not in _OWN) > _COSTLY_SIZE
+
+
+_OWN = frozenset(PATTERNS.values())

@@ -1,0 +1,161 @@
+"""Tries grammars in a process of its own, as some regular expressions keep llguidance busy without end.
+
+The process is started for the first grammar that looks costly; most schemas have none. Run as a script, the module is
+that process: it reads a grammar as a line of JSON, and answers with a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import IO, Any
+
+from granite4v.runtime.grammar.grammar_text import Bytes, lark_grammar, limits, reason_of, validation_problem
+
+SECONDS = 5  # of the processor's time, for one grammar
+MAX_SECONDS = 12  # for all that look costly; what comes later counts as too costly
+_MAX_WAIT_S = 60.0  # on a busy machine
+_MEMORY_BYTES = 3 << 30
+_N_STEPS = 200  # of a walk through a grammar
+
+
+class Trials:
+    """What llguidance says of the parts of one schema. Holds a process until it is left."""
+
+    def __init__(self) -> None:
+        self._child: _Child | None = None
+        self._known: dict[str, str] = {}
+        self._seconds_left: float = MAX_SECONDS
+
+    def problem(self, schema: dict[str, Any], *, costly: bool = False) -> str:
+        """Why answers cannot be held to a schema, in a few words; empty if they can. `costly`: tried apart."""
+        text = json.dumps(schema)
+        if text not in self._known:
+            self._known[text] = self._tried_apart(text) if costly else validation_problem(text)
+        return self._known[text]
+
+    def _tried_apart(self, text: str) -> str:
+        if self._seconds_left <= 0:
+            return "it was not tried, as others took too much time"
+        try:
+            self._child = self._child or _Child()
+        except OSError as error:
+            return f"it could not be tried: {error}"
+        answer = self._child.answer(lark_grammar(text))
+        if answer is None:
+            self._seconds_left -= SECONDS
+            self.close()
+            return "compiling it takes too much time or memory"
+        problem, seconds = answer
+        self._seconds_left -= seconds
+        return reason_of(problem)
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Child:
+    """The process, and a thread that waits for its answers."""
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        if not sys.executable:
+            raise OSError("there is no Python executable")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input: IO[bytes] = self._process.stdin
+        self._answers: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+
+    def _listen(self, output: IO[bytes]) -> None:
+        with output:
+            for line in output:
+                self._answers.put(line)
+        self._answers.put(b"")
+
+    def answer(self, grammar: str) -> tuple[str, float] | None:
+        """What is wrong with a grammar and how long it took to find out; None if the process ended over it."""
+        try:
+            self._input.write(json.dumps(grammar).encode() + b"\n")
+            self._input.flush()
+            line = self._answers.get(timeout=_MAX_WAIT_S)
+        except (OSError, queue.Empty):
+            return None
+        if not line:
+            return None
+        problem, seconds = json.loads(line)
+        return problem, seconds
+
+    def close(self) -> None:
+        self._process.kill()
+        with contextlib.suppress(OSError):
+            self._input.close()
+        self._process.wait()
+
+
+# --- the process ---
+
+
+def _main(seconds: int) -> None:
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+    tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
+    _limit("RLIMIT_AS", _MEMORY_BYTES)
+    for line in sys.stdin.buffer:
+        grammar, start = json.loads(line), time.process_time()
+        _limit("RLIMIT_CPU", math.ceil(start) + seconds)
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None)
+        problem = messages[0] if failed else ""
+        if not failed:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+            _walk(matcher)
+            problem = str(matcher.get_error()) if matcher.is_error() else ""
+        print(json.dumps((problem, time.process_time() - start)), flush=True)
+
+
+def _limit(name: str, value: int) -> None:
+    """The system ends the process that goes beyond it; without the limit, the one that waits for an answer does."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):  # not every system has it
+        import resource
+
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def _walk(matcher: Any) -> None:
+    """One answer at random, as far as it goes."""
+    rng = random.Random(0)
+    for _ in range(_N_STEPS):
+        mask = matcher.compute_bitmask()
+        allowed = [byte for byte in range(256) if mask[byte // 8] >> (byte % 8) & 1]
+        if not allowed or not matcher.consume_token(rng.choice(allowed)):
+            return
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

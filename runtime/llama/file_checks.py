@@ -1,0 +1,141 @@
+"""Checks of a text file's metadata that come before native code: what is known to end a process or to fill memory.
+
+llama.cpp asserts that a vocabulary has no entry twice and that a rotation fits its head, and reads lists as long as
+it expects them to be; tokenizers applies whatever a tokenizer.json tells it to. The trial in a child process
+(`trial`) is for what is not known.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ModelFileError
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
+from granite4v.runtime.prompt.tokenizer import MAX_TOKENS, TOKEN_TYPES, VOCABULARY
+
+MAX_WIDTH = 1 << 18
+_SCORES, _MERGES = "tokenizer.ggml.scores", "tokenizer.ggml.merges"
+# A normalizer may make a text longer: Unicode decompositions threefold, lower-casing hardly. More is an attack.
+MAX_GROWTH = 64
+MAX_AFFIX = 1024  # characters that a normalizer or a decoder puts before or after a text
+
+
+def check_text(file: GgufMetadata) -> None:
+    """Raises ModelFileError."""
+    _check_heads(file)
+    _check_vocabulary(file)
+    source = file.text(keys.TOKENIZER_HF_JSON, "")
+    if source:
+        _check_tokenizer(file, source)
+
+
+def _check_heads(file: GgufMetadata) -> None:
+    arch = file.text(keys.GENERAL_ARCHITECTURE)
+    width = file.integer(keys.EMBEDDING_LENGTH.replace("{arch}", arch), 1, MAX_WIDTH)
+    heads_key = f"{arch}.attention.head_count"
+    if isinstance(file.get(heads_key), list):  # one number a layer: llama.cpp compares what it needs
+        return
+    heads = file.integer(heads_key, 1, width)
+    length_key = f"{arch}.attention.key_length"
+    head_dim = file.integer(length_key, 1, MAX_WIDTH, 0)
+    if not head_dim:
+        if width % heads:
+            raise ModelFileError(
+                f"'{file.path}' has {heads} heads ('{heads_key}') in a width of {width}, expected a number that "
+                f"divides it; {AGAIN}."
+            )
+        head_dim = width // heads
+    rope_key = f"{arch}.rope.dimension_count"
+    rotated = file.integer(rope_key, 0, MAX_WIDTH, 0)
+    if rotated > head_dim or rotated % 2:
+        raise ModelFileError(
+            f"'{file.path}' rotates {rotated} rows ('{rope_key}') of heads that have {head_dim}, expected an even "
+            f"number up to {head_dim}; {AGAIN}."
+        )
+
+
+def _check_vocabulary(file: GgufMetadata) -> None:
+    tokens = file.texts(VOCABULARY)
+    if len(set(tokens)) != len(tokens):
+        seen: dict[str, int] = {}
+        for i, token in enumerate(tokens):
+            if token in seen:
+                raise ModelFileError(
+                    f"'{file.path}' has the vocabulary entry {token!r:.40} twice ('{VOCABULARY}', {seen[token]} and "
+                    f"{i}), expected each once; {AGAIN}."
+                )
+            seen[token] = i
+    for key in (_SCORES, TOKEN_TYPES):
+        values = file.get(key)
+        if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
+            n = f"{len(values):,} values" if isinstance(values, list) else f"{values!r:.40}"
+            raise ModelFileError(
+                f"'{file.path}' has {n} in '{key}', expected one for each of its {len(tokens):,} tokens; {AGAIN}."
+            )
+    file.integers(TOKEN_TYPES, 0, MAX_TOKENS, [])
+    file.texts(_MERGES, [])
+
+
+def _check_tokenizer(file: GgufMetadata, source: str) -> None:
+    try:
+        tokenizer = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(
+            f"'{file.path}' has a '{keys.TOKENIZER_HF_JSON}' that cannot be read ({error}); {AGAIN}."
+        ) from None
+    for part in ("normalizer", "decoder"):
+        steps = list(_steps(tokenizer.get(part))) if isinstance(tokenizer, dict) else []
+        growth = 1.0
+        for step in steps:
+            growth *= _growth(step)
+        if growth > MAX_GROWTH or len(steps) > MAX_AFFIX:
+            raise ModelFileError(
+                f"'{file.path}': the {part} of '{keys.TOKENIZER_HF_JSON}' makes texts {growth:,.0f} times as long in "
+                f"{len(steps)} steps, expected at most {MAX_GROWTH}; {AGAIN}."
+            )
+    for token in _ids(tokenizer):
+        if not isinstance(token, int) or not 0 <= token < MAX_TOKENS:
+            raise ModelFileError(
+                f"'{file.path}': '{keys.TOKENIZER_HF_JSON}' has the token id {token!r:.40}, expected 0 to "
+                f"{MAX_TOKENS - 1:,}; {AGAIN}."
+            )
+
+
+def _steps(part: Any) -> Any:
+    """The steps of a normalizer or a decoder, those of a Sequence one by one."""
+    waiting = [part]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict):
+            continue
+        inner = part.get("normalizers") or part.get("decoders")
+        if isinstance(inner, list):
+            waiting += inner
+        else:
+            yield part
+
+
+def _growth(step: Any) -> float:
+    """How many times as long a text can be after a step."""
+    if step.get("type") == "Replace":
+        pattern, content = step.get("pattern"), step.get("content")
+        text = pattern.get("String") if isinstance(pattern, dict) else None
+        n_content = len(content) if isinstance(content, str) else 0
+        if not isinstance(text, str):  # a regular expression may match one character, or none
+            return 1.0 + n_content
+        return max(1.0, n_content / max(len(text), 1))
+    affix = step.get("prepend") or step.get("prefix") or ""
+    return float("inf") if isinstance(affix, str) and len(affix) > MAX_AFFIX else 1.0
+
+
+def _ids(tokenizer: Any) -> Any:
+    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.values()
+    added = tokenizer.get("added_tokens") if isinstance(tokenizer, dict) else None
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            yield token.get("id")

@@ -1,0 +1,105 @@
+"""How the text model runs on this machine, chosen by measurement (`granite4v.ggml.autotune`) and not by a rule.
+
+llama.cpp's own default puts weights into whatever special buffer type the CPU announces. On some machines that
+costs speed and doubles memory, on some it crashes. Here every weight type goes where its products were measured
+to be fastest; types that gain nothing stay mapped from the file, which costs no memory of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from granite4v.ggml.types import NO_WEIGHTS
+
+if TYPE_CHECKING:
+    from granite4v.ggml.backend import Backend
+    from granite4v.ggml.gguf_file import TensorInfo
+
+PLAIN = "plain"
+# Leaving the file's mapping costs as much memory again as the weights, so it must be worth something.
+WORTH = 0.93
+N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
+_BLOCK_WEIGHT = re.compile(r"^blk\.(\d+)\.(\w+)\.weight$")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Buffer types, by name, for the tensors that leave the mapped file: {buffer type: tensor names}."""
+
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buffer_types: Mapping[str, Any] = field(default_factory=dict)
+
+    def overrides(self) -> Any:
+        """llama.cpp's `tensor_buft_overrides`, or None when everything stays mapped; the caller keeps it alive."""
+        patterns = [(pattern, name) for name, names in self.tensors.items() for pattern in tensor_patterns(names)]
+        if not patterns:
+            return None
+        rows = (_Override * (len(patterns) + 1))()
+        for row, (pattern, name) in zip(rows, patterns, strict=False):
+            row.pattern, row.buffer_type = pattern.encode(), self.buffer_types[name]
+        return rows
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def choose_placement(tensors: Mapping[str, TensorInfo], backend: Backend) -> Placement:
+    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine."""
+    from granite4v.ggml import autotune
+    from granite4v.ggml.backend import buffer_type_name
+
+    extra = {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
+    if not backend.is_cpu or not extra:
+        return Placement()
+    weights = [info for info in tensors.values() if _BLOCK_WEIGHT.match(info.name) and len(info.shape) == 2]
+    types = sorted({info.type_name for info in weights} - NO_WEIGHTS - {"F32"})
+    best = {kind: fastest(autotune.seconds(backend, kind), set(extra)) for kind in types}
+    placed: dict[str, list[str]] = defaultdict(list)
+    supported: dict[tuple[str, tuple[int, ...]], bool] = {}
+    for info in weights:
+        name = best.get(info.type_name, PLAIN)
+        if name == PLAIN:
+            continue
+        form = (info.type_name, info.shape)
+        if form not in supported:
+            n_out, n_in = info.shape
+            supported[form] = backend.multiplies(extra[name], info.type_name, n_in, n_out)
+        if supported[form]:
+            placed[name].append(info.name)
+    return Placement({name: tuple(names) for name, names in placed.items()}, extra)
+
+
+def fastest(seconds: Mapping[str, float], buffer_types: set[str]) -> str:
+    """The buffer type to take from measured seconds, or 'plain' unless another is clearly faster."""
+    plain = seconds.get(PLAIN, math.inf)
+    best = min(buffer_types, key=lambda name: seconds.get(name, math.inf), default=PLAIN)
+    return best if seconds.get(best, math.inf) < plain * WORTH else PLAIN
+
+
+def tensor_patterns(names: tuple[str, ...]) -> list[str]:
+    """A few regular expressions that match exactly these block weights.
+
+    llama.cpp compiles every pattern for every tensor, so one pattern a tensor would be slow.
+    """
+    layers_of: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        match = _BLOCK_WEIGHT.match(name)
+        if match is None:
+            raise ValueError(f"'{name}' is not a block weight")
+        layers_of[match[2]].append(int(match[1]))
+    parts_of: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for part, layers in layers_of.items():
+        parts_of[tuple(sorted(layers))].append(part)
+    return [
+        rf"^blk\.({'|'.join(map(str, layers))})\.({'|'.join(sorted(parts))})\.weight$"
+        for layers, parts in parts_of.items()
+    ]

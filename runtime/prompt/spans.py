@@ -1,0 +1,175 @@
+"""Messages and pictures -> spans for the decoder: runs of token ids, and runs of image positions between them.
+
+The chat template leaves one placeholder token for each picture; the reference writes it as often as the picture
+has embeddings, so a span of that length takes its place here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
+from granite4v.runtime.prompt.messages import Conversation, counted
+from granite4v.runtime.prompt.template import ChatTemplate, task_tags
+from granite4v.runtime.prompt.tokenizer import VOCABULARY, Tokenizer, token_id
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from granite4v.ggml.metadata import GgufMetadata
+
+IMAGE_TOKEN = "<image>"  # the placeholder of files that do not name theirs
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    tokens: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """`n_tokens` positions of the picture `index`; `digest` stands for its pixels."""
+
+    index: int
+    n_tokens: int
+    digest: bytes
+
+
+Span = TextSpan | ImageSpan
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is decoded before the answer. `images` are the pictures (Pillow, RGB) that `ImageSpan.index` counts."""
+
+    text: str
+    spans: tuple[Span, ...]
+    images: tuple[Image, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(span.n_tokens for span in self.spans)
+
+    @property
+    def n_image_tokens(self) -> int:
+        return sum(span.n_tokens for span in self.spans if isinstance(span, ImageSpan))
+
+
+def image_token(metadata: GgufMetadata) -> int | None:
+    """The id of the picture placeholder in a text file's vocabulary; None for a model that has none."""
+    if keys.IMAGE_TOKEN_ID in metadata:
+        return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(VOCABULARY) - 1))
+    return token_id(metadata, IMAGE_TOKEN)
+
+
+def image_token_text(metadata: GgufMetadata) -> str | None:
+    """How a text file's vocabulary writes the picture placeholder; None for a model that has none."""
+    token = image_token(metadata)
+    return None if token is None else str(metadata.texts(VOCABULARY)[token])
+
+
+def build_prompt(
+    conversation: Conversation,
+    images: Sequence[Image],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    placeholder: int | None,
+    count_tokens: Callable[[tuple[int, int]], int],
+    check_text: Callable[[str], None] | None = None,
+    **variables: Any,
+) -> Prompt:
+    """The prompt of a conversation whose pictures are `images` (opened, in reading order).
+
+    `count_tokens` gives the embeddings of a picture by its size (width, height). `check_text` sees the text
+    before it is rendered and before it is split into tokens, and may raise. `variables` go to the template.
+    Raises PromptError when the template leaves another number of placeholders than there are pictures.
+    """
+    if check_text is not None:
+        check_text("".join(written(conversation)))
+    text = template.render(conversation.messages, **variables)
+    if check_text is not None:
+        check_text(text)
+    tokens = tokenizer.encode(text)
+    places = [i for i, token in enumerate(tokens) if token == placeholder]
+    if images and placeholder is None:
+        raise ModelFileError(
+            f"the text file's vocabulary has no image placeholder ('{keys.IMAGE_TOKEN_ID}' or '{IMAGE_TOKEN}'); "
+            "use the text file that belongs to the vision file."
+        )
+    if len(places) != len(images):
+        raise PromptError(_mismatch(len(places), len(images), conversation))
+    spans: list[Span] = []
+    start = 0
+    for index, (place, image) in enumerate(zip(places, images, strict=True)):
+        if place > start:
+            spans.append(TextSpan(tuple(tokens[start:place])))
+        spans.append(ImageSpan(index, count_tokens(image.size), image_digest(image)))
+        start = place + 1
+    if start < len(tokens):
+        spans.append(TextSpan(tuple(tokens[start:])))
+    return Prompt(text, tuple(spans), tuple(images))
+
+
+def written(conversation: Conversation) -> Iterator[str]:
+    """The text of all messages, part by part."""
+    for message in conversation.messages:
+        yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def image_digest(image: Image) -> bytes:
+    """Equal for pictures with the same pixels, different for all others (SHA-256)."""
+    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
+
+
+def check_length(text: str, longest_token: int, n_ctx: int) -> None:
+    """Raises ContextOverflowError for a text that overflows the context whatever its tokens are.
+
+    `longest_token`: bytes. To split such a text takes seconds a megabyte, and minutes for what people paste by mistake.
+    """
+    least = -(-len(text) // max(longest_token, 1))
+    if least > n_ctx:
+        raise ContextOverflowError(
+            f"the prompt has {len(text):,} characters, which are at least {least:,} tokens, but the context holds "
+            f"{n_ctx:,}; raise the context (--ctx, n_ctx), or ask about less text."
+        )
+
+
+def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:
+    """Raises ContextOverflowError when prompt and answer together exceed the context."""
+    needed = prompt.n_tokens + max_tokens
+    if needed <= n_ctx:
+        return
+    n_image = prompt.n_image_tokens
+    raise ContextOverflowError(
+        f"the request needs {needed:,} tokens ({n_image:,} for {counted(len(prompt.images), 'image')}, "
+        f"{prompt.n_tokens - n_image:,} of text, {max_tokens:,} for the answer), but the context holds {n_ctx:,}; "
+        f"raise the context (--ctx, n_ctx) to {needed:,} or ask for a shorter answer."
+    )
+
+
+def _mismatch(n_places: int, n_images: int, conversation: Conversation) -> str:
+    for number, message in enumerate(conversation.messages, 1):
+        n_parts = sum(part["type"] == "image" for part in message["content"])
+        tags = task_tags(message)
+        if n_parts > 1 and tags and n_places < n_images:
+            return (
+                f"message {number} has {n_parts} images and the task tag '{tags[0]}', for which the model's chat "
+                "template keeps only one image; ask about one image at a time."
+            )
+    if n_places > n_images:
+        return (
+            f"the prompt has {counted(n_places, 'image placeholder')} for {counted(n_images, 'image')}; a text may "
+            "not contain the placeholder itself."
+        )
+    return (
+        f"the model's chat template leaves {counted(n_places, 'image placeholder')} for "
+        f"{counted(n_images, 'image')}; put every image into a user message, as a part of its own."
+    )

@@ -1,0 +1,258 @@
+"""Text to token ids and back: the checkpoint's own tokenizer.json, or llama.cpp's vocabulary when a file has none.
+
+Special tokens written in the text are recognised, as the reference does. Knows nothing of pictures.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from granite4v.ggml.metadata import GgufMetadata
+    from granite4v.runtime.llama.context import LlamaModel
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
+_SPECIAL_KEYS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
+_STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+VOCABULARY = "tokenizer.ggml.tokens"
+TOKEN_TYPES = "tokenizer.ggml.token_type"
+MAX_TOKENS = 1 << 24
+_USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
+
+
+class TextStream(Protocol):
+    """Turns the ids of one answer into text as they come; a character is held back until it is whole."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What each id spells, in bytes; None for one that is no text: special, unused, or none at all.
+
+    `added` are texts that a tokenizer cuts out before it splits the rest, the longest of those that begin first, so
+    they never merge with what stands beside them.
+    """
+
+    pieces: tuple[bytes | None, ...]
+    added: frozenset[int]
+
+
+class Tokenizer(Protocol):
+    """`encode` adds what the tokenizer's own settings add, unless the text starts with the bos token.
+
+    `encode_plain` adds nothing and spells out special tokens that are written in the text.
+    """
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]: ...
+
+    def vocabulary(self) -> Vocabulary: ...
+
+    def decode(self, tokens: Iterable[int]) -> str: ...
+
+    def text_stream(self) -> TextStream: ...
+
+    def close(self) -> None: ...
+
+
+def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
+    """The tokenizer of a text GGUF; raises ModelFileError when the file has none that works."""
+    source = metadata.text(keys.TOKENIZER_HF_JSON, "")
+    if source:
+        return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
+    return LlamaTokenizer(path, metadata.integers(TOKEN_TYPES, 0, MAX_TOKENS, ()))
+
+
+def special_tokens(metadata: GgufMetadata) -> dict[str, str]:
+    """'bos_token', 'eos_token', ... as text, for the chat template."""
+    ids = {name: _id(metadata, key) for name, key in _SPECIAL_KEYS.items() if key in metadata}
+    vocabulary = metadata.texts(VOCABULARY, []) if ids else []
+    return {name: vocabulary[i] for name, i in ids.items() if i is not None and i < len(vocabulary)}
+
+
+def stop_tokens(metadata: GgufMetadata) -> frozenset[int]:
+    """The ids that end an answer; raises ModelFileError when the file names none."""
+    found = frozenset(_id(metadata, key) for key in _STOP_KEYS if key in metadata) - {None}
+    if not found:
+        raise ModelFileError(
+            f"'{metadata.path}' names no end of text, expected a token id in '{keys.EOS_TOKEN_ID}'; convert it again "
+            "with 'granite4v convert'."
+        )
+    return frozenset(token for token in found if token is not None)
+
+
+def _id(metadata: GgufMetadata, key: str) -> int | None:
+    """A token id; None for the numbers that other converters write for 'none' (-1 and 2^32 - 1)."""
+    if metadata[key] in (-1, 0xFFFFFFFF):
+        return None
+    return int(metadata.integer(key, 0, MAX_TOKENS - 1))
+
+
+def token_id(metadata: GgufMetadata, text: str) -> int | None:
+    """The id of a token of the vocabulary, by its exact text."""
+    try:
+        return int(metadata.texts(VOCABULARY, []).index(text))
+    except ValueError:
+        return None
+
+
+class HfTokenizer:
+    """tokenizer.json through the `tokenizers` library."""
+
+    def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
+        import tokenizers
+
+        self._path, self._bos_token = path, bos_token
+        with self._explained("cannot be read"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(source)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """The library raises bare Exception for every fault in the JSON, and its panics derive from BaseException."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise ModelFileError(
+                f"'{self._path}' has a '{keys.TOKENIZER_HF_JSON}' that {what} ({error!s:.200}); convert it again."
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        add_special = not (self._bos_token and text.startswith(self._bos_token))
+        with self._explained("cannot split this text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = True
+        try:
+            with self._explained("cannot split this text"):
+                return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._tokenizer.encode_special_tokens = False
+
+    def vocabulary(self) -> Vocabulary:
+        import tokenizers
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            pieces = self._byte_level_pieces(added)
+        else:
+            with contextlib.closing(LlamaTokenizer(self._path)) as other:  # it knows every kind
+                pieces = list(other.vocabulary().pieces)
+        pieces += [None] * (max(added, default=-1) + 1 - len(pieces))
+        for token, info in added.items():
+            pieces[token] = None if info.special else info.content.encode()
+        return Vocabulary(tuple(pieces), frozenset(token for token, info in added.items() if not info.special))
+
+    def _byte_level_pieces(self, added: Container[int]) -> list[bytes | None]:
+        found = self._tokenizer.get_vocab(with_added_tokens=True)
+        byte_of = _byte_of_letter()
+        pieces: list[bytes | None] = [None] * (max(found.values(), default=-1) + 1)
+        for text, token in found.items():
+            if token not in added and byte_of.keys() >= set(text):
+                pieces[token] = bytes(byte_of[letter] for letter in text)
+        return pieces
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        with self._explained("cannot spell out these tokens"):
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def text_stream(self) -> TextStream:
+        return _DecodeStream(self)
+
+    def close(self) -> None:
+        pass
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for: what can be seen stands for itself."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+class _DecodeStream:
+    """Decodes a short window again with every token, since a token's text can depend on its neighbours."""
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._n_shown = 0  # tokens of the window whose text has been handed out
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        shown = self._tokenizer.decode(self._window[: self._n_shown])
+        text = self._tokenizer.decode(self._window)
+        if len(text) <= len(shown) or text.endswith(REPLACEMENT):
+            return ""
+        self._window = self._window[self._n_shown :]
+        self._n_shown = len(self._window)
+        return text[len(shown) :]
+
+    def flush(self) -> str:
+        shown = self._tokenizer.decode(self._window[: self._n_shown])
+        text = self._tokenizer.decode(self._window)
+        self._n_shown = len(self._window)
+        return text[len(shown) :]
+
+
+class LlamaTokenizer:
+    """llama.cpp's own tokenizer on the file's vocabulary. `types` are the file's token types, where it has any."""
+
+    def __init__(self, path: Path, types: Sequence[int] = ()) -> None:
+        from granite4v.runtime.llama.context import LlamaModel
+
+        self._model: LlamaModel = LlamaModel(path, vocab_only=True)
+        self._types = types
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.tokenize(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self._model.tokenize(text, plain=True)
+
+    def vocabulary(self) -> Vocabulary:
+        pieces = tuple(self._model.piece(token) or None for token in range(self._model.n_vocab))
+        added = (i for i, kind in enumerate(self._types) if kind == _USER_DEFINED and pieces[i] is not None)
+        return Vocabulary(pieces, frozenset(added))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self._model.piece(token) for token in tokens).decode("utf-8", "replace")
+
+    def text_stream(self) -> TextStream:
+        return _ByteStream(self._model)
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class _ByteStream:
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._model.piece(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)

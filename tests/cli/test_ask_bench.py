@@ -1,0 +1,225 @@
+"""`ask` and `bench`: the answer alone on stdout, everything else on stderr, and statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import granite4v
+from granite4v.cli.bench import report
+from granite4v.cli.main import app
+from granite4v.cli.status import Status
+from granite4v.runtime import Timings
+from tests.helpers.pictures import noise_picture, text_picture
+from tests.toy.spec import PRESETS
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(make_model: Callable[..., Path]) -> Path:
+    return make_model(TINY)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "page.png"
+    text_picture((150, 100)).save(path)
+    return path
+
+
+def run(*arguments: Any, stdin: bytes | None = None) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def answer(folder: Path, page: Path) -> granite4v.Answer:
+    with granite4v.load(folder) as model:
+        return model.generate("What is this?", [page], max_tokens=12)
+
+
+def test_the_answer_alone_is_on_stdout(folder: Path, page: Path, answer: granite4v.Answer) -> None:
+    result = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 12)
+    assert result.exit_code == 0
+    assert result.stdout == answer.text + "\n"
+    assert "reading images ..." in result.stderr and "reading the prompt ..." in result.stderr
+    assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of images)" in result.stderr
+    assert "the answer was cut at 12 tokens; --max-tokens allows more" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--no-stream", "--json"])
+def test_other_forms_of_the_same_answer(folder: Path, page: Path, answer: granite4v.Answer, option: str) -> None:
+    result = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 12, option)
+    if option == "--json":
+        document = json.loads(result.stdout)
+        assert document["text"] == answer.text and document["tokens"] == answer.tokens
+        assert document["finish_reason"] == "length"
+    else:
+        assert result.stdout == answer.text + "\n"
+
+
+def test_a_picture_from_stdin(folder: Path, page: Path, answer: granite4v.Answer) -> None:
+    result = run("ask", "-", "What is this?", "--model", folder, "--max-tokens", 12, stdin=page.read_bytes())
+    assert result.stdout == answer.text + "\n"
+
+
+def test_several_pictures_and_none(folder: Path, page: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    noise_picture((70, 90)).save(other)
+    two = run("ask", page, other, "Compare.", "--model", folder, "--max-tokens", 2, "--json")
+    none = run("ask", "Hello", "--model", folder, "--max-tokens", 2, "--json")
+    assert json.loads(two.stdout)["timings"]["n_image"] > json.loads(none.stdout)["timings"]["n_image"] == 0
+
+
+def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, answer: granite4v.Answer) -> None:
+    alone = tmp_path / "text.gguf"
+    alone.write_bytes((folder / "text-F32.gguf").read_bytes())
+    without = run("ask", page, "What is this?", "--model", alone)
+    assert without.exit_code == 1 and "'--mmproj'" in without.stderr and without.stdout == ""
+    mmproj = folder / "mmproj-F32.gguf"
+    result = run("ask", page, "What is this?", "--model", alone, "--mmproj", mmproj, "--max-tokens", 12)
+    assert result.stdout == answer.text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["{page}", "<tables_json> please"], 1, "the task tag '<tables_json>' beside other text"),
+        (["{page}", "x", "--ctx", "64"], 1, "but the context holds 64"),
+        (["missing.png", "x"], 1, "'missing.png' cannot be read as an image"),
+        (["{page}", "x", "--device", "tpu"], 2, "'tpu' is not one of 'auto', 'cpu', 'cuda', 'metal'"),
+        (["{page}", "x", "--lora"], 1, "no separate LoRA to apply"),
+        (["{page}"], 2, "write the question after it"),
+        (["{page}", "x", "--temperature", "-1"], 2, "--temperature"),
+        (["{page}", "x", "--temperature", "nan"], 2, "nan is not a finite number"),
+        (["{page}", "x", "--temperature", "inf"], 2, "inf is not a finite number"),
+        (["{page}", "x", "--top-p", "nan"], 2, "nan is not a finite number"),
+        (["{page}", "x", "--seed", "-1"], 2, "--seed"),
+        (["{page}", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["{page}", "x", "--max-tokens", "9" * 30], 1, "for the answer), but the context holds"),
+        (["{page}", "x", "--ctx", "-5"], 2, "--ctx"),
+        (["{page}", "x", "--threads", "0"], 2, "--threads"),
+        (["{page}", "x", "--threads", "-1"], 2, "--threads"),
+        (["{page}", "x", "--threads", "1000000000"], 2, "--threads"),
+        (["{page}", "caf\udce9"], 1, "the prompt holds '\\udce9', which is not Unicode text"),
+        (["{page}", "x", "--system", "caf\udce9"], 1, "the prompt holds '\\udce9'"),
+        (["https://example.org/a.png", "x"], 1, "'https://example.org/a.png'"),
+        (["-", "-", "x"], 2, "can be given once"),
+        (["-", "x"], 1, "standard input, which is empty or closed"),
+    ],
+)
+def test_failures_are_a_message_and_a_status(
+    folder: Path, page: Path, arguments: list[str], status: int, message: str
+) -> None:
+    result = run("ask", *(argument.format(page=page) for argument in arguments), "--model", folder)
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert message in result.stderr.replace("\n", " ") and "Traceback" not in result.stderr
+
+
+def test_a_system_message_is_used(folder: Path) -> None:
+    plain, system = (
+        run("ask", "Hello", "--model", folder, "--max-tokens", 8, *extra) for extra in ([], ["--system", "Be brief."])
+    )
+    assert plain.stdout != system.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a child there")
+def test_ctrl_c_ends_cleanly(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """In the middle of a long answer: what was said stays, no traceback, status 130."""
+    folder = make_model(replace(TINY, seed=3))
+    command = [sys.executable, "-m", "granite4v", "ask", "Hello", "--model", str(folder), "--max-tokens", "7000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)  # it has begun to answer
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - start < 30
+    assert process.returncode == 130, errors
+    assert b"interrupted" in errors and b"Traceback" not in errors
+
+
+# --- bench ---
+
+
+def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
+    result = run("bench", "--model", folder, "--image", page, "--predict", 5, "--repeat", 2)
+    assert result.exit_code == 0
+    *before, last = result.stdout.splitlines()
+    assert before == []
+    found = json.loads(last)
+    for name in ("encode_s", "prefill_s", "decode_tok_s", "peak_rss_gb"):
+        assert found[name] > 0, name
+    assert found["predicted"] == 5 and found["prompt_tokens"] > found["image_tokens"] > 0
+    assert found["settings"]["n_threads"] >= 1
+    assert result.stderr.count("image tokens: encode") == 2
+
+
+def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
+    result = run("bench", "--model", folder, "--image", page, "--predict", 1, "--json")
+    assert json.loads(result.stdout) and result.stderr == ""
+
+
+def test_the_report_has_medians_and_spread() -> None:
+    runs = [
+        Timings(encode_s=s, prefill_image_s=1, prefill_text_s=2, decode_s=2.0, n_steps=4, n_prompt=9, n_image=5)
+        for s in (3.0, 1.0, 2.0)
+    ]
+    found = report(runs, {"n_threads": 2})
+    assert (found["encode_s"], found["encode_s_range"], found["decode_tok_s"]) == (2.0, [1.0, 3.0], 2.0)
+    assert (found["prefill_s"], found["prompt_tokens"], found["settings"]) == (1.0, 9, {"n_threads": 2})
+    assert "encode_s_range" not in report(runs[:1], {})
+
+
+# --- what is shown on the way ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("granite4v.cli.status.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def test_on_a_terminal_one_line_renews_itself(clock: SimpleNamespace) -> None:
+    stream = Terminal()
+    status = Status(stream)
+    for done in (0, 40, 41, 100):
+        status("encode", done, 100)
+        clock.now += 0.06
+    status.clear()
+    status.clear()
+    shown = ["reading images ...", "reading images 41%"]
+    assert stream.getvalue() == "".join(f"{line}\r{' ' * len(line)}\r" for line in shown)
+
+
+def test_elsewhere_a_line_a_stage_and_every_ten_seconds(clock: SimpleNamespace) -> None:
+    stream = io.StringIO()
+    status = Status(stream)
+    for done in range(0, 100, 10):
+        status("encode", done, 100)
+        clock.now += 4
+    status("load", 0, 1)
+    status.clear()
+    assert stream.getvalue().splitlines() == [
+        *(f"reading images {share}" for share in ("...", "30%", "60%", "90%")),
+        "loading weights ...",
+    ]

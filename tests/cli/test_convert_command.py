@@ -1,0 +1,170 @@
+"""`granite4v convert`: what goes to stdout, what to stderr, and the exit status."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from granite4v.cli.convert import Meter
+from granite4v.cli.main import app
+from granite4v.converter import Options, Progress, convert
+from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
+
+TINY = PRESETS["tiny"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments)], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_files_on_stdout_and_remarks_on_stderr(
+    make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    status, stdout, stderr = run(make_checkpoint(TINY), out)
+    assert status == 0
+    assert [line.split("  ")[0] for line in stdout.splitlines()] == [
+        str(out / "text-Q4_K_M.gguf"),
+        str(out / "mmproj-F16.gguf"),
+    ]
+    assert "note: text-Q4_K_M.gguf: 44 tensors are Q5_0, for rows of 64 are not whole blocks of Q4_K" in stderr
+    n_bytes = sum(path.stat().st_size for path in out.iterdir())
+    assert re.fullmatch(rf"converted in \d+\.\d s: 2 files, {n_bytes / 1e6:.2f} MB on disk", stderr.splitlines()[-1])
+
+
+def test_options_reach_the_converter(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec())
+    out = tmp_path / "out"
+    options = ("--text-type", "q8_0", "--vision-type", "bf16", "--lora", "separate", "--adapter", adapter)
+    status, _, stderr = run(make_checkpoint(TINY), out, *options)
+    assert status == 0
+    assert sorted(path.name for path in out.iterdir()) == ["lora-F16.gguf", "mmproj-BF16.gguf", "text-Q8_0.gguf"]
+    assert f"note: the adapter '{adapter}' was kept in a file of its own" in stderr
+    assert run(make_checkpoint(TINY), out)[0] == 1
+    assert run(make_checkpoint(TINY), out, "--force")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["mmproj-F16.gguf", "text-Q4_K_M.gguf"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    status, stdout, stderr = run(make_checkpoint(TINY), tmp_path / "out", "--dry-run")
+    assert (status, stderr) == (0, "")
+    assert "text-Q4_K_M.gguf  (granite, 74 tensors" in stdout
+    assert "token_embd.weight" in stdout
+    assert "left out:" in stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_ends_with_a_summary(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(make_checkpoint(replace(TINY, tied=False)), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors")
+    status, stdout, _ = run(source, tmp_path / "out", "--dry-run", "--text-type", "F32")
+    n_vision = len(re.findall(r"^  \S+ +F\d+ +\S+ +<- model\.(?!language)", stdout, re.MULTILINE))
+    summary = stdout.split("\nsummary:\n")[1].splitlines()
+    assert status == 0
+    sizes = convert(source, tmp_path / "real", Options("F32", "F16")).plan
+    assert summary[0] == f"  text-F32.gguf: {sizes.files[0].data_bytes / 1e6:.2f} MB, 74 tensors (74 F32)"
+    assert summary[1].startswith(f"  mmproj-F16.gguf: {sizes.files[1].data_bytes / 1e6:.2f} MB, {n_vision} tensors (")
+    assert summary[2] == f"  2 files, {sizes.data_bytes / 1e6:.2f} MB in all"
+    assert summary[3].startswith("  left out: 11 tensors, the pooling head")
+    assert summary[4].endswith("the checkpoint has none; tied")
+    assert len(summary) == 5
+
+
+def test_warnings_go_to_stderr(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(make_checkpoint(TINY), tmp_path / "source")
+    (source / "chat_template.jinja").unlink()
+    status, stdout, stderr = run(source, tmp_path / "out")
+    assert status == 0
+    assert f"warning: '{source}' has no chat template; prompts will have to be written out\n" in stderr
+    assert "warning:" not in stdout
+
+
+def test_one_tensor_is_not_several(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) -> None:
+    one_layer = replace(TINY, text_layers=1, deepstack_layer_map=((-1, 0),))
+    _, _, stderr = run(make_checkpoint(one_layer), tmp_path / "out", "--text-type", "Q4_K_M")
+    assert "note: text-Q4_K_M.gguf: 1 tensor is F16, for rows of 176 are not whole blocks of " in stderr
+
+
+def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
+    status, stdout, stderr = run(tmp_path, tmp_path / "out")
+    assert (status, stdout) == (1, "")
+    assert stderr == f"granite4v: '{tmp_path}' has no 'config.json'; it is not a Hugging Face checkpoint.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text-type", "Q1"), "unknown quantization type 'Q1' for --text-type; known: F32, F16,"),
+        (("--vision-type", "Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16,"),
+        (("--lora", "apply"), "unknown way with an adapter 'apply'; known: merge, separate, ignore"),
+        (("--threads", "0"), "'--threads': 0 is not in the range"),
+        (("--threads", "9999999"), "'--threads': 9999999 is not in the range"),
+    ],
+)
+def test_wrong_usage_is_status_2(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    status, stdout, stderr = run(tmp_path, tmp_path / "out", *options)
+    assert (status, stdout) == (2, "")
+    assert message in " ".join(stderr.split())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "line"), [(Terminal(), "\rtext.gguf:  25%"), (io.StringIO(), "text.gguf:  25%")])
+def test_progress_shows_within_a_second(stream: io.StringIO, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    meter = Meter(stream)
+    meter(Progress(1, 100, "text.gguf", "a"))
+    assert stream.getvalue() == ""
+    now = 100.6
+    meter(Progress(25, 100, "text.gguf", "blk.0.attn_q.weight"))
+    assert stream.getvalue().startswith(line)
+    assert "blk.0.attn_q.weight" in stream.getvalue()
+    meter(Progress(26, 100, "text.gguf", "b"))
+    assert stream.getvalue().count("text.gguf") == 1
+    meter.clear()
+
+
+def test_time_left_is_shown_once_it_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds of writing and two parts in a hundred; what came before the first bytes does not count."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = Terminal()
+    meter = Meter(stream)
+
+    def line(time_s: float, done: int) -> str:
+        nonlocal now
+        now = time_s
+        stream.truncate(0)
+        meter(Progress(done, 1000, "text.gguf", "a"))
+        return stream.getvalue().strip("\0\r ")
+
+    assert line(150.0, 0) == "text.gguf:   0%, a"
+    assert line(151.0, 500) == "text.gguf:  50%, a"
+    assert line(155.0, 10) == "text.gguf:   1%, a"
+    assert line(160.0, 200) == "text.gguf:  20%, 40 s left, a"
+    assert line(160.5, 1000) == "text.gguf: 100%, 0 s left, a"
+
+
+def test_progress_of_nothing_is_whole() -> None:
+    stream = Terminal()
+    meter = Meter(stream)
+    meter._last = -1e9
+    meter(Progress(0, 0, "text.gguf", "a"))
+    assert "text.gguf: 100%" in stream.getvalue()

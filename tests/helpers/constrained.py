@@ -1,0 +1,119 @@
+"""Answers under a constraint without a model: logits that are noise, on the vocabularies of the random and the nano
+checkpoint, through the real generation loop."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.grammar import Compiler, Grammar, Guide
+from granite4v.runtime.prompt.tokenizer import HfTokenizer
+from scripts.nano import language
+from tests.toy import language as toy_language
+
+KINDS = ("toy", "nano")  # byte-level BPE with merges; single bytes and whole pieces of the formats
+
+
+@functools.cache
+def tokenizer(kind: str) -> HfTokenizer:
+    made = _toy(kind)
+    return HfTokenizer(json.dumps(made.tokenizer_json), Path(kind), toy_language.END_OF_TEXT)
+
+
+@functools.cache
+def end_of_text(kind: str) -> int:
+    return _toy(kind).end_of_text_id
+
+
+@functools.cache
+def compiler(kind: str) -> Compiler:
+    return Compiler(tokenizer(kind), _toy(kind).n_vocab, [end_of_text(kind)])
+
+
+def _toy(kind: str) -> toy_language.ToyTokenizer:
+    return toy_language.build_tokenizer() if kind == "toy" else language.build_tokenizer()
+
+
+# beginnings of tokens that bring an answer closer to its end
+CLOSING = {
+    "tables_otsl": (b"<", b"/", b"nl", b">"),
+    "tables_html": (b"<", b"/", b">", b'">'),
+    "tables_json": (b'"', b"}", b"]", b","),
+    "chart2csv": (b",", b"\n"),
+    "kvp": (b'"', b"}", b"]", b","),
+}
+
+
+class Noise:
+    """The same logits for the same seed and answer. The longer the answer is, the likelier what ends it."""
+
+    def __init__(self, kind: str, seed: int, task: str, patience: int) -> None:
+        """`patience`: tokens after which it wants half as much again to end."""
+        self._seed, self._patience, self._end = seed, patience, end_of_text(kind)
+        pieces = compiler(kind).lexicon.pieces
+        self._closing = np.fromiter((piece.startswith(CLOSING[task]) for piece in pieces), dtype=np.float32)
+        if task == "tables_json":  # small numbers
+            large = tuple(b"%d" % digit for digit in range(3, 10))
+            self._closing -= np.fromiter((piece.startswith(large) for piece in pieces), dtype=bool)
+
+    def first(self) -> np.ndarray:
+        return self.next(())
+
+    def next(self, tokens: Sequence[int]) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, len(tokens), *tokens[-3:]])
+        haste = np.float32(2 + len(tokens) / self._patience)
+        logits = rng.standard_normal(len(self._closing), dtype=np.float32) * 2 + self._closing * haste
+        logits[self._end] += haste
+        return logits
+
+
+def said(
+    kind: str,
+    grammar: Grammar,
+    seed: int,
+    *,
+    max_tokens: int = 250,
+    temperature: float = 1.0,
+    fast_forward: bool = True,
+    patience: int = 30,
+) -> Answer:
+    """One answer of noise to a grammar."""
+    answer = Answer()
+    pieces = generate(
+        Noise(kind, seed, grammar.task, patience),
+        answer,
+        tokenizer(kind).text_stream(),
+        sampling=Sampling(temperature=temperature, seed=seed),
+        stop_tokens=frozenset({end_of_text(kind)}),
+        max_tokens=max_tokens,
+        cancelled=lambda: False,
+        guide=compiler(kind).begin(grammar),
+        fast_forward=fast_forward,
+    )
+    assert "".join(pieces) == answer.text
+    return answer
+
+
+def walked(kind: str, grammar: Grammar, text: str) -> Guide:
+    """A guide behind `text`, whose canonical tokens it must allow one by one."""
+    guide = compiler(kind).begin(grammar)
+    for token in tokenizer(kind).encode_plain(text):
+        assert guide.allowed()[token], f"{compiler(kind).lexicon.pieces[token]!r} is refused in {text!r}"
+        guide.accept(token)
+    return guide
+
+
+def allows(kind: str, grammar: Grammar, text: str) -> bool:
+    """Whether a text, token by token, is a whole answer."""
+    guide = compiler(kind).begin(grammar)
+    for token in tokenizer(kind).encode_plain(text):
+        if not guide.allowed([end_of_text(kind)])[token]:
+            return False
+        guide.accept(token)
+    return guide.may_end

@@ -1,0 +1,87 @@
+"""A model of a few lines, and a batch for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+from granite4v.runtime import Answer
+from granite4v.runtime.extract import Extraction, extract
+
+SCHEMA = {"type": "object", "properties": {"shade": {"type": "integer"}}, "required": ["shade"]}
+
+
+class FakeModel:
+    """Says how bright a page is, in the form that the task wants."""
+
+    def __init__(self, path: Path, known: tuple[str, ...] = ("tables_html", "chart2csv")) -> None:
+        path.write_bytes(b"weights")
+        self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
+        self.n_ctx, self.warnings, self.progress = 5000, [], None
+        self.settings = {"n_threads": 2, "device": "cpu"}
+        self.known, self.closed, self.n_forgotten = known, False, 0
+        self.asked: list[tuple[str, int, int]] = []
+        self.fail: Callable[[str, int], None] = lambda prompt, shade: None
+        self.held: list[Any] = []
+
+    def prepare(self, prompt: str, images: Any) -> Any:
+        expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
+        return SimpleNamespace(text=f"system {expanded}", n_tokens=1000)
+
+    def stream(self, prompt: str, images: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
+        shade = images[0].getpixel((0, 0))[0]
+        self.asked.append((prompt, shade, max_tokens))
+        self.held.append(held)
+        self.fail(prompt, shade)
+        texts = {
+            "<tables_html>": f"<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
+            "<chart2csv>": f"x,shade\na,{shade}\n",
+        }
+        text = texts.get(prompt, f'{{"shade": {shade}}}' if "schema" in prompt else f"It is {shade}.")
+        return FakeStream(text)
+
+    def forget_pictures(self) -> None:
+        self.n_forgotten += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeStream:
+    def __init__(self, text: str) -> None:
+        self.answer = Answer(finish_reason="stop")
+        self._text = text
+
+    def __iter__(self) -> Iterator[str]:
+        for token, letter in enumerate(self._text):
+            self.answer.text += letter
+            self.answer.tokens.append(token)
+            self.answer.timings.n_generated += 1
+            yield letter
+        self.answer.timings.decode_s = 0.5
+
+
+def make_scans(folder: Path) -> Path:
+    """Six pages in four documents; two have the same pixels, one document is broken."""
+    folder.mkdir()
+    pages = [Image.new("RGB", (20, 30), (shade,) * 3) for shade in (10, 20, 30, 20)]
+    pages[0].save(folder / "a.pdf", save_all=True, append_images=pages[1:3], resolution=72)
+    (folder / "b.pdf").write_bytes(b"%PDF-1.7 nothing more")
+    pages[3].save(folder / "c.png")
+    Image.new("RGB", (20, 30), (20,) * 3).save(folder / "d.bmp")
+    return folder
+
+
+def run(model: Any, inputs: Any, tasks: Any = ("tables_html", "kvp"), **options: Any) -> Extraction:
+    options = {"schema": SCHEMA if "kvp" in tasks else None, "free": True, **options}
+    return extract(inputs, tasks, model=model, **options)
+
+
+def without_timings(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "timings"} for line in lines]

@@ -1,0 +1,211 @@
+"""What is kept between requests: the same answer to the last bit, and never another picture's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import granite4v
+from granite4v.runtime.engine.prefix import MAX_RECOMPUTED, Batch, CachedSequence
+from tests.helpers.pictures import noise_picture
+from tests.toy.spec import PRESETS
+
+# --- bookkeeping ---
+
+
+def batches(*groups: Any) -> list[Batch]:
+    return [Batch(tuple(group)) for group in groups]
+
+
+def cached(*groups: Any) -> CachedSequence:
+    return CachedSequence(batches(*groups))
+
+
+def test_nothing_cached_nothing_reused() -> None:
+    assert cached().reusable(batches("abc")) == 0
+
+
+def test_whole_batches_that_were_computed_alike_are_reused() -> None:
+    assert cached("abc", "xyz").reusable(batches("abc", "xqz")) == 3
+    assert cached("abc", "xyz", "k").reusable(batches("abc", "xyz", "q")) == 6
+
+
+def test_the_last_batch_is_always_computed_again() -> None:
+    assert cached("abc", "xyz", "answer").reusable(batches("abc", "xyz")) == 3
+    assert cached("abc").reusable(batches("abc")) == 0
+
+
+def test_batches_cut_differently_are_computed_again_when_that_is_cheap() -> None:
+    assert cached("abc", "d", "e", "f").reusable(batches("abc", "defgh")) == 3
+
+
+def test_a_long_common_run_is_reused_to_its_last_token() -> None:
+    long = list(range(MAX_RECOMPUTED + 10))
+    assert cached("abc", *([t] for t in long)).reusable(batches("abc", [*long, "q"])) == 3 + len(long)
+    assert cached("abc", long).reusable(batches("abc", [*long[:-1], "q", "r"])) == 3 + len(long) - 1
+    assert cached(long).reusable(batches(long[:-1])) == len(long) - 2  # the last token gives the logits
+
+
+def test_pictures_are_known_by_their_content() -> None:
+    first, second = [(b"digest 1", i) for i in range(4)], [(b"digest 2", i) for i in range(4)]
+    assert cached("abc", first, "q").reusable(batches("abc", second, "q")) == 3
+    assert cached("abc", first, "q").reusable(batches("abc", first, "q")) == 7
+
+
+def test_a_difference_in_front_makes_everything_behind_it_unusable() -> None:
+    assert cached("abc", "xyz").reusable(batches("abd", "xyz")) == 0
+
+
+def test_truncating_keeps_the_first_part_of_a_batch() -> None:
+    sequence = cached("abc", "xyz")
+    sequence.truncate(4)
+    assert sequence.batches == batches("abc", "x") and sequence.n_tokens == 4
+
+
+# --- with a model ---
+
+ONE, TWO = noise_picture((150, 100), 1), noise_picture((150, 100), 2)
+TURNS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": "An answer of some words."},
+    {"role": "user", "content": "And why?"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False) as model:
+        yield model
+
+
+@pytest.fixture
+def encoded(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Sizes of the pictures that were really encoded."""
+    sizes: list[tuple[int, int]] = []
+    encoder = model.engine.encoder()
+    encode = encoder.encode
+    monkeypatch.setattr(
+        encoder, "encode", lambda images, *rest: sizes.extend(i.size for i in images) or encode(images, *rest)
+    )
+    return sizes
+
+
+def fresh(model: granite4v.Model, prompt: Any, *pictures: Any, **options: Any) -> np.ndarray:
+    model.clear_cache()
+    return model.logits(prompt, list(pictures), **options)
+
+
+def test_the_same_request_gives_the_same_bits(model: granite4v.Model, encoded: list[Any]) -> None:
+    first = fresh(model, "What is this?", ONE)
+    again = model.logits("What is this?", [ONE.copy()])
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(fresh(model, "What is this?", ONE), first)
+    assert len(encoded) == 2  # not for the second of the three
+
+
+def test_another_question_about_the_picture_gives_the_same_bits(model: granite4v.Model, encoded: list[Any]) -> None:
+    alone = fresh(model, "How many?", ONE)
+    fresh(model, "What is this?", ONE)
+    np.testing.assert_array_equal(model.logits("How many?", [ONE]), alone)
+    answer = model.generate("How many words?", [ONE], max_tokens=4)
+    assert answer.timings.n_reused > answer.timings.n_image and answer.timings.encode_s == 0
+    assert len(encoded) == 2
+
+
+def test_another_picture_of_the_same_size_gives_its_own_answer(model: granite4v.Model) -> None:
+    first, second = fresh(model, "What is this?", ONE), fresh(model, "What is this?", TWO)
+    assert np.abs(first - second).max() > 0.1
+    model.logits("What is this?", [ONE])
+    np.testing.assert_array_equal(model.logits("What is this?", [TWO]), second)
+    np.testing.assert_array_equal(model.logits("What is this?", [ONE]), first)
+
+
+def test_order_of_pictures_matters(model: granite4v.Model) -> None:
+    one_two, two_one = fresh(model, "Compare.", ONE, TWO), fresh(model, "Compare.", TWO, ONE)
+    assert np.abs(one_two - two_one).max() > 0.1
+    np.testing.assert_array_equal(model.logits("Compare.", [ONE, TWO]), one_two)
+
+
+def test_a_conversation_goes_on_where_it_was(model: granite4v.Model, encoded: list[Any]) -> None:
+    expected = fresh(model, TURNS, ONE)
+    model.clear_cache()
+    model.generate(TURNS[:1], [ONE], max_tokens=6)
+    continued = model.generate(TURNS, [ONE], max_tokens=1)
+    assert continued.timings.n_reused >= continued.timings.n_image
+    np.testing.assert_array_equal(model.logits(TURNS, [ONE]), expected)
+    assert len(encoded) == 2
+
+
+def test_a_long_answer_is_not_read_again(model: granite4v.Model) -> None:
+    """Then the logits agree to rounding only: the answer's tokens were computed one by one."""
+    model.clear_cache()
+    answer = model.generate(TURNS[:1], [ONE], max_tokens=200, ignore_eos=True)
+    reply = {"role": "assistant", "content": answer.text}
+    turns = [TURNS[0], reply, TURNS[2]]
+    found = model.logits(turns, [ONE])
+    expected = fresh(model, turns, ONE)
+    np.testing.assert_allclose(found, expected, atol=0.2)
+    assert found.argmax() == expected.argmax()
+
+
+def test_the_cache_grows_with_the_requests(model: granite4v.Model) -> None:
+    expected = fresh(model, "What is this?", ONE)
+    with granite4v.load(model.files.text.path.parent, device="cpu", exact=False) as other:
+        np.testing.assert_array_equal(other.logits("What is this?", [ONE]), expected)
+        assert other.settings["n_ctx"] == 512
+        answer = other.generate("What is this?", [ONE], max_tokens=700, ignore_eos=True)
+        assert other.settings["n_ctx"] == 1024 and len(answer.tokens) == 700
+        assert answer.timings.n_reused == answer.timings.n_prompt  # what was cached moved along
+        longer = model.generate("What is this?", [ONE], max_tokens=700, ignore_eos=True)
+        assert longer.tokens == answer.tokens
+
+
+def test_two_answers_at_once_do_not_mix(model: granite4v.Model) -> None:
+    model.clear_cache()
+    alone = [model.generate("What is this?", [picture], max_tokens=12).text for picture in (ONE, TWO)]
+    streams = [model.stream("What is this?", [picture], max_tokens=12) for picture in (ONE, TWO)]
+    found = ["", ""]
+    for _ in range(13):
+        for i, stream in enumerate(streams):
+            found[i] += next(stream, "")
+    assert found == alone
+    assert [stream.answer.finish_reason for stream in streams] == ["length", "length"]
+
+
+def test_features_of_the_last_pictures_are_kept(
+    model: granite4v.Model, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granite4v.runtime.engine.engine.FEATURE_CACHE_BYTES", 1)
+    fresh(model, "a", ONE, TWO)
+    assert len(encoded) == 2 and len(model.engine.features) == 1
+    model.logits("b", [TWO])
+    assert len(encoded) == 2
+    model.logits("b", [ONE])
+    assert len(encoded) == 3
+
+
+def test_an_interrupted_request_leaves_a_sound_cache(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C does: the batch may have been computed although nobody got to hear of it."""
+    expected = fresh(model, "What is this?", ONE)
+    model.clear_cache()
+    context = model.engine.decoder()._context
+    assert context is not None
+    decode = context.decode_tokens
+    calls = 0
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        nonlocal calls
+        decode(*args, **options)
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(context, "decode_tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.logits("What is this?", [ONE])
+    monkeypatch.undo()
+    np.testing.assert_array_equal(model.logits("What is this?", [ONE]), expected)

@@ -1,0 +1,223 @@
+"""Answers that run on are noticed; honest tables, forms, code and prose are not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.engine.repetition import (
+    LONGEST_CYCLE,
+    MOST_BLANK_ROWS,
+    MOST_CHARACTERS,
+    MOST_ROUNDS,
+    MOST_ROWS,
+    Repetition,
+    is_periodic,
+)
+from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.formats import Cell, Table, write
+from scripts.nano import formats
+from scripts.nano.contents import random_chart, random_form, random_table
+from tests.helpers.constrained import tokenizer
+from tests.runtime.formats.test_parsers import ODD_TEXTS
+from tests.runtime.formats.test_parsers import random_table as random_output
+
+FORMS = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
+
+
+def rows_until_noticed(task: str, row: Callable[[int], str], most: int = 300) -> int | None:
+    """How many rows are said before it is noticed; piece by piece, of a few characters each."""
+    watch = Repetition(task)
+    for i in range(most):
+        text = row(i)
+        for at in range(0, len(text), 5):
+            if watch.push(text[at : at + 5]):
+                return i + 1
+    return None
+
+
+def says(task: str, text: str) -> bool:
+    watch = Repetition(task)
+    return any(watch.push(text[at : at + 3]) for at in range(0, len(text), 3))
+
+
+ROWS: dict[str, Callable[[int, Sequence[str]], str]] = {
+    "tables_otsl": lambda i, texts: "".join(f"<fcel>{t}" if t else "<ecel>" for t in texts) + "<nl>",
+    "tables_html": lambda i, texts: "<tr>" + "".join(f"<td>{t}</td>" for t in texts) + "</tr>",
+    "tables_json": lambda i, texts: "".join(
+        f'{{"row": {i + 1}, "col": {j + 1}, "colspan": 1, "rowspan": 1, "type": "data", "header_level": 0, '
+        f'"content": "{t}"}}, '
+        for j, t in enumerate(texts)
+    ),
+    "kvp": lambda i, texts: "{" + ", ".join(f'"{"abc"[j]}": "{t}"' for j, t in enumerate(texts)) + "}, ",
+    "chart2csv": lambda i, texts: ",".join(texts) + "\n",
+    "chart2code": lambda i, texts: "plt.text(" + ", ".join(texts) + ")\n",
+    "": lambda i, texts: " ".join(texts) + "\n",
+}
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_one_row_again_and_again(task: str) -> None:
+    n_rows = rows_until_noticed(task, lambda i: ROWS[task](i, ["Paper", "12.50", "1"]))
+    assert n_rows is not None and MOST_ROWS <= n_rows <= MOST_ROWS + 2
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+@pytest.mark.parametrize("cycle", range(2, LONGEST_CYCLE + 1))
+def test_a_short_cycle_of_rows(task: str, cycle: int) -> None:
+    n_rows = rows_until_noticed(task, lambda i: ROWS[task](i, [f"item {i % cycle}", "x", "y"]))
+    assert n_rows is not None and n_rows <= max(MOST_ROWS, MOST_ROUNDS * cycle) + 2
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_after_an_honest_beginning(task: str) -> None:
+    n_rows = rows_until_noticed(task, lambda i: ROWS[task](i, [f"item {min(i, 20)}", "x", "y"]))
+    assert n_rows is not None and 20 + MOST_ROWS <= n_rows <= 22 + MOST_ROWS
+
+
+@pytest.mark.parametrize("task", ["tables_otsl", "tables_html", "tables_json", "kvp", "chart2csv"])
+def test_rows_with_nothing_in_them_may_be_more(task: str) -> None:
+    n_rows = rows_until_noticed(task, lambda i: ROWS[task](i, ["", "", ""]))
+    assert n_rows is not None and MOST_BLANK_ROWS <= n_rows <= MOST_BLANK_ROWS + 2
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_rows_that_differ_a_little_are_honest(task: str) -> None:
+    rng = random.Random(1)
+    assert rows_until_noticed(task, lambda i: ROWS[task](i, [str(i), "0", "0"])) is None
+    assert rows_until_noticed(task, lambda i: ROWS[task](i, ["Paper", "0.00", str(rng.randint(0, 999))])) is None
+    assert rows_until_noticed(task, lambda i: ROWS[task](i, ["Paper", "0.00", "-" if i % 30 else "sum"])) is None
+    assert rows_until_noticed(task, lambda i: ROWS[task](i, ["0", "0", "0"]), most=MOST_ROWS - 1) is None
+
+
+@pytest.mark.parametrize("task", list(FORMS))
+def test_tables_that_repeat_cells_are_honest(task: str) -> None:
+    for seed in range(60):
+        texts = ODD_TEXTS if seed % 2 else ["0", "-", ""]
+        if task == "tables_otsl":
+            texts = [text for text in texts if "<" not in text]
+        table = random_output(seed, texts, most=12)
+        assert not says(task, write(table, FORMS[task]))
+    blank = Table(40, 12, 0, tuple(Cell(i, j, "") for i in range(40) for j in range(12)))
+    zeros = Table(30, 12, 0, tuple(Cell(i, j, "0.00") for i in range(30) for j in range(12)))
+    assert not says(task, write(blank, FORMS[task])) and not says(task, write(zeros, FORMS[task]))
+
+
+def test_the_answers_of_made_up_documents_are_honest() -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        table, chart, form = random_table(rng, 1.0), random_chart(rng, 1.0), random_form(rng, 1.0)
+        for tag in ("<tables_html>", "<tables_json>", "<tables_otsl>"):
+            assert not says(tag.strip("<>"), formats.answer_for(tag, table))
+        for tag in ("<chart2csv>", "<chart2code>", "<chart2summary>"):
+            assert not says(tag.strip("<>"), formats.answer_for(tag, chart))
+        assert not says("kvp", formats.form_json(form))
+
+
+@pytest.mark.parametrize(
+    ("task", "before", "text"),
+    [
+        ("tables_otsl", "<otsl><fcel>", "0"),
+        ("tables_otsl", "<otsl><fcel>a", "<ecel>"),
+        ("tables_html", "<table><tr><td>", "no no "),
+        ("tables_json", '{"dimensions": {"rows": ', "1"),
+        ("kvp", '{"numbers": [', "0, "),
+        ("kvp", '{"text": "', "and so on and so forth, "),
+        ("chart2csv", "a,b\n1,", "0"),
+        ("chart2code", "x = [", "1.5, "),
+        ("", "It says that ", "it says that "),
+        ("", "", "\n"),
+        ("", "word", " "),
+    ],
+)
+def test_one_row_that_does_not_end(task: str, before: str, text: str) -> None:
+    watch, n = Repetition(task), 0
+    assert not watch.push(before)
+    while not watch.push(text):
+        n += len(text)
+        assert n < MOST_CHARACTERS + 400
+    assert n > 60
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Chapter one " + "." * 150 + " 12\n",
+        "Name: " + "_" * 150,
+        "<table><tr>" + "<td></td>" * 52 + "</tr>",
+        "x = [" + "0, " * 120 + "1]\n",
+        "The quick brown fox jumps over the lazy dog. " * 3,
+        "\n" * 20,
+    ],
+)
+def test_leaders_blanks_and_lists_are_honest(text: str) -> None:
+    assert not any(says(task, text) for task in ROWS)
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 50])
+def test_a_period_is_found(period: int) -> None:
+    rng = random.Random(period)
+    part = "".join(rng.choice("abcdefgh") for _ in range(period))
+    text = (part * MOST_CHARACTERS)[:MOST_CHARACTERS]
+    assert is_periodic(text) and not is_periodic(text[1:])
+    assert not is_periodic(text[:300] + "X" + text[301:])
+    long = "".join(chr(200 + i) for i in range(MOST_CHARACTERS // MOST_ROUNDS + 1))
+    assert not is_periodic((long * MOST_ROUNDS)[:MOST_CHARACTERS])
+
+
+def test_it_costs_little() -> None:
+    """A piece is looked at once; the text so far is not read again and again."""
+    watch = Repetition("tables_otsl")
+    for i in range(3000):
+        watch.push(f"<fcel>{i}<nl>")
+    assert len(watch._past) <= LONGEST_CYCLE and len(watch._text) < 10
+
+
+# --- in the loop ---
+
+
+class Again:
+    """Logits that say the same tokens again and again."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = tokenizer("nano").encode_plain(text)
+
+    def first(self) -> np.ndarray:
+        return self.next(())
+
+    def next(self, tokens: Sequence[int]) -> np.ndarray:
+        logits = np.zeros(512, dtype=np.float32)
+        logits[self.tokens[len(tokens) % len(self.tokens)]] = 1
+        return logits
+
+
+def answer_of(text: str, repetition: Repetition | None, max_tokens: int = 2000) -> Answer:
+    answer = Answer()
+    pieces = generate(
+        Again(text),
+        answer,
+        tokenizer("nano").text_stream(),
+        sampling=Sampling(),
+        stop_tokens=frozenset(),
+        max_tokens=max_tokens,
+        cancelled=lambda: False,
+        repetition=repetition,
+    )
+    assert "".join(pieces) == answer.text
+    return answer
+
+
+def test_an_answer_that_runs_on_is_ended() -> None:
+    answer = answer_of("<fcel>a<ecel><nl>", Repetition("tables_otsl"))
+    assert answer.finish_reason == "repetition"
+    assert answer.text == "<fcel>a<ecel><nl>" * MOST_ROWS
+    assert len(answer.tokens) == answer.timings.n_generated == 4 * MOST_ROWS
+
+
+def test_it_can_be_switched_off() -> None:
+    answer = answer_of("<fcel>a<ecel><nl>", None)
+    assert (answer.finish_reason, len(answer.tokens)) == ("length", 2000)

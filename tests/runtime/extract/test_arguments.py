@@ -1,0 +1,73 @@
+"""Arguments that contradict each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from granite4v.runtime.extract import ArgumentError
+from granite4v.runtime.extract.arguments import check_arguments
+
+
+def check(tasks: tuple[str, ...] = ("tables_html",), formats: tuple[str, ...] = (), **options: Any) -> None:
+    check_arguments(["a.png"], tasks, formats, **{"out": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "formats"),
+    [(("kvp",), ("csv",)), (("kvp", "prompt"), ("json", "html")), (("chart2summary",), ("otsl",)), (("kvp",), ("md",))],
+)
+def test_a_format_that_no_task_has_is_refused(tasks: tuple[str, ...], formats: tuple[str, ...]) -> None:
+    with pytest.raises(
+        ArgumentError, match=f"the format '{formats[-1]}' is for tables and chart data, which kvp|chart"
+    ):
+        check(tasks, formats)
+
+
+def test_a_format_that_a_task_has_is_not(tmp_path: Path) -> None:
+    for tasks, formats in (
+        (("kvp", "chart2csv"), ("csv", "md", "html")),
+        (("kvp",), ("json",)),
+        (("prompt",), ("md",)),
+        (("kvp",), ("docling",)),
+    ):
+        check(tasks, formats, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["-", "", "a\0b", "x.json", "x.JSONL", "deep/out.csv", "results.html", "scan.pdf", "t.xlsx"]
+)
+def test_what_is_no_directory_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"\(--out\) .* directory"):
+        check(out=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    for name in ("x.json", "v1.2", "2026-11-28", "out.d", "\u00e9 x"):
+        check(out=tmp_path / name)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(ArgumentError, match="which is not a directory"):
+            check(out=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retry_failed": True}, r"add 'resume' \(--resume\)"),
+        ({"csv_safe": True}, r"'csv_safe' needs a directory"),
+        ({"csv_safe": True, "out": "new"}, "'csv_safe' is for CSV files, and none are asked for"),
+        ({"formats": ("html",), "csv_safe": True, "out": "new", "tasks": ("chart2csv",)}, "none are asked for"),
+    ],
+)
+def test_options_that_need_another(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        check(**options)
+    check(("chart2csv",), out="new", csv_safe=True)
+    check(out="new", resume=True, retry_failed=True)

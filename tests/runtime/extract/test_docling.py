@@ -1,0 +1,70 @@
+"""A DoclingDocument of what was read, judged by docling-core."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from docling_core.types.doc.document import DoclingDocument
+
+from granite4v.errors import Granite4vError
+from granite4v.runtime.extract.docling_export import check_installed, write_docling
+from granite4v.runtime.extract.record import Record
+from granite4v.runtime.formats import read
+
+TABLE = (
+    '<table><tr><th colspan="2">Sales</th></tr><tr><th>Year</th><th>Sum</th></tr>'
+    '<tr><td rowspan="2">2020</td><td>5</td></tr><tr><td>6 | &lt;x&gt;</td></tr></table>'
+)
+
+
+def record(task: str, text: str, page: int) -> Record:
+    return Record("a.pdf", page, 3, task, (100, 200), text=text, value=read(task, text), valid=True)
+
+
+def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
+    summary = "It rises."
+    records = [
+        record("tables_html", TABLE, 1),
+        Record("a.pdf", 1, 3, "tables_otsl", (100, 200), value=read("tables_html", TABLE), valid=True),
+        record("kvp", '{"no": 5, "lines": [{"name": "x", "price": null}], "paid": true}', 1),
+        record("chart2csv", "Year,Sales\n2020,5\n", 2),
+        record("chart2summary", summary, 2),
+        record("chart2code", "print(1)", 2),
+        Record("a.pdf", 3, 3, "prompt", (100, 200), value="An answer.", valid=True),
+        Record("a.pdf", None, None, "kvp", error="cut short"),
+    ]
+    path = write_docling(tmp_path, "a", "in/a.pdf", records)
+    assert path is not None and path.name == "a.docling.json"
+    document = DoclingDocument.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    assert sorted(document.pages) == [1, 2, 3] and document.pages[1].size.as_tuple() == (100, 200)
+    (table,) = document.tables
+    assert table.prov[0].page_no == 1 and (table.data.num_rows, table.data.num_cols) == (4, 2)
+    frame = table.export_to_dataframe(document)
+    assert frame.shape == (2, 2) and frame.iloc[1, 1] == "6 | <x>" and frame.iloc[1, 0] == "2020"
+    graph = document.key_value_items[0].graph
+    pairs = {graph.cells[link.source_cell_id].text: graph.cells[link.target_cell_id].text for link in graph.links}
+    assert pairs == {"no": "5", "lines[0].name": "x", "paid": "true"}
+    (picture,) = document.pictures
+    assert picture.meta is not None and picture.meta.tabular_chart is not None and picture.meta.description is not None
+    assert [cell.text for cell in picture.meta.tabular_chart.chart_data.table_cells] == ["Year", "Sales", "2020", "5"]
+    assert picture.meta.description.text == summary and picture.prov[0].page_no == 2
+    assert [text.text for text in document.texts] == ["print(1)", "An answer."]
+    assert "2020" in document.export_to_markdown()
+
+
+def test_without_the_library_there_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Granite4vError, match=r"needs docling-core; install it with pip install 'granite4v\[docling\]'"):
+        check_installed()
+
+
+def test_a_document_that_could_not_be_read_has_no_file(tmp_path: Path) -> None:
+    failed = [Record("a.pdf", None, None, "kvp", error="broken"), Record("a.pdf", 1, None, "kvp", error="broken")]
+    assert write_docling(tmp_path, "sub/a", "a.pdf", failed) is None and list(tmp_path.iterdir()) == []
+    path = write_docling(tmp_path, "sub/a", "a.pdf", [record("kvp", '{"x": 1}', 1)])
+    assert path == tmp_path / "sub" / "a.docling.json"
+    assert DoclingDocument.load_from_json(path).name == "a"

@@ -1,0 +1,462 @@
+"""What a second run on the same directory keeps, reads again and replaces; with a model of a few lines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from granite4v.errors import ContextOverflowError, OutputError
+from granite4v.runtime.extract import Record, State
+from granite4v.runtime.extract.durable import whole_file
+from tests.helpers.fake_model import FakeModel, make_scans, run
+
+TASKS = ("tables_html", "kvp")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
+    return FakeModel(tmp_path / "text.gguf")
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    return make_scans(tmp_path / "scans")
+
+
+def image(path: Path, shade: int, *more: int, ns: int = 0) -> None:
+    """An image, or a PDF of a page for each shade, written at another time than before."""
+    first, *rest = [Image.new("RGB", (20, 30), (value,) * 3) for value in (shade, *more)]
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    if path.suffix == ".pdf":
+        first.save(path, save_all=True, append_images=rest, resolution=72)
+    else:
+        first.save(path)
+    os.utime(path, ns=(before + 10**9 + ns, before + 10**9 + ns))
+
+
+def kept(out: Path) -> list[Record]:
+    return [Record.from_dict(json.loads(line)) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def keys(out: Path) -> list[tuple[str, int | None, str]]:
+    return [(Path(record.source).name, record.page, record.task) for record in kept(out)]
+
+
+def shades(out: Path, name: str) -> list[int]:
+    return [r.value["shade"] for r in kept(out) if Path(r.source).name == name and r.task == "kvp" and r.value]
+
+
+def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
+    model: FakeModel, scans: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    list(run(model, scans, TASKS, out=out, report=True))
+    assert ("b.pdf", None, "kvp") in keys(out) and "b.pdf" in (out / "report.html").read_text().partition("<main>")[0]
+    image(scans / "b.pdf", 40, 50)
+    with run(model, scans, TASKS, out=out, resume=True) as again:  # the report that is there is renewed
+        new = list(again)
+        state = again.state
+    assert [(Path(r.source).name, r.page, r.task) for r in new] == [
+        ("b.pdf", page, task) for page in (1, 2) for task in TASKS
+    ]
+    pages = [("a.pdf", 1), ("a.pdf", 2), ("a.pdf", 3), ("b.pdf", 1), ("b.pdf", 2), ("c.png", 1), ("d.bmp", 1)]
+    assert keys(out) == [(*page, task) for page in pages for task in TASKS]  # in the place of the failure
+    assert (state.tally.n_records, state.tally.n_failed, state.incomplete) == (14, 0, False)
+    assert state.n_replaced == 2
+    assert "without a valid answer" not in (out / "report.html").read_text()
+    assert json.loads((out / "b.kvp.json").read_text())[1] == {"page": 2, "fields": {"shade": 50}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [((10, 20, 30), (10, 60)), ((10,), (70, 20, 30)), ((10,), (10, 60)), ((10, 20), None), ((), (5,))],
+)
+def test_a_changed_file_gives_what_it_would_have_given_at_first(
+    model: FakeModel, tmp_path: Path, before: tuple[int, ...], now: tuple[int, ...] | None
+) -> None:
+    """In all files of the directory, but for the report's times."""
+
+    def write(shades: tuple[int, ...] | None) -> None:
+        if shades:
+            image(scans / "a.pdf", *shades)
+        else:
+            (scans / "a.pdf").write_bytes(b"%PDF-1.7 broken" + b" " * (shades is None))
+
+    scans, out, fresh = tmp_path / "scans", tmp_path / "out", tmp_path / "fresh"
+    scans.mkdir()
+    image(scans / "z.png", 99)
+    options: dict[str, Any] = {"formats": ["csv", "md", "docling"], "tasks": ("tables_html", "kvp", "chart2csv")}
+    write(before)
+    list(run(model, scans, out=out, **options))
+    write(now)
+    list(run(model, scans, out=out, resume=True, **options))
+    list(run(model, scans, out=fresh, **options))
+    assert _content(out) == _content(fresh)
+    asked = len(model.asked)
+    assert list(run(model, scans, out=out, resume=True, **options)) == [] and len(model.asked) == asked
+
+
+def _content(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    found["results.jsonl"] = [{**record.as_dict(), "timings": {}} for record in kept(out)]
+    return found
+
+
+def test_an_unchanged_file_is_neither_rendered_nor_asked_about(
+    model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(run(model, scans, out=tmp_path / "out"))
+    model.asked.clear()
+    wanted: list[tuple[str, bool]] = []
+    from granite4v.runtime.extract.earlier import Earlier
+
+    ask = Earlier.wanted
+    monkeypatch.setattr(
+        Earlier,
+        "wanted",
+        lambda self, source, *rest: wanted.append((Path(source).name, found := ask(self, source, *rest))) or found,
+    )
+    assert list(run(model, scans, out=tmp_path / "out", resume=True)) == []
+    assert wanted == [("a.pdf", False)] * 3 + [("c.png", False), ("d.bmp", False)] and model.asked == []
+
+
+def test_a_file_that_was_touched_alone_is_not_asked_about_again(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(run(model, scans, out=out))
+    before, n_asked = kept(out), len(model.asked)
+    os.utime(scans / "a.pdf", ns=(5, 5))
+    assert list(run(model, scans, out=out, resume=True)) == [] and len(model.asked) == n_asked
+    after = kept(out)
+    assert [record.file_state for record in after[:6]] == [f"{(scans / 'a.pdf').stat().st_size}:5"] * 6
+    assert [{**r.as_dict(), "file_state": ""} for r in after] == [{**r.as_dict(), "file_state": ""} for r in before]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4])
+def test_replacing_loses_nothing_wherever_it_ends(model: FakeModel, scans: Path, tmp_path: Path, n: int) -> None:
+    out = tmp_path / "out"
+    list(run(model, scans, out=out))
+    image(scans / "a.pdf", 40, 50)
+    with run(model, scans, out=out, resume=True) as second:
+        for _ in range(n):
+            next(second)
+    assert len(keys(out)) == len(set(keys(out))) == 12  # what is not read yet has its old record
+    list(run(model, scans, out=out, resume=True))
+    assert shades(out, "a.pdf") == [40, 50] and len(kept(out)) == 10
+
+
+def test_superseded_lines_of_a_killed_run_are_understood(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(run(model, scans, out=out))
+    old = (out / "results.jsonl").read_bytes()
+    image(scans / "a.pdf", 40, 50)
+    list(run(model, scans, out=out, resume=True))
+    new = [line for line in (out / "results.jsonl").read_bytes().splitlines(True) if b"a.pdf" in line]
+    whole = (out / "results.jsonl").read_bytes()
+    (out / "results.jsonl").write_bytes(old + b"".join(new[:2]))  # as a kill behind page 1 leaves it
+    list(run(model, scans, out=out, resume=True))
+    assert shades(out, "a.pdf") == [40, 50] and keys(out) == [
+        (Path(json.loads(line)["source"]).name, json.loads(line)["page"], json.loads(line)["task"])
+        for line in whole.splitlines()
+    ]
+
+
+def test_other_inputs_pages_tasks_and_order_are_no_other_run(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(run(model, [scans / "c.png"], ("tables_html",), out=out))
+    for inputs in ([f"{scans}/"], [scans / "d.bmp", scans / "c.png"], [scans]):
+        list(run(model, inputs, ("tables_html",), out=out, resume=True, pages="1"))
+    with run(model, scans, ("chart2csv", "kvp"), out=out, resume=True) as records:
+        list(records)
+    assert set(keys(out)) == {
+        *((name, 1, task) for name in ("a.pdf", "c.png", "d.bmp") for task in ("tables_html", "chart2csv", "kvp")),
+        *(("a.pdf", page, task) for page in (2, 3) for task in ("chart2csv", "kvp")),
+        *(("b.pdf", None, task) for task in ("tables_html", "chart2csv", "kvp")),
+    }
+    assert len(keys(out)) == len(set(keys(out)))
+    by_page = [key[:2] for key in keys(out)]
+    assert sum(one != two for one, two in itertools.pairwise(by_page)) + 1 == len(set(by_page))  # each page together
+    told = json.loads((out / "run.json").read_text())
+    assert told["tasks"] == ["tables_html", "chart2csv", "kvp"] and set(told["prompts"]) == set(told["tasks"])
+    with pytest.raises(OutputError, match="the schema differs"):
+        run(model, scans, ("kvp",), schema={"type": "object"}, out=out, resume=True)
+
+
+def test_what_is_left_out_keeps_its_records_and_does_not_count_as_failed(
+    model: FakeModel, scans: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with run(model, scans, out=out) as records:
+        list(records)
+        assert records.state.incomplete
+    (scans / "b.pdf").unlink()
+    with run(model, scans, out=out, resume=True) as records:
+        assert list(records) == []
+        state = records.state
+    assert len(kept(out)) == 12 and state.tally.n_failed == 2 and not state.incomplete
+    assert state.left_out.n_records == state.left_out.n_failed == 2
+
+
+def test_a_file_that_is_gone_is_a_failure_beside_what_was_read(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(run(model, scans / "c.png", out=out))
+    content = (scans / "c.png").read_bytes()
+    state = (scans / "c.png").stat()
+    (scans / "c.png").unlink()
+    list(run(model, [scans / "c.png", scans / "d.bmp"], out=out, resume=True))
+    assert [(page, task) for name, page, task in keys(out) if name == "c.png"] == [
+        (1, "tables_html"), (1, "kvp"), (None, "tables_html"), (None, "kvp")
+    ]  # fmt: skip
+    (scans / "c.png").write_bytes(content)
+    os.utime(scans / "c.png", ns=(state.st_mtime_ns, state.st_mtime_ns))
+    assert list(run(model, [scans / "c.png", scans / "d.bmp"], out=out, resume=True)) == []
+    assert [page for name, page, _ in keys(out) if name == "c.png"] == [1, 1]
+
+
+def test_failures_stay_until_they_are_to_be_tried_again(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if shade == 20:
+            raise ContextOverflowError("too long")
+        if shade == 30:
+            raise MemoryError
+
+    out = tmp_path / "out"
+    model.fail = fail
+    list(run(model, scans / "a.pdf", ("kvp",), out=out))
+    assert [record.error_type for record in kept(out)] == [None, "ContextOverflowError", "MemoryError"]
+    assert "not enough memory" in str(kept(out)[2].error)
+    model.fail = lambda prompt, shade: None
+    list(run(model, scans / "a.pdf", ("kvp",), out=out, resume=True))
+    assert [record.error_type for record in kept(out)] == [None, "ContextOverflowError", None]
+    list(run(model, scans / "a.pdf", ("kvp",), out=out, resume=True, retry_failed=True))
+    assert shades(out, "a.pdf") == [10, 20, 30]
+
+
+class Panic(BaseException):
+    """As pyo3 raises it for a library in Rust."""
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("odd"), MemoryError(), RecursionError(), Panic("index"), OSError(5, "io")]
+)
+def test_any_exception_on_a_page_is_its_record(
+    model: FakeModel, scans: Path, tmp_path: Path, error: BaseException
+) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if shade == 10:
+            raise error
+
+    model.fail = fail
+    found = list(run(model, scans, ("kvp",), out=tmp_path / "out", report=True))
+    assert [record.error is None for record in found] == [False, True, True, False, True, True]
+    assert found[0].error and found[0].error_type == type(error).__name__ and (tmp_path / "out/report.html").exists()
+
+
+def test_a_model_that_is_closed_meanwhile_ends_the_run(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def fail(prompt: str, shade: int) -> None:
+        if model.closed:
+            raise ValueError("the model is closed")
+
+    model.fail = fail
+    records = run(model, scans, ["chart2csv"], out=tmp_path / "out")
+    first = next(records)
+    model.close()
+    with pytest.raises(ValueError, match="the model is closed"):
+        list(records)
+    model.closed = False
+    rest = list(run(model, scans, ["chart2csv"], out=tmp_path / "out", resume=True))
+    assert first.error is None
+    assert any(record.error is None for record in rest)
+    assert not any("the model is closed" in str(record.error) for record in rest)
+
+
+def test_what_the_caller_raises_is_the_callers(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def watch(state: State) -> None:
+        if state.n_answer_tokens == 3:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        list(run(model, scans, ("kvp",), out=tmp_path / "out", watch=watch))
+    assert kept(tmp_path / "out") == []
+    assert len(list(run(model, scans, ("kvp",), out=tmp_path / "out", resume=True))) == 6
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = ["."]
+from pathlib import Path
+from tests.helpers.fake_model import FakeModel, run
+model = FakeModel(Path(sys.argv[1]))
+def fail(prompt, shade):
+    if shade == int(sys.argv[4]):
+        os.kill(os.getpid(), int(sys.argv[5]))
+model.fail = fail
+found = list(run(model, sys.argv[2], ("tables_html", "kvp"), out=sys.argv[3], resume=True))
+print(len(found))
+"""
+
+
+def in_process(tmp_path: Path, scans: Path, shade: int, number: int) -> subprocess.CompletedProcess[str]:
+    """A run that gets a signal whenever it asks about a page of this shade."""
+    arguments = [str(tmp_path / "text.gguf"), str(scans), str(tmp_path / "out"), str(shade), str(int(number))]
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
+def test_a_page_that_killed_the_process_twice_is_left_alone(
+    model: FakeModel, scans: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "out"
+    for name in ("b.pdf", "c.png", "d.bmp"):
+        (scans / name).write_bytes((scans / "a.pdf").read_bytes())
+    for _ in range(2):
+        assert in_process(tmp_path, scans, 20, number).returncode == -number
+        assert keys(out) == [("a.pdf", 1, "tables_html"), ("a.pdf", 1, "kvp")]
+    third = in_process(tmp_path, scans, 20, number)
+    assert third.returncode == 0, third.stderr
+    found = kept(out)
+    dead = [(Path(record.source).name, record.page) for record in found if record.error_type == "ProcessDied"]
+    assert dead == [(name, 2) for name in ("a.pdf", "b.pdf", "c.png", "d.bmp") for _ in TASKS]  # the same pixels
+    assert "the process ended 2 times while this page was read" in str(found[2].error)
+    assert shades(out, "a.pdf") == [10, 30]
+    assert in_process(tmp_path, scans, 20, number).stdout == "0\n"  # and stays so
+    list(run(model, scans, TASKS, out=out, resume=True, retry_failed=True))
+    assert shades(out, "a.pdf") == [10, 20, 30] and shades(out, "d.bmp") == [10, 20, 30]
+
+
+def test_deaths_on_different_pages_are_nobodys_fault(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    for shade in (10, 20, 30):
+        assert in_process(tmp_path, scans, shade, signal.SIGKILL).returncode == -signal.SIGKILL
+    list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
+    assert shades(tmp_path / "out", "a.pdf") == [10, 20, 30]
+
+
+def test_an_interrupt_is_no_death(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    def interrupt(prompt: str, shade: int) -> None:
+        raise KeyboardInterrupt
+
+    model.fail = interrupt
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
+    model.fail = lambda prompt, shade: None
+    list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
+    assert shades(tmp_path / "out", "a.pdf") == [10, 20, 30]
+
+
+def test_other_conditions_are_remarked(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    list(run(model, scans, out=tmp_path / "out", say=remarks.append))
+    assert remarks == []
+    model.settings["n_threads"] = 8
+    list(run(model, scans, out=tmp_path / "out", resume=True, say=remarks.append))
+    assert remarks[0].startswith("resumed under different conditions (n_threads was 2, is 8);")
+    list(run(model, scans, out=tmp_path / "out", resume=True, say=remarks.append))
+    assert len(remarks) == 1
+    conditions = json.loads((tmp_path / "out" / "run.json").read_text())["environments"]
+    assert [one["n_threads"] for one in conditions] == [2, 8] and conditions[0]["llama_cpp_python"]
+
+
+def test_names_stay_with_their_documents(model: FakeModel, tmp_path: Path) -> None:
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    for name, shade in (("a/inv.png", 10), ("b/inv.png", 20), ("b/inv.bmp", 30)):
+        (scans / name).parent.mkdir(parents=True, exist_ok=True)
+        image(scans / name, shade)
+    list(run(model, scans, ("tables_html",), out=out, formats=["csv"]))
+    (scans / "0").mkdir()
+    image(scans / "0" / "inv.png", 40)
+    image(scans / "b" / "inv.gif", 50)
+    list(run(model, scans, ("tables_html",), out=out, formats=["html"], resume=True))
+    stems = {Path(record.source).relative_to(scans).as_posix(): record.stem for record in kept(out)}
+    assert stems == {
+        "a/inv.png": "a/inv", "b/inv.bmp": "b/inv", "b/inv.png": "b/inv-2", "0/inv.png": "0/inv", "b/inv.gif": "b/inv-3"
+    }  # fmt: skip
+    for record in kept(out):
+        shade = record.tables[0].texts()[1][0]
+        assert shade in (out / f"{record.stem}.tables_html.html").read_text()
+        if "inv.gif" not in record.source and record.stem != "0/inv":
+            assert shade in (out / f"{record.stem}.tables_html.csv").read_text()
+
+
+def test_a_directory_that_is_removed_meanwhile_is_a_message(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    import shutil
+
+    records = run(model, scans, out=tmp_path / "out")
+    next(records)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"results.jsonl' was removed or replaced while the run was writing to it"):
+        list(records)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out, remarks = tmp_path / "out", []
+    records = run(model, scans, out=out, report=True, formats=["csv", "docling"], say=remarks.append)
+    next(records)
+    for name in ("a.kvp.json", "c.tables_html.csv", "d.docling.json"):
+        (out / name).mkdir()
+    assert len(list(records)) == 11 and records.state.n_unwritten == 3 and records.state.incomplete
+    assert len(remarks) == 3 and all("is not written: cannot write" in remark for remark in remarks)
+    assert (out / "a.tables_html.page1.csv").exists() and (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "run.json", ".granite4v.lock", "report.html", ".granite4v-pages"])
+def test_nothing_outside_the_directory_is_written(model: FakeModel, scans: Path, tmp_path: Path, name: str) -> None:
+    out, foreign = tmp_path / "out", tmp_path / "foreign"
+    list(run(model, scans, out=out, report=True))
+    (out / name).rename(foreign) if (out / name).exists() else foreign.write_bytes(b"")
+    content = foreign.read_bytes() if foreign.is_file() else sorted(foreign.iterdir())
+    (out / name).symlink_to(foreign)
+    image(scans / "c.png", 77)
+    remarks: list[str] = []
+    if name == ".granite4v-pages":
+        with run(model, scans, out=out, resume=True, report=True, say=remarks.append) as records:
+            list(records)
+        assert "is a symbolic link" in remarks[0]
+    else:
+        with pytest.raises(OutputError, match=f"{name}' is a symbolic link"):
+            run(model, scans, out=out, resume=True, report=True)
+    assert (foreign.read_bytes() if foreign.is_file() else sorted(foreign.iterdir())) == content
+
+
+def test_links_in_place_of_results_are_not_followed(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out, foreign = tmp_path / "out", tmp_path / "foreign"
+    list(run(model, scans / "c.png", ("kvp",), out=out))
+    foreign.write_text("mine")
+    (out / "c.kvp.json").unlink()
+    (out / "c.kvp.json").symlink_to(foreign)
+    (out / ".granite4v-partial-c.kvp.json").symlink_to(foreign)
+    list(run(model, scans / "c.png", ("kvp",), out=out, resume=True))
+    with whole_file(out / "x") as file:
+        file.write("x")
+    assert foreign.read_text() == "mine" and not (out / "c.kvp.json").is_symlink()
+    (tmp_path / "deep").mkdir()
+    (scans / "sub").mkdir()
+    image(scans / "sub" / "e.png", 5)
+    (out / "sub").symlink_to(tmp_path / "deep")
+    remarks: list[str] = []
+    list(run(model, scans, ("kvp",), out=out, resume=True, say=remarks.append))
+    assert list((tmp_path / "deep").iterdir()) == [] and "sub' is a symbolic link or a file" in remarks[0]
+
+
+def test_someone_elses_report_is_not_replaced(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    list(run(model, scans, out=tmp_path / "out"))
+    (tmp_path / "out" / "report.html").write_text("<title>My report</title>")
+    with pytest.raises(OutputError, match=r"report.html' is not a report that 'granite4v extract' made"):
+        run(model, scans, out=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "report.html").read_text() == "<title>My report</title>"

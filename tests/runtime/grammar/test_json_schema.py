@@ -1,0 +1,200 @@
+"""Schemas that would blow up are refused or answered in a few steps, before any other work."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from granite4v.errors import ConstraintError
+from granite4v.runtime.grammar import json_schema, trial, validation
+from granite4v.runtime.grammar.json_schema import InvalidSchema, read_schema
+from granite4v.runtime.grammar.patterns import matches, pattern_problem, pattern_size, without_look_around
+from granite4v.runtime.grammar.trial import Trials
+from granite4v.runtime.grammar.validation import Validator
+from tests.helpers.constrained import compiler, end_of_text
+from tests.runtime.grammar.test_schema import SHORT, kvp, of
+
+NULLABLE = {"anyOf": [SHORT, {"type": "null"}]}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = SHORT
+    for _ in range(levels):
+        schema = of(["a"], a=schema)
+    return schema
+
+
+def chain(n: int, last: Any = SHORT) -> dict[str, Any]:
+    defs = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": last}}
+
+
+def chain_of_objects(n: int) -> dict[str, Any]:
+    defs = {f"d{i}": of([], a={"$ref": f"#/$defs/d{i + 1}"}) for i in range(n)}
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": SHORT}}
+
+
+def lattice(n: int, link: str) -> dict[str, Any]:
+    """Each schema refers twice to the next, so that 2^n ways lead to the last."""
+    defs = {f"d{i}": {link: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(n)}
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": of(["a"], a=SHORT)}}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (chain(5000), "has more than 5,000 schemas"),
+        (chain(1000), "refers from one schema to the next more than 80 times, at '$"),
+        (chain_of_objects(1000), "refers from one schema to the next through more than 200 levels, at '$.a.a"),
+        (nested(81), "has more than 80 levels of schemas in one another, at '$.properties.a.properties.a"),
+        ({"default": json.loads("[" * 250 + "]" * 250)}, "is nested more than 200 levels deep, at '$.default[0]"),
+        (of([], **{f"p{i}": SHORT for i in range(5000)}), "has more than 5,000 schemas"),
+        (of([f"p{i}" for i in range(20_000)]), "has more than 5,000 schemas and required names"),
+        ({"enum": ["x" * 1000] * 1000}, "is longer than 1,000,000 characters; ask for fewer fields"),
+        ({"description": "x" * 1_000_001}, "is longer than 1,000,000 characters"),
+        ({"type": "string", "pattern": "((a{1000}){1000}){1000}"}, "repeats its parts up to 1,000,000,000 times"),
+        ({"type": "string", "pattern": "a" * 30_000}, "is 30,000 characters long"),
+        ({"$ref": {}}, "at '$.$ref': dict {}; expected a reference such as '#/$defs/NAME'"),
+        ({"allOf": [{"$ref": "#/allOf/1"}, {"$ref": "#/allOf/0"}]}, "refers to itself without end"),
+    ],
+)
+def test_too_large_schemas_are_refused_with_what_was_found_and_the_limit(schema: Any, message: str) -> None:
+    with pytest.raises(ConstraintError, match=re.escape(message)) as caught:
+        kvp(schema)
+    assert len(str(caught.value)) < 400
+
+
+def test_data_that_holds_itself_is_refused() -> None:
+    schema: dict[str, Any] = of([], a=SHORT)
+    schema["properties"]["b"] = schema
+    with pytest.raises(InvalidSchema, match="nested more than 200 levels"):
+        read_schema(schema)
+
+
+# --- what is not: the first answers of a grammar come, and the value is judged ---
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (nested(79), '{"a": ' * 79 + '"x"' + "}" * 79),
+        (chain(70), '"x"'),
+        (chain_of_objects(90), '{"a": {}}'),
+        (lattice(30, "anyOf"), '{"a": "x"}'),
+        (lattice(8, "allOf"), '{"a": "x"}'),
+        ({"$defs": {"n": {"anyOf": [*(of([f"k{i}"], **{f"k{i}": {"$ref": "#/$defs/n"}}) for i in range(800)),
+                                    {"type": "null"}]}}, "$ref": "#/$defs/n"}, '{"k7": {"k9": null}}'),
+        ({"$defs": {"n": NULLABLE}, **of([], **{f"p{i}": {"$ref": "#/$defs/n"} for i in range(1500)})},
+         json.dumps({f"p{i}": None for i in range(1500)})),
+        (of([], **{f"p{i}": SHORT for i in range(2000)}), '{"p3": "x", "p1999": "y"}'),
+        ({"enum": [f"v{i}" for i in range(30_000)]}, '"v29999"'),
+        (of(["a"], a={"type": "string", "maxLength": 10**9}), '{"a": "x"}'),
+        (of(["a"], a={"type": "array", "items": SHORT, "maxItems": 10**12}), '{"a": ["x"]}'),
+        ({"$defs": {f"d{i}": of([], **{f"r{j}": {"$ref": f"#/$defs/d{j}"} for j in range(40)}) for i in range(40)},
+          "$ref": "#/$defs/d0"}, '{"r1": {"r2": {}}}'),
+    ],
+)  # fmt: skip
+def test_large_schemas_are_answered(schema: Any, text: str) -> None:
+    grammar = kvp(schema)
+    guide = compiler("nano").begin(grammar)
+    for byte in text.encode():
+        token = compiler("nano").lexicon.of_byte[byte]
+        assert guide.allowed([end_of_text("nano")])[token]
+        guide.accept(token)
+    assert guide.may_end
+    assert Validator(read_schema(schema)).problem(json.loads(text)) is None
+
+
+def test_checking_a_value_ends_whatever_the_schema_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "MAX_STEPS", 5000)
+    problem = Validator(read_schema(lattice(30, "allOf"))).problem({"a": "x"})
+    assert problem == "checking it takes more than 5,000 steps; make the schema simpler"
+    assert Validator(read_schema(lattice(6, "allOf"))).problem({"a": "x"}) is None
+
+
+def test_a_value_that_is_nested_too_deep_is_a_problem_and_no_traceback() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    value: Any = {}
+    for _ in range(900):
+        value = {"a": value}
+    assert Validator(read_schema(schema)).problem(value) == "it is nested too deep to be checked"
+
+
+# --- patterns ---
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("abc", 3), ("[a-z]{5}", 5), ("(ab){3}c", 7), ("((a{10}){10}){10}", 1000), (r"\d{2,4}x*", 6), ("a{3,}", 3),
+        (r"[(){9}]{2}", 2), (r"\({3}", 3), ("(a|bc){2}", 8), ("", 0),
+    ],
+)  # fmt: skip
+def test_the_size_of_a_pattern_with_its_counts_written_out(pattern: str, size: int) -> None:
+    assert pattern_size(pattern) == size
+
+
+@pytest.mark.parametrize(
+    ("pattern", "looser"),
+    [
+        ("^(?=x)ab$", "^ab$"), ("a(?!b(c)d)e", "ae"), (r"(?<!\()x", "x"), ("(?<=[)])x", "x"), ("(?:a)(?<n>b)", None),
+        (r"\(?=x", None), ("[(?=a]", None), ("(?=a(?!b)c)d", "d"),
+    ],
+)  # fmt: skip
+def test_a_pattern_without_its_look_around_matches_more(pattern: str, looser: str | None) -> None:
+    assert without_look_around(pattern) == (pattern if looser is None else looser)
+
+
+def test_patterns_that_backtrack_without_end_are_given_up() -> None:
+    problem = Validator(read_schema({"type": "string", "pattern": "(a|aa)+b$"})).problem("a" * 80)
+    assert problem is not None and "takes more than a second" in problem
+
+
+def test_patterns_of_ecma_that_python_spells_in_another_way() -> None:
+    for pattern, text in ((r"^\u{1F600}$", "\U0001f600"), (r"^\cJ$", "\n"), ("^[^]$", "\n"), (r"^(?<y>a)\k<y>$", "aa")):
+        assert pattern_problem(pattern) == "" and matches(pattern, text)
+        assert not matches(pattern, "zz")
+
+
+# --- grammars that are tried apart ---
+
+
+def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SECONDS", 1)
+    patterns = [{"pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]
+    grammar = kvp(of(["a"], a={"type": "string", "allOf": patterns}))
+    (warning,) = grammar.warnings
+    assert warning.startswith("'pattern' at '$.a' cannot guide answers together with the others; the answer is checked")
+
+
+def test_a_trial_that_takes_too_long_is_stopped_and_later_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SECONDS", 1)
+    hanging = {"allOf": [{"type": "string", "pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]}
+    with Trials() as trials:
+        assert trials.problem({"type": "string", "pattern": "^a$"}, costly=True) == ""
+        assert trials.problem(hanging, costly=True) == "compiling it takes too much time or memory"
+        assert trials.problem({"type": "string", "pattern": "^b$"}, costly=True) == ""
+        assert "backreferences" in trials.problem({"type": "string", "pattern": r"(.)\1"}, costly=True)
+        monkeypatch.setattr(trials, "_seconds_left", 0.0)
+        assert trials.problem({"type": "string", "pattern": "^c$"}, costly=True).startswith("it was not tried")
+
+
+def test_without_a_process_what_looks_costly_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    grammar = kvp(of(["a"], a={"type": "string", "pattern": "^a{5000}$"}))
+    assert "could not be tried: there is no Python executable" in grammar.warnings[0]
+
+
+def test_many_warnings_are_cut() -> None:
+    schema = of([], **{f"p{i}": {"type": "string", "format": f"f{i}"} for i in range(30)})
+    assert len(kvp(schema).warnings) == 21 and kvp(schema).warnings[-1] == "10 more warnings are left out."
+
+
+def test_limits_are_told_as_they_are() -> None:
+    assert (json_schema.MAX_SUBSCHEMAS, json_schema.MAX_LEVELS, json_schema.MAX_NESTING) == (5000, 80, 200)
