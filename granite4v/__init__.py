@@ -69,8 +69,8 @@ _ROOMS = {
     "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
     "clip_projector": ("ImageFeatures", "load_image"),
     "default_model": ("extract", "load"),
-    "runtime.constraint": ("grammar_for",),
-    "runtime.extraction": ("Record",),
+    "runtime.grammar": ("grammar_for",),
+    "runtime.extract": ("Record",),
 }
 
 

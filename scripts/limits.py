@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from granite4v import gguf_keys as keys
+from granite4v.child import run_main
 from granite4v.clip_projector import load_image
 from granite4v.clip_projector.tiles import layout
 from granite4v.families import VisionConfig, read_vision
@@ -113,10 +112,9 @@ def measured_rates(type_name: str, n_threads: int) -> dict[str, float]:
     gflop = 2 * n_in * autotune.N_OUT * autotune.N_TOKENS / 1e9
     rates = {}
     for way in autotune.seconds(Backend("cpu", n_threads), type_name):
-        command = [sys.executable, "-m", "granite4v.ggml.autotune", type_name, way, str(n_threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            rates[way] = gflop / float(done.stdout.split()[-1])
+        child = run_main(autotune.__name__, [type_name, way, str(n_threads)], autotune.TIMEOUT_S)
+        if child.status == 0:  # instructions that a CPU announces may still end the process
+            rates[way] = gflop / float(child.stdout.split()[-1])
     return rates
 
 

@@ -65,16 +65,16 @@ def test_the_session_goes_as_it_is_shown(tmp_path: Path) -> None:
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        cache = {"GRANITE4V_CACHE": str(tmp_path / "cache")}
+        environment = {"GRANITE4V_CACHE": str(tmp_path / "cache"), "PATH": path, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, **cache, "PATH": path}, capture_output=True, text=True, check=True
+            command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=True
         )
 
     def without_numbers(text: str) -> list[str]:
         return re.sub(r"[\d.,]+", "0", text).splitlines()
 
     (seed,) = re.findall(r"`scripts/demo\.sh --seed (\d+)`", README)
-    run(sys.executable, str(ROOT / "scripts" / "nano" / "show.py"), "build/demo", "--seed", seed)
+    run(sys.executable, "-m", "scripts.nano.show", "build/demo", "--seed", seed)
     steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks("console")[0], flags=re.MULTILINE)
     assert len(steps) == 3
     for command, shown in steps:

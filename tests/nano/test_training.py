@@ -374,7 +374,7 @@ def test_marks_tell_headers_from_other_cells(read: list[tuple[Document, Sample]]
 
 
 def test_a_row_too_many_is_not_learned_but_left_empty(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samples.ROW_TOO_MANY_SHARE", 1.0)
+    monkeypatch.setattr("scripts.nano.samples.ROW_TOO_MANY_SHARE", 1.0)
     rng = random.Random(6)
     kinds = set()
     for seed in range(12):
