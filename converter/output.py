@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from granite4v.errors import OutputError
+from granite4v.paths import DISK_FULL
 
 SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
 LOCK = "lock"
@@ -163,6 +163,6 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _as_output_error(error: OSError, target: Path) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return OutputError(f"no space left on the disk of '{target}'; nothing was kept. Make room and try again.")
     return OutputError(f"cannot write '{target}': {error.strerror or error}.")

@@ -9,13 +9,14 @@ imports both late.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
     from granite4v.choices import Device, Format, Task
@@ -167,10 +168,9 @@ def embedded_model(report: Report, progress: Meter | None = None) -> Path:
     CheckpointError when the package lacks the model, OutputError when the temporary folder fails as well.
     """
     from granite4v.errors import OutputError
-    from granite4v.ggml.autotune import cache_file
 
     checkpoint = checkpoint_folder()
-    target = cache_file().parent / _folder_name(checkpoint)
+    target = cache_folder() / _folder_name(checkpoint)
     if is_intact(target):
         return target
     try:
@@ -181,7 +181,7 @@ def embedded_model(report: Report, progress: Meter | None = None) -> Path:
             "for this run alone; set GRANITE4V_CACHE to a folder that can be written."
         )
     try:
-        return _make_once(checkpoint, _temporary_folder() / target.name, report, progress)
+        return _make_once(checkpoint, temporary_folder() / target.name, report, progress)
     except (OSError, NotImplementedError) as error:
         raise OutputError(
             f"the embedded model can be written neither to the cache nor to a temporary folder ({error}); set "
@@ -248,18 +248,6 @@ def _make_once(checkpoint: Path, target: Path, report: Report, progress: Meter |
             report(f"converting the embedded model to '{target}' ...")
         _make(checkpoint, target, progress)
     return target
-
-
-@functools.cache
-def _temporary_folder() -> Path:
-    """One folder a process, removed when it ends."""
-    import atexit
-    import shutil
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="granite4v-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _make(checkpoint: Path, target: Path, progress: Meter | None) -> None:

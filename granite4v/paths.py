@@ -1,24 +1,49 @@
-"""The folder for what is worth keeping between runs, and small JSON files in it.
+"""The cache folder, JSON caches in it, private temporary folders, and files that are complete or absent.
 
-Nothing here may stop a command: a cache that cannot be read or written costs time alone.
+Every file is written under a temporary name beside its target and renamed over it, so a reader, and the next process
+after a kill or a power cut, finds the old content or the new one. Nothing here follows a symbolic link at the end of
+a path that it writes.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
+import filecmp
 import functools
 import json
 import os
+import shutil
 import stat
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-MAX_BYTES = 1 << 24  # a cache file of ours has a few kilobytes
+from granite4v.errors import OutputError
+
+OWN_PREFIX = ".granite4v"  # of every file of ours in a directory that others use as well
+PARTIAL_PREFIX = f"{OWN_PREFIX}-partial-"
+MAX_CACHE_BYTES = 1 << 24  # a cache file of ours has a few kilobytes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# after these every other file on the same disk would fail, too
+_FATAL = (*DISK_FULL, errno.EROFS, errno.EIO)
+_OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+class FileOutputError(OutputError):
+    """One file that cannot be written where others can."""
+
+
+# --- the cache: none of it may stop a command, since a cache that cannot be read or written costs time alone ---
 
 
 def cache_folder() -> Path:
-    """GRANITE4V_CACHE, or the user's cache folder, or for a user without a home a folder below the temporary one."""
-    import platformdirs
+    """GRANITE4V_CACHE, or the user's cache folder, or a private folder below the temporary one for a user without a
+    home."""
+    import platformdirs  # slow to import, and not needed where the variable is set
 
     named = os.environ.get("GRANITE4V_CACHE")
     if named:
@@ -26,15 +51,15 @@ def cache_folder() -> Path:
     try:
         return Path(platformdirs.user_cache_dir("granite4v"))
     except RuntimeError:  # no HOME, and no entry in the password database: containers and services
-        return _temporary_folder()
+        return _shared_temporary_folder()
 
 
-def read_json(name: str) -> dict[str, Any]:
+def read_json_cache(name: str) -> dict[str, Any]:
     """The object in a cache file; empty when there is none, or when it is damaged. Its values are not checked."""
     try:
         path = cache_folder() / name
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:  # a FIFO would wait for ever
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CACHE_BYTES:  # reading a FIFO could block for ever
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -42,50 +67,175 @@ def read_json(name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_json(name: str, content: dict[str, Any]) -> None:
-    """Puts a cache file in place at once, so that another process reads the old one or the new one."""
-    partial = ""
-    try:
+def write_json_cache(name: str, content: dict[str, Any]) -> None:
+    """Replaces a cache file, or leaves it as it is where that fails."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the folder's name
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}-", delete=False, encoding="utf-8") as file:
-            partial = file.name
-            json.dump(content, file, indent=1)
-        os.replace(partial, folder / name)
-    except (OSError, ValueError):  # ValueError: a NUL in the folder's name
-        if partial:
-            Path(partial).unlink(missing_ok=True)
+        write_bytes(folder / name, json.dumps(content, indent=1).encode(), mode=0o600)
 
 
 @functools.cache
-def _temporary_folder() -> Path:
-    """A folder that belongs to this user alone. Its name is known to everybody, so one that somebody else made, or that
-    others may write to, is not used: then this process has one of its own."""
-    try:
+def _shared_temporary_folder() -> Path:
+    """A folder below the temporary one that every process of this user finds. Its name can be guessed, so one that
+    another user made, or that others may write to, is not used: this process then has one of its own."""
+    with contextlib.suppress(OSError):
         folder = Path(tempfile.gettempdir()) / f"granite4v-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if is_private(folder):
             return folder
-    except OSError:
-        pass
-    return _own_folder()
+    try:
+        return temporary_folder()
+    except OSError:  # nowhere to write: who writes to the cache finds that out, and goes on without
+        return Path(os.devnull) / "granite4v"
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a folder is a real one, this user's, and closed to all others."""
+    """Whether a folder is a real one, not a link, that belongs to this user and is closed to all others."""
     status = folder.lstat()
     if not hasattr(os, "getuid"):
         return stat.S_ISDIR(status.st_mode)
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def _own_folder() -> Path:
-    import atexit
-    import shutil
-
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="granite4v-"))
-    except OSError:  # nowhere to write: whoever writes to the cache will find that out, and go on without
-        return Path(os.devnull) / "granite4v"
+@functools.cache
+def temporary_folder() -> Path:
+    """One private folder for this process, removed when it ends. Raises OSError."""
+    folder = Path(tempfile.mkdtemp(prefix="granite4v-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+# --- files that are complete or absent ---
+
+
+@contextlib.contextmanager
+def atomic_text_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name, over an older one, when the block ends well, and is on the disk then; after an
+    error or an interrupt nothing of it stays.
+
+    A file with the same content is left untouched. Raises OutputError for a disk that is full or cannot be written,
+    and FileOutputError where that concerns this file alone.
+    """
+    partial = partial_path(path)
+    with disk_errors(path):
+        try:
+            # a lone surrogate, which JSON can spell, is written as the escape it came from
+            with open(new_file(partial), "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+                file.flush()
+                unchanged = is_regular_file(path) and filecmp.cmp(partial, path, shallow=False)
+                if not unchanged:
+                    os.fsync(file.fileno())  # before the rename, which may otherwise reach the disk first
+            if unchanged:
+                partial.unlink()
+                return
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """As `atomic_text_file`, but unbuffered and for bytes, always written anew, and left open for reading and writing
+    when the block ends well. Raises OSError."""
+    partial = partial_path(path)
+    file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115  # the caller's, once it is in place
+    try:
+        yield file
+        os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        file.close()
+        _remove(partial)
+        raise
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Writes a file that may be lost in a power cut, but is never found incomplete. Raises OSError."""
+    partial = partial_path(path)
+    try:
+        with open(new_file(partial, mode), "wb") as file:
+            file.write(content)
+        partial.replace(path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it takes its name: another place for each process and thread, so that two that
+    write the same cache file do not mix."""
+    return path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{threading.get_native_id()}-{path.name}")
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes unfinished files of killed processes from a folder and those below it, which nobody else may be writing
+    to. Raises OSError."""
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(PARTIAL_PREFIX):
+                Path(where, name).unlink(missing_ok=True)
+
+
+def new_file(path: Path, mode: int = 0o666) -> int:
+    """A descriptor, for reading and writing, of a file that was not there before: no link of this name is followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, mode)
+
+
+def open_in_place(path: Path) -> BinaryIO:
+    """A file opened unbuffered for reading and writing, made if need be; a symbolic link is refused. Raises OSError."""
+    is_new = not path.exists()
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o666), "r+b", buffering=0)  # noqa: SIM115
+    if is_new:
+        sync_folder(path.parent)
+    return file
+
+
+def is_regular_file(path: Path) -> bool:
+    """Whether this is a file itself, not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes new names in a folder survive a power cut: a file's own fsync does not cover its entry there."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(partial: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # what went wrong before is what matters
+        partial.unlink(missing_ok=True)
+
+
+# --- what the disk says ---
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Turns an OSError into an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, path, advice) from None
+
+
+def output_error(error: OSError, path: Path, advice: str = "") -> OutputError:
+    """The same failure as a message; `advice` is a sentence for its end."""
+    if error.errno in DISK_FULL:
+        text = f"no space left for '{path}' ({error.strerror}); make room and try again."
+    else:
+        text = f"cannot write '{path}': {error.strerror or error}; choose a directory that can be written."
+    return (OutputError if error.errno in _FATAL else FileOutputError)(f"{text} {advice}".rstrip())

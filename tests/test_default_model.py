@@ -22,8 +22,9 @@ from granite4v import default_model
 from granite4v.cli.main import app
 from granite4v.cli.options import NO_MODEL
 from granite4v.errors import CheckpointError, OutputError
-from granite4v.ggml.autotune import cache_file
+from granite4v.ggml import autotune
 from granite4v.ggml.gguf_file import GgufFile
+from granite4v.paths import cache_folder
 from granite4v.runtime.extract import extract as run_extract
 from tests.helpers.pictures import text_picture
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
@@ -68,9 +69,10 @@ def checkpoint(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_facto
 def cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache but for this machine's measurements; `checkpoint` is the embedded one, for subprocesses too."""
     folder = tmp_path / "cache"
-    if cache_file().exists():
+    measured = cache_folder() / autotune.CACHE
+    if measured.exists():
         folder.mkdir()
-        shutil.copy(cache_file(), folder)
+        shutil.copy(measured, folder)
     monkeypatch.setenv("GRANITE4V_CACHE", str(folder))
     monkeypatch.setenv("TEST_CHECKPOINT", str(checkpoint))
     monkeypatch.setattr(default_model, "checkpoint_folder", lambda: checkpoint)
@@ -353,7 +355,7 @@ def test_with_no_place_at_all_the_error_says_what_to_do(cache: Path, monkeypatch
 
     (cache.parent / "file").touch()
     monkeypatch.setenv("GRANITE4V_CACHE", str(cache.parent / "file"))
-    monkeypatch.setattr(default_model, "_temporary_folder", refuse)
+    monkeypatch.setattr(default_model, "temporary_folder", refuse)
     with pytest.raises(OutputError, match="No usable temporary directory.* set GRANITE4V_CACHE"):
         make()
 

@@ -28,17 +28,19 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("GRANITE4V_CACHE", raising=False)
     monkeypatch.setattr(platformdirs, "user_cache_dir", no_home)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    paths._temporary_folder.cache_clear()
+    paths.temporary_folder.cache_clear()
+    paths._shared_temporary_folder.cache_clear()
     yield tmp_path
-    paths._temporary_folder.cache_clear()
+    paths.temporary_folder.cache_clear()
+    paths._shared_temporary_folder.cache_clear()
 
 
 def test_without_a_home_it_is_a_private_folder_below_the_temporary_one(homeless: Path) -> None:
     folder = paths.cache_folder()
     assert folder.parent == homeless and paths.cache_folder() == folder
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    paths.write_json("a.json", {"b": 1})
-    assert paths.read_json("a.json") == {"b": 1}
+    paths.write_json_cache("a.json", {"b": 1})
+    assert paths.read_json_cache("a.json") == {"b": 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no user numbers")
@@ -69,9 +71,9 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 def test_damaged_files_count_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     (tmp_path / "a.json").write_bytes(content)
-    assert paths.read_json("a.json") == {}
-    paths.write_json("a.json", {"b": 1})
-    assert paths.read_json("a.json") == {"b": 1} and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert paths.read_json_cache("a.json") == {}
+    paths.write_json_cache("a.json", {"b": 1})
+    assert paths.read_json_cache("a.json") == {"b": 1} and [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "a NUL", "a folder in its place", "a FIFO in its place"])
@@ -85,9 +87,9 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(
         (tmp_path / folder).mkdir()
         target = tmp_path / folder / "a.json"
         target.mkdir() if "folder" in place else os.mkfifo(target)
-    assert paths.read_json("a.json") == {}
-    paths.write_json("a.json", {"b": 1})
-    assert paths.read_json("a.json") == ({"b": 1} if "FIFO" in place else {})
+    assert paths.read_json_cache("a.json") == {}
+    paths.write_json_cache("a.json", {"b": 1})
+    assert paths.read_json_cache("a.json") == ({"b": 1} if "FIFO" in place else {})
     if folder == "good":
         assert [path.name for path in (tmp_path / folder).iterdir()] == ["a.json"]
 

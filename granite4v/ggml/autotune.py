@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.child import run_main
 from granite4v.ggml.library import lib
-from granite4v.paths import cache_folder, read_json, write_json
+from granite4v.paths import read_json_cache, write_json_cache
 
 if TYPE_CHECKING:
     from granite4v.ggml.backend import Backend
@@ -91,7 +90,7 @@ def seconds(backend: Backend, type_name: str) -> dict[str, float]:
                 known[name] = min(measured, known.get(name, math.inf))
         cache = _read_cache()
         cache.setdefault(_key(type_name, backend.n_threads), {}).update(known)
-        write_json(CACHE, cache)
+        write_json_cache(CACHE, cache)
     return {name: known[name] for name in names}
 
 
@@ -157,16 +156,11 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def cache_file() -> Path:
-    """Where the measurements are kept; GRANITE4V_CACHE moves the folder."""
-    return cache_folder() / CACHE
-
-
 def _read_cache() -> dict[str, dict[str, float]]:
     """What was measured; entries that are no times are left out, and so measured again."""
     return {
         key: {way: float(seconds) for way, seconds in entry.items() if _is_time(seconds)}
-        for key, entry in read_json(CACHE).items()
+        for key, entry in read_json_cache(CACHE).items()
         if isinstance(entry, dict)
     }
 

@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from granite4v.runtime.extract.durable import OWN, disk_errors, open_own
+from granite4v.paths import OWN_PREFIX, disk_errors
+from granite4v.runtime.extract.own_files import open_own
 
 MAX_DEATHS = 2
-FILE = f"{OWN}-attempts.json"
+FILE = f"{OWN_PREFIX}-attempts.json"
 
 
 class Attempts:

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from granite4v.errors import OutputError
+from granite4v.paths import FileOutputError
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.documents import DOCLING, described, remove_stale, write_document
-from granite4v.runtime.extract.durable import FileOutputError
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extract.folder import Folder
 from granite4v.runtime.extract.journal import Journal

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.errors import Granite4vError
-from granite4v.runtime.extract.durable import make_folders, whole_file
+from granite4v.paths import atomic_text_file
+from granite4v.runtime.extract.own_files import make_folders
 from granite4v.runtime.extract.record import CHART, TABLES, Record
 from granite4v.runtime.formats import Table
 
@@ -41,7 +42,7 @@ def write_docling(root: Path, stem: str, source: str, records: Iterable[Record])
     if not document.pages:
         return None
     path = make_folders(root, str(Path(stem).parent)) / f"{name}.{SUFFIX}"
-    with whole_file(path) as file:
+    with atomic_text_file(path) as file:
         json.dump(document.export_to_dict(), file, ensure_ascii=False)
         file.write("\n")
     return path

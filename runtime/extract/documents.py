@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from granite4v.errors import AnswerError, Granite4vError, OutputError
-from granite4v.runtime.extract.durable import FileOutputError, disk_errors, is_regular_file, make_folders, whole_file
+from granite4v.paths import FileOutputError, atomic_text_file, disk_errors, is_regular_file
+from granite4v.runtime.extract.own_files import make_folders
 from granite4v.runtime.extract.questions import PROMPT
 from granite4v.runtime.extract.record import CHART, TABLES, Record
 from granite4v.runtime.formats import TASKS, Table, write
@@ -176,7 +177,7 @@ class _Place:
         return path
 
     def open(self) -> TextIO:
-        return self.files.enter_context(whole_file(self.path()))
+        return self.files.enter_context(atomic_text_file(self.path()))
 
 
 class _Writer:
@@ -212,7 +213,7 @@ class _CsvFiles(_Writer):
                 table = replace(table, cells=cells)
             text = write(table, "csv")
             path = self.place.path(f"{page}{'' if len(tables) == 1 else f'-{number}'}")
-            with whole_file(path) as file:  # at once: a long document would have thousands open
+            with atomic_text_file(path) as file:  # at once: a long document would have thousands open
                 file.write(("\ufeff" if self._safe else "") + text + "\n")
 
 

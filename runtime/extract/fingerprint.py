@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.errors import ModelFileError
+from granite4v.paths import read_json_cache, write_json_cache
 
 if TYPE_CHECKING:
     from granite4v.runtime.llama.files import ModelFiles
 
+CACHE = "checksums.json"  # {"path size mtime_ns": SHA-256}
 READ_BYTES = 1 << 20
+ANNOUNCE_BYTES = 1 << 28  # takes about a second
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
@@ -45,13 +46,18 @@ def file_hash(path: Path, say: Callable[[str], None]) -> str:
 def _hash_of_one(path: Path, say: Callable[[str], None]) -> str:
     status = path.stat()
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    known = _read_cache()
-    if key not in known:
-        if status.st_size > 1 << 28:
+    found = _known_hashes().get(key)
+    if found is None:
+        if status.st_size > ANNOUNCE_BYTES:
             say(f"computing the checksum of '{path.name}' ...")
-        known = {**known, key: _sha256(path)}
-        _write_cache(known)
-    return known[key]
+        found = _sha256(path)
+        known = {**_known_hashes(), key: found}  # read again: hashing takes seconds, in which others may have written
+        write_json_cache(CACHE, {key: value for key, value in known.items() if _path_of(key).exists()})
+    return found
+
+
+def _path_of(key: str) -> Path:
+    return Path(key.rsplit(" ", 2)[0])
 
 
 def _shards(path: Path) -> list[Path]:
@@ -70,27 +76,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _cache_file() -> Path:
-    from granite4v.ggml.autotune import cache_file
-
-    return cache_file().with_name("checksums.json")
-
-
-def _read_cache() -> dict[str, str]:
-    try:
-        content = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none yet, or damaged: computed again
-        return {}
-    if not isinstance(content, dict):
-        return {}
+def _known_hashes() -> dict[str, str]:
+    """The cache; entries that are not hashes are left out, and so computed again."""
+    content = read_json_cache(CACHE)
     return {key: value for key, value in content.items() if isinstance(value, str) and _SHA256.fullmatch(value)}
-
-
-def _write_cache(known: dict[str, str]) -> None:
-    path = _cache_file()
-    there = {key: value for key, value in known.items() if Path(key.rsplit(" ", 2)[0]).exists()}
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(there), encoding="utf-8")
-        partial.replace(path)

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extract.durable import (
-    OWN,
-    check_own,
-    disk_errors,
-    remove_partial_files,
-    sync_folder,
-    whole_file,
-)
+from granite4v.paths import OWN_PREFIX, atomic_text_file, disk_errors, remove_partial_files, sync_folder
+from granite4v.runtime.extract.own_files import check_own
 from granite4v.runtime.extract.pictures import image_path
 from granite4v.runtime.extract.questions import KVP
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
 FORMAT = 1  # raise it when records or files of an earlier version cannot be gone on with
-_LOCK = f"{OWN}.lock"
+_LOCK = f"{OWN_PREFIX}.lock"
 # what a run must have in common with the one it goes on with, in the words of a message; inputs, pages and tasks may
 # be others: they say how much is read, not what a record means
 _SAME = {
@@ -126,7 +120,7 @@ class Folder:
         return [_remark(environments[-1], environment) for environment in new if environments]
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
-        with whole_file(self.path / MANIFEST) as file:
+        with atomic_text_file(self.path / MANIFEST) as file:
             json.dump(manifest, file, indent=2, ensure_ascii=False)
             file.write("\n")
 
@@ -150,7 +144,7 @@ class Folder:
                 )
             return
         with disk_errors(self.path):
-            foreign = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(OWN))
+            foreign = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(OWN_PREFIX))
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise OutputError(

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import BinaryIO, cast
 
 from granite4v.errors import AnswerError, OutputError
-from granite4v.runtime.extract.durable import OWN, disk_errors, new_file, open_own, output_error, sync_folder
+from granite4v.paths import atomic_binary_file, disk_errors, output_error
+from granite4v.runtime.extract.own_files import open_own
 from granite4v.runtime.extract.record import Key, Record, decode, encode
 
 MAX_LINE_BYTES = 1 << 28  # far above what a context can hold
@@ -213,27 +214,17 @@ class Journal:
         if self._tidy or not self._lasting:
             return
         self.check_there()
-        partial = self._path.with_name(f"{OWN}-partial-{self._path.name}")
-        with disk_errors(self._path, self._kept()):
-            file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115
-            try:
-                entries: dict[Key, Entry] = {}
-                end = 0
-                for source in self._documents:
-                    for key in self.keys_of(source):
-                        old = self._entries[key]
-                        file.write(self._bytes(old))
-                        entries[key] = replace(old, start=end)
-                        end += old.length
-                if os.fstat(file.fileno()).st_size != end:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
-                partial.replace(self._path)
-                sync_folder(self._path.parent)
-            except BaseException:
-                file.close()
-                partial.unlink(missing_ok=True)
-                raise
+        entries: dict[Key, Entry] = {}
+        end = 0
+        with disk_errors(self._path, self._kept()), atomic_binary_file(self._path) as file:
+            for source in self._documents:
+                for key in self.keys_of(source):
+                    old = self._entries[key]
+                    file.write(self._bytes(old))
+                    entries[key] = replace(old, start=end)
+                    end += old.length
+            if os.fstat(file.fileno()).st_size != end:  # an unbuffered write may take a part only
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._file.close()
         self._file, self._entries, self._end, self._tidy = file, entries, end, True
 

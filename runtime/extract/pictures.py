@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extract.durable import OWN, make_folders, output_error, write_bytes
+from granite4v.paths import OWN_PREFIX, output_error, write_bytes
+from granite4v.runtime.extract.own_files import make_folders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FOLDER = f"{OWN}-pages"
+FOLDER = f"{OWN_PREFIX}-pages"
 SIDE_PX = 1000  # print of ordinary size on a letter page can just be read
 QUALITY = 50
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from granite4v.errors import OutputError
+from granite4v.paths import atomic_text_file, disk_errors
 from granite4v.runtime.extract.charts import redraw
-from granite4v.runtime.extract.durable import check_own, disk_errors, whole_file
+from granite4v.runtime.extract.own_files import check_own
 from granite4v.runtime.extract.pictures import data_url
 from granite4v.runtime.extract.record import CHART, Record
 from granite4v.runtime.extract.report_template import TEMPLATE
@@ -76,7 +77,7 @@ def write_report(path: Path, records: Iterable[Record]) -> None:
     Raises OutputError.
     """
     template = _environment().from_string(TEMPLATE)
-    with whole_file(path) as file:
+    with atomic_text_file(path) as file:
         for piece in template.generate(contents=_contents(records), pages=_pages(records, path.parent)):
             file.write(piece)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from granite4v.child import Ended, run_main
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
-from granite4v.paths import read_json, write_json
+from granite4v.paths import read_json_cache, write_json_cache
 from granite4v.runtime.llama.file_checks import check_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> N
     `announce` is called when it takes longer than a second.
     """
     key, n_bytes = _state(files)
-    if not key or key in read_json(CACHE):
+    if not key or key in read_json_cache(CACHE):
         return
     check_text(files.text)
     cpu_s, memory = BASE_CPU_S + n_bytes / BYTES_A_SECOND, BASE_MEMORY + MEMORY_A_BYTE * n_bytes
@@ -50,10 +50,10 @@ def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> N
     except OSError:  # no process can be started here: the load itself must do
         return
     _judge(ended, files)
-    known = read_json(CACHE)
+    known = read_json_cache(CACHE)
     known[key] = time.time()
     newest = sorted(known.items(), key=lambda item: item[1] if isinstance(item[1], float) else 0.0)[-MAX_KNOWN:]
-    write_json(CACHE, dict(newest))
+    write_json_cache(CACHE, dict(newest))
 
 
 def _judge(ended: Ended, files: ModelFiles) -> None:

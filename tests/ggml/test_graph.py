@@ -214,7 +214,7 @@ def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert set(first) == set(asked) and {"plain", "float32"} <= set(first)
     asked.clear()
     assert autotune.seconds(backend, "Q4_0") == first and not asked
-    autotune.cache_file().write_text("{ damaged")
+    (tmp_path / autotune.CACHE).write_text("{ damaged")
     assert autotune.seconds(backend, "Q4_0").keys() == first.keys() and asked
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extract.durable import whole_file
+from granite4v.paths import atomic_text_file
 from granite4v.runtime.extract.folder import Folder
 from granite4v.runtime.extract.journal import Journal
 from granite4v.runtime.extract.record import Record
@@ -104,7 +104,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
         "import resource, sys\n"
         "sys.path[:0] = ['.']\n"
         "from pathlib import Path\n"
-        "from test_extract_folder import RECORDS, Journal, OutputError\n"
+        "from tests.runtime.extract.test_folder import RECORDS, Journal, OutputError\n"
         "from dataclasses import replace\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n"
         f"path = Path({str(tmp_path / 'r.jsonl')!r})\n"
@@ -130,18 +130,18 @@ def _root() -> Path:
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    with pytest.raises(RuntimeError), whole_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_text_file(path) as file:
         file.write("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     for text in ("old", "new \ud800"):
-        with whole_file(path) as file:
+        with atomic_text_file(path) as file:
             file.write(text)
     assert path.read_text() == "new \\ud800"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.raises(OutputError, match=r"no space left for '.*t\.csv'"), whole_file(path) as file:
+        with pytest.raises(OutputError, match=r"no space left for '.*t\.csv'"), atomic_text_file(path) as file:
             file.write("x" * 20000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

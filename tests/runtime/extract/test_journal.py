@@ -142,7 +142,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "new")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("pipe", "no regular file")):
+    for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("pipe", "not a regular file")):
         with pytest.raises(OutputError, match=f"{name}' is {what}, which"):
             Journal.open(tmp_path / name)
     with pytest.raises(OutputError, match="folder' is a directory"):

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from granite4v.errors import ContextOverflowError, OutputError
+from granite4v.paths import atomic_text_file
 from granite4v.runtime.extract import Record, State
-from granite4v.runtime.extract.durable import whole_file
 from tests.helpers.fake_model import FakeModel, make_scans, run
 
 TASKS = ("tables_html", "kvp")
@@ -442,7 +442,7 @@ def test_links_in_place_of_results_are_not_followed(model: FakeModel, scans: Pat
     (out / "c.kvp.json").symlink_to(foreign)
     (out / ".granite4v-partial-c.kvp.json").symlink_to(foreign)
     list(run(model, scans / "c.png", ("kvp",), out=out, resume=True))
-    with whole_file(out / "x") as file:
+    with atomic_text_file(out / "x") as file:
         file.write("x")
     assert foreign.read_text() == "mine" and not (out / "c.kvp.json").is_symlink()
     (tmp_path / "deep").mkdir()
