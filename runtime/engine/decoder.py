@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from granite4v.runtime.engine.prefix import Batch, CachedSequence
-from granite4v.runtime.llama.context import LlamaContext, LlamaModel
+from granite4v.runtime.llama.context import LlamaContext
 from granite4v.runtime.llama.library import Cancel, Worker
+from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.prompt.spans import ImageSpan, Span
 
 if TYPE_CHECKING:

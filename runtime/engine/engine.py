@@ -15,9 +15,9 @@ from granite4v import gguf_keys as keys
 from granite4v.choices import whole_number
 from granite4v.errors import ModelFileError
 from granite4v.runtime.engine.decoder import Decoder
-from granite4v.runtime.llama.context import LlamaModel
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.llama.library import Cancel, Worker
+from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
 from granite4v.runtime.llama.trial import try_once
 from granite4v.runtime.prompt.spans import check_length, image_token, image_token_text

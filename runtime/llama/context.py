@@ -1,166 +1,27 @@
-"""Owners of llama.cpp's model and context. Nothing here knows of pictures, templates or answers.
-
-Both have `close()`, work in a `with`, may be closed twice, and raise ValueError when used afterwards.
-"""
+"""Owner of llama.cpp's context: the KV cache of a sequence. Knows nothing of images, templates or answers."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.llama.library import Cancel, Worker, listen, llama, log
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from granite4v.runtime.llama.placement import Placement
+from granite4v.runtime.llama.library import Cancel, Worker, capture_log, llama, log
+from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.llama.owner import Owner
 
 _TYPE_F32, _TYPE_F16 = 0, 1  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
-_LOAD_PLAIN, _LOAD_MMAP = 0, 1  # enum llama_load_mode
-_ALL_LAYERS = -1
 _ABORTED = 2  # llama_decode's result when the abort callback said so
 _N_OUTPUTS = 8  # rows of logits one batch may ask for; llama.cpp reserves memory for them (0.4 MB a row)
 
 
-class _Owner:
-    """A C handle that is freed once: by `close`, by the garbage collector, or at exit (the youngest first)."""
-
-    def _own(self, handle: Any, free: Callable[..., Any], *kept_alive: Any) -> None:
-        """`kept_alive` are objects that C still uses until the handle is freed."""
-        self._handle = handle
-        self._finalizer = weakref.finalize(self, _free, free, handle, kept_alive)
-
-    @property
-    def handle(self) -> Any:
-        if not self._finalizer.alive:
-            raise ValueError(f"the {type(self).__name__} is closed")
-        return self._handle
-
-    def close(self) -> None:
-        finalizer = getattr(self, "_finalizer", None)
-        if finalizer is not None:
-            finalizer()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _free(free: Callable[..., Any], handle: Any, kept_alive: tuple[Any, ...]) -> None:
-    free(handle)
-
-
-class LlamaModel(_Owner):
-    """The weights and the vocabulary of one text GGUF, and its adapter if one is loaded."""
-
-    def __init__(
-        self, path: Path, *, device: str = "cpu", placement: Placement | None = None, vocab_only: bool = False
-    ) -> None:
-        """`placement` says which buffer types hold the weights on the CPU; without it all stay mapped from the file.
-
-        Raises ModelFileError with llama.cpp's reason when it cannot load the file, DeviceError when the device
-        is missing.
-        """
-        self.path = path
-        self._adapter: Any = None
-        lib = llama()
-        params = lib.llama_model_default_params()
-        params.vocab_only = vocab_only
-        devices = _device_list(device)
-        params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        on_cpu = devices[0] is None
-        params.n_gpu_layers = 0 if on_cpu else _ALL_LAYERS
-        params.use_extra_bufts = False
-        overrides = placement.overrides() if placement and on_cpu else None
-        if overrides is not None:
-            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
-        listen()
-        handle = lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not handle:
-            raise ModelFileError(
-                f"llama.cpp cannot load '{path}': {log().reason()}. Convert it again with 'granite4v convert', or "
-                "check that the file is a text model."
-            )
-        self._own(handle, lib.llama_model_free)  # frees its adapters too
-        self.on_cpu = on_cpu
-        self.vocab: Any = lib.llama_model_get_vocab(handle)
-        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        self.n_embd = int(lib.llama_model_n_embd(handle)) if not vocab_only else 0
-        self.n_embd_inp = int(lib.llama_model_n_embd_inp(handle)) if not vocab_only else 0
-
-    # --- vocabulary ---
-
-    def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
-        """Ids of `text`, with special tokens recognised, and what the file says is added; neither if `plain`."""
-        lib, data = llama(), text.encode()
-        room = len(data) + 8
-        ids = (ctypes.c_int32 * room)()
-        n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
-        if n < 0:
-            raise ValueError(f"llama_tokenize needs room for {-n} tokens, {room} were expected to do")
-        return list(ids[:n])
-
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; none for a special token."""
-        lib, room = llama(), 256
-        buffer = ctypes.create_string_buffer(room)
-        n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
-        if n < 0:  # it tells how much room it needs
-            room = -n
-            buffer = ctypes.create_string_buffer(room)
-            n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
-        return buffer.raw[: max(n, 0)]
-
-    def _open_vocab(self) -> Any:
-        return self.vocab if self.handle else None
-
-    # --- adapter ---
-
-    @property
-    def has_adapter(self) -> bool:
-        return bool(self._adapter)
-
-    @property
-    def adapter(self) -> Any:
-        return self._adapter
-
-    def load_adapter(self, path: Path) -> None:
-        """Loads a LoRA; a context applies it once it is switched on. Raises ModelFileError when it does not fit."""
-        listen()
-        adapter = llama().llama_adapter_lora_init(self.handle, os.fsencode(path))
-        if not adapter:
-            raise ModelFileError(
-                f"the adapter '{path}' does not fit '{self.path}': {log().reason()}. Use the adapter that was "
-                "converted together with this model."
-            )
-        self._adapter = adapter
-
-
-def _device_list(name: str) -> Any:
-    """A NULL-terminated array of ggml devices for llama.cpp; it holds none for the CPU alone."""
-    from granite4v.ggml.backend import find_device
-    from granite4v.ggml.library import lib
-
-    device = find_device(name)
-    is_cpu = lib().ggml_backend_dev_type(device) == 0  # GGML_BACKEND_DEVICE_TYPE_CPU
-    return (ctypes.c_void_p * 2)(None if is_cpu else device.value, None)
-
-
-class LlamaContext(_Owner):
+class LlamaContext(Owner):
     """The KV cache of one sequence and the buffers to extend it."""
 
     def __init__(
@@ -182,7 +43,7 @@ class LlamaContext(_Owner):
         params.offload_kqv = params.op_offload = not model.on_cpu
         params.abort_callback = lib.ggml_abort_callback(worker.abort_address)
         params.abort_callback_data = worker.abort_data
-        listen()
+        capture_log()
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
@@ -208,8 +69,6 @@ class LlamaContext(_Owner):
         self, tokens: Sequence[int], position: int, *, n_outputs: int, cancel: Cancel | None = None
     ) -> None:
         """Appends tokens at `position`; keeps logits of the last `n_outputs`. Raises Aborted when cancelled."""
-        import numpy as np
-
         ids = np.asarray(tokens, dtype=np.int32)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.n_vocab:
             raise ModelFileError(
@@ -220,8 +79,6 @@ class LlamaContext(_Owner):
 
     def decode_rows(self, rows: np.ndarray, position: int, *, n_outputs: int, cancel: Cancel | None = None) -> None:
         """Appends embeddings, float32 `(n, n_embd_inp)`, at `position`. Raises Aborted when cancelled."""
-        import numpy as np
-
         if rows.dtype != np.float32 or rows.shape[1:] != (self.model.n_embd_inp,):
             raise ValueError(
                 f"rows are {rows.dtype} {rows.shape}, the model takes float32 (n, {self.model.n_embd_inp})"
@@ -231,8 +88,6 @@ class LlamaContext(_Owner):
     def _decode(
         self, field: str, data: np.ndarray, ctype: Any, position: int, n_outputs: int, cancel: Cancel | None
     ) -> None:
-        import numpy as np
-
         lib, n = llama(), len(data)
         if not 0 < n <= self.n_ubatch or position + n > self.n_ctx:
             raise ValueError(
@@ -254,7 +109,7 @@ class LlamaContext(_Owner):
             lib.llama_synchronize(handle)
             return status
 
-        listen()
+        capture_log()
         status = self._worker.run(call, cancel)
         if status == _ABORTED:
             raise Aborted
@@ -263,8 +118,6 @@ class LlamaContext(_Owner):
 
     def logits(self, row: int = -1) -> np.ndarray:
         """A copy of the logits of the last batch, float32 `(n_vocab,)`; -1 is the last token's."""
-        import numpy as np
-
         pointer = llama().llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise ValueError("the last batch asked for no logits")
@@ -282,8 +135,6 @@ class LlamaContext(_Owner):
 
     def state(self) -> np.ndarray:
         """The cached sequence as bytes, for `restore` in another context of the same model."""
-        import numpy as np
-
         lib, handle = llama(), self.handle
         data = np.empty(lib.llama_state_seq_get_size(handle, 0), dtype=np.uint8)
         n = lib.llama_state_seq_get_data(handle, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(data), 0)

@@ -51,10 +51,10 @@ def llama() -> Any:
     return llama_cpp
 
 
-def listen() -> None:
-    """Empties the log and takes it over, before a call whose failure should be explained.
+def capture_log() -> None:
+    """Empties the log and directs llama.cpp's messages to it, before a call whose failure should be explained.
 
-    Again each time: other users of llama-cpp-python in the process set the log, too.
+    Repeated before each call, because other users of llama-cpp-python in the process set the log callback, too.
     """
     log().clear()
     llama().llama_log_set(_log_callback(llama()), None)
@@ -133,11 +133,11 @@ class Worker:
                 if cancel is not None and cancel():
                     self._flag[0] = b"\1"
         except BaseException:
-            self._settle()
+            self._drain()
             raise
         return future.result()
 
-    def _settle(self) -> None:
+    def _drain(self) -> None:
         """Aborts what runs and waits until the thread is idle: calls are done in order, so an empty one is last."""
         self._flag[0] = b"\1"
         self._pool.submit(int).result()

@@ -123,8 +123,9 @@ def _load(text: Path, adapter: Path | None) -> None:
     import numpy as np
 
     from granite4v.ggml.gguf_file import GgufFile
-    from granite4v.runtime.llama.context import LlamaContext, LlamaModel
+    from granite4v.runtime.llama.context import LlamaContext
     from granite4v.runtime.llama.library import Worker
+    from granite4v.runtime.llama.model import LlamaModel
     from granite4v.runtime.prompt.tokenizer import load_tokenizer
 
     with GgufFile.open(text) as file:

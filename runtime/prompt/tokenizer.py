@@ -17,7 +17,7 @@ from granite4v.errors import ModelFileError
 
 if TYPE_CHECKING:
     from granite4v.ggml.metadata import GgufMetadata
-    from granite4v.runtime.llama.context import LlamaModel
+    from granite4v.runtime.llama.model import LlamaModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
 _SPECIAL_KEYS = {
@@ -220,7 +220,7 @@ class LlamaTokenizer:
     """llama.cpp's own tokenizer on the file's vocabulary. `types` are the file's token types, where it has any."""
 
     def __init__(self, path: Path, types: Sequence[int] = ()) -> None:
-        from granite4v.runtime.llama.context import LlamaModel
+        from granite4v.runtime.llama.model import LlamaModel
 
         self._model: LlamaModel = LlamaModel(path, vocab_only=True)
         self._types = types

@@ -1,0 +1,113 @@
+"""Owner of llama.cpp's model: weights, vocabulary, adapter. Knows nothing of images, templates or answers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import ModelFileError
+from granite4v.ggml.backend import find_device
+from granite4v.ggml.library import lib as ggml
+from granite4v.runtime.llama.library import capture_log, llama, log
+from granite4v.runtime.llama.owner import Owner
+from granite4v.runtime.llama.placement import Placement
+
+_LOAD_PLAIN, _LOAD_MMAP = 0, 1  # enum llama_load_mode
+_ALL_LAYERS = -1
+_DEVICE_CPU = 0  # enum ggml_backend_dev_type
+
+
+class LlamaModel(Owner):
+    """The weights and the vocabulary of one text GGUF, and its adapter if one is loaded."""
+
+    def __init__(
+        self, path: Path, *, device: str = "cpu", placement: Placement | None = None, vocab_only: bool = False
+    ) -> None:
+        """`placement` says which buffer types hold the weights on the CPU; without it all stay mapped from the file.
+
+        Raises ModelFileError with llama.cpp's reason when it cannot load the file, DeviceError when the device
+        is missing.
+        """
+        self.path = path
+        self._adapter: Any = None
+        lib = llama()
+        params = lib.llama_model_default_params()
+        params.vocab_only = vocab_only
+        devices = _device_list(device)
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        on_cpu = devices[0] is None
+        params.n_gpu_layers = 0 if on_cpu else _ALL_LAYERS
+        params.use_extra_bufts = False
+        overrides = placement.overrides() if placement and on_cpu else None
+        if overrides is not None:
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
+        capture_log()
+        handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not handle:
+            raise ModelFileError(
+                f"llama.cpp cannot load '{path}': {log().reason()}. Convert it again with 'granite4v convert', or "
+                "check that the file is a text model."
+            )
+        self._own(handle, lib.llama_model_free)  # frees its adapters too
+        self.on_cpu = on_cpu
+        self.vocab: Any = lib.llama_model_get_vocab(handle)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.n_embd = int(lib.llama_model_n_embd(handle)) if not vocab_only else 0
+        self.n_embd_inp = int(lib.llama_model_n_embd_inp(handle)) if not vocab_only else 0
+
+    # --- vocabulary ---
+
+    def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
+        """Ids of `text`, with special tokens recognised, and what the file says is added; neither if `plain`."""
+        lib, data = llama(), text.encode()
+        room = len(data) + 8
+        ids = (ctypes.c_int32 * room)()
+        n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
+        if n < 0:
+            raise ValueError(f"llama_tokenize needs room for {-n} tokens, {room} were expected to do")
+        return list(ids[:n])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; none for a special token."""
+        lib, room = llama(), 256
+        buffer = ctypes.create_string_buffer(room)
+        n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
+        if n < 0:  # it tells how much room it needs
+            room = -n
+            buffer = ctypes.create_string_buffer(room)
+            n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
+        return buffer.raw[: max(n, 0)]
+
+    def _open_vocab(self) -> Any:
+        return self.vocab if self.handle else None
+
+    # --- adapter ---
+
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self._adapter)
+
+    @property
+    def adapter(self) -> Any:
+        return self._adapter
+
+    def load_adapter(self, path: Path) -> None:
+        """Loads a LoRA; a context applies it once it is switched on. Raises ModelFileError when it does not fit."""
+        capture_log()
+        adapter = llama().llama_adapter_lora_init(self.handle, os.fsencode(path))
+        if not adapter:
+            raise ModelFileError(
+                f"the adapter '{path}' does not fit '{self.path}': {log().reason()}. Use the adapter that was "
+                "converted together with this model."
+            )
+        self._adapter = adapter
+
+
+def _device_list(name: str) -> Any:
+    """A NULL-terminated array of ggml devices for llama.cpp; it holds none for the CPU alone."""
+    device = find_device(name)
+    is_cpu = ggml().ggml_backend_dev_type(device) == _DEVICE_CPU
+    return (ctypes.c_void_p * 2)(None if is_cpu else device.value, None)
