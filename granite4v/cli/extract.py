@@ -85,7 +85,9 @@ def extract(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume, read pages again that failed.")
     ] = False,
-    free: Annotated[bool, typer.Option("--free", help="Do not hold answers to the form of their task.")] = False,
+    unconstrained: Annotated[
+        bool, typer.Option("--unconstrained", help="Do not hold answers to the format of their task.")
+    ] = False,
     fast_forward: Annotated[
         bool,
         typer.Option("--fast-forward/--no-fast-forward", help="Do not sample where the form leaves one choice."),
@@ -138,7 +140,7 @@ def extract(
             password=password,
             crop=crop,
             resume=resume,
-            free=free,
+            unconstrained=unconstrained,
             fast_forward=fast_forward,
             max_tokens=max_tokens,
             report=report,

@@ -29,6 +29,10 @@ _SAME = {
 }
 
 
+# settings whose names have changed, so that runs of earlier versions can be gone on with
+_RENAMED = {"free": "unconstrained"}
+
+
 class Folder:
     """An output directory that this process holds the lock of, until `release`."""
 
@@ -164,6 +168,9 @@ class Folder:
         )
         if not ours or content.get("format") != FORMAT:
             raise OutputError(f"'{path}' was not written by this version of granite4v; start again with another --out.")
+        settings = content.get("settings")
+        if isinstance(settings, dict):
+            content["settings"] = {_RENAMED.get(name, name): value for name, value in settings.items()}
         return content
 
 

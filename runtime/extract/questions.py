@@ -98,11 +98,11 @@ def _check_prompt(prompt: str) -> None:
 
 
 def questions(
-    model: Model, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, free: bool
+    model: Model, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, unconstrained: bool
 ) -> tuple[Question, ...]:
     """What to ask for each of `tasks` (see `check_tasks`), in the words of this model's template.
 
-    `free`: without grammars. Raises PromptError for a task that the template does not know.
+    `unconstrained`: without grammars. Raises PromptError for a task that the template does not know.
     """
     unknown = [task for task in tasks if task in TAGS and not _expands(model, task)]
     if unknown:
@@ -119,7 +119,7 @@ def questions(
             task,
             texts[task],
             schema if task == KVP else None,
-            None if free else _grammar(task, schema if task == KVP else None),
+            None if unconstrained else _grammar(task, schema if task == KVP else None),
         )
         for task in tasks
     )

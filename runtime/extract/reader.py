@@ -30,7 +30,7 @@ class Settings:
     """How answers are made; all of it changes what is answered, or could."""
 
     max_tokens: int | None = None
-    free: bool = False
+    unconstrained: bool = False
     fast_forward: bool = True
     lora: bool | None = None
 

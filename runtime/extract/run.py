@@ -42,7 +42,7 @@ def extract(
     password: str | None = None,
     crop: Sequence[float | str] | str | None = None,
     resume: bool = False,
-    free: bool = False,
+    unconstrained: bool = False,
     fast_forward: bool = True,
     max_tokens: int | None = None,
     report: bool = False,
@@ -62,8 +62,8 @@ def extract(
     `schema` (a JSON Schema file, a pydantic class or its path, or plain data), and `prompt` adds a free question.
     `model`: a loaded model, which stays open, or what `Model.load` takes; then `n_ctx`, `n_threads`, `device` and
     `mmproj` count. `pages` ('1-3,7'), `password` and `crop` ('x,y,w,h') choose what is read. `max_tokens`: of an
-    answer; None for 4096, or what the context has room for. `free`: do not hold answers to the form of their task.
-    `fast_forward` off: sample even where the form leaves one choice.
+    answer; None for 4096, or what the context has room for. `unconstrained`: do not hold answers to the
+    format of their task. `fast_forward` off: sample even where the format leaves one choice.
 
     `out`: a directory for `results.jsonl`, where every record is on the disk before it is given out, and for the
     converted files of each document (`formats`: of `documents.FORMATS`; their names are a record's `stem`, the task and
@@ -124,10 +124,10 @@ def extract(
 
             model = Model.load(model, n_ctx=n_ctx, n_threads=n_threads, device=device, mmproj=mmproj)
             closing.insert(0, model.close)
-        asked = questions(model, tasks, prompt, found, free=free)
+        asked = questions(model, tasks, prompt, found, unconstrained=unconstrained)
         for warning in schema_warnings(asked):
             say(f"warning: {warning}")
-        settings = Settings(None if max_tokens is None else int(max_tokens), free, fast_forward, lora)
+        settings = Settings(None if max_tokens is None else int(max_tokens), unconstrained, fast_forward, lora)
         hashes = model_hashes(model.files, say)
         if folder is not None:
             for remark in folder.begin(_manifest(paths, asked, hashes, selection, settings, model)):

@@ -21,7 +21,7 @@ Schema = dict[str, Any]
 
 _MAX_LEVELS = 200  # llguidance needs up to 16 KB of the stack for each
 _MANY = 50  # schemas in one, that are each tried by themselves
-_WHAT_TO_DO = "Change the schema, or let answers be free (--free; free=True in Python)."
+_WHAT_TO_DO = "Change the schema, or turn the constraint off (--unconstrained; unconstrained=True in Python)."
 
 
 class Definite(NamedTuple):

@@ -178,7 +178,7 @@ def ask_for(model: Model, task: str, schema: Json | None) -> Question:
     from granite4v.runtime.extract.schema import load_schema
 
     found = None if schema is None else load_schema(schema)
-    return questions(model, (task,), None, found, free=False)[0]
+    return questions(model, (task,), None, found, unconstrained=False)[0]
 
 
 def _answer(model: Model, picture: Image | Path, question: Question, max_tokens: int, forced: bool) -> Answer:

@@ -210,7 +210,18 @@ def test_a_file_that_was_repaired_leaves_no_failure(folder: Path, scans: Path, t
     (batch / "sub").mkdir(parents=True)
     for name in ("b.png", "c.png"):
         (batch / "sub" / name).write_bytes((scans / name).read_bytes())
-    arguments = ["--model", folder, "--task", "chart2csv", "--free", "--max-tokens", 5, "--out", out, "--report"]
+    arguments = [
+        "--model",
+        folder,
+        "--task",
+        "chart2csv",
+        "--unconstrained",
+        "--max-tokens",
+        5,
+        "--out",
+        out,
+        "--report",
+    ]
     first = run(batch, *arguments)
     assert first.exit_code == 1 and "1 failed" in first.stderr and "sub/c.png" in first.stderr
     text_picture((60, 90), 20).save(batch / "sub" / "c.png")
@@ -233,7 +244,7 @@ def test_records_are_kept_where_stdout_cannot_be_written(folder: Path, scans: Pa
 
 
 def test_an_answer_that_was_cut_is_told(folder: Path, scans: Path, tmp_path: Path) -> None:
-    result = run(scans / "b.png", "--model", folder, "--task", "chart2summary", "--free", "--max-tokens", 4)
+    result = run(scans / "b.png", "--model", folder, "--task", "chart2summary", "--unconstrained", "--max-tokens", 4)
     assert (
         result.exit_code == 1 and "b.png, page 1, chart2summary: cut: the answer did not end by itself" in result.stderr
     )

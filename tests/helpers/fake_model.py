@@ -78,7 +78,7 @@ def make_scans(folder: Path) -> Path:
 
 
 def run(model: Any, inputs: Any, tasks: Any = ("tables_html", "kvp"), **options: Any) -> Extraction:
-    options = {"schema": SCHEMA if "kvp" in tasks else None, "free": True, **options}
+    options = {"schema": SCHEMA if "kvp" in tasks else None, "unconstrained": True, **options}
     return extract(inputs, tasks, model=model, **options)
 
 

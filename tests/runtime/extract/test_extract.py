@@ -144,7 +144,7 @@ def test_a_run_that_is_not_used_up_gives_its_directory_back(model: FakeModel, sc
         ),
         ({"max_tokens": 7}, "max_tokens none then and 7 now"),
         ({"crop": (0, 0, 5, 5)}, "the crop differs .none then, 0,0,5,5 now"),
-        ({"free": False}, "free true then and false now"),
+        ({"unconstrained": False}, "unconstrained true then and false now"),
         ({"password": "x", "formats": ["csv"]}, ""),
         ({"tasks": ["tables_html"]}, ""),
         ({"pages": "1"}, ""),
@@ -309,8 +309,16 @@ def test_records_tell_what_they_are_about() -> None:
 
 
 def test_answers_are_held_to_their_form_unless_free(model: FakeModel, scans: Path) -> None:
-    for options in ({}, {"fast_forward": False}, {"free": True}):
-        list(run(model, scans / "c.png", ["tables_html", "kvp"], **{"free": False, **options}, prompt="How bright?"))
+    for options in ({}, {"fast_forward": False}, {"unconstrained": True}):
+        list(
+            run(
+                model,
+                scans / "c.png",
+                ["tables_html", "kvp"],
+                **{"unconstrained": False, **options},
+                prompt="How bright?",
+            )
+        )
     constraints = [held["constraint"] for held in model.held]
     assert [constraint and constraint.task for constraint in constraints] == ["tables_html", "kvp", None] * 2 + [
         None
@@ -323,7 +331,7 @@ def test_a_schema_that_answers_cannot_be_held_to_is_refused_before_the_first_pag
 ) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}}
     with pytest.raises(ConstraintError):
-        run(model, scans, ["kvp"], schema=schema, free=False, out=tmp_path / "out")
+        run(model, scans, ["kvp"], schema=schema, unconstrained=False, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and model.asked == []
 
 

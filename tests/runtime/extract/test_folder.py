@@ -154,7 +154,7 @@ MANIFEST = {
     "prompts": {"kvp": "0" * 64},
     "schema": "1" * 64,
     "model": {"text": "2" * 64},
-    "settings": {"free": False, "max_tokens": None},
+    "settings": {"unconstrained": False, "max_tokens": None},
 }
 
 
@@ -184,13 +184,31 @@ def test_a_run_is_begun_once_and_gone_on_with(tmp_path: Path) -> None:
         ({"model": {"text": "3" * 64}}, r"the model's files differ \(text 222222222222... then and 333333333333"),
         ({"schema": "4" * 64}, "the schema differs .111111111111... then, 444444444444... now"),
         ({"prompts": {"kvp": "5" * 64}}, r"the prompts differ \(kvp 000000000000... then and 555555555555... now"),
-        ({"settings": {"free": True, "max_tokens": 5}}, r"free false then and true now, max_tokens none then and 5"),
+        (
+            {"settings": {"unconstrained": True, "max_tokens": 5}},
+            "unconstrained false then and true now, max_tokens none",
+        ),
     ],
 )
 def test_a_changed_job_is_refused_with_what_differs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     begin(tmp_path / "out")
     with pytest.raises(OutputError, match=message):
         begin(tmp_path / "out", resume=True, **changes)
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with_under_the_new_names_of_its_settings(tmp_path: Path) -> None:
+    old = {"format": 1, **MANIFEST, "settings": {"free": True, "max_tokens": None}}
+    for unconstrained in (True, False):
+        out = tmp_path / str(unconstrained)
+        out.mkdir()
+        (out / "run.json").write_text(json.dumps(old))
+        settings = {"unconstrained": unconstrained, "max_tokens": None}
+        if unconstrained:
+            assert begin(out, resume=True, settings=settings) == []
+            assert json.loads((out / "run.json").read_text())["settings"] == settings
+        else:
+            with pytest.raises(OutputError, match="unconstrained true then and false now"):
+                begin(out, resume=True, settings=settings)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -53,7 +53,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
     (folder / SCHEMA).write_bytes(data)
     n_tokens = str(rng.choice((1, 20, 120, 400, 400)))
     command = ["extract", samples.PAGE, "--task", "kvp", "--schema", SCHEMA, "--max-tokens", n_tokens]
-    command += ["--threads", "1", "--out", "out", *rng.choice(([], [], ["--report"], ["--free"]))]
+    command += ["--threads", "1", "--out", "out", *rng.choice(([], [], ["--report"], ["--unconstrained"]))]
     return Case([what, data[:300].decode("utf-8", "replace")], [command])
 
 
@@ -67,7 +67,7 @@ def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
                 found.append(f"an answer is called valid and is not: {wrong}")
         elif (
             record.get("finish_reason") == "stop"
-            and "--free" not in case.commands[0]
+            and "--unconstrained" not in case.commands[0]
             and NOT_HELD not in results[0].stderr
         ):
             found.append(f"an answer that ended by itself is not valid: {record.get('validity_error')!s:.80}")
