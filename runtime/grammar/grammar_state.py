@@ -73,7 +73,7 @@ class Guide:
         if not mask.any():
             raise ConstraintError(
                 f"no token can follow {self._compiler.lexicon.text(self._said[-20:])!r}; the model's vocabulary cannot "
-                "spell what the form demands. Use --unconstrained (unconstrained=True)."
+                "spell what the form demands. Use --unconstrained."
             )
         return mask
 
@@ -154,7 +154,7 @@ class Compiler:
             matcher = LLMatcher(self.ll_tokenizer, grammar, log_level=0, limits=limits())
             if matcher.is_error():
                 raise ConstraintError(
-                    f"llguidance cannot compile the grammar: {_reason(matcher)}. Use --unconstrained (unconstrained=True)."
+                    f"llguidance cannot compile the grammar: {_reason(matcher)}. Use --unconstrained."
                 )
             self._matchers[grammar] = matcher
             while len(self._matchers) > _KEPT_GRAMMARS:
@@ -328,7 +328,7 @@ def _check(matcher: Any) -> None:
     """Raises ConstraintError when llguidance ran into one of its limits: its masks hold the end alone then."""
     if matcher.is_error():
         raise ConstraintError(
-            f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Use --unconstrained (unconstrained=True)."
+            f"llguidance gave up in the middle of an answer: {_reason(matcher)}. Use --unconstrained."
         )
 
 
