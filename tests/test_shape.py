@@ -64,6 +64,12 @@ KNOWN_LONG_MODULES = {
     "tests/runtime/grammar/test_grammar_state.py",
     "tests/runtime/grammar/test_translation.py",
 }
+# Tests that still count the rounds of a loop as tests of their own.
+KNOWN_COUNTED_LOOPS = {
+    "tests/runtime/documents/test_pictures.py",
+    "tests/runtime/formats/test_parsers.py",
+    "tests/runtime/grammar/test_schema.py",
+}
 
 
 def all_files() -> list[Path]:
@@ -116,3 +122,17 @@ def test_modules_are_short() -> None:
         relative(path) for path in all_files() if len(path.read_text(encoding="utf-8").splitlines()) > MAX_MODULE_LINES
     }
     assert found - KNOWN_LONG_MODULES == set()
+
+
+def is_counted_loop(node: ast.AST) -> bool:
+    """Whether this is `parametrize("seed", ...)` or `parametrize(..., range(...))`."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parametrize"):
+        return False
+    names, values = node.args[:2]
+    return "seed" in ast.unparse(names) or (isinstance(values, ast.Call) and ast.unparse(values.func) == "range")
+
+
+def test_loops_over_seeds_stand_inside_tests() -> None:
+    """A test is something that can fail on its own account; a hundred seeds of it are one."""
+    found = {relative(path) for path in python_files("tests") if any(map(is_counted_loop, ast.walk(parse(path))))}
+    assert found - KNOWN_COUNTED_LOOPS == set()

@@ -57,12 +57,14 @@ def put_field(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-@pytest.mark.parametrize("field", INTEGERS)
 @pytest.mark.parametrize("value", ["abc", 1.5, True, 0, -1, 10**30, [4], {"a": 1}, float("nan"), float("inf")])
-def test_integers_of_other_types_or_sizes(field: str, value: Any, source: Path) -> None:
-    edit(source / "config.json", put_field(field, value))
+def test_integers_of_other_types_or_sizes(value: Any, source: Path) -> None:
     found = repr(value) if isinstance(value, str) else json.dumps(value)
-    assert refusal(source) == f"'config.json': '{field}' is {found}; expected an integer from 1 to {INTEGERS[field]}."
+    original = (source / "config.json").read_bytes()
+    for field, most in INTEGERS.items():
+        (source / "config.json").write_bytes(original)
+        edit(source / "config.json", put_field(field, value))
+        assert refusal(source) == f"'config.json': '{field}' is {found}; expected an integer from 1 to {most}."
 
 
 @pytest.mark.parametrize(

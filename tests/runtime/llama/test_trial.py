@@ -204,9 +204,8 @@ GROWING: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("i", range(len(GROWING)))
-def test_a_tokenizer_that_would_fill_memory_is_said(i: int) -> None:
-    tokenizer, message = GROWING[i]
+@pytest.mark.parametrize(("tokenizer", "message"), GROWING, ids=[message[:30] for _, message in GROWING])
+def test_a_tokenizer_that_would_fill_memory_is_said(tokenizer: Any, message: str) -> None:
     with pytest.raises(ModelFileError, match=message):
         check_text(metadata(tokenizer))
 
