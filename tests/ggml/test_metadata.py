@@ -32,10 +32,9 @@ TAKEN: list[tuple[Callable[[GgufMetadata], Any], Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("i", range(len(TAKEN)))
-def test_a_value_within_its_bounds_is_returned(i: int) -> None:
-    accessor, value, expected = TAKEN[i]
-    assert accessor(of(value)) == expected
+def test_a_value_within_its_bounds_is_returned() -> None:
+    for accessor, value, expected in TAKEN:
+        assert accessor(of(value)) == expected, value
 
 
 REFUSED: list[tuple[Callable[[GgufMetadata], Any], tuple[Any, ...], str]] = [
@@ -50,9 +49,10 @@ REFUSED: list[tuple[Callable[[GgufMetadata], Any], tuple[Any, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize("i", range(len(REFUSED)))
-def test_everything_else_is_refused_by_name(i: int) -> None:
-    accessor, values, expected = REFUSED[i]
+@pytest.mark.parametrize(("accessor", "values", "expected"), REFUSED, ids=[expected for *_, expected in REFUSED])
+def test_everything_else_is_refused_by_name(
+    accessor: Callable[[GgufMetadata], Any], values: tuple[Any, ...], expected: str
+) -> None:
     for value in values:
         with pytest.raises(ModelFileError) as caught:
             accessor(of(value))
