@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     )
     from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
     from granite4v.runtime.extract import Record
-    from granite4v.runtime.grammar import grammar_for
+    from granite4v.runtime.formats.task_grammar import grammar_for
 
     __version__: str
 
@@ -69,7 +69,7 @@ _ROOMS = {
     "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
     "clip_projector": ("ImageFeatures", "load_image"),
     "default_model": ("extract", "load"),
-    "runtime.grammar": ("grammar_for",),
+    "runtime.formats.task_grammar": ("grammar_for",),
     "runtime.extract": ("Record",),
 }
 

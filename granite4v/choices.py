@@ -9,9 +9,6 @@ import operator
 from typing import Any, Literal, TypeAlias
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
-Task: TypeAlias = Literal[
-    "chart2csv", "chart2code", "chart2summary", "tables_html", "tables_json", "tables_otsl", "kvp"
-]  # the tasks of `runtime.outputs`, and a question of one's own
 Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "docling"]
 
 MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
-    from granite4v.choices import Device, Format, Task
+    from granite4v.choices import Device, Format
     from granite4v.converter import Progress
     from granite4v.runtime import Model
     from granite4v.runtime.extract import Extraction
@@ -65,7 +65,7 @@ def load(
 
 def extract(
     inputs: Sequence[str | Path] | str | Path,
-    tasks: Sequence[Task] | Task = (),
+    tasks: Sequence[str] | str = (),
     *,
     model: Model | str | Path | None = None,
     schema: SchemaSource | None = None,

@@ -17,7 +17,9 @@ from granite4v.runtime.engine.generate import Answer, generate
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.request import Request
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.grammar import Compiler, Grammar, Guide
+from granite4v.runtime.formats.tasks import task_or_question
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.grammar_state import Compiler, Guide
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.library import Cancel
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
@@ -268,7 +270,7 @@ class Model:
                 cancelled=cancel or _never,
                 guide=self._guide(constraint),
                 fast_forward=fast_forward,
-                repetition=Repetition(task) if repetition and not ignore_eos else None,
+                repetition=Repetition(task_or_question(task).rows) if repetition and not ignore_eos else None,
             )
         return AnswerStream(pieces, request.answer, self._lock)
 

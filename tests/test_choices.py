@@ -7,10 +7,8 @@ from typing import get_args
 from granite4v import choices
 from granite4v.ggml.backend import DEVICES
 from granite4v.runtime.extract.documents import FORMATS
-from granite4v.runtime.formats import TASKS
 
 
 def test_types_and_tables_agree() -> None:
     assert get_args(choices.Device) == DEVICES
-    assert get_args(choices.Task) == TASKS
     assert get_args(choices.Format) == FORMATS

@@ -23,6 +23,7 @@ from granite4v.cli.status import stage_line
 from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
 from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
+from granite4v.runtime.formats.tasks import TASKS
 
 if TYPE_CHECKING:
     from granite4v.runtime.extract import Extraction, Record, State
@@ -43,7 +44,7 @@ def extract(
         typer.Option(
             "--task",
             metavar="TASK",
-            help="chart2csv, chart2code, chart2summary, tables_html, tables_json, tables_otsl or kvp; may be repeated.",
+            help=f"{', '.join(TASKS)}; may be repeated.",
         ),
     ] = None,
     schema: Annotated[

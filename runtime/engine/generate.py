@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from granite4v.runtime.engine.repetition import Repetition
-    from granite4v.runtime.grammar import Guide
+    from granite4v.runtime.grammar.grammar_state import Guide
 
 STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition"
 

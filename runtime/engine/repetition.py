@@ -16,8 +16,7 @@ A run that counts (a row number that goes up) is not noticed: it says something 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from granite4v.runtime.formats.rows import LINES, Rows
 
 MOST_ROWS, MOST_BLANK_ROWS = 36, 72
 MOST_ROUNDS = 12
@@ -26,39 +25,11 @@ MOST_CHARACTERS = 600  # of one period within a row
 _CHECKED_EVERY = 64  # characters
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """How an answer falls into rows. `end` closes one, or a part of one if `group` says which row a part is of.
-
-    `blank` is what stands in a row in which nothing is written; `place` is not compared.
-    """
-
-    end: str
-    blank: re.Pattern[str]
-    group: re.Pattern[str] | None = None
-    place: re.Pattern[str] | None = None
-
-
-_LINES = _Rows("\n", re.compile(r"\s+"))
-_KINDS = {
-    "tables_otsl": _Rows("<nl>", re.compile(r"</?(?:otsl|[eflux]cel|ched|rhed|srow)>|\s+")),
-    "tables_html": _Rows("</tr>", re.compile(r"</?[a-zA-Z][^<>]*>|\s+")),
-    "tables_json": _Rows(
-        "}",
-        re.compile(r'"content": *""|"type": *"\w*"|"\w+": *\d+|[\[\]{},\s]+'),
-        group=re.compile(r'"row": *(\d+)'),
-        place=re.compile(r'"row": *\d+'),
-    ),
-    "kvp": _Rows("}", re.compile(r'"[^"\\]*": *|null|""|[\[\]{},\s]+')),
-    "chart2csv": _Rows("\n", re.compile(r'[,"\s]+')),
-}
-
-
 class Repetition:
-    """Watches one answer. `task` says what a row is; for all that have no rows of their own it is a line."""
+    """Watches one answer, which falls into `rows`."""
 
-    def __init__(self, task: str = "") -> None:
-        self._kind = _KINDS.get(task, _LINES)
+    def __init__(self, rows: Rows = LINES) -> None:
+        self._rows = rows
         self._text = ""  # of the part that has not ended
         self._n_checked = 0
         self._row, self._group = "", ""
@@ -69,8 +40,8 @@ class Repetition:
     def push(self, piece: str) -> bool:
         """Whether the answer runs on, with this piece at its end."""
         self._text += piece
-        while self._kind.end in self._text:
-            part, _, self._text = self._text.partition(self._kind.end)
+        while self._rows.end in self._text:
+            part, _, self._text = self._text.partition(self._rows.end)
             self._n_checked = 0
             if self._end_part(part):
                 return True
@@ -80,9 +51,9 @@ class Repetition:
         return is_periodic(self._text[-MOST_CHARACTERS:])
 
     def _end_part(self, part: str) -> bool:
-        if self._kind.group is None:
+        if self._rows.group is None:
             return self._end_row(part)
-        found = self._kind.group.search(part)
+        found = self._rows.group.search(part)
         group = found[1] if found else ""
         if group == self._group:
             self._row += part
@@ -91,9 +62,9 @@ class Repetition:
         return self._end_row(row)
 
     def _end_row(self, row: str) -> bool:
-        self._n_blank = 0 if self._kind.blank.sub("", row) else self._n_blank + 1
-        if self._kind.place is not None:
-            row = self._kind.place.sub("", row)
+        self._n_blank = 0 if self._rows.blank.sub("", row) else self._n_blank + 1
+        if self._rows.position is not None:
+            row = self._rows.position.sub("", row)
         for cycle in range(1, LONGEST_CYCLE + 1):
             equal = len(self._past) >= cycle and self._past[-cycle] == row
             self._equal[cycle] = self._equal[cycle] + 1 if equal else 0

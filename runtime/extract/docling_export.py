@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v.errors import Granite4vError
 from granite4v.paths import atomic_text_file
 from granite4v.runtime.extract.own_files import make_folders
-from granite4v.runtime.extract.record import CHART, TABLES, Record
+from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import Table
 
 if TYPE_CHECKING:
@@ -61,17 +61,17 @@ def as_docling(name: str, source: str, records: Iterable[Record]) -> DoclingDocu
         if record.page not in document.pages:
             document.add_page(record.page, Size(width=record.size_px[0], height=record.size_px[1]))
         where = _whole_page(record)
-        if record.task in TABLES and record.tables:
+        if record.kind == "tables" and record.tables:
             if table_task.setdefault(record.page, record.task) == record.task:
                 for table in record.tables:
                     document.add_table(_table_data(table), prov=where)
-        elif record.task == CHART and isinstance(record.value, Table):
+        elif record.kind == "chart" and isinstance(record.value, Table):
             _chart_on(document, charts, record).meta.tabular_chart = _chart_data(record.value)
         elif record.task == "chart2summary" and record.value:
             _chart_on(document, charts, record).meta.description = _description(record.value)
-        elif record.task == "kvp" and record.value:
+        elif record.kind == "fields" and record.value:
             document.add_key_values(_graph(record.value), prov=where)
-        elif record.task == "chart2code" and record.value:
+        elif record.kind == "code" and record.value:
             document.add_text(DocItemLabel.CODE, record.value, prov=where)
         elif isinstance(record.value, str) and record.value:
             document.add_text(DocItemLabel.TEXT, record.value, prov=where)

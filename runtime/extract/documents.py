@@ -17,22 +17,13 @@ from typing import Any, TextIO
 from granite4v.errors import AnswerError, Granite4vError, OutputError
 from granite4v.paths import FileOutputError, atomic_text_file, disk_errors, is_regular_file
 from granite4v.runtime.extract.own_files import make_folders
-from granite4v.runtime.extract.questions import PROMPT
-from granite4v.runtime.extract.record import CHART, TABLES, Record
+from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import TASKS, Table, write
+from granite4v.runtime.formats.tasks import QUESTION, task_or_question
 
 TABLE_FORMATS = {"csv": "csv", "html": "html", "json": "json", "otsl": "otsl", "md": "markdown"}  # suffix: form
 DOCLING = "docling"
 FORMATS = (*TABLE_FORMATS, DOCLING)
-NATIVE = {
-    CHART: "csv",
-    "tables_html": "html",
-    "tables_json": "json",
-    "tables_otsl": "otsl",
-    "kvp": "json",
-    "chart2code": "py",
-}
-PROSE = "md"
 # what stands before the first table, between two, and behind the last
 _FRAMES = {
     "html": ("", "\n", "\n"),
@@ -45,14 +36,16 @@ Say = Callable[[str], None]
 
 def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
     """What files a task becomes: those asked for where it gives tables, else its own kind."""
-    if formats and (task in TABLES or task == CHART):
+    found = task_or_question(task)
+    if formats and found.gives_tables:
         return tuple(name for name in formats if name in TABLE_FORMATS)
-    return (NATIVE.get(task, PROSE),)
+    return (found.suffix,)
 
 
 def applies(form: str, tasks: Sequence[str]) -> bool:
     """Whether a format means anything for one of these tasks."""
-    return form == DOCLING or any(task in TABLES or task == CHART or NATIVE.get(task, PROSE) == form for task in tasks)
+    found = [task_or_question(task) for task in tasks]
+    return form == DOCLING or any(task.gives_tables or task.suffix == form for task in found)
 
 
 @dataclass
@@ -115,8 +108,9 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
 def remove_stale(root: Path, stem: str, keep: Iterable[Path]) -> None:
     """Removes files that an earlier state of the document left, other than `keep`. Raises OutputError."""
     folder, kept = (root / stem).parent, {path.name for path in keep}
-    tasks = "|".join(map(re.escape, (*TASKS, PROMPT)))
-    forms = "|".join(sorted({*TABLE_FORMATS, *NATIVE.values(), PROSE}))
+    known = (*TASKS.values(), QUESTION)
+    tasks = "|".join(re.escape(task.name) for task in known)
+    forms = "|".join(sorted({*TABLE_FORMATS, *(task.suffix for task in known)}))
     ours = re.compile(
         rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({forms})|{re.escape(DOCLING)}\.json)"
     )
@@ -150,7 +144,7 @@ def spreadsheet_text(text: str) -> str:
 
 def as_text(record: Record, suffix: str | None = None) -> str:
     """What was read, as one text: tables in the form of `suffix`, or the task's own."""
-    suffix = suffix or NATIVE.get(record.task, PROSE)
+    suffix = suffix or task_or_question(record.task).suffix
     if record.tables:
         tables = record.value if isinstance(record.value, Table) else record.tables
         return write(tables, TABLE_FORMATS[suffix])
@@ -275,7 +269,7 @@ class _TextFile(_Writer):
 
 def _writer(place: _Place, record: Record, csv_safe: bool) -> _Writer:
     single = record.n_pages == 1
-    if record.task in TABLES or record.task == CHART:
+    if task_or_question(record.task).gives_tables:
         return _CsvFiles(place, csv_safe) if place.suffix == "csv" else _TablesFile(place)
     return _FieldsFile(place, single) if place.suffix == "json" else _TextFile(place, single)
 

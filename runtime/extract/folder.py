@@ -13,7 +13,7 @@ from granite4v.errors import OutputError
 from granite4v.paths import OWN_PREFIX, atomic_text_file, disk_errors, remove_partial_files, sync_folder
 from granite4v.runtime.extract.own_files import check_own
 from granite4v.runtime.extract.pictures import image_path
-from granite4v.runtime.extract.questions import KVP
+from granite4v.runtime.formats.tasks import task_or_question
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
 FORMAT = 1  # raise it when records or files of an earlier version cannot be gone on with
@@ -180,8 +180,9 @@ def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -
     if key == "schema" and (then is None or now is None):
         return None, None
     if key == "prompts" and isinstance(then, dict) and isinstance(now, dict):
-        # that of kvp is made from the schema, which is told already
-        both = [task for task in then if task in now and not (task == KVP and begun["schema"] != wanted["schema"])]
+        # one that is made from the schema differs with it, which is told already
+        told = begun["schema"] != wanted["schema"]
+        both = [task for task in then if task in now and not (told and task_or_question(task).takes_schema)]
         return {task: then[task] for task in both}, {task: now[task] for task in both}
     return then, now
 

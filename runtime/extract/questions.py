@@ -11,24 +11,12 @@ from typing import TYPE_CHECKING
 from granite4v.errors import PromptError
 from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import TASKS
+from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
 from granite4v.runtime.prompt.template import TAG
 
 if TYPE_CHECKING:
-    from granite4v.runtime.grammar import Grammar
+    from granite4v.runtime.grammar.grammar import Grammar
     from granite4v.runtime.model import Model
-
-KVP, PROMPT = "kvp", "prompt"
-TAGS = tuple(task for task in TASKS if task != KVP)
-# word for word the prompt of the publisher's benchmark, which the models were trained on
-KVP_PROMPT = """\
-Extract structured data from this document.
-Return a JSON object matching this schema:
-
-{schema}
-
-Return null for fields you cannot find.
-Return ONLY valid JSON.
-Return an instance of the JSON with extracted values, not the schema itself."""
 
 
 class ArgumentError(ValueError):
@@ -59,24 +47,30 @@ def check_tasks(tasks: Sequence[str], prompt: str | None, *, has_schema: bool) -
     """
     names = list(dict.fromkeys(task.strip().removeprefix("<").removesuffix(">") for task in tasks))
     for name in names:
-        if name not in (*TASKS, PROMPT):
+        if name not in (*TASKS, QUESTION.name):
             raise ArgumentError(
                 f"there is no task '{name}'; known are {', '.join(TASKS)}, and a question by 'prompt' (--prompt)."
             )
-    if PROMPT in names and prompt is None:
+    if QUESTION.name in names and prompt is None:
         raise ArgumentError("the task 'prompt' needs a question; give it by 'prompt' (--prompt).")
     if prompt is not None:
         _check_prompt(prompt)
-        names = [*(name for name in names if name != PROMPT), PROMPT]
+        names = [*(name for name in names if name != QUESTION.name), QUESTION.name]
     if not names:
         raise ArgumentError(f"no task; give one or more of {', '.join(TASKS)}, or a question by 'prompt' (--prompt).")
-    if KVP in names and not has_schema:
+    with_schema = [name for name in names if find_task(name).takes_schema]
+    if with_schema and not has_schema:
         raise ArgumentError(
-            "the task 'kvp' needs a schema of the fields that are wanted; give it by 'schema' (--schema)."
+            f"the task '{with_schema[0]}' needs a schema of the fields that are wanted; give it by 'schema' (--schema)."
         )
-    if has_schema and KVP not in names:
-        raise ArgumentError(f"a schema belongs to the task 'kvp', which is not among {', '.join(names)}; add it.")
+    if has_schema and not with_schema:
+        raise ArgumentError(f"a schema belongs to {_schema_tasks()}, which is not among {', '.join(names)}; add it.")
     return tuple(names)
+
+
+def _schema_tasks() -> str:
+    named = [f"'{task.name}'" for task in TASKS.values() if task.takes_schema]
+    return f"the task {' or '.join(named)}"
 
 
 def _check_prompt(prompt: str) -> None:
@@ -89,7 +83,8 @@ def _check_prompt(prompt: str) -> None:
             f"the question by 'prompt' is not UTF-8 text at character {error.start + 1}; check the encoding of the "
             "terminal or of the file that it comes from."
         ) from None
-    found = [tag for tag in TAG.findall(prompt) if tag.strip("<>") in TAGS]
+    tags = {task.tag for task in TASKS.values()}
+    found = [tag for tag in TAG.findall(prompt) if tag in tags]
     if found:
         raise ArgumentError(
             f"the question by 'prompt' has the task tag '{found[0]}', in place of which the model's template would "
@@ -104,25 +99,26 @@ def questions(
 
     `unconstrained`: without grammars. Raises PromptError for a task that the template does not know.
     """
-    unknown = [task for task in tasks if task in TAGS and not _expands(model, task)]
+    asked = [find_task(task) for task in tasks]
+    unknown = [task.name for task in asked if not _is_known(model, task)]
     if unknown:
-        known = [task for task in TAGS if task not in unknown and _expands(model, task)]
+        known = [task.name for task in TASKS.values() if task.name not in unknown and _is_known(model, task)]
         raise PromptError(
             f"the model's chat template does not know the task '{unknown[0]}'; it knows "
-            f"{', '.join([*known, KVP])}, and any model takes a question by 'prompt' (--prompt)."
+            f"{', '.join(known)}, and any model takes a question by 'prompt' (--prompt)."
         )
-    texts = {task: f"<{task}>" for task in TAGS} | {PROMPT: prompt or ""}
-    if schema is not None:
-        texts[KVP] = KVP_PROMPT.format(schema=json.dumps(schema.content, indent=2, ensure_ascii=False))
     return tuple(
-        Question(
-            task,
-            texts[task],
-            schema if task == KVP else None,
-            None if unconstrained else _grammar(task, schema if task == KVP else None),
-        )
-        for task in tasks
+        _question(task, prompt or "", schema if task.takes_schema else None, unconstrained=unconstrained)
+        for task in asked
     )
+
+
+def _question(task: Task, prompt: str, schema: Schema | None, *, unconstrained: bool) -> Question:
+    schema = schema if task.takes_schema else None
+    text = prompt if task is QUESTION else task.tag or task.prompt or ""
+    if schema is not None:
+        text = text.format(schema=json.dumps(schema.content, indent=2, ensure_ascii=False))
+    return Question(task.name, text, schema, None if unconstrained else _grammar(task.name, schema))
 
 
 def schema_warnings(asked: Sequence[Question]) -> list[str]:
@@ -136,18 +132,19 @@ def schema_warnings(asked: Sequence[Question]) -> list[str]:
     return warnings
 
 
-def _expands(model: Model, task: str) -> bool:
-    """Whether the tag is replaced by words; a template that does not know it leaves it as it is."""
+def _is_known(model: Model, task: Task) -> bool:
+    """Whether the model's template replaces the task's tag by words; one that does not know it leaves it as it is."""
     from PIL import Image
 
-    tag = f"<{task}>"
+    if task.tag is None:
+        return True
     try:
-        return tag not in model.prepare(tag, [Image.new("RGB", (32, 32))]).text
+        return task.tag not in model.prepare(task.tag, [Image.new("RGB", (32, 32))]).text
     except PromptError:
         return False
 
 
 def _grammar(task: str, schema: Schema | None) -> Grammar | None:
-    from granite4v.runtime.grammar import grammar_for
+    from granite4v.runtime.formats.task_grammar import grammar_for
 
     return grammar_for(task, None if schema is None else schema.checked)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v.errors import AnswerError, DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.extract.attempts import MAX_DEATHS
 from granite4v.runtime.extract.documents import described
-from granite4v.runtime.extract.questions import PROMPT, Question
+from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import Salvaged, read, salvage
@@ -149,9 +149,6 @@ def understand(task: str, text: str, finish_reason: str, schema: Schema | None) 
     """The value of an answer. What did not end by itself is kept up to its last whole row or field, even where the
     cut answer happens to parse: nothing tells a short last cell from half of one. Prose is kept as it is."""
     why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
-    if task == PROMPT:
-        said = text.strip()
-        return Reading(said, True, why, why is not None) if said else Reading(None, False, why or "the answer is empty")
     if why is None:
         try:
             return _checked(Reading(read(task, text), True), schema)

@@ -10,11 +10,9 @@ from typing import Any
 from granite4v.runtime.formats import Cell, Table, read_tables_json
 from granite4v.runtime.formats.table import with_header_rows
 from granite4v.runtime.formats.tables_json import write_tables_json_list
+from granite4v.runtime.formats.tasks import Kind, task_or_question
 
 Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
-
-CHART = "chart2csv"
-TABLES = ("tables_html", "tables_json", "tables_otsl")
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,11 @@ class Record:
     @property
     def key(self) -> Key:
         return (self.source, self.page, self.task)
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of value the task gives."""
+        return task_or_question(self.task).kind
 
     @property
     def failed(self) -> bool:
@@ -159,9 +162,10 @@ def _value_as_json(value: Any) -> Any:
 
 
 def _value_from_json(task: str, value: Any) -> Any:
-    if task == CHART and value is not None:
+    kind = task_or_question(task).kind
+    if kind == "chart" and value is not None:
         return _chart(value)
-    if task in TABLES and value is not None:
+    if kind == "tables" and value is not None:
         return read_tables_json(json.dumps(value))
     return value
 

@@ -17,7 +17,7 @@ from granite4v.paths import atomic_text_file, disk_errors
 from granite4v.runtime.extract.charts import redraw
 from granite4v.runtime.extract.own_files import check_own
 from granite4v.runtime.extract.pictures import data_url
-from granite4v.runtime.extract.record import CHART, Record
+from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.report_template import TEMPLATE
 from granite4v.runtime.formats import Cell, Table
 from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
@@ -144,7 +144,7 @@ def _rows(table: Table) -> list[list[Cell]]:
 
 
 def _chart(record: Record) -> Any:
-    return redraw(record.value) if record.task == CHART and isinstance(record.value, Table) else None
+    return redraw(record.value) if record.kind == "chart" and isinstance(record.value, Table) else None
 
 
 def _plain(value: Any) -> bool:

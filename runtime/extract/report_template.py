@@ -131,8 +131,8 @@ xmlns="http://www.w3.org/2000/svg">
 {% set drawn = chart(record) %}
 {% if drawn %}{{ drawing(drawn) }}{% endif %}
 {% for table in record.tables %}{{ table_of(table) }}{% endfor %}
-{% elif record.task == 'kvp' and record.value is not none %}{{ fields(record.value) }}
-{% elif record.task == 'chart2code' and record.value %}<pre>{{ record.value }}</pre>
+{% elif record.kind == 'fields' and record.value is not none %}{{ fields(record.value) }}
+{% elif record.kind == 'code' and record.value %}<pre>{{ record.value }}</pre>
 {% elif record.value is string %}<p class="prose">{{ record.value }}</p>
 {% elif record.value is not none %}<p class="soft">no table on this page</p>
 {% endif %}

@@ -2,13 +2,14 @@
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.csv_ import read_csv, write_csv
+from granite4v.runtime.formats.fields import read_fields
 from granite4v.runtime.formats.html import read_html, write_html
-from granite4v.runtime.formats.json_text import read_fields
 from granite4v.runtime.formats.markdown import write_markdown
 from granite4v.runtime.formats.otsl import read_otsl, write_otsl
 from granite4v.runtime.formats.table import Cell, Table
 from granite4v.runtime.formats.tables_json import read_tables_json, write_tables_json
-from granite4v.runtime.formats.tasks import FORMATS, TASKS, Salvaged, read, salvage, write
+from granite4v.runtime.formats.tasks import TASKS, Salvaged, Task, read, salvage
+from granite4v.runtime.formats.writers import FORMATS, write
 
 __all__ = [
     "FORMATS",
@@ -17,6 +18,7 @@ __all__ = [
     "Cell",
     "Salvaged",
     "Table",
+    "Task",
     "read",
     "read_csv",
     "read_fields",

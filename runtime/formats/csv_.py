@@ -10,8 +10,11 @@ import io
 import re
 
 from granite4v.errors import AnswerError
+from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import Cell, Table, with_header_rows
 from granite4v.runtime.formats.wrapping import unfence
+
+CSV_ROWS = Rows("\n", re.compile(r'[,"\s]+'))
 
 
 def read_csv(text: str) -> Table:

@@ -12,6 +12,7 @@ from html import escape
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.html_markup import Tag, pieces
+from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import (
     Cell,
     Table,
@@ -31,6 +32,7 @@ _BLOCKS = frozenset((
 ))  # fmt: skip
 _SECTIONS = ("thead", "tbody", "tfoot")
 _SPACE = re.compile(r"[ \t\r\n\f]+")
+HTML_ROWS = Rows("</tr>", re.compile(r"</?[a-zA-Z][^<>]*>|\s+"))
 
 
 @dataclass

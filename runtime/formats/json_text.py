@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from granite4v.errors import AnswerError
-from granite4v.runtime.formats.json_prefix import read_prefix
 from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper, to_float, to_int, whole_characters
 from granite4v.runtime.formats.wrapping import unfence
 
@@ -39,22 +38,3 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}, which is no JSON")
-
-
-def read_fields(text: str) -> dict[str, Any] | list[Any]:
-    """The object (or list) that answers a key-value prompt. Raises AnswerError."""
-    value = load_json(text)
-    if not isinstance(value, dict | list):
-        raise AnswerError(f"the answer is {value!r:.60}; expected a JSON object.")
-    return value
-
-
-def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:
-    """The object (or list) up to the last whole field or item, and whether that is the whole answer.
-
-    Objects and lists that were begun stay, with what is whole in them.
-    """
-    prefix = read_prefix(unfence(text, "json").text.lstrip())
-    if not isinstance(prefix.value, dict | list):
-        return None, False
-    return prefix.value, prefix.whole

@@ -15,12 +15,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from granite4v.errors import AnswerError
+from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import Cell, Table, as_many_as_fit, bounded, check_size, place, with_header_rows
 from granite4v.runtime.formats.wrapping import joined, unfence
 
 _TAG = re.compile(r"<(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl|/otsl)>")
 _STARTS = ("fcel", "ecel", "ched", "rhed", "srow")
 _HEADERS = ("ched", "rhed", "srow")
+OTSL_ROWS = Rows("<nl>", re.compile(r"</?(?:otsl|[eflux]cel|ched|rhed|srow)>|\s+"))
 _BETWEEN = re.compile(r"[\s\[\],\"'`]*")  # a list around tables
 
 

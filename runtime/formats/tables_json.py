@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.json_prefix import read_prefix
 from granite4v.runtime.formats.json_text import load_json
+from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import MAX_SLOTS, Cell, Table, as_many_as_fit, bounded
 from granite4v.runtime.formats.wrapping import unfence
 
 MAX_COUNT = 1_000_000_000  # of a row, a column or a span: far above what a table can have
 _KINDS = {"header": True, "data": False}
+TABLES_JSON_ROWS = Rows(
+    "}",
+    re.compile(r'"content": *""|"type": *"\w*"|"\w+": *\d+|[\[\]{},\s]+'),
+    group=re.compile(r'"row": *(\d+)'),
+    position=re.compile(r'"row": *\d+'),
+)
 
 
 def read_tables_json(text: str) -> list[Table]:

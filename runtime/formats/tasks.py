@@ -1,123 +1,129 @@
-"""From a task and an answer to a value, whole or as far as it goes; and from tables to text in any form."""
+"""THE table of tasks: how each is asked, what its answers look like, and what they are read to.
+
+A new task is one entry here. The Python API, the command line, grammars, parsers, records, files and the detection of
+repeated rows all follow this table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from granite4v.errors import AnswerError
-from granite4v.runtime.formats.csv_ import read_csv, salvage_csv, write_csv
-from granite4v.runtime.formats.html import read_html, salvage_html, write_html
-from granite4v.runtime.formats.json_text import read_fields, salvage_fields
+from granite4v.runtime.formats.csv_ import CSV_ROWS, read_csv, salvage_csv
+from granite4v.runtime.formats.csv_grammar import CSV
+from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, read_fields, salvage_fields
+from granite4v.runtime.formats.html import HTML_ROWS, read_html, salvage_html
+from granite4v.runtime.formats.html_grammar import HTML
 from granite4v.runtime.formats.json_values import whole_characters
-from granite4v.runtime.formats.markdown import write_markdown
-from granite4v.runtime.formats.otsl import read_otsl, salvage_otsl, write_otsl
-from granite4v.runtime.formats.table import Table
-from granite4v.runtime.formats.tables_json import (
-    read_tables_json,
-    salvage_tables_json,
-    write_tables_json,
-    write_tables_json_list,
-)
-from granite4v.runtime.formats.wrapping import unfence
+from granite4v.runtime.formats.otsl import OTSL_ROWS, read_otsl, salvage_otsl
+from granite4v.runtime.formats.otsl_grammar import OTSL
+from granite4v.runtime.formats.rows import LINES, Rows
+from granite4v.runtime.formats.tables_json import TABLES_JSON_ROWS, read_tables_json, salvage_tables_json
+from granite4v.runtime.formats.tables_json_grammar import CELLS
+from granite4v.runtime.formats.text import read_code, read_prose, salvage_code, salvage_prose
+from granite4v.runtime.grammar.automaton import Rule
+
+# what `read` gives: a list of Table, a Table of chart data, a dict or list, or text
+Kind: TypeAlias = Literal["tables", "chart", "fields", "code", "prose"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    `read` gives the value of an answer, of `kind`, and raises AnswerError; `salvage` gives what is complete of an
+    answer that was cut, None if nothing is, and whether that is all of it. `suffix`: of the file of a value in the
+    format that answers have. `rule`: where the automaton of the answers starts, None if they have no such grammar.
+    `rows`: what a row of an answer is. `prompt`: the text to ask with if it is not the task's tag; '{schema}' in it
+    stands for a JSON schema, which the answers are instances of.
+    """
+
+    name: str
+    kind: Kind
+    suffix: str
+    read: Callable[[str], Any]
+    salvage: Callable[[str], tuple[Any, bool]]
+    rule: Rule | None = None
+    rows: Rows = LINES
+    prompt: str | None = None
+
+    @property
+    def tag(self) -> str | None:
+        """What the model's chat template puts the task's prompt in place of; None for a task with its own prompt."""
+        return f"<{self.name}>" if self.prompt is None else None
+
+    @property
+    def takes_schema(self) -> bool:
+        return self.prompt is not None and "{schema}" in self.prompt
+
+    @property
+    def gives_tables(self) -> bool:
+        """Whether values are tables, which can be written in any format."""
+        return self.kind in ("tables", "chart")
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("chart2csv", "chart", "csv", read_csv, salvage_csv, rule=CSV, rows=CSV_ROWS),
+        Task("chart2code", "code", "py", read_code, salvage_code),
+        Task("chart2summary", "prose", "md", read_prose, salvage_prose),
+        Task("tables_html", "tables", "html", read_html, salvage_html, rule=HTML, rows=HTML_ROWS),
+        Task(
+            "tables_json",
+            "tables",
+            "json",
+            read_tables_json,
+            salvage_tables_json,
+            rule=CELLS,
+            rows=TABLES_JSON_ROWS,
+        ),
+        Task("tables_otsl", "tables", "otsl", read_otsl, salvage_otsl, rule=OTSL, rows=OTSL_ROWS),
+        Task("kvp", "fields", "json", read_fields, salvage_fields, rows=FIELDS_ROWS, prompt=KVP_PROMPT),
+    )
+}
+# a question of the user's own: any model takes one, so it is not among those that a template may lack
+QUESTION = Task("prompt", "prose", "md", read_prose, salvage_prose, prompt="")
 
 
 @dataclass(frozen=True)
 class Salvaged:
-    """What is whole of an answer. `cut` is False only when the form itself says that nothing is missing."""
+    """The complete part of an answer. `cut` is False only when the format itself says that nothing is missing."""
 
     value: Any
     cut: bool
 
 
-def _read_code(text: str) -> str:
-    return _text(unfence(text, "python").text)
+def find_task(name: str) -> Task:
+    """The entry of a task, with or without angle brackets; 'prompt' is QUESTION. Raises ValueError for others."""
+    bare = name.strip().removeprefix("<").removesuffix(">")
+    if bare == QUESTION.name:
+        return QUESTION
+    if bare not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
+    return TASKS[bare]
 
 
-def _text(text: str) -> str:
-    if not text.strip():
-        raise AnswerError("the answer is empty; expected text.")
-    return text.strip()
-
-
-def _salvage_code(text: str) -> tuple[str | None, bool]:
-    """The lines that end with a line break."""
-    body = unfence(text, "python")
-    lines = body.text if body.closed else body.text[: body.text.rfind("\n") + 1]
-    return lines.strip() or None, body.closed
-
-
-def _salvage_text(text: str) -> tuple[str | None, bool]:
-    """All of it: prose has no end mark."""
-    return text.strip() or None, False
-
-
-@dataclass(frozen=True)
-class _Task:
-    read: Callable[[str], Any]
-    salvage: Callable[[str], tuple[Any, bool]]
-
-
-_TASKS = {
-    "chart2csv":     _Task(read_csv, salvage_csv),
-    "chart2code":    _Task(_read_code, _salvage_code),
-    "chart2summary": _Task(_text, _salvage_text),
-    "tables_html":   _Task(read_html, salvage_html),
-    "tables_json":   _Task(read_tables_json, salvage_tables_json),
-    "tables_otsl":   _Task(read_otsl, salvage_otsl),
-    "kvp":           _Task(read_fields, salvage_fields),
-}  # fmt: skip
-TASKS = tuple(_TASKS)
-
-_WRITERS = {
-    "csv":      write_csv,
-    "html":     write_html,
-    "json":     write_tables_json,
-    "markdown": write_markdown,
-    "otsl":     write_otsl,
-}  # fmt: skip
-FORMATS = tuple(_WRITERS)
+def task_or_question(name: str) -> Task:
+    """The entry of a task; QUESTION for any other name, whose answers are taken for text."""
+    return TASKS.get(name, QUESTION)
 
 
 def read(task: str, text: str) -> Any:
     """What an answer says: tables (list of Table), a chart's data (Table), fields (dict or list), code or prose (str).
 
-    `task` is one of TASKS, with or without angle brackets; `kvp` is the key-value prompt. Raises AnswerError when the
-    answer is not in the task's form, ValueError for an unknown task.
+    `task`: as for `find_task`; 'kvp' is the key-value prompt. Raises AnswerError when the answer is not in the task's
+    format, ValueError for an unknown task.
     """
-    return _task(task).read(whole_characters(text))
+    return find_task(task).read(whole_characters(text))
 
 
 def salvage(task: str, text: str) -> Salvaged | None:
-    """What `read` would give for the whole rows (tables, CSV), fields (kvp) or lines (code) of an answer that was cut.
+    """What `read` would give for the complete rows (tables, CSV), fields (kvp) or lines (code) of a cut answer.
 
     A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there.
-    None when nothing is whole.
+    None when nothing is complete.
     """
-    value, whole = _task(task).salvage(whole_characters(text))
-    return Salvaged(value, not whole) if value or whole else None
-
-
-def write(tables: Table | Sequence[Table], form: str) -> str:
-    """Tables as text, `form` one of FORMATS. Several: a list in OTSL and JSON, one after another in the others.
-
-    Raises AnswerError when a form cannot carry a text, ValueError for an unknown form.
-    """
-    if form not in _WRITERS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMATS)}.")
-    if isinstance(tables, Table):
-        return _WRITERS[form](tables)
-    if form == "json":
-        return write_tables_json_list(list(tables))
-    written = [_WRITERS[form](table) for table in tables]
-    if form == "otsl":
-        return "[" + ", ".join(written) + "]"
-    return ("\n" if form == "html" else "\n\n").join(written)
-
-
-def _task(name: str) -> _Task:
-    bare = name.strip().removeprefix("<").removesuffix(">")
-    if bare not in _TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
-    return _TASKS[bare]
+    value, complete = find_task(task).salvage(whole_characters(text))
+    return Salvaged(value, not complete) if value or complete else None

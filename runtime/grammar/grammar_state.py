@@ -14,23 +14,18 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from granite4v.errors import ConstraintError
-from granite4v.runtime.formats.csv_grammar import CSV
-from granite4v.runtime.formats.html_grammar import HTML
-from granite4v.runtime.formats.otsl_grammar import OTSL
-from granite4v.runtime.formats.tables_json_grammar import CELLS
 from granite4v.runtime.grammar.automaton import Cursor, Rule, advance, ending, forced, next_bytes, start
 from granite4v.runtime.grammar.automaton_masks import FormMasks
 from granite4v.runtime.grammar.ending import JsonPlace
 from granite4v.runtime.grammar.forced_tokens import canonical_tokens
+from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.grammar_text import lark_grammar, limits
-from granite4v.runtime.grammar.grammars import Grammar
 from granite4v.runtime.grammar.token_index import Lexicon
 from granite4v.runtime.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMS: dict[str, Rule] = {"otsl": OTSL, "html": HTML, "csv": CSV, "cells": CELLS}
 MOST_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
 _KEPT_GRAMMARS = 16
 # no control characters but tab and line feed, no byte order mark
@@ -134,14 +129,14 @@ class Compiler:
         self.encode = tokenizer.encode_plain
         self.lexicon = Lexicon(tokenizer.vocabulary(), n_vocab)
         self.end = min(stop_tokens)  # what llguidance knows as the end; masks do without it
-        self._masks: dict[str, FormMasks] = {}
+        self._masks: dict[Rule, FormMasks] = {}
         self._matchers: OrderedDict[str, Any] = OrderedDict()
 
     def begin(self, grammar: Grammar) -> Guide:
         """A guide at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
-        if grammar.form:
-            masks = self._masks.setdefault(grammar.form, FormMasks(self.lexicon))
-            walk: _Walk = _FormWalk(FORMS[grammar.form], masks, self._matcher(_ANY_TEXT), self.end)
+        if grammar.rule is not None:
+            masks = self._masks.setdefault(grammar.rule, FormMasks(self.lexicon))
+            walk: _Walk = _FormWalk(grammar.rule, masks, self._matcher(_ANY_TEXT), self.end)
         else:
             walk = _SchemaWalk(self._matcher(lark_grammar(grammar.schema)), self)
         return Guide(walk, self)

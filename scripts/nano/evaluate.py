@@ -153,7 +153,7 @@ def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
 
     Of an answer that did not end by itself that is what `extract` keeps.
     """
-    from granite4v.runtime.grammar import grammar_for
+    from granite4v.runtime.formats.task_grammar import grammar_for
     from scripts.nano import formats
     from scripts.nano.measures import whole_part
     from scripts.nano.truth import Form

@@ -27,10 +27,9 @@ from scripts.nano.evaluate import MAX_TOKENS, held_out, runtime, score
 
 if TYPE_CHECKING:
     import granite4v
-    from granite4v.choices import Task
     from scripts.nano.evaluate import Question
 
-TASKS: dict[str, tuple[Task, ...]] = {
+TASKS: dict[str, tuple[str, ...]] = {
     "table": ("tables_otsl", "tables_html", "tables_json"),
     "chart": ("chart2csv",),
     "form": ("kvp",),

@@ -46,13 +46,12 @@ def whole_part(task: str, text: str) -> str:
 
 def written(task: str, value: Any) -> str:
     """A record's value in the form of its task: one table, a chart's data or fields."""
-    from granite4v.runtime.extract.documents import NATIVE
-    from granite4v.runtime.formats import write
+    from granite4v.runtime.formats import TASKS, write
 
     if task == "kvp":
         return json.dumps(value)
     (table,) = value if isinstance(value, list) else (value,)
-    return write(table, NATIVE[task])
+    return write(table, TASKS[task].suffix)
 
 
 def _table(truth: Table, task: str, text: str) -> Measured:

@@ -31,7 +31,8 @@ from tests.acceptance.stress_schemas import CELLS, SCHEMAS
 
 if TYPE_CHECKING:
     from granite4v.runtime import Model
-    from granite4v.runtime.grammar import Compiler, Grammar
+    from granite4v.runtime.grammar.grammar import Grammar
+    from granite4v.runtime.grammar.grammar_state import Compiler
 
 TASKS = ("kvp", "tables_otsl", "kvp", "tables_html", "kvp", "tables_json", "kvp", "chart2csv")  # in turn
 WRITTEN = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
@@ -259,7 +260,7 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
 
 @functools.cache
 def _compiler(model: Model) -> Compiler:
-    from granite4v.runtime.grammar import Compiler
+    from granite4v.runtime.grammar.grammar_state import Compiler
 
     tokenizer = model.engine.tokenizer()
     return Compiler(tokenizer, len(tokenizer.vocabulary().pieces), model.engine.stop_tokens)

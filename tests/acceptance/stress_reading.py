@@ -16,11 +16,10 @@ from tests.acceptance.stress_batch import FORM, Json, Result, draw_page, in_new_
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from granite4v.choices import Task
     from granite4v.runtime import Answer, Model
     from granite4v.runtime.extract.questions import Question
 
-SHARED_TASKS: tuple[Task, ...] = ("tables_html", "tables_otsl", "chart2csv")
+SHARED_TASKS: tuple[str, ...] = ("tables_html", "tables_otsl", "chart2csv")
 COUNTS = ("n_image", "n_prompt", "n_encoded", "n_reused", "n_generated")
 PARTS = {
     "page_s": ("encode_s", "prefill_image_s"),
@@ -36,7 +35,7 @@ def share(options: argparse.Namespace, work: Path) -> Result:
         image = work / "page.png"
         on_letter(draw_page(0, options.seed, "table").picture, 850).save(image)
 
-    def read(names: tuple[Task, ...]) -> list[Json]:
+    def read(names: tuple[str, ...]) -> list[Json]:
         return in_new_process(read_page, image, names, options.model, options.max_tokens, options.threads)
 
     read(tasks[:1])  # what a machine measures once is measured now, and files are in memory
@@ -107,7 +106,7 @@ def _ratio(one: float, other: float) -> float | None:
     return round(one / other, 4) if other else None
 
 
-def read_page(image: Path, tasks: tuple[Task, ...], model: Path, max_tokens: int, threads: int) -> list[Json]:
+def read_page(image: Path, tasks: tuple[str, ...], model: Path, max_tokens: int, threads: int) -> list[Json]:
     """The records of one run as data."""
     import granite4v
 
@@ -208,7 +207,7 @@ def explained(model: Model, picture: Image | Path, question: Question, forced: A
 
 def _forced_behind(model: Model, question: Question, said: list[int], n_vocab: int) -> list[int]:
     """What fast-forward feeds behind these tokens."""
-    from granite4v.runtime.grammar import Compiler
+    from granite4v.runtime.grammar.grammar_state import Compiler
 
     assert question.constraint is not None
     guide = Compiler(model.engine.tokenizer(), n_vocab, model.engine.stop_tokens).begin(question.constraint)

@@ -19,7 +19,7 @@ from PIL import Image
 import granite4v
 from granite4v.runtime.documents import Page, PageFailure, open_pages
 from granite4v.runtime.engine.generate import Answer
-from granite4v.runtime.grammar import grammar_for
+from granite4v.runtime.formats.task_grammar import grammar_for
 from tests.acceptance import stress_extract, stress_forms
 from tests.acceptance.stress_batch import Batch, draw_page, make_batch, model_directory
 from tests.acceptance.stress_extract import Pace, compare, expected_keys, main, memory_by_page, moments

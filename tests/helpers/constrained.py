@@ -12,7 +12,8 @@ import numpy as np
 
 from granite4v.runtime.engine.generate import Answer, generate
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.grammar import Compiler, Grammar, Guide
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.grammar_state import Compiler, Guide
 from granite4v.runtime.prompt.tokenizer import HfTokenizer
 from scripts.nano import language
 from tests.toy import language as toy_language
@@ -53,11 +54,11 @@ CLOSING = {
 class Noise:
     """The same logits for the same seed and answer. The longer the answer is, the likelier what ends it."""
 
-    def __init__(self, kind: str, seed: int, task: str, patience: int) -> None:
-        """`patience`: tokens after which it wants half as much again to end."""
+    def __init__(self, kind: str, seed: int, task: str, patience: int, closing: tuple[bytes, ...] = ()) -> None:
+        """`patience`: tokens after which it wants half as much again to end; `closing`: as CLOSING has for `task`."""
         self._seed, self._patience, self._end = seed, patience, end_of_text(kind)
         pieces = compiler(kind).lexicon.pieces
-        self._closing = np.fromiter((piece.startswith(CLOSING[task]) for piece in pieces), dtype=np.float32)
+        self._closing = np.fromiter((piece.startswith(closing or CLOSING[task]) for piece in pieces), dtype=np.float32)
         if task == "tables_json":  # small numbers
             large = tuple(b"%d" % digit for digit in range(3, 10))
             self._closing -= np.fromiter((piece.startswith(large) for piece in pieces), dtype=bool)
@@ -82,11 +83,12 @@ def said(
     temperature: float = 1.0,
     fast_forward: bool = True,
     patience: int = 30,
+    closing: tuple[bytes, ...] = (),
 ) -> Answer:
     """One answer of noise to a grammar."""
     answer = Answer()
     pieces = generate(
-        Noise(kind, seed, grammar.task, patience),
+        Noise(kind, seed, grammar.task, patience, closing),
         answer,
         tokenizer(kind).text_stream(),
         sampling=Sampling(temperature=temperature, seed=seed),

@@ -28,6 +28,10 @@ class FakeModel:
         self.asked: list[tuple[str, int, int]] = []
         self.fail: Callable[[str, int], None] = lambda prompt, shade: None
         self.held: list[Any] = []
+        self.answers = {
+            "<tables_html>": "<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
+            "<chart2csv>": "x,shade\na,{shade}\n",
+        }
 
     def prepare(self, prompt: str, images: Any) -> Any:
         expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
@@ -38,12 +42,8 @@ class FakeModel:
         self.asked.append((prompt, shade, max_tokens))
         self.held.append(held)
         self.fail(prompt, shade)
-        texts = {
-            "<tables_html>": f"<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
-            "<chart2csv>": f"x,shade\na,{shade}\n",
-        }
-        text = texts.get(prompt, f'{{"shade": {shade}}}' if "schema" in prompt else f"It is {shade}.")
-        return FakeStream(text)
+        text = self.answers.get(prompt, '{{"shade": {shade}}}' if "schema" in prompt else "It is {shade}.")
+        return FakeStream(text.format(shade=shade))
 
     def forget_pictures(self) -> None:
         self.n_forgotten += 1

@@ -19,7 +19,8 @@ from granite4v.runtime.engine.repetition import (
     is_periodic,
 )
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.formats import Cell, Table, write
+from granite4v.runtime.formats import TASKS, Cell, Table, write
+from granite4v.runtime.formats.tasks import task_or_question
 from scripts.nano import formats
 from scripts.nano.contents import random_chart, random_form, random_table
 from tests.helpers.constrained import tokenizer
@@ -31,7 +32,7 @@ FORMS = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "c
 
 def rows_until_noticed(task: str, row: Callable[[int], str], most: int = 300) -> int | None:
     """How many rows are said before it is noticed; piece by piece, of a few characters each."""
-    watch = Repetition(task)
+    watch = Repetition(task_or_question(task).rows)
     for i in range(most):
         text = row(i)
         for at in range(0, len(text), 5):
@@ -41,7 +42,7 @@ def rows_until_noticed(task: str, row: Callable[[int], str], most: int = 300) ->
 
 
 def says(task: str, text: str) -> bool:
-    watch = Repetition(task)
+    watch = Repetition(task_or_question(task).rows)
     return any(watch.push(text[at : at + 3]) for at in range(0, len(text), 3))
 
 
@@ -139,7 +140,7 @@ def test_the_answers_of_made_up_documents_are_honest() -> None:
     ],
 )
 def test_one_row_that_does_not_end(task: str, before: str, text: str) -> None:
-    watch, n = Repetition(task), 0
+    watch, n = Repetition(task_or_question(task).rows), 0
     assert not watch.push(before)
     while not watch.push(text):
         n += len(text)
@@ -175,7 +176,7 @@ def test_a_period_is_found(period: int) -> None:
 
 def test_it_costs_little() -> None:
     """A piece is looked at once; the text so far is not read again and again."""
-    watch = Repetition("tables_otsl")
+    watch = Repetition(TASKS["tables_otsl"].rows)
     for i in range(3000):
         watch.push(f"<fcel>{i}<nl>")
     assert len(watch._past) <= LONGEST_CYCLE and len(watch._text) < 10
@@ -216,7 +217,7 @@ def answer_of(text: str, repetition: Repetition | None, max_tokens: int = 2000) 
 
 
 def test_an_answer_that_runs_on_is_ended() -> None:
-    answer = answer_of("<fcel>a<ecel><nl>", Repetition("tables_otsl"))
+    answer = answer_of("<fcel>a<ecel><nl>", Repetition(TASKS["tables_otsl"].rows))
     assert answer.finish_reason == "repetition"
     assert answer.text == "<fcel>a<ecel><nl>" * MOST_ROWS
     assert len(answer.tokens) == answer.timings.n_generated == 4 * MOST_ROWS

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from granite4v.errors import SchemaError
 from granite4v.runtime.extract import schema as schema_module
 from granite4v.runtime.extract.schema import load_schema
-from granite4v.runtime.grammar import grammar_for
+from granite4v.runtime.formats.task_grammar import grammar_for
 from tests.helpers.constrained import said
 
 

@@ -19,10 +19,11 @@ from granite4v.errors import (
 )
 from granite4v.runtime.documents import SelectionError
 from granite4v.runtime.extract import ArgumentError, Record, State
-from granite4v.runtime.extract.questions import KVP_PROMPT, check_tasks
+from granite4v.runtime.extract.questions import check_tasks
 from granite4v.runtime.extract.reader import understand
 from granite4v.runtime.extract.record import decode, encode
 from granite4v.runtime.extract.schema import load_schema
+from granite4v.runtime.formats.fields import KVP_PROMPT
 from granite4v.runtime.formats.json_values import MAX_NESTING
 from tests.helpers.fake_model import SCHEMA, FakeModel, make_scans, run, without_timings
 

@@ -21,10 +21,9 @@ import pytest
 
 import granite4v
 from granite4v.errors import AnswerError
-from granite4v.runtime.formats import Table, read_csv, read_html, read_otsl, read_tables_json, write
-from granite4v.runtime.grammar import grammar_for
+from granite4v.runtime.formats import TASKS, Table, read_csv, read_html, read_otsl, read_tables_json, write
+from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.automaton import Cursor, advance, ending, start
-from granite4v.runtime.grammar.grammar_state import FORMS
 from scripts.nano import formats
 from scripts.nano.contents import random_chart
 from scripts.nano.contents import random_table as nano_table
@@ -35,6 +34,7 @@ from tests.toy.spec import PRESETS
 OTSL, HTML = grammar_for("tables_otsl"), grammar_for("tables_html")
 CELLS, CSV = grammar_for("tables_json"), grammar_for("chart2csv")
 assert OTSL and HTML and CELLS and CSV
+RULES = {task.name: task.rule for task in TASKS.values() if task.rule is not None}
 
 CELLS_SCHEMA = {
     "$defs": {
@@ -417,7 +417,7 @@ def test_otsl_allows_the_grids_of_rectangles_and_no_others(n_rows: int, n_cols: 
     for tags in itertools.product(("ecel", "lcel", "ucel", "xcel"), repeat=n_rows * n_cols):
         rows = [list(tags[i * n_cols : (i + 1) * n_cols]) for i in range(n_rows)]
         text = "".join("".join(f"<{tag}>" for tag in row) + "<nl>" for row in rows)
-        cursor = advance(start(FORMS["otsl"]), f"<otsl>{text}</otsl>".encode())
+        cursor = advance(start(RULES["tables_otsl"]), f"<otsl>{text}</otsl>".encode())
         assert (cursor is not None) == is_covered_by_rectangles(rows), text
         n_allowed += cursor is not None
     assert n_allowed > 1
@@ -434,7 +434,7 @@ def test_html_allows_what_our_reader_reads_and_nothing_else() -> None:
             expected = True
         except AnswerError:
             expected = False
-        assert (advance(start(FORMS["html"]), text.encode()) is not None) == expected, text
+        assert (advance(start(RULES["tables_html"]), text.encode()) is not None) == expected, text
         n_allowed += expected
     assert n_allowed > 10
 
@@ -447,15 +447,15 @@ def options(cursor: Cursor) -> list[tuple[bytes, bytes]]:
     return [*cursor.remainders(), *([(b"5", b"5")] if cursor.in_text else [])]
 
 
-@pytest.mark.parametrize("form", list(FORMS))
-def test_an_answer_can_be_ended_from_everywhere(form: str) -> None:
+@pytest.mark.parametrize("task", list(RULES))
+def test_an_answer_can_be_ended_from_everywhere(task: str) -> None:
     for seed in range(40):
-        rng, cursor = random.Random(seed), start(FORMS[form])
+        rng, cursor = random.Random(seed), start(RULES[task])
         for _ in range(rng.randrange(60)):
             if not options(cursor):
                 break
             rests = [rest for _, rest in options(cursor)]
-            if form == "cells":  # one digit is enough for a number
+            if task == "tables_json":  # one digit is enough for a number
                 rests = [rest for rest in rests if not rest.isdigit()] or rests
             rest = rng.choice(rests)
             following = advance(cursor, rest[: rng.randint(1, len(rest))])

@@ -10,8 +10,9 @@ import pytest
 
 from granite4v.runtime.engine.generate import Answer, generate
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.grammar import Grammar, grammar_for
+from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.ending import JsonPlace
+from granite4v.runtime.grammar.grammar import Grammar
 from tests.acceptance.stress_forms import judge
 from tests.acceptance.stress_schemas import SCHEMAS
 from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, said, tokenizer, walked

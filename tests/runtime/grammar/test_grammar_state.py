@@ -17,10 +17,11 @@ import pytest
 import granite4v
 from granite4v.errors import ConstraintError
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.runtime.grammar import Compiler, Grammar, Guide, grammar_for
-from granite4v.runtime.grammar.automaton import advance, next_bytes, start
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.grammar.automaton import Rule, advance, next_bytes, start
 from granite4v.runtime.grammar.forced_tokens import canonical_tokens
-from granite4v.runtime.grammar.grammar_state import FORMS
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.grammar_state import Compiler, Guide
 from granite4v.runtime.grammar.token_index import Lexicon
 from granite4v.runtime.prompt.tokenizer import HfTokenizer, LlamaTokenizer, Vocabulary, load_tokenizer
 from tests.helpers.constrained import KINDS, compiler, end_of_text, said, tokenizer, walked
@@ -51,6 +52,12 @@ def grammar_of(task: str) -> Grammar:
     return grammar
 
 
+def rule_of(task: str) -> Rule:
+    rule = grammar_of(task).rule
+    assert rule is not None
+    return rule
+
+
 # --- masks ---
 
 
@@ -69,7 +76,7 @@ def places(kind: str, task: str, n_answers: int) -> Iterator[tuple[Guide, list[i
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_a_mask_of_a_form_holds_what_trying_each_token_from_the_start_gives(kind: str, task: str) -> None:
     pieces = compiler(kind).lexicon.pieces
-    rule = FORMS[grammar_of(task).form]
+    rule = rule_of(task)
     for guide, so_far in places(kind, task, 3):
         allowed = guide.allowed()
         text = compiler(kind).lexicon.text(so_far)
@@ -89,10 +96,10 @@ def is_text(data: bytes) -> bool:
     return not any((ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 or c in "\ufeff\ufffe\uffff" for c in text)
 
 
-@pytest.mark.parametrize("task", list(FORMS))
+@pytest.mark.parametrize("task", TASKS[1:])
 def test_the_bytes_that_may_come_next_are_those_that_lead_on(task: str) -> None:
     for seed in range(20):
-        rng, cursor = random.Random(seed), start(FORMS[task])
+        rng, cursor = random.Random(seed), start(rule_of(task))
         for _ in range(30):
             found = {byte for byte in range(256) if advance(cursor, bytes((byte,))) is not None}
             assert next_bytes(cursor) == found
@@ -394,7 +401,7 @@ def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[
             allowed = [t for t in range(len(pieces)) if matcher.validate_tokens([t]) == 1]
         else:
             text = b"".join(pieces[t] for t in tokens)
-            behind = advance(start(FORMS[grammar_of(task).form]), text)
+            behind = advance(start(rule_of(task)), text)
             assert behind is not None
             allowed = [t for t, p in enumerate(pieces) if p and is_text(text + p) and advance(behind, p) is not None]
             allowed += [end] if behind.may_end and is_text(text + b" ") else []

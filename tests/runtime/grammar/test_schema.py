@@ -14,7 +14,9 @@ import pytest
 
 import granite4v
 from granite4v.errors import ConstraintError
-from granite4v.runtime.grammar import Grammar, grammar_for
+from granite4v.runtime.formats.otsl_grammar import OTSL
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.grammar.grammar import Grammar
 from tests.helpers.constrained import KINDS, allows, said
 from tests.toy.spec import PRESETS
 
@@ -299,7 +301,7 @@ def test_more_forced_text_than_one_run_takes() -> None:
 
 def test_tasks() -> None:
     assert grammar_for("chart2code") is grammar_for("<chart2summary>") is grammar_for("prompt") is None
-    assert grammar_for("<tables_otsl>") == grammar_for("tables_otsl") == Grammar("tables_otsl", form="otsl")
+    assert grammar_for("<tables_otsl>") == grammar_for("tables_otsl") == Grammar("tables_otsl", rule=OTSL)
     assert allows("toy", kvp(None), '{"any": ["thing"]}')
     with pytest.raises(ValueError, match="unknown task 'table'; known: chart2csv, "):
         grammar_for("table")

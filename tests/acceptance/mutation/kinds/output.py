@@ -69,7 +69,7 @@ def prepare(bases: Path) -> None:
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
     from granite4v.runtime.formats import TASKS
 
-    task = rng.choice(TASKS)
+    task = rng.choice(list(TASKS))
     text = _answer(rng, task)
     done = []
     marks = {"tables_html": HTML, "tables_otsl": OTSL, "chart2csv": CSV}.get(task, JSON)

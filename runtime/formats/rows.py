@@ -1,0 +1,23 @@
+"""How an answer falls into rows: what a run of equal rows is found by."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`end` is the text that ends a row, or a part of a row if `group` finds which row a part belongs to.
+
+    `blank` matches everything that a row without content consists of. `position` matches what says where a row stands,
+    which is not compared: it differs in rows that are otherwise equal.
+    """
+
+    end: str
+    blank: re.Pattern[str]
+    group: re.Pattern[str] | None = None
+    position: re.Pattern[str] | None = None
+
+
+LINES = Rows("\n", re.compile(r"\s+"))

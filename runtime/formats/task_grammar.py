@@ -1,0 +1,26 @@
+"""The grammar of a task's answers.
+
+Stands apart from the table of tasks, since checking a schema needs jsonschema and llguidance, and the table is also
+read where neither may be imported (for the help text of the command line).
+"""
+
+from __future__ import annotations
+
+from granite4v.runtime.formats.tasks import find_task
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.schema import definite
+
+
+def grammar_for(task: str, schema: object = None) -> Grammar | None:
+    """The grammar of a task, with or without angle brackets; None for one whose answers are free text.
+
+    `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for one that is invalid or that
+    no answer can satisfy, ValueError for an unknown task or a schema that the task has no use for.
+    """
+    found = find_task(task)
+    if found.takes_schema:
+        text, warnings = definite({"type": "object"} if schema is None else schema)
+        return Grammar(found.name, schema=text, warnings=warnings)
+    if schema is not None:
+        raise ValueError(f"a schema for {task!r}; only 'kvp' takes one.")
+    return None if found.rule is None else Grammar(found.name, rule=found.rule)
