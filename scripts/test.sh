@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: formatting, lint, types, tests. Arguments go to pytest.
+# What must hold before a commit: formatting, lint, types and the fast tests (a few minutes).
+# Use: scripts/test.sh [--all] [PYTEST_ARGUMENT...]    --all runs the tests marked slow as well, as CI does
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+
+marked=(-m "not slow") which="fast tests"
+if [ "${1:-}" = --all ]; then
+    shift
+    marked=() which="all tests"
+fi
 
 use_environment dev
 
@@ -14,5 +21,5 @@ ruff check .
 stage "types"
 mypy
 
-stage "tests"
-python -m pytest "$@"
+stage "$which"
+python -m pytest ${marked[@]+"${marked[@]}"} "$@"
