@@ -26,8 +26,8 @@ def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mappin
     assert isinstance(projector, MlpConfig)
     (stream,) = config.streams
     n_in = config.tower.hidden_size * len(stream.hidden_states)
-    first = linear(graph, weights, keys.MLP.format(layer=keys.MLP_FIRST, suffix="")[:-1], n_in, width)
-    second = linear(graph, weights, keys.MLP.format(layer=keys.MLP_SECOND, suffix="")[:-1], width, width)
+    first = linear(graph, weights, keys.MLP.format(layer=keys.MLP_FIRST), n_in, width)
+    second = linear(graph, weights, keys.MLP.format(layer=keys.MLP_SECOND), width, width)
 
     def run(group: int) -> Tensor:
         x = graph.join([states[k][group] for k in stream.hidden_states], axis=0)

@@ -40,7 +40,9 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
     dim, n_tiles, eps = features.ne[0], features.ne[2], projector.layer_norm_eps
     n_windows = (side // projector.window_side) ** 2 * n_tiles
     n_queries, n_patches = projector.query_side**2, projector.window_side**2
-    name = lambda part: keys.PROJ.format(p=p, part=part, suffix="")[:-1]  # noqa: E731
+
+    def name(part: str) -> str:
+        return keys.PROJ.format(p=p, part=part)
 
     def apply(part: str, x: Tensor, n_out: int = dim) -> Tensor:
         """A linear layer on `[n, tokens, windows]`; as one large product over all tokens of all windows."""
@@ -64,7 +66,7 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
     h = layer_norm(graph, weights, name("post_norm"), queries, eps)
     h = attend("self_attn", h, h)
     h = attend("cross_attn", h, memory)
-    wide = weights.n_rows(keys.PROJ.format(p=p, part="ffn_up", suffix="weight"))
+    wide = weights.n_rows(f"{name('ffn_up')}.weight")
     inner = activation(graph, projector.hidden_act, apply("ffn_up", h, wide))
     h = layer_norm(graph, weights, name("ffn_norm"), graph.add_(apply("ffn_down", inner), h), eps)
     raster = _raster(graph, h, side // 2, projector.query_side, n_tiles)

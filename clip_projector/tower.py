@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from granite4v.ggml.graph import Graph, Tensor
 
 N_CHANNELS = 3
-PRE_LN = keys.PRE_LN.format(suffix="")[:-1]
 
 
 def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
@@ -82,7 +81,7 @@ def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Ten
             first = graph.repeat(weights.vector(keys.CLASS_EMBD, width), width, 1, x.ne[2])
             h = graph.concat(first, h, axis=1)
         h = graph.add_(h, positions)
-        return layer_norm(graph, weights, PRE_LN, h, config.layer_norm_eps) if config.pre_norm else h
+        return layer_norm(graph, weights, keys.PRE_LN, h, config.layer_norm_eps) if config.pre_norm else h
 
     return [graph.expand(run(x)) for x in groups]
 
@@ -92,7 +91,10 @@ def _layer(
 ) -> list[Tensor]:
     """One encoder layer on every group. The input is overwritten unless somebody wants to `keep` it."""
     dim, wide, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-    name = lambda part: keys.BLOCK.format(i=i, part=part, suffix="")[:-1]  # noqa: E731
+
+    def name(part: str) -> str:
+        return keys.BLOCK.format(i=i, part=part)
+
     q, k, v, out = (linear(graph, weights, name(f"attn_{part}"), dim, dim) for part in ("q", "k", "v", "out"))
     up = linear(graph, weights, name("ffn_up"), dim, wide)
     down = linear(graph, weights, name("ffn_down"), wide, dim)

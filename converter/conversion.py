@@ -18,6 +18,8 @@ from granite4v.converter.output import check_space, check_target, files_in_place
 from granite4v.converter.plan import Model, Plan, make_plan
 from granite4v.converter.quantized import check_full_precision
 from granite4v.converter.stream import n_cores
+from granite4v.converter.tensors import vision_tensors
+from granite4v.converter.tensors.decoder import decoder_tensors
 from granite4v.converter.writer import write_file
 from granite4v.errors import CheckpointError, Granite4vError
 from granite4v.families import family_of_checkpoint
@@ -166,8 +168,8 @@ def _open_model(location: Location) -> Model:
     architecture = text_architecture(text_config)
     text = architecture.config(text_config, checkpoint.tensors)
     checkpoint, tied, remarks = decide_head(checkpoint, is_tied(checkpoint.config, text_config))
-    text_groups = architecture.tensors(text, tied)
-    vision_groups = family.vision_tensors(vision, checkpoint.config)
+    text_groups = decoder_tensors(text, tied)
+    vision_groups = vision_tensors(vision, checkpoint.config)
     match = match_tensors(Names.of((*text_groups, *vision_groups)), checkpoint)
     return Model(
         checkpoint=checkpoint,

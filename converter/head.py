@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_rows
-from granite4v.families.text import EMBEDDING, HEAD, HEAD_PREFIXES, PREFIXES
+from granite4v.converter.tensors.decoder import EMBEDDING, HEAD, HEAD_PREFIXES, PREFIXES
 
 COMPARED_BYTES = 1 << 22  # of each of the two, at once
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor
+from granite4v.converter.tensors.rules import TensorGroup, TensorRule
 from granite4v.errors import CheckpointError
-from granite4v.families.tensor_rules import TensorGroup, TensorRule
 
 SHOWN_PROBLEMS = 20
 

@@ -17,11 +17,11 @@ from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.match import Match
 from granite4v.converter.policy import Choice
 from granite4v.converter.safetensors_file import SourceTensor
+from granite4v.converter.tensors.rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
 from granite4v.families import Family, VisionConfig
 from granite4v.families.hf_fields import Fields
-from granite4v.families.tensor_rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.families.text import TextArchitecture, TextConfig
 
 ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
@@ -137,12 +137,13 @@ def _text_file(
     vocabulary, warnings = vocabulary_metadata(
         model.checkpoint.folder, config, text.values, model.text.vocab_size, image_token
     )
+    sizes = model.architecture.metadata(model.text, text)
     injection = model.family.text_metadata(model.vision, model.text.num_hidden_layers)
     metadata = {
         keys.GENERAL_TYPE: "model",
         **_general(model, type_policy),
-        **{f"{arch}.{key}": value for key, value in model.architecture.metadata(model.text, text).items()},
-        **{f"{arch}.{key}": value for key, value in injection.items()},
+        **{keys.text_key(key, arch): value for key, value in sizes.items()},
+        **{keys.text_key(key, arch): value for key, value in injection.items()},
         **vocabulary,
         **provenance,
         keys.PROVENANCE_POLICY: type_policy,
@@ -184,9 +185,9 @@ def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Ma
         if pair is None:
             continue
         tensors += [
-            _plain(f"{rule.target}.lora_a", pair.a, choice),
+            _plain(keys.LORA_A.format(name=rule.target), pair.a, choice),
             PlannedTensor(
-                f"{rule.target}.lora_b",
+                keys.LORA_B.format(name=rule.target),
                 (rule.target_shape[0], pair.rank),
                 choice,
                 pair.b,

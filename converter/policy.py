@@ -7,9 +7,9 @@ same model with llama.cpp and compares type by type.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from granite4v import gguf_keys as keys
 from granite4v.errors import Granite4vError
 
 TEXT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
@@ -79,11 +79,11 @@ VISION_TABLE = (
 # fmt: on
 
 TEXT_KINDS = {
-    "output.weight": "output",
+    keys.OUTPUT: "output",
     "attn_v.weight": "attn_v",
     "ffn_down.weight": "ffn_down",
 }
-LAYER = re.compile(r"blk\.(\d+)\.(.*)")
+LAYER = keys.pattern_of(keys.TEXT_BLOCK, i=r"\d+", part=r".*")
 
 
 def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) -> Choice:
@@ -92,7 +92,7 @@ def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) 
     layer, part = (int(match.group(1)), match.group(2)) if match else (0, name)
     if len(shape) < 2 or part.endswith("_norm.weight"):
         kind = "vector"
-    elif name == "token_embd.weight" and model.tied:
+    elif name == keys.TOKEN_EMBD and model.tied:
         kind = "output"
     else:
         kind = TEXT_KINDS.get(part, "any")
@@ -105,9 +105,9 @@ def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) 
 
 def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
     """The type of an mmproj tensor with this GGUF name and NumPy-order shape."""
-    if name.endswith(".patch_embd.weight"):
+    if name == keys.PATCH_EMBD_WEIGHT:
         kind = "patch"
-    elif len(shape) < 2 or not name.endswith(".weight") or name.endswith((".position_embd.weight", "_norm.weight")):
+    elif len(shape) < 2 or not name.endswith(".weight") or name == keys.POSITION_EMBD:
         kind = "vector"
     else:
         kind = "any"

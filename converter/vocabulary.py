@@ -46,7 +46,14 @@ DIGITS_THEN_BYTE_LEVEL = "refact"
 SPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
+SPECIAL_TOKENS = {  # by tokenizer_config.json's and config.json's name
+    "bos": keys.BOS_TOKEN_ID,
+    "eos": keys.EOS_TOKEN_ID,
+    "unk": keys.UNKNOWN_TOKEN_ID,
+    "sep": keys.SEPARATOR_TOKEN_ID,
+    "pad": keys.PADDING_TOKEN_ID,
+    "mask": keys.MASK_TOKEN_ID,
+}
 
 
 def vocabulary_metadata(
@@ -82,10 +89,10 @@ def vocabulary_metadata(
     check_loads(text, path)
     metadata: dict[str, Any] = {
         **kind,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
+        keys.TOKENS: tokens,
+        keys.TOKEN_TYPES: types,
         **_special_ids(tokenizer, settings, (text_config, config), n_vocab),
-        "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer, settings),
+        keys.ADD_BOS_TOKEN: _adds_bos(tokenizer, settings),
         keys.TOKENIZER_HF_JSON: text,
     }
     template, named = chat_template(folder, settings)
@@ -233,7 +240,7 @@ def _add_tokens(tokenizer: dict[str, Any], others: Mapping[int, Json], n_vocab: 
 def _byte_level(tokenizer: Json) -> tuple[dict[str, Any], list[str]]:
     pre, warnings = _pre_tokenizer(tokenizer)
     merges = [_merge(merge) for merge in tokenizer["model"].get("merges") or []]
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}, warnings
+    return {keys.TOKENIZER_MODEL: "gpt2", keys.TOKENIZER_PRE: pre, keys.TOKEN_MERGES: merges}, warnings
 
 
 def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict[str, Any]:
@@ -252,10 +259,10 @@ def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict
         elif BYTE_TOKEN.fullmatch(text):
             types[i] = BYTE
     return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": [float(-rank.get(text, 0)) for text in tokens],
-        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+        keys.TOKENIZER_MODEL: "llama",
+        keys.TOKENIZER_PRE: "default",
+        keys.TOKEN_SCORES: [float(-rank.get(text, 0)) for text in tokens],
+        keys.ADD_SPACE_PREFIX: _adds_space(tokenizer),
     }
 
 
@@ -320,7 +327,7 @@ def _pre_tokenizer(tokenizer: Json) -> tuple[str, list[str]]:
 def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_vocab: int) -> dict[str, int]:
     ids = {entry["content"]: int(entry["id"]) for entry in tokenizer.get("added_tokens") or []}
     found: dict[str, int] = {}
-    for kind in SPECIAL_TOKENS:
+    for kind, key in SPECIAL_TOKENS.items():
         named = settings.get(f"{kind}_token")
         text = named.get("content") if isinstance(named, dict) else named
         candidates: list[Any] = [ids.get(text)] if isinstance(text, str) else []
@@ -329,8 +336,7 @@ def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_v
             candidates.append(value[0] if isinstance(value, list) and value else value)
         for value in candidates:
             if is_integer(value) and 0 <= value < n_vocab:
-                key = {"unk": "unknown", "sep": "seperator", "pad": "padding"}.get(kind, kind)  # llama.cpp's spelling
-                found[f"tokenizer.ggml.{key}_token_id"] = value
+                found[key] = value
                 break
     return found
 

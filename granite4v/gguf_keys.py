@@ -1,9 +1,11 @@
-"""Every GGUF metadata key and mmproj tensor name, for the writer and the readers alike.
+"""Every GGUF metadata key and tensor name, for the writer and the readers alike; no other module spells one out.
 
-Names are llama.cpp's (tools/mtmd/clip-impl.h and src/llama-arch.cpp as of llama-cpp-python 0.3.36, ggml
-0.25.3); keys that start with `granite4v.` are ours and are ignored by llama.cpp. Text tensor names come
-from the `gguf` package.
+Names are llama.cpp's (tools/mtmd/clip-impl.h, src/llama-arch.cpp and src/llama-vocab.cpp as of llama-cpp-python
+0.3.36, ggml 0.25.3). Keys that start with `granite4v.` are ours and are ignored by llama.cpp. Tensor names stand
+without `.weight` or `.bias` where a tensor has both.
 """
+
+import re
 
 GENERAL_ARCHITECTURE = "general.architecture"
 GENERAL_TYPE = "general.type"
@@ -15,14 +17,57 @@ ARCH_CLIP = "clip"
 TYPE_MMPROJ = "mmproj"
 TYPE_ADAPTER = "adapter"
 
-# --- text file; {arch} is general.architecture ---
+GENERAL_ALIGNMENT = "general.alignment"
+SPLIT_COUNT = "split.count"
+
+# --- text file; {arch} is general.architecture, see `text_key` ---
+VOCAB_SIZE = "{arch}.vocab_size"
 BLOCK_COUNT = "{arch}.block_count"
 CONTEXT_LENGTH = "{arch}.context_length"
 EMBEDDING_LENGTH = "{arch}.embedding_length"
+FEED_FORWARD_LENGTH = "{arch}.feed_forward_length"
+HEAD_COUNT = "{arch}.attention.head_count"
+HEAD_COUNT_KV = "{arch}.attention.head_count_kv"
+KEY_LENGTH = "{arch}.attention.key_length"
+VALUE_LENGTH = "{arch}.attention.value_length"
+ATTENTION_SCALE = "{arch}.attention.scale"
+LAYER_NORM_RMS_EPS = "{arch}.attention.layer_norm_rms_epsilon"
+ROPE_FREQ_BASE = "{arch}.rope.freq_base"
+ROPE_DIMENSION_COUNT = "{arch}.rope.dimension_count"
+ROPE_SCALING_TYPE = "{arch}.rope.scaling.type"
+ROPE_SCALING_FACTOR = "{arch}.rope.scaling.factor"
+ROPE_SCALING_FINETUNED = "{arch}.rope.scaling.finetuned"
+EMBEDDING_SCALE = "{arch}.embedding_scale"
+RESIDUAL_SCALE = "{arch}.residual_scale"
+LOGIT_SCALE = "{arch}.logit_scale"
 DEEPSTACK_MAPPING = "{arch}.deepstack_mapping"
+
+TOKENIZER_MODEL = "tokenizer.ggml.model"
+TOKENIZER_PRE = "tokenizer.ggml.pre"
+TOKENS = "tokenizer.ggml.tokens"
+TOKEN_TYPES = "tokenizer.ggml.token_type"
+TOKEN_SCORES = "tokenizer.ggml.scores"
+TOKEN_MERGES = "tokenizer.ggml.merges"
+BOS_TOKEN_ID = "tokenizer.ggml.bos_token_id"
+EOS_TOKEN_ID = "tokenizer.ggml.eos_token_id"
+EOT_TOKEN_ID = "tokenizer.ggml.eot_token_id"  # end of turn
+EOM_TOKEN_ID = "tokenizer.ggml.eom_token_id"  # end of message
+UNKNOWN_TOKEN_ID = "tokenizer.ggml.unknown_token_id"
+SEPARATOR_TOKEN_ID = "tokenizer.ggml.seperator_token_id"  # llama.cpp's spelling
+PADDING_TOKEN_ID = "tokenizer.ggml.padding_token_id"
+MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
+ADD_BOS_TOKEN = "tokenizer.ggml.add_bos_token"
+ADD_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 TOKENIZER_HF_JSON = "tokenizer.huggingface.json"
 CHAT_TEMPLATE = "tokenizer.chat_template"
-EOS_TOKEN_ID = "tokenizer.ggml.eos_token_id"
+
+# --- text tensors; {i} is the decoder layer ---
+TOKEN_EMBD = "token_embd.weight"
+OUTPUT_NORM = "output_norm.weight"
+OUTPUT = "output.weight"
+ROPE_FREQS = "rope_freqs.weight"
+TEXT_BLOCK = "blk.{i}.{part}"
+LORA_A, LORA_B = "{name}.lora_a", "{name}.lora_b"  # {name}: the tensor they are added to
 
 # --- LoRA adapter file ---
 ADAPTER_TYPE = "adapter.type"
@@ -77,12 +122,24 @@ PATCH_EMBD_WEIGHT = "v.patch_embd.weight"
 PATCH_EMBD_BIAS = "v.patch_embd.bias"
 POSITION_EMBD = "v.position_embd.weight"
 CLASS_EMBD = "v.class_embd"
-PRE_LN = "v.pre_ln.{suffix}"
-POST_LN = "v.post_ln.{suffix}"
+PRE_LN = "v.pre_ln"
+POST_LN = "v.post_ln"
 IMAGE_NEWLINE = "v.image_newline"
-BLOCK = "v.blk.{i}.{part}.{suffix}"
+IMAGE_NEWLINE_OLDER = "model.image_newline"  # in files of llama.cpp's older converter
+BLOCK = "v.blk.{i}.{part}"
 PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
 PROJ_QUERY = "v.proj_blk.{p}.query"
-PROJ = "v.proj_blk.{p}.{part}.{suffix}"
-MLP = "mm.{layer}.{suffix}"
+PROJ = "v.proj_blk.{p}.{part}"
+MLP = "mm.{layer}"
 MLP_FIRST, MLP_SECOND = 0, 2  # numbered with the activation between them
+
+
+def pattern_of(name: str, **fields: str) -> re.Pattern[str]:
+    """A regular expression for tensor names of this form; `fields` gives an expression for each placeholder."""
+    parts = re.split(r"\{(\w+)\}", name)  # text and placeholders by turns
+    return re.compile("".join(f"({fields[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
+
+
+def text_key(key: str, architecture: str) -> str:
+    """The key of a text file with this `general.architecture`: 'granite.block_count' for BLOCK_COUNT."""
+    return key.replace("{arch}", architecture)

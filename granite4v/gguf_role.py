@@ -10,7 +10,6 @@ from granite4v.ggml.gguf_file import GgufFile
 
 # What general.type says of GGUF files that hold no weights to run.
 _NO_MODEL = ("imatrix", "dataset", "vocab", "template", "kv_cache")
-_SPLIT_COUNT = "split.count"
 
 
 def role(file: GgufFile) -> str:
@@ -22,7 +21,7 @@ def role(file: GgufFile) -> str:
         return "vision"
     if kind in _NO_MODEL or keys.GENERAL_ARCHITECTURE not in file:
         return "other"
-    if not file.tensors and _SPLIT_COUNT not in file:  # the first part of a split file may hold metadata alone
+    if not file.tensors and keys.SPLIT_COUNT not in file:  # the first part of a split file may hold metadata alone
         return "other"
     return "text"
 

@@ -15,13 +15,12 @@ from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import role
 
 _MAX_SHOWN = 512  # values of a list: one for each layer of the deepest models
-_VOCABULARY = "tokenizer.ggml.tokens"
 _TEXT_SIZES = {
-    "layers": "{arch}.block_count",
-    "width": "{arch}.embedding_length",
-    "heads": "{arch}.attention.head_count",
-    "kv_heads": "{arch}.attention.head_count_kv",
-    "context": "{arch}.context_length",
+    "layers": keys.BLOCK_COUNT,
+    "width": keys.EMBEDDING_LENGTH,
+    "heads": keys.HEAD_COUNT,
+    "kv_heads": keys.HEAD_COUNT_KV,
+    "context": keys.CONTEXT_LENGTH,
 }
 _PROVENANCE = {
     "source": keys.PROVENANCE_SOURCE,
@@ -81,8 +80,8 @@ def _shown(value: Any) -> Any:
 
 
 def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
-    sizes = {label: _shown(file.get(key.replace("{arch}", architecture))) for label, key in _TEXT_SIZES.items()}
-    mapping = file.get(keys.DEEPSTACK_MAPPING.replace("{arch}", architecture))
+    sizes = {label: _shown(file.get(keys.text_key(key, architecture))) for label, key in _TEXT_SIZES.items()}
+    mapping = file.get(keys.text_key(keys.DEEPSTACK_MAPPING, architecture))
     injected = None
     if isinstance(mapping, list):
         injected = [layer for layer, slot in enumerate(mapping) if isinstance(slot, int) and slot >= 0]
@@ -90,9 +89,9 @@ def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
         "text": sizes,
         "injected_layers": injected,  # besides layer 0, whose stream is the input embedding itself
         "tokenizer": {
-            "model": _shown(file.get("tokenizer.ggml.model")),
-            "split": _shown(file.get("tokenizer.ggml.pre")),
-            "tokens": file.n_texts(_VOCABULARY) or None,
+            "model": _shown(file.get(keys.TOKENIZER_MODEL)),
+            "split": _shown(file.get(keys.TOKENIZER_PRE)),
+            "tokens": file.n_texts(keys.TOKENS) or None,
             "tokenizer.json": keys.TOKENIZER_HF_JSON in file,
         },
         "chat_template": keys.CHAT_TEMPLATE in file,
@@ -131,7 +130,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
 
 
 def _adapter(file: GgufFile) -> dict[str, Any]:
-    ranks = {tensor.shape[0] for name, tensor in file.tensors.items() if name.endswith(".lora_a")}
+    ranks = {tensor.shape[0] for name, tensor in file.tensors.items() if name.endswith(keys.LORA_A.format(name=""))}
     return {
         "adapter": {
             "type": _shown(file.get(keys.ADAPTER_TYPE)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from granite4v import gguf_keys as keys
 from granite4v.choices import whole_number
 from granite4v.errors import DeviceError, ModelFileError, PromptError
 from granite4v.runtime.engine.engine import Engine, Progress
@@ -25,7 +26,6 @@ from granite4v.runtime.llama.library import Cancel
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import normalize
 from granite4v.runtime.prompt.spans import Prompt, build_prompt, check_fits
-from granite4v.runtime.prompt.tokenizer import VOCABULARY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -278,7 +278,7 @@ class Model:
         if grammar is None:
             return None
         if self._compiler is None:
-            n_vocab = self.files.text.n_texts(VOCABULARY)
+            n_vocab = self.files.text.n_texts(keys.TOKENS)
             self._compiler = Compiler(self.engine.tokenizer(), n_vocab, self.engine.stop_tokens)
         return self._compiler.begin(grammar)
 

@@ -46,7 +46,7 @@ def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, A
         config = read_vision(vision_file)[1]
         where = layout(load_image(image).size, config.tiling, config.tokens_side)
         vision_type, text_type = main_type(vision_file.tensors), main_type(text_file.tensors)
-        up = vision_file.tensors.get(keys.PROJ.format(p=0, part="ffn_up", suffix="weight"))
+        up = vision_file.tensors.get(keys.PROJ.format(p=0, part="ffn_up.weight"))
         qformer_ffn = up.shape[0] if up is not None else 0
         encode = encode_gflop(config, qformer_ffn, where.n_tiles)
         prefill = prefill_gflop(text_file, where.n_tokens)

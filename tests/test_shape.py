@@ -41,7 +41,6 @@ KNOWN_LAZY_FOLDERS = {
 KNOWN_LONG_FUNCTIONS = {
     "granite4v/cli/extract.py extract",
     "granite4v/default_model.py extract",
-    "granite4v/families/text.py _decoder_tensors",
     "runtime/extract/run.py extract",
     "runtime/model.py stream",
     "scripts/nano/drawing.py page",
@@ -51,7 +50,6 @@ KNOWN_LONG_FUNCTIONS = {
     "tests/acceptance/mutation/pdf_samples.py rich",
 }
 KNOWN_LONG_MODULES = {
-    "granite4v/families/text.py",
     "scripts/nano/model.py",
     "scripts/nano/samples.py",
     "scripts/nano/train.py",

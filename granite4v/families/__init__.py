@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families import granite4_vision, llava_next
-from granite4v.families.base import Family, Metadata, VisionConfig
-
-if TYPE_CHECKING:
-    from granite4v.ggml.gguf_file import GgufFile
-    from granite4v.ggml.metadata import GgufMetadata
+from granite4v.families.base import Family, VisionConfig
+from granite4v.families.hf_fields import Json
+from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.metadata import GgufMetadata
 
 __all__ = [
     "FAMILIES",
@@ -26,7 +23,7 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (granite4_vision.Granite4Vision(), llava_next.LlavaNext())
 
 
-def family_of_checkpoint(config: Metadata) -> Family:
+def family_of_checkpoint(config: Json) -> Family:
     """The family of a Hugging Face config.json; raises CheckpointError when none matches."""
     model_type = config.get("model_type")
     for family in FAMILIES:

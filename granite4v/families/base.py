@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from granite4v.families.hf_fields import Fields
-    from granite4v.families.tensor_rules import TensorGroup
-    from granite4v.ggml.metadata import GgufMetadata
+from granite4v.families.hf_fields import Fields, Json
+from granite4v.ggml.metadata import GgufMetadata
 
-Metadata = Mapping[str, Any]
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
 
@@ -159,7 +156,7 @@ class Family(Protocol):
     hf_model_types: tuple[str, ...]
     projector_type: str
 
-    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+    def config_from_hf(self, config: Json, preprocessor: Fields) -> VisionConfig:
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         ...
 
@@ -176,17 +173,13 @@ class Family(Protocol):
         ...
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """What the text GGUF must say about injection, without the architecture prefix."""
-        ...
-
-    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
-        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
+        """What the text GGUF must say about injection, `{arch}` in the keys."""
         ...
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
         """What transformers' `get_image_features` gave for one picture: decoder layer -> packed embeddings (torch)."""
         ...
 
-    def reference_logits_divisor(self, config: Metadata) -> float:
+    def reference_logits_divisor(self, config: Json) -> float:
         """What transformers' logits are to be divided by to be those of the text model in config.json; mostly 1."""
         ...

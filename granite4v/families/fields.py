@@ -5,13 +5,13 @@ Shared by the family files; knows no model. GGUF metadata have accessors of thei
 
 from __future__ import annotations
 
+import numpy as np
+
 from granite4v.errors import CheckpointError
 
 
 def short(value: float) -> float:
     """The shortest decimal that float32 stores as this value: 1e-06 instead of 9.999999974752427e-07."""
-    import numpy as np
-
     return float(str(np.float32(value)))
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families.anyres import tiling_from_gguf, tiling_from_hf, tiling_metadata
 from granite4v.families.base import (
     ACTIVATIONS,
-    Metadata,
     Shapes,
     Stream,
     TowerConfig,
@@ -25,7 +24,7 @@ from granite4v.families.base import (
     WindowQFormerConfig,
 )
 from granite4v.families.fields import hidden_state_index, short
-from granite4v.families.hf_fields import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, shown
+from granite4v.families.hf_fields import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json, shown
 from granite4v.families.text import n_text_layers, text_section
 from granite4v.families.towers import (
     CLIP,
@@ -37,9 +36,6 @@ from granite4v.families.towers import (
     tower_metadata,
 )
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
-
-if TYPE_CHECKING:
-    from granite4v.families.tensor_rules import TensorGroup
 
 QFORMER_HEAD_DIM = 64  # transformers' Granite4VisionConfig sets num_attention_heads to hidden_size // 64
 N_SPATIAL_PROJECTORS = N_CORNERS = 4  # a projector for each corner of a 2x2 block
@@ -63,7 +59,7 @@ class Granite4Vision:
     hf_model_types: tuple[str, ...] = ("granite4_vision",)
     projector_type = "granite4_vision"
 
-    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+    def config_from_hf(self, config: Json, preprocessor: Fields) -> VisionConfig:
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         fields, text = Fields(renamed(config)), text_section(config)
         vision = fields.section("vision_config")
@@ -154,24 +150,18 @@ class Granite4Vision:
         for slot, stream in enumerate(config.streams, start=first):
             if slot > 0:
                 mapping[stream.text_layer] = slot
-        return {keys.DEEPSTACK_MAPPING.removeprefix("{arch}."): mapping}
-
-    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
-        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
-        from granite4v.families.granite4_vision_tensors import granite4_vision_tensors
-
-        return granite4_vision_tensors(config, hf_config)
+        return {keys.DEEPSTACK_MAPPING: mapping}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
         """What transformers' `get_image_features` gave for one picture; layers outside the model included."""
         return {layer: packed[0] for layer, packed in output.deepstack_features}
 
-    def reference_logits_divisor(self, config: Metadata) -> float:
+    def reference_logits_divisor(self, config: Json) -> float:
         """transformers divides by `logits_scaling` itself."""
         return 1.0
 
 
-def renamed(config: Metadata) -> Metadata:
+def renamed(config: Json) -> Json:
     """A config.json in today's field names; raises CheckpointError when it gives both names different values.
 
     transformers knows today's names; vLLM reads both.

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from granite4v.errors import CheckpointError
-from granite4v.families.base import Metadata
+
+Json = Mapping[str, Any]  # an object of a Hugging Face file
 
 # Bounds that no published model is near, and that keep every later product within what can be counted and stored.
 MAX_LAYERS = 512
@@ -30,7 +31,7 @@ _REQUIRED: Any = object()
 class Fields:
     """One JSON object of a file. A field that is null counts as absent, as in transformers."""
 
-    def __init__(self, values: Metadata, file: str = "config.json", path: str = "") -> None:
+    def __init__(self, values: Json, file: str = "config.json", path: str = "") -> None:
         """`path`: where in the file the object stands, for instance 'text_config'; empty for the file itself."""
         self.values, self.file, self.path = values, file, path
 

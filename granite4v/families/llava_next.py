@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.families.anyres import tiling_from_gguf, tiling_from_hf, tiling_metadata
-from granite4v.families.base import ACTIVATIONS, Metadata, MlpConfig, Shapes, Stream, VisionConfig
+from granite4v.families.base import ACTIVATIONS, MlpConfig, Shapes, Stream, VisionConfig
 from granite4v.families.fields import hidden_state_index
-from granite4v.families.hf_fields import MAX_WIDTH, Fields, is_integer
+from granite4v.families.hf_fields import MAX_WIDTH, Fields, Json, is_integer
 from granite4v.families.text import logits_scaling, text_section
 from granite4v.families.towers import (
     CLIP,
@@ -33,9 +33,6 @@ from granite4v.families.towers import (
 )
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
-if TYPE_CHECKING:
-    from granite4v.families.tensor_rules import TensorGroup
-
 # What config.json and preprocessor_config.json may leave out (transformers' defaults).
 FEATURE_LAYER = -2
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -43,16 +40,13 @@ MAX_STATES = 64
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# llama.cpp's older converter writes the names of the checkpoint's file where newer ones have names of their own.
-NEWLINE_OF_OLDER_FILES = "model.image_newline"
-
 
 class LlavaNext:
     name = "llava_next"
     hf_model_types: tuple[str, ...] = ("llava_next",)
     projector_type = "mlp"
 
-    def config_from_hf(self, config: Metadata, preprocessor: Fields) -> VisionConfig:
+    def config_from_hf(self, config: Json, preprocessor: Fields) -> VisionConfig:
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         fields, text = Fields(config), text_section(config)
         vision = fields.section("vision_config")
@@ -83,7 +77,7 @@ class LlavaNext:
         tower = tower_from_gguf(metadata, kind, act)
         tower = dataclasses.replace(
             tower,
-            pre_norm=keys.PRE_LN.format(suffix="weight") in shapes,
+            pre_norm=f"{keys.PRE_LN}.weight" in shapes,
             patch_bias=keys.PATCH_EMBD_BIAS in shapes,
         )
         # a file that names none was made of a checkpoint with -2, without the last layer; libmtmd takes one state less
@@ -101,16 +95,16 @@ class LlavaNext:
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
         """Names in files of llama.cpp's older converter, which swaps the two layers of a feed-forward network."""
         names = {}
-        if keys.IMAGE_NEWLINE not in shapes and NEWLINE_OF_OLDER_FILES in shapes:
-            names[keys.IMAGE_NEWLINE] = NEWLINE_OF_OLDER_FILES
+        if keys.IMAGE_NEWLINE not in shapes and keys.IMAGE_NEWLINE_OLDER in shapes:
+            names[keys.IMAGE_NEWLINE] = keys.IMAGE_NEWLINE_OLDER
         width, ffn = config.tower.hidden_size, config.tower.intermediate_size
-        up = keys.BLOCK.format(i=0, part="ffn_up", suffix="weight")
+        up = keys.BLOCK.format(i=0, part="ffn_up") + ".weight"
         if shapes.get(up) == (width, ffn) and (width != ffn or names):
             for i in range(config.tower.num_hidden_layers):
                 for part, other in (("ffn_up", "ffn_down"), ("ffn_down", "ffn_up")):
                     for suffix in ("weight", "bias"):
-                        name = keys.BLOCK.format(i=i, part=part, suffix=suffix)
-                        names[name] = keys.BLOCK.format(i=i, part=other, suffix=suffix)
+                        name = keys.BLOCK.format(i=i, part=f"{part}.{suffix}")
+                        names[name] = keys.BLOCK.format(i=i, part=f"{other}.{suffix}")
         return names
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -133,17 +127,11 @@ class LlavaNext:
         """Nothing: the one stream is the decoder's input."""
         return {}
 
-    def vision_tensors(self, config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
-        """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
-        from granite4v.families.llava_next_tensors import llava_next_tensors
-
-        return llava_next_tensors(config, hf_config)
-
     def reference_streams(self, output: Any) -> dict[int, Any]:
         """What transformers' `get_image_features` gave for one picture."""
         return {0: output.pooler_output[0]}
 
-    def reference_logits_divisor(self, config: Metadata) -> float:
+    def reference_logits_divisor(self, config: Json) -> float:
         """transformers 5 gives this family a head of its own, which leaves out a Granite decoder's `logits_scaling`.
 
         Such models were trained, published and quantized with it, and llama.cpp divides, so we do. The likeliest token
@@ -164,7 +152,7 @@ def taken_states(config: Fields, n_layers: int) -> list[int]:
 
 def _projected_width(metadata: GgufMetadata, shapes: Shapes) -> int:
     """The width of the text model: what the projector's last layer makes."""
-    name = keys.MLP.format(layer=keys.MLP_SECOND, suffix="weight")
+    name = keys.MLP.format(layer=keys.MLP_SECOND) + ".weight"
     shape = shapes.get(name, ())
     if len(shape) != 2:
         raise ModelFileError(

@@ -6,13 +6,12 @@ One `TextArchitecture` for each GGUF architecture. Names and defaults: transform
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError
-from granite4v.families.base import Metadata
 from granite4v.families.hf_fields import (
     MAX_FACTOR,
     MAX_HEADS,
@@ -21,17 +20,9 @@ from granite4v.families.hf_fields import (
     MAX_VOCABULARY,
     MAX_WIDTH,
     Fields,
+    Json,
 )
-from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, each_layer
-
-# Where the decoder's tensors stand, today's spelling first. Adapters trained on the text model alone
-# and text-only checkpoints have the last one.
-PREFIXES = ("model.language_model.", "language_model.model.", "model.language_model.model.", "model.")
-HEAD_PREFIXES = ("", "language_model.", "model.language_model.", "model.")
-HEAD = "lm_head.weight"
-EMBEDDING = "embed_tokens.weight"
-ROPE_FACTORS = "rope_freqs.weight"
-MIN_THETA = 1e-3
+from granite4v.families.rope import Rope
 
 # What a text_config may leave out, as published checkpoints do, by its model_type.
 _LLAMA_DEFAULTS = {
@@ -69,7 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _HYBRID_FIELDS = ("shared_intermediate_size", "layer_types", "layers_block_type")
 
 
-def text_section(config: Metadata) -> Fields:
+def text_section(config: Json) -> Fields:
     """The `text_config` of a config.json with what it leaves out filled in, `model_type` included.
 
     Raises CheckpointError without one.
@@ -123,13 +114,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """`arch`: the GGUF architecture. `metadata` is written with the architecture as prefix."""
+    """`arch`: the GGUF architecture. `metadata` gives values by key, `{arch}` in the keys."""
 
     arch: str
     hf_model_types: tuple[str, ...]
     config: Callable[[Fields, Iterable[str]], TextConfig]
     metadata: Callable[[TextConfig, Fields], dict[str, Any]]
-    tensors: Callable[[TextConfig, bool], tuple[TensorGroup, ...]]
 
 
 def text_architecture(text: Fields) -> TextArchitecture:
@@ -170,12 +160,12 @@ def _granite_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return {
         **_common_metadata(config),
         # llama.cpp divides the logits by logit_scale and multiplies by the others, as transformers does
-        "attention.scale": text.number("attention_multiplier", 0, MAX_FACTOR, 1.0),
-        "embedding_scale": text.number("embedding_multiplier", 0, MAX_FACTOR, 1.0),
-        "residual_scale": text.number("residual_multiplier", 0, MAX_FACTOR, 1.0),
-        "logit_scale": logits_scaling(text),
+        keys.ATTENTION_SCALE: text.number("attention_multiplier", 0, MAX_FACTOR, 1.0),
+        keys.EMBEDDING_SCALE: text.number("embedding_multiplier", 0, MAX_FACTOR, 1.0),
+        keys.RESIDUAL_SCALE: text.number("residual_multiplier", 0, MAX_FACTOR, 1.0),
+        keys.LOGIT_SCALE: logits_scaling(text),
         # granite uses this key as the switch of the rotary embedding
-        "rope.scaling.finetuned": config.rotary,
+        keys.ROPE_SCALING_FINETUNED: config.rotary,
     }
 
 
@@ -247,7 +237,7 @@ def _sizes(text: Fields, ffn: str) -> dict[str, Any]:
             f"'{text.file}' gives heads of {head_dim} values ('{text.path}': 'hidden_size' {hidden}, "
             f"'num_attention_heads' {heads}); expected an even number, since the rotary embedding turns pairs."
         )
-    rope = _Rope.read(text, head_dim)
+    rope = Rope.read(text, head_dim)
     return {
         "vocab_size": text.integer("vocab_size", 1, MAX_VOCABULARY),
         "hidden_size": hidden,
@@ -270,154 +260,30 @@ def n_text_layers(text: Fields) -> int:
 
 def _common_metadata(config: TextConfig) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
-        "rope.dimension_count": config.head_dim,
+        keys.VOCAB_SIZE: config.vocab_size,
+        keys.BLOCK_COUNT: config.num_hidden_layers,
+        keys.CONTEXT_LENGTH: config.max_position_embeddings,
+        keys.EMBEDDING_LENGTH: config.hidden_size,
+        keys.FEED_FORWARD_LENGTH: config.intermediate_size,
+        keys.HEAD_COUNT: config.num_attention_heads,
+        keys.HEAD_COUNT_KV: config.num_key_value_heads,
+        keys.LAYER_NORM_RMS_EPS: config.rms_norm_eps,
+        keys.ROPE_FREQ_BASE: config.rope_theta,
+        keys.ROPE_DIMENSION_COUNT: config.head_dim,
     }
     if config.head_dim * config.num_attention_heads != config.hidden_size:
-        metadata |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+        metadata |= {keys.KEY_LENGTH: config.head_dim, keys.VALUE_LENGTH: config.head_dim}
     if config.rope_linear_factor is not None:
-        metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_linear_factor}
+        metadata |= {keys.ROPE_SCALING_TYPE: "linear", keys.ROPE_SCALING_FACTOR: config.rope_linear_factor}
     return metadata
 
 
-def _decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
-    """A llama-style decoder: q, k, v, o, gate, up, down and two RMS norms a layer.
-
-    Query and key rows are reordered where llama.cpp's rotary embedding of the architecture turns neighbouring
-    pairs; transformers always turns the two halves of a head.
-    """
-    hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    n_q, n_kv = config.num_attention_heads, config.num_key_value_heads
-    q, kv = n_q * dim, n_kv * dim
-    q_pairs, k_pairs = (n_q, n_kv) if config.rope_pairs else (0, 0)
-    rows = [
-        TensorRule("layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", (hidden,)),
-        TensorRule("layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight", (q, hidden), rope_heads=q_pairs),
-        TensorRule("layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight", (kv, hidden), rope_heads=k_pairs),
-        TensorRule("layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight", (kv, hidden)),
-        TensorRule("layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight", (hidden, q)),
-        TensorRule("layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight", (hidden,)),
-    ]
-    if config.attention_bias:
-        rows += [
-            TensorRule("layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias", (q,), rope_heads=q_pairs),
-            TensorRule("layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias", (kv,), rope_heads=k_pairs),
-            TensorRule("layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias", (kv,)),
-        ]
-    if config.output_bias:
-        rows.append(TensorRule("layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias", (hidden,)))
-    if config.fused_mlp:
-        both = "layers.{i}.shared_mlp.input_linear.weight"
-        rows += [
-            TensorRule(both, "blk.{i}.ffn_gate.weight", (2 * ffn, hidden), rows=(0, ffn)),
-            TensorRule(both, "blk.{i}.ffn_up.weight", (2 * ffn, hidden), rows=(ffn, 2 * ffn)),
-            TensorRule("layers.{i}.shared_mlp.output_linear.weight", "blk.{i}.ffn_down.weight", (hidden, ffn)),
-        ]
-    else:
-        rows += [
-            TensorRule("layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight", (ffn, hidden)),
-            TensorRule("layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight", (ffn, hidden)),
-            TensorRule("layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight", (hidden, ffn)),
-        ]
-    if config.mlp_bias:
-        rows += [
-            TensorRule("layers.{i}.mlp.gate_proj.bias", "blk.{i}.ffn_gate.bias", (ffn,)),
-            TensorRule("layers.{i}.mlp.up_proj.bias", "blk.{i}.ffn_up.bias", (ffn,)),
-            TensorRule("layers.{i}.mlp.down_proj.bias", "blk.{i}.ffn_down.bias", (hidden,)),
-        ]
-    return (
-        TensorGroup(
-            prefixes=PREFIXES,
-            rules=(
-                TensorRule(EMBEDDING, "token_embd.weight", (config.vocab_size, hidden)),
-                *each_layer(config.num_hidden_layers, *rows),
-                TensorRule("norm.weight", "output_norm.weight", (hidden,)),
-                *_rope_factors(config),
-            ),
-            drops=each_layer_drop(config.num_hidden_layers),
-        ),
-        TensorGroup(
-            prefixes=HEAD_PREFIXES,
-            rules=() if tied else (TensorRule(HEAD, "output.weight", (config.vocab_size, hidden)),),
-            drops=(DropRule(HEAD, "equal to the token embedding, to which it is tied"),) if tied else (),
-        ),
-    )
-
-
-def _rope_factors(config: TextConfig) -> tuple[TensorRule, ...]:
-    if config.rope_factors is None:
-        return ()
-    shape = (len(config.rope_factors),)
-    return (TensorRule("factors of the rotary frequencies", ROPE_FACTORS, shape, values=config.rope_factors),)
-
-
-def each_layer_drop(n_layers: int) -> tuple[DropRule, ...]:
-    """Rotary frequencies that older versions of transformers saved."""
-    reason = "rotary frequencies, computed from the configuration"
-    return (
-        DropRule("rotary_emb.inv_freq", reason),
-        *(DropRule(f"layers.{i}.self_attn.rotary_emb.inv_freq", reason) for i in range(n_layers)),
-    )
-
-
-def is_tied(config: Metadata, text: Fields) -> bool:
+def is_tied(config: Json, text: Fields) -> bool:
     """Whether config.json says that the output head is the token embedding.
 
     The outer configuration decides, as in transformers, then text_config.
     """
     return Fields(config).flag("tie_word_embeddings", text.flag("tie_word_embeddings", False))
-
-
-@dataclass(frozen=True)
-class _Rope:
-    theta: float
-    linear_factor: float | None = None
-    factors: tuple[float, ...] | None = None
-
-    @classmethod
-    def read(cls, text: Fields, head_dim: int) -> _Rope:
-        """The rotary embedding of a `text_config`, in today's spelling or an older one; raises CheckpointError."""
-        old, new = (text.section(key, {}) for key in ("rope_scaling", "rope_parameters"))
-        rope = Fields({**old.values, **new.values}, text.file, new.path if new.values else old.path)
-        at = rope if "rope_theta" in rope else text
-        theta = at.number("rope_theta", MIN_THETA, MAX_FACTOR, 10000.0)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return cls(theta)
-        if kind == "linear":
-            return cls(theta, linear_factor=rope.number("factor", 0, MAX_FACTOR, positive=True))
-        if kind == "llama3":
-            return cls(theta, factors=_llama3_factors(rope, theta, head_dim))
-        raise CheckpointError(
-            f"text_config has rope type {kind!r}; the types that convert are 'default', 'linear' and 'llama3'."
-        )
-
-
-def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
-    """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
-
-    transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
-    """
-    factor, context = (
-        rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
-    )
-    low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
-    if low >= high:
-        raise rope.error("high_freq_factor", f"more than 'low_freq_factor' ({low:g})")
-    factors = []
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / head_dim)
-        smooth = min(max((context / wavelength - low) / (high - low), 0.0), 1.0)
-        factors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(factors)
 
 
 def _check_dense_attention(text: Fields, tensor_names: Collection[str]) -> None:
@@ -453,20 +319,17 @@ ARCHITECTURES = (
         hf_model_types=("granite4_vision_text", "granite", "granitemoehybrid"),
         config=_granite_config,
         metadata=_granite_metadata,
-        tensors=_decoder_tensors,
     ),
     TextArchitecture(
         arch="llama",
         hf_model_types=("llama", "mistral"),
         config=_llama_config,
         metadata=_plain_metadata,
-        tensors=_decoder_tensors,
     ),
     TextArchitecture(
         arch="qwen2",
         hf_model_types=("qwen2",),
         config=_qwen2_config,
         metadata=_plain_metadata,
-        tensors=_decoder_tensors,
     ),
 )

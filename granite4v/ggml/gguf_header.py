@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.ggml.types import TYPE_NAMES, TYPES
 
@@ -152,7 +153,7 @@ class _Parser:
             if key in fields:
                 raise self._broken(f"it has the key '{name}' twice")
             fields[key] = self._field(name)
-        alignment = self._alignment(fields.get(b"general.alignment"))
+        alignment = self._alignment(fields.get(keys.GENERAL_ALIGNMENT.encode()))
         listed = self._tensor_list(n_tensors)
         start = -(-self._at // alignment) * alignment
         tensors = self._place(listed, start, alignment)
@@ -187,7 +188,9 @@ class _Parser:
             return 32
         value = field.decode(self._content) if field.n is None else None  # type: ignore[arg-type]
         if field.kind != 4 or value is None or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
-            raise self._broken(f"'general.alignment' is {value!r:.40}, expected a power of two as a 32-bit integer")
+            raise self._broken(
+                f"'{keys.GENERAL_ALIGNMENT}' is {value!r:.40}, expected a power of two as a 32-bit integer"
+            )
         return int(value)
 
     def _tensor_list(self, n_tensors: int) -> list[tuple[str, tuple[int, ...], str, int]]:

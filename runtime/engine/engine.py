@@ -15,14 +15,14 @@ from granite4v import gguf_keys as keys
 from granite4v.choices import whole_number
 from granite4v.errors import ModelFileError
 from granite4v.runtime.engine.decoder import Decoder
+from granite4v.runtime.engine.trial import try_once
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.llama.library import Cancel, Worker
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
-from granite4v.runtime.llama.trial import try_once
 from granite4v.runtime.prompt.spans import check_length, image_token, image_token_text
 from granite4v.runtime.prompt.template import ChatTemplate
-from granite4v.runtime.prompt.tokenizer import VOCABULARY, Tokenizer, load_tokenizer, special_tokens, stop_tokens
+from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +110,7 @@ class Engine:
         """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
         if len(text) > self.n_ctx:
             if not self._longest_token:
-                tokens = self.files.text.texts(VOCABULARY, [])
+                tokens = self.files.text.texts(keys.TOKENS, [])
                 self._longest_token = max((len(token.encode()) for token in tokens), default=1)
             check_length(text, self._longest_token, self.n_ctx)
 

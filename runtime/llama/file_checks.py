@@ -12,11 +12,9 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
+from granite4v.families.hf_fields import MAX_VOCABULARY, MAX_WIDTH
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
-from granite4v.runtime.prompt.tokenizer import MAX_TOKENS, TOKEN_TYPES, VOCABULARY
 
-MAX_WIDTH = 1 << 18
-_SCORES, _MERGES = "tokenizer.ggml.scores", "tokenizer.ggml.merges"
 # A normalizer may make a text longer: Unicode decompositions threefold, lower-casing hardly. More is an attack.
 MAX_GROWTH = 64
 MAX_AFFIX = 1024  # characters that a normalizer or a decoder puts before or after a text
@@ -33,12 +31,12 @@ def check_text(file: GgufMetadata) -> None:
 
 def _check_heads(file: GgufMetadata) -> None:
     arch = file.text(keys.GENERAL_ARCHITECTURE)
-    width = file.integer(keys.EMBEDDING_LENGTH.replace("{arch}", arch), 1, MAX_WIDTH)
-    heads_key = f"{arch}.attention.head_count"
+    width = file.integer(keys.text_key(keys.EMBEDDING_LENGTH, arch), 1, MAX_WIDTH)
+    heads_key = keys.text_key(keys.HEAD_COUNT, arch)
     if isinstance(file.get(heads_key), list):  # one number a layer: llama.cpp compares what it needs
         return
     heads = file.integer(heads_key, 1, width)
-    length_key = f"{arch}.attention.key_length"
+    length_key = keys.text_key(keys.KEY_LENGTH, arch)
     head_dim = file.integer(length_key, 1, MAX_WIDTH, 0)
     if not head_dim:
         if width % heads:
@@ -47,7 +45,7 @@ def _check_heads(file: GgufMetadata) -> None:
                 f"divides it; {AGAIN}."
             )
         head_dim = width // heads
-    rope_key = f"{arch}.rope.dimension_count"
+    rope_key = keys.text_key(keys.ROPE_DIMENSION_COUNT, arch)
     rotated = file.integer(rope_key, 0, MAX_WIDTH, 0)
     if rotated > head_dim or rotated % 2:
         raise ModelFileError(
@@ -57,25 +55,25 @@ def _check_heads(file: GgufMetadata) -> None:
 
 
 def _check_vocabulary(file: GgufMetadata) -> None:
-    tokens = file.texts(VOCABULARY)
+    tokens = file.texts(keys.TOKENS)
     if len(set(tokens)) != len(tokens):
         seen: dict[str, int] = {}
         for i, token in enumerate(tokens):
             if token in seen:
                 raise ModelFileError(
-                    f"'{file.path}' has the vocabulary entry {token!r:.40} twice ('{VOCABULARY}', {seen[token]} and "
+                    f"'{file.path}' has the vocabulary entry {token!r:.40} twice ('{keys.TOKENS}', {seen[token]} and "
                     f"{i}), expected each once; {AGAIN}."
                 )
             seen[token] = i
-    for key in (_SCORES, TOKEN_TYPES):
+    for key in (keys.TOKEN_SCORES, keys.TOKEN_TYPES):
         values = file.get(key)
         if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
             n = f"{len(values):,} values" if isinstance(values, list) else f"{values!r:.40}"
             raise ModelFileError(
                 f"'{file.path}' has {n} in '{key}', expected one for each of its {len(tokens):,} tokens; {AGAIN}."
             )
-    file.integers(TOKEN_TYPES, 0, MAX_TOKENS, [])
-    file.texts(_MERGES, [])
+    file.integers(keys.TOKEN_TYPES, 0, MAX_VOCABULARY, [])
+    file.texts(keys.TOKEN_MERGES, [])
 
 
 def _check_tokenizer(file: GgufMetadata, source: str) -> None:
@@ -96,10 +94,10 @@ def _check_tokenizer(file: GgufMetadata, source: str) -> None:
                 f"{len(steps)} steps, expected at most {MAX_GROWTH}; {AGAIN}."
             )
     for token in _ids(tokenizer):
-        if not isinstance(token, int) or not 0 <= token < MAX_TOKENS:
+        if not isinstance(token, int) or not 0 <= token < MAX_VOCABULARY:
             raise ModelFileError(
                 f"'{file.path}': '{keys.TOKENIZER_HF_JSON}' has the token id {token!r:.40}, expected 0 to "
-                f"{MAX_TOKENS - 1:,}; {AGAIN}."
+                f"{MAX_VOCABULARY - 1:,}; {AGAIN}."
             )
 
 

@@ -77,9 +77,9 @@ class ModelFiles:
         stem, n = path.name[: match.start()], int(match[1])
         return [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
 
-    def text_key(self, pattern: str) -> str:
-        """The key of a text file for a pattern such as '{arch}.block_count'."""
-        return pattern.replace("{arch}", self.architecture)
+    def text_key(self, key: str) -> str:
+        """A key of the text file, for one of `gguf_keys` with `{arch}`."""
+        return keys.text_key(key, self.architecture)
 
     def _check(self) -> None:
         n_embd = self.text.integer(self.text_key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)

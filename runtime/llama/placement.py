@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from granite4v import gguf_keys as keys
 from granite4v.ggml.types import NO_WEIGHTS
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ PLAIN = "plain"
 # Leaving the file's mapping costs as much memory again as the weights, so it must be worth something.
 WORTH = 0.93
 N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
-_BLOCK_WEIGHT = re.compile(r"^blk\.(\d+)\.(\w+)\.weight$")
+
+
+def _block_weight(layers: str, parts: str) -> str:
+    """A regular expression for the weights of text layers; layer and part are its groups."""
+    return keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=layers, part=parts).pattern
+
+
+_BLOCK_WEIGHT = re.compile(_block_weight(r"\d+", r"\w+"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def choose_placement(tensors: Mapping[str, TensorInfo], backend: Backend) -> Pla
     extra = {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
     if not backend.is_cpu or not extra:
         return Placement()
-    weights = [info for info in tensors.values() if _BLOCK_WEIGHT.match(info.name) and len(info.shape) == 2]
+    weights = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
     types = sorted({info.type_name for info in weights} - NO_WEIGHTS - {"F32"})
     best = {kind: fastest(autotune.seconds(backend, kind), set(extra)) for kind in types}
     placed: dict[str, list[str]] = defaultdict(list)
@@ -92,7 +100,7 @@ def tensor_patterns(names: tuple[str, ...]) -> list[str]:
     """
     layers_of: dict[str, list[int]] = defaultdict(list)
     for name in names:
-        match = _BLOCK_WEIGHT.match(name)
+        match = _BLOCK_WEIGHT.fullmatch(name)
         if match is None:
             raise ValueError(f"'{name}' is not a block weight")
         layers_of[match[2]].append(int(match[1]))
@@ -100,6 +108,5 @@ def tensor_patterns(names: tuple[str, ...]) -> list[str]:
     for part, layers in layers_of.items():
         parts_of[tuple(sorted(layers))].append(part)
     return [
-        rf"^blk\.({'|'.join(map(str, layers))})\.({'|'.join(sorted(parts))})\.weight$"
-        for layers, parts in parts_of.items()
+        f"^{_block_weight('|'.join(map(str, layers)), '|'.join(sorted(parts)))}$" for layers, parts in parts_of.items()
     ]

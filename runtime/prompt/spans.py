@@ -15,7 +15,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
 from granite4v.runtime.prompt.messages import Conversation, counted
 from granite4v.runtime.prompt.template import ChatTemplate, task_tags
-from granite4v.runtime.prompt.tokenizer import VOCABULARY, Tokenizer, token_id
+from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,14 +66,14 @@ class Prompt:
 def image_token(metadata: GgufMetadata) -> int | None:
     """The id of the picture placeholder in a text file's vocabulary; None for a model that has none."""
     if keys.IMAGE_TOKEN_ID in metadata:
-        return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(VOCABULARY) - 1))
+        return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
     return token_id(metadata, IMAGE_TOKEN)
 
 
 def image_token_text(metadata: GgufMetadata) -> str | None:
     """How a text file's vocabulary writes the picture placeholder; None for a model that has none."""
     token = image_token(metadata)
-    return None if token is None else str(metadata.texts(VOCABULARY)[token])
+    return None if token is None else str(metadata.texts(keys.TOKENS)[token])
 
 
 def build_prompt(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
+from granite4v.families.hf_fields import MAX_VOCABULARY
 
 if TYPE_CHECKING:
     from granite4v.ggml.metadata import GgufMetadata
@@ -21,15 +22,12 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
 _SPECIAL_KEYS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "bos_token": keys.BOS_TOKEN_ID,
+    "eos_token": keys.EOS_TOKEN_ID,
+    "pad_token": keys.PADDING_TOKEN_ID,
+    "unk_token": keys.UNKNOWN_TOKEN_ID,
 }
-_STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-VOCABULARY = "tokenizer.ggml.tokens"
-TOKEN_TYPES = "tokenizer.ggml.token_type"
-MAX_TOKENS = 1 << 24
+_STOP_KEYS = (keys.EOS_TOKEN_ID, keys.EOT_TOKEN_ID, keys.EOM_TOKEN_ID)
 _USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
 
 
@@ -77,13 +75,13 @@ def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
     source = metadata.text(keys.TOKENIZER_HF_JSON, "")
     if source:
         return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
-    return LlamaTokenizer(path, metadata.integers(TOKEN_TYPES, 0, MAX_TOKENS, ()))
+    return LlamaTokenizer(path, metadata.integers(keys.TOKEN_TYPES, 0, MAX_VOCABULARY, ()))
 
 
 def special_tokens(metadata: GgufMetadata) -> dict[str, str]:
     """'bos_token', 'eos_token', ... as text, for the chat template."""
     ids = {name: _id(metadata, key) for name, key in _SPECIAL_KEYS.items() if key in metadata}
-    vocabulary = metadata.texts(VOCABULARY, []) if ids else []
+    vocabulary = metadata.texts(keys.TOKENS, []) if ids else []
     return {name: vocabulary[i] for name, i in ids.items() if i is not None and i < len(vocabulary)}
 
 
@@ -102,13 +100,13 @@ def _id(metadata: GgufMetadata, key: str) -> int | None:
     """A token id; None for the numbers that other converters write for 'none' (-1 and 2^32 - 1)."""
     if metadata[key] in (-1, 0xFFFFFFFF):
         return None
-    return int(metadata.integer(key, 0, MAX_TOKENS - 1))
+    return int(metadata.integer(key, 0, MAX_VOCABULARY - 1))
 
 
 def token_id(metadata: GgufMetadata, text: str) -> int | None:
     """The id of a token of the vocabulary, by its exact text."""
     try:
-        return int(metadata.texts(VOCABULARY, []).index(text))
+        return int(metadata.texts(keys.TOKENS, []).index(text))
     except ValueError:
         return None
 

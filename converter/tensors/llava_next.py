@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 
 from granite4v import gguf_keys as keys
-from granite4v.families.base import Metadata, VisionConfig
-from granite4v.families.hf_fields import Fields
-from granite4v.families.tensor_rules import TensorGroup, TensorRule, linear, zeros
-from granite4v.families.tower_tensors import tower_tensors
+from granite4v.converter.tensors.rules import TensorGroup, TensorRule, linear, zeros
+from granite4v.converter.tensors.vit import tower_tensors
+from granite4v.families.base import VisionConfig
+from granite4v.families.hf_fields import Fields, Json
+from granite4v.families.llava_next import taken_states
 from granite4v.families.towers import tower_from_hf, tower_kind
 
 PREFIXES = ("model.", "")
 
 
-def llava_next_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+def llava_next_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
     vision = Fields(hf_config).section("vision_config")
     n_held = tower_from_hf(vision, tower_kind(vision)).num_hidden_layers
@@ -28,9 +29,7 @@ def llava_next_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[Tenso
     )
 
 
-def _projector(config: VisionConfig, hf_config: Metadata, n_held: int) -> tuple[TensorRule, ...]:
-    from granite4v.families.llava_next import taken_states
-
+def _projector(config: VisionConfig, hf_config: Json, n_held: int) -> tuple[TensorRule, ...]:
     out, states = config.text_hidden_size, taken_states(Fields(hf_config), n_held)
     first, second = (keys.MLP.replace("{layer}", str(layer)) for layer in (keys.MLP_FIRST, keys.MLP_SECOND))
     weight, bias = linear("multi_modal_projector.linear_1", first, out, config.tower.hidden_size * len(states))

@@ -8,8 +8,7 @@ columns, so the result is exactly the same.
 from __future__ import annotations
 
 from granite4v import gguf_keys as keys
-from granite4v.families.base import TowerConfig
-from granite4v.families.tensor_rules import (
+from granite4v.converter.tensors.rules import (
     DropRule,
     TensorGroup,
     TensorRule,
@@ -18,6 +17,7 @@ from granite4v.families.tensor_rules import (
     norm,
     padded_width,
 )
+from granite4v.families.base import TowerConfig
 
 N_CHANNELS = 3
 

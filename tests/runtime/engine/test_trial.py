@@ -19,7 +19,7 @@ from granite4v import child
 from granite4v.child import Ended, run_main
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.metadata import GgufMetadata
-from granite4v.runtime.llama import trial
+from granite4v.runtime.engine import trial
 from granite4v.runtime.llama.file_checks import check_text
 from granite4v.runtime.llama.files import ModelFiles
 from tests.helpers.gguf_edit import copy_gguf

@@ -82,18 +82,18 @@ def each_layer(n_layers: int, *rows: TensorRule) -> tuple[TensorRule, ...]:
 def linear(
     source: str, target: str, n_out: int, n_in: int, padded_out: int = 0, padded_in: int = 0
 ) -> tuple[TensorRule, TensorRule]:
-    """Weight and bias of a linear layer. `target` holds `{suffix}`; the padded sizes are 0 for 'as it is'."""
+    """Weight and bias of a linear layer. A padded size of 0 leaves that dimension as it is."""
     wide = (padded_out or n_out, padded_in or n_in)
     return (
         TensorRule(
             f"{source}.weight",
-            target.replace("{suffix}", "weight"),
+            f"{target}.weight",
             (n_out, n_in),
             padded=wide if wide != (n_out, n_in) else None,
         ),
         TensorRule(
             f"{source}.bias",
-            target.replace("{suffix}", "bias"),
+            f"{target}.bias",
             (n_out,),
             padded=wide[:1] if wide[0] != n_out else None,
         ),
@@ -101,10 +101,10 @@ def linear(
 
 
 def norm(source: str, target: str, width: int) -> tuple[TensorRule, TensorRule]:
-    """Weight and bias of a LayerNorm. `target` holds `{suffix}`."""
+    """Weight and bias of a LayerNorm."""
     return (
-        TensorRule(f"{source}.weight", target.replace("{suffix}", "weight"), (width,)),
-        TensorRule(f"{source}.bias", target.replace("{suffix}", "bias"), (width,)),
+        TensorRule(f"{source}.weight", f"{target}.weight", (width,)),
+        TensorRule(f"{source}.bias", f"{target}.bias", (width,)),
     )
 
 

@@ -7,11 +7,11 @@ Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama
 from __future__ import annotations
 
 from granite4v import gguf_keys as keys
-from granite4v.families.base import Metadata, Stream, VisionConfig, WindowQFormerConfig
+from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
+from granite4v.converter.tensors.vit import tower_tensors
+from granite4v.families.base import Stream, VisionConfig, WindowQFormerConfig
 from granite4v.families.granite4_vision import N_SPATIAL_PROJECTORS, layer_map, renamed
-from granite4v.families.hf_fields import MAX_WIDTH, Fields
-from granite4v.families.tensor_rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
-from granite4v.families.tower_tensors import tower_tensors
+from granite4v.families.hf_fields import MAX_WIDTH, Fields, Json
 
 QFORMER_INTERMEDIATE_SIZE = 3072  # transformers' default for qformer_config
 PREFIXES = ("model.", "")
@@ -21,7 +21,7 @@ UNUSED = (
 )
 
 
-def granite4_vision_tensors(config: VisionConfig, hf_config: Metadata) -> tuple[TensorGroup, ...]:
+def granite4_vision_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
     fields = Fields(renamed(hf_config))
     qformer = fields.section("qformer_config", {})

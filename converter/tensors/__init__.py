@@ -1,0 +1,28 @@
+"""Tensor name tables: what every tensor is called in the checkpoint and in the GGUF file, and its shape.
+
+One file a family for the image side (`granite4v.families` has their configurations), one for the towers that they
+share, one for the decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from granite4v.converter.tensors.granite4_vision import granite4_vision_tensors
+from granite4v.converter.tensors.llava_next import llava_next_tensors
+from granite4v.converter.tensors.rules import TensorGroup
+from granite4v.families.base import VisionConfig
+from granite4v.families.hf_fields import Json
+
+__all__ = ["vision_tensors"]
+
+# By `Family.name`.
+VISION_TABLES: Mapping[str, Callable[[VisionConfig, Json], tuple[TensorGroup, ...]]] = {
+    "granite4_vision": granite4_vision_tensors,
+    "llava_next": llava_next_tensors,
+}
+
+
+def vision_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
+    """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
+    return VISION_TABLES[config.family](config, hf_config)

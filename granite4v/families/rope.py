@@ -1,0 +1,55 @@
+"""The rotary embedding of a decoder, from a checkpoint's `text_config`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from granite4v.errors import CheckpointError
+from granite4v.families.hf_fields import MAX_FACTOR, Fields
+
+MIN_THETA = 1e-3
+
+
+@dataclass(frozen=True)
+class Rope:
+    theta: float
+    linear_factor: float | None = None
+    factors: tuple[float, ...] | None = None
+
+    @classmethod
+    def read(cls, text: Fields, head_dim: int) -> Rope:
+        """The rotary embedding of a `text_config`, in today's spelling or an older one; raises CheckpointError."""
+        old, new = (text.section(key, {}) for key in ("rope_scaling", "rope_parameters"))
+        rope = Fields({**old.values, **new.values}, text.file, new.path if new.values else old.path)
+        at = rope if "rope_theta" in rope else text
+        theta = at.number("rope_theta", MIN_THETA, MAX_FACTOR, 10000.0)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, linear_factor=rope.number("factor", 0, MAX_FACTOR, positive=True))
+        if kind == "llama3":
+            return cls(theta, factors=_llama3_factors(rope, theta, head_dim))
+        raise CheckpointError(
+            f"text_config has rope type {kind!r}; the types that convert are 'default', 'linear' and 'llama3'."
+        )
+
+
+def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
+    """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
+
+    transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
+    """
+    factor, context = (
+        rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
+    )
+    low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise rope.error("high_freq_factor", f"more than 'low_freq_factor' ({low:g})")
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        smooth = min(max((context / wavelength - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(factors)

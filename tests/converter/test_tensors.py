@@ -1,0 +1,10 @@
+"""The tensor tables: one for each family, and none without."""
+
+from __future__ import annotations
+
+from granite4v.converter.tensors import VISION_TABLES
+from granite4v.families import FAMILIES
+
+
+def test_every_family_has_a_table() -> None:
+    assert set(VISION_TABLES) == {family.name for family in FAMILIES}
