@@ -124,7 +124,7 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
     from scripts.nano import formats
     from scripts.nano.measures import written
     from scripts.nano.truth import Form
-    from tests.acceptance.stress_forms import judge
+    from tests.acceptance.judges import judge
 
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind

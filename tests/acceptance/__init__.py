@@ -1,1 +1,11 @@
-"""Long runs that judge the whole program from outside, as its users do."""
+"""Long runs that judge the whole program from outside, as its users do; each is a command with --help.
+
+    python -m tests.acceptance.kills                 a batch killed at random moments ends as one that never was
+    python -m tests.acceptance.memory                memory stays flat over hundreds of pages
+    python -m tests.acceptance.page_reuse            several tasks read a page once
+    python -m tests.acceptance.constrained_answers   constrained answers are valid, whatever the model says
+    python -m tests.acceptance.forced_tokens         forced text is not sampled, which changes no value
+    python -m tests.acceptance.mutation              no input ends in a traceback, a signal or a hang
+
+The tests beside them run each with small numbers, and with a promise broken on purpose.
+"""

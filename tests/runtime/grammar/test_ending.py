@@ -13,8 +13,8 @@ from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.ending import JsonPlace
 from granite4v.runtime.grammar.grammar import Grammar
-from tests.acceptance.stress_forms import judge
-from tests.acceptance.stress_schemas import SCHEMAS
+from tests.acceptance.judges import judge
+from tests.acceptance.schemas import SCHEMAS
 from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, said, tokenizer, walked
 
 NEVER = 10**9  # the patience of a model that does not want to end

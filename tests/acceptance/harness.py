@@ -1,21 +1,28 @@
-"""What the checks of `stress_extract.py` share: a model, pages that are drawn for them, and how a check ends."""
+"""What the checks share: their options, a model of random weights, processes of their own, and how a check ends.
+
+A check says on stderr what it saw. Its last line on stdout is one JSON object; the exit status is 1 if a promise was
+broken. Needs the extra `dev`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
-import random
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
-    from scripts.nano.documents import Document
+from granite4v.converter import Options, convert
+from tests.toy.checkpoint import PRESETS, write_checkpoint
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -51,6 +58,26 @@ class Result:
         return 1 if self.broken else 0
 
 
+def options_parser(doc: str, max_tokens: int) -> argparse.ArgumentParser:
+    """The options of every check; `doc` is the docstring of its module."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="model directory; by default one of random weights is made")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0, help="of pages, moments and answers (0)")
+    parser.add_argument("--work", type=Path, help="a directory that does not exist yet, kept; else a temporary one")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"of an answer ({max_tokens})")
+    return parser
+
+
+def run_check(check: Callable[[argparse.Namespace, Path], Result], options: argparse.Namespace) -> int:
+    """Runs a check in its working directory, with a model; returns the exit status."""
+    with tempfile.TemporaryDirectory(prefix="acceptance-") as directory:
+        work = options.work or Path(directory)
+        work.mkdir(parents=True, exist_ok=options.work is None)
+        options.model = model_directory(options.model, work)
+        return check(options, work).print()
+
+
 def tell(text: str) -> None:
     """Something on the way, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -64,14 +91,6 @@ def model_directory(given: Path | None, work: Path) -> Path:
     """
     if given is not None:
         return given
-    from dataclasses import replace
-
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
-    from granite4v.converter import Options, convert
-    from tests.toy.checkpoint import PRESETS, write_checkpoint
-
     checkpoint = write_checkpoint(work / "checkpoint", replace(PRESETS["tiny"], tied=False))
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {**tokenizer["model"]["vocab"], **{one["content"]: one["id"] for one in tokenizer["added_tokens"]}}
@@ -87,81 +106,6 @@ def model_directory(given: Path | None, work: Path) -> Path:
     return work / "model"
 
 
-# --- pages ---
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A folder of documents, and what must come of it: (source, page) in order, page None for one that is broken."""
-
-    folder: Path
-    pages: tuple[tuple[str, int | None], ...]
-
-
-def draw_page(number: int, seed: int, kind: str | None = None) -> Document:
-    """A made-up document that nano was not trained on."""
-    from scripts.nano.documents import HELD_OUT_SEEDS, draw_document
-
-    return draw_document(HELD_OUT_SEEDS + 100_000_000 + seed * 100_000 + number, kind, 0.3)
-
-
-def on_letter(picture: Image, width_px: int) -> Image:
-    """A white page in the proportions of US letter, with the picture as large as it fits."""
-    from PIL import Image, ImageOps
-
-    size = (width_px, width_px * 22 // 17)
-    page = Image.new("RGB", size, "white")
-    page.paste(ImageOps.contain(picture, size))
-    return page
-
-
-def make_batch(folder: Path, n_pages: int, seed: int = 0, *, width_px: int = 0, faults: bool = False) -> Batch:
-    """`n_pages` in PDFs of up to 20 pages, TIFFs of two, PNGs and JPEGs, on letter pages if there is a width.
-
-    With `faults` the last page has the pixels of another, and there is one document more, which is broken.
-    """
-    folder.mkdir(parents=True)
-    rng = random.Random(seed)
-    n_drawn, copies = 0, int(faults and n_pages > 1)
-    pages: list[tuple[Path, int]] = []
-    while n_drawn < n_pages - copies:
-        suffix = ("png", "pdf", "pdf", "tiff", "jpg")[len(pages) % 5]
-        wanted = {"pdf": rng.randint(1, 20 if n_pages > 100 else 9), "tiff": 2}.get(suffix, 1)
-        n = min(n_pages - copies - n_drawn, wanted)
-        path = folder / f"{len(pages) + 1:03}.{suffix}"
-        pictures = [draw_page(n_drawn + i, seed).picture for i in range(n)]
-        _save([on_letter(picture, width_px) if width_px else picture for picture in pictures], path)
-        pages.append((path, n))
-        n_drawn += n
-    if copies:
-        pages.append((folder / f"{len(pages) + 1:03}.bmp", 1))
-        _save_again(pages[0][0], pages[-1][0])
-    found: list[tuple[str, int | None]] = [(str(path), i + 1) for path, n in pages for i in range(n)]
-    if faults:
-        broken = folder / f"{len(pages) + 1:03}.pdf"
-        broken.write_bytes(b"%PDF-1.7 and nothing more")
-        found.append((str(broken), None))
-    return Batch(folder, tuple(found))
-
-
-def _save(pictures: list[Image], path: Path) -> None:
-    first, *others = pictures
-    options: Json = {"save_all": True, "append_images": others} if path.suffix in (".pdf", ".tiff") else {}
-    if path.suffix == ".pdf":
-        options["resolution"] = 200
-    first.save(path, **options)
-
-
-def _save_again(source: Path, path: Path) -> None:
-    from PIL import Image
-
-    with Image.open(source) as image:
-        image.convert("RGB").save(path)
-
-
-# --- processes ---
-
-
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
     """What a function of a module returns in an interpreter of its own, whose memory holds nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -173,3 +117,8 @@ def records_of(path: Path) -> Iterator[Json]:
     if path.exists():
         with path.open("rb") as file:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def ratio(one: float, other: float) -> float | None:
+    """Rounded to four digits; None where the other is 0."""
+    return round(one / other, 4) if other else None

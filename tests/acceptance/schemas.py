@@ -1,4 +1,4 @@
-"""Schemas such as people bring, for `stress_forms.py`: everything that answers can be held to stands in one of them."""
+"""Schemas such as people bring, for `constrained_answers`: together they use everything a grammar can express."""
 
 from __future__ import annotations
 

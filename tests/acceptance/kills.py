@@ -1,14 +1,10 @@
-#!/usr/bin/env python3
-"""Tries out what `granite4v extract` promises, on any model; one check a command.
+"""A batch that is killed at random moments and resumed ends as one that never was: same records, same files.
 
-    python -m tests.acceptance.stress_extract kill --pages 60 --kills 20  # killed at random moments, and gone on with
-    python -m tests.acceptance.stress_extract memory --pages 300  # stays flat
-    python -m tests.acceptance.stress_extract share  # a page is read once for all its tasks
-    python -m tests.acceptance.stress_extract forms --generations 500  # answers are valid, whatever the model says
-    python -m tests.acceptance.stress_extract fast-forward --model MODEL_DIR  # the same values, sooner
+    python -m tests.acceptance.kills --pages 60 --kills 20
 
-Without --model it makes a tiny one of random weights. What was seen is told on stderr; the last line on stdout is one
-JSON object, and the status 1 when a promise is broken. Needs the `dev` extra.
+`granite4v extract` runs once undisturbed, then again and again with SIGKILL: while it starts, between and within
+records, while it writes its last files. After every kill the records on the disk must be the first ones of the
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -16,89 +12,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import re
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tests.acceptance.stress_batch import (
-    FORM,
-    Batch,
-    Json,
-    Result,
-    in_new_process,
-    make_batch,
-    model_directory,
-    records_of,
-    tell,
-)
-from tests.acceptance.stress_forms import forms
-from tests.acceptance.stress_reading import SHARED_TASKS, fast_forward, share
+from tests.acceptance.harness import FORM, Json, Result, options_parser, records_of, run_check, tell
+from tests.acceptance.pages import Batch, make_batch
 
-KILL_TASKS = ("tables_html", "chart2csv", "kvp")
-KILL_FORMATS = ("csv", "html", "json", "otsl", "md")
+TASKS = ("tables_html", "chart2csv", "kvp")
+FORMATS = ("csv", "html", "json", "otsl", "md")
 STAGES = ("records", "start", "records", "end", "records", "records", "start", "records")  # of kills, in turn
 POLL_S = 0.005
-N_TREND, WINDOW = 10, 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", type=Path, help="model directory; by default one of random weights is made")
-    shared.add_argument("--threads", type=int, default=os.cpu_count())
-    shared.add_argument("--seed", type=int, default=0, help="of pages, moments and answers")
-    shared.add_argument("--work", type=Path, help="a directory that does not exist yet, kept; else a temporary one")
-    commands = parser.add_subparsers(required=True, metavar="CHECK")
-
-    def command(name: str, function: Any, text: str, max_tokens: int) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, parents=[shared])
-        made.add_argument("--max-tokens", type=int, default=max_tokens, help=f"of an answer ({max_tokens})")
-        made.set_defaults(check=function)
-        return made
-
-    one = command("kill", kill, "a batch that is killed at random moments equals one that is not", 24)
-    one.add_argument("--pages", type=int, default=60)
-    one.add_argument("--kills", type=int, default=20)
-    one = command("memory", memory, "memory stays flat over many pages in one process", 16)
-    one.add_argument("--pages", type=int, default=300)
-    one.add_argument("--from-page", type=int, default=20, help="the page that later ones are compared with (20)")
-    one.add_argument("--tolerance", type=float, default=0.05, help="how much more there may be at the end (0.05)")
-    one.add_argument("--width-px", type=int, default=850, help="of the pages, all of one size (850)")
-    one = command("share", share, "three tasks on a page cost one encoding and one page prefill", 48)
-    one.add_argument("image", type=Path, nargs="?", help="a picture; by default one is drawn")
-    one.add_argument("--task", action="append", help=f"by default {', '.join(SHARED_TASKS)}")
-    one.add_argument("--runs", type=int, default=3, help="of which medians of the time are told (3)")
-    one = command("forms", forms, "constrained answers are valid, cut ones to their last whole part", 500)
-    one.add_argument("--generations", type=int, default=500)
-    one.add_argument("--first", type=int, default=0, help="number of the first generation, to repeat one")
-    one.add_argument("--temperature", type=float, default=1.0)
-    one.add_argument("--timeout", type=float, default=300.0, help="seconds after which a generation hangs (300)")
-    one.add_argument("--show", action="store_true", help="print every answer on stderr")
-    one = command("fast-forward", fast_forward, "text without a choice is not sampled, which changes no value", 512)
-    one.add_argument("image", type=Path, nargs="*", help="pictures; by default forms are drawn")
-    one.add_argument("--schema", help="of the fields on the pictures, a JSON Schema file")
-    one.add_argument("--pages", type=int, default=8, help="forms to draw (8)")
-    one.add_argument("--length", type=int, help="the most characters of a field: random weights find no end")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="stress-extract-") as directory:
-        work = options.work or Path(directory)
-        work.mkdir(parents=True, exist_ok=options.work is None)
-        options.model = model_directory(options.model, work)
-        result: Result = options.check(options, work)
-    return result.print()
-
-
-# --- kill ---
+    parser = options_parser(__doc__ or "", max_tokens=24)
+    parser.add_argument("--pages", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=20)
+    return run_check(kills, parser.parse_args(arguments))
 
 
 @dataclass(frozen=True)
@@ -120,38 +57,38 @@ class Moment:
     after_s: float
 
 
-def kill(options: argparse.Namespace, work: Path) -> Result:
+def kills(options: argparse.Namespace, work: Path) -> Result:
     batch = make_batch(work / "batch", options.pages, options.seed, faults=True)
     whole, broken = work / "whole", work / "broken"
-    n_records = len(batch.pages) * len(KILL_TASKS)
+    n_records = len(batch.pages) * len(TASKS)
     pace = run_undisturbed(_command(options, batch, work, whole), whole / "results.jsonl", n_records)
     expected = [_without_timings(record) for record in records_of(whole / "results.jsonl")]
     tell(f"undisturbed: {len(expected)} records, {pace.start_s:.1f} s to the first one, {pace.record_s:.2f} s each")
     resumed = [*_command(options, batch, work, broken), "--resume"]
-    kills, problems = _kill_often(resumed, broken / "results.jsonl", options, pace, expected, n_records)
+    landed, problems = _kill_often(resumed, broken / "results.jsonl", options, pace, expected, n_records)
     status = subprocess.run(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-    problems += compare(whole, broken, expected_keys(batch, KILL_TASKS))
+    problems += compare(whole, broken, expected_keys(batch, TASKS))
     if status != pace.status:
         problems.append(f"the status was {status} at the end of the killed run, {pace.status} of the undisturbed one")
-    stages = Counter(stage for stage, _ in kills)
+    stages = Counter(stage for stage, _ in landed)
     figures: Json = {
         "pages": options.pages,
         "records": len(list(records_of(broken / "results.jsonl"))),
-        "kills": len(kills),
+        "kills": len(landed),
         "stages": dict(stages),
-        "records_at_kills": [n for _, n in kills],
+        "records_at_kills": [n for _, n in landed],
         "status": status,
     }
     told = ", ".join(f"{n} {where}" for where, n in stages.items())
-    text = f"{figures['records']} records of {options.pages} pages after {len(kills)} kills ({told})"
-    return Result("kill", figures, [text], problems)
+    text = f"{figures['records']} records of {options.pages} pages after {len(landed)} kills ({told})"
+    return Result("kills", figures, [text], problems)
 
 
 def _command(options: argparse.Namespace, batch: Batch, work: Path, out: Path) -> list[str]:
     schema = work / "schema.json"
     schema.write_text(json.dumps(FORM))
-    tasks = [text for task in KILL_TASKS for text in ("--task", task)]
-    formats = [text for name in KILL_FORMATS for text in ("--format", name)]
+    tasks = [text for task in TASKS for text in ("--task", task)]
+    formats = [text for name in FORMATS for text in ("--format", name)]
     return [
         *(sys.executable, "-m", "granite4v", "extract", str(batch.folder), "--model", str(options.model), *tasks),
         *("--schema", str(schema), "--max-tokens", str(options.max_tokens), "--threads", str(options.threads)),
@@ -291,66 +228,6 @@ def _content(path: Path) -> bytes:
 
 def _without_timings(record: Json) -> Json:
     return {key: value for key, value in record.items() if key != "timings"}
-
-
-# --- memory ---
-
-
-def memory(options: argparse.Namespace, work: Path) -> Result:
-    if options.pages <= options.from_page:
-        raise SystemExit(f"--pages is {options.pages}; expected more than {options.from_page}.")
-    batch = make_batch(work / "batch", options.pages, options.seed, width_px=options.width_px)
-    used = in_new_process(
-        memory_by_page, batch.folder, options.model, work / "out", options.max_tokens, options.threads
-    )
-    rss = [middle_mb(used, page) for page in (options.from_page, len(used))]
-    peaks = [used[page - 1][1] for page in (options.from_page, len(used))]
-    figures: Json = {
-        "pages": len(used),
-        "from_page": options.from_page,
-        "rss_mb": rss,
-        "rss_ratio": round(rss[1] / rss[0], 4),
-        "peak_mb": peaks,
-        "peak_ratio": round(peaks[1] / peaks[0], 4) if peaks[0] and peaks[1] else None,
-        "trend_mb": [middle_mb(used, page) for page in range(len(used), 0, -max(1, len(used) // N_TREND))][::-1],
-    }
-    problems = [f"{options.pages} pages were to be read, {len(used)} were"] if len(used) != options.pages else []
-    for name in ("rss", "peak"):
-        growth = (figures[f"{name}_ratio"] or 1) - 1
-        if growth > options.tolerance:
-            problems.append(
-                f"{name} grew by {growth:.1%} from page {options.from_page} to {len(used)}; "
-                f"expected at most {options.tolerance:.0%}"
-            )
-    lines = [
-        f"{rss[0]} MB around page {options.from_page}, {rss[1]} MB around page {len(used)}, ratio "
-        f"{figures['rss_ratio']}; peaks {peaks[0]} and {peaks[1]} MB, ratio {figures['peak_ratio']}"
-    ]
-    return Result("memory", figures, lines, problems)
-
-
-def middle_mb(used: Sequence[tuple[float, float | None]], page: int) -> float:
-    """Resident memory after the pages up to `page`, as many as `WINDOW`: it depends on what is just open."""
-    return round(statistics.median(rss for rss, _ in used[max(0, page - WINDOW) : page]), 2)
-
-
-def memory_by_page(
-    folder: Path, model: Path, out: Path, max_tokens: int, threads: int
-) -> list[tuple[float, float | None]]:
-    """After each page, in MB (10^6 bytes): resident memory, and the most there was of it where the system tells."""
-    import psutil
-
-    import granite4v
-    from granite4v.cli.bench import peak_rss_gb
-
-    process, used = psutil.Process(), []
-    tasks: tuple[str, ...] = ("tables_html", "chart2csv")
-    options: Json = {"out": out, "report": True, "max_tokens": max_tokens, "n_threads": threads}
-    for record in granite4v.extract(folder, tasks, model=model, **options):
-        if record.task == tasks[-1]:
-            peak = peak_rss_gb()
-            used.append((round(process.memory_info().rss / 1e6, 2), None if peak is None else round(peak * 1e3, 2)))
-    return used
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""A model of random weights for all checks, and a check run in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.harness import model_directory
+
+Ran = tuple[int, dict[str, Any], str]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_directory(None, tmp_path_factory.mktemp("acceptance"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Calls a check's `main`; gives its status, what the last line on stdout says, and stderr."""
+
+    def run(main: Callable[[list[str]], int], *arguments: Any) -> Ran:
+        status = main([*map(str, arguments), "--threads", "1"])
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]), err
+
+    return run

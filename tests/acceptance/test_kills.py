@@ -1,0 +1,121 @@
+"""The check of killed batches passes at small numbers, and notices a run that forgets or changes something."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from granite4v.runtime.documents import open_pages
+from tests.acceptance import kills
+from tests.acceptance.conftest import Ran
+from tests.acceptance.kills import Pace, compare, expected_keys, moments
+from tests.acceptance.pages import Batch
+
+
+@pytest.fixture(scope="module")
+def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a check left: 'batch', 'whole' and 'broken'."""
+    work = tmp_path_factory.mktemp("kill") / "work"
+    arguments = ("--pages", "4", "--kills", "3", "--max-tokens", "40", "--threads", "1")
+    assert kills.main(["--model", str(model), "--work", str(work), *arguments]) == 0
+    return work
+
+
+@pytest.mark.slow
+def test_it_says_what_it_saw(model: Path, run: Callable[..., Ran]) -> None:
+    status, told, err = run(kills.main, "--model", model, "--pages", 2, "--kills", 2, "--max-tokens", 8)
+    assert (status, told["check"], told["ok"], told["broken"]) == (0, "kills", True, [])
+    assert (told["pages"], told["records"], told["kills"], told["status"]) == (2, 9, 2, 1)
+    assert sum(told["stages"].values()) == len(told["records_at_kills"]) == 2
+    assert "kills: 9 records of 2 pages after 2 kills" in err and "kills: ok" in err
+
+
+def keys_of(work: Path) -> list[tuple[str, int | None, str]]:
+    """By our own reader of pages."""
+    pages = tuple((item.source, item.number) for item in open_pages([work / "batch"]))
+    return expected_keys(Batch(work / "batch", pages), kills.TASKS)
+
+
+def change_lines(change: Callable[[list[bytes]], Any]) -> Callable[[Path], None]:
+    def doctor(out: Path) -> None:
+        lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+        change(lines)
+        (out / "results.jsonl").write_bytes(b"".join(lines))
+
+    return doctor
+
+
+def change_record(**changes: Any) -> Callable[[Path], None]:
+    def change(lines: list[bytes]) -> None:
+        lines[1] = json.dumps({**json.loads(lines[1]), **changes}).encode() + b"\n"
+
+    return change_lines(change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("doctor", "problem"),
+    [
+        (lambda out: None, None),
+        (change_record(timings={"seconds": 99}), None),
+        (lambda out: rewrite(out / "report.html", b" s)", b" s)"), None),
+        (change_lines(lambda lines: lines.pop()), "lacks"),
+        (change_lines(lambda lines: lines.append(lines[0])), "has"),
+        (change_lines(lambda lines: lines.reverse()), "differs in"),
+        (change_lines(lambda lines: lines.append(lines.pop()[:-9])), "lacks"),
+        (change_lines(lambda lines: lines.insert(2, b"{\n")), "no JSON"),
+        (change_record(text="other"), "differs in text"),
+        (change_record(surprise=1), "differs in surprise"),
+        (lambda out: rewrite(out / "report.html", b"<title>", b"<title>x"), "'report.html' differs"),
+        (lambda out: next(out.glob("*.html")).unlink(), "is in one directory only"),
+        (lambda out: (out / "001.kvp.json.partial").write_bytes(b""), "is in one directory only"),
+    ],
+)
+def test_what_was_doctored_is_noticed(
+    killed: Path, tmp_path: Path, doctor: Callable[[Path], None], problem: str | None
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(killed / "broken", out)
+    doctor(out)
+    problems = compare(killed / "whole", out, keys_of(killed))
+    assert problems == [] if problem is None else any(problem in text for text in problems), problems
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.slow
+def test_a_run_that_forgets_is_a_broken_promise(
+    model: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    """Every kill takes the last whole record along."""
+    kill_at = kills.kill_at
+
+    def forgetful(moment: Any, command: Any, results: Path, *rest: Any) -> bool:
+        landed = kill_at(moment, command, results, *rest)
+        lines = results.read_bytes().splitlines(keepends=True) if results.exists() else []
+        results.write_bytes(b"".join(lines[:-1] + [line[:-1] + b" \n" for line in lines[-1:]])) if lines else None
+        change_record(text="lost")(results.parent) if len(lines) > 1 else None
+        return landed
+
+    monkeypatch.setattr(kills, "kill_at", forgetful)
+    monkeypatch.setattr(kills, "STAGES", ("end",))
+    status, told, err = run(kills.main, "--model", model, "--pages", 1, "--kills", 1, "--max-tokens", 4)
+    assert (status, told["ok"]) == (1, False)
+    assert any("differs in text" in text for text in told["broken"]) and "broken: after kill 1: record 2" in err
+
+
+def test_moments_are_spread_over_all_stages() -> None:
+    found = moments(random.Random(1), 20, 180, Pace(2.0, 0.1, 0.5, 0))
+    assert [moment.n_records for moment in found] == sorted(moment.n_records for moment in found)
+    assert {moment.stage for moment in found} == {"start", "records", "end"}
+    assert all(0 <= moment.after_s <= 2.4 and 0 <= moment.n_records <= 180 for moment in found)
