@@ -98,8 +98,8 @@ class VisionEncoder:
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
             matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1} - NO_WEIGHTS
-            self.ways = autotune.ways(self.backend, matrices)
-            self._weights = Weights(file, self.backend, self.ways, names)
+            self.kernels = autotune.vision_kernels(self.backend, matrices)
+            self._weights = Weights(file, self.backend, self.kernels, names)
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
         self._build(1).close()  # every tensor is there in its shape and type, or this says which is not

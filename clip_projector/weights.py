@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from granite4v.ggml.autotune import Way
+    from granite4v.ggml.autotune import Kernel
     from granite4v.ggml.backend import Backend
     from granite4v.ggml.gguf_file import GgufFile, TensorInfo
     from granite4v.ggml.graph import Graph
@@ -35,9 +35,9 @@ class Weights:
     """Tensors by their GGUF name; `matrix` gives one in the form in which it multiplies fastest."""
 
     def __init__(
-        self, file: GgufFile, backend: Backend, ways: dict[str, Way], names: Mapping[str, str] | None = None
+        self, file: GgufFile, backend: Backend, kernels: Mapping[str, Kernel], names: Mapping[str, str] | None = None
     ) -> None:
-        """`ways` says for each weight type how to multiply it; types without an entry are used as they are.
+        """`kernels` says for each weight type how to multiply it; types without an entry are used as they are.
 
         `names`: of tensors that this file calls otherwise, our name -> the file's.
         """
@@ -46,7 +46,7 @@ class Weights:
         ours = {theirs: our for our, theirs in (names or {}).items()}
         named = (replace(info, name=ours.get(info.name, info.name)) for info in file.tensors.values())
         self._infos = {info.name: info for info in named}
-        self._ways = ways
+        self._kernels = kernels
         self._path = file.path
         self._arenas: list[Arena] = []
         self._tensors: dict[str, Tensor] = {}
@@ -61,15 +61,15 @@ class Weights:
         mapped: list[TensorInfo] = []
         shifted: list[TensorInfo] = []
         for info in self._infos.values():
-            way = self._way(info)
-            if way is not None and way.buffer_type is not None:
-                elsewhere.setdefault(way.name, []).append(info)
+            kernel = self._kernel(info)
+            if kernel is not None and kernel.buffer_type is not None:
+                elsewhere.setdefault(kernel.name, []).append(info)
             elif info.offset % ALIGNMENT:
                 shifted.append(info)
             else:
                 mapped.append(info)
         for name, infos in elsewhere.items():
-            self._copy(infos, next(way.buffer_type for way in ways.values() if way.name == name))
+            self._copy(infos, next(kernel.buffer_type for kernel in kernels.values() if kernel.name == name))
         if not backend.is_cpu:
             mapped, shifted = [], mapped + shifted
         if mapped:
@@ -77,8 +77,8 @@ class Weights:
         if shifted:
             self._copy(shifted, backend.buffer_type)
 
-    def _way(self, info: TensorInfo) -> Way | None:
-        return self._ways.get(info.type_name) if len(info.shape) > 1 else None
+    def _kernel(self, info: TensorInfo) -> Kernel | None:
+        return self._kernels.get(info.type_name) if len(info.shape) > 1 else None
 
     def _copy(self, infos: list[TensorInfo], buffer_type: Any) -> None:
         arena = Arena(len(infos))
@@ -146,10 +146,10 @@ class Weights:
             raise ModelFileError(
                 f"'{self._path}' has tensor '{name}' with shape {info.shape}, its metadata says {(n_out, n_in)}."
             )
-        tensor, way = self._tensors[name], self._way(info)
+        tensor, kernel = self._tensors[name], self._kernel(info)
         if len(info.shape) > 2:
             tensor = graph.reshape(tensor, n_in, n_out)
-        return graph.cast(tensor, "F32") if way is not None and way.as_float32 else tensor
+        return graph.cast(tensor, "F32") if kernel is not None and kernel.as_float32 else tensor
 
     def n_rows(self, name: str) -> int:
         """Outputs of a weight matrix."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -19,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from granite4v import gguf_keys as keys
-from granite4v.child import run_main
 from granite4v.clip_projector import load_image
 from granite4v.clip_projector.tiles import layout
 from granite4v.families import VisionConfig, read_vision
 from granite4v.families.base import MlpConfig
-from granite4v.ggml import autotune
+from granite4v.ggml import autotune, kernel_timing
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from scripts.side_by_side import find_files
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, Any]:
-    """Arithmetic (GFLOP), rates (GFLOP/s by type and way) and the least seconds of encoding and of image prefill."""
+    """Arithmetic (GFLOP), rates (GFLOP/s by type and kernel) and the least seconds of encoding and of image prefill."""
     with GgufFile.open(mmproj) as vision_file, GgufFile.open(text) as text_file:
         config = read_vision(vision_file)[1]
         where = layout(load_image(image).size, config.tiling, config.tokens_side)
@@ -51,13 +51,13 @@ def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, A
         encode = encode_gflop(config, qformer_ffn, where.n_tiles)
         prefill = prefill_gflop(text_file, where.n_tokens)
     rates = {kind: measured_rates(kind, n_threads) for kind in sorted({vision_type, text_type})}
-    fastest = {kind: max(ways.values()) for kind, ways in rates.items()}
+    fastest = {kind: max(kernels.values()) for kind, kernels in rates.items()}
     return {
         "tiles": where.n_tiles,
         "image_tokens": where.n_tokens,
         "encode_gflop": round(encode, 1),
         "prefill_gflop": round(prefill, 1),
-        "gflop_s": {kind: {way: round(rate, 1) for way, rate in ways.items()} for kind, ways in rates.items()},
+        "gflop_s": {kind: {name: round(rate, 1) for name, rate in kernels.items()} for kind, kernels in rates.items()},
         "encode_limit_s": round(encode / fastest[vision_type], 3),
         "prefill_limit_s": round(prefill / fastest[text_type], 3),
     }
@@ -107,14 +107,13 @@ def main_type(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def measured_rates(type_name: str, n_threads: int) -> dict[str, float]:
-    """GFLOP/s of ggml's product for each way of multiplying this type that works here."""
-    n_in = autotune.K_QUANT_N_IN if type_name.endswith("_K") else autotune.N_IN
-    gflop = 2 * n_in * autotune.N_OUT * autotune.N_TOKENS / 1e9
+    """GFLOP/s of ggml's product for each kernel of this type that works here."""
+    gflop = 2 * kernel_timing.n_in(type_name) * kernel_timing.N_OUT * kernel_timing.N_TOKENS / 1e9
     rates = {}
-    for way in autotune.seconds(Backend("cpu", n_threads), type_name):
-        child = run_main(autotune.__name__, [type_name, way, str(n_threads)], autotune.TIMEOUT_S)
-        if child.status == 0:  # instructions that a CPU announces may still end the process
-            rates[way] = gflop / float(child.stdout.split()[-1])
+    for kernel in autotune.seconds(Backend("cpu", n_threads), type_name):
+        seconds = autotune.measure_in_child(type_name, kernel, n_threads)
+        if seconds < math.inf:  # instructions that a CPU announces may still end the process
+            rates[kernel] = gflop / seconds
     return rates
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import tempfile
@@ -14,8 +13,6 @@ import platformdirs
 import pytest
 
 from granite4v import paths
-from granite4v.ggml import autotune
-from granite4v.ggml.backend import Backend
 
 
 @pytest.fixture
@@ -92,16 +89,3 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(
     assert paths.read_json_cache("a.json") == ({"b": 1} if "FIFO" in place else {})
     if folder == "good":
         assert [path.name for path in (tmp_path / folder).iterdir()] == ["a.json"]
-
-
-def test_measurements_that_are_no_times_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "_measure_in_child", lambda kind, way, threads: 1.0)
-    backend = Backend("cpu", 1)
-    key = autotune._key("Q4_0", 1)
-    for damaged in ({key: 5}, {key: {"plain": "fast", "float32": [1], "x": None}}, {key: {"plain": float("nan")}}):
-        (tmp_path / autotune.CACHE).write_text(json.dumps(damaged))
-        found = autotune.seconds(backend, "Q4_0")
-        assert {"plain", "float32"} <= set(found) and set(found.values()) == {1.0}
-        assert json.loads((tmp_path / autotune.CACHE).read_text())[key]["plain"] == 1.0
-    backend.close()

@@ -81,6 +81,7 @@ class Engine:
     @property
     def settings(self) -> dict[str, Any]:
         """What was chosen for this machine, as plain data."""
+        encoder = self._encoder
         placed = {name: len(tensors) for name, tensors in self._placement.tensors.items()}
         return {
             "device": self.device,
@@ -89,7 +90,7 @@ class Engine:
             "n_ctx": self._decoder.context_size if self._decoder else 0,
             "mmap": not placed,
             "text_buffer_types": placed,
-            "vision_ways": {kind: way.name for kind, way in self._encoder.ways.items()} if self._encoder else {},
+            "vision_kernels": {kind: kernel.name for kind, kernel in encoder.kernels.items()} if encoder else {},
         }
 
     @property

@@ -1,30 +1,26 @@
-"""How the text model runs on this machine, chosen by measurement (`granite4v.ggml.autotune`) and not by a rule.
+"""Which of a text model's weights go to which buffer type, for llama.cpp's `tensor_buft_overrides`.
 
 llama.cpp's own default puts weights into whatever special buffer type the CPU announces. On some machines that
-costs speed and doubles memory, on some it crashes. Here every weight type goes where its products were measured
-to be fastest; types that gain nothing stay mapped from the file, which costs no memory of their own.
+costs speed and doubles memory, on some it crashes. Here every weight type goes where `granite4v.ggml.autotune`
+measured its products to be fastest; types that gain nothing stay mapped from the file, which costs no memory of
+their own.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from granite4v import gguf_keys as keys
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.gguf_file import TensorInfo
 from granite4v.ggml.types import NO_WEIGHTS
 
-if TYPE_CHECKING:
-    from granite4v.ggml.backend import Backend
-    from granite4v.ggml.gguf_file import TensorInfo
-
-PLAIN = "plain"
-# Leaving the file's mapping costs as much memory again as the weights, so it must be worth something.
-WORTH = 0.93
 N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
 
 
@@ -61,36 +57,27 @@ class _Override(ctypes.Structure):
 
 
 def choose_placement(tensors: Mapping[str, TensorInfo], backend: Backend) -> Placement:
-    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine."""
-    from granite4v.ggml import autotune
-    from granite4v.ggml.backend import buffer_type_name
+    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine.
 
-    extra = {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
-    if not backend.is_cpu or not extra:
-        return Placement()
+    Only block weights leave the mapping: the token embedding is looked up, not multiplied, and llama.cpp decides by
+    itself where the output head goes. A buffer type may refuse single shapes (repacking takes rows by the eight).
+    """
     weights = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
-    types = sorted({info.type_name for info in weights} - NO_WEIGHTS - {"F32"})
-    best = {kind: fastest(autotune.seconds(backend, kind), set(extra)) for kind in types}
+    kernels = autotune.text_kernels(backend, {info.type_name for info in weights} - NO_WEIGHTS)
     placed: dict[str, list[str]] = defaultdict(list)
     supported: dict[tuple[str, tuple[int, ...]], bool] = {}
     for info in weights:
-        name = best.get(info.type_name, PLAIN)
-        if name == PLAIN:
+        kernel = kernels.get(info.type_name)
+        if kernel is None:
             continue
         form = (info.type_name, info.shape)
         if form not in supported:
             n_out, n_in = info.shape
-            supported[form] = backend.multiplies(extra[name], info.type_name, n_in, n_out)
+            supported[form] = backend.multiplies(kernel.buffer_type, info.type_name, n_in, n_out)
         if supported[form]:
-            placed[name].append(info.name)
-    return Placement({name: tuple(names) for name, names in placed.items()}, extra)
-
-
-def fastest(seconds: Mapping[str, float], buffer_types: set[str]) -> str:
-    """The buffer type to take from measured seconds, or 'plain' unless another is clearly faster."""
-    plain = seconds.get(PLAIN, math.inf)
-    best = min(buffer_types, key=lambda name: seconds.get(name, math.inf), default=PLAIN)
-    return best if seconds.get(best, math.inf) < plain * WORTH else PLAIN
+            placed[kernel.name].append(info.name)
+    buffer_types = {kernel.name: kernel.buffer_type for kernel in kernels.values()}
+    return Placement({name: tuple(names) for name, names in placed.items()}, buffer_types)
 
 
 def tensor_patterns(names: tuple[str, ...]) -> list[str]:

@@ -1,6 +1,5 @@
 """The bindings: symbols, layouts, round trips, and that a bad shape or file raises instead of ending the process."""
 
-import math
 from pathlib import Path
 
 import gguf
@@ -8,9 +7,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from granite4v.child import Ended
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml import autotune
 from granite4v.ggml.backend import Arena, Backend, find_device, get_data, set_data
 from granite4v.ggml.declarations import DECLARATIONS
 from granite4v.ggml.gguf_file import GgufFile
@@ -192,30 +189,6 @@ def test_a_gguf_with_a_wrong_magic_or_missing(tmp_path: Path) -> None:
         GgufFile.open(path)
     with pytest.raises(ModelFileError, match="cannot read '.*absent.gguf': No such file"):
         GgufFile.open(tmp_path / "absent.gguf")
-
-
-def test_the_fastest_way_prefers_the_exact_one_among_equals() -> None:
-    assert autotune.fastest("F16", {"plain": 1.00, "float32": 1.03}) == "float32"
-    assert autotune.fastest("Q4_0", {"plain": 1.5, "float32": 1.2, "CPU_REPACK": 1.0, "AMX": math.inf}) == "CPU_REPACK"
-    assert autotune.fastest("Q4_K", {"plain": 0.5, "float32": 1.0}) == "plain"
-    assert autotune.fastest("Q4_0", {"AMX": math.inf}) == "plain"
-
-
-def test_a_way_that_ends_its_process_counts_as_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "run_main", lambda *arguments: Ended(-6, "", "GGML_ASSERT(false) failed"))
-    assert autotune._measure_in_child("Q4_0", "AMX", 1) == math.inf
-
-
-def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
-    asked: list[str] = []
-    monkeypatch.setattr(autotune, "_measure_in_child", lambda kind, way, threads: asked.append(way) or 1.0 + len(asked))
-    first = autotune.seconds(backend, "Q4_0")
-    assert set(first) == set(asked) and {"plain", "float32"} <= set(first)
-    asked.clear()
-    assert autotune.seconds(backend, "Q4_0") == first and not asked
-    (tmp_path / autotune.CACHE).write_text("{ damaged")
-    assert autotune.seconds(backend, "Q4_0").keys() == first.keys() and asked
 
 
 def test_tensor_knows_whether_it_is_contiguous(backend: Backend) -> None:

@@ -15,28 +15,12 @@ import granite4v
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
-from granite4v.runtime.llama.placement import PLAIN, WORTH, Placement, choose_placement, fastest, tensor_patterns
+from granite4v.ggml.kernel_timing import PLAIN
+from granite4v.runtime.llama.placement import Placement, choose_placement, tensor_patterns
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
 
 REPACK = "CPU_REPACK"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        ({PLAIN: 1.0, REPACK: 0.5}, REPACK),
-        ({PLAIN: 1.0, REPACK: WORTH + 0.01}, PLAIN),  # not worth the memory
-        ({PLAIN: 1.0, REPACK: 1.5}, PLAIN),
-        ({PLAIN: 1.0, REPACK: math.inf}, PLAIN),  # it crashed
-        ({PLAIN: 1.0, REPACK: 0.6, "AMX": 0.3}, "AMX"),
-        ({PLAIN: 1.0, REPACK: 0.6, "AMX": math.inf}, REPACK),
-        ({PLAIN: 1.0, "float32": 0.2}, PLAIN),  # a way of the encoder's, not of llama.cpp's
-        ({}, PLAIN),
-    ],
-)
-def test_the_fastest_buffer_type_if_it_is_worth_it(seconds: dict[str, float], expected: str) -> None:
-    assert fastest(seconds, {REPACK, "AMX"}) == expected
 
 
 def test_patterns_match_these_tensors_and_no_others() -> None:
@@ -120,7 +104,7 @@ def test_a_real_measurement_is_kept_for_the_next_time(
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     with GgufFile.open(make_model(PRESETS["tiny-wide"], "Q4_0", "F32") / "text-Q4_0.gguf") as file:
         first = choose_placement(file.tensors, backend)
-        monkeypatch.setattr(autotune, "_measure_in_child", lambda *args: pytest.fail("measured again"))
+        monkeypatch.setattr(autotune, "measure_in_child", lambda *args: pytest.fail("measured again"))
         assert choose_placement(file.tensors, backend).tensors == first.tensors
 
 
