@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite4v.clip_projector.encoder import ImageFeatures, VisionEncoder
-    from granite4v.clip_projector.images import ImageSource, load_image
+    from granite4v.clip_projector.images import Image, ImageSource, load_image
     from granite4v.clip_projector.tiles import Layout, count_tokens
 
-__all__ = ["ImageFeatures", "ImageSource", "Layout", "VisionEncoder", "count_tokens", "load_image"]
+__all__ = ["Image", "ImageFeatures", "ImageSource", "Layout", "VisionEncoder", "count_tokens", "load_image"]
 
 _HOMES = {
     "ImageFeatures": "encoder",
     "VisionEncoder": "encoder",
+    "Image": "images",
     "ImageSource": "images",
     "load_image": "images",
     "Layout": "tiles",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
-    from PIL.Image import Image
 
+    from granite4v.clip_projector.images import Image
     from granite4v.families.base import VisionConfig
     from granite4v.ggml.graph import Graph
 
@@ -116,7 +116,7 @@ class VisionEncoder:
         `progress` is called now and then with (done, to do), in hundredths of the whole. Raises Aborted when the abort
         callback says so.
         """
-        pictures = [cut(image, self.config.tiling) for image in images]
+        pictures = [cut(image.pillow, self.config.tiling) for image in images]
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
         places: list[list[int]] = []

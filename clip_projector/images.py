@@ -1,24 +1,29 @@
 """Opening images: whatever a person has (path, bytes, file, Pillow image, array) as an upright RGB image.
 
-Knows nothing of tiles or models.
+Knows nothing of tiles or models. The process that reads pages imports this, so NumPy, which it can mostly do without,
+is imported where it is needed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
+import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+import PIL
+import PIL.Image
+from PIL.Image import Transpose
 
 from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, read_whole, shown, url_in, what_it_holds
 from granite4v.errors import ImageError, ImageWarning
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
-ImageSource: TypeAlias = "str | Path | bytes | Image | Any"
-
+MODE = "RGB"
 ORIENTATION = 0x0112  # EXIF and TIFF tag
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SUBFILE_TYPE = 258, 262, 254  # TIFF tags
 _WHITE_IS_ZERO = 0
@@ -27,8 +32,80 @@ NOT_A_PAGE = 0b101  # of a TIFF frame's subfile type: a smaller copy of another 
 _MOST_PAGES = 1000  # that are counted in a TIFF of which only the first is read
 
 
+class Image:
+    """An opened image: upright RGB pixels, and the digest that stands for them in every cache and record.
+
+    Made once and passed along, so that a page is opened and hashed once however many questions are asked about it.
+    Immutable; may be shared between threads.
+    """
+
+    __slots__ = ("_digest", "_lock", "_pillow")
+
+    def __init__(self, pillow: PIL.Image.Image, digest: bytes | None = None) -> None:
+        """`pillow`: RGB, and nobody else's to change. `digest`: where it is known already."""
+        if pillow.mode != MODE:
+            raise ValueError(f"the image has mode {pillow.mode}; expected {MODE}, as load_image gives it.")
+        self._pillow, self._digest = pillow, digest
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pixels(cls, size: tuple[int, int], pixels: Buffer) -> Image:
+        """From RGB, 3 bytes a pixel, row by row. Hashed at once, since a Pillow image would have to be copied for it.
+
+        `size`: (width, height).
+        """
+        return cls(PIL.Image.frombytes(MODE, size, pixels), _hash(size, pixels))
+
+    @property
+    def pillow(self) -> PIL.Image.Image:
+        """As a Pillow image, RGB; not to be changed."""
+        return self._pillow
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels"""
+        return self._pillow.size
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the size and the pixels: equal for equal pixels whatever file they came from. Computed once."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = _hash(self.size, self._pillow.tobytes())
+            return self._digest
+
+    @property
+    def __array_interface__(self) -> Any:
+        """For `np.asarray`: uint8 `(height, width, 3)`."""
+        return self._pillow.__array_interface__
+
+    def __repr__(self) -> str:
+        return f"Image({self.size[0]}x{self.size[1]})"
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles without the lock."""
+        return Image, (self._pillow, self._digest)
+
+
+ImageSource: TypeAlias = "Image | str | Path | bytes | PIL.Image.Image | Any"
+
+
+def _hash(size: tuple[int, int], pixels: Buffer) -> bytes:
+    digest = hashlib.sha256(repr((size, MODE)).encode())
+    digest.update(pixels)
+    return digest.digest()
+
+
 def load_image(source: ImageSource, name: str | None = None, *, as_reference: bool = False) -> Image:
-    """The image as Pillow RGB, uint8, turned upright by its EXIF orientation, transparency on white.
+    """The image that `open_rgb` opens; what is an Image already is returned as it is.
+
+    Raises and warns as `open_rgb` does.
+    """
+    return source if isinstance(source, Image) else Image(open_rgb(source, name, as_reference=as_reference))
+
+
+def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool = False) -> PIL.Image.Image:
+    """A Pillow image of its own, RGB, uint8, turned upright by its EXIF orientation, transparency on white.
 
     `source`: a path, encoded bytes, a binary file object, a Pillow image, or a uint8 array `(h, w)`,
     `(h, w, 3)` or `(h, w, 4)`. Of a file with several frames the first is taken. Colours are converted as
@@ -45,14 +122,12 @@ def load_image(source: ImageSource, name: str | None = None, *, as_reference: bo
     Raises ImageError for what is missing, empty, not an image, cut short, larger than MAX_FILE_BYTES, or so many
     pixels that it is probably a decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    from PIL import Image, UnidentifiedImageError
-
     name = name or _describe(source)
     head = b""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if not isinstance(source, Image.Image):
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            if not isinstance(source, PIL.Image.Image):
                 source = _content(source, name)
                 head = source[:1024] if isinstance(source, bytes) else b""
             image = _open(source, name)
@@ -62,12 +137,12 @@ def load_image(source: ImageSource, name: str | None = None, *, as_reference: bo
         return _to_rgb(_upright(image), image, name, as_reference=as_reference)
     except ImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise ImageError(
-            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; scale it "
+            f"{name} has more than {PIL.Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; scale it "
             "down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
-    except UnidentifiedImageError:
+    except PIL.UnidentifiedImageError:
         raise ImageError(_why_unknown(head, name)) from None
     except MemoryError:
         raise ImageError(f"{name} needs more memory than there is; scale it down.") from None
@@ -117,28 +192,25 @@ def _content(source: ImageSource, name: str) -> bytes | Any:
     return source
 
 
-def _open(source: ImageSource, name: str) -> Image:
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
+def _open(source: ImageSource, name: str) -> PIL.Image.Image:
+    if isinstance(source, PIL.Image.Image):
         image = source
     elif isinstance(source, bytes):
-        image = Image.open(io.BytesIO(source))
+        image = PIL.Image.open(io.BytesIO(source))
     elif hasattr(source, "__array_interface__"):
         image = _from_array(source, name)
     else:
         raise ImageError(f"{name} is not an image; give a path, bytes, a file, a Pillow image or a uint8 array.")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"{name} is empty ({image.width}x{image.height} pixels).")
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise Image.DecompressionBombError
+        raise PIL.Image.DecompressionBombError
     return image
 
 
-def _from_array(array: Any, name: str) -> Image:
+def _from_array(array: Any, name: str) -> PIL.Image.Image:
     import numpy as np
-    from PIL import Image
 
     array = np.asarray(array)
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
@@ -148,13 +220,11 @@ def _from_array(array: Any, name: str) -> Image:
         )
     if array.size == 0:
         raise ImageError(f"{name} is empty (shape {array.shape}).")
-    return Image.fromarray(array)
+    return PIL.Image.fromarray(array)
 
 
-def _upright(image: Image) -> Image:
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """As `PIL.ImageOps.exif_transpose` has it, which also writes all other EXIF values anew, and fails on odd ones."""
-    from PIL.Image import Transpose
-
     turns: dict[float, Transpose] = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -196,16 +266,14 @@ def _warn_of_more_pages(data: bytes, name: str) -> None:
         warnings.warn(
             f"{name} has {found}, of which the first is read; 'granite4v extract' reads all.",
             ImageWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def count_tiff_pages(data: bytes, enough: int) -> int:
     """Frames of a TIFF that are pages of their own, counted up to `enough`."""
-    from PIL import Image
-
     n_pages = 0
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:
         warnings.simplefilter("ignore")
         try:
             for i in range(2 * enough):
@@ -219,25 +287,22 @@ def count_tiff_pages(data: bytes, enough: int) -> int:
     return n_pages
 
 
-def _to_rgb(image: Image, opened: Image, name: str, *, as_reference: bool) -> Image:
+def _to_rgb(image: PIL.Image.Image, opened: PIL.Image.Image, name: str, *, as_reference: bool) -> PIL.Image.Image:
     """`opened`: as it came from its file, with that file's tags."""
-    from PIL import Image
-
     if image.mode.startswith(("I", "F")):
         if not as_reference:
             return _scaled(image, opened, name).convert("RGB")
         _warn_if_clipped(image, name)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 
-def _scaled(image: Image, opened: Image, name: str) -> Image:
+def _scaled(image: PIL.Image.Image, opened: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Greyscale of more than 8 bits as 8 bits."""
     import numpy as np
-    from PIL import Image
 
     values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
     lowest, highest = float(values.min()), float(values.max())
@@ -253,7 +318,7 @@ def _scaled(image: Image, opened: Image, name: str) -> Image:
             f"{highest:g}, which are read as if {low:g} were black and {high:g} white; save it with 8 bits a channel "
             "if that is wrong.",
             ImageWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     scaled = values.astype(np.float32)  # in place from here on: it may be large
     scaled -= low
@@ -264,15 +329,15 @@ def _scaled(image: Image, opened: Image, name: str) -> Image:
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255
-    return Image.fromarray(grey)
+    return PIL.Image.fromarray(grey)
 
 
-def _warn_if_clipped(image: Image, name: str) -> None:
+def _warn_if_clipped(image: PIL.Image.Image, name: str) -> None:
     highest = image.getextrema()[1]
     if isinstance(highest, int | float) and highest > 255:
         warnings.warn(
             f"{name} is greyscale with values up to {highest:g}; those above 255 are read as white, as the reference "
             "does.",
             ImageWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

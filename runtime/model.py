@@ -131,16 +131,14 @@ class Model:
         """The picture's embeddings: `streams` float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the
         decoder layer before which each stream is added. Raises ImageError, ModelFileError."""
         from granite4v.clip_projector import load_image
-        from granite4v.runtime.prompt.spans import image_digest
 
         with self._lock:
             self.engine.check_open()
             self.engine.need_vision()
-            image = load_image(source)
-            return self.engine.encode(image, image_digest(image))
+            return self.engine.encode(load_image(source))
 
     def logits(
-        self, prompt: PromptLike, images: Sequence[ImageSource] | ImageSource = (), *, lora: bool | None = None
+        self, prompt: PromptLike | Prompt, images: Sequence[ImageSource] | ImageSource = (), *, lora: bool | None = None
     ) -> np.ndarray:
         """Logits of the token after the chat prompt, float32 `(n_vocab,)`."""
         with self._lock:
@@ -149,7 +147,7 @@ class Model:
 
     def score(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         images: Sequence[ImageSource] | ImageSource = (),
         *,
         tokens: Sequence[int],
@@ -166,7 +164,7 @@ class Model:
 
     def generate(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         images: Sequence[ImageSource] | ImageSource = (),
         *,
         max_tokens: int = 512,
@@ -212,7 +210,7 @@ class Model:
 
     def stream(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         images: Sequence[ImageSource] | ImageSource = (),
         *,
         max_tokens: int = 512,
@@ -234,10 +232,10 @@ class Model:
         """Pieces of the answer as they come; `answer` of what is returned has the rest once they are all out.
 
         `prompt`: text (one user turn: the images first, then the text), or messages in the content-part form of
-        OpenAI's and Hugging Face's APIs; image parts without a picture of their own take `images` in order.
-        `max_tokens`: the most the answer may have. Temperature 0 is greedy. `stop`: texts that end the answer and
-        are not part of it. `ignore_eos`: go on to `max_tokens` whatever the model says (for measuring). `lora`:
-        whether a separate adapter is applied; None follows the model's policy. `cancel`: asked often, from the
+        OpenAI's and Hugging Face's APIs, or what `prepare` returned; image parts without an image of their own take
+        `images` in order. `max_tokens`: the most the answer may have. Temperature 0 is greedy. `stop`: texts that end
+        the answer and are not part of it. `ignore_eos`: go on to `max_tokens` whatever the model says (for measuring).
+        `lora`: whether a separate adapter is applied; None follows the model's policy. `cancel`: asked often, from the
         calling thread, whether to stop. `template_variables`: for the chat template.
 
         `constraint`: what `grammar_for` gives; the answer keeps to it, and ends by itself only where it is whole.
@@ -295,14 +293,22 @@ class Model:
 
     def prepare(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         images: Sequence[ImageSource] | ImageSource = (),
         *,
         template_variables: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt as the decoder gets it (text, token and image spans), without computing anything."""
+        """The prompt as the decoder gets it (text, token and image spans), without computing anything.
+
+        All that takes a prompt takes what this returns, which then need not be rendered, split into tokens and
+        opened again.
+        """
         from granite4v.clip_projector import count_tokens, load_image
 
+        if isinstance(prompt, Prompt):
+            if _as_list(images) or template_variables:
+                raise PromptError("a prepared prompt holds its images and variables; leave them out.")
+            return prompt
         with self._lock:
             conversation = normalize(prompt, _as_list(images), self.engine.placeholder_text)
             _check_unicode(conversation.messages)
@@ -330,7 +336,7 @@ class Model:
 
     def _request(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         images: Sequence[ImageSource] | ImageSource,
         *,
         max_tokens: int,

@@ -91,11 +91,11 @@ def verify(
     text-only requests too. Raises DeviceError without the `verify` extra, CheckpointError for a checkpoint that
     transformers cannot read whole.
     """
-    from granite4v.clip_projector import load_image
+    from granite4v.clip_projector.images import open_rgb
 
     say = report or (lambda _: None)
     images: list[tuple[str | None, Image | None]] = [
-        (str(path), load_image(path, as_reference=True)) for path in pictures
+        (str(path), open_rgb(path, as_reference=True)) for path in pictures
     ]
     say(f"reference: {reference} in {dtype}")
     runner = _Reference(reference, dtype, adapter, _family(model))

@@ -1,6 +1,6 @@
-"""Files to pages: pictures, PDFs, folders and globs in, one upright RGB picture a page out, one at a time.
+"""Files to pages: images, PDFs, folders and globs in, one upright RGB image a page out, one at a time.
 
-Importing this package loads no library and reads no file.
+Importing this package loads neither PDFium nor NumPy: the process that reads pages has to stay small.
 """
 
 from granite4v.runtime.documents.opening import Page, PageFailure, PageSkipped, Totals, count_pages, open_pages

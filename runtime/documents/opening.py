@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from granite4v.clip_projector.images import Image
 from granite4v.errors import DocumentError, Granite4vError, ImageError
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.reader import Reader, ReaderEnded, RemoteBook, Rendered, Waiting
@@ -22,8 +23,6 @@ from granite4v.runtime.documents.sources import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from granite4v.families.base import TilingConfig, VisionConfig
 
 Inputs = Sequence[str | os.PathLike[str]]
@@ -38,8 +37,7 @@ class Page:
     """One page to read.
 
     `source`: the document's path as it was given, '-' for standard input. `number` counts from 1, of `n_pages`.
-    `image`: upright Pillow RGB, transparency on white, cropped. `digest` stands for its pixels: SHA-256 in hexadecimal
-    digits, equal for equal pixels whatever file they came from. `dpi`: pixels an inch of a PDF's page, rounded to a
+    `image`: upright, transparency on white, cropped. `dpi`: pixels an inch of a PDF's page, rounded to a
     tenth; None for pictures. `warnings`: what a person should know of the page. `file_state` changes when the
     document's file does; None for what is not a file (standard input, pipes).
     """
@@ -48,10 +46,14 @@ class Page:
     number: int
     n_pages: int
     image: Image = field(repr=False)
-    digest: str
     dpi: float | None = None
     warnings: tuple[str, ...] = ()
     file_state: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """That of the image, in hexadecimal digits."""
+        return self.image.digest.hex()
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -338,12 +340,8 @@ def _pages_of(
 
 
 def _page(source: str, number: int, n_pages: int, rendered: Rendered, state: str | None) -> Page:
-    from PIL import Image
-
-    from granite4v.runtime.prompt.spans import image_digest
-
-    image = Image.frombytes("RGB", rendered.size, rendered.pixels)
-    return Page(source, number, n_pages, image, image_digest(image).hex(), rendered.dpi, rendered.warnings, state)
+    image = Image.from_pixels(rendered.size, rendered.pixels)
+    return Page(source, number, n_pages, image, rendered.dpi, rendered.warnings, state)
 
 
 def _given_up(name: str, n_pages: int, first: int, n_failed: int) -> DocumentError:

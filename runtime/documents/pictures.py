@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.clip_projector.files import read_whole
-from granite4v.clip_projector.images import NOT_A_PAGE, load_image
+from granite4v.clip_projector.images import NOT_A_PAGE, open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
 from granite4v.runtime.documents.book import Drawn, whole_pixels, within
 from granite4v.runtime.documents.limits import Limits
@@ -68,7 +68,7 @@ class TiffBook:
             with _quietly():
                 self._image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         except Exception as error:
-            load_image(content, name)  # knows better what is wrong
+            open_rgb(content, name)  # knows better what is wrong
             raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         self._frames = self._find_pages() if index is None else index
         self.index: list[int] | None = self._frames
@@ -117,7 +117,7 @@ class TiffBook:
 def _drawn(source: bytes | Image, name: str, crop: Crop | None, *, is_jpeg: bool) -> Drawn:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = load_image(source, name)
+        image = open_rgb(source, name)
     said = tuple(str(item.message) for item in caught if issubclass(item.category, ImageWarning))
     if is_jpeg and looks_filled(image):
         said += (f"{name} has an edge of one even grey, as where a JPEG's data ends too soon; part of it may be lost.",)

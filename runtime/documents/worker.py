@@ -127,11 +127,11 @@ class Desk:
 
 def load(source: str | bytes) -> tuple[dict[str, Any], bytes]:
     """The reply to `load`: an image as the model's own `load_image` opens it."""
-    from granite4v.clip_projector import load_image
+    from granite4v.clip_projector.images import open_rgb
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = load_image(source)
+        image = open_rgb(source)
     said = [str(one.message) for one in caught if issubclass(one.category, ImageWarning)]
     return {"size": image.size, "dpi": None, "warnings": said}, image.tobytes()
 

@@ -25,9 +25,7 @@ from granite4v.runtime.prompt.template import ChatTemplate
 from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from granite4v.clip_projector import ImageFeatures, VisionEncoder
+    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 
 FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
 Progress = Callable[[str, int, int], None]  # (what is going on, done, to do)
@@ -186,8 +184,9 @@ class Engine:
                 f"{model.n_embd * self.injection.n_slots}; convert it again with 'granite4v convert'."
             )
 
-    def encode(self, image: Image, digest: bytes, cancel: Cancel | None = None) -> ImageFeatures:
+    def encode(self, image: Image, cancel: Cancel | None = None) -> ImageFeatures:
         """The picture's features, from the cache or computed now. Raises Aborted when cancelled."""
+        digest = image.digest
         if digest in self.features:
             self.features.move_to_end(digest)
             return self.features[digest]

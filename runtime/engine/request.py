@@ -88,7 +88,7 @@ class Request:
         self._engine.encoder()
         opened = time.perf_counter()
         is_new = span.digest not in self._engine.features
-        features = self._engine.encode(self._prompt.images[span.index], span.digest, self._cancel)
+        features = self._engine.encode(self._prompt.images[span.index], self._cancel)
         timings.n_encoded += is_new
         timings.load_s += opened - start
         timings.encode_s += time.perf_counter() - opened

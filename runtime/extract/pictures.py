@@ -12,7 +12,7 @@ from granite4v.paths import OWN_PREFIX, output_error, write_bytes
 from granite4v.runtime.extract.own_files import make_folders
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from granite4v.clip_projector import Image
 
 FOLDER = f"{OWN_PREFIX}-pages"
 SIDE_PX = 1000  # print of ordinary size on a letter page can just be read
@@ -24,7 +24,7 @@ def keep_picture(folder: Path, digest: str, image: Image) -> None:
     path = image_path(folder, digest)
     if path.exists():
         return
-    small = image.copy()
+    small = image.pillow.copy()
     small.thumbnail((SIDE_PX, SIDE_PX))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=QUALITY, method=2)

@@ -170,14 +170,12 @@ def _checked(reading: Reading, schema: Schema | None) -> Reading:
 
 
 def _ask(model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken) -> Answer:
-    pictures = [page.image]
+    prompt = model.prepare(question.prompt, [page.image])
     max_tokens = settings.max_tokens
     if max_tokens is None:
-        room = model.n_ctx - model.prepare(question.prompt, pictures).n_tokens
-        max_tokens = max(1, min(MAX_TOKENS, room))
+        max_tokens = max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens))
     stream = model.stream(
-        question.prompt,
-        pictures,
+        prompt,
         max_tokens=max_tokens,
         constraint=question.constraint,
         fast_forward=settings.fast_forward,

@@ -6,7 +6,6 @@ has embeddings, so a span of that length takes its place here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,7 @@ from granite4v.runtime.prompt.template import ChatTemplate, task_tags
 from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from granite4v.clip_projector import Image
     from granite4v.ggml.metadata import GgufMetadata
 
 IMAGE_TOKEN = "<image>"  # the placeholder of files that do not name theirs
@@ -36,7 +34,7 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """`n_tokens` positions of the picture `index`; `digest` stands for its pixels."""
+    """`n_tokens` positions of the image `index`; `digest` is `Image.digest`."""
 
     index: int
     n_tokens: int
@@ -48,7 +46,7 @@ Span = TextSpan | ImageSpan
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is decoded before the answer. `images` are the pictures (Pillow, RGB) that `ImageSpan.index` counts."""
+    """What is decoded before the answer. `images`: those that `ImageSpan.index` counts."""
 
     text: str
     spans: tuple[Span, ...]
@@ -111,7 +109,7 @@ def build_prompt(
     for index, (place, image) in enumerate(zip(places, images, strict=True)):
         if place > start:
             spans.append(TextSpan(tuple(tokens[start:place])))
-        spans.append(ImageSpan(index, count_tokens(image.size), image_digest(image)))
+        spans.append(ImageSpan(index, count_tokens(image.size), image.digest))
         start = place + 1
     if start < len(tokens):
         spans.append(TextSpan(tuple(tokens[start:])))
@@ -122,11 +120,6 @@ def written(conversation: Conversation) -> Iterator[str]:
     """The text of all messages, part by part."""
     for message in conversation.messages:
         yield from (part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def image_digest(image: Image) -> bytes:
-    """Equal for pictures with the same pixels, different for all others (SHA-256)."""
-    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).digest()
 
 
 def check_length(text: str, longest_token: int, n_ctx: int) -> None:

@@ -1,55 +1,63 @@
 """Opening pictures: what comes out upright and RGB, and the message for each that cannot be opened."""
 
+import copy
+import hashlib
 import io
 import os
+import pickle
 import struct
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
-from granite4v.clip_projector import load_image
+from granite4v.clip_projector import Image, load_image
 from granite4v.clip_projector.files import read_whole
 from granite4v.errors import ImageError, ImageWarning
+from tests.helpers.pictures import noise_picture
 
 GRADIENT = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: PIL.Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def test_path_bytes_file_pillow_and_array_give_the_same_pixels(tmp_path: Path) -> None:
-    image = Image.fromarray(GRADIENT)
+    image = PIL.Image.fromarray(GRADIENT)
     path = tmp_path / "picture.png"
     path.write_bytes(encoded(image))
     for source in (path, str(path), path.read_bytes(), path.open("rb"), image, GRADIENT):
         loaded = load_image(source)
-        assert loaded.mode == "RGB"
+        assert loaded.pillow.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(loaded), GRADIENT)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_keep_every_value(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    np.testing.assert_array_equal(np.asarray(load_image(encoded(Image.fromarray(GRADIENT), kind, **options))), GRADIENT)
+    np.testing.assert_array_equal(
+        np.asarray(load_image(encoded(PIL.Image.fromarray(GRADIENT), kind, **options))), GRADIENT
+    )
 
 
 def test_transparency_falls_on_white() -> None:
-    rgba = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    rgba = PIL.Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     rgba.putpixel((1, 0), (10, 20, 30, 255))
-    assert [load_image(rgba).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
+    assert [load_image(rgba).pillow.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
 
 
 def test_exif_orientation_is_applied() -> None:
-    exif = Image.Exif()
+    exif = PIL.Image.Exif()
     exif[0x0112] = 6  # to be shown turned a quarter clockwise
-    turned = load_image(encoded(Image.fromarray(GRADIENT), exif=exif))
+    turned = load_image(encoded(PIL.Image.fromarray(GRADIENT), exif=exif))
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(GRADIENT, -1))
 
 
@@ -64,7 +72,7 @@ def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
 
 
 def photo(exif: bytes) -> bytes:
-    data = encoded(Image.fromarray(GRADIENT), "JPEG", quality=95)
+    data = encoded(PIL.Image.fromarray(GRADIENT), "JPEG", quality=95)
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
 
 
@@ -121,11 +129,11 @@ def grey_tiff(values: np.ndarray, photometric: int, bits: int, sample_format: in
 @pytest.mark.parametrize(
     ("data", "expected", "says"),
     [
-        pytest.param(encoded(Image.fromarray(GREYS)), [0, 1, 128, 255], None, id="PNG"),
-        pytest.param(encoded(Image.fromarray(GREYS), "TIFF"), [0, 1, 128, 255], None, id="TIFF"),
+        pytest.param(encoded(PIL.Image.fromarray(GREYS)), [0, 1, 128, 255], None, id="PNG"),
+        pytest.param(encoded(PIL.Image.fromarray(GREYS), "TIFF"), [0, 1, 128, 255], None, id="TIFF"),
         pytest.param(grey_tiff(GREYS, 0, 16), [255, 254, 127, 0], None, id="white is zero"),
         pytest.param(grey_tiff(GREYS.astype(">u2").view("<u2"), 1, 16), [0, 1, 128, 255], None, id="bytes alike"),
-        pytest.param(encoded(Image.fromarray(GREYS // 257)), [0, 1, 128, 255], None, id="8 bits in 16"),
+        pytest.param(encoded(PIL.Image.fromarray(GREYS // 257)), [0, 1, 128, 255], None, id="8 bits in 16"),
         pytest.param(
             grey_tiff(np.array([[0, 0.5, 1]], "<f4"), 1, 32, 3), [0, 128, 255], "floats from 0 to 1,", id="0 to 1"
         ),
@@ -157,28 +165,28 @@ def test_deep_greys_are_scaled_to_what_a_person_sees(data: bytes, expected: list
 
 
 def test_clear_pixels_of_deep_greys_fall_on_white() -> None:
-    data = encoded(Image.fromarray(GREYS), transparency=257)
+    data = encoded(PIL.Image.fromarray(GREYS), transparency=257)
     np.testing.assert_array_equal(np.asarray(load_image(data))[0, :, 0], [0, 255, 128, 255])
 
 
 def test_for_the_reference_deep_greys_are_cut_off_as_it_does() -> None:
-    deep = Image.fromarray(np.array([[5, 256, 65535]], dtype=np.uint16))
+    deep = PIL.Image.fromarray(np.array([[5, 256, 65535]], dtype=np.uint16))
     with pytest.warns(ImageWarning, match="greyscale with values up to 65535; those above 255 are read as white"):
         loaded = load_image(encoded(deep), as_reference=True)
-    assert [loaded.getpixel((x, 0))[0] for x in range(3)] == [5, 255, 255]
+    assert [loaded.pillow.getpixel((x, 0))[0] for x in range(3)] == [5, 255, 255]
 
 
 def test_a_tiff_with_more_pages_says_how_many_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
-    pages = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
+    pages = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
     path.write_bytes(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
     with pytest.warns(ImageWarning, match="a.tif' has 3 pages, of which the first is read; 'granite4v extract' reads"):
-        assert load_image(path).getpixel((0, 0)) == (0, 0, 0)
+        assert load_image(path).pillow.getpixel((0, 0)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_frames_that_are_no_pages_are_not_missed(kind: str) -> None:
-    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
+    frames = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
     data = encoded(frames[0], kind, **({} if kind == "TIFF" else {"save_all": True, "append_images": frames[1:]}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,7 +207,7 @@ def bomb() -> bytes:
 BAD = [
     pytest.param(b"", "is empty (0 bytes)", id="no bytes"),
     pytest.param(b"hello, I am text", "holds text, which Pillow cannot read here; give a PNG", id="text"),
-    pytest.param(encoded(Image.fromarray(GRADIENT))[:50], "cannot be read as an image", id="cut short"),
+    pytest.param(encoded(PIL.Image.fromarray(GRADIENT))[:50], "cannot be read as an image", id="cut short"),
     pytest.param(bomb(), "decompression bomb", id="bomb"),
     pytest.param(np.zeros((0, 5, 3), np.uint8), "is empty (shape (0, 5, 3))", id="empty array"),
     pytest.param(np.zeros((4, 5, 3), np.float32), "expected uint8", id="float array"),
@@ -237,10 +245,10 @@ def test_a_url_is_told_apart_and_shown_as_it_was_given(source: str | Path) -> No
     "error", [MemoryError(), struct.error("short"), KeyError("tag"), RecursionError(), zlib.error()]
 )
 def test_whatever_a_decoder_raises_is_an_error_of_the_image(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Image.Image) -> None:
+    def fail(self: PIL.Image.Image) -> None:
         raise error
 
-    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr(PIL.Image.Image, "load", fail)
     with pytest.raises(ImageError, match="the image"):
         load_image(GRADIENT)
 
@@ -249,7 +257,7 @@ def test_what_is_no_file_and_what_has_no_end_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(ImageError, match="'/dev/zero' cannot be read as an image: it is a device or a socket"):
         load_image("/dev/zero")
     path = tmp_path / "a.png"
-    path.write_bytes(encoded(Image.fromarray(GRADIENT)))
+    path.write_bytes(encoded(PIL.Image.fromarray(GRADIENT)))
     size = path.stat().st_size
     with pytest.raises(OSError, match=f"it has {size} bytes, and at most 9 are read"):
         read_whole(path, 9)
@@ -264,3 +272,49 @@ def test_names_of_files_move_no_cursor(path: str, name: str) -> None:
     with pytest.raises(ImageError) as caught:
         load_image(path)
     assert str(caught.value).startswith(f"'{name}' ")
+
+
+def test_the_digest_tells_pixels_and_shape_apart_and_nothing_else() -> None:
+    picture = noise_picture((6, 4))
+    grey = picture.convert("L")
+    assert load_image(picture).digest == load_image(encoded(picture)).digest == load_image(np.asarray(picture)).digest
+    assert load_image(grey).digest == load_image(grey.convert("RGB")).digest
+    others = [picture, grey, noise_picture((6, 4), 1), noise_picture((4, 6))]  # the last has the first one's bytes
+    assert len({load_image(other).digest for other in others}) == len(others)
+
+
+def test_the_digest_is_that_of_the_records_of_earlier_versions() -> None:
+    """SHA-256 of "((3, 1), 'RGB')" and nine bytes, by hand: records and the files of pages are known again by it."""
+    expected = hashlib.sha256(b"((3, 1), 'RGB')" + bytes(range(9))).digest()
+    assert load_image(np.arange(9, dtype=np.uint8).reshape(1, 3, 3)).digest == expected
+    assert Image.from_pixels((3, 1), bytearray(range(9))).digest == expected
+
+
+def test_an_image_is_opened_once_and_then_passed_along() -> None:
+    picture = PIL.Image.fromarray(GRADIENT)
+    image = load_image(picture)
+    assert load_image(image) is image and image.size == (9, 6) and repr(image) == "Image(9x6)"
+    picture.putpixel((0, 0), (9, 9, 9))
+    np.testing.assert_array_equal(np.asarray(image), GRADIENT)  # a copy: what happens to the source is not its business
+    for copied in (copy.copy(image), copy.deepcopy(image), pickle.loads(pickle.dumps(image))):
+        assert copied.digest == image.digest
+        np.testing.assert_array_equal(np.asarray(copied), GRADIENT)
+    with pytest.raises(ValueError, match="the image has mode L; expected RGB"):
+        Image(PIL.Image.new("L", (1, 1)))
+
+
+def test_threads_that_ask_for_a_digest_at_once_hash_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    tobytes = PIL.Image.Image.tobytes
+
+    def counted(image: PIL.Image.Image, *arguments: object) -> bytes:
+        data = tobytes(image, *arguments)
+        hashed.append(data)
+        time.sleep(0.01)  # so that the others arrive meanwhile
+        return data
+
+    image = load_image(GRADIENT)
+    monkeypatch.setattr(PIL.Image.Image, "tobytes", counted)
+    with ThreadPoolExecutor(8) as pool:
+        digests = set(pool.map(lambda _: image.digest, range(8)))
+    assert len(digests) == 1 and len(hashed) == 1

@@ -35,10 +35,10 @@ class FakeModel:
 
     def prepare(self, prompt: str, images: Any) -> Any:
         expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
-        return SimpleNamespace(text=f"system {expanded}", n_tokens=1000)
+        return SimpleNamespace(text=f"system {expanded}", n_tokens=1000, question=prompt, images=images)
 
-    def stream(self, prompt: str, images: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
-        shade = images[0].getpixel((0, 0))[0]
+    def stream(self, prepared: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
+        prompt, shade = prepared.question, prepared.images[0].pillow.getpixel((0, 0))[0]
         self.asked.append((prompt, shade, max_tokens))
         self.held.append(held)
         self.fail(prompt, shade)

@@ -115,7 +115,7 @@ def test_files_of_other_kinds(pair: Callable[..., Pair], name: str) -> None:
             picture = load_image(data, as_reference=True)
     else:
         picture = load_image(data)
-    tiles = normalize(cut(picture, tiling), tiling).transpose(0, 3, 1, 2)
+    tiles = normalize(cut(picture.pillow, tiling), tiling).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(tiles, reference.tiles(Image.open(io.BytesIO(data))))
 
 

@@ -49,10 +49,10 @@ def test_things_stand_where_the_page_says(view: VisionConfig | None, tmp_path: P
     for colour, (left, top) in ((RED, (72, 72)), (GREEN, (468, 72)), (BLUE, (72, 648))):
         rows, columns = np.nonzero((ink == (np.array(colour) > 127)).all(axis=-1))
         found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        scale = np.array([page.image.width / 612, page.image.height / 792] * 2)
+        scale = np.array([page.image.pillow.width / 612, page.image.pillow.height / 792] * 2)
         np.testing.assert_allclose(found, np.array([left, top, left + 72, top + 72]) * scale, atol=1)
-    assert colour_at(page.image, 300, 300) == WHITE
-    assert page.dpi == pytest.approx(page.image.width / 8.5, abs=0.05)
+    assert colour_at(page.image.pillow, 300, 300) == WHITE
+    assert page.dpi == pytest.approx(page.image.pillow.width / 8.5, abs=0.05)
 
 
 @pytest.mark.parametrize(("turn", "corner"), [(0, (108, 108)), (90, (684, 108)), (180, (504, 684)), (270, (108, 504))])
@@ -62,7 +62,7 @@ def test_a_turned_page_stands_upright(turn: int, corner: tuple[int, int], tmp_pa
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
     shown = LETTER if turn % 180 == 0 else (792, 612)
     assert page.size_px == useful_size(shown, VIEW.tiling)
-    assert colour_at(page.image, *corner, shown) == RED
+    assert colour_at(page.image.pillow, *corner, shown) == RED
 
 
 def test_only_what_the_crop_box_shows_is_drawn(tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_only_what_the_crop_box_shows_is_drawn(tmp_path: Path) -> None:
     pdf.pages[0].CropBox = [36, 576, 336, 776]  # around the red square, which is now 36 points from its left
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert page.size_px == useful_size((300, 200), VIEW.tiling)
-    assert colour_at(page.image, 40, 60, (300, 200)) == RED
-    assert colour_at(page.image, 30, 60, (300, 200)) == WHITE
-    assert GREEN not in colours(page.image)
+    assert colour_at(page.image.pillow, 40, 60, (300, 200)) == RED
+    assert colour_at(page.image.pillow, 30, 60, (300, 200)) == WHITE
+    assert GREEN not in colours(page.image.pillow)
 
 
 @pytest.mark.parametrize("box", [[5000, 5000, 6000, 6000], [612, 0, 700, 792], [-20, -20, 0, 0]])
@@ -145,12 +145,12 @@ def test_text_stands_where_pdfium_says(tmp_path: Path) -> None:
 
     path = write(tmp_path / "a.pdf", text_pdf("HIH"))
     page = one(path, view=VIEW)
-    dark = np.asarray(page.image.convert("L")) < 128
+    dark = np.asarray(page.image.pillow.convert("L")) < 128
     rows, columns = np.nonzero(dark)
     with pypdfium2.PdfDocument(path) as pdf:
         text = pdf[0].get_textpage()
         boxes = np.array([text.get_charbox(i) for i in range(3)])  # left, bottom, right, top
-    scale = page.image.width / 612
+    scale = page.image.pillow.width / 612
     expected = (boxes[:, 0].min(), 792 - boxes[:, 3].max(), boxes[:, 2].max(), 792 - boxes[:, 1].min())
     np.testing.assert_allclose(
         [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.array(expected) * scale, atol=1.5
@@ -161,7 +161,7 @@ def test_hairlines_stay_as_light_as_they_are_thin(tmp_path: Path) -> None:
     """At the final size PDFium would draw them a whole pixel wide."""
     pdf = pikepdf.new()
     add_page(pdf, "0.2 w 0 400 m 612 400 l S")
-    column = np.asarray(one(write(tmp_path / "a.pdf", pdf), view=VIEW).image.convert("L"))[:, 400].astype(float)
+    column = np.asarray(one(write(tmp_path / "a.pdf", pdf), view=VIEW).image.pillow.convert("L"))[:, 400].astype(float)
     ink_px = (255 - column).sum() / 255
     assert ink_px == pytest.approx(0.5, abs=0.1)  # the least that twice the size allows; it should be 0.29
 
@@ -181,12 +181,12 @@ def test_annotations_and_form_fields_are_drawn(tmp_path: Path) -> None:
     )
     page.Annots.append(pdf.make_indirect(stamp))
     path = write(tmp_path / "a.pdf", pdf)
-    image = one(path, view=VIEW).image
+    image = one(path, view=VIEW).image.pillow
     assert colour_at(image, 325, 267) == pytest.approx(GREY, abs=1)
     field = np.asarray(image.convert("L"))[int(452 * 1.4545) : int(492 * 1.4545), int(200 * 1.4545) : int(400 * 1.4545)]
     assert (field < 100).sum() > 100  # letters
     assert np.median(field) == 255  # and no highlight behind them
-    part = one(path, view=VIEW, crop="200,452,200,40").image  # the field alone, and not one pixel of the squares
+    part = one(path, view=VIEW, crop="200,452,200,40").image.pillow  # the field alone, and not one pixel of the squares
     assert (np.asarray(part.convert("L")) < 100).mean() == pytest.approx((field < 100).mean(), rel=0.25)
     assert RED not in colours(part)
 
@@ -195,7 +195,7 @@ def test_transparency_falls_on_white(tmp_path: Path) -> None:
     pdf = pikepdf.new()
     page = add_page(pdf, "/G gs " + square(72, 648, "1 0 0"))
     page.Resources.ExtGState = pikepdf.Dictionary(G=pikepdf.Dictionary(ca=0.5))
-    image = one(write(tmp_path / "a.pdf", pdf), view=VIEW).image
+    image = one(write(tmp_path / "a.pdf", pdf), view=VIEW).image.pillow
     assert image.mode == "RGB"
     assert colour_at(image, 108, 108) == pytest.approx((255, 127, 127), abs=1)
 
@@ -207,7 +207,7 @@ def test_a_crop_of_a_page_gets_the_whole_resolution(view: VisionConfig | None, c
     whole, part = one(path, view=view), one(path, view=view, crop=crop)
     assert part.size_px == (useful_size((306, 198), VIEW.tiling) if view else (850, 550))
     for x, y, colour in ((164, 34, GREEN), (232, 102, GREEN), (160, 34, WHITE), (236, 102, WHITE)):
-        assert colour_at(part.image, x, y, (306, 198)) == colour
+        assert colour_at(part.image.pillow, x, y, (306, 198)) == colour
     if view:
         assert whole.dpi and part.dpi and part.dpi > 1.9 * whole.dpi
 
@@ -216,7 +216,7 @@ def test_a_crop_of_a_turned_page_counts_from_the_corner_that_is_seen(tmp_path: P
     pdf = corner_page()
     pdf.pages[0].Rotate = 90
     path = write(tmp_path / "a.pdf", pdf)
-    part = one(path, view=VIEW, crop="600,36,150,150").image
+    part = one(path, view=VIEW, crop="600,36,150,150").image.pillow
     assert [colour_at(part, *at, (150, 150)) for at in ((50, 40), (115, 105), (46, 40), (125, 105))] == [
         RED,
         RED,
@@ -229,7 +229,7 @@ def test_a_tiny_crop_is_not_magnified_without_end(tmp_path: Path) -> None:
     path = write(tmp_path / "a.pdf", corner_page())
     part = one(path, view=VIEW, crop="75,75,0.3,0.3")
     assert part.size_px == (10, 10)  # 2400 dpi
-    assert colours(part.image) == {RED}
+    assert colours(part.image.pillow) == {RED}
 
 
 # --- scans ---
@@ -249,7 +249,7 @@ def test_a_scan_finer_than_the_model_sees_gives_the_tiles_of_its_picture(view: V
     picture = text_picture((1275, 1650))
     page = one(write(tmp_path / "a.pdf", scan_pdf(picture, dpi=150)), view=view)
     assert page.size_px == useful_size(LETTER, view.tiling)
-    expected, found = cut(picture, view.tiling), cut(page.image, view.tiling)
+    expected, found = cut(picture, view.tiling), cut(page.image.pillow, view.tiling)
     np.testing.assert_array_equal(found[1:], expected[1:])
     assert np.abs(found[0].astype(int) - expected[0]).mean() < 2  # the overview is shrunk twice
 
@@ -319,7 +319,7 @@ def test_the_fine_mask_of_a_coarse_picture_keeps_its_fineness(
     pdf.pages[0].Resources.XObject.I[f"/{kind}"] = mask
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert page.size_px == useful_size((4, 3), VIEW.tiling)
-    shown = np.asarray(page.image.convert("L").resize(picture.size)).astype(float)
+    shown = np.asarray(page.image.pillow.convert("L").resize(picture.size)).astype(float)
     assert np.abs(shown - np.asarray(picture)).mean() < 12
     assert capfd.readouterr().err == ""
 

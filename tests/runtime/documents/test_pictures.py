@@ -13,7 +13,6 @@ from granite4v.runtime.documents import (
     Page,
     count_pages,
 )
-from granite4v.runtime.prompt.spans import image_digest
 from tests.helpers.page_tests import GOOD, TIFF_PAGES, VIEW, failure, jpeg_that_lies, one, png, read, same, tiff
 from tests.helpers.pdfs import scan_pdf, write
 from tests.helpers.pictures import EXIF_ORIENTATION, encoded, noise_picture, text_picture
@@ -29,9 +28,9 @@ def test_pictures_have_the_pixels_that_pillow_gives(kind: str, tmp_path: Path) -
         same(page.image, expected.convert("RGB"))
     if kind != "JPEG":
         same(page.image, picture)
-    assert (page.image.mode, page.number, page.n_pages, page.dpi, page.warnings) == ("RGB", 1, 1, None, ())
+    assert (page.image.pillow.mode, page.number, page.n_pages, page.dpi, page.warnings) == ("RGB", 1, 1, None, ())
     assert page.size_px == (150, 100)
-    assert page.digest == image_digest(load_image(path)).hex()
+    assert page.digest == load_image(path).digest.hex()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -115,7 +114,7 @@ def test_what_is_not_as_one_would_expect_comes_with_the_page(tmp_path: Path) -> 
     page = one(path)
     (warning,) = page.warnings
     assert "deep.tif' is greyscale of floats from 0 to 1, which are read as if 0 were black and 1 white" in warning
-    same(page.image.convert("L"), [[0, 128, 255]])
+    same(page.image.pillow.convert("L"), [[0, 128, 255]])
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "PPM", "PCX"])

@@ -10,7 +10,7 @@ import pytest
 
 import granite4v
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
-from granite4v.runtime.prompt.spans import ImageSpan, Prompt, TextSpan, check_fits, image_digest
+from granite4v.runtime.prompt.spans import ImageSpan, Prompt, TextSpan, check_fits
 from tests.helpers.pictures import noise_picture, text_picture
 from tests.toy.spec import PRESETS
 
@@ -67,13 +67,6 @@ def test_ids_are_the_references(model: granite4v.Model, load_reference: Callable
 
 def test_a_single_picture_needs_no_list(model: granite4v.Model) -> None:
     assert model.prepare("x", PICTURES[0]).spans == model.prepare("x", PICTURES[:1]).spans
-
-
-def test_the_digest_knows_pixels_and_shape() -> None:
-    picture = noise_picture((6, 4))
-    assert image_digest(picture) == image_digest(picture.copy())
-    others = [noise_picture((6, 4), 1), noise_picture((4, 6)), picture.convert("L")]
-    assert len({image_digest(other) for other in [picture, *others]}) == 4
 
 
 def test_two_pictures_with_a_tag_are_refused(model: granite4v.Model) -> None:
