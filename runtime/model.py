@@ -20,7 +20,7 @@ from granite4v.runtime.engine.request import Request
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.formats.tasks import task_or_question
 from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.grammar.grammar_state import Compiler, Guide
+from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.library import Cancel
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
@@ -266,13 +266,13 @@ class Model:
                 stop=stop,
                 max_tokens=max_tokens,
                 cancelled=cancel or _never,
-                guide=self._guide(constraint),
+                grammar=self._grammar_state(constraint),
                 fast_forward=fast_forward,
                 repetition=Repetition(task_or_question(task).rows) if repetition and not ignore_eos else None,
             )
         return AnswerStream(pieces, request.answer, self._lock)
 
-    def _guide(self, grammar: Grammar | None) -> Guide | None:
+    def _grammar_state(self, grammar: Grammar | None) -> GrammarState | None:
         if grammar is None:
             return None
         if self._compiler is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from granite4v.runtime.engine.repetition import Repetition
-    from granite4v.runtime.grammar.grammar_state import Guide
+    from granite4v.runtime.grammar.grammar_state import GrammarState
 
 STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition"
 
@@ -111,20 +111,20 @@ def generate(
     stop: Sequence[str] = (),
     max_tokens: int,
     cancelled: Callable[[], bool],
-    guide: Guide | None = None,
+    grammar: GrammarState | None = None,
     fast_forward: bool = True,
     repetition: Repetition | None = None,
 ) -> Iterator[str]:
     """Pieces of text as they are certain; fills `answer` on the way.
 
     A piece is held back while it could be the beginning of a stop string or of an unfinished character.
-    Stopping the iteration early (closing it) leaves `answer` as 'cancelled'. With a `guide` only what it allows is
+    Stopping the iteration early (closing it) leaves `answer` as 'cancelled'. With a `grammar` only what it allows is
     sampled, and the answer ends where it may; with `fast_forward` what it forces is not sampled. Room is kept for the
     rest of the form, so that an answer of `max_tokens` is whole, too.
     """
     answer.finish_reason = CANCELLED
     output = _Output(text, stop, answer, repetition)
-    chooser = _Chooser(Sampler(sampling), stop_tokens, guide, fast_forward, max_tokens, answer.timings)
+    chooser = _Chooser(Sampler(sampling), stop_tokens, grammar, fast_forward, max_tokens, answer.timings)
     try:
         logits = source.first()
         while not cancelled():
@@ -169,31 +169,31 @@ class _Chooser:
         self,
         sampler: Sampler,
         stop_tokens: frozenset[int],
-        guide: Guide | None,
+        grammar: GrammarState | None,
         fast_forward: bool,
         max_tokens: int,
         timings: Timings,
     ) -> None:
-        self._sampler, self._stop_tokens, self._guide = sampler, stop_tokens, guide
+        self._sampler, self._stop_tokens, self._grammar = sampler, stop_tokens, grammar
         self._fast_forward, self._timings = fast_forward, timings
-        self._reserve = _Reserve(guide, max_tokens) if guide is not None else None
+        self._reserve = _Reserve(grammar, max_tokens) if grammar is not None else None
         self.is_closing = False  # the last tokens only make the answer whole
 
     @property
     def is_over(self) -> bool:
         """Whether the constraint allows nothing but the end."""
-        return self._guide is not None and self._guide.is_over
+        return self._grammar is not None and self._grammar.is_final
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> tuple[int, list[int]]:
         """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""
-        guide, reserve = self._guide, self._reserve
-        if guide is None or reserve is None:
+        grammar, reserve = self._grammar, self._reserve
+        if grammar is None or reserve is None:
             return self._unless_stop(self._sampler.pick(logits, history))
-        forced = [] if history else self._forced(guide)  # later ones come along with a sampled token
+        forced = [] if history else self._forced(grammar)  # later ones come along with a sampled token
         if forced:
             return 0, forced
         start = time.perf_counter()
-        allowed = guide.allowed(self._stop_tokens)
+        allowed = grammar.allowed(self._stop_tokens)
         ending = reserve.ending(len(history))
         self._timings.constraint_s += time.perf_counter() - start
         token = self._sampler.pick(logits, history, allowed)
@@ -202,19 +202,19 @@ class _Chooser:
             self.is_closing = True
             return 0, ending
         for token in tokens:
-            guide.accept(token)
-        return n_sampled, [*tokens, *(self._forced(guide) if tokens else [])]
+            grammar.accept(token)
+        return n_sampled, [*tokens, *(self._forced(grammar) if tokens else [])]
 
     def _unless_stop(self, token: int) -> tuple[int, list[int]]:
         return (0, []) if token in self._stop_tokens else (1, [token])
 
-    def _forced(self, guide: Guide) -> list[int]:
+    def _forced(self, grammar: GrammarState) -> list[int]:
         if not self._fast_forward:
             return []
         start = time.perf_counter()
-        tokens = guide.forced_tokens()
+        tokens = grammar.forced_tokens()
         for token in tokens:
-            guide.accept(token)
+            grammar.accept(token)
         self._timings.constraint_s += time.perf_counter() - start
         return tokens
 
@@ -225,8 +225,8 @@ class _Reserve:
     The end is looked for now and then, and with every token once it could soon be too long.
     """
 
-    def __init__(self, guide: Guide, max_tokens: int) -> None:
-        self._guide, self._max_tokens = guide, max_tokens
+    def __init__(self, grammar: GrammarState, max_tokens: int) -> None:
+        self._grammar, self._max_tokens = grammar, max_tokens
         self._next_look = 0  # the length of the answer at which its end is looked for again
 
     def ending(self, n_said: int) -> list[int] | None:
@@ -234,16 +234,16 @@ class _Reserve:
         if n_said < self._next_look:
             return None
         n_left = self._max_tokens - n_said
-        ending = self._guide.ending(n_left)
+        ending = self._grammar.ending(n_left)
         n_spare = _LOOK_EVERY if ending is None else n_left - 2 * len(ending) - _WATCHED
-        if n_spare <= 0 or self._guide.has_quick_endings:
+        if n_spare <= 0 or self._grammar.has_quick_endings:
             return ending
         self._next_look = n_said + min(n_spare, _LOOK_EVERY)
         return None
 
     def allows(self, token: int, n_said: int) -> bool:
         """Whether there is room for an ending behind this token."""
-        return self._guide.ending(self._max_tokens - n_said - 1 - _SPARE, token) is not None
+        return self._grammar.ending(self._max_tokens - n_said - 1 - _SPARE, token) is not None
 
 
 class _Output:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from granite4v.runtime.formats.tables_grammar import End
-from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+from granite4v.runtime.grammar.automaton import Next, Rule, Text
 
 _PLAIN = Text(marks=b',"\n`')
 _QUOTED = Text(marks=b'"`')
@@ -38,17 +38,17 @@ class CsvField:
             return (b"\n", b",")
         return (b",",) if self.column < self.n_fields - 1 else (b"\n",)
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         separators = self.separators()
-        at_once = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
-        may_end = b"\n" in separators and not self.fenced
-        ends_at_once = may_end and not self.begins_row
+        initial_literals = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
+        is_accepting = b"\n" in separators and not self.fenced
+        initially_accepting = is_accepting and not self.begins_row
         if self.n_fields is not None and self.begins_row:  # behind a line break
-            ends_at_once = not self.fenced
-            at_once = [_CLOSING, *at_once] if self.fenced else at_once
+            initially_accepting = not self.fenced
+            initial_literals = [_CLOSING, *initial_literals] if self.fenced else initial_literals
         if self.fenced is None:
-            at_once += _FENCES
-        return Expectation(separators, _PLAIN, may_end, tuple(at_once), ends_at_once)
+            initial_literals += _FENCES
+        return Next(separators, _PLAIN, is_accepting, tuple(initial_literals), initially_accepting)
 
     def after(self, literal: bytes) -> Rule:
         if literal in _FENCES:
@@ -70,8 +70,8 @@ class _Quoted:
 
     field: CsvField
 
-    def expects(self) -> Expectation:
-        return Expectation((b'"',), _QUOTED)
+    def next(self) -> Next:
+        return Next((b'"',), _QUOTED)
 
     def after(self, literal: bytes) -> Rule:
         return _Unquoted(self.field)
@@ -83,9 +83,9 @@ class _Unquoted:
 
     field: CsvField
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         separators = self.field.separators()
-        return Expectation((*separators, b'"'), may_end=b"\n" in separators and not self.field.fenced)
+        return Next((*separators, b'"'), is_accepting=b"\n" in separators and not self.field.fenced)
 
     def after(self, literal: bytes) -> Rule:
         return _Quoted(self.field) if literal == b'"' else self.field.following(literal)

@@ -10,7 +10,7 @@ import string
 from dataclasses import dataclass, replace
 
 from granite4v.runtime.formats.tables_grammar import End, Tables
-from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+from granite4v.runtime.grammar.automaton import Next, Rule, Text
 
 MOST_SPANNED = 99
 _TEXT = Text(tags=(string.ascii_letters + "/!?").encode())
@@ -31,20 +31,20 @@ class HtmlTable:
     n_rows: int = 0  # in this section
     hanging: tuple[int, ...] | None = None
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         literals: list[bytes] = []
         if "tbody" not in self.past:
             literals.append(b"<tr>")
         whole = self.hanging is not None and not any(self.hanging)
         if self.section:
-            return Expectation((*([_tag("/" + self.section)] if whole and self.n_rows else []), *literals))
+            return Next((*([_tag("/" + self.section)] if whole and self.n_rows else []), *literals))
         if self.hanging is None:
             literals.append(b"<thead>")
         if not self.n_rows and "tbody" not in self.past:
             literals.append(b"<tbody>")
         if whole:
             literals.insert(0, b"</table>")
-        return Expectation(tuple(literals))
+        return Next(tuple(literals))
 
     def after(self, literal: bytes) -> Rule:
         if literal == b"</table>":
@@ -80,12 +80,12 @@ class _HtmlRow:
         n_free = next((i for i, covered in enumerate(rest) if covered), len(rest))
         return min(n_free, MOST_SPANNED)
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         row = self.skipped()
         literals = _CELLS if row.n_free() else ()
         if row.below and (row.above is None or len(row.below) == len(row.above)):
             literals = (b"</tr>", *literals)
-        return Expectation(literals)
+        return Next(literals)
 
     def after(self, literal: bytes) -> Rule:
         row = self.skipped()
@@ -109,16 +109,16 @@ class _HtmlSpans:
     name: bytes = b""
     value: int = 0
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if not self.name:
-            return Expectation((b'colspan="', b'rowspan="'))
+            return Next((b'colspan="', b'rowspan="'))
         most = self.row.n_free() if self.name == b"colspan" else MOST_SPANNED
         digits = tuple(b"%d" % d for d in range(10) if 0 < self.value * 10 + d <= most)
         if not self.value:
-            return Expectation(digits)
+            return Next(digits)
         other = b"rowspan" if self.name == b"colspan" else b"colspan"
         more = () if self._known(other) else (b'" ' + other + b'="',)
-        return Expectation((b'">', *digits, *more))
+        return Next((b'">', *digits, *more))
 
     def _known(self, name: bytes) -> bool:
         return (self.colspan if name == b"colspan" else self.rowspan) is not None
@@ -145,11 +145,11 @@ class _HtmlText:
     tag: bytes
     inline: bytes = b""
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if self.inline:
-            return Expectation((b"</" + self.inline + b">", *_BREAKS), _TEXT)
+            return Next((b"</" + self.inline + b">", *_BREAKS), _TEXT)
         opening = (b"<" + name + b">" for name in _INLINE)
-        return Expectation((b"</" + self.tag + b">", *_BREAKS, *opening), _TEXT)
+        return Next((b"</" + self.tag + b">", *_BREAKS, *opening), _TEXT)
 
     def after(self, literal: bytes) -> Rule:
         if literal in _BREAKS:

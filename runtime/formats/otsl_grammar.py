@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from granite4v.runtime.formats.tables_grammar import End, Tables
-from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+from granite4v.runtime.grammar.automaton import Next, Rule, Text
 
 _FILLED = (b"<fcel>", b"<ched>", b"<rhed>", b"<srow>")
 _STARTS: tuple[bytes, ...] = (b"<ecel>", *_FILLED)
-_TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", ink=True)
+_TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", non_blank=True)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class OtslRow:
     own: bool = False
     filled: bool = False
 
-    def expects(self) -> Expectation:
-        return Expectation(self._tags(), _TEXT, at_once=()) if self.filled else Expectation(self._tags())
+    def next(self) -> Next:
+        return Next(self._tags(), _TEXT, initial_literals=()) if self.filled else Next(self._tags())
 
     def _tags(self) -> tuple[bytes, ...]:
         if self.crossing:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from granite4v.runtime.grammar.automaton import Expectation, Rule
+from granite4v.runtime.grammar.automaton import Next, Rule
 
 
 @dataclass(frozen=True)
 class End:
     """Nothing more may come."""
 
-    def expects(self) -> Expectation:
-        return Expectation((), may_end=True)
+    def next(self) -> Next:
+        return Next((), is_accepting=True)
 
     def after(self, literal: bytes) -> Rule:
         raise ValueError(f"{literal!r} comes after the end")
@@ -29,8 +29,8 @@ class Tables:
     table: Rule
     between: tuple[bytes, ...] = ()
 
-    def expects(self) -> Expectation:
-        return Expectation((b"[", self.opening))
+    def next(self) -> Next:
+        return Next((b"[", self.opening))
 
     def after(self, literal: bytes) -> Rule:
         return _Inside(self, False, self.table) if literal == self.opening else _ListStart(self)
@@ -40,8 +40,8 @@ class Tables:
 class _ListStart:
     tables: Tables
 
-    def expects(self) -> Expectation:
-        return Expectation((b"]", self.tables.opening))
+    def next(self) -> Next:
+        return Next((b"]", self.tables.opening))
 
     def after(self, literal: bytes) -> Rule:
         return End() if literal == b"]" else _Inside(self.tables, True, self.tables.table)
@@ -53,8 +53,8 @@ class _Inside:
     listed: bool
     rule: Rule
 
-    def expects(self) -> Expectation:
-        return self.rule.expects()
+    def next(self) -> Next:
+        return self.rule.next()
 
     def after(self, literal: bytes) -> Rule:
         following = self.rule.after(literal)
@@ -68,10 +68,10 @@ class _Between:
     tables: Tables
     listed: bool
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if self.listed:
-            return Expectation((b"]", b", " + self.tables.opening))
-        return Expectation(tuple(gap + self.tables.opening for gap in self.tables.between), may_end=True)
+            return Next((b"]", b", " + self.tables.opening))
+        return Next(tuple(gap + self.tables.opening for gap in self.tables.between), is_accepting=True)
 
     def after(self, literal: bytes) -> Rule:
         return End() if literal == b"]" else _Inside(self.tables, self.listed, self.tables.table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from granite4v.runtime.formats.tables_grammar import End, Tables
-from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+from granite4v.runtime.grammar.automaton import Next, Rule, Text
 
 MOST_ROWS, MOST_COLUMNS, MOST_LEVEL = 999, 99, 99
 _STRING = Text(marks=b'"\\\n\t')
@@ -22,14 +22,14 @@ class _Dimensions:
 
     values: tuple[int, ...] = ()
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if len(self.values) < 3:
-            return self._number().expects()
+            return self._number().next()
         n_rows, _, n_header_rows = self.values
         totals = {n_rows + n_header_rows}
         if n_rows >= max(n_header_rows, 1):
             totals.add(n_rows)  # where `rows` counts all
-        return Expectation(tuple(b'%d}, "cells": [' % total for total in sorted(totals)))
+        return Next(tuple(b'%d}, "cells": [' % total for total in sorted(totals)))
 
     def _number(self) -> _Number:
         if not self.values:
@@ -62,13 +62,13 @@ class _Number:
     soonest: int
     digits: str = ""
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         digits = [b"%d" % d for d in range(10) if self._leads(self.digits + str(d))]
         digits.sort(key=lambda digit: not str(self.soonest).startswith(self.digits + digit.decode()))
         if not self.digits or int(self.digits) < self.least:
-            return Expectation(tuple(digits))
+            return Next(tuple(digits))
         on_the_way = str(self.soonest).startswith(self.digits) and self.digits != str(self.soonest)
-        return Expectation((*digits, self.tail) if on_the_way else (self.tail, *digits))
+        return Next((*digits, self.tail) if on_the_way else (self.tail, *digits))
 
     def _leads(self, digits: str) -> bool:
         """Whether these digits are such a number, or its beginning."""
@@ -126,12 +126,12 @@ class _CellStart:
     grid: _Grid
     first: bool = False
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         grid = self.grid.at_free_slot()
         if grid is None:
-            return Expectation((b"]}",))
+            return Next((b"]}",))
         where = b'{"row": %d, "col": %d, "colspan": ' % (grid.row + 1, grid.column + 1)
-        return Expectation((where if self.first else b", " + where,))
+        return Next((where if self.first else b", " + where,))
 
     def after(self, literal: bytes) -> Rule:
         grid = self.grid.at_free_slot()
@@ -146,10 +146,10 @@ class _Cell:
     values: tuple[int, ...] = ()
     typed: bool = False
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if len(self.values) == 2 and not self.typed:
-            return Expectation((b'header", "header_level": ', b'data", "header_level": '))
-        return self._number().expects()
+            return Next((b'header", "header_level": ', b'data", "header_level": '))
+        return self._number().next()
 
     def _number(self) -> _Number:
         if not self.values:
@@ -178,8 +178,8 @@ class _Content:
 
     grid: _Grid
 
-    def expects(self) -> Expectation:
-        return Expectation((b'"}', *_ESCAPES), _STRING)
+    def next(self) -> Next:
+        return Next((b'"}', *_ESCAPES), _STRING)
 
     def after(self, literal: bytes) -> Rule:
         return _CellStart(self.grid) if literal == b'"}' else self

@@ -1,8 +1,13 @@
-"""Forms that count: an answer is literals and free text in turn, and what may come next depends on what came before.
+"""Automata that count: answers are literals and free text by turns, and what came before decides what may come next.
 
-A context-free grammar cannot say that all rows are as wide as the first. So a form (OTSL, HTML, CSV, cells as JSON)
-is a `Rule`: plain data that tells what it expects next, and what follows each literal. This module walks such rules
-byte by byte; it knows no form, and no tokens. Every state can be brought to an end, so no walk gets stuck.
+A context-free grammar cannot say that every row is as wide as the first. So each table format describes its answers by
+rules: a `Rule` is plain data that says what may come next there, and which rule follows each literal. This module runs
+such rules byte by byte; it knows neither formats nor tokens. From every position some text leads to the end, so no
+answer gets stuck.
+
+For example, with rules for CSV of two columns: after 'a,b\\n1' the rule is "first field of a row of two". Its `Next`
+is free text, then the literal ','. After ',' the rule is "second field", whose `Next` is free text, then '\\n' or
+the end.
 """
 
 from __future__ import annotations
@@ -11,172 +16,181 @@ import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-_ANY_INK = b"-"
+_ANY_TEXT = b"-"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Free text that one of the literals ends.
+    """Free text up to one of the literals.
 
-    `marks`: bytes that are no text; each begins a literal or is refused. `tags`: bytes that make a tag of a '<'
-    before them; any other '<' is text. `ink`: white space alone does not count as text.
+    `marks`: bytes that are never text; each begins a literal or is refused. `tags`: bytes that make a tag of a '<'
+    before them; any other '<' is text. `non_blank`: white space alone does not count as text.
     """
 
     marks: bytes = b""
     tags: bytes = b""
-    ink: bool = False
+    non_blank: bool = False
 
 
 @dataclass(frozen=True)
-class Expectation:
-    """What may come next: free text if there is `text`, then one of `literals`, or the end if `may_end`.
+class Next:
+    """What may come next: free text if there is `text`, then one of `literals`, or the end if `is_accepting`.
 
-    `at_once` and `ends_at_once` say what may come in place of any text, where that differs. No literal is the
-    beginning of another. Always taking the first one comes to an end soon.
+    `initial_literals` and `initially_accepting` replace the two while no text has come yet, where that differs. No
+    literal is a prefix of another. Always taking the first literal leads to the end in few steps.
     """
 
     literals: tuple[bytes, ...]
     text: Text | None = None
-    may_end: bool = False
-    at_once: tuple[bytes, ...] | None = None
-    ends_at_once: bool | None = None
+    is_accepting: bool = False
+    initial_literals: tuple[bytes, ...] | None = None
+    initially_accepting: bool | None = None
 
 
 class Rule(Protocol):
-    """A place in an answer. Compared and hashed by value."""
+    """A state of an automaton. Compared and hashed by value, so that masks can be kept by rule."""
 
-    def expects(self) -> Expectation: ...
+    def next(self) -> Next: ...
 
     def after(self, literal: bytes) -> Rule: ...
 
 
-class Cursor(NamedTuple):
-    """How far an answer has come: the rule it is at and what it has of it."""
+class Position(NamedTuple):
+    """How far an answer has come: a rule, its `next`, and what has come of that."""
 
     rule: Rule
-    want: Expectation
-    literal: bytes = b""  # the beginning of a literal
-    held: bytes = b""  # a '<', or the beginning of a character, of which the next byte tells what it is
-    fresh: bool = True  # there is no text yet
+    next: Next
+    partial: bytes = b""  # a proper prefix of one or more literals
+    held: bytes = b""  # a '<' or an incomplete character: the byte after it decides what it is
+    is_initial: bool = True  # no text has come yet
 
     @property
     def in_text(self) -> bool:
-        return self.want.text is not None and not self.literal
+        return self.next.text is not None and not self.partial
 
     @property
     def literals(self) -> tuple[bytes, ...]:
-        return self.want.at_once if self.fresh and self.want.at_once is not None else self.want.literals
+        if self.is_initial and self.next.initial_literals is not None:
+            return self.next.initial_literals
+        return self.next.literals
 
     @property
-    def may_end(self) -> bool:
-        """Whether the answer may end here; nothing is said of unfinished characters."""
-        at_once = self.want.ends_at_once if self.fresh else None
-        return not self.literal and (self.want.may_end if at_once is None else at_once)
+    def is_accepting(self) -> bool:
+        """Whether the answer may end here. Does not look at incomplete characters."""
+        initially = self.next.initially_accepting if self.is_initial else None
+        return not self.partial and (self.next.is_accepting if initially is None else initially)
 
     @property
-    def is_over(self) -> bool:
-        return self.may_end and self.want.text is None and not self.want.literals
+    def is_final(self) -> bool:
+        """Whether nothing can follow."""
+        return self.is_accepting and self.next.text is None and not self.next.literals
 
     def remainders(self) -> list[tuple[bytes, bytes]]:
         """Each literal that can still come, and what is missing of it."""
-        n = len(self.literal)
-        return [(literal, literal[n:]) for literal in self.literals if literal.startswith(self.literal)]
+        n = len(self.partial)
+        return [(literal, literal[n:]) for literal in self.literals if literal.startswith(self.partial)]
 
-    def behind(self, literal: bytes) -> Cursor:
+    def after(self, literal: bytes) -> Position:
         return start(self.rule.after(literal))
 
 
-def start(rule: Rule) -> Cursor:
-    return Cursor(rule, rule.expects())
+def start(rule: Rule) -> Position:
+    return Position(rule, rule.next())
 
 
-def advance(cursor: Cursor, data: bytes) -> Cursor | None:
-    """The cursor behind `data`, which is part of valid UTF-8; None when the form does not allow it."""
+def advance(position: Position, data: bytes) -> Position | None:
+    """The position after `data`, which is part of valid UTF-8; None when the rules do not allow it."""
     at = 0
     while at < len(data):
-        if cursor.in_text:
-            cursor, begins_literal = _text_step(cursor, data[at])
+        if position.in_text:
+            position, begins_literal = _text_step(position, data[at])
             if not begins_literal:
                 at += 1
                 continue
         coming = data[at:]
-        for literal, rest in cursor.remainders():
+        for literal, rest in position.remainders():
             if coming.startswith(rest):
-                cursor, at = cursor.behind(literal), at + len(rest)
+                position, at = position.after(literal), at + len(rest)
                 break
             if rest.startswith(coming):
-                return cursor._replace(literal=cursor.literal + coming, held=b"")
+                return position._replace(partial=position.partial + coming, held=b"")
         else:
             return None
-    return cursor
+    return position
 
 
-def _text_step(cursor: Cursor, byte: int) -> tuple[Cursor, bool]:
-    """The cursor before `byte` if that goes on with a literal, else behind it; and which of the two."""
-    text, held, fresh = cursor.want.text, cursor.held, cursor.fresh
+def _text_step(position: Position, byte: int) -> tuple[Position, bool]:
+    """The position before `byte` and True if a literal begins with it (or began with a '<' that was held); otherwise
+    the position after it and False.
+
+    For example, with tags of letters: in 'a<b', the '<' is held; 'b' makes it the beginning of a literal, so `partial`
+    becomes '<' and 'b' has to go on with it. In 'a<5', the '5' makes the '<' text.
+    """
+    text, held, is_initial = position.next.text, position.held, position.is_initial
     assert text is not None
     if held == b"<":
         if byte in text.tags:
-            return cursor._replace(literal=held, held=b""), True
-        held, fresh = b"", False
+            return position._replace(partial=held, held=b""), True
+        held, is_initial = b"", False
     if byte in text.marks:
-        return cursor._replace(held=b"", fresh=fresh), True
+        return position._replace(held=b"", is_initial=is_initial), True
     if byte == ord("<") and text.tags:
-        return cursor._replace(held=b"<", fresh=fresh), False
-    if fresh and text.ink:
+        return position._replace(held=b"<", is_initial=is_initial), False
+    if is_initial and text.non_blank:
+        # white space can be a character of several bytes (U+3000), so bytes are held until a character is complete
         held += bytes((byte,))
-        with contextlib.suppress(UnicodeDecodeError):  # not a whole character yet
-            held, fresh = b"", held.decode().isspace()
+        with contextlib.suppress(UnicodeDecodeError):
+            held, is_initial = b"", held.decode().isspace()
     else:
-        held, fresh = b"", False
-    if (held, fresh) == (cursor.held, cursor.fresh):
-        return cursor, False
-    return cursor._replace(held=held, fresh=fresh), False
+        held, is_initial = b"", False
+    if (held, is_initial) == (position.held, position.is_initial):
+        return position, False
+    return position._replace(held=held, is_initial=is_initial), False
 
 
-def forced(cursor: Cursor, most: int) -> bytes:
+def forced_text(position: Position, most: int) -> bytes:
     """The text that must come next; about `most` bytes of it if it is longer."""
     found = b""
-    while len(found) < most and not cursor.in_text and not cursor.may_end:
-        rests = [rest for _, rest in cursor.remainders()]
-        common = _common_beginning(rests)
+    while len(found) < most and not position.in_text and not position.is_accepting:
+        rests = [rest for _, rest in position.remainders()]
+        common = _common_prefix(rests)
         found += common
-        following = advance(cursor, common) if len(rests) == 1 else None
+        following = advance(position, common) if len(rests) == 1 else None
         if following is None:
             break
-        cursor = following
+        position = following
     return found
 
 
-def _common_beginning(texts: list[bytes]) -> bytes:
-    first, last = min(texts), max(texts)  # all others lie between these two
+def _common_prefix(texts: list[bytes]) -> bytes:
+    first, last = min(texts), max(texts)  # in sorted order, all others lie between these two and share their prefix
     n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[:n]
 
 
-def ending(cursor: Cursor, most: int) -> list[bytes] | None:
-    """What brings the answer to an end, in at most so many pieces; None where that takes more."""
+def ending(position: Position, most: int) -> list[bytes] | None:
+    """Pieces of text that lead to the end, at most `most` of them; None where that takes more."""
     pieces: list[bytes] = []
-    while not cursor.may_end:
+    while not position.is_accepting:
         if len(pieces) == most:
             return None
-        if cursor.literal:
-            pieces.append(cursor.remainders()[0][1])
+        if position.partial:
+            pieces.append(position.remainders()[0][1])
         else:
-            pieces.append(cursor.literals[0] if cursor.literals else _ANY_INK)
-        following = advance(cursor, pieces[-1])
+            pieces.append(position.literals[0] if position.literals else _ANY_TEXT)
+        following = advance(position, pieces[-1])
         assert following is not None
-        cursor = following
+        position = following
     return pieces
 
 
-def next_bytes(cursor: Cursor) -> set[int]:
+def next_bytes(position: Position) -> set[int]:
     """The bytes that may come next, whatever characters they are part of."""
-    text = cursor.want.text
-    if text is None or cursor.literal:
-        return {rest[0] for _, rest in cursor.remainders()}
-    if cursor.held == b"<":
-        refused = {*text.tags, *text.marks} - {literal[1] for literal in cursor.literals if literal[:1] == b"<"}
+    text = position.next.text
+    if text is None or position.partial:
+        return {rest[0] for _, rest in position.remainders()}
+    if position.held == b"<":
+        refused = {*text.tags, *text.marks} - {literal[1] for literal in position.literals if literal[:1] == b"<"}
     else:
-        refused = {*text.marks} - {literal[0] for literal in cursor.literals}
+        refused = {*text.marks} - {literal[0] for literal in position.literals}
     return set(range(256)) - refused

@@ -1,7 +1,10 @@
-"""Which tokens of a vocabulary a form allows at a place, without trying each of them.
+"""Which tokens of a vocabulary an automaton allows at a position, without trying each of them.
 
-Where a literal is due, only tokens along the literals are looked up. Where text is due, all tokens are allowed but
-those with a mark in them; of these the part from the first mark on decides, and many tokens share one.
+Trying all of 100,000 tokens would take longer than the model needs for one. Where a literal is due, only tokens along
+the literals are looked up. Where text is due, every token is allowed that has no mark in it, and that part of the mask
+is the same at every position. In a token with a mark, what stands before the first mark is text as well, so only the
+part from the mark on decides ('x</td>' is allowed where '</td>' is). Many tokens share that part, and it is tried once
+for all of them.
 """
 
 from __future__ import annotations
@@ -10,81 +13,77 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from granite4v.runtime.grammar.automaton import Cursor, Text, advance
-from granite4v.runtime.grammar.token_index import Lexicon, Spellings
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+from granite4v.runtime.grammar.automaton import Position, Text, advance
+from granite4v.runtime.grammar.token_index import Spellings, TokenIndex
 
-_KEPT = 64  # masks of 0.1 MB each at a vocabulary of 100,000
+_MAX_MASKS = 64  # of 0.1 MB each for a vocabulary of 100,000
 
 
-class FormMasks:
-    """The masks of one vocabulary, kept for the places that were asked for last. They say nothing of characters."""
+class AutomatonMasks:
+    """The masks of one vocabulary, of which the last used are kept.
 
-    def __init__(self, lexicon: Lexicon) -> None:
-        self.lexicon = lexicon
+    They look at bytes alone: whether a token makes valid UTF-8 is not checked here.
+    """
+
+    def __init__(self, index: TokenIndex) -> None:
+        self.index = index
         self._kept: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
         self._marked: dict[Text, _Marked] = {}
 
-    def of(self, cursor: Cursor) -> np.ndarray:
+    def at(self, position: Position) -> np.ndarray:
         """bool `(n_vocab,)`, not to be written to"""
-        key = (cursor.rule, cursor.literal, cursor.held, cursor.fresh)
+        key = (position.rule, position.partial, position.held, position.is_initial)
         if key not in self._kept:
-            self._kept[key] = self._in_text(cursor) if cursor.in_text else self._in_literals(cursor)
-            while len(self._kept) > _KEPT:
+            self._kept[key] = self._in_text(position) if position.in_text else self._in_literals(position)
+            while len(self._kept) > _MAX_MASKS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _in_literals(self, cursor: Cursor) -> np.ndarray:
-        import numpy as np
-
-        mask = np.zeros(self.lexicon.n_vocab, dtype=bool)
-        mask[list(_along(cursor, self.lexicon.all))] = True
+    def _in_literals(self, position: Position) -> np.ndarray:
+        mask = np.zeros(self.index.n_vocab, dtype=bool)
+        mask[list(_along(position, self.index.all))] = True
         return mask
 
-    def _in_text(self, cursor: Cursor) -> np.ndarray:
-        import numpy as np
-
-        text, lexicon = cursor.want.text, self.lexicon
+    def _in_text(self, position: Position) -> np.ndarray:
+        text, index = position.next.text, self.index
         assert text is not None
         if text not in self._marked:
-            self._marked[text] = _Marked.of(lexicon, text)
+            self._marked[text] = _Marked.of(index, text)
         marked = self._marked[text]
         mask = ~marked.mask
-        if cursor.held:  # what begins there decides: a rare place, so each is tried
-            mask[[t for t in np.flatnonzero(marked.mask) if advance(cursor, lexicon.pieces[t]) is not None]] = True
+        if position.held:  # the byte that is held decides together with the token: rare, so each token is tried
+            mask[[t for t in np.flatnonzero(marked.mask) if advance(position, index.pieces[t]) is not None]] = True
         else:
-            mask[list(marked.allowed(cursor, text))] = True
-        if cursor.held == b"<":
-            tags = np.isin(lexicon.first_byte, np.frombuffer(text.tags, dtype=np.uint8))
-            mask = np.where(tags, self._in_literals(cursor._replace(literal=b"<", held=b"")), mask)
+            mask[list(marked.allowed(position, text))] = True
+        if position.held == b"<":
+            tags = np.isin(index.first_byte, np.frombuffer(text.tags, dtype=np.uint8))
+            mask = np.where(tags, self._in_literals(position._replace(partial=b"<", held=b"")), mask)
         return mask
 
 
 @dataclass
 class _Marked:
-    """The tokens with a mark of a kind of text in them, as `mask`.
+    """The tokens with a mark of one kind of text in them, as `mask`.
 
-    `ends`: what they are from the first mark on, numbered; `tokens`: for each of them the tokens that have nothing
-    before it, white space, or something else.
+    `suffixes`: the different parts of tokens from their first mark on, numbered. `tokens`: for each number, the tokens
+    that have nothing before that part, white space, or something else.
     """
 
     mask: np.ndarray
-    ends: Spellings = field(default_factory=lambda: Spellings(()))
+    suffixes: Spellings = field(default_factory=lambda: Spellings(()))
     tokens: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, lexicon: Lexicon, text: Text) -> _Marked:
-        import numpy as np
-
+    def of(cls, index: TokenIndex, text: Text) -> _Marked:
         mark = re.compile(b"[" + re.escape(text.marks + (b"<" if text.tags else b"")) + b"]")
-        marked = cls(np.zeros(lexicon.n_vocab, dtype=bool))
+        marked = cls(np.zeros(index.n_vocab, dtype=bool))
         numbers: dict[bytes, int] = {}
-        for piece, token in lexicon.all:
+        for piece, token in index.all:
             found = mark.search(piece)
             if found is None:
                 continue
@@ -94,44 +93,46 @@ class _Marked:
             before = piece[: found.start()]
             marked.tokens[number][0 if not before else 1 if before.isspace() else 2].append(token)
             marked.mask[token] = True
-        marked.ends = Spellings(numbers.items())
+        marked.suffixes = Spellings(numbers.items())
         return marked
 
-    def allowed(self, cursor: Cursor, text: Text) -> Iterator[int]:
-        """The tokens that are allowed in this text, with no character half said."""
-        begun = cursor._replace(fresh=False)
-        numbers = {place: list(self._ends_allowed(place, text)) for place in {cursor, begun}}
-        for i, place in enumerate((cursor, cursor if text.ink else begun, begun)):
+    def allowed(self, position: Position, text: Text) -> Iterator[int]:
+        """The tokens that are allowed in this text, where no byte is held."""
+        # text before the mark makes a position that is not initial; white space does so unless it does not count
+        begun = position._replace(is_initial=False)
+        numbers = {place: list(self._allowed_suffixes(place, text)) for place in {position, begun}}
+        for i, place in enumerate((position, position if text.non_blank else begun, begun)):
             for number in numbers[place]:
                 yield from self.tokens[number][i]
 
-    def _ends_allowed(self, cursor: Cursor, text: Text) -> Iterator[int]:
-        yield from _along(cursor, self.ends)
+    def _allowed_suffixes(self, position: Position, text: Text) -> Iterator[int]:
+        yield from _along(position, self.suffixes)
         if text.tags:
-            yield from self.ends.exactly(b"<")
-            for rest, number in self.ends.beyond(b"<"):
-                if rest[0] not in text.tags and advance(cursor, b"<" + rest) is not None:
+            yield from self.suffixes.exact(b"<")
+            for rest, number in self.suffixes.continuations(b"<"):
+                if rest[0] not in text.tags and advance(position, b"<" + rest) is not None:
                     yield number
 
 
-def _along(cursor: Cursor, spellings: Spellings, before: bytes = b"") -> Iterator[int]:
-    """Those that spell `before` and a part of what may come at the cursor by literals, or go on behind that."""
-    for literal, rest in cursor.remainders():
+def _along(position: Position, spellings: Spellings, before: bytes = b"") -> Iterator[int]:
+    """Ids of the spellings of `before` and a part of the literals that may come at the position, or of what follows
+    those literals."""
+    for literal, rest in position.remainders():
         for n in range(1, len(rest) + 1):
-            if not spellings.begins(before + rest[:n]):
+            if not spellings.has_prefix(before + rest[:n]):
                 break
-            yield from spellings.exactly(before + rest[:n])
+            yield from spellings.exact(before + rest[:n])
         else:
-            yield from _behind(cursor.behind(literal), spellings, before + rest)
+            yield from _after_literal(position.after(literal), spellings, before + rest)
 
 
-def _behind(cursor: Cursor, spellings: Spellings, before: bytes) -> Iterator[int]:
-    """Those that begin with `before` and are longer, and whose rest may come at the cursor."""
-    text = cursor.want.text
+def _after_literal(position: Position, spellings: Spellings, before: bytes) -> Iterator[int]:
+    """Ids of the spellings that begin with `before` and are longer, and whose rest may come at the position."""
+    text = position.next.text
     if text is None:
-        yield from _along(cursor, spellings, before)
+        yield from _along(position, spellings, before)
         return
     marks = text.marks + (b"<" if text.tags else b"")
-    for rest, number in spellings.beyond(before):
-        if len(rest.translate(None, marks)) == len(rest) or advance(cursor, rest) is not None:
+    for rest, number in spellings.continuations(before):
+        if len(rest.translate(None, marks)) == len(rest) or advance(position, rest) is not None:
             yield number

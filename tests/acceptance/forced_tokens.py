@@ -119,10 +119,10 @@ def _forced_behind(model: Model, question: Question, said: list[int], n_vocab: i
     from granite4v.runtime.grammar.grammar_state import Compiler
 
     assert question.constraint is not None
-    guide = Compiler(model.engine.tokenizer(), n_vocab, model.engine.stop_tokens).begin(question.constraint)
+    state = Compiler(model.engine.tokenizer(), n_vocab, model.engine.stop_tokens).begin(question.constraint)
     for token in said:
-        guide.accept(token)
-    return guide.forced_tokens()
+        state.accept(token)
+    return state.forced_tokens()
 
 
 def _text(model: Model, tokens: list[int]) -> str:

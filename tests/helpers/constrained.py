@@ -13,7 +13,7 @@ import numpy as np
 from granite4v.runtime.engine.generate import Answer, generate
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.grammar.grammar_state import Compiler, Guide
+from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
 from granite4v.runtime.prompt.tokenizer import HfTokenizer
 from scripts.nano import language
 from tests.toy import language as toy_language
@@ -57,7 +57,7 @@ class Noise:
     def __init__(self, kind: str, seed: int, task: str, patience: int, closing: tuple[bytes, ...] = ()) -> None:
         """`patience`: tokens after which it wants half as much again to end; `closing`: as CLOSING has for `task`."""
         self._seed, self._patience, self._end = seed, patience, end_of_text(kind)
-        pieces = compiler(kind).lexicon.pieces
+        pieces = compiler(kind).index.pieces
         self._closing = np.fromiter((piece.startswith(closing or CLOSING[task]) for piece in pieces), dtype=np.float32)
         if task == "tables_json":  # small numbers
             large = tuple(b"%d" % digit for digit in range(3, 10))
@@ -74,7 +74,7 @@ class Noise:
         return logits
 
 
-def said(
+def generated(
     kind: str,
     grammar: Grammar,
     seed: int,
@@ -95,27 +95,27 @@ def said(
         stop_tokens=frozenset({end_of_text(kind)}),
         max_tokens=max_tokens,
         cancelled=lambda: False,
-        guide=compiler(kind).begin(grammar),
+        grammar=compiler(kind).begin(grammar),
         fast_forward=fast_forward,
     )
     assert "".join(pieces) == answer.text
     return answer
 
 
-def walked(kind: str, grammar: Grammar, text: str) -> Guide:
-    """A guide behind `text`, whose canonical tokens it must allow one by one."""
-    guide = compiler(kind).begin(grammar)
+def state_after(kind: str, grammar: Grammar, text: str) -> GrammarState:
+    """A state behind `text`, whose canonical tokens it must allow one by one."""
+    state = compiler(kind).begin(grammar)
     for token in tokenizer(kind).encode_plain(text):
-        assert guide.allowed()[token], f"{compiler(kind).lexicon.pieces[token]!r} is refused in {text!r}"
-        guide.accept(token)
-    return guide
+        assert state.allowed()[token], f"{compiler(kind).index.pieces[token]!r} is refused in {text!r}"
+        state.accept(token)
+    return state
 
 
 def allows(kind: str, grammar: Grammar, text: str) -> bool:
     """Whether a text, token by token, is a whole answer."""
-    guide = compiler(kind).begin(grammar)
+    state = compiler(kind).begin(grammar)
     for token in tokenizer(kind).encode_plain(text):
-        if not guide.allowed([end_of_text(kind)])[token]:
+        if not state.allowed([end_of_text(kind)])[token]:
             return False
-        guide.accept(token)
-    return guide.may_end
+        state.accept(token)
+    return state.is_accepting

@@ -22,9 +22,9 @@ from granite4v.runtime.formats import TASKS, Cell, Table, Task, read, salvage
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import with_header_rows
 from granite4v.runtime.formats.tasks import task_or_question
-from granite4v.runtime.grammar.automaton import Expectation, Rule, Text
+from granite4v.runtime.grammar.automaton import Next, Rule, Text
 from granite4v.runtime.model import Model
-from tests.helpers.constrained import KINDS, said
+from tests.helpers.constrained import KINDS, generated
 from tests.helpers.fake_model import FakeModel, make_scans, run
 
 NAME = "chart2pairs"
@@ -38,12 +38,12 @@ class Pairs:
     ended: bool = False
     begun: bool = False
 
-    def expects(self) -> Expectation:
+    def next(self) -> Next:
         if self.ended:
-            return Expectation((), may_end=True)
+            return Next((), is_accepting=True)
         if self.in_value:
-            return Expectation((b";",), Text(marks=b";=.", ink=True), at_once=())
-        return Expectation((b"=",), Text(marks=b";=.", ink=True), at_once=(b".",) if self.begun else ())
+            return Next((b";",), Text(marks=b";=.", non_blank=True), initial_literals=())
+        return Next((b"=",), Text(marks=b";=.", non_blank=True), initial_literals=(b".",) if self.begun else ())
 
     def after(self, literal: bytes) -> Rule:
         if literal == b".":
@@ -144,7 +144,7 @@ def test_answers_are_held_to_its_grammar() -> None:
     n_ended = 0
     for kind in KINDS:
         for seed in range(10):
-            answer = said(kind, grammar, seed, patience=5, closing=(b"=", b";", b"."))
+            answer = generated(kind, grammar, seed, patience=5, closing=(b"=", b";", b"."))
             if answer.finish_reason == "stop" or answer.closing is not None:
                 assert isinstance(read(NAME, answer.text), Table) or answer.text == "."
                 n_ended += 1

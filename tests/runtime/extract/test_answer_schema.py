@@ -22,7 +22,7 @@ from granite4v.errors import SchemaError
 from granite4v.runtime.extract import schema as schema_module
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats.task_grammar import grammar_for
-from tests.helpers.constrained import said
+from tests.helpers.constrained import generated
 
 
 class Line(pydantic.BaseModel):
@@ -321,7 +321,7 @@ def test_answers_to_what_pydantic_declares_are_valid_to_pydantic_or_found_out(mo
     assert grammar is not None
     n_valid = 0
     for seed in range(6):
-        answer = said("toy", grammar, seed, max_tokens=400, patience=3)
+        answer = generated("toy", grammar, seed, max_tokens=400, patience=3)
         if answer.finish_reason != "stop":
             continue
         value = json.loads(answer.text)

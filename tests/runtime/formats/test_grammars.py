@@ -23,11 +23,11 @@ import granite4v
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats import TASKS, Table, read_csv, read_html, read_otsl, read_tables_json, write
 from granite4v.runtime.formats.task_grammar import grammar_for
-from granite4v.runtime.grammar.automaton import Cursor, advance, ending, start
+from granite4v.runtime.grammar.automaton import Position, advance, ending, start
 from scripts.nano import formats
 from scripts.nano.contents import random_chart
 from scripts.nano.contents import random_table as nano_table
-from tests.helpers.constrained import KINDS, allows, compiler, end_of_text, said, walked
+from tests.helpers.constrained import KINDS, allows, compiler, end_of_text, generated, state_after
 from tests.runtime.formats.test_parsers import ODD_TEXTS, random_table
 from tests.toy.spec import PRESETS
 
@@ -78,7 +78,7 @@ CELLS_SCHEMA = {
 
 def ended(kind: str, grammar: Any, seeds: range, **options: Any) -> Iterator[str]:
     """The answers that came to an end by themselves, each once."""
-    answers = [said(kind, grammar, seed, fast_forward=seed % 2 == 0, **options) for seed in seeds]
+    answers = [generated(kind, grammar, seed, fast_forward=seed % 2 == 0, **options) for seed in seeds]
     texts = {answer.text for answer in answers if answer.finish_reason == "stop"}
     assert len(texts) >= 6
     assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
@@ -417,9 +417,9 @@ def test_otsl_allows_the_grids_of_rectangles_and_no_others(n_rows: int, n_cols: 
     for tags in itertools.product(("ecel", "lcel", "ucel", "xcel"), repeat=n_rows * n_cols):
         rows = [list(tags[i * n_cols : (i + 1) * n_cols]) for i in range(n_rows)]
         text = "".join("".join(f"<{tag}>" for tag in row) + "<nl>" for row in rows)
-        cursor = advance(start(RULES["tables_otsl"]), f"<otsl>{text}</otsl>".encode())
-        assert (cursor is not None) == is_covered_by_rectangles(rows), text
-        n_allowed += cursor is not None
+        position = advance(start(RULES["tables_otsl"]), f"<otsl>{text}</otsl>".encode())
+        assert (position is not None) == is_covered_by_rectangles(rows), text
+        n_allowed += position is not None
     assert n_allowed > 1
 
 
@@ -442,52 +442,52 @@ def test_html_allows_what_our_reader_reads_and_nothing_else() -> None:
 # --- no way without an end ---
 
 
-def options(cursor: Cursor) -> list[tuple[bytes, bytes]]:
+def options(position: Position) -> list[tuple[bytes, bytes]]:
     """What may come next: the literal and what is missing of it, or a character of text."""
-    return [*cursor.remainders(), *([(b"5", b"5")] if cursor.in_text else [])]
+    return [*position.remainders(), *([(b"5", b"5")] if position.in_text else [])]
 
 
 @pytest.mark.parametrize("task", list(RULES))
 def test_an_answer_can_be_ended_from_everywhere(task: str) -> None:
     for seed in range(40):
-        rng, cursor = random.Random(seed), start(RULES[task])
+        rng, position = random.Random(seed), start(RULES[task])
         for _ in range(rng.randrange(60)):
-            if not options(cursor):
+            if not options(position):
                 break
-            rests = [rest for _, rest in options(cursor)]
+            rests = [rest for _, rest in options(position)]
             if task == "tables_json":  # one digit is enough for a number
                 rests = [rest for rest in rests if not rest.isdigit()] or rests
             rest = rng.choice(rests)
-            following = advance(cursor, rest[: rng.randint(1, len(rest))])
+            following = advance(position, rest[: rng.randint(1, len(rest))])
             assert following is not None
-            cursor = following
-            assert options(cursor) or cursor.may_end
-        pieces = ending(cursor, 5_000)
-        assert pieces is not None, cursor
-        behind = advance(cursor, b"".join(pieces))
-        assert behind is not None and behind.may_end
-        assert not pieces or ending(cursor, len(pieces) - 1) is None
+            position = following
+            assert options(position) or position.is_accepting
+        pieces = ending(position, 5_000)
+        assert pieces is not None, position
+        behind = advance(position, b"".join(pieces))
+        assert behind is not None and behind.is_accepting
+        assert not pieces or ending(position, len(pieces) - 1) is None
 
 
 def test_a_text_of_characters_in_pieces_stays_whole() -> None:
     """A character of several tokens can be ended, and only in one way."""
     for kind in KINDS:
-        guide = walked(kind, OTSL, "<otsl><fcel>a")
-        lexicon = compiler(kind).lexicon
-        [lead] = [i for i, piece in enumerate(lexicon.pieces) if piece == "é".encode()[:1]]
-        guide.accept(lead)
-        allowed = guide.allowed([end_of_text(kind)])
-        assert allowed.any() and not guide.may_end
-        for i, piece in enumerate(lexicon.pieces):
+        state = state_after(kind, OTSL, "<otsl><fcel>a")
+        index = compiler(kind).index
+        [lead] = [i for i, piece in enumerate(index.pieces) if piece == "é".encode()[:1]]
+        state.accept(lead)
+        allowed = state.allowed([end_of_text(kind)])
+        assert allowed.any() and not state.is_accepting
+        for i, piece in enumerate(index.pieces):
             if allowed[i]:
                 assert 0x80 <= piece[0] <= 0xBF
 
 
 def test_special_tokens_are_no_text() -> None:
     for kind in KINDS:
-        guide = walked(kind, OTSL, "<otsl><fcel>a")
-        allowed = guide.allowed([end_of_text(kind)])
-        vocabulary = compiler(kind).lexicon
+        state = state_after(kind, OTSL, "<otsl><fcel>a")
+        allowed = state.allowed([end_of_text(kind)])
+        vocabulary = compiler(kind).index
         assert not any(allowed[i] for i, piece in enumerate(vocabulary.pieces) if not piece)
         assert allowed.sum() > 200
 

@@ -19,12 +19,12 @@ from granite4v.errors import ConstraintError
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.automaton import Rule, advance, next_bytes, start
-from granite4v.runtime.grammar.forced_tokens import canonical_tokens
+from granite4v.runtime.grammar.forced_tokens import forced_tokens
 from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.grammar.grammar_state import Compiler, Guide
-from granite4v.runtime.grammar.token_index import Lexicon
+from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
+from granite4v.runtime.grammar.token_index import TokenIndex
 from granite4v.runtime.prompt.tokenizer import HfTokenizer, LlamaTokenizer, Vocabulary, load_tokenizer
-from tests.helpers.constrained import KINDS, compiler, end_of_text, said, tokenizer, walked
+from tests.helpers.constrained import KINDS, compiler, end_of_text, generated, state_after, tokenizer
 from tests.helpers.gguf_edit import copy_gguf
 from tests.helpers.pictures import noise_picture
 from tests.toy.spec import PRESETS
@@ -61,25 +61,25 @@ def rule_of(task: str) -> Rule:
 # --- masks ---
 
 
-def places(kind: str, task: str, n_answers: int) -> Iterator[tuple[Guide, list[int]]]:
-    """Guides at each step of some answers of noise, and the tokens up to there."""
+def places(kind: str, task: str, n_answers: int) -> Iterator[tuple[GrammarState, list[int]]]:
+    """States at each step of some answers of noise, and the tokens up to there."""
     grammar = grammar_of(task)
     for seed in range(n_answers):
-        guide, so_far = compiler(kind).begin(grammar), []
-        for token in said(kind, grammar, seed, max_tokens=400, patience=6).tokens[:40]:
-            yield guide, so_far
-            guide.accept(token)
+        state, so_far = compiler(kind).begin(grammar), []
+        for token in generated(kind, grammar, seed, max_tokens=400, patience=6).tokens[:40]:
+            yield state, so_far
+            state.accept(token)
             so_far.append(token)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_a_mask_of_a_form_holds_what_trying_each_token_from_the_start_gives(kind: str, task: str) -> None:
-    pieces = compiler(kind).lexicon.pieces
+    pieces = compiler(kind).index.pieces
     rule = rule_of(task)
-    for guide, so_far in places(kind, task, 3):
-        allowed = guide.allowed()
-        text = compiler(kind).lexicon.text(so_far)
+    for state, so_far in places(kind, task, 3):
+        allowed = state.allowed()
+        text = compiler(kind).index.text(so_far)
         behind = advance(start(rule), text)
         assert behind is not None
         for token, piece in enumerate(pieces):
@@ -99,14 +99,14 @@ def is_text(data: bytes) -> bool:
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_the_bytes_that_may_come_next_are_those_that_lead_on(task: str) -> None:
     for seed in range(20):
-        rng, cursor = random.Random(seed), start(rule_of(task))
+        rng, position = random.Random(seed), start(rule_of(task))
         for _ in range(30):
-            found = {byte for byte in range(256) if advance(cursor, bytes((byte,))) is not None}
-            assert next_bytes(cursor) == found
-            following = advance(cursor, bytes((rng.choice([b for b in found if b < 128] or [0]),)))
+            found = {byte for byte in range(256) if advance(position, bytes((byte,))) is not None}
+            assert next_bytes(position) == found
+            following = advance(position, bytes((rng.choice([b for b in found if b < 128] or [0]),)))
             if following is None:
                 break
-            cursor = following
+            position = following
 
 
 def own_matcher(kind: str, schema: dict[str, Any]) -> Any:
@@ -124,7 +124,7 @@ def own_matcher(kind: str, schema: dict[str, Any]) -> Any:
         special_token_ids = [i for i, info in added.items() if info.special]  # noqa: RUF012
         tokens = [  # noqa: RUF012
             added[i].content.encode() if i in added else bytes(byte_of[c] for c in plain.id_to_token(i) or "")
-            for i in range(compiler(kind).lexicon.n_vocab)
+            for i in range(compiler(kind).index.n_vocab)
         ]
 
         def __call__(self, text: str) -> list[int]:
@@ -161,11 +161,11 @@ CLOSED = {
 def test_a_mask_of_a_schema_is_llguidances_and_what_trying_each_token_gives(kind: str) -> None:
     matcher = own_matcher(kind, CLOSED)
     assert not matcher.is_error(), matcher.get_error()
-    pieces = compiler(kind).lexicon.pieces
-    for guide, so_far in places(kind, "kvp", 2):
+    pieces = compiler(kind).index.pieces
+    for state, so_far in places(kind, "kvp", 2):
         theirs = matcher.deep_copy()
         assert theirs.try_consume_tokens(so_far) == len(so_far)
-        allowed = guide.allowed([end_of_text(kind)])
+        allowed = state.allowed([end_of_text(kind)])
         bits = np.unpackbits(np.frombuffer(theirs.compute_bitmask(), np.uint8), bitorder="little")[: len(pieces)]
         np.testing.assert_array_equal(allowed, bits.astype(bool))
         tried = [theirs.validate_tokens([token]) == 1 for token in range(len(pieces))]
@@ -174,9 +174,9 @@ def test_a_mask_of_a_schema_is_llguidances_and_what_trying_each_token_gives(kind
 
 def test_a_token_that_is_not_allowed_is_an_error() -> None:
     for task in ("kvp", "tables_otsl"):
-        guide = compiler("toy").begin(grammar_of(task))
+        state = compiler("toy").begin(grammar_of(task))
         with pytest.raises(ValueError, match="is not allowed here"):
-            guide.accept(tokenizer("toy").encode_plain("z")[0])
+            state.accept(tokenizer("toy").encode_plain("z")[0])
 
 
 def test_a_vocabulary_that_cannot_spell_the_form_is_an_error() -> None:
@@ -187,22 +187,22 @@ def test_a_vocabulary_that_cannot_spell_the_form_is_an_error() -> None:
         def encode_plain(self, text: str) -> list[int]:
             return [0] * len(text)
 
-    guide = Compiler(Poor(), 3, [2]).begin(grammar_of("tables_otsl"))  # type: ignore[arg-type]
-    guide.accept(1)
+    state = Compiler(Poor(), 3, [2]).begin(grammar_of("tables_otsl"))  # type: ignore[arg-type]
+    state.accept(1)
     with pytest.raises(ConstraintError, match="no token can follow b'<'"):
-        guide.allowed([2])
+        state.allowed([2])
 
 
 def test_where_llguidance_gives_up_the_answer_does_not_end_as_if_it_were_whole() -> None:
     """A schema that demands text without end, which `grammar_for` would refuse."""
     endless = {"$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}}
     grammar = Grammar("kvp", schema=json.dumps({**endless, "$ref": "#/$defs/a"}))
-    guide = compiler("toy").begin(grammar)
+    state = compiler("toy").begin(grammar)
     with pytest.raises(ConstraintError, match="llguidance gave up in the middle of an answer: .*limit"):
         for _ in range(20):
-            for token in guide.forced_tokens() or [int(np.flatnonzero(guide.allowed())[0])]:
-                guide.accept(token)
-    assert not guide.is_over
+            for token in state.forced_tokens() or [int(np.flatnonzero(state.allowed())[0])]:
+                state.accept(token)
+    assert not state.is_final
 
 
 # --- text that must come ---
@@ -213,24 +213,24 @@ def test_where_llguidance_gives_up_the_answer_does_not_end_as_if_it_were_whole()
 def test_forced_tokens_are_those_that_the_tokenizer_writes_for_the_whole(kind: str, task: str) -> None:
     """Whatever comes next: tokens that follow are tried, and the tokenizer is asked for all of it."""
     n_forced, n_compared = 0, 0
-    encode, lexicon = tokenizer(kind).encode_plain, compiler(kind).lexicon
+    encode, index = tokenizer(kind).encode_plain, compiler(kind).index
     rng = random.Random(1)
-    for guide, so_far in places(kind, task, 6):
-        tokens = guide.forced_tokens()
+    for state, so_far in places(kind, task, 6):
+        tokens = state.forced_tokens()
         if not tokens:
             continue
         n_forced += 1
-        text = lexicon.text(so_far)
-        ahead = walked_tokens(kind, task, [*so_far, *tokens])
-        assert alone_at_each_step(kind, task, so_far, lexicon.text(tokens))
-        demanded = guide._walk.forced()
+        text = index.text(so_far)
+        ahead = after_tokens(kind, task, [*so_far, *tokens])
+        assert alone_at_each_step(kind, task, so_far, index.text(tokens))
+        demanded = state.forced_text()
         if not in_one_way(encode, so_far, text, demanded):
             assert encode(demanded.decode())[: len(tokens)] == tokens
             continue  # the model wrote it in another way than the tokenizer would
         n_compared += 1
         allowed = [int(token) for token in np.flatnonzero(ahead.allowed([end_of_text(kind)]))]
         for token in rng.sample(allowed, min(len(allowed), 25)):
-            whole = text + lexicon.text(tokens) + lexicon.pieces[token]
+            whole = text + index.text(tokens) + index.pieces[token]
             try:
                 found = encode(whole.decode())
             except UnicodeDecodeError:
@@ -246,24 +246,24 @@ def in_one_way(encode: Callable[[str], list[int]], so_far: list[int], text: byte
     return encode((text + demanded).decode())[: len(so_far)] == so_far
 
 
-def walked_tokens(kind: str, task: str, tokens: list[int]) -> Guide:
-    guide = compiler(kind).begin(grammar_of(task))
+def after_tokens(kind: str, task: str, tokens: list[int]) -> GrammarState:
+    state = compiler(kind).begin(grammar_of(task))
     for token in tokens:
-        guide.accept(token)
-    return guide
+        state.accept(token)
+    return state
 
 
 def alone_at_each_step(kind: str, task: str, so_far: list[int], text: bytes) -> bool:
     """Whether at each byte of `text` the mask holds only tokens that go on with it."""
-    pieces = compiler(kind).lexicon.pieces
+    pieces = compiler(kind).index.pieces
     single = {piece: token for token, piece in enumerate(pieces) if len(piece) == 1}
-    guide = walked_tokens(kind, task, so_far)
+    state = after_tokens(kind, task, so_far)
     for i in range(len(text)):
         rest = text[i:]
-        allowed = [pieces[token] for token in np.flatnonzero(guide.allowed([end_of_text(kind)]))]
+        allowed = [pieces[token] for token in np.flatnonzero(state.allowed([end_of_text(kind)]))]
         if not all(piece and (rest.startswith(piece) or piece.startswith(rest)) for piece in allowed):
             return False
-        guide.accept(single[text[i : i + 1]])
+        state.accept(single[text[i : i + 1]])
     return True
 
 
@@ -275,30 +275,30 @@ def test_forced_text_by_hand() -> None:
     }
     grammar = grammar_for("kvp", schema)
     assert grammar is not None
-    pieces = compiler("nano").lexicon.pieces
+    pieces = compiler("nano").index.pieces
 
     def forced(so_far: str) -> list[bytes]:
-        return [pieces[token] for token in walked("nano", grammar, so_far).forced_tokens()]
+        return [pieces[token] for token in state_after("nano", grammar, so_far).forced_tokens()]
 
     assert forced("") == [b'{"', b"n", b"a", b"m", b"e", b'": "']
     assert forced('{"name": "x') == []
     assert forced('{"name": "x", "n') == [b'"', b":"]  # a space before a number may be written in several ways
     assert forced('{"name": "x", "n": 1') == []
     otsl = grammar_of("tables_otsl")
-    assert [pieces[t] for t in walked("nano", otsl, "<otsl><ecel><nl><ecel>").forced_tokens()] == [b"<nl>"]
+    assert [pieces[t] for t in state_after("nano", otsl, "<otsl><ecel><nl><ecel>").forced_tokens()] == [b"<nl>"]
     html = grammar_of("tables_html")
-    assert walked("nano", html, "<table><tr><td></td></tr><tr><td>a").forced_tokens() == []
+    assert state_after("nano", html, "<table><tr><td></td></tr><tr><td>a").forced_tokens() == []
     cells = grammar_of("tables_json")
     size = '{"dimensions": {"rows": 1, "columns": 1, "header_rows": 1, "total_rows": 2'
-    found = [pieces[t] for t in walked("nano", cells, size).forced_tokens()]
+    found = [pieces[t] for t in state_after("nano", cells, size).forced_tokens()]
     assert found == [b'}, "cells": [{"row": ', b"1", b', "col": ', b"1"]  # a longer piece begins with ', "colspan": '
 
 
-def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[Lexicon, Callable[[str], list[int]]]:
-    """A tokenizer that takes the longest token it knows, added ones first, and its lexicon."""
+def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[TokenIndex, Callable[[str], list[int]]]:
+    """A tokenizer that takes the longest token it knows, added ones first, and its index."""
     texts = [*map(chr, range(128)), *longer, *added]
     ids = {text: i for i, text in enumerate(texts)}
-    lexicon = Lexicon(Vocabulary(tuple(t.encode() for t in texts), frozenset(ids[t] for t in added)), len(texts))
+    index = TokenIndex(Vocabulary(tuple(t.encode() for t in texts), frozenset(ids[t] for t in added)), len(texts))
 
     def encode(text: str) -> list[int]:
         for i in range(len(text)):
@@ -313,7 +313,7 @@ def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[Lexicon, Callabl
             text = text[len(best) :]
         return found_ids
 
-    return lexicon, encode
+    return index, encode
 
 
 @pytest.mark.parametrize(
@@ -338,14 +338,14 @@ def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[Lexicon, Callabl
 def test_only_tokens_that_are_certain_are_fed(
     longer: tuple[str, ...], added: tuple[str, ...], said_before: str, text: str, following: str, expected: str
 ) -> None:
-    lexicon, encode = letters(*longer, added=added)
-    tokens = canonical_tokens(lexicon, encode, encode(said_before), text.encode(), following.encode())
-    assert lexicon.text(tokens) == expected.encode()
+    index, encode = letters(*longer, added=added)
+    tokens = forced_tokens(index, encode, encode(said_before), text.encode(), following.encode())
+    assert index.text(tokens) == expected.encode()
 
 
 def test_text_that_is_cut_within_a_character_is_left_to_the_model() -> None:
-    lexicon, encode = letters()
-    assert canonical_tokens(lexicon, encode, [], b"a\xc3", b"\xa9") == []
+    index, encode = letters()
+    assert forced_tokens(index, encode, [], b"a\xc3", b"\xa9") == []
 
 
 # --- vocabularies ---
@@ -394,7 +394,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[int]:
     """The likeliest of the tokens that can be tried without failing, over the full distribution, step by step."""
     matcher = own_matcher("toy", CLOSED)
-    pieces, end, tokens = compiler("toy").lexicon.pieces, end_of_text("toy"), list[int]()
+    pieces, end, tokens = compiler("toy").index.pieces, end_of_text("toy"), list[int]()
     while len(tokens) < max_tokens:
         logits = model.score("What?", tokens=[*tokens, 0])[-1]
         if task == "kvp":
@@ -404,7 +404,7 @@ def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[
             behind = advance(start(rule_of(task)), text)
             assert behind is not None
             allowed = [t for t, p in enumerate(pieces) if p and is_text(text + p) and advance(behind, p) is not None]
-            allowed += [end] if behind.may_end and is_text(text + b" ") else []
+            allowed += [end] if behind.is_accepting and is_text(text + b" ") else []
         token = max(allowed, key=lambda t: (logits[t], -t))
         if token == end:
             break
@@ -419,7 +419,7 @@ def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[
 def test_greedy_answers_are_those_of_masking_the_full_distribution(model: granite4v.Model, task: str) -> None:
     answer = model.generate("What?", max_tokens=200, constraint=grammar_of(task), fast_forward=False, repetition=False)
     assert answer.tokens[:30] == masked_greedily(model, task, 30)
-    n_closing = len(compiler("toy").lexicon.spell((answer.closing or "").encode()))
+    n_closing = len(compiler("toy").index.spell((answer.closing or "").encode()))
     assert answer.timings.n_forced <= n_closing + 1, "a character that was not whole belongs to the end"
 
 
@@ -498,7 +498,7 @@ def test_cancelling_a_constrained_answer_leaves_what_was_said(model: granite4v.M
     stop.set()
     assert not "".join(stream)
     assert stream.answer.finish_reason == "cancelled" and stream.answer.text == first
-    assert compiler("toy").lexicon.text(stream.answer.tokens).decode() == first
+    assert compiler("toy").index.text(stream.answer.tokens).decode() == first
     other = model.stream("What?", max_tokens=300, constraint=grammar_of("kvp"))
     next(other)
     other.close()
@@ -532,3 +532,30 @@ def test_a_grammar_that_llguidance_cannot_compile_costs_nothing(model: granite4v
     with pytest.raises(ConstraintError, match="uniqueItems"):
         model.generate("What?", constraint=Grammar("kvp", schema='{"type": "array", "uniqueItems": true}'))
     assert model.engine.decoder().epoch == epoch
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_copy_goes_its_own_way(kind: str, task: str) -> None:
+    """Drafted tokens are accepted on a copy: the state itself is the same before and after, and so is a copy of it."""
+    rng = random.Random(2)
+    for state, so_far in places(kind, task, 3):
+        before = observed(state)
+        draft = state.copy()
+        for _ in range(4):
+            allowed = np.flatnonzero(draft.allowed())
+            if not len(allowed):
+                break
+            draft.accept(int(rng.choice(allowed.tolist())))
+            if draft.is_final:
+                break
+        assert observed(state) == before
+        assert observed(state.copy()) == before == observed(after_tokens(kind, task, so_far))
+
+
+def observed(state: GrammarState) -> tuple[object, ...]:
+    mask = state.allowed([0]).tobytes()
+    return mask, state.forced_tokens(), state.ending(60), state.is_accepting, state.is_final

@@ -102,12 +102,12 @@ def test_data_that_holds_itself_is_refused() -> None:
 )  # fmt: skip
 def test_large_schemas_are_answered(schema: Any, text: str) -> None:
     grammar = kvp(schema)
-    guide = compiler("nano").begin(grammar)
+    state = compiler("nano").begin(grammar)
     for byte in text.encode():
-        token = compiler("nano").lexicon.of_byte[byte]
-        assert guide.allowed([end_of_text("nano")])[token]
-        guide.accept(token)
-    assert guide.may_end
+        token = compiler("nano").index.byte_tokens[byte]
+        assert state.allowed([end_of_text("nano")])[token]
+        state.accept(token)
+    assert state.is_accepting
     assert Validator(read_schema(schema)).problem(json.loads(text)) is None
 
 

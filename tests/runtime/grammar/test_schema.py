@@ -17,7 +17,7 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.formats.otsl_grammar import OTSL
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
-from tests.helpers.constrained import KINDS, allows, said
+from tests.helpers.constrained import KINDS, allows, generated
 from tests.toy.spec import PRESETS
 
 SHORT = {"type": "string", "maxLength": 8}
@@ -144,7 +144,7 @@ def test_answers_of_noise_are_instances(name: str, kind: str) -> None:
     before = copy.deepcopy(schema)
     n_ended = 0
     for seed in range(6):
-        answer = said(kind, kvp(schema), seed, max_tokens=300, patience=6, fast_forward=seed % 2 == 0)
+        answer = generated(kind, kvp(schema), seed, max_tokens=300, patience=6, fast_forward=seed % 2 == 0)
         assert answer.finish_reason in ("stop", "length") and len(answer.tokens) <= 300
         if answer.finish_reason == "stop":
             check(schema, answer.text)
@@ -174,7 +174,7 @@ def test_a_models_answers_are_instances(model: granite4v.Model) -> None:
 def test_without_sampling_fast_forward_changes_nothing_that_noise_decides(name: str) -> None:
     """Noise depends on the last tokens, so where none are forced the answers are the same."""
     schema = SCHEMAS[name]
-    fast, slow = (said("toy", kvp(schema), 7, max_tokens=200, patience=6, fast_forward=f) for f in (True, False))
+    fast, slow = (generated("toy", kvp(schema), 7, max_tokens=200, patience=6, fast_forward=f) for f in (True, False))
     if not fast.timings.n_forced:
         assert fast.tokens == slow.tokens
     for answer in (fast, slow):
@@ -294,7 +294,7 @@ def test_an_invalid_or_impossible_schema_is_refused_and_its_field_named(schema: 
 
 def test_more_forced_text_than_one_run_takes() -> None:
     schema = {"const": ["a long text of some words"] * 400}
-    answer = said("nano", kvp(schema), 1, max_tokens=20_000)
+    answer = generated("nano", kvp(schema), 1, max_tokens=20_000)
     assert answer.finish_reason == "stop"
     check(schema, answer.text)
 

@@ -17,7 +17,7 @@ import pytest
 from granite4v.errors import ConstraintError
 from granite4v.runtime.grammar.json_schema import read_schema
 from granite4v.runtime.grammar.validation import Validator
-from tests.helpers.constrained import allows, said
+from tests.helpers.constrained import allows, generated
 from tests.runtime.grammar.test_schema import SHORT, kvp, of
 
 
@@ -67,7 +67,7 @@ def test_every_multiple_within_bounds_is_allowed_however_short_it_is(step: str, 
 def test_answers_to_multiples_within_bounds_end(step: float, low: float, high: float) -> None:
     grammar = kvp(of(["a"], a={"type": "number", "multipleOf": step, "minimum": low, "maximum": high}))
     for seed in range(4):
-        assert low <= json.loads(said("toy", grammar, seed).text)["a"] <= high
+        assert low <= json.loads(generated("toy", grammar, seed).text)["a"] <= high
 
 
 def test_bounds_with_no_multiple_between_them_are_refused() -> None:
@@ -492,7 +492,7 @@ def test_answers_of_noise_satisfy_what_they_are_not_held_to_or_are_found_out() -
     reference = jsonschema.Draft202012Validator(schema)
     verdicts = set()
     for seed in range(12):
-        answer = json.loads(said("toy", kvp(schema), seed, max_tokens=100, patience=3).text)
+        answer = json.loads(generated("toy", kvp(schema), seed, max_tokens=100, patience=3).text)
         verdicts.add(reference.is_valid(answer))
         assert (problem(schema, answer) is None) == reference.is_valid(answer)
     assert verdicts == {True, False}

@@ -11,11 +11,11 @@ import pytest
 from granite4v.runtime.engine.generate import Answer, generate
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.formats.task_grammar import grammar_for
-from granite4v.runtime.grammar.ending import JsonPlace
 from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.json_closing import JsonPosition
 from tests.acceptance.judges import judge
 from tests.acceptance.schemas import SCHEMAS
-from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, said, tokenizer, walked
+from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, generated, state_after, tokenizer
 
 NEVER = 10**9  # the patience of a model that does not want to end
 TABLES = ("tables_otsl", "tables_html", "tables_json", "chart2csv")
@@ -35,7 +35,7 @@ def shortest(kind: str, grammar: Grammar) -> int:
 
 def check(kind: str, grammar: Grammar, schema: dict[str, object] | None, max_tokens: int, seed: int) -> bool:
     """Whether the answer had to be brought to an end; asserts that it is whole."""
-    answer = said(kind, grammar, seed, max_tokens=max_tokens, patience=NEVER, fast_forward=seed % 2 == 0)
+    answer = generated(kind, grammar, seed, max_tokens=max_tokens, patience=NEVER, fast_forward=seed % 2 == 0)
     assert judge(grammar.task, answer.text, schema) is None, answer
     assert len(answer.tokens) <= max_tokens and answer.text.endswith(answer.closing or "")
     assert answer.finish_reason == ("stop" if answer.closing is None else "length")
@@ -67,21 +67,21 @@ def test_a_pattern_comes_to_an_end(pattern: str, most: int) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
     ending = compiler("toy").begin(grammar_of("kvp", schema)).ending(most + 20)
     assert ending is not None
-    assert judge("kvp", compiler("toy").lexicon.text(ending).decode(), schema) is None
+    assert judge("kvp", compiler("toy").index.text(ending).decode(), schema) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_end_inside_a_character_finishes_it(kind: str) -> None:
-    lexicon = compiler(kind).lexicon
+    index = compiler(kind).index
     for task, before in (("tables_otsl", "<otsl><fcel>a"), ("kvp", '{"a": "')):
         schema = {"type": "object", "properties": {"a": {"type": "string"}}} if task == "kvp" else None
         for first in ("é".encode()[:1], "€".encode()[:2], "😀".encode()[:1]):
-            guide = walked(kind, grammar_of(task, schema), before)
+            state = state_after(kind, grammar_of(task, schema), before)
             for byte in first:
-                guide.accept(lexicon.of_byte[byte])
-            ending = guide.ending(20)
+                state.accept(index.byte_tokens[byte])
+            ending = state.ending(20)
             assert ending is not None
-            assert judge(task, (before.encode() + first + lexicon.text(ending)).decode(), schema) is None
+            assert judge(task, (before.encode() + first + index.text(ending)).decode(), schema) is None
 
 
 def test_what_may_be_null_is_null_at_the_end_and_nothing_is_made_up() -> None:
@@ -96,30 +96,30 @@ def test_what_may_be_null_is_null_at_the_end_and_nothing_is_made_up() -> None:
         },
         "required": ["a", "b", "c", "d"],
     }
-    guide = walked("toy", grammar_of("kvp", schema), '{"a": "x')
-    ending = guide.ending(200)
+    state = state_after("toy", grammar_of("kvp", schema), '{"a": "x')
+    ending = state.ending(200)
     assert ending is not None
-    text = '{"a": "x' + compiler("toy").lexicon.text(ending).decode()
+    text = '{"a": "x' + compiler("toy").index.text(ending).decode()
     assert json.loads(text) == {"a": "x", "b": None, "c": [], "d": ""}
 
 
 def test_an_end_that_was_too_long_once_is_found_where_there_is_room() -> None:
-    guide = walked("toy", grammar_of("tables_otsl"), "<otsl><fcel>a")
-    assert guide.ending(1) is None
-    ending = guide.ending(50)
-    assert ending is not None and guide.ending(len(ending)) == ending and guide.ending(len(ending) - 1) is None
+    state = state_after("toy", grammar_of("tables_otsl"), "<otsl><fcel>a")
+    assert state.ending(1) is None
+    ending = state.ending(50)
+    assert ending is not None and state.ending(len(ending)) == ending and state.ending(len(ending) - 1) is None
 
 
 def test_too_little_room_for_any_answer_leaves_a_cut_one() -> None:
     grammar = grammar_of("kvp", SCHEMAS["forty fields"])
-    answer = said("toy", grammar, 1, max_tokens=30, patience=NEVER)
+    answer = generated("toy", grammar, 1, max_tokens=30, patience=NEVER)
     assert (answer.finish_reason, answer.closing, len(answer.tokens)) == ("length", None, 30)
 
 
 def test_far_from_the_limit_nothing_changes() -> None:
     """An answer that ends by itself is the same whatever its limit was, unless that is near."""
     for task in TABLES:
-        answers = [said("nano", grammar_of(task), 3, max_tokens=most, patience=1) for most in (400, 4000)]
+        answers = [generated("nano", grammar_of(task), 3, max_tokens=most, patience=1) for most in (400, 4000)]
         assert answers[0].finish_reason == "stop" and answers[0].tokens == answers[1].tokens
 
 
@@ -141,7 +141,7 @@ def test_tokens_that_end_an_answer_cost_no_decode() -> None:
             stop_tokens=frozenset({end_of_text("toy")}),
             max_tokens=25,
             cancelled=lambda: False,
-            guide=compiler("toy").begin(grammar_of("tables_otsl")),
+            grammar=compiler("toy").begin(grammar_of("tables_otsl")),
             fast_forward=False,
         )
     )
@@ -150,7 +150,7 @@ def test_tokens_that_end_an_answer_cost_no_decode() -> None:
 
 
 def test_a_place_in_json_knows_strings() -> None:
-    assert JsonPlace().behind(b'{"a": "b') == JsonPlace(True, False)
-    assert JsonPlace().behind(rb'{"a": "b\\') == JsonPlace(True, False)
-    assert JsonPlace().behind(b'{"a": "b\\') == JsonPlace(True, True)
-    assert JsonPlace().behind(rb'{"a": "\"b"').in_string is False
+    assert JsonPosition().after(b'{"a": "b') == JsonPosition(True, False)
+    assert JsonPosition().after(rb'{"a": "b\\') == JsonPosition(True, False)
+    assert JsonPosition().after(b'{"a": "b\\') == JsonPosition(True, True)
+    assert JsonPosition().after(rb'{"a": "\"b"').in_string is False
