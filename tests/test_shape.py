@@ -68,6 +68,8 @@ KNOWN_COUNTED_LOOPS = {
     "tests/runtime/formats/test_parsers.py",
     "tests/runtime/grammar/test_schema.py",
 }
+# Test modules that others still import from.
+KNOWN_SHARED_TESTS = {"tests.runtime.grammar.test_schema", "tests.runtime.formats.test_parsers"}
 
 
 def all_files() -> list[Path]:
@@ -134,3 +136,9 @@ def test_loops_over_seeds_stand_inside_tests() -> None:
     """A test is something that can fail on its own account; a hundred seeds of it are one."""
     found = {relative(path) for path in python_files("tests") if any(map(is_counted_loop, ast.walk(parse(path))))}
     assert found - KNOWN_COUNTED_LOOPS == set()
+
+
+def test_test_modules_import_no_other_test_modules() -> None:
+    """What several of them need stands in tests/helpers."""
+    modules = {module for path in python_files("tests") for node in imports(parse(path)) for module in modules_of(node)}
+    assert {name for name in modules if ".test_" in name} - KNOWN_SHARED_TESTS == set()

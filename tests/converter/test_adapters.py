@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from granite4v.converter import Options, convert
 from tests.helpers.damaged import edit, refusal
-from tests.peers.test_quant import tensor_bytes
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 TINY = PRESETS["tiny"]

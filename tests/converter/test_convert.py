@@ -16,10 +16,10 @@ import pytest
 
 from granite4v.converter import Options, Plan, convert, describe, plan_conversion
 from granite4v.ggml.gguf_file import GgufFile
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.helpers.pictures import noise_picture
 from tests.peers.llama import LlamaPeer, encode_image
 from tests.peers.reference import relative_l2
-from tests.peers.test_quant import tensor_bytes
 from tests.toy.checkpoint import MAPPING_CASES, PRESETS, CheckpointSpec, write_checkpoint
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from granite4v.converter import Options, convert, plan_conversion
 from granite4v.converter.hub import locate
 from granite4v.errors import CheckpointError
-from tests.peers.test_quant import tensor_bytes
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 TINY = PRESETS["tiny"]

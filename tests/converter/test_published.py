@@ -20,17 +20,16 @@ import granite4v
 from granite4v.clip_projector import load_image
 from granite4v.converter import Options, convert, plan_conversion
 from granite4v.errors import CheckpointError
+from tests.helpers.gguf_edit import tensor_bytes
+from tests.helpers.parity import check_logits, check_model
 from tests.helpers.pictures import noise_picture
-from tests.peers.reference import Reference, relative_l2
-from tests.peers.test_quant import tensor_bytes
+from tests.peers.reference import Reference
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 from tests.toy.language import build_tokenizer, write_language_files
 
 PUBLISHED, TINY = PRESETS["tiny-published"], PRESETS["tiny"]
 FUSED = replace(TINY, text_type="granitemoehybrid")
 F32 = Options("F32", "F32")
-STREAMS, LOGITS = 2e-5, 1e-4
-SIZES = ((150, 100), (64, 64), (70, 300))
 NEW_NAMES = {
     "deepstack_layer_map": "vision_layer_to_llm_layer",
     "use_spatial_sampling": "use_checkerboard_sampling",
@@ -56,28 +55,6 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], 
     return target
 
 
-def check_streams(reference: Reference, model: granite4v.Model) -> None:
-    for size in SIZES:
-        picture = noise_picture(size)
-        expected = reference.streams(picture)
-        features = model.encode_image(load_image(picture))
-        assert features.layers == sorted(expected)
-        for layer, stream in zip(features.layers, features.streams, strict=True):
-            assert relative_l2(stream, expected[layer]) < STREAMS, (size, layer)
-
-
-def check_logits(reference: Reference, model: granite4v.Model) -> None:
-    """With a picture; the placeholders are as many as the reference's own streams have rows."""
-    for size in SIZES:
-        picture = noise_picture(size)
-        n_tokens = len(next(iter(reference.streams(picture).values())))
-        text = reference.prompt_text("<tables_json>", 1)
-        before, after = text.split("<image>")
-        ids = reference.processor.tokenizer(before + "<image>" * n_tokens + after).input_ids
-        expected, found = reference.logits_after(ids, [picture]), model.logits("<tables_json>", [picture])
-        assert relative_l2(found, expected) < LOGITS, size
-
-
 def published_fields(config: dict[str, Any]) -> None:
     """What 4.1's config.json says beside the sizes."""
     text = config["text_config"]
@@ -101,8 +78,7 @@ def test_the_fields_of_4_1(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> N
     assert convert(source, tmp_path / "out", F32).plan.warnings == ()
     reference = Reference(source)
     with granite4v.load(tmp_path / "out", device="cpu") as model:
-        check_streams(reference, model)
-        check_logits(reference, model)
+        check_model(reference, model)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["projectors absent", "projectors there"])
@@ -120,8 +96,7 @@ def test_without_spatial_sampling(held: bool, make_checkpoint: MakeCheckpoint, t
     reference = Reference(edited(base, tmp_path / "twin", lambda config: config.update(spatial_target_layers=[])))
     with granite4v.load(tmp_path / "out", device="cpu") as model:
         assert model.encode_image(load_image(noise_picture((64, 64)))).layers == [0, 2]
-        check_streams(reference, model)
-        check_logits(reference, model)
+        check_model(reference, model)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["newline absent", "newline there"])
@@ -138,8 +113,7 @@ def test_without_newlines(held: bool, make_checkpoint: MakeCheckpoint, tmp_path:
     reference = Reference(base)
     reference.model.model.image_newline = None
     with granite4v.load(tmp_path / "out", device="cpu") as model:
-        check_streams(reference, model)
-        check_logits(reference, model)
+        check_model(reference, model)
 
 
 def test_older_field_names_give_the_same_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -305,7 +279,7 @@ def test_a_tied_head_that_differs_is_kept_with_a_warning(make_checkpoint: MakeCh
     assert found == load_file(source / "model.safetensors")["lm_head.weight"].tobytes()
     reference = Reference(source)
     with granite4v.load(tmp_path / "out", device="cpu") as model:
-        check_logits(reference, model)
+        check_logits(reference, model, noise_picture((150, 100)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -391,8 +365,7 @@ def test_transformers_own_tiny_checkpoint(tmp_path: Path) -> None:
     reference = Reference(source)
     with granite4v.load(tmp_path / "out", device="cpu") as model:
         assert model.encode_image(load_image(noise_picture((64, 64)))).layers == [0]
-        check_streams(reference, model)
-        check_logits(reference, model)
+        check_model(reference, model)
 
 
 def test_what_its_text_model_computes_otherwise_is_refused(tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ from granite4v.families import read_vision
 from granite4v.families.text import DEFAULTS
 from granite4v.families.towers import KINDS
 from granite4v.ggml.gguf_file import GgufFile
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.helpers.pictures import SIZES, noise_picture, text_picture
 from tests.peers.llama import LlamaPeer, encode_pieces, quantize
 from tests.peers.reference import relative_l2
-from tests.peers.test_quant import tensor_bytes
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Copies of GGUF files with other metadata, for files that our converter would not write."""
+"""GGUF files in tests: copies with other metadata, which our converter would not write, and tensors as bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import gguf
 from gguf.constants import GGUFValueType
+
+from granite4v.ggml.gguf_file import GgufFile
 
 
 def copy_gguf(
@@ -52,3 +54,12 @@ def copy_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Tensor name -> its type and bytes."""
+    data = path.read_bytes()
+    with GgufFile.open(path) as file:
+        return {
+            info.name: (info.type_name, data[info.offset : info.offset + info.nbytes]) for info in file.tensors.values()
+        }

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from granite4v.converter import Options, convert, describe, plan_conversion
 from granite4v.errors import CheckpointError
 from granite4v.ggml.gguf_file import GgufFile
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.peers.llama import LlamaPeer
 from tests.peers.reference import relative_l2
-from tests.peers.test_quant import tensor_bytes
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter, write_checkpoint
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import granite4v
 from granite4v.converter import Options, convert
-from tests.converter.test_published import check_logits, check_streams
 from tests.helpers.gguf_edit import copy_gguf
+from tests.helpers.parity import check_model
 from tests.peers.reference import Reference
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
@@ -59,5 +59,4 @@ def test_a_pair_with_the_official_names_and_keys(
     folder = official_pair(tmp_path / "ours", tmp_path / "official")
     reference = Reference(source)
     with granite4v.load(folder, device="cpu") as model:
-        check_streams(reference, model)
-        check_logits(reference, model)
+        check_model(reference, model)

@@ -1,15 +1,11 @@
-"""Ours against transformers in float32, stage by stage: tiles, token counts, streams, logits, greedy tokens.
-
-Tolerances: the streams and logits of F32 files differ from the reference by the order of float32 sums only
-(observed 1e-6); F16 files by the rounding of the weights (observed 8e-4 on these widths).
-"""
+"""Ours against transformers in float32, stage by stage: tiles, token counts, streams, logits, greedy tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ import pytest
 import granite4v
 from granite4v.clip_projector import VisionEncoder, count_tokens, load_image
 from granite4v.clip_projector.tiles import cut, normalize
-from granite4v.converter import Options, convert
+from tests.helpers.parity import LOGITS_F32, STREAMS_F16, check_streams
 from tests.helpers.pictures import SIZES, SMALL_SIZES, noise_picture, odd_files, text_picture
 from tests.peers.reference import relative_l2
 from tests.toy.checkpoint import MAPPING_CASES, PRESETS, CheckpointSpec
@@ -25,7 +21,6 @@ from tests.toy.checkpoint import MAPPING_CASES, PRESETS, CheckpointSpec
 if TYPE_CHECKING:
     from tests.peers.reference import Reference
 
-STREAMS_F32, STREAMS_F16, LOGITS_F32 = 2e-5, 1.5e-3, 1e-4
 REAL_TILES = PRESETS["tiny-real-tiles"]
 MODELS: dict[str, CheckpointSpec] = {
     "tiny": PRESETS["tiny"],
@@ -39,47 +34,21 @@ Pair = tuple["Reference", granite4v.Model]
 
 
 @pytest.fixture(scope="module")
-def converted(
-    make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[CheckpointSpec, str], Path]:
-    """The model directory of a specification and vision type, converted once."""
-    done: dict[tuple[CheckpointSpec, str], Path] = {}
-
-    def get(spec: CheckpointSpec, kind: str = "F32") -> Path:
-        if (spec, kind) not in done:
-            out = tmp_path_factory.mktemp("converted") / "model"
-            convert(make_checkpoint(spec), out, Options(text_type=kind, vision_type=kind))
-            done[spec, kind] = out
-        return done[spec, kind]
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def pair(
-    load_reference: Callable[..., Reference], converted: Callable[[CheckpointSpec, str], Path]
+    load_reference: Callable[..., Reference], make_model: Callable[..., Path]
 ) -> Iterator[Callable[[CheckpointSpec], Pair]]:
     """The reference and our model from F32 files, for one specification."""
     opened: dict[CheckpointSpec, granite4v.Model] = {}
 
     def get(spec: CheckpointSpec) -> Pair:
         if spec not in opened:
-            opened[spec] = granite4v.load(converted(spec, "F32"), n_ctx=8192, device="cpu")
+            opened[spec] = granite4v.load(make_model(spec), n_ctx=8192, device="cpu")
         # transformers reads no fused MLP here; the dense checkpoint of the same seed has the same weights
         return load_reference(replace(spec, text_type="granite")), opened[spec]
 
     yield get
     for model in opened.values():
         model.close()
-
-
-def check_streams(reference: Reference, encoder: VisionEncoder, picture: object, limit: float) -> None:
-    expected = reference.streams(picture)
-    features = encoder.encode([load_image(picture)])[0]
-    assert features.layers == sorted(expected)
-    for layer, stream in zip(features.layers, features.streams, strict=True):
-        difference = relative_l2(stream, expected[layer])
-        assert difference <= limit, f"stream before layer {layer}: relative L2 {difference:.2e} over {limit:.0e}"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -90,8 +59,12 @@ def test_real_tiles_from_pixels_to_answer(pair: Callable[..., Pair], size: tuple
         tiles = normalize(cut(picture, encoder.config.tiling), encoder.config.tiling)
         np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), reference.tiles(picture))
         assert count_tokens(size, encoder.config) == reference.n_tokens(picture)
-        check_streams(reference, encoder, picture, STREAMS_F32)
+        check_streams(reference, encoded_by(encoder), picture)
         check_answer(reference, model, picture)
+
+
+def encoded_by(encoder: VisionEncoder) -> Callable[[Any], granite4v.ImageFeatures]:
+    return lambda picture: encoder.encode([load_image(picture)])[0]
 
 
 def check_answer(reference: Reference, model: granite4v.Model, picture: object) -> None:
@@ -123,15 +96,15 @@ def test_files_of_other_kinds(pair: Callable[..., Pair], name: str) -> None:
 def test_streams_of_every_configuration(pair: Callable[..., Pair], name: str) -> None:
     reference, model = pair(MODELS[name])
     for size in SMALL_SIZES:
-        check_streams(reference, model.engine.encoder(), noise_picture(size), STREAMS_F32)
+        check_streams(reference, encoded_by(model.engine.encoder()), noise_picture(size))
 
 
 @pytest.mark.parametrize("size", SIZES[2::3])
 def test_half_precision_weights_with_default_settings(
-    load_reference: Callable[..., Reference], converted: Callable[..., Path], size: tuple[int, int]
+    load_reference: Callable[..., Reference], make_model: Callable[..., Path], size: tuple[int, int]
 ) -> None:
-    with VisionEncoder(next(converted(REAL_TILES, "F16").glob("mmproj-*.gguf"))) as encoder:
-        check_streams(load_reference(REAL_TILES), encoder, text_picture(size), STREAMS_F16)
+    with VisionEncoder(next(make_model(REAL_TILES, "F16", "F16").glob("mmproj-*.gguf"))) as encoder:
+        check_streams(load_reference(REAL_TILES), encoded_by(encoder), text_picture(size), STREAMS_F16)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "real-tiles"])
@@ -170,12 +143,12 @@ def test_equal_tiles_are_computed_once(pair: Callable[..., Pair], monkeypatch: p
     seen: list[int] = []
     build = encoder._graph
     monkeypatch.setattr(encoder, "_graph", lambda n: seen.append(n) or build(n))
-    check_streams(reference, encoder, blank_picture((128, 128)), STREAMS_F32)
+    check_streams(reference, encoded_by(encoder), blank_picture((128, 128)))
     assert seen == [1]
 
 
 def test_all_tiles_at_once_from_copied_weights(
-    load_reference: Callable[..., Reference], converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    load_reference: Callable[..., Reference], make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
     from granite4v.ggml.backend import Backend
@@ -188,5 +161,5 @@ def test_all_tiles_at_once_from_copied_weights(
 
     monkeypatch.setattr(Backend, "__init__", as_accelerator)
     spec = PRESETS["tiny"]
-    with VisionEncoder(next(converted(spec, "F32").glob("mmproj-*.gguf")), "cpu") as encoder:
-        check_streams(load_reference(spec), encoder, noise_picture((300, 200)), STREAMS_F32)
+    with VisionEncoder(next(make_model(spec).glob("mmproj-*.gguf")), "cpu") as encoder:
+        check_streams(load_reference(spec), encoded_by(encoder), noise_picture((300, 200)))

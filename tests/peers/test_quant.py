@@ -14,6 +14,7 @@ from granite4v.converter.policy import TextShape, check_policies, text_type, vis
 from granite4v.errors import Granite4vError
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.quantize import block_size, quantize_rows
+from tests.helpers.gguf_edit import tensor_bytes
 from tests.peers.llama import quantize
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
@@ -26,15 +27,6 @@ MODELS = {
     "4 queries a value head": replace(WIDE, text_heads=8, text_kv_heads=2),
     "18 layers": replace(WIDE, text_layers=18, text_ffn=256),
 }
-
-
-def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
-    """Type and bytes of every tensor."""
-    data = path.read_bytes()
-    with GgufFile.open(path) as file:
-        return {
-            info.name: (info.type_name, data[info.offset : info.offset + info.nbytes]) for info in file.tensors.values()
-        }
 
 
 @pytest.mark.parametrize("model", MODELS)

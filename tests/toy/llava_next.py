@@ -1,6 +1,6 @@
 """Random LLaVA-NeXT checkpoints, Granite Vision 3.x among them: configuration files and tensors.
 
-`make_checkpoint.py` draws and writes them. Field names are Hugging Face's; templates and vocabularies are ours and
+`checkpoint.py` draws and writes them. Field names are Hugging Face's; templates and vocabularies are ours and
 behave as those of published models do.
 """
 

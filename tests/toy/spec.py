@@ -1,6 +1,6 @@
 """What a random checkpoint is made of: its sizes, its injection map, and its configuration files.
 
-`make_checkpoint.py` writes them. Field values are ours; field names are Hugging Face's.
+`checkpoint.py` writes them. Field values are ours; field names are Hugging Face's.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def page_image(size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def checkpoint(bases: Path, preset: str, *, adapter: bool = False, sharded: bool = False) -> Path:
-    """A tiny checkpoint of a preset of `make_checkpoint.py`, made when it is first asked for."""
+    """A tiny checkpoint of a preset of `tests.toy`, made when it is first asked for."""
     from dataclasses import replace
 
     from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint

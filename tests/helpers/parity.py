@@ -1,0 +1,48 @@
+"""Our model compared with the reference by value.
+
+F32 files differ from the reference by the order of float32 sums only (observed 1e-6), F16 files by the rounding of the
+weights (observed 8e-4 on these widths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import Image
+
+from granite4v import ImageFeatures, Model
+from tests.helpers.pictures import noise_picture
+from tests.peers.reference import Reference, relative_l2
+
+STREAMS_F32, STREAMS_F16, LOGITS_F32 = 2e-5, 1.5e-3, 1e-4
+SIZES = ((150, 100), (64, 64), (70, 300))
+
+
+def check_streams(
+    reference: Reference,
+    encode: Callable[[Image.Image], ImageFeatures],
+    picture: Image.Image,
+    limit: float = STREAMS_F32,
+) -> None:
+    """The features that `encode` gives are the reference's, layer by layer."""
+    expected, features = reference.streams(picture), encode(picture)
+    assert features.layers == sorted(expected)
+    for layer, stream in zip(features.layers, features.streams, strict=True):
+        difference = relative_l2(stream, expected[layer])
+        assert difference <= limit, f"{picture.size}, stream before layer {layer}: {difference:.2e} over {limit:.0e}"
+
+
+def check_logits(reference: Reference, model: Model, picture: Image.Image) -> None:
+    """The logits after a prompt with as many placeholders as the reference's own streams have rows."""
+    n_tokens = len(next(iter(reference.streams(picture).values())))
+    before, after = reference.prompt_text("<tables_json>", 1).split("<image>")
+    ids = reference.processor.tokenizer(before + "<image>" * n_tokens + after).input_ids
+    expected, found = reference.logits_after(ids, [picture]), model.logits("<tables_json>", [picture])
+    assert relative_l2(found, expected) < LOGITS_F32, picture.size
+
+
+def check_model(reference: Reference, model: Model) -> None:
+    """Streams and logits of images below, at and above the size of a tile."""
+    for picture in map(noise_picture, SIZES):
+        check_streams(reference, model.encode_image, picture)
+        check_logits(reference, model, picture)
