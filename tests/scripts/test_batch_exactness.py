@@ -1,0 +1,52 @@
+"""What several sequences in one context do to values on the CPU: the facts that the engine relies on.
+
+With a KV buffer for each sequence and flash attention, the engine's setting, nothing but the number of rows in a
+step touches a sequence's bits. How the rows do so depends on the CPU's kernels, so that is only bounded here;
+`docs/benchmarks.md` has it measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from granite4v.converter import Options, convert
+from granite4v.runtime.llama.context import LlamaModel
+from scripts.batch_exactness import SPEC, Case, Setting, difference, differing, figures, kernels
+from tests.toy.checkpoint import CheckpointSpec
+
+TYPES = ("F32", "F16", "Q8_0", "Q4_K_M")
+EQUAL = (  # ways that give the same bits on any CPU
+    "alone in a context of 8",
+    "alone in a context of 8: cache bytes",
+    "alone, 3 others in the cache",
+    "alone, 3 others in the cache: cache bytes",
+    "first of 1 rows",
+    "prompts together, ubatch 512",
+    "prompts together, ubatch 512: cache bytes",
+    "prompts together, ubatch 128",
+    "prompts together, ubatch 128: cache bytes",
+)
+# Of logits whose standard deviation is 6: rounding of activations to 8 bits, where another kernel sums them otherwise.
+MOST = 1.5
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_sequence_among_others(kind: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) -> None:
+    convert(make_checkpoint(SPEC), tmp_path / "model", Options(kind, "F16"))
+    path = tmp_path / "model" / f"text-{kind}.gguf"
+    for kernel, placement in kernels(path):
+        with LlamaModel(path, placement=placement) as model:
+            found = figures(Case(model, Setting(kind, kernel, threads=1, flash=True, unified=False, length=40)))
+        assert {name: found[name] for name in EQUAL} == dict.fromkeys(EQUAL, 0.0), kernel
+        rows = {name: value for name, value in found.items() if "cache bytes" not in name}
+        assert max(rows.values()) < MOST, (kernel, rows)
+
+
+def test_differences_by_hand() -> None:
+    assert difference(np.float32([[1, 2], [3, 4]]), np.float32([[1, 2.5], [3, 3]])) == 1.0
+    assert differing(np.uint8([9, 1, 2, 3]), np.uint8([9, 1, 0, 0])) == 2
+    assert differing(np.uint8([1, 2, 3]), np.uint8([7, 7, 1, 2, 3])) == 0  # more in front of the same bytes
