@@ -36,14 +36,16 @@ from granite4v.converter.policy import TEXT_TYPES
 from granite4v.default_model import embedded_model
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.runtime.llama.context import LlamaModel
-from granite4v.runtime.llama.library import listen, llama, log
-from granite4v.runtime.llama.placement import PLAIN, Placement
+from granite4v.ggml.kernel_timing import PLAIN
+from granite4v.runtime.llama.library import capture_log, llama, log
+from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.llama.placement import Placement
 from tests.toy.checkpoint import PRESETS, write_checkpoint
 
 N_STEPS = 6  # forced tokens after the prompt
 N_SEQUENCES = 9  # the one that is measured and eight others
 N_UBATCH = 512
+N_CHUNK = 200  # tokens at the end of a prompt that share a call with others
 # Wide enough for K-quants and for heads of 64.
 SPEC = replace(
     PRESETS["tiny-granite-3.3"],
@@ -97,7 +99,7 @@ class Context:
         params.flash_attn_type = 1 if setting.flash else 0
         params.offload_kqv = params.op_offload = False
         params.kv_unified = setting.unified
-        listen()
+        capture_log()
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise SystemExit(f"llama.cpp cannot make a context of {n_ctx} tokens: {log().reason()}")
@@ -117,7 +119,7 @@ class Context:
             ),
             logits=(ctypes.c_int8 * n)(*map(int, wanted)),
         )
-        listen()
+        capture_log()
         status = lib.llama_decode(self.handle, batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {log().reason()}")
@@ -271,23 +273,24 @@ class Case:
 
     def prefilled_together(self, n_ubatch: int, *, decoding: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Logits and state of the first prompt when its last chunk shares one call with another prompt, or with
-        single rows of `decoding` others that are decoding already."""
-        start = max(0, self.setting.length - 200)
+        single rows of `decoding` others that are decoding already. Ids rise, as a shared micro-batch needs them."""
+        start = max(0, self.setting.length - N_CHUNK)
+        rows = [(token, start + i, 0) for i, token in enumerate(self.prompts[0][start:])]
+        n = len(rows)
         with self.context(N_SEQUENCES, n_ubatch) as context:
-            for member in range(2, 2 + decoding):
-                context.extend(self.prompts[member], 0, member)
             if start:
                 context.extend(self.prompts[0][:start], 0, 0)
-            rows = [(self.forced[m][0], len(self.prompts[m]), m) for m in range(2, 2 + decoding)]
+            for member in range(1, 1 + decoding):
+                context.extend(self.prompts[member], 0, member)
+                rows.append((self.forced[member][0], len(self.prompts[member]), member))
             if not decoding:
-                rows += [(token, i, 1) for i, token in enumerate(self.prompts[1][:200])]
-            rows += [(token, start + i, 0) for i, token in enumerate(self.prompts[0][start:])]
-            found = context.decode(rows, [i >= len(rows) - 1 or i < decoding for i in range(len(rows))])
-            return found[len(rows) - 1], context.state(0, self.setting.length)
+                rows += [(token, i, 1) for i, token in enumerate(self.prompts[1][:N_CHUNK])]
+            found = context.decode(rows, [i >= n - 1 for i in range(n)] + [decoding > 0] * (len(rows) - n))
+            return found[n - 1], context.state(0, self.setting.length)
 
     def prefilled_apart(self, n_ubatch: int) -> tuple[np.ndarray, np.ndarray]:
         """The same chunks without the other sequence, in a context of one."""
-        start = max(0, self.setting.length - 200)
+        start = max(0, self.setting.length - N_CHUNK)
         with self.context(1, n_ubatch) as context:
             if start:
                 context.extend(self.prompts[0][:start], 0, 0)

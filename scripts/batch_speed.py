@@ -26,7 +26,7 @@ import numpy as np
 
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.runtime.llama.context import LlamaModel
+from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Placement, choose_placement
 from scripts.batch_exactness import N_UBATCH, Context, Setting, text_path
 

@@ -53,6 +53,7 @@ ASKED = (
 IGNORED = frozenset(
     {"timings", "model"}
 )  # a model's checksum covers the path it was converted from: see `model_tensors`
+RENAMED_CACHES = {"speed.json": "kernels.json"}  # of BASE: name in NEW
 RENAMED: dict[str, str] = {}  # field of a BASE record: its name in NEW
 
 # Runs in the tree's directory, so that 'granite4v' is the tree's. Arguments: the job file, threads, options as JSON.
@@ -186,7 +187,7 @@ def jobs(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
 def copy_measurements(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in source.glob("*.json"):
-        shutil.copy(path, target)
+        shutil.copy(path, target / RENAMED_CACHES.get(path.name, path.name))
 
 
 def run(tree: Path, folder: Path, todo: Sequence[Job], n_threads: int, options: str) -> dict[str, Any]:
