@@ -80,6 +80,11 @@ def test_every_module_stands_in_a_room() -> None:
     assert not homeless, f"{homeless}: give it a place in ORDER"
 
 
+def test_imports_name_their_module_in_full() -> None:
+    relative_ones = {path for path in product_files() if any(name[0] == "." for name in imported_modules(path))}
+    assert not relative_ones
+
+
 def test_imports_point_one_way() -> None:
     offenders = set()
     for path in product_files():

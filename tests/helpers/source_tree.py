@@ -47,13 +47,13 @@ def is_module(name: str) -> bool:
 
 
 def modules_of(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """What one statement imports; `from granite4v import runtime` gives `granite4v.runtime`."""
+    """What one statement imports; `from granite4v import runtime` gives `granite4v.runtime`, `from . import x` '.'."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    assert node.level == 0 and node.module is not None, f"line {node.lineno}: relative import"
-    inner = [f"{node.module}.{alias.name}" for alias in node.names]
+    module = "." * node.level + (node.module or "")
+    inner = [f"{module}.{alias.name}" for alias in node.names]
     modules = [name for name in inner if is_module(name)]
-    return modules if len(modules) == len(inner) else [node.module, *modules]
+    return modules if len(modules) == len(inner) else [module, *modules]
 
 
 def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
