@@ -34,7 +34,6 @@ KNOWN_LAZY_FOLDERS = {
     "runtime/documents",
     "runtime/engine",
     "runtime/extract",
-    "runtime/grammar",
     "runtime/llama",
     "runtime/prompt",
 }

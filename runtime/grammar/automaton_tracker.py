@@ -8,15 +8,12 @@ is used for here: its grammars cannot count columns.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from granite4v.runtime.grammar.automaton import Position, advance, ending, forced_text, next_bytes
 from granite4v.runtime.grammar.automaton_masks import AutomatonMasks
-
-if TYPE_CHECKING:  # llguidance is imported when the first grammar is compiled
-    from granite4v.runtime.grammar.matcher import Matcher
+from granite4v.runtime.grammar.matcher import Matcher
 
 _MAX_FORCED_BYTES = 4096  # of one run; an automaton can force text without end
 _MAX_REST = 3  # bytes of a character after its first one

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+
+from jsonschema import FormatChecker
 
 from granite4v.runtime.grammar.patterns import pattern_problem
 
@@ -57,10 +58,8 @@ WITHOUT_EFFECT = frozenset(
 
 
 @functools.cache
-def checker() -> Any:
+def checker() -> FormatChecker:
     """jsonschema's FormatChecker of the formats whose values are checked; others are remarks."""
-    from jsonschema import FormatChecker
-
     made = FormatChecker(formats=_OF_JSONSCHEMA)
     leap_second = {"time": f"^{_LEAP_SECOND}$", "date-time": f"^{_DATE}T{_LEAP_SECOND}$"}
     for name, pattern in PATTERNS.items():

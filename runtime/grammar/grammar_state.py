@@ -8,9 +8,7 @@ which the answer can still be completed: how text is split into tokens is left t
 from __future__ import annotations
 
 import codecs
-import functools
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +18,11 @@ from granite4v.runtime.grammar.automaton_masks import AutomatonMasks
 from granite4v.runtime.grammar.automaton_tracker import AutomatonTracker
 from granite4v.runtime.grammar.forced_tokens import forced_tokens
 from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.matcher import MatcherFactory
 from granite4v.runtime.grammar.schema_tracker import SchemaTracker
 from granite4v.runtime.grammar.token_index import TokenIndex
 from granite4v.runtime.grammar.tracker import Tracker
 from granite4v.runtime.prompt.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from granite4v.runtime.grammar.matcher import MatcherFactory
 
 
 class GrammarState:
@@ -111,7 +107,8 @@ class Compiler:
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, stop_tokens: Collection[int]) -> None:
         self.encode = tokenizer.encode_plain
         self.index = TokenIndex(tokenizer.vocabulary(), n_vocab)
-        self._end = min(stop_tokens)  # llguidance needs to know one end token; masks do without it
+        # llguidance needs to know one end token; masks leave it out, and `allowed` adds all stop tokens
+        self._matchers = MatcherFactory(self.index, self.encode, min(stop_tokens))
         self._masks: dict[Rule, AutomatonMasks] = {}
 
     def begin(self, grammar: Grammar) -> GrammarState:
@@ -124,13 +121,6 @@ class Compiler:
             return SchemaTracker(matcher, self.index, self._matchers)
         masks = self._masks.setdefault(grammar.rule, AutomatonMasks(self.index))
         return AutomatonTracker(start(grammar.rule), masks, self._matchers.of_text())
-
-    @functools.cached_property
-    def _matchers(self) -> MatcherFactory:
-        # not at the top: loading llguidance takes 0.1 s, which answers without a grammar do not need
-        from granite4v.runtime.grammar.matcher import MatcherFactory
-
-        return MatcherFactory(self.index, self.encode, self._end)
 
 
 def _complete_characters(text: bytes) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 _MAX_ITEMS = 50_000  # that a parser considers at once: four for each optional property of an object
 # no \u escapes: half a surrogate pair is JSON, but no text
@@ -24,16 +25,12 @@ def lark_grammar(schema_text: str) -> str:
 
 def validation_problem(schema_text: str) -> str:
     """Why llguidance cannot hold an answer to a schema; empty if it can."""
-    from llguidance import LLMatcher
-
     failed, messages = LLMatcher.validate_grammar_with_warnings(lark_grammar(schema_text), None)
     return reason_of(messages[0]) if failed else ""
 
 
 def compile_problem(schema_text: str) -> str:
     """As `validation_problem`, and why the grammar cannot be compiled, which is found without a vocabulary, too."""
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-
     problem = validation_problem(schema_text)
     if problem:
         return problem
@@ -42,10 +39,8 @@ def compile_problem(schema_text: str) -> str:
     return reason_of(str(matcher.get_error())) if matcher.is_error() else ""
 
 
-def limits() -> Any:
+def limits() -> LLParserLimits:
     """Of llguidance's parser: as its own, but for objects with thousands of optional properties."""
-    from llguidance import LLParserLimits
-
     return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=5 * _MAX_ITEMS)
 
 

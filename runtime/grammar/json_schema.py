@@ -13,6 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import referencing.jsonschema
+from jsonschema import validators
+from jsonschema.exceptions import best_match
+from jsonschema.validators import Draft3Validator, Draft4Validator, Draft6Validator, Draft7Validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
 from granite4v.runtime.grammar.patterns import pattern_problem
 
 Schema = dict[str, Any]
@@ -64,8 +71,6 @@ class JsonSchema:
 
     @functools.cached_property
     def root(self) -> Resolved:
-        from referencing import Registry
-
         resource = self._specification.create_resource(self.content)
         return Resolved(self.content, Registry().resolver_with_root(resource))
 
@@ -80,8 +85,6 @@ class JsonSchema:
 
     def follow(self, reference: str, resolver: Any) -> Resolved:
         """What a reference leads to. Raises InvalidSchema, without saying where the reference stands."""
-        from referencing.exceptions import Unresolvable
-
         try:
             found = resolver.lookup(reference)
         except (Unresolvable, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -96,9 +99,6 @@ class JsonSchema:
 
     @functools.cached_property
     def _specification(self) -> Any:
-        import referencing
-        import referencing.jsonschema
-
         return referencing.jsonschema.specification_with(
             self.dialect.ID_OF(self.dialect.META_SCHEMA), default=referencing.Specification.OPAQUE
         )
@@ -106,8 +106,6 @@ class JsonSchema:
     @functools.cached_property
     def ignores_siblings(self) -> bool:
         """Whether a '$ref' replaces whatever stands beside it, as it did up to draft 7."""
-        from jsonschema.validators import Draft3Validator, Draft4Validator, Draft6Validator, Draft7Validator
-
         return self.dialect in (Draft3Validator, Draft4Validator, Draft6Validator, Draft7Validator)
 
 
@@ -254,8 +252,6 @@ def _honor_nullable(node: Schema) -> bool:
 
 def _dialect(content: Schema) -> Any:
     """The draft that '$schema' names; without it the newest one whose schema the content is valid for."""
-    from jsonschema import validators
-
     newest = validators.Draft202012Validator
     named = content.get("$schema", "")
     if not isinstance(named, str):
@@ -276,8 +272,6 @@ def _dialect(content: Schema) -> Any:
 
 def _invalid(content: Schema, kind: Any) -> str:
     """Where and why a schema is none of a draft; empty if it is one."""
-    from jsonschema.exceptions import best_match
-
     validator = kind(kind.META_SCHEMA)
     known: dict[str, Any] = {}
     for path, node in _subschemas(content):
@@ -312,8 +306,6 @@ def _alone(node: Schema, kind: Any) -> Schema:
 
     What is right in the same way becomes the same, so that few of many schemas need a look.
     """
-    from jsonschema.validators import Draft3Validator, Draft4Validator
-
     nothing: Any = {} if kind in (Draft3Validator, Draft4Validator) else True
     made = {key: _likely(key, value) for key, value in node.items() if key not in (*_ANNOTATIONS, *REFERENCES, "const")}
     inner: dict[str, set[str | int]] = {}

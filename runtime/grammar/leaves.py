@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from granite4v.runtime.grammar.formats import CHECKED, PATTERNS, STANDARD, WITHOUT_EFFECT
+from granite4v.runtime.grammar.left_out import LeftOut
 from granite4v.runtime.grammar.patterns import pattern_size, without_look_around
 from granite4v.runtime.grammar.trial import Trials
 
@@ -31,7 +32,18 @@ NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
 
 
 class Impossible(ValueError):
-    """Why no value satisfies a schema, to be read behind the name of its field."""
+    """No value satisfies a schema. `reason` is a sentence about its `field`; None: whoever translates that knows it."""
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        super().__init__(reason, field)
+        self.reason, self.field = reason, field
+
+    def at(self, field: str) -> Impossible:
+        """The same about `field`, unless it is already about another one inside it."""
+        return self if self.field is not None else Impossible(self.reason, field)
+
+    def __str__(self) -> str:
+        return self.reason if self.field is None else f"'{self.field}': {self.reason}"
 
 
 Bound = tuple[Fraction, bool]  # a number, and whether it is itself left out
@@ -39,10 +51,10 @@ Bound = tuple[Fraction, bool]  # a number, and whether it is itself left out
 
 @dataclass
 class Leaf:
-    """Keywords for llguidance, and what they leave out: pairs of a keyword and why it is not held in full."""
+    """Keywords for llguidance, and what they do not enforce in full."""
 
     made: Schema
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 # --- numbers ---
@@ -135,7 +147,7 @@ def _held(leaf: Leaf, bound: Bound | None, sign: int, name: str) -> Bound | None
         scaled = value * 10**_DECIMALS
         held = Fraction(math.floor(scaled) if sign > 0 else math.ceil(scaled), 10**_DECIMALS)
     if held != value:
-        leaf.left_out.append((name, "is too large, or has too many digits, to guide answers exactly"))
+        leaf.left_out.append(LeftOut(f"'{name}'", "is too large, or has too many digits, to be enforced exactly"))
     return None if held is None else (held, excluded and held == value)
 
 
@@ -203,7 +215,7 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
     scaled = step * 10**_DECIMALS
     n_held = _without_zeros(scaled.numerator)
     if step > EXACT or scaled.denominator != 1 or n_held > _MAX_STEP:
-        leaf.left_out.append(("multipleOf", "has too many digits to guide answers"))
+        leaf.left_out.append(LeftOut("'multipleOf'", "has too many digits to be enforced during generation"))
         return
     steps = [{"type": "number", "multipleOf": _json_number(one)} for one in _shorter_steps(step)]
     made = steps[0] if len(steps) == 1 else {"type": "number", "anyOf": steps}
@@ -213,7 +225,7 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
         whole = [*leaf.made.get("allOf", ()), made]
         problem = trials.problem({"type": "number", **leaf.made, "allOf": whole}, costly=n_held > _COSTLY_STEP)
     if problem:
-        leaf.left_out.append(("multipleOf", "cannot guide answers"))
+        leaf.left_out.append(LeftOut("'multipleOf'", "cannot be enforced during generation"))
     elif len(steps) > 1:
         leaf.made["allOf"] = [*leaf.made.get("allOf", ()), {"anyOf": steps}]
     else:
@@ -283,9 +295,10 @@ def string_leaf(node: Schema, trials: Trials) -> Leaf:
         if kind in STANDARD and not trials.problem({"type": "string", "format": kind}):
             leaf.made["format"] = kind
         elif kind in CHECKED:
-            leaf.left_out.append((f"format {kind!r}", "does not guide answers"))
+            leaf.left_out.append(LeftOut(f"format {kind!r}"))
         else:
-            leaf.left_out.append((f"format {kind!r:.40}", "is not known here, so any text is accepted"))
+            unknown = LeftOut(f"format {kind!r:.40}", "is unknown, so any text is accepted", is_checked=False)
+            leaf.left_out.append(unknown)
     if len(patterns) == 1:
         leaf.made["pattern"] = patterns[0]
     elif patterns:
@@ -302,9 +315,9 @@ def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
         return pattern
     looser = without_look_around(pattern)
     if looser != pattern and not trials.problem({"type": "string", "pattern": looser}, costly=_is_costly([looser])):
-        leaf.left_out.append(("pattern", "guides answers without its look-around"))
+        leaf.left_out.append(LeftOut("'pattern'", "is enforced without its lookarounds"))
         return looser
-    leaf.left_out.append(("pattern", f"cannot guide answers ({problem})"))
+    leaf.left_out.append(LeftOut("'pattern'", f"cannot be enforced during generation ({problem})"))
     return None
 
 
@@ -315,7 +328,7 @@ def _hold_together(leaf: Leaf, patterns: Sequence[str], trials: Trials) -> None:
     if problem.startswith("Unsatisfiable"):
         raise Impossible("no text has its pattern, its format and its length at once")
     if problem:
-        leaf.left_out.append(("pattern", f"cannot guide answers ({problem})"))
+        leaf.left_out.append(LeftOut("'pattern'", f"cannot be enforced during generation ({problem})"))
         for name in ("pattern", "allOf", "format"):
             leaf.made.pop(name, None)
 

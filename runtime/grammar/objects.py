@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v.runtime.grammar import keywords as of
 from granite4v.runtime.grammar.json_schema import REFERENCES, Resolved, listed, subschemas
 from granite4v.runtime.grammar.leaves import Impossible
+from granite4v.runtime.grammar.left_out import LeftOut
 
 if TYPE_CHECKING:
     from granite4v.runtime.grammar.translation import Translation
@@ -146,7 +147,7 @@ def _add_pattern_properties(of_schema: Translation, made: Schema, place: Place) 
     if len(parts) <= _MAX_KEY_PATTERNS and not of_schema.trials.problem(outline, costly=len(parts) > 10):
         made["patternProperties"] = parts
         return
-    of_schema.leave_out("patternProperties", "does not guide answers", place.field)
+    of_schema.leave_out(LeftOut("'patternProperties'"), place.field)
     others = made.get("additionalProperties", True)
     choices = of.distinct([*parts.values(), *([] if others is False else [others])])
     made["additionalProperties"] = {"anyOf": choices}
@@ -201,6 +202,6 @@ def _add_counts(of_schema: Translation, made: Schema, place: Place) -> None:
     }
     if of_schema.trials.problem(outline):
         for name in counts:
-            of_schema.leave_out(name, "does not guide answers", place.field)
+            of_schema.leave_out(LeftOut(f"'{name}'"), place.field)
     else:
         made.update(counts)

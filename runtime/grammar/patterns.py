@@ -9,6 +9,8 @@ import functools
 import re
 from typing import Any
 
+import regex
+
 MAX_SIZE = 100_000  # characters, once all that is counted is written out: `regex` writes it out
 MAX_LENGTH = 20_000
 _SECONDS = 1.0  # of this process's time
@@ -44,8 +46,6 @@ def matches(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _compiled(pattern: str) -> Any:
-    import regex
-
     # ECMA's escapes that `regex` spells in another way
     spelled = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", pattern)
     spelled = re.sub(r"\\c([A-Za-z])", lambda found: f"\\x{ord(found[1]) % 32:02x}", spelled)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from granite4v.runtime.grammar.json_closing import JsonPosition
+from granite4v.runtime.grammar.matcher import Matcher, MatcherFactory
 from granite4v.runtime.grammar.token_index import TokenIndex
-
-if TYPE_CHECKING:  # llguidance is imported when the first grammar is compiled
-    from granite4v.runtime.grammar.matcher import Matcher, MatcherFactory
 
 _MAX_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
 

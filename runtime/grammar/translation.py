@@ -16,7 +16,6 @@ from granite4v.runtime.grammar.json_schema import (
     REFERENCES,
     JsonSchema,
     Resolved,
-    listed,
 )
 from granite4v.runtime.grammar.leaves import (
     NUMBER_KEYWORDS,
@@ -29,6 +28,7 @@ from granite4v.runtime.grammar.leaves import (
     string_leaf,
     wider,
 )
+from granite4v.runtime.grammar.left_out import LeftOut
 from granite4v.runtime.grammar.objects import Place, add_object, closing
 from granite4v.runtime.grammar.trial import Trials
 from granite4v.runtime.grammar.validation import Validator
@@ -48,7 +48,7 @@ class Translation:
         self._names: dict[tuple[int, bool], str] = {}
         self._waiting: list[tuple[str, Resolved, str, bool]] = []  # what is referred to and not translated yet
         self._takes_null: dict[int, bool] = {}
-        self._left_out: dict[tuple[str, str], list[str]] = {}
+        self._left_out: dict[LeftOut, list[str]] = {}
         self.defs: dict[str, Any] = {}
         self.fields: dict[int, str] = {}
         self.n_merged_patterns = 0  # where llguidance intersects them
@@ -57,7 +57,7 @@ class Translation:
         self.impossible: list[str] = []  # what can be left out of an answer, and has to be
         root = self._translated(schema.root, "$", False, 0)
         if root is False:
-            raise Impossible("'$': it allows no value")
+            raise Impossible("it allows no value", "$")
         self.made: Schema = {} if root is True else root
         self.made["$defs"] = self.defs
         while self._waiting:
@@ -70,32 +70,30 @@ class Translation:
         for made, field in self._one_ofs:
             self._choose_any(made, field)
 
-    def leave_out(self, keyword: str, why: str, field: str) -> None:
-        self._left_out.setdefault((keyword, why), []).append(field)
+    def leave_out(self, left_out: LeftOut, field: str) -> None:
+        self._left_out.setdefault(left_out, []).append(field)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is left out, in one sentence for each keyword and reason."""
-        said = [
-            f"{keyword if ' ' in keyword else repr(keyword)} at {listed(fields)} {why}"
-            + ("." if "any text is accepted" in why else "; the answer is checked against it afterwards.")
-            for (keyword, why), fields in self._left_out.items()
-        ]
-        more = [f"{len(said) - _MAX_WARNINGS} more warnings are left out."] if len(said) > _MAX_WARNINGS else []
-        return (*said[:_MAX_WARNINGS], *more)
+        warnings = [left_out.warning(fields) for left_out, fields in self._left_out.items()]
+        n_more = len(warnings) - _MAX_WARNINGS
+        return (*warnings[:_MAX_WARNINGS], *([f"{n_more} more warnings are not shown."] if n_more > 0 else []))
 
     def leave_out_patterns(self) -> None:
         for made, field in self._patterns:
             found = [key for key in PATTERN_KEYWORDS if made.pop(key, None) is not None]
             if found:
                 keyword = "multipleOf" if found == ["multipleOf"] else "pattern"
-                self.leave_out(keyword, "cannot guide answers together with the others", field)
+                reason = "cannot be enforced during generation together with the others"
+                self.leave_out(LeftOut(f"'{keyword}'", reason), field)
 
     def _choose_any(self, made: Schema, field: str) -> None:
         """llguidance's 'oneOf' is for schemas that it knows to exclude each other; with 'anyOf' the others are held,
         too."""
         if not are_disjoint(made["oneOf"], self.defs):
-            self.leave_out("oneOf", "guides answers as 'anyOf', as several alternatives can be true", field)
+            reason = "is enforced as 'anyOf', as several alternatives can be true"
+            self.leave_out(LeftOut("'oneOf'", reason), field)
         items = list(made.items())
         made.clear()
         for key, value in items:
@@ -121,8 +119,7 @@ class Translation:
         try:
             made = self._parts(place)
         except Impossible as problem:
-            text = str(problem)
-            raise Impossible(text if text.startswith("'$") else f"'{field}': {text}") from None
+            raise problem.at(field) from None
         self.fields[id(made)] = field
         return made
 
@@ -147,7 +144,8 @@ class Translation:
         self._add_combinations(made, place)
         for keyword in of.CHECKED_AFTERWARDS:
             if keyword in self.schema.dialect.VALIDATORS and of.has_effect(keyword, node) and keyword not in place.held:
-                self.leave_out("if/then/else" if keyword == "if" else keyword, "does not guide answers", place.field)
+                shown = "if/then/else" if keyword == "if" else keyword
+                self.leave_out(LeftOut(f"'{shown}'"), place.field)
         made = {key: made[key] for key in (*node, *made) if key in made}  # answers follow the order of the keywords
         if "oneOf" in made:
             self._one_ofs.append((made, place.field))
@@ -183,8 +181,8 @@ class Translation:
     # --- one value ---
 
     def _add_leaf(self, made: Schema, leaf: Leaf, place: Place) -> None:
-        for keyword, why in leaf.left_out:
-            self.leave_out(keyword, why, place.field)
+        for left_out in leaf.left_out:
+            self.leave_out(left_out, place.field)
         made |= {**leaf.made, **({"allOf": [*made["allOf"], *leaf.made.get("allOf", [])]} if "allOf" in made else {})}
         place.has_patterns |= any(key in leaf.made for key in PATTERN_KEYWORDS)
 
@@ -205,7 +203,8 @@ class Translation:
         if not inexact:
             made["enum"] = constants
             return
-        self.leave_out("const" if "const" in place.node else "enum", "has numbers too large to be guided", place.field)
+        keyword = "const" if "const" in place.node else "enum"
+        self.leave_out(LeftOut(f"'{keyword}'", "has numbers too large to be enforced"), place.field)
         choices = [wider(value) for value in inexact]
         exact = [value for value in constants if is_exact(value)]
         made["allOf"] = [{"anyOf": [*([{"enum": exact}] if exact else []), *of.distinct(choices)]}]

@@ -12,12 +12,15 @@ import math
 import os
 import queue
 import random
+import resource
 import subprocess
 import sys
 import threading
 import time
 from types import TracebackType
 from typing import IO, Any
+
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from granite4v.runtime.grammar.grammar_text import Bytes, lark_grammar, limits, reason_of, validation_problem
 
@@ -122,8 +125,6 @@ class _Child:
 
 
 def _main(seconds: int) -> None:
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
     _limit("RLIMIT_AS", _MEMORY_BYTES)
     for line in sys.stdin.buffer:
@@ -140,9 +141,7 @@ def _main(seconds: int) -> None:
 
 def _limit(name: str, value: int) -> None:
     """The system ends the process that goes beyond it; without the limit, the one that waits for an answer does."""
-    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):  # not every system has it
-        import resource
-
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS does not let RLIMIT_AS be set
         kind = getattr(resource, name)
         resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 

@@ -11,6 +11,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from jsonschema import ValidationError, validators
+from jsonschema.exceptions import best_match
+from referencing import Registry
+
 from granite4v.runtime.grammar import formats
 from granite4v.runtime.grammar.json_schema import JsonSchema
 from granite4v.runtime.grammar.patterns import PatternTimeout, matches
@@ -28,8 +32,6 @@ class Validator:
     """Judges values by one schema."""
 
     def __init__(self, schema: JsonSchema) -> None:
-        from referencing import Registry
-
         self._n_steps = 0
         kind = _exact(schema.dialect, self._counted)
         self._validator = kind(
@@ -38,8 +40,6 @@ class Validator:
 
     def problem(self, value: Any) -> str | None:
         """Why a value is no instance; None when it is one. Numbers are taken as they are written in JSON."""
-        from jsonschema.exceptions import best_match
-
         self._n_steps = 0
         try:
             error = best_match(self._validator.iter_errors(_decimal(value)))
@@ -93,8 +93,6 @@ def _decimal(value: Any) -> Any:
 
 def _exact(dialect: Any, counted: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
     """jsonschema's validator class of a draft, with exact numbers and with patterns that end."""
-    from jsonschema import validators
-
     keywords = dict(dialect.VALIDATORS)
     own = {
         "multipleOf": _multiple_of,
@@ -119,15 +117,11 @@ def _exact(dialect: Any, counted: Callable[[Callable[..., Any]], Callable[..., A
 
 
 def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator[Any]:
-    from jsonschema.exceptions import ValidationError
-
     if validator.is_type(value, "number") and (Fraction(value) / Fraction(step)).denominator != 1:
         yield ValidationError(f"{value!r} is not a multiple of {step!r}")
 
 
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
-    from jsonschema.exceptions import ValidationError
-
     if validator.is_type(value, "string") and not matches(pattern, value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 
@@ -142,8 +136,6 @@ def _pattern_properties(validator: Any, patterns: dict[str, Any], value: Any, sc
 
 
 def _additional_properties(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[Any]:
-    from jsonschema.exceptions import ValidationError
-
     if not validator.is_type(value, "object"):
         return
     named, patterns = schema.get("properties", {}), schema.get("patternProperties", {})

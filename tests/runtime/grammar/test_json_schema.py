@@ -170,7 +170,9 @@ def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.Mon
     patterns = [{"pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]
     grammar = kvp(of(["a"], a={"type": "string", "allOf": patterns}))
     (warning,) = grammar.warnings
-    assert warning.startswith("'pattern' at '$.a' cannot guide answers together with the others; the answer is checked")
+    assert warning.startswith(
+        "'pattern' at '$.a' cannot be enforced during generation together with the others; the answer"
+    )
 
 
 def test_a_trial_that_takes_too_long_is_stopped_and_later_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +195,7 @@ def test_without_a_process_what_looks_costly_is_left_out(monkeypatch: pytest.Mon
 
 def test_many_warnings_are_cut() -> None:
     schema = of([], **{f"p{i}": {"type": "string", "format": f"f{i}"} for i in range(30)})
-    assert len(kvp(schema).warnings) == 21 and kvp(schema).warnings[-1] == "10 more warnings are left out."
+    assert len(kvp(schema).warnings) == 21 and kvp(schema).warnings[-1] == "10 more warnings are not shown."
 
 
 def test_limits_are_told_as_they_are() -> None:

@@ -130,7 +130,7 @@ def test_what_answers_cannot_be_held_to_is_said_and_checked_afterwards(
 
 def test_fields_with_the_same_warning_share_one() -> None:
     many = {f"f{i}": {"type": "array", "items": SHORT, "uniqueItems": True} for i in range(6)}
-    assert "'$.f0', '$.f1', '$.f2', '$.f3' and 2 more does not guide" in warning(of([], **many))
+    assert "'$.f0', '$.f1', '$.f2', '$.f3' and 2 more is not enforced" in warning(of([], **many))
 
 
 def test_a_field_is_named_by_its_place_in_the_answer() -> None:
@@ -138,13 +138,16 @@ def test_a_field_is_named_by_its_place_in_the_answer() -> None:
         "$defs": {"line": of(["code"], code={"type": "string", "pattern": r"(.)\1"})},
         **of(["lines"], lines={"type": "array", "items": {"$ref": "#/$defs/line"}}),
     }
-    assert "'pattern' at '$.lines[*].code' cannot guide answers (backreferences are not supported)" in warning(schema)
+    assert (
+        "'pattern' at '$.lines[*].code' cannot be enforced during generation (backreferences are not supported)"
+        in warning(schema)
+    )
 
 
 @pytest.mark.parametrize("name", ["currency", "iban", "decimal", "x-own"])
 def test_unknown_formats_are_remarks(name: str) -> None:
     schema = of(["a"], a={"type": "string", "format": name})
-    assert warning(schema) == f"format '{name}' at '$.a' is not known here, so any text is accepted."
+    assert warning(schema) == f"format '{name}' at '$.a' is unknown, so any text is accepted."
     holds({"type": "string", "format": name}, ['"any text"'], ["1"])
     assert problem(schema, {"a": "any text"}) is None
 
@@ -326,7 +329,7 @@ DECIMALS = [
 @pytest.mark.parametrize("pattern", DECIMALS)
 def test_amounts_that_pydantic_declares_as_decimal(pattern: str) -> None:
     schema = of(["a"], a={"anyOf": [{"type": "number"}, {"type": "string", "pattern": pattern}, {"type": "null"}]})
-    assert "'pattern' at '$.a' guides answers without its look-around" in warning(schema)
+    assert "'pattern' at '$.a' is enforced without its lookarounds" in warning(schema)
     for text in ('"19.99"', '"-0.50"', "19.99", "null"):
         assert allows("toy", kvp(schema), f'{{"a": {text}}}') and problem(schema, {"a": json.loads(text)}) is None
     if pattern.endswith(r"\d*$"):  # the other one ends anywhere: it matches '12 EUR'

@@ -1,0 +1,24 @@
+"""What a grammar does not enforce of a schema, and the warning that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from granite4v.runtime.grammar.json_schema import listed
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """`subject` names a keyword as messages do ("'pattern'", "format 'date'"); `reason` is the rest of the sentence.
+
+    `is_checked`: whether answers are checked against it afterwards.
+    """
+
+    subject: str
+    reason: str = "is not enforced during generation"
+    is_checked: bool = True
+
+    def warning(self, fields: list[str]) -> str:
+        """One sentence for all `fields` where it is left out."""
+        end = "; the answer is checked against it afterwards." if self.is_checked else "."
+        return f"{self.subject} at {listed(fields)} {self.reason}{end}"
