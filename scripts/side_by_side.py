@@ -82,7 +82,7 @@ class Ours:
         self._command = [
             *OURS,
             *("bench", "--json", "--model", str(text), "--mmproj", str(mmproj), "--image", str(options.image)),
-            *("--prompt", options.prompt, "--predict", str(options.predict), "--threads", str(options.threads)),
+            *("--prompt", options.prompt, "--max-tokens", str(options.predict), "--threads", str(options.threads)),
             *("--device", options.device),
         ]
 

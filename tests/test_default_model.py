@@ -152,9 +152,9 @@ def test_load_takes_what_model_load_takes() -> None:
 
 def test_bench_and_inspect_take_it(cache: Path, tmp_path: Path) -> None:
     text_picture((80, 60)).save(tmp_path / "page.png")
-    result = invoke("bench", "--image", tmp_path / "page.png", "--predict", 1, "--json")
+    result = invoke("bench", "--image", tmp_path / "page.png", "--max-tokens", 1, "--json")
     assert (result.exit_code, result.stderr) == (0, "") and json.loads(result.stdout)["image_tokens"] > 0
-    result = invoke("bench", "--image", tmp_path / "page.png", "--predict", 1)
+    result = invoke("bench", "--image", tmp_path / "page.png", "--max-tokens", 1)
     assert result.exit_code == 0 and NO_MODEL in result.stderr and json.loads(result.stdout)
     result = invoke("inspect", "nano")
     assert (result.exit_code, result.stderr) == (0, "") and str(models(cache)[0] / "text-F16.gguf") in result.stdout

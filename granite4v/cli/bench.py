@@ -24,7 +24,7 @@ def bench(
     image: Annotated[Path, typer.Option("--image", metavar="FILE", help="The image to read.")],
     mmproj: MmprojOption = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
-    predict: Annotated[int, typer.Option(min=1, help="Tokens to generate, whatever the model says.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode; the model cannot end sooner.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Runs, each from the beginning; medians are reported.")] = 1,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -46,7 +46,7 @@ def bench(
         loaded.progress = None if as_json else status
         for _ in range(repeat):
             loaded.clear_cache()
-            answer = loaded.generate(prompt, [image], max_tokens=predict + 1, ignore_eos=True)
+            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True)
             runs.append(answer.timings)
             status.clear()
             if not as_json:

@@ -89,10 +89,6 @@ def extract(
     unconstrained: Annotated[
         bool, typer.Option("--unconstrained", help="Do not hold answers to the format of their task.")
     ] = False,
-    fast_forward: Annotated[
-        bool,
-        typer.Option("--fast-forward/--no-fast-forward", help="Do not sample where the form leaves one choice."),
-    ] = True,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="The most tokens an answer may have.", show_default="4096, or as many as fit"),
@@ -142,7 +138,6 @@ def extract(
             crop=crop,
             resume=resume,
             unconstrained=unconstrained,
-            fast_forward=fast_forward,
             max_tokens=max_tokens,
             report=report,
             csv_safe=csv_safe,

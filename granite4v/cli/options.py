@@ -38,7 +38,7 @@ ThreadsOption = Annotated[
 ContextOption = Annotated[
     int | None,
     typer.Option(
-        "--ctx",
+        "--ctx-size",
         min=1,
         show_default="8192, or what the model was trained for",
         help="Tokens that images, prompt and answer may have together.",

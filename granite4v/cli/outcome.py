@@ -83,7 +83,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return EXIT_FAILURE, str(error)
     if isinstance(error, MemoryError):
         return EXIT_FAILURE, (
-            "out of memory. Use a smaller image or page, a smaller --ctx, a model with smaller weight types, or a "
+            "out of memory. Use a smaller image or page, a smaller --ctx-size, a model with smaller weight types, or a "
             "machine with more memory."
         )
     if isinstance(error, RecursionError):

@@ -47,7 +47,8 @@ class LlamaContext(Owner):
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens: {log().reason()}. Use a smaller context ('--ctx')."
+                f"llama.cpp cannot make a context of {n_ctx} tokens: {log().reason()}. "
+                "Use a smaller context (--ctx-size, n_ctx)."
             )
         self._own(handle, lib.llama_free, model, worker)
         self._memory = lib.llama_get_memory(handle)

@@ -131,7 +131,7 @@ def check_length(text: str, longest_token: int, n_ctx: int) -> None:
     if least > n_ctx:
         raise ContextOverflowError(
             f"the prompt has {len(text):,} characters, which are at least {least:,} tokens, but the context holds "
-            f"{n_ctx:,}; raise the context (--ctx, n_ctx), or ask about less text."
+            f"{n_ctx:,}; raise the context (--ctx-size, n_ctx), or ask about less text."
         )
 
 
@@ -144,7 +144,7 @@ def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:
     raise ContextOverflowError(
         f"the request needs {needed:,} tokens ({n_image:,} for {counted(len(prompt.images), 'image')}, "
         f"{prompt.n_tokens - n_image:,} of text, {max_tokens:,} for the answer), but the context holds {n_ctx:,}; "
-        f"raise the context (--ctx, n_ctx) to {needed:,} or ask for a shorter answer."
+        f"raise the context (--ctx-size, n_ctx) to {needed:,} or ask for a shorter answer."
     )
 
 

@@ -98,7 +98,7 @@ def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, ans
     ("arguments", "status", "message"),
     [
         (["{page}", "<tables_json> please"], 1, "the task tag '<tables_json>' beside other text"),
-        (["{page}", "x", "--ctx", "64"], 1, "but the context holds 64"),
+        (["{page}", "x", "--ctx-size", "64"], 1, "but the context holds 64"),
         (["missing.png", "x"], 1, "'missing.png' cannot be read as an image"),
         (["{page}", "x", "--device", "tpu"], 2, "'tpu' is not one of 'auto', 'cpu', 'cuda', 'metal'"),
         (["{page}", "x", "--lora"], 1, "no separate LoRA to apply"),
@@ -110,7 +110,7 @@ def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, ans
         (["{page}", "x", "--seed", "-1"], 2, "--seed"),
         (["{page}", "x", "--max-tokens", "0"], 2, "--max-tokens"),
         (["{page}", "x", "--max-tokens", "9" * 30], 1, "for the answer), but the context holds"),
-        (["{page}", "x", "--ctx", "-5"], 2, "--ctx"),
+        (["{page}", "x", "--ctx-size", "-5"], 2, "--ctx"),
         (["{page}", "x", "--threads", "0"], 2, "--threads"),
         (["{page}", "x", "--threads", "-1"], 2, "--threads"),
         (["{page}", "x", "--threads", "1000000000"], 2, "--threads"),
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_cleanly(make_model: Callable[..., Path], tmp_path: Path) ->
 
 
 def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
-    result = run("bench", "--model", folder, "--image", page, "--predict", 5, "--repeat", 2)
+    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 5, "--repeat", 2)
     assert result.exit_code == 0
     *before, last = result.stdout.splitlines()
     assert before == []
@@ -169,7 +169,7 @@ def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
 
 
 def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
-    result = run("bench", "--model", folder, "--image", page, "--predict", 1, "--json")
+    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 1, "--json")
     assert json.loads(result.stdout) and result.stderr == ""
 
 

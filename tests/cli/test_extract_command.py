@@ -192,7 +192,7 @@ def test_a_page_is_encoded_and_read_once_for_all_tasks(folder: Path, scans: Path
         (["--task", "kvp", "--schema", "s.json"], 1, "the schema 's.json' cannot be read"),
         (["--task", "chart2csv", "--model", "gone"], 1, "'gone' does not exist"),
         (["--task", "chart2csv", "--out", "{scans}"], 1, "which no run of 'granite4v extract' made"),
-        (["--task", "chart2csv", "--ctx", "40"], 1, "but the context holds 40"),
+        (["--task", "chart2csv", "--ctx-size", "40"], 1, "but the context holds 40"),
     ],
 )
 def test_failures_are_a_message_and_a_status(

@@ -434,7 +434,7 @@ def test_ask_bench_and_extract(make_model: Callable[..., Path], page: Path) -> N
     folder = make_model(GRANITE)
     asked = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 6)
     assert asked.exit_code == 0 and asked.stdout.endswith("\n")
-    measured = run("bench", "--model", folder, "--image", page, "--predict", 4)
+    measured = run("bench", "--model", folder, "--image", page, "--max-tokens", 4)
     assert measured.exit_code == 0, measured.stderr
     assert json.loads(measured.stdout.splitlines()[-1])["image_tokens"] > 0
     read = run("extract", page, "--prompt", "What is this?", "--model", folder, "--max-tokens", 6, "--json")

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(ContextOverflowError) as caught:
         check_fits(prompt, 51, 200)
     assert "needs 201 tokens (100 for 1 image, 50 of text, 51 for the answer)" in str(caught.value)
-    assert "the context holds 200; raise the context (--ctx, n_ctx) to 201" in str(caught.value)
+    assert "the context holds 200; raise the context (--ctx-size, n_ctx) to 201" in str(caught.value)
 
 
 @pytest.mark.parametrize("letter", ["a", "word ", "\N{CJK UNIFIED IDEOGRAPH-6F22}", "\n"])
