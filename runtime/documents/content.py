@@ -1,4 +1,4 @@
-"""What a file holds, and the open document for it. Names say it wrongly too often, so the content decides."""
+"""Tells what a file holds and opens it. File names are wrong too often, so the content decides."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import warnings
 from enum import Enum
 from pathlib import Path
 
+import PIL
+import PIL.Image
+
 from granite4v.clip_projector.files import what_it_holds
 from granite4v.errors import DocumentError, Granite4vError
-from granite4v.runtime.documents.book import Book
+from granite4v.runtime.documents.image_files import ImageFile, TiffFile
 from granite4v.runtime.documents.limits import Limits
+from granite4v.runtime.documents.page_source import PageSource
 from granite4v.runtime.documents.sources import EXPECTED, Document, file_state, why_missing
 
 HEAD_BYTES = 1024  # a PDF's header may have as much before it
@@ -24,17 +28,17 @@ class Kind(Enum):
     PDF = "PDF"
 
 
-def open_book(
+def open_page_source(
     document: Document,
     content: bytes | None,
     state: str | None,
     password: str | None,
     index: list[int] | None,
     limits: Limits,
-) -> Book:
-    """The document, open. `content`: what it holds, when that is not in a file. `state`: of its file, as listed.
+) -> PageSource:
+    """The document, opened. `content`: its bytes, when they are not in a file. `state`: of its file, as listed.
 
-    `index`: what an earlier `Book.index` was. Raises DocumentError, ImageError.
+    `index`: an earlier `PageSource.index` of the same document. Raises DocumentError, ImageError.
     """
     held: Path | bytes
     try:
@@ -46,23 +50,21 @@ def open_book(
             if not stat.S_ISREG(held.stat().st_mode):
                 raise DocumentError(f"{document.name} is a device or a socket; give a file, a directory or a pipe.")
             if state is not None and file_state(document) != state:
-                raise DocumentError(f"{document.name} has been changed while it was read; read it again.")
+                raise DocumentError(f"{document.name} was changed while it was being read; read it again.")
         kind = recognize(held, document.name)
         if kind is Kind.PDF:
-            from granite4v.runtime.documents.pdf import PdfBook
+            from granite4v.runtime.documents.pdf import PdfFile  # loads PDFium, which images do without
 
-            return PdfBook(held, document.name, password, state, limits)
-        from granite4v.runtime.documents.pictures import PictureBook, TiffBook
-
+            return PdfFile(held, document.name, password, state, limits)
         if kind is Kind.TIFF:
-            return TiffBook(held, document.name, limits, index)
-        return PictureBook(held, document.name, limits)
+            return TiffFile(held, document.name, limits, index)
+        return ImageFile(held, document.name, limits)
     except OSError as error:
         raise why_missing(document, error) from None
 
 
 def readable(error: Exception, name: str) -> Granite4vError:
-    """The error as one that a person can use. Whatever a library raises on a file is about that file, never a bug."""
+    """The error as a message for a person. What a library raises on a file is about that file, not a bug of ours."""
     if isinstance(error, Granite4vError):
         return error
     if isinstance(error, MemoryError):
@@ -81,15 +83,15 @@ _IMAGES = (
     re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 )
 _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-# Pillow's names of others that are read where it can: none that is drawn by another program, or known by guessing
+# Pillow's names of other formats that are read where it can: none that needs another program, or has no signature
 _FORMATS = ("AVIF", "JPEG2000", "PPM", "PCX", "DIB", "ICO", "ICNS", "PSD", "SGI", "QOI")
 
 
 def recognize(content: Path | bytes, name: str) -> Kind:
-    """What a file holds, by its content: names say it wrongly too often.
+    """What kind of document a file holds, by its content.
 
-    Raises DocumentError, which calls it `name`, for everything that is neither an image of a kind we read nor a PDF;
-    OSError.
+    Raises DocumentError, which calls it `name`, for anything that is neither an image of a format we read nor a PDF,
+    and OSError.
     """
     if isinstance(content, bytes):
         head = content[:HEAD_BYTES]
@@ -106,29 +108,26 @@ def recognize(content: Path | bytes, name: str) -> Kind:
         return Kind.PDF
     if _is_image_of_another_kind(content):
         return Kind.IMAGE
-    held = what_it_holds(head) or "neither an image nor a document that we know, or its beginning is damaged"
+    held = what_it_holds(head) or "neither an image nor a document of a known format, or its beginning is damaged"
     raise DocumentError(f"{name} holds {held}; {EXPECTED}.")
 
 
 def _is_image_of_another_kind(content: Path | bytes) -> bool:
-    from PIL import Image, UnidentifiedImageError
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_known_formats()).close()
-        except UnidentifiedImageError:
+            held = io.BytesIO(content) if isinstance(content, bytes) else content
+            PIL.Image.open(held, formats=_known_formats()).close()
+        except PIL.UnidentifiedImageError:
             return False
         except OSError:
             raise
-        except Exception:  # a bomb, or damage: said when it is read
+        except Exception:  # a decompression bomb, or damage: reported when the page is rendered
             return True
     return True
 
 
 def _known_formats() -> list[str]:
     """Those of `_FORMATS` that the installed Pillow has."""
-    from PIL import Image
-
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+    PIL.Image.init()
+    return [name for name in _FORMATS if name in PIL.Image.OPEN]

@@ -1,4 +1,4 @@
-"""What one file or page may take of a machine. Every limit has a message of its own where it is reached."""
+"""What one file or page may use of a machine. Every limit has a message of its own where it is reached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Limits:
     open_s: float = 60  # to open a document and find its pages
     page_s: float = 60  # to render one page; a letter page takes 0.1 s
     memory_bytes: int = 3 << 30  # of the process that reads: the largest image that Pillow opens needs half of it
-    file_bytes: int = MAX_FILE_BYTES  # of an image with one page, or of standard input and pipes, which are read whole
+    file_bytes: int = MAX_FILE_BYTES  # of a single-page image, standard input or a pipe, which are read into memory
     pipe_s: float = PIPE_S  # without a byte from a named pipe
     n_pages: int = 20_000  # of a document
     n_objects: int = 1_000_000  # on a page of a PDF

@@ -1,4 +1,4 @@
-"""Pages, one after another, of whatever a person names. What cannot be read is a failure in its place."""
+"""The pages of whatever a person names, one after another. What cannot be read is a failure in its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from granite4v.clip_projector.images import Image
 from granite4v.errors import DocumentError, Granite4vError, ImageError
 from granite4v.runtime.documents.limits import LIMITS, Limits
-from granite4v.runtime.documents.reader import Reader, ReaderEnded, RemoteBook, Rendered, Waiting
+from granite4v.runtime.documents.reader import RawPage, Reader, ReaderEnded, RemoteDocument, Waiting
 from granite4v.runtime.documents.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
 from granite4v.runtime.documents.sources import (
     Document,
@@ -38,7 +38,7 @@ class Page:
 
     `source`: the document's path as it was given, '-' for standard input. `number` counts from 1, of `n_pages`.
     `image`: upright, transparency on white, cropped. `dpi`: pixels an inch of a PDF's page, rounded to a
-    tenth; None for pictures. `warnings`: what a person should know of the page. `file_state` changes when the
+    tenth; None for images. `warnings`: what a person should know of the page. `file_state` changes when the
     document's file does; None for what is not a file (standard input, pipes).
     """
 
@@ -83,7 +83,7 @@ class PageSkipped:
 
 @dataclass(frozen=True)
 class Totals:
-    """How much there is to read.
+    """How much there is to read, as `count_pages` found it.
 
     `pages` is None when that cannot be known beforehand (standard input, pipes). `notes`: lines for a person, for
     instance about files of a folder that were left out.
@@ -97,7 +97,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What was found out about a document while counting: its index, or how it ended its reader, now or earlier."""
+    """What counting found out about a document: its index, or how it crashed its reader, now or in an earlier run."""
 
     state: str | None
     index: list[int] | None
@@ -136,7 +136,7 @@ def open_pages(
     counted: Totals | None = None,
     limits: Limits = LIMITS,
 ) -> Generator[Page | PageFailure | PageSkipped, None, None]:
-    """The pages of `inputs`, each rendered while its predecessor is looked at, and not kept.
+    """The pages of `inputs`, each rendered while the caller works on the one before, and not kept.
 
     Files are opened and rendered by a process of their own (see `worker`), within `limits`: one that ends it, takes too
     long or too much memory is a PageFailure like any other, and the next page goes on.
@@ -144,13 +144,13 @@ def open_pages(
     `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, '-' for standard input; see
     `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
     `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will look at the pages, which
-    decides how large those of a PDF are drawn (see `resolution`); without one at 200 dpi. `wanted`: called before a
+    decides how large those of a PDF are rendered (see `resolution`); without one at 200 dpi. `wanted`: called before a
     page is rendered; where it returns False, the page comes as PageSkipped. `earlier_error`: called for skipped pages,
     which count as failed where it returns an error, so that every run gives up a document at the same page. `waiting`:
     called about twice a second while a document or page takes its time. `counted`: what `count_pages` returned for
     these inputs, so that nothing is searched for or counted twice.
 
-    Raises at once SelectionError for pages, a crop or a password that cannot be meant so, and DocumentError when there
+    Raises at once SelectionError for pages, a crop or a password that make no sense, and DocumentError when there
     is nothing at all to read. Everything after that is a PageFailure: a page that is missing or damaged, or, with
     `number` None, a document. No two have the same source and number. Close it to close the document it is at.
     """
@@ -172,7 +172,7 @@ def count_pages(
     waiting: Waiting | None = None,
     limits: Limits = LIMITS,
 ) -> Totals:
-    """How much `open_pages` will yield, failures included, without rendering a page. Raises what it raises.
+    """How much `open_pages` will yield, failures included, without rendering a page. Raises what that raises.
 
     `earlier_error`: called with None for a page number before a document is opened; where it returns an error, the
     document is not opened, and `open_pages` yields a PageFailure with that error.
@@ -208,11 +208,11 @@ def _check_password(password: str | None) -> None:
     except UnicodeEncodeError:
         fits = False
     if not fits:
-        raise SelectionError("the password holds a character that no password can have.")
+        raise SelectionError("the password holds a zero byte or a lone surrogate, which no password can have.")
 
 
 def _count(item: Document | NotFound, request: _Request, reader: Reader, counted: dict[str, _Counted]) -> int | None:
-    """None for what can be read only once. What else was found out goes into `counted`."""
+    """The pages of one document; None for what can be read only once. `counted` gets what else was found out."""
     if isinstance(item, NotFound):
         return 1
     if is_read_once(item):
@@ -222,28 +222,28 @@ def _count(item: Document | NotFound, request: _Request, reader: Reader, counted
     if earlier is not None:
         counted[item.source] = _Counted(state, None, earlier)
         return 1
-    book = _book(item, state, None, request, reader, None)
+    remote = _remote(item, state, None, request, reader, None)
     try:
-        book.begin_open()
-        book.finish_open()
+        remote.begin_open()
+        remote.finish_open()
     except ReaderEnded as error:
         counted[item.source] = _Counted(state, None, error)
         return 1
-    except (DocumentError, ImageError):  # said when it is read
+    except (DocumentError, ImageError):  # reported when it is read
         return 1
-    counted[item.source] = _Counted(state, book.index, None)
-    return request.ranges.count(book.n_pages) + (book.damage is not None)
+    counted[item.source] = _Counted(state, remote.index, None)
+    return request.ranges.count(remote.n_pages) + (remote.damage is not None)
 
 
-def _book(
+def _remote(
     document: Document,
     state: str | None,
     content: bytes | None,
     request: _Request,
     reader: Reader,
     index: list[int] | None,
-) -> RemoteBook:
-    return RemoteBook(
+) -> RemoteDocument:
+    return RemoteDocument(
         reader,
         document.source,
         document.name,
@@ -266,7 +266,7 @@ def _pages(found: _Found, request: _Request, reader: Reader) -> Generator[Item, 
             if ready is not None:
                 handed, ready = ready, None
                 yield handed
-                del handed  # its pixels are the caller's alone while the next page is fetched
+                del handed  # two pages in memory, not three: the caller's, and the one that is fetched
             if item is not None:
                 ready = item
             del item
@@ -293,21 +293,21 @@ def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | 
                 yield PageFailure(item.source, None, error, state)
                 continue
         index = known.index if known is not None and known.state == state else None
-        book = _book(item, state, content, request, reader, index)
-        book.begin_open()
+        remote = _remote(item, state, content, request, reader, index)
+        remote.begin_open()
         yield None
         try:
-            book.finish_open()
+            remote.finish_open()
         except (DocumentError, ImageError) as error:
             yield PageFailure(item.source, None, error, state)
             continue
-        yield from _pages_of(book, item, state, request, reader.limits)
+        yield from _pages_of(remote, item, state, request, reader.limits)
 
 
 def _pages_of(
-    book: RemoteBook, document: Document, state: str | None, request: _Request, limits: Limits
+    remote: RemoteDocument, document: Document, state: str | None, request: _Request, limits: Limits
 ) -> Iterator[Item | None]:
-    source, n_pages = document.source, book.n_pages
+    source, n_pages = document.source, remote.n_pages
     n_failed = n_ended = 0  # in a row
     for first, last in request.ranges.of(n_pages):
         if first > n_pages:
@@ -322,10 +322,10 @@ def _pages_of(
         if n_ended == limits.n_ended or n_failed == limits.n_failed:
             yield PageFailure(source, None, _given_up(document.name, n_pages, first, n_failed), state)
             return
-        book.begin_draw(first, request.crop, request.tiling)
+        remote.begin_render(first, request.crop, request.tiling)
         yield None
         try:
-            rendered = book.finish_draw()
+            rendered = remote.finish_render()
         except (DocumentError, ImageError) as error:
             n_failed, n_ended = n_failed + 1, n_ended + 1 if isinstance(error, ReaderEnded) else 0
             yield PageFailure(source, first, error, state)
@@ -335,19 +335,19 @@ def _pages_of(
         del rendered
         yield page
         del page
-    if book.damage is not None:
-        yield PageFailure(source, None, DocumentError(book.damage), state)
+    if remote.damage is not None:
+        yield PageFailure(source, None, DocumentError(remote.damage), state)
 
 
-def _page(source: str, number: int, n_pages: int, rendered: Rendered, state: str | None) -> Page:
+def _page(source: str, number: int, n_pages: int, rendered: RawPage, state: str | None) -> Page:
     image = Image.from_pixels(rendered.size, rendered.pixels)
     return Page(source, number, n_pages, image, rendered.dpi, rendered.warnings, state)
 
 
 def _given_up(name: str, n_pages: int, first: int, n_failed: int) -> DocumentError:
     return DocumentError(
-        f"{name} is given up at page {first} of {n_pages}: the {n_failed} pages before it failed, one after another. "
-        "Choose others with '--pages', or save the document anew."
+        f"{name} is given up at page {first} of {n_pages}: the {n_failed} pages before it failed in a row. "
+        "Choose others with '--pages', or save the document again."
     )
 
 

@@ -1,6 +1,6 @@
-"""PDF files as documents, drawn by PDFium through pypdfium2.
+"""PDF files as documents, rendered by PDFium through pypdfium2.
 
-PDFium is not for several threads at once: whoever draws pages does so from one thread at a time.
+PDFium is not thread-safe: pages are rendered from one thread at a time. Importing this module loads PDFium.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
+import pypdfium2
+import pypdfium2.raw as pdfium
+from PIL import Jpeg2KImagePlugin
+from PIL.Image import Image
+
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DocumentError
-from granite4v.runtime.documents.book import Drawn, whole_pixels, within
 from granite4v.runtime.documents.limits import Limits
+from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
 from granite4v.runtime.documents.resolution import render_size, shrunk
+from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.sources import state_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from granite4v.families.base import TilingConfig
-    from granite4v.runtime.documents.selection import Crop
 
-REOPEN_AFTER = 8  # pages: an open document keeps what it has read of all pages, 1 MB a scan and more
+REOPEN_AFTER = 8  # pages: PDFium keeps what it has read of every page of an open document, 1 MB a scan and more
 _HEAD_BYTES = 1024  # where a file says that it is linearized
-_TAIL_BYTES = 32768  # where a whole file has its end mark
+_TAIL_BYTES = 32768  # where a complete file has its end mark
 _END_MARK = b"%%EOF"
 _WHITE = 0xFFFFFFFF
 _DOCUMENTS = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx")
@@ -41,13 +45,13 @@ _MOST_NAME = 80  # characters of a name
 _INSET = 1e-5  # of a scan's size, see `_inset`
 _SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
 _INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
-_UPRIGHT = 1e-4  # how much a picture may be skewed and still have its pixels side by side with the page's
-_PROBE_PX = 64  # the side of a picture that is drawn to see whether it has a mask
+_UPRIGHT = 1e-4  # how much an image may be skewed and still have its pixels parallel to the page's
+_PROBE_PX = 64  # the side of an image that is rendered to see whether it has a mask
 _MAX_DEPTH = 8  # of forms in forms
-MAX_PICTURE_PIXELS = 4_000_000_000  # of one picture on a page: about ten seconds
+MAX_IMAGE_PIXELS = 4_000_000_000  # of one image on a page: about ten seconds
 
 
-class PdfBook:
+class PdfFile:
     """A PDF file. `password` is tried on encrypted ones only."""
 
     def __init__(
@@ -56,20 +60,17 @@ class PdfBook:
         """`state`: of its file. Raises DocumentError for a file that is damaged, encrypted or without pages."""
         self._content, self._name, self._password, self._state = content, name, password, state
         self._limits = limits
-        self._n_drawn = 0
+        self._n_rendered = 0
         self._notes: tuple[str, ...] = ()
         self._pdf = self._open()
-        self.n_pages, self.damage = within(len(self._pdf), limits, name)
+        self.n_pages, self.damage = limited_pages(len(self._pdf), limits, name)
         self.index: list[int] | None = None
-        self._notes = self._take_note()
+        self._notes = self._find_notes()
 
     def _open(self) -> Any:
-        import pypdfium2
-        import pypdfium2.raw as pdfium
-
         handle = self._handle(None if self._password is None else self._password.encode())
         if not handle and self._password and pdfium.FPDF_GetLastError() == pdfium.FPDF_ERR_PASSWORD:
-            handle = self._handle(None)  # a password for a folder must not lock out files that need none
+            handle = self._handle(None)  # a password meant for other files of a folder must not lock this one out
         if not handle:
             raise DocumentError(self._why_closed(pdfium.FPDF_GetLastError()))
         pdf = pypdfium2.PdfDocument(handle)
@@ -81,15 +82,11 @@ class PdfBook:
         return pdf
 
     def _handle(self, password: bytes | None) -> Any:
-        import pypdfium2.raw as pdfium
-
         if isinstance(self._content, bytes):
             return pdfium.FPDF_LoadMemDocument64(self._content, len(self._content), password)
         return pdfium.FPDF_LoadDocument(os.fsencode(self._content), password)
 
     def _why_closed(self, code: int) -> str:
-        import pypdfium2.raw as pdfium
-
         if code == pdfium.FPDF_ERR_PASSWORD:
             if self._password:
                 return f"{self._name} is encrypted, and the given password does not open it; check '--password'."
@@ -97,12 +94,12 @@ class PdfBook:
         if code == pdfium.FPDF_ERR_FILE:
             return f"{self._name} cannot be read; is it still there?"
         if code == pdfium.FPDF_ERR_SECURITY:
-            return f"{self._name} is encrypted in a way that PDFium does not know; save it without encryption."
+            return f"{self._name} is encrypted by a method that PDFium does not know; save it without encryption."
         what = "is cut short" if self._is_cut() else "is damaged"
-        return f"{self._name} {what}: PDFium finds no document in it; get a whole copy of it."
+        return f"{self._name} {what}: PDFium finds no document in it; get a complete copy of it."
 
     def _is_cut(self) -> bool:
-        """Whether there is no end mark near the end, zero bytes and some junk behind it aside."""
+        """Whether there is no end mark near the end, but for zero bytes and some junk after it."""
         with io.BytesIO(self._content) if isinstance(self._content, bytes) else self._content.open("rb") as file:
             head = file.read(_HEAD_BYTES)
             end = file.seek(0, 2)
@@ -111,23 +108,22 @@ class PdfBook:
                 start = max(0, end - _TAIL_BYTES)
                 file.seek(start)
                 tail, end = file.read(end - start), start
-        n_expected = 2 if end == 0 and b"/Linearized" in head else 1  # one of these stands behind the first page
+        # a linearized file has another end mark after its first page, seen where the tail is the entire file
+        n_expected = 2 if end == 0 and b"/Linearized" in head else 1
         return tail.count(_END_MARK) < n_expected
 
-    def _take_note(self) -> tuple[str, ...]:
-        import pypdfium2.raw as pdfium
-
+    def _find_notes(self) -> tuple[str, ...]:
         notes = []
         if self._is_cut():
             notes.append(f"{self._name} has no end mark: it may be cut short, and its pages may lack something.")
         if self._pdf.get_formtype() == pdfium.FORMTYPE_XFA_FULL:
-            notes.append(f"{self._name} is an XFA form, of which only the placeholder can be drawn; print it to PDF.")
+            notes.append(f"{self._name} is an XFA form, of which only the placeholder is rendered; print it to PDF.")
         attached = [name for name in self._attached() if name.lower().endswith(_DOCUMENTS)]
         if attached:
             names = ", ".join(f"'{shown(name):.{_MOST_NAME}}'" for name in attached[:_MOST_NAMES])
             more = f" and {len(attached) - _MOST_NAMES} more" if len(attached) > _MOST_NAMES else ""
             notes.append(
-                f"{self._name} has attached files, which are not read: {names}{more}; save and read them by themselves."
+                f"{self._name} has attached files, which are not read: {names}{more}; save them and read those."
             )
         return tuple(notes)
 
@@ -135,18 +131,16 @@ class PdfBook:
         n_files = min(self._pdf.count_attachments(), _MOST_ATTACHED)
         return [self._pdf.get_attachment(i).get_name() for i in range(n_files)]
 
-    def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
-        """The page, turned and cut as it says, with annotations and form fields, on white, as large as needed.
+    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+        """The page as large as needed, rotated and cropped as the file says, with annotations and fields, on white.
 
         Raises DocumentError for a page that cannot be loaded and for a crop that reaches beyond it.
         """
-        import pypdfium2
-
-        if self._n_drawn == REOPEN_AFTER:
+        if self._n_rendered == REOPEN_AFTER:
             self._pdf.close()
             self._check_unchanged()
-            self._pdf, self._n_drawn = self._open(), 0
-        self._n_drawn += 1
+            self._pdf, self._n_rendered = self._open(), 0
+        self._n_rendered += 1
         name = f"page {number} of {self._name}"
         try:
             page = self._pdf[number - 1]
@@ -154,35 +148,38 @@ class PdfBook:
             raise DocumentError(f"{name} cannot be loaded: the file is damaged or cut short.") from None
         notes = self._notes
         with contextlib.closing(page):
-            if _show_whole(page):
-                notes += (f"the crop box of {name} lies outside of the page, which is shown whole instead.",)
-            image, dpi = _draw(page, name, crop, tiling, self._limits)
+            if _restore_crop_box(page):
+                notes += (f"the crop box of {name} lies outside of the page, of which all is shown instead.",)
+            image, dpi = _render_page(page, name, crop, tiling, self._limits)
             if _is_blank(image) and crop is None and _has_text(page):
                 notes += (
                     f"{name} has text, but renders without any: its fonts may be neither embedded nor installed here, "
                     "its layers may be switched off, or the text may lie outside of the page. Print it to a new PDF "
                     "from a program that shows it.",
                 )
-        return Drawn(image, dpi, notes)
+        return RenderedPage(image, dpi, notes)
 
     def _check_unchanged(self) -> None:
         if isinstance(self._content, Path) and self._state is not None and state_of(self._content) != self._state:
             if not self._content.exists():
                 raise DocumentError(f"{self._name} cannot be read; is it still there?")
-            raise DocumentError(f"{self._name} has been changed while it was read; read it again.")
+            raise DocumentError(f"{self._name} was changed while it was being read; read it again.")
 
     def close(self) -> None:
         self._pdf.close()
 
 
-def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, limits: Limits) -> tuple[Image, float]:
+def _render_page(
+    page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, limits: Limits
+) -> tuple[Image, float]:
+    """The page, or what `crop` leaves of it, and its pixels an inch."""
     width, height = page.get_size()
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise DocumentError(f"{name} has no size ({width:g} x {height:g} points).")
     box = (0.0, 0.0, width, height) if crop is None else crop.box((width, height), name, "points")
     shape = (box[2] - box[0], box[3] - box[1])
-    pictures, fine = _pictures(page, name, limits), render_size(shape, None, tiling)[0] / shape[0]
-    scan = None if tiling is None else _scan_resolution(page, pictures, fine)
+    images, fine = _images(page, name, limits), render_size(shape, None, tiling)[0] / shape[0]
+    scan = None if tiling is None else _scan_resolution(page, images, fine)
     if scan is not None and crop is not None:
         pixels = (round(width * scan[0]), round(height * scan[1]))
         scaled = whole_pixels((box[0] * scan[0], box[1] * scan[1], box[2] * scan[0], box[3] * scan[1]), pixels)
@@ -192,14 +189,12 @@ def _draw(page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, 
     scale = (size[0] / shape[0], size[1] / shape[1])
     whole = (round(width * scale[0]), round(height * scale[1]))
     corner = (round(box[0] * scale[0]), round(box[1] * scale[1]))
-    image = shrunk(_render(page, size, corner, whole), tiling)
+    image = shrunk(_render_part(page, size, corner, whole), tiling)
     return image, round(image.width / shape[0] * 72, 1)
 
 
-def _show_whole(page: Any) -> bool:
-    """Gives a page whose crop box has nothing of it its media box, as other viewers do; whether that was so."""
-    import pypdfium2
-
+def _restore_crop_box(page: Any) -> bool:
+    """Gives a page whose crop box lies outside of it its media box, as other viewers do; whether that was needed."""
     if min(page.get_size()) > 0:
         return False
     try:
@@ -215,9 +210,7 @@ def _is_blank(image: Image) -> bool:
 
 
 def _has_text(page: Any) -> bool:
-    """Whether there is text that should be seen."""
-    import pypdfium2.raw as pdfium
-
+    """Whether there is visible text."""
     return any(
         pdfium.FPDFPageObj_GetType(handle) == pdfium.FPDF_PAGEOBJ_TEXT
         and pdfium.FPDFTextObj_GetTextRenderMode(handle) != _INVISIBLE
@@ -225,11 +218,8 @@ def _has_text(page: Any) -> bool:
     )
 
 
-def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tuple[int, int]) -> Image:
-    """The part of `size` pixels at `corner` (left, top) of the page drawn at `whole` pixels."""
-    import pypdfium2
-    import pypdfium2.raw as pdfium
-
+def _render_part(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tuple[int, int]) -> Image:
+    """The part of `size` pixels at `corner` (left, top) of the page rendered at `whole` pixels."""
     bitmap = pypdfium2.PdfBitmap.new_native(*size, pdfium.FPDFBitmap_BGR, rev_byteorder=True)
     with contextlib.closing(bitmap):
         pdfium.FPDFBitmap_FillRect(bitmap, 0, 0, *size, _WHITE)
@@ -241,15 +231,13 @@ def _render(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tu
         return bitmap.to_pil()  # a copy, since pixels of three bytes cannot be shared
 
 
-def _pictures(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int, int]]]:
-    """(handle, size in pixels) of the pictures on a page that is nothing but pictures; empty for others.
+def _images(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int, int]]]:
+    """(handle, size in pixels) of the images on a page that holds nothing else; empty for other pages.
 
-    Text that is not to be seen does not count. Raises DocumentError for a picture, wherever it is on the page, that
-    would take more memory or time than anyone has.
+    Invisible text does not count. Raises DocumentError for an image, wherever it is on the page, that would take far
+    too much memory or time.
     """
-    import pypdfium2.raw as pdfium
-
-    pictures = []
+    images = []
     nothing_else = pdfium.FPDFPage_GetAnnotCount(page) == 0
     for n_objects, (handle, depth) in enumerate(_objects(page), 1):
         if n_objects > limits.n_objects:
@@ -258,42 +246,40 @@ def _pictures(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int
             )
         kind = pdfium.FPDFPageObj_GetType(handle)
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
-            pictures.append((handle, _picture_size(handle, name)))
+            images.append((handle, _image_size(handle, name)))
             nothing_else &= depth == 0
         elif kind == pdfium.FPDF_PAGEOBJ_TEXT:
             nothing_else = nothing_else and pdfium.FPDFTextObj_GetTextRenderMode(handle) == _INVISIBLE
         elif kind != pdfium.FPDF_PAGEOBJ_FORM:
             nothing_else = False
-    return pictures if nothing_else else []
+    return images if nothing_else else []
 
 
 def _scan_resolution(
-    page: Any, pictures: Sequence[tuple[Any, tuple[int, int]]], fine: float
+    page: Any, images: Sequence[tuple[Any, tuple[int, int]]], fine: float
 ) -> tuple[float, float] | None:
-    """Pixels a point, across and down, at which a page of `pictures` alone is drawn; the finest counts.
+    """Pixels a point, across and down, at which a page of `images` alone is rendered: that of the finest.
 
-    None for a page that is no scan. `fine`: what another page would be drawn at; pictures that are coarser may have
-    masks that are finer, as compressed scans have for their text, and are then not drawn at their own resolution.
-    Makes the pictures ready to be drawn.
+    None for a page that is no scan. `fine`: the resolution of a page that is no scan; images coarser than it may have
+    finer masks, as compressed scans have for their text, and are then not rendered at their own resolution.
+    Prepares the images for rendering (see `_inset`).
     """
-    if not pictures:
+    if not images:
         return None
-    across, down = (max(found) for found in zip(*(_resolution(*picture) for picture in pictures), strict=True))
+    across, down = (max(found) for found in zip(*(_resolution(*image) for image in images), strict=True))
     if page.get_rotation() in (90, 270):
         across, down = down, across
-    if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # as of a fax: keep the shape of the page
+    if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # a fax's pixels: keep the shape of the page
         across = down = max(across, down)
-    if not 0 < across < math.inf or (across < fine and any(_has_mask(page, handle) for handle, _ in pictures)):
+    if not 0 < across < math.inf or (across < fine and any(_has_mask(page, handle) for handle, _ in images)):
         return None
-    for handle, _ in pictures:
+    for handle, _ in images:
         _inset(handle)
     return across, down
 
 
 def _objects(page: Any) -> Iterator[tuple[Any, int]]:
     """(handle, depth) of everything on the page, forms and what they hold included."""
-    import pypdfium2.raw as pdfium
-
     waiting = [(page, 0)]
     while waiting:
         parent, depth = waiting.pop()
@@ -310,10 +296,10 @@ def _objects(page: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _resolution(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
-    """Pixels a point of a picture of `size` (width, height) pixels, across and down on the unturned page."""
+    """Pixels a point of an image of `size` (width, height) pixels, across and down on the unrotated page."""
     matrix = _matrix(handle)
     a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
-    if not (a or b) or not (c or d):  # a picture without extent
+    if not (a or b) or not (c or d):  # an image without extent
         return math.inf, math.inf
     along, upward = size[0] / math.hypot(a, b), size[1] / math.hypot(c, d)
     if abs(b) + abs(c) < _UPRIGHT * (abs(a) + abs(d)):
@@ -324,13 +310,11 @@ def _resolution(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def _inset(handle: Any) -> None:
-    """Makes a picture smaller by a hundred-thousandth.
+    """Makes an image smaller by a hundred-thousandth.
 
-    PDFium rounds its edges outward, so where binary fractions put an edge a hair beyond a whole pixel, it would
-    stretch the picture by one.
+    PDFium rounds edges outward, so where binary fractions put an edge just beyond a pixel boundary, it would
+    stretch the image by one pixel.
     """
-    import pypdfium2.raw as pdfium
-
     matrix = _matrix(handle)
     a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
     left, bottom = matrix.e + (a + c) * _INSET / 2, matrix.f + (b + d) * _INSET / 2
@@ -338,48 +322,41 @@ def _inset(handle: Any) -> None:
 
 
 def _has_mask(page: Any, handle: Any) -> bool:
-    """Whether a picture lets something shine through, which PDFium tells only by drawing it: here, very small."""
-    import pypdfium2.raw as pdfium
-
+    """Whether an image is partly transparent, which PDFium tells only by rendering it: here, very small."""
     matrix = _matrix(handle)
     pdfium.FPDFPageObj_SetMatrix(handle, pdfium.FS_MATRIX(_PROBE_PX, 0, 0, _PROBE_PX, 0, 0))
-    drawn = pdfium.FPDFImageObj_GetRenderedBitmap(page.pdf, page, handle)
+    bitmap = pdfium.FPDFImageObj_GetRenderedBitmap(page.pdf, page, handle)
     pdfium.FPDFPageObj_SetMatrix(handle, matrix)
-    if not drawn:
+    if not bitmap:
         return True
     try:
-        n_bytes = pdfium.FPDFBitmap_GetStride(drawn) * pdfium.FPDFBitmap_GetHeight(drawn)
-        alpha = ctypes.string_at(pdfium.FPDFBitmap_GetBuffer(drawn), n_bytes)[3::4]
-        return pdfium.FPDFBitmap_GetFormat(drawn) == pdfium.FPDFBitmap_BGRA and alpha.count(255) < len(alpha)
+        n_bytes = pdfium.FPDFBitmap_GetStride(bitmap) * pdfium.FPDFBitmap_GetHeight(bitmap)
+        alpha = ctypes.string_at(pdfium.FPDFBitmap_GetBuffer(bitmap), n_bytes)[3::4]
+        return pdfium.FPDFBitmap_GetFormat(bitmap) == pdfium.FPDFBitmap_BGRA and alpha.count(255) < len(alpha)
     finally:
-        pdfium.FPDFBitmap_Destroy(drawn)
+        pdfium.FPDFBitmap_Destroy(bitmap)
 
 
 def _matrix(handle: Any) -> Any:
-    import pypdfium2.raw as pdfium
-
     matrix = pdfium.FS_MATRIX()
     pdfium.FPDFPageObj_GetMatrix(handle, matrix)
     return matrix
 
 
-def _picture_size(handle: Any, name: str) -> tuple[int, int]:
-    """(width, height) in pixels. Raises DocumentError for a picture that could fill the memory, or take hours.
+def _image_size(handle: Any, name: str) -> tuple[int, int]:
+    """(width, height) in pixels. Raises DocumentError for an image that could fill the memory, or take hours.
 
-    PDFium decodes pictures row by row, so that their size costs time alone, all but JPEG 2000, which it decodes at
-    once, and at the size that the picture itself gives, whatever the page says.
+    PDFium decodes images row by row, so that their size costs only time; but JPEG 2000 it decodes all at once, and at
+    the size in the image's own header, whatever the page says.
     """
-    import pypdfium2.raw as pdfium
-    from PIL import Image
-
     width, height = ctypes.c_uint(), ctypes.c_uint()
     pdfium.FPDFImageObj_GetImagePixelSize(handle, width, height)
-    size, limit = (width.value, height.value), MAX_PICTURE_PIXELS
+    size, limit = (width.value, height.value), MAX_IMAGE_PIXELS
     if b"JPXDecode" in _filters(handle):
         n_bytes = pdfium.FPDFImageObj_GetImageDataDecoded(handle, None, 0)  # of JPEG 2000: still compressed
         data = ctypes.create_string_buffer(n_bytes)
         pdfium.FPDFImageObj_GetImageDataDecoded(handle, data, n_bytes)
-        size, limit = _jpeg2000_size(data.raw) or size, Image.MAX_IMAGE_PIXELS or limit
+        size, limit = _jpeg2000_size(data.raw) or size, PIL.Image.MAX_IMAGE_PIXELS or limit
     if size[0] * size[1] > limit:
         raise DocumentError(
             f"{name} holds an image of {size[0]:,} x {size[1]:,} pixels, more than {limit:,} together, which may be a "
@@ -389,8 +366,6 @@ def _picture_size(handle: Any, name: str) -> tuple[int, int]:
 
 
 def _filters(handle: Any) -> list[bytes]:
-    import pypdfium2.raw as pdfium
-
     found = []
     for i in range(pdfium.FPDFImageObj_GetImageFilterCount(handle)):
         text = ctypes.create_string_buffer(32)
@@ -400,20 +375,18 @@ def _filters(handle: Any) -> list[bytes]:
 
 
 def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that its header gives; None for one that cannot be read, which nothing decodes."""
-    from PIL import Image, Jpeg2KImagePlugin
-
+    """(width, height) that its header gives; None for one that cannot be read, which PDFium does not decode either."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data)).size
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError, struct.error):
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, PIL.Image.DecompressionBombError, struct.error):
         return None
 
 
 @contextlib.contextmanager
 def _no_log() -> Iterator[None]:
-    """Keeps pypdfium2 from writing to stderr where nobody set up logging; what it says of forms, `_notes` says."""
+    """Keeps pypdfium2 from writing to stderr where nobody set up logging; what it says about forms is in `_notes`."""
     logger, handler = logging.getLogger("pypdfium2"), logging.NullHandler()
     logger.addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""The owner's side of the reader process: starts it, asks it, gives up on it in time, and says what became of it."""
+"""The owner's side of the reader process: starts it, sends requests, stops it in time, and says how it ended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
-from granite4v.runtime.documents.frames import PREFIX, packed
 from granite4v.runtime.documents.limits import LIMITS, Limits
+from granite4v.runtime.documents.protocol import PREFIX, packed
 from granite4v.runtime.documents.worker import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _BOOT = (
 _START_S = 60
 _GRACE_S = 5
 _WAIT_S = 0.5  # between two calls of `waiting`
-_PIPE_BYTES = 1 << 20  # where the system lets us choose: a page is some megabytes
+_PIPE_BYTES = 1 << 20  # where the system lets us choose: a page has some megabytes
 _IDS = itertools.count()
 
 Waiting = Callable[[str, "int | None", float], None]
@@ -43,11 +43,11 @@ Reply = tuple[dict[str, Any], bytearray]
 
 
 class ReaderEnded(DocumentError):
-    """A page or document that ended its reader twice, or was too much for it."""
+    """A page or document that crashed its reader twice, or exceeded its limits."""
 
 
 class _Died(Exception):
-    """The reader ended, or was ended, before it replied. `why` completes 'page 3 of ...'."""
+    """The reader ended, or was stopped, before it replied. `why` completes 'page 3 of ...'."""
 
     def __init__(self, why: str, *, by_itself: bool) -> None:
         super().__init__(why)
@@ -55,8 +55,8 @@ class _Died(Exception):
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A page as it comes from the reader: RGB, 3 bytes a pixel, row by row."""
+class RawPage:
+    """A page as the reader sends it: RGB, 3 bytes a pixel, row by row."""
 
     size: tuple[int, int]
     pixels: bytearray
@@ -83,7 +83,7 @@ class Reader:
         document = request["document"]["id"]
         payload = b"" if self._holds == document else content
         self._asked_at = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` finds out how
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` finds out why
             self._process.stdin.write(packed(request, len(payload)))
             self._process.stdin.write(payload)
             self._process.stdin.flush()
@@ -91,7 +91,7 @@ class Reader:
 
     def answer(self, request: dict[str, Any], limit_s: float) -> Reply:
         """The reply to what was asked. Raises _Died."""
-        # the owner may have been busy for long: a reply that is under way is waited for
+        # the owner may have been busy for longer than the limit: the reply may be ready, so it gets some time to arrive
         deadline = max(self._asked_at + limit_s, time.monotonic() + min(limit_s, _GRACE_S))
         return self._receive(deadline, limit_s, request)
 
@@ -103,7 +103,7 @@ class Reader:
         process.kill()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                with contextlib.suppress(OSError):  # what was not sent yet has nowhere to go
+                with contextlib.suppress(OSError):  # what is still buffered has nowhere to go
                     stream.close()
         process.wait()
 
@@ -120,7 +120,7 @@ class Reader:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread of it would take address space
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each of its threads would take address space
                     start_new_session=True,  # a terminal's Ctrl-C is for the owner alone
                 )
                 assert self._process.stdout is not None
@@ -171,7 +171,7 @@ class Reader:
         assert self._process is not None
         try:
             status = self._process.wait(5)
-        except subprocess.TimeoutExpired:  # it closed its end and lives on
+        except subprocess.TimeoutExpired:  # it closed its end of the pipe but is still running
             status = -signal.SIGKILL
         self.close()
         if status == OUT_OF_MEMORY:
@@ -181,25 +181,25 @@ class Reader:
         )
 
 
-def load_apart(sources: Sequence[str | bytes], limits: Limits = LIMITS) -> list[Rendered]:
-    """Images, given as paths or encoded, as `load_image` opens them, but in a process of its own: one that ends or
-    bloats a decoder does not end the caller. Raises ImageError, ReaderEnded, DeviceError."""
+def load_apart(sources: Sequence[str | bytes], limits: Limits = LIMITS) -> list[RawPage]:
+    """Images, given as paths or encoded, as `load_image` opens them, but in a process of their own: one that crashes or
+    bloats a decoder does not crash the caller. Raises ImageError, ReaderEnded, DeviceError."""
     with contextlib.closing(Reader(limits)) as reader:
-        return [_book_of(reader, source).load() for source in sources]
+        return [_document_of(reader, source).load() for source in sources]
 
 
-def _book_of(reader: Reader, source: str | bytes) -> RemoteBook:
+def _document_of(reader: Reader, source: str | bytes) -> RemoteDocument:
     if isinstance(source, bytes):
         name = f"the image ({len(source):,} bytes)"
-        return RemoteBook(reader, name, name, path=None, content=source, state=None, password=None)
-    return RemoteBook(reader, source, f"'{shown(source)}'", path=source, content=None, state=None, password=None)
+        return RemoteDocument(reader, name, name, path=None, content=source, state=None, password=None)
+    return RemoteDocument(reader, source, f"'{shown(source)}'", path=source, content=None, state=None, password=None)
 
 
-class RemoteBook:
-    """A document that the reader opens, again whenever it had to be started again.
+class RemoteDocument:
+    """A document that the reader opens, and opens again whenever it had to be restarted.
 
-    Every question is asked in two steps, `begin_...` and `finish_...`, so that the owner can work in between; one
-    that ends the reader is asked once more, of a new one: the first may have ended for what it read before.
+    Every request is made in two steps, `begin_...` and `finish_...`, so that the owner can work in between. One that
+    ends the reader is sent once more, to a new one: the first may have ended because of what it read before.
     """
 
     def __init__(
@@ -229,10 +229,10 @@ class RemoteBook:
         self.damage: str | None = None
         self.index: list[int] | None = None
 
-    def load(self) -> Rendered:
+    def load(self) -> RawPage:
         """The document as one image, opened by `load_image`. Raises what `finish_open` raises."""
         self._ask({"op": "load", "about": self._name})
-        return self.finish_draw()
+        return self.finish_render()
 
     def begin_open(self) -> None:
         self._ask({"op": "open", "about": self._name})
@@ -243,10 +243,10 @@ class RemoteBook:
         self.n_pages, self.damage, self.index = header["n_pages"], header["damage"], header["index"]
         self._document["index"] = self.index
 
-    def begin_draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> None:
+    def begin_render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> None:
         self._ask(
             {
-                "op": "draw",
+                "op": "render",
                 "about": self.page_name(number),
                 "number": number,
                 "crop": None if crop is None else asdict(crop),
@@ -254,10 +254,10 @@ class RemoteBook:
             }
         )
 
-    def finish_draw(self) -> Rendered:
+    def finish_render(self) -> RawPage:
         """Raises what `finish_open` raises."""
         header, pixels = self._answer()
-        return Rendered(tuple(header["size"]), pixels, header["dpi"], tuple(header["warnings"]))
+        return RawPage(tuple(header["size"]), pixels, header["dpi"], tuple(header["warnings"]))
 
     def page_name(self, number: int) -> str:
         return f"page {number} of {self._name}" if self.n_pages > 1 else self._name
@@ -286,15 +286,14 @@ _ERRORS: dict[str, type[Granite4vError]] = {"ImageError": ImageError, "DocumentE
 
 
 def _why(died: _Died, op: str, about: str) -> str:
-    verb = {"load": "load", "open": "open", "draw": "render"}[op]
-    advice = "Print it to a new PDF or save it as an image, and read that."
+    advice = "Print it to a new PDF, or save it as an image, and read that."
     if died.by_itself:
-        return f"the page reader {died.why} while {verb}ing {about}, twice; the file is damaged, or strange. {advice}"
-    return f"{about} {died.why} to {verb}, twice; it is damaged, or far from ordinary. {advice}"
+        return f"the page reader {died.why} while {op}ing {about}, twice; the file is damaged or unusual. {advice}"
+    return f"{about} {died.why} to {op}, twice; it is damaged or unusually large. {advice}"
 
 
 def _widen(pipe: int) -> None:
-    """Where the system lets us: it may refuse to a user who has many pipes."""
+    """Enlarges a pipe's buffer, where the system allows it: it may refuse when the user has many pipes."""
     resize = getattr(fcntl, "F_SETPIPE_SZ", None)  # of Linux
     if resize is not None:
         with contextlib.suppress(OSError):

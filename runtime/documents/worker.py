@@ -1,7 +1,8 @@
-"""The process that opens files and renders pages, so that no file can end, hang or bloat the one that asks.
+"""The process that opens files and renders pages, so that no file can crash, hang or bloat its owner.
 
-Started by `reader`, one request at a time on its standard input, one reply each on its standard output. It ends with
-its owner: a thread sees the end of its standard input even while a page is rendered.
+Started by `reader`; takes one request at a time on its standard input and writes one reply to each on its standard
+output. It ends with its owner: a thread sees the end of standard input even while a page is being rendered. It imports
+neither NumPy (but for deep greyscale) nor llama.cpp: it is started anew after every crash, and must be small.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
+import PIL.Image
+
+from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
-from granite4v.runtime.documents.frames import PREFIX, packed
+from granite4v.runtime.documents.content import open_page_source, readable
 from granite4v.runtime.documents.limits import Limits
-
-if TYPE_CHECKING:
-    from granite4v.runtime.documents.book import Book
+from granite4v.runtime.documents.page_source import PageSource
+from granite4v.runtime.documents.protocol import PREFIX, packed
+from granite4v.runtime.documents.selection import Crop
+from granite4v.runtime.documents.sources import Document
 
 OUT_OF_MEMORY = 77  # exit status of a worker that has passed its limit
 _CHECK_S = 0.02  # between two looks at the memory, while there is work
@@ -36,69 +41,62 @@ def main(setup: str) -> None:
     """Answers requests until standard input ends. `setup`: JSON of `limits` and `max_image_pixels`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which then closes our standard input
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not get between the replies
+    os.dup2(2, 1)  # what a library prints to standard output must not end up between the replies
     options = json.loads(setup)
     limits = Limits(**options["limits"])
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = options["max_image_pixels"]
+    PIL.Image.MAX_IMAGE_PIXELS = options["max_image_pixels"]
     _limit_resources(limits)
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
     busy = threading.Event()
     threading.Thread(target=_watch_memory, args=(limits.memory_bytes, busy), daemon=True).start()
     _send(replies, {"ready": True})
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # up to here it would have been the reason why there is no reader
-    desk = Desk(limits)
+    # until here, standard error would have told the owner why the reader does not start
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    handler = RequestHandler(limits)
     while True:
         request, content = requests.get()
         busy.set()
         seconds = resource.getrusage(resource.RUSAGE_SELF)
         _limit_cpu(seconds.ru_utime + seconds.ru_stime + 4 * (limits.open_s + limits.page_s))
-        reply, pixels = desk.answer(request, content)
+        reply, pixels = handler.answer(request, content)
         _send(replies, reply, pixels)
-        del reply, pixels, request, content
+        del reply, pixels, request, content  # a page's pixels are not to stay until the next request
         busy.clear()
 
 
-class Desk:
+class RequestHandler:
     """Answers requests, with one document open at a time."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._book: Book | None = None
-        self._id: int | None = None
-        self._content: bytes | None = None  # of that document, where it is not in a file
+        self._source: PageSource | None = None
+        self._id: int | None = None  # of the document that is open
 
     def answer(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-        """The header and payload of the reply to `load`, `open` or `draw`; an error is a reply, too."""
-        from granite4v.runtime.documents.content import readable
-
+        """The header and payload of the reply to `load`, `open` or `render`; an error is a reply as well."""
         name = request["about"]
         try:
             if request["op"] == "load":
                 return load(request["document"]["path"] or content)
             if request["op"] == "open":
-                book = self._open(request, content)
-                return {"n_pages": book.n_pages, "damage": book.damage, "index": book.index}, b""
-            return self._draw(request, content)
+                source = self._open(request, content)
+                return {"n_pages": source.n_pages, "damage": source.damage, "index": source.index}, b""
+            return self._render(request, content)
         except Exception as error:
             known = readable(error, name)
             kind = ImageError if isinstance(known, ImageError) else DocumentError
             return {"error": kind.__name__, "message": str(known)}, b""
 
-    def _open(self, request: dict[str, Any], content: bytes) -> Book:
-        from granite4v.runtime.documents.content import open_book
-        from granite4v.runtime.documents.sources import Document
-
+    def _open(self, request: dict[str, Any], content: bytes) -> PageSource:
         document = request["document"]
-        if self._book is not None and self._id == document["id"]:
-            return self._book
-        if self._book is not None:
-            self._book.close()
-            self._book = self._id = self._content = None
+        if self._source is not None and self._id == document["id"]:
+            return self._source
+        if self._source is not None:
+            self._source.close()
+            self._source = self._id = None
         path = document["path"]
-        self._book = open_book(
+        self._source = open_page_source(
             Document(document["source"], None if path is None else Path(path)),
             content if path is None or content else None,
             document["state"],
@@ -107,13 +105,12 @@ class Desk:
             self._limits,
         )
         self._id = document["id"]
-        return self._book
+        return self._source
 
-    def _draw(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+    def _render(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
         from granite4v.families.base import TilingConfig
-        from granite4v.runtime.documents.selection import Crop
 
-        book = self._open(request, content)
+        source = self._open(request, content)
         crop, tiling = request["crop"], request["tiling"]
         if tiling is not None:
             tiling = TilingConfig(
@@ -121,14 +118,12 @@ class Desk:
             )
         if crop is not None:
             crop = Crop(tuple(crop["values"]), tuple(crop["relative"]))
-        drawn = book.draw(request["number"], crop, tiling)
-        return {"size": drawn.image.size, "dpi": drawn.dpi, "warnings": drawn.warnings}, drawn.image.tobytes()
+        page = source.render(request["number"], crop, tiling)
+        return {"size": page.image.size, "dpi": page.dpi, "warnings": page.warnings}, page.image.tobytes()
 
 
 def load(source: str | bytes) -> tuple[dict[str, Any], bytes]:
-    """The reply to `load`: an image as the model's own `load_image` opens it."""
-    from granite4v.clip_projector.images import open_rgb
-
+    """The reply to `load`: an image opened as `load_image` does."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = open_rgb(source)
@@ -154,7 +149,7 @@ def _receive(stream: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
 
 
 def _limit_resources(limits: Limits) -> None:
-    """No core files, and an end to allocations. macOS has no limit on address space: there `_watch_memory` is all."""
+    """Forbids core files and limits address space; macOS has no such limit, so there `_watch_memory` is all."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -163,13 +158,14 @@ def _limit_resources(limits: Limits) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = address_bytes + 2 * limits.memory_bytes  # twice: `_watch_memory` should be first, since it says why
+        # twice the limit, so that `_watch_memory`, which can say why, is first
+        wanted = address_bytes + 2 * limits.memory_bytes
         limit = min(value for value in (wanted, soft, hard) if value != resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _limit_cpu(seconds: float) -> None:
-    """A worker whose owner was killed, and that is busy in a library that lets no thread of ours run, ends anyway."""
+    """Ends a worker whose owner was killed while a library held the GIL, so that no thread of ours could notice."""
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         limit = int(seconds) + 1
@@ -188,6 +184,6 @@ def _resident_bytes() -> int:
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
-    except (OSError, ValueError):  # no Linux; the peak, in bytes on macOS and in KiB elsewhere
+    except (OSError, ValueError):  # not Linux: the peak, in bytes on macOS and in KiB elsewhere
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

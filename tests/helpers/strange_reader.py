@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from granite4v.runtime.documents import content, worker
-from granite4v.runtime.documents.book import Drawn
+from granite4v.runtime.documents import worker
+from granite4v.runtime.documents.page_source import RenderedPage
 
 
-class StrangeBook:
+class StrangeDocument:
     n_pages = 4
     damage = None
     index = None
@@ -27,11 +27,11 @@ class StrangeBook:
         self._what, self._numbers = what, [int(number) for number in numbers]
         self._misbehave(0)
 
-    def draw(self, number: int, crop: Any, tiling: Any) -> Drawn:
+    def render(self, number: int, crop: Any, tiling: Any) -> RenderedPage:
         from PIL import Image
 
         self._misbehave(number)
-        return Drawn(Image.new("RGB", (2, 3), (number, 0, 0)))
+        return RenderedPage(Image.new("RGB", (2, 3), (number, 0, 0)))
 
     def close(self) -> None:
         pass
@@ -56,20 +56,20 @@ class StrangeBook:
 
 
 def main(setup: str) -> None:
-    opened = content.open_book
+    opened = worker.open_page_source
 
-    def open_book(document: Any, *rest: Any) -> Any:
+    def open_page_source(document: Any, *rest: Any) -> Any:
         if document.path is not None and document.path.suffix == ".strange":
-            return StrangeBook(document.path)
+            return StrangeDocument(document.path)
         return opened(document, *rest)
 
     loaded = worker.load
 
     def load(source: str | bytes) -> Any:
         if isinstance(source, str) and source.endswith(".strange"):
-            StrangeBook(Path(source))
+            StrangeDocument(Path(source))
         return loaded(source)
 
-    content.open_book = open_book  # type: ignore[assignment]
+    worker.open_page_source = open_page_source  # type: ignore[assignment]
     worker.load = load  # type: ignore[assignment]
     worker.main(setup)

@@ -69,8 +69,8 @@ def strange_encryption() -> bytes:
 
 
 PDF = pdf_bytes(text_pdf("one", "two", "three"), object_stream_mode=pikepdf.ObjectStreamMode.disable)
-PDF_IS_DAMAGED = "'bad.pdf' is damaged: PDFium finds no document in it; get a whole copy of it."
-LIES = "'bad.png' says that it has {} pixels, but holds {} of them; get a whole copy of it."
+PDF_IS_DAMAGED = "'bad.pdf' is damaged: PDFium finds no document in it; get a complete copy of it."
+LIES = "'bad.png' says that it has {} pixels, but holds {} of them; get a complete copy of it."
 BOMB = "has more than 89,478,485 pixels, which may be a decompression bomb"
 BAD = [
     pytest.param("bad.png", b"", "'bad.png' is empty (0 bytes).", id="empty"),
@@ -80,10 +80,10 @@ BAD = [
     pytest.param("bad.jpg", b"PK\x03\x04" + bytes(99), "holds an office document or a ZIP archive", id="office"),
     pytest.param("bad.jpg", b"\0\0\0\x18ftypheic" + bytes(9), "holds a HEIC (HEIF) image", id="HEIF"),
     pytest.param("bad.tif", "Zwölf Bücher".encode(), "'bad.tif' holds text; expected", id="text"),
-    pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither an image nor a document that we know", id="noise"),
+    pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither an image nor a document of a known format", id="noise"),
     pytest.param("bad.png", png(300, 200, 10), LIES.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG lies"),
     pytest.param(
-        "bad.tif", tiff_that_lies(), "high, but holds 1 of 2 strips of them; get a whole copy", id="TIFF lies"
+        "bad.tif", tiff_that_lies(), "high, but holds 1 of 2 strips of them; get a complete copy", id="TIFF lies"
     ),
     pytest.param(
         "bad.bmp", bmp_that_lies(), "'bad.bmp' cannot be read as an image: image file is trunc", id="BMP lies"
@@ -104,7 +104,9 @@ BAD = [
     pytest.param(
         "bad.pdf", locked(user="u", owner="o"), "is encrypted; give its password with '--password'.", id="locked"
     ),
-    pytest.param("bad.pdf", strange_encryption(), "is encrypted in a way that PDFium does not know", id="strange lock"),
+    pytest.param(
+        "bad.pdf", strange_encryption(), "is encrypted by a method that PDFium does not know", id="strange lock"
+    ),
 ]
 
 
@@ -279,7 +281,7 @@ def test_a_form_that_only_adobe_can_draw_is_read_with_a_warning(
     pdf.Root.AcroForm = pikepdf.Dictionary(Fields=[], XFA=template)
     pdf.Root.NeedsRendering = True
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
-    assert "is an XFA form, of which only the placeholder can be drawn" in page.warnings[0]
+    assert "is an XFA form, of which only the placeholder is rendered" in page.warnings[0]
     assert capfd.readouterr().err == ""
 
 

@@ -84,7 +84,7 @@ def test_a_crop_box_outside_of_the_page_shows_the_whole_page_with_a_warning(box:
     assert page.digest == plain.digest
     (warning,) = page.warnings
     assert "the crop box of page 1 of '" in warning
-    assert "b.pdf' lies outside of the page, which is shown whole instead." in warning
+    assert "b.pdf' lies outside of the page, of which all is shown instead." in warning
 
 
 def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_a_page_that_kills_its_reader_is_a_failure_and_the_next_goes_on(strange:
     found = read(strange("kill-2"), GOOD)
     assert kinds(found) == [(Page, 1), (PageFailure, 2), (Page, 3), (Page, 4), (Page, 1)]
     assert error(found[1]) == (
-        "the page reader ended with SIGKILL while rendering page 2 of 'kill-2.strange', twice; the file is damaged, or "
-        "strange. Print it to a new PDF or save it as an image, and read that."
+        "the page reader ended with SIGKILL while rendering page 2 of 'kill-2.strange', twice; the file is damaged or "
+        "unusual. Print it to a new PDF, or save it as an image, and read that."
     )
     assert isinstance(found[2], Page)
     same(found[2].image, Image.new("RGB", (2, 3), (3, 0, 0)))
@@ -125,8 +125,8 @@ def test_a_page_that_takes_too_long_is_a_failure_and_the_next_goes_on(strange: S
     found = read(strange("sleep-2"), limits=Limits(page_s=2), waiting=waiting)
     assert kinds(found) == [(Page, 1), (PageFailure, 2), (Page, 3), (Page, 4)]
     assert error(found[1]) == (
-        "page 2 of 'sleep-2.strange' takes longer than 2 s to render, twice; it is damaged, or far from ordinary. "
-        "Print it to a new PDF or save it as an image, and read that."
+        "page 2 of 'sleep-2.strange' takes longer than 2 s to render, twice; it is damaged or unusually large. "
+        "Print it to a new PDF, or save it as an image, and read that."
     )
     assert ("sleep-2.strange", 2) in waits
 
@@ -151,8 +151,8 @@ def test_a_document_whose_pages_fail_one_after_another_is_given_up(stem: str, li
     found = read(strange(stem), GOOD, limits=limits)
     assert kinds(found) == [(PageFailure, 1), (PageFailure, 2), (PageFailure, None), (Page, 1)]
     assert error(found[2]) == (
-        f"'{stem}.strange' is given up at page 3 of 4: the 2 pages before it failed, one after another. Choose others "
-        "with '--pages', or save the document anew."
+        f"'{stem}.strange' is given up at page 3 of 4: the 2 pages before it failed in a row. Choose others "
+        "with '--pages', or save the document again."
     )
 
 
@@ -162,7 +162,7 @@ def test_the_pages_of_a_document_are_limited(tmp_path: Path) -> None:
     path.write_bytes(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
     found = read(path, limits=Limits(n_pages=3))
     assert kinds(found) == [(Page, 1), (Page, 2), (Page, 3), (PageFailure, None)]
-    assert error(found[3]) == f"'{path}' has more than 3 pages; those behind are not read. Split it."
+    assert error(found[3]) == f"'{path}' has more than 3 pages; those after them are not read. Split it."
     assert count_pages([path], limits=Limits(n_pages=3)).pages == 4
 
 
@@ -278,7 +278,7 @@ def test_ctrl_c_ends_both_and_only_the_owner_speaks(script: list[str], strange: 
 
 
 def test_the_reader_imports_nothing_heavy() -> None:
-    code = "import sys; from granite4v.runtime.documents import content, pdf, pictures, worker; print(*sys.modules)"
+    code = "import sys; from granite4v.runtime.documents import content, image_files, pdf, worker; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "llama_cpp", "numpy", "granite4v.ggml", "granite4v.runtime.model"} & set(
         loaded

@@ -21,7 +21,7 @@ from granite4v.runtime.documents import (
     count_pages,
     open_pages,
 )
-from granite4v.runtime.documents.content import open_book
+from granite4v.runtime.documents.content import open_page_source
 from granite4v.runtime.documents.limits import LIMITS
 from granite4v.runtime.documents.sources import Document, NotFound, _matches, find_documents
 from tests.helpers.page_tests import GOOD, VIEW, failure, one, read, same
@@ -305,7 +305,7 @@ def test_a_file_that_the_disk_refuses_says_why(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "open", refuse)
     document = Document("in/page2.PNG", folder / "page2.PNG")
     with pytest.raises(DocumentError, match="'in/page2.PNG' cannot be read: Input/output error."):
-        open_book(document, None, None, None, None, LIMITS)
+        open_page_source(document, None, None, None, None, LIMITS)
 
 
 class Terminal(io.TextIOWrapper):

@@ -82,5 +82,5 @@ def test_a_document_that_was_given_up_is_given_up_at_the_same_page(model: FakeMo
     assert read(model, path) == [*ended, (None, "DocumentError")]
     asked.clear()
     assert read(model, path, resume=True) == []
-    assert not [number for op, number in asked if op == "draw"]
+    assert not [number for op, number in asked if op == "render"]
     assert read(model, path, resume=True, pages="4") == [(4, "ReaderEnded")]  # as its message advises

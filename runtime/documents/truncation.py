@@ -1,4 +1,4 @@
-"""Whether a picture holds as much as it claims: what Pillow's decoders fill up in silence where rows are missing."""
+"""Finds images that were cut short: Pillow's decoders fill missing rows in silence."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+from PIL.Image import Image
 
 from granite4v.errors import ImageError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
@@ -19,12 +18,15 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 _INFLATE_BYTES = 1 << 20
 _HEIGHT, _ROWS_PER_STRIP, _STRIP_OFFSETS, _PLANAR = 257, 278, 273, 284  # TIFF tags
 _SEPARATE_PLANES = 2
-_FILLING = 128  # what libjpeg puts where a JPEG has no data
+_FILLING = 128  # the grey that libjpeg puts where a JPEG has no data
 _FILLED_PX = 8  # the side of JPEG's blocks
 
 
 def check_png(content: Path | bytes, name: str) -> None:
-    """Raises ImageError for a PNG with less data than its size needs; other files pass. Expects one Pillow opened."""
+    """Raises ImageError for a PNG with less pixel data than its size needs; files of other formats pass.
+
+    Expects a PNG that Pillow has opened, so with a valid header.
+    """
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         if file.read(len(_PNG)) != _PNG:
             return
@@ -38,7 +40,7 @@ def check_png(content: Path | bytes, name: str) -> None:
     if found < needed:
         raise ImageError(
             f"{name} says that it has {width:,} x {height:,} pixels, but holds {found:,} of {needed:,} bytes of them; "
-            "get a whole copy of it."
+            "get a complete copy of it."
         )
 
 
@@ -54,7 +56,7 @@ def _inflated_bytes(file: BinaryIO, enough: int) -> int:
         data = file.read(n_bytes)
         file.seek(4, 1)
         while data and found < enough and not inflate.eof:
-            try:  # not a byte further than the rows go: what lies behind them may be damaged
+            try:  # not a byte beyond the rows: what follows them may be damaged without harm
                 found += len(inflate.decompress(data, min(_INFLATE_BYTES, enough - found)))
             except zlib.error:
                 return found
@@ -73,14 +75,14 @@ def check_tiff(image: Image, name: str) -> None:
     if len(offsets) < needed:
         raise ImageError(
             f"{name} says that it is {height:,} pixels high, but holds {len(offsets):,} of {needed:,} strips of them; "
-            "get a whole copy of it."
+            "get a complete copy of it."
         )
 
 
 def looks_filled(image: Image) -> bool:
-    """Whether an RGB image that comes from a JPEG has an edge such as libjpeg makes up where data ends too soon."""
+    """Whether an RGB image from a JPEG has an even grey edge, which libjpeg makes up where data ends early."""
     width, height = image.size
-    edges = (  # all four: it may be turned
+    edges = (  # all four: the image may have been turned upright since
         (0, height - _FILLED_PX, width, height),
         (0, 0, width, _FILLED_PX),
         (width - _FILLED_PX, 0, width, height),

@@ -1,4 +1,4 @@
-"""Picture files as documents: one page, or as many as a TIFF has."""
+"""Image files as documents: one page, or as many as a TIFF has."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL.Image
+
 from granite4v.clip_projector.files import read_whole
 from granite4v.clip_projector.images import NOT_A_PAGE, open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
-from granite4v.runtime.documents.book import Drawn, whole_pixels, within
 from granite4v.runtime.documents.limits import Limits
-from granite4v.runtime.documents.whole import check_png, check_tiff, looks_filled
+from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
+from granite4v.runtime.documents.selection import Crop
+from granite4v.runtime.documents.truncation import check_png, check_tiff, looks_filled
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from granite4v.families.base import TilingConfig
-    from granite4v.runtime.documents.selection import Crop
 
 _JPEG = b"\xff\xd8\xff"
 _SUBFILE_TYPE, _COMPRESSION = 254, 259  # TIFF tags
 _JPEG_IN_TIFF = (6, 7)
 
 
-class PictureBook:
-    """A file with one picture; of one with several frames (GIF, WebP) the first. Nothing is read before `draw`."""
+class ImageFile:
+    """A file with one image; of one with several frames (GIF, WebP), the first. Nothing is read before `render`."""
 
     def __init__(self, content: Path | bytes, name: str, limits: Limits) -> None:
-        """Raises DocumentError for a file that is too large to be read whole."""
+        """Raises DocumentError for a file that is too large to be read into memory."""
         n_bytes = len(content) if isinstance(content, bytes) else content.stat().st_size
         if n_bytes > limits.file_bytes:
             raise DocumentError(
@@ -43,45 +43,43 @@ class PictureBook:
         self.damage: str | None = None
         self.index: list[int] | None = None
 
-    def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
-        """The picture at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
+    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+        """The image at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
         del number, tiling
         data = self._content if isinstance(self._content, bytes) else read_whole(self._content, self._limits.file_bytes)
-        drawn = _drawn(data, self._name, crop, is_jpeg=data.startswith(_JPEG))
+        page = _page_of(data, self._name, crop, is_jpeg=data.startswith(_JPEG))
         check_png(data, self._name)
-        return drawn
+        return page
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-class TiffBook:
+class TiffFile:
     """A TIFF file, page by page. Smaller copies of a page and masks are not counted."""
 
     def __init__(self, content: Path | bytes, name: str, limits: Limits, index: list[int] | None) -> None:
         """`index`: the frames that are pages, where that is known. Raises ImageError when there is none."""
-        from PIL import Image
-
         self._name, self._limits = name, limits
         self.damage: str | None = None
         try:
             with _quietly():
-                self._image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+                self._image = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         except Exception as error:
-            open_rgb(content, name)  # knows better what is wrong
+            open_rgb(content, name)  # its message says more precisely what is wrong
             raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         self._frames = self._find_pages() if index is None else index
         self.index: list[int] | None = self._frames
         self.n_pages = len(self._frames)
 
     def _find_pages(self) -> list[int]:
-        """The indices of the frames that are pages. One that is damaged counts: it will fail when it is drawn."""
+        """The indices of the frames that are pages. One that is damaged counts: rendering it will fail."""
         pages: list[int] = []
         others: list[int] = []
         while True:
             index = len(pages) + len(others)
             if index == self._limits.n_pages:
-                _, self.damage = within(index + 1, self._limits, self._name)
+                _, self.damage = limited_pages(index + 1, self._limits, self._name)
                 return pages or others
             try:
                 with _quietly():
@@ -93,11 +91,11 @@ class TiffBook:
             except Exception as error:
                 if self._image.tell() < index:  # the chain of pages ends in nothing
                     what = str(error) or type(error).__name__
-                    self.damage = f"{self._name} is damaged behind page {len(pages)}: {what}; what follows is lost."
+                    self.damage = f"{self._name} is damaged after page {len(pages)}: {what}; what follows is lost."
                     return pages or others
                 pages.append(index)
 
-    def draw(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> Drawn:
+    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
         """The page at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
         del tiling
         name = f"page {number} of {self._name}" if self.n_pages > 1 else self._name
@@ -108,13 +106,13 @@ class TiffBook:
             raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         check_tiff(self._image, name)
         is_jpeg = self._image.tag_v2.get(_COMPRESSION) in _JPEG_IN_TIFF  # type: ignore[attr-defined]
-        return _drawn(self._image, name, crop, is_jpeg=is_jpeg)
+        return _page_of(self._image, name, crop, is_jpeg=is_jpeg)
 
     def close(self) -> None:
         self._image.close()
 
 
-def _drawn(source: bytes | Image, name: str, crop: Crop | None, *, is_jpeg: bool) -> Drawn:
+def _page_of(source: bytes | PIL.Image.Image, name: str, crop: Crop | None, *, is_jpeg: bool) -> RenderedPage:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = open_rgb(source, name)
@@ -124,12 +122,12 @@ def _drawn(source: bytes | Image, name: str, crop: Crop | None, *, is_jpeg: bool
     if crop is not None:
         box = crop.box(image.size, name, "pixels")
         image = image.crop(whole_pixels(box, image.size))
-    return Drawn(image, warnings=said)
+    return RenderedPage(image, warnings=said)
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Pillow's warnings: what matters of them comes again when a page is drawn."""
+    """Without Pillow's warnings: those that matter are raised again when a page is rendered."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

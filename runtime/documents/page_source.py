@@ -1,0 +1,56 @@
+"""What every kind of document offers: its number of pages, and one of them rendered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from PIL.Image import Image
+
+from granite4v.runtime.documents.limits import Limits
+from granite4v.runtime.documents.selection import Crop
+
+if TYPE_CHECKING:
+    from granite4v.families.base import TilingConfig
+
+
+@dataclass(frozen=True, eq=False)
+class RenderedPage:
+    """A page as an upright RGB image. `dpi`: pixels an inch of paper, where the document knows its paper."""
+
+    image: Image
+    dpi: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class PageSource(Protocol):
+    """An open document, which renders its pages one at a time.
+
+    `damage`: what became of pages that cannot even be counted; None where all can. `index`: what it took to find the
+    pages, which saves that work when the document is opened again.
+    """
+
+    n_pages: int
+    damage: str | None
+    index: list[int] | None
+
+    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+        """Page `number`, from 1, or the part of it inside `crop`. Raises ImageError, DocumentError."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds; a second call does nothing."""
+        ...
+
+
+def whole_pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) at the pixels nearest to `box`, at least one each way, inside `size`."""
+    left, top = min(round(box[0]), size[0] - 1), min(round(box[1]), size[1] - 1)
+    return left, top, max(round(box[2]), left + 1), max(round(box[3]), top + 1)
+
+
+def limited_pages(n_pages: int, limits: Limits, name: str) -> tuple[int, str | None]:
+    """How many pages are read, and a message about the others; None where there are none."""
+    if n_pages <= limits.n_pages:
+        return n_pages, None
+    return limits.n_pages, f"{name} has more than {limits.n_pages:,} pages; those after them are not read. Split it."
