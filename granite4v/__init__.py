@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         PromptError,
         SchemaError,
     )
-    from granite4v.runtime import Answer, AnswerStream, Model, Sampling, Timings
+    from granite4v.runtime import Answer, GenerationOptions, Model, Sampling, Stream, Timings
     from granite4v.runtime.extract import Record
     from granite4v.runtime.formats.task_grammar import grammar_for
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "AnswerError",
-    "AnswerStream",
     "CheckpointError",
     "ConstraintError",
     "ContextOverflowError",
     "DeviceError",
     "DocumentError",
+    "GenerationOptions",
     "Granite4vError",
     "ImageError",
     "ImageFeatures",
@@ -57,6 +57,7 @@ __all__ = [
     "Record",
     "Sampling",
     "SchemaError",
+    "Stream",
     "Timings",
     "__version__",
     "extract",
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "runtime": ("Answer", "AnswerStream", "Model", "Sampling", "Timings"),
+    "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"),
     "clip_projector": ("ImageFeatures", "load_image"),
     "default_model": ("extract", "load"),
     "runtime.formats.task_grammar": ("grammar_for",),

@@ -43,6 +43,7 @@ def load(
     *,
     n_ctx: int | None = None,
     n_threads: int | None = None,
+    n_parallel: int | None = None,
     device: Device = "auto",
     mmproj: str | Path | None = None,
     lora: bool | str | Path | None = None,
@@ -60,7 +61,16 @@ def load(
 
     report = logging.getLogger("granite4v").info
     found = embedded_model(report) if path is None or is_embedded(path) else path
-    return Model.load(found, n_ctx=n_ctx, n_threads=n_threads, device=device, mmproj=mmproj, lora=lora, exact=exact)
+    return Model.load(
+        found,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_parallel=n_parallel,
+        device=device,
+        mmproj=mmproj,
+        lora=lora,
+        exact=exact,
+    )
 
 
 def extract(

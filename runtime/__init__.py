@@ -9,18 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from granite4v.runtime.engine.generate import Answer, Timings
+    from granite4v.runtime.answer import Answer, Timings
     from granite4v.runtime.engine.sampler import Sampling
-    from granite4v.runtime.model import AnswerStream, Model
+    from granite4v.runtime.engine.stream import Stream
+    from granite4v.runtime.model import Model
+    from granite4v.runtime.options import GenerationOptions
 
-__all__ = ["Answer", "AnswerStream", "Model", "Sampling", "Timings"]
+__all__ = ["Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"]
 
 _HOMES = {
-    "Answer": "engine.generate",
-    "Timings": "engine.generate",
-    "AnswerStream": "model",
+    "Answer": "answer",
+    "GenerationOptions": "options",
     "Model": "model",
     "Sampling": "engine.sampler",
+    "Stream": "engine.stream",
+    "Timings": "answer",
 }
 
 

@@ -65,7 +65,6 @@ def ask(
         with Model.load(model_path(model), n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
             for warning in loaded.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
-            loaded.progress = status
             stream = loaded.stream(
                 _messages(prompt, len(pictures), system),
                 pictures,
@@ -75,6 +74,7 @@ def ask(
                 top_p=top_p,
                 seed=seed,
                 lora=lora,
+                progress=status,
             )
             for piece in stream:
                 status.clear()

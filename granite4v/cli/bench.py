@@ -40,13 +40,13 @@ def bench(
     from granite4v.runtime import Model
 
     status = Status()
+    progress = None if as_json else status
     runs: list[Timings] = []
     found = model_path(model, quiet=as_json)
     with Model.load(found, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
-        loaded.progress = None if as_json else status
         for _ in range(repeat):
             loaded.clear_cache()
-            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True)
+            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True, progress=progress)
             runs.append(answer.timings)
             status.clear()
             if not as_json:

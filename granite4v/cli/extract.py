@@ -155,7 +155,7 @@ def extract(
     with run:
         for warning in run.model.warnings:
             meter.say(f"warning: {warning}")
-        run.model.progress = meter.stage
+        run.progress = meter.stage
         printer = _Printer(as_json=as_json, out=out, form=formats[0] if formats else None, say=meter.say)
         try:
             for record in run:
@@ -170,7 +170,6 @@ def extract(
             raise
         finally:
             meter.clear()
-            run.model.progress = None
     meter.say(summary(run.state, time.monotonic() - run.state.began))
     if out is not None and not as_json:
         printer.write(lambda: _list_files(run.state, out))

@@ -1,73 +1,84 @@
-"""The parts of a loaded model, each opened when it is first needed, and the pictures they have read.
+"""A loaded model at work: its parts, each opened when it is first needed, and the thread that computes with them.
 
-The vision file's weights are read at the first picture, the text file's after that, so a text-only request never
-touches the vision file and the two peaks of memory do not add up.
+Any thread may submit requests and read their answers; only the engine's thread calls llama.cpp and ggml. The vision
+file's weights are read at the first image, the text file's after that, so a text-only request never touches the vision
+file and the two peaks of memory do not add up.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any, TypeVar
 
 from granite4v import gguf_keys as keys
 from granite4v.choices import whole_number
+from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 from granite4v.errors import ModelFileError
-from granite4v.runtime.engine.decoder import Decoder
-from granite4v.runtime.engine.trial import try_once
+from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.injection import EmbeddingRows
+from granite4v.runtime.engine.kv_cache import Context, KvCache
+from granite4v.runtime.engine.scheduler import Counters, Rows, Scheduler, Task
+from granite4v.runtime.engine.sequence import Advances
+from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
+from granite4v.runtime.engine.thread import EngineThread, close_at_exit
+from granite4v.runtime.engine.vision import Vision
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.context import LlamaContext
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
-from granite4v.runtime.llama.library import Cancel, Worker
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
-from granite4v.runtime.prompt.spans import check_length, image_token, image_token_text
-from granite4v.runtime.prompt.template import ChatTemplate
-from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 
-if TYPE_CHECKING:
-    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
-
-FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
-Progress = Callable[[str, int, int], None]  # (what is going on, done, to do)
-
+T = TypeVar("T")
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
+DEFAULT_PARALLEL = 4  # sequences
 
 
 class Engine:
-    """Files, tokenizer, template, encoder and decoder of one model. Not for several threads at once."""
+    """The parts of one model and its thread."""
 
     def __init__(
-        self, files: ModelFiles, *, n_ctx: int | None, n_threads: int | None, device: str, exact: bool
+        self,
+        files: ModelFiles,
+        *,
+        n_ctx: int | None,
+        n_threads: int | None,
+        n_parallel: int | None,
+        device: str,
+        exact: bool,
     ) -> None:
-        from granite4v.ggml.backend import check_threads, find_device
-
-        find_device(device)  # a device that is missing is reported now, not after the first picture
+        """`n_parallel`: requests that are computed side by side. Raises DeviceError, TypeError, ValueError."""
+        find_device(device)  # a device that is missing is reported now, not after the first image
         self.files, self.device, self.exact = files, device, exact
         self.n_threads = check_threads(n_threads)
         self.warnings: list[str] = []
-        self.progress: Progress | None = None
         self.n_ctx = self._limit_context(n_ctx)
+        self.n_ubatch = min(N_UBATCH, self.n_ctx)
+        n_parallel = DEFAULT_PARALLEL if n_parallel is None else whole_number("n_parallel", n_parallel, 1)
+        self.n_parallel = 1 if exact else min(n_parallel, self.n_ubatch)
         self.injection = files.injection
-        self.placeholder = image_token(files.text)
-        self.placeholder_text = image_token_text(files.text)
-        self.stop_tokens = stop_tokens(files.text)
-        self.features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
-        self.closed = False
-        self._tried = False
-        self._longest_token = 0  # bytes; not known yet
-        self._worker = Worker("granite4v")
-        self._encoder: VisionEncoder | None = None
-        self._decoder: Decoder | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._template: ChatTemplate | None = None
+        self._abort = AbortFlag()
+        self._thread = EngineThread("granite4v", self._abort)
+        self._cache = KvCache(self._open_context, self.n_ctx, self.n_parallel)
+        self._vision = Vision(files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)))
+        self._scheduler = Scheduler(self._cache, self, self.n_ubatch)
+        self._model: LlamaModel | None = None
         self._placement = Placement()
-        self.warnings += [f"a file beside the model is left out: {str(error).rstrip('.')}" for error in files.left_out]
-        if keys.TOKENIZER_HF_JSON not in files.text:
-            self.warnings.append(
-                f"'{files.text.path}' carries no tokenizer.json; llama.cpp's tokenizer is used, which may split text "
-                "(long numbers above all) otherwise than the model was trained on"
-            )
+        self._changed = threading.Condition()  # guards all below
+        self._inbox: list[Task] = []
+        self._calls: list[Callable[[], None]] = []
+        self._is_running = False
+        self._has_news = False
+        self._computing: tuple[Channel, ...] = ()
+        self.is_closed = False
 
     def _limit_context(self, asked: int | None) -> int:
         n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
@@ -76,54 +87,40 @@ class Engine:
             self.warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: the model was trained for no more")
         return min(n_ctx, trained)
 
+    # --- what is known ---
+
     @property
     def settings(self) -> dict[str, Any]:
         """What was chosen for this machine, as plain data."""
-        encoder = self._encoder
         placed = {name: len(tensors) for name, tensors in self._placement.tensors.items()}
+        kernels = self._vision.encoder().kernels if self._vision.is_open else {}
         return {
             "device": self.device,
             "n_threads": self.n_threads,
-            "n_ubatch": N_UBATCH,
-            "n_ctx": self._decoder.context_size if self._decoder else 0,
+            "n_parallel": self.n_parallel,
+            "n_ubatch": self.n_ubatch,
+            "n_ctx": self._cache.n_cells,
             "mmap": not placed,
             "text_buffer_types": placed,
-            "vision_kernels": {kind: kernel.name for kind, kernel in encoder.kernels.items()} if encoder else {},
+            "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
         }
 
     @property
+    def counters(self) -> Counters:
+        """What was computed since the model was loaded."""
+        return dataclasses.replace(self._scheduler.counters)
+
+    @property
+    def n_sequences_in_use(self) -> int:
+        return self._cache.n_in_use
+
+    @property
     def text_is_open(self) -> bool:
-        return self._decoder is not None
+        return self._model is not None
 
     @property
     def vision_is_open(self) -> bool:
-        return self._encoder is not None
-
-    def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            self._try_once()
-            self._tokenizer = load_tokenizer(self.files.text, self.files.text.path)
-        return self._tokenizer
-
-    def check_length(self, text: str) -> None:
-        """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
-        if len(text) > self.n_ctx:
-            if not self._longest_token:
-                tokens = self.files.text.texts(keys.TOKENS, [])
-                self._longest_token = max((len(token.encode()) for token in tokens), default=1)
-            check_length(text, self._longest_token, self.n_ctx)
-
-    def _try_once(self) -> None:
-        """Before native code of this process meets the text file: see `trial`."""
-        if not self._tried:
-            try_once(self.files, lambda: self.report("check", 0, 1))
-            self._tried = True
-
-    def template(self) -> ChatTemplate:
-        if self._template is None:
-            source = self.files.text.text(keys.CHAT_TEMPLATE)
-            self._template = ChatTemplate(source, special_tokens(self.files.text))
-        return self._template
+        return self._vision.is_open
 
     def need_vision(self) -> None:
         """Raises ModelFileError for a model without a vision file."""
@@ -133,49 +130,226 @@ class Engine:
                 "'--mmproj', or a model directory that holds both."
             )
 
-    def check_open(self) -> None:
-        if self.closed:
+    def check_usable(self) -> None:
+        """Raises ValueError for a model that was closed, DeviceError in a forked process."""
+        self._thread.check_process()
+        if self.is_closed:
             raise ValueError("the model is closed")
 
-    def encoder(self) -> VisionEncoder:
-        self.check_open()
-        if self._encoder is None:
-            from granite4v.clip_projector import VisionEncoder
+    # --- any thread ---
 
-            self.need_vision()
-            assert self.files.vision is not None
-            abort = (self._worker.abort_address, self._worker.abort_data)
-            self._encoder = VisionEncoder(self.files.vision.path, self.device, self.n_threads, abort)
-        return self._encoder
+    def submit(
+        self,
+        prompt: Prompt,
+        advances: Advances,
+        answer: Answer,
+        *,
+        max_tokens: int,
+        adapter: bool,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+    ) -> Stream:
+        """Begins a request. Its answer is generated whether or not the stream is read, up to a bound."""
+        channel = Channel(answer, self._wake)
+        task = Task(prompt.spans, advances, channel, max_tokens=max_tokens, adapter=adapter, images=prompt.images)
+        answer.timings.n_prompt, answer.timings.n_image = prompt.n_tokens, prompt.n_image_tokens
+        with self._changed:
+            self.check_usable()
+            self._inbox.append(task)
+            self._start()
+        return Stream(channel, cancel=cancel, progress=progress, check=self._thread.check_process)
 
-    def decoder(self) -> Decoder:
-        self.check_open()
-        if self._decoder is None:
-            self._try_once()
-            self.report("load", 0, 1)
-            if not self.exact:
-                self._placement = self._choose_placement()
-            model = LlamaModel(self.files.text.path, device=self.device, placement=self._placement)
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns, called in the engine's thread between two steps. Ctrl-C aborts it."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        wanted = Channel(Answer(), self._wake)
+
+        def run() -> None:
             try:
-                self._check_width(model)
-                if self.files.adapter is not None:
-                    model.load_adapter(self.files.adapter.path)
-            except BaseException:
-                model.close()
-                raise
-            n_ubatch = min(N_UBATCH, self.n_ctx)
-            self._decoder = Decoder(model, self.n_ctx, n_ubatch, self.n_threads, self._worker, exact=self.exact)
-            self.report("load", 1, 1)
-        return self._decoder
+                with self._computing_for((wanted,)):
+                    future.set_result(function())
+            except BaseException as error:
+                aborted = isinstance(error, Aborted) and self.is_closed
+                future.set_exception(ValueError("the model is closed") if aborted else error)
 
-    def _choose_placement(self) -> Placement:
-        from granite4v.ggml.backend import Backend
-
-        backend = Backend(self.device, self.n_threads)
+        with self._changed:
+            self.check_usable()
+            self._calls.append(run)
+            self._start()
         try:
-            return choose_placement(self.files.text.tensors, backend)
+            while not concurrent.futures.wait([future], timeout=1.0).done:
+                pass
+        except BaseException:
+            wanted.cancel()
+            concurrent.futures.wait([future])
+            raise
+        return future.result()
+
+    def encode(self, image: Image, progress: Progress | None = None) -> ImageFeatures:
+        """An image's embeddings. `progress` is called in the engine's thread."""
+        self.need_vision()
+        return self.call(lambda: self._features(image, progress))
+
+    def encoder(self) -> VisionEncoder:
+        """The encoder itself, for those who look at its parts while nothing else is computed."""
+        self.check_usable()
+        self.need_vision()
+        return self._vision.encoder()
+
+    def clear(self) -> None:
+        """Forgets all images and prompts, but for those of requests that are under way."""
+
+        def clear() -> None:
+            self._vision.clear()
+            self._cache.clear()
+
+        self.call(clear)
+
+    def close(self) -> bool:
+        """Ends all requests, with an error for those who wait for them, and frees everything. False where nothing is
+        done: the second time, and in a forked process."""
+        if not self._thread.is_ours:
+            return False
+        with self._changed:
+            if self.is_closed:
+                return False
+            self.is_closed = True
+            self._has_news = True
+            self._changed.notify_all()
+        self._thread.stop()  # first: it may be at work on what is freed below
+        self._scheduler.end_all(ValueError("the model is closed"))
+        for task in self._inbox:
+            task.channel.finish(ValueError("the model is closed"))
+        for call in self._calls:
+            call()
+        self._cache.close()
+        if self._model is not None:
+            self._model.close()
+        self._vision.close()
+        self.files.close()
+        return True
+
+    # --- the engine's thread ---
+
+    def _start(self) -> None:
+        """Sets the thread to work; the lock is held."""
+        self._has_news = True
+        self._changed.notify_all()
+        if not self._is_running:
+            self._is_running = True
+            close_at_exit(self)
+            self._thread.run(self._work)
+
+    def _wake(self) -> None:
+        """A consumer cancelled, or read on: from its own thread."""
+        with self._changed:
+            self._has_news = True
+            if self._computing and all(channel.is_cancelled for channel in self._computing):
+                self._abort.raise_()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        """Computes until there is nothing to do."""
+        while True:
+            with self._changed:
+                if self.is_closed:
+                    return
+                tasks, self._inbox = self._inbox, []
+                calls, self._calls = self._calls, []
+                self._has_news = False
+                if not tasks and not calls and self._scheduler.is_idle:
+                    self._is_running = False
+                    return
+            for call in calls:
+                call()
+            for task in tasks:
+                self._scheduler.add(task)
+            try:
+                did = self._scheduler.step()
+            except Exception as error:  # a fault of ours must not leave consumers waiting
+                self._scheduler.end_all(error)
+                continue
+            with self._changed:
+                while not did and not self._has_news and not self.is_closed:
+                    self._changed.wait()
+
+    @contextlib.contextmanager
+    def _computing_for(self, channels: tuple[Channel, ...]) -> Iterator[None]:
+        """Around native code: it is aborted as soon as every consumer has cancelled."""
+        with self._changed:
+            self._abort.clear()
+            if self.is_closed or all(channel.is_cancelled for channel in channels):
+                raise Aborted
+            self._computing = channels
+        try:
+            yield
         finally:
-            backend.close()
+            with self._changed:
+                self._computing = ()
+
+    # --- what the scheduler asks for ---
+
+    def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
+        return self._computing_for(tuple(task.channel for task in tasks))
+
+    def prepare(self, task: Task) -> None:
+        """Encodes a request's images before the text weights are in memory, and then reads those."""
+        if self._model is not None:
+            return
+        for span in task.spans:
+            if isinstance(span, ImageSpan):
+                self._encode(task, span)
+        start = time.perf_counter()
+        task.channel.report("load", 0, 1)
+        self._model = self._open_model()
+        task.channel.report("load", 1, 1)
+        task.answer.timings.load_s += time.perf_counter() - start
+        self._vision.release()
+
+    def rows(self, task: Task, span: ImageSpan) -> Rows:
+        features = self._encode(task, span)
+        self._vision.release()
+        return EmbeddingRows(features, self._vision.injection)
+
+    def n_arriving(self) -> int:
+        return len(self._inbox)
+
+    def prefilled(self, task: Task) -> None:
+        self._vision.trim()
+
+    def _encode(self, task: Task, span: ImageSpan) -> ImageFeatures:
+        timings, start = task.answer.timings, time.perf_counter()
+        self._vision.encoder()
+        opened = time.perf_counter()
+        timings.n_encoded += not self._vision.knows(span.digest)
+        with self.computing([task]):
+            features = self._features(task.images[span.index], task.channel.report)
+        timings.load_s += opened - start
+        timings.encode_s += time.perf_counter() - opened
+        return features
+
+    def _features(self, image: Image, progress: Progress | None) -> ImageFeatures:
+        if progress is None or self._vision.knows(image.digest):
+            return self._vision.features(image)
+        progress("encode", 0, 100)
+        return self._vision.features(image, lambda done, total: progress("encode", done, total))
+
+    def _open_model(self) -> LlamaModel:
+        if not self.exact:
+            backend = Backend(self.device, self.n_threads)
+            try:
+                self._placement = choose_placement(self.files.text.tensors, backend)
+            finally:
+                backend.close()
+        model = LlamaModel(self.files.text.path, device=self.device, placement=self._placement)
+        try:
+            self._check_width(model)
+            if self.files.adapter is not None:
+                model.load_adapter(self.files.adapter.path)
+        except BaseException:
+            model.close()
+            raise
+        return model
 
     def _check_width(self, model: LlamaModel) -> None:
         if self.injection is not None and model.n_embd_inp != model.n_embd * self.injection.n_slots:
@@ -184,54 +358,14 @@ class Engine:
                 f"{model.n_embd * self.injection.n_slots}; convert it again with 'granite4v convert'."
             )
 
-    def encode(self, image: Image, cancel: Cancel | None = None) -> ImageFeatures:
-        """The picture's features, from the cache or computed now. Raises Aborted when cancelled."""
-        digest = image.digest
-        if digest in self.features:
-            self.features.move_to_end(digest)
-            return self.features[digest]
-        self.report("encode", 0, 100)
-        encoder = self.encoder()
-
-        def progress(done: int, total: int) -> None:
-            self.report("encode", done, total)
-
-        assert self.injection is not None
-        wanted = progress if self.progress is not None else None
-        encoded = self._worker.run(lambda: encoder.encode([image], wanted), cancel)[0]
-        features = dataclasses.replace(encoded, layers=list(self.injection.layers))
-        self.features[digest] = features
-        return features
-
-    def release_encoder(self) -> None:
-        """Before text is decoded on the CPU: the encoder's intermediate results share its memory (0.25 GB a page)."""
-        if self._encoder is not None and self._encoder.backend.is_cpu:
-            self._encoder.release()
-
-    def trim_features(self) -> None:
-        """Lets go of the pictures that were asked about longest ago."""
-        while len(self.features) > 1 and sum(f.rows.nbytes for f in self.features.values()) > FEATURE_CACHE_BYTES:
-            self.features.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forgets all pictures and prompts."""
-        self.features.clear()
-        if self._decoder is not None:
-            self._decoder.forget()
-
-    def report(self, what: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(what, done, total)
-
-    def close(self) -> None:
-        self.closed = True
-        self._worker.close()  # first: an interrupted call may still be at work on what is freed below
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder.model.close()
-        if self._encoder is not None:
-            self._encoder.close()
-        if self._tokenizer is not None:
-            self._tokenizer.close()
-        self.features.clear()
-        self.files.close()
+    def _open_context(self, n_cells: int, n_sequences: int) -> Context:
+        assert self._model is not None
+        return LlamaContext(
+            self._model,
+            n_cells,
+            self.n_ubatch,
+            self.n_threads,
+            n_seq_max=n_sequences,
+            exact=self.exact,
+            abort=self._abort,
+        )

@@ -123,8 +123,7 @@ def _load(text: Path, adapter: Path | None) -> None:
     import numpy as np
 
     from granite4v.ggml.gguf_file import GgufFile
-    from granite4v.runtime.llama.context import LlamaContext
-    from granite4v.runtime.llama.library import Worker
+    from granite4v.runtime.llama.context import BatchRows, LlamaContext
     from granite4v.runtime.llama.model import LlamaModel
     from granite4v.runtime.prompt.tokenizer import load_tokenizer
 
@@ -137,15 +136,11 @@ def _load(text: Path, adapter: Path | None) -> None:
             f"{MAX_TOKENS_A_LETTER} a character; convert it again with 'granite4v convert'."
         )
     tokenizer.decode(tokens)
-    worker = Worker("trial")
-    try:
-        with LlamaModel(text) as model:
-            if adapter is not None:
-                model.load_adapter(adapter)
-            with LlamaContext(model, 256, 8, 1, exact=False, worker=worker) as context:
-                context.set_adapter(adapter is not None)
-                context.decode_tokens([0], 0, n_outputs=1)
-                context.decode_rows(np.zeros((1, model.n_embd_inp), np.float32), 1, n_outputs=1)
-                context.logits()
-    finally:
-        worker.close()
+    with LlamaModel(text) as model:
+        if adapter is not None:
+            model.load_adapter(adapter)
+        with LlamaContext(model, 256, 8, 1) as context:
+            context.set_adapter(adapter is not None)
+            context.decode(BatchRows.of(np.zeros(1, np.int32), 0, 0, output=True))
+            context.decode(BatchRows.of(np.zeros((1, model.n_embd_inp), np.float32), 1, 0, output=True))
+            context.logits(0)

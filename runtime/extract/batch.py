@@ -24,6 +24,7 @@ from granite4v.runtime.extract.state import State, Watch, waiting
 
 if TYPE_CHECKING:
     from granite4v.runtime.documents import Page, PageFailure, PageSkipped, Totals
+    from granite4v.runtime.engine.stream import Progress
     from granite4v.runtime.model import Model
 
 REPORT = "report.html"
@@ -78,6 +79,7 @@ class Extraction:
         """`closing` is called in order when the run ends. Use `extract` to get one."""
         self._job, self._folder, self._journal, self._attempts = job, folder, journal, attempts
         self._watch, self._say, self._closing = watch, say, closing
+        self.progress: Progress | None = None  # told of what comes before an answer
         self._names = Names(job.inputs, journal.sources())
         tasks = [question.task for question in job.questions]
         has_image = None if folder is None or not job.output.report else folder.has_image
@@ -167,8 +169,6 @@ class Extraction:
             computed |= record.error is None and record.copy_of is None
             self._count(record)
             yield record
-        if computed:  # the next page is another, or a copy
-            self._job.model.forget_pictures()
         state.n_pages_read += computed
         state.n_pages_known += not computed
 
@@ -222,7 +222,7 @@ class Extraction:
             self._watch(state)
 
         working.enter_context(self._attempts.begin(item.digest))
-        return answer_page(job.model, item, question, job.hashes, job.settings, on_token)
+        return answer_page(job.model, item, question, job.hashes, job.settings, on_token, self.progress)
 
     def _keep_image(self, page: Page) -> None:
         if self._folder is None or not self._job.output.report:

@@ -17,8 +17,9 @@ from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import Salvaged, read, salvage
 
 if TYPE_CHECKING:
+    from granite4v.runtime.answer import Answer
     from granite4v.runtime.documents import Page, PageFailure
-    from granite4v.runtime.engine.generate import Answer
+    from granite4v.runtime.engine.stream import Progress
     from granite4v.runtime.model import Model
 
 MAX_TOKENS = 4096  # of an answer, where the context has room and nobody says otherwise; what the family generates up to
@@ -46,7 +47,13 @@ class Reading:
 
 
 def answer_page(
-    model: Model, page: Page, question: Question, hashes: Mapping[str, str], settings: Settings, on_token: OnToken
+    model: Model,
+    page: Page,
+    question: Question,
+    hashes: Mapping[str, str],
+    settings: Settings,
+    on_token: OnToken,
+    progress: Progress | None = None,
 ) -> Record:
     """The record of one question about one page; with `error` when the page cannot be asked about.
 
@@ -64,8 +71,16 @@ def answer_page(
             raised.append(error)
             raise
 
+    def watched(stage: str, done: int, total: int) -> None:
+        try:
+            if progress is not None:
+                progress(stage, done, total)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
     try:
-        return _answered(record, model, page, question, settings, tell, start)
+        return _answered(record, model, page, question, settings, tell, start, watched)
     except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
@@ -85,8 +100,9 @@ def _answered(
     settings: Settings,
     on_token: OnToken,
     start: float,
+    progress: Progress,
 ) -> Record:
-    answer = _ask(model, page, question, settings, on_token)
+    answer = _ask(model, page, question, settings, on_token, progress)
     text = answer.text.removesuffix(answer.closing or "")  # what the model said itself
     reading = understand(question.task, text, answer.finish_reason, question.schema)
     timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
@@ -169,8 +185,10 @@ def _checked(reading: Reading, schema: Schema | None) -> Reading:
     return replace(reading, valid=False, validity_error="; ".join(filter(None, [reading.validity_error, problem])))
 
 
-def _ask(model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken) -> Answer:
-    prompt = model.prepare(question.prompt, [page.image])
+def _ask(
+    model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken, progress: Progress
+) -> Answer:
+    prompt = model.prepare(question.prompt, [page.image], progress=progress)
     max_tokens = settings.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens))
@@ -181,6 +199,7 @@ def _ask(model: Model, page: Page, question: Question, settings: Settings, on_to
         fast_forward=settings.fast_forward,
         repetition=question.task,
         lora=settings.lora,
+        progress=progress,
     )
     for _ in stream:
         on_token(len(stream.answer.tokens))

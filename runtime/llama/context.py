@@ -1,56 +1,106 @@
-"""Owner of llama.cpp's context: the KV cache of a sequence. Knows nothing of images, templates or answers."""
+"""The KV cache of llama.cpp, its sequences, and the batches that extend them. Knows nothing of images or answers."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.llama.library import Cancel, Worker, capture_log, llama, log
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.owner import Owner
 
 _TYPE_F32, _TYPE_F16 = 0, 1  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
 _ABORTED = 2  # llama_decode's result when the abort callback said so
-_N_OUTPUTS = 8  # rows of logits one batch may ask for; llama.cpp reserves memory for them (0.4 MB a row)
+_N_OUTPUTS = 8  # rows of logits one batch may ask for, or one for each sequence; each takes 0.4 MB
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of one `llama_decode` call, of any number of sequences: token ids or embeddings, never both.
+
+    `data`: int32 `(n,)` or float32 `(n, n_embd_inp)`; `positions`, `sequences`: int32 `(n,)`; `outputs`: bool `(n,)`,
+    the rows whose logits are wanted.
+    """
+
+    data: np.ndarray
+    positions: np.ndarray
+    sequences: np.ndarray
+    outputs: np.ndarray
+
+    @classmethod
+    def of(cls, data: np.ndarray, position: int, sequence: int, *, output: bool) -> BatchRows:
+        """Rows that follow each other in one sequence from `position` on; logits of the last one or of none."""
+        n = len(data)
+        outputs = np.zeros(n, dtype=bool)
+        outputs[n - 1 :] = output
+        positions = np.arange(position, position + n, dtype=np.int32)
+        return cls(data, positions, np.full(n, sequence, dtype=np.int32), outputs)
+
+    @classmethod
+    def joined(cls, parts: Sequence[BatchRows]) -> BatchRows:
+        if len(parts) == 1:
+            return parts[0]
+        fields = ("data", "positions", "sequences", "outputs")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+
+    def __len__(self) -> int:
+        return len(self.data)
 
 
 class LlamaContext(Owner):
-    """The KV cache of one sequence and the buffers to extend it."""
+    """The KV cache of some sequences, numbered from 0, and the buffers to extend them.
+
+    Each sequence has cells of its own (llama.cpp's streams). In one cache for all (`kv_unified`) a sequence's values
+    would depend, by rounding, on what the others hold, since cells are added up in another order.
+    """
 
     def __init__(
-        self, model: LlamaModel, n_ctx: int, n_ubatch: int, n_threads: int, *, exact: bool, worker: Worker
+        self,
+        model: LlamaModel,
+        n_cells: int,
+        n_ubatch: int,
+        n_threads: int,
+        *,
+        n_seq_max: int = 1,
+        exact: bool = False,
+        abort: AbortFlag | None = None,
     ) -> None:
-        """`exact`: float32 KV cache and no flash attention, for comparing values rather than for speed.
+        """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
+        comparing values rather than for speed.
 
         Raises DeviceError when there is not enough memory.
         """
         lib = llama()
-        self.model, self.n_ctx, self.n_ubatch = model, n_ctx, n_ubatch
-        self._worker = worker
+        self.model, self.n_cells, self.n_ubatch, self.n_seq_max = model, n_cells, n_ubatch, n_seq_max
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ubatch, n_ubatch, 1
-        params.n_outputs_max = min(_N_OUTPUTS, n_ubatch)
+        params.n_ctx, params.n_seq_max = n_cells * n_seq_max, n_seq_max
+        params.n_batch = params.n_ubatch = n_ubatch
+        params.kv_unified = False
+        params.n_outputs_max = self.max_outputs = min(max(_N_OUTPUTS, n_seq_max), n_ubatch)
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = _TYPE_F32 if exact else _TYPE_F16
         params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
         params.offload_kqv = params.op_offload = not model.on_cpu
-        params.abort_callback = lib.ggml_abort_callback(worker.abort_address)
-        params.abort_callback_data = worker.abort_data
+        if abort is not None:
+            params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
+            params.abort_callback_data = abort.data_address
         capture_log()
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens: {log().reason()}. "
-                "Use a smaller context (--ctx-size, n_ctx)."
+                f"llama.cpp cannot make a context of {n_seq_max} x {n_cells} tokens: {log().reason()}. Use a smaller "
+                "context (--ctx-size, n_ctx)."
             )
-        self._own(handle, lib.llama_free, model, worker)
+        self._own(handle, lib.llama_free, model, abort)
         self._memory = lib.llama_get_memory(handle)
         self.adapter_on = False
 
@@ -66,62 +116,70 @@ class LlamaContext(Owner):
             raise DeviceError(f"llama.cpp cannot switch the adapter: {log().reason()}.")
         self.adapter_on = on
 
-    def decode_tokens(
-        self, tokens: Sequence[int], position: int, *, n_outputs: int, cancel: Cancel | None = None
-    ) -> None:
-        """Appends tokens at `position`; keeps logits of the last `n_outputs`. Raises Aborted when cancelled."""
-        ids = np.asarray(tokens, dtype=np.int32)
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.n_vocab:
-            raise ModelFileError(
-                f"the tokenizer gave token {int(ids.max())}, but '{self.model.path}' knows {self.model.n_vocab}; its "
-                "tokenizer and its weights do not belong together. Convert it again."
-            )
-        self._decode("token", ids, ctypes.c_int32, position, n_outputs, cancel)
+    def decode(self, rows: BatchRows) -> None:
+        """Appends rows to their sequences. Rows of several sequences are computed together where the numbers of the
+        sequences follow each other in rising order without a gap, otherwise in one pass for each such run.
 
-    def decode_rows(self, rows: np.ndarray, position: int, *, n_outputs: int, cancel: Cancel | None = None) -> None:
-        """Appends embeddings, float32 `(n, n_embd_inp)`, at `position`. Raises Aborted when cancelled."""
-        if rows.dtype != np.float32 or rows.shape[1:] != (self.model.n_embd_inp,):
-            raise ValueError(
-                f"rows are {rows.dtype} {rows.shape}, the model takes float32 (n, {self.model.n_embd_inp})"
-            )
-        self._decode("embd", np.ascontiguousarray(rows), ctypes.c_float, position, n_outputs, cancel)
-
-    def _decode(
-        self, field: str, data: np.ndarray, ctype: Any, position: int, n_outputs: int, cancel: Cancel | None
-    ) -> None:
-        lib, n = llama(), len(data)
-        if not 0 < n <= self.n_ubatch or position + n > self.n_ctx:
-            raise ValueError(
-                f"cannot decode {n} tokens at {position}: batches hold {self.n_ubatch}, the context {self.n_ctx}"
-            )
-        if n_outputs > min(n, _N_OUTPUTS):
-            raise ValueError(f"a batch of {n} tokens cannot give {n_outputs} rows of logits (at most {_N_OUTPUTS})")
-        positions = np.arange(position, position + n, dtype=np.int32)
-        wanted = np.zeros(n, dtype=np.int8)
-        wanted[n - n_outputs :] = 1
-        batch = lib.llama_batch(n_tokens=n)  # no n_seq_id and seq_id: everything is sequence 0
-        setattr(batch, field, data.ctypes.data_as(ctypes.POINTER(ctype)))
+        Raises Aborted when the abort flag is raised. Part of the rows may then be in the cache, as after any other
+        error: `truncate` the sequences.
+        """
+        lib, n = llama(), len(rows)
+        self._check(rows)
+        data = np.ascontiguousarray(rows.data)
+        positions, sequences = np.ascontiguousarray(rows.positions), np.ascontiguousarray(rows.sequences)
+        wanted = rows.outputs.astype(np.int8)
+        n_sequences = np.ones(n, dtype=np.int32)
+        # llama_batch.seq_id is an array of pointers, one to each row's list of sequences (here of one)
+        pointers = sequences.ctypes.data + sequences.itemsize * np.arange(n, dtype=np.uintp)
+        batch = lib.llama_batch(n_tokens=n)
+        if data.ndim == 1:
+            batch.token = data.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        else:
+            batch.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         batch.pos = positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.n_seq_id = n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        handle = self.handle
-
-        def call() -> int:
-            status = int(lib.llama_decode(handle, batch))
-            lib.llama_synchronize(handle)
-            return status
-
         capture_log()
-        status = self._worker.run(call, cancel)
+        status = int(lib.llama_decode(self.handle, batch))
+        lib.llama_synchronize(self.handle)
         if status == _ABORTED:
             raise Aborted
         if status != 0:
-            raise DeviceError(f"llama_decode failed with status {status} at token {position}: {log().reason()}.")
+            raise DeviceError(
+                f"llama_decode failed with status {status} for {n} rows at position {int(positions[0])}: "
+                f"{log().reason()}."
+            )
 
-    def logits(self, row: int = -1) -> np.ndarray:
-        """A copy of the logits of the last batch, float32 `(n_vocab,)`; -1 is the last token's."""
+    def _check(self, rows: BatchRows) -> None:
+        """Finds what would make llama.cpp end the process, or read memory that is not ours."""
+        n, data = len(rows), rows.data
+        if not 0 < n <= self.n_ubatch or not len(rows.positions) == len(rows.sequences) == len(rows.outputs) == n:
+            raise ValueError(f"cannot decode {n} rows: a batch holds {self.n_ubatch}")
+        if int(rows.sequences.min()) < 0 or int(rows.sequences.max()) >= self.n_seq_max:
+            raise ValueError(f"sequence {int(rows.sequences.max())}: the context has {self.n_seq_max} sequences")
+        if int(rows.positions.max()) >= self.n_cells:
+            raise ValueError(f"position {int(rows.positions.max())}: a sequence holds {self.n_cells} tokens")
+        if int(rows.outputs.sum()) > self.max_outputs:
+            raise ValueError(f"{int(rows.outputs.sum())} rows of logits: a batch gives {self.max_outputs} at most")
+        if data.ndim == 1:
+            if data.dtype != np.int32:
+                raise ValueError(f"tokens are {data.dtype}, expected int32")
+            if not 0 <= int(data.min()) <= int(data.max()) < self.model.n_vocab:
+                raise ModelFileError(
+                    f"the tokenizer gave token {int(data.max())}, but '{self.model.path}' knows {self.model.n_vocab}; "
+                    "its tokenizer and its weights do not belong together. Convert it again."
+                )
+        elif data.dtype != np.float32 or data.shape[1:] != (self.model.n_embd_inp,):
+            raise ValueError(
+                f"rows are {data.dtype} {data.shape}, the model takes float32 (n, {self.model.n_embd_inp})"
+            )
+
+    def logits(self, row: int) -> np.ndarray:
+        """A copy of the logits of a row of the last batch, float32 `(n_vocab,)`; -1 is the last row that has some."""
         pointer = llama().llama_get_logits_ith(self.handle, row)
         if not pointer:
-            raise ValueError("the last batch asked for no logits")
+            raise ValueError(f"the last batch asked for no logits of row {row}")
         values = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
         if math.isnan(float(values.sum())):
             raise ModelFileError(
@@ -130,21 +188,34 @@ class LlamaContext(Owner):
             )
         return values
 
-    def truncate(self, n_tokens: int) -> None:
-        """Forgets everything from position `n_tokens` on."""
-        llama().llama_memory_seq_rm(self._open_memory(), 0, n_tokens, -1)
+    def truncate(self, sequence: int, n_tokens: int) -> bool:
+        """Forgets a sequence from position `n_tokens` on. False where the cache cannot be cut there (recurrent states,
+        sliding windows): then the sequence is unchanged, and only `n_tokens` = 0 is sure to work."""
+        start = n_tokens if n_tokens > 0 else -1
+        return bool(llama().llama_memory_seq_rm(self._open_memory(), sequence, start, -1))
 
-    def state(self) -> np.ndarray:
-        """The cached sequence as bytes, for `restore` in another context of the same model."""
+    def copy(self, source: int, target: int, n_tokens: int) -> None:
+        """Makes the first `n_tokens` of `source` those of `target`, whatever `target` holds.
+
+        Between streams llama.cpp copies complete sequences only, and ends the process when asked for a part. It does so
+        at the next `decode`; until then `state` would give what `target` was before.
+        """
+        lib, memory = llama(), self._open_memory()
+        lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+        lib.llama_memory_seq_rm(memory, target, n_tokens, -1)
+
+    def state(self, sequence: int) -> np.ndarray:
+        """A sequence's cells as bytes, for `restore` in another context of the same model."""
         lib, handle = llama(), self.handle
-        data = np.empty(lib.llama_state_seq_get_size(handle, 0), dtype=np.uint8)
-        n = lib.llama_state_seq_get_data(handle, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(data), 0)
+        data = np.empty(lib.llama_state_seq_get_size(handle, sequence), dtype=np.uint8)
+        buffer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        n = lib.llama_state_seq_get_data(handle, buffer, len(data), sequence)
         return data[:n]
 
-    def restore(self, state: np.ndarray) -> None:
-        lib = llama()
+    def restore(self, sequence: int, state: np.ndarray) -> None:
+        """Raises DeviceError when llama.cpp refuses the state."""
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if lib.llama_state_seq_set_data(self.handle, data, len(state), 0) == 0:
+        if llama().llama_state_seq_set_data(self.handle, data, len(state), sequence) == 0:
             raise DeviceError(f"llama.cpp cannot take over the cached sequence: {log().reason()}.")
 
     def _open_memory(self) -> Any:

@@ -162,8 +162,8 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
 def _compiler(model: Model) -> Compiler:
     from granite4v.runtime.grammar.grammar_state import Compiler
 
-    tokenizer = model.engine.tokenizer()
-    return Compiler(tokenizer, len(tokenizer.vocabulary().pieces), model.engine.stop_tokens)
+    tokenizer = model.prompts.tokenizer()
+    return Compiler(tokenizer, len(tokenizer.vocabulary().pieces), model.prompts.stop_tokens)
 
 
 def _shortest(model: Model, grammar: Grammar | None) -> int:

@@ -109,7 +109,7 @@ def explained(model: Model, picture: Image | Path, question: Question, forced: A
     told = {"behind": _text(model, before)[-40:]}
     if ours is not None and ours in _forced_behind(model, question, before, len(logits))[:1]:
         return {"why": "spelling", **told}
-    end = max(logits[token] for token in model.engine.stop_tokens)
+    end = max(logits[token] for token in model.prompts.stop_tokens)
     gap = abs(float((end if ours is None else logits[ours]) - (end if theirs is None else logits[theirs])))
     return {"why": "near tie" if gap < NEAR_TIE else "unexplained", **told, "gap": round(gap, 4)}
 
@@ -119,14 +119,14 @@ def _forced_behind(model: Model, question: Question, said: list[int], n_vocab: i
     from granite4v.runtime.grammar.grammar_state import Compiler
 
     assert question.constraint is not None
-    state = Compiler(model.engine.tokenizer(), n_vocab, model.engine.stop_tokens).begin(question.constraint)
+    state = Compiler(model.prompts.tokenizer(), n_vocab, model.prompts.stop_tokens).begin(question.constraint)
     for token in said:
         state.accept(token)
     return state.forced_tokens()
 
 
 def _text(model: Model, tokens: list[int]) -> str:
-    stream = model.engine.tokenizer().text_stream()
+    stream = model.prompts.tokenizer().text_stream()
     return "".join(map(stream.push, tokens)) + stream.flush()
 
 

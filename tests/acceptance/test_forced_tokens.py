@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import granite4v
-from granite4v.runtime.engine.generate import Answer
+from granite4v.runtime.answer import Answer
 from tests.acceptance import forced_tokens
 from tests.acceptance.answering import ask_for
 from tests.acceptance.conftest import Ran
@@ -53,7 +53,7 @@ def test_why_answers_part(loaded: granite4v.Model) -> None:
     options: dict[str, Any] = {"max_tokens": 12, "constraint": question.constraint}
     forced = loaded.generate(question.prompt, [picture], **options)
     sampled = loaded.generate(question.prompt, [picture], fast_forward=False, **options)
-    encode = loaded.engine.tokenizer().encode_plain
+    encode = loaded.prompts.tokenizer().encode_plain
     spelled = Answer(tokens=[*encode("{"), *encode('"')])
     assert explained(loaded, picture, question, forced, spelled)["why"] == "spelling"
 

@@ -94,8 +94,8 @@ def check_values(reference: Reference, model: granite4v.Model, size: tuple[int, 
     assert int(found.argmax()) == int(expected.argmax())
     said = reference.greedy(QUESTION, [picture], 32)  # with the end token, where it ends before
     answer = model.generate(QUESTION, [picture], max_tokens=32)
-    assert answer.tokens == [token for token in said if token not in model.engine.stop_tokens]
-    assert (answer.finish_reason == "stop") == (said[-1] in model.engine.stop_tokens)
+    assert answer.tokens == [token for token in said if token not in model.prompts.stop_tokens]
+    assert (answer.finish_reason == "stop") == (said[-1] in model.prompts.stop_tokens)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -182,7 +182,7 @@ def test_prompts_are_the_references(pair: Callable[..., Pair], spec: CheckpointS
     assert prompt.text == reference.prompt_text(messages)
     found: list[int] = []
     for span in prompt.spans:
-        found += getattr(span, "tokens", (model.engine.placeholder,) * span.n_tokens)
+        found += getattr(span, "tokens", (model.prompts.placeholder,) * span.n_tokens)
     assert found == reference.prompt_ids(messages, pictures)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
 from granite4v.runtime.prompt.tokenizer import HfTokenizer
 from scripts.nano import language
+from tests.helpers.drive import generate
 from tests.toy import language as toy_language
 
 KINDS = ("toy", "nano")  # byte-level BPE with merges; single bytes and whole pieces of the formats

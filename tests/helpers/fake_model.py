@@ -24,7 +24,7 @@ class FakeModel:
         self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
         self.n_ctx, self.warnings, self.progress = 5000, [], None
         self.settings = {"n_threads": 2, "device": "cpu"}
-        self.known, self.closed, self.n_forgotten = known, False, 0
+        self.known, self.closed = known, False
         self.asked: list[tuple[str, int, int]] = []
         self.fail: Callable[[str, int], None] = lambda prompt, shade: None
         self.held: list[Any] = []
@@ -44,9 +44,6 @@ class FakeModel:
         self.fail(prompt, shade)
         text = self.answers.get(prompt, '{{"shade": {shade}}}' if "schema" in prompt else "It is {shade}.")
         return FakeStream(text.format(shade=shade))
-
-    def forget_pictures(self) -> None:
-        self.n_forgotten += 1
 
     def close(self) -> None:
         self.closed = True

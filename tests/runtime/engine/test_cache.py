@@ -10,63 +10,11 @@ import numpy as np
 import pytest
 
 import granite4v
-from granite4v.runtime.engine.prefix import MAX_RECOMPUTED, Batch, CachedSequence
+from granite4v.clip_projector import VisionEncoder
+from granite4v.errors import DeviceError
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from tests.helpers.pictures import noise_picture
 from tests.toy.spec import PRESETS
-
-# --- bookkeeping ---
-
-
-def batches(*groups: Any) -> list[Batch]:
-    return [Batch(tuple(group)) for group in groups]
-
-
-def cached(*groups: Any) -> CachedSequence:
-    return CachedSequence(batches(*groups))
-
-
-def test_nothing_cached_nothing_reused() -> None:
-    assert cached().reusable(batches("abc")) == 0
-
-
-def test_whole_batches_that_were_computed_alike_are_reused() -> None:
-    assert cached("abc", "xyz").reusable(batches("abc", "xqz")) == 3
-    assert cached("abc", "xyz", "k").reusable(batches("abc", "xyz", "q")) == 6
-
-
-def test_the_last_batch_is_always_computed_again() -> None:
-    assert cached("abc", "xyz", "answer").reusable(batches("abc", "xyz")) == 3
-    assert cached("abc").reusable(batches("abc")) == 0
-
-
-def test_batches_cut_differently_are_computed_again_when_that_is_cheap() -> None:
-    assert cached("abc", "d", "e", "f").reusable(batches("abc", "defgh")) == 3
-
-
-def test_a_long_common_run_is_reused_to_its_last_token() -> None:
-    long = list(range(MAX_RECOMPUTED + 10))
-    assert cached("abc", *([t] for t in long)).reusable(batches("abc", [*long, "q"])) == 3 + len(long)
-    assert cached("abc", long).reusable(batches("abc", [*long[:-1], "q", "r"])) == 3 + len(long) - 1
-    assert cached(long).reusable(batches(long[:-1])) == len(long) - 2  # the last token gives the logits
-
-
-def test_pictures_are_known_by_their_content() -> None:
-    first, second = [(b"digest 1", i) for i in range(4)], [(b"digest 2", i) for i in range(4)]
-    assert cached("abc", first, "q").reusable(batches("abc", second, "q")) == 3
-    assert cached("abc", first, "q").reusable(batches("abc", first, "q")) == 7
-
-
-def test_a_difference_in_front_makes_everything_behind_it_unusable() -> None:
-    assert cached("abc", "xyz").reusable(batches("abd", "xyz")) == 0
-
-
-def test_truncating_keeps_the_first_part_of_a_batch() -> None:
-    sequence = cached("abc", "xyz")
-    sequence.truncate(4)
-    assert sequence.batches == batches("abc", "x") and sequence.n_tokens == 4
-
-
-# --- with a model ---
 
 ONE, TWO = noise_picture((150, 100), 1), noise_picture((150, 100), 2)
 TURNS = [
@@ -83,14 +31,16 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 
 
 @pytest.fixture
-def encoded(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Sizes of the pictures that were really encoded."""
     sizes: list[tuple[int, int]] = []
-    encoder = model.engine.encoder()
-    encode = encoder.encode
-    monkeypatch.setattr(
-        encoder, "encode", lambda images, *rest: sizes.extend(i.size for i in images) or encode(images, *rest)
-    )
+    encode = VisionEncoder.encode
+
+    def counted(self: VisionEncoder, images: Any, *rest: Any) -> Any:
+        sizes.extend(image.size for image in images)
+        return encode(self, images, *rest)
+
+    monkeypatch.setattr(VisionEncoder, "encode", counted)
     return sizes
 
 
@@ -177,35 +127,34 @@ def test_two_answers_at_once_do_not_mix(model: granite4v.Model) -> None:
 
 
 def test_features_of_the_last_pictures_are_kept(
-    model: granite4v.Model, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Path], encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("granite4v.runtime.engine.engine.FEATURE_CACHE_BYTES", 1)
-    fresh(model, "a", ONE, TWO)
-    assert len(encoded) == 2 and len(model.engine.features) == 1
-    model.logits("b", [TWO])
-    assert len(encoded) == 2
-    model.logits("b", [ONE])
-    assert len(encoded) == 3
+    monkeypatch.setattr("granite4v.runtime.engine.vision.FEATURE_CACHE_BYTES", 1)
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_parallel=1) as model:
+        model.logits("a", [ONE, TWO])
+        assert len(encoded) == 2
+        model.logits("b", [TWO])
+        assert len(encoded) == 2
+        model.logits("b", [ONE])
+        assert len(encoded) == 3
 
 
-def test_an_interrupted_request_leaves_a_sound_cache(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Ctrl-C does: the batch may have been computed although nobody got to hear of it."""
+def test_a_failed_request_leaves_a_sound_cache(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch may have been computed although nobody got to hear of it."""
     expected = fresh(model, "What is this?", ONE)
     model.clear_cache()
-    context = model.engine.decoder()._context
-    assert context is not None
-    decode = context.decode_tokens
+    decode = LlamaContext.decode
     calls = 0
 
-    def interrupted(*args: Any, **options: Any) -> None:
+    def failing(self: LlamaContext, rows: BatchRows) -> None:
         nonlocal calls
-        decode(*args, **options)
+        decode(self, rows)
         calls += 1
         if calls == 2:
-            raise KeyboardInterrupt
+            raise DeviceError("no such luck")
 
-    monkeypatch.setattr(context, "decode_tokens", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(LlamaContext, "decode", failing)
+    with pytest.raises(DeviceError, match="no such luck"):
         model.logits("What is this?", [ONE])
     monkeypatch.undo()
     np.testing.assert_array_equal(model.logits("What is this?", [ONE]), expected)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampler, Sampling
+from tests.helpers.drive import generate
 
 N_VOCAB, EOS = 300, 299
 
@@ -127,22 +128,6 @@ def test_cancelling_between_tokens() -> None:
 def test_cancelling_inside_a_computation(aborts_at: int, text: str) -> None:
     answer, _, _ = run("hello", aborts_at=aborts_at)
     assert (answer.text, answer.finish_reason) == (text, "cancelled")
-
-
-def test_closing_the_iterator_leaves_what_was_said() -> None:
-    answer = Answer()
-    pieces = generate(
-        Script(list(map(ord, "hello"))),
-        answer,
-        Letters(),
-        sampling=Sampling(),
-        stop_tokens=frozenset({EOS}),
-        max_tokens=9,
-        cancelled=lambda: False,
-    )
-    assert [next(pieces), next(pieces)] == ["h", "e"]
-    pieces.close()  # type: ignore[attr-defined]
-    assert (answer.text, answer.finish_reason) == ("he", "cancelled")
 
 
 # --- sampling ---

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.repetition import (
     LONGEST_CYCLE,
     MOST_BLANK_ROWS,
@@ -24,6 +24,7 @@ from granite4v.runtime.formats.tasks import task_or_question
 from scripts.nano import formats
 from scripts.nano.contents import random_chart, random_form, random_table
 from tests.helpers.constrained import tokenizer
+from tests.helpers.drive import generate
 from tests.runtime.formats.test_parsers import ODD_TEXTS
 from tests.runtime.formats.test_parsers import random_table as random_output
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from granite4v.runtime.engine.generate import Answer, generate
+from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
@@ -16,6 +16,7 @@ from granite4v.runtime.grammar.json_closing import JsonPosition
 from tests.acceptance.judges import judge
 from tests.acceptance.schemas import SCHEMAS
 from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, generated, state_after, tokenizer
+from tests.helpers.drive import generate
 
 NEVER = 10**9  # the patience of a model that does not want to end
 TABLES = ("tables_otsl", "tables_html", "tables_json", "chart2csv")

@@ -5,62 +5,21 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
-from granite4v.runtime.llama.library import Log, Worker
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.library import Log
 
 
-@pytest.fixture
-def worker() -> Worker:
-    return Worker("test")
-
-
-def aborting(worker: Worker) -> bool:
-    """What C's callback says now."""
-    callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(worker.abort_address)
-    return bool(callback(worker.abort_data))
-
-
-def wait_for_abort(worker: Worker) -> bool:
-    for _ in range(500):
-        if aborting(worker):
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def test_a_call_runs_to_its_end_in_one_thread(worker: Worker) -> None:
-    threads = {worker.run(threading.get_ident) for _ in range(3)}
-    assert len(threads) == 1 and threading.get_ident() not in threads
-    assert not worker.run(lambda: aborting(worker), cancel=lambda: False)
-
-
-def test_cancelling_reaches_the_callback_and_is_gone_the_next_time(worker: Worker) -> None:
-    assert worker.run(lambda: wait_for_abort(worker), cancel=lambda: True)
-    assert not worker.run(lambda: aborting(worker))
-
-
-def test_an_exception_while_waiting_aborts_the_call(worker: Worker) -> None:
-    ended = threading.Event()
-
-    def call() -> None:
-        assert wait_for_abort(worker)
-        ended.set()
-
-    def interrupt() -> bool:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        worker.run(call, cancel=interrupt)
-    assert ended.is_set()  # it was waited for
-
-
-def test_errors_of_the_call_come_through(worker: Worker) -> None:
-    with pytest.raises(ZeroDivisionError):
-        worker.run(lambda: 1 / 0)
+def test_the_abort_flag_is_what_c_reads() -> None:
+    flag = AbortFlag()
+    callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(flag.callback_address)
+    assert not callback(flag.data_address) and not flag.is_raised
+    flag.raise_()
+    assert callback(flag.data_address) and flag.is_raised
+    flag.clear()
+    assert not callback(flag.data_address)
 
 
 @pytest.mark.parametrize(

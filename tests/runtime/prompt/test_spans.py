@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 def test_a_text_that_must_overflow_is_refused_before_it_is_split(
     model: granite4v.Model, monkeypatch: pytest.MonkeyPatch, letter: str
 ) -> None:
-    monkeypatch.setattr(model.engine.tokenizer(), "encode", lambda text: pytest.fail("it was split"))
+    monkeypatch.setattr(model.prompts.tokenizer(), "encode", lambda text: pytest.fail("it was split"))
     with pytest.raises(
         ContextOverflowError, match=r"20,000,\d\d\d characters, .* at least [\d,]+ tokens, but the context"
     ):

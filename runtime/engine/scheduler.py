@@ -1,0 +1,437 @@
+"""Which sequences are computed next: requests are admitted, prefilled in chunks, and decoded together.
+
+Plain logic on a KV cache and a context; knows no thread, no file and no model, so tests run it on a context of a few
+lines. What a step computes for one sequence does not depend on the others: the chunks of a prompt are those that it has
+alone, and each sequence gives its own rows to a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Container
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from granite4v.clip_projector import Image
+from granite4v.ggml.backend import Aborted
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.kv_cache import Batch, CachedSequence, KvCache
+from granite4v.runtime.engine.sequence import Advances
+from granite4v.runtime.engine.stream import Channel
+from granite4v.runtime.llama.context import BatchRows
+from granite4v.runtime.prompt.spans import ImageSpan, Span, TextSpan
+
+
+class Rows(Protocol):
+    """An image's embedding rows, put together when they are asked for."""
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """float32 `(n, n_embd_inp)`"""
+        ...
+
+
+class Resources(Protocol):
+    """What the scheduler needs of a loaded model."""
+
+    def prepare(self, task: Task) -> None:
+        """Before a request is admitted: opens what it needs. May raise Aborted and every error of a model's files."""
+        ...
+
+    def rows(self, task: Task, span: ImageSpan) -> Rows:
+        """An image's embeddings, computed if need be. May raise Aborted, ModelFileError."""
+        ...
+
+    def n_arriving(self) -> int:
+        """Requests that will be added before the next step."""
+        ...
+
+    def prefilled(self, task: Task) -> None:
+        """After the last row of a prompt."""
+        ...
+
+    def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
+        """Around a call that computes for these tasks, which is aborted once none of them is wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions of one span that are computed in one call, from `start` within the span on."""
+
+    batch: Batch
+    span: Span
+    start: int
+
+
+def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
+    """The chunks of a prompt. Text and image rows never share one: a llama_batch carries either."""
+    chunks = []
+    for span in spans:
+        for start in range(0, span.n_tokens, n_ubatch):
+            stop = min(start + n_ubatch, span.n_tokens)
+            if isinstance(span, ImageSpan):
+                batch = Batch(tuple((span.digest, i) for i in range(start, stop)))
+            else:
+                batch = Batch(span.tokens[start:stop])
+            chunks.append(Chunk(batch, span, start))
+    return chunks
+
+
+class Task:
+    """A request on its way: what it asks for, how far it is, and where its answer goes."""
+
+    def __init__(
+        self,
+        spans: SequenceOf[Span],
+        advances: Advances,
+        channel: Channel,
+        *,
+        max_tokens: int,
+        adapter: bool = False,
+        images: SequenceOf[Image] = (),
+    ) -> None:
+        """`images` are those that `ImageSpan.index` counts."""
+        self.spans, self.advances, self.channel, self.images = tuple(spans), advances, channel, tuple(images)
+        self.max_tokens, self.adapter = max_tokens, adapter
+        self.tokens: list[int] = []  # of the answer, those that are not decoded yet included
+        self.n_pending = 0  # of `tokens`, at the end: not decoded yet
+        self.sequence: CachedSequence | None = None
+        self.chunks: deque[Chunk] = deque()  # of the prompt, not computed yet
+        self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
+        self.rows: tuple[Span, Rows] | None = None  # of the image that is being prefilled
+        self.last_step = 0
+
+    @property
+    def answer(self) -> Answer:
+        return self.channel.answer
+
+    @property
+    def held(self) -> CachedSequence:
+        """The sequence of a task that was admitted."""
+        assert self.sequence is not None
+        return self.sequence
+
+    @property
+    def is_prefilling(self) -> bool:
+        return bool(self.chunks) or self.logits is not None
+
+    @property
+    def pending(self) -> list[int]:
+        return self.tokens[len(self.tokens) - self.n_pending :]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the prompt."""
+        return sum(span.n_tokens for span in self.spans)
+
+
+@dataclass
+class Counters:
+    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers, and
+    requests whose sequence was given to another because nobody read their answers."""
+
+    n_prefilled: int = 0
+    n_decoded: int = 0
+    n_steps: int = 0
+    n_preempted: int = 0
+
+
+class Scheduler:
+    """Runs any number of tasks, as many at once as the cache has sequences. Not for several threads at once."""
+
+    def __init__(self, cache: KvCache, resources: Resources, n_ubatch: int) -> None:
+        """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait."""
+        self._cache, self._resources, self._n_ubatch = cache, resources, n_ubatch
+        self._waiting: list[Task] = []
+        self._running: list[Task] = []
+        self.counters = Counters()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def add(self, task: Task) -> None:
+        self._waiting.append(task)
+
+    def step(self) -> bool:
+        """Does the next piece of work; False when there is none until a consumer reads on, or cancels."""
+        self._end_cancelled()
+        self._restart_lost()
+        n_before = self.n_tasks
+        self._admit()
+        decoded = self._decode()
+        prefilled = self._prefill()
+        return decoded or prefilled or self.n_tasks < n_before
+
+    def end_all(self, error: BaseException | None) -> None:
+        for task in [*self._waiting, *self._running]:
+            self._cancel(task, error)
+
+    # --- coming and going ---
+
+    def _end_cancelled(self) -> None:
+        for task in [*self._waiting, *self._running]:
+            if task.channel.is_cancelled:
+                self._cancel(task)
+
+    def _cancel(self, task: Task, error: BaseException | None = None) -> None:
+        task.channel.put(task.advances.cancel().text)
+        self._finish(task, error)
+
+    def _finish(self, task: Task, error: BaseException | None = None) -> None:
+        for tasks in (self._waiting, self._running):
+            if task in tasks:
+                tasks.remove(task)
+        self._leave(task)
+        task.channel.finish(error)
+
+    def _leave(self, task: Task) -> None:
+        """Takes a task out of the cache, with what is not computed yet."""
+        sequence, task.sequence = task.sequence, None
+        task.rows, task.logits = None, None
+        task.chunks.clear()
+        if sequence is not None:
+            self._cache.release(sequence)
+
+    def _admit(self) -> None:
+        for task in list(self._waiting):
+            if task.channel.is_full:  # it was preempted, and still nobody reads
+                continue
+            try:
+                admitted = self._start(task)
+            except Aborted:
+                continue  # cancelled, which the next step notices
+            except Exception as error:
+                self._finish(task, error)
+                admitted = True
+            self._restart_lost()
+            if not admitted:
+                return  # first come, first served
+
+    def _start(self, task: Task) -> bool:
+        """Gives a task a sequence. False when there is none for it."""
+        if self._cache.n_in_use >= self._cache.n_seq_max and not self._preempt():
+            return False
+        self._resources.prepare(task)
+        # what was generated before the task was preempted is a part of the prompt now
+        spans = (*task.spans, TextSpan(tuple(task.tokens))) if task.tokens else task.spans
+        chunks = plan_prefill(spans, self._n_ubatch)
+        plan = [chunk.batch for chunk in chunks]
+        n_new = task.max_tokens - len(task.tokens)
+        while True:
+            n_wanted = self.n_tasks + self._resources.n_arriving()
+            sequence = self._cache.acquire(plan, n_new, adapter=task.adapter, n_wanted=n_wanted)
+            if sequence is not None:
+                break
+            if not self._preempt():
+                return False
+        task.sequence, task.n_pending = sequence, 0
+        n_known = sequence.n_tokens
+        task.answer.timings.n_reused += n_known
+        task.logits = sequence.known_logits(plan)
+        if task.logits is None:
+            task.chunks.extend(_after(chunks, n_known))
+            sequence.plan, sequence.logits = tuple(plan), None
+        task.channel.report("prefill", 0, sum(batch.n_tokens for batch in plan))
+        self._waiting.remove(task)
+        self._running.append(task)
+        return True
+
+    def _preempt(self) -> bool:
+        """Takes the sequence of a task whose consumer reads nothing, so that the others can go on. The task begins
+        again, with what it has generated so far, when somebody reads."""
+        for task in self._running:
+            if task.channel.is_full:
+                self._running.remove(task)
+                self._leave(task)
+                self._waiting.append(task)
+                self.counters.n_preempted += 1
+                return True
+        return False
+
+    def _restart_lost(self) -> None:
+        """After the cache was made larger: what did not fit through is computed again."""
+        for task in list(self._running):
+            if task.sequence is not None and task.sequence.is_lost:
+                self._running.remove(task)
+                self._leave(task)
+                self._waiting.insert(0, task)
+
+    # --- computing ---
+
+    def _prefill(self) -> bool:
+        """Chunks of prompts, in the order of the requests, until the budget of a step is used up."""
+        budget, done = self._n_ubatch, False
+        while budget > 0:
+            task = next((task for task in self._running if task.is_prefilling), None)
+            n_rows = task.chunks[0].batch.n_tokens if task is not None and task.chunks else 0
+            if task is None or (done and n_rows > budget) or task.channel.is_cancelled:
+                break
+            budget -= max(n_rows, 1)
+            done = True
+            try:
+                logits = self._prefill_chunk(task)
+            except Aborted:
+                break
+            except Exception as error:
+                self._finish(task, error)
+                continue
+            if logits is not None:
+                self._resources.prefilled(task)
+                self._advance(task, logits)
+        return done
+
+    def _prefill_chunk(self, task: Task) -> np.ndarray | None:
+        """Computes the next chunk; the logits after the prompt if it was the last."""
+        if task.logits is not None:
+            logits, task.logits = task.logits, None
+            return logits
+        sequence, chunk = task.held, task.chunks[0]
+        n, is_last = chunk.batch.n_tokens, len(task.chunks) == 1
+        data = self._data(task, chunk)
+        timings, start = task.answer.timings, time.perf_counter()
+        self._compute(BatchRows.of(data, sequence.n_tokens, sequence.id, output=is_last), [task])
+        elapsed = time.perf_counter() - start
+        if isinstance(chunk.span, ImageSpan):
+            timings.prefill_image_s += elapsed
+        else:
+            timings.prefill_text_s += elapsed
+        self._cache.append(sequence, Batch(chunk.batch.keys))
+        task.chunks.popleft()
+        self.counters.n_prefilled += n
+        task.channel.report("prefill", sequence.n_tokens, sum(batch.n_tokens for batch in sequence.plan))
+        if not is_last:
+            return None
+        sequence.logits = self._cache.context.logits(n - 1)
+        return sequence.logits.copy()
+
+    def _data(self, task: Task, chunk: Chunk) -> np.ndarray:
+        if not isinstance(chunk.span, ImageSpan):
+            return np.asarray(chunk.batch.keys, dtype=np.int32)
+        if task.rows is None or task.rows[0] is not chunk.span:
+            task.rows = (chunk.span, self._resources.rows(task, chunk.span))
+        return task.rows[1][chunk.start : chunk.start + chunk.batch.n_tokens]
+
+    def _decode(self) -> bool:
+        """One step of every answer that can go on and has the adapter of the one that waits longest."""
+        ready = [task for task in self._running if task.n_pending and not task.channel.is_full]
+        ready.sort(key=lambda task: task.last_step)
+        batch = self._collect([task for task in ready if task.adapter == ready[0].adapter])
+        if not batch:
+            return False
+        start = time.perf_counter()
+        try:
+            ends = self._compute_step(batch)
+        except Aborted:
+            return True
+        except Exception as error:
+            for task, _ in batch:
+                self._finish(task, error)
+            return True
+        elapsed = time.perf_counter() - start
+        self.counters.n_steps += 1
+        for task, part in batch:
+            sequence = task.held
+            self._cache.append(sequence, Batch(tuple(part)))
+            task.n_pending -= len(part)
+            task.last_step = self.counters.n_steps
+            task.answer.timings.decode_s += elapsed
+            self.counters.n_decoded += len(part)
+            if not task.n_pending:
+                task.answer.timings.n_steps += 1
+                self._advance_row(task, ends[sequence.id] - 1)
+        return True
+
+    def _collect(self, ready: SequenceOf[Task]) -> list[tuple[Task, list[int]]]:
+        """What each task decodes in this step: as many pending tokens as the batch has room for."""
+        batch: list[tuple[Task, list[int]]] = []
+        room = self._n_ubatch
+        n_outputs = self._cache.context.max_outputs if ready else 0
+        for task in ready[:n_outputs]:
+            part = task.pending[:room]
+            if not part:
+                break
+            batch.append((task, part))
+            room -= len(part)
+        return batch
+
+    def _compute_step(self, batch: SequenceOf[tuple[Task, list[int]]]) -> dict[int, int]:
+        """Decodes the tokens of each task; where the rows of each sequence end in the batch."""
+        rows = {}
+        for task, part in batch:
+            data = np.asarray(part, dtype=np.int32)
+            output = len(part) == task.n_pending
+            rows[task.held.id] = BatchRows.of(data, task.held.n_tokens, task.held.id, output=output)
+        fillers = self._fillers(rows, self._n_ubatch - sum(map(len, rows.values())))
+        for filler in fillers:
+            rows[filler.id] = BatchRows.of(np.zeros(1, dtype=np.int32), filler.n_tokens, filler.id, output=False)
+        numbers = sorted(rows)
+        try:
+            self._compute(BatchRows.joined([rows[number] for number in numbers]), [task for task, _ in batch])
+        finally:
+            for filler in fillers:
+                self._cache.truncate(filler)
+        return dict(zip(numbers, itertools.accumulate(len(rows[number]) for number in numbers), strict=True))
+
+    def _fillers(self, rows: Container[int], room: int) -> list[CachedSequence]:
+        """Sequences that stand between those of a batch. llama.cpp passes over all weights once for each run of
+        neighbours, so a token that is forgotten again costs less than a gap."""
+        numbers = [number for number in range(self._cache.n_sequences) if number in rows]
+        between = [n for n in range(numbers[0], numbers[-1]) if n not in rows]
+        fillers = [self._cache.sequence(number) for number in between]
+        if len(fillers) > room or not self._cache.can_cut:
+            return []
+        return [filler for filler in fillers if filler.n_tokens < self._cache.n_cells]
+
+    def _compute(self, rows: BatchRows, tasks: SequenceOf[Task]) -> None:
+        """Decodes rows; on failure the sequences are what they were before."""
+        context = self._cache.context
+        try:
+            with self._resources.computing(tasks):
+                context.set_adapter(tasks[0].adapter)
+                context.decode(rows)
+        except BaseException:
+            for task in tasks:
+                self._cache.truncate(task.held)
+            raise
+
+    def _advance_row(self, task: Task, row: int) -> None:
+        try:
+            logits = self._cache.context.logits(row)
+        except Exception as error:  # not finite: a damaged file
+            self._finish(task, error)
+            return
+        self._advance(task, logits)
+
+    def _advance(self, task: Task, logits: np.ndarray) -> None:
+        try:
+            step = task.advances.advance(logits)
+        except Exception as error:
+            self._finish(task, error)
+            return
+        task.tokens += step.tokens
+        task.n_pending = len(step.tokens)
+        task.channel.put(step.text)
+        if step.finish:
+            self._finish(task)
+
+
+def _after(chunks: SequenceOf[Chunk], n_known: int) -> list[Chunk]:
+    """What is left of the chunks behind the first `n_known` positions."""
+    left, position = [], 0
+    for chunk in chunks:
+        skip = max(0, n_known - position)
+        position += chunk.batch.n_tokens
+        if skip < chunk.batch.n_tokens:
+            left.append(Chunk(Batch(chunk.batch.keys[skip:]), chunk.span, chunk.start + skip))
+    return left

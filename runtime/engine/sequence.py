@@ -1,0 +1,270 @@
+"""One answer, token by token: grammar, sampling, stop tokens and strings, repetition, and the budget of tokens.
+
+A `Sequence` is given the logits after what it has so far, and tells the tokens to go on with. It knows no model, no
+cache and no thread, so the engine can run any number of them side by side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer, Timings
+from granite4v.runtime.engine.repetition import Repetition
+from granite4v.runtime.engine.sampler import Sampler, Sampling
+from granite4v.runtime.grammar.grammar_state import GrammarState
+from granite4v.runtime.prompt.tokenizer import TextStream
+
+# Where that takes long, the end of an answer is looked for after so many tokens, and with each token when fewer than
+# the second number are left beside twice its length.
+_LOOK_EVERY, _WATCHED = 16, 256
+_SPARE = 2  # tokens; the tokenizer may need more for text that is forced than the end was found to need
+
+
+@dataclass(frozen=True)
+class Step:
+    """What comes of one row of logits: tokens to decode next (none once the answer has ended), text that is certain,
+    and why the answer has ended ('' if it goes on)."""
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    finish: str = ""
+
+
+class Advances(Protocol):
+    """What the scheduler runs: an answer, or tokens to be scored."""
+
+    def advance(self, logits: np.ndarray) -> Step:
+        """`logits`: float32 `(n_vocab,)`, those after the tokens of the last step, or after the prompt."""
+        ...
+
+    def cancel(self) -> Step:
+        """The end of an answer that is given up."""
+        ...
+
+
+class Sequence:
+    """An answer that is being generated; fills `answer`.
+
+    A piece of text is held back while it could be the beginning of a stop string or of an unfinished character. With a
+    `grammar` only what it allows is sampled, and the answer ends only where it is valid; with `fast_forward` what it
+    leaves no choice about is not sampled. Room is kept for the rest of the structure, so that an answer of `max_tokens`
+    is valid, too.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        text: TextStream,
+        *,
+        sampling: Sampling,
+        stop_tokens: frozenset[int],
+        stop: SequenceOf[str] = (),
+        max_tokens: int,
+        grammar: GrammarState | None = None,
+        fast_forward: bool = True,
+        repetition: Repetition | None = None,
+    ) -> None:
+        self.answer, self._max_tokens = answer, max_tokens
+        self._output = _Output(text, stop, answer, repetition)
+        self._chooser = _Chooser(Sampler(sampling), stop_tokens, grammar, fast_forward, max_tokens, answer.timings)
+
+    def advance(self, logits: np.ndarray) -> Step:
+        answer, chooser, output = self.answer, self._chooser, self._output
+        if finish := self._limit():
+            return self._end(finish)
+        n_before, n_open = len(answer.tokens), output.n_characters
+        n_sampled, tokens = chooser.choose(logits, answer.tokens)
+        if not tokens:
+            return self._end(LENGTH if chooser.is_closing else STOP, n_open)
+        text = output.push(tokens[: self._max_tokens - n_before])
+        n_pushed = len(answer.tokens) - n_before
+        answer.timings.n_forced += max(0, n_pushed - n_sampled)
+        if output.ended or n_pushed < len(tokens) or chooser.is_closing:
+            return self._end(output.ended or LENGTH, n_open, text)
+        if finish := self._limit():
+            return self._end(finish, n_open, text)
+        return Step(tuple(tokens), text)
+
+    def cancel(self) -> Step:
+        return self._end(CANCELLED)
+
+    def _limit(self) -> str:
+        """Why nothing can be added, whatever the logits are."""
+        if self._chooser.is_final:
+            return STOP
+        return LENGTH if len(self.answer.tokens) >= self._max_tokens else ""
+
+    def _end(self, finish: str, n_open: int = 0, text: str = "") -> Step:
+        """`n_open`: characters of the answer before its last tokens."""
+        text += self._output.finish()
+        self.answer.finish_reason = finish
+        if self._chooser.is_closing and finish == LENGTH:
+            self.answer.closing = self.answer.text[n_open:]
+        return Step((), text, finish)
+
+
+class Scoring:
+    """Tokens that are decoded one by one as if they were the answer, and the logits before each of them."""
+
+    def __init__(self, tokens: SequenceOf[int]) -> None:
+        """Without tokens: the logits after the prompt alone."""
+        self._tokens = tuple(tokens)
+        self.rows: list[np.ndarray] = []  # float32 (n_vocab,)
+
+    def advance(self, logits: np.ndarray) -> Step:
+        self.rows.append(logits)
+        if len(self.rows) < len(self._tokens):
+            return Step((self._tokens[len(self.rows) - 1],))
+        return Step((), finish=STOP)
+
+    def cancel(self) -> Step:
+        return Step((), finish=CANCELLED)
+
+
+class _Chooser:
+    """The next tokens of an answer: one that is sampled, and those that are no choice."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        stop_tokens: frozenset[int],
+        grammar: GrammarState | None,
+        fast_forward: bool,
+        max_tokens: int,
+        timings: Timings,
+    ) -> None:
+        self._sampler, self._stop_tokens, self._grammar = sampler, stop_tokens, grammar
+        self._fast_forward, self._timings = fast_forward, timings
+        self._reserve = _Reserve(grammar, max_tokens) if grammar is not None else None
+        self.is_closing = False  # the last tokens only make the answer whole
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the constraint allows nothing but the end."""
+        return self._grammar is not None and self._grammar.is_final
+
+    def choose(self, logits: np.ndarray, history: SequenceOf[int]) -> tuple[int, list[int]]:
+        """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""
+        grammar, reserve = self._grammar, self._reserve
+        if grammar is None or reserve is None:
+            return self._unless_stop(self._sampler.pick(logits, history))
+        forced = [] if history else self._forced(grammar)  # later ones come along with a sampled token
+        if forced:
+            return 0, forced
+        start = time.perf_counter()
+        allowed = grammar.allowed(self._stop_tokens)
+        ending = reserve.ending(len(history))
+        self._timings.constraint_s += time.perf_counter() - start
+        token = self._sampler.pick(logits, history, allowed)
+        n_sampled, tokens = self._unless_stop(token)
+        if ending is not None and tokens and not reserve.allows(token, len(history)):
+            self.is_closing = True
+            return 0, ending
+        for token in tokens:
+            grammar.accept(token)
+        return n_sampled, [*tokens, *(self._forced(grammar) if tokens else [])]
+
+    def _unless_stop(self, token: int) -> tuple[int, list[int]]:
+        return (0, []) if token in self._stop_tokens else (1, [token])
+
+    def _forced(self, grammar: GrammarState) -> list[int]:
+        if not self._fast_forward:
+            return []
+        start = time.perf_counter()
+        tokens = grammar.forced_tokens()
+        for token in tokens:
+            grammar.accept(token)
+        self._timings.constraint_s += time.perf_counter() - start
+        return tokens
+
+
+class _Reserve:
+    """Keeps room for the rest of a form, so that an answer is whole when it reaches its limit.
+
+    The end is looked for now and then, and with every token once it could soon be too long.
+    """
+
+    def __init__(self, grammar: GrammarState, max_tokens: int) -> None:
+        self._grammar, self._max_tokens = grammar, max_tokens
+        self._next_look = 0  # the length of the answer at which its end is looked for again
+
+    def ending(self, n_generated: int) -> list[int] | None:
+        """Tokens that make the answer whole; None where the limit is far, or nothing that short does."""
+        if n_generated < self._next_look:
+            return None
+        n_left = self._max_tokens - n_generated
+        ending = self._grammar.ending(n_left)
+        n_spare = _LOOK_EVERY if ending is None else n_left - 2 * len(ending) - _WATCHED
+        if n_spare <= 0 or self._grammar.has_quick_endings:
+            return ending
+        self._next_look = n_generated + min(n_spare, _LOOK_EVERY)
+        return None
+
+    def allows(self, token: int, n_generated: int) -> bool:
+        """Whether there is room for an ending behind this token."""
+        return self._grammar.ending(self._max_tokens - n_generated - 1 - _SPARE, token) is not None
+
+
+class _Output:
+    """Text that is safe to show: looks for stop strings across token boundaries, and for answers that run on."""
+
+    def __init__(
+        self, text: TextStream, stop: SequenceOf[str], answer: Answer, repetition: Repetition | None = None
+    ) -> None:
+        self._text, self._stop, self._answer = text, [s for s in stop if s], answer
+        self._repetition = repetition
+        self._held = ""
+        self.ended = ""  # why the answer has ended, once it has
+
+    @property
+    def n_characters(self) -> int:
+        """Of the answer so far, those that are not shown yet included."""
+        return len(self._answer.text) + len(self._held)
+
+    def push(self, tokens: SequenceOf[int]) -> str:
+        """Adds tokens to the answer, up to one that ends it; the text that is certain now."""
+        shown = ""
+        for token in tokens:
+            self._answer.tokens.append(token)
+            self._answer.timings.n_generated += 1
+            shown += self._add(self._text.push(token))
+            if self.ended:
+                break
+        return shown
+
+    def _add(self, piece: str) -> str:
+        self._held += piece
+        shown = self._release(final=False)
+        if not self.ended and self._repetition is not None and self._repetition.push(piece):
+            self.ended = REPETITION
+        return shown
+
+    def finish(self) -> str:
+        if self.ended == STOP:
+            return ""
+        self._held += self._text.flush()
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> str:
+        hits = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if hits:
+            self.ended = STOP
+            piece, self._held = self._held[: min(hits)], ""
+        else:
+            n = 0 if final else self._n_uncertain()
+            piece, self._held = self._held[: len(self._held) - n], self._held[len(self._held) - n :]
+        self._answer.text += piece
+        return piece
+
+    def _n_uncertain(self) -> int:
+        """Characters at the end that a stop string could begin with."""
+        most = max((len(s) - 1 for s in self._stop), default=0)
+        for n in range(min(most, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-n:]) for s in self._stop):
+                return n
+        return 0

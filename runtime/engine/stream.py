@@ -1,0 +1,184 @@
+"""The way of an answer from the engine's thread to the thread that reads it."""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+from granite4v.runtime.answer import Answer
+
+QUEUE_SIZE = 256  # pieces of text that wait for a reader; the sequence pauses when there are as many
+_POLL_S = 0.05  # how often `cancel` is asked while nothing arrives
+_WAIT_S = 1.0  # waits are that short only for the sake of Windows, where a lock does not notice Ctrl-C
+
+Cancel = Callable[[], bool]
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+class Channel:
+    """A bounded queue of pieces with an end, between one producer (the engine) and one consumer.
+
+    The producer never waits: it asks `is_full` before it produces more. `wake` is called, from the consumer's thread,
+    when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled.
+    """
+
+    def __init__(self, answer: Answer, wake: Callable[[], None], *, size: int = QUEUE_SIZE) -> None:
+        self.answer = answer
+        self._wake, self._size = wake, size
+        self._changed = threading.Condition()
+        self._pieces: collections.deque[str] = collections.deque()
+        self._progress: tuple[str, int, int] | None = None
+        self._error: BaseException | None = None
+        self._keeps_pieces = True
+        self._pid = os.getpid()
+        self.is_done = False
+        self.is_cancelled = False
+
+    # --- the engine's side ---
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._pieces) >= self._size
+
+    def put(self, piece: str) -> None:
+        if piece and self._keeps_pieces:
+            with self._changed:
+                self._pieces.append(piece)
+                self._changed.notify_all()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Progress of what comes before the answer. Only the latest is kept for a consumer that is slow."""
+        with self._changed:
+            self._progress = (stage, done, total)
+            self._changed.notify_all()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        with self._changed:
+            if not self.is_done:
+                self._error, self.is_done = error, True
+            self._changed.notify_all()
+
+    # --- the consumer's side ---
+
+    def take(self, timeout: float) -> tuple[str | None, tuple[str, int, int] | None]:
+        """The next piece, None if there is none yet, and progress if there is any. Raises StopIteration at the end,
+        and once what ended the answer if that was an error."""
+        with self._changed:
+            if not self._pieces and self._progress is None and not self.is_done:
+                self._changed.wait(timeout)
+            progress, self._progress = self._progress, None
+            if self._pieces:
+                was_full = self.is_full
+                piece = self._pieces.popleft()
+                if was_full:
+                    self._wake()
+                return piece, progress
+            if self.is_done and progress is None:
+                error, self._error = self._error, None
+                if error is not None:
+                    raise error
+                raise StopIteration
+            return None, progress
+
+    def take_all(self) -> None:
+        """Lets the answer grow without a reader from now on: for those who want nothing but its end."""
+        with self._changed:
+            self._keeps_pieces = False
+            self._pieces.clear()
+        self._wake()
+
+    def cancel(self) -> None:
+        if os.getpid() != self._pid:  # a forked process has a copy of this, and no engine; locks may be held for ever
+            return
+        with self._changed:
+            if self.is_done or self.is_cancelled:
+                return
+            self.is_cancelled = True
+        self._wake()
+
+    def drop(self) -> None:
+        """Cancels, and forgets what nobody has read."""
+        self.cancel()
+        if os.getpid() == self._pid:
+            with self._changed:
+                self._keeps_pieces = False
+                self._pieces.clear()
+
+    def wait(self) -> None:
+        """Until the engine is done with the answer."""
+        with self._changed:
+            while not self.is_done:
+                self._changed.wait(_WAIT_S)
+
+
+class Stream:
+    """The pieces of an answer as they are generated, for one thread to iterate over.
+
+    The answer is generated whether or not somebody reads, up to `QUEUE_SIZE` pieces ahead. Closing or dropping the
+    stream cancels the answer. `answer` grows as the engine goes on, and is complete when the iteration has ended.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """`cancel` is asked, and `progress` told, in the thread that reads. `check` may raise before each read."""
+        self._channel, self._cancel, self._progress, self._check = channel, cancel, progress, check
+        self._finalizer = weakref.finalize(self, channel.drop)
+        self._finalizer.atexit = False  # the engine is stopped at exit anyhow
+
+    @property
+    def answer(self) -> Answer:
+        return self._channel.answer
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the engine is done with the answer; pieces may wait to be read."""
+        return self._channel.is_done
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Raises what ended the answer: ModelFileError, DeviceError, ConstraintError, or ValueError for a model that
+        was closed."""
+        if self._check is not None:
+            self._check()
+        timeout = _WAIT_S if self._cancel is None else _POLL_S
+        try:
+            while True:
+                if self._cancel is not None and self._cancel():
+                    self._channel.drop()
+                piece, progress = self._channel.take(timeout)
+                if progress is not None and self._progress is not None:
+                    self._progress(*progress)
+                if piece is not None:
+                    return piece
+        except StopIteration:
+            raise
+        except BaseException:  # Ctrl-C, or an error of a callback: nobody will read on
+            self.close()
+            raise
+
+    def cancel(self) -> None:
+        """Ends the answer soon, from any thread; what is generated already can still be read."""
+        self._channel.cancel()
+
+    def close(self) -> None:
+        """Ends the answer, and waits until it has."""
+        self._channel.drop()
+        self._channel.wait()
+
+    def result(self) -> Answer:
+        """The complete answer, once it is there."""
+        self._channel.take_all()
+        for _ in self:
+            pass
+        return self.answer

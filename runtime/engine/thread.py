@@ -1,0 +1,91 @@
+"""The one thread that calls native code for a model, and its end."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+from granite4v.errors import DeviceError
+from granite4v.runtime.llama.abort import AbortFlag
+
+
+class EngineThread:
+    """Runs calls one after another. The first one starts it; it ends with `stop`, or with the garbage collection
+    of its owner.
+
+    ggml's thread pool belongs to the thread that computes, so all calls come from the same one.
+    """
+
+    def __init__(self, name: str, abort: AbortFlag) -> None:
+        self._name, self._abort, self._pid = name, abort, os.getpid()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def check_process(self) -> None:
+        """Raises DeviceError in a process that was forked from the one with the thread."""
+        if not self.is_ours:  # locks may have been held at the fork, and the thread is not here
+            raise DeviceError(
+                f"this model was loaded by process {self._pid} and cannot be used in process {os.getpid()}, which was "
+                "forked from it: its threads stayed behind. Load the model after the fork, or start processes with "
+                "multiprocessing.get_context('spawn')."
+            )
+
+    @property
+    def is_ours(self) -> bool:
+        return os.getpid() == self._pid
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Queues a call, which must not raise."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_loop, args=(self._calls,), name=self._name, daemon=True)
+            self._thread.start()
+        self._calls.put(call)
+
+    def stop(self) -> None:
+        """Aborts what runs, and waits for the thread's end."""
+        thread = self._thread
+        if thread is not None and self.is_ours and thread is not threading.current_thread():
+            self._abort.raise_()
+            self._calls.put(None)
+            thread.join()
+            self._thread = None
+
+    def __del__(self) -> None:
+        self._calls.put(None)  # the owner is gone, so nothing runs, and nobody waits for the thread
+
+
+def _loop(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Knows nothing of the model but the calls it is given, so that it keeps no model alive between them."""
+    while (call := calls.get()) is not None:
+        call()
+        del call
+
+
+class _Closes(Protocol):
+    def close(self) -> object: ...
+
+
+def close_at_exit(owner: _Closes) -> None:
+    """Closes `owner` when the process ends, if it is there then: a computation must not outlive what it works on."""
+    _owners().add(owner)
+
+
+@functools.cache
+def _owners() -> weakref.WeakSet[_Closes]:
+    """`atexit` runs last what was registered first. weakref's own finalizers, which free native objects, are
+    registered with the first of them: here at the latest, so that the threads end before."""
+    owners: weakref.WeakSet[_Closes] = weakref.WeakSet()
+    weakref.finalize(owners, int)
+
+    def close_all() -> None:
+        for owner in list(owners):
+            owner.close()
+
+    atexit.register(close_all)
+    return owners

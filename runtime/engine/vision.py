@@ -1,0 +1,87 @@
+"""Images to embeddings, each computed once: the encoder, opened at the first image, and what it has computed lately."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.files import Injection, ModelFiles
+
+FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
+
+
+class Vision:
+    """The image side of a loaded model. Not for several threads at once."""
+
+    def __init__(
+        self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, in_kv_cache: Callable[[bytes], bool]
+    ) -> None:
+        """`in_kv_cache(digest)`: whether an image's rows are in the decoder's cache already, so that its embeddings are
+        hardly needed any more."""
+        self._files, self._device, self._n_threads, self._abort = files, device, n_threads, abort
+        self._in_kv_cache = in_kv_cache
+        self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self._encoder: VisionEncoder | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._encoder is not None
+
+    @property
+    def n_images(self) -> int:
+        """Images whose embeddings are kept."""
+        return len(self._features)
+
+    @property
+    def injection(self) -> Injection:
+        assert self._files.injection is not None
+        return self._files.injection
+
+    def encoder(self) -> VisionEncoder:
+        """Raises ModelFileError, DeviceError."""
+        if self._encoder is None:
+            assert self._files.vision is not None
+            abort = (self._abort.callback_address, self._abort.data_address)
+            self._encoder = VisionEncoder(self._files.vision.path, self._device, self._n_threads, abort)
+        return self._encoder
+
+    def knows(self, digest: bytes) -> bool:
+        return digest in self._features
+
+    def features(self, image: Image, progress: Callable[[int, int], None] | None = None) -> ImageFeatures:
+        """An image's embeddings, kept or computed now. `progress` gets (done, total). Raises Aborted when the abort
+        flag is raised meanwhile, ModelFileError for weights that are damaged."""
+        if image.digest in self._features:
+            self._features.move_to_end(image.digest)
+            return self._features[image.digest]
+        self._forget_decoded()
+        encoded = self.encoder().encode([image], progress)[0]
+        features = dataclasses.replace(encoded, layers=list(self.injection.layers))
+        self._features[image.digest] = features
+        return features
+
+    def _forget_decoded(self) -> None:
+        """Before an image is encoded: drops those whose rows the decoder has, since a page's take 0.1 GB."""
+        for digest in [digest for digest in self._features if self._in_kv_cache(digest)]:
+            del self._features[digest]
+
+    def trim(self) -> None:
+        """Drops the images that were asked about longest ago."""
+        while len(self._features) > 1 and sum(f.rows.nbytes for f in self._features.values()) > FEATURE_CACHE_BYTES:
+            self._features.popitem(last=False)
+
+    def release(self) -> None:
+        """Before text is decoded on the CPU: gives back the memory of intermediate results (0.25 GB a page)."""
+        if self._encoder is not None and self._encoder.backend.is_cpu:
+            self._encoder.release()
+
+    def clear(self) -> None:
+        self._features.clear()
+
+    def close(self) -> None:
+        self.clear()
+        if self._encoder is not None:
+            self._encoder.close()

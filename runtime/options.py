@@ -1,0 +1,66 @@
+"""How an answer is generated: one set of options for the Python API, the command line and the records of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from granite4v.choices import whole_number
+from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.grammar.grammar import Grammar
+
+
+@dataclass(frozen=True)
+class GenerationOptions(Sampling):
+    """How an answer is generated; the defaults are greedy. Sampling has its own fields (`Sampling`).
+
+    `max_tokens`: the most tokens the answer may have. `stop`: texts that end the answer and are not part of it.
+    `ignore_eos`: go on to `max_tokens` whatever the model generates (for measuring). `constraint`: what
+    `granite4v.grammar_for` returns; the answer keeps to it and ends by itself only where it is valid.
+    `fast_forward`: tokens that the grammar leaves no choice about are decoded together instead of being sampled.
+    `repetition`: whether an answer that repeats the same rows without end is stopped; the name of a task says what its
+    rows are where no constraint does. `lora`: whether a separate adapter is applied; None follows the model's policy.
+    Raises ValueError or TypeError for a value out of range.
+    """
+
+    max_tokens: int = 512
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    constraint: Grammar | None = None
+    fast_forward: bool = True
+    repetition: bool | str = True
+    lora: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "max_tokens", whole_number("max_tokens", self.max_tokens, 0))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if self.constraint is not None and not isinstance(self.constraint, Grammar):
+            raise TypeError(f"the constraint is {self.constraint!r:.60}; expected what granite4v.grammar_for returns.")
+
+    @classmethod
+    def of(cls, options: GenerationOptions | None, changes: Any) -> GenerationOptions:
+        """`options`, or the defaults, with some fields changed. Raises TypeError for a field that is unknown."""
+        return cls(**changes) if options is None else dataclasses.replace(options, **changes)
+
+
+class GenerationFields(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keyword arguments, for type checkers. A test holds the two together."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    seed: int | None
+    max_tokens: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    constraint: Grammar | None
+    fast_forward: bool
+    repetition: bool | str
+    lora: bool | None

@@ -1,0 +1,118 @@
+"""Messages and images to prompts, for one model: its tokenizer and chat template, opened when they are first needed.
+
+Any thread may build prompts; they take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector import ImageSource, count_tokens, load_image
+from granite4v.errors import ModelFileError, PromptError
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.prompt.messages import Prompt as PromptLike
+from granite4v.runtime.prompt.messages import normalize
+from granite4v.runtime.prompt.spans import Prompt, build_prompt, check_length, image_token, image_token_text
+from granite4v.runtime.prompt.template import ChatTemplate
+from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+
+
+class PromptBuilder:
+    """What turns messages into the spans that the decoder gets."""
+
+    def __init__(self, files: ModelFiles, n_ctx: int, check: Callable[[Callable[[], None]], None]) -> None:
+        """`check(report)` raises where the files cannot be used, and calls `report` when that takes a while."""
+        self._files, self._n_ctx, self._check = files, n_ctx, check
+        self._lock = threading.RLock()
+        self.placeholder = image_token(files.text)
+        self._placeholder_text = image_token_text(files.text)
+        self.stop_tokens = stop_tokens(files.text)
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._longest_token = 0  # bytes; not known yet
+
+    def tokenizer(self, report: Callable[[], None] | None = None) -> Tokenizer:
+        """`report` is called before a trial of the files, which takes a while. Raises ModelFileError."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._check(report or _nothing)
+                self._tokenizer = load_tokenizer(self._files.text, self._files.text.path)
+            return self._tokenizer
+
+    def template(self) -> ChatTemplate:
+        with self._lock:
+            if self._template is None:
+                source = self._files.text.text(keys.CHAT_TEMPLATE)
+                self._template = ChatTemplate(source, special_tokens(self._files.text))
+            return self._template
+
+    def build(
+        self,
+        prompt: PromptLike,
+        images: Sequence[ImageSource],
+        variables: Mapping[str, Any],
+        report: Callable[[], None] | None = None,
+    ) -> Prompt:
+        """Raises PromptError, ImageError, ContextOverflowError, ModelFileError."""
+        with self._lock:
+            conversation = normalize(prompt, images, self._placeholder_text)
+            _check_unicode(conversation.messages)
+            if conversation.images:
+                self._need_vision()
+            opened = [load_image(source) for source in conversation.images]
+            tokenizer = self.tokenizer(report)
+            return build_prompt(
+                conversation,
+                opened,
+                self.template(),
+                tokenizer,
+                self.placeholder,
+                self._count,
+                self._check_length,
+                **variables,
+            )
+
+    def _need_vision(self) -> None:
+        if self._files.vision is None:
+            raise ModelFileError(
+                f"'{self._files.text.path}' has no vision file beside it, so it cannot look at images; give one with "
+                "'--mmproj', or a model directory that holds both."
+            )
+
+    def _count(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of this size (width, height)."""
+        config = self._files.vision_config
+        assert config is not None
+        return count_tokens(size, config)
+
+    def _check_length(self, text: str) -> None:
+        """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
+        if len(text) > self._n_ctx:
+            if not self._longest_token:
+                tokens = self._files.text.texts(keys.TOKENS, [])
+                self._longest_token = max((len(token.encode()) for token in tokens), default=1)
+            check_length(text, self._longest_token, self._n_ctx)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._tokenizer is not None:
+                self._tokenizer.close()
+
+
+def _check_unicode(messages: Any) -> None:
+    """Tokenizers take UTF-8: raises PromptError for the lone surrogates that Python reads other bytes as."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds {error.object[error.start]!r}, which is not Unicode text: bytes that are not UTF-8 are "
+            "read as that. Convert the prompt to UTF-8."
+        ) from None
+
+
+def _nothing() -> None:
+    pass
