@@ -22,7 +22,7 @@ class FakeModel:
     def __init__(self, path: Path, known: tuple[str, ...] = ("tables_html", "chart2csv")) -> None:
         path.write_bytes(b"weights")
         self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
-        self.n_ctx, self.warnings, self.progress = 5000, [], None
+        self.n_ctx, self.warnings = 5000, []
         self.settings = {"n_threads": 2, "device": "cpu"}
         self.known, self.closed = known, False
         self.asked: list[tuple[str, int, int]] = []
@@ -33,7 +33,7 @@ class FakeModel:
             "<chart2csv>": "x,shade\na,{shade}\n",
         }
 
-    def prepare(self, prompt: str, images: Any) -> Any:
+    def prepare(self, prompt: str, images: Any, **held: Any) -> Any:
         expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
         return SimpleNamespace(text=f"system {expanded}", n_tokens=1000, question=prompt, images=images)
 

@@ -452,17 +452,6 @@ def test_forced_text_alone_costs_one_decode(model: granite4v.Model) -> None:
     assert (cut.tokens, cut.finish_reason, cut.timings.n_forced) == (answer.tokens[:5], "length", 5)
 
 
-def test_what_was_fed_in_one_go_is_what_was_fed_step_by_step(model: granite4v.Model) -> None:
-    """The decoder's logits behind forced tokens, to rounding."""
-    decoder = model.engine.decoder()
-    tokens = tokenizer("toy").encode_plain('{"name": "x", "total": 12')
-    one_by_one = model.score("What?", tokens=[*tokens, 0])[-1]
-    model.logits("What?")
-    np.testing.assert_allclose(decoder.extend(tokens), one_by_one, atol=1e-4)
-    with pytest.raises(ValueError, match="at least one token"):
-        decoder.extend([])
-
-
 def test_more_forced_tokens_than_a_batch_holds(model: granite4v.Model) -> None:
     grammar = grammar_for("kvp", {"const": [f"value {i}" for i in range(300)]})
     answer = model.generate("What?", max_tokens=4000, constraint=grammar, repetition=False)
@@ -497,8 +486,8 @@ def test_cancelling_a_constrained_answer_leaves_what_was_said(model: granite4v.M
     first = next(stream)
     stop.set()
     assert not "".join(stream)
-    assert stream.answer.finish_reason == "cancelled" and stream.answer.text == first
-    assert compiler("toy").index.text(stream.answer.tokens).decode() == first
+    assert stream.answer.finish_reason == "cancelled" and stream.answer.text.startswith(first)
+    assert compiler("toy").index.text(stream.answer.tokens).decode() == stream.answer.text
     other = model.stream("What?", max_tokens=300, constraint=grammar_of("kvp"))
     next(other)
     other.close()
@@ -528,10 +517,10 @@ def test_pictures_that_were_encoded_are_counted(model: granite4v.Model) -> None:
 
 def test_a_grammar_that_llguidance_cannot_compile_costs_nothing(model: granite4v.Model) -> None:
     model.logits("What?")
-    epoch = model.engine.decoder().epoch
+    before = model.counters
     with pytest.raises(ConstraintError, match="uniqueItems"):
         model.generate("What?", constraint=Grammar("kvp", schema='{"type": "array", "uniqueItems": true}'))
-    assert model.engine.decoder().epoch == epoch
+    assert model.counters == before
 
 
 # --- copies ---

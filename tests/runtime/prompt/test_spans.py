@@ -83,7 +83,7 @@ def test_a_picture_that_the_template_skips_is_refused(model: granite4v.Model, mo
     from granite4v.runtime.prompt.template import ChatTemplate
 
     template = ChatTemplate("{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}")
-    monkeypatch.setattr(model.engine, "_template", template)
+    monkeypatch.setattr(model.prompts, "template", lambda: template)
     with pytest.raises(PromptError, match=r"leaves 0 image placeholders for 1 image;"):
         model.prepare("x", PICTURES[:1])
 
@@ -96,7 +96,7 @@ def test_more_pictures_than_parts_is_refused(model: granite4v.Model) -> None:
 def test_a_vocabulary_without_a_placeholder_is_an_error(
     model: granite4v.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.engine, "placeholder", None)
+    monkeypatch.setattr(model.prompts, "placeholder", None)
     with pytest.raises(ModelFileError, match="no image placeholder"):
         model.prepare("x", PICTURES[:1])
 
