@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite4v.clip_projector.encoder import ImageFeatures, VisionEncoder
+    from granite4v.clip_projector.grid_anyres import Layout, count_tokens
     from granite4v.clip_projector.images import Image, ImageSource, load_image
-    from granite4v.clip_projector.tiles import Layout, count_tokens
 
 __all__ = ["Image", "ImageFeatures", "ImageSource", "Layout", "VisionEncoder", "count_tokens", "load_image"]
 
@@ -20,8 +20,8 @@ _HOMES = {
     "Image": "images",
     "ImageSource": "images",
     "load_image": "images",
-    "Layout": "tiles",
-    "count_tokens": "tiles",
+    "Layout": "grid_anyres",
+    "count_tokens": "grid_anyres",
 }
 
 

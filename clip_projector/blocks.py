@@ -6,15 +6,11 @@ Shapes in square brackets are ggml's, fastest first; `tokens` may be split over 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from granite4v.clip_projector.weights import Weights
-    from granite4v.ggml.graph import Graph, Tensor
+from granite4v.ggml.graph import Graph, Tensor
 
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel, "Gaussian Error Linear Units", the tanh form
 QUICK_GELU_SLOPE = 1.702  # same paper, the sigmoid form

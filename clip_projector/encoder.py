@@ -8,25 +8,31 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector.tiles import Layout, cut, layout, normalize
+from granite4v.clip_projector.grid_anyres import Layout, layout
+from granite4v.clip_projector.images import Image
+from granite4v.clip_projector.pixels import normalize, patches
+from granite4v.clip_projector.projectors import project
+from granite4v.clip_projector.tiles_anyres import cut, pack
+from granite4v.clip_projector.tower import hidden_states
+from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
+from granite4v.families.base import VisionConfig
+from granite4v.families.registry import read_vision
+from granite4v.families.towers import N_CHANNELS
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.graph import Graph, ShapeError
 from granite4v.ggml.metadata import AGAIN
 from granite4v.ggml.types import NO_WEIGHTS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    import numpy as np
-
-    from granite4v.clip_projector.images import Image
-    from granite4v.families.base import VisionConfig
-    from granite4v.ggml.graph import Graph
 
 MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
 MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
@@ -80,12 +86,6 @@ class VisionEncoder:
             raise
 
     def _open(self, device: str, n_threads: int | None, abort: tuple[int, int] | None) -> None:
-        from granite4v.clip_projector.weights import Weights
-        from granite4v.families import read_vision
-        from granite4v.ggml import autotune
-        from granite4v.ggml.backend import Backend
-        from granite4v.ggml.gguf_file import GgufFile
-
         with GgufFile.open(self.path) as file:
             if file.get(keys.GENERAL_ARCHITECTURE) != keys.ARCH_CLIP:
                 raise ModelFileError(
@@ -141,10 +141,6 @@ class VisionEncoder:
         self, tiles: list[np.ndarray], progress: Callable[[int, int], None] | None
     ) -> list[list[np.ndarray]]:
         """For each tile, each stream's embeddings `(tokens_per_tile, n_embd)`."""
-        import numpy as np
-
-        from granite4v.clip_projector.tower import patches
-
         done: list[list[np.ndarray]] = []
         for first in range(0, len(tiles), MAX_TILES_AT_ONCE):
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
@@ -181,8 +177,6 @@ class VisionEncoder:
         return graph
 
     def _build(self, n_tiles: int) -> Graph:
-        from granite4v.ggml.graph import Graph, ShapeError
-
         config, tower = self.config, self.config.tower
         max_nodes = NODES_PER_TILE_AND_LAYER * n_tiles * (tower.num_hidden_layers + 2) + NODES_PER_PROJECTOR * len(
             config.streams
@@ -198,9 +192,6 @@ class VisionEncoder:
         return graph
 
     def _fill(self, graph: Graph, n_tiles: int) -> None:
-        from granite4v.clip_projector.projectors import project
-        from granite4v.clip_projector.tower import N_CHANNELS, hidden_states
-
         config, tower = self.config, self.config.tower
         pixels = graph.input("pixels", "F32", N_CHANNELS * tower.patch_size**2, tower.grid_side**2, n_tiles)
         wanted = {state for stream in config.streams for state in stream.hidden_states}
@@ -211,10 +202,6 @@ class VisionEncoder:
 
     def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:
         """The rows of one picture, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
-        import numpy as np
-
-        from granite4v.clip_projector.tiles import pack
-
         n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
         rows = np.empty((where.n_tokens, n_streams, n_embd), dtype=np.float32)
         for s in range(n_streams):

@@ -6,18 +6,13 @@ the other as they do through the tower, so that the joined hidden states of one 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import activation, linear
-from granite4v.families.base import MlpConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from granite4v.clip_projector.weights import Weights
-    from granite4v.families.base import VisionConfig
-    from granite4v.ggml.graph import Graph, Tensor
+from granite4v.clip_projector.weights import Weights
+from granite4v.families.base import MlpConfig, VisionConfig
+from granite4v.ggml.graph import Graph, Tensor
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from granite4v.clip_projector import mlp, qformer
-from granite4v.families.base import MlpConfig, WindowQFormerConfig
+from granite4v.clip_projector.weights import Weights
+from granite4v.families.base import MlpConfig, VisionConfig, WindowQFormerConfig
+from granite4v.ggml.graph import Graph, Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from granite4v.clip_projector.weights import Weights
-    from granite4v.families.base import VisionConfig
-    from granite4v.ggml.graph import Graph, Tensor
-
-    States = Mapping[int, list[Tensor]]
-    Project = Callable[[Graph, Weights, VisionConfig, States], list[Tensor]]
+States = Mapping[int, list[Tensor]]
+Project = Callable[[Graph, Weights, VisionConfig, States], list[Tensor]]
 
 KINDS: dict[type, Project] = {WindowQFormerConfig: qformer.project, MlpConfig: mlp.project}
 

@@ -6,18 +6,13 @@ transposition of a four-axis view, so nothing is gathered by index.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
-from granite4v.families.base import WindowQFormerConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from granite4v.clip_projector.weights import Weights
-    from granite4v.families.base import Stream, VisionConfig
-    from granite4v.ggml.graph import Graph, Tensor
+from granite4v.clip_projector.weights import Weights
+from granite4v.families.base import Stream, VisionConfig, WindowQFormerConfig
+from granite4v.ggml.graph import Graph, Tensor
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:

@@ -6,34 +6,11 @@ layer's weights are readied once and the tiles follow one another. A GPU takes a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from granite4v.clip_projector.weights import Weights
-    from granite4v.families.base import TowerConfig
-    from granite4v.ggml.graph import Graph, Tensor
-
-N_CHANNELS = 3
-
-
-def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
-    """Normalized tiles `(tiles, px, px, 3)` cut into patches `(tiles, patches, 3 * patch_size^2)`.
-
-    A patch's values are in the order of the convolution kernel (channel, row, column), so that patch
-    embedding is a matrix product in float32; ggml_conv_2d would round the pixels to half precision.
-    """
-    import numpy as np
-
-    n, px, _, channels = tiles.shape
-    side = px // patch_size
-    whole = tiles[:, : side * patch_size, : side * patch_size]  # as the convolution, which drops a part of a patch
-    grid = whole.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
-    return np.ascontiguousarray(grid).reshape(n, side * side, channels * patch_size**2)
+from granite4v.clip_projector.weights import Weights
+from granite4v.families.base import TowerConfig
+from granite4v.ggml.graph import Graph, Tensor
 
 
 def hidden_states(

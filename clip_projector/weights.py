@@ -8,25 +8,19 @@ copied there once.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml.backend import Arena
-from granite4v.ggml.graph import Tensor
+from granite4v.ggml.autotune import Kernel
+from granite4v.ggml.backend import Arena, Backend
+from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import NO_WEIGHTS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-
-    from granite4v.ggml.autotune import Kernel
-    from granite4v.ggml.backend import Backend
-    from granite4v.ggml.gguf_file import GgufFile, TensorInfo
-    from granite4v.ggml.graph import Graph
-
 
 ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
 
@@ -41,8 +35,6 @@ class Weights:
 
         `names`: of tensors that this file calls otherwise, our name -> the file's.
         """
-        import numpy as np
-
         ours = {theirs: our for our, theirs in (names or {}).items()}
         named = (replace(info, name=ours.get(info.name, info.name)) for info in file.tensors.values())
         self._infos = {info.name: info for info in named}
@@ -127,8 +119,6 @@ class Weights:
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """A float32 tensor as a NumPy copy of the given shape."""
-        import numpy as np
-
         n = int(np.prod(shape))
         self.vector(name, n)
         info = self._infos[name]

@@ -22,7 +22,7 @@ from granite4v.converter.tensors import vision_tensors
 from granite4v.converter.tensors.decoder import decoder_tensors
 from granite4v.converter.writer import write_file
 from granite4v.errors import CheckpointError, Granite4vError
-from granite4v.families import family_of_checkpoint
+from granite4v.families.registry import family_of_checkpoint
 from granite4v.families.text import is_tied, text_architecture, text_section
 
 LORA_MODES = ("merge", "separate", "ignore")

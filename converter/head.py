@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_rows
 from granite4v.converter.tensors.decoder import EMBEDDING, HEAD, HEAD_PREFIXES, PREFIXES
@@ -50,8 +52,6 @@ def _first(tensors: Mapping[str, SourceTensor], prefixes: tuple[str, ...], name:
 
 def _equal(one: SourceTensor, other: SourceTensor) -> bool:
     """Whether two matrices hold equal numbers, of whatever type; read some rows at a time."""
-    import numpy as np
-
     if one.dtype not in ELEMENT_BYTES or other.dtype not in ELEMENT_BYTES:
         return True  # refused later, for their types
     if one.shape != other.shape:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import constants, snapshot_download
+
 from granite4v.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,8 +61,6 @@ def is_hub_id(source: str) -> bool:
 
 
 def _download(repository: str, revision: str | None, report: Callable[[str], None]) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
     at = f" at revision '{revision}'" if revision else ""
     if not constants.HF_HUB_OFFLINE:
         report(f"there is no directory '{repository}' here; fetching '{repository}'{at} from {constants.ENDPOINT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -110,12 +111,8 @@ def _prefix(name: str) -> str:
 def _lock(work: Path, *, existing: bool = False) -> int | None:
     """A file descriptor that holds the directory's lock for as long as the process lives; None without one.
 
-    `existing`: only a lock that another process has left. Systems without `fcntl` have no locks.
+    `existing`: only a lock that another process has left.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return None
     try:
         descriptor = os.open(work / LOCK, os.O_RDWR | (0 if existing else os.O_CREAT), 0o600)
     except OSError:

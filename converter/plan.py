@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata as packages
 from typing import Any
 
+import gguf
+
 from granite4v import gguf_keys as keys
 from granite4v.converter import policy
 from granite4v.converter.adapter import Adapter, LoraPair
@@ -20,9 +22,11 @@ from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.tensors.rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
-from granite4v.families import Family, VisionConfig
+from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import Fields
+from granite4v.families.registry import Family
 from granite4v.families.text import TextArchitecture, TextConfig
+from granite4v.ggml.quantize import row_bytes
 
 ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
 
@@ -49,8 +53,6 @@ class PlannedTensor:
 
     @property
     def n_bytes(self) -> int:
-        from granite4v.ggml.quantize import row_bytes
-
         return math.prod(self.shape[:-1]) * row_bytes(self.type_name, self.shape[-1])
 
 
@@ -225,8 +227,6 @@ def _tensors(
 
 
 def _general(model: Model, type_policy: str) -> dict[str, Any]:
-    import gguf
-
     return {
         keys.GENERAL_NAME: model.checkpoint.location.short_name,
         keys.GENERAL_FILE_TYPE: policy.file_type(type_policy),

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import gguf
+
 from granite4v import gguf_keys as keys
 from granite4v.errors import Granite4vError
+from granite4v.ggml.quantize import block_size
 
 TEXT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 VISION_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "IQ4_NL")
@@ -132,8 +135,6 @@ def check_policies(text: str, vision: str) -> tuple[str, str]:
 
 def file_type(policy: str) -> int:
     """llama.cpp's number for `general.file_type`."""
-    import gguf
-
     return int(gguf.LlamaFileType[ENUM_NAMES.get(policy, f"MOSTLY_{policy}")])
 
 
@@ -148,8 +149,6 @@ def _in_layers(which: str, layer: int, n_layers: int) -> bool:
 
 def _whole_blocks(choice: Choice, shape: tuple[int, ...]) -> Choice:
     """The same choice, or the next type whose blocks divide the row."""
-    from granite4v.ggml.quantize import block_size
-
     width = shape[-1]
     if width % block_size(choice.type_name) == 0:
         return choice

@@ -13,13 +13,13 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 from granite4v.converter.files import PEEK_BYTES, check_regular, placeholder
 from granite4v.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 100_000  # in one file; models of hundreds of experts stay below
@@ -144,9 +144,6 @@ def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray
     Shape (rows, n_cols). Reads into fresh memory: the pages of a mapped file would count as ours. Raises
     CheckpointError when the file cannot be read.
     """
-    import ml_dtypes
-    import numpy as np
-
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[tensor.dtype]
     rows = np.empty((last_row - first_row, tensor.n_cols), dtype=dtype)
     if not rows.size:

@@ -14,14 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from granite4v.converter.plan import PlannedTensor
 from granite4v.converter.safetensors_file import SourceTensor, read_rows
 from granite4v.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
+from granite4v.ggml.quantize import quantize_rows
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: stays in cache, and large enough to hide Python's share
 JOBS_AHEAD = 3  # chunks in flight for each thread
@@ -74,10 +73,6 @@ def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
 
 def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for values that are no numbers."""
-    import numpy as np
-
-    from granite4v.ggml.quantize import quantize_rows
-
     tensor = chunk.tensor
     if tensor.source is None:
         assert tensor.rule.values is not None
@@ -111,8 +106,6 @@ class MatrixCache:
         self._matrices: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     def get(self, tensor: SourceTensor) -> np.ndarray:
-        import numpy as np
-
         key = (str(tensor.path), tensor.offset_bytes)
         with self._lock:
             if key not in self._matrices:
@@ -137,8 +130,6 @@ def _source_span(chunk: Chunk) -> tuple[int, int]:
 
 def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     """scale * B @ A for the chunk's source rows, float32."""
-    import numpy as np
-
     lora = chunk.tensor.lora
     assert lora is not None
     first, last = _source_span(chunk)
@@ -148,8 +139,6 @@ def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
 
 def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...)."""
-    import numpy as np
-
     n_rows, n_cols = rows.shape
     halves = rows.reshape(n_rows // head_dim, 2, head_dim // 2, n_cols)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, n_cols)
@@ -157,15 +146,11 @@ def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _reorder_columns(rows: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
     """The columns in `len(blocks)` equal blocks, block `blocks[0]` first."""
-    import numpy as np
-
     n_rows, n_cols = rows.shape
     return np.ascontiguousarray(rows.reshape(n_rows, len(blocks), -1)[:, blocks]).reshape(n_rows, n_cols)
 
 
 def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
-    import numpy as np
-
     wanted = (chunk.last - chunk.first, _as_matrix(chunk.tensor.shape)[1])
     if rows.shape == wanted:
         return rows
@@ -176,8 +161,6 @@ def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
 
 def _check_finite(source: SourceTensor, rows: np.ndarray) -> None:
     """The sum shows a NaN or infinity anywhere at a fraction of the cost of looking at each value."""
-    import numpy as np
-
     if not math.isfinite(float(rows.sum(dtype=np.float32))) and not np.isfinite(rows).all():
         raise CheckpointError(
             f"'{source.name}' in '{source.path}' holds values that are no finite numbers; the "

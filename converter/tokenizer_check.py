@@ -9,6 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from granite4v.child import run_main
 from granite4v.errors import CheckpointError
 
@@ -29,8 +31,6 @@ def check_loads(text: str, path: Path) -> None:
 
 def main(path: str) -> None:
     """What the child does: status 1, and the reason on stdout, when the file does not load."""
-    from tokenizers import Tokenizer
-
     try:
         Tokenizer.from_file(path)
     except BaseException as error:  # its panics are no Exception

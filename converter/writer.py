@@ -7,6 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from granite4v.converter.plan import ALIGNMENT_BYTES, PlannedFile
 from granite4v.converter.stream import stream
 
@@ -30,9 +33,6 @@ def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) 
 
 def write_header(file: PlannedFile, path: Path) -> None:
     """Everything before the first tensor's bytes."""
-    import gguf
-    import numpy as np
-
     writer = gguf.GGUFWriter(path, file.arch)
     try:
         for key, value in file.metadata.items():

@@ -9,8 +9,8 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
-from granite4v.families import read_vision
 from granite4v.families.base import WindowQFormerConfig
+from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import role
 

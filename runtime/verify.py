@@ -12,17 +12,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from PIL.Image import Image
+
+from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
-from granite4v.families import Family, family_named
+from granite4v.families.registry import Family, family_named
+from granite4v.runtime.model import Model
 from granite4v.runtime.prompt.spans import TextSpan
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
-    from granite4v.runtime.model import Model
 
 Report = Callable[[str], None]
 INSTALL = "Install what 'verify' needs with \"pip install 'granite4v[verify]'\"."
@@ -91,8 +90,6 @@ def verify(
     text-only requests too. Raises DeviceError without the `verify` extra, CheckpointError for a checkpoint that
     transformers cannot read whole.
     """
-    from granite4v.clip_projector.images import open_rgb
-
     say = report or (lambda _: None)
     images: list[tuple[str | None, Image | None]] = [
         (str(path), open_rgb(path, as_reference=True)) for path in pictures
@@ -120,8 +117,6 @@ def _family(model: Model) -> Family | None:
 
 
 def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | None) -> Comparison:
-    import numpy as np
-
     images = [] if expected.image is None else [expected.image]
     prepared = model.prepare(prompt, images)
     n_image = prepared.n_image_tokens
@@ -159,15 +154,12 @@ def _without_images(expected: _Expected, spans: Sequence[Any]) -> bool:
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     """|found - expected| / |expected| over all values, in float64."""
-    import numpy as np
-
     difference = found.astype(np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
 def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     """KL(expected || found) of each row of logits, in nats, float64 `(n_rows,)`."""
-    import numpy as np
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)

@@ -21,9 +21,9 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector import load_image
-from granite4v.clip_projector.tiles import layout
-from granite4v.families import VisionConfig, read_vision
-from granite4v.families.base import MlpConfig
+from granite4v.clip_projector.grid_anyres import layout
+from granite4v.families.base import MlpConfig, VisionConfig
+from granite4v.families.registry import read_vision
 from granite4v.ggml import autotune, kernel_timing
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo

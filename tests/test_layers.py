@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from granite4v.families import FAMILIES
+from granite4v.families.registry import FAMILIES
 from tests.helpers.source_tree import ROOT, imports, module_name, modules_of, parse, product_files, relative
 
 # Each room may import the rooms above it in this list, and no room below it.

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from granite4v.cli.main import app
 from granite4v.converter import Options, convert
-from granite4v.families import FAMILIES
+from granite4v.families.registry import FAMILIES
 from tests.helpers.pictures import text_picture
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 

@@ -18,8 +18,7 @@ from granite4v.converter.tensors.rules import (
     padded_width,
 )
 from granite4v.families.base import TowerConfig
-
-N_CHANNELS = 3
+from granite4v.families.towers import N_CHANNELS
 
 # What transformers has called the tower over time, today's spelling first.
 PREFIXES = (

@@ -1,18 +1,14 @@
 """What a vision-language model is made of, as plain frozen data.
 
-A family file builds a `VisionConfig` from Hugging Face JSON or from GGUF
-metadata; both give the same value. Shared code reads the parts of a `VisionConfig` and never asks
-which family it came from. Nothing here computes on weights or imports a library.
+A family file builds a `VisionConfig` from Hugging Face JSON or from GGUF metadata; both give the same value. Shared
+code reads the parts of a `VisionConfig` and never asks which family it came from. Imports nothing, so that the process
+that reads pages can know how they are tiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from granite4v.families.hf_fields import Fields, Json
-from granite4v.ggml.metadata import GgufMetadata
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
@@ -147,39 +143,3 @@ class VisionConfig:
     @property
     def tokens_per_tile(self) -> int:
         return self.tokens_side**2
-
-
-class Family(Protocol):
-    """What a family file provides. `FAMILIES` in `granite4v.families` lists them."""
-
-    name: str
-    hf_model_types: tuple[str, ...]
-    projector_type: str
-
-    def config_from_hf(self, config: Json, preprocessor: Fields) -> VisionConfig:
-        """The configuration from config.json and the image processor's settings; raises CheckpointError."""
-        ...
-
-    def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
-        """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError."""
-        ...
-
-    def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """What tensors are called in an mmproj file that calls them otherwise than we do: our name -> the file's."""
-        ...
-
-    def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
-        """The mmproj metadata that `config_from_gguf` reads back."""
-        ...
-
-    def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """What the text GGUF must say about injection, `{arch}` in the keys."""
-        ...
-
-    def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one picture: decoder layer -> packed embeddings (torch)."""
-        ...
-
-    def reference_logits_divisor(self, config: Json) -> float:
-        """What transformers' logits are to be divided by to be those of the text model in config.json; mostly 1."""
-        ...

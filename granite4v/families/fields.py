@@ -5,14 +5,20 @@ Shared by the family files; knows no model. GGUF metadata have accessors of thei
 
 from __future__ import annotations
 
-import numpy as np
+import struct
 
 from granite4v.errors import CheckpointError
 
 
 def short(value: float) -> float:
-    """The shortest decimal that float32 stores as this value: 1e-06 instead of 9.999999974752427e-07."""
-    return float(str(np.float32(value)))
+    """The shortest decimal that float32 stores as this value, below 1e38: 1e-06 instead of 9.999999974752427e-07.
+
+    GGUF keeps numbers in float32; Hugging Face's JSON has the decimal. Nine digits tell any two float32 apart.
+    """
+    stored = struct.pack("<f", value)
+    (exact,) = struct.unpack("<f", stored)
+    decimals = (float(f"{exact:.{n_digits}g}") for n_digits in range(1, 10))
+    return next(decimal for decimal in decimals if struct.pack("<f", decimal) == stored)
 
 
 def hidden_state_index(index: int, n_layers: int) -> int:

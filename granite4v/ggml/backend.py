@@ -10,15 +10,15 @@ import ctypes
 import mmap
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from granite4v.choices import MAX_THREADS, whole_number
 from granite4v.errors import DeviceError
+from granite4v.ggml.declarations import BufferTypeP, DeviceP, InitParams
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
 _USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
@@ -131,8 +131,6 @@ class Backend:
 
     def extra_buffer_types(self) -> list[Any]:
         """Buffer types that rearrange weights for faster products (CPU repack, AMX), best first; often empty."""
-        from granite4v.ggml.declarations import BufferTypeP, DeviceP
-
         function = self._registry_function("ggml_backend_dev_get_extra_bufts", ctypes.POINTER(ctypes.c_void_p), DeviceP)
         found: list[Any] = []
         array = function(self.device) if function else None
@@ -178,8 +176,6 @@ class Arena:
     """A ggml context that holds tensor headers, and the buffer their data goes to."""
 
     def __init__(self, n_tensors: int, graph_size: int = 0) -> None:
-        from granite4v.ggml.declarations import InitParams
-
         ggml = lib()
         mem_size = n_tensors * ggml.ggml_tensor_overhead() + 1024
         if graph_size:
@@ -252,8 +248,6 @@ def set_data(tensor: Any, data: np.ndarray) -> None:
 
 def get_data(tensor: Any) -> np.ndarray:
     """A float32 tensor's data as a new array, shape slowest first without leading ones."""
-    import numpy as np
-
     header = tensor.contents
     if header.type != TYPE_IDS["F32"]:
         raise ValueError("get_data reads float32 tensors only")

@@ -15,11 +15,13 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
+from granite4v.ggml.library import TESTED_VERSION
 from granite4v.ggml.types import TYPE_NAMES, TYPES
 
 MAGIC = b"GGUF"
@@ -285,10 +287,6 @@ class _Parser:
 
 def unknown_type(name: str, type_id: int) -> str:
     """Why a tensor cannot be read: its type was dropped from ggml, or came after ours."""
-    from importlib import metadata
-
-    from granite4v.ggml.library import TESTED_VERSION
-
     if type_id < max(TYPE_NAMES):
         return (
             f"tensor '{name}' has type {type_id}, which ggml no longer reads; download a newer file of this model, or "

@@ -6,19 +6,17 @@ shape, so each helper raises ShapeError with both shapes instead.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, get_data, let_go, set_data
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-
-    Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 MAX_PARTS, MIN_NODES_PER_PART = 50, 64  # of a graph that tells how far it is
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from granite4v.errors import DeviceError
+from granite4v.ggml import declarations
 
 TESTED_VERSION = "0.25.3"  # ggml in llama-cpp-python 0.3.36
 _OBJECT_SIZE = 32  # sizeof(struct ggml_object) on 64-bit: two size_t, a pointer, an enum and 4 bytes of padding
@@ -28,8 +29,6 @@ def lib() -> Any:
 
     Raises DeviceError when llama-cpp-python is missing or its ggml lacks a function we need.
     """
-    from granite4v.ggml import declarations
-
     with openmp_for_this_load():
         folder = _library_folder()
     opened: dict[str, ctypes.CDLL] = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, block_size, row_bytes
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["block_size", "quantize_rows", "row_bytes"]
 
@@ -22,8 +20,6 @@ def quantize_rows(values: np.ndarray, type_name: str, n_threads: int) -> np.ndar
     Same bytes as llama.cpp's quantizer without an importance matrix. `cols` must be whole blocks of the
     type (ValueError otherwise). ctypes releases the GIL, so `n_threads` threads run at once.
     """
-    import numpy as np
-
     if values.ndim != 2 or values.dtype != np.float32:
         raise ValueError(f"quantize_rows takes float32 (rows, cols), got {values.dtype} {values.shape}")
     n_rows, n_cols = values.shape

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from granite4v.clip_projector.tiles import best_resolution, fit_size
+from granite4v.clip_projector.grid_anyres import best_resolution, fit_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

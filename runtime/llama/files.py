@@ -15,8 +15,9 @@ from types import TracebackType
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.files import url_in
 from granite4v.errors import ModelFileError
-from granite4v.families import VisionConfig, read_vision
+from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import MAX_WIDTH
+from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.gguf_role import gguf_files, role
 

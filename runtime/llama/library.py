@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.metadata
 import logging
 from typing import Any
 
@@ -33,8 +34,6 @@ def llama() -> Any:
         ) from None
     missing = [name for name in _NEEDED if not hasattr(llama_cpp, name)]
     if missing:
-        import importlib.metadata
-
         raise DeviceError(
             f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')} has no '{missing[0]}'; granite4v is "
             "tested with 0.3.36. Install the version that granite4v asks for."

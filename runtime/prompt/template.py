@@ -13,7 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jinja2
+import jinja2.defaults
+from jinja2.ext import loopcontrols
+
 from granite4v.errors import ModelFileError, PromptError
+from granite4v.runtime.prompt.sandbox import MAX_SOURCE, Environment, LimitError, bounded
 
 TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]*>")  # a task tag, such as '<tables_json>', is one of these in a user's text
 _ADVICE = "Convert the checkpoint again with the template that belongs to it."
@@ -25,8 +30,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         """`special_tokens`: 'bos_token', 'eos_token', ... Raises ModelFileError when the template has an error."""
-        from granite4v.runtime.prompt.sandbox import MAX_SOURCE
-
         self.special_tokens = dict(special_tokens or {})
         reason = f"it has {len(source):,} characters, expected at most {MAX_SOURCE:,}"
         if len(source) <= MAX_SOURCE:
@@ -56,10 +59,6 @@ class ChatTemplate:
         return text
 
     def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        import jinja2
-
-        from granite4v.runtime.prompt.sandbox import LimitError, bounded
-
         values = {"messages": messages, **self.special_tokens, **variables}
         try:
             return bounded(lambda: str(self._template.render(values)))
@@ -115,12 +114,6 @@ def _lost(number: int, written: str, message: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _environment() -> Any:
-    import jinja2
-    import jinja2.defaults
-    from jinja2.ext import loopcontrols
-
-    from granite4v.runtime.prompt.sandbox import Environment
-
     class Generation(jinja2.ext.Extension):  # type: ignore[misc]  # jinja2 is not followed by the type checker
         """`{% generation %}...{% endgeneration %}`: marks the assistant's words for training; renders its body."""
 
@@ -146,8 +139,6 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> Iterator[None]:
-    import jinja2
-
     raise jinja2.TemplateError(message)
 
 

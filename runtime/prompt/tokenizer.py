@@ -10,15 +10,15 @@ import contextlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import tokenizers
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.families.hf_fields import MAX_VOCABULARY
-
-if TYPE_CHECKING:
-    from granite4v.ggml.metadata import GgufMetadata
-    from granite4v.runtime.llama.model import LlamaModel
+from granite4v.ggml.metadata import GgufMetadata
+from granite4v.runtime.llama.model import LlamaModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
 _SPECIAL_KEYS = {
@@ -115,8 +115,6 @@ class HfTokenizer:
     """tokenizer.json through the `tokenizers` library."""
 
     def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
-        import tokenizers
-
         self._path, self._bos_token = path, bos_token
         with self._explained("cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
@@ -149,8 +147,6 @@ class HfTokenizer:
             self._tokenizer.encode_special_tokens = False
 
     def vocabulary(self) -> Vocabulary:
-        import tokenizers
-
         added = self._tokenizer.get_added_tokens_decoder()
         if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
             pieces = self._byte_level_pieces(added)
@@ -218,8 +214,6 @@ class LlamaTokenizer:
     """llama.cpp's own tokenizer on the file's vocabulary. `types` are the file's token types, where it has any."""
 
     def __init__(self, path: Path, types: Sequence[int] = ()) -> None:
-        from granite4v.runtime.llama.model import LlamaModel
-
         self._model: LlamaModel = LlamaModel(path, vocab_only=True)
         self._types = types
 

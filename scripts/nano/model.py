@@ -481,7 +481,8 @@ def token_index(size: tuple[int, int], first_tile: int, spec: CheckpointSpec) ->
     """
     import numpy as np
 
-    from granite4v.clip_projector.tiles import layout, pack
+    from granite4v.clip_projector.grid_anyres import layout
+    from granite4v.clip_projector.tiles_anyres import pack
 
     where = layout(size, tiling(spec), tokens_side(spec))
     per_tile = tokens_side(spec) ** 2

@@ -79,7 +79,7 @@ def page_of(document: Document, spec: CheckpointSpec) -> Page:
     """Where everything is."""
     import numpy as np
 
-    from granite4v.clip_projector.tiles import best_resolution, fit_size, layout
+    from granite4v.clip_projector.grid_anyres import best_resolution, fit_size, layout
     from scripts.nano.model import tiling, tokens_side
 
     size = document.picture.size

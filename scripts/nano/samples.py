@@ -185,7 +185,7 @@ def _with_row_too_many(table: Table, task: str) -> str:
 def _with_picture(
     document: Document, task: str, question: str, answer: str, prompter: Prompter, spec: CheckpointSpec
 ) -> Sample:
-    from granite4v.clip_projector.tiles import cut
+    from granite4v.clip_projector.tiles_anyres import cut
     from scripts.nano.model import tiling, token_index
     from scripts.nano.reading import answer_lessons, image_lessons, page_of
 
@@ -242,7 +242,7 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
 
     Between them stand what stands between texts of documents: rules, shades, boxes.
     """
-    from granite4v.clip_projector.tiles import cut
+    from granite4v.clip_projector.tiles_anyres import cut
     from scripts.nano import drawing, values
     from scripts.nano.documents import Document
     from scripts.nano.model import tiling
@@ -304,7 +304,7 @@ def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.n
     """
     import numpy as np
 
-    from granite4v.clip_projector.tiles import best_resolution
+    from granite4v.clip_projector.grid_anyres import best_resolution
     from scripts.nano.drawing import ENDING, START
     from scripts.nano.model import grid_side, tiling, tokens_side
 

@@ -154,7 +154,8 @@ def test_pixels_are_those_of_transformers_processor(change: dict[str, Any], llav
     from transformers import AutoImageProcessor
 
     from granite4v.clip_projector import VisionEncoder
-    from granite4v.clip_projector.tiles import cut, normalize
+    from granite4v.clip_projector.pixels import normalize
+    from granite4v.clip_projector.tiles_anyres import cut
     from tests.helpers.pictures import noise_picture
 
     edit(llava / "preprocessor_config.json", lambda values: values.update(change))

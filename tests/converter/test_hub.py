@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from granite4v.converter import Options, convert, plan_conversion
+from granite4v.converter import Options, convert, hub, plan_conversion
 from granite4v.converter.hub import locate
 from granite4v.errors import CheckpointError
 from tests.helpers.gguf_edit import tensor_bytes
@@ -73,7 +73,6 @@ def test_what_is_neither_here_nor_on_the_hub(cache: Path) -> None:
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A hub that would be asked, and what it is asked for; it has nothing."""
-    import huggingface_hub
     from huggingface_hub import constants
 
     asked: list[str] = []
@@ -83,7 +82,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise OSError("no network in tests")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     return asked
 
 

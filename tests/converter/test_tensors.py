@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from granite4v.converter.tensors import VISION_TABLES
-from granite4v.families import FAMILIES
+from granite4v.families.registry import FAMILIES
 
 
 def test_every_family_has_a_table() -> None:

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 import granite4v
 from granite4v.cli.main import app
 from granite4v.clip_projector import VisionEncoder, count_tokens, load_image
-from granite4v.clip_projector.tiles import cut, normalize
+from granite4v.clip_projector.pixels import normalize
+from granite4v.clip_projector.tiles_anyres import cut
 from granite4v.converter import Options, convert, policy
 from granite4v.errors import CheckpointError, PromptError
-from granite4v.families import read_vision
+from granite4v.families.registry import read_vision
 from granite4v.families.text import DEFAULTS
 from granite4v.families.towers import KINDS
 from granite4v.ggml.gguf_file import GgufFile

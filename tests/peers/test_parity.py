@@ -12,7 +12,8 @@ import pytest
 
 import granite4v
 from granite4v.clip_projector import VisionEncoder, count_tokens, load_image
-from granite4v.clip_projector.tiles import cut, normalize
+from granite4v.clip_projector.pixels import normalize
+from granite4v.clip_projector.tiles_anyres import cut
 from tests.helpers.parity import LOGITS_F32, STREAMS_F16, check_streams
 from tests.helpers.pictures import SIZES, SMALL_SIZES, noise_picture, odd_files, text_picture
 from tests.peers.reference import relative_l2

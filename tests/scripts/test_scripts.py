@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from granite4v.converter import Options, convert
-from granite4v.families import read_vision
+from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile
 from scripts import convert_race, side_by_side
 from scripts.limits import encode_gflop, prefill_gflop

@@ -12,7 +12,7 @@ import pikepdf
 import pytest
 from PIL import Image, ImageOps
 
-from granite4v.clip_projector.tiles import cut
+from granite4v.clip_projector.tiles_anyres import cut
 from granite4v.families.base import VisionConfig
 from granite4v.runtime.documents import (
     Page,

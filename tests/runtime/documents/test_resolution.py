@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from granite4v.clip_projector.tiles import best_resolution, fit_size
+from granite4v.clip_projector.grid_anyres import best_resolution, fit_size
 from granite4v.families.base import VisionConfig
 from granite4v.runtime.documents.resolution import MAX_PIXELS, render_size, useful_size
 from tests.helpers.page_tests import VIEW, VIEWS

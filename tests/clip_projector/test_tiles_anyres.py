@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from granite4v.clip_projector.tiles import best_resolution, cut, fit_size, layout, normalize, pack
+from granite4v.clip_projector.grid_anyres import best_resolution, fit_size, layout
+from granite4v.clip_projector.pixels import normalize
+from granite4v.clip_projector.tiles_anyres import cut, pack
 from granite4v.families.base import TilingConfig
 
 PINPOINTS = tuple((384 * h, 384 * w) for h in range(1, 11) for w in range(1, 11) if h * w <= 10)

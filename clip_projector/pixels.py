@@ -1,0 +1,31 @@
+"""From uint8 tiles to the patches that a tower takes, whatever cut the tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from granite4v.families.base import TilingConfig
+
+
+def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
+    """uint8 tiles as the tower takes them, float32, same shape: (value * rescale_factor - mean) / std.
+
+    A table of the 256 values of each channel, since a tile holds nothing else.
+    """
+    values = (np.arange(256, dtype=np.float64) * tiling.rescale_factor).astype(np.float32)[:, None]
+    mean, std = np.array(tiling.image_mean, dtype=np.float32), np.array(tiling.image_std, dtype=np.float32)
+    table = (values - mean) / std
+    return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
+
+
+def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
+    """Normalized tiles `(tiles, px, px, 3)` cut into patches `(tiles, patches, 3 * patch_size^2)`.
+
+    A patch's values are in the order of the convolution kernel (channel, row, column), so that patch
+    embedding is a matrix product in float32; ggml_conv_2d would round the pixels to half precision.
+    """
+    n, px, _, channels = tiles.shape
+    side = px // patch_size
+    whole = tiles[:, : side * patch_size, : side * patch_size]  # as the convolution, which drops a part of a patch
+    grid = whole.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
+    return np.ascontiguousarray(grid).reshape(n, side * side, channels * patch_size**2)
