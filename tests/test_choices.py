@@ -6,7 +6,7 @@ from typing import get_args
 
 from granite4v import choices
 from granite4v.ggml.backend import DEVICES
-from granite4v.runtime.extract.documents import FORMATS
+from granite4v.runtime.extract.document_files import FORMATS
 
 
 def test_types_and_tables_agree() -> None:

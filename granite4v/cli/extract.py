@@ -203,12 +203,12 @@ def _check_usage(
 def _kept(run: Extraction, out: Path | None) -> str:
     if out is None:
         return "nothing is kept without --out"
-    n = run.state.tally.n_records
+    n = run.state.counts.n_records
     return f"{plural(n, 'finished record')} {'is' if n == 1 else 'are'} kept in '{out}'; go on with --resume"
 
 
 def _list_files(state: State, out: Path) -> None:
-    from granite4v.runtime.extract.folder import RESULTS
+    from granite4v.runtime.extract.output_directory import RESULTS
 
     print(out / RESULTS)
     for path in state.paths:
@@ -262,14 +262,14 @@ class _Printer:
 
 
 def _text(record: Record, form: str | None) -> str:
-    from granite4v.runtime.extract.documents import TABLE_FORMATS, as_text
+    from granite4v.runtime.extract.document_files import TABLE_FORMATS, as_text
 
     return as_text(record, form if form in TABLE_FORMATS and record.tables else None)
 
 
 def summary(state: State, seconds: float) -> str:
     """One line: how much was read, how it fared, how long it took."""
-    tally = state.tally
+    tally = state.counts
     pages = plural(state.n_pages_read + state.n_pages_known, "page")
     parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(tally.n_records, "record")]
     for n, what in (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from granite4v.choices import whole_number
-from granite4v.runtime.extract.documents import DOCLING, FORMATS, applies, suffixes
+from granite4v.runtime.extract.document_files import DOCLING, FORMATS, applies, suffixes
 from granite4v.runtime.extract.questions import ArgumentError
 
 # suffixes of files that people take '--out' for; a directory of such a name is used when it is there already

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from granite4v.errors import OutputError
 from granite4v.paths import FileOutputError
 from granite4v.runtime.extract.attempts import Attempts
-from granite4v.runtime.extract.documents import DOCLING, described, remove_stale, write_document
+from granite4v.runtime.extract.document_files import DOCLING, described, remove_stale, write_document
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
-from granite4v.runtime.extract.folder import Folder
-from granite4v.runtime.extract.journal import Journal
 from granite4v.runtime.extract.names import Names
+from granite4v.runtime.extract.output_directory import OutputDirectory
+from granite4v.runtime.extract.page_records import Settings, abandoned_page, answer_page, copied_page, failed_page
 from granite4v.runtime.extract.questions import Question
-from granite4v.runtime.extract.reader import Settings, abandoned_page, answer_page, copied_page, failed_page
 from granite4v.runtime.extract.record import Key, Record
+from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.state import State, Watch, waiting
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ class Job:
 
 
 class Extraction:
-    """An iterator over records, that holds a model, a journal and a directory until it is used up or closed."""
+    """An iterator over records, that holds a model, a log and a directory until it is used up or closed."""
 
     def __init__(
         self,
         job: Job,
-        folder: Folder | None,
-        journal: Journal,
+        folder: OutputDirectory | None,
+        log: ResultsLog,
         attempts: Attempts,
         state: State,
         watch: Watch,
@@ -77,15 +77,15 @@ class Extraction:
         closing: list[Callable[[], None]],
     ) -> None:
         """`closing` is called in order when the run ends. Use `extract` to get one."""
-        self._job, self._folder, self._journal, self._attempts = job, folder, journal, attempts
+        self._job, self._folder, self._log, self._attempts = job, folder, log, attempts
         self._watch, self._say, self._closing = watch, say, closing
         self.progress: Progress | None = None  # told of what comes before an answer
-        self._names = Names(job.inputs, journal.sources())
+        self._names = Names(job.inputs, log.sources())
         tasks = [question.task for question in job.questions]
         has_image = None if folder is None or not job.output.report else folder.has_image
-        self._earlier = Earlier(journal, tasks, retry_failed=job.retry_failed, has_image=has_image)
+        self._earlier = Earlier(log, tasks, retry_failed=job.retry_failed, has_image=has_image)
         self.state = state
-        self.state.tally, self.state.n_resumed = journal.tally, journal.tally.n_records
+        self.state.counts, self.state.n_resumed = log.counts, log.counts.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
         self._records = self._run()
 
@@ -127,7 +127,7 @@ class Extraction:
             **asdict(job.selection),
             view=job.model.files.vision_config,
             wanted=self._earlier.wanted,
-            earlier_error=None if job.retry_failed else functools.partial(earlier_error, self._journal),
+            earlier_error=None if job.retry_failed else functools.partial(earlier_error, self._log),
             waiting=waiting(self.state, self._watch),
             counted=job.totals,
         )
@@ -162,7 +162,7 @@ class Extraction:
             if self._earlier.keeps(key, item):
                 seen.changed |= self._refresh(key, item)
                 continue
-            is_new = self._journal.get(key) is None
+            is_new = self._log.get(key) is None
             record = self._make(item, question)
             state.n_replaced += not is_new
             seen.changed |= not is_new
@@ -179,25 +179,25 @@ class Extraction:
         """
         from granite4v.runtime.documents import Page
 
-        entry = self._journal.get(key)
+        entry = self._log.get(key)
         if entry is None or item.file_state is None or entry.file_state == item.file_state:
             return False
-        record = replace(self._journal.read(key), file_state=item.file_state, stem=self._stem(item.source))
+        record = replace(self._log.read(key), file_state=item.file_state, stem=self._stem(item.source))
         n_pages = record.n_pages
         if isinstance(item, Page):
             record = replace(record, n_pages=item.n_pages, dpi=item.dpi, warnings=item.warnings)
-        self._journal.append(record)
+        self._log.append(record)
         return record.n_pages != n_pages
 
     def _make(self, item: Page | PageFailure, question: Question) -> Record:
         with contextlib.ExitStack() as working:
             record = replace(self._record(item, question, working), stem=self._stem(item.source))
             try:
-                self._journal.append(record)
+                self._log.append(record)
             except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
                 why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
                 record = replace(record, value=None, valid=False, validity_error=why)
-                self._journal.append(record)
+                self._log.append(record)
         return record
 
     def _record(self, item: Page | PageFailure, question: Question, working: contextlib.ExitStack) -> Record:
@@ -208,7 +208,7 @@ class Extraction:
         state.task, state.n_answer_tokens = question.task, 0
         if not isinstance(item, Page):
             return failed_page(item, question, job.hashes)
-        like = self._journal.answer_to(item.digest, question.task)
+        like = self._log.answer_to(item.digest, question.task)
         if like is not None:
             return copied_page(item, question, job.hashes, like)
         if job.retry_failed:
@@ -227,10 +227,10 @@ class Extraction:
     def _keep_image(self, page: Page) -> None:
         if self._folder is None or not self._job.output.report:
             return
-        from granite4v.runtime.extract.pictures import keep_picture
+        from granite4v.runtime.extract.page_images import keep_image
 
         with self._one_file(f"the image of page {page.number} of '{page.source}' is not written"):
-            keep_picture(self._folder.path, page.digest, page.image)
+            keep_image(self._folder.path, page.digest, page.image)
 
     def _count(self, record: Record) -> None:
         state = self.state
@@ -245,13 +245,13 @@ class Extraction:
             return
         stale = self._earlier.stale(seen)
         for key in stale:
-            self._journal.drop(key)
+            self._log.drop(key)
         self.state.n_replaced += len(stale)
         if self._folder is None:
             return
         root, stem, output, source = self._folder.path, self._names.stem(seen.source), self._job.output, seen.source
         written = write_document(
-            root, stem, self._journal.of_document(source), output.formats, self._say, csv_safe=output.csv_safe
+            root, stem, self._log.of_document(source), output.formats, self._say, csv_safe=output.csv_safe
         )
         self.state.n_unwritten += written.n_failed
         self.state.wrote(written.paths)
@@ -259,29 +259,29 @@ class Extraction:
             from granite4v.runtime.extract.docling_export import write_docling
 
             with self._one_file(f"'{stem}.docling.json' is not written"):
-                path = write_docling(root, stem, source, self._journal.of_document(source))
+                path = write_docling(root, stem, source, self._log.of_document(source))
                 written.paths += [path] if path is not None else []
                 self.state.wrote([path] if path is not None else [])
         if seen.changed or stale:
             with self._one_file(f"an older file of '{source}' is not removed"):
                 remove_stale(root, stem, written.paths)
         if written.n_failed:
-            self._journal.check_there()
+            self._log.check_there()
 
     def _end(self, met: set[str]) -> None:
-        for source in self._journal.sources():
+        for source in self._log.sources():
             if source not in met:
-                for key in self._journal.keys_of(source):
-                    self.state.left_out.add(self._journal.entry(key))
+                for key in self._log.keys_of(source):
+                    self.state.left_out.add(self._log.entry(key))
         if self._folder is None:
             return
-        self._journal.tidy()
+        self._log.tidy()
         if self._job.output.report:
             from granite4v.runtime.extract.report import write_report
 
             path = self._folder.path / REPORT
             with self._one_file(f"'{path}' is not written"):
-                write_report(path, self._journal)
+                write_report(path, self._log)
                 self.state.wrote([path])
 
     @contextlib.contextmanager

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from granite4v.errors import DocumentError, Granite4vError
-from granite4v.runtime.extract.journal import Entry, Journal
 from granite4v.runtime.extract.record import Key
+from granite4v.runtime.extract.results_log import Entry, ResultsLog
 
 if TYPE_CHECKING:
     from granite4v.runtime.documents import Page, PageFailure, PageSkipped
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 TRIED_AGAIN = ("MemoryError",)  # failures of a page that need not happen twice
 
 
-def earlier_error(journal: Journal, source: str, number: int | None, file_state: str | None) -> Granite4vError | None:
+def earlier_error(log: ResultsLog, source: str, number: int | None, file_state: str | None) -> Granite4vError | None:
     """How an earlier run failed at a page, or at opening a document; as `pages.open_pages` takes it.
 
     None for a file that has changed since, and for a failure that is tried again.
     """
     from granite4v.runtime.documents import ReaderEnded
 
-    for task in journal.tasks():
+    for task in log.tasks():
         key = (source, number, task)
-        entry = journal.get(key)
+        entry = log.get(key)
         if entry is None or not entry.failed or file_state is None or entry.file_state != file_state:
             continue
         ended = entry.error_type == ReaderEnded.__name__
         if ended or (number is not None and entry.error_type not in TRIED_AGAIN):
-            return (ReaderEnded if ended else DocumentError)(journal.read(key).error)
+            return (ReaderEnded if ended else DocumentError)(log.read(key).error)
     return None
 
 
@@ -52,17 +52,17 @@ class Seen:
 
 
 class Earlier:
-    """Compares pages with the records in a journal. Changes nothing in it."""
+    """Compares pages with the records in a log. Changes nothing in it."""
 
     def __init__(
-        self, journal: Journal, tasks: Sequence[str], *, retry_failed: bool, has_image: Callable[[str], bool] | None
+        self, log: ResultsLog, tasks: Sequence[str], *, retry_failed: bool, has_image: Callable[[str], bool] | None
     ) -> None:
         """`has_image`: whether the report has the image of a page, by digest; None without a report."""
-        self._journal, self._tasks, self._retry_failed, self._has_image = journal, tasks, retry_failed, has_image
+        self._log, self._tasks, self._retry_failed, self._has_image = log, tasks, retry_failed, has_image
 
     def wanted(self, source: str, number: int, file_state: str | None) -> bool:
         """Whether a page must be rendered; as `pages.open_pages` takes it."""
-        entries = [self._journal.get((source, number, task)) for task in self._tasks]
+        entries = [self._log.get((source, number, task)) for task in self._tasks]
         if not all(entry is not None and self._holds(entry, file_state) for entry in entries):
             return True
         shown = next((entry.digest for entry in entries if entry is not None), None)
@@ -73,14 +73,14 @@ class Earlier:
         answer holds too, and so does the same failure."""
         from granite4v.runtime.documents import Page
 
-        entry = self._journal.get(key)
+        entry = self._log.get(key)
         if entry is None:
             return False
         if isinstance(item, Page):
             return self._holds(entry, item.file_state) or (not entry.failed and entry.digest == item.digest)
         if not entry.failed:
             return entry.file_state in (None, item.file_state)
-        return entry.file_state == item.file_state and self._journal.read(key).error == str(item.error)
+        return entry.file_state == item.file_state and self._log.read(key).error == str(item.error)
 
     def saw(self, seen: Seen, item: Page | PageFailure | PageSkipped) -> None:
         """Notes what is up to date because this page was met."""
@@ -91,15 +91,15 @@ class Earlier:
             seen.n_pages = item.n_pages
         seen.keys.update((item.source, item.number, task) for task in self._tasks)
         if isinstance(item, Page):  # the file was touched alone: records for tasks not asked for now hold as well
-            keys = [key for key in self._journal.keys_of(item.source) if key[1] == item.number]
+            keys = [key for key in self._log.keys_of(item.source) if key[1] == item.number]
             seen.keys.update(key for key in keys if self._digest(key) == item.digest)
 
     def stale(self, seen: Seen) -> list[Key]:
         """The records about a document, all of whose pages were met, that are about an earlier state of it."""
-        return [key for key in self._journal.keys_of(seen.source) if key not in seen.keys and self._is_stale(key, seen)]
+        return [key for key in self._log.keys_of(seen.source) if key not in seen.keys and self._is_stale(key, seen)]
 
     def _is_stale(self, key: Key, seen: Seen) -> bool:
-        entry, page = self._journal.get(key), key[1]
+        entry, page = self._log.get(key), key[1]
         if entry is not None and seen.file_state is not None and entry.file_state not in (None, seen.file_state):
             return True
         return seen.n_pages is not None and (page is None or page > seen.n_pages)
@@ -110,5 +110,5 @@ class Earlier:
         return file_state is not None and entry.file_state == file_state
 
     def _digest(self, key: Key) -> str | None:
-        entry = self._journal.get(key)
+        entry = self._log.get(key)
         return None if entry is None else entry.digest

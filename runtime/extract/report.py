@@ -1,6 +1,6 @@
 """`report.html`: each page beside what was read from it, in one file that needs no network and no scripts.
 
-Built from the journal, a page at a time, whatever its length.
+Built from the log, a page at a time, whatever its length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from granite4v.errors import OutputError
 from granite4v.paths import atomic_text_file, disk_errors
 from granite4v.runtime.extract.charts import redraw
 from granite4v.runtime.extract.own_files import check_own
-from granite4v.runtime.extract.pictures import data_url
+from granite4v.runtime.extract.page_images import data_url
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.report_template import TEMPLATE
 from granite4v.runtime.formats import Cell, Table

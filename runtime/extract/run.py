@@ -15,10 +15,10 @@ from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.batch import REPORT, Extraction, Job, OutputOptions, PageSelection
 from granite4v.runtime.extract.earlier import earlier_error
 from granite4v.runtime.extract.fingerprint import model_hashes
-from granite4v.runtime.extract.folder import Folder
-from granite4v.runtime.extract.journal import Journal
+from granite4v.runtime.extract.output_directory import OutputDirectory
+from granite4v.runtime.extract.page_records import Settings
 from granite4v.runtime.extract.questions import ArgumentError, Question, check_tasks, questions, schema_warnings
-from granite4v.runtime.extract.reader import Settings
+from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.schema import SchemaSource, load_schema
 from granite4v.runtime.extract.state import State, Watch, waiting
 
@@ -106,12 +106,12 @@ def extract(
     found = None if schema is None else load_schema(schema, say)
     selection = PageSelection(pages, password, None if crop is None else str(parse_crop(crop)))
     watch, state = watch or _nothing, State()
-    folder = None if out is None else Folder.claim(Path(out), resume=resume)
+    folder = None if out is None else OutputDirectory.claim(Path(out), resume=resume)
     closing: list[Callable[[], None]] = [folder.release] if folder else []
     try:
-        journal = Journal.open(folder.results) if folder is not None and folder.is_resumed else None
-        closing[:0] = [journal.close] if journal is not None else []
-        known = None if journal is None or retry_failed else functools.partial(earlier_error, journal)
+        log = ResultsLog.open(folder.results) if folder is not None and folder.is_resumed else None
+        closing[:0] = [log.close] if log is not None else []
+        known = None if log is None or retry_failed else functools.partial(earlier_error, log)
         totals = count_pages(paths, pages=pages, password=password, earlier_error=known, waiting=waiting(state, watch))
         for note in totals.notes:
             say(note)
@@ -132,14 +132,14 @@ def extract(
         if folder is not None:
             for remark in folder.begin(_manifest(paths, asked, hashes, selection, settings, model)):
                 say(remark)
-        if journal is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
-            journal = Journal.open(None if folder is None else folder.results)
-            closing.insert(0, journal.close)
+        if log is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
+            log = ResultsLog.open(None if folder is None else folder.results)
+            closing.insert(0, log.close)
         attempts = Attempts(None if folder is None else folder.path / ATTEMPTS)
         closing.insert(0, attempts.close)
         options = OutputOptions(tuple(formats), csv_safe, report)
         job = Job(model, hashes, asked, settings, selection, tuple(paths), totals, options, retry_failed)
-        return Extraction(job, folder, journal, attempts, state, watch, say, closing)
+        return Extraction(job, folder, log, attempts, state, watch, say, closing)
     except BaseException:
         for close in closing:
             close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from granite4v.runtime.extract.journal import Tally
+from granite4v.runtime.extract.results_log import Counts
 
 MAX_PATHS = 20
 
@@ -30,8 +30,8 @@ class State:
     n_tokens: int = 0  # of finished answers
     decode_s: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    tally: Tally = field(default_factory=Tally)  # of all records, an earlier run's too
-    left_out: Tally = field(default_factory=Tally)  # of those about documents that this run was not given; at the end
+    counts: Counts = field(default_factory=Counts)  # of all records, an earlier run's too
+    left_out: Counts = field(default_factory=Counts)  # of those about documents that this run was not given; at the end
     n_resumed: int = 0  # records of an earlier run
     n_replaced: int = 0  # records of an earlier run that gave way to new ones, or were dropped with nothing in place
     n_unwritten: int = 0  # files that could not be written
@@ -41,7 +41,7 @@ class State:
     @property
     def incomplete(self) -> bool:
         """Whether anything that was asked for is missing, not valid, or cut."""
-        missing = self.tally.n_incomplete - self.left_out.n_incomplete
+        missing = self.counts.n_incomplete - self.left_out.n_incomplete
         return bool(missing or self.n_unwritten)
 
     @property

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import granite4v
+from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import questions
-from granite4v.runtime.extract.reader import understand
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats import write
 from granite4v.runtime.grammar.grammar_state import Compiler
@@ -150,7 +150,7 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
         fast_forward=case.fast_forward,
     )
     own_text = answer.text.removesuffix(answer.closing or "")
-    reading = understand(case.task, own_text, answer.finish_reason, question.schema)
+    reading = parse_answer(case.task, own_text, answer.finish_reason, question.schema)
     seconds = answer.timings.decode_s + answer.timings.constraint_s
     written = None if reading.value is None else _written(case.task, reading.value)
     n_least = _shortest(model, question.constraint)

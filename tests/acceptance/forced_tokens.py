@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import granite4v
-from granite4v.runtime.extract.reader import understand
+from granite4v.runtime.extract.parsed_answer import parse_answer
 from scripts.nano import formats
 from scripts.nano.truth import Form
 from tests.acceptance.answering import ask_for
@@ -56,7 +56,7 @@ def forced_tokens(options: argparse.Namespace, work: Path) -> Result:
             found = {forced: _answer(model, picture, question, options.max_tokens, forced) for forced in order}
             pair = found[True], found[False]
             pairs.append(pair)
-            ours, theirs = (understand("kvp", one.text, one.finish_reason, question.schema).value for one in pair)
+            ours, theirs = (parse_answer("kvp", one.text, one.finish_reason, question.schema).value for one in pair)
             if ours != theirs:
                 why = {"form": name, **explained(model, picture, question, *pair)}
                 differences.append(why)

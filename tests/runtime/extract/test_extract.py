@@ -19,8 +19,8 @@ from granite4v.errors import (
 )
 from granite4v.runtime.documents import SelectionError
 from granite4v.runtime.extract import ArgumentError, Record, State
+from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import check_tasks
-from granite4v.runtime.extract.reader import understand
 from granite4v.runtime.extract.record import decode, encode
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats.fields import KVP_PROMPT
@@ -83,10 +83,10 @@ def test_a_failure_is_a_record_and_the_rest_goes_on(model: FakeModel, scans: Pat
     model.fail = fail
     with run(model, [scans / "b.pdf", scans / "c.png", scans / "gone.png"]) as records:
         found = list(records)
-        tally = records.state.tally
+        counts = records.state.counts
     assert [record.error for record in found][2:4] == ["too long", None]
     assert "b.pdf" in str(found[0].error) and "gone.png" in str(found[-1].error)
-    assert (tally.n_records, tally.n_failed, tally.n_invalid) == (6, 5, 0)
+    assert (counts.n_records, counts.n_failed, counts.n_invalid) == (6, 5, 0)
     assert all(record.value is None and record.text == "" and record.failed for record in found if record.error)
 
 
@@ -274,7 +274,7 @@ def test_a_request_that_is_refused_leaves_no_directory(model: FakeModel, scans: 
 def test_answers_are_understood_as_far_as_they_go(
     task: str, text: str, reason: str, expected: tuple[Any, bool, bool]
 ) -> None:
-    reading = understand(task, text, reason, load_schema(SCHEMA) if task == "kvp" else None)
+    reading = parse_answer(task, text, reason, load_schema(SCHEMA) if task == "kvp" else None)
     value = reading.value.texts() if hasattr(reading.value, "texts") else reading.value
     assert (value, reading.valid, reading.salvaged) == expected
     assert (reading.validity_error is None) == (reading.valid and not reading.salvaged)
@@ -285,7 +285,7 @@ def test_answers_are_understood_as_far_as_they_go(
 @pytest.mark.parametrize("task", ["kvp", "tables_json", "chart2csv", "tables_html", "prompt"])
 def test_an_answer_of_any_depth_is_a_record(task: str, reason: str, levels: int) -> None:
     texts = {"tables_html": "<table><tr><td>" * levels, "kvp": '{"a":' * levels + "1" + "}" * levels}
-    reading = understand(task, texts.get(task, "[" * levels + "1" + "]" * levels), reason, None)
+    reading = parse_answer(task, texts.get(task, "[" * levels + "1" + "]" * levels), reason, None)
     if task == "kvp" and reason == "stop":
         assert reading.valid == (levels <= MAX_NESTING)
     record = Record("a", 1, 1, task, value=reading.value)
@@ -295,7 +295,7 @@ def test_an_answer_of_any_depth_is_a_record(task: str, reason: str, levels: int)
 def test_an_answer_that_json_cannot_carry_is_a_record_without_a_value(
     model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("granite4v.runtime.extract.reader.read", lambda task, text: {"shade": float("inf")})
+    monkeypatch.setattr("granite4v.runtime.extract.parsed_answer.read", lambda task, text: {"shade": float("inf")})
     found = list(run(model, scans / "c.png", ("kvp",), out=tmp_path / "out", report=True))
     assert (found[0].value, found[0].valid, found[0].error) == (None, False, None)
     assert "cannot be kept" in str(found[0].validity_error) and "20" in found[0].text

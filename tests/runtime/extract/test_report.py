@@ -12,7 +12,7 @@ from lxml import html as lxml_html
 
 from granite4v.clip_projector import load_image
 from granite4v.runtime.extract.charts import HEIGHT, WIDTH, number, redraw
-from granite4v.runtime.extract.pictures import keep_picture
+from granite4v.runtime.extract.page_images import keep_image
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.report import write_report
 from granite4v.runtime.formats import read, read_csv
@@ -50,7 +50,7 @@ def records() -> list[Record]:
 
 @pytest.fixture
 def report(tmp_path: Path) -> str:
-    keep_picture(tmp_path, "d1", load_image(text_picture((600, 1800))))
+    keep_image(tmp_path, "d1", load_image(text_picture((600, 1800))))
     write_report(tmp_path / "report.html", records())
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -124,9 +124,9 @@ def test_pictures_are_small_and_upright(tmp_path: Path) -> None:
 
     from PIL import Image
 
-    from granite4v.runtime.extract.pictures import data_url
+    from granite4v.runtime.extract.page_images import data_url
 
-    keep_picture(tmp_path, "d1", load_image(text_picture((600, 1800))))
+    keep_image(tmp_path, "d1", load_image(text_picture((600, 1800))))
     url = data_url(tmp_path, "d1")
     assert url is not None
     picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

@@ -71,7 +71,7 @@ def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
     ]
     pages = [("a.pdf", 1), ("a.pdf", 2), ("a.pdf", 3), ("b.pdf", 1), ("b.pdf", 2), ("c.png", 1), ("d.bmp", 1)]
     assert keys(out) == [(*page, task) for page in pages for task in TASKS]  # in the place of the failure
-    assert (state.tally.n_records, state.tally.n_failed, state.incomplete) == (14, 0, False)
+    assert (state.counts.n_records, state.counts.n_failed, state.incomplete) == (14, 0, False)
     assert state.n_replaced == 2
     assert "without a valid answer" not in (out / "report.html").read_text()
     assert json.loads((out / "b.kvp.json").read_text())[1] == {"page": 2, "fields": {"shade": 50}}
@@ -202,7 +202,7 @@ def test_what_is_left_out_keeps_its_records_and_does_not_count_as_failed(
     with run(model, scans, out=out, resume=True) as records:
         assert list(records) == []
         state = records.state
-    assert len(kept(out)) == 12 and state.tally.n_failed == 2 and not state.incomplete
+    assert len(kept(out)) == 12 and state.counts.n_failed == 2 and not state.incomplete
     assert state.left_out.n_records == state.left_out.n_failed == 2
 
 

@@ -87,7 +87,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 def run(command: list[str]) -> int | None:
     """What a page's answer goes through, and what must hold of it."""
     from granite4v.errors import AnswerError
-    from granite4v.runtime.extract.reader import understand
+    from granite4v.runtime.extract.parsed_answer import parse_answer
     from granite4v.runtime.extract.record import Record, decode, encode
     from granite4v.runtime.extract.report import write_report
     from granite4v.runtime.formats import Table, read, salvage
@@ -107,7 +107,7 @@ def run(command: list[str]) -> int | None:
         _check_json(task, value)
         for table in [value] if isinstance(value, Table) else value if task.startswith("tables") else ():
             _check_table(table)
-    reading = understand(task, text, reason, None)
+    reading = parse_answer(task, text, reason, None)
     record = Record(
         source="page.png", page=1, n_pages=1, task=task, text=text, value=reading.value, valid=reading.valid
     )

@@ -12,7 +12,7 @@ import pandas
 import pytest
 from docling_core.types.doc.utils import parse_otsl_table_content
 
-from granite4v.runtime.extract.documents import as_text, remove_stale, spreadsheet_text, write_document
+from granite4v.runtime.extract.document_files import as_text, remove_stale, spreadsheet_text, write_document
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import read
 

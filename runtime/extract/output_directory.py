@@ -12,7 +12,7 @@ from typing import Any
 from granite4v.errors import OutputError
 from granite4v.paths import OWN_PREFIX, atomic_text_file, disk_errors, remove_partial_files, sync_folder
 from granite4v.runtime.extract.own_files import check_own
-from granite4v.runtime.extract.pictures import image_path
+from granite4v.runtime.extract.page_images import image_path
 from granite4v.runtime.formats.tasks import task_or_question
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
@@ -33,7 +33,7 @@ _SAME = {
 _RENAMED = {"free": "unconstrained"}
 
 
-class Folder:
+class OutputDirectory:
     """An output directory that this process holds the lock of, until `release`."""
 
     def __init__(self, path: Path, lock: Any, created: Sequence[Path]) -> None:
@@ -42,7 +42,7 @@ class Folder:
         self._begun = (path / MANIFEST).exists()
 
     @classmethod
-    def claim(cls, path: Path, *, resume: bool) -> Folder:
+    def claim(cls, path: Path, *, resume: bool) -> OutputDirectory:
         """Makes the directory if need be and locks it.
 
         Raises OutputError when another process writes there, when it holds another run's results (and `resume` is

@@ -1,7 +1,7 @@
 """`results.jsonl`: one record a line, each on the disk before the next is begun, and found again after a crash.
 
 A record replaces an older one with the same key: its line is appended, and the older line leaves the file when the
-journal is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with
+log is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with
 what is in them.
 """
 
@@ -30,7 +30,7 @@ _BEGINNING = b'{"source": '  # of every record; by it a torn first line is known
 
 
 @dataclass
-class Tally:
+class Counts:
     """How the records fared."""
 
     n_records: int = 0
@@ -83,7 +83,7 @@ class Entry:
         )
 
 
-class Journal:
+class ResultsLog:
     """The records of one run, each key once. One writer at a time: see `folder`.
 
     Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
@@ -102,12 +102,12 @@ class Journal:
         self._answers: dict[tuple[str, str], Key] = {}  # (digest, task): the first answer
         self._last: tuple[int, ...] = ()
         self._tidy = True  # the file holds what is read, in the same order
-        self.tally = Tally()
+        self.counts = Counts()
         self._load()
 
     @classmethod
-    def open(cls, path: Path | None) -> Journal:
-        """The journal in a file, made if there is none. A last line that a crash left unfinished is dropped.
+    def open(cls, path: Path | None) -> ResultsLog:
+        """The log in a file, made if there is none. A last line that a crash left unfinished is dropped.
 
         Raises OutputError for a file that holds anything but records.
         """
@@ -125,7 +125,7 @@ class Journal:
         """Returns when the record is on the disk, in place of an older one with the same key.
 
         Raises ValueError for a number that JSON does not have, OutputError for a file that cannot be written; the
-        journal then holds what it held before.
+        log then holds what it held before.
         """
         line = encode(record)
         self.check_there()
@@ -147,8 +147,8 @@ class Journal:
         self._note(record, len(line))
 
     def drop(self, key: Key) -> None:
-        """Removes a record; its line leaves the file when the journal is closed."""
-        self.tally.add(self._entries.pop(key), -1)
+        """Removes a record; its line leaves the file when the log is closed."""
+        self.counts.add(self._entries.pop(key), -1)
         del self._documents[key[0]][key]
         self._tidy = False
 
@@ -235,7 +235,7 @@ class Journal:
                 self.tidy()
             self._file.close()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResultsLog:
         return self
 
     def __exit__(
@@ -247,10 +247,10 @@ class Journal:
         key, entry = record.key, Entry.of(record, self._end, length)
         self._end += length
         if key in self._entries:
-            self.tally.add(self._entries[key], -1)
+            self.counts.add(self._entries[key], -1)
             self._tidy = False
         self._entries[key] = entry
-        self.tally.add(entry)
+        self.counts.add(entry)
         self._documents.setdefault(record.source, {})[key] = None
         self._stems[record.source] = self._stems.get(record.source) or record.stem
         self._places.setdefault(record.source, len(self._places))
@@ -312,7 +312,7 @@ class Journal:
                 os.fsync(self._file.fileno())
 
     def _kept(self) -> str:
-        n = self.tally.n_records
+        n = self.counts.n_records
         return f"{n} finished record{'s are' if n != 1 else ' is'} kept; go on with --resume." if self._lasting else ""
 
     def _damaged(self, where: str, why: Exception) -> str:

@@ -19,7 +19,7 @@ SIDE_PX = 1000  # print of ordinary size on a letter page can just be read
 QUALITY = 50
 
 
-def keep_picture(folder: Path, digest: str, image: Image) -> None:
+def keep_image(folder: Path, digest: str, image: Image) -> None:
     """Writes the page as a small WebP, unless a page with the same pixels is there. Raises OutputError."""
     path = image_path(folder, digest)
     if path.exists():

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from granite4v.errors import OutputError
-from granite4v.runtime.extract.journal import Journal
 from granite4v.runtime.extract.record import Record
+from granite4v.runtime.extract.results_log import ResultsLog
 
 
 def record(source: str, page: int | None, task: str, value: Any = 1) -> Record:
@@ -26,46 +26,46 @@ def lines(path: Path) -> list[tuple[str, int | None, str, int]]:
 
 def test_a_record_replaces_another_and_the_file_ends_in_order(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    with Journal.open(path) as journal:
+    with ResultsLog.open(path) as log:
         for one in (record("a", None, "x"), record("b", 1, "x"), record("a", 2, "x"), record("a", 1, "x", 5)):
-            journal.append(one)
-        journal.append(record("a", 1, "y", 6))
-        journal.append(replace(record("b", 1, "x", 7), error="no"))
-        journal.drop(("a", None, "x"))
-        assert (journal.tally.n_records, journal.tally.n_failed) == (4, 1)
+            log.append(one)
+        log.append(record("a", 1, "y", 6))
+        log.append(replace(record("b", 1, "x", 7), error="no"))
+        log.drop(("a", None, "x"))
+        assert (log.counts.n_records, log.counts.n_failed) == (4, 1)
         expected = [("a", 1, "x", 5), ("a", 1, "y", 6), ("a", 2, "x", 1), ("b", 1, "x", 7)]
-        assert [(r.source, r.page, r.task, r.value["n"]) for r in journal] == expected
+        assert [(r.source, r.page, r.task, r.value["n"]) for r in log] == expected
         assert len(lines(path)) == 6  # the older line is there until all is done
-        assert journal.answer_to("5", "x") == record("a", 1, "x", 5) and journal.answer_to("7", "x") is None
-        assert journal.answer_to("1", "x") is None  # the first was dropped
-        journal.tidy()
-        assert lines(path) == expected and [r.value["n"] for r in journal.of_document("a")] == [5, 6, 1]
-        journal.append(record("c", 1, "x"))
+        assert log.answer_to("5", "x") == record("a", 1, "x", 5) and log.answer_to("7", "x") is None
+        assert log.answer_to("1", "x") is None  # the first was dropped
+        log.tidy()
+        assert lines(path) == expected and [r.value["n"] for r in log.of_document("a")] == [5, 6, 1]
+        log.append(record("c", 1, "x"))
     assert lines(path) == [*expected, ("c", 1, "x", 1)] and [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_lines_that_were_superseded_are_left_out_by_the_next_run(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    with Journal.open(path) as journal:
-        journal.append(record("a", 1, "x"))
+    with ResultsLog.open(path) as log:
+        log.append(record("a", 1, "x"))
     first = path.read_bytes()
-    with Journal.open(path) as journal:
-        journal.append(record("a", 1, "x", 2))
+    with ResultsLog.open(path) as log:
+        log.append(record("a", 1, "x", 2))
     path.write_bytes(first + path.read_bytes())  # as a kill leaves it
-    with Journal.open(path) as journal:
-        assert [r.value for r in journal] == [{"n": 2}] and journal.tally.n_records == 1
+    with ResultsLog.open(path) as log:
+        assert [r.value for r in log] == [{"n": 2}] and log.counts.n_records == 1
     assert lines(path) == [("a", 1, "x", 2)]
 
 
 def test_a_file_that_is_in_order_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     for _ in range(2):
-        with Journal.open(path) as journal:
+        with ResultsLog.open(path) as log:
             for page in (1, 2, 3):
-                journal.append(record("a", page, "x"))
+                log.append(record("a", page, "x"))
         inode = path.stat().st_ino
         path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:3]))
-        with Journal.open(path):
+        with ResultsLog.open(path):
             pass
         assert path.stat().st_ino == inode
 
@@ -76,17 +76,17 @@ def test_a_disk_that_is_full_while_tidying_leaves_the_file(tmp_path: Path, monke
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    journal = Journal.open(path)
-    journal.append(record("a", 1, "x"))
-    journal.append(record("a", 1, "x", 2))
+    log = ResultsLog.open(path)
+    log.append(record("a", 1, "x"))
+    log.append(record("a", 1, "x", 2))
     content = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OutputError, match=r"no space left .* 1 finished record is kept; go on with --resume"):
-            journal.tidy()
+            log.tidy()
     assert path.read_bytes() == content and [one.name for one in tmp_path.iterdir()] == [path.name]
-    assert [r.value for r in journal] == [{"n": 2}]
-    journal.close()
+    assert [r.value for r in log] == [{"n": 2}]
+    log.close()
     assert lines(path) == [("a", 1, "x", 2)]
 
 
@@ -123,7 +123,7 @@ def test_a_file_of_someone_else_is_left_as_it_is(tmp_path: Path, content: bytes)
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
     with pytest.raises(OutputError, match=r"^line 1 of '.*results.jsonl' is not a record of ours"):
-        Journal.open(path)
+        ResultsLog.open(path)
     assert path.read_bytes() == content
 
 
@@ -131,8 +131,8 @@ def test_a_file_of_someone_else_is_left_as_it_is(tmp_path: Path, content: bytes)
 def test_a_first_record_that_was_torn_is_dropped(tmp_path: Path, n: int) -> None:
     for tail in (b"", b"\0" * 50):
         (tmp_path / "results.jsonl").write_bytes(OURS[:n] + (tail if n > 12 else b""))
-        with Journal.open(tmp_path / "results.jsonl") as journal:
-            assert list(journal) == []
+        with ResultsLog.open(tmp_path / "results.jsonl") as log:
+            assert list(log) == []
         assert (tmp_path / "results.jsonl").read_bytes() == b""
 
 
@@ -144,9 +144,9 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("pipe", "not a regular file")):
         with pytest.raises(OutputError, match=f"{name}' is {what}, which"):
-            Journal.open(tmp_path / name)
+            ResultsLog.open(tmp_path / name)
     with pytest.raises(OutputError, match="folder' is a directory"):
-        Journal.open(tmp_path / "folder")
+        ResultsLog.open(tmp_path / "folder")
     assert (tmp_path / "mine").read_bytes() == b"mine\n" and not (tmp_path / "new").exists()
 
 
@@ -156,16 +156,16 @@ def test_records_of_the_version_before_are_read(tmp_path: Path) -> None:
     for name in ("file_state", "stem", "error_type"):
         del old[name]
     (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
-    with Journal.open(tmp_path / "results.jsonl") as journal:
-        assert list(journal) == [record("a", 1, "x")] and journal.sources() == {"a": None}
+    with ResultsLog.open(tmp_path / "results.jsonl") as log:
+        assert list(log) == [record("a", 1, "x")] and log.sources() == {"a": None}
 
 
 def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
-    with Journal.open(tmp_path / "results.jsonl") as journal:
+    with ResultsLog.open(tmp_path / "results.jsonl") as log:
         with pytest.raises(ValueError, match="JSON"):
-            journal.append(record("a", 1, "x", float("inf")))
-        journal.append(record("a", 2, "x"))
-        assert len(list(journal)) == 1
+            log.append(record("a", 1, "x", float("inf")))
+        log.append(record("a", 2, "x"))
+        assert len(list(log)) == 1
 
 
 def test_a_record_that_is_on_the_disk_when_a_signal_arrives_is_counted(
@@ -174,12 +174,12 @@ def test_a_record_that_is_on_the_disk_when_a_signal_arrives_is_counted(
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    with Journal.open(tmp_path / "results.jsonl") as journal:
-        journal.append(record("a", 1, "x"))
+    with ResultsLog.open(tmp_path / "results.jsonl") as log:
+        log.append(record("a", 1, "x"))
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                journal.append(record("a", 2, "x"))
-        assert journal.tally.n_records == 2 and ("a", 2, "x") in journal
-        journal.append(record("a", 3, "x"))
+                log.append(record("a", 2, "x"))
+        assert log.counts.n_records == 2 and ("a", 2, "x") in log
+        log.append(record("a", 3, "x"))
     assert [page for _, page, _, _ in lines(tmp_path / "results.jsonl")] == [1, 2, 3]

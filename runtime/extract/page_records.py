@@ -1,4 +1,4 @@
-"""One page and one question to one record: asks the model, understands the answer, turns failures into records."""
+"""One page and one question to one record: asks the model, parses the answer, turns failures into records."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from granite4v.errors import AnswerError, DeviceError, Granite4vError, ModelFileError
+from granite4v.errors import DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.extract.attempts import MAX_DEATHS
-from granite4v.runtime.extract.documents import described
+from granite4v.runtime.extract.document_files import described
+from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
-from granite4v.runtime.extract.schema import Schema
-from granite4v.runtime.formats import Salvaged, read, salvage
 
 if TYPE_CHECKING:
     from granite4v.runtime.answer import Answer
@@ -34,16 +33,6 @@ class Settings:
     unconstrained: bool = False
     fast_forward: bool = True
     lora: bool | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an answer says; fields as in Record."""
-
-    value: Any
-    valid: bool
-    validity_error: str | None = None
-    salvaged: bool = False
 
 
 def answer_page(
@@ -103,16 +92,16 @@ def _answered(
     progress: Progress,
 ) -> Record:
     answer = _ask(model, page, question, settings, on_token, progress)
-    text = answer.text.removesuffix(answer.closing or "")  # what the model said itself
-    reading = understand(question.task, text, answer.finish_reason, question.schema)
+    text = answer.text.removesuffix(answer.closing or "")  # without what a constraint added to close it
+    parsed = parse_answer(question.task, text, answer.finish_reason, question.schema)
     timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
     return replace(
         record,
         text=text,
-        value=reading.value,
-        valid=reading.valid,
-        validity_error=reading.validity_error,
-        salvaged=reading.salvaged,
+        value=parsed.value,
+        valid=parsed.valid,
+        validity_error=parsed.validity_error,
+        salvaged=parsed.salvaged,
         finish_reason=answer.finish_reason,
         timings={**timings, "seconds": _rounded(time.perf_counter() - start)},
     )
@@ -161,34 +150,10 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
     )
 
 
-def understand(task: str, text: str, finish_reason: str, schema: Schema | None) -> Reading:
-    """The value of an answer. What did not end by itself is kept up to its last whole row or field, even where the
-    cut answer happens to parse: nothing tells a short last cell from half of one. Prose is kept as it is."""
-    why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
-    if why is None:
-        try:
-            return _checked(Reading(read(task, text), True), schema)
-        except AnswerError as error:
-            why = str(error)
-    saved: Salvaged | None = salvage(task, text)
-    if saved is None:
-        return Reading(None, False, why)
-    if not saved.cut:
-        why = None
-    return _checked(Reading(saved.value, True, why, saved.cut), schema)
-
-
-def _checked(reading: Reading, schema: Schema | None) -> Reading:
-    problem = schema.problem(reading.value) if schema is not None else None
-    if problem is None:
-        return reading
-    return replace(reading, valid=False, validity_error="; ".join(filter(None, [reading.validity_error, problem])))
-
-
 def _ask(
     model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken, progress: Progress
 ) -> Answer:
-    prompt = model.prepare(question.prompt, [page.image], progress=progress)
+    prompt = model.prepare(question.prompt, [page.image])
     max_tokens = settings.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens))

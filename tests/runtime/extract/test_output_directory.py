@@ -1,4 +1,4 @@
-"""The journal and the output directory: nothing finished is lost, nothing is mixed."""
+"""The log and the output directory: nothing finished is lost, nothing is mixed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from granite4v.errors import OutputError
 from granite4v.paths import atomic_text_file
-from granite4v.runtime.extract.folder import Folder
-from granite4v.runtime.extract.journal import Journal
+from granite4v.runtime.extract.output_directory import OutputDirectory
 from granite4v.runtime.extract.record import Record
+from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.formats import read_csv, read_otsl
 
 OTSL = "<otsl><ched>a<ched>b<nl><fcel>1<lcel><nl></otsl>"
@@ -31,22 +31,22 @@ RECORDS = [
 
 
 def write(path: Path, records: list[Record]) -> None:
-    with Journal.open(path) as journal:
+    with ResultsLog.open(path) as log:
         for record in records:
-            journal.append(record)
+            log.append(record)
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write(path, RECORDS)
-    with Journal.open(path) as journal:
-        assert list(journal) == RECORDS
-        assert list(journal.of_document("a.pdf")) == RECORDS[:3]
-        assert ("c.pdf", None, "prompt") in journal and ("c.pdf", 1, "prompt") not in journal
-        assert journal.answer_to("d1", "chart2csv") == RECORDS[1]
-        assert journal.answer_to("d2", "tables_otsl") is None  # a failure is nothing to copy
-        tally = journal.tally
-        assert (tally.n_records, tally.n_failed, tally.n_invalid, tally.n_copied) == (6, 2, 0, 1)
+    with ResultsLog.open(path) as log:
+        assert list(log) == RECORDS
+        assert list(log.of_document("a.pdf")) == RECORDS[:3]
+        assert ("c.pdf", None, "prompt") in log and ("c.pdf", 1, "prompt") not in log
+        assert log.answer_to("d1", "chart2csv") == RECORDS[1]
+        assert log.answer_to("d2", "tables_otsl") is None  # a failure is nothing to copy
+        counts = log.counts
+        assert (counts.n_records, counts.n_failed, counts.n_invalid, counts.n_copied) == (6, 2, 0, 1)
     lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     assert [line["source"] for line in lines] == [record.source for record in RECORDS]
     assert lines[1]["value"] == [["x", "y"], ["1,5", "\u2028é"]]
@@ -54,14 +54,14 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_records_written_between_reads_do_not_disturb_them(tmp_path: Path) -> None:
-    with Journal.open(tmp_path / "r") as journal:
-        journal.append(RECORDS[0])
-        journal.append(RECORDS[1])
-        reading = iter(journal)
+    with ResultsLog.open(tmp_path / "r") as log:
+        log.append(RECORDS[0])
+        log.append(RECORDS[1])
+        reading = iter(log)
         assert next(reading) == RECORDS[0]
-        journal.append(RECORDS[2])
+        log.append(RECORDS[2])
         assert list(reading) == [RECORDS[1]]
-        assert list(journal) == RECORDS[:3]
+        assert list(log) == RECORDS[:3]
 
 
 def test_every_place_a_write_can_be_torn_at(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_tail_that_a_power_cut_left_is_dropped(tmp_path: Path, tail: bytes) ->
     write(path, RECORDS[:2])
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
-    with Journal.open(path) as journal:
-        assert list(journal) == RECORDS[:2]
+    with ResultsLog.open(path) as log:
+        assert list(log) == RECORDS[:2]
     assert path.read_bytes() == whole
 
 
@@ -94,7 +94,7 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + line + second)
     with pytest.raises(OutputError, match="line 2 of .* is not a record of ours .* Start again with another --out"):
-        Journal.open(path)
+        ResultsLog.open(path)
     assert path.read_bytes() == first + line + second
 
 
@@ -104,14 +104,14 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
         "import resource, sys\n"
         "sys.path[:0] = ['.']\n"
         "from pathlib import Path\n"
-        "from tests.runtime.extract.test_folder import RECORDS, Journal, OutputError\n"
+        "from tests.runtime.extract.test_output_directory import RECORDS, ResultsLog, OutputError\n"
         "from dataclasses import replace\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n"
         f"path = Path({str(tmp_path / 'r.jsonl')!r})\n"
-        "with Journal.open(path) as journal:\n"
+        "with ResultsLog.open(path) as log:\n"
         "    for n in range(100):\n"
         "        try:\n"
-        "            journal.append(replace(RECORDS[0], page=n))\n"
+        "            log.append(replace(RECORDS[0], page=n))\n"
         "        except OutputError as error:\n"
         "            print(n, path.stat().st_size, error)\n"
         "            break\n"
@@ -120,8 +120,8 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
     n, size, message = done.stdout.split(" ", 2)
     assert "no space left for" in message and f"{n} finished records are kept; go on with --resume" in message
     assert (tmp_path / "r.jsonl").stat().st_size == int(size)
-    with Journal.open(tmp_path / "r.jsonl") as journal:
-        assert journal.tally.n_records == int(n) > 1
+    with ResultsLog.open(tmp_path / "r.jsonl") as log:
+        assert log.counts.n_records == int(n) > 1
 
 
 def _root() -> Path:
@@ -159,7 +159,7 @@ MANIFEST = {
 
 
 def begin(path: Path, resume: bool = False, **changes: Any) -> list[str]:
-    folder = Folder.claim(path, resume=resume)
+    folder = OutputDirectory.claim(path, resume=resume)
     try:
         return folder.begin({**MANIFEST, **changes})
     finally:
@@ -215,24 +215,24 @@ def test_a_run_of_an_earlier_version_is_gone_on_with_under_the_new_names_of_its_
 def test_foreign_files_are_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match="holds thesis.tex, which no run of 'granite4v extract' made"):
-        Folder.claim(tmp_path, resume=resume)
+        OutputDirectory.claim(tmp_path, resume=resume)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OutputError, match=r"thesis.tex' is a file; give a directory"):
-        Folder.claim(tmp_path / "thesis.tex", resume=resume)
+        OutputDirectory.claim(tmp_path / "thesis.tex", resume=resume)
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
-    Folder.claim(tmp_path / "deep" / "out", resume=False).release()
+    OutputDirectory.claim(tmp_path / "deep" / "out", resume=False).release()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_process_is_refused_at_once_and_not_later(tmp_path: Path) -> None:
-    folder = Folder.claim(tmp_path, resume=False)
+    folder = OutputDirectory.claim(tmp_path, resume=False)
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from granite4v.runtime.extract.folder import Folder\n"
-        f"Folder.claim(Path({str(tmp_path)!r}), resume=True).release()\n"
+        "from granite4v.runtime.extract.output_directory import OutputDirectory\n"
+        f"OutputDirectory.claim(Path({str(tmp_path)!r}), resume=True).release()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process is writing to" in done.stderr
@@ -244,12 +244,12 @@ def test_a_second_process_is_refused_at_once_and_not_later(tmp_path: Path) -> No
 def test_a_directory_that_cannot_be_written() -> None:
     code = (
         "from pathlib import Path\n"
-        "from granite4v.runtime.extract.folder import Folder\n"
+        "from granite4v.runtime.extract.output_directory import OutputDirectory\n"
         "import os, secrets, filelock\n"  # found now: that user may not read the interpreter's folder
         "os.setuid(65534)\n"
         "for path in ('/usr/new', '/usr'):\n"
         "    try:\n"
-        "        Folder.claim(Path(path), resume=False)\n"
+        "        OutputDirectory.claim(Path(path), resume=False)\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, error)\n"
     )
