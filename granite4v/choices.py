@@ -1,6 +1,6 @@
-"""The words that arguments choose from, as types: a type checker and the command line find a misspelled one.
+"""The words that arguments choose from, as types: type checkers and the command line find a misspelled one.
 
-The tables these words stand in have more to say of each; tests hold the two together.
+Each is defined by a table elsewhere; a test compares the two. Tasks have no type: their table alone lists them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """The integer that was given, of Python's kind or NumPy's. Raises TypeError for what is none (True and 2.0 are
-    none), ValueError for one below `least`."""
+    """The value as an int, from Python's or NumPy's integers. Raises TypeError for anything else (True and 2.0 too),
+    ValueError for an integer below `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -1,17 +1,17 @@
-"""Answers that run on: the same rows again and again, noticed while they are said.
+"""Stops answers that loop: the same rows again and again, detected while they are generated.
 
-Honest tables repeat cells, and now and then a row. So whole rows are compared, and only a row, or a short cycle of
-rows, that comes again without end counts. Inside one row (a single cell, a line of prose) a text of one period does.
+Real tables repeat cells, and now and then a row. So complete rows are compared, and only a row, or a short cycle of
+rows, that keeps repeating counts as a loop. Within one row (a single cell, a line of prose), periodic text does.
 
-A run is called endless after
+A loop is reported after
 
-- 36 equal rows, or 12 rounds of a cycle of 2 to 8 rows but at least 36 rows: a page holds 50 to 60 lines, and what
-  tables repeat honestly on one (zeros, "n/a", a month's code) rarely fills more than half of them without a change;
-- 72 rows if nothing is written in them: forms and ledgers have pages of blank lines;
-- 600 characters of one row that are 12 rounds of the same text: leaders ("......") and blanks ("____") to fill in
-  are a line long, at most about 150.
+- 36 equal rows, or 12 rounds of a cycle of 2 to 8 rows but at least 36 rows: a page has 50 to 60 lines, and what real
+  tables repeat on it (zeros, "n/a", the code of a month) rarely fills more than half of them without a change;
+- 72 rows without content: forms and ledgers have pages of blank lines;
+- 600 characters of one row that are 12 rounds of the same text: leaders ("......") and blanks to fill in ("____") are
+  one line long, at most about 150.
 
-A run that counts (a row number that goes up) is not noticed: it says something new each time.
+A loop that counts (a row number that goes up) is not detected: each of its rows is new.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _CHECKED_EVERY = 64  # characters
 
 
 class Repetition:
-    """Watches one answer, which falls into `rows`."""
+    """Watches one answer; `rows` says how it falls into rows."""
 
     def __init__(self, rows: Rows = LINES) -> None:
         self._rows = rows
-        self._text = ""  # of the part that has not ended
+        self._text = ""  # of the part that is not complete yet
         self._n_checked = 0
         self._row, self._group = "", ""
         self._past: list[str] = []
-        self._equal = [0] * (LONGEST_CYCLE + 1)  # rows up to the last that equal the one that many rows before
-        self._n_blank = 0  # rows up to the last in which nothing is written
+        self._equal = [0] * (LONGEST_CYCLE + 1)  # [n]: how many of the last rows equal the row n before them
+        self._n_blank = 0  # the last rows without content
 
     def push(self, piece: str) -> bool:
-        """Whether the answer runs on, with this piece at its end."""
+        """Adds a piece to the answer; True if the answer loops."""
         self._text += piece
         while self._rows.end in self._text:
             part, _, self._text = self._text.partition(self._rows.end)
@@ -78,11 +78,12 @@ class Repetition:
 
 
 def is_periodic(text: str) -> bool:
-    """Whether a text of at least `MOST_CHARACTERS` is `MOST_ROUNDS` or more rounds of a shorter one."""
+    """Whether a text of at least `MOST_CHARACTERS` is `MOST_ROUNDS` or more rounds of a shorter text."""
     n = len(text)
     if n < MOST_CHARACTERS:
         return False
-    # the longest proper beginning that is an end too; what is left is the shortest period (Knuth, Morris, Pratt)
+    # border[i]: the length of the longest proper prefix of text[:i + 1] that is also its suffix (Knuth, Morris, Pratt);
+    # n - border[-1] is the shortest period
     border = [0] * n
     length = 0
     for i in range(1, n):

@@ -1,4 +1,4 @@
-"""What a document model writes, parsed to values and written again: tables, chart data, fields. Pure Python."""
+"""The formats that document models answer in: parsers and writers for tables, chart data and fields. Pure Python."""
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.csv_ import read_csv, write_csv

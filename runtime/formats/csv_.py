@@ -1,6 +1,6 @@
-"""CSV of a chart's data: a header row, and rows as wide as it.
+"""Chart data as CSV: a header row, and rows as wide as it.
 
-Named with an underscore because it stands beside the standard `csv`, which it reads with.
+The module's name has an underscore to tell it from the standard `csv`, which parses for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CSV_ROWS = Rows("\n", re.compile(r'[,"\s]+'))
 
 
 def read_csv(text: str) -> Table:
-    """The rows as a table with one header row, blank lines left out, fields as they are. Raises AnswerError."""
+    """Parses an answer to a table with one header row; blank lines are skipped. Raises AnswerError."""
     body = unfence(text, "csv").text
     rows, error = _rows(body)
     if error:
@@ -29,9 +29,9 @@ def read_csv(text: str) -> Table:
 
 
 def salvage_csv(text: str) -> tuple[Table | None, bool]:
-    """The rows that end with a line break and fit, and whether that is the whole answer.
+    """The valid rows that end with a line break, and whether they are the complete answer.
 
-    Without a closing fence nothing tells a short last field from a cut one: the last line is left out.
+    Without a closing fence nothing tells a short last field from one that was cut, so the last line is left out.
     """
     body = unfence(text, "csv")
     rows, error = _rows(body.text, drop_last=not body.closed)
@@ -39,7 +39,7 @@ def salvage_csv(text: str) -> tuple[Table | None, bool]:
 
 
 def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerError | None]:
-    """The rows up to the first that does not fit, and why that one does not."""
+    """The rows up to the first invalid one, and the error of that one."""
     rows: list[list[str]] = []
     lines = list(io.StringIO(text, newline=""))
     if drop_last and lines and not lines[-1].endswith("\n"):
@@ -50,7 +50,7 @@ def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerEr
             row = next(reader, None)
         except csv.Error as error:  # also for a field of more than 131,072 characters
             where = f"row {len(rows) + 1}, on line {reader.line_num},"
-            return rows, AnswerError(f"{where} is no CSV: {error}; expected quotes around whole fields.")
+            return rows, AnswerError(f"{where} is not CSV: {error}; expected quotes around the whole field.")
         if row is None:
             return rows, None
         if rows and row and len(row) != len(rows[0]):
@@ -68,19 +68,19 @@ def _table(rows: list[list[str]]) -> Table:
 
 
 def write_csv(table: Table) -> str:
-    """A line for each row, header rows too, and a line break between rows.
+    """Writes a line for each row, header rows included, with line breaks between rows.
 
-    A cell that spans repeats its text in every slot, as pandas.read_html and docling's data frames have it. Raises
-    AnswerError where that grows out of bounds.
+    A spanning cell repeats its text in every slot, as in pandas.read_html and docling's data frames. Raises
+    AnswerError where that makes the text too long.
     """
     table.check_repeated()
     return "\n".join(",".join(map(_field, row)) if len(row) > 1 else _only_field(row[0]) for row in table.texts())
 
 
 def _field(text: str) -> str:
-    # not csv.writer: which line breaks it puts in quotes depends on Python's version
+    # not csv.writer, which quotes different line breaks from one Python version to another
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 
 def _only_field(text: str) -> str:
-    return _field(text) if text.strip() else f'"{text}"'  # a blank line is no row
+    return _field(text) if text.strip() else f'"{text}"'  # a blank line would not be read as a row

@@ -1,7 +1,7 @@
-"""CSV as a form: a header, and rows as wide as it, with the quoting of RFC 4180 and '\\n' between rows.
+"""The automaton of CSV: a header, and rows as wide as it, quoted as in RFC 4180, with '\\n' between rows.
 
-Bare, or in a Markdown fence; so that the two cannot be mixed up there is no '`' in a field. A row of one empty field
-is written with quotes, since a blank line is no row. Named with an underscore as the outputs' module is.
+An answer is bare or in a Markdown fence. No field may contain '`', so that a field cannot be taken for a fence. A row
+of one empty field is written as '""', since parsers skip blank lines.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CLOSING = b"```"
 
 @dataclass(frozen=True)
 class CsvField:
-    """At the beginning of a field, or in one without quotes. Columns count from 0.
+    """At the start of a field, or in a field without quotes. `column` counts from 0.
 
-    `n_fields` is the header's width, None in the header. `fenced`: None before it is known.
+    `n_fields` is the width of the header, None within the header. `fenced` is None until the answer shows it.
     """
 
     n_fields: int | None = None
@@ -33,7 +33,7 @@ class CsvField:
         return self.column == 0
 
     def separators(self) -> tuple[bytes, ...]:
-        """What may come behind the field."""
+        """What may follow the field."""
         if self.n_fields is None:
             return (b"\n", b",")
         return (b",",) if self.column < self.n_fields - 1 else (b"\n",)
@@ -43,7 +43,7 @@ class CsvField:
         initial_literals = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
         is_accepting = b"\n" in separators and not self.fenced
         initially_accepting = is_accepting and not self.begins_row
-        if self.n_fields is not None and self.begins_row:  # behind a line break
+        if self.n_fields is not None and self.begins_row:  # after a line break
             initially_accepting = not self.fenced
             initial_literals = [_CLOSING, *initial_literals] if self.fenced else initial_literals
         if self.fenced is None:
@@ -79,7 +79,7 @@ class _Quoted:
 
 @dataclass(frozen=True)
 class _Unquoted:
-    """Behind a quote that closes the field, or begins a doubled one."""
+    """After a quote that either closes the field or is the first of a doubled quote."""
 
     field: CsvField
 

@@ -43,4 +43,4 @@ def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:
     prefix = read_prefix(unfence(text, "json").text.lstrip())
     if not isinstance(prefix.value, dict | list):
         return None, False
-    return prefix.value, prefix.whole
+    return prefix.value, prefix.complete

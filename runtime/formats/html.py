@@ -1,7 +1,7 @@
-"""HTML tables: rows, cells, spans and text. All other markup is let go.
+"""HTML tables: rows, cells, spans and text. All other markup is ignored.
 
-Inside a cell `<br>` and the borders of blocks become line breaks, other white space one space, nested tables text.
-Reading takes time and memory in proportion to the answer, whatever is in it.
+Inside a cell, `<br>` and the borders of block elements become line breaks, runs of other white space become one space,
+and nested tables become text. Parsing takes time and memory in proportion to the answer, whatever is in it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class _Draft:
     tag: str
     rowspan: int
     colspan: int
-    parts: list[str | None] = field(default_factory=list)  # None: the border of a block
+    parts: list[str | None] = field(default_factory=list)  # None: the border of a block element
     row: int = 0
     col: int = 0
 
     def text(self) -> str:
         parts: list[str] = []
-        in_line = False  # something but spaces stands behind the last line break
+        in_line = False  # there is something but spaces after the last line break
         for part in self.parts:
             if part is None:
                 parts += ["\n"] * in_line
@@ -60,18 +60,18 @@ class _Draft:
 
 @dataclass
 class _Rows:
-    """Rows that fit together so far."""
+    """The rows of one table so far."""
 
     n_rows: int = 0
     n_cols: int = 0
     cells: list[_Draft] = field(default_factory=list)
-    hanging: list[_Draft] = field(default_factory=list)  # cells that reach below the last row, by column
+    hanging: list[_Draft] = field(default_factory=list)  # cells that span rows below the last one, by column
     heads: int = 0  # leading rows in <thead>
     all_th: int = 0  # leading rows of <th> alone
     has_thead: bool = False
 
     def add(self, drafts: list[_Draft], in_head: bool, offset: int) -> None:
-        """Adds a row, or raises AnswerError and leaves everything as it was."""
+        """Adds a row, or raises AnswerError and changes nothing."""
         where = f"row {self.n_rows + 1}, which ends at character {offset},"
         if in_head and self.heads != self.n_rows:
             raise AnswerError(f"{where} is in a <thead> below other rows; expected the header first.")
@@ -88,8 +88,11 @@ class _Rows:
         self.hanging = sorted(reaching, key=lambda draft: draft.col)
 
     def _place(self, drafts: list[_Draft], where: str) -> tuple[list[int], int, int]:
-        """The first columns of a new row's cells, which go where none hangs in from above; how many columns the row
-        reaches over, and how many of them are covered."""
+        """Places the cells of a new row in the columns that no cell from above covers.
+
+        Returns the first column of each, the width of the row, and how many of its columns are covered. For example,
+        where a cell from above covers column 1, two cells without spans get columns 0 and 2: ([0, 2], 3, 3).
+        """
         cols: list[int] = []
         j = k = 0
         for draft in drafts:
@@ -200,7 +203,7 @@ class _Reader:
             self.cell.parts.append(_SPACE.sub(" ", data))
         elif self.depth and data.strip() and not self.ignored:
             raise AnswerError(
-                f"{data.strip()!r:.60} at character {self.offset} is in a table but in no cell; expected '<td>' or "
+                f"{data.strip()!r:.60} at character {self.offset} is in a table but not in a cell; expected '<td>' or "
                 "'<th>' before it."
             )
 
@@ -258,9 +261,9 @@ class _Reader:
 
 
 def read_html(text: str) -> list[Table]:
-    """The tables of an answer; what stands around them is let go.
+    """Parses the tables of an answer; text around them is ignored.
 
-    Header rows are those of `<thead>`, without one the leading rows of `<th>` alone. Raises AnswerError.
+    Header rows are those of `<thead>`, or without one the leading rows of nothing but `<th>`. Raises AnswerError.
     """
     reader = _Reader(joined(text).text)
     reader.run()
@@ -275,7 +278,7 @@ def read_html(text: str) -> list[Table]:
 
 
 def salvage_html(text: str) -> tuple[list[Table], bool]:
-    """The tables up to the last whole row that fits, and whether that is the whole answer."""
+    """The tables up to the last complete and valid row, and whether that is the complete answer."""
     body = joined(text)
     reader = _Reader(body.text)
     try:
@@ -290,17 +293,17 @@ def salvage_html(text: str) -> tuple[list[Table], bool]:
 
 
 def write_html(table: Table) -> str:
-    """A `<table>` on one line, with `<thead>` and `<tbody>` where there are such rows.
+    """Writes a `<table>` on one line, with `<thead>` and `<tbody>` where there are such rows.
 
-    Runs of white space are as good as one space in HTML; line breaks become `<br>`, and characters that HTML has no way
-    to write U+FFFD.
+    Line breaks become `<br>`; characters that HTML cannot represent become U+FFFD. Runs of white space are kept, but
+    HTML reads them as one space.
     """
     rows: list[list[str]] = [[] for _ in range(table.n_rows)]
     for cell in table.cells:
         rows[cell.row].append(_cell(table, cell))
     lines = ["<tr>" + "".join(row) + "</tr>" for row in rows]
     head, body = "".join(lines[: table.n_header_rows]), "".join(lines[table.n_header_rows :])
-    # an empty <thead> says that a first row of <th> is no header row
+    # an empty <thead> says that a first row of <th> is not a header row
     first_is_th = not head and all(cell.header for cell in table.grid()[0])
     head = f"<thead>{head}</thead>" if head or first_is_th else ""
     return f"<table>{head}<tbody>{body}</tbody></table>" if body else f"<table>{head}</table>"

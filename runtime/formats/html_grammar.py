@@ -1,7 +1,7 @@
-"""HTML tables as a form: sections, rows that cover every column once, spans that fit.
+"""The automaton of HTML tables: sections, rows that cover every column once, spans that fit.
 
-The first row says how many columns there are. Tags stand side by side, without white space. Text may hold character
-references, `<br>` and one level of inline markup; a '<' before anything that could begin a tag is one.
+The first row decides how many columns there are. There is no white space between tags. Text may contain character
+references, `<br>` and one level of inline markup; a '<' before anything that could begin a tag does begin one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _CELLS = (b"<td>", b"<th>", b"<td ", b"<th ")
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """Between two rows. `section` is the element that is open, `past` those that are closed.
+    """Between two rows. `section` is the open section ('' if none), `past` are the closed ones.
 
-    `hanging`: for each column, how many rows from here on a cell from above still covers; None before the first row.
+    `hanging`: for each column, how many of the coming rows a cell from above still covers; None before the first row.
+    For example, after a row '<td rowspan="3">a</td><td>b</td>' it is (2, 0).
     """
 
     section: str = ""
@@ -59,21 +60,22 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class _HtmlRow:
-    """Inside a row, behind column `column`; `below` is what hangs into the next row, up to there."""
+    """Inside a row. `above` is the `hanging` that it started with; `below` is what it leaves to the next row, for the
+    columns that are done."""
 
     table: HtmlTable
     above: tuple[int, ...] | None
     below: tuple[int, ...] = ()
 
     def skipped(self) -> _HtmlRow:
-        """Behind the columns that cells from above cover."""
+        """The same row, after any columns here that cells from above cover."""
         below = self.below
         while self.above is not None and len(below) < len(self.above) and self.above[len(below)]:
             below = (*below, self.above[len(below)] - 1)
         return replace(self, below=below)
 
     def n_free(self) -> int:
-        """How wide the next cell may be."""
+        """The greatest colspan that the next cell may have."""
         if self.above is None:
             return MOST_SPANNED
         rest = self.above[len(self.below) :]
@@ -100,7 +102,7 @@ class _HtmlRow:
 
 @dataclass(frozen=True)
 class _HtmlSpans:
-    """Inside a cell's tag. `value` are the digits of the attribute `name`, if that has begun."""
+    """Inside the tag of a cell. `value` is the number so far of the attribute `name`, '' before an attribute."""
 
     row: _HtmlRow
     tag: bytes
@@ -139,7 +141,7 @@ class _HtmlSpans:
 
 @dataclass(frozen=True)
 class _HtmlText:
-    """Inside a cell; `row` has the cell already. `inline` is the markup that is open in it."""
+    """Inside a cell, which `row` includes already. `inline` is the inline element that is open, if any."""
 
     row: _HtmlRow
     tag: bytes

@@ -1,7 +1,7 @@
-"""HTML taken apart into tags and text, as the HTML standard has browsers do it, in one pass over the answer.
+"""Splits HTML into tags and text as browsers do by the HTML standard, in one pass over the answer.
 
-Not `html.parser`: it searches the rest of the text again for each mark that is never closed, raises AssertionError for
-some declarations, and changes from one Python release to the next.
+Does not use `html.parser`: that searches the rest of the text again for each unclosed construct (quadratic time),
+raises AssertionError for some declarations, and differs from one Python release to the next.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_RAW = ("script", "style")  # what they hold is text up to their end tag
+_RAW = ("script", "style")  # their content is text up to their end tag
 _MARK = re.compile(r"<(?=[a-zA-Z!?]|/.)", re.DOTALL)  # a '<' that begins markup; any other is text
 _NAME = re.compile(r"(/?)([a-zA-Z][^\s/>]*)")
 _ATTRIBUTE = re.compile(r"""[\s/]*([^\s/>][^\s/>=]*)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>][^\s>]*)?))?""")
 _END = re.compile(r"[\s/]*>")
-# more digits than a character has, and than Python converts: html.unescape would raise ValueError
+# more digits than any code point has; html.unescape raises ValueError beyond Python's limit on digits
 _LONG_NUMBER = re.compile(r"&#0*[1-9][0-9]{7,};?")
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A start or an end tag, names in lower case. Of an attribute that is there twice the first counts."""
+    """A start or an end tag, names in lower case. Of an attribute given twice, the first counts."""
 
     name: str
     closing: bool = False
@@ -30,8 +30,10 @@ class Tag:
 
 
 def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
-    """Each tag, and each text with its character references replaced, with its offset. A tag that the end of the text
-    cuts is left out; comments, declarations and processing instructions are, too."""
+    """Yields each tag, and each text with its character references replaced, with its offset.
+
+    A tag that the end of the text cuts is left out, as are comments, declarations and processing instructions.
+    """
     at = 0
     while at < len(text):
         found = _MARK.search(text, at)
@@ -42,7 +44,7 @@ def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
         if at == len(text):
             return
         if (name := _NAME.match(text, at + 1)) is None:
-            at = _behind_comment(text, at)
+            at = _after_comment(text, at)
             continue
         attributes, end = _attributes(text, name.end())
         if end is None:
@@ -59,12 +61,13 @@ def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
 
 
 def unescape(text: str) -> str:
-    """Character references replaced; those of no character become U+FFFD."""
+    """Replaces character references; those that name no character become U+FFFD."""
     return html.unescape(_LONG_NUMBER.sub("\ufffd", text))
 
 
-def _behind_comment(text: str, at: int) -> int:
-    """Behind what begins with '<!', '<?', or '</' and no letter. Without its end it goes on to that of the text."""
+def _after_comment(text: str, at: int) -> int:
+    """The offset after a construct that begins with '<!', '<?', or '</' and not a letter; an unclosed one ends with the
+    text."""
     if not text.startswith("<!--", at):
         end = text.find(">", at)
         return len(text) if end < 0 else end + 1
@@ -75,7 +78,7 @@ def _behind_comment(text: str, at: int) -> int:
 
 
 def _attributes(text: str, at: int) -> tuple[dict[str, str], int | None]:
-    """The attributes of a tag from behind its name, and where the tag ends; None where it does not."""
+    """The attributes of a tag, given the offset after its name, and where the tag ends; None if it does not end."""
     found: dict[str, str] = {}
     while (end := _END.match(text, at)) is None:
         attribute = _ATTRIBUTE.match(text, at)

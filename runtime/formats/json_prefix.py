@@ -1,7 +1,4 @@
-"""The longest beginning of a JSON text that is whole: for answers that were cut.
-
-Knows nothing of tables or schemas.
-"""
+"""Parses as much of a JSON text as is complete, for answers that were cut. Knows nothing of tables or schemas."""
 
 from __future__ import annotations
 
@@ -11,33 +8,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from granite4v.runtime.formats.json_values import MAX_NESTING, to_float, to_int, whole_characters
+from granite4v.runtime.formats.json_values import MAX_NESTING, replace_surrogates, to_float, to_int
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))((?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[\s,\]}])", re.ASCII)  # a digit may follow
+_NUMBER = re.compile(
+    r"(-?(?:0|[1-9]\d*))((?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[\s,\]}])", re.ASCII
+)  # without the look-ahead, a digit could be missing
 _LITERALS = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a text begins with: objects and lists that are not closed hold the members that are whole.
+    """What a text begins with. Objects and lists that are not closed keep their complete members.
 
-    `end` is the offset behind the last value or closing bracket that was kept; `unclosed` are the containers
-    that the text leaves open, outermost first. `value` is None when nothing is whole.
+    `end` is the offset after the last value or closing bracket that was kept; `unclosed` are the containers that the
+    text leaves open, outermost first. `value` is None when nothing is complete. For example, '{"a": [1, 2' gives the
+    value {"a": [1]}, since a digit could follow the 2.
     """
 
     value: Any
     end: int
-    whole: bool
+    complete: bool
     unclosed: list[Any]
 
 
 def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Prefix:
-    """The value at the start of `text`, as far as it is whole and well formed. What follows is not looked at.
+    """The value at the start of `text`, as far as it is complete and well formed. What follows it is not looked at.
 
-    Containers that were opened but hold nothing whole are left out. A container below MAX_NESTING levels, and a number
-    that no double or no integer of MAX_DIGITS holds, count as not well formed.
+    Containers without a complete member are left out. A container nested deeper than MAX_NESTING, and a number too
+    large for a double or an integer of MAX_DIGITS, count as malformed.
     """
     stack: list[Any] = []
     keys: list[str | None] = []  # for each open object the key whose value is still to come
@@ -85,12 +85,12 @@ def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Pref
 
 
 def partial_string(text: str) -> str | None:
-    """The text of a JSON string that starts here and has no closing mark; None where none starts or one closes."""
+    """The text of an unclosed JSON string that starts here; None if no string starts here, or if it is closed."""
     if not text.startswith('"') or _STRING.match(text):
         return None
     for cut in range(min(len(text), 12)):  # at most an unfinished pair of \\uXXXX escapes
         try:
-            return str(whole_characters(json.loads(text[: len(text) - cut] + '"', strict=False)))
+            return str(replace_surrogates(json.loads(text[: len(text) - cut] + '"', strict=False)))
         except ValueError:
             continue
     return ""
@@ -128,7 +128,7 @@ def _string(text: str, at: int) -> tuple[str, int] | None:
     if found is None:
         return None
     try:
-        return str(whole_characters(json.loads(found[0], strict=False))), found.end()
+        return str(replace_surrogates(json.loads(found[0], strict=False))), found.end()
     except ValueError:
         return None
 
@@ -144,7 +144,7 @@ def _scalar(text: str, at: int, parse_float: Callable[[str], Any]) -> tuple[Any,
         return None
     try:
         return (parse_float(number[0]) if number[2] else to_int(number[1])), number.end()
-    except ValueError:  # too large a number
+    except ValueError:  # the number is too large
         return None
 
 

@@ -1,4 +1,4 @@
-"""JSON in an answer, fenced or bare, with errors that say where."""
+"""Parses JSON in an answer, fenced or bare, with errors that say where."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from granite4v.errors import AnswerError
-from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper, to_float, to_int, whole_characters
+from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper, replace_surrogates, to_float, to_int
 from granite4v.runtime.formats.wrapping import unfence
 
 _TOO_DEEP = f"JSON nested deeper than {MAX_NESTING} levels; expected a few."
 
 
 def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
-    """The value, nested at most MAX_NESTING levels deep. Line breaks inside strings are let pass; of a key that is
-    there twice the last value counts. Raises AnswerError.
+    """The value, nested at most MAX_NESTING levels deep. Line breaks inside strings are accepted; of a key given twice,
+    the last value counts. Raises AnswerError.
     """
     body = unfence(text, "json")
     try:
@@ -25,7 +25,7 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
     except json.JSONDecodeError as error:
         at = body.start + error.pos
         raise AnswerError(
-            f"no JSON at character {at}, before {text[at : at + 30]!r}: {error.msg}; expected one whole JSON value."
+            f"invalid JSON at character {at}, before {text[at : at + 30]!r}: {error.msg}; expected one JSON value."
         ) from None
     except RecursionError:
         raise AnswerError(_TOO_DEEP) from None
@@ -33,8 +33,8 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
         raise AnswerError(f"JSON that cannot be read: {error}; expected ordinary numbers.") from None
     if is_deeper(value, MAX_NESTING):
         raise AnswerError(_TOO_DEEP)
-    return whole_characters(value)
+    return replace_surrogates(value)
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no JSON")
+    raise ValueError(f"it holds {name}, which is not JSON")

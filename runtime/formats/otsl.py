@@ -1,9 +1,9 @@
 """OTSL: one tag for each slot of the grid, `<nl>` at the end of a row, text after the tag of a cell's first slot.
 
 `<fcel>` starts a cell, `<ecel>` an empty one, `<ched>`, `<rhed>` and `<srow>` the header of a column, a row and a
-section. `<lcel>` belongs to the cell on its left, `<ucel>` to the one above, `<xcel>` to both (Lysak et al., 2023,
+section. `<lcel>` continues the cell on its left, `<ucel>` the one above, `<xcel>` both (Lysak et al., 2023,
 arXiv 2305.03393). docling writes `<xcel>` for every slot but the first of a cell that spans rows and columns; that is
-read too, a cell reaching down as far as `<xcel>` does.
+parsed as well: the cell reaches down as far as the `<xcel>` do.
 
 Only these tags are markup. Everything else is text, `<` and `&` included.
 """
@@ -23,7 +23,7 @@ _TAG = re.compile(r"<(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl|/otsl)>")
 _STARTS = ("fcel", "ecel", "ched", "rhed", "srow")
 _HEADERS = ("ched", "rhed", "srow")
 OTSL_ROWS = Rows("<nl>", re.compile(r"</?(?:otsl|[eflux]cel|ched|rhed|srow)>|\s+"))
-_BETWEEN = re.compile(r"[\s\[\],\"'`]*")  # a list around tables
+_BETWEEN = re.compile(r"[\s\[\],\"'`]*")  # list syntax around tables
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Slot:
 
 @dataclass
 class _Draft:
-    """A cell that may still grow. `crossed` if its first row was continued with <xcel>, docling's way."""
+    """A cell that may still grow. `crossed`: its first row was continued with <xcel>, as docling does."""
 
     tag: str
     row: int
@@ -48,7 +48,7 @@ class _Draft:
 
 @dataclass
 class _Rows:
-    """Rows that fit together so far."""
+    """The rows of one table so far."""
 
     n_rows: int = 0
     n_header_rows: int = 0
@@ -56,7 +56,7 @@ class _Rows:
     cells: list[_Draft] = field(default_factory=list)
 
     def add(self, slots: list[_Slot]) -> None:
-        """Adds a row, or raises AnswerError and leaves everything as it was."""
+        """Adds a row, or raises AnswerError and changes nothing."""
         if self.above and len(slots) != len(self.above):
             raise AnswerError(
                 f"row {self.n_rows + 1}, at character {slots[0].offset}, has {len(slots)} columns; "
@@ -87,7 +87,7 @@ class _Rows:
         self.n_rows += 1
 
     def _owner(self, slot: _Slot, row: list[_Draft]) -> _Draft:
-        """The cell that a slot belongs to, given the row up to there."""
+        """The cell that a slot belongs to. `row` has the cells of the slots on its left."""
         j = len(row)
         left = row[-1] if row else None
         up = self.above[j] if self.above else None
@@ -105,7 +105,7 @@ class _Rows:
                 return left
         expected = {"lcel": "a cell on its left", "ucel": "a cell above it", "xcel": "one cell above and on its left"}
         raise AnswerError(
-            f"<{slot.tag}> in {place(self.n_rows, j)}, at character {slot.offset}, continues no cell; "
+            f"<{slot.tag}> in {place(self.n_rows, j)}, at character {slot.offset}, does not continue a cell; "
             f"expected {expected[slot.tag]}."
         )
 
@@ -116,14 +116,14 @@ class _Rows:
 
 @dataclass
 class _Reader:
-    """Goes through an answer; `tables` holds what fits, up to the error that `run` raises."""
+    """Parses an answer to `tables`, up to the error that `run` raises."""
 
     text: str
     tables: list[_Rows] = field(default_factory=list)
     row: list[_Slot] = field(default_factory=list)
     inside: bool = False  # a table has begun
     tagged: bool = False  # ... with <otsl>
-    end: int = 0  # behind the last whole row
+    end: int = 0  # offset after the last complete row
 
     def run(self) -> None:
         at = 0
@@ -134,7 +134,7 @@ class _Reader:
         self._take_text(at, len(self.text))
 
     def finish(self) -> None:
-        """The end of the answer ends a table that no <otsl> began."""
+        """Ends a table that did not begin with <otsl>, which ends with the answer."""
         if self.inside and self.tagged:
             where = f"row {self.tables[-1].n_rows + 1}" if self.tables else "row 1"
             raise AnswerError(
@@ -150,7 +150,7 @@ class _Reader:
             if text and self.row[-1].tag == "ecel":
                 raise AnswerError(f"{text!r:.60} at character {start} follows <ecel>, an empty cell; expected a tag.")
         elif text and (self.inside or not _BETWEEN.fullmatch(text)):
-            raise AnswerError(f"{text!r:.60} at character {start} belongs to no cell; expected an OTSL tag before it.")
+            raise AnswerError(f"{text!r:.60} at character {start} is not in a cell; expected an OTSL tag before it.")
 
     def _take_tag(self, tag: str, start: int, end: int) -> None:
         if tag == "otsl":
@@ -161,7 +161,7 @@ class _Reader:
             return
         if tag == "/otsl":
             if not self.inside:
-                raise AnswerError(f"</otsl> at character {start} ends no table; expected '<otsl>' before it.")
+                raise AnswerError(f"</otsl> at character {start} does not end a table; expected '<otsl>' before it.")
             self._end_row(end)
             if not self.tables[-1].n_rows:
                 raise AnswerError(f"</otsl> at character {start} ends a table without rows; expected a cell before it.")
@@ -177,7 +177,7 @@ class _Reader:
             self._end_row(end)
         else:
             raise AnswerError(
-                f"<nl> at character {start} ends row {self.tables[-1].n_rows + 1}, which has no cell; expected one."
+                f"<nl> at character {start} ends row {self.tables[-1].n_rows + 1}, which has no cells; expected one."
             )
 
     def _end_row(self, end: int) -> None:
@@ -188,9 +188,9 @@ class _Reader:
 
 
 def read_otsl(text: str) -> list[Table]:
-    """The tables of an answer: one, with or without `<otsl>` around it, or several in a list.
+    """Parses the tables of an answer: one, with or without `<otsl>` around it, or several in a list.
 
-    Leading rows of `<ched>` and `<ecel>` alone are the header rows. Text is stripped. Raises AnswerError.
+    Leading rows of nothing but `<ched>` and `<ecel>` are the header rows. Text is stripped. Raises AnswerError.
     """
     reader = _Reader(joined(unfence(text, "otsl").text).text)
     reader.run()
@@ -201,7 +201,7 @@ def read_otsl(text: str) -> list[Table]:
 
 
 def salvage_otsl(text: str) -> tuple[list[Table], bool]:
-    """The tables up to the last whole row that fits, and whether that is the whole answer."""
+    """The tables up to the last complete and valid row, and whether that is the complete answer."""
     body = joined(unfence(text, "otsl").text)
     reader = _Reader(body.text)
     try:
@@ -216,9 +216,10 @@ def salvage_otsl(text: str) -> tuple[list[Table], bool]:
 
 
 def write_otsl(table: Table) -> str:
-    """One line of tags. A body header as wide as the table is a section row; empty cells are `<ecel>`, headers too.
+    """Writes one line of tags. A header below the header rows that is as wide as the table becomes `<srow>`; an empty
+    cell becomes `<ecel>`, even if it is a header.
 
-    Raises AnswerError for a text that holds an OTSL tag.
+    Raises AnswerError for a text that contains an OTSL tag.
     """
     parts = ["<otsl>"]
     for i, row in enumerate(table.grid()):
@@ -234,7 +235,7 @@ def write_otsl(table: Table) -> str:
 def _start(table: Table, cell: Cell) -> str:
     found = _TAG.search(cell.text)
     if found:
-        raise AnswerError(f"the text of {place(cell.row, cell.col)} holds '{found[0]}', which OTSL cannot carry.")
+        raise AnswerError(f"the text of {place(cell.row, cell.col)} contains '{found[0]}', which OTSL cannot hold.")
     if not cell.text.strip():
         return "<ecel>"
     if cell.row < table.n_header_rows:

@@ -1,8 +1,8 @@
-"""OTSL as a form: rows as long as the first, and cells that are rectangles.
+"""The automaton of OTSL: rows as long as the first, and cells that are rectangles.
 
-The rules are those of the paper (Lysak et al., 2023, arXiv 2305.03393): `<lcel>` goes on with a cell of this row,
-`<ucel>` with the first column of the cell above, `<xcel>` with its other columns. `<ecel>` is an empty cell; a cell
-of any other kind has text that is not blank. A '<' before anything but a small letter or '/' is text.
+The rules are those of the paper (Lysak et al., 2023, arXiv 2305.03393): `<lcel>` continues a cell of this row, `<ucel>`
+the first column of the cell above, `<xcel>` its other columns. `<ecel>` is an empty cell; all other cells have text
+that is not blank. A '<' before anything but a lower-case letter or '/' is text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", non_blank=True)
 
 @dataclass(frozen=True)
 class OtslRow:
-    """Inside a row, behind `row`. For each column of a row: the width of the cell that begins there, else 0.
+    """Inside a row, after the columns in `row`: for each of them the width of the cell that begins there, or 0.
 
-    `above` is the row above, None in the first; `crossing` more columns belong to the cell above that was entered;
-    `own`: the last cell begins in this row; `filled`: it has text.
+    For example, '<fcel>a<lcel><fcel>b' is (2, 0, 1). `above` is the row above, None in the first row; `crossing` more
+    columns belong to a cell from above that this row has begun to continue; `own`: the last cell begins in this row;
+    `filled`: it has text.
     """
 
     above: tuple[int, ...] | None = None

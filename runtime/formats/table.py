@@ -1,4 +1,4 @@
-"""A table as data: a rectangular grid that cells cover once each. Knows nothing of any written form."""
+"""A table as data: a rectangular grid whose every slot is covered by one cell. Knows no format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from granite4v.errors import AnswerError
 
-MAX_SLOTS = 1_000_000  # far above what an answer can hold; a made-up "colspan" must not fill the memory
+MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not fill the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
 _UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -17,8 +17,8 @@ _UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ufdd0-\ufdef\ufffe\ufff
 class Cell:
     """One cell; `row` and `col` count from 0 and name its top left slot of the grid.
 
-    `header` says that it names other cells (a column, a row or a section); `header_level` counts from 1 for column
-    headers, top row first, and is 0 for all others. An empty cell has empty text.
+    `header`: the cell labels a column, a row or a section. `header_level` counts from 1 for column headers, top row
+    first, and is 0 for all others. An empty cell has empty text.
     """
 
     row: int
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A grid of `n_rows` and `n_cols`, its first `n_header_rows` rows made of column headers.
+    """A grid of `n_rows` by `n_cols` slots; its first `n_header_rows` rows are column headers.
 
     Cells are kept in reading order. Raises AnswerError unless they cover every slot of the grid exactly once.
     """
@@ -52,7 +52,7 @@ class Table:
         self.grid()
 
     def grid(self) -> list[list[Cell]]:
-        """The cell that covers each slot, (n_rows, n_cols); a cell that spans stands in several slots."""
+        """The cell that covers each slot, (n_rows, n_cols); a spanning cell occurs several times."""
         slots: list[list[Cell | None]] = [[None] * self.n_cols for _ in range(self.n_rows)]
         for cell in self.cells:
             self._check_bounds(cell)
@@ -68,11 +68,11 @@ class Table:
         return [[self._covering(cell, i, j) for j, cell in enumerate(row)] for i, row in enumerate(slots)]
 
     def texts(self) -> list[list[str]]:
-        """The text of each slot, (n_rows, n_cols); a cell that spans repeats its text."""
+        """The text of each slot, (n_rows, n_cols); a spanning cell repeats its text."""
         return [[cell.text for cell in row] for row in self.grid()]
 
     def check_repeated(self) -> None:
-        """Raises AnswerError when a form that repeats the text of a cell in every slot would grow out of bounds."""
+        """Raises AnswerError when the table is too long for a format that repeats a cell's text in every slot."""
         n_characters = sum(len(cell.text) * cell.rowspan * cell.colspan for cell in self.cells)
         if n_characters > MAX_WRITTEN:
             raise AnswerError(
@@ -91,12 +91,12 @@ class Table:
     @staticmethod
     def _covering(cell: Cell | None, i: int, j: int) -> Cell:
         if cell is None:
-            raise AnswerError(f"{place(i, j)} is covered by no cell; expected one cell for each slot.")
+            raise AnswerError(f"{place(i, j)} is not covered by any cell; expected one cell for each slot.")
         return cell
 
 
 def bounded(tables: Iterable[Table]) -> Iterator[Table]:
-    """The tables, until they have more slots together than an answer can hold; then raises AnswerError."""
+    """Yields the tables; raises AnswerError once they have more slots in total than an answer can hold."""
     n_slots = 0
     for number, table in enumerate(tables, 1):
         n_slots += table.n_rows * table.n_cols
@@ -106,7 +106,7 @@ def bounded(tables: Iterable[Table]) -> Iterator[Table]:
 
 
 def as_many_as_fit(tables: Iterable[Table]) -> tuple[list[Table], bool]:
-    """The tables up to the first that cannot be, and whether these are all."""
+    """The tables up to the first that raises AnswerError, and whether these are all."""
     found: list[Table] = []
     try:
         for table in bounded(tables):
@@ -126,7 +126,7 @@ def check_size(n_rows: int, n_cols: int) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for control characters and others that neither HTML nor Markdown can hold."""
+    """The text with U+FFFD in place of characters that neither HTML nor Markdown can represent."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
@@ -136,7 +136,7 @@ def place(row: int, col: int) -> str:
 
 
 def with_header_rows(n_rows: int, n_cols: int, n_header_rows: int, cells: list[Cell]) -> Table:
-    """The table whose cells in header rows are made headers of their row's level; for forms that write no level."""
+    """Makes a table, for formats that write no levels: cells in header rows become headers of their row's level."""
     made = [
         Cell(c.row, c.col, c.text, c.rowspan, c.colspan, True, c.row + 1)
         if c.row < n_header_rows

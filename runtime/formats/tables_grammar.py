@@ -1,4 +1,4 @@
-"""An answer of one table, of several, or of a list in brackets, whatever a table looks like."""
+"""The automaton of an answer around its tables: one table, several, or a list of them in brackets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from granite4v.runtime.grammar.automaton import Next, Rule
 
 @dataclass(frozen=True)
 class End:
-    """Nothing more may come."""
+    """Nothing may follow."""
 
     def next(self) -> Next:
         return Next((), is_accepting=True)
@@ -20,9 +20,9 @@ class End:
 
 @dataclass(frozen=True)
 class Tables:
-    """`opening` begins a table, `table` is the rule behind it, which comes to `End` where the table does.
+    """`opening` begins a table; `table` is the rule after it, which leads to `End` at the end of the table.
 
-    `between` are what may stand between tables without brackets; none: then there is one table only.
+    `between`: what may separate tables that are not in brackets; if empty, there is only one such table.
     """
 
     opening: bytes

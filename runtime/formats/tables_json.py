@@ -1,4 +1,4 @@
-"""Tables as JSON: `dimensions`, and `cells` that count rows and columns from 1."""
+"""Tables as JSON: `dimensions`, and `cells` whose rows and columns count from 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import MAX_SLOTS, Cell, Table, as_many_as_fit, bounded
 from granite4v.runtime.formats.wrapping import unfence
 
-MAX_COUNT = 1_000_000_000  # of a row, a column or a span: far above what a table can have
+MAX_COUNT = 1_000_000_000  # of a row, a column or a span: far above those of any table
 _KINDS = {"header": True, "data": False}
 TABLES_JSON_ROWS = Rows(
     "}",
@@ -24,20 +24,20 @@ TABLES_JSON_ROWS = Rows(
 
 
 def read_tables_json(text: str) -> list[Table]:
-    """The tables of an answer, one object or a list of them. Raises AnswerError."""
+    """Parses the tables of an answer, one object or a list of them. Raises AnswerError."""
     root = load_json(text, parse_float=str)
     tables = root if isinstance(root, list) else [root]
     return list(bounded(_table(found, number) for number, found in enumerate(tables, 1)))
 
 
 def salvage_tables_json(text: str) -> tuple[list[Table], bool]:
-    """The tables up to the last whole row that fits, and whether that is the whole answer."""
+    """The tables up to the last complete and valid row, and whether that is the complete answer."""
     prefix = read_prefix(unfence(text, "json").text.lstrip(), parse_float=str)
     found = prefix.value if isinstance(prefix.value, list) else [prefix.value]
     n_closed = next((i for i, one in enumerate(found) if _is_one_of(one, prefix.unclosed)), len(found))
     tables, fit = as_many_as_fit(_table(one, number) for number, one in enumerate(found[:n_closed], 1))
     if fit and n_closed == len(found):
-        return tables, prefix.whole
+        return tables, prefix.complete
     last = _whole_rows(found[len(tables)], prefix.unclosed)
     return as_many_as_fit([*tables, last] if last else tables)[0], False
 
@@ -47,12 +47,12 @@ def _is_one_of(value: Any, containers: list[Any]) -> bool:
 
 
 def write_tables_json(table: Table) -> str:
-    """One object on one line; `rows` counts those below the header."""
+    """Writes one object on one line; `rows` counts those below the header."""
     return json.dumps(_object(table), ensure_ascii=False)
 
 
 def write_tables_json_list(tables: list[Table]) -> str:
-    """A list of objects on one line."""
+    """Writes a list of objects on one line."""
     return json.dumps([_object(table) for table in tables], ensure_ascii=False)
 
 
@@ -97,7 +97,7 @@ def _table(found: Any, number: int) -> Table:
 
 
 def _n_rows(size: dict[str, Any], cells: list[Cell], where: str) -> int:
-    """All rows. Whether `rows` counts the header rows is not known; it must agree with the others either way."""
+    """The number of all rows. `rows` may count the header rows or not; either way it must agree with the rest."""
     reached = max((cell.row + cell.rowspan for cell in cells), default=0)
     total = _count(size, "total_rows", where, 1, default=reached)
     body = total - _count(size, "header_rows", where, 0, default=0)
@@ -132,14 +132,14 @@ def _cell(found: Any, where: str) -> Cell:
 def _count(found: dict[str, Any], key: str, where: str, least: int, default: int | None = None) -> int:
     value = found.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise AnswerError(f"'{key}' of {where} is {value!r:.60}; expected a whole number from {least}.")
+        raise AnswerError(f"'{key}' of {where} is {value!r:.60}; expected an integer of {least} or more.")
     if value > MAX_COUNT:
         raise AnswerError(f"'{key}' of {where} is {value!r:.60}; expected at most {MAX_COUNT:,}.")
     return value
 
 
 def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
-    """The table of the rows that are covered from the left edge to the right; None when there is none."""
+    """The table of the rows that are covered from the left edge to the right edge; None if there are none."""
     if not isinstance(found, dict) or not isinstance(found.get("cells"), list):
         return None
     cells: list[Cell] = []
@@ -167,7 +167,10 @@ def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
 
 
 def _n_covered_rows(cells: list[Cell], columns: int) -> int:
-    """How many rows from the top have each slot covered once."""
+    """How many rows from the top have every slot covered once.
+
+    Steps from one row where a cell begins or ends to the next, as a span may be as large as MAX_COUNT.
+    """
     n_rows = 0
     waiting = sorted(cells, key=lambda cell: cell.row, reverse=True)
     across: list[Cell] = []  # the cells of a row; they change where one begins or ends

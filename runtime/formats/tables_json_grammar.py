@@ -1,7 +1,7 @@
-"""Tables as JSON as a form: `dimensions` first, then the cells in reading order until every slot is covered.
+"""The automaton of tables as JSON: `dimensions` first, then the cells in reading order until every slot is covered.
 
-Where a cell stands follows from those before it, so that is not the model's choice; its spans, kind, level and
-content are. One layout: that of Python's json.dumps. The whole is one object or a list of them.
+The cells before it determine where a cell is, so its row and column are forced; its spans, type, level and content are
+the model's choice. The layout is that of Python's json.dumps. An answer is one object or a list of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ESCAPES = (b'\\"', b"\\\\", b"\\/", b"\\n", b"\\t")
 
 @dataclass(frozen=True)
 class _Dimensions:
-    """Behind the key of the next of `rows` (those below the header), `columns`, `header_rows` and `total_rows`."""
+    """After the key of the next of `rows` (those below the header), `columns`, `header_rows` and `total_rows`."""
 
     values: tuple[int, ...] = ()
 
@@ -28,7 +28,7 @@ class _Dimensions:
         n_rows, _, n_header_rows = self.values
         totals = {n_rows + n_header_rows}
         if n_rows >= max(n_header_rows, 1):
-            totals.add(n_rows)  # where `rows` counts all
+            totals.add(n_rows)  # for models whose `rows` counts all
         return Next(tuple(b'%d}, "cells": [' % total for total in sorted(totals)))
 
     def _number(self) -> _Number:
@@ -50,9 +50,9 @@ class _Dimensions:
 
 @dataclass(frozen=True)
 class _Number:
-    """Digits that make a number from `least` to `most`, then `tail`; `owner` goes on with the value.
+    """In the digits of a number from `least` to `most`, which `tail` follows; `owner` continues with the value.
 
-    `soonest` is the number by which the table comes to an end soon.
+    `soonest` is the number that leads to the end of the table soonest; its digits are offered first.
     """
 
     owner: _Dimensions | _Cell
@@ -71,7 +71,7 @@ class _Number:
         return Next((*digits, self.tail) if on_the_way else (self.tail, *digits))
 
     def _leads(self, digits: str) -> bool:
-        """Whether these digits are such a number, or its beginning."""
+        """Whether these digits are such a number, or begin one."""
         low = high = int(digits)
         if digits[0] == "0":
             return digits == "0" and self.least == 0
@@ -88,7 +88,10 @@ class _Number:
 @dataclass(frozen=True)
 class _Grid:
     """The slots that are covered. `above`: for each column, how many rows from `row` on a cell from above covers;
-    `below`: the same from the next row on, for the columns that are done."""
+    `below`: the same from the next row on, for the columns that are done.
+
+    For example, in a table of two columns, after a cell with rowspan 3 in the first column of row 0, `above` is (0, 0)
+    and `below` is (2,)."""
 
     n_rows: int
     above: tuple[int, ...]
@@ -100,7 +103,7 @@ class _Grid:
         return len(self.below)
 
     def at_free_slot(self) -> _Grid | None:
-        """At the next slot that is not covered; None when there is none."""
+        """The same grid at the next slot that is not covered; None if there is none."""
         row, above, below = self.row, self.above, self.below
         while row < self.n_rows:
             while len(below) < len(above) and above[len(below)]:
@@ -111,7 +114,7 @@ class _Grid:
         return None
 
     def n_free(self) -> int:
-        """How wide a cell here may be."""
+        """The greatest colspan of a cell here."""
         rest = self.above[self.column :]
         return next((i for i, covered in enumerate(rest) if covered), len(rest))
 
@@ -121,7 +124,7 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _CellStart:
-    """Between two cells, or behind the last."""
+    """Between two cells, or after the last."""
 
     grid: _Grid
     first: bool = False
@@ -140,7 +143,7 @@ class _CellStart:
 
 @dataclass(frozen=True)
 class _Cell:
-    """Inside a cell, behind the key of the next of `colspan`, `rowspan`, `type` and `header_level`."""
+    """Inside a cell, after the key of the next of `colspan`, `rowspan`, `type` and `header_level`."""
 
     grid: _Grid
     values: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from granite4v.runtime.formats.csv_grammar import CSV
 from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, read_fields, salvage_fields
 from granite4v.runtime.formats.html import HTML_ROWS, read_html, salvage_html
 from granite4v.runtime.formats.html_grammar import HTML
-from granite4v.runtime.formats.json_values import whole_characters
+from granite4v.runtime.formats.json_values import replace_surrogates
 from granite4v.runtime.formats.otsl import OTSL_ROWS, read_otsl, salvage_otsl
 from granite4v.runtime.formats.otsl_grammar import OTSL
 from granite4v.runtime.formats.rows import LINES, Rows
@@ -116,7 +116,7 @@ def read(task: str, text: str) -> Any:
     `task`: as for `find_task`; 'kvp' is the key-value prompt. Raises AnswerError when the answer is not in the task's
     format, ValueError for an unknown task.
     """
-    return find_task(task).read(whole_characters(text))
+    return find_task(task).read(replace_surrogates(text))
 
 
 def salvage(task: str, text: str) -> Salvaged | None:
@@ -125,5 +125,5 @@ def salvage(task: str, text: str) -> Salvaged | None:
     A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there.
     None when nothing is complete.
     """
-    value, complete = find_task(task).salvage(whole_characters(text))
+    value, complete = find_task(task).salvage(replace_surrogates(text))
     return Salvaged(value, not complete) if value or complete else None

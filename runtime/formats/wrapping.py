@@ -1,4 +1,4 @@
-"""What stands around an answer: a Markdown code fence, or a JSON list whose strings are the answers."""
+"""What an answer may be wrapped in: a Markdown code fence, or a JSON list of strings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CLOSING = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Body:
-    """What is inside a fence, or all of it: its text, where that starts, and whether a fence closes it."""
+    """The inside of a fence, or all of the answer: its text, the offset of that, and whether a fence closes it."""
 
     text: str
     start: int
@@ -21,7 +21,7 @@ class Body:
 
 
 def unfence(text: str, language: str) -> Body:
-    """The inside of a fence that opens the answer, or of one after other words if it names its `language`."""
+    """The inside of a fence at the start of the answer, or of a later one if it names its `language`."""
     opening = _OPENING.match(text) or re.search(rf"^[ \t]*```[ \t]*{language}[ \t]*\r?\n", text, re.MULTILINE)
     if opening is None:
         return Body(text, 0, False)
@@ -30,13 +30,13 @@ def unfence(text: str, language: str) -> Body:
     if closing is not None:
         return Body(text[start : closing.start()], start, True)
     inside = text[start:].rstrip()
-    if inside.endswith("```"):  # on the last line of what it closes
+    if inside.endswith("```"):  # the closing fence is on the last line of the content
         return Body(inside[:-3], start, True)
     return Body(text[start:], start, False)
 
 
 def joined(text: str) -> Body:
-    """The strings of a JSON list one after another, the last perhaps cut; any other text as it is.
+    """The strings of a JSON list, one on a line, the last perhaps cut; any other text unchanged.
 
     `closed` is False for a list without its closing bracket.
     """
@@ -44,10 +44,10 @@ def joined(text: str) -> Body:
         return Body(text, 0, True)
     prefix = read_prefix(text)
     strings = [str(one) for one in prefix.value or []]
-    if prefix.whole:
+    if prefix.complete:
         return Body("\n".join(strings), 0, True)
     rest = text[prefix.end :].lstrip("[, \t\r\n")
     tail = partial_string(rest)
     if tail is None and rest:
-        return Body(text, 0, True)  # no JSON: quotation marks inside are not escaped
+        return Body(text, 0, True)  # not JSON: quotes inside the strings are not escaped
     return Body("\n".join([*strings, tail or ""]), 0, False)

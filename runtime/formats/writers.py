@@ -21,18 +21,18 @@ _WRITERS = {
 FORMATS = tuple(_WRITERS)
 
 
-def write(tables: Table | Sequence[Table], form: str) -> str:
-    """Tables as text, `form` one of FORMATS. Several: a list in OTSL and JSON, one after another in the others.
+def write(tables: Table | Sequence[Table], name: str) -> str:
+    """Writes tables in one of FORMATS. Several become a list in OTSL and JSON, one after another in the others.
 
-    Raises AnswerError when a format cannot carry a text, ValueError for an unknown format.
+    Raises AnswerError when the format cannot represent a text, ValueError for an unknown format.
     """
-    if form not in _WRITERS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMATS)}.")
+    if name not in _WRITERS:
+        raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}.")
     if isinstance(tables, Table):
-        return _WRITERS[form](tables)
-    if form == "json":
+        return _WRITERS[name](tables)
+    if name == "json":
         return write_tables_json_list(list(tables))
-    written = [_WRITERS[form](table) for table in tables]
-    if form == "otsl":
+    written = [_WRITERS[name](table) for table in tables]
+    if name == "otsl":
         return "[" + ", ".join(written) + "]"
-    return ("\n" if form == "html" else "\n\n").join(written)
+    return ("\n" if name == "html" else "\n\n").join(written)

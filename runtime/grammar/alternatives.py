@@ -1,4 +1,4 @@
-"""Whether at most one of several schemas, as `translation` makes them, can hold for the same value."""
+"""Whether several schemas, as `translation` makes them, exclude each other: no value is an instance of two."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-_MANY = 60  # schemas, beyond which not every pair is compared
+_MAX_COMPARED = 60  # schemas; comparing all pairs of more would take too long
 _KINDS = {"null", "boolean", "number", "string", "array", "object"}
 
 
 def are_disjoint(schemas: list[Any], defs: dict[str, Any]) -> bool:
-    """Whether it is certain; False where it is not."""
+    """True if they certainly exclude each other, False if that is unknown."""
     found = [_target(schema, defs) for schema in schemas]
     if _is_discriminated(found, defs):
         return True
-    if len(found) > _MANY:
+    if len(found) > _MAX_COMPARED:
         return False
     return all(_differ(one, other, defs) for i, one in enumerate(found) for other in found[:i])
 
 
 def _target(schema: Any, defs: dict[str, Any]) -> Schema:
-    """What a schema says itself; of a reference, what it refers to."""
-    for _ in range(_MANY):
+    """The schema with its reference resolved."""
+    for _ in range(_MAX_COMPARED):
         if not isinstance(schema, dict) or "$ref" not in schema:
             break
         beside = {key: value for key, value in schema.items() if key != "$ref"}
@@ -36,7 +36,7 @@ def _target(schema: Any, defs: dict[str, Any]) -> Schema:
 
 
 def _is_discriminated(schemas: list[Schema], defs: dict[str, Any]) -> bool:
-    """Whether one property that is always there has other values in each."""
+    """Whether some required property has different values in each."""
     for name in schemas[0].get("properties", {}) if schemas else ():
         values: list[str] = []
         for schema in schemas:
@@ -51,7 +51,7 @@ def _is_discriminated(schemas: list[Schema], defs: dict[str, Any]) -> bool:
 
 
 def _differ(one: Schema, other: Schema, defs: dict[str, Any], depth: int = 0) -> bool:
-    """Whether no value satisfies both."""
+    """Whether certainly no value is an instance of both."""
     if not _types(one) & _types(other):
         return True
     if "enum" in one and "enum" in other:
@@ -82,7 +82,7 @@ def _type(value: Any) -> str:
 
 
 def _key(value: Any) -> str:
-    """The same text for values that JSON takes for equal."""
+    """The same text for values that are equal in JSON Schema, such as 1 and 1.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)

@@ -1,9 +1,9 @@
-"""Formats of texts: which dates and times answers may hold, and how a value is checked.
+"""The 'format' of strings: which dates and times answers may contain, and how values are checked.
 
-Dates exist: 29 February in leap years alone. RFC 3339 demands an offset from UTC in 'time' and 'date-time', but those
-are what pydantic declares for `datetime.time` and `datetime.datetime`, whose values need none, and documents rarely
-print one; an answer that had to hold one would invent it. So an offset may be there and need not be. A schema that
-wants one says so with a 'pattern'. Seconds must be there: ':00' is what a printed '10:30' means.
+Dates are real dates: 29 February occurs in leap years alone. RFC 3339 requires an offset from UTC in 'time' and
+'date-time'. But pydantic declares these formats for `datetime.time` and `datetime.datetime`, whose values need none,
+and documents rarely print one, so a model that had to write an offset would invent it. Here the offset is optional; a
+schema that needs it can say so with a 'pattern'. Seconds are required: a printed '10:30' is 10:30:00.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MONTH_AND_DAY = (
 _DATE = f"(?:{_YEAR}-{_MONTH_AND_DAY}|{_LEAP_YEAR}-02-29)"
 _OFFSET = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?"
 _TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?{_OFFSET}"
-_LEAP_SECOND = rf"(?:[01][0-9]|2[0-3]):59:60(?:\.[0-9]+)?{_OFFSET}"  # in a value, but not in an answer to a page
-# in place of llguidance's own
+_LEAP_SECOND = rf"(?:[01][0-9]|2[0-3]):59:60(?:\.[0-9]+)?{_OFFSET}"  # valid in a value, but never generated
+# used in place of llguidance's own
 PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
-# those of jsonschema's checks that need no other package; 'hostname', 'uri' and 'duration' are held by grammars alone
+# the checks of jsonschema that need no other package; 'hostname', 'uri' and 'duration' are enforced by grammars alone
 _OF_JSONSCHEMA = ("email", "idn-email", "ipv4", "ipv6", "uuid")
 CHECKED = (*PATTERNS, *_OF_JSONSCHEMA, "regex")
-# of JSON Schema, where llguidance may know them; what it takes for a text of any other name is not asked
+# of JSON Schema; llguidance knows most of them. It is not asked about other names, whose meaning is its own
 STANDARD = frozenset(
     (
         "duration",
@@ -47,7 +47,7 @@ STANDARD = frozenset(
         "uuid",
     )
 )
-# these say how a text is shown or encoded, and leave no text out
+# these say how a text is displayed or encoded, and exclude no text
 WITHOUT_EFFECT = frozenset(
     (
         "password", "binary", "byte", "base64", "base64url", "path", "file-path", "directory-path", "textarea", "text",
@@ -59,15 +59,15 @@ WITHOUT_EFFECT = frozenset(
 
 @functools.cache
 def checker() -> FormatChecker:
-    """jsonschema's FormatChecker of the formats whose values are checked; others are remarks."""
+    """jsonschema's FormatChecker for the formats whose values are checked; others are annotations."""
     made = FormatChecker(formats=_OF_JSONSCHEMA)
     leap_second = {"time": f"^{_LEAP_SECOND}$", "date-time": f"^{_DATE}T{_LEAP_SECOND}$"}
     for name, pattern in PATTERNS.items():
         compiled = re.compile("|".join(filter(None, [pattern, leap_second.get(name)])), re.IGNORECASE)
-        made.checks(name)(functools.partial(_is_whole, compiled))
+        made.checks(name)(functools.partial(_is_match, compiled))
     made.checks("regex")(lambda value: not isinstance(value, str) or not pattern_problem(value))
     return made
 
 
-def _is_whole(pattern: re.Pattern[str], value: object) -> bool:
+def _is_match(pattern: re.Pattern[str], value: object) -> bool:
     return not isinstance(value, str) or pattern.fullmatch(value) is not None

@@ -1,4 +1,4 @@
-"""The text of a schema's grammar as llguidance takes it, and what llguidance says of it."""
+"""The grammar of a schema as llguidance reads it, and llguidance's verdict on it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-_MAX_ITEMS = 50_000  # that a parser considers at once: four for each optional property of an object
-# no \u escapes: half a surrogate pair is JSON, but no text
+_MAX_ITEMS = 50_000  # in one row of the parser: four for each optional property of an object
+# no \u escapes: they could make a lone surrogate, which is JSON but not text
 _LAYOUT = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -18,19 +18,22 @@ _LAYOUT = {
 
 
 def lark_grammar(schema_text: str) -> str:
-    """llguidance's grammar of the instances of a schema. Masks hold every spelling, not the tokenizer's alone."""
+    """llguidance's grammar of the instances of a schema.
+
+    With "no_forcing", masks allow every way to split a text into tokens, not only the tokenizer's.
+    """
     schema = {**json.loads(schema_text), "x-guidance": _LAYOUT}
     return '%llguidance {"no_forcing": true}\nstart: %json ' + json.dumps(schema)
 
 
 def validation_problem(schema_text: str) -> str:
-    """Why llguidance cannot hold an answer to a schema; empty if it can."""
+    """Why llguidance cannot enforce a schema; empty if it can."""
     failed, messages = LLMatcher.validate_grammar_with_warnings(lark_grammar(schema_text), None)
     return reason_of(messages[0]) if failed else ""
 
 
 def compile_problem(schema_text: str) -> str:
-    """As `validation_problem`, and why the grammar cannot be compiled, which is found without a vocabulary, too."""
+    """As `validation_problem`, or why the grammar cannot be compiled. Bytes are vocabulary enough to find that out."""
     problem = validation_problem(schema_text)
     if problem:
         return problem
@@ -40,7 +43,7 @@ def compile_problem(schema_text: str) -> str:
 
 
 def limits() -> LLParserLimits:
-    """Of llguidance's parser: as its own, but for objects with thousands of optional properties."""
+    """llguidance's own limits, raised for objects with thousands of optional properties."""
     return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=5 * _MAX_ITEMS)
 
 
@@ -55,7 +58,7 @@ class Bytes:
 
 
 def reason_of(message: str) -> str:
-    """What a message of llguidance says, in one line, without the grammar that follows."""
+    """The reason in a message of llguidance, on one line, without the grammar that follows it."""
     found = re.search(r"failed to compile JSON schema: (.*?)(?=\n +\d+ \| |\Z)", message, re.DOTALL)
     reason = (found[1] if found else message.split("\n<state>")[0]).strip()
     of_regex = re.search(r"regex parse error:.*error: (.*)", reason, re.DOTALL)

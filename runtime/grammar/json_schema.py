@@ -1,7 +1,7 @@
-"""Reads JSON Schemas of any draft: bounds their size before anything else, finds the draft, resolves references.
+"""Reads JSON Schemas of any draft: checks their size before anything else, finds the draft, resolves references.
 
-Knows nothing of grammars. Every part of a schema is looked at once, without recursion, so that no schema can end the
-process or keep it busy; the limits are far above what fits into a model's context.
+Knows nothing about grammars. Every part of a schema is visited once and without recursion, so that no schema can crash
+the process or keep it busy. The limits are far above what fits into a model's context.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from granite4v.runtime.grammar.patterns import pattern_problem
 Schema = dict[str, Any]
 
 MAX_CHARACTERS = 1_000_000  # of the schema as JSON; some 250,000 tokens, more than any context holds
-MAX_NESTING = 200  # of objects and lists in one another
-MAX_LEVELS = 80  # of schemas in one another, and of references that lead to one another
+MAX_NESTING = 200  # levels of objects and lists
+MAX_LEVELS = 80  # of nested schemas, and of references in a chain
 MAX_SUBSCHEMAS = 5_000  # llguidance takes seconds for so many
 MAX_DIGITS = 400  # of an integer: beyond the largest float
 
@@ -37,22 +37,30 @@ _SINGLES = (
     "items", "additionalItems", "unevaluatedItems", "contains", "additionalProperties", "unevaluatedProperties",
     "propertyNames", "not", "if", "then", "else",
 )  # fmt: skip
-# keywords whose schemas speak of the same value as the schema they stand in
+# keywords whose subschemas apply to the same value as the schema around them
 IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies")
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _ANNOTATIONS = ("title", "description", "default", "examples", "$comment")
-_STAYING = ("$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$defs", "definitions")  # where references find them
+_STAYING = (
+    "$schema",
+    "$id",
+    "id",
+    "$anchor",
+    "$dynamicAnchor",
+    "$defs",
+    "definitions",
+)  # these stay where references find them
 
 Path = tuple[str | int, ...]
 
 
 class InvalidSchema(ValueError):
-    """Why something cannot be used as a JSON Schema, to be read behind the name of its source: 'is not ...'."""
+    """Something cannot be used as a JSON Schema. The message lacks its subject, the source: 'is not ...'."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A schema with what its own references are resolved against."""
+    """A schema, and the resolver of the references in it."""
 
     node: Any
     resolver: Any
@@ -60,9 +68,9 @@ class Resolved:
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """A schema that was checked. `content` is plain JSON data, in which 'nullable' is replaced by the type 'null'.
+    """A valid schema. `content` is plain JSON data, in which 'nullable' has become the type 'null'.
 
-    `dialect` is jsonschema's validator class of the draft. `notes` are for whoever wrote the schema.
+    `dialect` is jsonschema's validator class for the draft. `notes` are for the author of the schema.
     """
 
     content: Schema
@@ -75,7 +83,7 @@ class JsonSchema:
         return Resolved(self.content, Registry().resolver_with_root(resource))
 
     def inside(self, node: Any, resolver: Any) -> Resolved:
-        """A schema found in another one, whose '$id' may change what references are relative to."""
+        """A schema inside another one. Its '$id' may change what references are relative to."""
         if isinstance(node, dict) and isinstance(node.get("$id", node.get("id")), str):
             try:
                 resolver = resolver.in_subresource(self._specification.create_resource(node))
@@ -84,13 +92,13 @@ class JsonSchema:
         return Resolved(node, resolver)
 
     def follow(self, reference: str, resolver: Any) -> Resolved:
-        """What a reference leads to. Raises InvalidSchema, without saying where the reference stands."""
+        """The target of a reference. Raises InvalidSchema, which does not say where the reference is."""
         try:
             found = resolver.lookup(reference)
         except (Unresolvable, ValueError, LookupError, TypeError, AttributeError) as error:
             outside = "" if reference.startswith("#") else "; granite4v fetches nothing"
             raise InvalidSchema(
-                f"refers to '{reference:.100}', which is not in it{outside}. Put what is meant under '$defs' and refer "
+                f"refers to '{reference:.100}', which is not in it{outside}. Put the schema under '$defs' and refer "
                 "to it as '#/$defs/...'."
             ) from error
         if not isinstance(found.contents, dict | bool):
@@ -105,26 +113,26 @@ class JsonSchema:
 
     @functools.cached_property
     def ignores_siblings(self) -> bool:
-        """Whether a '$ref' replaces whatever stands beside it, as it did up to draft 7."""
+        """Whether a '$ref' replaces the keywords beside it, as it did up to draft 7."""
         return self.dialect in (Draft3Validator, Draft4Validator, Draft6Validator, Draft7Validator)
 
 
 def read_schema(value: object) -> JsonSchema:
-    """A schema of plain data or JSON, checked against its draft's own schema. Raises InvalidSchema."""
+    """Reads a schema from plain data and checks it against its draft's meta-schema. Raises InvalidSchema."""
     if not isinstance(value, Mapping):
         raise InvalidSchema(f"is {_shown(value)}; expected a JSON Schema, an object such as {{'type': 'object'}}.")
     content: Schema = _plain(value)
     notes: list[str] = []
     nullable = [_json_path(path) for path, node in _subschemas(content) if _honor_nullable(node)]
     if nullable:
-        notes.append(f"'nullable' of OpenAPI is taken as \"or null\" at {listed(nullable)}.")
+        notes.append(f"'nullable' of OpenAPI is read as \"or null\" at {listed(nullable)}.")
     schema = JsonSchema(content, _dialect(content), tuple(notes))
     _check_references(schema)
     return schema
 
 
 def subschemas(node: Schema) -> Iterator[tuple[Path, Any]]:
-    """What stands directly in a schema where a schema is expected, with the keys that lead there."""
+    """The direct subschemas of a schema, valid or not, with the keys that lead to them."""
     for key, value in node.items():
         if key in _MAPS and isinstance(value, dict):
             for name, inner in value.items():
@@ -183,7 +191,7 @@ def _check_scalar(value: Any, path: Path) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            problem = "half a surrogate pair, which is not text; remove it"
+            problem = "a lone surrogate, which is not text; remove it"
     elif isinstance(value, float) and not math.isfinite(value):
         problem = f"{value}, which is not a number in JSON; write a finite number"
     elif isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
@@ -206,7 +214,7 @@ def _shown(value: object) -> str:
 
 
 def _subschemas(content: Schema) -> Iterator[tuple[Path, Schema]]:
-    """Every object in a schema that is a schema, with its path; within the limits on number and depth."""
+    """Every subschema that is an object, with its path. Raises InvalidSchema beyond the limits on number and depth."""
     waiting: list[tuple[Path, Any, int]] = [((), content, 0)]
     n = 0
     while waiting:
@@ -235,7 +243,7 @@ def _subschemas(content: Schema) -> Iterator[tuple[Path, Schema]]:
 
 
 def _honor_nullable(node: Schema) -> bool:
-    """Replaces OpenAPI's 'nullable'; whether it was there and true."""
+    """Replaces OpenAPI's 'nullable', and returns whether it was true."""
     nullable = node.pop("nullable", None) if isinstance(node.get("nullable"), bool) else None
     if not nullable:
         return False
@@ -251,13 +259,13 @@ def _honor_nullable(node: Schema) -> bool:
 
 
 def _dialect(content: Schema) -> Any:
-    """The draft that '$schema' names; without it the newest one whose schema the content is valid for."""
+    """The draft that '$schema' names; without it, the newest draft that the content is a valid schema of."""
     newest = validators.Draft202012Validator
     named = content.get("$schema", "")
     if not isinstance(named, str):
         raise InvalidSchema(f"has {_shown(named)} as its '$schema'; expected the URI of a draft.")
     kinds = [validators.validator_for({"$schema": named}, default=newest)]
-    if not named:  # OpenAPI 3.0 and older files use words of drafts that they do not name
+    if not named:  # OpenAPI 3.0 and older files use keywords of drafts that they do not name
         kinds += [validators.Draft7Validator, validators.Draft4Validator]
         if any(isinstance(node.get("required"), bool) for _, node in _subschemas(content)):
             kinds.append(validators.Draft3Validator)
@@ -271,7 +279,7 @@ def _dialect(content: Schema) -> Any:
 
 
 def _invalid(content: Schema, kind: Any) -> str:
-    """Where and why a schema is none of a draft; empty if it is one."""
+    """Where and why a schema is invalid in a draft; empty if it is valid."""
     validator = kind(kind.META_SCHEMA)
     known: dict[str, Any] = {}
     for path, node in _subschemas(content):
@@ -302,9 +310,10 @@ def _invalid(content: Schema, kind: Any) -> str:
 
 
 def _alone(node: Schema, kind: Any) -> Schema:
-    """A schema without the schemas in it, which are looked at by themselves, and without what cannot be wrong.
+    """A schema without its subschemas, which are checked by themselves, and without what cannot be wrong.
 
-    What is right in the same way becomes the same, so that few of many schemas need a look.
+    Values that are certainly valid are replaced by one valid value, so that most of many similar schemas become equal
+    and only one of them has to be checked.
     """
     nothing: Any = {} if kind in (Draft3Validator, Draft4Validator) else True
     made = {key: _likely(key, value) for key, value in node.items() if key not in (*_ANNOTATIONS, *REFERENCES, "const")}
@@ -365,7 +374,7 @@ def _check_references(schema: JsonSchema) -> None:
 
 
 def _check_ends(followed: dict[int, list[int]], paths: dict[int, Path]) -> None:
-    """Every way through schemas of the same value must end, and soon."""
+    """Raises InvalidSchema where references lead back to the same value, or through too many schemas."""
     heights: dict[int, int] = {}
     for start in followed:
         on_way: set[int] = set()

@@ -1,4 +1,4 @@
-"""What the keywords of one JSON Schema say, without a look at the schemas in it."""
+"""What the keywords of one JSON Schema mean, without looking at its subschemas."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Schema = dict[str, Any]
 
 COMBINING = ("anyOf", "oneOf", "allOf", *REFERENCES)
 _OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "unevaluatedProperties", "required")
-# llguidance has no words for these
+# llguidance cannot express these
 CHECKED_AFTERWARDS = (
     "not", "if", "contains", "uniqueItems", "propertyNames", "dependentSchemas", "dependentRequired", "dependencies",
     "unevaluatedProperties", "unevaluatedItems", "disallow", "extends",
 )  # fmt: skip
-_REMARKS = (
+_ANNOTATIONS = (
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "$defs", "definitions", "$schema", "$id", "$anchor", "discriminator", "xml", "externalDocs",
 )  # fmt: skip
@@ -25,7 +25,7 @@ _REMARKS = (
 
 def restrictions(node: Schema) -> list[str]:
     """The keywords of a schema that may restrict values."""
-    return [key for key in node if key not in _REMARKS and not key.startswith("x-")]
+    return [key for key in node if key not in _ANNOTATIONS and not key.startswith("x-")]
 
 
 def has_effect(keyword: str, node: Schema) -> bool:
@@ -45,7 +45,7 @@ def has_effect(keyword: str, node: Schema) -> bool:
 
 
 def merges(node: Schema) -> bool:
-    """Whether several schemas speak of the same object here."""
+    """Whether several schemas apply to the same object here."""
     n_combining = sum(key in node for key in COMBINING)
     return "allOf" in node or n_combining > 1 or (n_combining == 1 and any(key in node for key in _OF_OBJECTS))
 
@@ -55,7 +55,7 @@ def combines(node: Schema) -> bool:
 
 
 def kinds(node: Schema) -> list[str] | None:
-    """The types that are named; None where any will do."""
+    """The types that the schema names; None if it allows any."""
     named = node.get("type")
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(kind in TYPES for kind in named):
@@ -77,5 +77,5 @@ def only(node: Schema, keywords: Iterable[str]) -> Schema:
 
 
 def distinct(schemas: Iterable[Any]) -> list[Any]:
-    """Each schema once: alternatives that are the same are one."""
+    """The schemas without duplicates."""
     return list({json.dumps(schema, sort_keys=True): schema for schema in schemas}.values())

@@ -1,7 +1,8 @@
-"""What a schema says of one number or one text, as far as llguidance can hold an answer to it exactly.
+"""The keywords for one number or one string, as far as llguidance can enforce them exactly.
 
-llguidance computes with floats, which change integers beyond 2^53, and its regular expressions know neither look-around
-nor references back. What it cannot hold is widened or left out here, never narrowed: the value is checked afterwards.
+llguidance computes with floats, which change integers beyond 2^53, and its regular expressions have neither lookarounds
+nor backreferences. What it cannot enforce is widened or left out here, never narrowed, and values are checked
+afterwards.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from granite4v.runtime.grammar.trial import Trials
 
 Schema = dict[str, Any]
 
-EXACT = 2**53  # floats hold every integer up to here
+EXACT = 2**53  # floats represent every integer up to here
 _DECIMALS = 15
-_MAX_STEP = 100_000  # of 'multipleOf' without its zeros: llguidance counts remainders, and takes long for many
-_MAX_LENGTH = 1_000_000  # characters; longer ones do not fit into an answer
+_MAX_STEP = 100_000  # of 'multipleOf' without trailing zeros: llguidance makes one state for each remainder
+_MAX_LENGTH = 1_000_000  # characters; no answer is longer
 _COSTLY_STEP, _COSTLY_SIZE, _COSTLY_LENGTH = 1000, 200, 10_000
 
-PATTERN_KEYWORDS = ("pattern", "format", "allOf", "multipleOf")  # of what is made here; llguidance intersects automata
+# of translated schemas; llguidance intersects automata for them
+PATTERN_KEYWORDS = (
+    "pattern",
+    "format",
+    "allOf",
+    "multipleOf",
+)
 STRING_KEYWORDS = ("pattern", "format", "minLength", "maxLength")
 NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "divisibleBy")
 
@@ -46,7 +53,7 @@ class Impossible(ValueError):
         return self.reason if self.field is None else f"'{self.field}': {self.reason}"
 
 
-Bound = tuple[Fraction, bool]  # a number, and whether it is itself left out
+Bound = tuple[Fraction, bool]  # a number, and whether it is exclusive
 
 
 @dataclass
@@ -61,8 +68,10 @@ class Leaf:
 
 
 def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool = True) -> Leaf:
-    """`whole`: where a number is allowed it is an integer. `close_ranges`: add what llguidance's ranges lack. Raises
-    Impossible."""
+    """The keywords for numbers. Raises Impossible.
+
+    `whole`: numbers are integers. `close_ranges`: add the numbers that llguidance's ranges lack (see `_lost`).
+    """
     leaf = Leaf({})
     lower: Bound | None = _strictest(node, "minimum", "exclusiveMinimum", max)
     upper: Bound | None = _strictest(node, "maximum", "exclusiveMaximum", min)
@@ -71,7 +80,7 @@ def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool
         upper = upper and (Fraction(math.ceil(upper[0]) - 1 if upper[1] else math.floor(upper[0])), False)
     _check_range(lower, upper, "integer" if whole else "number")
     step = _step(node, whole=whole)
-    if step is not None:  # llguidance may find no way through a range whose ends are no multiples
+    if step is not None:  # llguidance may find no number in a range whose ends are not multiples
         lower = lower and (_next_multiple(lower, step), False)
         upper = upper and (-_next_multiple((-upper[0], upper[1]), step), False)
         _check_range(lower, upper, f"multiple of {float(step):g}")
@@ -93,7 +102,7 @@ def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool
 
 
 def _step(node: Schema, *, whole: bool) -> Fraction | None:
-    """What a number, or an integer, must be a multiple of; None for nothing."""
+    """What a number, or an integer, must be a multiple of; None if nothing."""
     given = node.get("multipleOf", node.get("divisibleBy"))
     if given is None:
         return None
@@ -105,7 +114,7 @@ def _step(node: Schema, *, whole: bool) -> Fraction | None:
 
 
 def _next_multiple(bound: Bound, step: Fraction) -> Fraction:
-    """The least multiple that a lower bound allows."""
+    """The least multiple within a lower bound."""
     n = bound[0] / step
     return step * (math.floor(n) + 1 if bound[1] else math.ceil(n))
 
@@ -116,14 +125,14 @@ def _check_range(lower: Bound | None, upper: Bound | None, what: str) -> None:
 
 
 def _fraction(number: float) -> Fraction:
-    """The decimal number that JSON writes, exactly."""
+    """The decimal number as JSON writes it, exactly."""
     return Fraction(Decimal(repr(number)))
 
 
 def _strictest(
     node: Schema, name: str, exclusive: str, choose: Callable[[Iterable[Fraction]], Fraction]
 ) -> Bound | None:
-    """A bound and whether it is itself left out. In draft 4, 'exclusiveMinimum' says that of 'minimum'."""
+    """The tighter of two bounds. In draft 4, 'exclusiveMinimum' is true or false and makes 'minimum' exclusive."""
     bounds = []
     if name in node:
         bounds.append((_fraction(node[name]), node.get(exclusive) is True))
@@ -136,7 +145,7 @@ def _strictest(
 
 
 def _held(leaf: Leaf, bound: Bound | None, sign: int, name: str) -> Bound | None:
-    """A bound that llguidance computes with exactly: the same one or one that is wider."""
+    """A bound that llguidance computes with exactly: the same one, or a wider one."""
     if bound is None:
         return None
     value, excluded = bound
@@ -161,15 +170,18 @@ def _range(lower: Bound | None, upper: Bound | None) -> Schema:
 
 
 def _included(bound: Bound, sign: int) -> Bound:
-    """In place of a whole number that is left out, the next one beside it: llguidance lets '0' pass for above 0."""
+    """An inclusive bound in place of an exclusive integer: llguidance allows '0' where the bound is 'above 0'."""
     if bound[1] and bound[0].denominator == 1:
         return bound[0] + sign * Fraction(1, 10**_DECIMALS), False
     return bound
 
 
 def _lost(lower: Bound | None, upper: Bound | None) -> list[Schema]:
-    """Numbers in a range that llguidance's expression for it lacks: a maximum of 0.25 forbids 0.2, which is shorter,
-    and a number above 0 or below it may not end in zeros, as 0.50 does, while it is less than 1."""
+    """The numbers of a range that llguidance's regular expression for it lacks.
+
+    With a maximum of 0.25 it does not match 0.2, which has fewer decimals; and with an exclusive bound of 0 it does not
+    match numbers below 1 that end in zeros, such as 0.50.
+    """
     lost: list[Schema] = []
     if lower is not None and lower[1] and lower[0] >= 0:
         lost.append(_range((lower[0] + _tick(lower[0]), False), upper))
@@ -188,7 +200,7 @@ def _lost(lower: Bound | None, upper: Bound | None) -> list[Schema]:
 
 
 def _tick(value: Fraction) -> Fraction:
-    """A step of two decimals more than a number has."""
+    """A step with two more decimals than a number has."""
     return Fraction(1, 10 ** min(_n_decimals(value) + 2, _DECIMALS))
 
 
@@ -197,7 +209,7 @@ def _n_decimals(value: Fraction) -> int:
 
 
 def _shortened(value: Fraction) -> set[Fraction]:
-    """A number without its last decimals: one, two, ... all but the first."""
+    """A number without its last decimal, its last two, ... all but the first."""
     return {Fraction(math.floor(value * 10**n), 10**n) for n in range(1, _n_decimals(value))}
 
 
@@ -220,7 +232,7 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
     steps = [{"type": "number", "multipleOf": _json_number(one)} for one in _shorter_steps(step)]
     made = steps[0] if len(steps) == 1 else {"type": "number", "anyOf": steps}
     problem = trials.problem(made, costly=n_held > _COSTLY_STEP)
-    # llguidance computes in floats, for which 0.3 is no multiple of 0.1
+    # tried together as well: llguidance computes in floats, where 0.3 is not a multiple of 0.1
     if not problem and leaf.made:
         whole = [*leaf.made.get("allOf", ()), made]
         problem = trials.problem({"type": "number", **leaf.made, "allOf": whole}, costly=n_held > _COSTLY_STEP)
@@ -233,8 +245,10 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
 
 
 def _shorter_steps(step: Fraction) -> list[Fraction]:
-    """The step, and those of its multiples that have fewer decimals, where llguidance would miss these: it takes 0.50
-    for a multiple of 0.25, but not 0.5."""
+    """The step and its multiples with fewer decimals, where llguidance would miss these.
+
+    It accepts 0.50 as a multiple of 0.25, but not 0.5.
+    """
     n = _n_decimals(step)
     digits = (step * 10**n).numerator
     if _without_zeros(digits) in (1, 2, 5):
@@ -253,7 +267,7 @@ def _json_number(value: Fraction) -> int | float:
 
 
 def is_exact(value: Any) -> bool:
-    """Whether llguidance writes a constant as it is: not where a number in it is too large or too long."""
+    """Whether llguidance keeps a constant unchanged: not if a number in it is too large or has too many digits."""
     if isinstance(value, dict):
         return all(is_exact(inner) for inner in value.values())
     if isinstance(value, list):
@@ -264,7 +278,7 @@ def is_exact(value: Any) -> bool:
 
 
 def wider(value: Any) -> Schema:
-    """A schema that a constant which is not exact satisfies, with few others."""
+    """A schema that an inexact constant satisfies, and few other values."""
     if isinstance(value, dict | list):
         return {"type": "object" if isinstance(value, dict) else "array"}
     if abs(value) <= EXACT:
@@ -273,11 +287,11 @@ def wider(value: Any) -> Schema:
     return {"type": kind, **({"minimum": EXACT} if value > 0 else {"maximum": -EXACT})}
 
 
-# --- texts ---
+# --- strings ---
 
 
 def string_leaf(node: Schema, trials: Trials) -> Leaf:
-    """Raises Impossible."""
+    """The keywords for strings. Raises Impossible."""
     leaf = Leaf({})
     for name in ("minLength", "maxLength"):
         if name in node and node[name] <= _MAX_LENGTH:
@@ -309,7 +323,7 @@ def string_leaf(node: Schema, trials: Trials) -> Leaf:
 
 
 def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
-    """The pattern, or one that matches more, as far as it can be held."""
+    """The pattern, or one that matches more; None if llguidance can enforce neither."""
     problem = trials.problem({"type": "string", "pattern": pattern}, costly=_is_costly([pattern]))
     if not problem:
         return pattern
@@ -322,7 +336,7 @@ def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
 
 
 def _hold_together(leaf: Leaf, patterns: Sequence[str], trials: Trials) -> None:
-    """Leaves the pattern out where it cannot be held together with the length or the format."""
+    """Leaves the pattern out where it cannot be enforced together with the length or the format."""
     longest = max(leaf.made.get("minLength", 0), leaf.made.get("maxLength", 0))
     problem = trials.problem({"type": "string", **leaf.made}, costly=_is_costly(patterns) or longest > _COSTLY_LENGTH)
     if problem.startswith("Unsatisfiable"):

@@ -1,4 +1,4 @@
-"""What a schema says of objects, for llguidance: their properties, and which others there may be."""
+"""The keywords for objects: their properties, and which others are allowed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 Schema = dict[str, Any]
 
-_MAX_KEY_PATTERNS = 50  # of one object; llguidance compares each with each
-# keywords that speak of properties which only some instances have
+_MAX_KEY_PATTERNS = 50  # of one object; llguidance compares every pair
+# keywords that mention properties which only some instances have
 _CONDITIONAL = ("if", "then", "else", "dependentSchemas", "dependencies", "dependentRequired")
 
 
 class Place:
-    """A schema that is being translated, and where it stands."""
+    """A schema that is being translated. `field` is its place in an answer."""
 
     def __init__(self, found: Resolved, node: Schema, field: str, merged: bool, nesting: int) -> None:
         self.found, self.node, self.field, self.merged = found, node, field, merged
         self.nesting = nesting
         self.has_patterns = False
-        self.held: set[str] = set()  # keywords that are translated here after all
+        self.held: set[str] = set()  # keywords of CHECKED_AFTERWARDS that are enforced after all
 
 
 def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
@@ -69,10 +69,10 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
 
 
 def _check_required(node: Schema, required: list[str], allowed: Iterable[str]) -> None:
-    """Raises Impossible for an object that must have a property that it must not have."""
+    """Raises Impossible where a required property is not allowed."""
     missing = [name for name in required if name not in allowed]
     if missing and of.kinds(node) == ["object"]:
-        raise Impossible(f"it requires {listed(missing)}, which is no property of it, and allows no others")
+        raise Impossible(f"it requires {listed(missing)}, which is not one of its properties, and allows no others")
 
 
 def _is_closed(of_schema: Translation, place: Place) -> bool:
@@ -86,8 +86,7 @@ def _is_closed(of_schema: Translation, place: Place) -> bool:
 
 
 def closing(of_schema: Translation, place: Place) -> list[Schema]:
-    """Closes an object that several schemas speak of to all properties that they name, if 'unevaluatedProperties'
-    does."""
+    """For 'unevaluatedProperties': false, a schema that allows only properties that some combined schema names."""
     node = place.node
     if node.get("unevaluatedProperties") is not False or "unevaluatedProperties" in place.held:
         return []
@@ -101,7 +100,7 @@ def closing(of_schema: Translation, place: Place) -> list[Schema]:
 
 
 def _conditional_properties(of_schema: Translation, place: Place) -> Iterable[tuple[str, Any]]:
-    """Properties that other keywords speak of, which an object that is closed would not have."""
+    """Properties that conditional keywords mention, which a closed object has to allow."""
     node = place.node
     for keyword in _CONDITIONAL:
         value = node.get(keyword)
@@ -116,14 +115,14 @@ def _conditional_properties(of_schema: Translation, place: Place) -> Iterable[tu
 
 
 def _properties_of(of_schema: Translation, found: Resolved, node: Schema) -> Iterable[str]:
-    """The names that a schema and those it combines speak of."""
+    """The names of properties in a schema and those it combines."""
     for part in _same_value(of_schema, of_schema.schema.inside(node, found.resolver), node):
         yield from part.get("properties", {})
         yield from of.required(part)
 
 
 def _same_value(of_schema: Translation, found: Resolved, node: Schema) -> Iterable[Schema]:
-    """A schema and those it combines, which speak of the same value."""
+    """A schema and those it combines, which apply to the same value."""
     waiting = [Resolved(node, found.resolver)]
     seen: set[int] = set()
     while waiting:
@@ -154,7 +153,7 @@ def _add_pattern_properties(of_schema: Translation, made: Schema, place: Place) 
 
 
 def _names_keys(of_schema: Translation, made: Schema, place: Place) -> bool:
-    """Holds the keys of a map to 'propertyNames' where these are listed or have a pattern."""
+    """Enforces 'propertyNames' for the keys of a map if it lists them or has a pattern; returns whether it does."""
     if (
         not isinstance(place.node.get("propertyNames"), dict)
         or "propertyNames" not in of_schema.schema.dialect.VALIDATORS

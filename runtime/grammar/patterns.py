@@ -1,6 +1,6 @@
-"""Regular expressions of JSON Schemas: how large they are, and matching them in bounded time.
+"""Regular expressions of JSON Schemas: their size, and matching in bounded time.
 
-They are ECMA's, matched with the package `regex`, which knows \\p{L} and (?<name>...) and can be given a time limit.
+They are ECMAScript's. The package `regex` matches them: it knows \\p{L} and (?<name>...) and takes a timeout.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import regex
 
-MAX_SIZE = 100_000  # characters, once all that is counted is written out: `regex` writes it out
+MAX_SIZE = 100_000  # characters with counted repetitions written out, as `regex` does when it compiles
 MAX_LENGTH = 20_000
-_SECONDS = 1.0  # of this process's time
+_SECONDS = 1.0  # of processor time
 _COUNT = re.compile(r"\{(\d{1,18})(?:,(\d{0,18}))?\}")
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 
@@ -23,7 +23,7 @@ class PatternTimeout(Exception):
 
 
 def pattern_problem(pattern: str) -> str:
-    """Why texts cannot be matched with a pattern; empty if they can be."""
+    """Why a pattern cannot be used; empty if it can."""
     if len(pattern) > MAX_LENGTH:
         return f"is {len(pattern):,} characters long; expected at most {MAX_LENGTH:,}"
     size = pattern_size(pattern)
@@ -32,12 +32,12 @@ def pattern_problem(pattern: str) -> str:
     try:
         _compiled(pattern)
     except Exception as error:  # the package has errors of several kinds
-        return f"is not one that can be matched: {error}"
+        return f"is invalid: {error}"
     return ""
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a pattern is found in a text. Raises PatternTimeout."""
+    """Whether a pattern matches anywhere in a text. Raises PatternTimeout."""
     try:
         return _compiled(pattern).search(text, timeout=_SECONDS) is not None
     except TimeoutError:
@@ -46,7 +46,7 @@ def matches(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _compiled(pattern: str) -> Any:
-    # ECMA's escapes that `regex` spells in another way
+    # ECMAScript's escapes that `regex` writes differently
     spelled = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", pattern)
     spelled = re.sub(r"\\c([A-Za-z])", lambda found: f"\\x{ord(found[1]) % 32:02x}", spelled)
     spelled = re.sub(r"\\k<(\w+)>", r"(?P=\1)", spelled)
@@ -55,7 +55,7 @@ def _compiled(pattern: str) -> Any:
 
 
 def pattern_size(pattern: str) -> int:
-    """Characters of a pattern with every counted part written out; what is counted without end counts once."""
+    """Characters of a pattern with counted repetitions written out; an unbounded repetition counts once."""
     sizes, last = [0], 0
     i = 0
     while i < len(pattern):
@@ -76,21 +76,21 @@ def pattern_size(pattern: str) -> int:
         else:
             last = 1
             sizes[-1] += 1
-            i = _behind_class(pattern, i) if character == "[" else i + (character == "\\")
+            i = _end_of_class(pattern, i) if character == "[" else i + (character == "\\")
         i += 1
     return sum(sizes)
 
 
 def without_look_around(pattern: str) -> str:
-    """The pattern without its look-ahead and look-behind: it matches whatever the pattern does, and more."""
+    """The pattern without its lookaheads and lookbehinds: it matches whatever the pattern does, and more."""
     made: list[str] = []
-    i = depth = 0  # depth: brackets that are open within a look-around
+    i = depth = 0  # depth: open parentheses within a lookaround
     while i < len(pattern):
         n = 1
         if pattern[i] == "\\":
             n = 2
         elif pattern[i] == "[":
-            n = _behind_class(pattern, i) + 1 - i
+            n = _end_of_class(pattern, i) + 1 - i
         elif pattern[i] in "()" and (depth or pattern.startswith(_LOOK_AROUND, i)):
             depth += 1 if pattern[i] == "(" else -1
             i += 1
@@ -101,8 +101,8 @@ def without_look_around(pattern: str) -> str:
     return "".join(made)
 
 
-def _behind_class(pattern: str, start: int) -> int:
-    """The index of the bracket that ends the character class which begins at `start`."""
+def _end_of_class(pattern: str, start: int) -> int:
+    """The index of the bracket that closes the character class at `start`."""
     i = start + 1
     i += pattern[i : i + 1] == "^"
     i += pattern[i : i + 1] == "]"

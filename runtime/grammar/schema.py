@@ -1,7 +1,6 @@
-"""JSON schemas of answers: checked, translated for llguidance, and tried.
+"""JSON schemas of answers: checked, translated for llguidance, and compiled once to find out whether that works.
 
-An answer is one line as Python's json.dumps writes it, so keys and what stands between values are never the model's
-choice.
+An answer is one line as Python's json.dumps writes it, so the model never chooses white space or punctuation.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from granite4v.runtime.grammar.trial import Trials
 
 Schema = dict[str, Any]
 
-_MAX_LEVELS = 200  # llguidance needs up to 16 KB of the stack for each
-_MANY = 50  # schemas in one, that are each tried by themselves
+_MAX_LEVELS = 200  # of nested schemas; llguidance needs up to 16 KB of stack for each
+_MAX_TRIED = 50  # subschemas of one schema, each tried alone to find the one at fault
 _WHAT_TO_DO = "Change the schema, or turn the constraint off (--unconstrained; unconstrained=True in Python)."
 
 
 class Definite(NamedTuple):
-    """The schema that answers are held to, as JSON text, and what it leaves to be checked afterwards."""
+    """The schema that is enforced, as JSON text, and warnings about what has to be checked afterwards."""
 
     text: str
     warnings: tuple[str, ...]
 
 
 def definite(schema: object) -> Definite:
-    """The schema as llguidance takes it, its objects closed and its properties that may be null required.
+    """The schema as llguidance can enforce it, with closed objects and every property that may be null required.
 
-    `schema`: plain data, or a JsonSchema. Raises ConstraintError unless it is a valid schema, and where no answer could
-    satisfy it.
+    `schema`: plain data, or a JsonSchema. Raises ConstraintError for an invalid schema, and for one that no answer can
+    satisfy.
     """
     try:
         checked = schema if isinstance(schema, JsonSchema) else read_schema(schema)
         with Trials() as trials:
             translation, problem = _tried(checked, trials, close_ranges=True)
-            if "too large" in problem:
+            if "too large" in problem:  # llguidance's words; it has no error codes
                 translation, problem = _tried(checked, trials, close_ranges=False)
     except InvalidSchema as error:
         raise ConstraintError(f"the JSON schema {error}") from None
@@ -51,28 +50,31 @@ def definite(schema: object) -> Definite:
         if translation.impossible:
             problem += f"; no value is possible at {translation.impossible[0]}"
         where = _culprit(translation)
-        raise ConstraintError(f"answers cannot be held to the JSON schema at '{where}': {problem}. {_WHAT_TO_DO}")
+        raise ConstraintError(f"the JSON schema cannot be enforced at '{where}': {problem}. {_WHAT_TO_DO}")
     return Definite(json.dumps(translation.made), translation.warnings)
 
 
 def _tried(schema: JsonSchema, trials: Trials, *, close_ranges: bool) -> tuple[Translation, str]:
-    """A translation, and why llguidance cannot hold answers to it."""
+    """A translation, and why llguidance cannot enforce it; empty if it can."""
     translation = Translation(schema, trials, close_ranges=close_ranges)
     _check_levels(translation)
     endless = _endless(translation)
     if endless:
         raise InvalidSchema(endless)
     if translation.n_merged_patterns > 2 and trials.problem(translation.made, costly=True):
-        translation.leave_out_patterns()  # llguidance may take any time to intersect them
+        translation.leave_out_patterns()  # llguidance may take any amount of time to intersect them
     problem = compile_problem(json.dumps(translation.made))
-    if "fuel" in problem or "complex" in problem:
+    if "fuel" in problem or "complex" in problem:  # llguidance's words; it has no error codes
         translation.leave_out_patterns()
         problem = compile_problem(json.dumps(translation.made))
     return translation, problem
 
 
 def _check_levels(translation: Translation) -> None:
-    """llguidance compiles what a schema refers to inside it, once each, on the stack."""
+    """Raises InvalidSchema for a chain of references that would overflow llguidance's stack.
+
+    It compiles each schema once, by recursion, inside the first one that refers to it.
+    """
     entered: set[int] = set()
     stack: list[Iterator[Any]] = [iter([translation.made])]
     while stack:
@@ -94,12 +96,12 @@ def _check_levels(translation: Translation) -> None:
 
 
 def _alone(translation: Translation, made: Schema) -> str:
-    """A part of the schema as a schema, with what it refers to."""
+    """A part of the schema as a schema of its own, with what it refers to."""
     return json.dumps({**made, "$defs": translation.defs})
 
 
 def _culprit(translation: Translation) -> str:
-    """The field of the innermost schema that llguidance cannot hold an answer to."""
+    """The field of the innermost schema that llguidance cannot enforce."""
     made, field = translation.made, "$"
     seen: set[int] = set()
     while id(made) not in seen:
@@ -108,13 +110,13 @@ def _culprit(translation: Translation) -> str:
         inner = [one for keys, one in subschemas(made) if keys[0] != "$defs"]
         if "$ref" in made:
             inner.append(translation.defs[made["$ref"].removeprefix("#/$defs/")])
-        parts = [one for one in inner[:_MANY] if isinstance(one, dict)]
+        parts = [one for one in inner[:_MAX_TRIED] if isinstance(one, dict)]
         made = next((one for one in parts if validation_problem(_alone(translation, one))), made)
     return field
 
 
 def _endless(translation: Translation) -> str:
-    """Says which part of a schema demands another of itself, so that no instance has an end; empty if none does."""
+    """Which part of a schema always requires another one of itself, so that no instance is finite; empty if none."""
     nodes: list[Schema] = []
     waiting: list[Any] = [translation.made]
     while waiting:
@@ -122,7 +124,7 @@ def _endless(translation: Translation) -> str:
         if isinstance(node, dict):
             nodes.append(node)
             waiting += [inner for _, inner in subschemas(node)]
-    ending: set[int] = set()  # ids of the nodes with an instance that has an end
+    ending: set[int] = set()  # ids of the nodes that have a finite instance
     n_before = -1
     nodes.reverse()  # inner ones first, so that few rounds are needed
     while len(ending) > n_before:
@@ -131,7 +133,7 @@ def _endless(translation: Translation) -> str:
     for node in reversed(nodes):
         if id(node) not in ending:
             return (
-                f"has no value that ends: every value of '{translation.fields.get(id(node), '$')}' holds another one, "
+                f"has no finite value: every value of '{translation.fields.get(id(node), '$')}' contains another one, "
                 "without end. Let the part that refers back be optional, or null, or an empty list."
             )
     return ""

@@ -1,9 +1,9 @@
-"""A JSON Schema of any draft as one that llguidance holds answers to, as closely as it can.
+"""Translates a JSON Schema of any draft to one that llguidance enforces as closely as it can.
 
-The result has references to '$defs' of its own alone. What llguidance cannot hold is left out, and said: the answer is
-wider than the schema there, and is checked afterwards. What is left open is made definite, as the prompt asks: objects
-have the properties their schema names and no others, unless it speaks of others, and a property that may be null is
-always there. Both leave only instances that the schema allows.
+The result refers to its own '$defs' alone. What llguidance cannot enforce is left out with a warning: the grammar is
+wider than the schema there, and answers are checked afterwards. What the schema leaves open is narrowed as the prompt
+asks: objects have the properties that their schema names and no others, unless it mentions others, and a property that
+may be null is always present. Narrowing leaves only instances of the schema.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from granite4v.runtime.grammar.validation import Validator
 Schema = dict[str, Any]
 
 _MAX_WARNINGS = 20
-_MAX_NESTING = 20  # of schemas within one of '$defs': llguidance reads at most 128 levels of JSON
+_MAX_NESTING = 20  # of schemas within one of '$defs': llguidance parses at most 128 levels of JSON
 
 
 class Translation:
-    """`made` is the schema for llguidance; `fields` says where in an answer each schema in it stands, by its id."""
+    """`made` is the schema for llguidance; `fields` has the place in an answer of each schema in it, by its id."""
 
     def __init__(self, schema: JsonSchema, trials: Trials, *, close_ranges: bool = True) -> None:
-        """`close_ranges` off: leave numbers out that llguidance's ranges lack. Raises Impossible."""
+        """`close_ranges`: add the numbers that llguidance's ranges lack. Raises Impossible."""
         self.schema, self.trials, self.close_ranges = schema, trials, close_ranges
         self._names: dict[tuple[int, bool], str] = {}
-        self._waiting: list[tuple[str, Resolved, str, bool]] = []  # what is referred to and not translated yet
+        self._waiting: list[tuple[str, Resolved, str, bool]] = []  # targets of references that are not translated yet
         self._takes_null: dict[int, bool] = {}
         self._left_out: dict[LeftOut, list[str]] = {}
         self.defs: dict[str, Any] = {}
         self.fields: dict[int, str] = {}
-        self.n_merged_patterns = 0  # where llguidance intersects them
+        self.n_merged_patterns = 0  # patterns that llguidance has to intersect
         self._patterns: list[tuple[Schema, str]] = []
         self._one_ofs: list[tuple[Schema, str]] = []
-        self.impossible: list[str] = []  # what can be left out of an answer, and has to be
+        self.impossible: list[str] = []  # parts that no value satisfies, which answers can do without
         root = self._translated(schema.root, "$", False, 0)
         if root is False:
             raise Impossible("it allows no value", "$")
@@ -89,8 +89,10 @@ class Translation:
                 self.leave_out(LeftOut(f"'{keyword}'", reason), field)
 
     def _choose_any(self, made: Schema, field: str) -> None:
-        """llguidance's 'oneOf' is for schemas that it knows to exclude each other; with 'anyOf' the others are held,
-        too."""
+        """Replaces 'oneOf' by 'anyOf'.
+
+        llguidance accepts 'oneOf' only for alternatives that it can prove to exclude each other.
+        """
         if not are_disjoint(made["oneOf"], self.defs):
             reason = "is enforced as 'anyOf', as several alternatives can be true"
             self.leave_out(LeftOut("'oneOf'", reason), field)
@@ -107,7 +109,7 @@ class Translation:
     # --- one schema ---
 
     def _translated(self, found: Resolved, field: str, merged: bool, nesting: int) -> Any:
-        """`merged`: with other schemas of the same value, so that what this one leaves open stays open."""
+        """`merged`: other schemas apply to the same value, so what this one leaves open has to stay open."""
         node = found.node
         if not isinstance(node, dict):
             return node
@@ -146,7 +148,7 @@ class Translation:
             if keyword in self.schema.dialect.VALIDATORS and of.has_effect(keyword, node) and keyword not in place.held:
                 shown = "if/then/else" if keyword == "if" else keyword
                 self.leave_out(LeftOut(f"'{shown}'"), place.field)
-        made = {key: made[key] for key in (*node, *made) if key in made}  # answers follow the order of the keywords
+        made = {key: made[key] for key in (*node, *made) if key in made}  # the order of the author's keywords
         if "oneOf" in made:
             self._one_ofs.append((made, place.field))
         if place.has_patterns:
@@ -161,7 +163,7 @@ class Translation:
         return self._translated(inner, field, merged, nesting + 1)
 
     def part(self, place: Place, node: Any, suffix: str = "", merged: bool = False) -> Any:
-        """A schema in a schema. Parts of what is merged may be merged themselves."""
+        """Translates a subschema. Parts of a merged schema may be merged themselves."""
         merged = merged or place.merged
         return self._inner(place.found, node, place.field + suffix, merged, place.nesting)
 
@@ -191,13 +193,13 @@ class Translation:
         return number_leaf(numbers, self.trials, whole=whole, close_ranges=self.close_ranges)
 
     def _add_constants(self, made: Schema, constants: list[Any], place: Place) -> None:
-        """Those that the other keywords for single values allow."""
+        """Adds the constants that the keywords beside them allow."""
         others = of.only(place.node, (*NUMBER_KEYWORDS, *STRING_KEYWORDS, "type"))
         if others:
             alone = Validator(JsonSchema(others, self.schema.dialect))
             constants = [value for value in constants if alone.problem(value) is None]
         if not constants:
-            raise Impossible("none of its values is allowed by what stands beside them")
+            raise Impossible("none of its values is allowed by the keywords beside them")
         made.pop("type", None)
         inexact = [value for value in constants if not is_exact(value)]
         if not inexact:
@@ -235,13 +237,13 @@ class Translation:
             raise Impossible("no list has its minItems and its maxItems at once")
 
     def _values(self, found: Resolved) -> list[Any] | None:
-        """The values that a schema lists."""
+        """The values that a schema enumerates; None if it does not."""
         while isinstance(found.node, dict) and isinstance(found.node.get("$ref"), str) and "enum" not in found.node:
             found = self.follow(found, found.node, "$ref")
         return found.node.get("enum") if isinstance(found.node, dict) else None
 
     def shared(self, made: Any) -> Any:
-        """A schema that is used several times, as one of '$defs'."""
+        """A reference to a schema that is used several times, which becomes one of '$defs'."""
         if not isinstance(made, dict) or "$ref" in made:
             return made
         name = f"s{len(self._names)}"
@@ -272,7 +274,7 @@ class Translation:
                     made["allOf"] = [*made.get("allOf", []), reference]
 
     def _possible(self, place: Place, alternatives: list[Any]) -> list[Any]:
-        """Those that some value satisfies."""
+        """The alternatives that some value satisfies."""
         made: list[Any] = []
         why = Impossible("none of its alternatives is possible")
         for inner in alternatives:
@@ -314,7 +316,7 @@ class Translation:
 
 
 def _with_discriminator(alternatives: list[Any], discriminator: Any) -> list[Any]:
-    """OpenAPI's and pydantic's unions demand the property that says which alternative a value is."""
+    """Requires the property that tells alternatives apart, as the unions of OpenAPI and pydantic do."""
     name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
     if not isinstance(name, str) or not all(isinstance(one, dict) and list(one) == ["$ref"] for one in alternatives):
         return alternatives

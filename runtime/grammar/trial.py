@@ -1,7 +1,7 @@
-"""Tries grammars in a process of its own, as some regular expressions keep llguidance busy without end.
+"""Tries grammars in a child process, as some regular expressions keep llguidance busy for ever.
 
-The process is started for the first grammar that looks costly; most schemas have none. Run as a script, the module is
-that process: it reads a grammar as a line of JSON, and answers with a line.
+The process is started for the first grammar that looks costly; most schemas have none. Run as a script, this module is
+that process: it reads grammars as lines of JSON, and answers each with a line.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from granite4v.runtime.grammar.grammar_text import Bytes, lark_grammar, limits, reason_of, validation_problem
 
-SECONDS = 5  # of the processor's time, for one grammar
-MAX_SECONDS = 12  # for all that look costly; what comes later counts as too costly
+SECONDS = 5  # of processor time, for one grammar
+MAX_SECONDS = 12  # for all costly grammars of a schema; the rest counts as too costly
 _MAX_WAIT_S = 60.0  # on a busy machine
 _MEMORY_BYTES = 3 << 30
-_N_STEPS = 200  # of a walk through a grammar
+_N_STEPS = 200  # bytes of a random answer
 
 
 class Trials:
-    """What llguidance says of the parts of one schema. Holds a process until it is left."""
+    """llguidance's verdicts on the parts of one schema. A context manager, as it may own a process."""
 
     def __init__(self) -> None:
         self._child: _Child | None = None
@@ -40,15 +40,15 @@ class Trials:
         self._seconds_left: float = MAX_SECONDS
 
     def problem(self, schema: dict[str, Any], *, costly: bool = False) -> str:
-        """Why answers cannot be held to a schema, in a few words; empty if they can. `costly`: tried apart."""
+        """Why llguidance cannot enforce a schema, in a few words; empty if it can. `costly`: try it in the child."""
         text = json.dumps(schema)
         if text not in self._known:
-            self._known[text] = self._tried_apart(text) if costly else validation_problem(text)
+            self._known[text] = self._tried_in_child(text) if costly else validation_problem(text)
         return self._known[text]
 
-    def _tried_apart(self, text: str) -> str:
+    def _tried_in_child(self, text: str) -> str:
         if self._seconds_left <= 0:
-            return "it was not tried, as others took too much time"
+            return "it was not tried, as other parts took too much time"
         try:
             self._child = self._child or _Child()
         except OSError as error:
@@ -77,7 +77,7 @@ class Trials:
 
 
 class _Child:
-    """The process, and a thread that waits for its answers."""
+    """The process, and a thread that reads its answers."""
 
     def __init__(self) -> None:
         """Raises OSError."""
@@ -102,7 +102,7 @@ class _Child:
         self._answers.put(b"")
 
     def answer(self, grammar: str) -> tuple[str, float] | None:
-        """What is wrong with a grammar and how long it took to find out; None if the process ended over it."""
+        """What is wrong with a grammar and the processor time it took; None if the process ended or hung."""
         try:
             self._input.write(json.dumps(grammar).encode() + b"\n")
             self._input.flush()
@@ -140,14 +140,14 @@ def _main(seconds: int) -> None:
 
 
 def _limit(name: str, value: int) -> None:
-    """The system ends the process that goes beyond it; without the limit, the one that waits for an answer does."""
+    """The system ends a process beyond its limit. Where there is no such limit, the parent ends it after a while."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS does not let RLIMIT_AS be set
         kind = getattr(resource, name)
         resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
 def _walk(matcher: Any) -> None:
-    """One answer at random, as far as it goes."""
+    """Generates random bytes: some grammars compile at once and only take long when they are used."""
     rng = random.Random(0)
     for _ in range(_N_STEPS):
         mask = matcher.compute_bitmask()

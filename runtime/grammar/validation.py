@@ -1,6 +1,6 @@
-"""Whether a value is an instance of a JSON Schema: jsonschema's judgement, in decimal arithmetic and in bounded time.
+"""Validates values against a JSON Schema with jsonschema, in decimal arithmetic and in bounded time.
 
-JSON's numbers are decimal, and 19.99 is a multiple of 0.01; floats would say otherwise.
+JSON's numbers are decimal, where 19.99 is a multiple of 0.01; in floats it is not.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from granite4v.runtime.grammar import formats
 from granite4v.runtime.grammar.json_schema import JsonSchema
 from granite4v.runtime.grammar.patterns import PatternTimeout, matches
 
-MAX_STEPS = (
-    500_000  # keywords applied to values; about a second. Schemas that refer to themselves can ask for any number
-)
+# keywords applied to values, about a second's worth; schemas that refer to themselves can take any number
+MAX_STEPS = 500_000
 
 
 class _TooManySteps(Exception):
@@ -29,7 +28,7 @@ class _TooManySteps(Exception):
 
 
 class Validator:
-    """Judges values by one schema."""
+    """Validates values against one schema."""
 
     def __init__(self, schema: JsonSchema) -> None:
         self._n_steps = 0
@@ -39,20 +38,20 @@ class Validator:
         )  # the registry is empty: nothing is fetched
 
     def problem(self, value: Any) -> str | None:
-        """Why a value is no instance; None when it is one. Numbers are taken as they are written in JSON."""
+        """Why a value is not an instance; None if it is one. Numbers are compared as JSON writes them."""
         self._n_steps = 0
         try:
             error = best_match(self._validator.iter_errors(_decimal(value)))
         except RecursionError:
-            return "it is nested too deep to be checked"
+            return "it is nested too deeply to be checked"
         except _NotFinite as found:
-            return f"it holds {found}, which is not a number in JSON"
+            return f"it contains {found}, which is not a number in JSON"
         except _TooManySteps:
             return f"checking it takes more than {MAX_STEPS:,} steps; make the schema simpler"
         except PatternTimeout as found:
             return f"it cannot be checked: {found}"
         except Exception as found:  # jsonschema wraps what it raises for a '$ref' in private classes
-            return f"the schema cannot be followed: {found}"
+            return f"the schema cannot be applied: {found}"
         return None if error is None else f"at '{error.json_path}': {error.message:.300}"
 
     def _counted(self, keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
@@ -70,7 +69,7 @@ class _NotFinite(Exception):
 
 
 class _Number(Decimal):
-    """A number as it is written, also in messages."""
+    """A decimal that messages show as a plain number."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -79,7 +78,7 @@ class _Number(Decimal):
 
 
 def _decimal(value: Any) -> Any:
-    """A copy with each float as the decimal number that JSON writes for it."""
+    """A copy with each float as the decimal that JSON writes for it."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _NotFinite(value)
@@ -92,7 +91,7 @@ def _decimal(value: Any) -> Any:
 
 
 def _exact(dialect: Any, counted: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
-    """jsonschema's validator class of a draft, with exact numbers and with patterns that end."""
+    """jsonschema's validator class for a draft, with exact numbers and with a time limit on patterns."""
     keywords = dict(dialect.VALIDATORS)
     own = {
         "multipleOf": _multiple_of,

@@ -145,7 +145,7 @@ def test_encodings_that_editors_and_shells_write(tmp_path: Path, encoding: str) 
         ),
         (b'{"properties": {"a": {"const": NaN}}}', r"has at '\$.properties.a.const' nan"),
         (b'{"maximum": 1' + b"0" * 5000 + b"}", "a number has 5,001 digits"),
-        (b'{"type": "string", "default": "\\ud800"}', r"has at '\$.default' half a surrogate pair"),
+        (b'{"type": "string", "default": "\\ud800"}', r"has at '\$.default' a lone surrogate"),
         (b'{"name": "invoice", "schema": {"type": "object"}}', "what is under 'schema' does, so give that alone"),
         (b'{"json_schema": {"schema": {"type": "object"}}}', "what is under 'json_schema.schema' does"),
         (
@@ -213,7 +213,7 @@ def test_nullable_counts_and_stays_in_the_prompt() -> None:
     content = {"type": "object", "properties": {"a": {"type": "string", "nullable": True}}}
     schema = load_schema(content)
     assert schema.content == content and schema.problem({"a": None}) is None
-    assert "'nullable' of OpenAPI is taken as \"or null\" at '$.properties.a'" in schema.warnings[0]
+    assert "'nullable' of OpenAPI is read as \"or null\" at '$.properties.a'" in schema.warnings[0]
 
 
 # --- classes of all kinds ---

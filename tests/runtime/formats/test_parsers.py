@@ -421,28 +421,29 @@ def test_code_prose_and_fields() -> None:
     ("task", "text", "message"),
     [
         ("tables_otsl", "", "no OTSL tag in ''; expected '<otsl>'."),
-        ("tables_otsl", "No table.", "'No table.' at character 0 belongs to no cell; expected an OTSL tag before it."),
+        ("tables_otsl", "No table.", "'No table.' at character 0 is not in a cell; expected an OTSL tag before it."),
         ("tables_otsl", "<otsl></otsl>",
          "</otsl> at character 6 ends a table without rows; expected a cell before it."),
         ("tables_otsl", "<otsl><fcel>a<fcel>b<nl><fcel>c<nl></otsl>",
          "row 2, at character 24, has 1 columns; expected 2 as in the rows above."),
         ("tables_otsl", "<otsl><lcel><nl></otsl>",
-         "<lcel> in row 1, column 1, at character 6, continues no cell; expected a cell on its left."),
+         "<lcel> in row 1, column 1, at character 6, does not continue a cell; expected a cell on its left."),
         ("tables_otsl", "<otsl><fcel>a<ucel><nl></otsl>",
-         "<ucel> in row 1, column 2, at character 13, continues no cell; expected a cell above it."),
+         "<ucel> in row 1, column 2, at character 13, does not continue a cell; expected a cell above it."),
         ("tables_otsl", "<otsl><xcel><nl></otsl>",
-         "<xcel> in row 1, column 1, at character 6, continues no cell; expected one cell above and on its left."),
+         "<xcel> in row 1, column 1, at character 6, does not continue a cell; expected one cell above and "
+         "on its left."),
         ("tables_otsl", "<otsl><fcel>a<lcel><nl><ucel><fcel>b<nl></otsl>",
          "<ucel> in row 2, column 1, at character 23, continues the cell of row 1, column 1, but not over all its 2 "
          "columns; expected a rectangle."),
         ("tables_otsl", "<otsl><ecel>a<nl></otsl>",
          "'a' at character 12 follows <ecel>, an empty cell; expected a tag."),
-        ("tables_otsl", "<otsl><nl></otsl>", "<nl> at character 6 ends row 1, which has no cell; expected one."),
+        ("tables_otsl", "<otsl><nl></otsl>", "<nl> at character 6 ends row 1, which has no cells; expected one."),
         ("tables_otsl", "<otsl><fcel>a<nl>b</otsl>",
-         "'b' at character 17 belongs to no cell; expected an OTSL tag before it."),
+         "'b' at character 17 is not in a cell; expected an OTSL tag before it."),
         ("tables_otsl", "<otsl><fcel>a<otsl>",
          "<otsl> at character 13 is inside a table; expected '</otsl>' before it."),
-        ("tables_otsl", "</otsl>", "</otsl> at character 0 ends no table; expected '<otsl>' before it."),
+        ("tables_otsl", "</otsl>", "</otsl> at character 0 does not end a table; expected '<otsl>' before it."),
         ("tables_otsl", "<otsl><fcel>a<nl><fcel>b",
          "the answer ends at character 24 in row 2 of table 1; expected '</otsl>'. It was probably cut."),
         ("tables_html", "No table.", "no table in 'No table.'; expected '<table>'."),
@@ -461,7 +462,7 @@ def test_code_prose_and_fields() -> None:
         ("tables_html", '<table><tr><td rowspan="3">a</td></tr></table>',
          "the cell at row 1, column 1 has rowspan 3, but the table ends with row 1; expected at most 1."),
         ("tables_html", "<table><tr>x<td>a</td></tr></table>",
-         "'x' at character 11 is in a table but in no cell; expected '<td>' or '<th>' before it."),
+         "'x' at character 11 is in a table but not in a cell; expected '<td>' or '<th>' before it."),
         ("tables_html", "<table>\n<tr><td>a</td></tr>\n<table>",
          "<table> at character 28 is inside a table; expected '</table>' before it."),
         ("tables_html", "<table><tr><td>a</td></tr><thead><tr><th>b</th></tr></thead></table>",
@@ -469,16 +470,16 @@ def test_code_prose_and_fields() -> None:
         ("tables_html", "<table><tr><td>a</td></tr><tr><td>b",
          "the answer ends at character 35 in row 2 of table 1; expected '</table>'. It was probably cut."),
         ("tables_json", '{"cells": [',
-         "no JSON at character 11, before '': Expecting value; expected one whole JSON value."),
+         "invalid JSON at character 11, before '': Expecting value; expected one JSON value."),
         ("tables_json", "```json\n{,}\n```",
-         "no JSON at character 9, before ',}\\n```': Expecting property name enclosed in double quotes; expected one "
-         "whole JSON value."),
+         "invalid JSON at character 9, before ',}\\n```': Expecting property name enclosed in double quotes; expected "
+         "one JSON value."),
         ("tables_json", "3", "table 1 is 3; expected an object with 'dimensions' and 'cells'."),
         ("tables_json", '{"cells": []}', "'dimensions' of table 1 is None; expected an object."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 0, "col": 1, "content": ""}]}',
-         "'row' of cell 1 of table 1 is 0; expected a whole number from 1."),
+         "'row' of cell 1 of table 1 is 0; expected an integer of 1 or more."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": true, "content": ""}]}',
-         "'col' of cell 1 of table 1 is True; expected a whole number from 1."),
+         "'col' of cell 1 of table 1 is True; expected an integer of 1 or more."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "type": "x"}]}',
          "'type' of cell 1 of table 1 is 'x'; expected 'header' or 'data'."),
         ("tables_json", '{"dimensions": {}, "cells": [{"row": 1, "col": 1, "type": []}]}',
@@ -487,7 +488,7 @@ def test_code_prose_and_fields() -> None:
          "'content' of cell 1 of table 1 is []; expected text."),
         ("tables_json", '{"dimensions": {}, "cells": [7]}', "cell 1 of table 1 is 7; expected an object."),
         ("tables_json", '{"dimensions": {"columns": 2, "total_rows": 1}, "cells": [{"row": 1, "col": 1}]}',
-         "table 1: row 1, column 2 is covered by no cell; expected one cell for each slot."),
+         "table 1: row 1, column 2 is not covered by any cell; expected one cell for each slot."),
         ("tables_json", '{"dimensions": {"columns": 1}, "cells": [{"row": 1, "col": 1}, {"row": 1, "col": 1}]}',
          "table 1: row 1, column 1 is covered twice, by the cells that start at row 1, column 1 and at row 1, column "
          "1; expected one cell for each slot."),
@@ -503,13 +504,13 @@ def test_code_prose_and_fields() -> None:
         ("chart2csv", " \n", "no row in ' \\n'; expected CSV with a header row."),
         ("chart2csv", "```csv\n \n\n```", "no row in '```csv\\n \\n\\n```'; expected CSV with a header row."),
         ("chart2csv", "a,b\n1,2\n3", "row 3, on line 3, has 1 fields; expected 2 as in the header row."),
-        ("chart2csv", 'a,b\n1,"2"x\n', "row 2, on line 2, is no CSV: ',' expected after '\"'; expected quotes around "
-         "whole fields."),
-        ("chart2csv", 'a,b\n1,"2\n', "row 2, on line 2, is no CSV: unexpected end of data; expected quotes around "
-         "whole fields."),
+        ("chart2csv", 'a,b\n1,"2"x\n', "row 2, on line 2, is not CSV: ',' expected after '\"'; expected quotes around "
+         "the whole field."),
+        ("chart2csv", 'a,b\n1,"2\n', "row 2, on line 2, is not CSV: unexpected end of data; expected quotes around "
+         "the whole field."),
         ("chart2code", "", "the answer is empty; expected text."),
         ("kvp", '"x"', "the answer is 'x'; expected a JSON object."),
-        ("kvp", '{"a": NaN}', "JSON that cannot be read: it holds NaN, which is no JSON; expected ordinary numbers."),
+        ("kvp", '{"a": NaN}', "JSON that cannot be read: it holds NaN, which is not JSON; expected ordinary numbers."),
         ("kvp", '{"a": 1e400}',
          "JSON that cannot be read: it holds the number 1e400, which is larger than a double can be; expected ordinary "
          "numbers."),
@@ -528,7 +529,7 @@ def test_code_prose_and_fields() -> None:
          "<ucel> in row 3, column 2, at character 56, continues the cell of row 2, column 2, but not over all its 1 "
          "columns; expected a rectangle."),
         ("kvp", '{"a": 1} and so on',
-         "no JSON at character 9, before 'and so on': Extra data; expected one whole JSON value."),
+         "invalid JSON at character 9, before 'and so on': Extra data; expected one JSON value."),
     ],
 )  # fmt: skip
 def test_an_answer_that_does_not_fit_says_what_where_and_what_was_expected(task: str, text: str, message: str) -> None:
@@ -539,14 +540,14 @@ def test_an_answer_that_does_not_fit_says_what_where_and_what_was_expected(task:
 
 
 def test_a_form_that_cannot_carry_a_text_says_so() -> None:
-    with pytest.raises(AnswerError, match=r"^the text of row 1, column 1 holds '<nl>', which OTSL cannot carry\.$"):
+    with pytest.raises(AnswerError, match=r"^the text of row 1, column 1 contains '<nl>', which OTSL cannot hold\.$"):
         write(Table(1, 1, 0, (Cell(0, 0, "a<nl>"),)), "otsl")
 
 
 def test_unknown_tasks_and_forms_are_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"unknown task 'x'; known: {', '.join(TASKS)}."):
         read("x", "")
-    with pytest.raises(ValueError, match=f"unknown form 'x'; known: {', '.join(FORMATS)}."):
+    with pytest.raises(ValueError, match=f"unknown format 'x'; known: {', '.join(FORMATS)}."):
         write(SMALL, "x")
 
 

@@ -123,7 +123,7 @@ def test_a_value_that_is_nested_too_deep_is_a_problem_and_no_traceback() -> None
     value: Any = {}
     for _ in range(900):
         value = {"a": value}
-    assert Validator(read_schema(schema)).problem(value) == "it is nested too deep to be checked"
+    assert Validator(read_schema(schema)).problem(value) == "it is nested too deeply to be checked"
 
 
 # --- patterns ---

@@ -451,7 +451,7 @@ def test_nullable_of_openapi_means_or_null() -> None:
         {"$ref": "#/$defs/name", "nullable": True},
     ):
         whole = {"$defs": {"name": SHORT}, **of([], a=schema)}
-        assert read_schema(whole).notes == ("'nullable' of OpenAPI is taken as \"or null\" at '$.properties.a'.",)
+        assert read_schema(whole).notes == ("'nullable' of OpenAPI is read as \"or null\" at '$.properties.a'.",)
         assert allows("toy", kvp(whole), '{"a": null}') and allows("toy", kvp(whole), '{"a": "x"}')
         assert not allows("toy", kvp(whole), "{}")  # what may be null is there
         assert problem(whole, {"a": None}) is None and problem(whole, {"a": "x"}) is None
