@@ -17,7 +17,7 @@ from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.sampler import Sampler, Sampling
 from granite4v.runtime.grammar.grammar_state import GrammarState
-from granite4v.runtime.prompt.tokenizer import TextStream
+from granite4v.runtime.prompt.detokenizer import TextStream
 
 # Where that takes long, the end of an answer is looked for after so many tokens, and with each token when fewer than
 # the second number are left beside twice its length.

@@ -1,8 +1,8 @@
-"""Checks of a text file's metadata that come before native code: what is known to end a process or to fill memory.
+"""Checks of a text file's metadata before native code reads it: what is known to abort a process or to fill memory.
 
-llama.cpp asserts that a vocabulary has no entry twice and that a rotation fits its head, and reads lists as long as
-it expects them to be; tokenizers applies whatever a tokenizer.json tells it to. The trial in a child process
-(`trial`) is for what is not known.
+llama.cpp asserts that no vocabulary entry occurs twice and that the rotary embedding fits its head, and reads lists of
+scores and types as long as the vocabulary without looking at their length; tokenizers applies whatever a tokenizer.json
+tells it to. What is not known is found by loading the files once in a child process (`engine.trial`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from granite4v.errors import ModelFileError
 from granite4v.families.hf_fields import MAX_VOCABULARY, MAX_WIDTH
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
-# A normalizer may make a text longer: Unicode decompositions threefold, lower-casing hardly. More is an attack.
+# Normalizers make a text longer: Unicode decompositions up to 18 times, lower-casing hardly. More is an attack.
 MAX_GROWTH = 64
 MAX_AFFIX = 1024  # characters that a normalizer or a decoder puts before or after a text
 
@@ -33,7 +33,7 @@ def _check_heads(file: GgufMetadata) -> None:
     arch = file.text(keys.GENERAL_ARCHITECTURE)
     width = file.integer(keys.text_key(keys.EMBEDDING_LENGTH, arch), 1, MAX_WIDTH)
     heads_key = keys.text_key(keys.HEAD_COUNT, arch)
-    if isinstance(file.get(heads_key), list):  # one number a layer: llama.cpp compares what it needs
+    if isinstance(file.get(heads_key), list):  # one number a layer, which llama.cpp checks by itself
         return
     heads = file.integer(heads_key, 1, width)
     length_key = keys.text_key(keys.KEY_LENGTH, arch)
@@ -49,7 +49,7 @@ def _check_heads(file: GgufMetadata) -> None:
     rotated = file.integer(rope_key, 0, MAX_WIDTH, 0)
     if rotated > head_dim or rotated % 2:
         raise ModelFileError(
-            f"'{file.path}' rotates {rotated} rows ('{rope_key}') of heads that have {head_dim}, expected an even "
+            f"'{file.path}' rotates {rotated} values ('{rope_key}') of heads with {head_dim}, expected an even "
             f"number up to {head_dim}; {AGAIN}."
         )
 
@@ -102,7 +102,7 @@ def _check_tokenizer(file: GgufMetadata, source: str) -> None:
 
 
 def _steps(part: Any) -> Any:
-    """The steps of a normalizer or a decoder, those of a Sequence one by one."""
+    """The steps of a normalizer or a decoder; a Sequence, which may nest, step by step."""
     waiting = [part]
     while waiting:
         part = waiting.pop()
@@ -116,12 +116,12 @@ def _steps(part: Any) -> Any:
 
 
 def _growth(step: Any) -> float:
-    """How many times as long a text can be after a step."""
+    """By what factor a step can lengthen a text."""
     if step.get("type") == "Replace":
         pattern, content = step.get("pattern"), step.get("content")
         text = pattern.get("String") if isinstance(pattern, dict) else None
         n_content = len(content) if isinstance(content, str) else 0
-        if not isinstance(text, str):  # a regular expression may match one character, or none
+        if not isinstance(text, str):  # a regular expression: it may match at every character
             return 1.0 + n_content
         return max(1.0, n_content / max(len(text), 1))
     affix = step.get("prepend") or step.get("prefix") or ""

@@ -1,7 +1,8 @@
 """Which files make up a model, and whether they belong together. Reads headers only.
 
-A model directory, or a text GGUF with its vision file beside it or given. Files may come from our converter, from
-llama.cpp's, or from a publisher's repository: what they are is read from their metadata, never from their names.
+A model is a directory, or a text GGUF with its vision file beside it or named by an option. Files may come from our
+converter, from llama.cpp's, or from a publisher's repository: their roles are read from their metadata, never from
+their names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.gguf_role import gguf_files, role
 
 MAX_COUNT = (1 << 31) - 1
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process over a file that has more
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp aborts the process on a file with more
 _LATER_SHARD = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _FIRST_SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 _AGAIN = "convert it again with 'granite4v convert'"
@@ -30,9 +31,11 @@ _AGAIN = "convert it again with 'granite4v convert'"
 
 @dataclass(frozen=True)
 class Injection:
-    """Which slot of an embedding row each stream goes to, and what decoder layer that slot feeds.
+    """Which slot of an embedding row each stream goes to, and which decoder layer that slot feeds.
 
-    Slot 0 is the input of layer 0; `deepstack_mapping` of the text file names the others.
+    A row of an embedding batch is `n_slots` embeddings wide. Slot 0 is the input of layer 0; `deepstack_mapping` of
+    the text file has one entry for each layer, the slot added before it or -1. With streams for layers 0, 3 and 7 of
+    nine it is [-1, -1, -1, 1, -1, -1, -1, 2, -1]: slots 0, 1, 2 feed layers 0, 3, 7.
     """
 
     slots: tuple[int, ...]
@@ -45,7 +48,7 @@ class ModelFiles:
 
     def __init__(self, text: GgufFile, vision: GgufFile | None, adapter: GgufFile | None) -> None:
         self.text, self.vision, self.adapter = text, vision, adapter
-        self.left_out: list[ModelFileError] = []  # why files beside these were not looked at
+        self.left_out: list[ModelFileError] = []  # why files beside these were skipped
         self.vision_config: VisionConfig | None = None
         self.injection: Injection | None = None
 
@@ -88,8 +91,7 @@ class ModelFiles:
         n_layers = self.text.integer(self.text_key(keys.BLOCK_COUNT), 0, MAX_COUNT)
         if not 0 < n_layers <= MAX_LAYERS:
             raise ModelFileError(
-                f"'{self.text.path}' says it has {n_layers:,} layers; llama.cpp takes 1 to {MAX_LAYERS}. "
-                f"{_AGAIN.capitalize()}."
+                f"'{self.text.path}' has {n_layers:,} layers; llama.cpp takes 1 to {MAX_LAYERS}. {_AGAIN.capitalize()}."
             )
         if self.adapter is not None:
             self._check_adapter(self.adapter)
@@ -163,7 +165,7 @@ def _path(value: str | Path | None) -> Path | None:
 def _resolve(
     path: Path, mmproj: Path | None, adapter: Path | None, left_out: list[ModelFileError]
 ) -> tuple[GgufFile, GgufFile | None, GgufFile | None]:
-    """The files to use. In a directory each role may occur once; beside a text file its partners are looked for."""
+    """The files to use. A directory may hold one file of each role; for a text file its folder is searched."""
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -201,7 +203,7 @@ def _resolve(
         if adapter is None and beside["adapter"]:
             adapter = _only(beside["adapter"], "adapter", path)
         if adapter is None and left_out and text.get(keys.PROVENANCE_ADAPTER) == "separate":
-            raise left_out[0]  # it may be the adapter that this model was trained with
+            raise left_out[0]  # the unreadable file may be the adapter that this model needs
         return (
             text,
             open_as("vision", mmproj) if mmproj is not None else None,
@@ -234,20 +236,20 @@ def _by_role(folder: Path, left_out: list[ModelFileError]) -> dict[str, list[Pat
                 roles[role(gguf)].append(file)
         except ModelFileError as error:
             left_out.append(error)
-    if left_out and not (roles["text"] and roles["vision"]):  # else it is a stranger's beside a whole model
+    if left_out and not (roles["text"] and roles["vision"]):  # otherwise an unrelated file beside a complete model
         raise left_out[0]
     return roles
 
 
 def _partners(text: GgufFile, left_out: list[ModelFileError]) -> dict[str, list[Path]]:
-    """Vision files and adapters beside a text file that was given alone; those of another conversion do not count."""
+    """Vision files and adapters beside a text file that was given alone, but those of other conversions."""
     roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
     for file in gguf_files(text.path.parent):
         if file == text.path or _LATER_SHARD.search(file.name):
             continue
         try:
             gguf = GgufFile.open(file)
-        except ModelFileError as error:  # a stranger's broken file beside ours is not this model's fault
+        except ModelFileError as error:  # an unrelated broken file is no reason to refuse this model
             left_out.append(error)
             continue
         with gguf:

@@ -53,7 +53,7 @@ def capture_log() -> None:
 
 
 class Log:
-    """The last things llama.cpp said, so that an error can quote its reason."""
+    """The last messages of llama.cpp, so that an error can quote its reason."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
@@ -65,14 +65,14 @@ class Log:
         text = text.strip()
         if text and text != ".":
             self._lines.append((self._level, text))
-            # llama.cpp calls much a warning or an error that its caller handles: all of it is detail here
+            # debug level for all: much that llama.cpp reports as a warning or an error is handled by us
             self._logger.debug("%s", text)
 
     def clear(self) -> None:
         self._lines.clear()
 
     def reason(self) -> str:
-        """Why the last call failed, as llama.cpp put it: its first error, without the function's name."""
+        """Why the last call failed, in llama.cpp's words: its first error, without the function's name."""
         errors = [text for level, text in self._lines if level == _ERROR]
         if not errors:
             return "llama.cpp gave no reason"
@@ -88,7 +88,7 @@ def log() -> Log:
 
 @functools.cache
 def _log_callback(llama_cpp: Any) -> Any:
-    """The C callback; the cache keeps it alive as long as the process, since llama.cpp keeps the pointer."""
+    """The C callback. llama.cpp keeps the pointer for as long as the process lives, so the cache keeps the object."""
     target = log()
 
     def receive(level: int, text: bytes, user_data: Any) -> None:

@@ -25,7 +25,7 @@ class LlamaModel(Owner):
     def __init__(
         self, path: Path, *, device: str = "cpu", placement: Placement | None = None, vocab_only: bool = False
     ) -> None:
-        """`placement` says which buffer types hold the weights on the CPU; without it all stay mapped from the file.
+        """`placement`: which buffer types hold the weights on the CPU; without it all stay mapped from the file.
 
         Raises ModelFileError with llama.cpp's reason when it cannot load the file, DeviceError when the device
         is missing.
@@ -39,10 +39,11 @@ class LlamaModel(Owner):
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         on_cpu = devices[0] is None
         params.n_gpu_layers = 0 if on_cpu else _ALL_LAYERS
-        params.use_extra_bufts = False
+        params.use_extra_bufts = False  # llama.cpp's own choice, which `placement` replaces by a measured one
         overrides = placement.overrides() if placement and on_cpu else None
         if overrides is not None:
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        # weights that are copied need no mapping, whose pages would count beside the copies
         params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
         capture_log()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -61,9 +62,9 @@ class LlamaModel(Owner):
     # --- vocabulary ---
 
     def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
-        """Ids of `text`, with special tokens recognised, and what the file says is added; neither if `plain`."""
+        """Ids of `text`, with special tokens recognised and added as the file's settings say; neither if `plain`."""
         lib, data = llama(), text.encode()
-        room = len(data) + 8
+        room = len(data) + 8  # a token stands for at least a byte; added tokens beside
         ids = (ctypes.c_int32 * room)()
         n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
         if n < 0:
@@ -71,11 +72,11 @@ class LlamaModel(Owner):
         return list(ids[:n])
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; none for a special token."""
+        """The bytes of a token's text; none for a special token."""
         lib, room = llama(), 256
         buffer = ctypes.create_string_buffer(room)
         n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
-        if n < 0:  # it tells how much room it needs
+        if n < 0:  # minus the room that it needs
             room = -n
             buffer = ctypes.create_string_buffer(room)
             n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)

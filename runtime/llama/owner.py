@@ -9,10 +9,17 @@ from typing import Any
 
 
 class Owner:
-    """A C handle that is freed once: by `close`, by the garbage collector, or at exit (the youngest first)."""
+    """A C handle that is freed once: by `close`, by the garbage collector, or at exit (the youngest first).
+
+    Works in a `with`, may be closed twice, and raises ValueError when used afterwards.
+    """
 
     def _own(self, handle: Any, free: Callable[..., Any], *kept_alive: Any) -> None:
-        """`kept_alive` are objects that C still uses until the handle is freed."""
+        """Takes the handle over. `kept_alive`: objects that C uses until the handle is freed.
+
+        The finalizer refers to the handle and to them, never to `self`, which would then live until exit. A context
+        keeps its model alive this way, so the model is freed after it whatever order they are dropped in.
+        """
         self._handle = handle
         self._finalizer = weakref.finalize(self, _free, free, handle, kept_alive)
 

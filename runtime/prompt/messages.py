@@ -1,4 +1,4 @@
-"""Chat messages as people write them -> the one form that templates render faithfully, and the pictures in them.
+"""Chat messages as callers write them -> the one form that templates render faithfully, and the images in them.
 
 Accepts a string, or messages in the content-part form of OpenAI's and Hugging Face's APIs. Knows nothing of
 templates, tokens or models, and never fetches anything from a network.
@@ -19,7 +19,7 @@ from granite4v.errors import PromptError
 Message: TypeAlias = "Mapping[str, Any]"
 Prompt: TypeAlias = "str | Sequence[Message]"
 
-MAX_DEPTH = 64  # of values beside the content, such as the arguments of a tool call
+MAX_DEPTH = 64  # of nested values beside the content, such as the arguments of a tool call
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
@@ -28,9 +28,9 @@ _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of plain data (`content` is a list of text and image parts), and the pictures in reading order.
+    """Messages of plain data (`content` is a list of text and image parts), and the images in reading order.
 
-    `images` holds what `clip_projector.load_image` takes; one for each image part.
+    `images` holds what `clip_projector.load_image` takes, one for each image part or written placeholder.
     """
 
     messages: list[dict[str, Any]]
@@ -38,24 +38,27 @@ class Conversation:
 
 
 def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | None = None) -> Conversation:
-    """The conversation a prompt stands for.
+    """The conversation of a prompt.
 
     A string is one user turn: the images first, then the text. In a list of messages an image part may carry
-    its own picture (a path, a data URL, bytes, a Pillow image); those that carry none take `images` in order.
+    its own image (a path, a data URL, bytes, a Pillow image); those that carry none take `images` in order.
     Content given as a string becomes one text part: templates treat the two forms differently.
 
-    `placeholder`: how the model's vocabulary writes a picture ('<image>'). A person may put the pictures into the
-    text by it: a string that has as many as there are images gets no image parts, and in messages without image
-    parts each placeholder takes one of `images`.
+    `placeholder`: the text of the model's image token ('<image>'). A caller may place the images by writing it: a
+    string with as many placeholders as there are images gets no image parts, and in messages without image parts
+    each placeholder takes one of `images`.
 
-    Raises PromptError when a message has another form, or when pictures and image parts do not match up.
+    Raises PromptError for messages of another form, and when the numbers of images and image parts differ.
     """
     if isinstance(prompt, str):
         written = bool(placeholder) and bool(images) and prompt.count(str(placeholder)) == len(images)
         parts: list[dict[str, Any]] = [] if written else [{"type": "image"} for _ in images]
         return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], list(images))
     if not isinstance(prompt, Sequence) or not prompt:
-        raise PromptError("the prompt is neither text nor a list of messages such as {'role': 'user', 'content': ...}.")
+        raise PromptError(
+            "the prompt is neither text nor a list of messages; expected messages such as {'role': 'user', 'content': "
+            "...}."
+        )
     found: list[Any] = []
     messages = [_message(message, number, found) for number, message in enumerate(prompt, 1)]
     if placeholder and not found and images and _count(messages, placeholder) == len(images):
@@ -64,21 +67,22 @@ def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | Non
 
 
 def _count(messages: Sequence[Mapping[str, Any]], placeholder: str) -> int:
-    """Placeholders that people wrote into user messages."""
+    """Placeholders written in the text of user messages."""
     parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
     return sum(part["text"].count(placeholder) for part in parts if part["type"] == "text")
 
 
 def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
-    """The pictures of all image parts; `None` among `found` marks a part that takes one from `images`."""
-    waiting = sum(picture is None for picture in found)
+    """The images of all image parts; `None` in `found` marks a part that takes one from `images`."""
+    waiting = sum(image is None for image in found)
     if waiting != len(images):
         raise PromptError(
-            f"the messages expect {counted(waiting, 'image')} beside them, and got {len(images)}; add or remove "
-            "{'type': 'image'} parts, one where each image belongs."
+            f"the messages have {counted(waiting, 'image part')} without an image of their own, but "
+            f"{counted(len(images), 'image')} came with them; add or remove {{'type': 'image'}} parts, one where each "
+            "image belongs."
         )
     given = iter(images)
-    return [next(given) if picture is None else picture for picture in found]
+    return [next(given) if image is None else image for image in found]
 
 
 def counted(n: int, noun: str) -> str:
@@ -111,7 +115,7 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
     if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _IMAGE_TYPES:
-        found.append(_picture(part, number))
+        found.append(_image_of(part, number))
         return {"type": "image"}
     raise PromptError(
         f"message {number} has a content part {_shown(part)}; expected {{'type': 'text', 'text': ...}} or "
@@ -119,8 +123,8 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
     )
 
 
-def _picture(part: Mapping[str, Any], number: int) -> Any:
-    """What the part carries as `load_image` takes it; None when it carries nothing."""
+def _image_of(part: Mapping[str, Any], number: int) -> Any:
+    """The image of a part, as `load_image` takes it; None for a part without one."""
     key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), "")
     value: Any = part.get(key)
     if isinstance(value, Mapping):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
@@ -131,7 +135,7 @@ def _picture(part: Mapping[str, Any], number: int) -> Any:
         return _decode(value, number)
     try:
         scheme = urlparse(value).scheme.lower()
-    except ValueError:  # 'http://[': a path with such a name is taken as it is
+    except ValueError:  # 'http://[', which may also be a path
         scheme = value.partition(":")[0].lower() if "://" in value else ""
     if scheme == "data":
         head, _, data = value.partition(",")
@@ -152,11 +156,13 @@ def _decode(data: str, number: int) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise PromptError(f"message {number} has an image whose base64 data is damaged.") from None
+        raise PromptError(
+            f"message {number} has an image with invalid base64 data; encode the file's bytes again."
+        ) from None
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value for a message; not even its representation can be relied on."""
+    """The beginning of a value for a message; even its repr() may raise."""
     try:
         return f"{value!r:.80}"
     except Exception:
@@ -164,9 +170,9 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """JSON types only: a template is code from a file and must not be handed live objects."""
+    """JSON types only: a template is code from a stranger's file and must not get live objects."""
     if depth > MAX_DEPTH:
-        raise PromptError(f"a message nests values more than {MAX_DEPTH} deep; expected at most so many.")
+        raise PromptError(f"a message nests values more than {MAX_DEPTH} deep, which is the limit; flatten them.")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):

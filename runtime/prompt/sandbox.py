@@ -1,8 +1,8 @@
 """Jinja's immutable sandbox with bounds on time and size: a chat template is code from a stranger's file.
 
-Jinja bounds `range` alone. A template may loop for ever, or double a text until memory is full. So the lines that a
-rendering executes are counted, what it writes is counted, and each operation that can make much of little (`*`, `~`,
-`replace`, `center`, `tojson`, ...) is asked before it runs how large its result can be.
+Jinja itself bounds `range` only. A template may loop forever, or double a text until memory is full. So the lines
+that a rendering executes and the characters that it writes are counted, and before each operation whose result can be
+much larger than its operands (`*`, `~`, `replace`, `center`, `tojson`, ...) an upper bound of the result is checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_BITS = 1 << 16  # of an integer
 _CLOCK_EVERY = 1024  # lines
 _NESTED = re.compile(r"\{[^{}]*\{")
 _DIGITS = re.compile(r"\d{1,18}")
-# Filters and methods whose result may be larger than what they are given, beside the sum of their arguments.
+# Filters and methods whose result may be larger than the sum of their arguments.
 _PADDED = frozenset({"center", "ljust", "rjust", "zfill"})
 _PER_ITEM = frozenset(
     {"indent", "tojson", "expandtabs", "wordwrap", "pprint", "lipsum", "replace", "join", "translate"}
@@ -35,7 +35,7 @@ _FORMATTED = frozenset({"format", "format_map"})
 
 
 class LimitError(Exception):
-    """What a template does takes more time or memory than any chat template needs."""
+    """A template takes more time or memory than any chat template needs."""
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc]  # jinja2 has no types here
@@ -44,7 +44,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self, filters: Mapping[str, Any], **options: Any) -> None:
-        # not optimized: constant expressions would be computed while compiling
+        # not optimized, for constant expressions would be computed at compile time, outside `bounded`
         super().__init__(optimized=False, finalize=_small, **options)
         self.filters = {name: _checked(name, function) for name, function in filters.items()}
 
@@ -64,7 +64,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """Joins what a template, a block or a macro writes."""
+        """Joins the output of a template, a block or a macro."""
         return "".join(_counted(pieces))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -87,9 +87,9 @@ def bounded(render: Callable[[], str]) -> str:
         nonlocal lines
         lines += 1
         if lines > MAX_LINES:
-            raise LimitError(f"it executes more than {MAX_LINES:,} lines; does it loop for ever?")
+            raise LimitError(f"it executes more than {MAX_LINES:,} lines; does it loop forever?")
         if lines % _CLOCK_EVERY == 0 and time.monotonic() > deadline:
-            raise LimitError(f"it takes more than {MAX_SECONDS:.0f} seconds; does it loop for ever?")
+            raise LimitError(f"it takes more than {MAX_SECONDS:.0f} seconds; does it loop forever?")
         return trace
 
     before = sys.gettrace()
@@ -101,7 +101,7 @@ def bounded(render: Callable[[], str]) -> str:
 
 
 def _checked(name: str, function: Any) -> Any:
-    """A filter that is asked first; what Jinja notes on filters (`pass_context` and so on) stays on it."""
+    """The filter with a check before it; Jinja's attributes on it (`pass_context` and so on) are kept."""
     skipped = 1 if getattr(function, "jinja_pass_arg", None) else 0
 
     @functools.wraps(function)
@@ -150,7 +150,7 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _formatted(text: str, marks: str, given: Any) -> int:
-    """The most characters that formatting can give: each field as wide as the text says, or as all arguments."""
+    """An upper bound of a formatted text's length: every field as wide as it asks, or as all arguments together."""
     widths = sum(int(digits) for digits in _DIGITS.findall(text))
     values = given.values() if isinstance(given, Mapping) else given
     dynamic = "*" in text or _NESTED.search(text)  # an argument may be a width
@@ -159,7 +159,7 @@ def _formatted(text: str, marks: str, given: Any) -> int:
 
 
 def size(value: Any, depth: int = 0) -> int:
-    """Characters and items of a value, what it contains included; more than `MAX_SIZE` is not counted further."""
+    """Characters and items of a value and of all it contains; counting stops beyond `MAX_SIZE`."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, int):
@@ -178,7 +178,7 @@ def size(value: Any, depth: int = 0) -> int:
 
 
 def _bounded_iterator(value: Any, name: str) -> Any:
-    """An iterator that counts what it gives, or a list where the size of the result depends on how much that is."""
+    """An iterator that counts its items, or a list where the size of the result depends on their number."""
     if not isinstance(value, Iterator):
         return value
     return list(_counted(value)) if name in _PER_ITEM else _counted(value)
@@ -193,7 +193,7 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _small(value: Any) -> Any:
-    """The value, before it is written out: a list that holds itself many times over is small until then."""
+    """Checks a value before it is written: nested lists that share their items are small until they are written out."""
     if not isinstance(value, str):
         _check(size(value))
     return value
@@ -201,4 +201,4 @@ def _small(value: Any) -> Any:
 
 def _check(total: int, most: int = MAX_SIZE) -> None:
     if total > most:
-        raise LimitError(f"it makes a value of more than {most:,} characters, items or bits")
+        raise LimitError(f"it builds a value of more than {most:,} characters, items or bits")

@@ -1,7 +1,7 @@
-"""Messages and pictures -> spans for the decoder: runs of token ids, and runs of image positions between them.
+"""Messages and images -> spans for the decoder: runs of token ids, and runs of image positions between them.
 
-The chat template leaves one placeholder token for each picture; the reference writes it as often as the picture
-has embeddings, so a span of that length takes its place here.
+The chat template leaves one placeholder token for each image. transformers repeats it as often as the image has
+embeddings; here a span of that length takes its place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from granite4v.runtime.prompt.messages import Conversation, counted
 from granite4v.runtime.prompt.template import ChatTemplate, task_tags
 from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
 
-IMAGE_TOKEN = "<image>"  # the placeholder of files that do not name theirs
+IMAGE_TOKEN = "<image>"  # the placeholder in files without our key for it
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Prompt:
 
 
 def image_token(metadata: GgufMetadata) -> int | None:
-    """The id of the picture placeholder in a text file's vocabulary; None for a model that has none."""
+    """The id of the image token in a text file's vocabulary; None without one."""
     if keys.IMAGE_TOKEN_ID in metadata:
         return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
     return token_id(metadata, IMAGE_TOKEN)
 
 
 def image_token_text(metadata: GgufMetadata) -> str | None:
-    """How a text file's vocabulary writes the picture placeholder; None for a model that has none."""
+    """The text of the image token in a text file's vocabulary; None without one."""
     token = image_token(metadata)
     return None if token is None else str(metadata.texts(keys.TOKENS)[token])
 
@@ -82,11 +82,11 @@ def build_prompt(
     check_text: Callable[[str], None] | None = None,
     **variables: Any,
 ) -> Prompt:
-    """The prompt of a conversation whose pictures are `images` (opened, in reading order).
+    """The prompt of a conversation with these `images` (opened, in reading order).
 
-    `count_tokens` gives the embeddings of a picture by its size (width, height). `check_text` sees the text
-    before it is rendered and before it is split into tokens, and may raise. `variables` go to the template.
-    Raises PromptError when the template leaves another number of placeholders than there are pictures.
+    `count_tokens` gives the number of embeddings of an image from its size (width, height). `check_text` gets the
+    text before it is rendered and again before it is tokenized, and may raise. `variables` go to the template.
+    Raises PromptError when the template leaves more or fewer placeholders than there are images.
     """
     if check_text is not None:
         check_text("".join(written(conversation)))
@@ -123,12 +123,12 @@ def written(conversation: Conversation) -> Iterator[str]:
 def check_length(text: str, longest_token: int, n_ctx: int) -> None:
     """Raises ContextOverflowError for a text that overflows the context whatever its tokens are.
 
-    `longest_token`: bytes. To split such a text takes seconds a megabyte, and minutes for what people paste by mistake.
+    `longest_token`: bytes. Tokenizing takes seconds a megabyte, so a file pasted by mistake would take minutes.
     """
     least = -(-len(text) // max(longest_token, 1))
     if least > n_ctx:
         raise ContextOverflowError(
-            f"the prompt has {len(text):,} characters, which are at least {least:,} tokens, but the context holds "
+            f"the prompt has {len(text):,} characters, at least {least:,} tokens, but the context holds "
             f"{n_ctx:,}; raise the context (--ctx-size, n_ctx), or ask about less text."
         )
 

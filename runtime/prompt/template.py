@@ -1,7 +1,7 @@
-"""The checkpoint's own Jinja chat template, rendered as transformers renders it, with its losses noticed.
+"""The checkpoint's own Jinja chat template, rendered as transformers renders it; text that it drops is an error.
 
 Environment: transformers 5.23, `utils/chat_template_utils.py`. A template is code from a stranger's file, so it
-runs in a sandbox with bounds on time and size (`sandbox`) and sees plain data only.
+runs in a sandbox with bounds on time and size (`sandbox`) and gets plain data only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from granite4v.runtime.prompt.sandbox import MAX_SOURCE, Environment, LimitError
 
 TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]*>")  # a task tag, such as '<tables_json>', is one of these in a user's text
 _ADVICE = "Convert the checkpoint again with the template that belongs to it."
-_MARK = "zq{}granite4vmark{}qz"  # a text that no template and no person writes
+_MARK = "zq{}granite4vmark{}qz"  # a text that occurs in no template and no message
 
 
 class ChatTemplate:
@@ -46,8 +46,8 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt text for normalized messages (see `messages.normalize`).
 
-        Raises PromptError when the template refuses the messages or when it loses something a person wrote: a
-        task tag replaces all other text of its message.
+        Raises PromptError when the template refuses the messages, and when it drops text of theirs: a task tag
+        replaces all other text of its message. That is found by rendering once more with a mark after every text.
         """
         text = self._render(messages, add_generation_prompt=add_generation_prompt, **variables)
         marked, marks = _mark(messages)
@@ -72,14 +72,14 @@ class ChatTemplate:
 
 
 def task_tags(message: Mapping[str, Any]) -> list[str]:
-    """What looks like a task tag in the message's text."""
+    """The parts of the message's text that look like task tags."""
     return [tag for part in message["content"] if part["type"] == "text" for tag in TAG.findall(part["text"])]
 
 
 def _mark(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, tuple[int, str]]]:
-    """The messages with a mark behind every text that must survive, and for each mark (message number, text).
+    """The messages with a mark after every text that must be rendered, and for each mark (message number, text).
 
-    A text that is nothing but a tag stays as it is: it is there to be replaced.
+    A text that is only a tag gets none: the template replaces it on purpose.
     """
     marks: dict[str, tuple[int, str]] = {}
 
@@ -104,10 +104,10 @@ def _lost(number: int, written: str, message: Mapping[str, Any]) -> str:
     if tags:
         return (
             f"message {number} has the task tag '{tags[0]}' beside other text ({written.strip()!r:.60}), which the "
-            "model's chat template would throw away; write the tag alone, or ask in words without it."
+            "model's chat template would drop; write the tag alone, or ask in words without it."
         )
     return (
-        f"the model's chat template leaves out text of message {number} ({message['role']}): {written.strip()!r:.60}; "
+        f"the model's chat template drops text of message {number} ({message['role']}): {written.strip()!r:.60}; "
         "put it into a message that the template renders."
     )
 
@@ -115,7 +115,7 @@ def _lost(number: int, written: str, message: Mapping[str, Any]) -> str:
 @functools.cache
 def _environment() -> Any:
     class Generation(jinja2.ext.Extension):  # type: ignore[misc]  # jinja2 is not followed by the type checker
-        """`{% generation %}...{% endgeneration %}`: marks the assistant's words for training; renders its body."""
+        """`{% generation %}...{% endgeneration %}`: marks the assistant's text for training; renders its body."""
 
         tags = frozenset({"generation"})
 
@@ -134,7 +134,7 @@ def _environment() -> Any:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter escapes HTML characters; chat templates expect them as they are."""
+    """As in transformers: Jinja's own filter escapes HTML characters, which chat templates expect unescaped."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,11 +1,10 @@
 """Text to token ids and back: the checkpoint's own tokenizer.json, or llama.cpp's vocabulary when a file has none.
 
-Special tokens written in the text are recognised, as the reference does. Knows nothing of pictures.
+Special tokens written in the text are recognised, as transformers does. Knows nothing of images.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from granite4v.errors import ModelFileError
 from granite4v.families.hf_fields import MAX_VOCABULARY
 from granite4v.ggml.metadata import GgufMetadata
 from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.prompt.detokenizer import ByteStream, TextStream, WindowStream
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
 _SPECIAL_KEYS = {
     "bos_token": keys.BOS_TOKEN_ID,
     "eos_token": keys.EOS_TOKEN_ID,
@@ -28,23 +27,15 @@ _SPECIAL_KEYS = {
     "unk_token": keys.UNKNOWN_TOKEN_ID,
 }
 _STOP_KEYS = (keys.EOS_TOKEN_ID, keys.EOT_TOKEN_ID, keys.EOM_TOKEN_ID)
-_USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but text as any other
-
-
-class TextStream(Protocol):
-    """Turns the ids of one answer into text as they come; a character is held back until it is whole."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
+_USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but ordinary text
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What each id spells, in bytes; None for one that is no text: special, unused, or none at all.
+    """The bytes of each id's text; None for an id without text: special, unused, or not in the vocabulary.
 
-    `added` are texts that a tokenizer cuts out before it splits the rest, the longest of those that begin first, so
-    they never merge with what stands beside them.
+    `added`: tokens whose texts the tokenizer cuts out before it splits the rest (the leftmost, of several that begin
+    there the longest), so that they never merge with their neighbours.
     """
 
     pieces: tuple[bytes | None, ...]
@@ -52,9 +43,10 @@ class Vocabulary:
 
 
 class Tokenizer(Protocol):
-    """`encode` adds what the tokenizer's own settings add, unless the text starts with the bos token.
+    """Text to ids and back.
 
-    `encode_plain` adds nothing and spells out special tokens that are written in the text.
+    `encode` recognises special tokens in the text and adds those of the tokenizer's own settings, unless the text
+    starts with the bos token. `encode_plain` does neither: special tokens in the text are split like any other text.
     """
 
     def encode(self, text: str) -> list[int]: ...
@@ -71,7 +63,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
-    """The tokenizer of a text GGUF; raises ModelFileError when the file has none that works."""
+    """The tokenizer of a text GGUF: its tokenizer.json, or llama.cpp's own where it has none. Raises ModelFileError."""
     source = metadata.text(keys.TOKENIZER_HF_JSON, "")
     if source:
         return HfTokenizer(source, path, special_tokens(metadata).get("bos_token"))
@@ -79,25 +71,25 @@ def load_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
 
 
 def special_tokens(metadata: GgufMetadata) -> dict[str, str]:
-    """'bos_token', 'eos_token', ... as text, for the chat template."""
+    """The texts of 'bos_token', 'eos_token', ..., for the chat template."""
     ids = {name: _id(metadata, key) for name, key in _SPECIAL_KEYS.items() if key in metadata}
     vocabulary = metadata.texts(keys.TOKENS, []) if ids else []
     return {name: vocabulary[i] for name, i in ids.items() if i is not None and i < len(vocabulary)}
 
 
 def stop_tokens(metadata: GgufMetadata) -> frozenset[int]:
-    """The ids that end an answer; raises ModelFileError when the file names none."""
+    """The ids that end an answer: end of text, of turn, of message. Raises ModelFileError when the file has none."""
     found = frozenset(_id(metadata, key) for key in _STOP_KEYS if key in metadata) - {None}
     if not found:
         raise ModelFileError(
-            f"'{metadata.path}' names no end of text, expected a token id in '{keys.EOS_TOKEN_ID}'; convert it again "
-            "with 'granite4v convert'."
+            f"'{metadata.path}' has no end-of-text token, expected a token id in '{keys.EOS_TOKEN_ID}'; convert it "
+            "again with 'granite4v convert'."
         )
     return frozenset(token for token in found if token is not None)
 
 
 def _id(metadata: GgufMetadata, key: str) -> int | None:
-    """A token id; None for the numbers that other converters write for 'none' (-1 and 2^32 - 1)."""
+    """A token id; None for the values by which other converters mean 'none' (-1 and 2^32 - 1)."""
     if metadata[key] in (-1, 0xFFFFFFFF):
         return None
     return int(metadata.integer(key, 0, MAX_VOCABULARY - 1))
@@ -123,7 +115,10 @@ class HfTokenizer:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """The library raises bare Exception for every fault in the JSON, and its panics derive from BaseException."""
+        """Turns the library's errors into ours.
+
+        It raises bare Exception for every fault in the JSON, and its panics (Rust's) derive from BaseException alone.
+        """
         try:
             yield
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -135,13 +130,13 @@ class HfTokenizer:
 
     def encode(self, text: str) -> list[int]:
         add_special = not (self._bos_token and text.startswith(self._bos_token))
-        with self._explained("cannot split this text"):
+        with self._explained("cannot tokenize this text"):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
 
     def encode_plain(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = True
         try:
-            with self._explained("cannot split this text"):
+            with self._explained("cannot tokenize this text"):
                 return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         finally:
             self._tokenizer.encode_special_tokens = False
@@ -151,7 +146,8 @@ class HfTokenizer:
         if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
             pieces = self._byte_level_pieces(added)
         else:
-            with contextlib.closing(LlamaTokenizer(self._path)) as other:  # it knows every kind
+            # llama.cpp gives the bytes of a piece for every kind of vocabulary; ids are the same in both
+            with contextlib.closing(LlamaTokenizer(self._path)) as other:
                 pieces = list(other.vocabulary().pieces)
         pieces += [None] * (max(added, default=-1) + 1 - len(pieces))
         for token, info in added.items():
@@ -168,46 +164,24 @@ class HfTokenizer:
         return pieces
 
     def decode(self, tokens: Iterable[int]) -> str:
-        with self._explained("cannot spell out these tokens"):
+        with self._explained("cannot decode these tokens"):
             return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def text_stream(self) -> TextStream:
-        return _DecodeStream(self)
+        return WindowStream(self.decode)
 
     def close(self) -> None:
         pass
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for: what can be seen stands for itself."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    """The byte that each letter of a byte-level vocabulary stands for.
 
-
-class _DecodeStream:
-    """Decodes a short window again with every token, since a token's text can depend on its neighbours."""
-
-    def __init__(self, tokenizer: HfTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._n_shown = 0  # tokens of the window whose text has been handed out
-
-    def push(self, token: int) -> str:
-        self._window.append(token)
-        shown = self._tokenizer.decode(self._window[: self._n_shown])
-        text = self._tokenizer.decode(self._window)
-        if len(text) <= len(shown) or text.endswith(REPLACEMENT):
-            return ""
-        self._window = self._window[self._n_shown :]
-        self._n_shown = len(self._window)
-        return text[len(shown) :]
-
-    def flush(self) -> str:
-        shown = self._tokenizer.decode(self._window[: self._n_shown])
-        text = self._tokenizer.decode(self._window)
-        self._n_shown = len(self._window)
-        return text[len(shown) :]
+    GPT-2's table (`bytes_to_unicode`): printable bytes stand for themselves, the others are numbered from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 class LlamaTokenizer:
@@ -232,19 +206,7 @@ class LlamaTokenizer:
         return b"".join(self._model.piece(token) for token in tokens).decode("utf-8", "replace")
 
     def text_stream(self) -> TextStream:
-        return _ByteStream(self._model)
+        return ByteStream(self._model.piece)
 
     def close(self) -> None:
         self._model.close()
-
-
-class _ByteStream:
-    def __init__(self, model: LlamaModel) -> None:
-        self._model = model
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._model.piece(token))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)

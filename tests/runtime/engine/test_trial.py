@@ -127,9 +127,9 @@ def test_a_module_in_the_current_folder_is_not_taken(tmp_path: Path, monkeypatch
     [
         (
             {"granite.rope.dimension_count": 32},
-            "rotates 32 rows ('granite.rope.dimension_count') of heads that have 16",
+            "rotates 32 values ('granite.rope.dimension_count') of heads with 16",
         ),
-        ({"granite.rope.dimension_count": 7}, "rotates 7 rows"),
+        ({"granite.rope.dimension_count": 7}, "rotates 7 values"),
         ({"granite.attention.head_count": 0}, "'granite.attention.head_count' is 0, expected an integer from 1"),
         ({"granite.attention.head_count": 5}, "has 5 heads ('granite.attention.head_count') in a width of 64"),
         ({"granite.attention.head_count_kv": 3}, "wrong shape"),

@@ -280,7 +280,7 @@ def test_missing_keys_of_the_text_file(folder: Path, key: str) -> None:
 def test_a_number_of_layers_that_would_end_the_process(folder: Path, n_layers: int) -> None:
     path = folder / "text-F32.gguf"
     copy_gguf(path, folder / "copy.gguf", change={"granite.block_count": n_layers}).replace(path)
-    assert f"says it has {n_layers} layers; llama.cpp takes 1 to 512" in message_of(folder)
+    assert f"has {n_layers} layers; llama.cpp takes 1 to 512" in message_of(folder)
 
 
 def test_missing_keys_of_the_vision_file(folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_picture_that_the_template_skips_is_refused(model: granite4v.Model, mo
 
 
 def test_more_pictures_than_parts_is_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match="expect 2 images beside them, and got"):
+    with pytest.raises(PromptError, match="have 2 image parts without an image of their own, but"):
         model.prepare(LATER, [*PICTURES, PICTURES[0]])
 
 
@@ -116,7 +116,7 @@ def test_a_text_that_must_overflow_is_refused_before_it_is_split(
 ) -> None:
     monkeypatch.setattr(model.prompts.tokenizer(), "encode", lambda text: pytest.fail("it was split"))
     with pytest.raises(
-        ContextOverflowError, match=r"20,000,\d\d\d characters, .* at least [\d,]+ tokens, but the context"
+        ContextOverflowError, match=r"20,000,\d\d\d characters, at least [\d,]+ tokens, but the context"
     ):
         model.generate(letter * (20_000_000 // len(letter)) + "!" * 100)
 

@@ -127,7 +127,7 @@ def test_markup_that_is_no_tag_is_left_alone() -> None:
 
 def test_text_that_the_template_leaves_out_is_an_error() -> None:
     template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}{% endfor %}")
-    with pytest.raises(PromptError, match=r"leaves out text of message 1 \(system\): 'Be brief.'"):
+    with pytest.raises(PromptError, match=r"drops text of message 1 \(system\): 'Be brief.'"):
         template.render([turn("system", "Be brief."), turn("user", "hi")])
 
 

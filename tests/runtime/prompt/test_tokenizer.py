@@ -107,7 +107,7 @@ def test_special_and_stop_tokens_come_from_the_file(text_file: Path, reference: 
 
 
 def test_a_file_without_an_end_of_text_is_an_error() -> None:
-    with pytest.raises(ModelFileError, match="names no end of text"):
+    with pytest.raises(ModelFileError, match="has no end-of-text token"):
         stop_tokens(GgufMetadata("text.gguf", {}))
 
 

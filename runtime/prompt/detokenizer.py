@@ -1,0 +1,65 @@
+"""From the tokens of one answer to its text, piece by piece: a character is held back until it is complete."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
+
+
+class TextStream(Protocol):
+    """Turns the ids of one answer into text as they come."""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer; an incomplete character as REPLACEMENT."""
+        ...
+
+
+class WindowStream:
+    """Decodes the last few tokens again with every new one, since a token's text can depend on its neighbours.
+
+    A decoder may drop the space before the first word, join bytes to a character, or clean up spaces around
+    punctuation. So a token is decoded together with those whose text came just before it, and what is new in the text
+    is what it added.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._n_emitted = 0  # tokens at the start of the window whose text has been returned
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        emitted = self._decode(self._window[: self._n_emitted])
+        text = self._decode(self._window)
+        if len(text) <= len(emitted) or text.endswith(REPLACEMENT):
+            return ""
+        self._window = self._window[self._n_emitted :]
+        self._n_emitted = len(self._window)
+        return text[len(emitted) :]
+
+    def flush(self) -> str:
+        emitted = self._decode(self._window[: self._n_emitted])
+        text = self._decode(self._window)
+        self._n_emitted = len(self._window)
+        return text[len(emitted) :]
+
+
+class ByteStream:
+    """Joins the tokens' bytes to UTF-8, for vocabularies whose pieces are bytes whatever stands beside them."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._piece(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
