@@ -8,7 +8,7 @@ cells of an image are never used for another. Nothing but this module removes an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -126,6 +126,7 @@ class KvCache:
         self._sequences = [CachedSequence(0)]
         self._copied: list[CachedSequence] = []  # since the last decode: llama.cpp copies no sooner
         self._clock = itertools.count(1)
+        self._too_large = 1 << 62  # cells of a sequence that there was no memory for
         self.can_cut = True  # whether the end of a sequence can be forgotten; until shown otherwise
 
     @property
@@ -160,6 +161,10 @@ class KvCache:
     def sequence(self, number: int) -> CachedSequence:
         return self._sequences[number]
 
+    def n_reusable(self, plan: Sequence[Batch], *, adapter: bool) -> int:
+        """How much of a plan need not be computed."""
+        return self._best_source(plan, adapter)[1]
+
     # --- lending ---
 
     def acquire(self, plan: Sequence[Batch], n_new: int, *, adapter: bool, n_wanted: int = 1) -> CachedSequence | None:
@@ -170,12 +175,9 @@ class KvCache:
         is told by `is_lost`. Raises DeviceError when there is not enough memory for this request alone.
         """
         n_tokens = _length(plan) + n_new
-        n_sequences = len(self._sequences)
-        if max(n_wanted, self.n_in_use + 1) > n_sequences:
-            n_sequences = self._n_seq_max
-        if self.n_in_use >= n_sequences:
-            return None
-        if n_sequences > len(self._sequences) and not self._resize(max(n_tokens, self.n_cells), n_sequences):
+        if max(n_wanted, self.n_in_use + 1) > len(self._sequences):
+            self._add_sequences(n_tokens)
+        if self.n_in_use >= len(self._sequences):
             return None
         source, n_reused = self._best_source(plan, adapter)
         target = self._choose_target(source, n_reused, _length(plan))
@@ -183,8 +185,10 @@ class KvCache:
             self.truncate(target, n_reused)
         else:
             self._evict(target)
-        if n_tokens > self.n_cells and not self._resize(n_tokens, n_sequences):
-            return None
+        if n_tokens > self.n_cells:
+            if not self._enlarge(n_tokens):
+                return None
+            target = target if target in self._sequences else self._sequences[0]
         if source is not None and source is not target and source.batches:
             self._copy(source, target, n_reused)
         target.in_use, target.is_lost, target.adapter = True, False, adapter
@@ -267,40 +271,60 @@ class KvCache:
 
     # --- room ---
 
-    def _resize(self, n_cells: int, n_sequences: int) -> bool:
-        """Makes a context with sequences of at least `n_cells`, and moves over what is cached.
-
-        llama.cpp takes a sequence's state only into a context with as many sequences, so more of them begin empty.
-        Where memory ends, the others go on in a context of the old size (False); DeviceError if there are no others.
-        """
-        n_cells = max(n_cells, min(-(-n_cells // CONTEXT_STEP) * CONTEXT_STEP, self._n_ctx))
-        old, n_old = self._context, self.n_cells
-        states: dict[int, np.ndarray] = {}
-        if old is not None and n_sequences == len(self._sequences):
-            states = {s.id: old.state(s.id) for s in self._sequences if s.batches and s not in self._copied}
-        self.close()  # before the larger one is made: the two together may be too much
+    def _add_sequences(self, n_cells: int) -> None:
+        """All the sequences there can be, if there is memory for them. They begin empty, and those there were are lost:
+        llama.cpp takes a sequence's state only into a context with as many sequences."""
+        n_sequences, n_old = self._n_seq_max, self.n_cells
+        if n_sequences == len(self._sequences):
+            return
         try:
-            self._context = self._open_context(n_cells, n_sequences)
+            self._open(max(n_cells, n_old), n_sequences, {})
+        except DeviceError:
+            self._n_seq_max = len(self._sequences)
+            if n_old:
+                self._open(n_old, len(self._sequences), {})
+        self._sequences += [CachedSequence(number) for number in range(len(self._sequences), self._n_seq_max)]
+
+    def _enlarge(self, n_cells: int) -> bool:
+        """Larger sequences. False where memory ends and others are in use; then they are lost, but can be computed
+        again. Raises DeviceError where there are no others, and no room for one sequence of this size."""
+        n_sequences, n_old = len(self._sequences), self.n_cells
+        if self.n_in_use and n_cells >= self._too_large:
+            return False
+        context = self._context
+        states = (
+            {s.id: context.state(s.id) for s in self._sequences if s.batches and s not in self._copied}
+            if context
+            else {}
+        )
+        try:
+            self._open(n_cells, n_sequences, states)
+        except DeviceError:
+            self._too_large = min(self._too_large, n_cells)
+            if self.n_in_use:
+                self._open(n_old, n_sequences, {})
+                return False
+            if n_sequences == 1:
+                raise
+            del self._sequences[1:]
+            self._n_seq_max = 1
+            self._open(n_cells, 1, {})
+        return True
+
+    def _open(self, n_cells: int, n_sequences: int, states: dict[int, np.ndarray]) -> None:
+        """A new context in place of the old one, which is closed first: the two together may be too much."""
+        self.close()
+        for sequence in self._sequences:
+            if sequence.id not in states:
+                sequence.is_lost = sequence.in_use
+                sequence.batches, sequence.plan, sequence.logits = [], (), None
+        rounded = -(-n_cells // CONTEXT_STEP) * CONTEXT_STEP
+        self._context = self._open_context(max(n_cells, min(rounded, self._n_ctx)), n_sequences)
+        try:
             for number, state in states.items():
                 self._context.restore(number, state)
         except DeviceError:
-            self._lose(keep=())
-            if not self.n_in_use:
-                raise
-            self._n_seq_max = len(self._sequences)
-            self._n_ctx = n_old
-            self._context = self._open_context(n_old, len(self._sequences))
-            return False
-        self._lose(keep=states)
-        self._sequences += [CachedSequence(number) for number in range(len(self._sequences), n_sequences)]
-        return True
-
-    def _lose(self, keep: Container[int]) -> None:
-        """Notes which sequences hold nothing any more."""
-        for sequence in self._sequences:
-            if sequence.id not in keep:
-                sequence.is_lost = sequence.in_use
-                sequence.batches, sequence.plan, sequence.logits = [], (), None
+            self._open(n_cells, n_sequences, {})
 
 
 def _length(batches: Sequence[Batch]) -> int:

@@ -102,7 +102,8 @@ class Task:
         self.tokens: list[int] = []  # of the answer, those that are not decoded yet included
         self.n_pending = 0  # of `tokens`, at the end: not decoded yet
         self.sequence: CachedSequence | None = None
-        self.chunks: deque[Chunk] = deque()  # of the prompt, not computed yet
+        self.planned: list[Chunk] = []  # of the prompt
+        self.chunks: deque[Chunk] = deque()  # those that are not computed yet, once it runs
         self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
         self.rows: tuple[Span, Rows] | None = None  # of the image that is being prefilled
         self.last_step = 0
@@ -110,6 +111,10 @@ class Task:
     @property
     def answer(self) -> Answer:
         return self.channel.answer
+
+    def plan(self) -> tuple[Batch, ...]:
+        """The batches of the prompt."""
+        return tuple(chunk.batch for chunk in self.planned)
 
     @property
     def held(self) -> CachedSequence:
@@ -161,7 +166,7 @@ class Scheduler:
         return len(self._waiting) + len(self._running)
 
     def add(self, task: Task) -> None:
-        self._waiting.append(task)
+        self._wait(task, len(self._waiting))
 
     def step(self) -> bool:
         """Does the next piece of work; False when there is none until a consumer reads on, or cancels."""
@@ -195,6 +200,12 @@ class Scheduler:
         self._leave(task)
         task.channel.finish(error)
 
+    def _wait(self, task: Task, place: int) -> None:
+        # what was generated before the task lost its sequence is a part of the prompt now
+        spans = (*task.spans, TextSpan(tuple(task.tokens))) if task.tokens else task.spans
+        task.planned = plan_prefill(spans, self._n_ubatch)
+        self._waiting.insert(place, task)
+
     def _leave(self, task: Task) -> None:
         """Takes a task out of the cache, with what is not computed yet."""
         sequence, task.sequence = task.sequence, None
@@ -207,6 +218,8 @@ class Scheduler:
         for task in list(self._waiting):
             if task.channel.is_full:  # it was preempted, and still nobody reads
                 continue
+            if self._shares_with_another(task):
+                continue
             try:
                 admitted = self._start(task)
             except Aborted:
@@ -218,15 +231,22 @@ class Scheduler:
             if not admitted:
                 return  # first come, first served
 
+    def _shares_with_another(self, task: Task) -> bool:
+        """Whether a prompt that is being computed begins as this task's does. Prompts are computed one after another,
+        so to wait for it costs nothing, and its rows need not be computed twice."""
+        beside = [other for other in self._running if other.chunks and other.adapter == task.adapter]
+        if not beside:
+            return False
+        plan = task.plan()
+        n_shared = max(_n_alike(other.held.plan, plan) for other in beside)
+        return n_shared > self._cache.n_reusable(plan, adapter=task.adapter)
+
     def _start(self, task: Task) -> bool:
         """Gives a task a sequence. False when there is none for it."""
         if self._cache.n_in_use >= self._cache.n_seq_max and not self._preempt():
             return False
         self._resources.prepare(task)
-        # what was generated before the task was preempted is a part of the prompt now
-        spans = (*task.spans, TextSpan(tuple(task.tokens))) if task.tokens else task.spans
-        chunks = plan_prefill(spans, self._n_ubatch)
-        plan = [chunk.batch for chunk in chunks]
+        plan = task.plan()
         n_new = task.max_tokens - len(task.tokens)
         while True:
             n_wanted = self.n_tasks + self._resources.n_arriving()
@@ -240,9 +260,9 @@ class Scheduler:
         task.answer.timings.n_reused += n_known
         task.logits = sequence.known_logits(plan)
         if task.logits is None:
-            task.chunks.extend(_after(chunks, n_known))
-            sequence.plan, sequence.logits = tuple(plan), None
-        task.channel.report("prefill", 0, sum(batch.n_tokens for batch in plan))
+            task.chunks.extend(_after(task.planned, n_known))
+            sequence.plan, sequence.logits = plan, None
+        task.channel.report("prefill", n_known, sum(batch.n_tokens for batch in plan))
         self._waiting.remove(task)
         self._running.append(task)
         return True
@@ -254,7 +274,7 @@ class Scheduler:
             if task.channel.is_full:
                 self._running.remove(task)
                 self._leave(task)
-                self._waiting.append(task)
+                self._wait(task, len(self._waiting))
                 self.counters.n_preempted += 1
                 return True
         return False
@@ -265,7 +285,7 @@ class Scheduler:
             if task.sequence is not None and task.sequence.is_lost:
                 self._running.remove(task)
                 self._leave(task)
-                self._waiting.insert(0, task)
+                self._wait(task, 0)
 
     # --- computing ---
 
@@ -424,6 +444,12 @@ class Scheduler:
         task.channel.put(step.text)
         if step.finish:
             self._finish(task)
+
+
+def _n_alike(plan: SequenceOf[Batch], other: SequenceOf[Batch]) -> int:
+    """Tokens of the batches that two plans begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan, other, strict=False))
+    return sum(batch.n_tokens for batch, _ in pairs)
 
 
 def _after(chunks: SequenceOf[Chunk], n_known: int) -> list[Chunk]:
