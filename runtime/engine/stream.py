@@ -25,9 +25,9 @@ class Channel:
     when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled.
     """
 
-    def __init__(self, answer: Answer, wake: Callable[[], None], *, size: int = QUEUE_SIZE) -> None:
+    def __init__(self, answer: Answer, wake: Callable[[], None], *, size: int | None = None) -> None:
         self.answer = answer
-        self._wake, self._size = wake, size
+        self._wake, self._size = wake, QUEUE_SIZE if size is None else size
         self._changed = threading.Condition()
         self._pieces: collections.deque[str] = collections.deque()
         self._progress: tuple[str, int, int] | None = None

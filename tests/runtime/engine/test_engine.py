@@ -1,0 +1,164 @@
+"""Many requests at once on a real model: each answer is its own, nothing is computed twice, nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import granite4v
+from granite4v.runtime import Stream
+from tests.helpers.pictures import noise_picture
+from tests.toy.spec import PRESETS
+
+PICTURES = [noise_picture((150, 100), seed) for seed in range(4)]
+LONG: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "repetition": False}
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
+    """With one thread and float32 weights: then rows beside others have the bits that they have in any such company."""
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False, n_threads=1) as model:
+        yield model
+
+
+def n_prompt_tokens(model: granite4v.Model, prompt: str, images: list[Any]) -> int:
+    return model.prepare(prompt, images).n_tokens
+
+
+def test_four_streams_at_once_share_their_steps(model: granite4v.Model) -> None:
+    alone = [model.generate("What?", [picture], **LONG).text for picture in PICTURES]
+    model.clear_cache()
+    before = model.counters
+    streams = [model.stream("What?", [picture], **LONG) for picture in PICTURES]
+    assert [stream.result().text for stream in streams] == alone
+    assert model.counters.n_steps - before.n_steps < 2 * 39  # 156 one by one
+
+
+def test_two_interleaved_streams_prefill_once_each(model: granite4v.Model) -> None:
+    model.clear_cache()
+    before = model.counters
+    streams = [model.stream("What?", [picture], **LONG) for picture in PICTURES[:2]]
+    pieces: list[list[str]] = [[], []]
+    while not all(stream.is_done for stream in streams):
+        for i, stream in enumerate(streams):
+            pieces[i] += [piece for piece in [next(stream, "")] if piece]
+    n_prompts = sum(n_prompt_tokens(model, "What?", [picture]) for picture in PICTURES[:2])
+    after = model.counters
+    assert after.n_prefilled - before.n_prefilled <= n_prompts and after.n_preempted == before.n_preempted
+
+
+def test_questions_about_one_image_prefill_it_once(model: granite4v.Model) -> None:
+    model.clear_cache()
+    before = model.counters
+    questions = ("What?", "How many?", "Where?")
+    streams = [model.stream(question, PICTURES[:1], **LONG) for question in questions]
+    answers = [stream.result() for stream in streams]
+    n_alone = sum(n_prompt_tokens(model, question, PICTURES[:1]) for question in questions)
+    assert model.counters.n_prefilled - before.n_prefilled <= n_alone - 2 * answers[0].timings.n_image
+    assert sum(answer.timings.n_encoded for answer in answers) == 1
+
+
+def test_cancelling_one_leaves_the_others_tokens(model: granite4v.Model) -> None:
+    alone = [model.generate("What?", [picture], **LONG).tokens for picture in PICTURES[:3]]
+    streams = [model.stream("What?", [picture], **LONG) for picture in PICTURES[:3]]
+    next(streams[1])
+    streams[1].cancel()
+    assert [streams[i].result().tokens for i in (0, 2)] == [alone[0], alone[2]]
+    assert streams[1].result().finish_reason in ("cancelled", "length")
+
+
+def test_a_stream_that_nobody_reads_slows_nobody(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granite4v.runtime.engine.stream.QUEUE_SIZE", 4)
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False, n_parallel=2) as model:
+        unread = model.stream("What?", PICTURES[:1], **LONG)
+        for i in range(3):
+            assert len(model.generate(f"And {i}?", **LONG).tokens) == 40
+        assert not unread.is_done and len(unread.answer.tokens) < 40
+        text = "".join(unread)
+        assert unread.answer.finish_reason == "length" and text == unread.answer.text
+
+
+def test_a_computation_is_aborted_only_if_nobody_else_wants_it(model: granite4v.Model) -> None:
+    prompts = ["word " * 400, "word " * 401]
+    expected = model.generate(prompts[0], max_tokens=3, ignore_eos=True).tokens
+    model.clear_cache()
+    streams = [model.stream(prompt, max_tokens=3, ignore_eos=True) for prompt in prompts]
+    streams[1].close()
+    assert streams[0].result().tokens == expected
+    assert streams[1].answer.finish_reason == "cancelled"
+
+
+def test_threads_may_ask_as_they_like(model: granite4v.Model) -> None:
+    prompts = [f"Question {i}?" for i in range(8)]
+    expected = {prompt: model.generate(prompt, max_tokens=10).tokens for prompt in prompts}
+    found: dict[str, list[int]] = {}
+
+    def ask(prompt: str) -> None:
+        found[prompt] = model.generate(prompt, max_tokens=10).tokens
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_random_orders_leave_nothing_behind(make_model: Callable[..., Path]) -> None:
+    """Submitting, reading, cancelling, closing and dropping streams; no sequence stays in use."""
+    with granite4v.load(make_model(replace(PRESETS["tiny"], context=512)), device="cpu", exact=False) as model:
+        for seed in range(100):
+            rng = random.Random(seed)
+            streams: list[Stream] = []
+            stream: Stream | None = None
+            for _ in range(rng.randint(3, 12)):
+                action = rng.choice(("submit", "submit", "read", "cancel", "close", "drop"))
+                if action == "submit":
+                    images = [rng.choice(PICTURES)] if rng.random() < 0.2 else []
+                    streams.append(model.stream("x" * rng.randint(1, 9), images, max_tokens=rng.randint(0, 20)))
+                elif streams and action == "drop":
+                    streams.pop(rng.randrange(len(streams)))
+                elif streams:
+                    stream = rng.choice(streams)
+                    {"read": lambda s: next(s, ""), "cancel": Stream.cancel, "close": Stream.close}[action](stream)
+            while streams:
+                streams.pop().result()
+            stream = None
+            gc.collect()
+            for _ in range(2):  # the second comes after a step, which ends what was dropped
+                model.clear_cache()
+            assert model.engine.n_sequences_in_use == 0, seed
+
+
+def test_closing_ends_every_stream(make_model: Callable[..., Path]) -> None:
+    model = granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False)
+    streams = [model.stream("Hello", [picture], max_tokens=3000, ignore_eos=True) for picture in PICTURES]
+    next(streams[0])
+    model.close()
+    for stream in streams:
+        with pytest.raises(ValueError, match="the model is closed"):
+            list(stream)
+
+
+def test_a_process_ends_with_a_stream_under_way(make_model: Callable[..., Path]) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, granite4v\n"
+        "model = granite4v.load(sys.argv[1], device='cpu')\n"
+        "stream = model.stream('Hello', max_tokens=3000, ignore_eos=True)\n"
+        "print(len(next(stream)) > 0)"
+    )
+    command = [sys.executable, "-c", code, str(make_model(PRESETS["tiny"]))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

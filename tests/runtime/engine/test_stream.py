@@ -1,0 +1,136 @@
+"""A stream and its channel: bounded, ended once, and never waited for by the engine."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.stream import Channel, Stream
+
+
+class Wakes:
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __call__(self) -> None:
+        self.n += 1
+
+
+def made(size: int = 4) -> tuple[Channel, Wakes]:
+    wakes = Wakes()
+    return Channel(Answer(), wakes, size=size), wakes
+
+
+def finish_when_cancelled(channel: Channel) -> threading.Thread:
+    """As the engine does, soon."""
+
+    def watch() -> None:
+        while not channel.is_cancelled:
+            pass
+        channel.finish()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_pieces_come_in_order_and_end() -> None:
+    channel, _ = made()
+    for piece in ("a", "", "b"):
+        channel.put(piece)
+    channel.finish()
+    assert list(Stream(channel)) == ["a", "b"]
+    assert list(Stream(channel)) == []
+
+
+def test_the_producer_is_woken_when_a_full_queue_is_read() -> None:
+    channel, wakes = made(size=2)
+    channel.put("a")
+    assert not channel.is_full
+    channel.put("b")
+    channel.put("c")  # what one step gives is never refused
+    assert channel.is_full and wakes.n == 0
+    stream = Stream(channel)
+    assert [next(stream), next(stream), next(stream)] == ["a", "b", "c"]
+    assert wakes.n == 2 and not channel.is_full
+
+
+def test_an_error_comes_after_the_pieces_and_once() -> None:
+    channel, _ = made()
+    channel.put("a")
+    channel.finish(ZeroDivisionError("by zero"))
+    stream = Stream(channel)
+    assert next(stream) == "a"
+    with pytest.raises(ZeroDivisionError, match="by zero"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_progress_reaches_the_reader_in_its_own_thread_and_only_the_latest() -> None:
+    channel, _ = made()
+    seen: list[tuple[str, int, int, int]] = []
+    stream = Stream(channel, progress=lambda *what: seen.append((*what, threading.get_ident())))
+    channel.report("prefill", 1, 9)
+    channel.report("prefill", 5, 9)
+    channel.put("a")
+    assert next(stream) == "a"
+    assert seen == [("prefill", 5, 9, threading.get_ident())]
+
+
+@pytest.mark.parametrize("callback", ["progress", "cancel"])
+def test_an_error_of_a_callback_cancels_the_answer_and_goes_up(callback: str) -> None:
+    channel, _ = made()
+    channel.report("load", 0, 1)
+    engine = finish_when_cancelled(channel)
+
+    def broken(*args: object) -> bool:
+        raise KeyboardInterrupt
+
+    stream = Stream(channel, **{callback: broken})  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert channel.is_cancelled and channel.is_done
+    engine.join()
+
+
+def test_cancel_leaves_what_was_generated_and_close_does_not() -> None:
+    for close in (False, True):
+        channel, wakes = made()
+        channel.put("a")
+        engine = finish_when_cancelled(channel)
+        stream = Stream(channel)
+        if close:
+            stream.close()
+        else:
+            stream.cancel()
+        engine.join()
+        assert wakes.n == 1
+        assert list(stream) == ([] if close else ["a"])
+
+
+def test_a_stream_that_nobody_holds_is_cancelled() -> None:
+    channel, wakes = made()
+    stream = Stream(channel)
+    del stream
+    gc.collect()
+    assert channel.is_cancelled and wakes.n == 1
+
+
+def test_a_result_is_waited_for_without_keeping_pieces() -> None:
+    channel, _ = made(size=2)
+
+    def produce() -> None:
+        for i in range(100):
+            while channel.is_full:
+                pass
+            channel.answer.text += str(i % 10)
+            channel.put(str(i % 10))
+        channel.finish()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    assert Stream(channel).result().text == "0123456789" * 10
+    thread.join()
