@@ -37,16 +37,9 @@ KNOWN_LONG_FUNCTIONS = {
     "granite4v/default_model.py extract",
     "runtime/extract/run.py extract",
     "runtime/model.py stream",
-    "scripts/nano/drawing.py page",
-    "scripts/nano/layouts.py lay_table",
-    "scripts/nano/model.py initial",
-    "scripts/nano/samples.py marks_of",
     "tests/acceptance/mutation/pdf_samples.py rich",
 }
 KNOWN_LONG_MODULES = {
-    "scripts/nano/model.py",
-    "scripts/nano/samples.py",
-    "scripts/nano/train.py",
     "tests/families/test_llava_next.py",
     "tests/nano/test_language.py",
     "tests/nano/test_training.py",

@@ -297,17 +297,8 @@ def n_cut_letters(boxes: list[tuple[float, float, float, float]], width: int, he
     return count
 
 
-def page(
-    rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float, scans: float
-) -> tuple[Image.Image, Glyphs, float] | None:
-    """A page for the sheet that `lay` makes at a font size, and its margin in pixels.
-
-    None where no grid of tiles can hold it readably, or texts would overlap. `margin` counts in font sizes.
-    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger. Of
-    some places for the sheet, it stands where edges between tiles cut the fewest letters: those are hard to read.
-    """
-    x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
-    em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
+def _page_size(rng: Random, em_width: float, em_height: float, scans: float) -> tuple[float, bool, int, int] | None:
+    """Font size, whether the page fills its grid of tiles, and its width and height, for a sheet measured in em."""
 
     def seen(grid: tuple[int, int]) -> float:
         """The font size the model sees when the page just fills a grid."""
@@ -329,6 +320,25 @@ def page(
         shrunk = rng.uniform(1.0, min(1.25, max(1.0, at_model / SMALLEST_PX)))
         size, fill = at_model / shrunk, rng.random() < 0.5
         width, height = (int(side * TILE_PX / shrunk) for side in grid)
+    return size, fill, width, height
+
+
+def page(
+    rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float, scans: float
+) -> tuple[Image.Image, Glyphs, float] | None:
+    """A page for the sheet that `lay` makes at a font size, and its margin in pixels.
+
+    None where no grid of tiles can hold it readably, or texts would overlap. `margin` counts in font sizes.
+    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger. Of
+    some places for the sheet, it stands where edges between tiles cut the fewest letters: those are hard to read.
+    """
+    x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
+    em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
+
+    sized = _page_size(rng, em_width, em_height, scans)
+    if sized is None:
+        return None
+    size, fill, width, height = sized
     finer = 2 if size < 24 and rng.random() < 0.6 else 1
     sheet = lay(size * finer)
     if sheet.has_overlaps():

@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import granite4v
-    from scripts.nano.documents import Document
-    from scripts.nano.measures import Measured
+import granite4v
+from granite4v.converter import Options, convert
+from granite4v.runtime.formats.task_grammar import grammar_for
+from scripts.nano import formats
+from scripts.nano.documents import Document, draw_document, held_out_font
+from scripts.nano.measures import Measured, measure, whole_part
+from scripts.nano.truth import HELD_OUT_SEEDS, Form, Table
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "granite4v" / "nano"
@@ -108,10 +111,6 @@ def main() -> int:
 
 def held_out(n: int) -> Iterator[Question]:
     """`n` questions of each group, always the same ones."""
-    from scripts.nano import formats
-    from scripts.nano.documents import draw_document, held_out_font
-    from scripts.nano.truth import HELD_OUT_SEEDS, Form, Table
-
     tags = ("<tables_otsl>", "<tables_html>", "<tables_json>")
     for i, group in enumerate(GROUPS):
         rng = random.Random(group)
@@ -140,9 +139,6 @@ def is_simple(table: Any) -> bool:
 
 
 def _converted(checkpoint: Path, column: str, out: Path) -> granite4v.Model:
-    import granite4v
-    from granite4v.converter import Options, convert
-
     text_type, vision_type, lora = COLUMNS[column]
     convert(checkpoint, out, Options(text_type=text_type, vision_type=vision_type, lora=lora))
     return granite4v.load(out)
@@ -153,10 +149,6 @@ def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
 
     Of an answer that did not end by itself that is what `extract` keeps.
     """
-    from granite4v.runtime.formats.task_grammar import grammar_for
-    from scripts.nano import formats
-    from scripts.nano.measures import whole_part
-    from scripts.nano.truth import Form
 
     def ask(question: Question) -> str:
         truth = question.document.truth
@@ -211,8 +203,6 @@ def _told(name: str, i: int, n: int, text: str) -> str:
 
 def score(questions: list[Question], texts: list[str]) -> dict[str, dict[str, float]]:
     """For every group: share of cells, values or fields right, of documents all right, and mean TEDS of its tables."""
-    from scripts.nano.measures import measure
-
     groups: dict[str, list[Measured]] = {}
     for question, text in zip(questions, texts, strict=True):
         groups.setdefault(question.group, []).append(measure(question.document, question.task, text))
@@ -232,19 +222,16 @@ def table(names: list[str], scores: dict[str, dict[str, dict[str, float]]]) -> s
     labels = {"right": "cells, values or fields right", "exact": "documents all right", "teds": "TEDS"}
     lines = ["| documents | measure | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for group, figures in scores[names[0]].items():
-        for measure in figures:
+        for figure in figures:
             cells = [
-                f"{scores[name][group][measure]:.3f}" if measure == "teds" else f"{scores[name][group][measure]:.1%}"
+                f"{scores[name][group][figure]:.3f}" if figure == "teds" else f"{scores[name][group][figure]:.1%}"
                 for name in names
             ]
-            lines.append(f"| {group} | {labels[measure]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {group} | {labels[figure]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _show_wrong(questions: list[Question], texts: list[str], n: int) -> None:
-    from scripts.nano import formats
-    from scripts.nano.measures import measure
-
     for question, text in zip(questions, texts, strict=True):
         if n and not measure(question.document, question.task, text).exact:
             n -= 1

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STAGES = ("base", "tower", "way", "read")
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts.nano.language import build_tokenizer, write_language_files
+from scripts.nano.spec import LORA_TARGETS, NANO, NANO_ADAPTER, TEXT
+from scripts.nano.trainer import STAGES
+from tests.toy.spec import adapter_config, model_config, preprocessor_config, processor_config
+
 N_CURVE_POINTS = 60
 
 
@@ -20,13 +27,6 @@ def export(run: Path, out: Path, others: Sequence[Path] = ()) -> None:
 
     What the last stage trained is the mean of its weights and of those in `others`, saves of the same stage.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    from scripts.nano.language import build_tokenizer, write_language_files
-    from scripts.nano.model import LORA_TARGETS, NANO, NANO_ADAPTER
-    from tests.toy.spec import adapter_config, model_config, preprocessor_config, processor_config
-
     weights: dict[str, torch.Tensor] = {}
     for stage in STAGES:
         weights |= torch.load(run / f"{stage}.pt", weights_only=True)["weights"]
@@ -58,11 +58,6 @@ def restore(checkpoint: Path, run: Path) -> None:
 
     What is trained then adds to the curves, its minutes counted from 0 again.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    from scripts.nano.model import TEXT
-
     model = {name: value.float() for name, value in load_file(checkpoint / "model.safetensors").items()}
     adapter = {
         name.removeprefix("base_model.model."): value.float()

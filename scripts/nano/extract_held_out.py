@@ -21,13 +21,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from scripts.nano.evaluate import MAX_TOKENS, held_out, runtime, score
-
-if TYPE_CHECKING:
-    import granite4v
-    from scripts.nano.evaluate import Question
+import granite4v
+from scripts.nano import formats
+from scripts.nano.evaluate import MAX_TOKENS, Question, held_out, runtime, score, table
+from scripts.nano.measures import written
+from scripts.nano.truth import Form
+from tests.acceptance.judges import judge
 
 TASKS: dict[str, tuple[str, ...]] = {
     "table": ("tables_otsl", "tables_html", "tables_json"),
@@ -68,8 +69,6 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=20, help="documents of each of the five groups")
     parser.add_argument("--seed", type=int, default=0, help="of how pages are put into files")
     options = parser.parse_args()
-    import granite4v
-
     seen = Seen()
     with tempfile.TemporaryDirectory() as directory, granite4v.load(options.model) as model:
         files = list(write_files(Path(directory), list(held_out(options.documents)), random.Random(options.seed)))
@@ -120,12 +119,6 @@ def _write(path: Path, questions: list[Question]) -> Pages:
 
 def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
     """All records of a file, judged, and what `evaluate.py` is answered about its pages."""
-    import granite4v
-    from scripts.nano import formats
-    from scripts.nano.measures import written
-    from scripts.nano.truth import Form
-    from tests.acceptance.judges import judge
-
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind
     schema = formats.form_schema(truth) if isinstance(truth, Form) else None
@@ -158,8 +151,6 @@ def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
 
 
 def _table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    from scripts.nano.evaluate import table
-
     return table(list(scores), scores)
 
 

@@ -41,12 +41,7 @@ def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sh
     def look(cell: Cell) -> Face:
         return bold if cell.header and (bold_head or cell.row >= table.n_header_rows) else plain
 
-    widths = [2.0 * size] * table.n_cols
-    for cell in sorted(table.cells, key=lambda c: c.colspan):
-        span = slice(cell.col, cell.col + cell.colspan)
-        missing = look(cell).width(cell.text) + 2 * pad - sum(widths[span])
-        for col in range(cell.col, cell.col + cell.colspan):
-            widths[col] += max(0.0, missing) / cell.colspan
+    widths = _column_widths(table, {cell: look(cell).width(cell.text) + 2 * pad for cell in table.cells}, 2.0 * size)
     lefts = [sum(widths[:col]) for col in range(table.n_cols + 1)]
     tops = [row * row_height for row in range(table.n_rows + 1)]
     right, bottom = lefts[-1], tops[-1]
@@ -77,6 +72,16 @@ def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sh
         sheet.line(0, 0, right, 0, ink.rule, strong)
         sheet.line(0, bottom, right, bottom, ink.rule, strong)
     return sheet
+
+
+def _column_widths(table: Table, needed: dict[Cell, float], least: float) -> list[float]:
+    """Wide enough for what every cell needs; what a spanning cell needs more is spread over its columns."""
+    widths = [least] * table.n_cols
+    for cell in sorted(table.cells, key=lambda c: c.colspan):
+        missing = needed[cell] - sum(widths[cell.col : cell.col + cell.colspan])
+        for col in range(cell.col, cell.col + cell.colspan):
+            widths[col] += max(0.0, missing) / cell.colspan
+    return widths
 
 
 def _column_align(rng: Random, table: Table, col: int) -> float:

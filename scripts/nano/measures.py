@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from scripts.nano.documents import Document
-    from scripts.nano.truth import Chart, Form, Table
+from granite4v.runtime.formats import TASKS, AnswerError, read, salvage, write, write_html
+from scripts.nano import formats
+from scripts.nano.documents import Document
+from scripts.nano.truth import Chart, Form, Table
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,6 @@ class Measured:
 
 def measure(document: Document, task: str, text: str) -> Measured:
     """Compares an answer with the truth. An answer that does not parse has nothing right."""
-    from scripts.nano import formats
-    from scripts.nano.truth import Chart, Table
-
     if isinstance(document.truth, Table):
         return _table(document.truth, task, text)
     if isinstance(document.truth, Chart):
@@ -38,16 +36,12 @@ def measure(document: Document, task: str, text: str) -> Measured:
 
 def whole_part(task: str, text: str) -> str:
     """What `extract` keeps of an answer that did not end by itself, in the task's form; empty when that is nothing."""
-    from granite4v.runtime.formats import salvage
-
     saved = salvage(task, text)
     return "" if saved is None else written(task, saved.value)
 
 
 def written(task: str, value: Any) -> str:
     """A record's value in the form of its task: one table, a chart's data or fields."""
-    from granite4v.runtime.formats import TASKS, write
-
     if task == "kvp":
         return json.dumps(value)
     (table,) = value if isinstance(value, list) else (value,)
@@ -56,9 +50,6 @@ def written(task: str, value: Any) -> str:
 
 def _table(truth: Table, task: str, text: str) -> Measured:
     """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
-    from granite4v.runtime.formats import AnswerError, read, write_html
-    from scripts.nano import formats
-
     expected = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in truth.cells}
     try:
         (table,) = read(task.strip("<>"), text)
@@ -85,8 +76,6 @@ def _teds(expected: str, found: str) -> float:
 
 def _chart(truth: Chart, text: str) -> Measured:
     """A value is right when it stands beside its label, under its series."""
-    from scripts.nano import formats
-
     rows = list(csv.reader(text.splitlines()))
     header = rows[0][1:] if rows else []
     found = {(row[0], series): value for row in rows[1:] if row for series, value in zip(header, row[1:], strict=False)}
@@ -101,8 +90,6 @@ def _chart(truth: Chart, text: str) -> Measured:
 
 def _form(truth: Form, text: str) -> Measured:
     """A field is right when its value is, null for one that is not on the page."""
-    from scripts.nano import formats
-
     try:
         found = json.loads(text)
     except ValueError:

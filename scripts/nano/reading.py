@@ -11,14 +11,15 @@ import itertools
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from scripts.nano.documents import Document
-    from scripts.nano.truth import Form, Table
-    from tests.toy.spec import CheckpointSpec
+from granite4v.clip_projector.grid_anyres import best_resolution, fit_size, layout
+from scripts.nano.documents import Document
+from scripts.nano.drawing import ENDING, START
+from scripts.nano.spec import tiling, tokens_side
+from scripts.nano.truth import Chart, Form, Table
+from tests.toy.spec import CheckpointSpec
 
 FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
 EDGE = N_CODES + 1  # for a glyph before, when it is in another tile
@@ -42,10 +43,6 @@ class Text:
 
 def texts_of(document: Document) -> list[Text]:
     """All texts in the order in which they were drawn."""
-    import numpy as np
-
-    from scripts.nano.drawing import ENDING, START
-
     page = "".join(map(chr, document.glyphs.code.tolist()))
     starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
     return [Text(start, end - 1, page[start:end]) for start, end in zip(starts, [*starts[1:], len(page)], strict=True)]
@@ -77,11 +74,6 @@ class Page:
 
 def page_of(document: Document, spec: CheckpointSpec) -> Page:
     """Where everything is."""
-    import numpy as np
-
-    from granite4v.clip_projector.grid_anyres import best_resolution, fit_size, layout
-    from scripts.nano.model import tiling, tokens_side
-
     size = document.picture.size
     resolution = best_resolution(size, tiling(spec).image_grid_pinpoints)
     fitted = fit_size(size, resolution)
@@ -183,8 +175,6 @@ Told = list[tuple[int, Text]]
 
 def told(document: Document, answer: str) -> tuple[Told, dict[int, Text]]:
     """The texts of the page that an answer tells, and for a form's values their labels, by first glyph."""
-    from scripts.nano.truth import Chart, Form
-
     texts = texts_of(document)
     if isinstance(document.truth, Form):
         if document.kind == "form":
@@ -249,8 +239,6 @@ def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict
 
 def chart_rows(document: Document) -> list[list[Text]]:
     """Label and values of each row of a chart."""
-    from scripts.nano.truth import Chart
-
     chart = document.truth
     assert isinstance(chart, Chart)
     texts, rows = texts_of(document), []

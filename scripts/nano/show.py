@@ -17,10 +17,14 @@ import subprocess
 import sys
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from scripts.nano.documents import Document, Truth
+from rich.console import Console
+from rich.table import Table
+
+from granite4v.runtime.formats import AnswerError, read
+from scripts.nano import formats
+from scripts.nano.documents import Document, Truth, draw_document
+from scripts.nano.truth import HELD_OUT_SEEDS, Chart, Form
 
 Line = tuple[str, str]  # what a value is called, the value
 FONT = "Aileron"  # Pillow's own, so that no font package is needed
@@ -45,10 +49,6 @@ def main() -> int:
 
 def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
     """Draws one document, has it read, prints both; returns the command's exit status."""
-    from scripts.nano import formats
-    from scripts.nano.documents import draw_document
-    from scripts.nano.truth import HELD_OUT_SEEDS, Form
-
     document = draw_document(HELD_OUT_SEEDS + seed, kind, LEVEL, FONT)
     path = out / f"{kind}.png"
     document.picture.save(path)
@@ -67,9 +67,6 @@ def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
 
 
 def _print_beside(document: Document, answer: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     drawn, read = lines(document.truth), read_lines(document.truth, answer)
     table = Table("", "drawn", "read", "")
     for (name, expected), (found_name, found) in zip_longest(drawn, read, fillvalue=("", "")):
@@ -83,8 +80,6 @@ def _print_beside(document: Document, answer: str) -> None:
 
 def lines(truth: Truth) -> list[Line]:
     """The truth as named lines: a row of a table, a value of a chart, a field of a form."""
-    from scripts.nano.truth import Chart, Form
-
     if isinstance(truth, Form):
         return [(name, "(not there)" if value is None else value) for name, value in truth.fields]
     if isinstance(truth, Chart):
@@ -98,9 +93,6 @@ def lines(truth: Truth) -> list[Line]:
 
 def read_lines(truth: Truth, answer: str) -> list[Line]:
     """An answer as the same lines; what does not parse is one line."""
-    from granite4v.runtime.formats import AnswerError, read
-    from scripts.nano.truth import Chart, Form
-
     try:
         if isinstance(truth, Form):
             fields = json.loads(answer)

@@ -17,52 +17,23 @@ import torch
 
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.runtime.formats import read as read_answer
+from scripts.nano.batches import IGNORE, Batch, batches, collate
+from scripts.nano.codes import codes, ideal_streams
 from scripts.nano.documents import Document, draw_document
 from scripts.nano.formats import answer_for, chart_csv
+from scripts.nano.initial import NEIGHBOURS, initial
+from scripts.nano.kernels import Kernels
 from scripts.nano.language import build_tokenizer
-from scripts.nano.model import (
-    NANO,
-    NEIGHBOURS,
-    TAUGHT_HEADS,
-    VISION,
-    Kernels,
-    codes,
-    decode,
-    ideal_streams,
-    initial,
-    log_shares,
-    logits,
-    merged,
-    patches,
-    project,
-    tower,
-)
+from scripts.nano.marks import CELL, HEADER, N_TOKEN_MARKS, OPEN, PLACE_AT, PLACE_CLASSES, SLOT_CLASSES, marks_of
+from scripts.nano.model import decode, log_shares, logits, merged, patches, project, tower
 from scripts.nano.reading import EDGE, N_SLOTS, NEAR_PX, addresses, chart_rows, page_of, told
-from scripts.nano.samples import (
-    CELL,
-    HEADER,
-    IGNORE,
-    N_TOKEN_MARKS,
-    OPEN,
-    PLACE_CLASSES,
-    SLOT_CLASSES,
-    Batch,
-    Prompter,
-    Sample,
-    batches,
-    collate,
-    document_sample,
-    letters_sample,
-    lines_sample,
-    marks_of,
-    text_sample,
-)
-from scripts.nano.train import Trainer, has_gap, round_to_q4_0, round_to_q4_k, rounded
+from scripts.nano.rounding import round_to_q4_0, round_to_q4_k, rounded
+from scripts.nano.samples import Prompter, Sample, document_sample, letters_sample, lines_sample, text_sample
+from scripts.nano.spec import NANO, TAUGHT_HEADS, VISION
+from scripts.nano.trainer import Trainer, has_gap
 from scripts.nano.truth import Cell, Chart, Form, Table
 from tests.peers.reference import relative_l2
 from tests.toy.spec import model_config
-
-PLACE = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +246,7 @@ def test_a_value_of_a_form_is_found_by_its_label(prompter: Prompter, read: list[
             name, value = written.replace("_", ""), dict(document.truth.fields)[written]
             assert (target == 0) == (value is None)
             if target:
-                ending = marks(sample, target)[PLACE + 1 : PLACE + 3]
+                ending = marks(sample, target)[PLACE_AT + 1 : PLACE_AT + 3]
                 assert ending[0] == 1 and chr(ending[1] + 32).lower() == name[-1]
                 n_found += 1
         assert len(sample.lessons.carry.queries) <= len(sample.lessons.looks)
@@ -329,7 +300,7 @@ def test_addresses_are_counted_by_texts_before(read: list[tuple[Document, Sample
                 n_queries += 1
                 assert len(targets) - 1 <= shown[query][which] + 1
                 for target in targets[1:]:
-                    assert marks(sample, target)[PLACE] == 1, "a text begins there"
+                    assert marks(sample, target)[PLACE_AT] == 1, "a text begins there"
                     assert shown[target][which] <= shown[query][which]
     assert n_queries > 1000
 
@@ -341,7 +312,7 @@ def test_marks_tell_what_is_before_a_glyph(read: list[tuple[Document, Sample]]) 
             continue
         texts = [f"^{cell.text.replace(' ', '')}" for cell in document.truth.cells]
         assert sample.marks is not None
-        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
+        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE_AT].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
         seen = (slots[..., 0] > 0) & (slots[..., 0] != OPEN)
         for glyph, before, two_before, kind, cell in slots[seen].tolist():
             assert (kind == 3) == (before == 0) == (cell != 0)
@@ -358,7 +329,7 @@ def test_marks_tell_headers_from_other_cells(read: list[tuple[Document, Sample]]
     n_seen = {CELL: 0, HEADER: 0}
     for document, sample in read:
         assert sample.marks is not None
-        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
+        slots = sample.marks.reshape(-1, N_TOKEN_MARKS)[:, :PLACE_AT].reshape(-1, N_SLOTS, len(SLOT_CLASSES))
         for kind in n_seen:
             told = Counter(slots[(slots[..., 4] == kind) & (slots[..., 0] != OPEN)][:, 0].tolist())
             if not isinstance(document.truth, Table):
@@ -404,7 +375,7 @@ def test_ideal_streams_tell_their_marks() -> None:
     for tables, stream, first, n in zip(
         kinds,
         [place, *slots],
-        [PLACE, *range(0, PLACE, len(SLOT_CLASSES))],
+        [PLACE_AT, *range(0, PLACE_AT, len(SLOT_CLASSES))],
         [len(PLACE_CLASSES), *[len(SLOT_CLASSES)] * N_SLOTS],
         strict=True,
     ):
