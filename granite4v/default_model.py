@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
-    from granite4v.choices import Device, Format
+    from typing_extensions import Unpack
+
+    from granite4v.choices import Device
     from granite4v.converter import Progress
     from granite4v.runtime import Model
     from granite4v.runtime.extract import Extraction
-    from granite4v.runtime.extract.run import Say
-    from granite4v.runtime.extract.schema import SchemaSource
+    from granite4v.runtime.extract.batch import Say
+    from granite4v.runtime.extract.options import ExtractFields
     from granite4v.runtime.extract.state import Watch
 
     Meter = Callable[[Progress], None]
@@ -78,29 +80,11 @@ def extract(
     tasks: Sequence[str] | str = (),
     *,
     model: Model | str | Path | None = None,
-    schema: SchemaSource | None = None,
-    prompt: str | None = None,
-    out: str | Path | None = None,
-    formats: Sequence[Format] = (),
-    pages: str | None = None,
-    password: str | None = None,
-    crop: Sequence[float | str] | str | None = None,
-    resume: bool = False,
-    unconstrained: bool = False,
-    fast_forward: bool = True,
-    max_tokens: int | None = None,
-    report: bool = False,
-    csv_safe: bool = False,
-    retry_failed: bool = False,
-    n_ctx: int | None = None,
-    n_threads: int | None = None,
-    device: Device = "auto",
-    mmproj: str | Path | None = None,
-    lora: bool | None = None,
     watch: Watch | None = None,
     say: Say | None = None,
+    **options: Unpack[ExtractFields],
 ) -> Extraction:
-    """`runtime.extraction.extract`, which see, and without a model, or with 'nano', the embedded one.
+    """`runtime.extract.extract`, which has the details, with the embedded model where none is given, or 'nano'.
 
     For instance:
 
@@ -122,32 +106,7 @@ def extract(
 
     if model is None or (isinstance(model, str | Path) and is_embedded(model)):
         model = embedded_model(logging.getLogger("granite4v").info)
-    return run_extract(
-        inputs,
-        tasks,
-        model=model,
-        schema=schema,
-        prompt=prompt,
-        out=out,
-        formats=formats,
-        pages=pages,
-        password=password,
-        crop=crop,
-        resume=resume,
-        unconstrained=unconstrained,
-        fast_forward=fast_forward,
-        max_tokens=max_tokens,
-        report=report,
-        csv_safe=csv_safe,
-        retry_failed=retry_failed,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        device=device,
-        mmproj=mmproj,
-        lora=lora,
-        watch=watch,
-        say=say,
-    )
+    return run_extract(inputs, tasks, model=model, watch=watch, say=say, **options)
 
 
 def is_embedded(name: str | Path) -> bool:

@@ -108,48 +108,34 @@ def extract(
     cut, and when a file could not be written.
     """
     from granite4v.runtime.documents import SelectionError
-    from granite4v.runtime.extract import ArgumentError
-    from granite4v.runtime.extract import extract as run_extract
+    from granite4v.runtime.extract import ArgumentError, ExtractOptions, begin
+    from granite4v.runtime.extract.arguments import checked
 
-    _check_usage(
-        inputs,
-        task,
-        prompt,
-        schema,
-        formats,
+    options = ExtractOptions(
+        tasks=task or (),
+        schema=schema,
+        prompt=prompt,
         out=out,
+        formats=formats or (),
+        pages=pages,
+        password=password,
+        crop=crop,
         resume=resume,
+        unconstrained=unconstrained,
+        max_tokens=max_tokens,
         report=report,
         csv_safe=csv_safe,
         retry_failed=retry_failed,
+        n_ctx=ctx,
+        n_threads=threads,
+        device=device,
+        mmproj=mmproj,
+        lora=lora,
     )
     meter = Meter()
     try:
-        run = run_extract(
-            inputs,
-            task or (),
-            model=model_path(model),
-            schema=schema,
-            prompt=prompt,
-            out=out,
-            formats=formats or (),
-            pages=pages,
-            password=password,
-            crop=crop,
-            resume=resume,
-            unconstrained=unconstrained,
-            max_tokens=max_tokens,
-            report=report,
-            csv_safe=csv_safe,
-            retry_failed=retry_failed,
-            n_ctx=ctx,
-            n_threads=threads,
-            device=device,
-            mmproj=mmproj,
-            lora=lora,
-            watch=meter.watch,
-            say=meter.say,
-        )
+        checked(inputs, options)  # wrong usage is reported before the embedded model is converted
+        run = begin(inputs, options, model=model_path(model), watch=meter.watch, say=meter.say)
     except (ArgumentError, SelectionError) as error:
         raise typer.BadParameter(str(error)) from None
     with run:
@@ -177,27 +163,6 @@ def extract(
         raise printer.failure
     if run.state.incomplete or printer.failure is not None:
         raise typer.Exit(EXIT_FAILURE)
-
-
-def _check_usage(
-    inputs: list[str],
-    task: list[str] | None,
-    prompt: str | None,
-    schema: str | None,
-    formats: list[str] | None,
-    *,
-    out: Path | None,
-    **options: bool,
-) -> None:
-    """Wrong usage is told before the embedded model is converted."""
-    from granite4v.runtime.extract.arguments import check_arguments
-    from granite4v.runtime.extract.questions import ArgumentError, check_tasks
-
-    try:
-        tasks = check_tasks(task or (), prompt, has_schema=schema is not None)
-        check_arguments(inputs, tasks, formats or (), out=out, **options)
-    except ArgumentError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _kept(run: Extraction, out: Path | None) -> str:

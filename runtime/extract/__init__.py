@@ -1,9 +1,10 @@
 """Documents in, data out: a batch of pages and tasks to records that survive whatever happens on the way."""
 
 from granite4v.runtime.extract.batch import Extraction
+from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.questions import ArgumentError
 from granite4v.runtime.extract.record import Record
-from granite4v.runtime.extract.run import extract
+from granite4v.runtime.extract.run import begin, extract
 from granite4v.runtime.extract.state import State
 
-__all__ = ["ArgumentError", "Extraction", "Record", "State", "extract"]
+__all__ = ["ArgumentError", "ExtractOptions", "Extraction", "Record", "State", "begin", "extract"]

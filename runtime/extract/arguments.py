@@ -1,15 +1,18 @@
-"""Arguments of a run that contradict each other, found before any model is loaded."""
+"""Finds options of a run that contradict each other or make no sense, before any model is loaded."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from granite4v.choices import whole_number
+from granite4v.runtime.documents import parse_crop, parse_pages
+from granite4v.runtime.extract.docling_export import check_installed
 from granite4v.runtime.extract.document_files import DOCLING, FORMATS, applies, suffixes
-from granite4v.runtime.extract.questions import ArgumentError
+from granite4v.runtime.extract.options import ExtractOptions
+from granite4v.runtime.extract.questions import ArgumentError, check_tasks
 
 # suffixes of files that people take '--out' for; a directory of such a name is used when it is there already
 _FILE_SUFFIXES = (
@@ -19,47 +22,55 @@ _FILE_SUFFIXES = (
 )  # fmt: skip
 
 
-def as_paths(inputs: Any) -> list[str]:
-    """The inputs as text; a single one may be given without a list. Raises ArgumentError."""
+def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], ExtractOptions]:
+    """The paths of `inputs` and the options in one form: `tasks` and `formats` as tuples of names, each task once.
+
+    Raises ArgumentError for options that contradict each other or make no sense, SelectionError for pages or a crop.
+    """
+    for name in ("prompt", "pages", "password"):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, str):
+            raise ArgumentError(f"{name} is {value!r:.60}; expected text.")
+    paths = _as_paths(inputs)
+    if not paths:
+        raise ArgumentError("no input; give images, PDFs, folders or globs.")
+    tasks = check_tasks(_as_names("'tasks'", options.tasks), options.prompt, has_schema=options.schema is not None)
+    formats = _as_names("'formats'", options.formats)
+    _check_formats(formats, tasks)
+    _check_combinations(replace(options, tasks=tasks, formats=formats))
+    if options.out is not None:
+        _check_out(options.out)
+    if options.pages is not None:
+        parse_pages(options.pages)
+    return paths, replace(
+        options,
+        tasks=tasks,
+        formats=formats,
+        max_tokens=_max_tokens(options.max_tokens),
+        crop=None if options.crop is None else str(parse_crop(options.crop)),
+    )
+
+
+def _as_paths(inputs: Any) -> tuple[str, ...]:
+    """A single input may be given without a list."""
     single = isinstance(inputs, str | bytes | os.PathLike)
     paths = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else [inputs]
     for path in paths:
         if not isinstance(path, str | os.PathLike):
             raise ArgumentError(f"an input is {path!r:.60}; expected a path, as text or a Path, or a list of such.")
-    return [os.fsdecode(path) for path in paths]
+    return tuple(os.fsdecode(path) for path in paths)
 
 
-def as_texts(name: str, given: Any) -> list[str]:
-    """Names as a list; a single one may be given without a list. Raises ArgumentError."""
-    texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    for text in texts:
-        if not isinstance(text, str):
-            raise ArgumentError(f"{name} holds {text!r:.60}; expected names, as text.")
-    return texts
+def _as_names(what: str, given: Any) -> tuple[Any, ...]:
+    """A single name may be given without a list."""
+    names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for name in names:
+        if not isinstance(name, str):
+            raise ArgumentError(f"{what} holds {name!r:.60}; expected names, as text.")
+    return tuple(names)
 
 
-def check_texts(**given: Any) -> None:
-    """Raises ArgumentError for what is neither text nor None."""
-    for name, value in given.items():
-        if value is not None and not isinstance(value, str):
-            raise ArgumentError(f"{name} is {value!r:.60}; expected text.")
-
-
-def check_arguments(
-    inputs: Sequence[str],
-    tasks: Sequence[str],
-    formats: Sequence[str],
-    *,
-    out: str | Path | None,
-    resume: bool = False,
-    report: bool = False,
-    max_tokens: int | None = None,
-    csv_safe: bool = False,
-    retry_failed: bool = False,
-) -> None:
-    """Raises ArgumentError for arguments that contradict each other. `tasks`: as `check_tasks` returns them."""
-    if not inputs:
-        raise ArgumentError("no input; give images, PDFs, folders or globs.")
+def _check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ArgumentError(f"there is no format '{unknown[0]}'; known are {', '.join(FORMATS)}.")
@@ -70,35 +81,38 @@ def check_arguments(
             f"{'do' if len(tasks) > 1 else 'does'} not give; leave --format {idle[0]} out, or add a task such as "
             "tables_html."
         )
-    needing = (
-        (resume, "'resume'"),
-        (report, "'report'"),
-        (csv_safe, "'csv_safe'"),
-        (DOCLING in formats, "the format 'docling'"),
-    )
-    for given, what in needing:
-        if given and out is None:
-            raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
-    if retry_failed and not resume:
-        raise ArgumentError("'retry_failed' is for a run that is resumed; add 'resume' (--resume).")
-    if csv_safe and not any("csv" in suffixes(task, formats) for task in tasks):
-        raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
-    if out is not None:
-        if not isinstance(out, str | os.PathLike):
-            raise ArgumentError(f"'out' is {out!r:.60}; expected a directory, as text or a Path.")
-        _check_out(out)
-    if max_tokens is not None:
-        try:
-            whole_number("max_tokens", max_tokens, 1)
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(str(error)) from None
     if DOCLING in formats:
-        from granite4v.runtime.extract.docling_export import check_installed
-
         check_installed()
 
 
-def _check_out(out: str | Path) -> None:
+def _check_combinations(options: ExtractOptions) -> None:
+    needing = (
+        (options.resume, "'resume'"),
+        (options.report, "'report'"),
+        (options.csv_safe, "'csv_safe'"),
+        (DOCLING in options.formats, "the format 'docling'"),
+    )
+    for given, what in needing:
+        if given and options.out is None:
+            raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
+    if options.retry_failed and not options.resume:
+        raise ArgumentError("'retry_failed' is for a run that is resumed; add 'resume' (--resume).")
+    if options.csv_safe and not any("csv" in suffixes(task, options.formats) for task in options.tasks):
+        raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
+
+
+def _max_tokens(given: Any) -> int | None:
+    if given is None:
+        return None
+    try:
+        return whole_number("max_tokens", given, 1)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _check_out(out: Any) -> None:
+    if not isinstance(out, str | os.PathLike):
+        raise ArgumentError(f"'out' is {out!r:.60}; expected a directory, as text or a Path.")
     text = os.fspath(out)
     if text in ("", "-"):
         raise ArgumentError(

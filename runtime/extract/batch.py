@@ -5,61 +5,43 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from granite4v.errors import OutputError
 from granite4v.paths import FileOutputError
+from granite4v.runtime.documents import Page, PageFailure, PageSkipped, Totals, open_pages
+from granite4v.runtime.engine.stream import Progress
 from granite4v.runtime.extract.attempts import Attempts
+from granite4v.runtime.extract.docling_export import write_docling
 from granite4v.runtime.extract.document_files import DOCLING, described, remove_stale, write_document
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extract.names import Names
+from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
-from granite4v.runtime.extract.page_records import Settings, abandoned_page, answer_page, copied_page, failed_page
+from granite4v.runtime.extract.page_images import keep_image
+from granite4v.runtime.extract.page_records import abandoned_page, answer_page, copied_page, failed_page
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Key, Record
+from granite4v.runtime.extract.report import write_report
 from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.state import State, Watch, waiting
-
-if TYPE_CHECKING:
-    from granite4v.runtime.documents import Page, PageFailure, PageSkipped, Totals
-    from granite4v.runtime.engine.stream import Progress
-    from granite4v.runtime.model import Model
+from granite4v.runtime.model import Model
 
 REPORT = "report.html"
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class PageSelection:
-    """Which pages, and what part of them; as `pages.open_pages` takes it."""
-
-    pages: str | None = None
-    password: str | None = None
-    crop: str | None = None
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """What is written beside the records."""
-
-    formats: tuple[str, ...]
-    csv_safe: bool
-    report: bool
-
-
-@dataclass(frozen=True)
 class Job:
+    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`."""
+
     model: Model
     hashes: Mapping[str, str]
     questions: tuple[Question, ...]
-    settings: Settings
-    selection: PageSelection
+    options: ExtractOptions
     inputs: tuple[str, ...]
     totals: Totals
-    output: OutputOptions
-    retry_failed: bool
 
 
 class Extraction:
@@ -74,16 +56,16 @@ class Extraction:
         state: State,
         watch: Watch,
         say: Say,
-        closing: list[Callable[[], None]],
+        opened: contextlib.ExitStack,
     ) -> None:
-        """`closing` is called in order when the run ends. Use `extract` to get one."""
+        """`opened` is closed when the run ends. Use `extract` to get one."""
         self._job, self._folder, self._log, self._attempts = job, folder, log, attempts
-        self._watch, self._say, self._closing = watch, say, closing
+        self._watch, self._say, self._opened = watch, say, opened
         self.progress: Progress | None = None  # told of what comes before an answer
         self._names = Names(job.inputs, log.sources())
         tasks = [question.task for question in job.questions]
-        has_image = None if folder is None or not job.output.report else folder.has_image
-        self._earlier = Earlier(log, tasks, retry_failed=job.retry_failed, has_image=has_image)
+        has_image = None if folder is None or not job.options.report else folder.has_image
+        self._earlier = Earlier(log, tasks, retry_failed=job.options.retry_failed, has_image=has_image)
         self.state = state
         self.state.counts, self.state.n_resumed = log.counts, log.counts.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
@@ -106,8 +88,7 @@ class Extraction:
     def close(self) -> None:
         """Ends the run; what is finished is kept. A second call does nothing."""
         self._records.close()
-        while self._closing:
-            self._closing.pop(0)()
+        self._opened.close()
 
     def __enter__(self) -> Extraction:
         return self
@@ -118,16 +99,16 @@ class Extraction:
         self.close()
 
     def _run(self) -> Generator[Record]:
-        from granite4v.runtime.documents import open_pages
-
         job, seen = self._job, None
         met: set[str] = set()
         opened = open_pages(
             job.inputs,
-            **asdict(job.selection),
+            pages=job.options.pages,
+            password=job.options.password,
+            crop=job.options.crop,
             view=job.model.files.vision_config,
             wanted=self._earlier.wanted,
-            earlier_error=None if job.retry_failed else functools.partial(earlier_error, self._log),
+            earlier_error=None if job.options.retry_failed else functools.partial(earlier_error, self._log),
             waiting=waiting(self.state, self._watch),
             counted=job.totals,
         )
@@ -146,8 +127,6 @@ class Extraction:
 
     def _page(self, item: Page | PageFailure | PageSkipped, seen: Seen) -> Iterator[Record]:
         """The records of one page that are not there yet, each on the disk before it is given out."""
-        from granite4v.runtime.documents import Page, PageSkipped
-
         state = self.state
         state.source, state.page, state.n_pages = item.source, item.number, getattr(item, "n_pages", None)
         state.task, state.n_answer_tokens, state.waited_s = "", 0, 0.0
@@ -177,8 +156,6 @@ class Extraction:
 
         True when the document has another number of pages now, by which files are named.
         """
-        from granite4v.runtime.documents import Page
-
         entry = self._log.get(key)
         if entry is None or item.file_state is None or entry.file_state == item.file_state:
             return False
@@ -202,8 +179,6 @@ class Extraction:
 
     def _record(self, item: Page | PageFailure, question: Question, working: contextlib.ExitStack) -> Record:
         """`working` is entered for as long as a death of the process would be the page's."""
-        from granite4v.runtime.documents import Page
-
         job, state = self._job, self.state
         state.task, state.n_answer_tokens = question.task, 0
         if not isinstance(item, Page):
@@ -211,7 +186,7 @@ class Extraction:
         like = self._log.answer_to(item.digest, question.task)
         if like is not None:
             return copied_page(item, question, job.hashes, like)
-        if job.retry_failed:
+        if job.options.retry_failed:
             self._attempts.forget(item.digest)
         if self._attempts.exhausted(item.digest):
             return abandoned_page(item, question, job.hashes)
@@ -222,13 +197,11 @@ class Extraction:
             self._watch(state)
 
         working.enter_context(self._attempts.begin(item.digest))
-        return answer_page(job.model, item, question, job.hashes, job.settings, on_token, self.progress)
+        return answer_page(job.model, item, question, job.hashes, job.options, on_token, self.progress)
 
     def _keep_image(self, page: Page) -> None:
-        if self._folder is None or not self._job.output.report:
+        if self._folder is None or not self._job.options.report:
             return
-        from granite4v.runtime.extract.page_images import keep_image
-
         with self._one_file(f"the image of page {page.number} of '{page.source}' is not written"):
             keep_image(self._folder.path, page.digest, page.image)
 
@@ -249,15 +222,13 @@ class Extraction:
         self.state.n_replaced += len(stale)
         if self._folder is None:
             return
-        root, stem, output, source = self._folder.path, self._names.stem(seen.source), self._job.output, seen.source
+        root, stem, options, source = self._folder.path, self._names.stem(seen.source), self._job.options, seen.source
         written = write_document(
-            root, stem, self._log.of_document(source), output.formats, self._say, csv_safe=output.csv_safe
+            root, stem, self._log.of_document(source), options.formats, self._say, csv_safe=options.csv_safe
         )
         self.state.n_unwritten += written.n_failed
         self.state.wrote(written.paths)
-        if DOCLING in output.formats:
-            from granite4v.runtime.extract.docling_export import write_docling
-
+        if DOCLING in options.formats:
             with self._one_file(f"'{stem}.docling.json' is not written"):
                 path = write_docling(root, stem, source, self._log.of_document(source))
                 written.paths += [path] if path is not None else []
@@ -276,9 +247,7 @@ class Extraction:
         if self._folder is None:
             return
         self._log.tidy()
-        if self._job.output.report:
-            from granite4v.runtime.extract.report import write_report
-
+        if self._job.options.report:
             path = self._folder.path / REPORT
             with self._one_file(f"'{path}' is not written"):
                 write_report(path, self._log)

@@ -5,34 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
 
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.documents import Page, PageFailure
+from granite4v.runtime.engine.stream import Progress
 from granite4v.runtime.extract.attempts import MAX_DEATHS
 from granite4v.runtime.extract.document_files import described
+from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
-
-if TYPE_CHECKING:
-    from granite4v.runtime.answer import Answer
-    from granite4v.runtime.documents import Page, PageFailure
-    from granite4v.runtime.engine.stream import Progress
-    from granite4v.runtime.model import Model
+from granite4v.runtime.model import Model
 
 MAX_TOKENS = 4096  # of an answer, where the context has room and nobody says otherwise; what the family generates up to
 OnToken = Callable[[int], None]  # how many tokens the answer has by now
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How answers are made; all of it changes what is answered, or could."""
-
-    max_tokens: int | None = None
-    unconstrained: bool = False
-    fast_forward: bool = True
-    lora: bool | None = None
 
 
 def answer_page(
@@ -40,7 +28,7 @@ def answer_page(
     page: Page,
     question: Question,
     hashes: Mapping[str, str],
-    settings: Settings,
+    options: ExtractOptions,
     on_token: OnToken,
     progress: Progress | None = None,
 ) -> Record:
@@ -69,7 +57,7 @@ def answer_page(
             raise
 
     try:
-        return _answered(record, model, page, question, settings, tell, start, watched)
+        return _answered(record, model, page, question, options, tell, start, watched)
     except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
@@ -86,12 +74,12 @@ def _answered(
     model: Model,
     page: Page,
     question: Question,
-    settings: Settings,
+    options: ExtractOptions,
     on_token: OnToken,
     start: float,
     progress: Progress,
 ) -> Record:
-    answer = _ask(model, page, question, settings, on_token, progress)
+    answer = _ask(model, page, question, options, on_token, progress)
     text = answer.text.removesuffix(answer.closing or "")  # without what a constraint added to close it
     parsed = parse_answer(question.task, text, answer.finish_reason, question.schema)
     timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
@@ -151,19 +139,19 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
 
 
 def _ask(
-    model: Model, page: Page, question: Question, settings: Settings, on_token: OnToken, progress: Progress
+    model: Model, page: Page, question: Question, options: ExtractOptions, on_token: OnToken, progress: Progress
 ) -> Answer:
     prompt = model.prepare(question.prompt, [page.image])
-    max_tokens = settings.max_tokens
+    max_tokens = options.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens))
     stream = model.stream(
         prompt,
         max_tokens=max_tokens,
         constraint=question.constraint,
-        fast_forward=settings.fast_forward,
+        fast_forward=options.fast_forward,
         repetition=question.task,
-        lora=settings.lora,
+        lora=options.lora,
         progress=progress,
     )
     for _ in stream:

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
-from granite4v.runtime.extract import ArgumentError
-from granite4v.runtime.extract.arguments import check_arguments
+from granite4v.runtime.extract import ArgumentError, ExtractOptions
+from granite4v.runtime.extract.arguments import checked
 
 
 def check(tasks: tuple[str, ...] = ("tables_html",), formats: tuple[str, ...] = (), **options: Any) -> None:
-    check_arguments(["a.png"], tasks, formats, **{"out": None, **options})
+    if "kvp" in tasks:
+        options["schema"] = {}
+    if "prompt" in tasks:
+        options["prompt"] = "What is this?"
+    checked(["a.png"], ExtractOptions(tasks=tasks, formats=formats, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from granite4v.errors import (
     PromptError,
 )
 from granite4v.runtime.documents import SelectionError
-from granite4v.runtime.extract import ArgumentError, Record, State
+from granite4v.runtime.extract import ArgumentError, Record, State, batch
+from granite4v.runtime.extract import run as run_module
 from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import check_tasks
 from granite4v.runtime.extract.record import decode, encode
@@ -338,11 +339,9 @@ def test_a_schema_that_answers_cannot_be_held_to_is_refused_before_the_first_pag
 def test_files_that_were_left_out_and_documents_that_take_long_are_told(
     model: FakeModel, scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import granite4v.runtime.documents as pages
-
     seen: list[tuple[int, str, int | None, float]] = []
     remarks: list[str] = []
-    count, read = pages.count_pages, pages.open_pages
+    count, read = run_module.count_pages, batch.open_pages
 
     def slow_count(*arguments: Any, waiting: Any, **options: Any) -> Any:
         waiting("x.pdf", None, 2.5)
@@ -353,8 +352,8 @@ def test_files_that_were_left_out_and_documents_that_take_long_are_told(
             waiting(item.source, 7, 3.5)
             yield item
 
-    monkeypatch.setattr(pages, "count_pages", slow_count)
-    monkeypatch.setattr(pages, "open_pages", slow_open)
+    monkeypatch.setattr(run_module, "count_pages", slow_count)
+    monkeypatch.setattr(batch, "open_pages", slow_open)
 
     def watch(state: State) -> None:
         seen.append((state.n_documents, Path(state.source).name, state.page, state.waited_s))
