@@ -46,19 +46,16 @@ KNOWN_LONG_MODULES = {
     "tests/nano/test_language.py",
     "tests/nano/test_training.py",
     "tests/runtime/extract/test_resume.py",
-    "tests/runtime/formats/test_grammars.py",
-    "tests/runtime/formats/test_parsers.py",
     "tests/runtime/grammar/test_grammar_state.py",
     "tests/runtime/grammar/test_translation.py",
 }
 # Tests that still count the rounds of a loop as tests of their own.
 KNOWN_COUNTED_LOOPS = {
     "tests/runtime/documents/test_image_files.py",
-    "tests/runtime/formats/test_parsers.py",
     "tests/runtime/grammar/test_schema.py",
 }
 # Test modules that others still import from.
-KNOWN_SHARED_TESTS = {"tests.runtime.grammar.test_schema", "tests.runtime.formats.test_parsers"}
+KNOWN_SHARED_TESTS = {"tests.runtime.grammar.test_schema"}
 
 
 def all_files() -> list[Path]:

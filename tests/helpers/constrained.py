@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
 from granite4v.runtime.prompt.tokenizer import HfTokenizer
@@ -75,6 +77,13 @@ class Noise:
         return logits
 
 
+def grammar_of(task: str, schema: object = None) -> Grammar:
+    """The grammar of a task that has one."""
+    grammar = grammar_for(task, schema)
+    assert grammar is not None
+    return grammar
+
+
 def generated(
     kind: str,
     grammar: Grammar,
@@ -101,6 +110,15 @@ def generated(
     )
     assert "".join(pieces) == answer.text
     return answer
+
+
+def ended(kind: str, grammar: Grammar, seeds: range, **options: Any) -> Iterator[str]:
+    """The answers of noise that ended by themselves, each once."""
+    answers = [generated(kind, grammar, seed, fast_forward=seed % 2 == 0, **options) for seed in seeds]
+    texts = {answer.text for answer in answers if answer.finish_reason == "stop"}
+    assert len(texts) >= 6
+    assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
+    yield from texts
 
 
 def state_after(kind: str, grammar: Grammar, text: str) -> GrammarState:

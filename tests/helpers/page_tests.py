@@ -12,11 +12,7 @@ import pytest
 from PIL import Image
 
 from granite4v.families.base import TilingConfig, TowerConfig, VisionConfig, WindowQFormerConfig
-from granite4v.runtime.documents import (
-    Page,
-    PageFailure,
-    open_pages,
-)
+from granite4v.runtime.documents import Page, PageFailure, open_pages
 from tests.helpers.pictures import encoded, noise_picture, png_of, text_picture
 
 

@@ -25,8 +25,8 @@ from scripts.nano import formats
 from scripts.nano.contents import random_chart, random_form, random_table
 from tests.helpers.constrained import tokenizer
 from tests.helpers.drive import generate
-from tests.runtime.formats.test_parsers import ODD_TEXTS
-from tests.runtime.formats.test_parsers import random_table as random_output
+from tests.helpers.tables import ODD_TEXTS
+from tests.helpers.tables import random_table as random_output
 
 FORMS = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
 

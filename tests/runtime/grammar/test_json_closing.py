@@ -10,22 +10,15 @@ import pytest
 
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.json_closing import JsonPosition
 from tests.acceptance.judges import judge
 from tests.acceptance.schemas import SCHEMAS
-from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, generated, state_after, tokenizer
+from tests.helpers.constrained import KINDS, Noise, compiler, end_of_text, generated, grammar_of, state_after, tokenizer
 from tests.helpers.drive import generate
 
 NEVER = 10**9  # the patience of a model that does not want to end
 TABLES = ("tables_otsl", "tables_html", "tables_json", "chart2csv")
-
-
-def grammar_of(task: str, schema: object = None) -> Grammar:
-    grammar = grammar_for(task, schema)
-    assert grammar is not None
-    return grammar
 
 
 def shortest(kind: str, grammar: Grammar) -> int:
