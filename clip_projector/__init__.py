@@ -1,6 +1,6 @@
 """Images to embeddings: tiles, a ViT tower and its projectors as ggml graphs, packing.
 
-Nothing is imported until a name is used: whoever opens images needs no graphs.
+Nothing is imported until a name is used: opening images needs no graphs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ QUICK_GELU_SLOPE = 1.702  # same paper, the sigmoid form
 
 
 def linear(graph: Graph, weights: Weights, name: str, n_in: int, n_out: int) -> Callable[[Tensor], Tensor]:
-    """x `[n_in, tokens]` -> x.W^T + b `[n_out, tokens]`. The weight is readied once, however often it is used."""
+    """x `[n_in, tokens]` -> x.W^T + b `[n_out, tokens]`. The weight is widened once for all calls."""
     weight = weights.matrix(graph, f"{name}.weight", n_in, n_out)
     bias = weights.vector(f"{name}.bias", n_out)
     return lambda x: graph.add_(graph.matmul(weight, x), bias)

@@ -1,4 +1,4 @@
-"""From pictures to image embeddings: tiles, the tower and its projectors on a device, packing.
+"""From images to embeddings: tiles, the tower and its projectors on a device, packing.
 
 Knows the configuration's parts (tiling, tower, projector, streams), never which family they came from.
 """
@@ -42,11 +42,11 @@ NODES_PER_PROJECTOR = 200
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a decoder needs of one picture.
+    """What a decoder needs of one image.
 
     `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
     `layers`: the decoder layer before which each stream is added, ascending.
-    `layout`: the tile grid and the window of tokens that is left of it.
+    `layout`: the tile grid, and the window of its tokens that remains without padding.
     """
 
     rows: np.ndarray
@@ -73,7 +73,7 @@ class VisionEncoder:
         n_threads: int | None = None,
         abort: tuple[int, int] | None = None,
     ) -> None:
-        """Opens the file and starts the device; weights are read when a picture comes.
+        """Opens the file and starts the device; weights are read with the first image.
 
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. Raises ModelFileError and DeviceError.
         """
@@ -102,27 +102,27 @@ class VisionEncoder:
             self._weights = Weights(file, self.backend, self.kernels, names)
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
-        self._build(1).close()  # every tensor is there in its shape and type, or this says which is not
+        self._build(1).close()  # raises for the first tensor that is missing or has another shape or type
 
     def layout(self, size: tuple[int, int]) -> Layout:
-        """Grid and tokens of a picture of `size` (width, height), without looking at it."""
+        """Grid and tokens of an image of `size` (width, height)."""
         return layout(size, self.config.tiling, self.config.tokens_side, newline=self.config.newline)
 
     def encode(
         self, images: Sequence[Image], progress: Callable[[int, int], None] | None = None
     ) -> list[ImageFeatures]:
-        """The features of each RGB picture. Equal tiles, in one picture or in several, are computed once.
+        """The features of each image. Equal tiles, in one image or in several, are computed once.
 
-        `progress` is called now and then with (done, to do), in hundredths of the whole. Raises Aborted when the abort
-        callback says so.
+        `progress` is called now and then with (done, 100), in hundredths of the work. Raises Aborted when the abort
+        callback asks for it.
         """
-        pictures = [cut(image.pillow, self.config.tiling) for image in images]
+        cuts = [cut(image.pillow, self.config.tiling) for image in images]
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
         places: list[list[int]] = []
-        for picture in pictures:
+        for image_tiles in cuts:
             place = []
-            for tile in picture:
+            for tile in image_tiles:
                 digest = hashlib.sha256(tile).digest()
                 if digest not in unique:
                     unique[digest] = len(tiles)
@@ -166,7 +166,7 @@ class VisionEncoder:
                 )
 
     def _graph(self, n_tiles: int) -> Graph:
-        """The graph for a number of tiles, built once and kept for the next picture."""
+        """The graph for a number of tiles, built once and kept for the next images."""
         if n_tiles in self._graphs:
             self._graphs.move_to_end(n_tiles)
             return self._graphs[n_tiles]
@@ -201,7 +201,7 @@ class VisionEncoder:
             graph.output(f"stream.{p}", embeddings)
 
     def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:
-        """The rows of one picture, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
+        """The rows of one image, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
         n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
         rows = np.empty((where.n_tokens, n_streams, n_embd), dtype=np.float32)
         for s in range(n_streams):
@@ -209,7 +209,7 @@ class VisionEncoder:
         return rows
 
     def release(self) -> None:
-        """Gives back the memory of intermediate results; the next picture takes it again."""
+        """Returns the memory of intermediate results; the next image takes it again."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()

@@ -1,4 +1,4 @@
-"""Reading a file whole, whatever it turns out to be, and telling what it holds when it is no image."""
+"""Reads complete files and pipes within limits, and names what a file holds when it is not an image."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import stat
 import time
 from pathlib import Path
 
-MAX_FILE_BYTES = 1 << 30  # of what is read whole: twice as much as the largest image that Pillow opens, uncompressed
+MAX_FILE_BYTES = 1 << 30  # that are read at once: twice the largest image that Pillow opens, uncompressed
 PIPE_S = 60.0  # without a byte from a pipe
-_NO_WRITER_S = 0.02  # between two looks at a pipe that nobody has opened for writing
+_NO_WRITER_S = 0.02  # between two reads of a pipe that no process has opened for writing
 _PIECE_BYTES = 1 << 20
 
 
 def read_whole(path: Path, limit_bytes: int = MAX_FILE_BYTES, pipe_s: float = PIPE_S) -> bytes:
-    """What a file or pipe holds, never without end.
+    """The content of a file or pipe, up to a limit.
 
-    Raises OSError, whose text says what is wrong, also for too many bytes and for devices.
+    Raises OSError with the reason, also for too many bytes and for devices.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode):
         return _from_pipe(path, limit_bytes, pipe_s)
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError("it is a device or a socket")
-    with path.open("rb") as file:  # a directory says so by itself
+    with path.open("rb") as file:  # raises for a directory
         n_bytes = os.fstat(file.fileno()).st_size
-        data = b"" if n_bytes > limit_bytes else file.read(limit_bytes + 1)  # files of the kernel tell no size
+        data = b"" if n_bytes > limit_bytes else file.read(limit_bytes + 1)  # the kernel's own files report no size
     if max(n_bytes, len(data)) > limit_bytes:
         raise OSError(f"it has {max(n_bytes, len(data)):,} bytes, and at most {limit_bytes:,} are read")
     return data
 
 
 def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
-    """What comes until the writer closes it; opened without waiting for one, which might never come."""
+    """What is written until the writer closes it. Opened without waiting for a writer, which may never come."""
     data = bytearray()
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
         poll = select.poll()
@@ -45,7 +45,7 @@ def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
                 raise OSError(f"it is a pipe into which nothing came for {pipe_s:g} s")
             piece = pipe.read(_PIECE_BYTES)
             if piece is None or (not piece and not data and time.monotonic() < deadline):
-                time.sleep(_NO_WRITER_S)  # no writer yet: some systems say at once that there is no more
+                time.sleep(_NO_WRITER_S)  # no writer yet: some systems report the end at once
             elif not piece:
                 return bytes(data)
             else:
@@ -89,12 +89,12 @@ def is_pdf(head: bytes) -> bool:
 
 
 def what_it_holds(head: bytes) -> str | None:
-    """What a file that begins with `head` probably is, as text to go behind 'holds'; None for who knows what."""
+    """What a file that begins with `head` probably is, to follow 'holds' in a message; None when unknown."""
     for pattern, what in _OTHERS:
         if pattern.match(head):
             return what
     if not head.strip(b"\0"):
-        return "zero bytes alone"
+        return "nothing but zero bytes"
     text = head.decode("utf-8", "ignore")
     is_text = len(text.encode()) > len(head) - 4 and all(char.isprintable() or char.isspace() for char in text)
     return "text" if is_text else None

@@ -17,7 +17,7 @@ from granite4v.families.base import TilingConfig, VisionConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a picture's tokens come from.
+    """Where an image's tokens come from.
 
     The overview tile first, then a grid of `rows` x `columns` tiles; of the grid's tokens only the window
     `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows (none where
@@ -44,7 +44,7 @@ class Layout:
 
 
 def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the picture's pixels, then wastes least; the first of equals."""
+    """The (height, width) that keeps most of the image's pixels, then wastes least; the first of equals."""
     width, height = size
     best, most, least_waste = pinpoints[0], 0, math.inf
     for grid_height, grid_width in pinpoints:
@@ -57,7 +57,7 @@ def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...
 
 
 def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """The size (width, height) the picture is resized to inside `resolution`, its shape kept."""
+    """The size (width, height) an image is resized to inside `resolution`, its aspect ratio kept."""
     width, height = size
     grid_height, grid_width = resolution
     scale_width, scale_height = grid_width / width, grid_height / height
@@ -67,7 +67,7 @@ def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, i
 
 
 def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, newline: bool = True) -> Layout:
-    """The grid and the token window for a picture of `size` (width, height); needs no pixels."""
+    """The grid and the token window for an image of `size` (width, height); needs no pixels."""
     grid_height, grid_width = best_resolution(size, tiling.image_grid_pinpoints)
     rows, columns = grid_height // tiling.tile_px, grid_width // tiling.tile_px
     width, height = size
@@ -84,5 +84,5 @@ def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, new
 
 
 def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
-    """Image tokens of a picture of `size` (width, height), newlines included."""
+    """Image tokens of an image of `size` (width, height), newlines included."""
     return layout(size, config.tiling, config.tokens_side, newline=config.newline).n_tokens

@@ -26,6 +26,6 @@ def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:
     """
     n, px, _, channels = tiles.shape
     side = px // patch_size
-    whole = tiles[:, : side * patch_size, : side * patch_size]  # as the convolution, which drops a part of a patch
-    grid = whole.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
+    covered = tiles[:, : side * patch_size, : side * patch_size]  # like a convolution, without incomplete patches
+    grid = covered.reshape(n, side, patch_size, side, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
     return np.ascontiguousarray(grid).reshape(n, side * side, channels * patch_size**2)

@@ -16,6 +16,6 @@ KINDS: dict[type, Project] = {WindowQFormerConfig: qformer.project, MlpConfig: m
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: States) -> list[Tensor]:
-    """Hidden states by index, each in groups `[dim, patches, tiles of the group]`: for every stream its embeddings
-    `[n_embd, tokens_per_tile, tiles]`."""
+    """For every stream its embeddings `[n_embd, tokens_per_tile, tiles]`, from hidden states by index, each in groups
+    `[dim, patches, tiles of the group]`."""
     return KINDS[type(config.projector)](graph, weights, config, states)

@@ -1,7 +1,16 @@
 """The window Q-Former: one BLIP-2 layer over windows of patches, 16 queries for 64 patches.
 
-The layer is BLIP-2's (transformers 5.23, `Blip2QFormerLayer`). Windowing is a
-transposition of a four-axis view, so nothing is gathered by index.
+The layer is BLIP-2's (transformers 5.23, `Blip2QFormerLayer`). Attention runs within each window, so windows are the
+batch axis. Windowing is a transposition of a four-axis view, so nothing is gathered by index. For a grid of 24x24
+patches and windows of 8x8 patches, [fastest axis first]:
+
+    raster     [dim, 576, tiles]         patch = 24 * row + column
+    reshaped   [dim * 8, 3, 8, 3 * tiles]  8 patches of a row of a window; window column; row in it; window row, tile
+    swapped    [dim * 8, 8, 3, 3 * tiles]  the 8 rows of a window are neighbours now
+    windows    [dim, 64, 9 * tiles]      64 patches a window, 9 windows a tile
+
+The queries take the same way at half the side: a raster of 12x12 in windows of 4x4, so that query window i is the
+same part of the tile as patch window i. `_raster` is the inverse.
 """
 
 from __future__ import annotations
@@ -79,12 +88,13 @@ def _halve(graph: Graph, x: Tensor, side: int, offset: int | None) -> Tensor:
 
     if offset is not None:
         return graph.cont(corner(offset))
+    # the mean is what area interpolation to half the side computes
     total = graph.add(corner(0), corner(1))
     return graph.scale_(graph.add_(graph.add_(total, corner(2)), corner(3)), 0.25)
 
 
 def _windows(graph: Graph, x: Tensor, side: int, window: int) -> Tensor:
-    """Raster order to window order: `[dim * window, windows across, window, windows down * tiles]` transposed."""
+    """Raster order `[dim, side * side, tiles]` to window order, as the module describes."""
     n, dim, tiles = side // window, x.ne[0], _count(x) // (side * side)
     return graph.cont(graph.permute(graph.reshape(x, dim * window, n, window, n * tiles), 0, 2, 1, 3))
 

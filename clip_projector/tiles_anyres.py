@@ -16,7 +16,7 @@ from granite4v.families.base import TilingConfig
 
 
 def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
-    """The tiles of an RGB picture, uint8 `(tiles, tile_px, tile_px, 3)`: overview, then the grid row by row."""
+    """The tiles of an RGB image, uint8 `(tiles, tile_px, tile_px, 3)`: overview, then the grid row by row."""
     side, resample = tiling.tile_px, Resampling(tiling.resample)
     grid_height, grid_width = best_resolution(image.size, tiling.image_grid_pinpoints)
     width, height = fit_size(image.size, (grid_height, grid_width))
@@ -29,7 +29,7 @@ def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
 
 
 def pack(tiles: Sequence[np.ndarray], newline: np.ndarray | None, where: Layout, out: np.ndarray) -> None:
-    """Writes the tokens of a picture in order into `out` `(n_tokens, n_embd)`.
+    """Writes the tokens of an image in order into `out` `(n_tokens, n_embd)`.
 
     `tiles`: for the overview and each grid tile its tokens `(tokens_per_tile, n_embd)`. The overview comes
     first, then the unpadded grid row by row, each row ended by `newline` `(n_embd,)` if there is one.

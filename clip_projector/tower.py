@@ -1,7 +1,7 @@
 """The ViT: pixels to hidden states. One loop over layers; each tile passes through a layer on its own.
 
 On a CPU one tile's activations fit its caches and the products are as fast for 576 rows as for 5,760, so a
-layer's weights are readied once and the tiles follow one another. A GPU takes all tiles at once.
+layer's weights are widened once and the tiles follow one another. A GPU takes all tiles at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Ten
 def _layer(
     graph: Graph, weights: Weights, config: TowerConfig, i: int, states: list[Tensor], *, keep: bool
 ) -> list[Tensor]:
-    """One encoder layer on every group. The input is overwritten unless somebody wants to `keep` it."""
+    """One encoder layer on every group. The input is overwritten unless it is to be kept (`keep`)."""
     dim, wide, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
 
     def name(part: str) -> str:

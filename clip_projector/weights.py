@@ -1,7 +1,7 @@
 """The tensors of an mmproj file where a graph can use them, and how each kind is multiplied.
 
-On the CPU the file is mapped: weights stay on disk until they are touched and can be let go after a
-picture. Weights of a type that multiplies faster in another buffer type (CPU repack) or on a GPU are
+On the CPU the file is mapped: weights stay on disk until they are touched, and their pages can be released after
+the images. Weights of a type that multiplies faster in another buffer type (CPU repack) or on a GPU are
 copied there once.
 """
 
@@ -31,7 +31,7 @@ class Weights:
     def __init__(
         self, file: GgufFile, backend: Backend, kernels: Mapping[str, Kernel], names: Mapping[str, str] | None = None
     ) -> None:
-        """`kernels` says for each weight type how to multiply it; types without an entry are used as they are.
+        """`kernels`: how each weight type is multiplied; types without an entry are used as they are.
 
         `names`: of tensors that this file calls otherwise, our name -> the file's.
         """
@@ -48,6 +48,8 @@ class Weights:
             self._map.close()
             self._file.close()
             raise ModelFileError(f"'{file.path}' has become shorter since its header was read; open it again.")
+        # a NumPy view of the mapping: its address is what ggml's host buffer points to, and closing the mapping
+        # while the view lives is an error, so `close` deletes the view first
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         elsewhere: dict[Any, list[TensorInfo]] = {}
         mapped: list[TensorInfo] = []
@@ -87,6 +89,7 @@ class Weights:
         arena = Arena(len(infos))
         self._arenas.append(arena)
         base = self._bytes.ctypes.data
+        # the buffer covers the complete file; a tensor lies in it where its data lies in the file, nothing is copied
         arena.buffer = lib().ggml_backend_dev_buffer_from_host_ptr(
             backend.device, base, self._bytes.nbytes, self._bytes.nbytes
         )
@@ -98,7 +101,7 @@ class Weights:
             self._tensors[info.name] = Tensor(tensor)
 
     def vector(self, name: str, n: int) -> Tensor:
-        """A float32 tensor of `n` values; raises ModelFileError when it is missing or otherwise shaped."""
+        """A float32 tensor of `n` values; raises ModelFileError when it is missing or has another shape."""
         info = self._info(name)
         if info.type_name != "F32" or info.nbytes != 4 * n:
             raise ModelFileError(
@@ -134,7 +137,7 @@ class Weights:
             )
         if _flat(info.shape) != (n_out, n_in):
             raise ModelFileError(
-                f"'{self._path}' has tensor '{name}' with shape {info.shape}, its metadata says {(n_out, n_in)}."
+                f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected {(n_out, n_in)} by its metadata."
             )
         tensor, kernel = self._tensors[name], self._kernel(info)
         if len(info.shape) > 2:
@@ -151,7 +154,7 @@ class Weights:
         return self._infos[name]
 
     def release(self) -> None:
-        """Lets the system take back the mapped pages; they are read again from the file when touched."""
+        """Lets the system drop the mapped pages; they are read from the file again when touched."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -167,7 +170,7 @@ class Weights:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(n_out, n_in) of a matrix; a convolution kernel (out, channels, height, width) counts as one row an output."""
+    """(n_out, n_in) of a matrix; of a convolution kernel (out, channels, height, width) one row an output."""
     if len(shape) == 1:
         return (1, shape[0])
     n_in = 1

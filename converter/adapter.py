@@ -25,7 +25,7 @@ WRAPPER = "base_model.model."
 # a.b.lora_A.weight; some versions of peft kept the adapter's name: a.b.lora_A.default.weight
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[\w-]+)?\.weight")
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft's
-# A pattern is a regular expression from a file: repetitions of repetitions, or very many, would run for ever.
+# A pattern is a regular expression from a file: nested or very many repetitions would take forever to match.
 MAX_PATTERNS = 10_000
 MAX_PATTERN_LENGTH = 500
 MAX_REPETITIONS = 4
@@ -36,7 +36,7 @@ REPEATED_GROUP = re.compile(r"\)[*+{]")
 UNSUPPORTED = {
     "use_dora": "DoRA (a magnitude for every row)",
     "lora_bias": "a bias of its own ('lora_bias')",
-    "modules_to_save": "whole modules trained beside the LoRA matrices ('modules_to_save')",
+    "modules_to_save": "modules trained in full beside the LoRA matrices ('modules_to_save')",
     "trainable_token_indices": "trained token embeddings ('trainable_token_indices')",
     "layer_replication": "replicated layers ('layer_replication')",
     "target_parameters": "LoRA on bare parameters ('target_parameters')",
@@ -103,7 +103,7 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
     problems += wrong
     sides: dict[str, dict[str, SourceTensor]] = {}
     modules: dict[str, str] = {}
-    strangers: list[str] = []
+    foreign: list[str] = []
     for tensor in tensors:
         match = LORA_KEY.fullmatch(tensor.name.removeprefix(WRAPPER))
         own = names.spellings.get(f"{match['module']}.weight") if match else None
@@ -112,7 +112,7 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
         elif (problem := type_problem(tensor)) is not None:
             problems.append(problem)
         elif own is None or own not in shapes or len(shapes[own]) != 2:
-            strangers.append(f"it changes '{match['module']}', a linear layer that the model does not have")
+            foreign.append(f"it changes '{match['module']}', a linear layer that the model does not have")
         elif match["side"] in sides.setdefault(own, {}):
             problems.append(f"doubled tensor: '{sides[own][match['side']].name}' and '{tensor.name}' are the same")
         else:
@@ -123,7 +123,7 @@ def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tup
         problems += _check_pair(own, found, shapes[own], settings.rank(modules[own]))
         if len(found) == 2:
             pairs[own] = LoraPair(found["A"], found["B"], settings.scale(modules[own]))
-    problems += strangers
+    problems += foreign
     if not pairs and not problems:
         problems.append(f"'{WEIGHTS}' holds no tensors")
     raise_problems(

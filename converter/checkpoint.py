@@ -28,7 +28,7 @@ FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one m
 class Checkpoint:
     """`tensors` by name; `problems`: what is wrong with their files, in words, to be reported with all else.
 
-    `incomplete`: whole files are absent, so that missing tensors need no mention of their own.
+    `incomplete`: files are absent, so the tensors missing with them are not reported one by one.
     """
 
     location: Location
@@ -43,7 +43,7 @@ class Checkpoint:
         return self.location.folder
 
     def fingerprint(self) -> str:
-        """A short name for these very weights: equal for every conversion of one checkpoint."""
+        """A short name for exactly these weights: equal for every conversion of one checkpoint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
@@ -103,10 +103,10 @@ def _read_indexed(folder: Path) -> tuple[dict[str, SourceTensor], list[str], lis
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"'{folder / INDEX}' has no 'weight_map'; download it again.")
-    strange = [name for name in weight_map.values() if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
-    if strange:
+    invalid = [name for name in weight_map.values() if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
+    if invalid:
         raise CheckpointError(
-            f"'{folder / INDEX}' places tensors in {shown(strange[0])}; expected the name of a .safetensors file "
+            f"'{folder / INDEX}' places tensors in {shown(invalid[0])}; expected the name of a .safetensors file "
             "beside it."
         )
     files = sorted(set(weight_map.values()))

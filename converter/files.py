@@ -1,6 +1,6 @@
-"""Reads the small files of a checkpoint: regular files only, and what stands in their place is named.
+"""Reads the small files of a checkpoint: regular files only, and recognises what is often found in their place.
 
-A checkpoint folder holds what somebody downloaded: Git LFS pointers, error pages of a web server, halves of files.
+Checkpoint folders are downloads, with Git LFS pointers, error pages of web servers and incomplete files in them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _dangling(path: Path) -> CheckpointError:
 def check_regular(path: Path) -> int:
     """The size in bytes of a regular file that may be opened; raises CheckpointError for anything else.
 
-    A named pipe, for instance, would wait for a writer for ever. FileNotFoundError passes through.
+    Opening a named pipe, for instance, would wait for a writer forever. FileNotFoundError passes through.
     """
     try:
         status = os.stat(path)

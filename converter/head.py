@@ -1,4 +1,4 @@
-"""Decides whether a checkpoint's output head is its token embedding: config.json says so, the tensors may differ."""
+"""Decides whether a checkpoint's output head is its token embedding: config.json's flag, corrected by the tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from granite4v.converter.tensors.decoder import EMBEDDING, HEAD, HEAD_PREFIXES, 
 COMPARED_BYTES = 1 << 22  # of each of the two, at once
 
 
-def decide_head(checkpoint: Checkpoint, said: bool) -> tuple[Checkpoint, bool, list[str]]:
-    """The checkpoint, whether its head is tied to the embedding, and warnings. `said`: config.json says it is.
+def decide_head(checkpoint: Checkpoint, declared: bool) -> tuple[Checkpoint, bool, list[str]]:
+    """The checkpoint, whether its head is tied to the embedding, and warnings. `declared`: config.json says it is.
 
     As in transformers 5.24 (`modeling_utils.tie_weights`): tied matrices that differ are both kept, and of two that
     are tied either may be absent. A head that is absent though config.json does not tie it is tied, as in other
@@ -24,11 +24,11 @@ def decide_head(checkpoint: Checkpoint, said: bool) -> tuple[Checkpoint, bool, l
     embedding = _first(checkpoint.tensors, PREFIXES, EMBEDDING)
     head = _first(checkpoint.tensors, HEAD_PREFIXES, HEAD)
     if head is None:
-        if said or embedding is None or checkpoint.incomplete:
-            return checkpoint, said or not checkpoint.incomplete, []
+        if declared or embedding is None or checkpoint.incomplete:
+            return checkpoint, declared or not checkpoint.incomplete, []
         warning = "config.json does not tie the output head to the token embedding, but the checkpoint has none; tied"
         return checkpoint, True, [warning]
-    if not said:
+    if not declared:
         return checkpoint, False, []
     if embedding is None and not checkpoint.incomplete:
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != head.name}

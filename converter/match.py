@@ -1,4 +1,4 @@
-"""Matches a checkpoint's tensor names against the tables: each is used once or dropped by name."""
+"""Matches a checkpoint's tensor names against the tables: each is used exactly once or dropped by a rule."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Names:
-    """The tables turned around: from every accepted spelling of a name to the table's own.
-
-    The table's own spelling is that of a group's first prefix.
-    """
+    """The tables inverted: from every accepted spelling of a name to the table's own, with the group's first prefix."""
 
     groups: tuple[TensorGroup, ...]
     spellings: Mapping[str, str]
@@ -36,7 +33,7 @@ class Names:
         return cls(groups, spellings)
 
     def drop_reason(self, name: str) -> str | None:
-        """Why a checkpoint tensor is left out; None when nothing says so."""
+        """Why a checkpoint tensor is left out; None without a rule."""
         for group in self.groups:
             for prefix in group.prefixes:
                 if name.startswith(prefix):
@@ -101,7 +98,7 @@ def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:
 
 
 def raise_problems(problems: Collection[str], heading: str, advice: str) -> None:
-    """One CheckpointError with all problems, the first twenty spelled out; nothing when there are none."""
+    """Raises one CheckpointError with all problems, the first twenty in full; does nothing when there are none."""
     if not problems:
         return
     lines = list(dict.fromkeys(problems))

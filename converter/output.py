@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a working directory, then one step into place."""
+"""Files that appear complete or not at all: written in a working directory, then moved into place in one step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_space(target: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _output_errors(target: Path) -> Iterator[None]:
-    """What the system says of the target as an OutputError."""
+    """Turns the system's errors into OutputError with the target's name."""
     try:
         yield
     except OSError as error:
@@ -62,10 +62,10 @@ def _output_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A working directory beside (or in) the target. When the block ends well, its files move into place.
+    """A working directory beside (or in) the target. When the block ends without an error, its files move into place.
 
     A target that does not exist appears with all its files at once. In one that exists, the files replace
-    those of an earlier model. On any error or interrupt nothing of ours stays behind; a full disk raises
+    those of an earlier model. On an error or interrupt everything written is removed; a full disk raises
     OutputError.
     """
     fresh = not target.exists()
@@ -91,7 +91,7 @@ def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
         if not os.path.exists(target):
             for folder in reversed(made):
-                with contextlib.suppress(OSError):  # not empty: somebody else put something there
+                with contextlib.suppress(OSError):  # not empty: another process has put something there
                     folder.rmdir()
 
 
@@ -145,7 +145,7 @@ def _umask() -> int:
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Makes the directory and those above it; `made` lists what was not there, also when it fails in the middle."""
+    """Makes the directory and those above it; `made` lists those that it made, also when it fails midway."""
     for path in reversed((folder, *folder.parents)):
         if not path.exists():
             path.mkdir(exist_ok=True)

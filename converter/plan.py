@@ -33,7 +33,7 @@ ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor to write. `shape` is NumPy's order; `rule` says how the rows of `source` become it.
+    """One tensor to write. `shape` is NumPy's order; `rule`: how the rows of `source` become its rows.
 
     `source`: None for a tensor that is computed from the configuration (`rule.values`).
     `lora`: a delta to add first. `factor`: multiply the values by it.
@@ -73,7 +73,7 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that one conversion writes, leaves out and remarks on.
+    """Everything that one conversion writes and leaves out, and its warnings.
 
     `adapter_use`: 'merged', 'separate' or 'ignored'; 'none' without an adapter.
     """
@@ -92,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint understood: its family, configuration, and tables matched against its tensors.
+    """A checkpoint with its family, its configuration, and the tables matched against its tensors.
 
     `text_config`: the section of config.json that `text` was read from.
     """
@@ -173,10 +173,10 @@ def _vision_file(
 def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Mapping[str, Any]) -> PlannedFile:
     """llama.cpp applies alpha / rank to all modules alike; what differs from that is multiplied into B."""
     rules = [(group.prefixes[0] + rule.source, rule) for group in model.text_groups for rule in group.rules]
-    strangers = sorted(set(adapter.pairs) - {own for own, _ in rules})
-    if strangers:
+    foreign = sorted(set(adapter.pairs) - {own for own, _ in rules})
+    if foreign:
         raise CheckpointError(
-            f"the adapter '{adapter.name}' changes the image side as well ({', '.join(strangers[:3])}, ...), which a "
+            f"the adapter '{adapter.name}' changes the image side as well ({', '.join(foreign[:3])}, ...), which a "
             "separate GGUF adapter cannot hold; use --lora merge."
         )
     alpha = adapter.alpha or 1.0

@@ -38,7 +38,7 @@ PLAIN_TYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the integers: coun
 
 
 def check_full_precision(checkpoint: Checkpoint) -> list[str]:
-    """Raises CheckpointError for a quantized checkpoint; warns of one that only says it is."""
+    """Raises CheckpointError for a quantized checkpoint; warns when only config.json says that it is quantized."""
     named = _named_method(checkpoint)
     found = _method_of(checkpoint.tensors.values(), named is not None)
     if found is not None:
@@ -48,7 +48,7 @@ def check_full_precision(checkpoint: Checkpoint) -> list[str]:
         )
     if named is None:
         return []
-    how = named or "it does not say how"
+    how = named or "it names no method"
     return [
         f"config.json says that the checkpoint is quantized ({how}), but its weights are full precision; they are "
         "converted as such"

@@ -1,7 +1,7 @@
 """The header of one safetensors file, and rows of its tensors as float32.
 
 Reads the header itself rather than through the safetensors package, which needs torch for bfloat16, keeps
-the file mapped (its pages count as ours) and hides doubled names.
+the file mapped (whose pages count as this process's memory) and hides duplicate names.
 Format: https://github.com/huggingface/safetensors, an 8-byte length, JSON, then the data.
 """
 
@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 100_000  # in one file; models of hundreds of experts stay below
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the types that convert
 
-# Of the format's other types; what has no whole bytes is left out, its size is not checked.
+# Of the format's other types, but those of less than a byte, whose sizes are not checked.
 OTHER_BYTES = {
     name: n_bytes
     for n_bytes, names in (
@@ -59,7 +59,7 @@ class SourceTensor:
 
 
 class _Pairs(list):  # type: ignore[type-arg]
-    """The (name, value) pairs of a JSON object, doubled names kept apart."""
+    """The (name, value) pairs of a JSON object, which keep duplicate names."""
 
 
 def read_header(path: Path) -> tuple[list[SourceTensor], list[str]]:
@@ -77,7 +77,7 @@ def read_header(path: Path) -> tuple[list[SourceTensor], list[str]]:
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else None
             if length is None or length > min(MAX_HEADER_BYTES, size_bytes - 8):
                 raise CheckpointError(
-                    f"'{path}' is cut short or is no safetensors file: its header does not fit in {size_bytes:,} "
+                    f"'{path}' is cut short or not a safetensors file: its header does not fit in {size_bytes:,} "
                     "bytes. Download it again."
                 )
             file.seek(8)
@@ -108,7 +108,7 @@ def _tensors(path: Path, pairs: _Pairs, data_start: int, size_bytes: int) -> tup
             continue
         first, last = offsets
         if name in tensors:
-            problems.append(f"{name!r} stands twice in '{path.name}'")
+            problems.append(f"{name!r} occurs twice in '{path.name}'")
         n_bytes = ELEMENT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
         if last < first or (n_bytes and last - first != n_bytes * math.prod(shape)):
             problems.append(f"{name!r} in '{path.name}' has {last - first:,} bytes for {dtype} {shape}")
@@ -123,7 +123,7 @@ def _counts(value: Any) -> bool:
 
 
 def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -> list[str]:
-    """Tensors that lie on each other or beyond the file's end. `spans`: first and last byte, name."""
+    """Tensors that overlap or end beyond the file's end. `spans`: first and last byte, name."""
     problems = []
     end_bytes = max((last for _, last, _ in spans), default=0)
     if end_bytes > size_bytes:
@@ -134,14 +134,14 @@ def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -
     held = sorted(span for span in spans if span[1] > span[0])
     for (_, end, name), (start, _, other) in itertools.pairwise(held):
         if start < end and name != other:
-            problems.append(f"{name!r} and {other!r} lie on the same bytes of '{path.name}'")
+            problems.append(f"{name!r} and {other!r} overlap in '{path.name}'")
     return problems
 
 
 def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray:
     """Rows [first_row, last_row) in the file's own type (float32, float16 or ml_dtypes' bfloat16).
 
-    Shape (rows, n_cols). Reads into fresh memory: the pages of a mapped file would count as ours. Raises
+    Shape (rows, n_cols). Reads instead of mapping: the pages of a mapped file count as this process's memory. Raises
     CheckpointError when the file cannot be read.
     """
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[tensor.dtype]

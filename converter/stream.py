@@ -1,8 +1,8 @@
 """From planned tensors to bytes, some rows at a time: read, merge, reorder, pad, quantize.
 
-Every chunk of rows is a job of its own, done by one thread; jobs run ahead across tensors by a few chunks,
-so reading, computing and writing overlap and memory does not grow with the tensors. What a row becomes
-depends on its own source rows only: that is what makes this possible.
+Every chunk of rows is a job of one thread; jobs run ahead across tensors by a few chunks, so reading, computing and
+writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
+own source rows only (the rows of one head, where they are reordered).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from granite4v.converter.safetensors_file import SourceTensor, read_rows
 from granite4v.errors import CheckpointError
 from granite4v.ggml.quantize import quantize_rows
 
-CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: stays in cache, and large enough to hide Python's share
+CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
 JOBS_AHEAD = 3  # chunks in flight for each thread
-CACHED_MATRICES = 4  # lora_A of the modules at work
+CACHED_MATRICES = 4  # lora_A of the modules that the threads work on
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
 
 
 def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
-    """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for values that are no numbers."""
+    """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for NaN and infinity."""
     tensor = chunk.tensor
     if tensor.source is None:
         assert tensor.rule.values is not None
         values = np.asarray(tensor.rule.values[chunk.first : chunk.last], dtype=np.float32)
         return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
     rows = read_rows(tensor.source, *_source_span(chunk))
-    as_it_is = tensor.source.dtype == tensor.type_name and tensor.lora is None and tensor.factor == 1.0
-    if not as_it_is:
+    unchanged = tensor.source.dtype == tensor.type_name and tensor.lora is None and tensor.factor == 1.0
+    if not unchanged:
         rows = rows.astype(np.float32, copy=False)
         if tensor.lora is not None:
             rows = rows + _delta(chunk, cache)
@@ -92,14 +92,14 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     if tensor.rule.rope_heads:
         rows = _interleave(rows, _as_matrix(tensor.shape)[0] // tensor.rule.rope_heads)
     rows = _pad(rows, chunk)
-    if as_it_is:
+    if unchanged:
         return rows.view(np.uint8).reshape(-1)
     row_width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
     return quantize_rows(rows.reshape(-1, row_width), tensor.type_name, n_threads=1).reshape(-1)
 
 
 class MatrixCache:
-    """Whole small matrices (lora_A) as float32, the last few of them, shared by the threads."""
+    """The last few small matrices (lora_A) as float32, shared by the threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -138,7 +138,10 @@ def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
 
 
 def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...)."""
+    """Every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...): for 6 rows to 0, 3, 1, 4, 2, 5.
+
+    Hugging Face rotates row i with row i + n/2, llama.cpp's 'normal' rotary embedding rows 2i and 2i + 1.
+    """
     n_rows, n_cols = rows.shape
     halves = rows.reshape(n_rows // head_dim, 2, head_dim // 2, n_cols)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, n_cols)
@@ -160,9 +163,9 @@ def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
 
 
 def _check_finite(source: SourceTensor, rows: np.ndarray) -> None:
-    """The sum shows a NaN or infinity anywhere at a fraction of the cost of looking at each value."""
+    """A NaN or infinity anywhere shows in the sum, which costs a fraction of a test of each value."""
     if not math.isfinite(float(rows.sum(dtype=np.float32))) and not np.isfinite(rows).all():
         raise CheckpointError(
-            f"'{source.name}' in '{source.path}' holds values that are no finite numbers; the "
+            f"'{source.name}' in '{source.path}' holds values that are not finite numbers; the "
             "checkpoint is damaged. Download it again."
         )

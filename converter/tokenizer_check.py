@@ -1,7 +1,7 @@
 """Loads a tokenizer.json in a child process, as the runtime will, before a conversion relies on it.
 
-The tokenizers package panics on some files and may end the process over others, and what it takes for a large
-vocabulary would stay in the conversion's peak memory. In a child none of that matters.
+The tokenizers package panics on some files and may abort the process on others, and its memory for a large vocabulary
+would add to the conversion's peak. In a child process neither does harm.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def main(path: str) -> None:
     """What the child does: status 1, and the reason on stdout, when the file does not load."""
     try:
         Tokenizer.from_file(path)
-    except BaseException as error:  # its panics are no Exception
+    except BaseException as error:  # its panics are BaseExceptions
         print(error)
         raise SystemExit(1) from None

@@ -2,7 +2,7 @@
 
 Two kinds of vocabulary are known: byte-level BPE, and BPE over characters as it is converted from SentencePiece.
 
-granite4v itself tokenizes with the tokenizer.json that is stored whole; these keys are for llama.cpp.
+granite4v itself tokenizes with the tokenizer.json, which is stored unchanged; these keys are for llama.cpp.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def check_tokenizer(tokenizer: Json, path: Path) -> None:
             f"'{path}' holds a {model.get('type')!r} tokenizer; only byte-level BPE, and BPE converted from "
             "SentencePiece, convert."
         )
-    whole = Fields(tokenizer, str(path))
+    fields = Fields(tokenizer, str(path))
     for text, i in model["vocab"].items():
         if not is_integer(i) or not 0 <= i < MAX_VOCABULARY:
             raise CheckpointError(f"'{path}': token {text!r} has the id {shown(i)}; expected an integer from 0.")
@@ -183,13 +183,13 @@ def check_tokenizer(tokenizer: Json, path: Path) -> None:
         and 0 <= entry["id"] < MAX_VOCABULARY
         for entry in entries
     ):
-        raise whole.error("added_tokens", "a list of objects with 'id' and 'content'")
+        raise fields.error("added_tokens", "a list of objects with 'id' and 'content'")
     for key, plural in (
         ("normalizer", "normalizers"),
         ("pre_tokenizer", "pretokenizers"),
         ("post_processor", "processors"),
     ):
-        part = whole.section(key, {})
+        part = fields.section(key, {})
         steps = part.get(plural, [])
         if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             raise part.error(plural, "a list of objects")

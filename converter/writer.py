@@ -17,7 +17,7 @@ Advance = Callable[[int, str], None]
 
 
 def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) -> None:
-    """Writes `file` to `path`. `advance(n_bytes, tensor_name)` is called for every piece written.
+    """Writes `file` to `path`. `advance(n_bytes, tensor_name)` is called after every piece.
 
     Raises CheckpointError when a source cannot be read, OSError when the target cannot be written.
     """
@@ -41,7 +41,7 @@ def write_header(file: PlannedFile, path: Path) -> None:
             writer.add_tensor_info(
                 tensor.name,
                 tensor.shape,
-                np.dtype(np.float32),  # not looked at: raw_dtype says the type
+                np.dtype(np.float32),  # ignored, since raw_dtype gives the type
                 tensor.n_bytes,
                 raw_dtype=gguf.GGMLQuantizationType[tensor.type_name],
             )

@@ -8,7 +8,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.ggml.gguf_file import GgufFile
 
-# What general.type says of GGUF files that hold no weights to run.
+# general.type of GGUF files without weights to run.
 _NO_MODEL = ("imatrix", "dataset", "vocab", "template", "kv_cache")
 
 

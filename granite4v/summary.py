@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as plain data for people and programs to read. Reads headers only."""
+"""What a GGUF file holds, as plain data for display and for programs. Reads headers only."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _PROVENANCE = {
 def summarize(path: Path | str) -> dict[str, Any]:
     """Architecture, sizes, tensor types, tokenizer, streams and provenance of one GGUF file.
 
-    Every value is JSON-ready; what the file does not say is left out or None. `kind` is 'text', 'vision', 'adapter' or
-    'other'. Raises ModelFileError for a file that is not a whole GGUF.
+    Every value is JSON-ready; what the file does not give is left out or None. `kind` is 'text', 'vision', 'adapter' or
+    'other'. Raises ModelFileError for an invalid or incomplete GGUF file.
     """
     with GgufFile.open(path) as file:
         architecture, kind = file.get(keys.GENERAL_ARCHITECTURE), role(file)

@@ -1,4 +1,4 @@
-"""How far a model's files are from the checkpoint they were made of, measured through transformers.
+"""How far a model's results are from those of the checkpoint it was converted from, computed by transformers.
 
 The reference runs first and is freed before our files are loaded, so that the two never share the memory. Needs
 torch and transformers (the `verify` extra), which nothing else in the product imports.
@@ -37,13 +37,13 @@ class StreamDifference:
 
 @dataclass
 class Comparison:
-    """One picture (None: text only) through both. Positions are those of the reference's own greedy answer.
+    """One image (None: text only) through both. Positions are those of the reference's own greedy answer.
 
     `kl`: of the reference's distribution from ours in nats, mean and largest over the positions. `same_top`: share of
     the positions where both put the same token first. `logits_max`: the largest difference of any logit.
     """
 
-    picture: str | None
+    image: str | None
     same_prompt_tokens: bool
     n_image_tokens: int
     n_image_tokens_reference: int
@@ -61,9 +61,9 @@ class Comparison:
 
 @dataclass
 class _Expected:
-    """What the reference says about one picture."""
+    """The reference's results for one image."""
 
-    picture: str | None
+    name: str | None
     image: Image | None
     ids: list[int]
     n_image: int
@@ -75,7 +75,7 @@ class _Expected:
 def verify(
     model: Model,
     reference: Path,
-    pictures: Sequence[Path] = (),
+    images: Sequence[Path] = (),
     *,
     prompt: str,
     n_positions: int = 32,
@@ -83,21 +83,19 @@ def verify(
     adapter: Path | None = None,
     report: Report | None = None,
 ) -> list[Comparison]:
-    """Differences for every picture, then for the prompt alone.
+    """Differences for every image, then for the prompt alone.
 
     `model` should be freshly loaded: it reads its weights at its first request, after the reference is gone.
     `adapter`: a PEFT adapter that the reference merges into itself; a separate adapter on our side is then applied to
     text-only requests too. Raises DeviceError without the `verify` extra, CheckpointError for a checkpoint that
-    transformers cannot read whole.
+    transformers cannot read completely.
     """
     say = report or (lambda _: None)
-    images: list[tuple[str | None, Image | None]] = [
-        (str(path), open_rgb(path, as_reference=True)) for path in pictures
-    ]
+    opened: list[tuple[str | None, Image | None]] = [(str(path), open_rgb(path, as_reference=True)) for path in images]
     say(f"reference: {reference} in {dtype}")
     runner = _Reference(reference, dtype, adapter, _family(model))
     expected = []
-    for name, image in [*images, (None, None)]:
+    for name, image in [*opened, (None, None)]:
         say(f"reference: {name or 'text only'}")
         with runner.transformers("run"):
             expected.append(runner.run(name, image, prompt, n_positions))
@@ -105,7 +103,7 @@ def verify(
     del runner
     results = []
     for item in expected:
-        say(f"ours: {item.picture or 'text only'}")
+        say(f"ours: {item.name or 'text only'}")
         results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
     return results
 
@@ -121,7 +119,7 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
     prepared = model.prepare(prompt, images)
     n_image = prepared.n_image_tokens
     result = Comparison(
-        picture=expected.picture,
+        image=expected.name,
         same_prompt_tokens=_without_images(expected, prepared.spans),
         n_image_tokens=n_image,
         n_image_tokens_reference=expected.n_image,
@@ -147,7 +145,7 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
 
 
 def _without_images(expected: _Expected, spans: Sequence[Any]) -> bool:
-    """Whether the text around the pictures is cut into the same tokens, in the same order."""
+    """Whether the text around the images becomes the same tokens, in the same order."""
     ours = [token for span in spans if isinstance(span, TextSpan) for token in span.tokens]
     return ours == expected.ids
 
@@ -234,7 +232,7 @@ class _Reference:
         parts: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
-        # said outright, since the processor takes a picture of 3 rows for one with its channels first
+        # explicit, since the processor would take an image of 3 rows for one with its channels first
         given = {} if image is None else {"images": [image], "input_data_format": "channels_last"}
         inputs = self._processor(text=text, return_tensors="pt", **given)
         placeholder = self._processor.image_token_id

@@ -1,7 +1,7 @@
-"""How a table of tensors is written down: checkpoint name, GGUF name, shape and what is done between.
+"""The rows of a tensor table: checkpoint name, GGUF name, shape, and how one becomes the other.
 
-Plain data. A family file builds such tables from its configuration; the converter matches them against a
-checkpoint. A table row spells the layer as `{i}`; `each_layer` writes the row out for every layer.
+Plain data. The files beside this one build tables from a configuration; the converter matches them against a
+checkpoint. A row has `{i}` for the layer; `each_layer` repeats the row for every layer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class TensorRule:
     """One GGUF tensor and where it comes from. Shapes are NumPy's order, slowest dimension first.
 
     `source`: name in the checkpoint, without the group's prefix. `shape`: what the checkpoint must hold.
-    `rows`: take only rows [first, last) of the source (a fused matrix feeds several tensors).
+    `rows`: only rows [first, last) of the source (a fused matrix becomes several tensors).
     `rope_heads`: reorder the rows of every one of so many heads from Hugging Face's halves (0, n/2, 1,
     n/2+1, ... of the head's rows become neighbours) to the pairs that llama.cpp's rotary embedding takes.
     `padded`: the shape in the file when it is larger; the rest is zeros.
     `column_blocks`: the columns in so many equal blocks, in this order instead of the checkpoint's.
     `values`: the tensor itself, one-dimensional, where it is computed from the configuration; the checkpoint then
-    holds no such tensor and `source` says in words what it is.
+    holds no such tensor and `source` describes it.
     """
 
     source: str
@@ -71,7 +71,7 @@ class TensorGroup:
 
 
 def each_layer(n_layers: int, *rows: TensorRule) -> tuple[TensorRule, ...]:
-    """The rows written out for every layer, `{i}` replaced by its number."""
+    """The rows repeated for every layer, `{i}` replaced by its number."""
     return tuple(
         dataclasses.replace(row, source=row.source.replace("{i}", str(i)), target=row.target.replace("{i}", str(i)))
         for i in range(n_layers)

@@ -1,8 +1,8 @@
 """The tensors of an image tower, SigLIP's or CLIP's, for every family that has one.
 
 Names: transformers 5.23 `models/siglip` and `models/clip`, and llama.cpp's `tools/mtmd/clip-impl.h`. The
-feed-forward width (4304 in so400m) is padded with zeros to whole quantized blocks: gelu(0) is 0 and meets zero
-columns, so the result is exactly the same.
+feed-forward width (4304 in so400m) is padded with zeros to a multiple of a quantized block: the padded rows of the
+first matrix give gelu(0) = 0, which meets the padded columns of the second, so the result is exactly the same.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def tower_tensors(tower: TowerConfig, n_held_layers: int | None = None, *, post_
     if tower.class_token:
         rules.append(TensorRule("embeddings.class_embedding", keys.CLASS_EMBD, (width,)))
     if tower.pre_norm:
-        rules += norm("pre_layrnorm", keys.PRE_LN, width)  # spelled so
+        rules += norm("pre_layrnorm", keys.PRE_LN, width)  # transformers' spelling
     rules += each_layer(tower.num_hidden_layers, *_layer(tower))
     if post_norm:
         rules += norm(POST_NORM, keys.POST_LN, width)
     unused = [
-        DropRule(f"encoder.layers.{i}.*", "a layer behind the last hidden state that is taken")
+        DropRule(f"encoder.layers.{i}.*", "a layer after the last hidden state that is taken")
         for i in range(tower.num_hidden_layers, n_held_layers or 0)
     ]
     if not post_norm:

@@ -46,7 +46,7 @@ def verify(
     """Compare a model with its Hugging Face checkpoint, through transformers.
 
     Reports each stream of image embeddings, the logits, the KL divergence and how often both put the same token
-    first, for every picture and for the prompt alone. Needs the 'verify' extra.
+    first, for every image and for the prompt alone. Needs the 'verify' extra.
     """
     from granite4v.runtime import Model
     from granite4v.runtime.verify import verify as run_verify
@@ -70,8 +70,8 @@ def verify(
 
 
 def _table(result: Comparison) -> str:
-    lines = [result.picture or "text only"]
-    if result.picture:
+    lines = [result.image or "text only"]
+    if result.image:
         same = (
             "as the reference"
             if result.n_image_tokens == result.n_image_tokens_reference

@@ -1,4 +1,4 @@
-"""Tiling by 'anyres' in config.json, preprocessor_config.json and GGUF: for every family that cuts pictures so.
+"""Tiling by 'anyres' in config.json, preprocessor_config.json and GGUF: for every family that cuts images this way.
 
 GGUF keys are llama.cpp's, which lists grids as (width, height); here and in Hugging Face they are (height, width).
 """
@@ -29,7 +29,7 @@ def tiling_from_hf(
 ) -> TilingConfig:
     """The tiling of a checkpoint; `default`: its grids where neither file gives any.
 
-    `mean` and `std` where the processor says none. Raises CheckpointError when the processor's tiles are not the
+    `mean`, `std`: where the processor gives none. Raises CheckpointError when the processor's tiles are not the
     tower's, or its grids not the model's.
     """
     tile_px = _tile_px(preprocessor, tower)

@@ -20,7 +20,7 @@ class TowerConfig:
 
     `num_hidden_layers`: as many layers as are computed, which may be fewer than the checkpoint has.
     `class_token`: a learned position before the patches; projectors never see it. `pre_norm`: a LayerNorm
-    before the first layer, behind which hidden state 0 is taken. `patch_bias`: patch embedding has a bias.
+    before the first layer, after which hidden state 0 is taken. `patch_bias`: patch embedding has a bias.
     """
 
     hidden_size: int
@@ -37,7 +37,7 @@ class TowerConfig:
 
     @property
     def grid_side(self) -> int:
-        """Patches along one side of a tile; pixels beyond the last whole patch are not looked at."""
+        """Patches along one side of a tile; pixels beyond the last complete patch are dropped."""
         return self.image_size // self.patch_size
 
     @property
@@ -52,7 +52,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How a picture is cut into square tiles by 'anyres': a grid of them, and an overview.
+    """How an image is cut into square tiles by 'anyres': a grid of them, and an overview.
 
     `image_grid_pinpoints` holds (height, width) pairs in pixels. The overview tile comes first, then
     the grid row by row.

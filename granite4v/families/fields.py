@@ -1,7 +1,4 @@
-"""Reading single values out of config.json, with messages that say what is wrong, and bounds that hold everywhere.
-
-Shared by the family files; knows no model. GGUF metadata have accessors of their own (`GgufMetadata`).
-"""
+"""Conventions of single values that the families share. Knows no model."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Granite4Vision:
     def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata; raises ModelFileError.
 
-        Files without our keys say nothing about decoder layers: their streams get text_layer = the index
-        of the stream, and the text file's deepstack_mapping gives the layers.
+        Files without our keys do not name decoder layers: each stream then has its own index as text_layer, and the
+        text file's deepstack_mapping gives the layers.
         """
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
         tower = tower_from_gguf(metadata, kind, str(dict(kind.defaults)["hidden_act"]))
@@ -153,7 +153,7 @@ class Granite4Vision:
         return {keys.DEEPSTACK_MAPPING: mapping}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one picture; layers outside the model included."""
+        """What transformers' `get_image_features` gave for one image; layers outside the model included."""
         return {layer: packed[0] for layer, packed in output.deepstack_features}
 
     def reference_logits_divisor(self, config: Json) -> float:

@@ -6,7 +6,7 @@ its input embeddings scales it too: transformers and llama.cpp (for a text file 
 
 Conventions are resolved here: hidden states count from 0 = input of the first encoder layer; several of them are
 joined in ascending order, since libmtmd knows no other, and the projector's columns are reordered to that; encoder
-layers behind the last hidden state that is taken, and the norm after the last layer, are left out.
+layers after the last hidden state that is taken, and the norm after the last layer, are left out.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class LlavaNext:
     def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError.
 
-        Files of llama.cpp's older converter list grids as Hugging Face does, give no width of the text model, and say
-        of the tower's activation only whether config.json called it 'gelu'. Of a SigLIP tower they say no, since it
-        has the tanh form; libmtmd then computes quick gelu, ours the tanh form.
+        Files of llama.cpp's older converter list grids as Hugging Face does, do not give the width of the text model,
+        and have one flag for the tower's activation: whether config.json calls it 'gelu'. For a SigLIP tower, whose
+        config.json names the tanh form, the flag is false; libmtmd then computes quick gelu, we the tanh form.
         """
         ours = keys.HIDDEN_ACT in metadata
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
@@ -128,7 +128,7 @@ class LlavaNext:
         return {}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one picture."""
+        """What transformers' `get_image_features` gave for one image."""
         return {0: output.pooler_output[0]}
 
     def reference_logits_divisor(self, config: Json) -> float:

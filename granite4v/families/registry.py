@@ -31,7 +31,7 @@ class Family(Protocol):
         ...
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """What tensors are called in an mmproj file that calls them otherwise than we do: our name -> the file's."""
+        """Our tensor name -> the file's, for tensors of an mmproj file that other converters name differently."""
         ...
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -39,11 +39,11 @@ class Family(Protocol):
         ...
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """What the text GGUF must say about injection, `{arch}` in the keys."""
+        """The text GGUF's metadata on injection, `{arch}` in the keys."""
         ...
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one picture: decoder layer -> packed embeddings (torch)."""
+        """What transformers' `get_image_features` gave for one image: decoder layer -> packed embeddings (torch)."""
         ...
 
     def reference_logits_divisor(self, config: Json) -> float:

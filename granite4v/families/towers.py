@@ -123,7 +123,7 @@ def check_strategy(config: Fields, tower: TowerConfig) -> None:
 
 
 def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
-    """The tower of a vision file; `hidden_act` where the file does not say ours. Raises ModelFileError."""
+    """The tower of a vision file; `hidden_act`: for files without our key. Raises ModelFileError."""
     tower = TowerConfig(
         hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
         intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),

@@ -118,7 +118,7 @@ def seconds(backend: Backend, type_name: str) -> dict[str, float]:
 
 
 def measure_in_child(type_name: str, kernel: str, n_threads: int) -> float:
-    """Seconds of one product; infinity when the child ends otherwise than with a time."""
+    """Seconds of one product; infinity when the child gives no time."""
     try:
         child = run_main(kernel_timing.__name__, [type_name, kernel, str(n_threads)], TIMEOUT_S)
     except OSError:  # no memory for another process

@@ -1,8 +1,9 @@
 """Parses and checks the header of a GGUF file: metadata and where each tensor lies. Reads no weights.
 
-ggml's own reader prints its reasons to stderr and, like llama.cpp behind it, trusts what it reads more than a file
-from a stranger deserves. So every count, length, type, shape and offset is checked here first, and what does not hold
-is a message. The walk skips over strings without decoding them: 300,000 of them take some 40 ms.
+ggml's own reader prints its reasons to stderr, and it and llama.cpp trust a file's numbers: a wrong one aborts the
+process or reads memory that is not the file's. So every count, length, type, shape and offset is checked here
+first, and a wrong one is an error with a message. The walk skips over strings without decoding them: 300,000 of them
+take some 40 ms.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
@@ -100,7 +101,7 @@ def read_header(path: Path) -> Header:
 
 
 def _open_regular(path: Path) -> Any:
-    """A FIFO would block for ever when opened, and a device has no end."""
+    """Refuses what is not a regular file: opening a FIFO would block forever, and a device has no end."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -226,15 +227,15 @@ class _Parser:
             raise self._broken(f"tensor '{name}' has shape {list(shape)}, more values than any file holds")
         if shape[0] % TYPES[type_name].block:
             raise self._broken(
-                f"tensor '{name}' has rows of {shape[0]:,} values, which are not whole blocks of {type_name} "
-                f"({TYPES[type_name].block} values)"
+                f"tensor '{name}' has rows of {shape[0]:,} values, expected a multiple of {type_name}'s block of "
+                f"{TYPES[type_name].block}"
             )
         return type_name
 
     def _place(
         self, listed: list[tuple[str, tuple[int, ...], str, int]], start: int, alignment: int
     ) -> dict[str, TensorInfo]:
-        """Tensors lie one behind the other, each begins at a multiple of the alignment, and all are in the file."""
+        """Absolute offsets. ggml demands tensors without gaps but the alignment's, inside the file."""
         tensors, expected = {}, 0
         for name, shape, type_name, offset in listed:
             if offset != expected:
@@ -300,5 +301,5 @@ def unknown_type(name: str, type_id: int) -> str:
 
 
 def _readable(raw: bytes) -> str:
-    """A key or name as text; bytes that are not UTF-8 are spelled out, so that different names stay different."""
+    """A key or name as text; bytes that are not UTF-8 become escapes, so that different names stay different."""
     return raw.decode("utf-8", "backslashreplace")

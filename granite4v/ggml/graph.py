@@ -18,11 +18,11 @@ from granite4v.ggml.types import TYPE_IDS, type_name
 
 Progress = Callable[[int, int], None]
 
-MAX_PARTS, MIN_NODES_PER_PART = 50, 64  # of a graph that tells how far it is
+MAX_PARTS, MIN_NODES_PER_PART = 50, 64  # of a graph that reports progress
 
 
 class ShapeError(ValueError):
-    """Tensors that an operation cannot take together. Where shapes come from a file, so does this error."""
+    """Tensors whose shapes do not fit an operation; a damaged file can be the cause, since shapes come from files."""
 
 
 class Tensor:
@@ -63,10 +63,10 @@ class Tensor:
 
 
 class Graph:
-    """Operations are methods; `run` allocates on first use, computes and hands back the outputs.
+    """Operations are methods; `run` allocates on first use, computes and returns the outputs.
 
-    Building, allocating, computing and reading are separate, so that a graph of the same shape is used again
-    and again: build once, then `run(inputs)` for every picture.
+    Building, allocating, computing and reading are separate, so that a graph serves every input of its shape: it is
+    built once, then `run(inputs)` for every batch of tiles.
     """
 
     def __init__(self, backend: Backend, max_nodes: int) -> None:
@@ -144,14 +144,14 @@ class Graph:
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
 
     def repeat(self, x: Tensor, *ne: int) -> Tensor:
-        """`x` as often along each axis as it takes to fill `ne`, which its sizes must divide."""
+        """`x` repeated along each axis to sizes `ne`, which must be multiples of its own."""
         sizes = (*ne, *(1,) * (4 - len(ne)))
         if any(n % m for n, m in zip(sizes, x.ne, strict=True)):
             raise ShapeError(f"cannot repeat {x!r} to {list(ne)}")
         return Tensor(lib().ggml_repeat_4d(self._ctx, x.ptr, *sizes))
 
     def join(self, parts: list[Tensor], axis: int) -> Tensor:
-        """Tensors along an axis, in pairs so that few bytes are copied twice."""
+        """Tensors concatenated along an axis; in pairs, so that each byte is copied log2(n) times and not n."""
         while len(parts) > 1:
             pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
             parts = [self.concat(pair[0], pair[1], axis) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -224,7 +224,7 @@ class Graph:
     def run(self, progress: Progress | None = None, /, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first).
 
-        `progress` is called with (parts computed, parts there are), now and then.
+        `progress` is called with (parts computed, parts in all).
         """
         if set(arrays) != set(self._inputs):
             raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
@@ -239,7 +239,7 @@ class Graph:
             raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
         for name, array in arrays.items():
             set_data(self._inputs[name].ptr, array)
-        # a GPU is quick, and may fuse nodes that would be in different parts
+        # a GPU is quick, and may fuse nodes that parts would separate
         parts = self._in_parts() if progress and self.backend.is_cpu else [self._graph]
         for number, part in enumerate(parts, 1):
             self.backend.compute(part)
@@ -266,7 +266,7 @@ class Graph:
         return [part for _, part in self._parts]
 
     def release(self) -> None:
-        """Lets the system have the memory of intermediate results until the next run."""
+        """Returns the memory of intermediate results to the system until the next run."""
         tensors = (*self._inputs.values(), *self._outputs.values())
         for buffer in {x.ptr.contents.buffer.value: x.ptr.contents.buffer for x in tensors}.values():
             let_go(buffer)

@@ -19,7 +19,7 @@ REPEATS = 4
 
 
 def n_in(type_name: str) -> int:
-    """The length of the rows that are multiplied: about a vision tower's width, in whole blocks of the type."""
+    """The length of the rows that are multiplied: about a vision tower's width, a multiple of the type's block."""
     return N_IN if N_IN % block_size(type_name) == 0 else N_IN_OF_256
 
 

@@ -99,7 +99,7 @@ def _open(folder: Path, name: str) -> ctypes.CDLL:
         if (folder / candidate).exists():
             return ctypes.CDLL(str(folder / candidate))
     raise DeviceError(
-        f"'{folder}' holds none of {candidates}; granite4v needs a llama-cpp-python built with shared libraries, "
+        f"'{folder}' has no {' or '.join(candidates)}; granite4v needs a llama-cpp-python built with shared libraries, "
         "as its default build is."
     )
 

@@ -17,8 +17,8 @@ ROWS_ELEMENTS = 1 << 18  # elements a thread takes at a time: small enough to ba
 def quantize_rows(values: np.ndarray, type_name: str, n_threads: int) -> np.ndarray:
     """The rows of a float32 array `(rows, cols)` as the bytes of a ggml type, uint8 `(rows, row_bytes)`.
 
-    Same bytes as llama.cpp's quantizer without an importance matrix. `cols` must be whole blocks of the
-    type (ValueError otherwise). ctypes releases the GIL, so `n_threads` threads run at once.
+    Same bytes as llama.cpp's quantizer without an importance matrix. `cols` must be a multiple of the type's
+    block (ValueError otherwise). ctypes releases the GIL, so `n_threads` threads run at once.
     """
     if values.ndim != 2 or values.dtype != np.float32:
         raise ValueError(f"quantize_rows takes float32 (rows, cols), got {values.dtype} {values.shape}")

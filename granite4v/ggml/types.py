@@ -70,7 +70,7 @@ def block_size(name: str) -> int:
 
 
 def row_bytes(name: str, n_elements: int) -> int:
-    """Bytes of a row of `n_elements`; ValueError when they are not whole blocks."""
+    """Bytes of a row of `n_elements`; ValueError when they do not fill blocks of the type."""
     if n_elements % block_size(name):
         raise ValueError(f"a row of {n_elements} elements is not a multiple of {name}'s block of {block_size(name)}")
     return int(lib().ggml_row_size(TYPE_IDS[name], n_elements))

@@ -23,7 +23,7 @@ TINY = PRESETS["tiny"]
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An F32 and a Q8_0 model of the tiny checkpoint, and a picture."""
+    """An F32 and a Q8_0 model of the tiny checkpoint, and an image."""
     folder = tmp_path_factory.mktemp("verify")
     for kind in ("F32", "Q8_0"):
         convert(make_checkpoint(TINY), folder / kind, Options(text_type=kind, vision_type=kind))
@@ -45,13 +45,13 @@ def test_unquantized_files_are_the_checkpoint(folder: Path, make_checkpoint: Cal
     result = verify(
         folder / "F32", "--reference", make_checkpoint(TINY), "--image", picture, "--exact", "--positions", 8, "--json"
     )
-    with_picture, text_only = comparisons(result)
-    assert with_picture["picture"] == str(picture)
-    assert with_picture["n_image_tokens"] == with_picture["n_image_tokens_reference"] > 16
-    assert [stream["layer"] for stream in with_picture["streams"]] == [0, 2, 3, 4, 5, 7]
-    assert all(stream["relative_l2"] < 2e-5 for stream in with_picture["streams"])
-    assert (text_only["picture"], text_only["streams"]) == (None, [])
-    for comparison in (with_picture, text_only):
+    with_image, text_only = comparisons(result)
+    assert with_image["image"] == str(picture)
+    assert with_image["n_image_tokens"] == with_image["n_image_tokens_reference"] > 16
+    assert [stream["layer"] for stream in with_image["streams"]] == [0, 2, 3, 4, 5, 7]
+    assert all(stream["relative_l2"] < 2e-5 for stream in with_image["streams"])
+    assert (text_only["image"], text_only["streams"]) == (None, [])
+    for comparison in (with_image, text_only):
         assert comparison["same_prompt_tokens"] is True
         assert comparison["n_positions"] == 8
         assert comparison["same_top"] == 1.0
@@ -61,9 +61,9 @@ def test_unquantized_files_are_the_checkpoint(folder: Path, make_checkpoint: Cal
 
 def test_quantized_files_show_their_damage(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
     result = verify(folder / "Q8_0", "--reference", make_checkpoint(TINY), "--image", folder / "picture.png", "--json")
-    with_picture, text_only = comparisons(result)
-    assert all(1e-3 < stream["relative_l2"] < 0.1 for stream in with_picture["streams"])
-    for comparison in (with_picture, text_only):
+    with_image, text_only = comparisons(result)
+    assert all(1e-3 < stream["relative_l2"] < 0.1 for stream in with_image["streams"])
+    for comparison in (with_image, text_only):
         assert 1e-7 < comparison["kl_mean"] < 0.1
         assert 1e-4 < comparison["logits_relative_l2"] < 0.2
 
@@ -75,10 +75,10 @@ def test_the_other_family_is_compared_with_its_reference(
     source = make_checkpoint(PRESETS[preset])
     convert(source, tmp_path / "model", Options("F32", "F32"))
     arguments = ("--image", folder / "picture.png", "--exact", "--positions", 4, "--json")
-    with_picture, text_only = comparisons(verify(tmp_path / "model", "--reference", source, *arguments))
-    assert with_picture["n_image_tokens"] == with_picture["n_image_tokens_reference"]
-    assert [stream["layer"] for stream in with_picture["streams"]] == [0]
-    for comparison in (with_picture, text_only):
+    with_image, text_only = comparisons(verify(tmp_path / "model", "--reference", source, *arguments))
+    assert with_image["n_image_tokens"] == with_image["n_image_tokens_reference"]
+    assert [stream["layer"] for stream in with_image["streams"]] == [0]
+    for comparison in (with_image, text_only):
         assert (comparison["same_prompt_tokens"], comparison["same_top"]) == (True, 1.0)
         assert comparison["logits_max"] < 1e-4
 
@@ -105,8 +105,8 @@ def test_what_transformers_raises_is_one_message(
 def test_another_checkpoint_is_noticed(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
     other = make_checkpoint(replace(TINY, seed=7))
     result = verify(folder / "F32", "--reference", other, "--image", folder / "picture.png", "--json")
-    with_picture, text_only = comparisons(result)
-    assert all(stream["relative_l2"] > 0.5 for stream in with_picture["streams"])
+    with_image, text_only = comparisons(result)
+    assert all(stream["relative_l2"] > 0.5 for stream in with_image["streams"])
     assert text_only["kl_mean"] > 0.5
     assert text_only["same_top"] < 0.5
 

@@ -98,7 +98,7 @@ def test_a_shard_cut_short_in_its_data(source: Path, fails: Callable[..., str]) 
 @pytest.mark.parametrize("size_bytes", [0, 5, 100])
 def test_a_shard_cut_short_in_its_header(size_bytes: int, source: Path, fails: Callable[..., str]) -> None:
     os.truncate(shards(source)[0], size_bytes)
-    assert ("is cut short or is no safetensors file" if size_bytes else "is empty; download it again") in fails(source)
+    assert ("is cut short or not a safetensors file" if size_bytes else "is empty; download it again") in fails(source)
 
 
 def test_a_header_that_is_no_json(single: Path, fails: Callable[..., str]) -> None:
@@ -177,7 +177,7 @@ def test_a_name_that_stands_twice_in_one_header(single: Path, fails: Callable[..
     entry = b', "model.image_newline": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}'
     header = header[:-1] + entry
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    assert "'model.image_newline' stands twice in 'model.safetensors'" in fails(single)
+    assert "'model.image_newline' occurs twice in 'model.safetensors'" in fails(single)
 
 
 def test_a_type_that_does_not_convert(single: Path, fails: Callable[..., str]) -> None:
@@ -200,7 +200,7 @@ def test_values_that_are_no_numbers(single: Path, fails: Callable[..., str]) -> 
     edit_tensors(single / "model.safetensors", lambda tensors: tensors[name].__setitem__((7, 7), np.nan))
     message = fails(single, Options("Q8_0", "F16"))
     assert f"'{name}' in" in message
-    assert "holds values that are no finite numbers" in message
+    assert "holds values that are not finite numbers" in message
 
 
 # --- the configuration ---

@@ -125,7 +125,7 @@ NAME = "model.image_newline"
         (put(NAME, shape=[2**62, 2**62]), "bytes for F32 [4611686018427387904, 4611686018427387904]"),
         (put(NAME, shape=[2**61, 8], data_offsets=[0, 0]), "has 0 bytes for F32 [2305843009213693952, 8]"),
         (put(NAME, dtype="F33"), f"'{NAME}' in 'model.safetensors' has type F33; expected F32, F16, BF16"),
-        (put(NAME, data_offsets=[0, 256]), " lie on the same bytes of 'model.safetensors'"),
+        (put(NAME, data_offsets=[0, 256]), " overlap in 'model.safetensors'"),
         (lambda h: h.update({"\x1b[2J": h[NAME]}), "unknown tensor '\\x1b[2J'"),
     ],
 )

@@ -137,7 +137,7 @@ WRONG = {
     "a dropped type": (content(tensors=(tensor(kind=4),)), "tensor 'w' has type 4, which ggml no longer reads"),
     "half a block": (
         content(tensors=(tensor(shape=(33,), kind=2),)),
-        "rows of 33 values, which are not whole blocks of Q4_0",
+        "rows of 33 values, expected a multiple of Q4_0's block",
     ),
     "an offset": (content(tensors=(tensor(offset=64),)), "tensor 'w' begins at byte 64 of the data, expected 0"),
     "cut short": (content(tensors=(tensor(shape=(32, 4096)),)), "is cut short: tensor 'w' should end at byte"),

@@ -268,7 +268,7 @@ def damaged(folder: Path, config: dict[str, Any] | None = None, **change: Any) -
     ("config", "change", "message"),
     [
         ({"use_dora": True}, {}, "it uses DoRA"),
-        ({"modules_to_save": ["lm_head"]}, {}, "whole modules trained beside the LoRA matrices ('modules_to_save')"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules trained in full beside the LoRA matrices ('modules_to_save')"),
         ({"bias": "all"}, {}, "it trains biases (bias = 'all')"),
         ({"lora_bias": True}, {}, "a bias of its own ('lora_bias')"),
         ({"trainable_token_indices": [1, 2]}, {}, "trained token embeddings"),

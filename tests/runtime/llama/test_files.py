@@ -154,7 +154,7 @@ TENSORS = [
     ("I32", np.int32, "v.blk.0.ffn_up.weight", "as I32, expected a type that weights are multiplied in"),
     ("F64", np.float64, "v.blk.0.ffn_up.weight", "as F64, expected a type that weights are multiplied in"),
     ("I64", np.int64, "v.blk.0.ln1.bias", "as I64 (192,), expected F32 with 192 values"),
-    ("F32", None, "v.blk.1.attn_q.weight", "with shape (3, 5), its metadata says (192, 192)"),
+    ("F32", None, "v.blk.1.attn_q.weight", "with shape (3, 5), expected (192, 192) by its metadata"),
     ("F32", None, "v.position_embd.weight", "expected 64 vectors of 192 values"),
     ("", None, "v.blk.1.attn_q.weight", "has no tensor 'v.blk.1.attn_q.weight'"),
     ("", None, "v.image_newline", "has no tensor 'v.image_newline'"),
