@@ -19,7 +19,7 @@ ORDER = [
     "granite4v.ggml",
     "granite4v.families",
     "granite4v.gguf_role",
-    "granite4v.summary",
+    "granite4v.gguf_summary",
     "granite4v.clip_projector",
     "granite4v.runtime.llama",
     "granite4v.runtime.prompt",

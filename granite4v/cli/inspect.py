@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Show what is in a GGUF file or a model directory; reads headers only."""
     from granite4v.errors import ModelFileError
-    from granite4v.summary import summarize
+    from granite4v.gguf_summary import summarize
 
     found = Path(model_path(path))
     files: list[dict[str, Any]] = []

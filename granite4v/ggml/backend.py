@@ -221,8 +221,8 @@ def buffer_type_name(buffer_type: Any) -> str:
     return str(lib().ggml_backend_buft_name(buffer_type).decode())
 
 
-def let_go(buffer: Any) -> None:
-    """Gives a host buffer's memory back to the system; the buffer stays usable, its contents become undefined.
+def release_pages(buffer: Any) -> None:
+    """Returns a host buffer's memory to the system; the buffer stays usable, its contents become undefined.
 
     Only on Linux, where anonymous pages can be dropped; elsewhere nothing happens.
     """

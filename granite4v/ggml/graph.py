@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Arena, Backend, get_data, let_go, set_data
+from granite4v.ggml.backend import Arena, Backend, get_data, release_pages, set_data
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
@@ -269,7 +269,7 @@ class Graph:
         """Returns the memory of intermediate results to the system until the next run."""
         tensors = (*self._inputs.values(), *self._outputs.values())
         for buffer in {x.ptr.contents.buffer.value: x.ptr.contents.buffer for x in tensors}.values():
-            let_go(buffer)
+            release_pages(buffer)
 
     def close(self) -> None:
         allocator, self._allocator = getattr(self, "_allocator", None), None

@@ -1,40 +1,46 @@
-"""Tries a model's text file, tokenizer, template and adapter in a child process before this process loads them.
+"""Loads a model's text file, tokenizer and adapter in a child process before this process loads them.
 
-llama.cpp, ggml and tokenizers end the process on some files that nothing else tells apart from good ones, or take
-all memory, or never return. A child that does so is a message here. It costs a quarter of a second, and for a file of
-gigabytes the reading of it, which the load after it then spares; it is done once for each state of the files.
+On some files llama.cpp, ggml and tokenizers abort the process, take all memory, or never return, and no check short of
+loading tells these files from good ones. In a child that becomes an error message. It costs a quarter of a second, and
+for a file of gigabytes the time to read it, which the load after it saves again, for the file is then in the system's
+cache. It is done once for each state of the files.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from granite4v.child import Ended, run_main
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
+from granite4v.ggml.gguf_file import GgufFile
 from granite4v.paths import read_json_cache, write_json_cache
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.file_checks import check_text
-
-if TYPE_CHECKING:
-    from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.prompt.tokenizer import load_tokenizer
 
 CACHE = "trials.json"
-VERSION = 1  # to be raised when a trial tries more than before
+VERSION = 1  # to be raised when a trial does more than before
 MAX_KNOWN = 1000
-BASE_CPU_S = 60.0  # seconds of one core, which are the same however busy the machine is
-PATIENCE = 10  # times as many seconds on the clock
+BASE_CPU_S = 60.0  # of CPU time, which does not depend on what else the machine does
+PATIENCE = 10  # times as many seconds of wall-clock time
 BYTES_A_SECOND = 10e6  # of the slowest core
 BASE_MEMORY, MEMORY_A_BYTE = 4 << 30, 3
-MAX_TOKENS_A_LETTER = 16
+MAX_TOKENS_A_CHARACTER = 16
 SAMPLE = "Invoice No. 2026-11-28: 1234567.89 EUR (19 %)\n\tTotal\N{EM DASH}paid\N{CJK UNIFIED IDEOGRAPH-6F22} " * 4
 _ERRORS = {"ModelFileError": ModelFileError, "DeviceError": DeviceError}
 
 
 def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> None:
-    """Raises ModelFileError when the model's files end a process that loads them, and what such a process raises.
+    """Raises ModelFileError for files that end a process that loads them, and the error that the load itself raises.
 
     `announce` is called when it takes longer than a second.
     """
@@ -47,7 +53,7 @@ def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> N
     arguments = [str(files.text.path), adapter, str(int(cpu_s)), str(memory)]
     try:
         ended = run_main(__name__, arguments, cpu_s * PATIENCE, announce)
-    except OSError:  # no process can be started here: the load itself must do
+    except OSError:  # no process can be started: nothing is known before the load itself
         return
     _judge(ended, files)
     known = read_json_cache(CACHE)
@@ -64,22 +70,20 @@ def _judge(ended: Ended, files: ModelFiles) -> None:
         error: Granite4vError = _ERRORS[kind](str(message))
     except (ValueError, IndexError, KeyError, TypeError):
         names = f"'{files.text.path}'" + (f" with the adapter '{files.adapter.path}'" if files.adapter else "")
-        said = f" ({ended.reason:.300})" if ended.reason else ""
-        found = f"a process that loads {names} ends {ended.how}{said}, expected it to load and to compute a token."
+        reason = f" ({ended.reason:.300})" if ended.reason else ""
+        found = f"a process that loads {names} ends {ended.how}{reason}, expected it to load and to compute a token."
         if ended.lacked_memory:
             error = DeviceError(f"{found} Memory is short: close other programs, or raise the limit ('ulimit -v').")
         else:
             error = ModelFileError(
-                f"{found} The file is damaged or of another program: convert it again with 'granite4v convert', or "
+                f"{found} The file is damaged or unsupported: convert it again with 'granite4v convert', or "
                 "download it again."
             )
     raise error
 
 
 def _state(files: ModelFiles) -> tuple[str, int]:
-    """What a trial's outcome depends on, and the files' bytes; empty when a file is gone."""
-    from importlib.metadata import version
-
+    """What a trial's outcome depends on, and the size of the files in bytes; an empty key when a file is gone."""
     parts = [f"{VERSION} llama-cpp-python {version('llama-cpp-python')} tokenizers {version('tokenizers')}"]
     n_bytes = 0
     try:
@@ -96,7 +100,7 @@ def _state(files: ModelFiles) -> tuple[str, int]:
 
 
 def main(text: str, adapter: str, cpu_s: str, memory: str) -> None:
-    """What the child process does: prints 'ok', or an error of ours as JSON."""
+    """Runs in the child process: prints 'ok', or one of our errors as JSON."""
     _limit(int(cpu_s), int(memory))
     try:
         _load(Path(text), Path(adapter) if adapter else None)
@@ -107,11 +111,7 @@ def main(text: str, adapter: str, cpu_s: str, memory: str) -> None:
 
 
 def _limit(cpu_s: int, memory: int) -> None:
-    """Keeps the child from running for ever, from taking the machine's memory, and from leaving a core file."""
-    try:
-        import resource
-    except ImportError:
-        return
+    """Bounds the child's CPU time and memory, and keeps it from writing a core file."""
     wants = ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0))
     for limit, wanted in wants:
         soft, hard = resource.getrlimit(limit)
@@ -120,20 +120,13 @@ def _limit(cpu_s: int, memory: int) -> None:
 
 
 def _load(text: Path, adapter: Path | None) -> None:
-    import numpy as np
-
-    from granite4v.ggml.gguf_file import GgufFile
-    from granite4v.runtime.llama.context import BatchRows, LlamaContext
-    from granite4v.runtime.llama.model import LlamaModel
-    from granite4v.runtime.prompt.tokenizer import load_tokenizer
-
     with GgufFile.open(text) as file:
         tokenizer = load_tokenizer(file, text)
     tokens = tokenizer.encode(SAMPLE)
-    if len(tokens) > MAX_TOKENS_A_LETTER * len(SAMPLE):
+    if len(tokens) > MAX_TOKENS_A_CHARACTER * len(SAMPLE):
         raise ModelFileError(
             f"the tokenizer of '{text}' makes {len(tokens):,} tokens of {len(SAMPLE)} characters, expected at most "
-            f"{MAX_TOKENS_A_LETTER} a character; convert it again with 'granite4v convert'."
+            f"{MAX_TOKENS_A_CHARACTER} a character; convert it again with 'granite4v convert'."
         )
     tokenizer.decode(tokens)
     with LlamaModel(text) as model:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from granite4v.cli.main import app
 from granite4v.converter import Options, convert
 from granite4v.ggml.gguf_file import TensorInfo
-from granite4v.summary import summarize, tensor_types
+from granite4v.gguf_summary import summarize, tensor_types
 from tests.helpers.gguf_edit import copy_gguf
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
