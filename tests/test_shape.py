@@ -46,16 +46,11 @@ KNOWN_LONG_MODULES = {
     "tests/nano/test_language.py",
     "tests/nano/test_training.py",
     "tests/runtime/extract/test_resume.py",
-    "tests/runtime/grammar/test_grammar_state.py",
-    "tests/runtime/grammar/test_translation.py",
 }
 # Tests that still count the rounds of a loop as tests of their own.
 KNOWN_COUNTED_LOOPS = {
     "tests/runtime/documents/test_image_files.py",
-    "tests/runtime/grammar/test_schema.py",
 }
-# Test modules that others still import from.
-KNOWN_SHARED_TESTS = {"tests.runtime.grammar.test_schema"}
 
 
 def all_files() -> list[Path]:
@@ -127,4 +122,4 @@ def test_loops_over_seeds_stand_inside_tests() -> None:
 def test_test_modules_import_no_other_test_modules() -> None:
     """What several of them need stands in tests/helpers."""
     modules = {module for path in python_files("tests") for node in imports(parse(path)) for module in modules_of(node)}
-    assert {name for name in modules if ".test_" in name} - KNOWN_SHARED_TESTS == set()
+    assert {name for name in modules if ".test_" in name} == set()

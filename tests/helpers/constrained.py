@@ -24,23 +24,27 @@ from tests.toy import language as toy_language
 KINDS = ("toy", "nano")  # byte-level BPE with merges; single bytes and whole pieces of the formats
 
 
+def tokenizer_json(kind: str) -> str:
+    """The text of the checkpoint's tokenizer.json."""
+    return json.dumps(checkpoint(kind).tokenizer_json)
+
+
 @functools.cache
 def tokenizer(kind: str) -> HfTokenizer:
-    made = _toy(kind)
-    return HfTokenizer(json.dumps(made.tokenizer_json), Path(kind), toy_language.END_OF_TEXT)
+    return HfTokenizer(tokenizer_json(kind), Path(kind), toy_language.END_OF_TEXT)
 
 
 @functools.cache
 def end_of_text(kind: str) -> int:
-    return _toy(kind).end_of_text_id
+    return checkpoint(kind).end_of_text_id
 
 
 @functools.cache
 def compiler(kind: str) -> Compiler:
-    return Compiler(tokenizer(kind), _toy(kind).n_vocab, [end_of_text(kind)])
+    return Compiler(tokenizer(kind), checkpoint(kind).n_vocab, [end_of_text(kind)])
 
 
-def _toy(kind: str) -> toy_language.ToyTokenizer:
+def checkpoint(kind: str) -> toy_language.ToyTokenizer:
     return toy_language.build_tokenizer() if kind == "toy" else language.build_tokenizer()
 
 

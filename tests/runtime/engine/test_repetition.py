@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Sequence
 
@@ -175,12 +176,13 @@ def test_a_period_is_found(period: int) -> None:
     assert not is_periodic((long * MOST_ROUNDS)[:MOST_CHARACTERS])
 
 
-def test_it_costs_little() -> None:
-    """A piece is looked at once; the text so far is not read again and again."""
-    watch = Repetition(TASKS["tables_otsl"].rows)
-    for i in range(3000):
+def test_its_memory_does_not_grow() -> None:
+    """It keeps the last few rows, not the answer."""
+    watch, n_bytes = Repetition(TASKS["tables_otsl"].rows), []
+    for i in range(1000, 4000):
         watch.push(f"<fcel>{i}<nl>")
-    assert len(watch._past) <= LONGEST_CYCLE and len(watch._text) < 10
+        n_bytes.append(len(pickle.dumps(watch)))
+    assert max(n_bytes[2 * LONGEST_CYCLE :]) == n_bytes[2 * LONGEST_CYCLE]
 
 
 # --- in the loop ---

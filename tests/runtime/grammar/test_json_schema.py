@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from granite4v.errors import ConstraintError
-from granite4v.runtime.grammar import json_schema, trial, validation
+from granite4v.runtime.grammar import validation
 from granite4v.runtime.grammar.json_schema import InvalidSchema, read_schema
-from granite4v.runtime.grammar.patterns import matches, pattern_problem, pattern_size, without_look_around
-from granite4v.runtime.grammar.trial import Trials
 from granite4v.runtime.grammar.validation import Validator
 from tests.helpers.constrained import compiler, end_of_text
-from tests.runtime.grammar.test_schema import SHORT, kvp, of
+from tests.helpers.schemas import SHORT, kvp, of
 
 NULLABLE = {"anyOf": [SHORT, {"type": "null"}]}
 
@@ -41,9 +39,6 @@ def lattice(n: int, link: str) -> dict[str, Any]:
     """Each schema refers twice to the next, so that 2^n ways lead to the last."""
     defs = {f"d{i}": {link: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(n)}
     return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": of(["a"], a=SHORT)}}
-
-
-# --- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -75,9 +70,6 @@ def test_data_that_holds_itself_is_refused() -> None:
     schema["properties"]["b"] = schema
     with pytest.raises(InvalidSchema, match="nested more than 200 levels"):
         read_schema(schema)
-
-
-# --- what is not: the first answers of a grammar come, and the value is judged ---
 
 
 @pytest.mark.parametrize(
@@ -124,79 +116,3 @@ def test_a_value_that_is_nested_too_deep_is_a_problem_and_no_traceback() -> None
     for _ in range(900):
         value = {"a": value}
     assert Validator(read_schema(schema)).problem(value) == "it is nested too deeply to be checked"
-
-
-# --- patterns ---
-
-
-@pytest.mark.parametrize(
-    ("pattern", "size"),
-    [
-        ("abc", 3), ("[a-z]{5}", 5), ("(ab){3}c", 7), ("((a{10}){10}){10}", 1000), (r"\d{2,4}x*", 6), ("a{3,}", 3),
-        (r"[(){9}]{2}", 2), (r"\({3}", 3), ("(a|bc){2}", 8), ("", 0),
-    ],
-)  # fmt: skip
-def test_the_size_of_a_pattern_with_its_counts_written_out(pattern: str, size: int) -> None:
-    assert pattern_size(pattern) == size
-
-
-@pytest.mark.parametrize(
-    ("pattern", "looser"),
-    [
-        ("^(?=x)ab$", "^ab$"), ("a(?!b(c)d)e", "ae"), (r"(?<!\()x", "x"), ("(?<=[)])x", "x"), ("(?:a)(?<n>b)", None),
-        (r"\(?=x", None), ("[(?=a]", None), ("(?=a(?!b)c)d", "d"),
-    ],
-)  # fmt: skip
-def test_a_pattern_without_its_look_around_matches_more(pattern: str, looser: str | None) -> None:
-    assert without_look_around(pattern) == (pattern if looser is None else looser)
-
-
-def test_patterns_that_backtrack_without_end_are_given_up() -> None:
-    problem = Validator(read_schema({"type": "string", "pattern": "(a|aa)+b$"})).problem("a" * 80)
-    assert problem is not None and "takes more than a second" in problem
-
-
-def test_patterns_of_ecma_that_python_spells_in_another_way() -> None:
-    for pattern, text in ((r"^\u{1F600}$", "\U0001f600"), (r"^\cJ$", "\n"), ("^[^]$", "\n"), (r"^(?<y>a)\k<y>$", "aa")):
-        assert pattern_problem(pattern) == "" and matches(pattern, text)
-        assert not matches(pattern, "zz")
-
-
-# --- grammars that are tried apart ---
-
-
-def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 1)
-    patterns = [{"pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]
-    grammar = kvp(of(["a"], a={"type": "string", "allOf": patterns}))
-    (warning,) = grammar.warnings
-    assert warning.startswith(
-        "'pattern' at '$.a' cannot be enforced during generation together with the others; the answer"
-    )
-
-
-def test_a_trial_that_takes_too_long_is_stopped_and_later_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 1)
-    hanging = {"allOf": [{"type": "string", "pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]}
-    with Trials() as trials:
-        assert trials.problem({"type": "string", "pattern": "^a$"}, costly=True) == ""
-        assert trials.problem(hanging, costly=True) == "compiling it takes too much time or memory"
-        assert trials.problem({"type": "string", "pattern": "^b$"}, costly=True) == ""
-        assert "backreferences" in trials.problem({"type": "string", "pattern": r"(.)\1"}, costly=True)
-        monkeypatch.setattr(trials, "_seconds_left", 0.0)
-        assert trials.problem({"type": "string", "pattern": "^c$"}, costly=True).startswith("it was not tried")
-
-
-def test_without_a_process_what_looks_costly_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "")
-    grammar = kvp(of(["a"], a={"type": "string", "pattern": "^a{5000}$"}))
-    assert "could not be tried: there is no Python executable" in grammar.warnings[0]
-
-
-def test_many_warnings_are_cut() -> None:
-    schema = of([], **{f"p{i}": {"type": "string", "format": f"f{i}"} for i in range(30)})
-    assert len(kvp(schema).warnings) == 21 and kvp(schema).warnings[-1] == "10 more warnings are not shown."
-
-
-def test_limits_are_told_as_they_are() -> None:
-    assert (json_schema.MAX_SUBSCHEMAS, json_schema.MAX_LEVELS, json_schema.MAX_NESTING) == (5000, 80, 200)

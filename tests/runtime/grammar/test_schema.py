@@ -1,5 +1,5 @@
-"""Answers under JSON schemas of all kinds: those that end are instances to `jsonschema`; schemas that are none, or that
-answers cannot be held to, are refused with a reason."""
+"""Answers under JSON schemas of all kinds: those that end are instances to `jsonschema`; invalid schemas, and those
+that cannot be enforced, are refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,15 +18,8 @@ from granite4v.runtime.formats.otsl_grammar import OTSL
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
 from tests.helpers.constrained import KINDS, allows, generated
+from tests.helpers.schemas import SHORT, kvp, of
 from tests.toy.spec import PRESETS
-
-SHORT = {"type": "string", "maxLength": 8}
-
-
-def of(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "object", "properties": properties}
-    return schema if required is None else {**schema, "required": required}
-
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "text": of(["a"], a=SHORT),
@@ -122,12 +115,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
-def kvp(schema: Any) -> Grammar:
-    grammar = grammar_for("kvp", schema)
-    assert grammar is not None
-    return grammar
-
-
 def check(schema: dict[str, Any], text: str) -> Any:
     """The instance that `jsonschema` finds valid."""
     instance = json.loads(text)
@@ -182,9 +169,6 @@ def test_without_sampling_fast_forward_changes_nothing_that_noise_decides(name: 
             check(schema, answer.text)
 
 
-# --- what is left open is made definite ---
-
-
 @pytest.mark.parametrize(
     ("schema", "yes", "no"),
     [
@@ -232,9 +216,6 @@ def test_closing_an_object_may_not_make_a_schema_impossible() -> None:
 def test_settings_of_llguidance_in_a_schema_are_ignored() -> None:
     schema = {**of(["a"], a=SHORT), "x-guidance": {"whitespace_flexible": True}}
     assert not allows("toy", kvp(schema), '{"a":"x"}') and allows("toy", kvp(schema), '{"a": "x"}')
-
-
-# --- what is refused ---
 
 
 @pytest.mark.parametrize(
