@@ -58,8 +58,8 @@ class Tree:
         words = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=True).stdout
         return "--predict" if "--predict" in words else "--max-tokens"
 
-    def run(self, *arguments: str) -> tuple[dict[str, Any], float, float]:
-        """Runs `granite4v` with the tree's code: the JSON it printed last, seconds, and CPU seconds."""
+    def run(self, *arguments: str) -> tuple[str, float, float]:
+        """Runs `granite4v` with the tree's code: the last line it printed, seconds, and CPU seconds."""
         command = [sys.executable, "-m", "granite4v", *arguments]
         environment = {**os.environ, "GRANITE4V_CACHE": str(self.cache)}
         before, begin = os.times(), time.perf_counter()
@@ -68,7 +68,7 @@ class Tree:
         if done.returncode != 0:
             raise SystemExit(f"status {done.returncode} from {command} in '{self.path}':\n{done.stderr[-2000:]}")
         cpu_s = after.children_user - before.children_user + after.children_system - before.children_system
-        return dict(json.loads(done.stdout.strip().splitlines()[-1])), elapsed, cpu_s
+        return (done.stdout.strip().splitlines() or [""])[-1], elapsed, cpu_s
 
 
 def main() -> int:
@@ -106,14 +106,15 @@ def main() -> int:
 
 def measure_once(tree: Tree, model: str, options: argparse.Namespace) -> tuple[dict[str, float], Any]:
     """All figures of a tree from three processes, and what 'bench' says it chose for this machine."""
-    common = ("--model", model, "--threads", str(options.threads), "--json")
+    common = ("--model", model, "--threads", str(options.threads))
     image = str(options.image.absolute())
     figures: dict[str, float] = {}
     for name, arguments in (("ask_text", ("Hello.",)), ("ask_image", (image, options.prompt))):
         _, elapsed, cpu_s = tree.run("ask", *arguments, "--max-tokens", "1", *common)
         figures |= {f"{name}_s": round(elapsed, 4), f"{name}_cpu_s": round(cpu_s, 4)}
     many = (tree.count_flag, str(options.max_tokens), "--repeat", str(options.repeat))
-    result, _, cpu_s = tree.run("bench", "--image", image, "--prompt", options.prompt, *many, *common)
+    line, _, cpu_s = tree.run("bench", "--image", image, "--prompt", options.prompt, *many, *common)
+    result = json.loads(line)
     figures |= {name: result[name] for name in ("encode_s", "prefill_s", "decode_tok_s", "peak_rss_gb")}
     return {**figures, "bench_cpu_s": round(cpu_s, 4)}, result["settings"]
 
