@@ -29,7 +29,6 @@ KNOWN_LAZY_FOLDERS = {
     "granite4v",
     "runtime",
     "runtime/documents",
-    "runtime/engine",
     "runtime/extract",
 }
 KNOWN_LONG_FUNCTIONS = {
@@ -40,8 +39,6 @@ KNOWN_LONG_FUNCTIONS = {
     "tests/acceptance/mutation/pdf_samples.py rich",
 }
 KNOWN_LONG_MODULES = {
-    "runtime/engine/scheduler.py",
-    "tests/runtime/test_model.py",
     "tests/families/test_llava_next.py",
     "tests/nano/test_language.py",
     "tests/nano/test_training.py",

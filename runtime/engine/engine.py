@@ -24,9 +24,10 @@ from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
-from granite4v.runtime.engine.scheduler import Counters, Rows, Scheduler, Task
+from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
+from granite4v.runtime.engine.task import Rows, Task
 from granite4v.runtime.engine.thread import EngineThread, close_at_exit
 from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.abort import AbortFlag

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,6 @@ class Sampler:
     """Picks the tokens of one answer; the same seed and logits give the same tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
-        import numpy as np
-
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
@@ -58,8 +54,6 @@ class Sampler:
 
         `allowed`: bool `(n_vocab,)`, the tokens to pick from, at least one; all filters see those alone.
         """
-        import numpy as np
-
         s = self.sampling
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
@@ -76,8 +70,6 @@ class Sampler:
 
     def _candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and float64 logits of what remains after the filters, most likely first."""
-        import numpy as np
-
         s = self.sampling
         some = 0 < s.top_k < len(logits)
         ids = np.argpartition(logits, -s.top_k)[-s.top_k :] if some else np.arange(len(logits))

@@ -7,133 +7,19 @@ alone, and each sequence gives its own rows to a batch.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections import deque
 from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from granite4v.clip_projector import Image
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.kv_cache import Batch, CachedSequence, KvCache
-from granite4v.runtime.engine.sequence import Advances
-from granite4v.runtime.engine.stream import Channel
+from granite4v.runtime.engine.task import Chunk, Resources, Task, chunks_after, n_alike, plan_prefill
 from granite4v.runtime.llama.context import BatchRows
-from granite4v.runtime.prompt.spans import ImageSpan, Span, TextSpan
-
-
-class Rows(Protocol):
-    """An image's embedding rows, put together when they are asked for."""
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """float32 `(n, n_embd_inp)`"""
-        ...
-
-
-class Resources(Protocol):
-    """What the scheduler needs of a loaded model."""
-
-    def prepare(self, task: Task) -> None:
-        """Before a request is admitted: opens what it needs. May raise Aborted and every error of a model's files."""
-        ...
-
-    def rows(self, task: Task, span: ImageSpan) -> Rows:
-        """An image's embeddings, computed if need be. May raise Aborted, ModelFileError."""
-        ...
-
-    def n_arriving(self) -> int:
-        """Requests that will be added before the next step."""
-        ...
-
-    def prefilled(self, task: Task) -> None:
-        """After the last row of a prompt."""
-        ...
-
-    def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
-        """Around a call that computes for these tasks, which is aborted once none of them is wanted."""
-        ...
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Positions of one span that are computed in one call, from `start` within the span on."""
-
-    batch: Batch
-    span: Span
-    start: int
-
-
-def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
-    """The chunks of a prompt. Text and image rows never share one: a llama_batch carries either."""
-    chunks = []
-    for span in spans:
-        for start in range(0, span.n_tokens, n_ubatch):
-            stop = min(start + n_ubatch, span.n_tokens)
-            if isinstance(span, ImageSpan):
-                batch = Batch(tuple((span.digest, i) for i in range(start, stop)))
-            else:
-                batch = Batch(span.tokens[start:stop])
-            chunks.append(Chunk(batch, span, start))
-    return chunks
-
-
-class Task:
-    """A request on its way: what it asks for, how far it is, and where its answer goes."""
-
-    def __init__(
-        self,
-        spans: SequenceOf[Span],
-        advances: Advances,
-        channel: Channel,
-        *,
-        max_tokens: int,
-        adapter: bool = False,
-        images: SequenceOf[Image] = (),
-    ) -> None:
-        """`images` are those that `ImageSpan.index` counts."""
-        self.spans, self.advances, self.channel, self.images = tuple(spans), advances, channel, tuple(images)
-        self.max_tokens, self.adapter = max_tokens, adapter
-        self.tokens: list[int] = []  # of the answer, those that are not decoded yet included
-        self.n_pending = 0  # of `tokens`, at the end: not decoded yet
-        self.sequence: CachedSequence | None = None
-        self.planned: list[Chunk] = []  # of the prompt
-        self.chunks: deque[Chunk] = deque()  # those that are not computed yet, once it runs
-        self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
-        self.rows: tuple[Span, Rows] | None = None  # of the image that is being prefilled
-        self.last_step = 0
-
-    @property
-    def answer(self) -> Answer:
-        return self.channel.answer
-
-    def plan(self) -> tuple[Batch, ...]:
-        """The batches of the prompt."""
-        return tuple(chunk.batch for chunk in self.planned)
-
-    @property
-    def held(self) -> CachedSequence:
-        """The sequence of a task that was admitted."""
-        assert self.sequence is not None
-        return self.sequence
-
-    @property
-    def is_prefilling(self) -> bool:
-        return bool(self.chunks) or self.logits is not None
-
-    @property
-    def pending(self) -> list[int]:
-        return self.tokens[len(self.tokens) - self.n_pending :]
-
-    @property
-    def n_tokens(self) -> int:
-        """Of the prompt."""
-        return sum(span.n_tokens for span in self.spans)
+from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
 
 
 @dataclass
@@ -238,7 +124,7 @@ class Scheduler:
         if not beside:
             return False
         plan = task.plan()
-        n_shared = max(_n_alike(other.held.plan, plan) for other in beside)
+        n_shared = max(n_alike(other.held.plan, plan) for other in beside)
         return n_shared > self._cache.n_reusable(plan, adapter=task.adapter)
 
     def _start(self, task: Task) -> bool:
@@ -260,7 +146,7 @@ class Scheduler:
         task.answer.timings.n_reused += n_known
         task.logits = sequence.known_logits(plan)
         if task.logits is None:
-            task.chunks.extend(_after(task.planned, n_known))
+            task.chunks.extend(chunks_after(task.planned, n_known))
             sequence.plan, sequence.logits = plan, None
         task.channel.report("prefill", n_known, sum(batch.n_tokens for batch in plan))
         self._waiting.remove(task)
@@ -444,20 +330,3 @@ class Scheduler:
         task.channel.put(step.text)
         if step.finish:
             self._finish(task)
-
-
-def _n_alike(plan: SequenceOf[Batch], other: SequenceOf[Batch]) -> int:
-    """Tokens of the batches that two plans begin with."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan, other, strict=False))
-    return sum(batch.n_tokens for batch, _ in pairs)
-
-
-def _after(chunks: SequenceOf[Chunk], n_known: int) -> list[Chunk]:
-    """What is left of the chunks behind the first `n_known` positions."""
-    left, position = [], 0
-    for chunk in chunks:
-        skip = max(0, n_known - position)
-        position += chunk.batch.n_tokens
-        if skip < chunk.batch.n_tokens:
-            left.append(Chunk(Batch(chunk.batch.keys[skip:]), chunk.span, chunk.start + skip))
-    return left

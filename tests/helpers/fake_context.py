@@ -13,10 +13,11 @@ from granite4v.errors import DeviceError
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.kv_cache import KvCache
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.engine.scheduler import Scheduler, Task
+from granite4v.runtime.engine.scheduler import Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.stream import Channel
+from granite4v.runtime.engine.task import Task
 from granite4v.runtime.llama.context import BatchRows
 from granite4v.runtime.prompt.spans import ImageSpan, Span
 

@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from granite4v.clip_projector import VisionEncoder
 from granite4v.converter import Options, convert
 from granite4v.errors import DeviceError, ImageError, ModelFileError, PromptError
 from granite4v.ggml.backend import default_threads
+from granite4v.runtime.options import GenerationFields, GenerationOptions
 from tests.helpers.gguf_edit import copy_gguf
 from tests.helpers.pictures import noise_picture, text_picture
 from tests.peers.reference import relative_l2
@@ -242,49 +242,15 @@ def test_an_adapter_that_does_not_fit(with_lora: Path, make_model: Callable[...,
         granite4v.load(wide, lora=other, device="cpu")
 
 
-# --- cancelling ---
-
-
-def test_cancelled_before_it_begins(model: granite4v.Model) -> None:
-    model.clear_cache()
-    answer = model.generate("Hello", [PICTURE], cancel=lambda: True)
-    assert (answer.finish_reason, answer.tokens) == ("cancelled", [])
-
-
-@pytest.mark.parametrize("pictures", [[], [PICTURE]])
-def test_cancelled_between_tokens(model: granite4v.Model, pictures: list[Any]) -> None:
-    stop = threading.Event()
-    stream = model.stream("Hello", pictures, max_tokens=300, cancel=stop.is_set)
-    assert next(stream)
-    stop.set()
-    assert not "".join(stream)
-    assert stream.answer.finish_reason == "cancelled" and 0 < len(stream.answer.tokens) < 300
-
-
-def test_cancelled_inside_a_long_computation(model: granite4v.Model) -> None:
-    """A prompt of thousands of tokens is given up between two graph nodes, not at its end."""
-    prompt = "word " * 2000
-    model.clear_cache()
-    start = time.monotonic()
-    model.logits(prompt)
-    whole_s = time.monotonic() - start
-    model.clear_cache()
-    start = time.monotonic()
-    answer = model.generate(prompt, cancel=lambda: time.monotonic() - start > whole_s / 4)
-    assert answer.finish_reason == "cancelled" and not answer.tokens
-    assert time.monotonic() - start < whole_s * 0.8
-    assert np.isfinite(model.logits("Hello")).all()
-
-
-def test_closing_a_stream_ends_the_answer(model: granite4v.Model) -> None:
-    stream = model.stream("Hello", max_tokens=300)
-    first = next(stream)
-    stream.close()
-    assert stream.answer.text.startswith(first) and stream.answer.finish_reason == "cancelled"
-    assert list(stream) == []
-
-
 # --- arguments ---
+
+
+def test_options_and_their_keyword_arguments_are_the_same() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
+    assert set(GenerationFields.__annotations__) == set(fields)
+    names = {field.name: field.type for field in dataclasses.fields(GenerationOptions)}
+    given = {name: kind.__forward_arg__ for name, kind in GenerationFields.__annotations__.items()}
+    assert given == names
 
 
 def test_the_context_is_no_longer_than_the_model_was_trained_for(make_model: Callable[..., Path]) -> None:
