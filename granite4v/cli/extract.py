@@ -243,7 +243,7 @@ def summary(state: State, seconds: float) -> str:
         (state.left_out.n_records, "about documents that were not given now"),
         (tally.n_failed - state.left_out.n_failed, "failed"),
         (tally.n_invalid - state.left_out.n_invalid, "not valid"),
-        (tally.n_salvaged - state.left_out.n_salvaged, "cut and kept to the last whole row or field"),
+        (tally.n_salvaged - state.left_out.n_salvaged, "cut short and kept in part"),
         (tally.n_copied, "copied from a page with the same pixels"),
     ):
         if n:
@@ -298,7 +298,7 @@ class Meter:
             return
         where = record.source if record.page is None else f"{record.source}, page {record.page}"
         if record.error is None:
-            what = "not valid" if record.failed else "cut"
+            what = "not valid" if record.failed else f"cut, and kept {record.kept}"
             self.say(f"{where}, {record.task}: {what}: {record.validity_error}")
         else:
             named = f"'{record.source}'" in record.error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granite4v.clip_projector.images import Image
@@ -29,6 +30,7 @@ Inputs = Sequence[str | os.PathLike[str]]
 Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page
 # (source, number or None, file_state): how an earlier run failed at a page, or at opening a document
 EarlierError = Callable[[str, "int | None", "str | None"], "Granite4vError | None"]
+EarlierSource = Callable[[Path], "str | None"]
 ALL_PAGES = PageRanges(((1, None),))
 
 
@@ -169,18 +171,20 @@ def count_pages(
     pages: str | PageRanges | None = None,
     password: str | None = None,
     earlier_error: EarlierError | None = None,
+    earlier_source: EarlierSource | None = None,
     waiting: Waiting | None = None,
     limits: Limits = LIMITS,
 ) -> Totals:
     """How much `open_pages` will yield, failures included, without rendering a page. Raises what that raises.
 
     `earlier_error`: called with None for a page number before a document is opened; where it returns an error, the
-    document is not opened, and `open_pages` yields a PageFailure with that error.
+    document is not opened, and `open_pages` yields a PageFailure with that error. `earlier_source`: called with the
+    path of a document; its result, unless None, takes the place of the document's `source`.
     """
     _check_password(password)
     ranges = _ranges(pages)
     notes: list[str] = []
-    documents = find_documents(inputs, notes.append)
+    documents = _named(find_documents(inputs, notes.append), earlier_source)
     counted: dict[str, _Counted] = {}
     n_pages: int | None = 0
     with contextlib.closing(Reader(limits, waiting)) as reader:
@@ -209,6 +213,18 @@ def _check_password(password: str | None) -> None:
         fits = False
     if not fits:
         raise SelectionError("the password holds a zero byte or a lone surrogate, which no password can have.")
+
+
+def _named(documents: list[Document | NotFound], earlier_source: EarlierSource | None) -> list[Document | NotFound]:
+    """Documents under the names of an earlier run; but none under the name of another document of this run."""
+    if earlier_source is None:
+        return documents
+    taken = {item.source for item in documents}
+    named: list[Document | NotFound] = []
+    for item in documents:
+        source = earlier_source(item.path) if isinstance(item, Document) and item.path is not None else None
+        named.append(item if source is None or source in taken else replace(item, source=source))
+    return named
 
 
 def _count(item: Document | NotFound, request: _Request, reader: Reader, counted: dict[str, _Counted]) -> int | None:

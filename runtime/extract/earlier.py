@@ -1,34 +1,32 @@
 """What of an earlier run still holds: which pages need not be read again, and which records are out of date.
 
-A file is known again by its state (size and time of change), a page by its pixels. Records of a file that has not
-changed stay, failures too, unless what failed may fare better now. A document whose opening failed is opened by every
-run, so that a password, or more memory, helps at once; but not one whose opening ended the reader process, which would
-cost its time limits in every run.
+A file is recognized by its state (size and time of change), a page by its pixels. Records of a file that has not
+changed stay, failures included, unless what failed may succeed now. A document that could not be opened is tried again
+by every run, so that a password, or more memory, helps at once; but not one that crashed the reader process, which
+would cost its time limits in every run.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from granite4v.errors import DocumentError, Granite4vError
+from granite4v.runtime.documents import Page, PageFailure, PageSkipped, ReaderEnded
+from granite4v.runtime.documents.sources import state_of
 from granite4v.runtime.extract.record import Key
 from granite4v.runtime.extract.results_log import Entry, ResultsLog
-
-if TYPE_CHECKING:
-    from granite4v.runtime.documents import Page, PageFailure, PageSkipped
 
 TRIED_AGAIN = ("MemoryError",)  # failures of a page that need not happen twice
 
 
 def earlier_error(log: ResultsLog, source: str, number: int | None, file_state: str | None) -> Granite4vError | None:
-    """How an earlier run failed at a page, or at opening a document; as `pages.open_pages` takes it.
+    """How an earlier run failed at a page, or at opening a document; as `documents.open_pages` takes it.
 
     None for a file that has changed since, and for a failure that is tried again.
     """
-    from granite4v.runtime.documents import ReaderEnded
-
     for task in log.tasks():
         key = (source, number, task)
         entry = log.get(key)
@@ -38,6 +36,23 @@ def earlier_error(log: ResultsLog, source: str, number: int | None, file_state: 
         if ended or (number is not None and entry.error_type not in TRIED_AGAIN):
             return (ReaderEnded if ended else DocumentError)(log.read(key).error)
     return None
+
+
+def earlier_source(log: ResultsLog) -> Callable[[Path], str | None]:
+    """What an earlier run called a file that may be given by another path now, relative or absolute, or by a link.
+
+    As `documents.count_pages` takes it. Paths of an earlier run are resolved from the present directory, which may be
+    another one, so a file counts as the same only while its state is that of the records.
+    """
+    known = {os.path.realpath(source): source for source in log.sources()}
+
+    def find(path: Path) -> str | None:
+        source, state = known.get(os.path.realpath(path)), state_of(path)
+        if source is None or state is None:
+            return None
+        return source if any(log.entry(key).file_state == state for key in log.keys_of(source)) else None
+
+    return find
 
 
 @dataclass
@@ -61,7 +76,7 @@ class Earlier:
         self._log, self._tasks, self._retry_failed, self._has_image = log, tasks, retry_failed, has_image
 
     def wanted(self, source: str, number: int, file_state: str | None) -> bool:
-        """Whether a page must be rendered; as `pages.open_pages` takes it."""
+        """Whether a page must be rendered; as `documents.open_pages` takes it."""
         entries = [self._log.get((source, number, task)) for task in self._tasks]
         if not all(entry is not None and self._holds(entry, file_state) for entry in entries):
             return True
@@ -71,8 +86,6 @@ class Earlier:
     def keeps(self, key: Key, item: Page | PageFailure) -> bool:
         """Whether a record still holds: its file is as it was, or the page's pixels are. Of a page that fails now, an
         answer holds too, and so does the same failure."""
-        from granite4v.runtime.documents import Page
-
         entry = self._log.get(key)
         if entry is None:
             return False
@@ -84,8 +97,6 @@ class Earlier:
 
     def saw(self, seen: Seen, item: Page | PageFailure | PageSkipped) -> None:
         """Notes what is up to date because this page was met."""
-        from granite4v.runtime.documents import Page, PageSkipped
-
         seen.file_state = item.file_state
         if isinstance(item, Page | PageSkipped):
             seen.n_pages = item.n_pages

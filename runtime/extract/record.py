@@ -12,6 +12,13 @@ from granite4v.runtime.formats.table import with_header_rows
 from granite4v.runtime.formats.tables_json import write_tables_json_list
 from granite4v.runtime.formats.tasks import Kind, task_or_question
 
+_KEPT: dict[Kind, str] = {
+    "tables": "up to the last complete row",
+    "chart": "up to the last complete row",
+    "fields": "up to the last complete field",
+    "code": "up to the last complete line",
+    "prose": "up to where it was cut",
+}
 Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
 
 
@@ -19,10 +26,10 @@ Key = tuple[str, int | None, str]  # source, page, task: no two records of a run
 class Record:
     """What was read from one page for one task; a line of `results.jsonl` has the same fields.
 
-    Which page. `source`: the document's path as given, '-' for standard input. `page` counts from 1 of `n_pages`.
+    Which page. `source`: the document's path as it was first given, '-' for standard input. `page` counts from 1 of `n_pages`.
     `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page image. All of
     them are None when a document could not be opened. `file_state`: size and time of change of the file, by which
-    a later run knows it again; None where it has none, or could not be found. `stem`: what the names of the document's
+    a later run recognizes it; None where it has none, or could not be found. `stem`: what the names of the document's
     files in the output directory begin with, '/' between folders; None without a directory.
 
     What was asked. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
@@ -75,6 +82,11 @@ class Record:
     def failed(self) -> bool:
         """There is no answer, or none that is valid."""
         return self.error is not None or not self.valid
+
+    @property
+    def kept(self) -> str:
+        """How much of an answer that was cut is kept, in words; it says nothing about answers that are complete."""
+        return _KEPT[self.kind]
 
     @property
     def tables(self) -> list[Table]:

@@ -120,7 +120,7 @@ xmlns="http://www.w3.org/2000/svg">
 <h3>{{ record.task }}\
 {% if record.error %}<span class="mark bad">failed</span>{% elif not record.valid %}<span class="mark bad">not valid</span>\
 {% endif %}\
-{% if record.salvaged %}<span class="mark">cut: kept to the last whole row or field</span>{% endif %}\
+{% if record.salvaged %}<span class="mark">cut: kept {{ record.kept }}</span>{% endif %}\
 {% if record.copy_of %}<span class="mark">same pixels as {{ record.copy_of.source }}, page {{ record.copy_of.page }}</span>\
 {% endif %}
 </h3>
@@ -148,7 +148,7 @@ xmlns="http://www.w3.org/2000/svg">
 <h1>What was read</h1>
 <p class="soft">{{ contents.n_pages }} page{{ 's' if contents.n_pages != 1 }} of {{ contents.documents | length }} \
 document{{ 's' if contents.documents | length != 1 }}, {{ contents.n_records }} record{{ 's' if contents.n_records != 1 }}: {{ contents.tasks | join(', ') }}.
-{% if contents.n_salvaged %}{{ contents.n_salvaged }} cut and kept to the last whole row or field. {% endif %}
+{% if contents.n_salvaged %}{{ contents.n_salvaged }} cut short and kept in part. {% endif %}
 Model:{% for role, digest in contents.model.items() %} {{ role }} {{ digest[:12] }}{% endfor %}.</p>
 {% if contents.failures %}
 <section class="card failures"><h2>{{ contents.failures | length }} without a valid answer</h2><ul>

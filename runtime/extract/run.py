@@ -16,7 +16,7 @@ from granite4v.runtime.extract.arguments import checked
 from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.batch import REPORT, Extraction, Job, Say
-from granite4v.runtime.extract.earlier import earlier_error
+from granite4v.runtime.extract.earlier import earlier_error, earlier_source
 from granite4v.runtime.extract.fingerprint import model_hashes
 from granite4v.runtime.extract.options import ExtractFields, ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
@@ -108,6 +108,7 @@ def _open(
         pages=options.pages,
         password=options.password,
         earlier_error=known,
+        earlier_source=None if log is None else earlier_source(log),
         waiting=waiting(state, watch),
     )
     for note in totals.notes:

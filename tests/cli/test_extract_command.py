@@ -88,7 +88,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder: Path, scans: Pa
     assert len(set(keys)) == len(keys)
     names = [{path.name for path in out.iterdir()} for out in (whole, broken)]
     assert names[0] == names[1]
-    for name in names[0] - {"results.jsonl", "report.html", ".granite4v-pages"}:
+    # the count of attempts of a page stays if the kill came between its record and the note that it was finished
+    for name in names[0] - {"results.jsonl", "report.html", ".granite4v-pages", ".granite4v-attempts.json"}:
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
@@ -136,7 +137,7 @@ def test_one_page_and_one_task_is_the_output_alone(folder: Path, scans: Path) ->
     with granite4v.load(folder, n_threads=1) as model:
         answer = model.generate("What is this?", [scans / "b.png"], max_tokens=5)
     assert (result.exit_code, result.stdout) == (1, answer.text.strip() + "\n")  # an answer that was cut is no success
-    assert "1 page of 1 document, 1 record, 1 cut and kept to the last whole row or field; 5 tokens" in result.stderr
+    assert "1 page of 1 document, 1 record, 1 cut short and kept in part; 5 tokens" in result.stderr
 
 
 def test_several_records_have_headings(folder: Path, scans: Path) -> None:

@@ -39,6 +39,8 @@ class FakeModel:
 
     def stream(self, prepared: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
         prompt, shade = prepared.question, prepared.images[0].pillow.getpixel((0, 0))[0]
+        if held["progress"] is not None:
+            held["progress"]("prefill", 0, 1)
         self.asked.append((prompt, shade, max_tokens))
         self.held.append(held)
         self.fail(prompt, shade)

@@ -127,6 +127,18 @@ def test_wherever_it_ended_it_goes_on_to_the_same_end(model: FakeModel, scans: P
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
+def test_what_a_callback_raises_ends_the_run_and_is_no_failed_page(model: FakeModel, scans: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        raise RuntimeError("the caller has seen enough")
+
+    with run(model, scans, ["chart2csv"]) as records:
+        next(records)
+        records.progress = stop
+        with pytest.raises(RuntimeError, match="the caller has seen enough"):
+            next(records)
+        assert (records.state.counts.n_records, records.state.counts.n_failed) == (1, 0)
+
+
 def test_a_run_that_is_not_used_up_gives_its_directory_back(model: FakeModel, scans: Path, tmp_path: Path) -> None:
     with run(model, scans, out=tmp_path / "out") as records:
         next(records)

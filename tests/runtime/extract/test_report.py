@@ -71,7 +71,7 @@ def test_it_is_well_formed_and_says_everything(report: str) -> None:
     ]  # fmt: skip
     names = [text_of(element) for element in pages[0].iter(f"{XHTML}dt")]
     assert names == ["items", "values", "get", "empty", "list", "e"]
-    assert "cut: kept to the last whole row or field" in text_of(pages[2]) and "5 tokens, 1.5 s" in text_of(pages[2])
+    assert "cut: kept up to the last complete row" in text_of(pages[2]) and "5 tokens, 1.5 s" in text_of(pages[2])
     assert "no table on this page" in text_of(pages[3])
 
 

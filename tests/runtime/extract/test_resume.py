@@ -460,3 +460,39 @@ def test_someone_elses_report_is_not_replaced(model: FakeModel, scans: Path, tmp
     with pytest.raises(OutputError, match=r"report.html' is not a report that 'granite4v extract' made"):
         run(model, scans, out=tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "report.html").read_text() == "<title>My report</title>"
+
+
+# --- the same file by another path ---
+
+
+def test_a_file_given_by_another_path_is_the_same_document(
+    model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, relative = tmp_path / "out", scans.relative_to(tmp_path)
+    list(run(model, [relative / "a.pdf", relative / "c.png"], TASKS, out=out))
+    before, n_asked = (out / "results.jsonl").read_bytes(), len(model.asked)
+    (tmp_path / "link").symlink_to(scans)
+    for again in (scans, tmp_path / "link"):
+        with run(model, [again / "a.pdf", again / "c.png"], TASKS, out=out, resume=True) as resumed:
+            assert list(resumed) == []
+            assert (resumed.state.counts.n_records, resumed.state.left_out.n_records) == (8, 0)
+    assert (out / "results.jsonl").read_bytes() == before and len(model.asked) == n_asked
+    with run(model, [scans / "c.png"], ["chart2csv"], out=out, resume=True) as added:
+        assert [record.source for record in added] == [str(relative / "c.png")]
+
+
+def test_a_path_that_means_another_file_from_here_is_another_document(
+    model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """'c.png' of the earlier run was in another directory than the one this run starts in."""
+    monkeypatch.chdir(scans)
+    out = tmp_path / "out"
+    list(run(model, ["c.png"], ["tables_html"], out=out))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (20, 30), (77,) * 3).save(elsewhere / "c.png")
+    monkeypatch.chdir(elsewhere)
+    with run(model, [elsewhere / "c.png"], ["tables_html"], out=out, resume=True) as resumed:
+        assert [record.source for record in resumed] == [str(elsewhere / "c.png")]
+        assert resumed.state.counts.n_records == 2
