@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import platformdirs
+
 from granite4v.errors import OutputError
 
 OWN_PREFIX = ".granite4v"  # of every file of ours in a directory that others use as well
@@ -43,8 +45,6 @@ class FileOutputError(OutputError):
 def cache_folder() -> Path:
     """GRANITE4V_CACHE, or the user's cache folder, or a private folder below the temporary one for a user without a
     home."""
-    import platformdirs  # slow to import, and not needed where the variable is set
-
     named = os.environ.get("GRANITE4V_CACHE")
     if named:
         return Path(named)

@@ -7,20 +7,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import PIL.Image
 
 from granite4v.clip_projector.files import read_whole
 from granite4v.clip_projector.images import NOT_A_PAGE, open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
 from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.truncation import check_png, check_tiff, looks_filled
-
-if TYPE_CHECKING:
-    from granite4v.families.base import TilingConfig
 
 _JPEG = b"\xff\xd8\xff"
 _SUBFILE_TYPE, _COMPRESSION = 254, 259  # TIFF tags

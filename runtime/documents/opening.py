@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from granite4v.clip_projector.images import Image
 from granite4v.errors import DocumentError, Granite4vError, ImageError
+from granite4v.families.base import TilingConfig, VisionConfig
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.reader import RawPage, Reader, ReaderEnded, RemoteDocument, Waiting
 from granite4v.runtime.documents.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
@@ -22,9 +22,6 @@ from granite4v.runtime.documents.sources import (
     is_read_once,
     read_once,
 )
-
-if TYPE_CHECKING:
-    from granite4v.families.base import TilingConfig, VisionConfig
 
 Inputs = Sequence[str | os.PathLike[str]]
 Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page

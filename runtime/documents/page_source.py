@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from PIL.Image import Image
 
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.selection import Crop
-
-if TYPE_CHECKING:
-    from granite4v.families.base import TilingConfig
 
 
 @dataclass(frozen=True, eq=False)

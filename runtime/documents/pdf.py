@@ -15,7 +15,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import pypdfium2
@@ -25,14 +25,12 @@ from PIL.Image import Image
 
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DocumentError
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
 from granite4v.runtime.documents.resolution import render_size, shrunk
 from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.sources import state_of
-
-if TYPE_CHECKING:
-    from granite4v.families.base import TilingConfig
 
 REOPEN_AFTER = 8  # pages: PDFium keeps what it has read of every page of an open document, 1 MB a scan and more
 _HEAD_BYTES = 1024  # where a file says that it is linearized

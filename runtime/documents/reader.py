@@ -15,17 +15,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import PIL.Image
 
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.protocol import PREFIX, packed
+from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.worker import OUT_OF_MEMORY
-
-if TYPE_CHECKING:
-    from granite4v.families.base import TilingConfig
-    from granite4v.runtime.documents.selection import Crop
 
 WORKER = "granite4v.runtime.documents.worker"
 # The owner's module path comes first of all: with '-c' the current folder would be searched for modules.
@@ -108,10 +108,9 @@ class Reader:
         process.wait()
 
     def _start(self) -> None:
-        pillow = sys.modules.get("PIL.Image")
         setup = {
             "limits": asdict(self.limits),
-            "max_image_pixels": pillow.MAX_IMAGE_PIXELS if pillow else _default_max_pixels(),
+            "max_image_pixels": PIL.Image.MAX_IMAGE_PIXELS,
         }
         with tempfile.TemporaryFile() as errors:
             try:
@@ -305,9 +304,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _default_max_pixels() -> int | None:
-    from PIL import Image
-
-    return Image.MAX_IMAGE_PIXELS

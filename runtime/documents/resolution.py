@@ -14,14 +14,11 @@ sees less of them, its own filter shrinks them: the tiles equal, bit for bit, th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image, Resampling
 
 from granite4v.clip_projector.grid_anyres import best_resolution, fit_size
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from granite4v.families.base import TilingConfig
+from granite4v.families.base import TilingConfig
 
 PLAIN_DPI = 200  # when there is no model to look at the page
 MAX_DPI = 2400  # a crop is not magnified beyond it
@@ -56,11 +53,9 @@ def useful_size(shape: tuple[float, float], tiling: TilingConfig) -> Size:
 
 
 def shrunk(image: Image, tiling: TilingConfig | None) -> Image:
-    """The picture as large as the model will see it: resized as the model's preprocessing does, or as it is."""
+    """The image as large as the model will see it: resized as the model's preprocessing does, or as it is."""
     if tiling is None:
         return image
-    from PIL.Image import Resampling
-
     size = fit_size(image.size, best_resolution(image.size, tiling.image_grid_pinpoints))
     if size[0] >= image.width or size[1] >= image.height:
         return image  # the model enlarges it by itself, if at all

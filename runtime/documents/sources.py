@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import features
+
 from granite4v.clip_projector.files import printable, read_whole, shown, url_in
 from granite4v.errors import DocumentError
 from granite4v.runtime.documents.limits import Limits
@@ -217,8 +219,6 @@ def _unreadable(error: OSError, otherwise: str) -> NotFound:
 
 def _suffixes() -> tuple[str, ...]:
     """Those of what the installed Pillow reads."""
-    from PIL import features
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of versions that do not know a feature
         more = [suffix for feature, known in _BY_FEATURE.items() if features.check(feature) for suffix in known]

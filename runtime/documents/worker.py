@@ -24,6 +24,7 @@ import PIL.Image
 
 from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.documents.content import open_page_source, readable
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import PageSource
@@ -108,8 +109,6 @@ class RequestHandler:
         return self._source
 
     def _render(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-        from granite4v.families.base import TilingConfig
-
         source = self._open(request, content)
         crop, tiling = request["crop"], request["tiling"]
         if tiling is not None:

@@ -5,6 +5,7 @@ Tables, charts as pictures with their data, fields as key-value pairs, prose and
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +25,6 @@ SUFFIX = "docling.json"
 
 def check_installed() -> None:
     """Raises Granite4vError without docling-core."""
-    import importlib.util
-
     if importlib.util.find_spec("docling_core") is None:
         raise Granite4vError(
             "the format 'docling' needs docling-core; install it with pip install 'granite4v[docling]'."

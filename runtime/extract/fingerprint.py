@@ -6,13 +6,10 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from granite4v.errors import ModelFileError
 from granite4v.paths import read_json_cache, write_json_cache
-
-if TYPE_CHECKING:
-    from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.files import ModelFiles
 
 CACHE = "checksums.json"  # {"path size mtime_ns": SHA-256}
 READ_BYTES = 1 << 20

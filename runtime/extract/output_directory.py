@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from granite4v.errors import OutputError
 from granite4v.paths import OWN_PREFIX, atomic_text_file, disk_errors, remove_partial_files, sync_folder
 from granite4v.runtime.extract.own_files import check_own
@@ -48,8 +50,6 @@ class OutputDirectory:
         Raises OutputError when another process writes there, when it holds another run's results (and `resume` is
         off) or files that no run of ours made, and when it cannot be written.
         """
-        from filelock import FileLock, Timeout
-
         with disk_errors(path):
             if os.path.lexists(path) and not path.is_dir():
                 raise OutputError(f"'{path}' is a file; give a directory, or one that does not exist yet.")

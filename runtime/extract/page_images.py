@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from granite4v.clip_projector import Image
 from granite4v.errors import OutputError
 from granite4v.paths import OWN_PREFIX, output_error, write_bytes
 from granite4v.runtime.extract.own_files import make_folders
-
-if TYPE_CHECKING:
-    from granite4v.clip_projector import Image
 
 FOLDER = f"{OWN_PREFIX}-pages"
 SIDE_PX = 1000  # print of ordinary size on a letter page can just be read

@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import PIL.Image
 
 from granite4v.errors import PromptError
 from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import TASKS
+from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.model import Model
 from granite4v.runtime.prompt.template import TAG
-
-if TYPE_CHECKING:
-    from granite4v.runtime.grammar.grammar import Grammar
-    from granite4v.runtime.model import Model
 
 
 class ArgumentError(ValueError):
@@ -134,17 +134,13 @@ def schema_warnings(asked: Sequence[Question]) -> list[str]:
 
 def _is_known(model: Model, task: Task) -> bool:
     """Whether the model's template replaces the task's tag by words; one that does not know it leaves it as it is."""
-    from PIL import Image
-
     if task.tag is None:
         return True
     try:
-        return task.tag not in model.prepare(task.tag, [Image.new("RGB", (32, 32))]).text
+        return task.tag not in model.prepare(task.tag, [PIL.Image.new("RGB", (32, 32))]).text
     except PromptError:
         return False
 
 
 def _grammar(task: str, schema: Schema | None) -> Grammar | None:
-    from granite4v.runtime.formats.task_grammar import grammar_for
-
     return grammar_for(task, None if schema is None else schema.checked)

@@ -26,11 +26,11 @@ Key = tuple[str, int | None, str]  # source, page, task: no two records of a run
 class Record:
     """What was read from one page for one task; a line of `results.jsonl` has the same fields.
 
-    Which page. `source`: the document's path as it was first given, '-' for standard input. `page` counts from 1 of `n_pages`.
-    `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page image. All of
-    them are None when a document could not be opened. `file_state`: size and time of change of the file, by which
-    a later run recognizes it; None where it has none, or could not be found. `stem`: what the names of the document's
-    files in the output directory begin with, '/' between folders; None without a directory.
+    Which page. `source`: the document's path as it was first given, '-' for standard input. `page` counts from 1 of
+    `n_pages`. `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page
+    image. All of them are None when a document could not be opened. `file_state`: size and time of change of the file,
+    by which a later run recognizes it; None where it has none, or could not be found. `stem`: what the names of the
+    document's files in the output directory begin with, '/' between folders; None without a directory.
 
     What was asked. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
 

@@ -12,6 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from granite4v.errors import OutputError
 from granite4v.paths import atomic_text_file, disk_errors
 from granite4v.runtime.extract.charts import redraw
@@ -120,8 +123,6 @@ def _by_page(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _environment() -> Any:
-    import jinja2
-
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
@@ -130,8 +131,6 @@ def _environment() -> Any:
 
 
 def _printable(value: Any) -> Any:
-    from markupsafe import Markup
-
     return _UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
