@@ -117,6 +117,7 @@ class VisionEncoder:
         callback asks for it.
         """
         cuts = [cut(image.pillow, self.config.tiling) for image in images]
+        # blank margins make equal tiles within a page
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
         places: list[list[int]] = []
@@ -148,7 +149,7 @@ class VisionEncoder:
             graph = self._graph(len(batch))
             outputs = graph.run(_within(progress, len(done), len(batch), len(tiles)), pixels=pixels)
             self._check_finite(outputs)
-            graph.release()
+            graph.release()  # the outputs are copies, and the text weights may be read next
             streams = [
                 outputs[f"stream.{p}"].reshape(len(batch), self.config.tokens_per_tile, -1)
                 for p in range(len(self.config.streams))

@@ -48,8 +48,7 @@ def default_threads() -> int:
 
 
 def check_threads(n_threads: int | None) -> int:
-    """`n_threads`, or the default for None. Raises DeviceError for a number that ggml cannot start: it ends the process
-    over more than 512."""
+    """`n_threads`, or the default for None. Raises DeviceError for a number that ggml aborts the process on."""
     if n_threads is None:
         return default_threads()
     with contextlib.suppress(TypeError, ValueError):
@@ -120,6 +119,7 @@ class Backend:
                 set_abort(self.handle, *abort)
 
     def _registry_function(self, name: str, restype: Any, *argtypes: Any) -> Any:
+        """A function that not every backend has, and that only its registry knows by name; None without it."""
         registry = lib().ggml_backend_dev_backend_reg(self.device)
         address = lib().ggml_backend_reg_get_proc_address(registry, name.encode())
         return ctypes.CFUNCTYPE(restype, *argtypes)(address) if address else None
@@ -139,7 +139,11 @@ class Backend:
         return found
 
     def multiplies(self, buffer_type: Any, type_name: str, n_in: int, n_out: int) -> bool:
-        """Whether weights `[n_in, n_out]` of this type, kept in this buffer type, can be multiplied here."""
+        """Whether weights `[n_in, n_out]` of this type, kept in this buffer type, can be multiplied here.
+
+        ggml answers that for a finished operation and looks at the buffer that its weight is in. So the product is
+        described, with the weight in an empty buffer of the type, and never computed.
+        """
         ggml, arena = lib(), Arena(4)
         buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, 0)
         try:
@@ -173,10 +177,14 @@ class Backend:
 
 
 class Arena:
-    """A ggml context that holds tensor headers, and the buffer their data goes to."""
+    """A ggml context that holds tensor headers, and the buffer their data goes to.
+
+    Tensors point into the context's memory and are valid until `close`, which frees both; the buffer goes first.
+    """
 
     def __init__(self, n_tensors: int, graph_size: int = 0) -> None:
         ggml = lib()
+        # headers only (no_alloc); the slack is for ggml's own alignment
         mem_size = n_tensors * ggml.ggml_tensor_overhead() + 1024
         if graph_size:
             mem_size += ggml.ggml_graph_overhead_custom(graph_size, False)
