@@ -32,7 +32,6 @@ KNOWN_LAZY_FOLDERS = {
     "runtime/extract",
 }
 KNOWN_LONG_FUNCTIONS = {
-    "granite4v/cli/extract.py extract",
     "granite4v/default_model.py extract",
     "runtime/extract/run.py extract",
     "runtime/model.py stream",

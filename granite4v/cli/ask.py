@@ -1,24 +1,15 @@
-"""`granite4v ask`: one question about pictures, the answer on stdout."""
+"""`granite4v ask`: one question about images, the answer on stdout."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from granite4v.cli.options import (
-    ContextOption,
-    DeviceOption,
-    JsonOption,
-    LoraOption,
-    MmprojOption,
-    ModelOption,
-    ThreadsOption,
-    finite,
-    model_path,
-)
+from granite4v.cli import options
+from granite4v.cli.progress import Progress, plural
 from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
@@ -27,66 +18,60 @@ if TYPE_CHECKING:
 
 def ask(
     *,
-    images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures; '-' reads one from stdin.")
-    ] = None,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or a task tag alone.")],
-    model: ModelOption = None,
-    mmproj: MmprojOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens the answer may have.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, callback=finite, help="0 takes the most likely token every time.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most likely tokens; 0 for all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, callback=finite, help="Draw from the likeliest that add up to p.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes drawing repeatable.", show_default="random")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.", show_default="the template's own")] = None,
-    lora: LoraOption = None,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    ctx: ContextOption = None,
-    as_json: JsonOption = False,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
+    images: options.ImagesArgument = None,
+    prompt: options.PromptArgument,
+    model: options.ModelOption = None,
+    mmproj: options.MmprojOption = None,
+    lora: options.LoraOption = None,
+    system: options.SystemOption = None,
+    max_tokens: options.MaxTokensOption = 512,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SeedOption = None,
+    ctx_size: options.ContextOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "auto",
+    no_stream: options.NoStreamOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Ask one question about one or more pictures.
+    """Ask one question about one or more images.
 
-    The answer goes to stdout alone; progress, timings and warnings go to stderr.
+    Only the answer goes to stdout; progress, timings and warnings go to stderr.
     """
-    from granite4v.cli.status import Status
     from granite4v.runtime import Model
 
     if not images and os.path.isfile(prompt):
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
-    status = Status()
-    try:
-        pictures = _pictures(images or [])
-        with Model.load(model_path(model), n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+    is_streamed = not as_json and not no_stream
+    with Progress() as progress:
+        opened = _open_images(images or [])
+        path = options.model_path(model)
+        with Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj) as loaded:
             for warning in loaded.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
+                progress.say(f"warning: {warning}")
             stream = loaded.stream(
-                _messages(prompt, len(pictures), system),
-                pictures,
+                _messages(prompt, len(opened), system),
+                opened,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
                 lora=lora,
-                progress=status,
+                progress=progress.stage,
             )
             for piece in stream:
-                status.clear()
-                if not as_json and not no_stream:
+                if is_streamed:
+                    progress.close()  # the answer may stand in the middle of a line
                     print(piece, end="", flush=True)
-    finally:
-        status.clear()
-    _finish(stream.answer, as_json=as_json, whole=no_stream)
+                else:
+                    progress.stage("generate", len(stream.answer.tokens), 0)
+    _finish(stream.answer, as_json=as_json, is_printed=is_streamed)
 
 
-def _pictures(images: list[str]) -> list[Any]:
-    """Opened in a process of their own: what a damaged file does to its decoder stays there."""
+def _open_images(images: list[str]) -> list[Any]:
+    """Decoded in a separate process: a damaged file may end its decoder."""
     if images.count("-") > 1:
         raise typer.BadParameter("'-' reads standard input, and can be given once.", param_hint="IMAGE")
     if not images:
@@ -95,12 +80,12 @@ def _pictures(images: list[str]) -> list[Any]:
 
     from granite4v.runtime.documents.reader import load_apart
 
-    found = []
+    opened = []
     for loaded in load_apart([_from_stdin() if image == "-" else image for image in images]):
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        found.append(Image.frombytes("RGB", loaded.size, bytes(loaded.pixels)))
-    return found
+        opened.append(Image.frombytes("RGB", loaded.size, bytes(loaded.pixels)))
+    return opened
 
 
 def _from_stdin() -> bytes:
@@ -117,25 +102,29 @@ def _from_stdin() -> bytes:
     return data
 
 
-def _messages(prompt: str, n_pictures: int, system: str | None) -> list[dict[str, Any]]:
-    parts = [*({"type": "image"} for _ in range(n_pictures)), {"type": "text", "text": prompt}]
+def _messages(prompt: str, n_images: int, system: str | None) -> list[dict[str, Any]]:
+    parts = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _finish(answer: Answer, *, as_json: bool, whole: bool) -> None:
+def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
+    """Prints what is not printed yet, then on stderr how the answer ended and how long it took."""
     timings = answer.timings
     if as_json:
         print(to_json(answer.as_dict(), indent=2))
-    elif whole:
+    elif not is_printed:
         print(answer.text)
     elif not answer.text.endswith("\n"):
         print()
     if answer.finish_reason == "length":
-        print(f"the answer was cut at {len(answer.tokens)} tokens; --max-tokens allows more", file=sys.stderr)
+        print(
+            f"the answer was cut off after {plural(len(answer.tokens), 'token')}; --max-tokens allows more",
+            file=sys.stderr,
+        )
     print(
-        f"{timings.n_prompt} prompt tokens ({timings.n_image} of images): images {timings.encode_s:.1f} s, "
-        f"prompt {timings.prefill_s:.1f} s; {timings.n_generated} tokens in {timings.decode_s:.1f} s "
-        f"({timings.decode_tok_s:.1f} a second)",
+        f"{plural(timings.n_prompt, 'prompt token')} ({timings.n_image:,} of images): images {timings.encode_s:.1f} s, "
+        f"prompt {timings.prefill_s:.1f} s; {plural(timings.n_generated, 'token')} generated in "
+        f"{timings.decode_s:.1f} s ({timings.decode_tok_s:.1f} tokens/s)",
         file=sys.stderr,
     )

@@ -1,15 +1,14 @@
-"""`granite4v bench`: how fast a model reads a picture and answers here, as one JSON line."""
+"""`granite4v bench`: how fast a model encodes an image and generates text on this machine."""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from granite4v.cli.options import ContextOption, DeviceOption, MmprojOption, ModelOption, ThreadsOption, model_path
+from granite4v.cli import options
+from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
@@ -20,43 +19,43 @@ PROMPT = "What does this page say?"
 
 def bench(
     *,
-    model: ModelOption = None,
-    image: Annotated[Path, typer.Option("--image", metavar="FILE", help="The image to read.")],
-    mmproj: MmprojOption = None,
-    prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode; the model cannot end sooner.")] = 32,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs, each from the beginning; medians are reported.")] = 1,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    ctx: ContextOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")] = False,
+    model: options.ModelOption = None,
+    image: options.ImageOption,
+    mmproj: options.MmprojOption = None,
+    prompt: options.BenchPromptOption = PROMPT,
+    max_tokens: options.DecodedTokensOption = 32,
+    repeat: options.RepeatOption = 1,
+    ctx_size: options.ContextOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "auto",
+    as_json: options.JsonOnlyOption = False,
 ) -> None:
-    """Measure image encoding, image prefill and decoding apart.
+    """Measure the speed of image encoding, prefill and decoding.
 
-    The last line on stdout is one JSON object: seconds, tokens a second, peak memory in GB (10^9 bytes), and the
-    settings the program chose for this machine.
+    The last line on stdout is one JSON object: seconds, tokens per second, peak memory in GB (10^9 bytes) and the
+    settings chosen for this machine. Of several runs it holds the medians and the ranges.
     """
-    from granite4v.cli.status import Status
     from granite4v.runtime import Model
 
-    status = Status()
-    progress = None if as_json else status
     runs: list[Timings] = []
-    found = model_path(model, quiet=as_json)
-    with Model.load(found, n_ctx=ctx, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+    path = options.model_path(model, quiet=as_json)
+    with (
+        Progress() as progress,
+        Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj) as loaded,
+    ):
+        stage = None if as_json else progress.stage
         for _ in range(repeat):
             loaded.clear_cache()
-            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True, progress=progress)
+            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True, progress=stage)
             runs.append(answer.timings)
-            status.clear()
             if not as_json:
-                print(_line(answer.timings), file=sys.stderr)
+                progress.say(_line(answer.timings))
         settings = loaded.settings
     print(to_json(report(runs, settings)))
 
 
 def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
-    """The benchmark's result as plain data: medians, and the spread where there are several runs."""
+    """The result as plain data: medians, and the range of each figure where there are several runs."""
     first = runs[0]
     result: dict[str, Any] = {"load_s": round(first.load_s, 3)}
     for name, values in (
@@ -81,9 +80,9 @@ def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_rss_gb() -> float | None:
-    """The most memory this process has had resident, in GB (10^9 bytes); None where the system does not say."""
+    """Peak resident memory of this process in GB (10^9 bytes); None where the system does not tell."""
     try:
-        # Linux's getrusage would tell that of the process which started this one, where that is more
+        # not getrusage, whose peak on Linux is that of the parent process if that was larger
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024 / 1e9

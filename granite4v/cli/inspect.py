@@ -14,11 +14,11 @@ from granite4v.cli.terminal import clean
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="A GGUF file, a model directory, or 'nano', the embedded model.", metavar="FILE|DIR")
+        str, typer.Argument(help="GGUF file, model directory, or 'nano', the embedded model.", metavar="FILE|DIR")
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a GGUF file or a model directory; reads headers only."""
+    """Show what a GGUF file or a model directory contains. Reads headers only."""
     from granite4v.errors import ModelFileError
     from granite4v.gguf_summary import summarize
 

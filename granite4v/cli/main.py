@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
+from granite4v.cli.options import fill_in_tasks
 from granite4v.cli.outcome import conclude, explain
 from granite4v.cli.verify import verify
 
@@ -30,6 +31,14 @@ def _concluding() -> Iterator[None]:
         if explain(error) is None:
             raise
         raise typer.Exit(conclude(error)) from None
+
+
+class TaskCommand(TyperCommand):
+    """A command whose help lists the tasks."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        fill_in_tasks(self.params)
+        super().format_options(ctx, formatter)
 
 
 class Commands(TyperGroup):
@@ -47,7 +56,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     name="granite4v",
-    help="Runs document-reading vision-language models on ordinary machines.",
+    help="Run document-reading vision-language models on ordinary machines.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -69,8 +78,8 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Runs document-reading vision-language models on ordinary machines."""
+    """Run document-reading vision-language models on ordinary machines."""
 
 
 for command in (convert, ask, extract, inspect, verify, bench):
-    app.command()(command)
+    app.command(cls=TaskCommand if command is extract else TyperCommand)(command)

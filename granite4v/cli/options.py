@@ -1,54 +1,20 @@
-"""Options that several commands share, declared once so that spelling, default and help agree."""
+"""Arguments and options, each declared once, so that every command spells, checks and explains it the same way."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
-from granite4v.choices import MAX_THREADS, Device
+from granite4v.choices import MAX_THREADS, Device, Format
 
 NO_MODEL = (
-    "no --model given: using the embedded 'nano', a small model trained on synthetic documents; --model DIR takes a "
-    "real one"
+    "no --model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
+    "--model DIR"
 )
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="DIR",
-        help="Model directory made by 'granite4v convert', or a text GGUF file.",
-        show_default="the embedded 'nano'",
-    ),
-]
-MmprojOption = Annotated[
-    Path | None,
-    typer.Option("--mmproj", metavar="FILE", help="Vision GGUF; needed when it does not lie beside the text GGUF."),
-]
-DeviceOption = Annotated[
-    Device, typer.Option("--device", help="cpu, cuda, metal, or auto: a GPU if llama-cpp-python was built for one.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.", show_default="one a core"),
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx-size",
-        min=1,
-        show_default="8192, or what the model was trained for",
-        help="Tokens that images, prompt and answer may have together.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-LoraOption = Annotated[
-    bool | None,
-    typer.Option("--lora/--no-lora", help="Apply a separate LoRA or not.", show_default="only to requests with images"),
-]
 
 
 def finite(value: float) -> float:
@@ -58,25 +24,284 @@ def finite(value: float) -> float:
     return value
 
 
+# --- the model and the machine ---
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or a text GGUF file.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        help="Model directory written by 'granite4v convert', or a text GGUF file.",
+        show_default="the embedded 'nano'",
+    ),
+]
+MmprojOption = Annotated[
+    Path | None, typer.Option("--mmproj", metavar="FILE", help="Vision GGUF file, if not beside the text GGUF file.")
+]
+LoraOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--lora/--no-lora",
+        help="Apply the model's separate LoRA adapter to every request, or to none.",
+        show_default="requests with images only",
+    ),
+]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="Where to compute. auto: a GPU if llama-cpp-python was built for one.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, max=MAX_THREADS, help="Number of CPU threads.", show_default="one per core"
+    ),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size",
+        metavar="N",
+        min=1,
+        help="Context size in tokens: images, prompt and answer together.",
+        show_default="8192, or the model's training context if that is smaller",
+    ),
+]
+
+# --- generation ---
+
+ImagesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="IMAGE", help="Image files; '-' reads one from standard input.")
+]
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="Question, or a task tag on its own.")]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, help="Maximum number of tokens to generate.")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        metavar="X",
+        min=0,
+        callback=finite,
+        help="Sampling temperature; 0 always takes the most likely token.",
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=0, help="Sample from the K most likely tokens; 0 for all.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        min=0.01,
+        max=1,
+        callback=finite,
+        help="Sample from the most likely tokens whose probabilities add up to P.",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Seed that makes sampling repeatable.", show_default="random"),
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="System message.", show_default="the chat template's own"),
+]
+NoStreamOption = Annotated[bool, typer.Option("--no-stream", help="Print the answer only when it is complete.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+# --- extraction ---
+
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...", help="Images, PDFs, directories or globs; '-' reads one file from standard input."
+    ),
+]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="TASK", help="What to extract: {tasks}. May be repeated."),
+]
+SchemaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--schema",
+        metavar="FILE|CLASS",
+        help="Fields for kvp: a JSON Schema file, or a pydantic class as package.module:Class.",
+    ),
+]
+QuestionOption = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Question of your own, asked about every page.")
+]
+PagesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pages", metavar="RANGES", help="Pages to read of each document, such as 1-3,7,10-.", show_default="all"
+    ),
+]
+PasswordOption = Annotated[str | None, typer.Option("--password", metavar="TEXT", help="Password of encrypted PDFs.")]
+CropOption = Annotated[
+    str | None,
+    typer.Option(
+        "--crop",
+        metavar="X,Y,W,H",
+        help="Read only this region of each page, from the top left: in pixels of an image, points of a PDF page, or "
+        "% of either.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Directory for results.jsonl and the files of each document."),
+]
+FormatsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help=f"Format of the files: {', '.join(get_args(Format))}. May be repeated.",
+        show_default="the task's own",
+    ),
+]
+CsvSafeOption = Annotated[
+    bool,
+    typer.Option(
+        "--csv-safe",
+        help="Write CSV that is safe to open in a spreadsheet: with a byte order mark, and no cell read as a formula.",
+    ),
+]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print each record as one line of JSON.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in DIR. Files that have changed are read again.")
+]
+RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume, also retry pages that failed.")]
+UnconstrainedOption = Annotated[
+    bool, typer.Option("--unconstrained", help="Do not constrain answers to the format of their task.")
+]
+AnswerTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        metavar="N",
+        min=1,
+        help="Maximum number of tokens per answer.",
+        show_default="4096, or as many as fit",
+    ),
+]
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Write DIR/report.html, which shows each page beside its values.")
+]
+
+# --- conversion ---
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="Checkpoint: a directory, a Hugging Face hub id such as 'owner/name', or 'nano', the embedded one.",
+    ),
+]
+TargetArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to write.")]
+TextTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--text-type",
+        metavar="T",
+        help="Weight type of the text model: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or IQ4_NL.",
+    ),
+]
+VisionTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--vision-type",
+        metavar="T",
+        help="Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q4_0 or IQ4_NL.",
+    ),
+]
+LoraModeOption = Annotated[
+    str,
+    typer.Option(
+        "--lora",
+        metavar="merge|separate|ignore",
+        help="Merge a LoRA adapter into the weights, write it to a separate file, or ignore it.",
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH",
+        help="PEFT adapter: a directory or a hub id.",
+        show_default="the one in SRC, if any",
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the hub repository.", show_default="main"),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace the model in OUT; other files there are left alone.")
+]
+
+# --- measurement ---
+
+ImageOption = Annotated[Path, typer.Option("--image", metavar="FILE", help="Image to encode.")]
+BenchPromptOption = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Question about the image.")]
+DecodedTokensOption = Annotated[
+    int,
+    typer.Option("--max-tokens", metavar="N", min=1, help="Number of tokens to decode, past any end-of-answer token."),
+]
+RepeatOption = Annotated[
+    int, typer.Option("--repeat", metavar="N", min=1, help="Number of runs, each with empty caches.")
+]
+JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
+
+# --- comparison with the reference ---
+
+ReferenceOption = Annotated[
+    Path, typer.Option("--reference", metavar="HF_DIR", help="Checkpoint that the model was converted from.")
+]
+ImagesOption = Annotated[
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="Image to compare on. May be repeated.")
+]
+ComparedPromptOption = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Question for both models.")]
+PositionsOption = Annotated[
+    int,
+    typer.Option("--positions", metavar="N", min=1, help="Number of positions of the reference's answer to compare."),
+]
+ReferenceAdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", metavar="PATH", help="PEFT adapter to merge into the reference.")
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option("--exact", help="Use a float32 KV cache and no flash attention, as is always done for models in F32."),
+]
+
+
+def fill_in_tasks(params: Iterable[Any]) -> None:
+    """Puts the names of the tasks into the help texts of a command's parameters, shortly before they are shown: the
+    table of tasks takes longer to import than all commands together."""
+    from granite4v.runtime.formats.tasks import TASKS
+
+    for param in params:
+        if getattr(param, "help", None):
+            param.help = param.help.replace("{tasks}", ", ".join(TASKS))
+
+
 def model_path(model: str | None, *, quiet: bool = False) -> str | Path:
     """What `--model` stands for: a path as it is, the embedded model for 'nano' or for nothing.
 
     Says on stderr which model it is when nobody chose, and shows its conversion on first use, unless `quiet`.
     """
     from granite4v import default_model
-    from granite4v.cli.convert import Meter
+    from granite4v.cli.progress import Progress
 
     if model is not None and not default_model.is_embedded(model):
         return model
-
-    def report(line: str) -> None:
-        if not quiet:
-            typer.echo(line, err=True)
-
-    if model is None:
-        report(NO_MODEL)
-    meter = Meter()
-    try:
-        return default_model.embedded_model(report, None if quiet else meter)
-    finally:
-        meter.clear()
+    if quiet:
+        return default_model.embedded_model(lambda line: None)
+    with Progress(delay_s=0.5) as progress:
+        if model is None:
+            progress.say(NO_MODEL)
+        return default_model.embedded_model(progress.say, progress.written)

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from granite4v.cli.terminal import clean
@@ -36,6 +36,11 @@ class _Stream(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
+        self.before_write: Callable[[], None] | None = None  # before anything is written to a terminal
+
+    def _begin(self) -> None:
+        if self._is_terminal and self.before_write is not None:
+            self.before_write()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # typeshed has an attribute
@@ -64,6 +69,7 @@ class Results(_Stream):
         self.failure: Exception | None = None
 
     def write(self, text: str) -> int:
+        self._begin()
         with self._failing():
             self._stream.write(clean(text) if self._is_terminal else text)
         return len(text)
@@ -98,12 +104,21 @@ def _discard(stream: TextIO) -> None:
 
 
 class Messages(_Stream):
-    """stderr. Progress lines write '\\r' and are cleaned by whoever makes them."""
+    """stderr. Carriage returns pass: libraries that download or build draw their progress with them."""
+
+    def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
+        super().__init__(stream)
+        self._escapes = escapes
 
     def write(self, text: str) -> int:
+        self._begin()
         with contextlib.suppress(OSError):
-            self._stream.write(clean(text, keep="\n\t\r"))
+            self._stream.write(clean(text, keep="\n\t\r") if self._escapes else text)
         return len(text)
+
+    def unescaped(self) -> Messages:
+        """The same stream for a writer who sends control sequences, and who cleans what came from elsewhere."""
+        return Messages(self._stream, escapes=False)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):

@@ -1,14 +1,14 @@
-"""`granite4v verify`: how far a model directory is from the checkpoint it was made of."""
+"""`granite4v verify`: how far a model is from the checkpoint it was converted from."""
 
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from granite4v.cli.options import DeviceOption, JsonOption, MmprojOption, ThreadsOption
+from granite4v.cli import options
+from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
@@ -21,37 +21,32 @@ class Dtype(str, Enum):
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or a text GGUF file.")],
-    reference: Annotated[Path, typer.Option(metavar="HF_DIR", help="The checkpoint it was made of.")],
-    image: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image to compare on; may be repeated.")
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="The question put to both.")] = "What is shown here?",
-    positions: Annotated[int, typer.Option(min=1, help="Tokens of the reference's answer to compare at.")] = 32,
-    dtype: Annotated[Dtype, typer.Option(help="What the reference computes in.")] = Dtype.FLOAT32,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="PEFT adapter that the reference merges into itself.")
-    ] = None,
-    mmproj: MmprojOption = None,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Float32 cache and plain attention on our side, whatever the weights; F32 files always so."
-        ),
-    ] = False,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
+    model: options.ModelArgument,
+    reference: options.ReferenceOption,
+    image: options.ImagesOption = None,
+    prompt: options.ComparedPromptOption = "What is shown here?",
+    positions: options.PositionsOption = 32,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type that the reference computes in.")] = Dtype.FLOAT32,
+    adapter: options.ReferenceAdapterOption = None,
+    mmproj: options.MmprojOption = None,
+    exact: options.ExactOption = False,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "auto",
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Compare a model with its Hugging Face checkpoint, through transformers.
+    """Compare a model with its Hugging Face checkpoint.
 
-    Reports each stream of image embeddings, the logits, the KL divergence and how often both put the same token
-    first, for every image and for the prompt alone. Needs the 'verify' extra.
+    Runs the checkpoint in transformers. For each image, and for the prompt without an image, reports the error of
+    every stream of image embeddings and of the logits, the KL divergence, and how often both models rank the same
+    token first. Needs the 'verify' extra.
     """
     from granite4v.runtime import Model
     from granite4v.runtime.verify import verify as run_verify
 
-    with Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact or None) as loaded:
+    with (
+        Progress() as progress,
+        Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact or None) as loaded,
+    ):
         results = run_verify(
             loaded,
             reference,
@@ -60,7 +55,7 @@ def verify(
             n_positions=positions,
             dtype=dtype.value,
             adapter=adapter,
-            report=lambda line: typer.echo(line, err=True),
+            report=progress.say,
         )
     if as_json:
         comparisons = [result.as_dict() for result in results]

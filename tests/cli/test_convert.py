@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from collections.abc import Callable
@@ -13,9 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from granite4v.cli.convert import Meter
 from granite4v.cli.main import app
-from granite4v.converter import Options, Progress, convert
+from granite4v.converter import Options, convert
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 TINY = PRESETS["tiny"]
@@ -48,7 +46,7 @@ def test_options_reach_the_converter(make_checkpoint: Callable[[CheckpointSpec],
     status, _, stderr = run(make_checkpoint(TINY), out, *options)
     assert status == 0
     assert sorted(path.name for path in out.iterdir()) == ["lora-F16.gguf", "mmproj-BF16.gguf", "text-Q8_0.gguf"]
-    assert f"note: the adapter '{adapter}' was kept in a file of its own" in stderr
+    assert f"note: the adapter '{adapter}' was written to a separate file" in stderr
     assert run(make_checkpoint(TINY), out)[0] == 1
     assert run(make_checkpoint(TINY), out, "--force")[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["mmproj-F16.gguf", "text-Q4_K_M.gguf"]
@@ -118,53 +116,3 @@ def test_wrong_usage_is_status_2(options: tuple[str, ...], message: str, tmp_pat
     status, stdout, stderr = run(tmp_path, tmp_path / "out", *options)
     assert (status, stdout) == (2, "")
     assert message in " ".join(stderr.split())
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("stream", "line"), [(Terminal(), "\rtext.gguf:  25%"), (io.StringIO(), "text.gguf:  25%")])
-def test_progress_shows_within_a_second(stream: io.StringIO, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    meter = Meter(stream)
-    meter(Progress(1, 100, "text.gguf", "a"))
-    assert stream.getvalue() == ""
-    now = 100.6
-    meter(Progress(25, 100, "text.gguf", "blk.0.attn_q.weight"))
-    assert stream.getvalue().startswith(line)
-    assert "blk.0.attn_q.weight" in stream.getvalue()
-    meter(Progress(26, 100, "text.gguf", "b"))
-    assert stream.getvalue().count("text.gguf") == 1
-    meter.clear()
-
-
-def test_time_left_is_shown_once_it_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seconds of writing and two parts in a hundred; what came before the first bytes does not count."""
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    stream = Terminal()
-    meter = Meter(stream)
-
-    def line(time_s: float, done: int) -> str:
-        nonlocal now
-        now = time_s
-        stream.truncate(0)
-        meter(Progress(done, 1000, "text.gguf", "a"))
-        return stream.getvalue().strip("\0\r ")
-
-    assert line(150.0, 0) == "text.gguf:   0%, a"
-    assert line(151.0, 500) == "text.gguf:  50%, a"
-    assert line(155.0, 10) == "text.gguf:   1%, a"
-    assert line(160.0, 200) == "text.gguf:  20%, 40 s left, a"
-    assert line(160.5, 1000) == "text.gguf: 100%, 0 s left, a"
-
-
-def test_progress_of_nothing_is_whole() -> None:
-    stream = Terminal()
-    meter = Meter(stream)
-    meter._last = -1e9
-    meter(Progress(0, 0, "text.gguf", "a"))
-    assert "text.gguf: 100%" in stream.getvalue()

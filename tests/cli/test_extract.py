@@ -19,9 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import granite4v
-from granite4v.cli.extract import Meter, duration, line, summary
 from granite4v.cli.main import app
-from granite4v.runtime.extract import Record, State
+from granite4v.runtime.extract import Record
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
 
@@ -108,7 +107,7 @@ def test_a_signal_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Pa
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in stderr and stdout == ""
     n = len(records(tmp_path / "out"))
-    assert f"{n} finished records are kept in '{tmp_path / 'out'}'; go on with --resume" in stderr
+    assert f"{n} finished records are kept in '{tmp_path / 'out'}'; continue with --resume" in stderr
     assert stderr.splitlines()[-1].startswith("granite4v: ")
     assert second.exit_code == 1 and "another process is writing to" in second.stderr
     assert len(records(tmp_path / "out")) == n_lines(tmp_path / "out" / "results.jsonl") >= 2
@@ -137,7 +136,7 @@ def test_one_page_and_one_task_is_the_output_alone(folder: Path, scans: Path) ->
     with granite4v.load(folder, n_threads=1) as model:
         answer = model.generate("What is this?", [scans / "b.png"], max_tokens=5)
     assert (result.exit_code, result.stdout) == (1, answer.text.strip() + "\n")  # an answer that was cut is no success
-    assert "1 page of 1 document, 1 record, 1 cut short and kept in part; 5 tokens" in result.stderr
+    assert "1 page of 1 document, 1 record, 1 cut off and kept in part; 5 tokens" in result.stderr
 
 
 def test_several_records_have_headings(folder: Path, scans: Path) -> None:
@@ -227,7 +226,7 @@ def test_a_file_that_was_repaired_leaves_no_failure(folder: Path, scans: Path, t
     assert first.exit_code == 1 and "1 failed" in first.stderr and "sub/c.png" in first.stderr
     text_picture((60, 90), 20).save(batch / "sub" / "c.png")
     second = run(f"{batch}/", *arguments, "--resume")
-    assert "2 from an earlier run, 1 of those replaced" in second.stderr and " failed" not in second.stderr
+    assert "2 from an earlier run, 1 of them replaced" in second.stderr and " failed" not in second.stderr
     assert [(Path(one["source"]).name, one["error"], one["stem"]) for one in records(out)] == [
         ("b.png", None, "sub/b"), ("c.png", None, "sub/c")
     ]  # fmt: skip
@@ -240,14 +239,16 @@ def test_records_are_kept_where_stdout_cannot_be_written(folder: Path, scans: Pa
     with open("/dev/full", "w") as full:
         done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"standard output cannot be written any more; all results are in '{tmp_path / 'out'}'" in done.stderr
+    assert f"standard output can no longer be written; all results are in '{tmp_path / 'out'}'" in done.stderr
     assert len(records(tmp_path / "out")) == 20 and "20 records" in done.stderr
 
 
 def test_an_answer_that_was_cut_is_told(folder: Path, scans: Path, tmp_path: Path) -> None:
     result = run(scans / "b.png", "--model", folder, "--task", "chart2summary", "--unconstrained", "--max-tokens", 4)
     assert (
-        result.exit_code == 1 and "b.png, page 1, chart2summary: cut: the answer did not end by itself" in result.stderr
+        result.exit_code == 1
+        and "b.png, page 1, chart2summary: cut off and kept up to where it was cut: the answer did not end by itself"
+        in result.stderr
     )
 
 
@@ -285,36 +286,6 @@ def test_the_same_from_python(folder: Path, scans: Path) -> None:
     found = list(granite4v.extract(scans / "b.png", model=folder, prompt="What?", max_tokens=5, n_threads=1))
     assert [(record.task, record.valid) for record in found] == [("prompt", True)]
     assert isinstance(found[0], granite4v.Record)
-
-
-def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = State(source="x/a.pdf", page=3, n_pages=6, task="kvp", n_answer_tokens=12, n_documents=2, began=0.0)
-    state.n_documents_total, state.n_pages_total, state.n_pages_read, state.n_pages_known = 4, 20, 2, 8
-    state.n_tokens, state.decode_s = 100, 4.0
-    assert line(state, 60.0) == (
-        "document 2 of 4: a.pdf, page 3 of 6, kvp 12 tokens, 25.0 tokens/s, 5 min left"
-    )  # fmt: skip
-    assert summary(state, 130.0).endswith("100 tokens, 25.0 a second, 2 min")
-    state.n_tokens = 1
-    assert summary(state, 1.0) == "10 pages of 2 documents, 0 records; 1 token, 0.2 a second, 1 s"
-    state.page, state.task, state.waited_s, state.n_answer_tokens = 4, "", 7.0, 0
-    assert line(state, 60.0).startswith("document 2 of 4: a.pdf, page 4 of 6, rendering for 7 s")
-    assert line(State(source="x/a.pdf", waited_s=3.0), 60.0) == "counting pages: a.pdf, opening for 3 s"
-    assert [duration(seconds) for seconds in (3, 99, 600, 7800)] == ["3 s", "99 s", "10 min", "2 h 10 min"]
-
-
-def test_on_a_terminal_the_line_renews_itself() -> None:
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    meter = Meter(stream)
-    meter.watch(State(source="a.pdf", task="kvp", n_documents=1))
-    meter.say("a remark")
-    assert stream.getvalue() == "\rdocument 1: a.pdf, kvp" + "\r" + " " * 22 + "\r" + "a remark\n"
 
 
 def test_the_example_of_the_documentation_runs(

@@ -1,8 +1,7 @@
-"""`ask` and `bench`: the answer alone on stdout, everything else on stderr, and statuses."""
+"""`granite4v ask`: the answer alone on stdout, everything else on stderr, and exit statuses."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -12,17 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import granite4v
-from granite4v.cli.bench import report
 from granite4v.cli.main import app
-from granite4v.cli.status import Status
-from granite4v.runtime import Timings
 from tests.helpers.pictures import noise_picture, text_picture
 from tests.toy.spec import PRESETS
 
@@ -55,13 +50,13 @@ def test_the_answer_alone_is_on_stdout(folder: Path, page: Path, answer: granite
     result = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 12)
     assert result.exit_code == 0
     assert result.stdout == answer.text + "\n"
-    assert "reading images ..." in result.stderr and "reading the prompt ..." in result.stderr
+    assert "encoding images ..." in result.stderr and "processing the prompt ..." in result.stderr
     assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of images)" in result.stderr
-    assert "the answer was cut at 12 tokens; --max-tokens allows more" in result.stderr
+    assert "the answer was cut off after 12 tokens; --max-tokens allows more" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--no-stream", "--json"])
-def test_other_forms_of_the_same_answer(folder: Path, page: Path, answer: granite4v.Answer, option: str) -> None:
+def test_the_same_answer_complete_or_as_json(folder: Path, page: Path, answer: granite4v.Answer, option: str) -> None:
     result = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 12, option)
     if option == "--json":
         document = json.loads(result.stdout)
@@ -71,12 +66,12 @@ def test_other_forms_of_the_same_answer(folder: Path, page: Path, answer: granit
         assert result.stdout == answer.text + "\n"
 
 
-def test_a_picture_from_stdin(folder: Path, page: Path, answer: granite4v.Answer) -> None:
+def test_an_image_from_stdin(folder: Path, page: Path, answer: granite4v.Answer) -> None:
     result = run("ask", "-", "What is this?", "--model", folder, "--max-tokens", 12, stdin=page.read_bytes())
     assert result.stdout == answer.text + "\n"
 
 
-def test_several_pictures_and_none(folder: Path, page: Path, tmp_path: Path) -> None:
+def test_several_images_and_none(folder: Path, page: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     noise_picture((70, 90)).save(other)
     two = run("ask", page, other, "Compare.", "--model", folder, "--max-tokens", 2, "--json")
@@ -150,76 +145,3 @@ def test_ctrl_c_ends_cleanly(make_model: Callable[..., Path], tmp_path: Path) ->
         assert time.monotonic() - start < 30
     assert process.returncode == 130, errors
     assert b"interrupted" in errors and b"Traceback" not in errors
-
-
-# --- bench ---
-
-
-def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
-    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 5, "--repeat", 2)
-    assert result.exit_code == 0
-    *before, last = result.stdout.splitlines()
-    assert before == []
-    found = json.loads(last)
-    for name in ("encode_s", "prefill_s", "decode_tok_s", "peak_rss_gb"):
-        assert found[name] > 0, name
-    assert found["predicted"] == 5 and found["prompt_tokens"] > found["image_tokens"] > 0
-    assert found["settings"]["n_threads"] >= 1
-    assert result.stderr.count("image tokens: encode") == 2
-
-
-def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
-    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 1, "--json")
-    assert json.loads(result.stdout) and result.stderr == ""
-
-
-def test_the_report_has_medians_and_spread() -> None:
-    runs = [
-        Timings(encode_s=s, prefill_image_s=1, prefill_text_s=2, decode_s=2.0, n_steps=4, n_prompt=9, n_image=5)
-        for s in (3.0, 1.0, 2.0)
-    ]
-    found = report(runs, {"n_threads": 2})
-    assert (found["encode_s"], found["encode_s_range"], found["decode_tok_s"]) == (2.0, [1.0, 3.0], 2.0)
-    assert (found["prefill_s"], found["prompt_tokens"], found["settings"]) == (1.0, 9, {"n_threads": 2})
-    assert "encode_s_range" not in report(runs[:1], {})
-
-
-# --- what is shown on the way ---
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("granite4v.cli.status.time.monotonic", lambda: clock.now)
-    return clock
-
-
-def test_on_a_terminal_one_line_renews_itself(clock: SimpleNamespace) -> None:
-    stream = Terminal()
-    status = Status(stream)
-    for done in (0, 40, 41, 100):
-        status("encode", done, 100)
-        clock.now += 0.06
-    status.clear()
-    status.clear()
-    shown = ["reading images ...", "reading images 41%"]
-    assert stream.getvalue() == "".join(f"{line}\r{' ' * len(line)}\r" for line in shown)
-
-
-def test_elsewhere_a_line_a_stage_and_every_ten_seconds(clock: SimpleNamespace) -> None:
-    stream = io.StringIO()
-    status = Status(stream)
-    for done in range(0, 100, 10):
-        status("encode", done, 100)
-        clock.now += 4
-    status("load", 0, 1)
-    status.clear()
-    assert stream.getvalue().splitlines() == [
-        *(f"reading images {share}" for share in ("...", "30%", "60%", "90%")),
-        "loading weights ...",
-    ]

@@ -1,0 +1,185 @@
+"""What `granite4v extract` prints: records on stdout; progress, remarks and a summary on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from granite4v.cli.progress import Activity, Progress, duration, model_activity, plural
+from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
+
+if TYPE_CHECKING:
+    from granite4v.runtime.extract import Record, State
+
+
+class Printer:
+    """Prints records: a single one as it is, several under headings.
+
+    Where results also go to `out`, a stdout that cannot be written does not end the run: `failure` keeps the error.
+    """
+
+    def __init__(
+        self, *, as_json: bool, out: Path | None, table_format: str | None, say: Callable[[str], None]
+    ) -> None:
+        """`table_format`: None for the format of the task."""
+        self.out = out
+        self.failure: Exception | None = None
+        self._as_json, self._table_format, self._say = as_json, table_format, say
+        self._first: str | None = None  # waits until it is known whether there is a second
+        self._are_several = False
+
+    def print(self, record: Record) -> None:
+        if self._as_json:
+            self._write(lambda: print(to_json(record.as_dict()), flush=True))
+        elif self.out is None and record.value is not None:
+            self._print_text(record)
+
+    def finish(self) -> None:
+        if self._first is not None:
+            print(self._first.partition("\n")[2])
+
+    def list_files(self, state: State) -> None:
+        """Prints the paths of the files that were written, unless records are printed as JSON."""
+        if self.out is not None and not self._as_json:
+            self._write(lambda: self._list_files(state))
+
+    def _list_files(self, state: State) -> None:
+        from granite4v.runtime.extract.output_directory import RESULTS
+
+        assert self.out is not None
+        print(self.out / RESULTS)
+        for path in state.paths:
+            print(path)
+        if state.n_paths > len(state.paths):
+            print(f"and {state.n_paths - len(state.paths)} more in {self.out}")
+
+    def _write(self, step: Callable[[], None]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            step()
+        except (OSError, PipeClosed, ResultsLost) as error:
+            if self.out is None:
+                raise
+            self.failure = error
+            self._say(f"standard output can no longer be written; all results are in '{self.out}'")
+
+    def _print_text(self, record: Record) -> None:
+        text = f"== {record.source}, page {record.page}, {record.task}\n{self._text(record)}"
+        if self._first is None and not self._are_several:
+            self._first = text
+            return
+        for waiting in filter(None, [self._first, text]):
+            print(waiting, flush=True)
+        self._first, self._are_several = None, True
+
+    def _text(self, record: Record) -> str:
+        from granite4v.runtime.extract.document_files import TABLE_FORMATS, as_text
+
+        is_table = self._table_format in TABLE_FORMATS and record.tables
+        return as_text(record, self._table_format if is_table else None)
+
+
+class RunProgress:
+    """Callbacks of a run, for the progress display."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._activity = Activity("")
+        self._source, self._reported = "", set[str]()  # lines about the document at hand
+
+    def watch(self, state: State) -> None:
+        self._activity = activity(state, time.monotonic())
+        self.progress.show(self._activity)
+
+    def stage(self, stage: str, done: int, total: int) -> None:
+        """What a model does before it answers."""
+        step = model_activity(stage, done, total)
+        share = f" {step.share:.0%}" if step.share else ""
+        detail = ": ".join(filter(None, [self._activity.detail, f"{step.stage}{share}"]))
+        self.progress.show(replace(self._activity, detail=detail))
+
+    def report(self, record: Record) -> None:
+        """Prints a page's warnings, and what is wrong with a record without a valid and complete answer.
+
+        What concerns a whole page or document is printed once, whatever the number of tasks.
+        """
+        for warning in record.warnings:
+            self._say_once(record.source, f"warning: {warning}")
+        if not record.failed and not record.salvaged:
+            return
+        where = record.source if record.page is None else f"{record.source}, page {record.page}"
+        if record.error is None:
+            what = "invalid" if record.failed else f"cut off and kept {record.kept}"
+            self.progress.say(f"{where}, {record.task}: {what}: {record.validity_error}")
+        else:
+            names_source = f"'{record.source}'" in record.error
+            self._say_once(record.source, record.error if names_source else f"{where}: {record.error}")
+
+    def _say_once(self, source: str, text: str) -> None:
+        if self._source != source:
+            self._source, self._reported = source, set()
+        if text not in self._reported:
+            self._reported.add(text)
+            self.progress.say(text)
+
+
+def kept(state: State, out: Path | None) -> str:
+    """What an interrupted run leaves."""
+    if out is None:
+        return "nothing is kept without --out"
+    n = state.counts.n_records
+    return f"{plural(n, 'finished record')} {'is' if n == 1 else 'are'} kept in '{out}'; continue with --resume"
+
+
+def summary(state: State, seconds: float) -> str:
+    """One line: what was read, how many records failed, are invalid or were cut off, and how long it took."""
+    counts = state.counts
+    pages = plural(state.n_pages_read + state.n_pages_known, "page")
+    parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(counts.n_records, "record")]
+    for n, what in (
+        (state.n_resumed, "from an earlier run"),
+        (state.n_replaced, "of them replaced"),
+        (state.left_out.n_records, "of documents not given this time"),
+        (counts.n_failed - state.left_out.n_failed, "failed"),
+        (counts.n_invalid - state.left_out.n_invalid, "invalid"),
+        (counts.n_salvaged - state.left_out.n_salvaged, "cut off and kept in part"),
+        (counts.n_copied, "copied from a page with the same pixels"),
+    ):
+        if n:
+            parts.append(f"{n} {what}")
+    if state.n_unwritten:
+        parts.append(f"{plural(state.n_unwritten, 'file')} not written")
+    speed = f", {state.tokens_per_s:,.1f} tokens/s" if state.tokens_per_s else ""
+    return f"{', '.join(parts)}; {plural(state.n_tokens, 'token')}{speed}, {duration(seconds)}"
+
+
+def activity(state: State, now: float) -> Activity:
+    """Document, page and task at hand; pages done of all pages. `now` as of time.monotonic."""
+    name = Path(state.source).name
+    if state.n_documents:
+        parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {name}"]
+    else:
+        parts = [f"counting pages: {name}"]
+    if state.page is not None:
+        parts.append(f"page {_of(state.page, state.n_pages)}")
+    if state.waited_s:
+        parts.append(f"{'opening' if state.page is None else 'rendering'} for {duration(state.waited_s)}")
+    if state.task:
+        parts.append(state.task)
+    return Activity(
+        stage="",  # one for the whole run: plain lines come every so often, not with every page
+        done=state.n_pages_read + state.n_pages_known,
+        total=state.n_pages_total or 0,
+        detail=", ".join(parts),
+        n_tokens=state.n_answer_tokens,
+        tokens_per_s=state.tokens_per_s,
+        left_s=state.left_s(now),
+    )
+
+
+def _of(n: int, total: int | None) -> str:
+    return str(n) if total is None else f"{n} of {total}"

@@ -1,0 +1,76 @@
+"""The live line of `progress`, drawn by `rich`: title, bar, figures, as far as they fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, Task
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from granite4v.cli.progress import Activity, Progress
+from granite4v.cli.terminal import clean
+
+BAR_WIDTH = 20
+MIN_WIDTH_FOR_BAR = 70  # of the terminal, in columns
+
+
+class LiveLine(RichProgress):
+    """One line that shows the activity of a `Progress` until it is stopped, and then disappears."""
+
+    def __init__(self, progress: Progress, stream: TextIO) -> None:
+        console = _Console(
+            file=stream, force_terminal=True, force_jupyter=False, markup=False, highlight=False, emoji=False
+        )
+        self._source, self._console = progress, console
+        self._title, self._figures = _Title(progress), _Figures(progress, console)
+        self._bar = BarColumn(BAR_WIDTH)
+        # Streams are not redirected: rich would take what is printed for text with escape sequences of its own.
+        super().__init__(console=console, transient=True, redirect_stdout=False, redirect_stderr=False, expand=True)
+        self.add_task("")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Read again for every drawing: the activity, and the width, since a window may be resized."""
+        activity = self._source.activity or Activity("")
+        is_known = activity.total > 1
+        for task in self.tasks:  # none yet when the base class draws for the first time
+            task.completed, task.total = (activity.done, activity.total) if is_known else (0, None)
+        has_bar = self._console.width >= MIN_WIDTH_FOR_BAR
+        self.columns = (self._title, self._bar, self._figures) if has_bar else (self._title, self._figures)
+        return super().get_renderables()
+
+
+class _Console(Console):
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leaves the cursor alone: a process that is killed could not bring it back."""
+        return False
+
+
+class _Title(ProgressColumn):
+    """Takes the room that the others leave."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        super().__init__(Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        activity = self._progress.activity or Activity("")
+        return Text(clean(activity.title, keep=""), no_wrap=True, overflow="ellipsis")
+
+
+class _Figures(ProgressColumn):
+    """As many figures as fit into half the line."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console = progress, console
+        super().__init__(Column(no_wrap=True, justify="right"))
+
+    def render(self, task: Task) -> Text:
+        figures = self._progress.figures(time.monotonic())
+        while figures and len(", ".join(figures)) > self._console.width // 2:
+            figures.pop()
+        return Text(", ".join(figures), no_wrap=True)

@@ -1,0 +1,62 @@
+"""`granite4v bench`: one JSON line last on stdout, figures of each run on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from granite4v.cli.bench import report
+from granite4v.cli.main import app
+from granite4v.runtime import Timings
+from tests.helpers.pictures import text_picture
+from tests.toy.spec import PRESETS
+
+
+@pytest.fixture(scope="module")
+def folder(make_model: Callable[..., Path]) -> Path:
+    return make_model(PRESETS["tiny"])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "page.png"
+    text_picture((150, 100)).save(path)
+    return path
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
+    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 5, "--repeat", 2)
+    assert result.exit_code == 0
+    *before, last = result.stdout.splitlines()
+    assert before == []
+    found = json.loads(last)
+    for name in ("encode_s", "prefill_s", "decode_tok_s", "peak_rss_gb"):
+        assert found[name] > 0, name
+    assert found["predicted"] == 5 and found["prompt_tokens"] > found["image_tokens"] > 0
+    assert found["settings"]["n_threads"] >= 1
+    assert result.stderr.count("image tokens: encode") == 2
+
+
+def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
+    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 1, "--json")
+    assert json.loads(result.stdout) and result.stderr == ""
+
+
+def test_the_report_has_medians_and_spread() -> None:
+    runs = [
+        Timings(encode_s=s, prefill_image_s=1, prefill_text_s=2, decode_s=2.0, n_steps=4, n_prompt=9, n_image=5)
+        for s in (3.0, 1.0, 2.0)
+    ]
+    found = report(runs, {"n_threads": 2})
+    assert (found["encode_s"], found["encode_s_range"], found["decode_tok_s"]) == (2.0, [1.0, 3.0], 2.0)
+    assert (found["prefill_s"], found["prompt_tokens"], found["settings"]) == (1.0, 9, {"n_threads": 2})
+    assert "encode_s_range" not in report(runs[:1], {})
