@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from granite4v.converter import Options, convert
 from tests.toy.checkpoint import CheckpointSpec, write_checkpoint
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ def make_model(
     make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """Model directory of a specification, F32 unless said otherwise; converted once a run. Treat it as read-only."""
-    from granite4v.converter import Options, convert
-
     made: dict[tuple[CheckpointSpec, str, str], Path] = {}
 
     def make(spec: CheckpointSpec, text_type: str = "F32", vision_type: str = "F32") -> Path:

@@ -35,7 +35,6 @@ KNOWN_LONG_FUNCTIONS = {
     "granite4v/default_model.py extract",
     "runtime/extract/run.py extract",
     "runtime/model.py stream",
-    "tests/acceptance/mutation/pdf_samples.py rich",
 }
 KNOWN_LONG_MODULES = {
     "tests/families/test_llava_next.py",
@@ -46,6 +45,25 @@ KNOWN_LONG_MODULES = {
 # Tests that still count the rounds of a loop as tests of their own.
 KNOWN_COUNTED_LOOPS = {
     "tests/runtime/documents/test_image_files.py",
+}
+# Tests that still reach into privates of the product.
+KNOWN_PRIVATES = {
+    "tests/cli/test_convert_command.py _last",
+    "tests/runtime/documents/test_sources.py _matches",
+    "tests/runtime/engine/test_repetition.py _past",
+    "tests/runtime/engine/test_repetition.py _text",
+    "tests/runtime/extract/test_answer_schema.py _WAIT_S",
+    "tests/runtime/extract/test_report.py _columns",
+    "tests/runtime/grammar/test_grammar_state.py _tokenizer",
+    "tests/runtime/grammar/test_json_schema.py _seconds_left",
+    "tests/runtime/prompt/test_sandbox.py _render",
+    "tests/test_default_model.py _make_once",
+    "tests/test_paths.py _shared_temporary_folder",
+}
+# Private by their spelling only, or of libraries that have nothing else to offer.
+OTHERS_PRIVATES = {
+    *("_replace", "_exit", "_shutdown", "_run_exitfuncs"),
+    *("_Element", "_attn_implementation", "_get_number_of_features", "_set_vocab_sentencepiece"),
 }
 
 
@@ -119,3 +137,22 @@ def test_test_modules_import_no_other_test_modules() -> None:
     """What several of them need stands in tests/helpers."""
     modules = {module for path in python_files("tests") for node in imports(parse(path)) for module in modules_of(node)}
     assert {name for name in modules if ".test_" in name} == set()
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private attributes that are read on other objects than self, imported, or replaced by monkeypatch."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("granite4v"):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "monkeypatch.setattr":
+            strings = (one.value for one in node.args[:2] if isinstance(one, ast.Constant))
+            found |= {value.split(".")[-1] for value in strings if isinstance(value, str)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")} - OTHERS_PRIVATES
+
+
+def test_tests_reach_into_no_privates() -> None:
+    found = {f"{relative(path)} {name}" for path in python_files("tests") for name in private_names(parse(path))}
+    assert found - KNOWN_PRIVATES == set()

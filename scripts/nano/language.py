@@ -16,6 +16,7 @@ from typing import Any
 from scripts.nano import formats
 from scripts.nano.truth import Cell, Chart, Form, Table
 from tests.toy.language import ToyTokenizer
+from tests.toy.llava_next import added_token
 
 PAD, END_OF_TEXT = "<|pad|>", "<|end_of_text|>"
 START_OF_ROLE, END_OF_ROLE = "<|start_of_role|>", "<|end_of_role|>"
@@ -49,7 +50,7 @@ def build_tokenizer() -> ToyTokenizer:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(i, text, special=text in special) for text, i in ids.items()],
+        "added_tokens": [added_token(i, text, special=text in special) for text, i in ids.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "post_processor": None,
@@ -76,18 +77,6 @@ def _byte_letters() -> list[str]:
     hidden = [byte for byte in range(256) if byte not in shown]
     letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
     return [letters[byte] for byte in range(256)]
-
-
-def _added_token(i: int, text: str, special: bool) -> dict[str, Any]:
-    return {
-        "id": i,
-        "content": text,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
 
 
 # --- the pieces ---

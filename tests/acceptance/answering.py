@@ -11,22 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import granite4v
+from granite4v.runtime import Model
 from granite4v.runtime.extract.parsed_answer import parse_answer
-from granite4v.runtime.extract.questions import questions
+from granite4v.runtime.extract.questions import Question, questions
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats import write
+from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.grammar_state import Compiler
 from tests.acceptance.harness import Json
 from tests.acceptance.pages import draw_page
 from tests.acceptance.schemas import SCHEMAS
-
-if TYPE_CHECKING:
-    from granite4v.runtime import Model
-    from granite4v.runtime.extract.questions import Question
-    from granite4v.runtime.grammar.grammar import Grammar
 
 TASKS = ("kvp", "tables_otsl", "kvp", "tables_html", "kvp", "tables_json", "kvp", "chart2csv")  # in turn
 WRITTEN = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
@@ -160,8 +157,6 @@ def _said(model: Model, temperature: float, case: Case) -> Said:
 
 @functools.cache
 def _compiler(model: Model) -> Compiler:
-    from granite4v.runtime.grammar.grammar_state import Compiler
-
     tokenizer = model.prompts.tokenizer()
     return Compiler(tokenizer, len(tokenizer.vocabulary().pieces), model.prompts.stop_tokens)
 

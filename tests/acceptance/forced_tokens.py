@@ -15,21 +15,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
 
 import granite4v
+from granite4v.runtime import Answer, Model
 from granite4v.runtime.extract.parsed_answer import parse_answer
+from granite4v.runtime.extract.questions import Question
+from granite4v.runtime.grammar.grammar_state import Compiler
 from scripts.nano import formats
 from scripts.nano.truth import Form
 from tests.acceptance.answering import ask_for
 from tests.acceptance.harness import FORM, Json, Result, options_parser, ratio, run_check, tell
 from tests.acceptance.pages import draw_page
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from granite4v.runtime import Answer, Model
-    from granite4v.runtime.extract.questions import Question
 
 NEAR_TIE = 0.1  # logits that are closer may change places where tokens are computed together
 
@@ -116,8 +115,6 @@ def explained(model: Model, picture: Image | Path, question: Question, forced: A
 
 def _forced_behind(model: Model, question: Question, said: list[int], n_vocab: int) -> list[int]:
     """What fast-forward feeds behind these tokens."""
-    from granite4v.runtime.grammar.grammar_state import Compiler
-
     assert question.constraint is not None
     state = Compiler(model.prompts.tokenizer(), n_vocab, model.prompts.stop_tokens).begin(question.constraint)
     for token in said:

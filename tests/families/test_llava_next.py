@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import granite4v
@@ -28,8 +29,9 @@ from granite4v.errors import CheckpointError, PromptError
 from granite4v.families.registry import read_vision
 from granite4v.families.text import DEFAULTS
 from granite4v.families.towers import KINDS
+from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
-from tests.helpers.gguf_edit import tensor_bytes
+from tests.helpers.gguf_edit import copy_gguf, tensor_bytes
 from tests.helpers.pictures import SIZES, noise_picture, text_picture
 from tests.peers.llama import LlamaPeer, encode_pieces, quantize
 from tests.peers.reference import relative_l2
@@ -139,8 +141,6 @@ def test_all_tiles_at_once(
     spec: CheckpointSpec, pair: Callable[..., Pair], make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
-    from granite4v.ggml.backend import Backend
-
     begin = Backend.__init__
 
     def as_accelerator(self: Backend, *arguments: Any, **options: Any) -> None:
@@ -263,8 +263,6 @@ def test_stock_llama_cpp_computes_and_tokenizes_alike(
     make_model: Callable[..., Path],
     pair: Callable[..., Pair],
 ) -> None:
-    from tokenizers import Tokenizer
-
     reference, _ = pair(spec)
     ids = reference.prompt_ids("Invoice 1,284.50 EUR")
     tokenizer = Tokenizer.from_file(str(make_checkpoint(spec) / "tokenizer.json"))
@@ -403,8 +401,6 @@ def test_a_pair_as_published_runs(make_model: Callable[..., Path], tmp_path: Pat
     folder = make_model(GRANITE)
     mmproj = as_published(folder / "mmproj-F32.gguf", tmp_path / "mmproj-model-f16.gguf", GRANITE)
     text = tmp_path / "granite-vision-3.2-2b-F32.gguf"
-    from tests.helpers.gguf_edit import copy_gguf
-
     copy_gguf(folder / "text-F32.gguf", text, without=("granite4v.", "tokenizer.huggingface"))
     with GgufFile.open(mmproj) as theirs, GgufFile.open(folder / "mmproj-F32.gguf") as ours:
         assert read_vision(theirs)[1] == read_vision(ours)[1]

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import gguf
 import pytest
 
 from granite4v.converter.vocabulary import vocabulary_metadata
@@ -274,8 +275,6 @@ def ours(folder: Path) -> HfTokenizer:
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Iterator[LlamaTokenizer]:
     """llama.cpp's tokenizer on a GGUF file of the vocabulary alone."""
-    import gguf
-
     found, warnings = vocabulary_metadata(folder, {}, {}, language.build_tokenizer().n_vocab)
     assert warnings == []
     writer = gguf.GGUFWriter(folder / "vocabulary.gguf", "granite")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, dequantize, quantize
 
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.runtime.formats import read as read_answer
@@ -484,8 +485,6 @@ def test_batches_keep_to_the_budget(prompter: Prompter) -> None:
 
 
 def test_rounding_is_that_of_the_files() -> None:
-    from gguf import GGMLQuantizationType, dequantize, quantize
-
     matrix = torch.randn(7, 96, generator=torch.Generator().manual_seed(5))
     matrix[3, 32:64] = 0
     kind = GGMLQuantizationType.Q4_0
@@ -493,8 +492,6 @@ def test_rounding_is_that_of_the_files() -> None:
 
 
 def test_rounding_is_about_that_of_larger_blocks() -> None:
-    from gguf import GGMLQuantizationType, dequantize
-
     matrix = torch.randn(16, 512, generator=torch.Generator().manual_seed(5))
     matrix[3, 32:64] = 0
     found = round_to_q4_k(matrix).numpy()

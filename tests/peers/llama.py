@@ -14,6 +14,7 @@ from typing import Any
 
 import llama_cpp as lc
 import numpy as np
+from llama_cpp import mtmd_cpp as mt
 
 _quiet = lc.llama_log_callback(lambda *_: None)
 
@@ -98,8 +99,6 @@ def encode_image(text: Path, mmproj: Path, pixels: np.ndarray) -> np.ndarray:
 
 def encode_pieces(text: Path, mmproj: Path, pixels: np.ndarray) -> list[np.ndarray]:
     """The same for each piece into which libmtmd cuts the picture, in the order of its prompt."""
-    from llama_cpp import mtmd_cpp as mt
-
     mt.mtmd_helper_log_set(_quiet, None)
     with LlamaPeer(text) as peer:
         params = mt.mtmd_context_params_default()

@@ -16,6 +16,8 @@ import argparse
 import ctypes
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,9 +173,6 @@ def _done(status: int, function: str) -> None:
 
 def peak_rss_gb() -> float:
     """The most memory this process has had resident, in GB (10^9 bytes)."""
-    import resource
-    import sys
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

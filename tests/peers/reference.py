@@ -59,7 +59,7 @@ class Reference:
 
     def tiles(self, picture: Image.Image) -> np.ndarray:
         """float32 (n_tiles, 3, tile_px, tile_px), the overview first."""
-        return self._pixels(picture)[0][0].numpy()
+        return self.pixels(picture)[0][0].numpy()
 
     def n_tokens(self, picture: Image.Image) -> int:
         """Image tokens in the prompt, as the processor counts them."""
@@ -71,7 +71,7 @@ class Reference:
     @torch.inference_mode()
     def streams(self, picture: Image.Image) -> dict[int, np.ndarray]:
         """Decoder layer -> float32 (n_tokens, n_embd), packed, newlines included."""
-        output = self.model.get_image_features(*self._pixels(picture))
+        output = self.model.get_image_features(*self.pixels(picture))
         if self.model.config.model_type == "llava_next":
             return {0: output.pooler_output[0].numpy()}
         features, n_layers = output.deepstack_features, self.model.config.text_config.num_hidden_layers
@@ -136,7 +136,7 @@ class Reference:
     def _forward(self, ids: list[int], pictures: Sequence[Image.Image], **options: Any) -> Any:
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), **options}
         if pictures:
-            found = [self._pixels(picture) for picture in pictures]
+            found = [self.pixels(picture) for picture in pictures]
             n_most = max(pixels.shape[1] for pixels, _ in found)
             inputs["pixel_values"] = torch.cat(
                 [torch.nn.functional.pad(pixels, (0,) * 7 + (n_most - pixels.shape[1],)) for pixels, _ in found]
@@ -144,7 +144,7 @@ class Reference:
             inputs["image_sizes"] = torch.cat([size for _, size in found])
         return self.model(**inputs)
 
-    def _pixels(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    def pixels(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """(1, n_tiles, 3, px, px) float32 and (1, 2) height and width.
 
         The picture is turned upright first, as our loader does. Which axis holds the channels is said

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from gguf import GGUFReader
+
 import granite4v
 from granite4v.converter import Options, convert
 from tests.helpers.gguf_edit import copy_gguf
@@ -36,8 +38,6 @@ VISION_KEYS = {
 
 def official_pair(source: Path, folder: Path) -> Path:
     """The files of a conversion under the official names, with the keys that those have and no others."""
-    from gguf import GGUFReader
-
     folder.mkdir()
     for ours, theirs, wanted, change in (
         ("text-F32.gguf", OFFICIAL_TEXT, TEXT_KEYS, {"tokenizer.ggml.pre": "granite-docling"}),

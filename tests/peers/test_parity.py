@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import granite4v
 from granite4v.clip_projector import VisionEncoder, count_tokens, load_image
 from granite4v.clip_projector.pixels import normalize
 from granite4v.clip_projector.tiles_anyres import cut
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.graph import Graph
 from tests.helpers.parity import LOGITS_F32, STREAMS_F16, check_streams
-from tests.helpers.pictures import SIZES, SMALL_SIZES, noise_picture, odd_files, text_picture
+from tests.helpers.pictures import SIZES, SMALL_SIZES, blank_picture, noise_picture, odd_files, text_picture
 from tests.peers.reference import relative_l2
 from tests.toy.checkpoint import MAPPING_CASES, PRESETS, CheckpointSpec
 
@@ -78,10 +82,6 @@ def check_answer(reference: Reference, model: granite4v.Model, picture: object) 
 
 @pytest.mark.parametrize("name", odd_files())
 def test_files_of_other_kinds(pair: Callable[..., Pair], name: str) -> None:
-    import io
-
-    from PIL import Image
-
     reference, model = pair(PRESETS["tiny"])
     data, tiling = odd_files()[name], model.engine.encoder().config.tiling
     if name == "16-bit":
@@ -137,23 +137,24 @@ def test_two_pictures_a_later_picture_and_none(pair: Callable[..., Pair]) -> Non
 
 
 def test_equal_tiles_are_computed_once(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers.pictures import blank_picture
-
     reference, model = pair(PRESETS["tiny"])
     encoder = model.engine.encoder()
-    seen: list[int] = []
-    build = encoder._graph
-    monkeypatch.setattr(encoder, "_graph", lambda n: seen.append(n) or build(n))
+    n_values: list[int] = []
+    compute = Graph.run
+
+    def counted(graph: Graph, *arguments: Any, pixels: np.ndarray) -> Any:
+        n_values.append(pixels.size)
+        return compute(graph, *arguments, pixels=pixels)
+
+    monkeypatch.setattr(Graph, "run", counted)
     check_streams(reference, encoded_by(encoder), blank_picture((128, 128)))
-    assert seen == [1]
+    assert n_values == [3 * encoder.config.tiling.tile_px**2]
 
 
 def test_all_tiles_at_once_from_copied_weights(
     load_reference: Callable[..., Reference], make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
-    from granite4v.ggml.backend import Backend
-
     begin = Backend.__init__
 
     def as_accelerator(self: Backend, *arguments: object, **options: object) -> None:

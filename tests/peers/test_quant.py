@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from granite4v.converter import Options, convert, policy
 from granite4v.converter.policy import TextShape, check_policies, text_type, vision_type
@@ -77,8 +78,6 @@ def test_vision_matrices_all_get_the_type_asked_for(
 def test_a_padded_vision_matrix_is_the_checkpoints_with_zeros_around_it(
     make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
-    from safetensors.numpy import load_file
-
     source = make_checkpoint(PRESETS["tiny"])
     convert(source, tmp_path / "out", Options("F32", "Q8_0"))
     found = tensor_bytes(tmp_path / "out" / "mmproj-Q8_0.gguf")

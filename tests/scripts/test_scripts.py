@@ -35,7 +35,7 @@ def test_counted_arithmetic_of_encoding_is_what_the_reference_multiplies(
 ) -> None:
     reference, picture = load_reference(SPEC), noise_picture((150, 90))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        reference.model.get_image_features(*reference._pixels(picture))
+        reference.model.get_image_features(*reference.pixels(picture))
     with GgufFile.open(model / "mmproj-F32.gguf") as file:
         config = read_vision(file)[1]
     n_tiles = len(reference.tiles(picture))

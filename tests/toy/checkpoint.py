@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tests.toy.language import build_tokenizer, write_language_files
@@ -346,8 +347,6 @@ def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], np.ndarray]]
 
 def _numpy_dtype(name: str) -> np.dtype:
     if name == "bfloat16":
-        import ml_dtypes
-
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 

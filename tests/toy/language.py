@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.toy.llava_next import sentencepiece_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.toy.llava_next import added_token, sentencepiece_tokenizer
 
 PAD, END_OF_TEXT = "<|pad|>", "<|end_of_text|>"
 START_OF_ROLE, END_OF_ROLE = "<|start_of_role|>", "<|end_of_role|>"
@@ -93,8 +95,6 @@ def build_tokenizer(n_bpe: int = 384, image_id: int | None = None, vocabulary: s
         content = sentencepiece_tokenizer(CORPUS, max(n_bpe, 320), (IMAGE, "<pad>"))
         n_bpe = max(n_bpe, 320)
         return ToyTokenizer(content, n_bpe + 2, n_bpe + 1, 2, n_bpe, ("<s>", "</s>", "<pad>"))
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -112,25 +112,12 @@ def build_tokenizer(n_bpe: int = 384, image_id: int | None = None, vocabulary: s
     content = json.loads(tokenizer.to_str())
     _fill_with_pairs(content["model"], n_bpe)
     special = _special_tokens(n_bpe, image_id)
-    content["added_tokens"] = [
-        {
-            "id": i,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": text not in OTSL_TAGS,
-        }
-        for i, text in special.items()
-    ]
+    content["added_tokens"] = [added_token(i, text, special=text not in OTSL_TAGS) for i, text in special.items()]
     ids = {text: i for i, text in special.items()}
     return ToyTokenizer(content, max(special) + 1, ids[PAD], ids[END_OF_TEXT], ids[IMAGE])
 
 
 def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
     return Regex(pattern)
 
 

@@ -6,8 +6,11 @@ behave as those of published models do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
 if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
@@ -133,15 +136,17 @@ def llava_next_processor(spec: CheckpointSpec) -> Json:
     return content
 
 
+def added_token(i: int, text: str, special: bool = True) -> Json:
+    """An entry of tokenizer.json's `added_tokens`, matched exactly where it stands."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": text, **flags, "special": special}
+
+
 def sentencepiece_tokenizer(texts: Sequence[str], n_bpe: int, special: Sequence[str]) -> Json:
     """A tokenizer.json as converted from SentencePiece: spaces as '▁', unknown characters as bytes, bos first.
 
     Ids: unknown, bos, eos, 256 bytes, pieces up to `n_bpe`, then `special`.
     """
-    import json
-
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -159,16 +164,5 @@ def sentencepiece_tokenizer(texts: Sequence[str], n_bpe: int, special: Sequence[
     while len(vocab) < n_bpe:
         vocab[f"▁unused{len(vocab)}"] = len(vocab)
     names = {0: "<unk>", 1: "<s>", 2: "</s>"} | {n_bpe + i: text for i, text in enumerate(special)}
-    content["added_tokens"] = [
-        {
-            "id": i,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, text in names.items()
-    ]
+    content["added_tokens"] = [added_token(i, text) for i, text in names.items()]
     return content

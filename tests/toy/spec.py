@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.toy.llava_next import llava_next_config, llava_next_preprocessor, llava_next_processor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tests.toy.language import ToyTokenizer
 
 Json = dict[str, Any]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.helpers.pictures import SMALL_SIZES, noise_picture, odd_files, text_picture
@@ -106,10 +108,6 @@ def test_processor_and_by_hand_prompt_agree(load_reference):
 
 
 def test_every_odd_file_and_size_goes_through_the_reference(load_reference):
-    import io
-
-    from PIL import Image
-
     reference = load_reference(TINY)
     for size in SMALL_SIZES:
         assert reference.tiles(noise_picture(size)).shape[1:] == (3, 64, 64)

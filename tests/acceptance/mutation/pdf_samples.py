@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import pikepdf
 from pikepdf import Array, Dictionary, Name, Stream
+
+from tests.helpers.pdfs import add_page
 
 from .samples import page_image
 
 SIZE = (120, 90)
 
 
-def _page(pdf: pikepdf.Pdf, content: str, **entries: Any) -> pikepdf.Page:
-    page = pdf.add_blank_page(page_size=SIZE)
-    font = Dictionary(Type=Name.Font, Subtype=Name.Type1, BaseFont=Name.Helvetica)
-    page.Resources = Dictionary(Font=Dictionary(F=font))
-    page.Contents = Stream(pdf, content.encode())
-    for key, value in entries.items():
-        page[f"/{key}"] = value
-    return page
-
-
 def plain() -> pikepdf.Pdf:
     pdf = pikepdf.new()
-    _page(pdf, "BT /F 12 Tf 10 60 Td (Total 12.50) Tj ET 1 0 0 rg 10 10 30 20 re f")
-    _page(
-        pdf, "BT /F 9 Tf 10 60 Td [(Item) -500 (Price)] TJ T* (Tea) ' ET", Rotate=90, CropBox=Array([10, 10, 110, 80])
+    add_page(pdf, "BT /F 12 Tf 10 60 Td (Total 12.50) Tj ET 1 0 0 rg 10 10 30 20 re f", SIZE)
+    add_page(
+        pdf,
+        "BT /F 9 Tf 10 60 Td [(Item) -500 (Price)] TJ T* (Tea) ' ET",
+        SIZE,
+        Rotate=90,
+        CropBox=Array([10, 10, 110, 80]),
     )
     return pdf
 
@@ -41,7 +36,7 @@ def _image(pdf: pikepdf.Pdf) -> Stream:
 
 def scan() -> pikepdf.Pdf:
     pdf = pikepdf.new()
-    page = _page(pdf, "q 120 0 0 90 0 0 cm /I Do Q q 20 0 0 20 5 5 cm /J Do Q q 9 0 0 9 50 5 cm /M Do Q")
+    page = add_page(pdf, "q 120 0 0 90 0 0 cm /I Do Q q 20 0 0 20 5 5 cm /J Do Q q 9 0 0 9 50 5 cm /M Do Q", SIZE)
     jpeg = io.BytesIO()
     page_image((24, 16)).save(jpeg, "JPEG")
     photo = Stream(pdf, jpeg.getvalue())
@@ -57,13 +52,30 @@ def scan() -> pikepdf.Pdf:
     return pdf
 
 
+def _type3_font(pdf: pikepdf.Pdf) -> Dictionary:
+    glyph = Stream(pdf, b"600 0 0 0 500 500 d1 0 0 500 500 re f")
+    return Dictionary(
+        Type=Name.Font,
+        Subtype=Name.Type3,
+        FontBBox=Array([0, 0, 500, 500]),
+        FontMatrix=Array([0.001, 0, 0, 0.001, 0, 0]),
+        CharProcs=Dictionary(a=glyph, b=glyph),
+        FirstChar=97,
+        LastChar=98,
+        Widths=Array([600, 600]),
+        Resources=Dictionary(),
+        Encoding=Dictionary(Type=Name.Encoding, Differences=Array([97, Name.a, Name.b])),
+    )
+
+
 def rich() -> pikepdf.Pdf:
     """Forms, patterns, shadings, functions, a Type 3 font, transparency, annotations, fields, outlines, labels."""
     pdf = pikepdf.new()
-    page = _page(
+    page = add_page(
         pdf,
         "/G gs /Pattern cs /P scn 0 0 60 40 re f q 1 0 0 1 60 0 cm /S sh Q /X Do BT /T 8 Tf 5 70 Td (ab) Tj ET "
         "/Sep cs 0.5 scn 70 50 20 20 re f BI /W 2 /H 2 /CS /G /BPC 8 ID abcd EI 0 0 m 10 10 20 10 30 0 c [3 2] 0 d S",
+        SIZE,
     )
     function = Dictionary(FunctionType=2, Domain=Array([0, 1]), C0=Array([1, 0, 0]), C1=Array([0, 0, 1]), N=1)
     sampled = Stream(pdf, bytes(range(12)))
@@ -86,20 +98,7 @@ def rich() -> pikepdf.Pdf:
     form.Type, form.Subtype, form.BBox = Name.XObject, Name.Form, Array([0, 0, 20, 20])
     form.Group = Dictionary(S=Name.Transparency, CS=Name.DeviceRGB, I=True)
     form.Resources = Dictionary(XObject=Dictionary(Y=_image(pdf)))
-    glyph = Stream(pdf, b"600 0 0 0 500 500 d1 0 0 500 500 re f")
-    type3 = Dictionary(
-        Type=Name.Font,
-        Subtype=Name.Type3,
-        FontBBox=Array([0, 0, 500, 500]),
-        FontMatrix=Array([0.001, 0, 0, 0.001, 0, 0]),
-        CharProcs=Dictionary(a=glyph, b=glyph),
-        FirstChar=97,
-        LastChar=98,
-        Widths=Array([600, 600]),
-        Resources=Dictionary(),
-        Encoding=Dictionary(Type=Name.Encoding, Differences=Array([97, Name.a, Name.b])),
-    )
-    page.Resources.Font.T = type3
+    page.Resources.Font.T = _type3_font(pdf)
     page.Resources.Pattern, page.Resources.Shading = Dictionary(P=tile), Dictionary(S=shading)
     page.Resources.XObject = Dictionary(X=form)
     page.Resources.ExtGState = Dictionary(G=Dictionary(CA=0.5, ca=0.5, BM=Name.Multiply, SMask=Name("/None")))

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.toy.language import OTSL_TAGS
+
 from .. import edits
 from ..case import Case, Result
 from ..records import problems, strict_json
@@ -40,20 +42,7 @@ HTML = (
     "<!DOCTYPE html [", "&#x110000;", "&#0;", "&", "<", "<a b='", "<script>", "</script>", "<textarea>", "<ul><li>",
     "<td colspan=1000>", "<td rowspan=65534>",
 )  # fmt: skip
-OTSL = (
-    "<otsl>",
-    "</otsl>",
-    "<fcel>",
-    "<ecel>",
-    "<lcel>",
-    "<ucel>",
-    "<xcel>",
-    "<nl>",
-    "<ched>",
-    "<rhed>",
-    "<srow>",
-    "<loc_5>",
-)
+OTSL = (*OTSL_TAGS, "<loc_5>")
 JSON = (
     "{", "}", "[", "]", ":", ",", '"', "null", "true", "NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1E+999", "0",
     "-0", "01", "1.", ".5", "\\", "\\u0000", "\\ud800", '"\\ud83d"', '"\\udc00\\ud800"', "\0", "//", "'", "9" * 400,
