@@ -55,7 +55,7 @@ KNOWN_PRIVATES = {
     "tests/runtime/extract/test_answer_schema.py _WAIT_S",
     "tests/runtime/extract/test_report.py _columns",
     "tests/runtime/grammar/test_grammar_state.py _tokenizer",
-    "tests/runtime/grammar/test_json_schema.py _seconds_left",
+    "tests/runtime/grammar/test_trial.py _seconds_left",
     "tests/runtime/prompt/test_sandbox.py _render",
     "tests/test_default_model.py _make_once",
     "tests/test_paths.py _shared_temporary_folder",
