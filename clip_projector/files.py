@@ -55,7 +55,7 @@ def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
 
 
 def printable(path: str) -> str:
-    """The path as text that can be written anywhere; bytes that are no UTF-8 become `\\xNN`."""
+    """The path as text that can be written anywhere; bytes that are not UTF-8 become `\\xNN`."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # text that no file system can hold

@@ -126,7 +126,7 @@ def _merge(paths: list[Path]) -> tuple[dict[str, SourceTensor], list[str]]:
         problems += wrong
         for tensor in found:
             if tensor.name in tensors:
-                problems.append(f"{tensor.name!r} stands in both '{tensors[tensor.name].path.name}' and '{path.name}'")
+                problems.append(f"{tensor.name!r} is in both '{tensors[tensor.name].path.name}' and '{path.name}'")
             tensors[tensor.name] = tensor
     return tensors, problems
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion can be told. Types in any case; see `policy.TEXT_TYPES` and `VISION_TYPES`."""
+    """The options of a conversion. Types in upper or lower case; see `policy.TEXT_TYPES` and `VISION_TYPES`."""
 
     text_type: str = "Q4_K_M"
     vision_type: str = "F16"
@@ -66,7 +66,7 @@ class Summary:
 
 
 def check_options(options: Options) -> tuple[str, str]:
-    """The types of text and vision in capitals; raises Granite4vError for what no conversion can be told."""
+    """The types of text and vision in capitals; raises Granite4vError for invalid options."""
     types = policy.check_policies(options.text_type, options.vision_type)
     if options.lora not in LORA_MODES:
         raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
@@ -78,7 +78,7 @@ def plan_conversion(
 ) -> Plan:
     """What `convert` would write, with nothing written; raises CheckpointError.
 
-    `report`: told what is about to be downloaded; without it a warning is logged where an adapter chose that.
+    `report`: called before a download; without it a warning is logged for one that an adapter asks for.
     """
     options = options or Options()
     text_type, vision_type = check_options(options)
@@ -155,8 +155,8 @@ def _base_of(adapter: Location, report: Callable[[str], None] | None) -> Locatio
             f"the adapter '{adapter.name}' names {base!r} as its base model, and there is no such directory; give the "
             f"base model as SRC and the adapter with --adapter '{adapter.name}'."
         )
-    tell = report or log.warning
-    return locate(base, report=lambda line: tell(f"the adapter '{adapter.name}' names its base model: {line}"))
+    announce = report or log.warning
+    return locate(base, report=lambda line: announce(f"the adapter '{adapter.name}' names its base model: {line}"))
 
 
 def _open_model(location: Location) -> Model:

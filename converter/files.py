@@ -117,7 +117,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             found = f"\\u{ord(error.object[error.start]):04x}"
-            raise CheckpointError(f"{what} holds half of a surrogate pair ({found}), which is no character.") from None
+            raise CheckpointError(f"{what} holds half of a surrogate pair ({found}), not a character.") from None
     return value
 
 

@@ -33,7 +33,7 @@ class Location:
 def locate(source: str, revision: str | None = None, report: Callable[[str], None] | None = None) -> Location:
     """The directory of a local path or hub id; what the hub has and the cache lacks is downloaded.
 
-    Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE; `report` is told before one begins.
+    Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE; `report` is called before one begins.
     Raises CheckpointError.
     """
     folder = Path(source)
@@ -49,7 +49,7 @@ def locate(source: str, revision: str | None = None, report: Callable[[str], Non
         raise CheckpointError(f"'{source}' is a file; give the checkpoint's directory or a hub id.")
     if not is_hub_id(source):
         raise CheckpointError(
-            f"there is no directory '{source}', and it is no hub id (such as 'owner/name') either; check the path."
+            f"there is no directory '{source}', and it is not a hub id (such as 'owner/name'); check the path."
         )
     path = _download(source, revision, report or (lambda _: None))
     return Location(path, source, path.name)

@@ -25,7 +25,7 @@ PLAIN = (*FLOATS, "Q8_0")
 QUANTIZED = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 K_MIXES = ("Q5_K_M", "Q4_K_M")
 
-# For rows that are no multiple of 256; rows that are no multiple of 32 either become F16.
+# For rows that are not a multiple of 256; those that are not a multiple of 32 either become F16.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 ENUM_NAMES = {"F32": "ALL_F32"}  # in gguf.LlamaFileType; the others are MOSTLY_<name>

@@ -33,7 +33,7 @@ CL100K_BY_THREE = (
     r"\s+(?!\S)|\s+"
 )
 CL100K_BY_ONE = CL100K_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
-DIGITS_BY_THREE = r"\\p{N}{1,3}"  # as it stands in JSON
+DIGITS_BY_THREE = r"\\p{N}{1,3}"  # as JSON escapes it
 SPLITS = {
     CL100K_BY_THREE: "dbrx",
     CL100K_BY_THREE.replace("(?i:", "(?:").replace(  # the same, its cases written out
@@ -114,7 +114,7 @@ def _optional_text(path: Path) -> str | None:
 
 
 def chat_template(folder: Path, settings: Json) -> tuple[str | None, list[str]]:
-    """The template that is used when none is named, and the names of the others when there is no such one.
+    """The template used by default, or None and the names of those that there are.
 
     From where transformers 5.24 takes a processor's template (`processing_utils.py`): processor_config.json, else
     chat_template.json, else chat_template.jinja and additional_chat_templates/. The tokenizer's comes last: published

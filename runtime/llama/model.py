@@ -43,7 +43,7 @@ class LlamaModel(Owner):
         overrides = placement.overrides() if placement and on_cpu else None
         if overrides is not None:
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        # weights that are copied need no mapping, whose pages would count beside the copies
+        # weights that are copied need no mapping, whose pages would count in addition to the copies
         params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
         capture_log()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -64,7 +64,7 @@ class LlamaModel(Owner):
     def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
         """Ids of `text`, with special tokens recognised and added as the file's settings say; neither if `plain`."""
         lib, data = llama(), text.encode()
-        room = len(data) + 8  # a token stands for at least a byte; added tokens beside
+        room = len(data) + 8  # a token covers at least one byte; the rest is for added tokens
         ids = (ctypes.c_int32 * room)()
         n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
         if n < 0:

@@ -52,7 +52,7 @@ class WindowStream:
 
 
 class ByteStream:
-    """Joins the tokens' bytes to UTF-8, for vocabularies whose pieces are bytes whatever stands beside them."""
+    """Joins the tokens' bytes to UTF-8, for vocabularies whose pieces do not depend on their neighbours."""
 
     def __init__(self, piece: Callable[[int], bytes]) -> None:
         self._piece = piece

@@ -179,4 +179,4 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, depth + 1) for item in value]
-    raise PromptError(f"a message holds a {type(value).__name__}; beside images only JSON values can be rendered.")
+    raise PromptError(f"a message holds a {type(value).__name__}; besides images, only JSON values can be rendered.")

@@ -166,7 +166,7 @@ def test_a_tensor_in_two_shards(source: Path, fails: Callable[..., str]) -> None
     first, second = shards(source)[:2]
     name, values = next(iter(load_file(first).items()))
     edit_tensors(second, lambda tensors: tensors.__setitem__(name, values))
-    assert f"'{name}' stands in both '{first.name}' and '{second.name}'" in fails(source)
+    assert f"'{name}' is in both '{first.name}' and '{second.name}'" in fails(source)
 
 
 def test_a_name_that_stands_twice_in_one_header(single: Path, fails: Callable[..., str]) -> None:
