@@ -1,9 +1,4 @@
-"""How a command ends: streams are flushed, and an exception becomes one message and an exit status.
-
-Status 0: done. 1: an expected failure, one message on stderr. 2: wrong usage. 70: a bug in granite4v, its traceback
-in a file. 129, 130, 143: ended by SIGHUP, Ctrl-C or SIGTERM, 141: by whoever read its output (128 + the signal's
-number, as shells report it).
-"""
+"""How a command ends: streams are flushed, and an exception becomes one message and an exit status."""
 
 from __future__ import annotations
 
@@ -22,8 +17,22 @@ from granite4v.errors import Granite4vError
 
 EXIT_FAILURE = 1
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+# 128 + the number of a signal, as shells report it
 EXIT_INTERRUPTED = 128 + 2
 EXIT_PIPE_CLOSED = 128 + 13
+
+# Every status, for the documentation.
+EXIT_STATUSES = {
+    0: "Success.",
+    EXIT_FAILURE: "Failure, explained by one message on standard error; for `extract`, also a page that failed, an "
+    "answer that is invalid or was cut off, or a file that could not be written.",
+    2: "Wrong usage.",
+    EXIT_BUG: "A bug in granite4v; the message names a file with the traceback.",
+    128 + 1: "Ended by SIGHUP, after cleaning up.",
+    EXIT_INTERRUPTED: "Interrupted by Ctrl-C (SIGINT), after cleaning up.",
+    EXIT_PIPE_CLOSED: "The reader of standard output went away (SIGPIPE), as `head` does.",
+    128 + 15: "Ended by SIGTERM, after cleaning up.",
+}
 
 
 def run() -> int:

@@ -1,0 +1,140 @@
+"""Writes docs/cli.md from the commands themselves: `python -m scripts.cli_docs`. A test notices when it is stale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from granite4v.cli.main import app
+from granite4v.cli.options import fill_in_tasks
+from granite4v.cli.outcome import EXIT_STATUSES
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+
+INTRODUCTION = """\
+# Command line
+
+Written by `python -m scripts.cli_docs` from the commands' own help texts; edit those.
+
+Results go to standard output, alone; progress, warnings, timings and errors go to standard error. On a terminal,
+progress is one live line; elsewhere it is a plain line at the beginning of a stage and every ten seconds. Options may
+stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints what is listed here."""
+
+# Variables that the program reads, or that the libraries it calls read.
+ENVIRONMENT = {
+    "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, and for the speed measured on "
+    "this machine. Default: the user's cache directory.",
+    "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps downloads, its access token for gated "
+    "repositories, and the server that it downloads from.",
+    "HF_HUB_OFFLINE": "Set to 1, `convert` uses only what is already downloaded.",
+    "NO_COLOR": "Set to anything, the progress line has no colours.",
+    "TERM": "With `dumb`, a terminal gets plain progress lines.",
+    "COLUMNS": "Width of the progress line and of help texts, where it is not the terminal's.",
+    "PYTHONIOENCODING": "Encoding of standard output where that is not a terminal. Default: UTF-8.",
+    "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "How threads of OpenMP wait for each other. Default: they sleep if the machine "
+    "is busy when a model is loaded, and spin otherwise.",
+}
+
+
+def document() -> str:
+    """The whole of docs/cli.md."""
+    group = typer.main.get_command(app)
+    commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]
+    sections = [INTRODUCTION, "\n".join(_contents(commands)), _options(group.params)]
+    sections += [_command(name, command) for name, command in commands.items()]
+    sections += [
+        "## Exit statuses",
+        _table(("Status", "Meaning"), ((str(status), meaning) for status, meaning in EXIT_STATUSES.items())),
+        "A second signal during the clean-up after the first one is announced and ignored; a third ends the process "
+        "at once.",
+        "## Environment variables",
+        _table(("Variable", "Meaning"), ((_code(names), meaning) for names, meaning in ENVIRONMENT.items())),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _contents(commands: dict[str, Any]) -> Iterator[str]:
+    for name, command in commands.items():
+        yield f"- [`granite4v {name}`](#granite4v-{name}): {_paragraphs(command)[0]}"
+    yield "- [Exit statuses](#exit-statuses) and [environment variables](#environment-variables)"
+
+
+def _command(name: str, command: Any) -> str:
+    fill_in_tasks(command.params)
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option" and not param.hidden]
+    required = [_spelling(option) for option in options if option.required]
+    usage = " ".join(["granite4v", name, *map(_placeholder, arguments), *required, "[OPTIONS]"])
+    parts = [f"## granite4v {name}", f"```\n{usage}\n```", *map(_text, _paragraphs(command))]
+    if arguments:
+        parts.append(_table(("Argument", "Meaning"), ((_code(p.metavar), _text(p.help)) for p in arguments)))
+    return "\n\n".join([*parts, _options(options)])
+
+
+def _options(options: Sequence[Any]) -> str:
+    rows = ((_code(_spelling(option)), f"{_text(option.help)}{_extra(option)}") for option in options)
+    return _table(("Option", "Meaning"), rows)
+
+
+def _paragraphs(command: Any) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in (command.help or "").split("\n\n")]
+
+
+def _placeholder(argument: Any) -> str:
+    name = str(argument.metavar)
+    several = argument.nargs == -1 and not name.endswith("...")
+    name = f"{name}..." if several else name
+    return name if argument.required else f"[{name}]"
+
+
+def _spelling(option: Any) -> str:
+    """`--model DIR`, `--lora/--no-lora`, `--device auto|cpu|cuda|metal`."""
+    names = "/".join([*option.opts, *option.secondary_opts])
+    if option.is_flag:
+        return names
+    value = option.metavar or "|".join(map(str, getattr(option.type, "choices", ()))) or option.type.name.upper()
+    return f"{names} {value}"
+
+
+def _extra(option: Any) -> str:
+    """The default, what must be given, and the limits of a number."""
+    notes = []
+    lowest, highest = getattr(option.type, "min", None), getattr(option.type, "max", None)
+    if lowest is not None:
+        notes.append(f"From {lowest} to {highest}." if highest is not None else f"At least {lowest}.")
+    if option.required:
+        notes.append("Required.")
+    elif isinstance(option.show_default, str):
+        notes.append(f"Default: {option.show_default}.")
+    elif not option.is_flag and option.default is not None:
+        default = getattr(option.default, "value", option.default)
+        notes.append(f"Default: `{default:g}`." if isinstance(default, float) else f"Default: `{default}`.")
+    return "".join(f" {note}" for note in notes)
+
+
+def _text(text: str) -> str:
+    """Prose with options as code."""
+    return re.sub(r"--[a-z][\w-]*", r"`\g<0>`", text).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """As code in a table, where a bar would end the cell."""
+    return ", ".join(f"`{part}`" for part in text.split(", ")).replace("|", "\\|")
+
+
+def _table(heading: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
+    lines = [heading, ("---", "---"), *rows]
+    return "\n".join(f"| {left} | {right} |" for left, right in lines)
+
+
+def main() -> None:
+    TARGET.write_text(document(), encoding="utf-8")
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()
