@@ -255,7 +255,7 @@ class _Reader:
         digits = value.strip()
         if not re.fullmatch("[0-9]{1,9}", digits) or not 1 <= int(digits) <= most:
             raise AnswerError(
-                f"{name} at character {self.offset} is {value!r:.60}; expected a whole number from 1 to {most}."
+                f"{name} at character {self.offset} is {value!r:.60}; expected an integer from 1 to {most}."
             )
         return int(digits)
 
@@ -283,13 +283,13 @@ def salvage_html(text: str) -> tuple[list[Table], bool]:
     reader = _Reader(body.text)
     try:
         reader.run()
-        whole = body.closed and not reader.depth and bool(reader.tables or body.text.strip() == "[]")
+        complete = body.closed and not reader.depth and bool(reader.tables or body.text.strip() == "[]")
         if body.text.lstrip().startswith("["):
-            whole = whole and body.text.rstrip("` \r\n").endswith("]")
+            complete = complete and body.text.rstrip("` \r\n").endswith("]")
     except AnswerError:
-        whole = False
+        complete = False
     tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
-    return tables, whole and fit
+    return tables, complete and fit
 
 
 def write_html(table: Table) -> str:

@@ -36,14 +36,14 @@ class HtmlTable:
         literals: list[bytes] = []
         if "tbody" not in self.past:
             literals.append(b"<tr>")
-        whole = self.hanging is not None and not any(self.hanging)
+        complete = self.hanging is not None and not any(self.hanging)
         if self.section:
-            return Next((*([_tag("/" + self.section)] if whole and self.n_rows else []), *literals))
+            return Next((*([_tag("/" + self.section)] if complete and self.n_rows else []), *literals))
         if self.hanging is None:
             literals.append(b"<thead>")
         if not self.n_rows and "tbody" not in self.past:
             literals.append(b"<tbody>")
-        if whole:
+        if complete:
             literals.insert(0, b"</table>")
         return Next(tuple(literals))
 

@@ -37,4 +37,4 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is not JSON")
+    raise ValueError(f"it contains {name}, which is not JSON")

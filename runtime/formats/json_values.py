@@ -15,14 +15,14 @@ def to_float(text: str) -> float:
     """Converts a JSON number with a fraction or an exponent; raises ValueError for one that would become infinite."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"it holds the number {text:.40}, which is larger than a double can be")
+        raise ValueError(f"it contains the number {text:.40}, which is larger than a double can be")
     return value
 
 
 def to_int(text: str) -> int:
     """Converts a JSON integer; raises ValueError for more than MAX_DIGITS digits."""
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"it holds an integer of {len(text):,} digits, more than {MAX_DIGITS:,}")
+        raise ValueError(f"it contains an integer of {len(text):,} digits, more than {MAX_DIGITS:,}")
     return int(text)
 
 

@@ -206,13 +206,13 @@ def salvage_otsl(text: str) -> tuple[list[Table], bool]:
     reader = _Reader(body.text)
     try:
         reader.run()
-        whole = body.closed and not reader.inside and bool(reader.tables or body.text.strip() == "[]")
+        complete = body.closed and not reader.inside and bool(reader.tables or body.text.strip() == "[]")
         if body.text.lstrip().startswith("["):
-            whole = whole and "]" in body.text[reader.end :]
+            complete = complete and "]" in body.text[reader.end :]
     except AnswerError:
-        whole = False
+        complete = False
     tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
-    return tables, whole and fit
+    return tables, complete and fit
 
 
 def write_otsl(table: Table) -> str:

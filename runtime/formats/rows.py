@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Rows:
     """`end` is the text that ends a row, or a part of a row if `group` finds which row a part belongs to.
 
-    `blank` matches everything that a row without content consists of. `position` matches what says where a row stands,
-    which is not compared: it differs in rows that are otherwise equal.
+    `blank` matches everything that a row without content consists of. `position` matches the row's number, which is not
+    compared, as it differs in rows that are otherwise equal.
     """
 
     end: str

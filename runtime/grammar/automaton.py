@@ -124,7 +124,7 @@ def _text_step(position: Position, byte: int) -> tuple[Position, bool]:
     the position after it and False.
 
     For example, with tags of letters: in 'a<b', the '<' is held; 'b' makes it the beginning of a literal, so `partial`
-    becomes '<' and 'b' has to go on with it. In 'a<5', the '5' makes the '<' text.
+    becomes '<' and 'b' has to continue it. In 'a<5', the '5' makes the '<' text.
     """
     text, held, is_initial = position.next.text, position.held, position.is_initial
     assert text is not None

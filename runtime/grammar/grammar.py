@@ -12,7 +12,7 @@ class Grammar:
     """The answers that are allowed for `task`: those of an automaton that starts at `rule`, else the JSON text of the
     instances of `schema`, a JSON schema as text.
 
-    `warnings`: what the schema demands beyond the grammar. An answer can break it, so it has to be checked.
+    `warnings`: what the schema requires beyond the grammar. An answer can break it, so it has to be checked.
     """
 
     task: str

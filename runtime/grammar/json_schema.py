@@ -348,7 +348,7 @@ def _likely(key: str, value: Any) -> Any:
 
 def _check_references(schema: JsonSchema) -> None:
     """Raises InvalidSchema for one that leads nowhere, or back to itself with nothing between."""
-    followed: dict[int, list[int]] = {}  # from a schema to those that speak of the same value
+    followed: dict[int, list[int]] = {}  # from a schema to those that apply to the same value
     paths: dict[int, Path] = {}
     waiting: list[tuple[Path, Resolved]] = [((), schema.root)]
     while waiting:

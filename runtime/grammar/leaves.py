@@ -67,26 +67,26 @@ class Leaf:
 # --- numbers ---
 
 
-def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool = True) -> Leaf:
+def number_leaf(node: Schema, trials: Trials, *, integral: bool, close_ranges: bool = True) -> Leaf:
     """The keywords for numbers. Raises Impossible.
 
-    `whole`: numbers are integers. `close_ranges`: add the numbers that llguidance's ranges lack (see `_lost`).
+    `integral`: numbers are integers. `close_ranges`: add the numbers that llguidance's ranges lack (see `_lost`).
     """
     leaf = Leaf({})
     lower: Bound | None = _strictest(node, "minimum", "exclusiveMinimum", max)
     upper: Bound | None = _strictest(node, "maximum", "exclusiveMaximum", min)
-    if whole:
+    if integral:
         lower = lower and (Fraction(math.floor(lower[0]) + 1 if lower[1] else math.ceil(lower[0])), False)
         upper = upper and (Fraction(math.ceil(upper[0]) - 1 if upper[1] else math.floor(upper[0])), False)
-    _check_range(lower, upper, "integer" if whole else "number")
-    step = _step(node, whole=whole)
+    _check_range(lower, upper, "integer" if integral else "number")
+    step = _step(node, integral=integral)
     if step is not None:  # llguidance may find no number in a range whose ends are not multiples
         lower = lower and (_next_multiple(lower, step), False)
         upper = upper and (-_next_multiple((-upper[0], upper[1]), step), False)
         _check_range(lower, upper, f"multiple of {float(step):g}")
     lower = _held(leaf, lower, 1, "minimum")
     upper = _held(leaf, upper, -1, "maximum")
-    if whole or not close_ranges:
+    if integral or not close_ranges:
         ranges = [_range(lower, upper)]
     else:
         if lower and upper and math.trunc(lower[0]) == math.trunc(upper[0]):
@@ -101,13 +101,13 @@ def number_leaf(node: Schema, trials: Trials, *, whole: bool, close_ranges: bool
     return leaf
 
 
-def _step(node: Schema, *, whole: bool) -> Fraction | None:
+def _step(node: Schema, *, integral: bool) -> Fraction | None:
     """What a number, or an integer, must be a multiple of; None if nothing."""
     given = node.get("multipleOf", node.get("divisibleBy"))
     if given is None:
         return None
     step = _fraction(given)
-    if not whole:
+    if not integral:
         return step
     step = Fraction(step.numerator)  # the integers among the multiples of p/q
     return None if step == 1 else step
@@ -234,8 +234,8 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
     problem = trials.problem(made, costly=n_held > _COSTLY_STEP)
     # tried together as well: llguidance computes in floats, where 0.3 is not a multiple of 0.1
     if not problem and leaf.made:
-        whole = [*leaf.made.get("allOf", ()), made]
-        problem = trials.problem({"type": "number", **leaf.made, "allOf": whole}, costly=n_held > _COSTLY_STEP)
+        all_of = [*leaf.made.get("allOf", ()), made]
+        problem = trials.problem({"type": "number", **leaf.made, "allOf": all_of}, costly=n_held > _COSTLY_STEP)
     if problem:
         leaf.left_out.append(LeftOut("'multipleOf'", "cannot be enforced during generation"))
     elif len(steps) > 1:

@@ -135,8 +135,8 @@ class Translation:
             self._add_constants(made, constants, place)
         else:
             if kinds is None or "integer" in kinds or "number" in kinds:
-                whole = kinds is not None and "number" not in kinds
-                self._add_leaf(made, self._number(node, whole=whole), place)
+                integral = kinds is not None and "number" not in kinds
+                self._add_leaf(made, self._number(node, integral=integral), place)
             if kinds is None or "string" in kinds:
                 self._add_leaf(made, string_leaf(of.only(node, STRING_KEYWORDS), self.trials), place)
         if kinds is None or "array" in kinds:
@@ -188,9 +188,9 @@ class Translation:
         made |= {**leaf.made, **({"allOf": [*made["allOf"], *leaf.made.get("allOf", [])]} if "allOf" in made else {})}
         place.has_patterns |= any(key in leaf.made for key in PATTERN_KEYWORDS)
 
-    def _number(self, node: Schema, *, whole: bool) -> Leaf:
+    def _number(self, node: Schema, *, integral: bool) -> Leaf:
         numbers = of.only(node, NUMBER_KEYWORDS)
-        return number_leaf(numbers, self.trials, whole=whole, close_ranges=self.close_ranges)
+        return number_leaf(numbers, self.trials, integral=integral, close_ranges=self.close_ranges)
 
     def _add_constants(self, made: Schema, constants: list[Any], place: Place) -> None:
         """Adds the constants that the keywords beside them allow."""

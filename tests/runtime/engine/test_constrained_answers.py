@@ -99,7 +99,7 @@ def test_more_forced_tokens_than_a_batch_holds(model: granite4v.Model) -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "top_p": 0.9}]
 )
-def test_sampled_answers_keep_to_the_constraint(model: granite4v.Model, options: dict[str, Any]) -> None:
+def test_sampled_answers_obey_the_grammar(model: granite4v.Model, options: dict[str, Any]) -> None:
     grammar = grammar_for("kvp", {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3})
     found = {model.generate("What?", max_tokens=60, constraint=grammar, seed=s, **options).text for s in range(12)}
     assert all(set(json.loads(text)) <= {"a", "b"} for text in found) and len(found) > 2
@@ -107,7 +107,7 @@ def test_sampled_answers_keep_to_the_constraint(model: granite4v.Model, options:
     assert json.loads(again.text) is not None
 
 
-def test_the_end_comes_only_where_the_answer_is_whole(model: granite4v.Model) -> None:
+def test_the_end_comes_only_where_the_answer_is_complete(model: granite4v.Model) -> None:
     """`stop` texts do end it anywhere; without a stop token it goes on as far as the form does."""
     grammar = grammar_for("kvp", {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]})
     endless = model.generate("What?", max_tokens=50, constraint=grammar, ignore_eos=True)
@@ -118,7 +118,7 @@ def test_the_end_comes_only_where_the_answer_is_whole(model: granite4v.Model) ->
     assert csv.finish_reason == "length" and csv.closing == "" and 20 < len(csv.tokens) <= 25
 
 
-def test_cancelling_a_constrained_answer_leaves_what_was_said(model: granite4v.Model) -> None:
+def test_cancelling_a_constrained_answer_keeps_what_was_generated(model: granite4v.Model) -> None:
     stop = threading.Event()
     stream = model.stream("What?", max_tokens=300, constraint=task_grammar("kvp"), cancel=stop.is_set)
     first = next(stream)

@@ -114,7 +114,7 @@ def test_tables_that_repeat_cells_are_honest(task: str) -> None:
     assert not says(task, write(blank, FORMS[task])) and not says(task, write(zeros, FORMS[task]))
 
 
-def test_the_answers_of_made_up_documents_are_honest() -> None:
+def test_the_answers_of_generated_documents_are_not_loops() -> None:
     for seed in range(40):
         rng = random.Random(seed)
         table, chart, form = random_table(rng, 1.0), random_chart(rng, 1.0), random_form(rng, 1.0)
@@ -161,7 +161,7 @@ def test_one_row_that_does_not_end(task: str, before: str, text: str) -> None:
         "\n" * 20,
     ],
 )
-def test_leaders_blanks_and_lists_are_honest(text: str) -> None:
+def test_leaders_blanks_and_lists_are_not_loops(text: str) -> None:
     assert not any(says(task, text) for task in ROWS)
 
 

@@ -101,9 +101,9 @@ def test_html_in_the_wrappings_that_models_use(text: str) -> None:
         ("<table><tr></tr></table>",
          "row 1, which ends at character 11, covers 0 columns; expected at least one."),
         ('<table><tr><td rowspan="0">a</td></tr></table>',
-         "rowspan at character 11 is '0'; expected a whole number from 1 to 65534."),
+         "rowspan at character 11 is '0'; expected an integer from 1 to 65534."),
         ('<table><tr><td colspan="1000000">a</td></tr></table>',
-         "colspan at character 11 is '1000000'; expected a whole number from 1 to 1000."),
+         "colspan at character 11 is '1000000'; expected an integer from 1 to 1000."),
         ('<table><tr><td>a</td><td rowspan="2">b</td><tr><td colspan="2">c</td></tr></table>',
          "row 2, which ends at character 69, has a cell over columns 1 to 2 that overlaps a cell from a row above; "
          "expected one cell for each slot."),

@@ -9,7 +9,7 @@ from tests.helpers.docling import docling_item
 from tests.helpers.tables import random_table
 
 
-def test_markdown_holds_what_doclings_does() -> None:
+def test_markdown_has_the_rows_of_doclings() -> None:
     for seed in range(50):
         table = random_table(seed, ["12.50", "a, b", "Grüße", "two\nlines"])
         starts = {cell.row for cell in table.cells}

@@ -102,7 +102,7 @@ def test_an_answer_can_be_ended_from_everywhere(task: str) -> None:
         assert not pieces or ending(position, len(pieces) - 1) is None
 
 
-def test_a_text_of_characters_in_pieces_stays_whole() -> None:
+def test_a_character_split_into_tokens_is_completed() -> None:
     """A character of several tokens can be ended, and only in one way."""
     for kind in KINDS:
         state = state_after(kind, OTSL, "<otsl><fcel>a")
@@ -116,7 +116,7 @@ def test_a_text_of_characters_in_pieces_stays_whole() -> None:
                 assert 0x80 <= piece[0] <= 0xBF
 
 
-def test_special_tokens_are_no_text() -> None:
+def test_special_tokens_are_not_text() -> None:
     for kind in KINDS:
         state = state_after(kind, OTSL, "<otsl><fcel>a")
         allowed = state.allowed([end_of_text(kind)])

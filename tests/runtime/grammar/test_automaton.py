@@ -11,7 +11,7 @@ from tests.helpers.grammars import TASKS, rule_of
 
 
 @pytest.mark.parametrize("task", TASKS[1:])
-def test_the_bytes_that_may_come_next_are_those_that_lead_on(task: str) -> None:
+def test_next_bytes_are_those_that_advance_accepts(task: str) -> None:
     for seed in range(20):
         rng, position = random.Random(seed), start(rule_of(task))
         for _ in range(30):

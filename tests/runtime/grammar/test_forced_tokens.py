@@ -18,7 +18,7 @@ from tests.helpers.grammars import TASKS, after_tokens, places, task_grammar
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
-def test_forced_tokens_are_those_that_the_tokenizer_writes_for_the_whole(kind: str, task: str) -> None:
+def test_forced_tokens_are_those_of_the_tokenizer_for_the_complete_text(kind: str, task: str) -> None:
     """Whatever comes next: tokens that follow are tried, and the tokenizer is asked for all of it."""
     n_forced, n_compared = 0, 0
     encode, index = tokenizer(kind).encode_plain, compiler(kind).index

@@ -19,7 +19,7 @@ from tests.helpers.grammars import CLOSED, TASKS, after_tokens, is_text, own_mat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS[1:])
-def test_a_mask_of_a_form_holds_what_trying_each_token_from_the_start_gives(kind: str, task: str) -> None:
+def test_a_mask_of_an_automaton_equals_trying_each_token_from_the_start(kind: str, task: str) -> None:
     pieces = compiler(kind).index.pieces
     rule = rule_of(task)
     for state, so_far in places(kind, task, 3):
@@ -33,7 +33,7 @@ def test_a_mask_of_a_form_holds_what_trying_each_token_from_the_start_gives(kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mask_of_a_schema_is_llguidances_and_what_trying_each_token_gives(kind: str) -> None:
+def test_a_mask_of_a_schema_is_llguidances_and_equals_trying_each_token(kind: str) -> None:
     matcher = own_matcher(kind, CLOSED)
     assert not matcher.is_error(), matcher.get_error()
     pieces = compiler(kind).index.pieces
@@ -54,7 +54,7 @@ def test_a_token_that_is_not_allowed_is_an_error() -> None:
             state.accept(tokenizer("toy").encode_plain("z")[0])
 
 
-def test_a_vocabulary_that_cannot_spell_the_form_is_an_error() -> None:
+def test_a_vocabulary_that_cannot_spell_the_format_is_an_error() -> None:
     class Poor:
         def vocabulary(self) -> Vocabulary:
             return Vocabulary((b"a", b"<", None), frozenset())
@@ -68,7 +68,7 @@ def test_a_vocabulary_that_cannot_spell_the_form_is_an_error() -> None:
         state.allowed([2])
 
 
-def test_where_llguidance_gives_up_the_answer_does_not_end_as_if_it_were_whole() -> None:
+def test_an_answer_does_not_end_as_if_complete_where_llguidance_gives_up() -> None:
     """A schema that demands text without end, which `grammar_for` would refuse."""
     endless = {"$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}}
     grammar = Grammar("kvp", schema=json.dumps({**endless, "$ref": "#/$defs/a"}))

@@ -38,14 +38,14 @@ def check(kind: str, grammar: Grammar, schema: dict[str, object] | None, max_tok
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TABLES)
-def test_a_table_of_any_length_is_whole(kind: str, task: str) -> None:
+def test_a_table_closed_at_any_length_is_valid(kind: str, task: str) -> None:
     grammar = grammar_of(task)
     least = shortest(kind, grammar) + 2
     assert sum(check(kind, grammar, None, least + 7 * seed, seed) for seed in range(25)) > 5
 
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
-def test_an_instance_of_any_length_is_whole(name: str) -> None:
+def test_an_instance_closed_at_any_length_is_valid(name: str) -> None:
     grammar = grammar_of("kvp", SCHEMAS[name])
     for kind in KINDS:
         least = shortest(kind, grammar) + 2
@@ -78,7 +78,7 @@ def test_an_end_inside_a_character_finishes_it(kind: str) -> None:
             assert judge(task, (before.encode() + first + index.text(ending)).decode(), schema) is None
 
 
-def test_what_may_be_null_is_null_at_the_end_and_nothing_is_made_up() -> None:
+def test_closing_uses_null_where_allowed_and_invents_nothing() -> None:
     schema = {
         "type": "object",
         "properties": {

@@ -65,7 +65,7 @@ def test_too_large_schemas_are_refused_with_what_was_found_and_the_limit(schema:
     assert len(str(caught.value)) < 400
 
 
-def test_data_that_holds_itself_is_refused() -> None:
+def test_data_that_contains_itself_is_refused() -> None:
     schema: dict[str, Any] = of([], a=SHORT)
     schema["properties"]["b"] = schema
     with pytest.raises(InvalidSchema, match="nested more than 200 levels"):

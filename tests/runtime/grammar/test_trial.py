@@ -9,7 +9,7 @@ from granite4v.runtime.grammar.trial import Trials
 from tests.helpers.schemas import kvp, of
 
 
-def test_what_keeps_llguidance_busy_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_keeps_llguidance_busy_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SECONDS", 1)
     patterns = [{"pattern": f".*{i % 10}.{{{i + 5}}}"} for i in range(30)]
     grammar = kvp(of(["a"], a={"type": "string", "allOf": patterns}))
@@ -42,5 +42,5 @@ def test_many_warnings_are_cut() -> None:
     assert len(kvp(schema).warnings) == 21 and kvp(schema).warnings[-1] == "10 more warnings are not shown."
 
 
-def test_limits_are_told_as_they_are() -> None:
+def test_messages_name_the_limits_as_they_are() -> None:
     assert (json_schema.MAX_SUBSCHEMAS, json_schema.MAX_LEVELS, json_schema.MAX_NESTING) == (5000, 80, 200)
