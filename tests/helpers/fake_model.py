@@ -50,6 +50,12 @@ class FakeModel:
     def close(self) -> None:
         self.closed = True
 
+    def __enter__(self) -> FakeModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class FakeStream:
     def __init__(self, text: str) -> None:
