@@ -6,7 +6,7 @@ read where neither may be imported (for the help text of the command line).
 
 from __future__ import annotations
 
-from granite4v.runtime.formats.tasks import find_task
+from granite4v.runtime.formats.tasks import TASKS, find_task
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.schema import definite
 
@@ -22,5 +22,6 @@ def grammar_for(task: str, schema: object = None) -> Grammar | None:
         text, warnings = definite({"type": "object"} if schema is None else schema)
         return Grammar(found.name, schema=text, warnings=warnings)
     if schema is not None:
-        raise ValueError(f"a schema for {task!r}; only 'kvp' takes one.")
+        takers = " and ".join(f"'{one.name}'" for one in TASKS.values() if one.takes_schema)
+        raise ValueError(f"a schema for {task!r}; only {takers} takes one.")
     return None if found.rule is None else Grammar(found.name, rule=found.rule)

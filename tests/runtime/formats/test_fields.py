@@ -20,10 +20,11 @@ from tests.helpers.tables import LINES, ODD_TEXTS, assert_error
         ('"x"', "the answer is 'x'; expected a JSON object."),
         ('{"a": NaN}', "JSON that cannot be read: it contains NaN, which is not JSON; expected ordinary numbers."),
         ('{"a": 1e400}',
-         "JSON that cannot be read: it contains the number 1e400, which is larger than a double can be; expected ordinary "
-         "numbers."),
+         "JSON that cannot be read: it contains the number 1e400, which is larger than a double can be; expected "
+         "ordinary numbers."),
         ('{"a": ' + "1" * 10_000 + "}",
-         "JSON that cannot be read: it contains an integer of 10,000 digits, more than 1,000; expected ordinary numbers."),
+         "JSON that cannot be read: it contains an integer of 10,000 digits, more than 1,000; expected ordinary "
+         "numbers."),
         ("[" * 65 + "]" * 65, "JSON nested deeper than 64 levels; expected a few."),
         ('{"a": ' * 600 + "1" + "}" * 600, "JSON nested deeper than 64 levels; expected a few."),
         ("[" * 100_000 + "]" * 100_000, "JSON nested deeper than 64 levels; expected a few."),
