@@ -37,9 +37,6 @@ KNOWN_LONG_FUNCTIONS = {
     "runtime/model.py stream",
 }
 KNOWN_LONG_MODULES = {
-    "tests/families/test_llava_next.py",
-    "tests/nano/test_language.py",
-    "tests/nano/test_training.py",
     "tests/runtime/extract/test_resume.py",
 }
 # Tests that still count the rounds of a loop as tests of their own.
