@@ -28,7 +28,7 @@ from granite4v.paths import read_json_cache, write_json_cache
 
 ROUNDS = 2  # the kernels take turns, so that what else the machine does for a moment falls on all of them
 TIMEOUT_S = 60.0
-CACHE = "speed.json"  # in the user's cache folder; a new name would have every machine measured again
+CACHE = "kernels.json"
 # Image side: kernels within this ratio count as equal; the more exact one (float32), then the plain one, is taken.
 EQUAL = 1.04
 # Text model: another buffer type must take at most this share of the plain time to be worth the memory.
