@@ -5,7 +5,9 @@ Nothing is imported until a name is used: opening images needs no graphs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from granite4v.lazy import exports
 
 if TYPE_CHECKING:
     from granite4v.clip_projector.encoder import ImageFeatures, VisionEncoder
@@ -14,21 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Image", "ImageFeatures", "ImageSource", "Layout", "VisionEncoder", "count_tokens", "load_image"]
 
-_HOMES = {
-    "ImageFeatures": "encoder",
-    "VisionEncoder": "encoder",
-    "Image": "images",
-    "ImageSource": "images",
-    "load_image": "images",
-    "Layout": "grid_anyres",
-    "count_tokens": "grid_anyres",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Finds a public name in the module it lives in, on first use (PEP 562)."""
-    import importlib
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'granite4v.clip_projector' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"granite4v.clip_projector.{_HOMES[name]}"), name)
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "encoder": ("ImageFeatures", "VisionEncoder"),
+        "grid_anyres": ("Layout", "count_tokens"),
+        "images": ("Image", "ImageSource", "load_image"),
+    },
+)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from granite4v.lazy import exports
+
 if TYPE_CHECKING:
     from granite4v.clip_projector import ImageFeatures, load_image
     from granite4v.default_model import extract, load
@@ -66,28 +68,36 @@ __all__ = [
     "load_image",
 ]
 
-_ROOMS = {
-    "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"),
-    "clip_projector": ("ImageFeatures", "load_image"),
-    "default_model": ("extract", "load"),
-    "runtime.formats.task_grammar": ("grammar_for",),
-    "runtime.extract": ("Record",),
-}
+_find, __dir__ = exports(
+    __name__,
+    {
+        "clip_projector": ("ImageFeatures", "load_image"),
+        "default_model": ("extract", "load"),
+        "errors": (
+            "AnswerError",
+            "CheckpointError",
+            "ConstraintError",
+            "ContextOverflowError",
+            "DeviceError",
+            "DocumentError",
+            "Granite4vError",
+            "ImageError",
+            "ImageWarning",
+            "ModelFileError",
+            "OutputError",
+            "PromptError",
+            "SchemaError",
+        ),
+        "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"),
+        "runtime.extract": ("Record",),
+        "runtime.formats.task_grammar": ("grammar_for",),
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    """Finds a public name in the room it lives in, on first use (PEP 562)."""
-    import importlib
-
     if name == "__version__":
         from importlib.metadata import version
 
         return version("granite4v")
-    if name not in __all__:
-        raise AttributeError(f"module 'granite4v' has no attribute {name!r}")
-    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
-    return getattr(importlib.import_module(f"granite4v.{room}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return _find(name)

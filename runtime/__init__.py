@@ -6,7 +6,9 @@ that reads pages lives in here, too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from granite4v.lazy import exports
 
 if TYPE_CHECKING:
     from granite4v.runtime.answer import Answer, Timings
@@ -17,20 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"]
 
-_HOMES = {
-    "Answer": "answer",
-    "GenerationOptions": "options",
-    "Model": "model",
-    "Sampling": "engine.sampler",
-    "Stream": "engine.stream",
-    "Timings": "answer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Finds a public name in the module it lives in, on first use (PEP 562)."""
-    import importlib
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'granite4v.runtime' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"granite4v.runtime.{_HOMES[name]}"), name)
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "answer": ("Answer", "Timings"),
+        "engine.sampler": ("Sampling",),
+        "engine.stream": ("Stream",),
+        "model": ("Model",),
+        "options": ("GenerationOptions",),
+    },
+)
