@@ -40,6 +40,7 @@ def comparisons(result: Result) -> list[dict]:
     return json.loads(result.stdout)["comparisons"]
 
 
+@pytest.mark.slow
 def test_unquantized_files_are_the_checkpoint(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
     picture = folder / "picture.png"
     result = verify(
@@ -59,6 +60,7 @@ def test_unquantized_files_are_the_checkpoint(folder: Path, make_checkpoint: Cal
         assert 0 <= comparison["kl_max"] < 1e-8
 
 
+@pytest.mark.slow
 def test_quantized_files_show_their_damage(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
     result = verify(folder / "Q8_0", "--reference", make_checkpoint(TINY), "--image", folder / "picture.png", "--json")
     with_image, text_only = comparisons(result)
@@ -102,6 +104,7 @@ def test_what_transformers_raises_is_one_message(
         assert f"cannot load '{broken}': " in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_noticed(folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
     other = make_checkpoint(replace(TINY, seed=7))
     result = verify(folder / "F32", "--reference", other, "--image", folder / "picture.png", "--json")

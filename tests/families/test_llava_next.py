@@ -28,6 +28,7 @@ from granite4v.families.towers import KINDS
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
 from tests.helpers.gguf_edit import tensor_bytes
+from tests.helpers.parity import REAL_SIZES
 from tests.helpers.pictures import SIZES, noise_picture
 from tests.peers.llama import LlamaPeer, quantize
 from tests.peers.reference import relative_l2
@@ -97,7 +98,7 @@ def check_values(reference: Reference, model: granite4v.Model, size: tuple[int, 
     assert (answer.finish_reason == "stop") == (said[-1] in model.prompts.stop_tokens)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", REAL_SIZES)
 def test_from_pixels_to_answer(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
     for spec in (GRANITE, LLAMA):
         reference, model = pair(spec)
@@ -224,6 +225,7 @@ WIDE: dict[str, CheckpointSpec] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", WIDE)
 def test_quantized_files_are_llama_cpps_and_load(
     arch: str, make_checkpoint: Callable[..., Path], make_model: Callable[..., Path], tmp_path: Path

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from PIL import Image
 
 from granite4v import ImageFeatures, Model
+from tests.helpers import pictures
 from tests.helpers.pictures import noise_picture
 from tests.peers.reference import Reference, relative_l2
 
 STREAMS_F32, STREAMS_F16, LOGITS_F32 = 2e-5, 1.5e-3, 1e-4
 SIZES = ((150, 100), (64, 64), (70, 300))
+FEW = ((1, 1), (383, 385), (640, 480))
+# Sizes of images for tests of real tile geometry; the fast tests take a few of them.
+REAL_SIZES = [pytest.param(size, marks=[] if size in FEW else pytest.mark.slow) for size in pictures.SIZES]
 
 
 def check_streams(

@@ -24,7 +24,7 @@ NANO = checkpoint_folder()
 TASKS = {"table": "<tables_otsl>", "chart": "<chart2csv>"}
 # Held-out documents that the model reads without a mistake.
 READ = (("table", 0), ("table", 12), ("form", 3), ("chart", 5), ("chart", 14), ("form", 14))
-PRECISIONS = (("F32", "F32"), ("F16", "F16"), ("Q8_0", "Q8_0"), ("Q4_K_M", "Q4_0"))
+FAST, *OTHERS = (("F16", "F16"), ("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K_M", "Q4_0"))
 
 
 def document(kind: str, seed: int) -> Document:
@@ -52,7 +52,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, s
     return make
 
 
-@pytest.mark.parametrize("types", PRECISIONS, ids="+".join)
+@pytest.mark.parametrize("types", [FAST, *(pytest.param(types, marks=pytest.mark.slow) for types in OTHERS)])
 def test_it_reads(converted: Callable[[str, str, str], Path], types: tuple[str, str]) -> None:
     with granite4v.load(converted(*types, "merge")) as model:
         for kind, seed in READ:
@@ -63,6 +63,7 @@ def test_it_reads(converted: Callable[[str, str, str], Path], types: tuple[str, 
             assert answer.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_the_adapter_is_what_reads(converted: Callable[[str, str, str], Path]) -> None:
     """Kept apart, it reads as well; left out, the page is not read, and the base still does its text."""
     with granite4v.load(converted("F32", "F32", "separate")) as model:
@@ -77,6 +78,7 @@ def test_the_adapter_is_what_reads(converted: Callable[[str, str, str], Path]) -
             assert model.generate(asked, max_tokens=100, lora=False).text == said
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_same() -> None:
     reference = Reference(NANO, NANO)
     for kind, seed in READ:

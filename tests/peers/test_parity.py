@@ -18,7 +18,7 @@ from granite4v.clip_projector.pixels import normalize
 from granite4v.clip_projector.tiles_anyres import cut
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.graph import Graph
-from tests.helpers.parity import LOGITS_F32, STREAMS_F16, check_streams
+from tests.helpers.parity import LOGITS_F32, REAL_SIZES, STREAMS_F16, check_streams
 from tests.helpers.pictures import SIZES, SMALL_SIZES, blank_picture, noise_picture, odd_files, text_picture
 from tests.peers.reference import relative_l2
 from tests.toy.checkpoint import MAPPING_CASES, PRESETS, CheckpointSpec
@@ -56,7 +56,7 @@ def pair(
         model.close()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", REAL_SIZES)
 def test_real_tiles_from_pixels_to_answer(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
     reference, model = pair(REAL_TILES)
     encoder = model.engine.encoder()

@@ -30,7 +30,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[] if name == "untied" else pytest.mark.slow) for name in MODELS]
+)
 def test_text_files_have_the_types_and_bytes_of_llama_cpps_quantizer(
     model: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
