@@ -21,6 +21,19 @@ SINGLE = "model.safetensors"
 SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
 SHARD_NAME = re.compile(r"[\w][\w.\- ]{0,200}\.safetensors")
 MAX_SHARDS = 10_000
+# Weights in other formats, and what to do about them.
+_SAVE_AGAIN = (
+    "get the checkpoint's safetensors files, or write them with transformers: "
+    "AutoModelForImageTextToText.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
+)
+OTHER_FORMATS = {
+    "consolidated*.safetensors": "that file has the tensor names of the model's authors instead of Hugging Face's. "
+    "Get the checkpoint's 'model*.safetensors' files.",
+    "consolidated*.pth": "that file is a pickle with the tensor names of the model's authors. Get the checkpoint in "
+    "Hugging Face's format, with 'model*.safetensors' files.",
+    "pytorch_model*.bin": f"that file is a pickle, which can run code when it is opened. Instead, {_SAVE_AGAIN}",
+    "*.gguf": "a GGUF file is converted already; use it with --model.",
+}
 FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one model apart
 
 
@@ -59,6 +72,7 @@ class Checkpoint:
 
 def open_checkpoint(location: Location) -> Checkpoint:
     """Reads configuration and tensor headers; raises CheckpointError when there is no checkpoint to read."""
+    _check_format(location.folder)
     config = read_json(location.folder / "config.json")
     tensors, problems, absent = _read_tensors(location.folder)
     settings = _preprocessor(location.folder)
@@ -68,6 +82,17 @@ def open_checkpoint(location: Location) -> Checkpoint:
 def has_weights(folder: Path) -> bool:
     """Whether the directory holds a model, not just an adapter."""
     return exists(folder / INDEX) or exists(folder / SINGLE) or bool(_numbered_shards(folder))
+
+
+def _check_format(folder: Path) -> None:
+    """Raises CheckpointError for weights that are there, but in a format that is not converted."""
+    if has_weights(folder):
+        return
+    for pattern, advice in OTHER_FORMATS.items():
+        for path in sorted(folder.glob(pattern))[:1]:
+            raise CheckpointError(
+                f"'{folder}' holds '{path.name}', but neither '{SINGLE}' nor '{INDEX}'; {advice.format(folder=folder)}"
+            )
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], list[str]]:
@@ -81,7 +106,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], lis
         return _read_indexed(folder)
     numbered = _numbered_shards(folder)
     if not numbered:
-        raise CheckpointError(f"'{folder}' has neither '{SINGLE}' nor '{INDEX}'; only safetensors checkpoints convert.")
+        raise CheckpointError(
+            f"'{folder}' has neither '{SINGLE}' nor '{INDEX}'; weights are read from safetensors files alone. Download "
+            "the checkpoint again."
+        )
     absent = [f"shard '{path.name}' is missing" for path in numbered if not path.exists()]
     return *_merge([path for path in numbered if path.exists()]), absent
 

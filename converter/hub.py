@@ -12,6 +12,10 @@ from huggingface_hub import constants, snapshot_download
 from granite4v.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_URL = re.compile(  # of a repository, or of something in it at a revision
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/([^/?#]+))?(?:[/?#].*)?"
+)
 SNAPSHOT = re.compile(r"snapshots/([0-9a-f]{40})$")
 FILE_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 
@@ -47,6 +51,9 @@ def locate(source: str, revision: str | None = None, report: Callable[[str], Non
         raise CheckpointError(f"cannot read '{source}': {getattr(error, 'strerror', None) or error}.") from None
     if exists:
         raise CheckpointError(f"'{source}' is a file; give the checkpoint's directory or a hub id.")
+    if url := HUB_URL.fullmatch(source):
+        at = f", with --revision {url[2]}" if url[2] else ""
+        raise CheckpointError(f"'{source}' is a web address; give the hub id '{url[1]}'{at}.")
     if not is_hub_id(source):
         raise CheckpointError(
             f"there is no directory '{source}', and it is not a hub id (such as 'owner/name'); check the path."

@@ -108,8 +108,23 @@ def test_a_header_that_is_no_json(single: Path, fails: Callable[..., str]) -> No
 
 
 def test_a_directory_without_weights(single: Path, fails: Callable[..., str]) -> None:
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    (single / "model.safetensors").rename(single / "weights.npz")
     assert "has neither 'model.safetensors' nor 'model.safetensors.index.json'" in fails(single)
+
+
+def test_weights_in_another_format_are_named_with_what_to_do(single: Path, fails: Callable[..., str]) -> None:
+    weights = single / "model.safetensors"
+    for name, advice in (
+        ("consolidated.safetensors", "has the tensor names of the model's authors instead of Hugging Face's. Get the"),
+        ("consolidated.00.pth", "is a pickle with the tensor names of the model's authors. Get the checkpoint in"),
+        ("pytorch_model.bin", f"from_pretrained('{single}').save_pretrained('NEW_FOLDER')"),
+        ("pytorch_model-00001-of-00002.bin", "a pickle, which can run code when it is opened"),
+        ("text-Q8_0.gguf", "use it with --model"),
+    ):
+        weights = weights.rename(single / name)
+        message = fails(single)
+        assert f"'{single}' holds '{name}', but neither 'model.safetensors' nor" in message
+        assert advice in message
 
 
 @pytest.mark.parametrize(

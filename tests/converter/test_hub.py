@@ -142,3 +142,18 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name: str, online: l
 def test_a_name_without_a_home(online: list[str]) -> None:
     with pytest.raises(CheckpointError, match="cannot read '~no-such-user/models'"):
         plan_conversion("~no-such-user/models")
+
+
+def test_a_web_address_is_answered_with_the_hub_id(online: list[str]) -> None:
+    for address, advice in (
+        ("https://huggingface.co/owner/model", "'owner/model'."),
+        ("https://huggingface.co/owner/model/", "'owner/model'."),
+        ("http://www.huggingface.co/owner/model?library=x", "'owner/model'."),
+        ("huggingface.co/owner/model.v1", "'owner/model.v1'."),
+        ("https://hf.co/owner/model/tree/v2", "'owner/model', with --revision v2."),
+        ("https://huggingface.co/owner/model/blob/main/config.json", "'owner/model', with --revision main."),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            locate(address)
+        assert str(caught.value) == f"'{address}' is a web address; give the hub id {advice}"
+    assert online == []
