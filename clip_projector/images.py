@@ -236,7 +236,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     }
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # Pillow parses the block as a whole, and raises whatever it meets
+    except Exception:  # Pillow parses the entire block, and raises whatever is wrong in it
         orientation = None
     if orientation is None:
         orientation = _orientation_in(image.info.get("exif", b""))
@@ -250,7 +250,7 @@ def _orientation_in(exif: bytes) -> int:
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 8:
         return 1
-    start = struct.unpack_from(order + "I", tiff, 4)[0] + 2  # behind the number of entries
+    start = struct.unpack_from(order + "I", tiff, 4)[0] + 2  # after the number of entries
     for entry in range(start, len(tiff) - 9, 12):
         tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
         if tag >= ORIENTATION:  # tags ascend

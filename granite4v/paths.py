@@ -220,7 +220,7 @@ def _remove(partial: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-# --- what the disk says ---
+# --- errors of the disk as messages ---
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def _page_of(source: bytes | PIL.Image.Image, name: str, crop: Crop | None, *, i
         image = open_rgb(source, name)
     said = tuple(str(item.message) for item in caught if issubclass(item.category, ImageWarning))
     if is_jpeg and looks_filled(image):
-        said += (f"{name} has an edge of one even grey, as where a JPEG's data ends too soon; part of it may be lost.",)
+        said += (f"{name} has an even grey edge, as where a JPEG's data ends too early; part of it may be lost.",)
     if crop is not None:
         box = crop.box(image.size, name, "pixels")
         image = image.crop(whole_pixels(box, image.size))

@@ -1,14 +1,14 @@
 """How large to render a page: as large as the model will really see it, and not more.
 
-A model that cuts pictures into tiles shrinks a page to its best grid, whatever the page was rendered at. So that is
-the size a page is handed over in; the grid's tiles are then the page's own pixels, not resized again.
+A model that cuts images into tiles shrinks a page to its best grid, whatever the page was rendered at. So pages are
+rendered to that size; the grid's tiles are then the page's own pixels, not resized again.
 
-PDFium draws a page at twice that size, and the model's own filter halves it: PDFium sets small print at whole pixels
+PDFium renders a page at twice that size, and the model's own filter halves it: PDFium sets small print at whole pixels
 and draws no line thinner than one, so that at the final size letters stand unevenly and hairlines turn bold (23 dB of
 PSNR from an eightfold rendering, against 30 dB at twice the size, for 30 ms more a page).
 
-A page that is nothing but a scan is drawn at the scan's own pixels, which gives exactly these. Where the model
-sees less of them, its own filter shrinks them: the tiles equal, bit for bit, those of the scan as a picture.
+A page that is nothing but a scan is rendered at the scan's own resolution, which gives exactly its pixels. Where the
+model sees fewer, its own filter shrinks them: the tiles equal, bit for bit, those of the scan as an image file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from granite4v.families.base import TilingConfig
 PLAIN_DPI = 200  # when there is no model to look at the page
 MAX_DPI = 2400  # a crop is not magnified beyond it
 OVERSAMPLING = 2
-MAX_PIXELS = 40_000_000  # of a bitmap to draw on (120 MB): a letter page at 600 dpi has 34 million
+MAX_PIXELS = 40_000_000  # of a bitmap to render to (120 MB): a letter page at 600 dpi has 34 million
 _FAR_PX = 1 << 20  # a shorter side that every grid has to shrink
 
 Size = tuple[int, int]
 
 
 def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, tiling: TilingConfig | None) -> Size:
-    """(width, height) in pixels to draw a page or a part of it at. `shape`: its width and height in points.
+    """(width, height) in pixels to render a page or a part of it at. `shape`: its width and height in points.
 
     `scan`: pixels a point, horizontally and vertically, when the page is nothing but a scan.
     """

@@ -1,4 +1,4 @@
-"""Which pages of a document, and which part of a page: what a person writes, and what it comes to.
+"""Which pages of a document, and which part of a page: parses what a person writes.
 
 Knows nothing of files.
 """
@@ -14,11 +14,11 @@ from granite4v.errors import DocumentError
 
 _RANGE = re.compile(r"([0-9]+)(?:\s*(-)\s*([0-9]+)?)?", re.ASCII)
 _LENGTH = re.compile(r"([0-9]*\.?[0-9]+|[0-9]+\.)\s*(%?)", re.ASCII)
-_TOLERANCE = 1e-6  # of a page's side: 33.3% and 66.7% make a whole, whatever binary fractions say
+_TOLERANCE = 1e-6  # of a page's side: 33.3% and 66.7% add up to 100%, whatever binary fractions make of them
 
 
 class SelectionError(ValueError):
-    """Pages, a crop or a password that cannot be meant so: wrong usage, where a DocumentError is about a file."""
+    """Pages, a crop or a password that make no sense: wrong usage, where a DocumentError is about a file."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PageRanges:
 
 
 def parse_pages(text: str) -> PageRanges:
-    """What '1-3,7,10-' says, in ascending order, each page once. Raises SelectionError."""
+    """The pages of '1-3,7,10-', in ascending order, each page once. Raises SelectionError."""
     found = [_parse_range(part.strip(), text) for part in text.split(",")]
     merged: list[tuple[int, int | None]] = []
     for first, last in sorted(found, key=lambda pair: pair[0]):
@@ -85,7 +85,7 @@ def _parse_range(part: str, text: str) -> tuple[int, int | None]:
 class Crop:
     """A rectangle of a page: x, y, width, height, from the top left corner of the page as a person sees it.
 
-    A plain number is in the page's own unit: pixels of a picture, points (1/72 inch) of a PDF page. `relative` marks
+    A plain number is in the page's own unit: pixels of an image, points (1/72 inch) of a PDF page. `relative` marks
     numbers that are percent of the page's width (x, width) or height (y, height).
     """
 

@@ -1,8 +1,8 @@
-"""Which page is being worked on, kept on the disk: what a process that died cannot tell any more.
+"""Keeps on disk which page is being worked on, which a process that died can no longer tell.
 
-A page whose process died (a signal, no memory, an abort in native code, a power cut) `MAX_DEATHS` times is left alone
-by later runs. Pages are told apart by their pixels, so a copy of such a page is left alone as well. An end that Python
-sees, Ctrl-C for instance, is no death.
+A page whose process died (a signal, no memory, an abort in native code, a power cut) `MAX_DEATHS` times is skipped
+by later runs. Pages are identified by their pixels, so a copy of such a page is skipped as well. An end that Python
+sees, such as Ctrl-C, does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = f"{OWN_PREFIX}-attempts.json"
 
 
 class Attempts:
-    """How often each page was begun and never ended, by digest; only those above zero are kept."""
+    """How often each page, by digest, was begun and never finished; only numbers above zero are kept."""
 
     def __init__(self, path: Path | None) -> None:
         """`path`: None to keep nothing. Raises OutputError for a file that cannot be opened."""
@@ -40,7 +40,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def begin(self, digest: str) -> Iterator[None]:
-        """The block works on the page. Raises OutputError."""
+        """Counts an attempt that the block, if it ends at all, takes back. Raises OutputError."""
         if self._file is None:
             yield
             return
@@ -62,7 +62,7 @@ class Attempts:
             self._file.close()
 
     def _write(self, *, lasting: bool = False) -> None:
-        """`lasting`: survives a power cut. A note that a page was finished may be lost: its record is there."""
+        """`lasting`: survives a power cut. That a page was finished may be lost, since its record is on the disk."""
         if self._file is None:
             return
         self._begun = {digest: n for digest, n in self._begun.items() if n}

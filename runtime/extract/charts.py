@@ -1,4 +1,4 @@
-"""A chart's data as a picture again: bars or lines, as plain geometry that a template writes as SVG."""
+"""Plots a chart's data again: bars or lines, as plain geometry that a template writes as SVG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1
 
 @dataclass(frozen=True)
 class Bar:
-    """A filled box with its lower and upper edge in place, and what it says when pointed at."""
+    """A filled box with its lower and upper edge in place, and its tooltip."""
 
     x: float
     y: float
@@ -104,7 +104,7 @@ def redraw(table: Table) -> Chart | None:
 
 
 def number(text: str) -> float | None:
-    """The number that a cell says, with its currency, percent sign or unit left out; None when it says none."""
+    """The number in a cell, without its currency, percent sign or unit; None when there is none."""
     plain = text.strip().replace("\u2212", "-").replace("\u00a0", " ").replace("\u202f", " ")
     negative = plain.startswith("(") and plain.endswith(")")
     match = _NUMBER.search(plain)
@@ -132,7 +132,7 @@ def _plain(digits: str) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers a like step apart, from below the lowest to above the highest."""
+    """Evenly spaced round numbers, from below the lowest to above the highest."""
     if low == high:
         high = low + 1.0
     rough = (high - low) / 5

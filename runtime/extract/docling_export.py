@@ -1,6 +1,6 @@
 """A document's records as one DoclingDocument, through docling-core (the extra 'docling').
 
-Tables, charts as pictures with their data, fields as key-value pairs, prose and code as text, each on its page.
+Tables, charts as picture items with their data, fields as key-value pairs, prose and code as text, each on its page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_installed() -> None:
 
 
 def write_docling(root: Path, stem: str, source: str, records: Iterable[Record]) -> Path | None:
-    """Writes `stem.docling.json` below `root`, whole or not at all, and returns its path.
+    """Writes `stem.docling.json` below `root`, complete or not at all, and returns its path.
 
     None, and no file, for a document of which no page could be read. Raises OutputError.
     """
@@ -107,7 +107,7 @@ def _table_data(table: Table) -> Any:
 
 
 def _chart_on(document: DoclingDocument, charts: dict[int, Any], record: Record) -> Any:
-    """The picture of a page that charts are about."""
+    """Docling's picture item that holds what was read from the charts of a page."""
     from docling_core.types.doc import PictureMeta
 
     assert record.page is not None
@@ -130,7 +130,7 @@ def _description(text: str) -> Any:
 
 
 def _graph(fields: Any) -> Any:
-    """A key for every field that has a value, named by its way down, and a link from each to its value."""
+    """A key for every field that has a value, named by its path, and a link from each to its value."""
     from docling_core.types.doc import GraphCell, GraphCellLabel, GraphData, GraphLink, GraphLinkLabel
 
     cells: list[Any] = []
@@ -144,7 +144,7 @@ def _graph(fields: Any) -> Any:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Every value that is one, by its way down: 'lines[0].price'. What is not there (null) is left out."""
+    """Every value that is not null, by its path, such as 'lines[0].price'."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{key}" if name else key)

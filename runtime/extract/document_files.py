@@ -1,6 +1,6 @@
-"""The files of one document: its tables in the forms that were asked for, its fields, its code and prose.
+"""Writes the files of one document: its tables in the formats that were asked for, its fields, its code and prose.
 
-A document's records are read one after another and written as they come, so its length costs no memory.
+Records are read and written one at a time, so a long document takes no more memory than a short one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import TASKS, Table, write
 from granite4v.runtime.formats.tasks import QUESTION, task_or_question
 
-TABLE_FORMATS = {"csv": "csv", "html": "html", "json": "json", "otsl": "otsl", "md": "markdown"}  # suffix: form
+TABLE_FORMATS = {"csv": "csv", "html": "html", "json": "json", "otsl": "otsl", "md": "markdown"}  # suffix: format
 DOCLING = "docling"
 FORMATS = (*TABLE_FORMATS, DOCLING)
-# what stands before the first table, between two, and behind the last
+# what is written before the first table, between two, and after the last
 _FRAMES = {
     "html": ("", "\n", "\n"),
     "md": ("", "\n\n", "\n"),
@@ -35,17 +35,17 @@ Say = Callable[[str], None]
 
 
 def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
-    """What files a task becomes: those asked for where it gives tables, else its own kind."""
+    """Suffixes of the files of a task: the formats that were asked for if it gives tables, else that of its answers."""
     found = task_or_question(task)
     if formats and found.gives_tables:
         return tuple(name for name in formats if name in TABLE_FORMATS)
     return (found.suffix,)
 
 
-def applies(form: str, tasks: Sequence[str]) -> bool:
+def applies(format_name: str, tasks: Sequence[str]) -> bool:
     """Whether a format means anything for one of these tasks."""
     found = [task_or_question(task) for task in tasks]
-    return form == DOCLING or any(task.gives_tables or task.suffix == form for task in found)
+    return format_name == DOCLING or any(task.gives_tables or task.suffix == format_name for task in found)
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Written:
 def write_document(
     root: Path, stem: str, records: Iterable[Record], formats: Sequence[str], say: Say, *, csv_safe: bool = False
 ) -> Written:
-    """Writes `stem.task.suffix` below `root` for every task with a value, each file whole or not at all.
+    """Writes `stem.task.suffix` below `root` for every task with a value, each file complete or not at all.
 
-    `formats`: of FORMATS, for tables; none for the form each task answers in. CSV has a file for each table;
-    `csv_safe` writes it for spreadsheets, see `spreadsheet_text`. `say` gets a line about a table that a form cannot
-    carry, and about a file that cannot be written. Raises OutputError when no other file can be, either.
+    `formats`: of FORMATS, for tables; none for the format each task answers in. CSV has a file for each table;
+    `csv_safe` writes it for spreadsheets, see `spreadsheet_text`. `say` gets a line about a table that a format cannot
+    carry, and about a file that cannot be written. Raises OutputError when no other file could be written either.
     """
     writers: dict[tuple[str, str], _Writer] = {}
     with contextlib.ExitStack() as files:
@@ -86,7 +86,7 @@ def write_document(
 
 
 def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record | None = None) -> None:
-    """Does one step of one kind of file; what goes wrong with it is told and concerns no other file."""
+    """Does one step for one kind of file; an error in it is reported, and other files go on."""
     place = writer.place
     try:
         step()
@@ -110,9 +110,9 @@ def remove_stale(root: Path, stem: str, keep: Iterable[Path]) -> None:
     folder, kept = (root / stem).parent, {path.name for path in keep}
     known = (*TASKS.values(), QUESTION)
     tasks = "|".join(re.escape(task.name) for task in known)
-    forms = "|".join(sorted({*TABLE_FORMATS, *(task.suffix for task in known)}))
+    endings = "|".join(sorted({*TABLE_FORMATS, *(task.suffix for task in known)}))
     ours = re.compile(
-        rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({forms})|{re.escape(DOCLING)}\.json)"
+        rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({endings})|{re.escape(DOCLING)}\.json)"
     )
     if not folder.is_dir():
         return
@@ -137,13 +137,13 @@ _NUMBER = re.compile(r"[+-]?\d+([.,'\s]\d+)*%?")
 
 
 def spreadsheet_text(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: one that could be begins with an apostrophe. Plain numbers, which
-    may begin with a sign, stay."""
+    """The text of a cell, with an apostrophe before what a spreadsheet could take for a formula. Plain
+    numbers, which may begin with a sign, stay as they are."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(text) else text
 
 
 def as_text(record: Record, suffix: str | None = None) -> str:
-    """What was read, as one text: tables in the form of `suffix`, or the task's own."""
+    """What was read, as one text: tables in the format of `suffix`, or the task's own."""
     suffix = suffix or task_or_question(record.task).suffix
     if record.tables:
         tables = record.value if isinstance(record.value, Table) else record.tables
@@ -192,7 +192,7 @@ class _Writer:
 
 
 class _CsvFiles(_Writer):
-    """A file for each table: no program reads two tables of different widths from one."""
+    """A file for each table: no program reads two tables of different widths from one CSV file."""
 
     def __init__(self, place: _Place, safe: bool) -> None:
         super().__init__(place)

@@ -63,7 +63,7 @@ class Seen:
     file_state: str | None = None
     n_pages: int | None = None
     keys: set[Key] = field(default_factory=set)  # whose records are up to date
-    changed: bool = False  # a record gave way to another
+    changed: bool = False  # a record was replaced
 
 
 class Earlier:

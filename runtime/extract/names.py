@@ -1,4 +1,4 @@
-"""What a document's files are called in the output directory: fit for any disk, each name once, and for good.
+"""Names of a document's files in the output directory: valid on any disk, unique, and the same in every later run.
 
 Files below a directory that was given, or below the fixed part of a glob, keep their folders.
 """
@@ -12,11 +12,19 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-MAX_NAME_BYTES = 100  # of a folder's or a file's part of a name
-MAX_STEM_BYTES = 400  # of a name with its folders; one that has more goes without them
+MAX_NAME_BYTES = 100  # of one part of a path
+MAX_STEM_BYTES = 400  # of a name with its folders, which are left out of a longer one
 _SAFE = re.compile(r"[\w+-][\w.+-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)  # names of devices on Windows
-_SUFFIXES = (".csv", ".html", ".json", ".jsonl", ".md", ".otsl", ".py")  # of our files, which a folder must not be
+_SUFFIXES = (
+    ".csv",
+    ".html",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".otsl",
+    ".py",
+)  # of our files: a folder of such a name would look like one
 
 
 class Names:
@@ -32,7 +40,7 @@ class Names:
             if stem is not None and _is_stem(stem) and _key(stem) not in self._taken:
                 self._take(source, stem)
         for source in known:
-            if source not in self._stems:  # of a version that had no folders
+            if source not in self._stems:  # recorded by a version without folders
                 self._take(source, self._unique(_clean(_stem(source), "document")))
 
     def stem(self, source: str) -> str:
@@ -76,7 +84,7 @@ def _roots(inputs: Iterable[str]) -> set[str]:
 
 
 def _inside(path: str, root: str) -> str | None:
-    """The way from `root` down to `path`; None when it is not below."""
+    """The path of `path` relative to `root`; None when it is not below it."""
     if root == os.curdir:
         return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else path
     beginning = os.path.join(root, "")
@@ -99,11 +107,11 @@ def _clean_folder(text: str) -> str:
 
 
 def _is_stem(text: str) -> bool:
-    """Whether it could be ours: a damaged record must not lead out of the directory."""
+    """Whether it can be one of ours: a damaged record must not lead to a path outside of the directory."""
     parts = text.split("/")
     return len(text.encode("utf-8", "replace")) <= MAX_STEM_BYTES + 20 and all(_SAFE.fullmatch(part) for part in parts)
 
 
 def _key(stem: str) -> str:
-    """Equal for names that some disk takes for one."""
+    """Equal for names that are the same on some file system."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())

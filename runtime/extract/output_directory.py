@@ -1,4 +1,4 @@
-"""The output directory: one process at a time, one run for good, and nobody else's files."""
+"""The output directory: one process at a time writes to it, it holds one run, and no files but ours are touched."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from granite4v.runtime.extract.page_images import image_path
 from granite4v.runtime.formats.tasks import task_or_question
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
-FORMAT = 1  # raise it when records or files of an earlier version cannot be gone on with
+FORMAT = 1  # raise it when records or files of an earlier version cannot be resumed
 _LOCK = f"{OWN_PREFIX}.lock"
-# what a run must have in common with the one it goes on with, in the words of a message; inputs, pages and tasks may
-# be others: they say how much is read, not what a record means
+# what a run must have in common with the one it resumes, with the words of the message; inputs, pages and tasks may
+# differ: they decide how much is read, not what a record means
 _SAME = {
     "crop": "the crop differs",
     "schema": "the schema differs",
@@ -31,12 +31,12 @@ _SAME = {
 }
 
 
-# settings whose names have changed, so that runs of earlier versions can be gone on with
+# settings that were renamed, by their old names: runs of earlier versions can be resumed
 _RENAMED = {"free": "unconstrained"}
 
 
 class OutputDirectory:
-    """An output directory that this process holds the lock of, until `release`."""
+    """An output directory, locked by this process until `release`."""
 
     def __init__(self, path: Path, lock: Any, created: Sequence[Path]) -> None:
         """`created`: the folders that were made for it, innermost first."""
@@ -79,7 +79,7 @@ class OutputDirectory:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether the directory holds a run that was begun before."""
+        """Whether the directory holds an earlier run."""
         return self._begun
 
     @property
@@ -91,10 +91,10 @@ class OutputDirectory:
         return image_path(self.path, digest).exists()
 
     def begin(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Writes down which run this is, or checks that it goes on with the one that was begun here.
+        """Writes `run.json`, or checks that this run may resume the one that is described there.
 
-        Returns remarks about differences that may change answers a little. Raises OutputError that names what differs
-        otherwise.
+        Returns remarks about differences that may change answers slightly. Raises OutputError that names any other
+        difference.
         """
         if not self._begun:
             self._write({"format": FORMAT, **manifest})
@@ -107,8 +107,8 @@ class OutputDirectory:
         found = "; ".join(filter(None, differences))
         if found:
             raise OutputError(
-                f"'{self.path}' holds the results of another run: {found}. Go on with what it was begun with, or give "
-                "another directory."
+                f"'{self.path}' holds the results of another run: {found}. Resume it with what it was "
+                "begun with, or give another directory."
             )
         environments, now = begun.get("environments") or [], wanted.get("environments") or []
         new = [environment for environment in now if environment not in environments]
@@ -129,13 +129,13 @@ class OutputDirectory:
             file.write("\n")
 
     def release(self) -> None:
-        """Gives the lock back; of a run that never began nothing stays."""
+        """Releases the lock, and removes what was made for a run that never began."""
         if not self._begun:
             with contextlib.suppress(OSError):
                 (self.path / _LOCK).unlink(missing_ok=True)
         self._lock.release()
         if not self._begun:
-            with contextlib.suppress(OSError):  # somebody else put something there
+            with contextlib.suppress(OSError):  # not empty: another program put something there
                 for folder in self._created:
                     folder.rmdir()
 
@@ -143,8 +143,7 @@ class OutputDirectory:
         if self._begun:
             if not resume:
                 raise OutputError(
-                    f"'{self.path}' holds the results of another run; go on with it (--resume), or give another "
-                    "directory."
+                    f"'{self.path}' holds the results of another run; resume it (--resume), or give another directory."
                 )
             return
         with disk_errors(self.path):
@@ -175,12 +174,12 @@ class OutputDirectory:
 
 
 def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What two runs say about the same thing: prompts of the tasks that both have, and schemas where both have one."""
+    """What of a key two runs have in common: prompts of the tasks that both have, schemas where both have one."""
     then, now = begun.get(key), wanted.get(key)
     if key == "schema" and (then is None or now is None):
         return None, None
     if key == "prompts" and isinstance(then, dict) and isinstance(now, dict):
-        # one that is made from the schema differs with it, which is told already
+        # one that is made from the schema differs with it, which is reported already
         told = begun["schema"] != wanted["schema"]
         both = [task for task in then if task in now and not (told and task_or_question(task).takes_schema)]
         return {task: then[task] for task in both}, {task: now[task] for task in both}

@@ -1,4 +1,4 @@
-"""Small pictures of the pages that were read, kept beside the results for the report."""
+"""Small images of the pages that were read, kept beside the results for the report."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def keep_image(folder: Path, digest: str, image: Image) -> None:
     small.save(buffer, "WEBP", quality=QUALITY, method=2)
     make_folders(folder, FOLDER)
     try:
-        write_bytes(path, buffer.getvalue())  # not made to last: a picture that is lost is left out
+        write_bytes(path, buffer.getvalue())  # not fsynced: the report does without an image that is lost
     except OSError as error:
         raise output_error(error, path) from None
 
 
 def data_url(folder: Path, digest: str | None) -> str | None:
-    """The picture as a data URL; None when there is none."""
+    """The image as a data URL; None when there is none."""
     if digest is None:
         return None
     try:

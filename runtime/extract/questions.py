@@ -25,7 +25,7 @@ class ArgumentError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """One task as the model is asked: a tag that its template expands, or the whole text.
+    """One task as the model is asked: a tag that its template expands, or the full text.
 
     `constraint`: the grammar that the answer is held to, as `Model.generate` takes it; None for a free answer.
     """

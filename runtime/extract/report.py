@@ -26,7 +26,7 @@ from granite4v.runtime.formats import Cell, Table
 from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
-# neither HTML nor XML has a way to write these
+# characters that neither HTML nor XML can carry
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -40,7 +40,7 @@ class Failure:
 
 @dataclass
 class Contents:
-    """What the top of the report says; kept in memory, so without answers."""
+    """The top of the report; kept in memory, so without answers."""
 
     documents: list[tuple[int, str, int]] = field(default_factory=list)  # first page's number, source, pages
     failures: list[Failure] = field(default_factory=list)
@@ -57,7 +57,7 @@ class PageView:
     source: str
     number: int | None
     n_pages: int | None
-    picture: str | None  # a data URL
+    image: str | None  # a data URL
     size_px: tuple[int, int] | None
     records: list[Record]
 
@@ -75,7 +75,7 @@ def is_report(path: Path) -> bool:
 
 
 def write_report(path: Path, records: Iterable[Record]) -> None:
-    """Writes the report of `records`, which are read twice; pictures are looked for beside it.
+    """Writes the report of `records`, which are read twice; page images are looked for beside it.
 
     Raises OutputError.
     """
@@ -108,8 +108,8 @@ def _pages(records: Iterable[Record], folder: Path) -> Iterator[PageView]:
     for anchor, page in enumerate(_by_page(records), 1):
         first = page[0]
         page = [_shown(record) for record in page]
-        picture = data_url(folder, first.digest)
-        yield PageView(anchor, first.source, first.page, first.n_pages, picture, first.size_px, page)
+        image = data_url(folder, first.digest)
+        yield PageView(anchor, first.source, first.page, first.n_pages, image, first.size_px, page)
 
 
 def _shown(record: Record) -> Record:

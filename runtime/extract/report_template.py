@@ -174,7 +174,7 @@ Model:{% for role, digest in contents.model.items() %} {{ role }} {{ digest[:12]
 {% if page.n_pages %} of {{ page.n_pages }}{% endif %}{% endif %}\
 {% if page.size_px %}, {{ page.size_px[0] }}×{{ page.size_px[1] }} pixels{% endif %}</span></h2>
 <div class="columns">
-<figure>{% if page.picture %}<img src="{{ page.picture }}" alt="page {{ page.number }} of {{ page.source }}" loading="lazy" />\
+<figure>{% if page.image %}<img src="{{ page.image }}" alt="page {{ page.number }} of {{ page.source }}" loading="lazy" />\
 {% else %}<p class="soft">no image of this page</p>{% endif %}</figure>
 <div>
 {% for record in page.records %}

@@ -24,20 +24,20 @@ from granite4v.paths import atomic_binary_file, disk_errors, output_error
 from granite4v.runtime.extract.own_files import open_own
 from granite4v.runtime.extract.record import Key, Record, decode, encode
 
-MAX_LINE_BYTES = 1 << 28  # far above what a context can hold
+MAX_LINE_BYTES = 1 << 28  # far above what an answer of a full context takes
 _NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
-_BEGINNING = b'{"source": '  # of every record; by it a torn first line is known as ours
+_BEGINNING = b'{"source": '  # of every record: a torn first line is recognized as ours by it
 
 
 @dataclass
 class Counts:
-    """How the records fared."""
+    """Numbers of records, by outcome."""
 
     n_records: int = 0
     n_failed: int = 0
     n_invalid: int = 0
     n_salvaged: int = 0
-    n_cut: int = 0  # salvaged and valid as far as they go
+    n_cut: int = 0  # salvaged, and what was kept is valid
     n_copied: int = 0
 
     @property
@@ -56,7 +56,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a record is, in bytes, and what can be asked of it without reading it. `failed`: it has an error."""
+    """Where a record is, in bytes, and what is known of it without reading it. `failed`: it has an error."""
 
     start: int
     length: int
@@ -84,14 +84,14 @@ class Entry:
 
 
 class ResultsLog:
-    """The records of one run, each key once. One writer at a time: see `folder`.
+    """The records of one run, each key once. One writer at a time: see `output_directory`.
 
     Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
     last), the tasks of a page as they were first recorded. `close` leaves the file in this order, too.
     """
 
     def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
-        """`lasting`: False for a file that goes with the process. Raises OutputError for a file that is damaged."""
+        """`lasting`: False for a temporary file. Raises OutputError for a file that is damaged."""
         self._file, self._path, self._lasting = file, path, lasting
         self._end = 0
         self._entries: dict[Key, Entry] = {}
@@ -132,16 +132,16 @@ class ResultsLog:
         rest = memoryview(line)
         try:
             self._file.seek(self._end)
-            while rest:  # a disk that fills up takes a part, then refuses
+            while rest:  # a disk that fills up accepts a part, then fails
                 rest = rest[self._file.write(rest) :]
             if self._lasting:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):  # if this fails too, the torn line is dropped by the next run
+            with contextlib.suppress(OSError):  # if this fails as well, the next run drops the torn line
                 self._file.truncate(self._end)
             raise output_error(error, self._path, self._kept()) from None
         except BaseException:
-            if not rest:  # a signal arrived behind the last byte: the record is there, and has to be counted
+            if not rest:  # a signal arrived after the last byte: the record is in the file, so it counts
                 self._note(record, len(line))
             raise
         self._note(record, len(line))
@@ -165,7 +165,7 @@ class ResultsLog:
         if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
             raise OutputError(
                 f"'{self._path}' was removed or replaced while the run was writing to it; "
-                f"put its directory back where it was and go on with --resume, or start again."
+                f"put its directory back where it was and resume with --resume, or start again."
             )
 
     def __contains__(self, key: Key) -> bool:
@@ -299,7 +299,7 @@ class ResultsLog:
                         raise ValueError("it does not end")
                     record = decode(line)
                 except _NOT_OURS as error:
-                    # a crash or a power cut leaves a part of the last line, or its length and not its bytes
+                    # after a crash or a power cut the last line may be incomplete, or have its length but only zeros
                     last = reader.tell() == size
                     ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))
                     torn = not line.endswith(b"\n") or bool(self._entries)
@@ -316,7 +316,7 @@ class ResultsLog:
         return f"{n} finished record{'s are' if n != 1 else ' is'} kept; go on with --resume." if self._lasting else ""
 
     def _damaged(self, where: str, why: Exception) -> str:
-        reason = f"no JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
+        reason = f"not JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
         return (
             f"{where} of '{self._path}' is not a record of ours ({reason:.120}); the file was changed by something "
             "else. Start again with another --out."

@@ -1,4 +1,4 @@
-"""How far a run is, for whoever shows it."""
+"""The progress of a run, for whoever shows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PATHS = 20
 
 @dataclass
 class State:
-    """How far a run is; the same object for as long as it lasts."""
+    """The progress of a run; one object for as long as the run lasts."""
 
     source: str = ""
     page: int | None = None
@@ -25,15 +25,17 @@ class State:
     n_documents: int = 0  # begun; none while pages are counted
     n_documents_total: int | None = None  # where that is known
     n_pages_total: int | None = None
-    n_pages_read: int = 0  # by this process: those of an earlier run, and copies, take no time
-    n_pages_known: int = 0  # not to be read: they were by an earlier run, are copies, or failed
+    n_pages_read: int = 0  # by this process; those of an earlier run, and copies, take no time
+    n_pages_known: int = 0  # that need not be read: earlier runs did, they are copies, or they failed
     n_tokens: int = 0  # of finished answers
     decode_s: float = 0.0
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)  # of all records, an earlier run's too
-    left_out: Counts = field(default_factory=Counts)  # of those about documents that this run was not given; at the end
+    left_out: Counts = field(
+        default_factory=Counts
+    )  # of records about documents that this run was not given; known at the end
     n_resumed: int = 0  # records of an earlier run
-    n_replaced: int = 0  # records of an earlier run that gave way to new ones, or were dropped with nothing in place
+    n_replaced: int = 0  # records of an earlier run that were replaced, or dropped with nothing in their place
     n_unwritten: int = 0  # files that could not be written
     paths: list[Path] = field(default_factory=list)  # files written, first to last, as many as MAX_PATHS
     n_paths: int = 0
@@ -65,7 +67,7 @@ Watch = Callable[[State], None]
 
 
 def waiting(state: State, watch: Watch) -> Callable[[str, int | None, float], None]:
-    """A callback for `runtime.pages`, which tells `watch` how long a document or page takes."""
+    """A callback for `documents.open_pages`, which tells `watch` how long a document or page takes."""
 
     def wait(source: str, number: int | None, waited_s: float) -> None:
         state.source, state.page, state.n_pages = source, number, None

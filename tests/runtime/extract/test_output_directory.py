@@ -174,7 +174,7 @@ def test_a_run_is_begun_once_and_gone_on_with(tmp_path: Path) -> None:
     (out / ".granite4v-partial-x.csv").write_text("half")
     assert begin(out, resume=True, granite4v="9.9") == []
     assert not (out / ".granite4v-partial-x.csv").exists()
-    with pytest.raises(OutputError, match="holds the results of another run; go on with it .--resume"):
+    with pytest.raises(OutputError, match="holds the results of another run; resume it .--resume"):
         begin(out)
 
 
