@@ -75,7 +75,6 @@ def write_json_cache(name: str, content: dict[str, Any]) -> None:
         write_bytes(folder / name, json.dumps(content, indent=1).encode(), mode=0o600)
 
 
-@functools.cache
 def _shared_temporary_folder() -> Path:
     """A folder below the temporary one that every process of this user finds. Its name can be guessed, so one that
     another user made, or that others may write to, is not used: this process then has one of its own."""

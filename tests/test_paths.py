@@ -26,10 +26,8 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(platformdirs, "user_cache_dir", no_home)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     paths.temporary_folder.cache_clear()
-    paths._shared_temporary_folder.cache_clear()
     yield tmp_path
     paths.temporary_folder.cache_clear()
-    paths._shared_temporary_folder.cache_clear()
 
 
 def test_without_a_home_it_is_a_private_folder_below_the_temporary_one(homeless: Path) -> None:

@@ -110,7 +110,7 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
     elif (url := url_in(given)) is not None:
         yield _not_found(given, f"'{shown(url)}' is a URL, and URLs are not read; download it.")
     elif glob.has_magic(given):
-        matches = sorted(set(_matches(given, errors)), key=_natural)
+        matches = sorted(set(glob_matches(given, errors)), key=_natural)
         errors = [error for error in errors if not isinstance(error, _NOT_THERE)]
         yield from (_unreadable(error, given) for error in errors)
         if not matches and not errors:
@@ -133,7 +133,7 @@ def _is_there(path: str, errors: list[OSError]) -> bool:
     return True
 
 
-def _matches(pattern: str, errors: list[OSError]) -> Iterator[str]:
+def glob_matches(pattern: str, errors: list[OSError]) -> Iterator[str]:
     """What a glob stands for, as `glob.glob(..., recursive=True)` has it, but for links: `**` follows none.
 
     `errors` gets what could not be looked into.

@@ -45,7 +45,7 @@ _EXPECTED = (
     "class as package.module:Class"
 )
 _MAX_BYTES = 4 * MAX_CHARACTERS
-_WAIT_S = 30.0  # for a pipe
+PIPE_WAIT_S = 30.0  # for a pipe
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,9 @@ def _read_pipe(path: Path) -> bytes:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    reader.join(_WAIT_S)
+    reader.join(PIPE_WAIT_S)
     if not got:
-        raise SchemaError(f"the schema '{path}' is not a file, and gave nothing within {_WAIT_S:.0f} seconds.")
+        raise SchemaError(f"the schema '{path}' is not a file, and gave nothing within {PIPE_WAIT_S:.0f} seconds.")
     if isinstance(got[0], OSError):
         raise got[0]
     return got[0]

@@ -23,7 +23,7 @@ from granite4v.runtime.documents import (
 )
 from granite4v.runtime.documents.content import open_page_source
 from granite4v.runtime.documents.limits import LIMITS
-from granite4v.runtime.documents.sources import Document, NotFound, _matches, find_documents
+from granite4v.runtime.documents.sources import Document, NotFound, find_documents, glob_matches
 from tests.helpers.page_tests import GOOD, VIEW, failure, one, read, same
 from tests.helpers.pdfs import pdf_bytes, scan_pdf
 from tests.helpers.pictures import encoded, noise_picture
@@ -124,7 +124,7 @@ def test_a_recursive_glob_follows_no_links_to_directories(folder: Path, pattern:
 def test_globs_find_what_the_standard_library_finds(pattern: str) -> None:
     expected = {os.path.normpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
     assert expected
-    assert {os.path.normpath(path) for path in _matches(pattern, []) if os.path.isfile(path)} == expected
+    assert {os.path.normpath(path) for path in glob_matches(pattern, []) if os.path.isfile(path)} == expected
 
 
 def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:

@@ -16,12 +16,6 @@ Asked = list[tuple[str, int | None]]
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
-    return FakeModel(tmp_path / "text.gguf")
-
-
-@pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     """What was asked of readers that know `strange_reader`'s documents, as (operation, page)."""
     monkeypatch.setattr(reader, "WORKER", "tests.helpers.strange_reader")

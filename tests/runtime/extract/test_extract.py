@@ -26,18 +26,7 @@ from granite4v.runtime.extract.record import decode, encode
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats.fields import KVP_PROMPT
 from granite4v.runtime.formats.json_values import MAX_NESTING
-from tests.helpers.fake_model import SCHEMA, FakeModel, make_scans, run, without_timings
-
-
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
-    return FakeModel(tmp_path / "text.gguf")
-
-
-@pytest.fixture
-def scans(tmp_path: Path) -> Path:
-    return make_scans(tmp_path / "scans")
+from tests.helpers.fake_model import SCHEMA, FakeModel, run, without_timings
 
 
 def test_every_page_and_task_in_order_each_on_the_disk_first(model: FakeModel, scans: Path, tmp_path: Path) -> None:

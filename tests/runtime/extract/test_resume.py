@@ -5,55 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from granite4v.errors import ContextOverflowError, OutputError
-from granite4v.paths import atomic_text_file
-from granite4v.runtime.extract import Record, State
-from tests.helpers.fake_model import FakeModel, make_scans, run
-
-TASKS = ("tables_html", "kvp")
-
-
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
-    return FakeModel(tmp_path / "text.gguf")
-
-
-@pytest.fixture
-def scans(tmp_path: Path) -> Path:
-    return make_scans(tmp_path / "scans")
-
-
-def image(path: Path, shade: int, *more: int, ns: int = 0) -> None:
-    """An image, or a PDF of a page for each shade, written at another time than before."""
-    first, *rest = [Image.new("RGB", (20, 30), (value,) * 3) for value in (shade, *more)]
-    before = path.stat().st_mtime_ns if path.exists() else 0
-    if path.suffix == ".pdf":
-        first.save(path, save_all=True, append_images=rest, resolution=72)
-    else:
-        first.save(path)
-    os.utime(path, ns=(before + 10**9 + ns, before + 10**9 + ns))
-
-
-def kept(out: Path) -> list[Record]:
-    return [Record.from_dict(json.loads(line)) for line in (out / "results.jsonl").read_text().splitlines()]
-
-
-def keys(out: Path) -> list[tuple[str, int | None, str]]:
-    return [(Path(record.source).name, record.page, record.task) for record in kept(out)]
-
-
-def shades(out: Path, name: str) -> list[int]:
-    return [r.value["shade"] for r in kept(out) if Path(r.source).name == name and r.task == "kvp" and r.value]
+from granite4v.errors import OutputError
+from tests.helpers.fake_model import FakeModel, run
+from tests.helpers.runs import TASKS, image, kept, keys, shades
 
 
 def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
@@ -222,143 +182,6 @@ def test_a_file_that_is_gone_is_a_failure_beside_what_was_read(model: FakeModel,
     assert [page for name, page, _ in keys(out) if name == "c.png"] == [1, 1]
 
 
-def test_failures_stay_until_they_are_to_be_tried_again(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    def fail(prompt: str, shade: int) -> None:
-        if shade == 20:
-            raise ContextOverflowError("too long")
-        if shade == 30:
-            raise MemoryError
-
-    out = tmp_path / "out"
-    model.fail = fail
-    list(run(model, scans / "a.pdf", ("kvp",), out=out))
-    assert [record.error_type for record in kept(out)] == [None, "ContextOverflowError", "MemoryError"]
-    assert "not enough memory" in str(kept(out)[2].error)
-    model.fail = lambda prompt, shade: None
-    list(run(model, scans / "a.pdf", ("kvp",), out=out, resume=True))
-    assert [record.error_type for record in kept(out)] == [None, "ContextOverflowError", None]
-    list(run(model, scans / "a.pdf", ("kvp",), out=out, resume=True, retry_failed=True))
-    assert shades(out, "a.pdf") == [10, 20, 30]
-
-
-class Panic(BaseException):
-    """As pyo3 raises it for a library in Rust."""
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("odd"), MemoryError(), RecursionError(), Panic("index"), OSError(5, "io")]
-)
-def test_any_exception_on_a_page_is_its_record(
-    model: FakeModel, scans: Path, tmp_path: Path, error: BaseException
-) -> None:
-    def fail(prompt: str, shade: int) -> None:
-        if shade == 10:
-            raise error
-
-    model.fail = fail
-    found = list(run(model, scans, ("kvp",), out=tmp_path / "out", report=True))
-    assert [record.error is None for record in found] == [False, True, True, False, True, True]
-    assert found[0].error and found[0].error_type == type(error).__name__ and (tmp_path / "out/report.html").exists()
-
-
-def test_a_model_that_is_closed_meanwhile_ends_the_run(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    def fail(prompt: str, shade: int) -> None:
-        if model.closed:
-            raise ValueError("the model is closed")
-
-    model.fail = fail
-    records = run(model, scans, ["chart2csv"], out=tmp_path / "out")
-    first = next(records)
-    model.close()
-    with pytest.raises(ValueError, match="the model is closed"):
-        list(records)
-    model.closed = False
-    rest = list(run(model, scans, ["chart2csv"], out=tmp_path / "out", resume=True))
-    assert first.error is None
-    assert any(record.error is None for record in rest)
-    assert not any("the model is closed" in str(record.error) for record in rest)
-
-
-def test_what_the_caller_raises_is_the_callers(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    def watch(state: State) -> None:
-        if state.n_answer_tokens == 3:
-            raise ValueError("enough")
-
-    with pytest.raises(ValueError, match="enough"):
-        list(run(model, scans, ("kvp",), out=tmp_path / "out", watch=watch))
-    assert kept(tmp_path / "out") == []
-    assert len(list(run(model, scans, ("kvp",), out=tmp_path / "out", resume=True))) == 6
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = ["."]
-from pathlib import Path
-from tests.helpers.fake_model import FakeModel, run
-model = FakeModel(Path(sys.argv[1]))
-def fail(prompt, shade):
-    if shade == int(sys.argv[4]):
-        os.kill(os.getpid(), int(sys.argv[5]))
-model.fail = fail
-found = list(run(model, sys.argv[2], ("tables_html", "kvp"), out=sys.argv[3], resume=True))
-print(len(found))
-"""
-
-
-def in_process(tmp_path: Path, scans: Path, shade: int, number: int) -> subprocess.CompletedProcess[str]:
-    """A run that gets a signal whenever it asks about a page of this shade."""
-    arguments = [str(tmp_path / "text.gguf"), str(scans), str(tmp_path / "out"), str(shade), str(int(number))]
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
-def test_a_page_that_killed_the_process_twice_is_left_alone(
-    model: FakeModel, scans: Path, tmp_path: Path, number: int
-) -> None:
-    out = tmp_path / "out"
-    for name in ("b.pdf", "c.png", "d.bmp"):
-        (scans / name).write_bytes((scans / "a.pdf").read_bytes())
-    for _ in range(2):
-        assert in_process(tmp_path, scans, 20, number).returncode == -number
-        assert keys(out) == [("a.pdf", 1, "tables_html"), ("a.pdf", 1, "kvp")]
-    third = in_process(tmp_path, scans, 20, number)
-    assert third.returncode == 0, third.stderr
-    found = kept(out)
-    dead = [(Path(record.source).name, record.page) for record in found if record.error_type == "ProcessDied"]
-    assert dead == [(name, 2) for name in ("a.pdf", "b.pdf", "c.png", "d.bmp") for _ in TASKS]  # the same pixels
-    assert "the process ended 2 times while this page was read" in str(found[2].error)
-    assert shades(out, "a.pdf") == [10, 30]
-    assert in_process(tmp_path, scans, 20, number).stdout == "0\n"  # and stays so
-    list(run(model, scans, TASKS, out=out, resume=True, retry_failed=True))
-    assert shades(out, "a.pdf") == [10, 20, 30] and shades(out, "d.bmp") == [10, 20, 30]
-
-
-def test_deaths_on_different_pages_are_nobodys_fault(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    for shade in (10, 20, 30):
-        assert in_process(tmp_path, scans, shade, signal.SIGKILL).returncode == -signal.SIGKILL
-    list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
-    assert shades(tmp_path / "out", "a.pdf") == [10, 20, 30]
-
-
-def test_an_interrupt_is_no_death(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    def interrupt(prompt: str, shade: int) -> None:
-        raise KeyboardInterrupt
-
-    model.fail = interrupt
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
-    model.fail = lambda prompt, shade: None
-    list(run(model, scans, TASKS, out=tmp_path / "out", resume=True))
-    assert shades(tmp_path / "out", "a.pdf") == [10, 20, 30]
-
-
 def test_other_conditions_are_remarked(model: FakeModel, scans: Path, tmp_path: Path) -> None:
     remarks: list[str] = []
     list(run(model, scans, out=tmp_path / "out", say=remarks.append))
@@ -391,75 +214,6 @@ def test_names_stay_with_their_documents(model: FakeModel, tmp_path: Path) -> No
         assert shade in (out / f"{record.stem}.tables_html.html").read_text()
         if "inv.gif" not in record.source and record.stem != "0/inv":
             assert shade in (out / f"{record.stem}.tables_html.csv").read_text()
-
-
-def test_a_directory_that_is_removed_meanwhile_is_a_message(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    import shutil
-
-    records = run(model, scans, out=tmp_path / "out")
-    next(records)
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"results.jsonl' was removed or replaced while the run was writing to it"):
-        list(records)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_cannot_be_written_ends_nothing(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    out, remarks = tmp_path / "out", []
-    records = run(model, scans, out=out, report=True, formats=["csv", "docling"], say=remarks.append)
-    next(records)
-    for name in ("a.kvp.json", "c.tables_html.csv", "d.docling.json"):
-        (out / name).mkdir()
-    assert len(list(records)) == 11 and records.state.n_unwritten == 3 and records.state.incomplete
-    assert len(remarks) == 3 and all("is not written: cannot write" in remark for remark in remarks)
-    assert (out / "a.tables_html.page1.csv").exists() and (out / "report.html").exists()
-
-
-@pytest.mark.parametrize("name", ["results.jsonl", "run.json", ".granite4v.lock", "report.html", ".granite4v-pages"])
-def test_nothing_outside_the_directory_is_written(model: FakeModel, scans: Path, tmp_path: Path, name: str) -> None:
-    out, foreign = tmp_path / "out", tmp_path / "foreign"
-    list(run(model, scans, out=out, report=True))
-    (out / name).rename(foreign) if (out / name).exists() else foreign.write_bytes(b"")
-    content = foreign.read_bytes() if foreign.is_file() else sorted(foreign.iterdir())
-    (out / name).symlink_to(foreign)
-    image(scans / "c.png", 77)
-    remarks: list[str] = []
-    if name == ".granite4v-pages":
-        with run(model, scans, out=out, resume=True, report=True, say=remarks.append) as records:
-            list(records)
-        assert "is a symbolic link" in remarks[0]
-    else:
-        with pytest.raises(OutputError, match=f"{name}' is a symbolic link"):
-            run(model, scans, out=out, resume=True, report=True)
-    assert (foreign.read_bytes() if foreign.is_file() else sorted(foreign.iterdir())) == content
-
-
-def test_links_in_place_of_results_are_not_followed(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    out, foreign = tmp_path / "out", tmp_path / "foreign"
-    list(run(model, scans / "c.png", ("kvp",), out=out))
-    foreign.write_text("mine")
-    (out / "c.kvp.json").unlink()
-    (out / "c.kvp.json").symlink_to(foreign)
-    (out / ".granite4v-partial-c.kvp.json").symlink_to(foreign)
-    list(run(model, scans / "c.png", ("kvp",), out=out, resume=True))
-    with atomic_text_file(out / "x") as file:
-        file.write("x")
-    assert foreign.read_text() == "mine" and not (out / "c.kvp.json").is_symlink()
-    (tmp_path / "deep").mkdir()
-    (scans / "sub").mkdir()
-    image(scans / "sub" / "e.png", 5)
-    (out / "sub").symlink_to(tmp_path / "deep")
-    remarks: list[str] = []
-    list(run(model, scans, ("kvp",), out=out, resume=True, say=remarks.append))
-    assert list((tmp_path / "deep").iterdir()) == [] and "sub' is a symbolic link or a file" in remarks[0]
-
-
-def test_someone_elses_report_is_not_replaced(model: FakeModel, scans: Path, tmp_path: Path) -> None:
-    list(run(model, scans, out=tmp_path / "out"))
-    (tmp_path / "out" / "report.html").write_text("<title>My report</title>")
-    with pytest.raises(OutputError, match=r"report.html' is not a report that 'granite4v extract' made"):
-        run(model, scans, out=tmp_path / "out", resume=True)
-    assert (tmp_path / "out" / "report.html").read_text() == "<title>My report</title>"
 
 
 # --- the same file by another path ---

@@ -177,7 +177,7 @@ def test_directories_huge_files_and_pipes_that_nobody_writes_to(
     with pytest.raises(SchemaError, match="is larger than 4,000,000 bytes"):
         load_schema(huge)
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(schema_module, "_WAIT_S", 0.2)
+    monkeypatch.setattr(schema_module, "PIPE_WAIT_S", 0.2)
     with pytest.raises(SchemaError, match="is not a file, and gave nothing within 0 seconds"):
         load_schema(tmp_path / "pipe")
 
