@@ -24,7 +24,7 @@ def test_keyword_arguments_are_the_fields() -> None:
 
 
 def test_the_command_has_an_option_for_every_field_but_one() -> None:
-    here = {"tasks": "task", "n_ctx": "ctx", "n_threads": "threads"}
+    here = {"tasks": "task", "n_ctx": "ctx_size", "n_threads": "threads"}
     names = {here.get(field.name, field.name) for field in dataclasses.fields(ExtractOptions)}
     assert names - set(inspect.signature(command).parameters) == {"fast_forward"}  # for tests of the grammars alone
 
