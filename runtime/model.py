@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.choices import Device
-from granite4v.clip_projector import ImageFeatures, ImageSource, load_image
 from granite4v.errors import ModelFileError, PromptError
+from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.engine import Engine
 from granite4v.runtime.engine.repetition import Repetition
@@ -22,9 +23,6 @@ from granite4v.runtime.engine.sequence import Advances, Scoring
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.stream import Cancel, Progress, Stream
 from granite4v.runtime.engine.trial import try_once
-from granite4v.runtime.formats.tasks import task_or_question
-from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.options import GenerationOptions
 from granite4v.runtime.prompt.builder import PromptBuilder
@@ -34,6 +32,8 @@ from granite4v.runtime.prompt.spans import Prompt, check_fits
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from granite4v.clip_projector import ImageFeatures, ImageSource
+    from granite4v.runtime.grammar import Compiler, Grammar, GrammarState
     from granite4v.runtime.options import GenerationFields
 
 
@@ -143,7 +143,7 @@ class Model:
         ModelFileError."""
         self.engine.check_usable()
         self.engine.need_vision()
-        return self.engine.encode(load_image(source), progress)
+        return self.engine.encode(clip_projector.load_image(source), progress)
 
     def logits(
         self, prompt: PromptLike | Prompt, images: Sequence[ImageSource] | ImageSource = (), *, lora: bool | None = None
@@ -233,10 +233,6 @@ class Model:
         options = options or GenerationOptions()
         check_fits(prompt, options.max_tokens, self.n_ctx)
         answer = Answer(warnings=list(self.warnings))
-        task = options.repetition if isinstance(options.repetition, str) else ""
-        if not task and options.constraint is not None:
-            task = options.constraint.task
-        watches = options.repetition and not options.ignore_eos
         sequence = AnswerSequence(
             answer,
             self.prompts.tokenizer().text_stream(),
@@ -246,7 +242,7 @@ class Model:
             max_tokens=options.max_tokens,
             grammar=self._grammar_state(options.constraint),
             fast_forward=options.fast_forward,
-            repetition=Repetition(task_or_question(task).rows) if watches else None,
+            repetition=self._repetition(options),
         )
         return self._submit(
             prompt,
@@ -306,14 +302,22 @@ class Model:
         self.engine.check_usable()
         try_once(self.files, report)
 
-    def _grammar_state(self, grammar: Grammar | None) -> GrammarState | None:
-        if grammar is None:
+    def _repetition(self, options: GenerationOptions) -> Repetition | None:
+        if not options.repetition or options.ignore_eos:
+            return None
+        task = options.repetition if isinstance(options.repetition, str) else ""
+        if not task and options.constraint is not None:
+            task = options.constraint.task
+        return Repetition(formats.task_or_question(task).rows) if task else Repetition()
+
+    def _grammar_state(self, constraint: Grammar | None) -> GrammarState | None:
+        if constraint is None:
             return None
         with self._compiling:
             if self._compiler is None:
                 n_vocab = self.files.text.n_texts(keys.TOKENS)
-                self._compiler = Compiler(self.prompts.tokenizer(), n_vocab, self.prompts.stop_tokens)
-            return self._compiler.begin(grammar)
+                self._compiler = grammar.Compiler(self.prompts.tokenizer(), n_vocab, self.prompts.stop_tokens)
+            return self._compiler.begin(constraint)
 
     def _adapter_for(self, prompt: Prompt, lora: bool | None) -> bool:
         wanted = self._lora if lora is None else lora

@@ -43,7 +43,7 @@ FOUNDATIONS = set(ORDER[: ORDER.index("granite4v.clip_projector")])
 # Rooms that stand beside the line: they may import less than what is above them.
 ONLY = {
     "granite4v.converter": FOUNDATIONS,
-    "granite4v.runtime.formats": {"granite4v.errors", "granite4v.runtime.grammar"},
+    "granite4v.runtime.formats": {"granite4v.errors", "granite4v.lazy", "granite4v.runtime.grammar"},
     "granite4v.runtime.documents": FOUNDATIONS | {"granite4v.clip_projector"},
 }
 # Nobody but the command line builds on these.

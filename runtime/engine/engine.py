@@ -14,11 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from granite4v import gguf_keys as keys
 from granite4v.choices import whole_number
-from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
 from granite4v.runtime.answer import Answer
@@ -36,6 +35,9 @@ from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 
 T = TypeVar("T")
 

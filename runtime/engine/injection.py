@@ -6,10 +6,14 @@ hidden state before one decoder layer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from granite4v.clip_projector import ImageFeatures
 from granite4v.runtime.llama.files import Injection
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import ImageFeatures
 
 
 class EmbeddingRows:

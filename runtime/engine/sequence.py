@@ -9,15 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer, Timings
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.sampler import Sampler, Sampling
-from granite4v.runtime.grammar.grammar_state import GrammarState
 from granite4v.runtime.prompt.detokenizer import TextStream
+
+if TYPE_CHECKING:
+    from granite4v.runtime.grammar import GrammarState
 
 # Where that takes long, the end of an answer is looked for after so many tokens, and with each token when fewer than
 # the second number are left beside twice its length.

@@ -7,16 +7,18 @@ import itertools
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from granite4v.clip_projector import Image
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.kv_cache import Batch, CachedSequence
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, Span
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import Image
 
 
 class Rows(Protocol):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
+from granite4v import clip_projector
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import Injection, ModelFiles
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 
 FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
 
@@ -45,7 +49,7 @@ class Vision:
         if self._encoder is None:
             assert self._files.vision is not None
             abort = (self._abort.callback_address, self._abort.data_address)
-            self._encoder = VisionEncoder(self._files.vision.path, self._device, self._n_threads, abort)
+            self._encoder = clip_projector.VisionEncoder(self._files.vision.path, self._device, self._n_threads, abort)
         return self._encoder
 
     def knows(self, digest: bytes) -> bool:

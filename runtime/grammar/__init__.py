@@ -1,0 +1,15 @@
+"""Structured output: grammars, and where an answer stands in one. Knows tokens, and no format of tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from granite4v.lazy import exports
+
+if TYPE_CHECKING:
+    from granite4v.runtime.grammar.grammar import Grammar
+    from granite4v.runtime.grammar.grammar_state import Compiler, GrammarState
+
+__all__ = ["Compiler", "Grammar", "GrammarState"]
+
+__getattr__, __dir__ = exports(__name__, {"grammar": ("Grammar",), "grammar_state": ("Compiler", "GrammarState")})

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector import ImageSource, count_tokens, load_image
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
@@ -19,6 +19,9 @@ from granite4v.runtime.prompt.messages import normalize
 from granite4v.runtime.prompt.spans import Prompt, build_prompt, check_length, image_token, image_token_text
 from granite4v.runtime.prompt.template import ChatTemplate
 from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import ImageSource
 
 
 class PromptBuilder:
@@ -63,7 +66,7 @@ class PromptBuilder:
             _check_unicode(conversation.messages)
             if conversation.images:
                 self._need_vision()
-            opened = [load_image(source) for source in conversation.images]
+            opened = [clip_projector.load_image(source) for source in conversation.images]
             tokenizer = self.tokenizer(report)
             return build_prompt(
                 conversation,
@@ -87,7 +90,7 @@ class PromptBuilder:
         """Image tokens of an image of this size (width, height)."""
         config = self._files.vision_config
         assert config is not None
-        return count_tokens(size, config)
+        return clip_projector.count_tokens(size, config)
 
     def _check_length(self, text: str) -> None:
         """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""

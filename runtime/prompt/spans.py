@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector.images import Image
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
 from granite4v.ggml.metadata import GgufMetadata
 from granite4v.runtime.prompt.messages import Conversation, counted
 from granite4v.runtime.prompt.template import ChatTemplate, task_tags
 from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector import Image
 
 IMAGE_TOKEN = "<image>"  # the placeholder in files without our key for it
 

@@ -125,7 +125,8 @@ def test_cancelling_a_constrained_answer_keeps_what_was_generated(model: granite
     stop.set()
     assert not "".join(stream)
     assert stream.answer.finish_reason == "cancelled" and stream.answer.text.startswith(first)
-    assert compiler("toy").index.text(stream.answer.tokens).decode() == stream.answer.text
+    written = compiler("toy").index.text(stream.answer.tokens).decode(errors="replace")  # cut within a character
+    assert written.rstrip("\ufffd") == stream.answer.text.rstrip("\ufffd")
     other = model.stream("What?", max_tokens=300, constraint=task_grammar("kvp"))
     next(other)
     other.close()
