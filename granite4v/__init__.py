@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v.lazy import exports
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import ImageFeatures, load_image
+    from granite4v.clip_projector import Image, ImageFeatures, load_image
     from granite4v.default_model import extract, load
     from granite4v.errors import (
         AnswerError,
@@ -49,6 +49,7 @@ __all__ = [
     "DocumentError",
     "GenerationOptions",
     "Granite4vError",
+    "Image",
     "ImageError",
     "ImageFeatures",
     "ImageWarning",
@@ -71,7 +72,7 @@ __all__ = [
 _find, __dir__ = exports(
     __name__,
     {
-        "clip_projector": ("ImageFeatures", "load_image"),
+        "clip_projector": ("Image", "ImageFeatures", "load_image"),
         "default_model": ("extract", "load"),
         "errors": (
             "AnswerError",

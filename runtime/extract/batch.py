@@ -121,7 +121,7 @@ class Extraction:
                     self.state.n_documents += 1
                 yield from self._page(item, seen)
                 self._earlier.saw(seen, item)
-                del item  # its pixels go before the next page is rendered
+                del item  # frees its pixels before the next page is fetched
         self._end_document(seen)
         self._end(met)
 
@@ -138,7 +138,7 @@ class Extraction:
             if isinstance(item, PageSkipped):
                 break
             key = (item.source, item.number, question.task)
-            if self._earlier.keeps(key, item):
+            if self._earlier.keeps(key, item):  # the page was rendered for another task, or its file was touched
                 seen.changed |= self._refresh(key, item)
                 continue
             is_new = self._log.get(key) is None

@@ -255,8 +255,12 @@ class ResultsLog:
         self._stems[record.source] = self._stems.get(record.source) or record.stem
         self._places.setdefault(record.source, len(self._places))
         self._tasks.setdefault(record.task, len(self._tasks))
+        # the first answer about these pixels is what copies are made from, whatever is recorded later
         if entry.digest is not None and not entry.failed and self._answer_key(entry.digest, record.task) is None:
             self._answers[entry.digest, record.task] = key
+        # The file is tidy while every line comes after the one before it in reading order: (document, whether it is
+        # about the document as a whole, page, task). Page 2 recorded after page 3 makes it untidy, and so does a
+        # record that replaces another, whose line is still in the file.
         place = (self._places[record.source], *self._place_in_document(key))
         self._tidy &= place > self._last
         self._last = max(place, self._last)
