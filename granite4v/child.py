@@ -1,4 +1,4 @@
-"""Calls a module's `main` in a Python of its own: for native code that may end its process, or never return."""
+"""Runs a module's `main` in a separate Python process, for native code that may abort or never return."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ANNOUNCE_AFTER_S = 1.0
-# The child finds modules where this process does, and not in the current folder, as '-m' would.
+# Not `python -m`, which would also find modules in the current folder: the child gets this process's module path.
 _START = (
     "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
     "import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[2:])"
@@ -25,7 +25,7 @@ _MEMORY = re.compile(r"bad_alloc|MemoryError|memory alloc|allocate memory|out of
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended. `status` is negative for a signal, None for one that ran out of time."""
+    """How a child process ended. `status` is negative for a signal, None after a timeout."""
 
     status: int | None
     stdout: str
@@ -33,9 +33,9 @@ class Ended:
 
     @property
     def how(self) -> str:
-        """In words: 'by SIGABRT', 'with status 3', 'after more time than it may take'."""
+        """In words: 'by SIGABRT', 'with status 3', 'after a timeout'."""
         if self.status is None:
-            return "after more time than it may take"
+            return "after a timeout"
         if self.status < 0:
             with contextlib.suppress(ValueError):
                 return f"by {signal.Signals(-self.status).name}"
@@ -44,10 +44,10 @@ class Ended:
 
     @property
     def reason(self) -> str:
-        """The line on stderr that says why: the first that names a fault, else the last; perhaps empty."""
+        """The first line on stderr that names a fault, else the last line; empty if there is none."""
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
         line = next(filter(_FAULT.search, lines), lines[-1] if lines else "")
-        return re.sub(r"^\S*/(\S+:\d+: )", r"\1", line)  # without the folder in which a library was built
+        return re.sub(r"^\S*/(\S+:\d+: )", r"\1", line)  # without the path of the library's sources
 
     @property
     def lacked_memory(self) -> bool:
@@ -57,14 +57,12 @@ class Ended:
 def run_main(
     module: str, arguments: Sequence[str], timeout_s: float, announce: Callable[[], None] | None = None
 ) -> Ended:
-    """Calls `module.main(*arguments)`, and waits until the child has ended or ends it after `timeout_s`.
+    """Calls `module.main(*arguments)` in a child process, which is killed after `timeout_s`.
 
-    `announce` is called once it takes a second.
-
-    Raises OSError when there is no Python to start, or no memory for it.
+    `announce` is called if that takes longer than a second. Raises OSError if no Python can be started.
     """
     if not sys.executable or getattr(sys, "frozen", False):  # frozen: the executable is an application
-        raise OSError("this process does not know its Python")
+        raise OSError("no Python interpreter is known that could run a child process")
     command = [sys.executable, "-c", _START, "\n".join(sys.path), module, *arguments]
     with subprocess.Popen(
         command,
@@ -72,7 +70,7 @@ def run_main(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         errors="replace",
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # it would start a debugger, and hide its reason in the output
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger, and bury the reason in its output
     ) as child:
         try:
             try:

@@ -1,21 +1,28 @@
-"""The embedded model: `nano`, a small checkpoint inside the package, for whoever has not chosen another.
+"""The embedded model `nano`: a small checkpoint inside the package, used where no other model is chosen.
 
-It is converted when it is first needed, to F16 with its adapter merged, and kept in the user's cache in a folder
-whose name changes with the checkpoint, the package and `FORMAT`. A file lock lets one process at a time convert;
-the folder appears whole or not at all, and a record in it of sizes and checksums shows damage, which is repaired by
-converting again. Stands above the rooms, as the front door does: it needs the converter and the runtime, and
-imports both late.
+It is converted on first use, to F16 with its adapter merged, and kept in the cache, in a folder whose name changes with
+the checkpoint, the version of the package and `FORMAT`. A file lock lets one process at a time convert. The folder
+appears complete or not at all, and a record of sizes and checksums in it reveals damage, which is repaired by another
+conversion.
+
+The converter and the runtime are imported inside functions: the converter is needed once, and commands that only look
+up the path need neither.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import logging
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import granite4v
+from granite4v.errors import CheckpointError, OutputError
 from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
@@ -29,14 +36,14 @@ if TYPE_CHECKING:
     from granite4v.runtime.extract.options import ExtractFields
     from granite4v.runtime.extract.state import Watch
 
-    Meter = Callable[[Progress], None]
+    OnProgress = Callable[[Progress], None]
     Report = Callable[[str], None]
 
 NAME = "nano"
-FORMAT = 1  # raise it when the converter writes something else for the same checkpoint
+FORMAT = 1  # to be raised when the converter writes different files for the same checkpoint
 TEXT_TYPE = VISION_TYPE = "F16"
 RECORD = "files.json"  # {file name: [bytes, crc32]}
-LOCK_TIMEOUT_S = 120.0  # a conversion takes seconds; who holds the lock for longer hangs
+LOCK_TIMEOUT_S = 120.0  # a conversion takes seconds; a process that holds the lock for longer hangs
 READ_BYTES = 1 << 20
 
 
@@ -51,14 +58,12 @@ def load(
     lora: bool | str | Path | None = None,
     exact: bool | None = None,
 ) -> Model:
-    """`Model.load`, which see, and without a path, or with 'nano' where nothing of that name lies, the embedded model.
+    """Loads a model (see `Model.load`); without a path, or with 'nano' if no such file exists, the embedded model.
 
-    That one was trained on synthetic documents and is small: it shows the way, not what a real model can do. What
-    its first use does goes to the logger 'granite4v' as information. Raises CheckpointError when the package lacks
-    it, OutputError when it can be written nowhere, and what `Model.load` raises.
+    The embedded model is small and was trained on synthetic documents; real ones need a real model. Its conversion on
+    first use is logged by the logger 'granite4v', at level INFO. Raises CheckpointError if the package lacks it,
+    OutputError if there is no place to write it to, and what `Model.load` raises.
     """
-    import logging
-
     from granite4v.runtime import Model
 
     report = logging.getLogger("granite4v").info
@@ -84,7 +89,7 @@ def extract(
     say: Say | None = None,
     **options: Unpack[ExtractFields],
 ) -> Extraction:
-    """`runtime.extract.extract`, which has the details, with the embedded model where none is given, or 'nano'.
+    """Extracts records from documents (see `runtime.extract.extract`), with the embedded model unless one is given.
 
     For instance:
 
@@ -100,8 +105,6 @@ def extract(
                 for table in record.tables:
                     print(table.texts())
     """
-    import logging
-
     from granite4v.runtime.extract import extract as run_extract
 
     if model is None or (isinstance(model, str | Path) and is_embedded(model)):
@@ -110,71 +113,62 @@ def extract(
 
 
 def is_embedded(name: str | Path) -> bool:
-    """Whether this means the embedded model: the word itself, unless a file or folder of that name is there."""
+    """Whether a model's name means the embedded one: it is 'nano', and no file or folder has that name."""
     return name == NAME and not Path(NAME).exists()
 
 
 def checkpoint_folder() -> Path:
-    """Where the package holds the checkpoint; raises CheckpointError when it does not."""
-    import granite4v
-    from granite4v.errors import CheckpointError
-
+    """The checkpoint inside the package. Raises CheckpointError if it is missing."""
     folder = Path(granite4v.__file__).parent / NAME
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"this installation holds no embedded model ('{folder}' has no config.json); install granite4v again, or "
-            "name a model of your own."
+            f"the embedded model is missing from this installation ('{folder}' has no config.json); install granite4v "
+            "again, or give another model."
         )
     return folder
 
 
-def embedded_model(report: Report, progress: Meter | None = None) -> Path:
-    """The model directory of the embedded model, converted now unless the cache has it.
+def embedded_model(report: Report, progress: OnProgress | None = None) -> Path:
+    """The model directory of the embedded model; converts it unless the cache has it.
 
-    `report` gets a line about each thing that takes time or goes wrong. A cache that cannot be written is no reason
-    to refuse an answer: the conversion takes seconds, and homes are read-only in many a container. So it is then
-    made in a temporary folder, which goes with the process, and `report` is told how to do better. Raises
-    CheckpointError when the package lacks the model, OutputError when the temporary folder fails as well.
+    `report` gets a line about each step that takes time or fails. Where the cache cannot be written, as in containers
+    with a read-only home, the model is converted in a temporary folder that is removed when the process ends, and
+    `report` gets a line that says how to avoid that. Raises CheckpointError if the package lacks the model, OutputError
+    if the temporary folder cannot be written either.
     """
-    from granite4v.errors import OutputError
-
     checkpoint = checkpoint_folder()
     target = cache_folder() / _folder_name(checkpoint)
     if is_intact(target):
         return target
     try:
         return _make_once(checkpoint, target, report, progress)
-    except (OSError, NotImplementedError, OutputError) as error:  # NotImplementedError: a disk without locks
+    except (OSError, NotImplementedError, OutputError) as error:  # NotImplementedError: a file system without locks
         report(
             f"the embedded model cannot be kept in '{target.parent}' ({str(error).rstrip('.')}), so it is converted "
-            "for this run alone; set GRANITE4V_CACHE to a folder that can be written."
+            "for this run only; set GRANITE4V_CACHE to a writable folder."
         )
     try:
         return _make_once(checkpoint, temporary_folder() / target.name, report, progress)
     except (OSError, NotImplementedError) as error:
         raise OutputError(
             f"the embedded model can be written neither to the cache nor to a temporary folder ({error}); set "
-            "GRANITE4V_CACHE to a folder that can be written."
+            "GRANITE4V_CACHE to a writable folder."
         ) from None
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a folder holds the files that its record names, byte for byte, and no other model."""
+    """Whether a folder holds exactly the model files of its record, with their sizes and checksums."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         names = {path.name for path in folder.glob("*.gguf")}
         return names == set(record) and all(_checksum(folder / name) == record[name] for name in names)
-    except (OSError, ValueError, TypeError):  # nothing there, or a record that is none
+    except (OSError, ValueError, TypeError):  # no folder, no record, or an invalid one
         return False
 
 
 def _folder_name(checkpoint: Path) -> str:
     """A name that changes with the checkpoint's content, the package and `FORMAT`. Reads 20 MB: 8 ms of CPU."""
-    from importlib.metadata import version
-
-    from granite4v.errors import CheckpointError
-
-    package = version("granite4v")
+    package = importlib.metadata.version("granite4v")
     try:
         files = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     except OSError as error:
@@ -184,7 +178,7 @@ def _folder_name(checkpoint: Path) -> str:
 
 
 def _checksum(path: Path) -> list[int]:
-    """[bytes, crc32]: against accidents, not against malice."""
+    """[bytes, crc32]: detects accidents, not tampering."""
     n_bytes = crc = 0
     with path.open("rb", buffering=0) as file:
         while piece := file.read(READ_BYTES):
@@ -192,10 +186,9 @@ def _checksum(path: Path) -> list[int]:
     return [n_bytes, crc]
 
 
-def _make_once(checkpoint: Path, target: Path, report: Report, progress: Meter | None) -> Path:
-    """Converts to `target` unless another process does so meanwhile; raises OSError and OutputError."""
-    import shutil
-
+def _make_once(checkpoint: Path, target: Path, report: Report, progress: OnProgress | None) -> Path:
+    """Converts to `target`, unless another process is doing so. Raises OSError, OutputError."""
+    # not at the top: it takes 25 ms to import, and a model in the cache needs no lock
     from filelock import FileLock, Timeout
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +201,7 @@ def _make_once(checkpoint: Path, target: Path, report: Report, progress: Meter |
     with held:
         if is_intact(target):
             return target
-        for left_over in target.parent.glob(f".{NAME}-*-partial-*"):  # of a process that was killed
+        for left_over in target.parent.glob(f".{NAME}-*-partial-*"):  # by a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         if target.exists():
             report(f"the embedded model in '{target}' is damaged; converting it again ...")
@@ -219,8 +212,8 @@ def _make_once(checkpoint: Path, target: Path, report: Report, progress: Meter |
     return target
 
 
-def _make(checkpoint: Path, target: Path, progress: Meter | None) -> None:
-    """Converts to a folder that does not exist yet, record included; it appears whole or not at all."""
+def _make(checkpoint: Path, target: Path, progress: OnProgress | None) -> None:
+    """Converts to a new folder and adds the record; the folder appears complete or not at all."""
     from granite4v.converter import Options, convert
     from granite4v.converter.output import files_in_place
 

@@ -1,36 +1,35 @@
-"""The errors a caller can expect. One base, so that one `except` at the door is enough.
+"""The errors that callers can expect. They share one base class, so that one `except` catches them all.
 
-Every message says what was found, what was expected and what to do next. Anything that is not a
-`Granite4vError` is a bug and keeps its traceback.
+Every message says what was found, what was expected and what to do next.
 """
 
 
 class Granite4vError(Exception):
-    """Base of every error that a user or a file can cause."""
+    """Base class of every error that a user, a file or the machine can cause."""
 
 
 class CheckpointError(Granite4vError):
-    """A Hugging Face checkpoint or adapter that cannot be converted as it is."""
+    """A Hugging Face checkpoint or adapter that cannot be converted."""
 
 
 class ModelFileError(Granite4vError):
-    """A GGUF file or model directory that cannot be read or does not fit its partner."""
+    """A GGUF file or model directory that cannot be read, or files that do not belong together."""
 
 
 class ImageError(Granite4vError):
-    """A picture that cannot be opened or is unsafe to open."""
+    """An image that cannot be opened or is unsafe to open."""
 
 
 class ImageWarning(UserWarning):
-    """A picture that is read, but not as a person would expect."""
+    """An image that is read, but differently from what its author may expect."""
 
 
 class DocumentError(Granite4vError):
-    """Something to read that is missing, damaged, locked or not a document, or a page that it does not have."""
+    """A document that is missing, damaged, encrypted or of an unknown type, or that lacks a requested page."""
 
 
 class PromptError(Granite4vError):
-    """Messages that the chat template cannot render faithfully."""
+    """Messages that the chat template cannot render, or would render without some of their content."""
 
 
 class ContextOverflowError(PromptError):
@@ -38,20 +37,20 @@ class ContextOverflowError(PromptError):
 
 
 class AnswerError(Granite4vError):
-    """An answer that is not in the form its task asks for, or a table that a form cannot carry."""
+    """An answer that is not in the format of its task, or a table that a format cannot represent."""
 
 
 class SchemaError(Granite4vError):
-    """A schema of wanted fields that is none, or that asks for what no answer can be held to."""
+    """A schema of fields to extract that is invalid, or that no answer could satisfy."""
 
 
 class ConstraintError(Granite4vError):
-    """A schema that is none, or a form that answers cannot be held to."""
+    """An invalid JSON Schema, or a format that answers cannot be constrained to."""
 
 
 class DeviceError(Granite4vError):
-    """A device or a native library that is missing, unfit or out of memory."""
+    """A device or native library that is missing, unsuitable or out of memory."""
 
 
 class OutputError(Granite4vError):
-    """A target that exists already or cannot be written."""
+    """An output file or directory that exists already or cannot be written."""

@@ -214,10 +214,10 @@ def test_another_checkpoint_or_package_gets_another_folder(
 
 def test_a_package_without_the_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(granite4v, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(CheckpointError, match="holds no embedded model .* install granite4v again"):
+    with pytest.raises(CheckpointError, match="is missing from this installation .* install granite4v again"):
         granite4v.load()
     result = invoke("ask", "Hello")
-    assert result.exit_code == 1 and "holds no embedded model" in result.stderr
+    assert result.exit_code == 1 and "is missing from this installation" in result.stderr
 
 
 # --- damage ---
@@ -318,7 +318,7 @@ def test_without_a_writable_cache_it_is_made_for_the_run(
     status, stdout, stderr = run("inspect", "nano")
     assert status == 0 and str(tmp_path / "temporary") in stdout
     assert f"the embedded model cannot be kept in '{tmp_path / 'file' / 'cache'}' (" in stderr
-    assert "set GRANITE4V_CACHE to a folder that can be written." in stderr
+    assert "set GRANITE4V_CACHE to a writable folder." in stderr
     assert not any((tmp_path / "temporary").iterdir())
 
 
@@ -346,7 +346,7 @@ def test_a_model_in_a_read_only_cache_is_used_as_it_is(cache: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be written")
 
-    monkeypatch.setattr(default_model, "_make_once", refuse)
+    monkeypatch.setattr("granite4v.converter.convert", refuse)
     assert make() == (folder, [])
 
 

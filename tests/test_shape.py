@@ -38,13 +38,11 @@ KNOWN_LONG_FUNCTIONS = {
 }
 # Tests that still reach into privates of the product.
 KNOWN_PRIVATES = {
-    "tests/cli/test_convert_command.py _last",
     "tests/runtime/engine/test_repetition.py _past",
     "tests/runtime/engine/test_repetition.py _text",
     "tests/runtime/grammar/test_grammar_state.py _tokenizer",
     "tests/runtime/grammar/test_trial.py _seconds_left",
     "tests/runtime/prompt/test_sandbox.py _render",
-    "tests/test_default_model.py _make_once",
 }
 # Private by their spelling only, or of libraries that have nothing else to offer.
 OTHERS_PRIVATES = {

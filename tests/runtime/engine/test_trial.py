@@ -61,7 +61,7 @@ ENDS = [
         ["by SIGABRT", "GGML_ASSERT(n_rot <= 8)"],
     ),
     (Ended(-int(signal.SIGSEGV), "", ""), ["by SIGSEGV"]),
-    (Ended(None, "", ""), ["after more time than it may take"]),
+    (Ended(None, "", ""), ["after a timeout"]),
     (Ended(1, "", "Traceback ...\nKeyError: 5"), ["with status 1", "KeyError: 5"]),
     (Ended(0, "", ""), ["with status 0"]),
     (Ended(0, '["NoSuchError", "x"]', ""), ["with status 0"]),
