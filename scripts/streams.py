@@ -42,9 +42,10 @@ PROMPTS = (
 
 @dataclass
 class Round:
-    """All answers once: seconds, what llama.cpp computed meanwhile, and each answer's tokens."""
+    """All answers once: seconds, on the clock and of all cores, what llama.cpp computed meanwhile, and the answers."""
 
     seconds: float
+    cpu_s: float
     n_calls: int
     n_tokens: int
     answers: list[list[int]]
@@ -147,10 +148,12 @@ class Bench:
             self._model.clear_cache()
         else:  # costs nothing where the page is cached still
             self._model.generate(self._prompts[0], [self._image], max_tokens=1)
-        calls, tokens, begin = self._counter.n_calls, self._counter.n_tokens, time.perf_counter()
+        calls, tokens = self._counter.n_calls, self._counter.n_tokens
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         answers = way()
         return Round(
             time.perf_counter() - begin,
+            time.process_time() - cpu_begin,
             self._counter.n_calls - calls,
             self._counter.n_tokens - tokens,
             [list(answer.tokens) for answer in answers],
@@ -187,11 +190,14 @@ class Bench:
 
 
 def summarize(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
-    """Medians of seconds and of their ratio (together divided by one after another), and how many texts are the same.
+    """Medians of seconds and of their ratios (together divided by one after another), and how many texts are the same.
+
+    With one thread a busy machine hardly disturbs the ratio of CPU times; with more, they wait for each other in it.
 
     `first_differences`: for each answer that differs, how many tokens were the same before.
     """
     ratios = [together.seconds / alone.seconds for alone, together in pairs]
+    cpu_ratios = [together.cpu_s / alone.cpu_s for alone, together in pairs]
     differences = [
         common_length(one, other)
         for alone, together in pairs
@@ -204,6 +210,8 @@ def summarize(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
         "together_s": round(statistics.median(together.seconds for _, together in pairs), 4),
         "ratio": round(statistics.median(ratios), 4),
         "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 4),
+        "cpu_ratio_range": [round(min(cpu_ratios), 4), round(max(cpu_ratios), 4)],
         "tokens_alone": pairs[-1][0].n_tokens,
         "tokens_together": pairs[-1][1].n_tokens,
         "calls_alone": pairs[-1][0].n_calls,
@@ -222,7 +230,8 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 def _line(alone: Round, together: Round) -> str:
     same = sum(one == other for one, other in zip(alone.answers, together.answers, strict=True))
     return (
-        f"{alone.seconds:.2f} s alone, {together.seconds:.2f} s together ({together.seconds / alone.seconds:.2f}); "
+        f"{alone.seconds:.2f} s alone, {together.seconds:.2f} s together ({together.seconds / alone.seconds:.2f}; "
+        f"of CPU time {together.cpu_s / alone.cpu_s:.2f}); "
         f"{alone.n_tokens} and {together.n_tokens} tokens; {same} of {len(alone.answers)} the same"
     )
 
