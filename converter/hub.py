@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import tqdm
 
 from granite4v.errors import CheckpointError
 
@@ -18,6 +20,20 @@ HUB_URL = re.compile(  # of a repository, or of something in it at a revision
 )
 SNAPSHOT = re.compile(r"snapshots/([0-9a-f]{40})$")
 FILE_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+
+
+class DownloadBar(tqdm):  # type: ignore[misc]  # the library has no types that mypy is shown
+    """The progress bar of a whole download, in bytes, alone on its line.
+
+    huggingface_hub would draw two more, for files and for transfers, by moving the cursor up and down; the command line
+    escapes such sequences, since they may come from anywhere.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        is_total = options.get("unit") == "B" and "transfer" not in str(options.get("name"))
+        if not is_total:
+            options["disable"] = True
+        super().__init__(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,8 @@ def _download(repository: str, revision: str | None, report: Callable[[str], Non
     if not constants.HF_HUB_OFFLINE:
         report(f"there is no directory '{repository}' here; fetching '{repository}'{at} from {constants.ENDPOINT}")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=FILE_PATTERNS))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=FILE_PATTERNS, tqdm_class=DownloadBar)
+        return Path(folder)
     except Exception as error:  # what its transport raises is another library's, and changes with its version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

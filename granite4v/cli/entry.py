@@ -1,4 +1,4 @@
-"""What the console script calls: takes the signals over before anything else is imported."""
+"""Entry point of the console script. Installs the signal handlers before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def entry() -> None:
 
         status = run()
         signals.is_over()
-    except KeyboardInterrupt as error:  # while it was beginning or ending
+    except KeyboardInterrupt as error:  # during start-up or shutdown
         signals.is_over()
         from granite4v.cli.outcome import conclude
 

@@ -1,4 +1,4 @@
-"""`granite4v inspect`: what is in a GGUF file or a model directory."""
+"""`granite4v inspect`: the contents of a GGUF file or a model directory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inspect(
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or every GGUF of a directory by name; raises ModelFileError when there is none."""
+    """The file itself, or the GGUF files of a directory, sorted by name. Raises ModelFileError if there are none."""
     from granite4v.errors import ModelFileError
     from granite4v.gguf_role import gguf_files
 

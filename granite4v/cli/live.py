@@ -1,4 +1,4 @@
-"""The live line of `progress`, drawn by `rich`: title, bar, figures, as far as they fit."""
+"""The live line of `progress`, drawn by `rich`: title, bar and figures, as far as they fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LiveLine(RichProgress):
         self.add_task("")
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Read again for every drawing: the activity, and the width, since a window may be resized."""
+        """Called for every redraw. Looks up the activity, and the width, which changes when a window is resized."""
         activity = self._source.activity or Activity("")
         is_known = activity.total > 1
         for task in self.tasks:  # none yet when the base class draws for the first time
@@ -46,12 +46,12 @@ class LiveLine(RichProgress):
 
 class _Console(Console):
     def show_cursor(self, show: bool = True) -> bool:
-        """Leaves the cursor alone: a process that is killed could not bring it back."""
+        """Never hides the cursor: a process that is killed could not show it again."""
         return False
 
 
 class _Title(ProgressColumn):
-    """Takes the room that the others leave."""
+    """Takes up the width that the other columns leave."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -63,7 +63,7 @@ class _Title(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures as fit into half the line."""
+    """As many figures as fit into half the width."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress, self._console = progress, console

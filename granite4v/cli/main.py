@@ -1,6 +1,6 @@
-"""The `granite4v` command: puts the commands together and turns expected failures into a message and a status.
+"""The `granite4v` command: its subcommands, and expected failures turned into a message and an exit status.
 
-Command modules import nothing heavy, so that `--help` returns at once.
+Command modules import nothing heavy at the top, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from granite4v.cli.verify import verify
 
 @contextlib.contextmanager
 def _concluding() -> Iterator[None]:
-    """Turns an expected failure into a message and an exit status; lets a bug through."""
+    """Turns an expected failure into a message and an exit status. Bugs pass through."""
     try:
         yield
     except BaseException as error:
@@ -42,7 +42,7 @@ class TaskCommand(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """The one place where an exception becomes an exit status."""
+    """The group of all commands, and the one place where their exceptions become exit statuses."""
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         with _concluding():
@@ -60,7 +60,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 

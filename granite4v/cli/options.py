@@ -70,7 +70,7 @@ ContextOption = Annotated[
 # --- generation ---
 
 ImagesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="IMAGE", help="Image files; '-' reads one from standard input.")
+    list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files; '-' reads one from standard input.")
 ]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="Question, or a task tag on its own.")]
 MaxTokensOption = Annotated[

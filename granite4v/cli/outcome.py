@@ -36,18 +36,18 @@ EXIT_STATUSES = {
 
 
 def run() -> int:
-    """Runs the command line; returns the exit status, with everything written and told."""
+    """Runs the command line. Returns the exit status once all output is written and any failure is reported."""
     try:
         results = streams.prepare()
         warnings.showwarning = _show_warning
         status = _command_line()
-        if results.failure is None or status == 0:  # otherwise the status is that failure's, and it has been told
+        if results.failure is None or status == 0:  # otherwise that failure has been reported already
             results.flush()
         return status
     except BaseException as error:
         return conclude(error)
     finally:
-        sys.stdout = sys.__stdout__  # which the interpreter flushes at its end; a failure has been told by now
+        sys.stdout = sys.__stdout__  # the interpreter flushes it at exit; failures are reported by now
 
 
 def _command_line() -> int:
@@ -68,12 +68,12 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Without the place in the code, which is Python's form."""
+    """Prints a warning as one line, without the place in the code that Python would add."""
     print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
 
 
 def conclude(error: BaseException) -> int:
-    """Says on stderr why a command ended, in one message; returns the exit status."""
+    """Prints one message on stderr that says why a command ended. Returns the exit status."""
     status, message = explain(error) or (EXIT_BUG, _bug(error))
     if message:
         print(f"granite4v: {clean(message)}", file=sys.stderr, flush=True)
@@ -81,7 +81,7 @@ def conclude(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit status and message for what a user, a file or the machine can cause; None for a bug."""
+    """Exit status and message of an error that a user, a file or the machine can cause; None for a bug."""
     if isinstance(error, Interrupted) and error.number != signal.SIGINT:
         return 128 + error.number, f"ended by {signal.Signals(error.number).name}"
     if isinstance(error, KeyboardInterrupt):
@@ -111,14 +111,14 @@ def _bug(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of this package on the way to the error."""
+    """The innermost frame of this package in the traceback."""
     frames = [(frame.f_globals.get("__name__", "?"), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame[0].partition(".")[0] == "granite4v"] or frames
     return f"{ours[-1][0]}, line {ours[-1][1]}" if ours else "place unknown"
 
 
 def _keep_traceback(error: BaseException) -> str:
-    """Writes the traceback to a temporary file that stays; where it is, or the traceback itself if that fails."""
+    """Writes the traceback to a temporary file, which is kept. Returns its path in words, or the traceback itself."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         with tempfile.NamedTemporaryFile(

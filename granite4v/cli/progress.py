@@ -166,7 +166,7 @@ class Progress:
             None if left_s is None else f"{duration(left_s)} left",
             f"{speed:.1f} tokens/s" if speed else None,
             plural(activity.n_tokens, "token") if activity.n_tokens else None,
-            duration(elapsed_s) if elapsed_s >= 1 else None,
+            f"{duration(elapsed_s)} elapsed" if elapsed_s >= 1 else None,
         )
         return [text for text in known if text is not None]
 

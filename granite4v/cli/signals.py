@@ -1,4 +1,4 @@
-"""Signals that end a command: SIGTERM and SIGHUP unwind it as Ctrl-C does, so that it cleans up."""
+"""Signals that end a command. SIGTERM and SIGHUP unwind it as Ctrl-C does, so that it cleans up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end."""
+    """Raised in the main thread when a signal asks the process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -22,22 +22,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Turns the first signal into `Interrupted`. The second leaves the clean-up alone, the third ends the process
-    at once: a clean-up may hang, and a library may have swallowed the exception."""
+    """Raises `Interrupted` for the first signal. A second one is only announced, so that the clean-up can finish; a
+    third ends the process at once, since the clean-up may hang, or a library may have swallowed the exception."""
 
     def __init__(self) -> None:
         self._n_received = 0
         self._is_over = False
 
     def catch(self) -> None:
-        """Takes over the signals, those excepted that are ignored: by nohup, or by a shell for its background jobs."""
+        """Installs the handlers, except for signals that are ignored, as nohup and shells' background jobs arrange."""
         for name in NAMES:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def is_over(self) -> None:
-        """From now on a signal ends the process without unwinding: there is nothing left to clean up."""
+        """From now on a signal ends the process at once, since there is nothing left to clean up."""
         self._is_over = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -47,4 +47,4 @@ class Signals:
         if self._n_received == 1:
             raise Interrupted(number)
         with contextlib.suppress(OSError):  # not print: a handler may run in the middle of one
-            os.write(2, b"granite4v: cleaning up; once more ends it at once\n")
+            os.write(2, b"granite4v: cleaning up; interrupt once more to end at once\n")

@@ -1,9 +1,9 @@
-"""The process's standard streams, prepared for a command line: nothing written is lost without a word.
+"""The standard streams of a command: no result is lost silently, and no text controls the terminal.
 
-Results go to stdout. Where that cannot be written (full, gone), `ResultsLost` or `PipeClosed` is raised. On a
-terminal, what could act on it is escaped, and what its encoding lacks is written as an escape. Elsewhere it is
-UTF-8, as files are, unless PYTHONIOENCODING asks for another encoding. stderr is for people: always escaped,
-and work never fails because a message could not be written.
+Results go to stdout. Where that cannot be written (disk full, reader gone), `ResultsLost` or `PipeClosed` is raised. On
+a terminal, control characters and characters that its encoding lacks are written as escapes. Elsewhere stdout is UTF-8,
+unless PYTHONIOENCODING names another encoding. Messages go to stderr: always escaped, and work never fails because a
+message could not be written.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from granite4v.errors import OutputError
 
 
 class ResultsLost(OutputError):
-    """stdout cannot be written."""
+    """Standard output cannot be written."""
 
 
 class PipeClosed(Exception):
-    """Whoever read stdout has stopped reading, as `head` does."""
+    """The reader of standard output has closed it, as `head` does."""
 
 
 class _Stream(io.TextIOBase):
-    """A text stream in front of another. Has no `buffer`, so that nobody writes past it."""
+    """A text stream that wraps another. It has no `buffer`, so that nothing can be written past it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -61,8 +61,8 @@ class _Stream(io.TextIOBase):
 
 
 class Results(_Stream):
-    """stdout. Writing raises ResultsLost or PipeClosed, and goes on doing so once it has failed: whoever probes a
-    stream (click does) may swallow the first error."""
+    """Standard output. Once writing has failed, every further write raises the same ResultsLost or PipeClosed: the
+    first one may be swallowed by code that probes the stream, as click does."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -88,15 +88,15 @@ class Results(_Stream):
                 self.failure = PipeClosed()
             except OSError as error:
                 self.failure = ResultsLost(
-                    f"results cannot be written to standard output: {error.strerror or error}. Some are lost; make "
-                    "room, or send them elsewhere, and run this again."
+                    f"results cannot be written to standard output: {error.strerror or error}. Some are lost; free "
+                    "some space, or redirect them elsewhere, and run this again."
                 )
             _discard(self._stream)
         raise self.failure
 
 
 def _discard(stream: TextIO) -> None:
-    """Sends what is still buffered nowhere; it would fail once more when the interpreter ends."""
+    """Redirects the stream to /dev/null: what it still buffers would fail once more when the interpreter exits."""
     with contextlib.suppress(OSError):
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, stream.fileno())
@@ -104,7 +104,7 @@ def _discard(stream: TextIO) -> None:
 
 
 class Messages(_Stream):
-    """stderr. Carriage returns pass: libraries that download or build draw their progress with them."""
+    """Standard error. Carriage returns pass, since download progress is drawn with them."""
 
     def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
         super().__init__(stream)
@@ -117,7 +117,7 @@ class Messages(_Stream):
         return len(text)
 
     def unescaped(self) -> Messages:
-        """The same stream for a writer who sends control sequences, and who cleans what came from elsewhere."""
+        """The same stream without escaping, for a writer that sends control sequences and cleans all other text."""
         return Messages(self._stream, escapes=False)
 
     def flush(self) -> None:
@@ -126,7 +126,7 @@ class Messages(_Stream):
 
 
 def prepare() -> Results:
-    """Puts `Results` and `Messages` in place of the process's streams; raises ResultsLost when stdout is closed."""
+    """Replaces the process's streams by `Results` and `Messages`. Raises ResultsLost if stdout is closed."""
     _open_descriptors()
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115  # for the process's life
@@ -146,8 +146,8 @@ def prepare() -> Results:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """JSON for stdout. NaN and infinities, which JSON lacks, are null. In ASCII where stdout is not UTF-8: what its
-    encoding lacks would be written in escapes that JSON does not have."""
+    """JSON for stdout. NaN and infinities become null. Where stdout is not UTF-8, the JSON is ASCII, since the escapes
+    for characters that an encoding lacks are not JSON's."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
     return json.dumps(_finite(data), ensure_ascii=not is_utf8, allow_nan=False, indent=indent)
@@ -164,8 +164,8 @@ def _finite(data: Any) -> Any:
 
 
 def _open_descriptors() -> None:
-    """Opens /dev/null where 0, 1 or 2 is closed: the next file to be opened would get that number, and what C
-    libraries print would go into it."""
+    """Opens /dev/null as 0, 1 or 2 where these are closed: otherwise the next file to be opened would get that number,
+    and the output of C libraries would go into it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

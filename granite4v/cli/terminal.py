@@ -1,4 +1,4 @@
-"""Text from files, names and models, made safe to print on a terminal."""
+"""Makes text from files, file names and models safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def clean(text: str, keep: str = "\n\t") -> str:
-    r"""The text with every character that could move the cursor, recolour or reorder what a terminal shows written
-    as its escape: '\x1b', '\u202e'. Line feeds and tabs stay; for text that must stay on one line, `keep` is ''."""
+    r"""Escapes every character that could move the cursor, or recolour or reorder what a terminal shows: '\x1b',
+    '\u202e'. The characters in `keep` stay: by default line feeds and tabs, '' for text on one line."""
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
 
 

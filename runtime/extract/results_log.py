@@ -317,7 +317,9 @@ class ResultsLog:
 
     def _kept(self) -> str:
         n = self.counts.n_records
-        return f"{n} finished record{'s are' if n != 1 else ' is'} kept; go on with --resume." if self._lasting else ""
+        return (
+            f"{n} finished record{'s are' if n != 1 else ' is'} kept; continue with --resume." if self._lasting else ""
+        )
 
     def _damaged(self, where: str, why: Exception) -> str:
         reason = f"not JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"

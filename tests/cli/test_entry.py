@@ -175,7 +175,7 @@ SLOW = WAITING.replace("finally:", "finally:\n    time.sleep(SECONDS)")
 def test_a_second_signal_leaves_the_clean_up_alone() -> None:
     done = interrupted(signal.SIGTERM, signal.SIGTERM, body=SLOW.replace("SECONDS", "2"))
     assert (done.returncode, done.stdout) == (143, "cleaned up\n")
-    assert done.stderr == "granite4v: cleaning up; once more ends it at once\ngranite4v: ended by SIGTERM\n"
+    assert done.stderr == "granite4v: cleaning up; interrupt once more to end at once\ngranite4v: ended by SIGTERM\n"
 
 
 def test_a_third_signal_ends_a_clean_up_that_hangs() -> None:

@@ -125,8 +125,8 @@ def test_a_full_disk_is_a_message_and_loses_nothing(folder: Path, scans: Path, t
     kept = records(tmp_path / "out")
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert f"no space left for '{tmp_path / 'out' / 'results.jsonl'}'" in done.stderr
-    assert f"{len(kept)} finished records are kept; go on with --resume" in done.stderr and kept
-    assert "go on with" in run(*arguments).stderr
+    assert f"{len(kept)} finished records are kept; continue with --resume" in done.stderr and kept
+    assert "resume it (--resume)" in run(*arguments).stderr
     run(*arguments, "--resume")
     assert records(tmp_path / "out")[: len(kept)] == kept and len(records(tmp_path / "out")) == 12
 

@@ -58,7 +58,7 @@ def test_elsewhere_than_on_a_terminal_a_run_prints_a_line_every_ten_seconds(monk
         now += 4.0
     assert stream.getvalue().splitlines() == [
         "document 1: a.pdf, page 1 ...",
-        "document 1: a.pdf, page 4: 30%, 28 s left, 12 s",
+        "document 1: a.pdf, page 4: 30%, 28 s left, 12 s elapsed",
     ]
 
 

@@ -44,9 +44,9 @@ def test_a_line_for_each_stage_and_every_ten_seconds(clock: SimpleNamespace) -> 
         progress.stage("load", 0, 1)
     assert stream.getvalue().splitlines() == [
         "encoding images ...",
-        "encoding images: 30%, 28 s left, 12 s",
-        "encoding images: 60%, 16 s left, 24 s",
-        "encoding images: 90%, 4 s left, 36 s",
+        "encoding images: 30%, 28 s left, 12 s elapsed",
+        "encoding images: 60%, 16 s left, 24 s elapsed",
+        "encoding images: 90%, 4 s left, 36 s elapsed",
         "loading weights ...",
     ]
 
@@ -61,10 +61,10 @@ def test_time_left_is_shown_once_it_can_be_estimated(clock: SimpleNamespace) -> 
         return progress.figures(now)
 
     assert figures(150.0, 0) == ["0%"]
-    assert figures(151.0, 500) == ["50%", "1 s"]
-    assert figures(155.0, 10) == ["1%", "5 s"]
-    assert figures(160.0, 200) == ["20%", "40 s left", "10 s"]
-    assert figures(160.5, 1000) == ["100%", "0 s left", "10 s"]
+    assert figures(151.0, 500) == ["50%", "1 s elapsed"]
+    assert figures(155.0, 10) == ["1%", "5 s elapsed"]
+    assert figures(160.0, 200) == ["20%", "40 s left", "10 s elapsed"]
+    assert figures(160.5, 1000) == ["100%", "0 s left", "10 s elapsed"]
 
 
 def test_generated_tokens_have_a_speed_and_no_end(clock: SimpleNamespace) -> None:
@@ -72,7 +72,7 @@ def test_generated_tokens_have_a_speed_and_no_end(clock: SimpleNamespace) -> Non
     progress.stage("generate", 1, 0)
     clock.now += 10
     progress.stage("generate", 25, 0)
-    assert progress.line(clock.now) == "generating: 2.5 tokens/s, 25 tokens, 10 s"
+    assert progress.line(clock.now) == "generating: 2.5 tokens/s, 25 tokens, 10 s elapsed"
 
 
 def test_work_that_ends_before_the_delay_shows_nothing(clock: SimpleNamespace) -> None:

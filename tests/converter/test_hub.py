@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -157,3 +158,22 @@ def test_a_web_address_is_answered_with_the_hub_id(online: list[str]) -> None:
             locate(address)
         assert str(caught.value) == f"'{address}' is a web address; give the hub id {advice}"
     assert online == []
+
+
+def test_a_download_has_one_bar_that_moves_no_cursor() -> None:
+    """The three bars of huggingface_hub's snapshot_download, at work at once."""
+    stream = io.StringIO()
+    options = [
+        {"unit": "B", "unit_scale": True, "name": "huggingface_hub.snapshot_download.transfer", "desc": "Downloading"},
+        {"unit": "B", "unit_scale": True, "name": "huggingface_hub.snapshot_download", "desc": "Reconstructing"},
+        {"desc": "Fetching 3 files"},
+    ]
+    bars = [hub.DownloadBar(total=10, file=stream, mininterval=0, miniters=1, **option) for option in options]
+    for _ in range(10):
+        for bar in bars:
+            bar.update(1)
+    for bar in bars:
+        bar.close()
+    shown = stream.getvalue()
+    assert "Reconstructing: 100%" in shown and "\x1b" not in shown
+    assert "Downloading" not in shown and "Fetching" not in shown

@@ -118,7 +118,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
     n, size, message = done.stdout.split(" ", 2)
-    assert "no space left for" in message and f"{n} finished records are kept; go on with --resume" in message
+    assert "no space left for" in message and f"{n} finished records are kept; continue with --resume" in message
     assert (tmp_path / "r.jsonl").stat().st_size == int(size)
     with ResultsLog.open(tmp_path / "r.jsonl") as log:
         assert log.counts.n_records == int(n) > 1

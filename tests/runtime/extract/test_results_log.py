@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_while_tidying_leaves_the_file(tmp_path: Path, monke
     content = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OutputError, match=r"no space left .* 1 finished record is kept; go on with --resume"):
+        with pytest.raises(OutputError, match=r"no space left .* 1 finished record is kept; continue with --resume"):
             log.tidy()
     assert path.read_bytes() == content and [one.name for one in tmp_path.iterdir()] == [path.name]
     assert [r.value for r in log] == [{"n": 2}]
