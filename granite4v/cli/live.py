@@ -17,6 +17,7 @@ from granite4v.cli.terminal import clean
 
 BAR_WIDTH = 20
 MIN_WIDTH_FOR_BAR = 70  # of the terminal, in columns
+FIGURES_SHARE = 0.4  # of the width, at most: the title matters more
 
 
 class LiveLine(RichProgress):
@@ -63,7 +64,7 @@ class _Title(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures as fit into half the width."""
+    """As many figures as fit into their share of the width."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress, self._console = progress, console
@@ -71,6 +72,6 @@ class _Figures(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         figures = self._progress.figures(time.monotonic())
-        while figures and len(", ".join(figures)) > self._console.width // 2:
+        while figures and len(", ".join(figures)) > self._console.width * FIGURES_SHARE:
             figures.pop()
         return Text(", ".join(figures), no_wrap=True)
