@@ -67,10 +67,15 @@ class CachedSequence:
     # the last prefill and the logits at its end, so that the same request again costs nothing
     plan: tuple[Batch, ...] = ()
     logits: np.ndarray | None = None
+    n_tokens: int = 0  # of `batches`: counted along, for every token that is decoded makes a batch and asks for it
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(batch.n_tokens for batch in self.batches)
+    def append(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        self.n_tokens += batch.n_tokens
+
+    def hold(self, batches: list[Batch]) -> None:
+        """Replaces what it holds."""
+        self.batches, self.n_tokens = batches, _length(batches)
 
     def prefix(self, n_tokens: int) -> list[Batch]:
         """The first `n_tokens`; a batch that is cut through is there with its first part."""
@@ -202,7 +207,7 @@ class KvCache:
 
     def append(self, sequence: CachedSequence, batch: Batch) -> None:
         """Records what was decoded at the end of a sequence."""
-        sequence.batches.append(batch)
+        sequence.append(batch)
         self._copied.clear()
 
     def truncate(self, sequence: CachedSequence, n_tokens: int | None = None) -> None:
@@ -214,7 +219,8 @@ class KvCache:
         if self._context is not None and not self._context.truncate(sequence.id, n_tokens):
             self._context.truncate(sequence.id, 0)
             n_tokens, sequence.is_lost, self.can_cut = 0, sequence.in_use, False
-        sequence.batches = sequence.prefix(n_tokens)
+        if n_tokens < sequence.n_tokens:
+            sequence.hold(sequence.prefix(n_tokens))
         if n_tokens < _length(sequence.plan):
             sequence.plan, sequence.logits = (), None
 
@@ -259,7 +265,7 @@ class KvCache:
 
     def _copy(self, source: CachedSequence, target: CachedSequence, n_tokens: int) -> None:
         self.context.copy(source.id, target.id, n_tokens)
-        target.batches = source.prefix(n_tokens)
+        target.hold(source.prefix(n_tokens))
         self._copied.append(target)
         if n_tokens >= _length(source.plan):
             target.plan, target.logits = source.plan, source.logits
@@ -317,7 +323,8 @@ class KvCache:
         for sequence in self._sequences:
             if sequence.id not in states:
                 sequence.is_lost = sequence.in_use
-                sequence.batches, sequence.plan, sequence.logits = [], (), None
+                sequence.hold([])
+                sequence.plan, sequence.logits = (), None
         rounded = -(-n_cells // CONTEXT_STEP) * CONTEXT_STEP
         self._context = self._open_context(max(n_cells, min(rounded, self._n_ctx)), n_sequences)
         try:
