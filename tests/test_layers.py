@@ -52,11 +52,6 @@ ENDS = {
 }
 # The package doors name what lies in other rooms, and import it on first use.
 DOORS = {"granite4v", "granite4v.__main__", "granite4v.runtime"}
-# Modules that still break the order, and the room they reach into.
-KNOWN = {
-    ("granite4v.runtime.grammar.grammar_state", "granite4v.runtime.formats"),
-    ("granite4v.runtime.documents.opening", "granite4v.runtime.prompt"),
-}
 REFERENCE_ONLY = {"torch", "transformers", "peft"}
 
 
@@ -92,7 +87,7 @@ def test_imports_point_one_way() -> None:
         if (name := module_name(path)) not in DOORS:
             rooms = {room_of(other) for other in imported_modules(path) if other.split(".")[0] == "granite4v"}
             offenders |= {(name, other) for other in rooms - allowed(room_of(name))}
-    assert offenders - KNOWN == set()
+    assert offenders == set()
 
 
 def test_the_reference_is_imported_by_verify_alone() -> None:
