@@ -204,15 +204,14 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream:
-        """Begins an answer; its pieces are what iterating over the stream gives, `stream.answer` has the rest.
+        """Begins an answer; iterating over the stream gives its pieces, `stream.answer` has the rest.
 
         `prompt`: text (one user turn: the images first, then the text), or messages in the content-part form of
         OpenAI's and Hugging Face's APIs; image parts without an image of their own take `images` in order.
-        `options` say how the answer is generated (`GenerationOptions`); each of their fields may be given by itself,
-        such as `max_tokens=512` or `temperature=0.0`. `template_variables`: for the chat template.
-
-        `cancel` is asked often, in the thread that reads the stream, whether to stop. `progress` is called there with
-        (stage, done, total) before the answer begins: 'check', 'load', 'encode' or 'prefill'.
+        `options`: see `GenerationOptions`; each of its fields may be given by itself, such as `max_tokens=512`.
+        `template_variables`: for the chat template. `cancel` is asked often, in the thread that reads the stream,
+        whether to stop. `progress` is called there with (stage, done, total) before the answer begins; stages are
+        'check', 'load', 'encode' and 'prefill'.
 
         The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError,
         ConstraintError; TypeError and ValueError for options out of range.
