@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Converts one checkpoint with granite4v and with llama.cpp's converter and quantizer, and prints how they compare.
 
     python -m scripts.convert_race CHECKPOINT --llama-cpp LLAMA_CPP_SOURCE --work DIR

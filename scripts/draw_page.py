@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
 """Draws tests/data/invoice.png, a letter page at 200 dpi: the document that the demo and the benchmarks read.
+
+    python -m scripts.draw_page [OUT.png]
 
 Everything on it is invented. Drawn with Pillow's own font, so it needs no font files.
 """

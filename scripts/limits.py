@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How long a picture must take at least: its arithmetic divided by the rate at which ggml multiplies here.
 
     python -m scripts.limits MODEL_DIR IMAGE

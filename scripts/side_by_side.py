@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Runs granite4v and stock llama.cpp (libmtmd) on the same files in turn, and prints how they compare.
 
     python -m scripts.side_by_side MODEL_DIR tests/data/invoice.png --runs 3

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Accuracy of the nano model on held-out documents, through the runtime in every quantization and through transformers.
 
     python -m scripts.nano.evaluate                                   # the shipped checkpoint, every column

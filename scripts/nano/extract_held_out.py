@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """`granite4v extract` on held-out documents in mixed formats, beside plain questions about the same pages.
 
     python -m scripts.nano.extract_held_out --documents 20 --model build/nano-f16

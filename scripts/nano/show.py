@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Draws a table, a chart and a form with values nobody knew before, has granite4v read them, and shows both.
 
     python -m scripts.nano.show build/demo [--seed N] [--model DIR]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Trains the nano model, one stage a call; scripts/nano/README.md has the order and what each is for.
 
     python -m scripts.nano.train {base,tower,way,read} RUN [--minutes N] [--processes N]

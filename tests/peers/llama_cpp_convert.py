@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Runs llama.cpp's own converter on a checkpoint whose tokenizer it does not know by hash.
 
     python -m tests.peers.llama_cpp_convert LLAMA_CPP_SOURCE CHECKPOINT OUT.gguf --outtype bf16 [--mmproj]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Answers about a picture with stock llama.cpp (libllama and libmtmd, as llama-cpp-python ships them).
 
 The peer in side-by-side figures and in tests of values. It knows nothing of granite4v. The last line on stdout is one

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Makes Hugging Face checkpoints with random weights, of any size: Granite 4 Vision and LLaVA-NeXT.
 
     python -m tests.toy.checkpoint OUT --preset tiny

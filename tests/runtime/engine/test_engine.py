@@ -114,6 +114,7 @@ def test_threads_may_ask_as_they_like(model: granite4v.Model) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_random_orders_leave_nothing_behind() -> None:
     """Submitting, reading, cancelling, closing and dropping streams of the embedded model; no sequence stays in use."""
     with granite4v.load(device="cpu") as model:

@@ -75,6 +75,7 @@ def test_nothing_to_place_is_no_override() -> None:
     assert Placement().overrides() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "Q4_K_M"])
 def test_rearranged_weights_give_the_same_answers(
     make_model: Callable[..., Path], backend: Backend, monkeypatch: pytest.MonkeyPatch, kind: str
