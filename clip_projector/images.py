@@ -145,7 +145,7 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
     except PIL.UnidentifiedImageError:
         raise ImageError(_why_unknown(head, name)) from None
     except MemoryError:
-        raise ImageError(f"{name} needs more memory than there is; scale it down.") from None
+        raise ImageError(f"{name} needs more memory than is available; scale it down.") from None
     except FileNotFoundError as error:
         raise ImageError(_why_missing(source, name, error)) from None
     except OSError as error:
@@ -175,7 +175,7 @@ def _why_unknown(head: bytes, name: str) -> str:
 def _why_missing(source: ImageSource, name: str, error: OSError) -> str:
     url = url_in(str(source))
     if url is not None:
-        return f"'{shown(url)}' is a URL, and URLs are not read; download the file and give its path."
+        return f"'{shown(url)}' is a URL, which is not supported; download the file and give its path."
     return f"{name} cannot be read as an image: {error.strerror}."
 
 
@@ -186,7 +186,7 @@ def _content(source: ImageSource, name: str) -> bytes | Any:
     elif hasattr(source, "read"):
         source = source.read(MAX_FILE_BYTES + 1)
         if len(source) > MAX_FILE_BYTES:
-            raise ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes; save it anew, as PNG or JPEG.")
+            raise ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes; save it again as PNG or JPEG.")
     if isinstance(source, bytes) and not source:
         raise ImageError(f"{name} is empty (0 bytes).")
     return source
@@ -264,7 +264,7 @@ def _warn_of_more_pages(data: bytes, name: str) -> None:
     if n_pages > 1:
         found = f"{n_pages:,} pages" if n_pages <= _MOST_PAGES else f"more than {_MOST_PAGES:,} pages"
         warnings.warn(
-            f"{name} has {found}, of which the first is read; 'granite4v extract' reads all.",
+            f"{name} has {found}, of which only the first is read; 'granite4v extract' reads them all.",
             ImageWarning,
             stacklevel=4,
         )
@@ -315,8 +315,8 @@ def _scaled(image: PIL.Image.Image, opened: PIL.Image.Image, name: str) -> PIL.I
         low = 0.0 if lowest >= 0 and highest <= 65535 else lowest
         warnings.warn(
             f"{name} is greyscale of {'floats' if image.mode == 'F' else 'large integers'} from {lowest:g} to "
-            f"{highest:g}, which are read as if {low:g} were black and {high:g} white; save it with 8 bits a channel "
-            "if that is wrong.",
+            f"{highest:g}, which are read as if {low:g} were black and {high:g} white; if that is wrong, save it with "
+            "8 bits per channel.",
             ImageWarning,
             stacklevel=5,
         )

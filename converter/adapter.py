@@ -35,7 +35,7 @@ REPEATED_GROUP = re.compile(r"\)[*+{]")
 # Features that change what the adapter computes and that neither merging nor GGUF's format covers.
 UNSUPPORTED = {
     "use_dora": "DoRA (a magnitude for every row)",
-    "lora_bias": "a bias of its own ('lora_bias')",
+    "lora_bias": "LoRA biases ('lora_bias')",
     "modules_to_save": "modules trained in full beside the LoRA matrices ('modules_to_save')",
     "trainable_token_indices": "trained token embeddings ('trainable_token_indices')",
     "layer_replication": "replicated layers ('layer_replication')",
@@ -44,7 +44,7 @@ UNSUPPORTED = {
     "use_qalora": "QA-LoRA (pooled inputs)",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing between adapters",
-    "kasa_config": "KaSA (singular values of its own)",
+    "kasa_config": "KaSA (its own singular values)",
 }
 # Starting values that alter the base weights when peft loads the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")

@@ -69,7 +69,7 @@ def check_options(options: Options) -> tuple[str, str]:
     """The types of text and vision in capitals; raises Granite4vError for invalid options."""
     types = policy.check_policies(options.text_type, options.vision_type)
     if options.lora not in LORA_MODES:
-        raise Granite4vError(f"unknown way with an adapter '{options.lora}'; known: {', '.join(LORA_MODES)}.")
+        raise Granite4vError(f"unknown adapter mode '{options.lora}'; known: {', '.join(LORA_MODES)}.")
     return types
 
 
@@ -126,14 +126,14 @@ def _find(source: str, options: Options, report: Callable[[str], None] | None) -
     here = locate(source, options.revision, report)
     if options.adapter is not None:
         if not has_weights(here.folder) and has_adapter(here.folder):
-            raise CheckpointError(f"'{source}' is an adapter itself; give the base model as SRC, or no --adapter.")
+            raise CheckpointError(f"'{source}' is itself an adapter; give the base model as SRC, or no --adapter.")
         adapter = locate(options.adapter, report=report)
         if not has_adapter(adapter.folder):
             raise CheckpointError(f"'{options.adapter}' has no 'adapter_config.json'; it is not a PEFT adapter.")
         return here, adapter
     if not has_adapter(here.folder):
         if options.lora == "separate":
-            raise CheckpointError(f"'{source}' holds no adapter to keep separate; give one with --adapter.")
+            raise CheckpointError(f"'{source}' contains no adapter to write separately; give one with --adapter.")
         return here, None
     if has_weights(here.folder):
         return here, here

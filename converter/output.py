@@ -46,8 +46,8 @@ def check_space(target: Path, needed_bytes: int) -> None:
         free_bytes = shutil.disk_usage(_existing_parent(target)).free
     if free_bytes < needed_bytes:
         raise OutputError(
-            f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free; make room, "
-            "choose a smaller type or another place."
+            f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free; free up "
+            "space, or choose a smaller type or another directory."
         )
 
 

@@ -100,7 +100,7 @@ def vocabulary_metadata(
         metadata[keys.CHAT_TEMPLATE] = template
     else:
         found = f" named 'default', only {', '.join(map(repr, named))}" if named else ""
-        warnings.append(f"'{folder}' has no chat template{found}; prompts will have to be written out")
+        warnings.append(f"'{folder}' has no chat template{found}; prompts must be given in the model's raw format")
     return metadata, warnings
 
 

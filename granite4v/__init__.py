@@ -1,4 +1,4 @@
-"""Document-reading vision-language models on ordinary machines.
+"""Document-understanding vision-language models on laptops and CPU-only servers.
 
     import granite4v
 

@@ -1,4 +1,4 @@
-"""Runs a module's `main` in a separate Python process, for native code that may abort or never return."""
+"""Runs a module's `main` in a separate Python process, for native code that may abort or hang."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The words that arguments choose from, as types: type checkers and the command line find a misspelled one.
+"""The allowed values of arguments, as types, so that type checkers and the command line catch misspellings.
 
-Each is defined by a table elsewhere; a test compares the two. Tasks have no type: their table alone lists them.
+Each is defined by a table elsewhere; a test compares the two. Tasks have no type: they are listed only in their table.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The embedded model `nano`: a small checkpoint inside the package, used where no other model is chosen.
 
 It is converted on first use, to F16 with its adapter merged, and kept in the cache, in a folder whose name changes with
-the checkpoint, the version of the package and `FORMAT`. A file lock lets one process at a time convert. The folder
-appears complete or not at all, and a record of sizes and checksums in it reveals damage, which is repaired by another
-conversion.
+the checkpoint, the version of the package and `FORMAT`. A file lock allows one process at a time to convert. The folder
+is created atomically. It contains a record of sizes and checksums, by which damage is detected and repaired by
+converting again.
 
 The converter and the runtime are imported inside functions: the converter is needed once, and commands that only look
 up the path need neither.
@@ -122,8 +122,8 @@ def checkpoint_folder() -> Path:
     folder = Path(granite4v.__file__).parent / NAME
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"the embedded model is missing from this installation ('{folder}' has no config.json); install granite4v "
-            "again, or give another model."
+            f"the embedded model is missing from this installation ('{folder}' has no config.json); reinstall "
+            "granite4v, or give another model."
         )
     return folder
 
@@ -172,7 +172,7 @@ def _folder_name(checkpoint: Path) -> str:
     try:
         files = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     except OSError as error:
-        raise CheckpointError(f"the embedded model cannot be read: {error}; install granite4v again.") from None
+        raise CheckpointError(f"the embedded model cannot be read: {error}; reinstall granite4v.") from None
     identity = json.dumps([package, FORMAT, TEXT_TYPE, VISION_TYPE, files])
     return f"{NAME}-{package}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 

@@ -1,4 +1,4 @@
-"""Every GGUF metadata key and tensor name, for the writer and the readers alike; no other module spells one out.
+"""Every GGUF metadata key and tensor name, for the writer and the readers; no other module contains one literally.
 
 Names are llama.cpp's (tools/mtmd/clip-impl.h, src/llama-arch.cpp and src/llama-vocab.cpp as of llama-cpp-python
 0.3.36, ggml 0.25.3). Keys that start with `granite4v.` are ours and are ignored by llama.cpp. Tensor names stand

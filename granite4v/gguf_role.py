@@ -1,4 +1,4 @@
-"""Which GGUF files a folder holds, and what part of a model each one is, by its metadata and never by its name."""
+"""Which GGUF files a folder contains, and which part of a model each one is, by metadata and never by file name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as plain data for display and for programs. Reads headers only."""
+"""Summary of a GGUF file, as plain data for display and for programs. Reads headers only."""
 
 from __future__ import annotations
 

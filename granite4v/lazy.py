@@ -1,4 +1,4 @@
-"""Packages that import what they export on first use (PEP 562)."""
+"""Lazy package exports: a public name is imported on first use (PEP 562)."""
 
 from __future__ import annotations
 

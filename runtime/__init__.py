@@ -1,7 +1,7 @@
 """From messages and images to answers: chat template, tokens, llama.cpp's decode loop, sampling.
 
-Importing this package loads no library and reads no file, and nothing is imported until a name is used: the process
-that reads pages lives in here, too.
+Importing this package loads no library and reads no file, and nothing is imported until a name is used: the page reader
+process imports it too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a request comes to: the answer, why it ended, and where its time went."""
+"""The result of a request: the answer, why it ended, and its timings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition
 
 @dataclass
 class Timings:
-    """Where the time of one answer went, in seconds, and how many tokens took it.
+    """Timings of one answer in seconds, and token counts.
 
-    `load_s` reading weights, which only a first request does; `encode_s` images to embeddings; `prefill_image_s` and
-    `prefill_text_s` the prompt; `decode_s` the steps that the answer took part in, which other answers may share;
-    `constraint_s` masks and forced tokens of the grammar.
-    `n_reused` prompt tokens were in the cache already, `n_encoded` images were not. `n_forced` tokens of the answer
-    were the only ones the grammar allowed, and not sampled.
+    `load_s`: reading weights, which only the first request does; `encode_s`: images to embeddings; `prefill_image_s`
+    and `prefill_text_s`: the prompt; `decode_s`: the batches that this answer was part of, which may be shared with
+    other answers; `constraint_s`: the grammar's masks and forced tokens. `n_reused` prompt tokens came from the prefix
+    cache; `n_encoded` images were not cached. `n_forced` tokens of the answer were the only ones that the grammar
+    allowed, and were not sampled.
     """
 
     load_s: float = 0.0
@@ -39,18 +39,18 @@ class Timings:
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens a second while answering; 0 before the second token."""
+        """Decoded tokens per second; 0 before the second token."""
         return (self.n_steps + self.n_forced) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass
 class Answer:
-    """`tokens` are the generated ids without the one that ended the answer.
+    """A generated answer. `tokens` are the generated ids without the one that ended the answer.
 
-    `finish_reason`: 'stop' (the model, its grammar or a stop string ended it), 'length' (`max_tokens`),
-    'repetition' (it repeated the same rows) or 'cancelled'. Under a grammar an answer that reaches `max_tokens` is
-    completed before that: `closing` is the end of `text` that the model did not choose, perhaps empty. It is None
-    otherwise, and where no valid answer is that short; then the text is cut.
+    `finish_reason`: 'stop' (the model, its grammar or a stop string ended it), 'length' (`max_tokens`), 'repetition'
+    (it repeated the same rows) or 'cancelled'. Under a grammar, an answer that would exceed `max_tokens` is closed
+    within that limit: `closing` is the end of `text` that the model did not generate, possibly empty. `closing` is None
+    otherwise, and also if no valid answer is that short; the text is then truncated.
     """
 
     text: str = ""

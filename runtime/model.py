@@ -1,4 +1,4 @@
-"""A loaded model: images and messages in, logits and answers out. The public face of the runtime."""
+"""A loaded model: images and messages in, logits and answers out. The public API of the runtime."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """Use `granite4v.load` or `Model.load` to get one.
+    """A loaded model; `granite4v.load` or `Model.load` makes one.
 
-    Any number of threads may ask at the same time. Their requests are computed side by side, as many as the model was
-    loaded for (`n_parallel`); the others wait for their turn.
+    Any number of threads may submit requests at the same time. Up to `n_parallel` requests run concurrently; the others
+    are queued.
     """
 
     def __init__(self, engine: Engine, lora: bool | None = None) -> None:
@@ -68,15 +68,15 @@ class Model:
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
-        `n_ctx`: tokens a request and its answer may have together; 8192 by default, less if the model has less.
-        `n_threads`: one for each core by default. `n_parallel`: requests that are computed side by side, 4 by default;
-        each takes memory for its own tokens while it runs. `device`: 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there
-        is one). `lora`: when a separate LoRA is applied: None for requests with images only, True always, False never;
-        a path names another adapter file. `exact`: float32 cache and plain attention, for comparing values with a
-        reference rather than for speed, one request at a time; None means for float32 files, which nobody makes for
-        another reason.
+        `n_ctx`: context size in tokens, prompt and answer together; 8192 by default, or the model's training context if
+        that is smaller. `n_threads`: one per core by default. `n_parallel`: maximum number of concurrent requests, 4 by
+        default; each takes KV cache memory for its own tokens while it runs. `device`: 'cpu', 'cuda', 'metal' or 'auto'
+        (a GPU if there is one). `lora`: when a separate LoRA is applied: None for requests with images only, True
+        always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention and one
+        request at a time, for comparing values with a reference; None means only for float32 files, which are made for
+        that purpose.
 
-        Raises ModelFileError for files that are broken or do not fit together, DeviceError for a missing device.
+        Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
         """
         adapter = lora if isinstance(lora, str | Path) else None
         files = ModelFiles.open(path, mmproj=mmproj, adapter=adapter)
@@ -98,17 +98,17 @@ class Model:
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that a request and its answer may have together."""
+        """Context size in tokens: prompt and answer together."""
         return self.engine.n_ctx
 
     @property
     def n_threads(self) -> int:
-        """Threads it computes with on the CPU. Another number sums in another order, so answers may differ."""
+        """Number of CPU threads. It changes the order of summation, so answers may differ slightly."""
         return self.engine.n_threads
 
     @property
     def n_parallel(self) -> int:
-        """Requests that are computed side by side."""
+        """Maximum number of concurrent requests."""
         return self.engine.n_parallel
 
     @property
@@ -123,7 +123,7 @@ class Model:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed and can answer nothing any more."""
+        """Whether the model is closed and can no longer be used."""
         return self.engine.is_closed
 
     @property
@@ -159,7 +159,7 @@ class Model:
         tokens: Sequence[int],
         lora: bool | None = None,
     ) -> np.ndarray:
-        """Logits before each of `tokens` when they are forced as the answer, float32 `(len(tokens), n_vocab)`."""
+        """Logits before each of `tokens`, which are forced as the answer: float32 `(len(tokens), n_vocab)`."""
         return np.stack(self._score(prompt, images, tokens, lora))
 
     def _score(
@@ -265,7 +265,7 @@ class Model:
         that takes a prompt takes this one too. Raises PromptError, ImageError, ContextOverflowError, ModelFileError."""
         if isinstance(prompt, Prompt):
             if _as_list(images) or template_variables:
-                raise PromptError("a prepared prompt holds its images and variables; leave them out.")
+                raise PromptError("a prepared prompt already contains its images and variables; leave them out.")
             return prompt
 
         def report() -> None:
@@ -359,11 +359,11 @@ class Model:
 
 def _warnings(files: ModelFiles) -> list[str]:
     """What is not as one would expect of a model's files."""
-    warnings = [f"a file beside the model is left out: {str(error).rstrip('.')}" for error in files.left_out]
+    warnings = [f"a file in the model's directory is ignored: {str(error).rstrip('.')}" for error in files.left_out]
     if keys.TOKENIZER_HF_JSON not in files.text:
         warnings.append(
-            f"'{files.text.path}' carries no tokenizer.json; llama.cpp's tokenizer is used, which may split text "
-            "(long numbers above all) otherwise than the model was trained on"
+            f"'{files.text.path}' contains no tokenizer.json; llama.cpp's tokenizer is used, which may split text "
+            "(especially long numbers) differently from the model's training tokenizer"
         )
     return warnings
 

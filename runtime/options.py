@@ -17,12 +17,12 @@ class GenerationOptions(Sampling):
     """How an answer is generated; the defaults are greedy. Sampling has its own fields (`Sampling`).
 
     `max_tokens`: the most tokens the answer may have. `stop`: texts that end the answer and are not part of it.
-    `ignore_eos`: go on to `max_tokens` whatever the model generates (for measuring). `constraint`: what
-    `granite4v.grammar_for` returns; the answer keeps to it and ends by itself only where it is valid.
-    `fast_forward`: tokens that the grammar leaves no choice about are decoded together instead of being sampled.
-    `repetition`: whether an answer that repeats the same rows without end is stopped; the name of a task says what its
-    rows are where no constraint does. `lora`: whether a separate adapter is applied; None follows the model's policy.
-    Raises ValueError or TypeError for a value out of range.
+    `ignore_eos`: generate `max_tokens` tokens regardless of end-of-text tokens (for benchmarks). `constraint`: a
+    grammar from `granite4v.grammar_for`; the answer follows it and can end only where it is valid. `fast_forward`:
+    tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `repetition`: whether
+    an answer that repeats the same rows endlessly is stopped; a task name defines what a row is if there is no
+    constraint. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises ValueError or
+    TypeError for a value out of range.
     """
 
     max_tokens: int = 512
@@ -48,7 +48,7 @@ class GenerationOptions(Sampling):
 
 
 class GenerationFields(TypedDict, total=False):
-    """The fields of `GenerationOptions` as keyword arguments, for type checkers. A test holds the two together."""
+    """The fields of `GenerationOptions` as keyword arguments, for type checkers. A test keeps the two in sync."""
 
     temperature: float
     top_k: int

@@ -134,7 +134,7 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
     if ours.shape != expected.logits.shape:
         raise CheckpointError(
             f"the reference has a vocabulary of {expected.logits.shape[1]:,} tokens and the model one of "
-            f"{ours.shape[1]:,}; compare a model with the checkpoint it was made of."
+            f"{ours.shape[1]:,}; compare a model with the checkpoint it was converted from."
         )
     kl = divergence(expected.logits, ours)
     result.logits_relative_l2 = relative_l2(ours, expected.logits)
@@ -184,9 +184,9 @@ class _Reference:
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if "lora_" not in str(name)]
         if lost:
             raise CheckpointError(
-                f"transformers {transformers.__version__} does not find {len(lost)} tensors in '{directory}', for "
-                f"instance '{sorted(map(str, lost))[0]}'; it reads another layout of this family. Save the checkpoint "
-                "with that version, or verify against one that was."
+                f"transformers {transformers.__version__} cannot find {len(lost)} tensors in '{directory}', for "
+                f"instance '{sorted(map(str, lost))[0]}'; it expects a different tensor layout for this family. Save "
+                "the checkpoint with that version, or verify against one saved with it."
             )
         if adapter is not None:
             self._where = f"the adapter '{adapter}'"

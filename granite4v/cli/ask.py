@@ -73,7 +73,7 @@ def ask(
 def _open_images(images: list[str]) -> list[Any]:
     """Decoded in a separate process: a damaged file may end its decoder."""
     if images.count("-") > 1:
-        raise typer.BadParameter("'-' reads standard input, and can be given once.", param_hint="IMAGE")
+        raise typer.BadParameter("'-' means standard input and may be given only once.", param_hint="IMAGE")
     if not images:
         return []
     from PIL import Image
@@ -92,13 +92,13 @@ def _from_stdin() -> bytes:
     from granite4v.errors import ImageError
 
     if sys.stdin.isatty():
-        raise ImageError("'-' reads an image from standard input, which is a terminal; pipe an image into it.")
+        raise ImageError("'-' reads an image from standard input, but that is a terminal; pipe an image into it.")
     try:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise ImageError(f"standard input cannot be read: {error.strerror or error}.") from None
     if not data:
-        raise ImageError("'-' reads an image from standard input, which is empty or closed; pipe an image into it.")
+        raise ImageError("'-' reads an image from standard input, but that is empty or closed; pipe an image into it.")
     return data
 
 
@@ -119,7 +119,7 @@ def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
         print()
     if answer.finish_reason == "length":
         print(
-            f"the answer was cut off after {plural(len(answer.tokens), 'token')}; --max-tokens allows more",
+            f"the answer was cut off after {plural(len(answer.tokens), 'token')}; raise --max-tokens to allow more",
             file=sys.stderr,
         )
     print(

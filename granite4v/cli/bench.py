@@ -33,7 +33,7 @@ def bench(
     """Measure the speed of image encoding, prefill and decoding.
 
     The last line on stdout is one JSON object: seconds, tokens per second, peak memory in GB (10^9 bytes) and the
-    settings chosen for this machine. Of several runs it holds the medians and the ranges.
+    settings chosen for this machine. With several runs, it contains medians and ranges.
     """
     from granite4v.runtime import Model
 

@@ -1,4 +1,4 @@
-"""`granite4v convert`: a Hugging Face checkpoint becomes a model directory."""
+"""`granite4v convert`: converts a Hugging Face checkpoint to a model directory."""
 
 from __future__ import annotations
 

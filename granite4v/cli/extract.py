@@ -1,4 +1,4 @@
-"""`granite4v extract`: tables, chart data and fields of documents, in a run that survives interruptions."""
+"""`granite4v extract`: extracts tables, chart data and fields from documents, in a run that can be resumed."""
 
 from __future__ import annotations
 

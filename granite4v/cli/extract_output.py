@@ -1,4 +1,4 @@
-"""What `granite4v extract` prints: records on stdout; progress, remarks and a summary on stderr."""
+"""What `granite4v extract` prints: records on stdout; progress, messages and a summary on stderr."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Printer:
             if self.out is None:
                 raise
             self.failure = error
-            self._say(f"standard output can no longer be written; all results are in '{self.out}'")
+            self._say(f"standard output is no longer writable; all results are in '{self.out}'")
 
     def _print_text(self, record: Record) -> None:
         text = f"== {record.source}, page {record.page}, {record.task}\n{self._text(record)}"
@@ -113,7 +113,7 @@ class RunProgress:
             return
         where = record.source if record.page is None else f"{record.source}, page {record.page}"
         if record.error is None:
-            what = "invalid" if record.failed else f"cut off and kept {record.kept}"
+            what = "invalid" if record.failed else f"truncated, kept {record.kept}"
             self.progress.say(f"{where}, {record.task}: {what}: {record.validity_error}")
         else:
             names_source = f"'{record.source}'" in record.error
@@ -130,7 +130,7 @@ class RunProgress:
 def kept(state: State, out: Path | None) -> str:
     """What an interrupted run leaves."""
     if out is None:
-        return "nothing is kept without --out"
+        return "no results are kept without --out"
     n = state.counts.n_records
     return f"{plural(n, 'finished record')} {'is' if n == 1 else 'are'} kept in '{out}'; continue with --resume"
 
@@ -143,10 +143,10 @@ def summary(state: State, seconds: float) -> str:
     for n, what in (
         (state.n_resumed, "from an earlier run"),
         (state.n_replaced, "of them replaced"),
-        (state.left_out.n_records, "of documents not given this time"),
+        (state.left_out.n_records, "of documents not in this run's input"),
         (counts.n_failed - state.left_out.n_failed, "failed"),
         (counts.n_invalid - state.left_out.n_invalid, "invalid"),
-        (counts.n_salvaged - state.left_out.n_salvaged, "cut off and kept in part"),
+        (counts.n_salvaged - state.left_out.n_salvaged, "truncated, partly kept"),
         (counts.n_copied, "copied from a page with the same pixels"),
     ):
         if n:

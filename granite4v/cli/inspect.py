@@ -49,7 +49,7 @@ def _files(path: Path) -> list[Path]:
     files = gguf_files(path)
     if not files:
         raise ModelFileError(
-            f"'{path}' holds no .gguf file; give a model directory made by 'granite4v convert', or a GGUF file."
+            f"'{path}' contains no .gguf file; give a model directory made by 'granite4v convert', or a GGUF file."
         )
     return files
 

@@ -1,4 +1,4 @@
-"""The live line of `progress`, drawn by `rich`: title, bar and figures, as far as they fit."""
+"""The live line of `progress`, rendered by `rich`: title, bar and figures, as far as they fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The `granite4v` command: its subcommands, and expected failures turned into a message and an exit status.
 
-Command modules import nothing heavy at the top, so that `--help` answers at once.
+Command modules import nothing heavy at the top, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     name="granite4v",
-    help="Run document-reading vision-language models on ordinary machines.",
+    help="Run document-understanding vision-language models on laptops and CPU-only servers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -78,7 +78,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Run document-reading vision-language models on ordinary machines."""
+    """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
 for command in (convert, ask, extract, inspect, verify, bench):

@@ -1,4 +1,4 @@
-"""Arguments and options, each declared once, so that every command spells, checks and explains it the same way."""
+"""Arguments and options, each declared once, so that every command names, validates and documents it the same way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ ModelOption = Annotated[
     ),
 ]
 MmprojOption = Annotated[
-    Path | None, typer.Option("--mmproj", metavar="FILE", help="Vision GGUF file, if not beside the text GGUF file.")
+    Path | None,
+    typer.Option(
+        "--mmproj", metavar="FILE", help="Vision GGUF file, if not in the same directory as the text GGUF file."
+    ),
 ]
 LoraOption = Annotated[
     bool | None,
@@ -72,7 +75,7 @@ ContextOption = Annotated[
 ImagesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files; '-' reads one from standard input.")
 ]
-PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="Question, or a task tag on its own.")]
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="Question, or a task tag alone.")]
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", metavar="N", min=1, help="Maximum number of tokens to generate.")
 ]
@@ -83,11 +86,11 @@ TemperatureOption = Annotated[
         metavar="X",
         min=0,
         callback=finite,
-        help="Sampling temperature; 0 always takes the most likely token.",
+        help="Sampling temperature; 0 is greedy decoding.",
     ),
 ]
 TopKOption = Annotated[
-    int, typer.Option("--top-k", metavar="K", min=0, help="Sample from the K most likely tokens; 0 for all.")
+    int, typer.Option("--top-k", metavar="K", min=0, help="Sample from the K most likely tokens; 0 disables it.")
 ]
 TopPOption = Annotated[
     float,
@@ -97,12 +100,12 @@ TopPOption = Annotated[
         min=0.01,
         max=1,
         callback=finite,
-        help="Sample from the most likely tokens whose probabilities add up to P.",
+        help="Sample from the smallest set of tokens whose probabilities sum to P or more.",
     ),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", min=0, help="Seed that makes sampling repeatable.", show_default="random"),
+    typer.Option("--seed", metavar="N", min=0, help="Seed for reproducible sampling.", show_default="random"),
 ]
 SystemOption = Annotated[
     str | None,
@@ -132,7 +135,7 @@ SchemaOption = Annotated[
     ),
 ]
 QuestionOption = Annotated[
-    str | None, typer.Option("--prompt", metavar="TEXT", help="Question of your own, asked about every page.")
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Custom prompt, run on every page.")
 ]
 PagesOption = Annotated[
     str | None,
@@ -146,8 +149,8 @@ CropOption = Annotated[
     typer.Option(
         "--crop",
         metavar="X,Y,W,H",
-        help="Read only this region of each page, from the top left: in pixels of an image, points of a PDF page, or "
-        "% of either.",
+        help="Read only this region of each page. Measured from the top left, in pixels (images), points (PDF pages) "
+        "or %.",
     ),
 ]
 OutOption = Annotated[
@@ -167,13 +170,11 @@ CsvSafeOption = Annotated[
     bool,
     typer.Option(
         "--csv-safe",
-        help="Write CSV that is safe to open in a spreadsheet: with a byte order mark, and no cell read as a formula.",
+        help="Write CSV that is safe to open in a spreadsheet: with a byte order mark, and with formulas escaped.",
     ),
 ]
 JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print each record as one line of JSON.")]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in DIR. Files that have changed are read again.")
-]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in DIR. Changed files are read again.")]
 RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume, also retry pages that failed.")]
 UnconstrainedOption = Annotated[
     bool, typer.Option("--unconstrained", help="Do not constrain answers to the format of their task.")
@@ -189,7 +190,7 @@ AnswerTokensOption = Annotated[
     ),
 ]
 ReportOption = Annotated[
-    bool, typer.Option("--report", help="Write DIR/report.html, which shows each page beside its values.")
+    bool, typer.Option("--report", help="Write DIR/report.html, which shows each page next to its values.")
 ]
 
 # --- conversion ---
@@ -198,7 +199,7 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="Checkpoint: a directory, a Hugging Face hub id such as 'owner/name', or 'nano', the embedded one.",
+        help="Checkpoint: a directory, a Hugging Face hub id such as 'owner/name', or 'nano', the embedded checkpoint.",
     ),
 ]
 TargetArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to write.")]
@@ -239,9 +240,9 @@ RevisionOption = Annotated[
     str | None,
     typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the hub repository.", show_default="main"),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written without writing it.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace the model in OUT; other files there are left alone.")
+    bool, typer.Option("--force", help="Replace the model in OUT; other files in it are left alone.")
 ]
 
 # --- measurement ---
@@ -250,17 +251,19 @@ ImageOption = Annotated[Path, typer.Option("--image", metavar="FILE", help="Imag
 BenchPromptOption = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Question about the image.")]
 DecodedTokensOption = Annotated[
     int,
-    typer.Option("--max-tokens", metavar="N", min=1, help="Number of tokens to decode, past any end-of-answer token."),
+    typer.Option(
+        "--max-tokens", metavar="N", min=1, help="Number of tokens to decode; end-of-text tokens are ignored."
+    ),
 ]
 RepeatOption = Annotated[
     int, typer.Option("--repeat", metavar="N", min=1, help="Number of runs, each with empty caches.")
 ]
-JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
+JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
 
 # --- comparison with the reference ---
 
 ReferenceOption = Annotated[
-    Path, typer.Option("--reference", metavar="HF_DIR", help="Checkpoint that the model was converted from.")
+    Path, typer.Option("--reference", metavar="HF_DIR", help="Checkpoint from which the model was converted.")
 ]
 ImagesOption = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="Image to compare on. May be repeated.")
@@ -275,7 +278,7 @@ ReferenceAdapterOption = Annotated[
 ]
 ExactOption = Annotated[
     bool,
-    typer.Option("--exact", help="Use a float32 KV cache and no flash attention, as is always done for models in F32."),
+    typer.Option("--exact", help="Use a float32 KV cache and no flash attention; always on for F32 models."),
 ]
 
 

@@ -30,7 +30,7 @@ EXIT_STATUSES = {
     EXIT_BUG: "A bug in granite4v; the message names a file with the traceback.",
     128 + 1: "Ended by SIGHUP, after cleaning up.",
     EXIT_INTERRUPTED: "Interrupted by Ctrl-C (SIGINT), after cleaning up.",
-    EXIT_PIPE_CLOSED: "The reader of standard output went away (SIGPIPE), as `head` does.",
+    EXIT_PIPE_CLOSED: "Standard output was closed by its reader (SIGPIPE), as `head` does.",
     128 + 15: "Ended by SIGTERM, after cleaning up.",
 }
 
@@ -127,4 +127,4 @@ def _keep_traceback(error: BaseException) -> str:
             file.write(text)
     except OSError:
         return f"this:\n{text}"
-    return f"'{file.name}', which holds the traceback"
+    return f"'{file.name}', which contains the traceback"

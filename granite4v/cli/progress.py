@@ -1,7 +1,7 @@
-"""The progress display, on stderr: a live line on a terminal, a plain line now and then elsewhere.
+"""The progress display, on stderr: a live line on a terminal, periodic plain lines elsewhere.
 
-The live line is drawn by `rich`, which is imported when the first one is drawn: most commands never draw any, and
-`--help` must answer at once.
+The live line is rendered by `rich`, which is imported when it is first needed: most commands never need it, and
+`--help` must be fast.
 """
 
 from __future__ import annotations

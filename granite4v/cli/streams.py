@@ -1,9 +1,9 @@
 """The standard streams of a command: no result is lost silently, and no text controls the terminal.
 
-Results go to stdout. Where that cannot be written (disk full, reader gone), `ResultsLost` or `PipeClosed` is raised. On
-a terminal, control characters and characters that its encoding lacks are written as escapes. Elsewhere stdout is UTF-8,
-unless PYTHONIOENCODING names another encoding. Messages go to stderr: always escaped, and work never fails because a
-message could not be written.
+Results go to stdout. If that cannot be written (disk full, pipe closed), `ResultsLost` or `PipeClosed` is raised. On a
+terminal, control characters and characters that its encoding lacks are written as escapes. Elsewhere stdout is UTF-8,
+unless PYTHONIOENCODING names another encoding. Messages go to stderr: always escaped, and a failure to write one never
+fails the command.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Results(_Stream):
             except OSError as error:
                 self.failure = ResultsLost(
                     f"results cannot be written to standard output: {error.strerror or error}. Some are lost; free "
-                    "some space, or redirect them elsewhere, and run this again."
+                    "up disk space or redirect the output elsewhere, then run the command again."
                 )
             _discard(self._stream)
         raise self.failure
@@ -136,7 +136,7 @@ def prepare() -> Results:
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise ResultsLost(
-            "standard output is closed, so results have nowhere to go; redirect it to a file, or to /dev/null."
+            "standard output is closed, so results cannot be written; redirect it to a file, or to /dev/null."
         )
     if isinstance(sys.stdout, io.TextIOWrapper):
         named = sys.stdout.isatty() or os.environ.get("PYTHONIOENCODING", "").partition(":")[0]

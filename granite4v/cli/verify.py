@@ -1,4 +1,4 @@
-"""`granite4v verify`: how far a model is from the checkpoint it was converted from."""
+"""`granite4v verify`: how much a model differs from the checkpoint it was converted from."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _table(result: Comparison) -> str:
     lines = [result.image or "text only"]
     if result.image:
         same = (
-            "as the reference"
+            "same as the reference"
             if result.n_image_tokens == result.n_image_tokens_reference
             else (f"the reference has {result.n_image_tokens_reference}")
         )

@@ -1,1 +1,1 @@
-"""The model families, one file each, what they share, and `registry`, which finds the one a model belongs to."""
+"""The model families, one file each, their shared code, and `registry`, which finds a model's family."""

@@ -1,4 +1,4 @@
-"""Tiling by 'anyres' in config.json, preprocessor_config.json and GGUF: for every family that cuts images this way.
+"""Tiling by 'anyres' in config.json, preprocessor_config.json and GGUF: for every family that tiles images this way.
 
 GGUF keys are llama.cpp's, which lists grids as (width, height); here and in Hugging Face they are (height, width).
 """

@@ -1,8 +1,8 @@
-"""What a vision-language model is made of, as plain frozen data.
+"""The configuration of a vision-language model, as plain frozen data.
 
 A family file builds a `VisionConfig` from Hugging Face JSON or from GGUF metadata; both give the same value. Shared
-code reads the parts of a `VisionConfig` and never asks which family it came from. Imports nothing, so that the process
-that reads pages can know how they are tiled.
+code reads the parts of a `VisionConfig` and never asks which family it came from. Imports nothing, so that the page
+reader process can use it to compute the tiling.
 """
 
 from __future__ import annotations

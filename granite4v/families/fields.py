@@ -1,4 +1,4 @@
-"""Conventions of single values that the families share. Knows no model."""
+"""Conventions for single values that the families share. Independent of any model."""
 
 from __future__ import annotations
 

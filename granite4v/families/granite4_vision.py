@@ -1,4 +1,4 @@
-"""Granite 4 Vision: SigLIP2 tower, eight window Q-Formers, one stream of embeddings a decoder layer.
+"""Granite 4 Vision: SigLIP2 tower, eight window Q-Formers, one stream of embeddings per decoder layer.
 
 Formats: transformers 5.23 `models/granite4_vision`, and llama.cpp's `conversion/granite.py` and
 `tools/mtmd/clip.cpp` as shipped with llama-cpp-python 0.3.36. Conventions are resolved here: hidden

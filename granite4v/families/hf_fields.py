@@ -1,7 +1,7 @@
 """Typed, bounded reads of Hugging Face JSON: config.json and its sections, and the files beside it.
 
-The one place that decides what a wrong type or an absurd number is, so that no other code needs to guard against
-them. Every message names the file and the field, what was found and what was expected.
+The one place that rejects wrong types and absurd numbers, so that no other code needs to check for them. Every message
+names the file and the field, what was found and what was expected.
 """
 
 from __future__ import annotations

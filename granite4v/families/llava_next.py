@@ -1,4 +1,4 @@
-"""LLaVA-NeXT, and Granite Vision 3.x, which is one: SigLIP or CLIP tower, two-layer projector, one stream.
+"""LLaVA-NeXT, including Granite Vision 3.x: SigLIP or CLIP tower, two-layer projector, one stream.
 
 Formats: transformers 5.23 `models/llava_next`, and llama.cpp's `tools/mtmd/legacy-models` and `tools/mtmd/clip.cpp`
 as shipped with llama-cpp-python 0.3.36. The one stream is the decoder's input itself, so a text model that scales

@@ -1,4 +1,4 @@
-"""Image towers in config.json and GGUF: SigLIP's and CLIP's, which differ in four facts.
+"""Vision towers in config.json and GGUF: SigLIP and CLIP, which differ in four ways.
 
 CLIP has a class token, a LayerNorm before its layers, no bias at its patches, and other defaults. Which values a
 config.json leaves out is transformers 5.23's `models/siglip` and `models/clip` (a test compares them).

@@ -1,4 +1,4 @@
-"""Flat mirror of the C functions we call, in header order. No behaviour.
+"""ctypes declarations of the C functions that are called, in header order. No logic.
 
 Source: ggml 0.25.3, include/ggml.h, ggml-alloc.h, ggml-backend.h, ggml-cpu.h, as built into
 llama-cpp-python 0.3.36. Each handle has its own Python type, so that one cannot be passed for another.

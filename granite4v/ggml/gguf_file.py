@@ -1,4 +1,4 @@
-"""A GGUF file's header: checked metadata, and where each tensor lies. Reads no weights."""
+"""A GGUF file's header: checked metadata, and the offset of each tensor. Reads no weights."""
 
 from __future__ import annotations
 

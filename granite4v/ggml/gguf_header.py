@@ -1,10 +1,9 @@
-"""Parses and checks the header of a GGUF file: metadata and where each tensor lies. Reads no weights.
+"""Parses and checks the header of a GGUF file: metadata and the offset of each tensor. Reads no weights.
 
 ggml's own reader prints its reasons to stderr, and it and llama.cpp trust a file's numbers: a wrong one aborts the
-process or reads memory that is not the file's. So every count, length, type, shape and offset is checked here
-first, and a wrong one is an error with a message. The walk skips over strings without decoding them: 300,000 of them
-take some 40 ms.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+process or reads out of bounds. So every count, length, type, shape and offset is checked here first, and a wrong one is
+an error with a message. The walk skips over strings without decoding them: 300,000 of them take some 40 ms. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Times one kernel on a product of real size, in a process that a faulty kernel may end. Run by `autotune`."""
+"""Times one kernel on a matrix product of realistic size, in a process that a faulty kernel may crash. Run by
+`autotune`."""
 
 from __future__ import annotations
 

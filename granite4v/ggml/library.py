@@ -1,6 +1,6 @@
 """The shared libraries that llama-cpp-python ships, loaded once, on first use.
 
-llama-cpp-python opens them itself when it is imported, so one process has one ggml whoever asks first.
+llama-cpp-python opens them itself when it is imported, so a process has only one ggml, whichever loads it first.
 """
 
 from __future__ import annotations

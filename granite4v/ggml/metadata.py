@@ -1,7 +1,7 @@
-"""Metadata values with the type and the bounds that their reader needs, and one kind of message when they differ.
+"""Metadata values, checked for the type and bounds that their reader needs, with uniform error messages.
 
-A GGUF file comes from anyone: a key may be missing, hold text where a number belongs, a zero that divides, or a count
-that would take all memory. Whoever reads a value names what it accepts here and can rely on it.
+A GGUF file is untrusted: a key may be missing, hold text where a number belongs, a zero that divides, or a count
+that would take all memory. The caller states what it accepts and can rely on the result.
 """
 
 from __future__ import annotations

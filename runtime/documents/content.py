@@ -68,10 +68,10 @@ def readable(error: Exception, name: str) -> Granite4vError:
     if isinstance(error, Granite4vError):
         return error
     if isinstance(error, MemoryError):
-        return DocumentError(f"{name} needs more memory than there is; scale it down, or split it.")
+        return DocumentError(f"{name} needs more memory than is available; scale it down, or split it.")
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return DocumentError(
-        f"{name} cannot be read ({what:.200}); it is probably damaged. Open it in another program and save it again."
+        f"{name} cannot be read ({what:.200}); it is probably damaged. Open it in another program and save a new copy."
     )
 
 

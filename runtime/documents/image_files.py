@@ -32,7 +32,7 @@ class ImageFile:
         n_bytes = len(content) if isinstance(content, bytes) else content.stat().st_size
         if n_bytes > limits.file_bytes:
             raise DocumentError(
-                f"{name} has {n_bytes:,} bytes; expected an image of at most {limits.file_bytes:,}. Save it anew, as "
+                f"{name} has {n_bytes:,} bytes; expected an image of at most {limits.file_bytes:,}. Save it again as "
                 "PNG or JPEG."
             )
         self._content, self._name, self._limits = content, name, limits
@@ -88,7 +88,9 @@ class TiffFile:
             except Exception as error:
                 if self._image.tell() < index:  # the chain of pages ends in nothing
                     what = str(error) or type(error).__name__
-                    self.damage = f"{self._name} is damaged after page {len(pages)}: {what}; what follows is lost."
+                    self.damage = (
+                        f"{self._name} is damaged after page {len(pages)}: {what}; the pages after it are lost."
+                    )
                     return pages or others
                 pages.append(index)
 
@@ -115,7 +117,9 @@ def _page_of(source: bytes | PIL.Image.Image, name: str, crop: Crop | None, *, i
         image = open_rgb(source, name)
     said = tuple(str(item.message) for item in caught if issubclass(item.category, ImageWarning))
     if is_jpeg and looks_filled(image):
-        said += (f"{name} has an even grey edge, as where a JPEG's data ends too early; part of it may be lost.",)
+        said += (
+            f"{name} has a uniform grey area at its edge, as in a truncated JPEG; part of the image may be missing.",
+        )
     if crop is not None:
         box = crop.box(image.size, name, "pixels")
         image = image.crop(whole_pixels(box, image.size))

@@ -209,7 +209,7 @@ def _check_password(password: str | None) -> None:
     except UnicodeEncodeError:
         fits = False
     if not fits:
-        raise SelectionError("the password holds a zero byte or a lone surrogate, which no password can have.")
+        raise SelectionError("the password holds a zero byte or a lone surrogate, which a password cannot contain.")
 
 
 def _named(documents: list[Document | NotFound], earlier_source: EarlierSource | None) -> list[Document | NotFound]:
@@ -359,7 +359,7 @@ def _page(source: str, number: int, n_pages: int, rendered: RawPage, state: str 
 
 def _given_up(name: str, n_pages: int, first: int, n_failed: int) -> DocumentError:
     return DocumentError(
-        f"{name} is given up at page {first} of {n_pages}: the {n_failed} pages before it failed in a row. "
+        f"{name} is abandoned at page {first} of {n_pages}: {n_failed} pages in a row before it failed. "
         "Choose others with '--pages', or save the document again."
     )
 

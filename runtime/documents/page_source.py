@@ -51,4 +51,4 @@ def limited_pages(n_pages: int, limits: Limits, name: str) -> tuple[int, str | N
     """How many pages are read, and a message about the others; None where there are none."""
     if n_pages <= limits.n_pages:
         return n_pages, None
-    return limits.n_pages, f"{name} has more than {limits.n_pages:,} pages; those after them are not read. Split it."
+    return limits.n_pages, f"{name} has more than {limits.n_pages:,} pages; the rest are not read. Split the document."

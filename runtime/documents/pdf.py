@@ -92,9 +92,9 @@ class PdfFile:
         if code == pdfium.FPDF_ERR_FILE:
             return f"{self._name} cannot be read; is it still there?"
         if code == pdfium.FPDF_ERR_SECURITY:
-            return f"{self._name} is encrypted by a method that PDFium does not know; save it without encryption."
+            return f"{self._name} uses an encryption method that PDFium does not support; save it without encryption."
         what = "is cut short" if self._is_cut() else "is damaged"
-        return f"{self._name} {what}: PDFium finds no document in it; get a complete copy of it."
+        return f"{self._name} {what}: PDFium finds no document in it; get a complete copy."
 
     def _is_cut(self) -> bool:
         """Whether there is no end mark near the end, but for zero bytes and some junk after it."""
@@ -113,15 +113,21 @@ class PdfFile:
     def _find_notes(self) -> tuple[str, ...]:
         notes = []
         if self._is_cut():
-            notes.append(f"{self._name} has no end mark: it may be cut short, and its pages may lack something.")
+            notes.append(
+                f"{self._name} has no end-of-file marker: it may be truncated, and content may be missing from its "
+                "pages."
+            )
         if self._pdf.get_formtype() == pdfium.FORMTYPE_XFA_FULL:
-            notes.append(f"{self._name} is an XFA form, of which only the placeholder is rendered; print it to PDF.")
+            notes.append(
+                f"{self._name} is an XFA form, of which only a placeholder page can be rendered; print it to PDF."
+            )
         attached = [name for name in self._attached() if name.lower().endswith(_DOCUMENTS)]
         if attached:
             names = ", ".join(f"'{shown(name):.{_MOST_NAME}}'" for name in attached[:_MOST_NAMES])
             more = f" and {len(attached) - _MOST_NAMES} more" if len(attached) > _MOST_NAMES else ""
             notes.append(
-                f"{self._name} has attached files, which are not read: {names}{more}; save them and read those."
+                f"{self._name} has attached files, which are not read: {names}{more}; save them and process them "
+                "separately."
             )
         return tuple(notes)
 
@@ -147,13 +153,14 @@ class PdfFile:
         notes = self._notes
         with contextlib.closing(page):
             if _restore_crop_box(page):
-                notes += (f"the crop box of {name} lies outside of the page, of which all is shown instead.",)
+                notes += (f"the crop box of {name} lies outside the page, so the full page is used instead.",)
             image, dpi = _render_page(page, name, crop, tiling, self._limits)
             if _is_blank(image) and crop is None and _has_text(page):
                 notes += (
-                    f"{name} has text, but renders without any: its fonts may be neither embedded nor installed here, "
-                    "its layers may be switched off, or the text may lie outside of the page. Print it to a new PDF "
-                    "from a program that shows it.",
+                    f"{name} contains text, but none is visible when rendered: its fonts may be neither embedded "
+                    "nor installed, its "
+                    "layers may be hidden, or the text may lie outside the page. Print it to a new PDF "
+                    "from a program that displays it.",
                 )
         return RenderedPage(image, dpi, notes)
 

@@ -287,7 +287,9 @@ _ERRORS: dict[str, type[Granite4vError]] = {"ImageError": ImageError, "DocumentE
 def _why(died: _Died, op: str, about: str) -> str:
     advice = "Print it to a new PDF, or save it as an image, and read that."
     if died.by_itself:
-        return f"the page reader {died.why} while {op}ing {about}, twice; the file is damaged or unusual. {advice}"
+        return (
+            f"the page reader {died.why} while {op}ing {about}, twice; the file is damaged or not supported. {advice}"
+        )
     return f"{about} {died.why} to {op}, twice; it is damaged or unusually large. {advice}"
 
 

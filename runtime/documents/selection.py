@@ -68,7 +68,7 @@ def parse_pages(text: str) -> PageRanges:
 def _parse_range(part: str, text: str) -> tuple[int, int | None]:
     example = "write numbers and ranges such as '1-3,7,10-'"
     if not part:
-        raise SelectionError(f"the pages '{text}' have nothing before, after or between commas; {example}.")
+        raise SelectionError(f"the pages '{text}' have an empty entry before, after or between commas; {example}.")
     match = _RANGE.fullmatch(part)
     if match is None or len(part) > 20:
         raise SelectionError(f"the pages '{text:.80}' hold '{part:.40}'; {example}.")
@@ -77,7 +77,7 @@ def _parse_range(part: str, text: str) -> tuple[int, int | None]:
     if first == 0 or last == 0:
         raise SelectionError(f"the pages '{text}' hold '{part}', but pages are counted from 1.")
     if last is not None and last < first:
-        raise SelectionError(f"the pages '{text}' hold '{part}', which counts down; write '{last}-{first}'.")
+        raise SelectionError(f"the pages '{text}' hold '{part}', which is in descending order; write '{last}-{first}'.")
     return first, last
 
 
@@ -109,7 +109,7 @@ class Crop:
         right, bottom = x + width, y + height
         if right > size[0] * (1 + _TOLERANCE) or bottom > size[1] * (1 + _TOLERANCE):
             raise DocumentError(
-                f"the crop {self} reaches to {right:g} x {bottom:g}, but {name} has {size[0]:g} x {size[1]:g} {unit}; "
+                f"the crop {self} extends to {right:g} x {bottom:g}, but {name} has {size[0]:g} x {size[1]:g} {unit}; "
                 "give x,y,width,height inside it, or in percent."
             )
         return x, y, min(right, size[0]), min(bottom, size[1])

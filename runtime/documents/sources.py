@@ -73,7 +73,7 @@ def find_documents(
     files of a directory that are left out although they look like images or documents.
     """
     if not inputs:
-        raise DocumentError("nothing to read; give files, directories or globs, or '-' for standard input.")
+        raise DocumentError("no input; give files, directories or globs, or '-' for standard input.")
     found: list[Document | NotFound] = []
     seen: set[str] = set()
     for given in inputs:
@@ -98,7 +98,7 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
     if given == STDIN:
         yield Document(STDIN, None)
     elif not given:
-        yield _not_found(given, "an input is empty text; give a file, a directory, a glob, or '-'.")
+        yield _not_found(given, "an input is an empty string; give a file, a directory, a glob, or '-'.")
     elif "\0" in given:
         yield _not_found(given, f"'{shown(given)}' holds a zero byte, which no file name can.")
     elif os.path.isdir(given):
@@ -108,7 +108,7 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
     elif errors:
         yield _unreadable(errors[0], given)
     elif (url := url_in(given)) is not None:
-        yield _not_found(given, f"'{shown(url)}' is a URL, and URLs are not read; download it.")
+        yield _not_found(given, f"'{shown(url)}' is a URL, which is not supported; download it.")
     elif glob.has_magic(given):
         matches = sorted(set(glob_matches(given, errors)), key=_natural)
         errors = [error for error in errors if not isinstance(error, _NOT_THERE)]
@@ -185,7 +185,7 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
     if not found and not errors:
         yield _not_found(
             directory,
-            f"the directory '{shown(directory)}' holds nothing to read; {EXPECTED}, by their usual suffixes "
+            f"the directory '{shown(directory)}' contains no supported files; {EXPECTED}, by their usual suffixes "
             + f"({' '.join(suffixes)})."
             + (f" {_left_out(directory, left_out)}" if left_out else ""),
         )
@@ -234,7 +234,7 @@ def _left_out(directory: str, paths: list[str]) -> str:
     more = f" and {len(paths) - _MOST_NAMES:,} more" if len(paths) > _MOST_NAMES else ""
     files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
     return (
-        f"left out of '{shown(str(Path(directory)))}': {files} of kinds that are not read ({names}{more}); convert "
+        f"skipped in '{shown(str(Path(directory)))}': {files} of unsupported types ({names}{more}); convert "
         "them to PNG, JPEG or PDF."
     )
 
@@ -287,7 +287,7 @@ def _standard_input(limit_bytes: int) -> bytes:
         raise DocumentError("standard input is a terminal; pipe an image or PDF into it, or name a file.")
     data = sys.stdin.buffer.read(limit_bytes + 1)
     if len(data) > limit_bytes:
-        raise DocumentError(f"standard input holds more than {limit_bytes:,} bytes; save them to a file and name that.")
+        raise DocumentError(f"standard input holds more than {limit_bytes:,} bytes; save them to a file and give that.")
     return data
 
 
@@ -296,7 +296,7 @@ def why_missing(document: Document, error: OSError) -> DocumentError:
     path = document.path
     if path is not None and os.path.islink(path) and error.errno == errno.ENOENT:
         target = shown(os.readlink(path))
-        return DocumentError(f"{document.name} is a link to '{target}', which is not there.")
+        return DocumentError(f"{document.name} is a link to '{target}', which does not exist.")
     return DocumentError(f"{document.name} cannot be read: {error.strerror or error}.")
 
 

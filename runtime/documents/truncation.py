@@ -39,8 +39,8 @@ def check_png(content: Path | bytes, name: str) -> None:
         found = _inflated_bytes(file, needed)
     if found < needed:
         raise ImageError(
-            f"{name} says that it has {width:,} x {height:,} pixels, but holds {found:,} of {needed:,} bytes of them; "
-            "get a complete copy of it."
+            f"{name} declares {width:,} x {height:,} pixels, but contains {found:,} of {needed:,} bytes of pixel data; "
+            "get a complete copy."
         )
 
 
@@ -74,8 +74,8 @@ def check_tiff(image: Image, name: str) -> None:
     needed = -(-height // rows) * planes
     if len(offsets) < needed:
         raise ImageError(
-            f"{name} says that it is {height:,} pixels high, but holds {len(offsets):,} of {needed:,} strips of them; "
-            "get a complete copy of it."
+            f"{name} declares a height of {height:,} pixels, but contains {len(offsets):,} of {needed:,} strips; get "
+            "a complete copy."
         )
 
 

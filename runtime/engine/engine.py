@@ -1,4 +1,4 @@
-"""A loaded model at work: its parts, each opened when it is first needed, and the thread that computes with them.
+"""The engine of a loaded model: its parts, each opened when first needed, and the thread that runs them.
 
 Any thread may submit requests and read their answers; only the engine's thread calls llama.cpp and ggml. The vision
 file's weights are read at the first image, the text file's after that, so a text-only request never touches the vision
@@ -87,7 +87,9 @@ class Engine:
         n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
         trained = self.files.text.integer(self.files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
         if asked is not None and n_ctx > trained:
-            self.warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: the model was trained for no more")
+            self.warnings.append(
+                f"the context is {trained:,} tokens, not {n_ctx:,}: that is the model's training context"
+            )
         return min(n_ctx, trained)
 
     # --- what is known ---
@@ -129,8 +131,8 @@ class Engine:
         """Raises ModelFileError for a model without a vision file."""
         if self.files.vision is None:
             raise ModelFileError(
-                f"'{self.files.text.path}' has no vision file beside it, so it cannot look at images; give one with "
-                "'--mmproj', or a model directory that holds both."
+                f"'{self.files.text.path}' has no vision file in its directory, so it cannot process images; give "
+                "one with '--mmproj', or a model directory that contains both."
             )
 
     def check_usable(self) -> None:

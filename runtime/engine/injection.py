@@ -1,4 +1,4 @@
-"""How image embeddings reach the decoder: one batch row an image token, which carries every stream.
+"""How image embeddings reach the decoder: one batch row per image token, which contains every stream.
 
 llama.cpp takes rows of `llama_model_n_embd_inp()` values: `n_slots` slots of `n_embd` side by side, each added to the
 hidden state before one decoder layer.

@@ -1,8 +1,8 @@
-"""What the KV cache holds: the index of its sequences, which of them a request can go on from, and what is evicted.
+"""What the KV cache holds: the index of its sequences, prefix reuse, and eviction.
 
 Owns the llama.cpp context, which grows with the requests. A position is known by what was put there: a token id, or the
-digest of an image and an index into it. Two positions are equal only when everything before them is equal too, so the
-cells of an image are never used for another. Nothing but this module removes anything from the cache.
+digest of an image and an index into it. Two positions are equal only if everything before them is equal too, so the
+cells of one image are never reused for another. Only this module removes anything from the cache.
 """
 
 from __future__ import annotations

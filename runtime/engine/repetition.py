@@ -1,4 +1,4 @@
-"""Stops answers that loop: the same rows again and again, detected while they are generated.
+"""Stops answers that loop: repeated rows are detected during generation.
 
 Real tables repeat cells, and now and then a row. So complete rows are compared, and only a row, or a short cycle of
 rows, that keeps repeating counts as a loop. Within one row (a single cell, a line of prose), periodic text does.

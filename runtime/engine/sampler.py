@@ -1,4 +1,4 @@
-"""The next token from logits: greedy, or drawn after the usual filters. NumPy only, so that masks can be added.
+"""The next token from logits: greedy, or sampled after the usual filters. NumPy only, so that masks can be applied.
 
 Filters in llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature.
 """

@@ -1,6 +1,6 @@
 """One answer, token by token: grammar, sampling, stop tokens and strings, repetition, and the budget of tokens.
 
-A `Sequence` is given the logits after what it has so far, and tells the tokens to go on with. It knows no model, no
+A `Sequence` is given the logits after its latest token and returns the tokens to decode next. It knows no model, no
 cache and no thread, so the engine can run any number of them side by side.
 """
 

@@ -1,4 +1,4 @@
-"""The way of an answer from the engine's thread to the thread that reads it."""
+"""Streams an answer from the engine's thread to the thread that reads it."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ class Channel:
 class Stream:
     """The pieces of an answer as they are generated, for one thread to iterate over.
 
-    The answer is generated whether or not somebody reads, up to `QUEUE_SIZE` pieces ahead. Closing or dropping the
-    stream cancels the answer. `answer` grows as the engine goes on, and is complete when the iteration has ended.
+    The answer is generated up to `QUEUE_SIZE` pieces ahead of the reader. Closing or dropping the stream cancels the
+    answer. `answer` grows while the engine generates, and is complete when the iteration has ended.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Stream:
         progress: Progress | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """`cancel` is asked, and `progress` told, in the thread that reads. `check` may raise before each read."""
+        """`cancel` and `progress` are called in the reading thread. `check` may raise before each read."""
         self._channel, self._cancel, self._progress, self._check = channel, cancel, progress, check
         self._finalizer = weakref.finalize(self, channel.drop)
         self._finalizer.atexit = False  # the engine is stopped at exit anyhow
@@ -140,14 +140,14 @@ class Stream:
 
     @property
     def is_done(self) -> bool:
-        """Whether the engine is done with the answer; pieces may wait to be read."""
+        """Whether the answer is complete; there may still be pieces to read."""
         return self._channel.is_done
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        """Raises what ended the answer: ModelFileError, DeviceError, ConstraintError, or ValueError for a model that
+        """Raises the error that ended it: ModelFileError, DeviceError, ConstraintError, or ValueError for a model that
         was closed."""
         if self._check is not None:
             self._check()
@@ -168,16 +168,16 @@ class Stream:
             raise
 
     def cancel(self) -> None:
-        """Ends the answer soon, from any thread; what is generated already can still be read."""
+        """Stops the answer soon, from any thread; pieces that are already generated can still be read."""
         self._channel.cancel()
 
     def close(self) -> None:
-        """Ends the answer, and waits until it has."""
+        """Stops the answer and waits until it has ended."""
         self._channel.drop()
         self._channel.wait()
 
     def result(self) -> Answer:
-        """The complete answer, once it is there."""
+        """Waits for the complete answer and returns it."""
         self._channel.take_all()
         for _ in self:
             pass

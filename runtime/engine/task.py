@@ -1,4 +1,4 @@
-"""A request on its way through the engine: the chunks of its prompt, and what of a loaded model it needs."""
+"""A request in the engine: the chunks of its prompt, and the parts of the model that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one thread that calls native code for a model, and its end."""
+"""The one thread that calls native code for a model, and its shutdown."""
 
 from __future__ import annotations
 

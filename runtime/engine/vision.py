@@ -1,4 +1,4 @@
-"""Images to embeddings, each computed once: the encoder, opened at the first image, and what it has computed lately."""
+"""Images to embeddings: the encoder, opened at the first image, and a cache of recent results."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _as_paths(inputs: Any) -> tuple[str, ...]:
     paths = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else [inputs]
     for path in paths:
         if not isinstance(path, str | os.PathLike):
-            raise ArgumentError(f"an input is {path!r:.60}; expected a path, as text or a Path, or a list of such.")
+            raise ArgumentError(f"an input is {path!r:.60}; expected a path, as text or a Path, or a list of paths.")
     return tuple(os.fsdecode(path) for path in paths)
 
 
@@ -78,7 +78,7 @@ def _check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
     if idle:
         raise ArgumentError(
             f"the format '{idle[0]}' is for tables and chart data, which {', '.join(tasks)} "
-            f"{'do' if len(tasks) > 1 else 'does'} not give; leave --format {idle[0]} out, or add a task such as "
+            f"{'do' if len(tasks) > 1 else 'does'} not give; drop --format {idle[0]}, or add a task such as "
             "tables_html."
         )
     if DOCLING in formats:
@@ -96,9 +96,11 @@ def _check_combinations(options: ExtractOptions) -> None:
         if given and options.out is None:
             raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
     if options.retry_failed and not options.resume:
-        raise ArgumentError("'retry_failed' is for a run that is resumed; add 'resume' (--resume).")
+        raise ArgumentError("'retry_failed' applies only when resuming a run; add 'resume' (--resume).")
     if options.csv_safe and not any("csv" in suffixes(task, options.formats) for task in options.tasks):
-        raise ArgumentError("'csv_safe' is for CSV files, and none are asked for; add 'csv' to the formats (--format).")
+        raise ArgumentError(
+            "'csv_safe' applies to CSV files, but none are requested; add 'csv' to the formats (--format)."
+        )
 
 
 def _max_tokens(given: Any) -> int | None:
@@ -119,7 +121,9 @@ def _check_out(out: Any) -> None:
             f"'out' (--out) is '{text}'; expected a directory. To print records, leave it out and add --json."
         )
     if "\0" in text:
-        raise ArgumentError("'out' (--out) holds a character that no name can have; expected a directory.")
+        raise ArgumentError(
+            "'out' (--out) contains a null character, which a path cannot contain; expected a directory."
+        )
     if os.path.isdir(text):
         return
     if os.path.lexists(text):
@@ -128,7 +132,7 @@ def _check_out(out: Any) -> None:
         )
     if text.lower().endswith(_FILE_SUFFIXES):
         raise ArgumentError(
-            f"'out' (--out) is '{text}', which looks like a file; expected a directory, in which records go to "
-            "'results.jsonl' and other files beside it. To print records, leave it out and add --json; for a directory "
-            "of this name, make it first."
+            f"'out' (--out) is '{text}', which looks like a file; expected a directory, in which records are "
+            "written to 'results.jsonl', next to the other files. To print records, leave it out and add --json; "
+            "for a directory with this name, create it first."
         )

@@ -129,7 +129,7 @@ def described(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there was not enough memory; close other programs, or use a machine with more."
     if isinstance(error, RecursionError):
-        return "it is nested too deep."
+        return "it is nested too deeply."
     return f"an unexpected {type(error).__name__}: {str(error)[:300]}; please report it."
 
 

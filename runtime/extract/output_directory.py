@@ -66,7 +66,8 @@ class OutputDirectory:
                 ) from None
             except NotImplementedError:
                 raise OutputError(
-                    f"the disk of '{path}' has no file locks, so two runs could mix; give a directory on another disk."
+                    f"the disk of '{path}' does not support file locks, so two runs could interfere; give a "
+                    "directory on another disk."
                 ) from None
         folder = cls(path, lock, created)
         try:
@@ -107,8 +108,8 @@ class OutputDirectory:
         found = "; ".join(filter(None, differences))
         if found:
             raise OutputError(
-                f"'{self.path}' holds the results of another run: {found}. Resume it with what it was "
-                "begun with, or give another directory."
+                f"'{self.path}' holds the results of another run: {found}. Resume it with the options "
+                "it was started with, or give another directory."
             )
         environments, now = begun.get("environments") or [], wanted.get("environments") or []
         new = [environment for environment in now if environment not in environments]
@@ -190,7 +191,7 @@ def _remark(then: Any, now: Mapping[str, Any]) -> str:
     before = then if isinstance(then, dict) else {}
     pairs = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
     return (
-        f"resumed under different conditions ({pairs}); new answers may differ slightly from what a single run gives."
+        f"resumed in a different environment ({pairs}); new answers may differ slightly from what a single run gives."
     )
 
 

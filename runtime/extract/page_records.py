@@ -114,8 +114,8 @@ def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, s
 def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
     """The record of a page that is not tried again, because the process died whenever it was read."""
     error = (
-        f"the process ended {MAX_DEATHS} times while this page was read (killed, out of memory, or a crash in native "
-        "code), so it is left out; try it once more with --resume --retry-failed."
+        f"the process ended {MAX_DEATHS} times on this page (killed, out of memory, or a crash in native "
+        "code), so it is skipped; try it again with --resume --retry-failed."
     )
     return replace(_begin(page, question, hashes), error=error, error_type="ProcessDied")
 

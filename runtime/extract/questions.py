@@ -61,7 +61,7 @@ def check_tasks(tasks: Sequence[str], prompt: str | None, *, has_schema: bool) -
     with_schema = [name for name in names if find_task(name).takes_schema]
     if with_schema and not has_schema:
         raise ArgumentError(
-            f"the task '{with_schema[0]}' needs a schema of the fields that are wanted; give it by 'schema' (--schema)."
+            f"the task '{with_schema[0]}' needs a schema of the fields to extract; give it by 'schema' (--schema)."
         )
     if has_schema and not with_schema:
         raise ArgumentError(f"a schema belongs to {_schema_tasks()}, which is not among {', '.join(names)}; add it.")

@@ -97,11 +97,9 @@ def _checked(name: str, content: Any, notes: tuple[str, ...] = ()) -> Schema:
     except InvalidSchema as error:
         alone = all(key == "type" or key not in content for key in _SAYS_SOMETHING)
         hint = _hint(content) if alone else ""  # for {"type": "json_schema", "json_schema": ...}
-        raise SchemaError(
-            f"{name} does not say which fields are wanted{hint}." if hint else f"{name} {error}"
-        ) from None
+        raise SchemaError(f"{name} does not define any fields{hint}." if hint else f"{name} {error}") from None
     if not any(key in content for key in _SAYS_SOMETHING):
-        raise SchemaError(f"{name} does not say which fields are wanted{_hint(content)}; {_EXPECTED}.")
+        raise SchemaError(f"{name} does not define any fields{_hint(content)}; {_EXPECTED}.")
     if not _may_hold_fields(schema, schema.root, {}):
         raise SchemaError(
             f"{name} describes a single value; fields are an object or a list, so put it under a name, as in "
@@ -164,7 +162,7 @@ def _of_file(name: str) -> Schema:
         if len(made) < len(items):
             keys = [key for key, _ in items]
             twice = [key for key in made if keys.count(key) > 1]
-            notes.append(f"{listed(twice)} stands more than once in an object; the last one counts.")
+            notes.append(f"{listed(twice)} occurs more than once in an object; the last one is used.")
         return made
 
     try:
@@ -178,7 +176,7 @@ def _of_file(name: str) -> Schema:
     except UnicodeDecodeError as error:
         raise SchemaError(f"the schema '{name}' is not UTF-8 text: {error}; save it as UTF-8.") from None
     except RecursionError:
-        raise SchemaError(f"the schema '{name}' is nested too deep; expected a few levels.") from None
+        raise SchemaError(f"the schema '{name}' is nested too deeply; expected a few levels.") from None
     except ValueError as error:
         raise SchemaError(f"the schema '{name}' is not JSON: {error}; {_EXPECTED}.") from None
     return _checked(f"'{name}'", content, tuple(notes))
@@ -201,7 +199,7 @@ def _read(path: Path) -> bytes:
         raw = _read_pipe(path)
     if len(raw) > _MAX_BYTES:
         raise SchemaError(
-            f"the schema '{path}' is larger than {_MAX_BYTES:,} bytes, which no model's context has room for; ask for "
+            f"the schema '{path}' is larger than {_MAX_BYTES:,} bytes, which exceeds any model's context; request "
             "fewer fields at a time."
         )
     return raw
@@ -225,7 +223,9 @@ def _read_pipe(path: Path) -> bytes:
     reader.start()
     reader.join(PIPE_WAIT_S)
     if not got:
-        raise SchemaError(f"the schema '{path}' is not a file, and gave nothing within {PIPE_WAIT_S:.0f} seconds.")
+        raise SchemaError(
+            f"the schema '{path}' is not a regular file, and no data arrived within {PIPE_WAIT_S:.0f} seconds."
+        )
     if isinstance(got[0], OSError):
         raise got[0]
     return got[0]

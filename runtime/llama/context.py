@@ -155,11 +155,11 @@ class LlamaContext(Owner):
         """Finds what would make llama.cpp end the process, or read memory that is not ours."""
         n, data = len(rows), rows.data
         if not 0 < n <= self.n_ubatch or not len(rows.positions) == len(rows.sequences) == len(rows.outputs) == n:
-            raise ValueError(f"cannot decode {n} rows: a batch holds {self.n_ubatch}")
+            raise ValueError(f"cannot decode {n} rows: the batch size is {self.n_ubatch}")
         if int(rows.sequences.min()) < 0 or int(rows.sequences.max()) >= self.n_seq_max:
             raise ValueError(f"sequence {int(rows.sequences.max())}: the context has {self.n_seq_max} sequences")
         if int(rows.positions.max()) >= self.n_cells:
-            raise ValueError(f"position {int(rows.positions.max())}: a sequence holds {self.n_cells} tokens")
+            raise ValueError(f"position {int(rows.positions.max())}: the sequence size is {self.n_cells} tokens")
         if int(rows.outputs.sum()) > self.max_outputs:
             raise ValueError(f"{int(rows.outputs.sum())} rows of logits: a batch gives {self.max_outputs} at most")
         if data.ndim == 1:
@@ -167,8 +167,8 @@ class LlamaContext(Owner):
                 raise ValueError(f"tokens are {data.dtype}, expected int32")
             if not 0 <= int(data.min()) <= int(data.max()) < self.model.n_vocab:
                 raise ModelFileError(
-                    f"the tokenizer gave token {int(data.max())}, but '{self.model.path}' knows {self.model.n_vocab}; "
-                    "its tokenizer and its weights do not belong together. Convert it again."
+                    f"the tokenizer gave token {int(data.max())}, but '{self.model.path}' has a vocabulary of "
+                    f"{self.model.n_vocab}; its tokenizer does not match its weights. Convert it again."
                 )
         elif data.dtype != np.float32 or data.shape[1:] != (self.model.n_embd_inp,):
             raise ValueError(
@@ -183,8 +183,8 @@ class LlamaContext(Owner):
         values = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
         if math.isnan(float(values.sum())):
             raise ModelFileError(
-                f"'{self.model.path}' computes logits that are not numbers, so its weights or those of its vision file "
-                "or adapter are damaged; convert it again with 'granite4v convert', or download it again."
+                f"'{self.model.path}' computes non-finite logits, so its weights or those of its vision file or "
+                "adapter are damaged; convert it again with 'granite4v convert', or download it again."
             )
         return values
 

@@ -261,11 +261,12 @@ def _partners(text: GgufFile, left_out: list[ModelFileError]) -> dict[str, list[
 def _only(found: list[Path], part: str, where: Path) -> Path:
     if not found:
         raise ModelFileError(
-            f"'{where}' holds no {_NAMES[part]} (*.gguf); make one with 'granite4v convert', or give a text GGUF file."
+            f"'{where}' contains no {_NAMES[part]} (*.gguf); make one with 'granite4v convert', or give a text GGUF "
+            "file."
         )
     if len(found) > 1:
         names = ", ".join(f"'{file.name}'" for file in found)
-        raise ModelFileError(f"'{where}' holds more than one {_NAMES[part]}: {names}; {_OPTIONS[part]}.")
+        raise ModelFileError(f"'{where}' contains more than one {_NAMES[part]}: {names}; {_OPTIONS[part]}.")
     return found[0]
 
 

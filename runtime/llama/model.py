@@ -68,7 +68,7 @@ class LlamaModel(Owner):
         ids = (ctypes.c_int32 * room)()
         n = lib.llama_tokenize(self._open_vocab(), data, len(data), ids, room, not plain, not plain)
         if n < 0:
-            raise ValueError(f"llama_tokenize needs room for {-n} tokens, {room} were expected to do")
+            raise ValueError(f"llama_tokenize needs room for {-n} tokens, {room} were expected to suffice")
         return list(ids[:n])
 
     def piece(self, token: int) -> bytes:

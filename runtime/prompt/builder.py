@@ -82,8 +82,8 @@ class PromptBuilder:
     def _need_vision(self) -> None:
         if self._files.vision is None:
             raise ModelFileError(
-                f"'{self._files.text.path}' has no vision file beside it, so it cannot look at images; give one with "
-                "'--mmproj', or a model directory that holds both."
+                f"'{self._files.text.path}' has no vision file in its directory, so it cannot process images; give "
+                "one with '--mmproj', or a model directory that contains both."
             )
 
     def _count(self, size: tuple[int, int]) -> int:
@@ -112,8 +112,8 @@ def _check_unicode(messages: Any) -> None:
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt holds {error.object[error.start]!r}, which is not Unicode text: bytes that are not UTF-8 are "
-            "read as that. Convert the prompt to UTF-8."
+            f"the prompt holds {error.object[error.start]!r}, which is not valid Unicode: it stands for bytes that are "
+            "not UTF-8. Convert the prompt to UTF-8."
         ) from None
 
 

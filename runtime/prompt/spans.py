@@ -130,8 +130,8 @@ def check_length(text: str, longest_token: int, n_ctx: int) -> None:
     least = -(-len(text) // max(longest_token, 1))
     if least > n_ctx:
         raise ContextOverflowError(
-            f"the prompt has {len(text):,} characters, at least {least:,} tokens, but the context holds "
-            f"{n_ctx:,}; raise the context (--ctx-size, n_ctx), or ask about less text."
+            f"the prompt has {len(text):,} characters, at least {least:,} tokens, but the context size "
+            f"is {n_ctx:,}; raise it (--ctx-size, n_ctx), or shorten the prompt."
         )
 
 
@@ -143,7 +143,7 @@ def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:
     n_image = prompt.n_image_tokens
     raise ContextOverflowError(
         f"the request needs {needed:,} tokens ({n_image:,} for {counted(len(prompt.images), 'image')}, "
-        f"{prompt.n_tokens - n_image:,} of text, {max_tokens:,} for the answer), but the context holds {n_ctx:,}; "
+        f"{prompt.n_tokens - n_image:,} of text, {max_tokens:,} for the answer), but the context size is {n_ctx:,}; "
         f"raise the context (--ctx-size, n_ctx) to {needed:,} or ask for a shorter answer."
     )
 
@@ -159,10 +159,10 @@ def _mismatch(n_places: int, n_images: int, conversation: Conversation) -> str:
             )
     if n_places > n_images:
         return (
-            f"the prompt has {counted(n_places, 'image placeholder')} for {counted(n_images, 'image')}; a text may "
-            "not contain the placeholder itself."
+            f"the prompt has {counted(n_places, 'image placeholder')} for {counted(n_images, 'image')}; remove the "
+            "placeholder from the text."
         )
     return (
         f"the model's chat template leaves {counted(n_places, 'image placeholder')} for "
-        f"{counted(n_images, 'image')}; put every image into a user message, as a part of its own."
+        f"{counted(n_images, 'image')}; put every image into a user message as a separate content part."
     )

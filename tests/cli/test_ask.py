@@ -52,7 +52,7 @@ def test_the_answer_alone_is_on_stdout(folder: Path, page: Path, answer: granite
     assert result.stdout == answer.text + "\n"
     assert "encoding images ..." in result.stderr and "processing the prompt ..." in result.stderr
     assert f"{answer.timings.n_prompt} prompt tokens ({answer.timings.n_image} of images)" in result.stderr
-    assert "the answer was cut off after 12 tokens; --max-tokens allows more" in result.stderr
+    assert "the answer was cut off after 12 tokens; raise --max-tokens to allow more" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--no-stream", "--json"])

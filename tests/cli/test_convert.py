@@ -86,7 +86,7 @@ def test_warnings_go_to_stderr(make_checkpoint: Callable[[CheckpointSpec], Path]
     (source / "chat_template.jinja").unlink()
     status, stdout, stderr = run(source, tmp_path / "out")
     assert status == 0
-    assert f"warning: '{source}' has no chat template; prompts will have to be written out\n" in stderr
+    assert f"warning: '{source}' has no chat template; prompts must be given in the model's raw format\n" in stderr
     assert "warning:" not in stdout
 
 
@@ -107,7 +107,7 @@ def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
     [
         (("--text-type", "Q1"), "unknown quantization type 'Q1' for --text-type; known: F32, F16,"),
         (("--vision-type", "Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16,"),
-        (("--lora", "apply"), "unknown way with an adapter 'apply'; known: merge, separate, ignore"),
+        (("--lora", "apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
         (("--threads", "0"), "'--threads': 0 is not in the range"),
         (("--threads", "9999999"), "'--threads': 9999999 is not in the range"),
     ],

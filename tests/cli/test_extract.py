@@ -136,7 +136,7 @@ def test_one_page_and_one_task_is_the_output_alone(folder: Path, scans: Path) ->
     with granite4v.load(folder, n_threads=1) as model:
         answer = model.generate("What is this?", [scans / "b.png"], max_tokens=5)
     assert (result.exit_code, result.stdout) == (1, answer.text.strip() + "\n")  # an answer that was cut is no success
-    assert "1 page of 1 document, 1 record, 1 cut off and kept in part; 5 tokens" in result.stderr
+    assert "1 page of 1 document, 1 record, 1 truncated, partly kept; 5 tokens" in result.stderr
 
 
 def test_several_records_have_headings(folder: Path, scans: Path) -> None:
@@ -239,7 +239,7 @@ def test_records_are_kept_where_stdout_cannot_be_written(folder: Path, scans: Pa
     with open("/dev/full", "w") as full:
         done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"standard output can no longer be written; all results are in '{tmp_path / 'out'}'" in done.stderr
+    assert f"standard output is no longer writable; all results are in '{tmp_path / 'out'}'" in done.stderr
     assert len(records(tmp_path / "out")) == 20 and "20 records" in done.stderr
 
 

@@ -40,7 +40,7 @@ def test_a_summary_counts_pages_records_and_tokens() -> None:
 
 def test_what_is_kept_is_counted() -> None:
     state = State()
-    assert kept(state, None) == "nothing is kept without --out"
+    assert kept(state, None) == "no results are kept without --out"
     assert kept(state, Path("out")) == "0 finished records are kept in 'out'; continue with --resume"
     state.counts.n_records = 1
     assert kept(state, Path("out")) == "1 finished record is kept in 'out'; continue with --resume"
@@ -87,6 +87,6 @@ def test_records_survive_a_reader_that_stops_only_where_they_are_kept(
     printer.print(a_record())
     printer.print(a_record())
     assert isinstance(printer.failure, PipeClosed)
-    assert said == [f"standard output can no longer be written; all results are in '{tmp_path}'"]
+    assert said == [f"standard output is no longer writable; all results are in '{tmp_path}'"]
     with pytest.raises(PipeClosed):
         Printer(as_json=True, out=None, table_format=None, say=said.append).print(a_record())

@@ -237,7 +237,7 @@ def test_a_url_is_told_apart_and_shown_as_it_was_given(source: str | Path) -> No
     with pytest.raises(ImageError) as caught:
         load_image(source)
     assert str(caught.value) == (
-        "'https://example.org/a.png' is a URL, and URLs are not read; download the file and give its path."
+        "'https://example.org/a.png' is a URL, which is not supported; download the file and give its path."
     )
 
 

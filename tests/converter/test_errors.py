@@ -262,7 +262,7 @@ def test_configurations_that_do_not_convert(
             "unknown quantization type 'Q3_K_S' for --text-type; known: F32, F16, BF16, Q8_0",
         ),
         (Options(vision_type="Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16, BF16"),
-        (Options(lora="apply"), "unknown way with an adapter 'apply'; known: merge, separate, ignore"),
+        (Options(lora="apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
         (Options(lora="separate"), "holds no adapter to keep separate"),
     ],
 )

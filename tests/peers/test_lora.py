@@ -270,7 +270,7 @@ def damaged(folder: Path, config: dict[str, Any] | None = None, **change: Any) -
         ({"use_dora": True}, {}, "it uses DoRA"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules trained in full beside the LoRA matrices ('modules_to_save')"),
         ({"bias": "all"}, {}, "it trains biases (bias = 'all')"),
-        ({"lora_bias": True}, {}, "a bias of its own ('lora_bias')"),
+        ({"lora_bias": True}, {}, "LoRA biases ('lora_bias')"),
         ({"trainable_token_indices": [1, 2]}, {}, "trained token embeddings"),
         ({"peft_type": "IA3"}, {}, "it is of type 'IA3'; only LORA converts"),
         ({"init_lora_weights": "pissa_niter_4"}, {}, "it starts from 'pissa_niter_4', which alters the base weights"),

@@ -69,7 +69,7 @@ def strange_encryption() -> bytes:
 
 
 PDF = pdf_bytes(text_pdf("one", "two", "three"), object_stream_mode=pikepdf.ObjectStreamMode.disable)
-PDF_IS_DAMAGED = "'bad.pdf' is damaged: PDFium finds no document in it; get a complete copy of it."
+PDF_IS_DAMAGED = "'bad.pdf' is damaged: PDFium finds no document in it; get a complete copy."
 LIES = "'bad.png' says that it has {} pixels, but holds {} of them; get a complete copy of it."
 BOMB = "has more than 89,478,485 pixels, which may be a decompression bomb"
 BAD = [

@@ -56,7 +56,7 @@ def test_pages_that_are_not_wanted_are_not_rendered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "page 2 of 'a.pdf' needs more memory than there is; scale it down, or split it."),
+        (MemoryError(), "page 2 of 'a.pdf' needs more memory than is available; scale it down, or split it."),
         (zlib.error("bad data"), "page 2 of 'a.pdf' cannot be read (error: bad data); it is probably damaged. Open it"),
         (RecursionError(), "page 2 of 'a.pdf' cannot be read (RecursionError); it is probably damaged."),
         (DocumentError("as it is"), "as it is"),

@@ -84,7 +84,7 @@ def test_a_crop_box_outside_of_the_page_shows_the_whole_page_with_a_warning(box:
     assert page.digest == plain.digest
     (warning,) = page.warnings
     assert "the crop box of page 1 of '" in warning
-    assert "b.pdf' lies outside of the page, of which all is shown instead." in warning
+    assert "b.pdf' lies outside the page, so the full page is used instead." in warning
 
 
 def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:
@@ -95,7 +95,10 @@ def test_text_in_a_font_that_is_nowhere_is_told(tmp_path: Path) -> None:
     pages = read(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert [len(page.warnings) for page in pages if isinstance(page, Page)] == [0, 0, 0, 1]
     assert isinstance(pages[3], Page)
-    assert "a.pdf' has text, but renders without any: its fonts may be neither embedded nor" in pages[3].warnings[0]
+    assert (
+        "a.pdf' contains text, but none is visible when rendered: its fonts may be neither embedded nor"
+        in pages[3].warnings[0]
+    )
 
 
 def test_text_in_a_layer_that_is_switched_off_is_told(tmp_path: Path) -> None:

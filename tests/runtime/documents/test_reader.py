@@ -162,7 +162,7 @@ def test_the_pages_of_a_document_are_limited(tmp_path: Path) -> None:
     path.write_bytes(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
     found = read(path, limits=Limits(n_pages=3))
     assert kinds(found) == [(Page, 1), (Page, 2), (Page, 3), (PageFailure, None)]
-    assert error(found[3]) == f"'{path}' has more than 3 pages; those after them are not read. Split it."
+    assert error(found[3]) == f"'{path}' has more than 3 pages; the rest are not read. Split the document."
     assert count_pages([path], limits=Limits(n_pages=3)).pages == 4
 
 
@@ -173,7 +173,7 @@ def test_images_are_limited_in_bytes(tmp_path: Path) -> None:
         file.truncate(5_000_000)
     found = read(path, limits=Limits(file_bytes=4_999_999))
     assert error(found[0]) == (
-        f"'{path}' has 5,000,000 bytes; expected an image of at most 4,999,999. Save it anew, as PNG or JPEG."
+        f"'{path}' has 5,000,000 bytes; expected an image of at most 4,999,999. Save it again as PNG or JPEG."
     )
 
 

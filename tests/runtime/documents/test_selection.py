@@ -48,12 +48,15 @@ def test_pages_that_a_document_does_not_have_are_one_piece(text: str, missing: t
     [
         (
             "",
-            "the pages '' have nothing before, after or between commas; write numbers and ranges such as '1-3,7,10-'.",
+            (
+                "the pages '' have an empty entry before, after or between commas; write numbers and ranges such as "
+                "'1-3,7,10-'."
+            ),
         ),
         ("1,,2", "have nothing before, after or between commas"),
         ("0", "the pages '0' hold '0', but pages are counted from 1."),
         ("1,0-3", "hold '0-3', but pages are counted from 1."),
-        ("5-3", "the pages '5-3' hold '5-3', which counts down; write '3-5'."),
+        ("5-3", "the pages '5-3' hold '5-3', which is in descending order; write '3-5'."),
         ("-3", "the pages '-3' hold '-3'; write numbers and ranges such as '1-3,7,10-'."),
         ("1..3", "hold '1..3'; write numbers"),
         ("all", "hold 'all'; write numbers"),

@@ -133,7 +133,7 @@ def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
     (folder / "photo.jp2").write_bytes(encoded(noise_picture((8, 8)), "JPEG2000"))
     totals = count_pages(["in", "./in/", GOOD])
     assert totals.notes == (
-        "left out of 'in': 4 files of kinds that are not read (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
+        "left out of 'in': 4 files of unsupported types (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
         "them to PNG, JPEG or PDF.",
     )
     assert (totals.documents, totals.pages) == (6, 6)
@@ -141,7 +141,7 @@ def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
 
 
 def test_a_url_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="'https://x.org/a.pdf' is a URL, and URLs are not read; download"):
+    with pytest.raises(DocumentError, match="'https://x.org/a.pdf' is a URL, which is not supported; download"):
         open_pages(["https://x.org/a.pdf"])
 
 
@@ -207,7 +207,7 @@ def test_several_inputs_that_give_nothing_are_named_together(tmp_path: Path) -> 
     assert "empty' holds nothing to read; expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF, by their usual" in message
     assert "there is no file or directory 'gone.png'." in message
     assert "no file matches '*.none'" in message
-    with pytest.raises(DocumentError, match="nothing to read; give files, directories or globs, or '-'"):
+    with pytest.raises(DocumentError, match="no input; give files, directories or globs, or '-'"):
         open_pages([])
 
 

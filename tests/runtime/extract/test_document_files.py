@@ -165,7 +165,7 @@ def test_a_value_nested_too_deep_is_told(tmp_path: Path) -> None:
     assert [path.name for path in write_document(tmp_path, "a", records, [], remarks.append).paths] == [
         "a.tables_html.html"
     ]
-    assert remarks == ["'a.kvp.json' is not written: it is nested too deep."]
+    assert remarks == ["'a.kvp.json' is not written: it is nested too deeply."]
     assert [path.name for path in tmp_path.iterdir()] == ["a.tables_html.html"]
 
 

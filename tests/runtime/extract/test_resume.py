@@ -188,7 +188,7 @@ def test_other_conditions_are_remarked(model: FakeModel, scans: Path, tmp_path: 
     assert remarks == []
     model.settings["n_threads"] = 8
     list(run(model, scans, out=tmp_path / "out", resume=True, say=remarks.append))
-    assert remarks[0].startswith("resumed under different conditions (n_threads was 2, is 8);")
+    assert remarks[0].startswith("resumed in a different environment (n_threads was 2, is 8);")
     list(run(model, scans, out=tmp_path / "out", resume=True, say=remarks.append))
     assert len(remarks) == 1
     conditions = json.loads((tmp_path / "out" / "run.json").read_text())["environments"]

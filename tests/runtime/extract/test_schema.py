@@ -178,7 +178,7 @@ def test_directories_huge_files_and_pipes_that_nobody_writes_to(
         load_schema(huge)
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(schema_module, "PIPE_WAIT_S", 0.2)
-    with pytest.raises(SchemaError, match="is not a file, and gave nothing within 0 seconds"):
+    with pytest.raises(SchemaError, match="is not a regular file, and no data arrived within 0 seconds"):
         load_schema(tmp_path / "pipe")
 
 
@@ -205,7 +205,7 @@ def test_a_pipe_of_the_shell_is_read() -> None:
 def test_keys_that_stand_twice_are_warned_of(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{"properties": {"a": {"type": "string"}, "b": {}, "a": {"type": "null"}}}')
     schema = load_schema(tmp_path / "s.json")
-    assert "'a' stands more than once in an object; the last one counts." in schema.warnings[0]
+    assert "'a' occurs more than once in an object; the last one is used." in schema.warnings[0]
     assert schema.problem({"a": None}) is None
 
 
