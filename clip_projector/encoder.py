@@ -42,7 +42,7 @@ NODES_PER_PROJECTOR = 200
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a decoder needs of one image.
+    """The embeddings of one image, for the decoder.
 
     `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
     `layers`: the decoder layer before which each stream is added, ascending.

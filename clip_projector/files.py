@@ -1,4 +1,4 @@
-"""Reads complete files and pipes within limits, and names what a file holds when it is not an image."""
+"""Reads complete files and pipes within limits, and identifies the contents of files that are not images."""
 
 from __future__ import annotations
 

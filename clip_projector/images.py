@@ -1,4 +1,4 @@
-"""Opening images: whatever a person has (path, bytes, file, Pillow image, array) as an upright RGB image.
+"""Opens images from any source (path, bytes, file, Pillow image, array) as upright RGB images.
 
 Knows nothing of tiles or models. The process that reads pages imports this, so NumPy, which it can mostly do without,
 is imported where it is needed.
@@ -33,7 +33,7 @@ _MOST_PAGES = 1000  # that are counted in a TIFF of which only the first is read
 
 
 class Image:
-    """An opened image: upright RGB pixels, and the digest that stands for them in every cache and record.
+    """An opened image: upright RGB pixels, and the digest that identifies them in every cache and record.
 
     Made once and passed along, so that a page is opened and hashed once however many questions are asked about it.
     Immutable; may be shared between threads.
@@ -42,7 +42,7 @@ class Image:
     __slots__ = ("_digest", "_lock", "_pillow")
 
     def __init__(self, pillow: PIL.Image.Image, digest: bytes | None = None) -> None:
-        """`pillow`: RGB, and nobody else's to change. `digest`: where it is known already."""
+        """`pillow`: RGB; must not be modified afterwards. `digest`: if already known."""
         if pillow.mode != MODE:
             raise ValueError(f"the image has mode {pillow.mode}; expected {MODE}, as load_image gives it.")
         self._pillow, self._digest = pillow, digest
@@ -58,7 +58,7 @@ class Image:
 
     @property
     def pillow(self) -> PIL.Image.Image:
-        """As a Pillow image, RGB; not to be changed."""
+        """As a Pillow image, RGB; must not be modified."""
         return self._pillow
 
     @property

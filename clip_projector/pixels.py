@@ -1,4 +1,4 @@
-"""From uint8 tiles to the patches that a tower takes, whatever cut the tiles."""
+"""From uint8 tiles to the patches that a tower takes, independent of the tiling."""
 
 from __future__ import annotations
 

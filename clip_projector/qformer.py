@@ -9,8 +9,8 @@ patches and windows of 8x8 patches, [fastest axis first]:
     swapped    [dim * 8, 8, 3, 3 * tiles]  the 8 rows of a window are neighbours now
     windows    [dim, 64, 9 * tiles]      64 patches a window, 9 windows a tile
 
-The queries take the same way at half the side: a raster of 12x12 in windows of 4x4, so that query window i is the
-same part of the tile as patch window i. `_raster` is the inverse.
+The queries are windowed in the same way at half the side: a raster of 12x12 in windows of 4x4, so that query window i
+is the same part of the tile as patch window i. `_raster` is the inverse.
 """
 
 from __future__ import annotations

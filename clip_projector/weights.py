@@ -1,4 +1,4 @@
-"""The tensors of an mmproj file where a graph can use them, and how each kind is multiplied.
+"""The tensors of an mmproj file, placed where a graph can use them, and the matrix products with them.
 
 On the CPU the file is mapped: weights stay on disk until they are touched, and their pages can be released after
 the images. Weights of a type that multiplies faster in another buffer type (CPU repack) or on a GPU are

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter: which matrices it changes, by how much, and whether we can do what it asks.
+"""A PEFT LoRA adapter: which matrices it changes, by how much, and whether its features are supported.
 
 Scales follow peft 0.18 (`tuners/lora/layer.py`): alpha/r, or alpha/sqrt(r) with rslora, each module with the
 rank and alpha that the patterns give it.

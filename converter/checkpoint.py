@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: its configuration and what its tensors are called, without reading weights."""
+"""A Hugging Face checkpoint: its configuration and tensor names, without reading weights."""
 
 from __future__ import annotations
 

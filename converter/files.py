@@ -1,4 +1,4 @@
-"""Reads the small files of a checkpoint: regular files only, and recognises what is often found in their place.
+"""Reads the small files of a checkpoint: regular files only, and recognises common wrong contents.
 
 Checkpoint folders are downloads, with Git LFS pointers, error pages of web servers and incomplete files in them.
 """

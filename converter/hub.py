@@ -1,4 +1,4 @@
-"""Where SRC is: a directory on this machine, or a repository on the Hugging Face hub."""
+"""Resolves SRC: a local directory, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: written in a working directory, then moved into place in one step."""
+"""Atomic output: files are written to a working directory, then moved into place in one step."""
 
 from __future__ import annotations
 

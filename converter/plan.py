@@ -1,4 +1,4 @@
-"""What a conversion will write, as plain data: made from headers alone, printed by --dry-run."""
+"""What a conversion will write, as plain data: built from headers only, printed by --dry-run."""
 
 from __future__ import annotations
 

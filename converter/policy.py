@@ -1,4 +1,4 @@
-"""Which type every tensor gets, as tables with a reason for each row.
+"""The quantization type of every tensor, as tables with a reason for each row.
 
 Text: the choices that llama.cpp's quantizer makes for the same name without an importance matrix
 (`src/llama-quant.cpp`, llama-cpp-python 0.3.36). Vision: what its converter writes. A test quantizes the

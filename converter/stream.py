@@ -1,6 +1,6 @@
 """From planned tensors to bytes, some rows at a time: read, merge, reorder, pad, quantize.
 
-Every chunk of rows is a job of one thread; jobs run ahead across tensors by a few chunks, so reading, computing and
+Every chunk of rows is one job in a thread pool; jobs run a few chunks ahead across tensors, so reading, computing and
 writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
 own source rows only (the rows of one head, where they are reordered).
 """

@@ -181,7 +181,7 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Answer:
-        """The complete answer. Arguments as for `stream`."""
+        """Generates the complete answer. Arguments as for `stream`."""
         stream = self.stream(
             prompt,
             images,
@@ -204,14 +204,14 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream:
-        """Begins an answer; iterating over the stream gives its pieces, `stream.answer` has the rest.
+        """Starts an answer. Iterating over the stream yields its text; `stream.answer` has the rest.
 
         `prompt`: text (one user turn: the images first, then the text), or messages in the content-part form of
-        OpenAI's and Hugging Face's APIs; image parts without an image of their own take `images` in order.
-        `options`: see `GenerationOptions`; each of its fields may be given by itself, such as `max_tokens=512`.
-        `template_variables`: for the chat template. `cancel` is asked often, in the thread that reads the stream,
-        whether to stop. `progress` is called there with (stage, done, total) before the answer begins; stages are
-        'check', 'load', 'encode' and 'prefill'.
+        OpenAI's and Hugging Face's APIs; image parts that contain no image take `images` in order. `options`: see
+        `GenerationOptions`; its fields may also be given as keyword arguments, such as `max_tokens=512`.
+        `template_variables`: for the chat template. `cancel` is polled in the reading thread; when it returns true, the
+        answer stops. `progress` is called there with (stage, done, total) before the first token; stages are 'check',
+        'load', 'encode' and 'prefill'.
 
         The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError,
         ConstraintError; TypeError and ValueError for options out of range.
@@ -228,7 +228,7 @@ class Model:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
     ) -> Stream:
-        """Begins an answer to a prompt that `prepare` made. Raises ContextOverflowError, ConstraintError."""
+        """Starts an answer to a prompt made by `prepare`. Raises ContextOverflowError, ConstraintError."""
         options = options or GenerationOptions()
         check_fits(prompt, options.max_tokens, self.n_ctx)
         answer = Answer(warnings=list(self.warnings))

@@ -1,4 +1,4 @@
-"""How far a model's results are from those of the checkpoint it was converted from, computed by transformers.
+"""Compares a model's results with those of the checkpoint it was converted from, computed by transformers.
 
 The reference runs first and is freed before our files are loaded, so that the two never share the memory. Needs
 torch and transformers (the `verify` extra), which nothing else in the product imports.

@@ -1,4 +1,4 @@
-"""Tells what a file holds and opens it. File names are wrong too often, so the content decides."""
+"""Detects the type of a file and opens it. File names are often wrong, so the content decides."""
 
 from __future__ import annotations
 

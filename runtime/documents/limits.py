@@ -1,4 +1,4 @@
-"""What one file or page may use of a machine. Every limit has a message of its own where it is reached."""
+"""Resource limits for one file or page. Each has its own error message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of whatever a person names, one after another. What cannot be read is a failure in its place."""
+"""The pages of the given inputs, one after another. Whatever cannot be read yields a failure instead."""
 
 from __future__ import annotations
 

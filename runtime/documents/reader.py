@@ -1,4 +1,5 @@
-"""The owner's side of the reader process: starts it, sends requests, stops it in time, and says how it ended."""
+"""The owner's side of the reader process: starts it, sends requests, enforces its time limits, and reports how it
+ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large to render a page: as large as the model will really see it, and not more.
+"""The size at which to render a page: the model's input resolution, and no more.
 
 A model that cuts images into tiles shrinks a page to its best grid, whatever the page was rendered at. So pages are
 rendered to that size; the grid's tiles are then the page's own pixels, not resized again.

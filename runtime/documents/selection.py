@@ -1,4 +1,4 @@
-"""Which pages of a document, and which part of a page: parses what a person writes.
+"""Which pages of a document, and which part of a page: parses the user's input.
 
 Knows nothing of files.
 """

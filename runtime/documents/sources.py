@@ -1,6 +1,6 @@
-"""What a person names (files, directories, globs, '-') -> the documents to read.
+"""The given inputs (files, directories, globs, '-') -> the documents to read.
 
-Knows nothing of pages, nor of what a file holds.
+Knows nothing of pages or file contents.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds images that were cut short: Pillow's decoders fill missing rows in silence."""
+"""Finds images that were cut short: Pillow's decoders fill missing rows silently."""
 
 from __future__ import annotations
 

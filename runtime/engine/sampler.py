@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked. Temperature 0 takes the most likely one; every other field's default does nothing.
+    """How tokens are sampled. Temperature 0 is greedy decoding; every other filter is off by default.
 
     `repeat_penalty` divides positive and multiplies negative logits of the last `repeat_last_n` tokens.
     """

@@ -1,4 +1,4 @@
-"""Finds options of a run that contradict each other or make no sense, before any model is loaded."""
+"""Validates the options of a run before any model is loaded."""
 
 from __future__ import annotations
 

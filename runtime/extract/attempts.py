@@ -1,4 +1,4 @@
-"""Keeps on disk which page is being worked on, which a process that died can no longer tell.
+"""Records on disk which page is being processed, so that it is known after a crash.
 
 A page whose process died (a signal, no memory, an abort in native code, a power cut) `MAX_DEATHS` times is skipped
 by later runs. Pages are identified by their pixels, so a copy of such a page is skipped as well. An end that Python

@@ -1,4 +1,4 @@
-"""Pages in, records out, each on the disk before the next is begun; then the files of each document."""
+"""Pages in, records out, each written to disk before the next is started; then the files of each document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots a chart's data again: bars or lines, as plain geometry that a template writes as SVG."""
+"""Replots a chart's data: bars or lines, as plain geometry that a template writes as SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What of an earlier run still holds: which pages need not be read again, and which records are out of date.
+"""Which results of an earlier run are still valid: which pages need not be read again, and which records are out of
+date.
 
 A file is recognized by its state (size and time of change), a page by its pixels. Records of a file that has not
 changed stay, failures included, unless what failed may succeed now. A document that could not be opened is tried again

@@ -1,4 +1,4 @@
-"""What a run reads, asks and writes: one set of options for the Python API, the command line and `run.json`."""
+"""The options of an extraction run: one set for the Python API, the command line and `run.json`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from granite4v.runtime.extract.schema import SchemaSource
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """The options of `extract`, as a caller gives them; `arguments.checked` finds what is wrong with them.
+    """The options of `extract`, as given by the caller; `arguments.checked` validates them.
 
     What is asked. `tasks`: names of `formats.TASKS`; 'kvp' needs `schema` (a JSON Schema file, a pydantic class or its
-    path, or plain data). `prompt` adds a question in the user's own words.
+    path, or plain data). `prompt` adds a custom prompt.
 
     What is read. `pages` ('1-3,7') of each document, `password` of encrypted PDFs, `crop` ('x,y,width,height').
 
-    How answers are made; all of it can change them. `max_tokens`: the most tokens of an answer; None for 4096, or what
-    the context has room for. `unconstrained`: do not hold answers to the format of their task. `fast_forward` off:
-    sample even where the format leaves one choice. `lora`: whether a separate adapter is applied; None follows the
-    model's policy. `n_ctx`, `n_threads`, `device` and `mmproj` are for loading a model that is given by its path.
+    How answers are generated; each of these can change them. `max_tokens`: maximum number of tokens of an answer; None
+    for 4096, or as many as fit into the context. `unconstrained`: do not constrain answers to the format of their task.
+    `fast_forward` off: sample even tokens that the grammar forces. `lora`: whether a separate adapter is applied; None
+    follows the model's policy. `n_ctx`, `n_threads`, `device` and `mmproj` apply when the model is given as a path.
 
-    What is written. `out`: a directory for `results.jsonl`, where every record is on the disk before it is returned,
-    and for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); none
-    for the format each task answers in. `csv_safe`: CSV for spreadsheets, with a byte order mark and without cells that
-    they would take for formulas. `report`: also `report.html`, each page beside its values.
+    What is written. `out`: a directory for `results.jsonl`, to which every record is written before it is returned, and
+    for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); by default
+    the format of each task's answers. `csv_safe`: CSV for spreadsheets, with a byte order mark and with formulas
+    escaped. `report`: also write `report.html`, which shows each page next to its values.
 
-    Going on. `resume`: continue a run that ended early, or add to one. `retry_failed`: read failed pages again.
+    Resuming. `resume`: continue a run that ended early, or add to one. `retry_failed`: read failed pages again.
     """
 
     tasks: Sequence[str] | str = ()
@@ -56,14 +56,14 @@ class ExtractOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides how answers are made, as `run.json` has it: a run is not resumed with other settings."""
+        """The settings that affect answers, as stored in `run.json`: a run cannot be resumed with different ones."""
         names = ("max_tokens", "unconstrained", "fast_forward", "lora")
         return {name: getattr(self, name) for name in names}
 
 
 class ExtractFields(TypedDict, total=False):
-    """The fields of `ExtractOptions`, without `tasks`, as keyword arguments for type checkers. A test holds the two
-    together; formats and devices are the words that exist."""
+    """The fields of `ExtractOptions`, without `tasks`, as keyword arguments for type checkers. A test keeps the two in
+    sync; formats and devices are literal types."""
 
     schema: SchemaSource | None
     prompt: str | None

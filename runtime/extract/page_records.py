@@ -1,4 +1,4 @@
-"""One page and one question to one record: asks the model, parses the answer, turns failures into records."""
+"""One page and one prompt to one record: runs the model, parses the answer, turns failures into records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the text of an answer to the value of a record, as far as the answer goes."""
+"""From the text of an answer, complete or truncated, to the value of a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked about every page: task tags that the model's template knows, fields of a schema, a free question."""
+"""The prompts for every page: task tags that the model's template knows, fields of a schema, a custom prompt."""
 
 from __future__ import annotations
 

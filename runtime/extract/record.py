@@ -1,4 +1,4 @@
-"""One record: what was read from one page for one task, with all it takes to trust or repeat it."""
+"""One record: what was extracted from one page for one task, with its provenance."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Key = tuple[str, int | None, str]  # source, page, task: no two records of a run
 
 @dataclass(frozen=True)
 class Record:
-    """What was read from one page for one task; a line of `results.jsonl` has the same fields.
+    """What was extracted from one page for one task; a line of `results.jsonl` has the same fields.
 
     Which page. `source`: the document's path as it was first given, '-' for standard input. `page` counts from 1 of
     `n_pages`. `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page
-    image. All of them are None when a document could not be opened. `file_state`: size and time of change of the file,
-    by which a later run recognizes it; None where it has none, or could not be found. `stem`: what the names of the
-    document's files in the output directory begin with, '/' between folders; None without a directory.
+    image. All of them are None when a document could not be opened. `file_state`: size and modification time of the
+    file, by which a later run recognizes it; None if there is no file or it was not found. `stem`: path prefix of the
+    document's files in the output directory, '/' between folders; None without a directory.
 
-    What was asked. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
+    The request. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
 
-    What came of it. `text`: the answer as the model wrote it. `value` is what `outputs.read` gives: a list of Table,
-    a Table (chart data), a dict or list (fields) or a str (code, prose); None when nothing could be read. In JSON,
-    tables are objects as in `tables_json`, and chart data is a list of rows, the header first. `valid`: the value has
-    the task's form, and fits the schema if there is one; `validity_error` says why not, or what was wrong with
-    an answer that was cut, of which the part up to the last complete row, field or line was kept (`salvaged`; of prose
-    all of it). `finish_reason` as in `Answer`. `copy_of`: the page with the same pixels that the answer was taken
-    from. `error`: why there is no answer, and `error_type` the name of the exception; None otherwise. `warnings`: what
-    a person should know of the page. `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and
-    `seconds`, all of it; what this record cost, so they are zero in a copy and differ from run to run.
+    The result. `text`: the answer as generated. `value` is what `outputs.read` gives: a list of Table, a Table (chart
+    data), a dict or list (fields) or a str (code, prose); None when nothing could be parsed. In JSON, tables are
+    objects as in `tables_json`, and chart data is a list of rows, the header first. `valid`: the value has the task's
+    format, and matches the schema if there is one; `validity_error` says why not. `salvaged`: the answer was truncated,
+    and the part up to the last complete row, field or line was kept (all of it for prose); `validity_error` then says
+    what was wrong. `finish_reason` as in `Answer`. `copy_of`: the page with identical pixels from which the answer was
+    copied. `error`: why there is no answer, and `error_type` the name of the exception; None otherwise. `warnings`:
+    warnings about the page. `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and `seconds`, the
+    total; the cost of this record, so zero for a copy and different in every run.
     """
 
     source: str
@@ -80,17 +80,17 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        """There is no answer, or none that is valid."""
+        """Whether there is no valid answer."""
         return self.error is not None or not self.valid
 
     @property
     def kept(self) -> str:
-        """How much of an answer that was cut is kept, in words; it says nothing about answers that are complete."""
+        """How much of a truncated answer is kept, in words; meaningless for complete answers."""
         return _KEPT[self.kind]
 
     @property
     def tables(self) -> list[Table]:
-        """The tables of the value, chart data included; an empty list when it is something else."""
+        """The tables of the value, including chart data; an empty list for other kinds of value."""
         if isinstance(self.value, Table):
             return [self.value]
         return [item for item in self.value if isinstance(item, Table)] if isinstance(self.value, list) else []

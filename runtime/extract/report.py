@@ -1,4 +1,4 @@
-"""`report.html`: each page beside what was read from it, in one file that needs no network and no scripts.
+"""`report.html`: each page next to its extracted values, in one file without network access or scripts.
 
 Built from the log, a page at a time, whatever its length.
 """

@@ -1,4 +1,4 @@
-"""`results.jsonl`: one record a line, each on the disk before the next is begun, and found again after a crash.
+"""`results.jsonl`: one record per line, each written to disk before the next is started, and recovered after a crash.
 
 A record replaces an older one with the same key: its line is appended, and the older line leaves the file when the
 log is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with

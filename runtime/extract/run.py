@@ -40,24 +40,24 @@ def extract(
     say: Say | None = None,
     **options: Unpack[ExtractFields],
 ) -> Extraction:
-    """An iterator over the records of every page of `inputs` and every task, made as they are asked for.
+    """Returns a lazy iterator over the records of every page of `inputs` and every task.
 
     `inputs`: images, PDFs, folders, globs or '-' for standard input. `model`: a loaded model, which stays open, or what
-    `Model.load` takes. `watch` is called often with the state of the run; `say` gets lines for a person (by default
-    they go to the logger 'granite4v'). `tasks` and all else: see `ExtractOptions`.
+    `Model.load` takes. `watch` is called often with the state of the run; `say` is called with messages for the user
+    (logged by the logger 'granite4v' by default). `tasks` and the other options: see `ExtractOptions`.
 
-    `resume` goes on with a run that ended early, or adds to one: inputs, pages and tasks may be others than before,
-    and what they do not name keeps its records. Records that are there are not returned again, nor made again while
-    their file is unchanged; a changed file is read again, and its new records replace the old ones. Failures stay, too,
-    except those of documents that can be opened now and of pages for which there was not enough memory;
-    `retry_failed` reads every failed page again. A report that is there is renewed. A page whose process died twice is
-    not read a third time. Refused is a run with another model, schema, question, crop or other settings.
+    `resume` continues a run that ended early, or adds to one: inputs, pages and tasks may differ from before, and
+    existing records of anything not named are kept. Existing records are not returned again, nor computed again while
+    their file is unchanged; a changed file is read again, and its new records replace the old ones. Failed records are
+    kept too, except those of documents that can now be opened and of pages that ran out of memory; `retry_failed` reads
+    every failed page again. An existing report is updated. A page on which the process died twice is not tried a third
+    time. A run with a different model, schema, prompt, crop or other settings is refused.
 
-    A page that fails is a record with its `error`; a file that cannot be written is a line to `say`. What is wrong with
-    the request itself is raised here: ArgumentError and SelectionError for arguments that make no sense, SchemaError,
-    DocumentError when there is nothing to read, PromptError for a task the model does not know, ConstraintError for
-    a schema that answers cannot be held to, OutputError for a directory that is not this run's, ModelFileError,
-    DeviceError. While iterating: OutputError for a disk that is full, the last two, and what `watch` raises.
+    A page that fails becomes a record with its `error`; a file that cannot be written is reported to `say`. Errors in
+    the request itself are raised here: ArgumentError and SelectionError for invalid arguments, SchemaError,
+    DocumentError when there is nothing to read, PromptError for a task the model does not know, ConstraintError for a
+    schema that cannot be enforced, OutputError for a directory that is not this run's, ModelFileError, DeviceError.
+    While iterating: OutputError for a disk that is full, the last two, and what `watch` raises.
     """
     return begin(inputs, ExtractOptions(tasks=tasks, **options), model=model, watch=watch, say=say)
 

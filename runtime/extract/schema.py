@@ -1,4 +1,4 @@
-"""What fields are wanted, as a JSON Schema: from a file, a pydantic class or plain data."""
+"""The fields to extract, as a JSON Schema: from a file, a pydantic class or plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a run, for whoever shows it."""
+"""The progress of a run, for display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer falls into rows: what a run of equal rows is found by."""
+"""How an answer is split into rows, for detecting repeated ones."""
 
 from __future__ import annotations
 

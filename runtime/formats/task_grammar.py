@@ -1,7 +1,7 @@
 """The grammar of a task's answers.
 
-Stands apart from the table of tasks, since checking a schema needs jsonschema and llguidance, and the table is also
-read where neither may be imported (for the help text of the command line).
+Separate from the table of tasks, since checking a schema needs jsonschema and llguidance, and the table is also read
+where neither may be imported (for the help text of the command line).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def grammar_for(task: str, schema: object = None) -> Grammar | None:
     """The grammar of a task, with or without angle brackets; None for one whose answers are free text.
 
     `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for one that is invalid or that
-    no answer can satisfy, ValueError for an unknown task or a schema that the task has no use for.
+    no answer can satisfy, ValueError for an unknown task or a schema for a task that does not take one.
     """
     found = find_task(task)
     if found.takes_schema:

@@ -1,4 +1,4 @@
-"""THE table of tasks: how each is asked, what its answers look like, and what they are read to.
+"""The table of tasks: how each is prompted, the format of its answers, and what they are parsed to.
 
 A new task is one entry here. The Python API, the command line, grammars, parsers, records, files and the detection of
 repeated rows all follow this table.

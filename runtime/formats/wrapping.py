@@ -1,4 +1,4 @@
-"""What an answer may be wrapped in: a Markdown code fence, or a JSON list of strings."""
+"""Strips what an answer may be wrapped in: a Markdown code fence, or a JSON list of strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a grammar does not enforce of a schema, and the warning that says so."""
+"""The parts of a schema that a grammar does not enforce, and the warnings that say so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracks an answer in the grammar of a JSON schema. llguidance does all of it but the choice of an ending."""
+"""Tracks an answer in the grammar of a JSON schema. llguidance does everything but choose how to close it."""
 
 from __future__ import annotations
 

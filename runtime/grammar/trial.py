@@ -1,4 +1,4 @@
-"""Tries grammars in a child process, as some regular expressions keep llguidance busy for ever.
+"""Tries grammars in a child process, as some regular expressions keep llguidance busy forever.
 
 The process is started for the first grammar that looks costly; most schemas have none. Run as a script, this module is
 that process: it reads grammars as lines of JSON, and answers each with a line.

@@ -1,4 +1,4 @@
-"""A flag in C memory that llama.cpp and ggml read between graph nodes, so that a long computation can be given up."""
+"""A flag in C memory that llama.cpp and ggml read between graph nodes, so that a long computation can be aborted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's library: loaded once, its messages kept.
+"""llama.cpp's library: loaded once, with its log messages captured.
 
 llama-cpp-python declares every function and by-value struct of llama.h in `llama_cpp.llama_cpp`; those are used
 as they are. Its high-level `Llama` class is not.

@@ -1,4 +1,4 @@
-"""From the tokens of one answer to its text, piece by piece: a character is held back until it is complete."""
+"""Incremental detokenization of one answer: incomplete UTF-8 characters are buffered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jinja's immutable sandbox with bounds on time and size: a chat template is code from a stranger's file.
+"""Jinja's immutable sandbox with bounds on time and size: a chat template is untrusted code.
 
 Jinja itself bounds `range` only. A template may loop forever, or double a text until memory is full. So the lines
 that a rendering executes and the characters that it writes are counted, and before each operation whose result can be

@@ -1,7 +1,7 @@
 """The checkpoint's own Jinja chat template, rendered as transformers renders it; text that it drops is an error.
 
-Environment: transformers 5.23, `utils/chat_template_utils.py`. A template is code from a stranger's file, so it
-runs in a sandbox with bounds on time and size (`sandbox`) and gets plain data only.
+Environment: transformers 5.23, `utils/chat_template_utils.py`. A template is untrusted code, so it runs in a sandbox
+with bounds on time and size (`sandbox`) and gets plain data only.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def test_a_page_is_encoded_and_read_once_for_all_tasks(folder: Path, scans: Path
         (["--task", "kvp", "--schema", "s.json"], 1, "the schema 's.json' cannot be read"),
         (["--task", "chart2csv", "--model", "gone"], 1, "'gone' does not exist"),
         (["--task", "chart2csv", "--out", "{scans}"], 1, "which no run of 'granite4v extract' made"),
-        (["--task", "chart2csv", "--ctx-size", "40"], 1, "but the context holds 40"),
+        (["--task", "chart2csv", "--ctx-size", "40"], 1, "but the context size is 40"),
     ],
 )
 def test_failures_are_a_message_and_a_status(
@@ -247,7 +247,7 @@ def test_an_answer_that_was_cut_is_told(folder: Path, scans: Path, tmp_path: Pat
     result = run(scans / "b.png", "--model", folder, "--task", "chart2summary", "--unconstrained", "--max-tokens", 4)
     assert (
         result.exit_code == 1
-        and "b.png, page 1, chart2summary: cut off and kept up to where it was cut: the answer did not end by itself"
+        and "b.png, page 1, chart2summary: truncated, kept up to where it was cut: the answer did not end by itself"
         in result.stderr
     )
 

@@ -121,7 +121,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = inspect(tmp_path / "empty")
     assert result.exit_code == 1
-    assert "holds no .gguf file" in result.stderr
+    assert "contains no .gguf file" in result.stderr
 
 
 def test_hidden_files_and_links_to_nothing_are_left_out(model: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_failures(
     checkpoint = make_checkpoint(TINY)
     for model, reference, message in (
         (folder / "F32", tmp_path / "nowhere", "has no config.json"),
-        (folder / "F32", fused, "does not find"),
+        (folder / "F32", fused, "cannot find"),
         (folder / "F32", smaller, "vocabulary of"),
         (folder / "missing", checkpoint, "missing"),
     ):

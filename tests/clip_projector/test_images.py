@@ -180,7 +180,9 @@ def test_a_tiff_with_more_pages_says_how_many_are_not_read(tmp_path: Path) -> No
     path = tmp_path / "a.tif"
     pages = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
     path.write_bytes(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
-    with pytest.warns(ImageWarning, match="a.tif' has 3 pages, of which the first is read; 'granite4v extract' reads"):
+    with pytest.warns(
+        ImageWarning, match="a.tif' has 3 pages, of which only the first is read; 'granite4v extract' reads"
+    ):
         assert load_image(path).pillow.getpixel((0, 0)) == (0, 0, 0)
 
 

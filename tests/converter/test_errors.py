@@ -263,7 +263,7 @@ def test_configurations_that_do_not_convert(
         ),
         (Options(vision_type="Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16, BF16"),
         (Options(lora="apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
-        (Options(lora="separate"), "holds no adapter to keep separate"),
+        (Options(lora="separate"), "contains no adapter to write separately"),
     ],
 )
 def test_options_that_do_not_exist(options: Options, message: str, single: Path, fails: Callable[..., str]) -> None:

@@ -80,7 +80,7 @@ def test_text_alone_answers_as_the_pair_does(model: granite4v.Model, tmp_path: P
     with granite4v.load(alone, device="cpu", exact=True) as text_only:
         assert not text_only.has_vision
         np.testing.assert_array_equal(text_only.logits("Hello"), model.logits("Hello"))
-        with pytest.raises(ModelFileError, match="no vision file beside it.*'--mmproj'"):
+        with pytest.raises(ModelFileError, match="no vision file in its directory.*'--mmproj'"):
             text_only.logits("x", [PICTURE])
         with pytest.raises(ModelFileError, match="'--mmproj'"):
             text_only.encode_image(PICTURE)
@@ -413,5 +413,5 @@ def test_a_forked_process_is_refused_and_ends(make_model: Callable[..., Path]) -
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(model: granite4v.Model) -> None:
-    with pytest.raises(PromptError, match=r"the prompt holds '\\udcff', which is not Unicode text"):
+    with pytest.raises(PromptError, match=r"the prompt holds '\\udcff', which is not valid Unicode"):
         model.generate("caf\udcff")

@@ -70,7 +70,7 @@ def strange_encryption() -> bytes:
 
 PDF = pdf_bytes(text_pdf("one", "two", "three"), object_stream_mode=pikepdf.ObjectStreamMode.disable)
 PDF_IS_DAMAGED = "'bad.pdf' is damaged: PDFium finds no document in it; get a complete copy."
-LIES = "'bad.png' says that it has {} pixels, but holds {} of them; get a complete copy of it."
+TRUNCATED = "'bad.png' declares {} pixels, but contains {} of pixel data; get a complete copy."
 BOMB = "has more than 89,478,485 pixels, which may be a decompression bomb"
 BAD = [
     pytest.param("bad.png", b"", "'bad.png' is empty (0 bytes).", id="empty"),
@@ -81,9 +81,9 @@ BAD = [
     pytest.param("bad.jpg", b"\0\0\0\x18ftypheic" + bytes(9), "holds a HEIC (HEIF) image", id="HEIF"),
     pytest.param("bad.tif", "Zwölf Bücher".encode(), "'bad.tif' holds text; expected", id="text"),
     pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither an image nor a document of a known format", id="noise"),
-    pytest.param("bad.png", png(300, 200, 10), LIES.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG lies"),
+    pytest.param("bad.png", png(300, 200, 10), TRUNCATED.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG lies"),
     pytest.param(
-        "bad.tif", tiff_that_lies(), "high, but holds 1 of 2 strips of them; get a complete copy", id="TIFF lies"
+        "bad.tif", tiff_that_lies(), "pixels, but contains 1 of 2 strips; get a complete copy", id="TIFF lies"
     ),
     pytest.param(
         "bad.bmp", bmp_that_lies(), "'bad.bmp' cannot be read as an image: image file is trunc", id="BMP lies"
@@ -105,7 +105,7 @@ BAD = [
         "bad.pdf", locked(user="u", owner="o"), "is encrypted; give its password with '--password'.", id="locked"
     ),
     pytest.param(
-        "bad.pdf", strange_encryption(), "is encrypted by a method that PDFium does not know", id="strange lock"
+        "bad.pdf", strange_encryption(), "uses an encryption method that PDFium does not support", id="strange lock"
     ),
 ]
 
@@ -245,7 +245,7 @@ def test_a_pdf_without_its_end_is_read_with_a_warning(linearize: bool, tmp_path:
     path.write_bytes(data[: data.rindex(b"%%EOF")])  # one of these stands behind the first page of a linearized file
     for page in read(path, view=VIEW):
         assert isinstance(page, Page)
-        assert "has no end mark: it may be cut short" in page.warnings[0]
+        assert "has no end-of-file marker: it may be truncated" in page.warnings[0]
 
 
 @pytest.mark.parametrize("linearize", [False, True])
@@ -281,7 +281,7 @@ def test_a_form_that_only_adobe_can_draw_is_read_with_a_warning(
     pdf.Root.AcroForm = pikepdf.Dictionary(Fields=[], XFA=template)
     pdf.Root.NeedsRendering = True
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
-    assert "is an XFA form, of which only the placeholder is rendered" in page.warnings[0]
+    assert "is an XFA form, of which only a placeholder page can be rendered" in page.warnings[0]
     assert capfd.readouterr().err == ""
 
 

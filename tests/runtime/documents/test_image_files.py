@@ -139,7 +139,7 @@ def test_a_jpeg_that_ends_too_soon_is_read_with_a_warning(progressive: bool, tmp
     """Its decoder makes up the rest in silence."""
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg_that_lies(progressive=progressive))
-    assert "has an even grey edge, as where a JPEG's data ends too early" in one(path).warnings[0]
+    assert "has a uniform grey area at its edge, as in a truncated JPEG" in one(path).warnings[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])

@@ -109,7 +109,7 @@ def test_text_in_a_layer_that_is_switched_off_is_told(tmp_path: Path) -> None:
     off = pikepdf.Dictionary(OFF=pikepdf.Array([layer]))
     pdf.Root.OCProperties = pikepdf.Dictionary(OCGs=pikepdf.Array([layer]), D=off)
     (warning,) = one(write(tmp_path / "a.pdf", pdf), view=VIEW).warnings
-    assert "its layers may be switched off" in warning
+    assert "its layers may be hidden" in warning
 
 
 def test_names_of_attached_files_are_short_and_printable_in_messages(tmp_path: Path) -> None:

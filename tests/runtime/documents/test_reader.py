@@ -151,7 +151,7 @@ def test_a_document_whose_pages_fail_one_after_another_is_given_up(stem: str, li
     found = read(strange(stem), GOOD, limits=limits)
     assert kinds(found) == [(PageFailure, 1), (PageFailure, 2), (PageFailure, None), (Page, 1)]
     assert error(found[2]) == (
-        f"'{stem}.strange' is given up at page 3 of 4: the 2 pages before it failed in a row. Choose others "
+        f"'{stem}.strange' is abandoned at page 3 of 4: 2 pages in a row before it failed. Choose others "
         "with '--pages', or save the document again."
     )
 

@@ -53,7 +53,7 @@ def test_pages_that_a_document_does_not_have_are_one_piece(text: str, missing: t
                 "'1-3,7,10-'."
             ),
         ),
-        ("1,,2", "have nothing before, after or between commas"),
+        ("1,,2", "have an empty entry before, after or between commas"),
         ("0", "the pages '0' hold '0', but pages are counted from 1."),
         ("1,0-3", "hold '0-3', but pages are counted from 1."),
         ("5-3", "the pages '5-3' hold '5-3', which is in descending order; write '3-5'."),

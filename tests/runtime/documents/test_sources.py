@@ -133,7 +133,7 @@ def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
     (folder / "photo.jp2").write_bytes(encoded(noise_picture((8, 8)), "JPEG2000"))
     totals = count_pages(["in", "./in/", GOOD])
     assert totals.notes == (
-        "left out of 'in': 4 files of unsupported types (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
+        "skipped in 'in': 4 files of unsupported types (sub/q.svg, sub/z.jxl, x.heic and 1 more); convert "
         "them to PNG, JPEG or PDF.",
     )
     assert (totals.documents, totals.pages) == (6, 6)
@@ -183,7 +183,7 @@ def test_messages_show_control_characters_of_names_and_sources_keep_them(folder:
         ("gone.png", "there is no file or directory 'gone.png'."),
         ("in/*.pdf", "no file matches 'in/*.pdf'; is it the right directory?"),
         ("in/.git/b", "there is no file or directory"),
-        ("", "an input is empty text"),
+        ("", "an input is an empty string"),
     ],
 )
 def test_an_input_that_gives_nothing_is_an_error_alone_and_a_failure_beside_others(given: str, message: str) -> None:
@@ -204,7 +204,9 @@ def test_several_inputs_that_give_nothing_are_named_together(tmp_path: Path) -> 
     with pytest.raises(DocumentError) as caught:
         open_pages([tmp_path / "empty", "gone.png", "*.none"])
     message = str(caught.value)
-    assert "empty' holds nothing to read; expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF, by their usual" in message
+    assert (
+        "empty' contains no supported files; expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF, by their usual" in message
+    )
     assert "there is no file or directory 'gone.png'." in message
     assert "no file matches '*.none'" in message
     with pytest.raises(DocumentError, match="no input; give files, directories or globs, or '-'"):

@@ -66,8 +66,8 @@ def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
     [
         ({"retry_failed": True}, r"add 'resume' \(--resume\)"),
         ({"csv_safe": True}, r"'csv_safe' needs a directory"),
-        ({"csv_safe": True, "out": "new"}, "'csv_safe' is for CSV files, and none are asked for"),
-        ({"formats": ("html",), "csv_safe": True, "out": "new", "tasks": ("chart2csv",)}, "none are asked for"),
+        ({"csv_safe": True, "out": "new"}, "'csv_safe' applies to CSV files, but none are requested"),
+        ({"formats": ("html",), "csv_safe": True, "out": "new", "tasks": ("chart2csv",)}, "none are requested"),
     ],
 )
 def test_options_that_need_another(options: dict[str, Any], message: str) -> None:

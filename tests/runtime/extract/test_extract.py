@@ -233,7 +233,7 @@ def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_sc
         ({"inputs": b"a.png"}, ArgumentError, "an input is b'a.png'; expected a path"),
         ({"inputs": []}, ArgumentError, "no input"),
         ({"inputs": "gone.pdf"}, DocumentError, "there is no file or directory 'gone.pdf'"),
-        ({"schema": {"a": 1}}, ArgumentError, "does not say which fields|a schema belongs"),
+        ({"schema": {"a": 1}}, ArgumentError, "does not define any fields|a schema belongs"),
     ],
 )
 def test_requests_that_cannot_be(

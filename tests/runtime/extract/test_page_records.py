@@ -125,7 +125,7 @@ def test_a_page_that_killed_the_process_twice_is_left_alone(
     found = kept(out)
     dead = [(Path(record.source).name, record.page) for record in found if record.error_type == "ProcessDied"]
     assert dead == [(name, 2) for name in ("a.pdf", "b.pdf", "c.png", "d.bmp") for _ in TASKS]  # the same pixels
-    assert "the process ended 2 times while this page was read" in str(found[2].error)
+    assert "the process ended 2 times on this page" in str(found[2].error)
     assert shades(out, "a.pdf") == [10, 30]
     assert in_process(tmp_path, scans, 20, number).stdout == "0\n"  # and stays so
     list(run(model, scans, TASKS, out=out, resume=True, retry_failed=True))

@@ -101,5 +101,5 @@ def test_a_prepared_prompt_holds_its_images(model: granite4v.Model) -> None:
     given = model.generate(prompt, max_tokens=3)
     assert given.tokens == model.generate("<tables_html>", image, max_tokens=3).tokens
     for wrong in ({"images": [image]}, {"template_variables": {"a": 1}}):
-        with pytest.raises(granite4v.PromptError, match="a prepared prompt holds its images and variables"):
+        with pytest.raises(granite4v.PromptError, match="a prepared prompt already contains its images and variables"):
             model.prepare(prompt, **wrong)

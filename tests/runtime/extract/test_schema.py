@@ -76,7 +76,7 @@ def test_order_of_keys_counts() -> None:
         ("[1]", r"is \[1\]; expected a JSON Schema"),
         ("true", "is True; expected a JSON Schema"),
         ('{"type": "objekt"}', r"is not a valid JSON Schema: at '\$.type': 'objekt' is not valid"),
-        ('{"name": "text", "total": 5}', "does not say which fields are wanted"),
+        ('{"name": "text", "total": 5}', "does not define any fields"),
         (
             '{"$ref": "https://example.com/s.json"}',
             "refers to 'https://example.com/s.json', which is not in it; granite4v fetches",

@@ -113,7 +113,7 @@ def test_what_would_end_the_process_is_refused(text: LlamaModel) -> None:
         cases = {
             "sequence 2: the context has 2": BatchRows.of(tokens, 0, 2, output=True),
             "sequence -1|sequence": BatchRows.of(tokens, 0, -1, output=True),
-            "position 259: a sequence holds 256": BatchRows.of(tokens, 256, 0, output=True),
+            "position 259: the sequence size is 256": BatchRows.of(tokens, 256, 0, output=True),
             "cannot decode 65 rows": BatchRows.of(np.zeros(65, np.int32), 0, 0, output=True),
             "cannot decode 0 rows": BatchRows.of(tokens[:0], 0, 0, output=True),
             "tokens are int64": BatchRows.of(tokens.astype(np.int64), 0, 0, output=True),

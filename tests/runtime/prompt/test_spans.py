@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(ContextOverflowError) as caught:
         check_fits(prompt, 51, 200)
     assert "needs 201 tokens (100 for 1 image, 50 of text, 51 for the answer)" in str(caught.value)
-    assert "the context holds 200; raise the context (--ctx-size, n_ctx) to 201" in str(caught.value)
+    assert "the context size is 200; raise the context (--ctx-size, n_ctx) to 201" in str(caught.value)
 
 
 @pytest.mark.parametrize("letter", ["a", "word ", "\N{CJK UNIFIED IDEOGRAPH-6F22}", "\n"])
@@ -123,6 +123,6 @@ def test_a_text_that_must_overflow_is_refused_before_it_is_split(
 
 def test_overflow_is_refused_before_any_work(make_model: Callable[..., Path]) -> None:
     with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_ctx=100) as small:
-        with pytest.raises(ContextOverflowError, match="the context holds 100"):
+        with pytest.raises(ContextOverflowError, match="the context size is 100"):
             small.logits("x", PICTURES)
         assert not small.engine.vision_is_open and not small.engine.text_is_open
