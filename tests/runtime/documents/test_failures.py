@@ -81,7 +81,9 @@ BAD = [
     pytest.param("bad.jpg", b"\0\0\0\x18ftypheic" + bytes(9), "holds a HEIC (HEIF) image", id="HEIF"),
     pytest.param("bad.tif", "Zwölf Bücher".encode(), "'bad.tif' holds text; expected", id="text"),
     pytest.param("bad.tif", b"\x89\x01\xfe" * 99, "neither an image nor a document of a known format", id="noise"),
-    pytest.param("bad.png", png(300, 200, 10), TRUNCATED.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG lies"),
+    pytest.param(
+        "bad.png", png(300, 200, 10), TRUNCATED.format("300 x 200", "3,010 of 60,200 bytes"), id="PNG with missing rows"
+    ),
     pytest.param(
         "bad.tif", tiff_that_lies(), "pixels, but contains 1 of 2 strips; get a complete copy", id="TIFF lies"
     ),

@@ -53,7 +53,7 @@ def test_a_page_that_kills_its_reader_is_a_failure_and_the_next_goes_on(strange:
     assert kinds(found) == [(Page, 1), (PageFailure, 2), (Page, 3), (Page, 4), (Page, 1)]
     assert error(found[1]) == (
         "the page reader ended with SIGKILL while rendering page 2 of 'kill-2.strange', twice; the file is damaged or "
-        "unusual. Print it to a new PDF, or save it as an image, and read that."
+        "not supported. Print it to a new PDF, or save it as an image, and read that."
     )
     assert isinstance(found[2], Page)
     same(found[2].image, Image.new("RGB", (2, 3), (3, 0, 0)))
