@@ -214,7 +214,7 @@ def test_another_checkpoint_or_package_gets_another_folder(
 
 def test_a_package_without_the_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(granite4v, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(CheckpointError, match="is missing from this installation .* install granite4v again"):
+    with pytest.raises(CheckpointError, match="is missing from this installation .* reinstall granite4v"):
         granite4v.load()
     result = invoke("ask", "Hello")
     assert result.exit_code == 1 and "is missing from this installation" in result.stderr

@@ -102,7 +102,7 @@ def test_a_pair_as_published_runs(make_model: Callable[..., Path], tmp_path: Pat
         assert read_vision(theirs)[1] == read_vision(ours)[1]
     picture = noise_picture((150, 100))
     with granite4v.load(text, mmproj=mmproj, device="cpu") as found, granite4v.load(folder, device="cpu") as expected:
-        assert any("carries no tokenizer.json" in warning for warning in found.warnings)
+        assert any("contains no tokenizer.json" in warning for warning in found.warnings)
         streams = [model.encode_image(picture).streams for model in (found, expected)]
         assert relative_l2(*streams) < 1.5e-3  # half-precision weights
         assert found.prepare(QUESTION, [picture]).spans == expected.prepare(QUESTION, [picture]).spans

@@ -142,7 +142,7 @@ def test_files_with_llama_cpps_keys_alone_answer_alike(model: granite4v.Model, t
     copy_gguf(model.files.text.path, tmp_path / "text.gguf", without=OURS)
     copy_gguf(model.files.vision.path, tmp_path / "mmproj.gguf", without=OURS)
     with granite4v.load(tmp_path, device="cpu", exact=True) as foreign:
-        assert "carries no tokenizer.json" in foreign.warnings[0]
+        assert "contains no tokenizer.json" in foreign.warnings[0]
         assert foreign.encode_image(PICTURE).layers == model.encode_image(PICTURE).layers
         answer = foreign.generate("<tables_json>", [PICTURE], max_tokens=16)
         assert answer.tokens == model.generate("<tables_json>", [PICTURE], max_tokens=16).tokens

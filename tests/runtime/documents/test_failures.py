@@ -225,7 +225,7 @@ def test_a_crop_beyond_a_page_names_its_size(tmp_path: Path) -> None:
     assert [item.number for item in found] == [1, 2]
     for item in found:
         assert isinstance(item, PageFailure)
-        assert f"the crop 600,0,20,20 reaches to 620 x 20, but page {item.number} of '" in str(item.error)
+        assert f"the crop 600,0,20,20 extends to 620 x 20, but page {item.number} of '" in str(item.error)
         assert "has 612 x 792 points; give x,y,width,height inside it, or in percent." in str(item.error)
 
 

@@ -57,7 +57,7 @@ def test_a_crop_is_taken_of_the_upright_picture(tmp_path: Path) -> None:
     same(one(path, crop="5,10,20,30").image, upright.crop((5, 10, 25, 40)))
     same(one(path, crop="50%,50%,50%,50%").image, upright.crop((20, 30, 40, 60)))
     same(one(path, crop="99.9%,0,0.1%,0.1%").image, upright.crop((39, 0, 40, 1)))
-    assert "the crop 0,0,41,60 reaches to 41 x 60, but 'a.png' has 40 x 60 pixels; give x,y,width,height inside" in str(
+    assert "the crop 0,0,41,60 extends to 41 x 60, but 'a.png' has 40 x 60 pixels; give x,y,width,height inside" in str(
         failure(path, crop="0,0,41,60").error
     ).replace(str(path), "a.png")
 
@@ -158,7 +158,7 @@ def test_interlaced_pngs_are_measured_pass_by_pass(tmp_path: Path) -> None:
     path.write_bytes(png(3, 5, data=rows, interlaced=1))
     same(one(path).image, np.full((5, 3, 3), 90, np.uint8))
     path.write_bytes(png(3, 5, data=rows[:-4], interlaced=1))
-    assert "but holds 21 of 25 bytes of them" in str(failure(path).error)
+    assert "but contains 21 of 25 bytes of pixel data" in str(failure(path).error)
 
 
 def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_links_to_files_are_followed_and_those_to_directories_are_not(folder: Pa
     (folder / "dangling.png").symlink_to(folder / "gone.png")
     assert sources("in") == ["in/dangling.png", *IN_ORDER[:3], *IN_ORDER[3:], "in/zz.png"]
     assert "'in/dangling.png' is a link to '" in str(failure("in/dangling.png").error)
-    assert "gone.png', which is not there" in str(failure("in/dangling.png").error)
+    assert "gone.png', which does not exist" in str(failure("in/dangling.png").error)
 
 
 def test_a_file_met_again_by_a_link_is_the_same_and_a_hard_link_is_another(folder: Path) -> None:
