@@ -19,7 +19,7 @@ from .mutation.isolation import Limits, isolated
 from .mutation.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(seconds=3, memory_bytes=16 << 30)
+ENOUGH, HANGING = (Limits(seconds, memory_bytes=16 << 30) for seconds in (60, 1))
 
 
 def say(text: str, status: int) -> Callable[[], int]:
@@ -95,7 +95,7 @@ def test_each_end_of_a_command_is_told_from_the_others(
 ) -> None:
     folder = tmp_path / "case"
     folder.mkdir()
-    verdict = judge(isolated(function, folder, "0", LIMITS, ["x"]))
+    verdict = judge(isolated(function, folder, "0", HANGING if kind == "hang" else ENOUGH, ["x"]))
     assert verdict.kind == kind
     assert cause in verdict.cause
 
