@@ -12,7 +12,7 @@ import numpy as np
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.choices import Device
+from granite4v.choices import Device, whole_number
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
@@ -159,7 +159,14 @@ class Model:
         tokens: Sequence[int],
         lora: bool | None = None,
     ) -> np.ndarray:
-        """Logits before each of `tokens`, which are forced as the answer: float32 `(len(tokens), n_vocab)`."""
+        """Logits before each of `tokens`, which are forced as the answer: float32 `(len(tokens), n_vocab)`.
+
+        Raises ValueError or TypeError for what is not a token of the model.
+        """
+        n_vocab = self.files.text.n_texts(keys.TOKENS)
+        tokens = [whole_number("a token", token, 0) for token in tokens]
+        if max(tokens, default=0) >= n_vocab:  # now, since in a batch it would end every request of the batch
+            raise ValueError(f"token {max(tokens)} is not in the vocabulary; expected 0 to {n_vocab - 1}.")
         return np.stack(self._score(prompt, images, tokens, lora))
 
     def _score(

@@ -7,7 +7,6 @@ file and the two peaks of memory do not add up.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import threading
@@ -78,7 +77,7 @@ class Engine:
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
-        self._is_running = False
+        self._is_running = self._is_started = False
         self._has_news = False
         self._computing: tuple[Channel, ...] = ()
         self.is_closed = False
@@ -158,42 +157,46 @@ class Engine:
         channel = Channel(answer, self._wake)
         task = Task(prompt.spans, advances, channel, max_tokens=max_tokens, adapter=adapter, images=prompt.images)
         answer.timings.n_prompt, answer.timings.n_image = prompt.n_tokens, prompt.n_image_tokens
+        # before the engine knows of the request: if Ctrl-C comes in between, the stream is dropped, which cancels it
+        stream = Stream(channel, cancel=cancel, progress=progress, check=self._thread.check_process)
+        self._thread.check_process()  # before the lock, which may have been held at a fork
         with self._changed:
             self.check_usable()
             self._inbox.append(task)
             self._start()
-        return Stream(channel, cancel=cancel, progress=progress, check=self._thread.check_process)
+        return stream
 
-    def call(self, function: Callable[[], T]) -> T:
-        """What a function returns, called in the engine's thread between two steps. Ctrl-C aborts it."""
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    def call(self, function: Callable[[Progress], T], progress: Progress | None = None) -> T:
+        """What a function returns, called in the engine's thread between two steps. Ctrl-C aborts it.
+
+        The function may report progress; `progress` is called with the latest in the thread that waits here, so that it
+        may use the model.
+        """
         wanted = Channel(Answer(), self._wake)
+        results: list[T] = []
 
         def run() -> None:
+            error: BaseException | None = None
             try:
                 with self._computing_for((wanted,)):
-                    future.set_result(function())
-            except BaseException as error:
-                aborted = isinstance(error, Aborted) and self.is_closed
-                future.set_exception(ValueError("the model is closed") if aborted else error)
+                    results.append(function(wanted.report))
+            except BaseException as raised:
+                aborted = isinstance(raised, Aborted) and self.is_closed
+                error = ValueError("the model is closed") if aborted else raised
+            wanted.finish(error)
 
+        self._thread.check_process()
         with self._changed:
             self.check_usable()
             self._calls.append(run)
             self._start()
-        try:
-            while not concurrent.futures.wait([future], timeout=1.0).done:
-                pass
-        except BaseException:
-            wanted.cancel()
-            concurrent.futures.wait([future])
-            raise
-        return future.result()
+        Stream(wanted, progress=progress, check=self._thread.check_process).result()
+        return results[0]
 
     def encode(self, image: Image, progress: Progress | None = None) -> ImageFeatures:
-        """An image's embeddings. `progress` is called in the engine's thread."""
+        """An image's embeddings. `progress` is called in the calling thread."""
         self.need_vision()
-        return self.call(lambda: self._features(image, progress))
+        return self.call(lambda report: self._features(image, report), progress)
 
     def encoder(self) -> VisionEncoder:
         """The encoder itself, for those who look at its parts while nothing else is computed."""
@@ -204,7 +207,7 @@ class Engine:
     def clear(self) -> None:
         """Forgets all images and prompts, but for those of requests that are under way."""
 
-        def clear() -> None:
+        def clear(_: Progress) -> None:
             self._vision.clear()
             self._cache.clear()
 
@@ -212,16 +215,25 @@ class Engine:
 
     def close(self) -> bool:
         """Ends all requests, with an error for those who wait for them, and frees everything. False where nothing is
-        done: the second time, and in a forked process."""
+        done: the second time, which only waits for the end of the first, and in a forked process.
+
+        The engine's thread frees what it may be at work on. So everything is freed, and nobody waits for ever, even if
+        Ctrl-C interrupts the wait for its end, or if the garbage collector calls this in the engine's thread.
+        """
         if not self._thread.is_ours:
             return False
         with self._changed:
-            if self.is_closed:
-                return False
-            self.is_closed = True
+            is_first, self.is_closed = not self.is_closed, True
+            if is_first and self._is_started:
+                self._thread.stop(self._free)
             self._has_news = True
             self._changed.notify_all()
-        self._thread.stop()  # first: it may be at work on what is freed below
+        if is_first and not self._is_started:
+            self._free()
+        self._thread.join()
+        return is_first
+
+    def _free(self) -> None:
         self._scheduler.end_all(ValueError("the model is closed"))
         for task in self._inbox:
             task.channel.finish(ValueError("the model is closed"))
@@ -232,7 +244,6 @@ class Engine:
             self._model.close()
         self._vision.close()
         self.files.close()
-        return True
 
     # --- the engine's thread ---
 
@@ -241,9 +252,10 @@ class Engine:
         self._has_news = True
         self._changed.notify_all()
         if not self._is_running:
-            self._is_running = True
             close_at_exit(self)
+            self._is_started = True
             self._thread.run(self._work)
+            self._is_running = True  # last: if Ctrl-C comes before, the next request sets the thread to work again
 
     def _wake(self) -> None:
         """A consumer cancelled, or read on: from its own thread."""

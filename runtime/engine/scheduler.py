@@ -59,10 +59,10 @@ class Scheduler:
         self._end_cancelled()
         self._restart_lost()
         n_before = self.n_tasks
-        self._admit()
+        restarted = self._admit()
         decoded = self._decode()
         prefilled = self._prefill()
-        return decoded or prefilled or self.n_tasks < n_before
+        return restarted or decoded or prefilled or self.n_tasks < n_before
 
     def end_all(self, error: BaseException | None) -> None:
         for task in [*self._waiting, *self._running]:
@@ -100,7 +100,10 @@ class Scheduler:
         if sequence is not None:
             self._cache.release(sequence)
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """Starts what there is room for. True when tasks lost their sequences on the way and wait again: the next step
+        can start them even if nothing else happens."""
+        restarted = False
         for task in list(self._waiting):
             if task.channel.is_full:  # it was preempted, and still nobody reads
                 continue
@@ -113,9 +116,10 @@ class Scheduler:
             except Exception as error:
                 self._finish(task, error)
                 admitted = True
-            self._restart_lost()
+            restarted = self._restart_lost() or restarted
             if not admitted:
-                return  # first come, first served
+                break  # first come, first served
+        return restarted
 
     def _shares_with_another(self, task: Task) -> bool:
         """Whether a prompt that is being computed begins as this task's does. Prompts are computed one after another,
@@ -165,13 +169,14 @@ class Scheduler:
                 return True
         return False
 
-    def _restart_lost(self) -> None:
-        """After the cache was made larger: what did not fit through is computed again."""
-        for task in list(self._running):
-            if task.sequence is not None and task.sequence.is_lost:
-                self._running.remove(task)
-                self._leave(task)
-                self._wait(task, 0)
+    def _restart_lost(self) -> bool:
+        """After the cache was made larger: what did not fit through is computed again. Whether there was any."""
+        lost = [task for task in self._running if task.sequence is not None and task.sequence.is_lost]
+        for place, task in enumerate(lost):
+            self._running.remove(task)
+            self._leave(task)
+            self._wait(task, place)
+        return bool(lost)
 
     # --- computing ---
 

@@ -7,8 +7,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from granite4v.runtime.answer import Answer
+
+T = TypeVar("T")
 
 QUEUE_SIZE = 256  # pieces of text that wait for a reader; the sequence pauses when there are as many
 _POLL_S = 0.05  # how often `cancel` is asked while nothing arrives
@@ -109,6 +112,8 @@ class Channel:
 
     def wait(self) -> None:
         """Until the engine is done with the answer."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             while not self.is_done:
                 self._changed.wait(_WAIT_S)
@@ -154,11 +159,11 @@ class Stream:
         timeout = _WAIT_S if self._cancel is None else _POLL_S
         try:
             while True:
-                if self._cancel is not None and self._cancel():
+                if self._cancel is not None and _called(self._cancel):
                     self._channel.drop()
                 piece, progress = self._channel.take(timeout)
                 if progress is not None and self._progress is not None:
-                    self._progress(*progress)
+                    _called(self._progress, *progress)
                 if piece is not None:
                     return piece
         except StopIteration:
@@ -178,7 +183,18 @@ class Stream:
 
     def result(self) -> Answer:
         """Waits for the complete answer and returns it."""
+        if self._check is not None:
+            self._check()
         self._channel.take_all()
         for _ in self:
             pass
         return self.answer
+
+
+def _called(callback: Callable[..., T], *arguments: object) -> T:
+    """What a callback returns. Its StopIteration would pass for the end of the answer, so it becomes a RuntimeError,
+    as in a generator."""
+    try:
+        return callback(*arguments)
+    except StopIteration as error:
+        raise RuntimeError("a callback raised StopIteration") from error

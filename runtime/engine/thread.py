@@ -42,19 +42,21 @@ class EngineThread:
 
     def run(self, call: Callable[[], None]) -> None:
         """Queues a call, which must not raise."""
-        if self._thread is None:
+        self._calls.put(call)
+        if self._thread is None or self._thread.ident is None:  # None: Ctrl-C came before it had started
             self._thread = threading.Thread(target=_loop, args=(self._calls,), name=self._name, daemon=True)
             self._thread.start()
-        self._calls.put(call)
 
-    def stop(self) -> None:
-        """Aborts what runs, and waits for the thread's end."""
-        thread = self._thread
-        if thread is not None and self.is_ours and thread is not threading.current_thread():
-            self._abort.raise_()
-            self._calls.put(None)
-            thread.join()
-            self._thread = None
+    def stop(self, last: Callable[[], None]) -> None:
+        """Aborts what runs; the thread ends with `last`."""
+        self._abort.raise_()
+        self.run(last)
+        self._calls.put(None)
+
+    def join(self) -> None:
+        """Waits for the thread's end, except in the thread itself."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def __del__(self) -> None:
         self._calls.put(None)  # the owner is gone, so nothing runs, and nobody waits for the thread

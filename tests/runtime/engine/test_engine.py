@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -161,3 +162,72 @@ def test_a_process_ends_with_a_stream_under_way(make_model: Callable[..., Path])
     command = [sys.executable, "-c", code, str(make_model(PRESETS["tiny"]))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_token_that_the_model_does_not_have_ends_no_other_request(model: granite4v.Model) -> None:
+    stream = model.stream("Hello", **LONG)
+    next(stream)
+    for wrong in (10**6, 2**40, -1):
+        with pytest.raises(ValueError, match="vocabulary|0 or more"):
+            model.score("What?", tokens=[wrong, 1])
+    assert len(stream.result().tokens) == 40
+
+
+def test_progress_of_an_image_may_use_the_model(model: granite4v.Model) -> None:
+    model.clear_cache()
+    seen: list[tuple[str, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen.append((stage, threading.get_ident()))
+        assert len(model.generate("Hello", max_tokens=2, ignore_eos=True).tokens) == 2
+
+    model.encode_image(PICTURES[0], progress=progress)
+    assert seen and set(seen) == {("encode", threading.get_ident())}
+
+
+def test_a_model_may_be_closed_while_an_image_is_encoded(make_model: Callable[..., Path]) -> None:
+    model = granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False)
+    with pytest.raises(ValueError, match="the model is closed"):
+        model.encode_image(noise_picture((900, 700), 9), progress=lambda *_: model.close())
+
+
+def test_a_close_that_is_interrupted_still_ends_every_stream(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False)
+    streams = [model.stream("Hello", max_tokens=3000, ignore_eos=True) for _ in range(6)]
+    next(streams[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.close()
+    for stream in streams:
+        with pytest.raises(ValueError, match="the model is closed"):
+            list(stream)
+    model.close()
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_may_drop_what_it_has_inherited(make_model: Callable[..., Path]) -> None:
+    code = (
+        "import os, sys, granite4v\n"
+        "model = granite4v.load(sys.argv[1], device='cpu')\n"
+        "stream = model.stream('Hello', max_tokens=3000, ignore_eos=True)\n"
+        "next(stream)\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    stream.cancel(); stream.close(); model.close()\n"
+        "    for use in (stream.result, model.clear_cache, lambda: next(stream), lambda: model.logits('x')):\n"
+        "        try: use()\n"
+        "        except granite4v.DeviceError: continue\n"
+        "        os._exit(1)\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(make_model(PRESETS["tiny"]))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

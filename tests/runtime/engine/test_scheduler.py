@@ -125,6 +125,19 @@ def test_requests_with_and_without_an_adapter_share_neither_steps_nor_prefixes()
         assert again[on].answer.timings.n_reused == 44
 
 
+def test_requests_that_lost_their_cells_to_a_larger_one_go_on() -> None:
+    """The larger one finds no memory, and those that run are computed again although nothing else happens."""
+    engine = FakeEngine(n_ctx=4096, n_seq_max=2, most_cells=1024)
+    running, ended = engine.submit(*asked(5, 1), max_tokens=200), engine.submit(*asked(5, 2), max_tokens=1)
+    while not ended.is_done:
+        engine.scheduler.step()
+    assert not running.is_done and engine.cache.n_sequences == 2
+    large = engine.submit(*asked(900, 7), max_tokens=5)
+    engine.run()
+    assert engine.scheduler.is_idle
+    assert read(running) == expected(asked(5, 1), 200) and read(large) == expected(asked(900, 7), 5)
+
+
 def test_where_memory_ends_requests_take_turns() -> None:
     engine = FakeEngine(n_ctx=256, most_cells=300)
     channels = [engine.submit(*asked(5, i), max_tokens=10) for i in range(3)]

@@ -96,6 +96,20 @@ def test_an_error_of_a_callback_cancels_the_answer_and_goes_up(callback: str) ->
     engine.join()
 
 
+@pytest.mark.parametrize("callback", ["progress", "cancel"])
+def test_a_callback_cannot_pass_for_the_end_of_the_answer(callback: str) -> None:
+    channel, _ = made()
+    channel.report("load", 0, 1)
+    engine = finish_when_cancelled(channel)
+
+    def broken(*args: object) -> bool:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="a callback raised StopIteration"):
+        Stream(channel, **{callback: broken}).result()  # type: ignore[arg-type]
+    engine.join()
+
+
 def test_cancel_leaves_what_was_generated_and_close_does_not() -> None:
     for close in (False, True):
         channel, wakes = made()
