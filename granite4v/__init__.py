@@ -69,7 +69,7 @@ __all__ = [
     "load_image",
 ]
 
-_find, __dir__ = exports(
+_find, _ = exports(
     __name__,
     {
         "clip_projector": ("Image", "ImageFeatures", "load_image"),
@@ -102,3 +102,7 @@ def __getattr__(name: str) -> Any:
 
         return version("granite4v")
     return _find(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
