@@ -147,7 +147,9 @@ class Scheduler:
                 return False
         task.sequence, task.n_pending = sequence, 0
         n_known = sequence.n_tokens
-        task.answer.timings.n_reused += n_known
+        if not task.was_started:  # what it goes on from after it lost its sequence, it has computed itself
+            task.answer.timings.n_reused = n_known
+        task.was_started = True
         task.logits = sequence.known_logits(plan)
         if task.logits is None:
             task.chunks.extend(chunks_after(task.planned, n_known))

@@ -100,6 +100,7 @@ class Task:
         self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
         self.rows: tuple[Span, Rows] | None = None  # of the image that is being prefilled
         self.last_step = 0
+        self.was_started = False  # perhaps more than once, where its sequence was lost or given to another
 
     @property
     def answer(self) -> Answer:

@@ -239,3 +239,16 @@ def read_or_nothing(channel: Channel, most: int = 1 << 30) -> str:
         return read(channel, most)
     except DeviceError:
         return ""
+
+
+def test_a_request_that_begins_again_does_not_count_its_own_rows_as_reused() -> None:
+    engine = FakeEngine(n_seq_max=1)
+    unread = engine.submit(*asked(5, 1), max_tokens=30, size=4)
+    engine.run()
+    engine.submit(*asked(6, 2), max_tokens=1)
+    engine.run()
+    assert engine.scheduler.counters.n_preempted == 1
+    while not unread.is_done:
+        unread.take(0)
+        engine.run()
+    assert read(unread) and unread.answer.timings.n_reused == 0
