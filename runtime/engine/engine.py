@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
 DEFAULT_PARALLEL = 4  # sequences
+_LOOK_S = 1.0  # how often answers that pause are looked at without being told to
 
 
 class Engine:
@@ -257,13 +258,17 @@ class Engine:
             self._thread.run(self._work)
             self._is_running = True  # last: if Ctrl-C comes before, the next request sets the thread to work again
 
-    def _wake(self) -> None:
+    def _wake(self, *, blocking: bool = True) -> None:
         """A consumer cancelled, or read on: from its own thread."""
-        with self._changed:
+        if not self._changed.acquire(blocking=blocking):
+            return  # from a finalizer: see `Channel.abandon`
+        try:
             self._has_news = True
             if self._computing and all(channel.is_cancelled for channel in self._computing):
                 self._abort.raise_()
             self._changed.notify_all()
+        finally:
+            self._changed.release()
 
     def _work(self) -> None:
         """Computes until there is nothing to do."""
@@ -288,7 +293,8 @@ class Engine:
                 continue
             with self._changed:
                 while not did and not self._has_news and not self.is_closed:
-                    self._changed.wait()
+                    self._changed.wait(_LOOK_S)
+                    did = True  # look again: a stream that was dropped may not have been able to wake this thread
 
     @contextlib.contextmanager
     def _computing_for(self, channels: tuple[Channel, ...]) -> Iterator[None]:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from granite4v.runtime.answer import Answer
 
@@ -21,6 +21,14 @@ Cancel = Callable[[], bool]
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
+class Wake(Protocol):
+    """Tells the producer that it has something to do."""
+
+    def __call__(self, *, blocking: bool = True) -> None:
+        """Without `blocking` it waits for no lock; the producer then notices within a second."""
+        ...
+
+
 class Channel:
     """A bounded queue of pieces with an end, between one producer (the engine) and one consumer.
 
@@ -28,7 +36,7 @@ class Channel:
     when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled.
     """
 
-    def __init__(self, answer: Answer, wake: Callable[[], None], *, size: int | None = None) -> None:
+    def __init__(self, answer: Answer, wake: Wake, *, size: int | None = None) -> None:
         self.answer = answer
         self._wake, self._size = wake, QUEUE_SIZE if size is None else size
         self._changed = threading.Condition()
@@ -110,6 +118,13 @@ class Channel:
                 self._keeps_pieces = False
                 self._pieces.clear()
 
+    def abandon(self) -> None:
+        """`drop` for a finalizer. The garbage collector runs it at any moment, in any thread, even in one that has a
+        lock of another channel or of the engine, so it waits for no lock."""
+        if os.getpid() == self._pid and not self.is_done:
+            self._keeps_pieces, self.is_cancelled = False, True
+            self._wake(blocking=False)
+
     def wait(self) -> None:
         """Until the engine is done with the answer."""
         if os.getpid() != self._pid:
@@ -136,7 +151,7 @@ class Stream:
     ) -> None:
         """`cancel` and `progress` are called in the reading thread. `check` may raise before each read."""
         self._channel, self._cancel, self._progress, self._check = channel, cancel, progress, check
-        self._finalizer = weakref.finalize(self, channel.drop)
+        self._finalizer = weakref.finalize(self, channel.abandon)
         self._finalizer.atexit = False  # the engine is stopped at exit anyhow
 
     @property

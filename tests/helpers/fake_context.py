@@ -125,7 +125,7 @@ class FakeEngine:
         size: int = 256,
         advances: Advances | None = None,
     ) -> Channel:
-        channel = Channel(Answer(), lambda: None, size=size)
+        channel = Channel(Answer(), lambda blocking=True: None, size=size)
         answer = AnswerSequence(
             channel.answer, Letters(), sampling=Sampling(), stop_tokens=frozenset({EOS}), max_tokens=max_tokens
         )
