@@ -80,6 +80,7 @@ def test_documents_are_opened_one_at_a_time_and_closed(tmp_path: Path) -> None:
     write(tmp_path / "a.pdf", text_pdf("1", "2"))
     write(tmp_path / "b.pdf", text_pdf("3"))
     (tmp_path / "c.tif").write_bytes(tiff(*TIFF_PAGES))
+    others = set(psutil.Process().children())  # such as the process that tries grammars, which stays
 
     def opened() -> list[str]:
         me = psutil.Process()
@@ -98,7 +99,7 @@ def test_documents_are_opened_one_at_a_time_and_closed(tmp_path: Path) -> None:
     next(pages)
     pages.close()
     assert opened() == []
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= others  # no reader of these pages is left
 
 
 def test_a_document_that_vanishes_on_the_way_is_a_failure(tmp_path: Path) -> None:
