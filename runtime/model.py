@@ -142,7 +142,7 @@ class Model:
         layer before which each stream is added. `progress` is called with ('encode', done, total). Raises ImageError,
         ModelFileError."""
         self.engine.check_usable()
-        self.engine.need_vision()
+        self.files.need_vision()
         return self.engine.encode(clip_projector.load_image(source), progress)
 
     def logits(

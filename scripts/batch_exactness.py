@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures what batching several sequences does to values on the CPU: same bits or not, and how far apart.
 
     python -m scripts.batch_exactness

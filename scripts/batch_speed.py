@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures what decoding several sequences at once gains on the CPU, with unified and with separate KV buffers.
 
     python -m scripts.batch_speed nano

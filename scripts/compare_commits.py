@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compares the speed and memory of two source trees: cold start, image encoding, prefill, decoding, peak memory.
 
     python -m scripts.compare_commits BASE NEW --max-tokens 128 --repeat 3

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Extracts the same held-out documents with two source trees and compares the records by value.
 
     python -m scripts.compare_records BASE NEW --documents 100

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures several answers at once through the Python API against the same answers one after another.
 
     python -m scripts.streams .                                          # this checkout, the embedded model

@@ -127,14 +127,6 @@ class Engine:
     def vision_is_open(self) -> bool:
         return self._vision.is_open
 
-    def need_vision(self) -> None:
-        """Raises ModelFileError for a model without a vision file."""
-        if self.files.vision is None:
-            raise ModelFileError(
-                f"'{self.files.text.path}' has no vision file in its directory, so it cannot process images; give "
-                "one with '--mmproj', or a model directory that contains both."
-            )
-
     def check_usable(self) -> None:
         """Raises ValueError for a model that was closed, DeviceError in a forked process."""
         self._thread.check_process()
@@ -196,13 +188,13 @@ class Engine:
 
     def encode(self, image: Image, progress: Progress | None = None) -> ImageFeatures:
         """An image's embeddings. `progress` is called in the calling thread."""
-        self.need_vision()
+        self.files.need_vision()
         return self.call(lambda report: self._features(image, report), progress)
 
     def encoder(self) -> VisionEncoder:
         """The encoder itself, for those who look at its parts while nothing else is computed."""
         self.check_usable()
-        self.need_vision()
+        self.files.need_vision()
         return self._vision.encoder()
 
     def clear(self) -> None:

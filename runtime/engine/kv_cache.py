@@ -67,7 +67,11 @@ class CachedSequence:
     # the last prefill and the logits at its end, so that the same request again costs nothing
     plan: tuple[Batch, ...] = ()
     logits: np.ndarray | None = None
-    n_tokens: int = 0  # of `batches`: counted along, for every token that is decoded makes a batch and asks for it
+    # of `batches`, counted along: every decoded token makes a batch and asks for the sum
+    n_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_tokens = _length(self.batches)
 
     def append(self, batch: Batch) -> None:
         self.batches.append(batch)

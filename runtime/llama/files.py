@@ -144,6 +144,14 @@ class ModelFiles:
                 )
         return Injection(tuple(slots), tuple(layer_of_slot[slot] for slot in slots), n_slots)
 
+    def need_vision(self) -> None:
+        """Raises ModelFileError for a model without a vision file."""
+        if self.vision is None:
+            raise ModelFileError(
+                f"'{self.text.path}' has no vision file in its directory, so it cannot process images; give "
+                "one with '--mmproj', or a model directory that contains both."
+            )
+
     def close(self) -> None:
         for file in (self.text, self.vision, self.adapter):
             if file is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.errors import ModelFileError, PromptError
+from granite4v.errors import PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import normalize
@@ -65,7 +65,7 @@ class PromptBuilder:
             conversation = normalize(prompt, images, self._placeholder_text)
             _check_unicode(conversation.messages)
             if conversation.images:
-                self._need_vision()
+                self._files.need_vision()
             opened = [clip_projector.load_image(source) for source in conversation.images]
             tokenizer = self.tokenizer(report)
             return build_prompt(
@@ -77,13 +77,6 @@ class PromptBuilder:
                 self._count,
                 self._check_length,
                 **variables,
-            )
-
-    def _need_vision(self) -> None:
-        if self._files.vision is None:
-            raise ModelFileError(
-                f"'{self._files.text.path}' has no vision file in its directory, so it cannot process images; give "
-                "one with '--mmproj', or a model directory that contains both."
             )
 
     def _count(self, size: tuple[int, int]) -> int:
