@@ -17,10 +17,13 @@ QUICK_GELU_SLOPE = 1.702  # same paper, the sigmoid form
 
 
 def linear(graph: Graph, weights: Weights, name: str, n_in: int, n_out: int) -> Callable[[Tensor], Tensor]:
-    """x `[n_in, tokens]` -> x.W^T + b `[n_out, tokens]`. The weight is widened once for all calls."""
+    """x `[n_in, tokens]` -> x.W^T + b `[n_out, tokens]`. The weight is widened once for all calls.
+
+    Rows of K-quants may be filled up with zeros to whole blocks; x is then filled up alike.
+    """
     weight = weights.matrix(graph, f"{name}.weight", n_in, n_out)
     bias = weights.vector(f"{name}.bias", n_out)
-    return lambda x: graph.add_(graph.matmul(weight, x), bias)
+    return lambda x: graph.add_(graph.matmul(weight, graph.pad(x, weight.ne[0])), bias)
 
 
 def layer_norm(graph: Graph, weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from granite4v.ggml.backend import Arena, Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.library import lib
-from granite4v.ggml.types import NO_WEIGHTS
+from granite4v.ggml.types import NO_WEIGHTS, TYPES
 
 ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
 
@@ -56,7 +56,7 @@ class Weights:
         shifted: list[TensorInfo] = []
         for info in self._infos.values():
             kernel = self._kernel(info)
-            if kernel is not None and kernel.buffer_type is not None:
+            if kernel is not None and _takes(backend, kernel, info):
                 elsewhere.setdefault(kernel.name, []).append(info)
             elif info.offset % ALIGNMENT:
                 shifted.append(info)
@@ -128,20 +128,26 @@ class Weights:
         return self._bytes[info.offset : info.offset + info.nbytes].view(np.float32).reshape(shape).copy()
 
     def matrix(self, graph: Graph, name: str, n_in: int, n_out: int) -> Tensor:
-        """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster."""
+        """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster.
+
+        In a K-quant its rows may be longer: filled up with zeros to whole blocks, `n_in` to the next multiple of 256.
+        """
         info = self._info(name)
         if info.type_name in NO_WEIGHTS:
             raise ModelFileError(
                 f"'{self._path}' has tensor '{name}' as {info.type_name}, expected a type that weights are multiplied "
                 "in, such as F16 or Q8_0; convert it again with 'granite4v convert'."
             )
-        if _flat(info.shape) != (n_out, n_in):
+        block = TYPES[info.type_name].block
+        shapes = dict.fromkeys(((n_out, n_in), (n_out, -(-n_in // block) * block)))  # one, or two that differ
+        if _flat(info.shape) not in shapes:
             raise ModelFileError(
-                f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected {(n_out, n_in)} by its metadata."
+                f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected "
+                f"{' or '.join(map(str, shapes))} by its metadata."
             )
         tensor, kernel = self._tensors[name], self._kernel(info)
         if len(info.shape) > 2:
-            tensor = graph.reshape(tensor, n_in, n_out)
+            tensor = graph.reshape(tensor, *reversed(_flat(info.shape)))
         return graph.cast(tensor, "F32") if kernel is not None and kernel.as_float32 else tensor
 
     def n_rows(self, name: str) -> int:
@@ -167,6 +173,12 @@ class Weights:
             del self._bytes
             self._map.close()
             self._file.close()
+
+
+def _takes(backend: Backend, kernel: Kernel, info: TensorInfo) -> bool:
+    """Whether a kernel has a buffer type of its own, in which it multiplies tensors of this shape."""
+    n_out, n_in = _flat(info.shape)
+    return kernel.buffer_type is not None and backend.multiplies(kernel.buffer_type, info.type_name, n_in, n_out)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def plan_conversion(
     options = options or Options()
     text_type, vision_type = check_options(options)
     base, adapter_at = _find(str(source), options, report)
-    model = _open_model(base)
+    model = _open_model(base, policy.vision_block(vision_type))
     adapter = _open_adapter(adapter_at, model, options.lora)
     return make_plan(model, text_type, vision_type, adapter, options.lora)
 
@@ -159,7 +159,7 @@ def _base_of(adapter: Location, report: Callable[[str], None] | None) -> Locatio
     return locate(base, report=lambda line: announce(f"the adapter '{adapter.name}' names its base model: {line}"))
 
 
-def _open_model(location: Location) -> Model:
+def _open_model(location: Location, vision_block: int) -> Model:
     checkpoint = open_checkpoint(location)
     family = family_of_checkpoint(checkpoint.config)
     warnings = check_full_precision(checkpoint)
@@ -169,7 +169,7 @@ def _open_model(location: Location) -> Model:
     text = architecture.config(text_config, checkpoint.tensors)
     checkpoint, tied, remarks = decide_head(checkpoint, is_tied(checkpoint.config, text_config))
     text_groups = decoder_tensors(text, tied)
-    vision_groups = vision_tensors(vision, checkpoint.config)
+    vision_groups = vision_tensors(vision, checkpoint.config, vision_block)
     match = match_tensors(Names.of((*text_groups, *vision_groups)), checkpoint)
     return Model(
         checkpoint=checkpoint,

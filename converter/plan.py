@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as packages
 from typing import Any
 
@@ -162,11 +162,12 @@ def _vision_file(
     metadata = {
         keys.GENERAL_TYPE: keys.TYPE_MMPROJ,
         **_general(model, type_policy),
-        **model.family.vision_metadata(padded_config(model.vision)),
+        **model.family.vision_metadata(padded_config(model.vision, policy.vision_block(type_policy))),
         **provenance,
         keys.PROVENANCE_POLICY: type_policy,
     }
-    tensors = _tensors(model, model.vision_groups, merged, lambda n, s: policy.vision_type(n, s, type_policy))
+    exact = _tensors(model, model.vision_groups, merged, lambda n, s: policy.vision_type(n, s, type_policy))
+    tensors = tuple(replace(tensor, shape=policy.vision_shape(tensor.shape, tensor.type_name)) for tensor in exact)
     return PlannedFile(f"mmproj-{type_policy}.gguf", keys.ARCH_CLIP, metadata, tensors)
 
 
@@ -295,7 +296,7 @@ def _line(tensor: PlannedTensor) -> str:
         f"times {tensor.factor:g}" if tensor.factor != 1.0 else "",
         f"reorder {tensor.rule.rope_heads} heads" if tensor.rule.rope_heads else "",
         f"columns in order {list(tensor.rule.column_blocks)}" if tensor.rule.column_blocks else "",
-        f"pad from {list(tensor.rule.shape)}" if tensor.rule.padded else "",
+        f"pad from {list(tensor.rule.shape)}" if tensor.rule.padded or tensor.shape != tensor.rule.target_shape else "",
     ]
     done = ", ".join(step for step in steps if step)
     shape = "x".join(map(str, tensor.shape))

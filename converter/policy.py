@@ -1,7 +1,7 @@
 """The quantization type of every tensor, as tables with a reason for each row.
 
 Text: the choices that llama.cpp's quantizer makes for the same name without an importance matrix
-(`src/llama-quant.cpp`, llama-cpp-python 0.3.36). Vision: what its converter writes. A test quantizes the
+(`src/llama-quant.cpp`, llama-cpp-python 0.3.36). Vision: what its converter writes, and K-quants. A test quantizes the
 same model with llama.cpp and compares type by type.
 """
 
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import gguf
 
 from granite4v import gguf_keys as keys
+from granite4v.converter.tensors.rules import padded_width
 from granite4v.errors import Granite4vError
 from granite4v.ggml.quantize import block_size
 
 TEXT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
-VISION_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "IQ4_NL")
+VISION_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL")
 
 # The tensor type that a policy gives to most matrices.
 BASE = {name: name for name in (*TEXT_TYPES, *VISION_TYPES)} | {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K"}
@@ -28,7 +29,10 @@ K_MIXES = ("Q5_K_M", "Q4_K_M")
 # For rows that are not a multiple of 256; those that are not a multiple of 32 either become F16.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
-ENUM_NAMES = {"F32": "ALL_F32"}  # in gguf.LlamaFileType; the others are MOSTLY_<name>
+# In gguf.LlamaFileType; the others are MOSTLY_<name>.
+ENUM_NAMES = {"F32": "ALL_F32", "Q5_K": "MOSTLY_Q5_K_S", "Q4_K": "MOSTLY_Q4_K_S"}
+# Feed-forward widths of vision files are multiples of it at least, so that no matrix falls back to F16.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,24 @@ def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
         kind = "any"
     for row in VISION_TABLE:
         if policy in row.policies and row.kind in (kind, "any"):
-            return _whole_blocks(Choice(row.type_name or BASE[policy], row.reason), shape)
+            choice = Choice(row.type_name or BASE[policy], row.reason)
+            return _whole_blocks(choice, vision_shape(shape, choice.type_name))
     raise AssertionError(f"no row of the vision table fits '{name}' in {policy}")
+
+
+def vision_block(policy: str) -> int:
+    """Feed-forward widths of a vision file become a multiple of this."""
+    return max(BLOCK, block_size(BASE[policy]))
+
+
+def vision_shape(shape: tuple[int, ...], type_name: str) -> tuple[int, ...]:
+    """The shape in which a vision tensor is stored: in K-quants its rows are filled up with zeros to whole blocks.
+
+    The tower's width, 1152 in so400m, is no multiple of 256. Our runtime multiplies such rows with activations that it
+    fills up alike; llama.cpp's libmtmd takes rows of the model's width only.
+    """
+    block = block_size(type_name)
+    return (*shape[:-1], padded_width(shape[-1], block)) if block > BLOCK else shape
 
 
 def adapter_type(text_policy: str) -> str:

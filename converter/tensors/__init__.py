@@ -17,12 +17,15 @@ from granite4v.families.hf_fields import Json
 __all__ = ["vision_tensors"]
 
 # By `Family.name`.
-VISION_TABLES: Mapping[str, Callable[[VisionConfig, Json], tuple[TensorGroup, ...]]] = {
+VISION_TABLES: Mapping[str, Callable[[VisionConfig, Json, int], tuple[TensorGroup, ...]]] = {
     "granite4_vision": granite4_vision_tensors,
     "llava_next": llava_next_tensors,
 }
 
 
-def vision_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
-    """The table of the mmproj file's tensors, for a checkpoint with this config.json."""
-    return VISION_TABLES[config.family](config, hf_config)
+def vision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
+    """The table of the mmproj file's tensors, for a checkpoint with this config.json.
+
+    `block`: feed-forward widths become a multiple of it.
+    """
+    return VISION_TABLES[config.family](config, hf_config, block)

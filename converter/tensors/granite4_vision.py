@@ -21,11 +21,12 @@ UNUSED = (
 )
 
 
-def granite4_vision_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
+def granite4_vision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
     fields = Fields(renamed(hf_config))
     qformer = fields.section("qformer_config", {})
     ffn = qformer.integer("intermediate_size", 1, MAX_WIDTH, QFORMER_INTERMEDIATE_SIZE)
+    widths = (ffn, padded_width(ffn, block))
     drops = [DropRule(f"{name}.*", UNUSED) for name in _unused_projectors(config, fields)]
     if config.newline:
         newline: tuple[TensorRule, ...] = (TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,)),)
@@ -33,22 +34,25 @@ def granite4_vision_tensors(config: VisionConfig, hf_config: Json) -> tuple[Tens
         newline = ()
         drops.append(DropRule("image_newline", "'use_image_newline_parameter' is false"))
     return (
-        tower_tensors(config.tower),
+        tower_tensors(config.tower, block),
         TensorGroup(
             prefixes=PREFIXES,
             rules=(
                 *newline,
-                *(rule for p, stream in enumerate(config.streams) for rule in _projector(stream, str(p), config, ffn)),
+                *(
+                    rule
+                    for p, stream in enumerate(config.streams)
+                    for rule in _projector(stream, str(p), config, *widths)
+                ),
             ),
             drops=tuple(drops),
         ),
     )
 
 
-def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int) -> tuple[TensorRule, ...]:
+def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int, wide: int) -> tuple[TensorRule, ...]:
     width, sides = config.tower.hidden_size, config.projector
     assert isinstance(sides, WindowQFormerConfig)
-    wide = padded_width(ffn)
     here, layer = f"{stream.source}.", f"{stream.source}.qformer.encoder.layer.0."
 
     def key(part: str) -> str:

@@ -18,13 +18,13 @@ from granite4v.families.towers import tower_from_hf, tower_kind
 PREFIXES = ("model.", "")
 
 
-def llava_next_tensors(config: VisionConfig, hf_config: Json) -> tuple[TensorGroup, ...]:
+def llava_next_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
     """Every tensor of the mmproj file, for a checkpoint with this config.json."""
     vision = Fields(hf_config).section("vision_config")
     n_held = tower_from_hf(vision, tower_kind(vision)).num_hidden_layers
     newline = TensorRule("image_newline", keys.IMAGE_NEWLINE, (config.text_hidden_size,))
     return (
-        tower_tensors(config.tower, n_held, post_norm=False),
+        tower_tensors(config.tower, block, n_held, post_norm=False),
         TensorGroup(prefixes=PREFIXES, rules=(newline, *_projector(config, hf_config, n_held))),
     )
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from granite4v.families.base import VisionConfig
 
-BLOCK = 32  # elements in the smallest quantized block; a width that is a multiple never falls back to F16
-
 Shape = tuple[int, ...]
 
 
@@ -113,12 +111,12 @@ def zeros(rule: TensorRule) -> TensorRule:
     return TensorRule("zeros", rule.target, rule.shape, values=(0.0,) * rule.shape[0])
 
 
-def padded_width(width: int) -> int:
+def padded_width(width: int, block: int) -> int:
     """The next multiple of a quantized block."""
-    return -(-width // BLOCK) * BLOCK
+    return -(-width // block) * block
 
 
-def padded_config(config: VisionConfig) -> VisionConfig:
+def padded_config(config: VisionConfig, block: int) -> VisionConfig:
     """The configuration that the padded tensors of an mmproj file have."""
-    tower = dataclasses.replace(config.tower, intermediate_size=padded_width(config.tower.intermediate_size))
+    tower = dataclasses.replace(config.tower, intermediate_size=padded_width(config.tower.intermediate_size, block))
     return dataclasses.replace(config, tower=tower)

@@ -34,11 +34,14 @@ DROPS = (
 POST_NORM = "post_layernorm"
 
 
-def tower_tensors(tower: TowerConfig, n_held_layers: int | None = None, *, post_norm: bool = True) -> TensorGroup:
+def tower_tensors(
+    tower: TowerConfig, block: int, n_held_layers: int | None = None, *, post_norm: bool = True
+) -> TensorGroup:
     """The table of a tower: patches, positions, layers, and the norm after the last one.
 
-    `n_held_layers`: how many layers the checkpoint holds, where the tower computes fewer. Without `post_norm` the
-    norm after the last layer is left out: no hidden state passes through it, but libmtmd would apply it.
+    `block`: the feed-forward width becomes a multiple of it. `n_held_layers`: how many layers the checkpoint holds,
+    where the tower computes fewer. Without `post_norm` the norm after the last layer is left out: no hidden state
+    passes through it, but libmtmd would apply it.
     """
     width, patch = tower.hidden_size, tower.patch_size
     rules = [
@@ -51,7 +54,7 @@ def tower_tensors(tower: TowerConfig, n_held_layers: int | None = None, *, post_
         rules.append(TensorRule("embeddings.class_embedding", keys.CLASS_EMBD, (width,)))
     if tower.pre_norm:
         rules += norm("pre_layrnorm", keys.PRE_LN, width)  # transformers' spelling
-    rules += each_layer(tower.num_hidden_layers, *_layer(tower))
+    rules += each_layer(tower.num_hidden_layers, *_layer(tower, block))
     if post_norm:
         rules += norm(POST_NORM, keys.POST_LN, width)
     unused = [
@@ -63,10 +66,10 @@ def tower_tensors(tower: TowerConfig, n_held_layers: int | None = None, *, post_
     return TensorGroup(prefixes=PREFIXES, rules=tuple(rules), drops=(*DROPS, *unused))
 
 
-def _layer(tower: TowerConfig) -> tuple[TensorRule, ...]:
+def _layer(tower: TowerConfig, block: int) -> tuple[TensorRule, ...]:
     """One encoder layer, its number as `{i}`."""
     width, ffn = tower.hidden_size, tower.intermediate_size
-    wide = padded_width(ffn)
+    wide = padded_width(ffn, block)
     return (
         *norm("encoder.layers.{i}.layer_norm1", _block("ln1"), width),
         *linear("encoder.layers.{i}.self_attn.q_proj", _block("attn_q"), width, width),

@@ -216,7 +216,7 @@ VisionTypeOption = Annotated[
     typer.Option(
         "--vision-type",
         metavar="T",
-        help="Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q4_0 or IQ4_NL.",
+        help="Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL.",
     ),
 ]
 LoraModeOption = Annotated[

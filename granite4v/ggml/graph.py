@@ -157,6 +157,12 @@ class Graph:
             parts = [self.concat(pair[0], pair[1], axis) if len(pair) == 2 else pair[0] for pair in pairs]
         return parts[0]
 
+    def pad(self, x: Tensor, n: int) -> Tensor:
+        """`x` with zeros behind axis 0 up to a size of `n`; `x` itself when it has that size."""
+        if n < x.ne[0] or x.type_name != "F32":
+            raise ShapeError(f"cannot pad {x!r} to {n} values")
+        return x if n == x.ne[0] else Tensor(lib().ggml_pad(self._ctx, x.ptr, n - x.ne[0], 0, 0, 0))
+
     def cast(self, x: Tensor, kind: str) -> Tensor:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
 

@@ -261,7 +261,7 @@ def test_configurations_that_do_not_convert(
             Options(text_type="Q3_K_S"),
             "unknown quantization type 'Q3_K_S' for --text-type; known: F32, F16, BF16, Q8_0",
         ),
-        (Options(vision_type="Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16, BF16"),
+        (Options(vision_type="Q4_K_M"), "unknown quantization type 'Q4_K_M' for --vision-type; known: F32, F16, BF16"),
         (Options(lora="apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
         (Options(lora="separate"), "contains no adapter to write separately"),
     ],

@@ -11,7 +11,7 @@ from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Arena, Backend, find_device, get_data, set_data
 from granite4v.ggml.declarations import DECLARATIONS
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.ggml.graph import Graph, Tensor
+from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.library import lib
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.ggml.types import TYPE_IDS, TYPES, block_size, row_bytes
@@ -189,6 +189,17 @@ def test_a_gguf_with_a_wrong_magic_or_missing(tmp_path: Path) -> None:
         GgufFile.open(path)
     with pytest.raises(ModelFileError, match="cannot read '.*absent.gguf': No such file"):
         GgufFile.open(tmp_path / "absent.gguf")
+
+
+def test_pad_fills_rows_up_with_zeros(backend: Backend) -> None:
+    x = RNG.standard_normal((3, 5, 192), dtype=np.float32)
+    np.testing.assert_array_equal(run(backend, lambda g, x: g.pad(x, 256), x=x), np.pad(x, ((0, 0), (0, 0), (0, 64))))
+    graph = Graph(backend, 8)
+    tensor = graph.input("x", "F32", 192, 5)
+    assert graph.pad(tensor, 192) is tensor
+    with pytest.raises(ShapeError, match=r"cannot pad F32\[192, 5, 1, 1\] to 128 values"):
+        graph.pad(tensor, 128)
+    graph.close()
 
 
 def test_tensor_knows_whether_it_is_contiguous(backend: Backend) -> None:

@@ -66,7 +66,7 @@ def test_bfloat16_checkpoints_give_the_same_bytes_as_through_float32(
 def test_vision_matrices_all_get_the_type_asked_for(
     name: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
-    """Widths of 200 are padded to 224, so nothing falls back to F16."""
+    """Widths of 200 are padded to 224, rows of 192 in K-quants to 256, so nothing falls back to F16."""
     convert(make_checkpoint(PRESETS["tiny"]), tmp_path / "out", Options("F32", name))
     for tensor, (kind, _) in tensor_bytes(tmp_path / "out" / f"mmproj-{name}.gguf").items():
         if tensor == "v.patch_embd.weight":
@@ -94,6 +94,26 @@ def test_a_padded_vision_matrix_is_the_checkpoints_with_zeros_around_it(
     assert found["v.blk.1.ffn_up.bias"][1] == bias.tobytes()
     with GgufFile.open(tmp_path / "out" / "mmproj-Q8_0.gguf") as file:
         assert file.metadata["clip.vision.feed_forward_length"] == 224
+
+
+def test_a_k_quants_rows_are_the_checkpoints_with_zeros_behind_them(
+    make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
+) -> None:
+    source = make_checkpoint(PRESETS["tiny"])
+    convert(source, tmp_path / "out", Options("F32", "Q5_K"))
+    found = tensor_bytes(tmp_path / "out" / "mmproj-Q5_K.gguf")
+    theirs = load_file(source / "model.safetensors")
+    layer = "model.vision_tower.encoder.layers.1."
+    for part, name, padding in (
+        ("attn_out", "self_attn.out_proj", ((0, 0), (0, 64))),
+        ("ffn_up", "mlp.fc1", ((0, 56), (0, 64))),
+        ("ffn_down", "mlp.fc2", ((0, 0), (0, 56))),
+    ):
+        matrix = np.pad(theirs[f"{layer}{name}.weight"], padding)
+        assert found[f"v.blk.1.{part}.weight"][1] == quantize_rows(matrix, "Q5_K", 1).tobytes()
+    assert found["v.blk.1.ffn_up.bias"][1] == np.pad(theirs[f"{layer}mlp.fc1.bias"], (0, 56)).tobytes()
+    linear = np.pad(theirs["model.layerwise_projectors.1.out_linear.weight"], ((0, 0), (0, 64)))
+    assert found["v.proj_blk.0.linear.weight"][1] == quantize_rows(linear, "Q5_K", 1).tobytes()
 
 
 def test_a_block_worked_out_by_hand() -> None:
@@ -139,7 +159,7 @@ def test_every_type_of_the_tables_is_one_that_ggml_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "vision", "option"), [("Q3_K", "F16", "--text-type"), ("F16", "Q6_K", "--vision-type")]
+    ("text", "vision", "option"), [("Q3_K", "F16", "--text-type"), ("F16", "Q4_K_M", "--vision-type")]
 )
 def test_an_unknown_type_lists_the_known(text: str, vision: str, option: str) -> None:
     with pytest.raises(Granite4vError, match=f"unknown quantization type .* for {option}; known: F32, F16, BF16, Q8_0"):
