@@ -29,10 +29,9 @@ from granite4v.families.registry import read_vision
 from granite4v.families.towers import N_CHANNELS
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
-from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.gguf_file import GgufFile, n_weights
 from granite4v.ggml.graph import Graph, ShapeError
 from granite4v.ggml.metadata import AGAIN
-from granite4v.ggml.types import NO_WEIGHTS
 
 MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
 MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
@@ -72,20 +71,28 @@ class VisionEncoder:
         device: str = "auto",
         n_threads: int | None = None,
         abort: tuple[int, int] | None = None,
+        announce: Callable[[], None] | None = None,
     ) -> None:
         """Opens the file and starts the device; weights are read with the first image.
 
-        `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. Raises ModelFileError and DeviceError.
+        `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called when this CPU is
+        measured first, and that takes longer than a second. Raises ModelFileError, DeviceError, and Aborted.
         """
         self.path = Path(path)
         self._graphs: OrderedDict[int, Graph] = OrderedDict()
         try:
-            self._open(device, n_threads, abort)
+            self._open(device, n_threads, abort, announce)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, device: str, n_threads: int | None, abort: tuple[int, int] | None) -> None:
+    def _open(
+        self,
+        device: str,
+        n_threads: int | None,
+        abort: tuple[int, int] | None,
+        announce: Callable[[], None] | None,
+    ) -> None:
         with GgufFile.open(self.path) as file:
             if file.get(keys.GENERAL_ARCHITECTURE) != keys.ARCH_CLIP:
                 raise ModelFileError(
@@ -97,8 +104,8 @@ class VisionEncoder:
             names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
-            matrices = {info.type_name for info in file.tensors.values() if len(info.shape) > 1} - NO_WEIGHTS
-            self.kernels = autotune.vision_kernels(self.backend, matrices)
+            matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+            self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce)
             self._weights = Weights(file, self.backend, self.kernels, names)
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ANNOUNCE_AFTER_S = 1.0
+STOP_EVERY_S = 0.1
 # Not `python -m`, which would also find modules in the current folder: the child gets this process's module path.
 _START = (
     "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
@@ -55,11 +57,16 @@ class Ended:
 
 
 def run_main(
-    module: str, arguments: Sequence[str], timeout_s: float, announce: Callable[[], None] | None = None
+    module: str,
+    arguments: Sequence[str],
+    timeout_s: float,
+    announce: Callable[[], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Ended:
     """Calls `module.main(*arguments)` in a child process, which is killed after `timeout_s`.
 
-    `announce` is called if that takes longer than a second. Raises OSError if no Python can be started.
+    `announce` is called if that takes longer than a second. `stop` is asked ten times a second whether to kill the
+    child at once, which then does not hear of Ctrl-C by itself. Raises OSError if no Python can be started.
     """
     if not sys.executable or getattr(sys, "frozen", False):  # frozen: the executable is an application
         raise OSError("no Python interpreter is known that could run a child process")
@@ -71,18 +78,27 @@ def run_main(
         stderr=subprocess.PIPE,
         errors="replace",
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger, and bury the reason in its output
+        start_new_session=stop is not None,
     ) as child:
         try:
-            try:
-                output = child.communicate(timeout=min(ANNOUNCE_AFTER_S, timeout_s))
-            except subprocess.TimeoutExpired:
-                if announce is not None:
-                    announce()
-                output = child.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return Ended(None, *child.communicate())
+            output = _wait(child, min(ANNOUNCE_AFTER_S, timeout_s), stop)
+            if output is None and announce is not None:
+                announce()
+            if output is None:
+                output = _wait(child, timeout_s - ANNOUNCE_AFTER_S, stop)
+            if output is None:
+                child.kill()
+                return Ended(None, *child.communicate())
         except BaseException:
             child.kill()
             raise
     return Ended(child.returncode, *output)
+
+
+def _wait(child: subprocess.Popen[str], timeout_s: float, stop: Callable[[], bool] | None) -> tuple[str, str] | None:
+    """What a child wrote until its end; None when it goes on after `timeout_s`, or when `stop` says so."""
+    end = time.monotonic() + timeout_s
+    while (left_s := end - time.monotonic()) > 0 and not (stop is not None and stop()):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=left_s if stop is None else min(left_s, STOP_EVERY_S))
+    return None

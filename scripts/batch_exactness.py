@@ -35,7 +35,7 @@ from granite4v.converter.policy import TEXT_TYPES
 from granite4v.default_model import embedded_model
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.ggml.kernel_timing import PLAIN
+from granite4v.ggml.kernels import PLAIN
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Placement

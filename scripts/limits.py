@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from granite4v.clip_projector import load_image
 from granite4v.clip_projector.grid_anyres import layout
 from granite4v.families.base import MlpConfig, VisionConfig
 from granite4v.families.registry import read_vision
-from granite4v.ggml import autotune, kernel_timing
+from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from scripts.side_by_side import find_files
@@ -49,7 +48,9 @@ def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, A
         qformer_ffn = up.shape[0] if up is not None else 0
         encode = encode_gflop(config, qformer_ffn, where.n_tiles)
         prefill = prefill_gflop(text_file, where.n_tokens)
-    rates = {kind: measured_rates(kind, n_threads) for kind in sorted({vision_type, text_type})}
+    backend = Backend("cpu", n_threads)
+    known = autotune.rates(backend, sorted({vision_type, text_type}))
+    rates = {kind: {name: rate for name, rate in by_kernel.items() if rate} for kind, by_kernel in known.items()}
     fastest = {kind: max(kernels.values()) for kind, kernels in rates.items()}
     return {
         "tiles": where.n_tiles,
@@ -103,17 +104,6 @@ def main_type(tensors: Mapping[str, TensorInfo]) -> str:
         if len(info.shape) == 2:
             sizes[info.type_name] += info.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def measured_rates(type_name: str, n_threads: int) -> dict[str, float]:
-    """GFLOP/s of ggml's product for each kernel of this type that works here."""
-    gflop = 2 * kernel_timing.n_in(type_name) * kernel_timing.N_OUT * kernel_timing.N_TOKENS / 1e9
-    rates = {}
-    for kernel in autotune.seconds(Backend("cpu", n_threads), type_name):
-        seconds = autotune.measure_in_child(type_name, kernel, n_threads)
-        if seconds < math.inf:  # instructions that a CPU announces may still end the process
-            rates[kernel] = gflop / seconds
-    return rates
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ MIN_ESTIMATE_S, MIN_ESTIMATE_SHARE = 2.0, 0.02
 
 _STAGES = {
     "check": "checking the model files",
+    "measure": "measuring the fastest kernels of this CPU, once",
     "load": "loading weights",
     "encode": "encoding images",
     "prefill": "processing the prompt",

@@ -2,82 +2,126 @@
 
 No rule holds across CPUs: on one, half-precision weights are faster widened to float32 first; on another, in ggml's
 repack buffer type, which for some types costs speed instead. And a virtual machine may announce instructions (AMX)
-that fault when used, or a compiler may have broken a kernel; either ends the process. So each kernel is timed in a
-child process (`kernel_timing`), where one that ends its process counts as unusable. The times are kept in the user's
-cache for each CPU, ggml version, number of threads and type.
+that fault when used, or a compiler may have broken a kernel; either ends the process. So kernels are timed in a
+child process (`kernel_timing`); where one ends it, that kernel counts as crashed, and another child goes on with the
+others. The times are kept in the user's cache for each CPU, build of ggml and number of threads.
 
-The two sides choose from the same times by different rules. The image side maps its file and copies what another
-buffer type takes, so it takes the fastest kernel, the more exact of equals. The text model is opened by llama.cpp,
-which knows no widened weights, and leaving the file's mapping costs as much memory again as the weights.
+The two sides choose from the same times by different rules. The image side multiplies hundreds of rows at once, maps
+its file and copies what another buffer type takes; it takes the fastest kernel, the more exact of equals. The text
+model is opened by llama.cpp, which knows no widened weights and has one buffer for each weight: prefill and decoding
+use the same kernel, so that is the one with which a typical page takes the least time (`PAGE`).
+
+A small file is not measured: what it could gain is less than the measurement takes. It is multiplied as it is even
+where the times are known, so that its results are the same on the first run and on all others.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import platform
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from granite4v.child import run_main
 from granite4v.ggml import kernel_timing
-from granite4v.ggml.backend import Backend, buffer_type_name
-from granite4v.ggml.kernel_timing import FLOAT32, N_OUT, PLAIN, n_in
+from granite4v.ggml.backend import Aborted, Backend
+from granite4v.ggml.kernel_timing import MANY, Trial
+from granite4v.ggml.kernels import FLOAT32, N_OUT, PLAIN, Kernel, available_kernels, n_in
 from granite4v.ggml.library import lib
 from granite4v.paths import read_json_cache, write_json_cache
 
-ROUNDS = 2  # the kernels take turns, so that what else the machine does for a moment falls on all of them
-TIMEOUT_S = 60.0
+__all__ = ["Kernel", "page_seconds", "rates", "text_kernels", "times", "vision_kernels"]
+
 CACHE = "kernels.json"
+# Seconds for one call; a run makes two at most, one for the image side and one for the text model. What was not
+# measured by then is multiplied plainly, and measured the next time.
+BUDGET_S = 5.0
+SMALL = 50_000_000  # weights: all products with them take less than 0.2 s for a tile
+MINOR = 0.02  # a type that holds less than this share of a file's weights is multiplied as it is
 # Image side: kernels within this ratio count as equal; the more exact one (float32), then the plain one, is taken.
 EQUAL = 1.04
-# Text model: another buffer type must take at most this share of the plain time to be worth the memory.
+# Text model: another buffer type must take at most this share of the plain time to be worth leaving the mapping.
 WORTH = 0.93
+# Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
+# of them alone, half beside three others.
+PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
 EXACT_TYPES = frozenset({"F32"})  # multiplied as they are: no kernel is more exact, and none was faster
+# How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.
+_FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
+_WINDOWS_FAULT = 0xC0000000  # NTSTATUS of severity 'error'
+
+Announce = Callable[[], None]
+Times = dict[str, dict[int, float]]  # seconds of one product, by kernel and number of rows; infinity: it crashed
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """How weights of one type are multiplied: as they are, widened to float32, or from another buffer type."""
-
-    name: str
-    as_float32: bool = False
-    buffer_type: Any = None
-
-
-def vision_kernels(backend: Backend, type_names: Iterable[str]) -> dict[str, Kernel]:
+def vision_kernels(
+    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None
+) -> dict[str, Kernel]:
     """The kernel for each weight type of a vision file; a type without an entry is multiplied as it is.
 
-    Measures on the first call on a machine (a few seconds). A GPU has one kernel for each type.
+    `n_weights`: how many weights of each type its matrices hold. A GPU has one kernel for each type. Measures on the
+    first call on a machine, a few seconds; `announce` is called if it takes longer than one. Raises Aborted when the
+    backend's abort callback asks for it.
     """
-    if not backend.is_cpu:
-        return {}
-    extra = extra_buffer_types(backend)
-    chosen = {}
-    for type_name in sorted(set(type_names) - EXACT_TYPES):
-        name = fastest_kernel(seconds(backend, type_name))
-        if name == FLOAT32:
-            chosen[type_name] = Kernel(name, as_float32=True)
-        elif name in extra:
-            chosen[type_name] = Kernel(name, buffer_type=extra[name])
-    return chosen
+    types = _worth_measuring(n_weights) if backend.is_cpu else []
+    kernels = {kind: available_kernels(backend, kind) for kind in types}
+    wanted = [Trial(kind, name, MANY) for kind in types for name in kernels[kind]]
+    measured = times(backend, wanted, BUDGET_S, announce)
+    found = {kind: fastest_kernel({name: rows[MANY] for name, rows in measured[kind].items()}) for kind in types}
+    return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
 
 
-def text_kernels(backend: Backend, type_names: Iterable[str]) -> dict[str, Kernel]:
+def text_kernels(backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None) -> dict[str, Kernel]:
     """The kernel for each weight type of a text file that gains by another buffer type; the others stay mapped.
 
-    Measures on the first call on a machine (a few seconds).
+    Arguments and errors as those of `vision_kernels`.
     """
-    extra = extra_buffer_types(backend) if backend.is_cpu else {}
-    if not extra:
-        return {}
-    found = {kind: worthwhile(seconds(backend, kind), extra) for kind in sorted(set(type_names) - EXACT_TYPES)}
-    return {kind: Kernel(name, buffer_type=extra[name]) for kind, name in found.items() if name != PLAIN}
+    types = _worth_measuring(n_weights) if backend.is_cpu else []
+    kernels = {kind: available_kernels(backend, kind) for kind in types}
+    extra = {kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type] for kind in types}
+    types = [kind for kind in types if extra[kind]]
+    wanted = [Trial(kind, name, n) for n in PAGE for kind in types for name in (PLAIN, *extra[kind])]
+    measured = times(backend, wanted, BUDGET_S, announce)
+    found = {kind: worthwhile(page_seconds(measured[kind]), extra[kind]) for kind in types}
+    return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
+
+
+def rates(
+    backend: Backend, type_names: Iterable[str], budget_s: float = 60.0, announce: Announce | None = None
+) -> dict[str, dict[str, float | None]]:
+    """GFLOP/s of a product of many rows, by weight type and kernel, measured now. None: the kernel crashed. One that
+    was not measured within the budget is missing. Errors as those of `vision_kernels`."""
+    types = list(dict.fromkeys(type_names))
+    wanted = [Trial(kind, name, MANY) for kind in types for name in available_kernels(backend, kind)]
+    measured = times(backend, wanted, budget_s, announce, anew=True)
+    return {
+        kind: {name: None if math.isinf(rows[MANY]) else gflop(kind) / rows[MANY] for name, rows in by_kernel.items()}
+        for kind, by_kernel in measured.items()
+    }
+
+
+def gflop(type_name: str) -> float:
+    """Operations of the measured product of many rows, in 10^9."""
+    return 2 * n_in(type_name) * N_OUT * MANY / 1e9
+
+
+def page_seconds(measured: Times) -> dict[str, float]:
+    """Seconds that one weight matrix takes for a typical page, by kernel; without those that are not fully measured."""
+    return {
+        name: sum(times * by_rows[n] for n, times in PAGE.items())
+        for name, by_rows in measured.items()
+        if by_rows.keys() >= PAGE.keys()
+    }
 
 
 def fastest_kernel(measured: Mapping[str, float]) -> str:
     """The kernel to take from measured seconds; those within `EQUAL` of the best go to the more exact."""
-    best = min(measured.values(), default=math.inf)
+    if PLAIN not in measured:  # there was no time for the comparison
+        return PLAIN
+    best = min(measured.values())
     for name in (FLOAT32, PLAIN, *measured):
         if name in measured and measured[name] <= best * EQUAL and measured[name] < math.inf:
             return name
@@ -86,55 +130,102 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
 
 def worthwhile(measured: Mapping[str, float], buffer_types: Collection[str]) -> str:
     """The buffer type to take from measured seconds, or 'plain' unless another is clearly faster."""
-    plain = measured.get(PLAIN, math.inf)
+    plain = measured.get(PLAIN, 0.0)  # nothing is better than what is not known
     best = min(buffer_types, key=lambda name: measured.get(name, math.inf), default=PLAIN)
     return best if measured.get(best, math.inf) < plain * WORTH else PLAIN
 
 
-def extra_buffer_types(backend: Backend) -> dict[str, Any]:
-    """The buffer types that rearrange weights, by name."""
-    return {buffer_type_name(buffer_type): buffer_type for buffer_type in backend.extra_buffer_types()}
+def _worth_measuring(n_weights: Mapping[str, int]) -> list[str]:
+    """The types of a file whose kernel matters, the most frequent first."""
+    total = sum(n_weights.values())
+    if total < SMALL:
+        return []
+    major = [kind for kind, n in n_weights.items() if n >= MINOR * total and kind not in EXACT_TYPES]
+    return sorted(major, key=lambda kind: (-n_weights[kind], kind))
 
 
-def seconds(backend: Backend, type_name: str) -> dict[str, float]:
-    """Seconds of one product for each kernel this backend has for a type; infinity for one that crashes."""
-    names = [PLAIN, FLOAT32]
-    names += [
-        name
-        for name, buffer_type in extra_buffer_types(backend).items()
-        if backend.multiplies(buffer_type, type_name, n_in(type_name), N_OUT)
-    ]
-    key = cache_key(type_name, backend.n_threads)
-    known = {name: value for name, value in _read_cache().get(key, {}).items() if name in names}
-    missing = [name for name in names if name not in known]
-    for name in missing * ROUNDS:
-        if known.get(name, 0.0) < math.inf:  # one that crashed is not tried again
-            known[name] = min(measure_in_child(type_name, name, backend.n_threads), known.get(name, math.inf))
+# --- measuring, and what was measured ---
+
+
+def times(
+    backend: Backend,
+    wanted: Sequence[Trial],
+    budget_s: float,
+    announce: Announce | None = None,
+    *,
+    anew: bool = False,
+) -> dict[str, Times]:
+    """What the cache knows of these trials, and measurements of the others, or of all if `anew`, by type. Every type
+    wanted has an entry; a trial for which the time did not suffice has none in it. Raises Aborted."""
+    key = cache_key(backend.n_threads)
+    known = {} if anew else _read_cache(key)
+    missing = [trial for trial in wanted if _name(trial) not in known]
     if missing:
-        cache = _read_cache()  # again: another process may have added to it meanwhile
-        cache.setdefault(key, {}).update(known)
-        write_json_cache(CACHE, cache)
-    return {name: known[name] for name in names}
+        found = _measure(missing, backend, time.monotonic() + budget_s, announce)
+        known.update({_name(trial): seconds for trial, seconds in found.items()})
+        content = read_json_cache(CACHE)  # now: another process may have added to it meanwhile
+        content[key] = {**_read_cache(key), **{_name(trial): seconds for trial, seconds in found.items()}}
+        write_json_cache(CACHE, content)
+    result: dict[str, Times] = {trial.type_name: {} for trial in wanted}
+    for trial in wanted:
+        if _name(trial) in known:
+            result[trial.type_name].setdefault(trial.kernel, {})[trial.n_rows] = known[_name(trial)]
+    return result
 
 
-def measure_in_child(type_name: str, kernel: str, n_threads: int) -> float:
-    """Seconds of one product; infinity when the child gives no time."""
-    try:
-        child = run_main(kernel_timing.__name__, [type_name, kernel, str(n_threads)], TIMEOUT_S)
-    except OSError:  # no memory for another process
-        return math.inf
-    if child.status != 0:
-        return math.inf
-    try:
-        measured = float(child.stdout.split()[-1])
-    except (IndexError, ValueError):
-        return math.inf
-    return measured if measured > 0 else math.inf
+def _measure(
+    missing: Sequence[Trial], backend: Backend, deadline: float, announce: Announce | None
+) -> dict[Trial, float]:
+    """Seconds of as many trials as there is time for; infinity for those whose kernel ends its process."""
+    found: dict[Trial, float] = {}
+    todo = list(missing)
+    while todo and (left_s := deadline - time.monotonic()) > 0:
+        arguments = [str(backend.n_threads), json.dumps(todo)]
+        try:
+            ended = run_main(kernel_timing.__name__, arguments, left_s, announce, stop=backend.is_aborted)
+        except OSError:  # no memory for another process
+            break
+        if backend.is_aborted():
+            raise Aborted
+        announce = None  # once is enough
+        begun = _read_lines(ended.stdout, todo, found)
+        if begun is None or not _is_fault(ended.status):
+            break
+        crashed = (begun.type_name, begun.kernel)
+        found.update({trial: math.inf for trial in missing if trial[:2] == crashed})
+        todo = [trial for trial in todo if trial not in found]
+    return found
 
 
-def cache_key(type_name: str, n_threads: int) -> str:
-    """What a measurement depends on."""
-    return f"{_cpu_model()}|ggml {lib().ggml_version().decode()}|{n_threads} threads|{type_name}"
+def _read_lines(printed: str, todo: Sequence[Trial], found: dict[Trial, float]) -> Trial | None:
+    """Takes the times out of what a child printed. Returns the trial that it was at work on when it ended."""
+    begun = None
+    for line in printed.splitlines():
+        try:
+            number, *seconds = json.loads(line)
+            trial = todo[number]
+        except (ValueError, TypeError, IndexError):
+            continue
+        begun = None if seconds else trial
+        if seconds and _is_time(seconds[0]):
+            found[trial] = min(seconds[0], found.get(trial, math.inf))
+    return begun
+
+
+def _is_fault(status: int | None) -> bool:
+    """Whether a process ended like that over what it did itself."""
+    if status is None:
+        return False
+    return status >= _WINDOWS_FAULT or -status in {getattr(signal, name, None) for name in _FAULTS}
+
+
+def cache_key(n_threads: int) -> str:
+    """What measurements depend on."""
+    return f"{_cpu_model()}|ggml {lib().ggml_version().decode()}|{n_threads} threads"
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.type_name} {trial.kernel} {trial.n_rows}"
 
 
 def _cpu_model() -> str:
@@ -147,13 +238,12 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def _read_cache() -> dict[str, dict[str, float]]:
+def _read_cache(key: str) -> dict[str, float]:
     """What was measured; values that are not times are left out, and so measured again."""
-    return {
-        key: {name: float(value) for name, value in entry.items() if _is_time(value)}
-        for key, entry in read_json_cache(CACHE).items()
-        if isinstance(entry, dict)
-    }
+    content = read_json_cache(CACHE).get(key)
+    if not isinstance(content, dict):
+        return {}
+    return {name: float(value) for name, value in content.items() if _is_time(value)}
 
 
 def _is_time(value: Any) -> bool:

@@ -111,12 +111,20 @@ class Backend:
         if set_threads:
             set_threads(self.handle, self.n_threads)
 
+        self._abort = abort
         if abort is not None:
             set_abort = self._registry_function(
                 "ggml_backend_set_abort_callback", None, type(self.handle), ctypes.c_void_p, ctypes.c_void_p
             )
             if set_abort:
                 set_abort(self.handle, *abort)
+
+    def is_aborted(self) -> bool:
+        """Whether the abort callback asks to stop, for work beside graphs."""
+        if self._abort is None:
+            return False
+        callback, data = self._abort
+        return bool(ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(callback)(data))
 
     def _registry_function(self, name: str, restype: Any, *argtypes: Any) -> Any:
         """A function that not every backend has, and that only its registry knows by name; None without it."""

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from granite4v.ggml.gguf_header import STRING, Header, TensorInfo, read_header
 from granite4v.ggml.metadata import GgufMetadata
+from granite4v.ggml.types import NO_WEIGHTS
 
-__all__ = ["GgufFile", "TensorInfo"]
+__all__ = ["GgufFile", "TensorInfo", "n_weights"]
+
+
+def n_weights(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """How many weights these tensors have of each type that weights are multiplied in."""
+    found: Counter[str] = Counter()
+    for info in tensors:
+        if info.type_name not in NO_WEIGHTS:
+            found[info.type_name] += math.prod(info.shape)
+    return dict(found)
 
 
 class GgufFile(GgufMetadata):

@@ -315,6 +315,8 @@ class Engine:
             if isinstance(span, ImageSpan):
                 self._encode(task, span)
         start = time.perf_counter()
+        with self.computing([task]):
+            self._choose_placement(lambda: task.channel.report("measure", 0, 1))
         task.channel.report("load", 0, 1)
         self._model = self._open_model()
         task.channel.report("load", 1, 1)
@@ -334,7 +336,8 @@ class Engine:
 
     def _encode(self, task: Task, span: ImageSpan) -> ImageFeatures:
         timings, start = task.answer.timings, time.perf_counter()
-        self._vision.encoder()
+        with self.computing([task]):
+            self._vision.encoder(lambda: task.channel.report("measure", 0, 1))
         opened = time.perf_counter()
         timings.n_encoded += not self._vision.knows(span.digest)
         with self.computing([task]):
@@ -349,13 +352,16 @@ class Engine:
         progress("encode", 0, 100)
         return self._vision.features(image, lambda done, total: progress("encode", done, total))
 
+    def _choose_placement(self, announce: Callable[[], None]) -> None:
+        if self.exact:
+            return
+        backend = Backend(self.device, self.n_threads, (self._abort.callback_address, self._abort.data_address))
+        try:
+            self._placement = choose_placement(self.files.text.tensors, backend, announce)
+        finally:
+            backend.close()
+
     def _open_model(self) -> LlamaModel:
-        if not self.exact:
-            backend = Backend(self.device, self.n_threads)
-            try:
-                self._placement = choose_placement(self.files.text.tensors, backend)
-            finally:
-                backend.close()
         model = LlamaModel(self.files.text.path, device=self.device, placement=self._placement)
         try:
             self._check_width(model)

@@ -46,12 +46,14 @@ class Vision:
         assert self._files.injection is not None
         return self._files.injection
 
-    def encoder(self) -> VisionEncoder:
-        """Raises ModelFileError, DeviceError."""
+    def encoder(self, announce: Callable[[], None] | None = None) -> VisionEncoder:
+        """`announce`: see `VisionEncoder`. Raises ModelFileError, DeviceError, Aborted."""
         if self._encoder is None:
             assert self._files.vision is not None
             abort = (self._abort.callback_address, self._abort.data_address)
-            self._encoder = clip_projector.VisionEncoder(self._files.vision.path, self._device, self._n_threads, abort)
+            self._encoder = clip_projector.VisionEncoder(
+                self._files.vision.path, self._device, self._n_threads, abort, announce
+            )
         return self._encoder
 
     def knows(self, digest: bytes) -> bool:

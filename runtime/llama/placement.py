@@ -11,15 +11,14 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
-from granite4v.ggml.gguf_file import TensorInfo
-from granite4v.ggml.types import NO_WEIGHTS
+from granite4v.ggml.gguf_file import TensorInfo, n_weights
 
 N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
 
@@ -56,14 +55,16 @@ class _Override(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
-def choose_placement(tensors: Mapping[str, TensorInfo], backend: Backend) -> Placement:
-    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine.
+def choose_placement(
+    tensors: Mapping[str, TensorInfo], backend: Backend, announce: Callable[[], None] | None = None
+) -> Placement:
+    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine (see `text_kernels`).
 
     Only block weights leave the mapping: the token embedding is looked up, not multiplied, and llama.cpp decides by
     itself where the output head goes. A buffer type may refuse single shapes (repacking takes rows by the eight).
     """
     weights = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
-    kernels = autotune.text_kernels(backend, {info.type_name for info in weights} - NO_WEIGHTS)
+    kernels = autotune.text_kernels(backend, n_weights(weights), announce)
     placed: dict[str, list[str]] = defaultdict(list)
     supported: dict[tuple[str, tuple[int, ...]], bool] = {}
     for info in weights:

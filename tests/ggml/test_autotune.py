@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from granite4v.child import Ended
-from granite4v.ggml import autotune, kernel_timing
-from granite4v.ggml.autotune import WORTH, cache_key, fastest_kernel, seconds, worthwhile
-from granite4v.ggml.backend import Backend
-from granite4v.ggml.kernel_timing import FLOAT32, PLAIN
+from granite4v.ggml import autotune
+from granite4v.ggml.autotune import SMALL, WORTH, cache_key, fastest_kernel, page_seconds, times, worthwhile
+from granite4v.ggml.backend import Aborted, Backend
+from granite4v.ggml.kernel_timing import MANY, Trial
+from granite4v.ggml.kernels import FLOAT32, N_OUT, PLAIN, Kernel, n_in
 from granite4v.ggml.types import NO_WEIGHTS, TYPES, block_size
+from granite4v.runtime.llama.abort import AbortFlag
+from tests.helpers import faulty_kernels
 
 REPACK = "CPU_REPACK"
+BIG = 10 * SMALL
+Fake = Mapping[str, Mapping[str, float]]
 
 
 @pytest.fixture
@@ -26,11 +37,43 @@ def backend() -> Iterator[Backend]:
     backend.close()
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / autotune.CACHE
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ggml with two special buffer types, whatever this CPU has."""
+    offered = {name: Kernel(name, buffer_type=f"type of {name}") for name in (REPACK, "AMX")}
+    offered = {PLAIN: Kernel(PLAIN), FLOAT32: Kernel(FLOAT32, as_float32=True), **offered}
+    monkeypatch.setattr(autotune, "available_kernels", lambda backend, kind: offered)
+
+
+def times_of(measured: Fake) -> Callable[..., dict[str, dict[str, dict[int, float]]]]:
+    """In place of `times`: every number of rows takes the same, and kernels without a value were not measured."""
+
+    def fake(backend: Backend, wanted: Sequence[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
+        found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
+        for kind, name, n in wanted:
+            if name in measured[kind]:
+                found[kind].setdefault(name, {})[n] = measured[kind][name]
+        return found
+
+    return fake
+
+
+# --- the rules ---
+
+
 def test_the_image_side_prefers_the_exact_kernel_among_equals() -> None:
     assert fastest_kernel({PLAIN: 1.00, FLOAT32: 1.03}) == FLOAT32
     assert fastest_kernel({PLAIN: 1.5, FLOAT32: 1.2, REPACK: 1.0, "AMX": math.inf}) == REPACK
     assert fastest_kernel({PLAIN: 0.5, FLOAT32: 1.0}) == PLAIN
-    assert fastest_kernel({"AMX": math.inf}) == PLAIN
+    assert fastest_kernel({PLAIN: math.inf, FLOAT32: 1.0}) == FLOAT32
+    assert fastest_kernel({PLAIN: math.inf, "AMX": math.inf}) == PLAIN
+    assert fastest_kernel({REPACK: 1.0}) == PLAIN  # with nothing to compare it to
     assert fastest_kernel({}) == PLAIN
 
 
@@ -38,12 +81,14 @@ def test_the_image_side_prefers_the_exact_kernel_among_equals() -> None:
     ("measured", "expected"),
     [
         ({PLAIN: 1.0, REPACK: 0.5}, REPACK),
-        ({PLAIN: 1.0, REPACK: WORTH + 0.01}, PLAIN),  # not worth the memory
+        ({PLAIN: 1.0, REPACK: WORTH + 0.01}, PLAIN),  # not worth it
         ({PLAIN: 1.0, REPACK: 1.5}, PLAIN),
         ({PLAIN: 1.0, REPACK: math.inf}, PLAIN),  # it crashed
         ({PLAIN: 1.0, REPACK: 0.6, "AMX": 0.3}, "AMX"),
         ({PLAIN: 1.0, REPACK: 0.6, "AMX": math.inf}, REPACK),
+        ({PLAIN: math.inf, REPACK: 0.6}, REPACK),
         ({PLAIN: 1.0, FLOAT32: 0.2}, PLAIN),  # a kernel of the encoder's, not of llama.cpp's
+        ({REPACK: 0.6}, PLAIN),  # with nothing to compare it to
         ({}, PLAIN),
     ],
 )
@@ -51,75 +96,221 @@ def test_the_text_side_takes_a_buffer_type_if_it_is_worth_it(measured: dict[str,
     assert worthwhile(measured, {REPACK, "AMX"}) == expected
 
 
-def test_both_sides_choose_from_the_same_times(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = autotune.extra_buffer_types(backend)
-    if REPACK not in extra:
-        pytest.skip("this ggml has no repack buffer type")
+def test_a_page_is_prefilled_and_then_decoded() -> None:
+    """1,200 rows in batches of 512; 150 tokens alone and 150 in batches of four."""
     measured = {
-        "Q4_0": {PLAIN: 1.0, FLOAT32: 1.0, REPACK: 0.5},
-        "F16": {PLAIN: 1.0, FLOAT32: 0.5},
+        PLAIN: {MANY: 0.512, 1: 1e-3, 4: 4e-3},
+        REPACK: {MANY: 1.024, 1: 0.5e-3, 4: 1e-3},
+        "AMX": {MANY: math.inf, 1: 1e-3, 4: math.inf},
+        "half known": {MANY: 0.1},
+    }
+    found = page_seconds(measured)
+    assert found == {PLAIN: pytest.approx(1.5), REPACK: pytest.approx(2.5125), "AMX": math.inf}
+
+
+@pytest.mark.usefixtures("kernels")
+def test_both_sides_choose_from_the_same_times(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {
+        "Q4_0": {PLAIN: 1.0, FLOAT32: 1.0, REPACK: 0.5, "AMX": math.inf},
+        "F16": {PLAIN: 1.0, FLOAT32: 0.5, REPACK: 3.0, "AMX": math.inf},
         "Q8_0": {PLAIN: 1.0, FLOAT32: 2.0, REPACK: 0.95},
     }
-    monkeypatch.setattr(autotune, "seconds", lambda backend, kind: measured[kind])
-    types = {*measured, "F32"}
-    vision, text = autotune.vision_kernels(backend, types), autotune.text_kernels(backend, types)
+    monkeypatch.setattr(autotune, "times", times_of(measured))
+    n_weights = {**dict.fromkeys(measured, BIG), "F32": BIG}
+    vision, text = autotune.vision_kernels(backend, n_weights), autotune.text_kernels(backend, n_weights)
     assert {kind: kernel.name for kind, kernel in vision.items()} == {"Q4_0": REPACK, "F16": FLOAT32, "Q8_0": REPACK}
     assert {kind: kernel.name for kind, kernel in text.items()} == {"Q4_0": REPACK}
     assert vision["F16"].as_float32 and vision["F16"].buffer_type is None
-    assert text["Q4_0"].buffer_type.value == extra[REPACK].value
+    assert text["Q4_0"].buffer_type == f"type of {REPACK}"
 
 
-def test_a_kernel_that_ends_its_process_counts_as_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ended in (
-        Ended(-6, "", "GGML_ASSERT(false) failed"),
-        Ended(None, "1.0", ""),
-        Ended(0, "", ""),
-        Ended(0, "no time", ""),
-        Ended(0, "-1", ""),
-    ):
-        monkeypatch.setattr(autotune, "run_main", lambda *arguments, ended=ended: ended)
-        assert autotune.measure_in_child("Q4_0", "AMX", 1) == math.inf
+@pytest.mark.usefixtures("kernels")
+def test_decoding_counts_beside_prefill(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_rows = {
+        "Q4_K": {PLAIN: {MANY: 1.0, 1: 0.01, 4: 0.04}, REPACK: {MANY: 1.9, 1: 0.006, 4: 0.024}},  # 5.3, 6.3
+        "Q4_0": {PLAIN: {MANY: 1.0, 1: 0.10, 4: 0.40}, REPACK: {MANY: 1.9, 1: 0.06, 4: 0.24}},  # 32, 22
+    }
+    monkeypatch.setattr(autotune, "times", lambda *_, **__: by_rows)
+    assert list(autotune.text_kernels(backend, dict.fromkeys(by_rows, BIG))) == ["Q4_0"]
 
 
-def test_a_child_that_cannot_be_started_counts_as_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> Ended:
+@pytest.mark.usefixtures("kernels")
+def test_a_small_file_is_multiplied_as_it_is(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cache knows: its results must not depend on that."""
+    monkeypatch.setattr(autotune, "times", times_of({"F16": {PLAIN: 1.0, REPACK: 0.1}}))
+    for choose in (autotune.vision_kernels, autotune.text_kernels):
+        assert choose(backend, {"F16": SMALL - 1}) == {}
+        assert choose(backend, {"F16": SMALL})["F16"].name == REPACK
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_type_of_few_weights_is_not_measured(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[str] = []
+    fake = times_of({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: 1.0}})
+    monkeypatch.setattr(
+        autotune,
+        "times",
+        lambda backend, trials, *rest, **more: wanted.extend(t.type_name for t in trials) or fake(backend, trials),
+    )
+    autotune.vision_kernels(backend, {"F16": BIG // 100, "Q8_0": BIG, "F32": BIG // 10})
+    assert set(wanted) == {"Q8_0"}
+
+
+def test_rates_tell_a_crash_from_what_is_not_known(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, kernels: None
+) -> None:
+    monkeypatch.setattr(autotune, "times", times_of({"F16": {PLAIN: 0.02, "AMX": math.inf}, "Q6_K": {}}))
+    flop = 2 * 1152 * N_OUT * MANY
+    assert autotune.rates(backend, ["F16", "Q6_K"]) == {
+        "F16": {PLAIN: pytest.approx(flop / 0.02 / 1e9), "AMX": None},
+        "Q6_K": {},
+    }
+
+
+# --- measuring ---
+
+
+def trials(*names: str, kind: str = "Q4_0", rows: Sequence[int] = (MANY,)) -> list[Trial]:
+    return [Trial(kind, name, n) for n in rows for name in names]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], list[int]]]:
+    """Replaces what the kernels do in the child. Returns a function that lists the children there were."""
+
+    def replace(**does: float | str) -> Callable[[], list[int]]:
+        log = tmp_path / "children"
+        log.write_text("")
+        monkeypatch.setenv("FAULTY_KERNELS", json.dumps(does))
+        monkeypatch.setenv("FAULTY_KERNELS_LOG", str(log))
+        monkeypatch.setattr(autotune, "kernel_timing", SimpleNamespace(__name__=faulty_kernels.__name__))
+        return lambda: [int(line) for line in log.read_text().split()]
+
+    return replace
+
+
+def test_one_child_measures_all(backend: Backend, cache: Path, faulty: Any) -> None:
+    children = faulty(plain=2.0, AMX=1.0)
+    wanted = trials(PLAIN, "AMX", rows=(MANY, 1)) + trials(PLAIN, kind="F16")
+    found = times(backend, wanted, 60.0)
+    assert found == {
+        "Q4_0": {PLAIN: {MANY: 2.0 * MANY, 1: 2.0}, "AMX": {MANY: MANY, 1: 1.0}},
+        "F16": {PLAIN: {MANY: 2.0 * MANY}},
+    }
+    assert len(children()) == 1
+    assert times(backend, wanted, 60.0) == found and len(children()) == 1  # from the cache
+    assert times(backend, [*wanted, Trial("F16", "AMX", 1)], 60.0)["F16"]["AMX"] == {1: 1.0} and len(children()) == 2
+
+
+def test_a_kernel_that_ends_its_process_counts_as_crashed_and_the_others_are_measured(
+    backend: Backend, cache: Path, faulty: Any
+) -> None:
+    children = faulty(plain=2.0, AMX="abort", CPU_REPACK=1.0, VNNI="abort")
+    wanted = trials(PLAIN, "AMX", REPACK, "VNNI", rows=(MANY, 1))
+    expected = {
+        PLAIN: {MANY: 2.0 * MANY, 1: 2.0},
+        "AMX": {MANY: math.inf, 1: math.inf},  # once is enough
+        REPACK: {MANY: MANY, 1: 1.0},
+        "VNNI": {MANY: math.inf, 1: math.inf},
+    }
+    assert times(backend, wanted, 60.0) == {"Q4_0": expected}
+    assert len(children()) == 3
+    assert times(backend, wanted, 60.0) == {"Q4_0": expected} and len(children()) == 3  # not tried again
+
+
+def test_the_budget_ends_a_kernel_that_hangs(backend: Backend, cache: Path, faulty: Any) -> None:
+    children = faulty(plain=2.0, AMX="hang", CPU_REPACK=1.0)
+    announced: list[int] = []
+    start = time.monotonic()
+    found = times(backend, trials(PLAIN, "AMX", REPACK), 2.0, lambda: announced.append(1))
+    assert time.monotonic() - start < 30  # a hanging kernel sleeps for 60
+    assert found == {"Q4_0": {PLAIN: {MANY: 2.0 * MANY}}} and announced == [1]
+    assert not is_alive(children()[0])
+    assert set(json.loads(cache.read_text())[cache_key(2)]) == {f"Q4_0 plain {MANY}"}  # the others the next time
+
+
+def test_aborting_ends_the_measurement(cache: Path, faulty: Any) -> None:
+    children, flag = faulty(plain="hang"), AbortFlag()
+    backend = Backend("cpu", 1, (flag.callback_address, flag.data_address))
+
+    def abort() -> None:
+        while not children():
+            time.sleep(0.02)
+        flag.raise_()
+
+    thread = threading.Thread(target=abort)
+    thread.start()
+    try:
+        with pytest.raises(Aborted):
+            times(backend, trials(PLAIN), 50.0)
+    finally:
+        thread.join()
+        backend.close()
+    assert not is_alive(children()[0]) and not cache.exists()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [
+        (Ended(-int(signal.SIGKILL), "[0]\n[0, 1.0]\n[1]\n", ""), {PLAIN: 1.0}),  # as the out-of-memory killer does
+        (Ended(1, "[0]\n[0, 1.0]\n[1]\n", "MemoryError"), {PLAIN: 1.0}),
+        (Ended(0, "[0]\n[0, 1.0]\n[1]\n[1, null]\n", ""), {PLAIN: 1.0}),
+        (Ended(0, "[0]\n[0, 3.0]\n[1]\n[1, 2.0]\n[0]\n[0, 1.0]\n[1]\n[1, 2.5]\n", ""), {PLAIN: 1.0, "AMX": 2.0}),
+        (Ended(0, "", ""), {}),
+        (Ended(0, 'noise\n[0, "fast"]\n[0, -1]\n[7, 1.0]\n{}\n[0, true]\n[]\n', ""), {}),
+        (Ended(0xC0000005, "[0]\n[0, 1.0]\n[1]\n", ""), {PLAIN: 1.0, "AMX": math.inf}),  # Windows
+    ],
+)
+def test_what_a_child_says(
+    backend: Backend, cache: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended, expected: dict[str, float]
+) -> None:
+    monkeypatch.setattr(autotune, "run_main", lambda *_, **__: ended)
+    found = times(backend, trials(PLAIN, "AMX"), 60.0)["Q4_0"]
+    assert {name: rows[MANY] for name, rows in found.items()} == expected
+
+
+def test_without_a_child_nothing_is_known(backend: Backend, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Ended:
         raise OSError("no memory")
 
     monkeypatch.setattr(autotune, "run_main", refuse)
-    assert autotune.measure_in_child("Q4_0", PLAIN, 1) == math.inf
+    assert times(backend, trials(PLAIN), 60.0) == {"Q4_0": {}}
+    assert autotune.vision_kernels(backend, {"Q4_0": BIG}) == {} == autotune.text_kernels(backend, {"Q4_0": BIG})
 
 
-def test_a_child_measures(backend: Backend) -> None:
-    assert 0 < autotune.measure_in_child("Q4_0", PLAIN, 1) < math.inf
+def test_a_real_child_measures(backend: Backend, cache: Path) -> None:
+    found = times(backend, [*trials(PLAIN, rows=(MANY, 4, 1)), *trials(FLOAT32, kind="F16")], 60.0)
+    assert set(found["Q4_0"][PLAIN]) == {MANY, 4, 1} and 0 < found["F16"][FLOAT32][MANY] < 60
+    assert found["Q4_0"][PLAIN][1] < found["Q4_0"][PLAIN][MANY]  # seconds of one matrix, not of all that are multiplied
 
 
-def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
-    asked: list[str] = []
-    monkeypatch.setattr(
-        autotune, "measure_in_child", lambda kind, name, threads: asked.append(name) or 1.0 + len(asked)
-    )
-    first = seconds(backend, "Q4_0")
-    assert set(first) == set(asked) and {PLAIN, FLOAT32} <= set(first)
-    asked.clear()
-    assert seconds(backend, "Q4_0") == first and not asked
-    (tmp_path / autotune.CACHE).write_text("{ damaged")
-    assert seconds(backend, "Q4_0").keys() == first.keys() and asked
+def test_damaged_caches_are_measured_again(backend: Backend, cache: Path, faulty: Any) -> None:
+    faulty(plain=1.0)
+    key, name, rows = cache_key(2), f"Q4_0 plain {MANY}", {PLAIN: {MANY: float(MANY)}}
+    cache.parent.mkdir()
+    for damaged in ("{ damaged", "[]", {key: 5}, {key: {name: "fast"}}, {key: {name: -1.0}}, {key: {name: math.nan}}):
+        cache.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        assert times(backend, trials(PLAIN), 60.0) == {"Q4_0": rows}
+        assert json.loads(cache.read_text())[key][name] == MANY
 
 
-def test_measurements_that_are_no_times_are_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend
-) -> None:
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "measure_in_child", lambda kind, name, threads: 1.0)
-    key = cache_key("Q4_0", backend.n_threads)
-    for damaged in ({key: 5}, {key: {PLAIN: "fast", FLOAT32: [1], "x": None}}, {key: {PLAIN: float("nan")}}):
-        (tmp_path / autotune.CACHE).write_text(json.dumps(damaged))
-        found = seconds(backend, "Q4_0")
-        assert {PLAIN, FLOAT32} <= set(found) and set(found.values()) == {1.0}
-        assert json.loads((tmp_path / autotune.CACHE).read_text())[key][PLAIN] == 1.0
+def test_new_times_replace_old_ones_on_request(backend: Backend, cache: Path, faulty: Any) -> None:
+    faulty(plain=1.0, AMX="abort")
+    times(backend, trials(PLAIN, "AMX"), 60.0)
+    faulty(plain=2.0, AMX=1.0)
+    found = times(backend, trials(PLAIN, "AMX"), 60.0, anew=True)
+    assert found == {"Q4_0": {PLAIN: {MANY: 2.0 * MANY}, "AMX": {MANY: 1.0 * MANY}}}
+    assert times(backend, trials(PLAIN, "AMX"), 60.0) == found
 
 
 def test_rows_are_whole_blocks_of_every_type() -> None:
     for name in TYPES.keys() - NO_WEIGHTS:
-        assert kernel_timing.n_in(name) % block_size(name) == 0, name
+        assert n_in(name) % block_size(name) == 0, name

@@ -15,7 +15,8 @@ import granite4v
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
-from granite4v.ggml.kernel_timing import PLAIN
+from granite4v.ggml.kernel_timing import Trial
+from granite4v.ggml.kernels import PLAIN
 from granite4v.runtime.llama.placement import Placement, choose_placement, tensor_patterns
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
@@ -50,12 +51,24 @@ def tensors(*infos: tuple[str, tuple[int, ...], str]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(name, shape, kind, 0, 0) for name, shape, kind in infos}
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, repack_s: dict[str, float]) -> None:
+    """Lets small files be measured, with these seconds of CPU_REPACK for each type; plain kernels take one."""
+
+    def times(backend: Backend, wanted: list[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
+        found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
+        for kind, name, n in wanted:
+            found[kind].setdefault(name, {})[n] = 1.0 if name == PLAIN else repack_s.get(kind, math.inf)
+        return found
+
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    monkeypatch.setattr(autotune, "times", times)
+
+
 def test_placement_follows_the_measurement(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     extra = [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]
     if REPACK not in extra:
         pytest.skip("this ggml has no repack buffer type")
-    measured = {"Q4_0": {PLAIN: 1.0, REPACK: 0.5}, "Q4_K": {PLAIN: 1.0, REPACK: 0.99}, "F16": {PLAIN: 1.0}}
-    monkeypatch.setattr(autotune, "seconds", lambda backend, kind: measured[kind])
+    pretend(monkeypatch, {"Q4_0": 0.5, "Q4_K": 0.99})
     placement = choose_placement(
         tensors(
             ("blk.0.attn_q.weight", (256, 256), "Q4_0"),
@@ -84,12 +97,12 @@ def test_rearranged_weights_give_the_same_answers(
     base = kind.removesuffix("_M")
     if REPACK not in extra or not backend.multiplies(extra[REPACK], base, 256, 256):
         pytest.skip(f"this CPU does not repack {base}")
-    if autotune.seconds(backend, base).get(REPACK, math.inf) == math.inf:
+    if autotune.rates(backend, [base])[base].get(REPACK) is None:
         pytest.skip(f"repacked {base} crashes on this machine")
     folder, picture = make_model(PRESETS["tiny-wide"], kind, "F32"), text_picture((150, 100))
     found: list[np.ndarray] = []
     for repack_s in (2.0, 0.5):
-        monkeypatch.setattr(autotune, "seconds", lambda backend, kind, s=repack_s: {PLAIN: 1.0, REPACK: s})
+        pretend(monkeypatch, {base: repack_s})
         with granite4v.load(folder, device="cpu") as model:
             found.append(model.logits("What is this?", [picture]))
             placed = model.settings["text_buffer_types"]
@@ -103,14 +116,15 @@ def test_a_real_measurement_is_kept_for_the_next_time(
     make_model: Callable[..., Path], backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "SMALL", 0)
     with GgufFile.open(make_model(PRESETS["tiny-wide"], "Q4_0", "F32") / "text-Q4_0.gguf") as file:
         first = choose_placement(file.tensors, backend)
-        monkeypatch.setattr(autotune, "measure_in_child", lambda *args: pytest.fail("measured again"))
+        monkeypatch.setattr(autotune, "run_main", lambda *_, **__: pytest.fail("measured again"))
         assert choose_placement(file.tensors, backend).tensors == first.tensors
 
 
 def test_exact_mode_places_nothing(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "seconds", lambda backend, kind: {PLAIN: 1.0, REPACK: 0.1})
+    pretend(monkeypatch, {"Q4_0": 0.1})
     with granite4v.load(make_model(PRESETS["tiny-wide"], "Q4_0", "F32"), device="cpu", exact=True) as model:
         model.logits("x")
         assert model.settings["text_buffer_types"] == {}

@@ -1,0 +1,53 @@
+"""What the measuring child prints, and what it measures: real products, correct in every kernel that runs here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from granite4v.ggml import kernel_timing
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.graph import Graph, Tensor
+from granite4v.ggml.kernel_timing import MANY, ROUNDS, Trial
+from granite4v.ggml.kernels import FLOAT32, PLAIN, available_kernels
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    backend = Backend("cpu", 1)
+    yield backend
+    backend.close()
+
+
+def test_a_line_when_a_trial_begins_and_one_when_it_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_timing, "measure", lambda trial, n_threads: trial.n_rows / n_threads)
+    kernel_timing.main("2", json.dumps([Trial("F16", PLAIN, 8), Trial("F16", FLOAT32, 1)]))
+    assert capsys.readouterr().out.splitlines() == ["[0]", "[0, 4.0]", "[1]", "[1, 0.5]"] * ROUNDS
+
+
+def test_what_cannot_be_tried_does_not_keep_the_others_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+    kernel_timing.main("1", json.dumps([Trial("F16", "no such kernel", MANY), Trial("F16", PLAIN, 1)]))
+    output = capsys.readouterr()
+    lines = [json.loads(line) for line in output.out.splitlines()]
+    assert lines[:2] == [[0], [0, None]] and lines[3][0] == 1 and lines[3][1] > 0
+    assert "no such kernel" in output.err
+
+
+def test_plain_and_widened_products_are_what_numpy_computes(backend: Backend) -> None:
+    kernels = available_kernels(backend, "F16")
+    assert list(kernels)[:2] == [PLAIN, FLOAT32]
+    rng = np.random.default_rng(3)
+    weights, rows = rng.standard_normal((24, 64), dtype=np.float32), rng.standard_normal((5, 64), dtype=np.float32)
+    halves = weights.astype(np.float16)
+    for name, tolerance in ((PLAIN, 1e-2), (FLOAT32, 1e-5)):  # plain: the rows are rounded to half precision, too
+        graph = Graph(backend, 16)
+        matrix, x = graph.input("matrix", "F16", 64, 24), graph.input("x", "F32", 64, 5)
+        graph.output("y", kernels[name].product(graph, Tensor(matrix.ptr), x))
+        found = graph.run(matrix=halves, x=rows)["y"]
+        graph.close()
+        assert np.abs(found - rows @ halves.astype(np.float32).T).max() < tolerance * 8, name
