@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,9 +27,10 @@ from typing import Any
 from granite4v.child import run_main
 from granite4v.ggml import kernel_timing
 from granite4v.ggml.backend import Aborted, Backend
+from granite4v.ggml.build import build_id
+from granite4v.ggml.cpu_features import cpu_name
 from granite4v.ggml.kernel_timing import MANY, Trial
 from granite4v.ggml.kernels import FLOAT32, N_OUT, PLAIN, Kernel, available_kernels, n_in
-from granite4v.ggml.library import lib
 from granite4v.paths import read_json_cache, write_json_cache
 
 __all__ = ["Kernel", "page_seconds", "rates", "text_kernels", "times", "vision_kernels"]
@@ -221,21 +221,11 @@ def _is_fault(status: int | None) -> bool:
 
 def cache_key(n_threads: int) -> str:
     """What measurements depend on."""
-    return f"{_cpu_model()}|ggml {lib().ggml_version().decode()}|{n_threads} threads"
+    return f"{cpu_name()}|build {build_id()}|{n_threads} threads"
 
 
 def _name(trial: Trial) -> str:
     return f"{trial.type_name} {trial.kernel} {trial.n_rows}"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
-        names = {key.strip(): value.strip() for key, value in fields.items()}
-        return f"{names.get('model name', '?')} {names.get('model', '')}.{names.get('stepping', '')}"
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _read_cache(key: str) -> dict[str, float]:

@@ -81,6 +81,12 @@ class InitParams(c.Structure):
     _fields_ = [("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool)]
 
 
+class Feature(c.Structure):
+    """struct ggml_backend_feature: an array of these ends with one without a name."""
+
+    _fields_ = [("name", c.c_char_p), ("value", c.c_char_p)]
+
+
 class Declaration(NamedTuple):
     library: str  # the library that defines it: 'ggml-base', 'ggml-cpu' or 'ggml'
     name: str

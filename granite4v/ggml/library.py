@@ -30,12 +30,12 @@ def lib() -> Any:
     Raises DeviceError when llama-cpp-python is missing or its ggml lacks a function we need.
     """
     with openmp_for_this_load():
-        folder = _library_folder()
+        _load_llama_cpp()
     opened: dict[str, ctypes.CDLL] = {}
     functions = SimpleNamespace()
     for declaration in declarations.DECLARATIONS:
         if declaration.library not in opened:
-            opened[declaration.library] = _open(folder, declaration.library)
+            opened[declaration.library] = ctypes.CDLL(str(library_path(declaration.library)))
         try:
             function = getattr(opened[declaration.library], declaration.name)
         except AttributeError:
@@ -79,16 +79,17 @@ def _is_busy() -> bool:
     return load >= n_cores
 
 
-def _library_folder() -> Path:
-    spec = util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise DeviceError("llama-cpp-python is not installed; install it with 'pip install llama-cpp-python'.")
+def _load_llama_cpp() -> None:
+    _library_folder()
     import llama_cpp  # noqa: F401  its own loader sets search paths and opens dependencies in order
 
-    return Path(spec.origin).parent / "lib"
 
+def library_path(name: str) -> Path:
+    """The file of one of llama-cpp-python's libraries, 'ggml-cpu' for instance, found without loading anything.
 
-def _open(folder: Path, name: str) -> ctypes.CDLL:
+    Raises DeviceError when it is not there.
+    """
+    folder = _library_folder()
     if sys.platform == "win32":
         candidates = [f"{name}.dll", f"lib{name}.dll"]
     elif sys.platform == "darwin":
@@ -97,11 +98,18 @@ def _open(folder: Path, name: str) -> ctypes.CDLL:
         candidates = [f"lib{name}.so"]
     for candidate in candidates:
         if (folder / candidate).exists():
-            return ctypes.CDLL(str(folder / candidate))
+            return folder / candidate
     raise DeviceError(
         f"'{folder}' has no {' or '.join(candidates)}; granite4v needs a llama-cpp-python built with shared libraries, "
         "as its default build is."
     )
+
+
+def _library_folder() -> Path:
+    spec = util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise DeviceError("llama-cpp-python is not installed; install it with 'pip install llama-cpp-python'.")
+    return Path(spec.origin).parent / "lib"
 
 
 def _check_layout(functions: Any, tensor_struct: type[ctypes.Structure]) -> None:

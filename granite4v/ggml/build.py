@@ -1,0 +1,143 @@
+"""What the installed llama-cpp-python is: its version, and the compiler and CPU features of its ggml.
+
+Reads the library's file where that tells enough, so that a build which cannot be loaded can still be named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import re
+import struct
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from granite4v.errors import DeviceError
+from granite4v.ggml.backend import find_device
+from granite4v.ggml.cpu_features import FEATURES
+from granite4v.ggml.declarations import Feature, RegistryP
+from granite4v.ggml.library import lib, library_path
+
+UNKNOWN = "unknown"
+MAX_COMMENT_BYTES = 1 << 16  # of the section that names the compilers; it has a few dozen
+_ELF64_LITTLE = b"\x7fELF\x02\x01"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build of llama-cpp-python. `features`: the CPU features that its kernels were compiled for, by ggml's names
+    (`cpu_features`)."""
+
+    version: str
+    ggml: str
+    compiler: str
+    features: tuple[str, ...]
+    id: str
+
+    @property
+    def summary(self) -> str:
+        """In one line: 'llama-cpp-python 0.3.36, ggml 0.25.3, GCC 12.2.0, avx2 fma'."""
+        return f"llama-cpp-python {self.version}, ggml {self.ggml}, {self.compiler}, {' '.join(self.features)}"
+
+
+@functools.cache
+def installed_build() -> Build:
+    """The build that this process loads. Raises DeviceError when it is missing or cannot be used."""
+    ggml = lib()
+    return Build(
+        version=installed_version(),
+        ggml=ggml.ggml_version().decode(),
+        compiler=compiler_of(_cpu_libraries()[0]),
+        features=tuple(name for name in FEATURES if name in compiled_features()),
+        id=build_id(),
+    )
+
+
+def installed_version() -> str:
+    """The version of llama-cpp-python; 'unknown' when it is missing."""
+    try:
+        return metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError:
+        return UNKNOWN
+
+
+@functools.cache
+def build_id() -> str:
+    """Twelve hexadecimal digits of the CPU kernels' code: other ones when the same version is built with other flags.
+
+    Raises DeviceError when llama-cpp-python is missing or has no such library.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for path in _cpu_libraries():
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise DeviceError(f"cannot read '{path}': {error.strerror}; reinstall llama-cpp-python.") from None
+    return digest.hexdigest()
+
+
+def compiled_features() -> frozenset[str]:
+    """What ggml says its CPU kernels were compiled for, in small letters: 'avx2', 'openmp', 'repack', ..."""
+    ggml = lib()
+    registry = ggml.ggml_backend_dev_backend_reg(find_device("cpu"))
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_get_features")
+    if not address:
+        return frozenset()
+    array = ctypes.CFUNCTYPE(ctypes.POINTER(Feature), RegistryP)(address)(registry)
+    rows = itertools.takewhile(lambda row: row.name, (array[i] for i in itertools.count()))
+    return frozenset(row.name.decode().lower() for row in rows if row.value != b"0")
+
+
+def _cpu_libraries() -> list[Path]:
+    """The file with ggml's CPU kernels; several, where a build has one for each kind of CPU."""
+    try:
+        return [library_path("ggml-cpu")]
+    except DeviceError:
+        variants = sorted(library_path("ggml-base").parent.glob("*ggml-cpu-*"))
+        if not variants:
+            raise
+        return variants
+
+
+def compiler_of(library: Path) -> str:
+    """'GCC 12.2.0' or 'clang 19.1.7', as a library's file names it; 'unknown' in formats other than 64-bit ELF."""
+    try:
+        comment = _comment_section(library)
+    except (OSError, struct.error, ValueError):
+        return UNKNOWN
+    found = re.search(r"clang version ([\d.]+)", comment)
+    if found:  # also in a file with a GCC entry, which start-up code that is linked to it has left
+        return f"clang {found[1]}"
+    found = re.search(r"GCC: \([^)]*\) ([\d.]+)", comment)
+    return f"GCC {found[1]}" if found else UNKNOWN
+
+
+def _comment_section(library: Path) -> str:
+    """The section '.comment', in which each compiler leaves its name. Layout: ELF-64 Object File Format 1.5, figures 2
+    and 8; all fields little-endian."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+        if not header.startswith(_ELF64_LITTLE):
+            raise ValueError("not a little-endian 64-bit ELF file")
+        (table,) = struct.unpack_from("<Q", header, 40)  # e_shoff
+        entry_bytes, n_entries, i_names = struct.unpack_from("<3H", header, 58)  # e_shentsize, e_shnum, e_shstrndx
+
+        def section(index: int) -> tuple[int, int, int]:  # sh_name, sh_offset, sh_size
+            file.seek(table + index * entry_bytes)
+            entry = file.read(64)
+            return struct.unpack_from("<I", entry)[0], *struct.unpack_from("<2Q", entry, 24)
+
+        def content(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(min(size, MAX_COMMENT_BYTES))
+
+        _, offset, size = section(i_names)
+        names = content(offset, size)
+        for index in range(n_entries):
+            name, offset, size = section(index)
+            if names[name:].startswith(b".comment\0"):
+                return content(offset, size).decode("ascii", "replace")
+    raise ValueError("no section '.comment'")
