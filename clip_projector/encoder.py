@@ -35,7 +35,7 @@ from granite4v.ggml.metadata import AGAIN
 
 MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
 MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
-NODES_PER_TILE_AND_LAYER = 48
+NODES_PER_TILE_AND_LAYER = 64
 NODES_PER_PROJECTOR = 200
 
 

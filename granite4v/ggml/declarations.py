@@ -127,6 +127,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_sqr", TensorP, ContextP, TensorP),
     _base("ggml_repeat_4d", TensorP, ContextP, TensorP, _i64, _i64, _i64, _i64),
     _base("ggml_concat", TensorP, ContextP, TensorP, TensorP, _int),  # (ctx, a, b, dim)
+    _base("ggml_cpy", TensorP, ContextP, TensorP, TensorP),  # (ctx, a, b): a into b
     _base("ggml_pad", TensorP, ContextP, TensorP, _int, _int, _int, _int),
     _base("ggml_gelu_erf_inplace", TensorP, ContextP, TensorP),
     _base("ggml_silu_inplace", TensorP, ContextP, TensorP),

@@ -78,6 +78,7 @@ class Graph:
         self._outputs: dict[str, Tensor] = {}
         self._allocator: Any = None
         self._parts: list[tuple[Arena, Any]] = []
+        self._padded: dict[tuple[int, ...], tuple[Arena, Tensor]] = {}
 
     # --- inputs and outputs ---
 
@@ -158,10 +159,30 @@ class Graph:
         return parts[0]
 
     def pad(self, x: Tensor, n: int) -> Tensor:
-        """`x` with zeros behind axis 0 up to a size of `n`; `x` itself when it has that size."""
-        if n < x.ne[0] or x.type_name != "F32":
+        """`x` with zeros behind axis 0 up to a size of `n`; `x` itself when it has that size.
+
+        For one product: another `pad` to the same sizes overwrites the result. ggml_pad tests every value and takes
+        25 times as long as this copy into rows that stay.
+        """
+        if n < x.ne[0] or x.type_name != "F32" or x.nb[0] != 4:
             raise ShapeError(f"cannot pad {x!r} to {n} values")
-        return x if n == x.ne[0] else Tensor(lib().ggml_pad(self._ctx, x.ptr, n - x.ne[0], 0, 0, 0))
+        if n == x.ne[0]:
+            return x
+        if not self.backend.is_cpu:  # a GPU may run operations side by side
+            return Tensor(lib().ggml_pad(self._ctx, x.ptr, n - x.ne[0], 0, 0, 0))
+        rows = self._zeros(n, *x.ne[1:])
+        copied = lib().ggml_cpy(self._ctx, x.ptr, self.view(rows, x.ne, rows.nb[1:], 0).ptr)
+        return Tensor(lib().ggml_view_4d(self._ctx, copied, *rows.ne, *rows.nb[1:], 0))  # the rows, once copied
+
+    def _zeros(self, *ne: int) -> Tensor:
+        """A tensor of these sizes in memory of its own, all zeros at first; the same one for the same sizes."""
+        if ne not in self._padded:
+            arena = Arena(1)
+            tensor = arena.tensor("F32", *ne)
+            arena.allocate(self.backend.buffer_type, weights=False)
+            set_data(tensor, np.zeros(tuple(reversed(ne)), np.float32))
+            self._padded[ne] = arena, Tensor(tensor)
+        return self._padded[ne][1]
 
     def cast(self, x: Tensor, kind: str) -> Tensor:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
@@ -283,6 +304,8 @@ class Graph:
             lib().ggml_gallocr_free(allocator)
         while getattr(self, "_parts", None):
             self._parts.pop()[0].close()
+        for arena, _ in getattr(self, "_padded", {}).values():
+            arena.close()
         if hasattr(self, "_arena"):
             self._arena.close()
 

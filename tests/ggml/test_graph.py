@@ -194,6 +194,14 @@ def test_a_gguf_with_a_wrong_magic_or_missing(tmp_path: Path) -> None:
 def test_pad_fills_rows_up_with_zeros(backend: Backend) -> None:
     x = RNG.standard_normal((3, 5, 192), dtype=np.float32)
     np.testing.assert_array_equal(run(backend, lambda g, x: g.pad(x, 256), x=x), np.pad(x, ((0, 0), (0, 0), (0, 64))))
+    w = RNG.standard_normal((7, 256), dtype=np.float32)
+
+    def products(graph: Graph, x: Tensor, w: Tensor) -> Tensor:
+        """One after another through the same rows."""
+        return graph.add(graph.matmul(w, graph.pad(x, 256)), graph.matmul(w, graph.pad(graph.square(x), 256)))
+
+    expected = (x + x * x) @ w[:, :192].T
+    np.testing.assert_allclose(run(backend, products, x=x, w=w), expected, rtol=1e-4, atol=1e-4)
     graph = Graph(backend, 8)
     tensor = graph.input("x", "F32", 192, 5)
     assert graph.pad(tensor, 192) is tensor
