@@ -16,14 +16,30 @@ GELU_CUBIC = 0.044715  # Hendrycks & Gimpel, "Gaussian Error Linear Units", the 
 QUICK_GELU_SLOPE = 1.702  # same paper, the sigmoid form
 
 
-def linear(graph: Graph, weights: Weights, name: str, n_in: int, n_out: int) -> Callable[[Tensor], Tensor]:
-    """x `[n_in, tokens]` -> x.W^T + b `[n_out, tokens]`. The weight is widened once for all calls.
+def linear(
+    graph: Graph,
+    weights: Weights,
+    name: str,
+    n_in: int,
+    n_out: int,
+    act: str | None = None,
+    *,
+    to_product: bool = False,
+) -> Callable[[Tensor], Tensor]:
+    """x `[n_in, tokens]` -> act(x.W^T + b) `[n_out, tokens]`. The weight is widened or packed once for all calls.
 
-    Rows of K-quants may be filled up with zeros to whole blocks; x is then filled up alike.
+    `act`: the activation by Hugging Face's name. `to_product`: see `Kernel.product`.
     """
     weight = weights.matrix(graph, f"{name}.weight", n_in, n_out)
     bias = weights.vector(f"{name}.bias", n_out)
-    return lambda x: graph.add_(graph.matmul(weight, graph.pad(x, weight.ne[0])), bias)
+    kernel = weights.kernel(f"{name}.weight")
+    fused = act if kernel.fuses(act) else None
+
+    def multiply(x: Tensor) -> Tensor:
+        y = kernel.product(graph, weight, x, bias, activation=fused, to_product=to_product)
+        return y if act is None or act == fused else activation(graph, act, y)
+
+    return multiply
 
 
 def layer_norm(graph: Graph, weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
@@ -49,14 +65,18 @@ def activation(graph: Graph, kind: str, x: Tensor) -> Tensor:
     raise ModelFileError(f"activation {kind!r} is not supported; known: gelu_pytorch_tanh, gelu, quick_gelu.")
 
 
-def attention(graph: Graph, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+def attention(graph: Graph, weights: Weights, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
     """Full attention within each of `b` groups: q `[dim, n, b]`, k and v `[dim, m, b]` -> `[dim, n, b]`.
 
-    ggml's flash attention on float32 keys and values: on the CPU it keeps the scores in cache and computes in
-    float32; with half-precision keys, as llama.cpp's tools use it, it is slower there and less exact.
+    oneDNN's products where they are faster, and else ggml's flash attention on float32 keys and values: on the CPU it
+    keeps the scores in cache and computes in float32; with half-precision keys, as llama.cpp's tools use it, it is
+    slower there and less exact.
     """
     dim, n, b = q.ne[0], q.ne[1], q.ne[2]
     head = dim // n_heads
+    arithmetic = weights.attention.arithmetic
+    if b == 1 and arithmetic is not None:
+        return graph.product_attention(q, k, v, n_heads, arithmetic)
 
     def heads(x: Tensor) -> Tensor:
         return graph.permute(graph.reshape(x, head, n_heads, x.ne[1], b), 0, 2, 1, 3)

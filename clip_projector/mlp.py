@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector.blocks import activation, linear
+from granite4v.clip_projector.blocks import linear
 from granite4v.clip_projector.weights import Weights
 from granite4v.families.base import MlpConfig, VisionConfig
 from granite4v.ggml.graph import Graph, Tensor
@@ -21,12 +21,14 @@ def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mappin
     assert isinstance(projector, MlpConfig)
     (stream,) = config.streams
     n_in = config.tower.hidden_size * len(stream.hidden_states)
-    first = linear(graph, weights, keys.MLP.format(layer=keys.MLP_FIRST), n_in, width)
+    first = linear(
+        graph, weights, keys.MLP.format(layer=keys.MLP_FIRST), n_in, width, projector.hidden_act, to_product=True
+    )
     second = linear(graph, weights, keys.MLP.format(layer=keys.MLP_SECOND), width, width)
 
     def run(group: int) -> Tensor:
         x = graph.join([states[k][group] for k in stream.hidden_states], axis=0)
-        return second(activation(graph, projector.hidden_act, first(x)))
+        return second(first(x))
 
     n_groups = len(states[stream.hidden_states[0]])
     return [graph.join([graph.expand(run(group)) for group in range(n_groups)], axis=2)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
+from granite4v.clip_projector.blocks import attention, layer_norm, linear
 from granite4v.clip_projector.weights import Weights
 from granite4v.families.base import Stream, VisionConfig, WindowQFormerConfig
 from granite4v.ggml.graph import Graph, Tensor
@@ -48,14 +48,14 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
     def name(part: str) -> str:
         return keys.PROJ.format(p=p, part=part)
 
-    def apply(part: str, x: Tensor, n_out: int = dim) -> Tensor:
+    def apply(part: str, x: Tensor, n_out: int = dim, act: str | None = None) -> Tensor:
         """A linear layer on `[n, tokens, windows]`; as one large product over all tokens of all windows."""
         flat = graph.reshape(x, x.ne[0], x.ne[1] * x.ne[2])
-        return graph.reshape(linear(graph, weights, name(part), x.ne[0], n_out)(flat), n_out, x.ne[1], x.ne[2])
+        return graph.reshape(linear(graph, weights, name(part), x.ne[0], n_out, act)(flat), n_out, x.ne[1], x.ne[2])
 
     def attend(part: str, x: Tensor, memory: Tensor) -> Tensor:
         q, k, v = apply(f"{part}_q", x), apply(f"{part}_k", memory), apply(f"{part}_v", memory)
-        mixed = attention(graph, q, k, v, projector.num_attention_heads)
+        mixed = attention(graph, weights, q, k, v, projector.num_attention_heads)
         return layer_norm(graph, weights, name(f"{part}_norm"), graph.add_(apply(f"{part}_out", mixed), x), eps)
 
     x = layer_norm(graph, weights, name("norm"), features, projector.input_norm_eps)
@@ -71,7 +71,7 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
     h = attend("self_attn", h, h)
     h = attend("cross_attn", h, memory)
     wide = weights.n_rows(f"{name('ffn_up')}.weight")
-    inner = activation(graph, projector.hidden_act, apply("ffn_up", h, wide))
+    inner = apply("ffn_up", h, wide, projector.hidden_act)
     h = layer_norm(graph, weights, name("ffn_norm"), graph.add_(apply("ffn_down", inner), h), eps)
     raster = _raster(graph, h, side // 2, projector.query_side, n_tiles)
     return apply("linear", raster, config.text_hidden_size)

@@ -7,7 +7,7 @@ layer's weights are widened once and the tiles follow one another. A GPU takes a
 from __future__ import annotations
 
 from granite4v import gguf_keys as keys
-from granite4v.clip_projector.blocks import activation, attention, layer_norm, linear
+from granite4v.clip_projector.blocks import attention, layer_norm, linear
 from granite4v.clip_projector.weights import Weights
 from granite4v.families.base import TowerConfig
 from granite4v.ggml.graph import Graph, Tensor
@@ -72,16 +72,18 @@ def _layer(
     def name(part: str) -> str:
         return keys.BLOCK.format(i=i, part=part)
 
-    q, k, v, out = (linear(graph, weights, name(f"attn_{part}"), dim, dim) for part in ("q", "k", "v", "out"))
-    up = linear(graph, weights, name("ffn_up"), dim, wide)
+    to_product = weights.attention.arithmetic is not None
+    q, k, v = (linear(graph, weights, name(f"attn_{part}"), dim, dim, to_product=to_product) for part in "qkv")
+    out = linear(graph, weights, name("attn_out"), dim, dim)
+    up = linear(graph, weights, name("ffn_up"), dim, wide, config.hidden_act, to_product=True)
     down = linear(graph, weights, name("ffn_down"), wide, dim)
     add = graph.add if keep else graph.add_
 
     def run(x: Tensor) -> Tensor:
         h = layer_norm(graph, weights, name("ln1"), x, eps)
-        mixed = attention(graph, q(h), k(h), v(h), config.num_attention_heads)
+        mixed = attention(graph, weights, q(h), k(h), v(h), config.num_attention_heads)
         x = add(x, out(mixed))
         h = layer_norm(graph, weights, name("ln2"), x, eps)
-        return graph.add_(x, down(activation(graph, config.hidden_act, up(h))))
+        return graph.add_(x, down(up(h)))
 
     return [graph.expand(run(x)) for x in states]

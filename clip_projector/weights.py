@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml.autotune import Kernel
 from granite4v.ggml.backend import Arena, Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.graph import Graph, Tensor
+from granite4v.ggml.kernels import ATTENTION, PLAIN, Kernel
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import NO_WEIGHTS, TYPES
 
+_PLAIN = Kernel(PLAIN)
 ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
 
 
@@ -56,7 +57,7 @@ class Weights:
         shifted: list[TensorInfo] = []
         for info in self._infos.values():
             kernel = self._kernel(info)
-            if kernel is not None and _takes(backend, kernel, info):
+            if _takes(backend, kernel, info):
                 elsewhere.setdefault(kernel.name, []).append(info)
             elif info.offset % ALIGNMENT:
                 shifted.append(info)
@@ -71,8 +72,8 @@ class Weights:
         if shifted:
             self._copy(shifted, backend.buffer_type)
 
-    def _kernel(self, info: TensorInfo) -> Kernel | None:
-        return self._kernels.get(info.type_name) if len(info.shape) > 1 else None
+    def _kernel(self, info: TensorInfo) -> Kernel:
+        return self._kernels.get(info.type_name, _PLAIN) if len(info.shape) > 1 else _PLAIN
 
     def _copy(self, infos: list[TensorInfo], buffer_type: Any) -> None:
         arena = Arena(len(infos))
@@ -148,7 +149,16 @@ class Weights:
         tensor, kernel = self._tensors[name], self._kernel(info)
         if len(info.shape) > 2:
             tensor = graph.reshape(tensor, *reversed(_flat(info.shape)))
-        return graph.cast(tensor, "F32") if kernel is not None and kernel.as_float32 else tensor
+        return kernel.matrix(graph, tensor)
+
+    def kernel(self, name: str) -> Kernel:
+        """How products with this weight are computed."""
+        return self._kernel(self._info(name))
+
+    @property
+    def attention(self) -> Kernel:
+        """How attention is computed."""
+        return self._kernels.get(ATTENTION, _PLAIN)
 
     def n_rows(self, name: str) -> int:
         """Outputs of a weight matrix."""

@@ -25,12 +25,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from granite4v.child import run_main
-from granite4v.ggml import kernel_timing
+from granite4v.ggml import kernel_timing, onednn
 from granite4v.ggml.backend import Aborted, Backend
 from granite4v.ggml.build import build_id
 from granite4v.ggml.cpu_features import cpu_name
 from granite4v.ggml.kernel_timing import MANY, Trial
-from granite4v.ggml.kernels import FLOAT32, N_OUT, PLAIN, Kernel, available_kernels, n_in
+from granite4v.ggml.kernels import (
+    ATTENTION,
+    FLOAT32,
+    N_IN,
+    N_OUT,
+    ONEDNN,
+    ONEDNN_BF16,
+    PLAIN,
+    Kernel,
+    available_kernels,
+    n_in,
+)
 from granite4v.paths import read_json_cache, write_json_cache
 
 __all__ = ["Kernel", "page_seconds", "rates", "text_kernels", "times", "vision_kernels"]
@@ -48,7 +59,7 @@ WORTH = 0.93
 # Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
 # of them alone, half beside three others.
 PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
-EXACT_TYPES = frozenset({"F32"})  # multiplied as they are: no kernel is more exact, and none was faster
+EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless that is asked for
 # How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.
 _FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
 _WINDOWS_FAULT = 0xC0000000  # NTSTATUS of severity 'error'
@@ -58,19 +69,26 @@ Times = dict[str, dict[int, float]]  # seconds of one product, by kernel and num
 
 
 def vision_kernels(
-    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None
+    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None, *, rounding: bool = False
 ) -> dict[str, Kernel]:
-    """The kernel for each weight type of a vision file; a type without an entry is multiplied as it is.
+    """The kernel for each weight type of a vision file, and for `ATTENTION`; one without an entry is ggml's plain one.
 
-    `n_weights`: how many weights of each type its matrices hold. A GPU has one kernel for each type. Measures on the
-    first call on a machine, a few seconds; `announce` is called if it takes longer than one. Raises Aborted when the
-    backend's abort callback asks for it.
+    `n_weights`: how many weights of each type its matrices hold. `rounding`: whether float32 and half-precision weights
+    may be multiplied in bfloat16; others may always be, which is at least as exact as what ggml does. A GPU has one
+    kernel for each type. Measures on the first call on a machine, a few seconds; `announce` is called if it takes
+    longer than one. Raises Aborted when the backend's abort callback asks for it.
     """
     types = _worth_measuring(n_weights) if backend.is_cpu else []
-    kernels = {kind: available_kernels(backend, kind) for kind in types}
-    wanted = [Trial(kind, name, MANY) for kind in types for name in kernels[kind]]
+    exact = not rounding and any(kind in EXACT_TYPES for kind in types)
+    kernels = {kind: available_kernels(backend, kind) for kind in [*types, *([ATTENTION] if types else [])]}
+    for kind, by_name in kernels.items():
+        if not rounding and (kind in EXACT_TYPES or (kind == ATTENTION and exact)):
+            by_name.pop(ONEDNN_BF16, None)
+    wanted = [Trial(kind, name, MANY) for kind, names in kernels.items() if len(names) > 1 for name in names]
     measured = times(backend, wanted, BUDGET_S, announce)
-    found = {kind: fastest_kernel({name: rows[MANY] for name, rows in measured[kind].items()}) for kind in types}
+    found = {
+        kind: fastest_kernel({name: by[MANY] for name, by in by_name.items()}) for kind, by_name in measured.items()
+    }
     return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
 
 
@@ -104,7 +122,9 @@ def rates(
 
 
 def gflop(type_name: str) -> float:
-    """Operations of the measured product of many rows, in 10^9."""
+    """Operations of the measured product of many rows, or of attention, in 10^9."""
+    if type_name == ATTENTION:
+        return 4 * N_IN * MANY * MANY / 1e9
     return 2 * n_in(type_name) * N_OUT * MANY / 1e9
 
 
@@ -122,7 +142,7 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
     if PLAIN not in measured:  # there was no time for the comparison
         return PLAIN
     best = min(measured.values())
-    for name in (FLOAT32, PLAIN, *measured):
+    for name in (FLOAT32, ONEDNN, PLAIN, *measured):
         if name in measured and measured[name] <= best * EQUAL and measured[name] < math.inf:
             return name
     return PLAIN
@@ -140,7 +160,7 @@ def _worth_measuring(n_weights: Mapping[str, int]) -> list[str]:
     total = sum(n_weights.values())
     if total < SMALL:
         return []
-    major = [kind for kind, n in n_weights.items() if n >= MINOR * total and kind not in EXACT_TYPES]
+    major = [kind for kind, n in n_weights.items() if n >= MINOR * total]
     return sorted(major, key=lambda kind: (-n_weights[kind], kind))
 
 
@@ -221,7 +241,7 @@ def _is_fault(status: int | None) -> bool:
 
 def cache_key(n_threads: int) -> str:
     """What measurements depend on."""
-    return f"{cpu_name()}|build {build_id()}|{n_threads} threads"
+    return f"{cpu_name()}|build {build_id()}|onednn {onednn.version()}|{n_threads} threads"
 
 
 def _name(trial: Trial) -> str:

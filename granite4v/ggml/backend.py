@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -18,6 +19,7 @@ from granite4v.choices import MAX_THREADS, whole_number
 from granite4v.errors import DeviceError
 from granite4v.ggml.declarations import BufferTypeP, DeviceP, InitParams
 from granite4v.ggml.library import lib
+from granite4v.ggml.onednn import OneDnn
 from granite4v.ggml.types import TYPE_IDS
 
 _DEVICE_CPU, _DEVICE_GPU, _DEVICE_IGPU = 0, 1, 2  # enum ggml_backend_dev_type
@@ -172,6 +174,11 @@ class Backend:
         if status != _STATUS_SUCCESS:
             raise DeviceError(f"device '{self.name}' failed in ggml_backend_graph_compute with status {status}.")
 
+    @functools.cached_property
+    def onednn(self) -> OneDnn:
+        """oneDNN with as many threads as this backend has. Raises DeviceError where the extra is not installed."""
+        return OneDnn(self.n_threads)
+
     @property
     def open_handle(self) -> Any:
         if not self.handle:
@@ -182,6 +189,9 @@ class Backend:
         handle, self.handle = getattr(self, "handle", None), None
         if handle:
             lib().ggml_backend_free(handle)
+        onednn = self.__dict__.pop("onednn", None)
+        if onednn is not None:
+            onednn.close()
 
 
 class Arena:

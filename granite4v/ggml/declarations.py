@@ -145,6 +145,22 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_get_rows", TensorP, ContextP, TensorP, TensorP),
     # (ctx, q, k, v, mask, scale, max_bias, logit_softcap)
     _base("ggml_flash_attn_ext", TensorP, ContextP, TensorP, TensorP, TensorP, TensorP, _float, _float, _float),
+    # (ctx, type, ne0, ne1, ne2, ne3, args, n_args, fun, n_tasks, userdata)
+    _base(
+        "ggml_custom_4d",
+        TensorP,
+        ContextP,
+        _int,
+        _i64,
+        _i64,
+        _i64,
+        _i64,
+        c.POINTER(TensorP),
+        _int,
+        _void_p,
+        _int,
+        _void_p,
+    ),
     _base("ggml_build_forward_expand", None, GraphP, TensorP),
     _base("ggml_new_graph_custom", GraphP, ContextP, _size, c.c_bool),  # (ctx, size, grads)
     _base("ggml_graph_node", TensorP, GraphP, _int),

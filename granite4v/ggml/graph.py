@@ -6,13 +6,16 @@ shape, so each helper raises ShapeError with both shapes instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import functools
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, get_data, release_pages, set_data
+from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
@@ -77,8 +80,11 @@ class Graph:
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._allocator: Any = None
-        self._parts: list[tuple[Arena, Any]] = []
         self._padded: dict[tuple[int, ...], tuple[Arena, Tensor]] = {}
+        self._arenas: list[Arena] = []
+        self._steps: list[Callable[[], None]] = []
+        self._external: dict[int, Callable[[], None]] = {}  # by the address of the node
+        self._packed: dict[tuple[Any, ...], Tensor] = {}
 
     # --- inputs and outputs ---
 
@@ -246,6 +252,75 @@ class Graph:
         if any(n % m for n, m in zip(a.ne, b.ne, strict=True)):
             raise ShapeError(f"cannot broadcast {b!r} over {a!r}")
 
+    # --- arithmetic of oneDNN, between ggml's operations; CPU only ---
+
+    def product(
+        self,
+        weight: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        arithmetic: str,
+        activation: str | None = None,
+        kind: str = "F32",
+    ) -> Tensor:
+        """activation(x . weight^T + bias) of `weight` `[k, m]` (F32 or BF16) and `x` `[k, n]`: `[m, n]` of type `kind`.
+
+        Values of a weight's rows beyond those of x are left out.
+
+        `arithmetic`: 'F32' or 'BF16', what the factors are rounded to; sums are float32. `activation`: one of
+        `onednn.ACTIVATIONS`.
+        """
+        n_in, n_out, rows = x.ne[0], weight.ne[1], x.ne[1] * x.ne[2] * x.ne[3]
+        if (
+            n_in > weight.ne[0]
+            or (bias is not None and bias.ne[0] != n_out)
+            or not (x.is_contiguous and weight.is_contiguous)
+        ):
+            raise ShapeError(f"cannot multiply {weight!r} with {x!r} and add {bias!r}")
+        x = x if x.type_name == arithmetic else self.cast(x, arithmetic)
+        made = self.backend.onednn.product(
+            (rows, n_in, n_out), arithmetic, weight.type_name, weight.ne[0], kind, bias is not None, activation
+        )
+        key = (ctypes.addressof(weight.ptr.contents), rows, n_in, arithmetic)
+        packed = self._packed.get(key)
+        if packed is None:
+            packed = self._external_node("I8", (made.packed_nbytes,), (weight,), made.pack)
+            self._packed[key] = packed
+        inputs = (x, packed) if bias is None else (x, packed, bias)
+        return self._external_node(kind, (n_out, *x.ne[1:]), inputs, made.run)
+
+    def product_attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int, arithmetic: str) -> Tensor:
+        """Attention of q `[dim, n]` over k and v `[dim, m]`, whose products round to F32 or BF16 (`arithmetic`):
+        `[dim, n]` of that type.
+        """
+        dim, n, m = q.ne[0], q.ne[1], k.ne[1]
+        if (
+            k.ne != v.ne
+            or k.ne[0] != dim
+            or dim % n_heads
+            or not all(x.is_contiguous and x.ne[2] * x.ne[3] == 1 for x in (q, k, v))
+        ):
+            raise ShapeError(f"attention does not fit: q {q!r}, k {k!r}, v {v!r}, {n_heads} heads")
+        q, k, v = (x if x.type_name == arithmetic else self.cast(x, arithmetic) for x in (q, k, v))
+        made = self.backend.onednn.attention(arithmetic, n_heads, dim // n_heads, n, m)
+        scratch = self._external_node("I8", (made.scratch_nbytes,), (), lambda _: None)
+        return self._external_node(arithmetic, (dim, n), (q, k, v, scratch), made.run)
+
+    def _external_node(
+        self, kind: str, ne: tuple[int, ...], inputs: tuple[Tensor, ...], call: Callable[..., None]
+    ) -> Tensor:
+        """A tensor that `call(*addresses of the inputs, address of the result)` fills on the thread that calls `run`.
+
+        ggml sees a custom operation, so that it plans the memory of its arguments, and never computes it.
+        """
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        sources = (TensorP * max(1, len(inputs)))(*(x.ptr for x in inputs))
+        node = Tensor(lib().ggml_custom_4d(self._ctx, TYPE_IDS[kind], *sizes, sources, len(inputs), None, 1, None))
+        headers = [x.ptr.contents for x in (*inputs, node)]
+        self._external[ctypes.addressof(node.ptr.contents)] = lambda: call(*(header.data for header in headers))
+        return node
+
     # --- execution ---
 
     def run(self, progress: Progress | None = None, /, **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -266,31 +341,42 @@ class Graph:
             raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
         for name, array in arrays.items():
             set_data(self._inputs[name].ptr, array)
-        # a GPU is quick, and may fuse nodes that parts would separate
-        parts = self._in_parts() if progress and self.backend.is_cpu else [self._graph]
-        for number, part in enumerate(parts, 1):
-            self.backend.compute(part)
-            if progress:
-                progress(number, len(parts))
+        steps = self._in_steps(small=progress is not None)
+        if self._external:
+            self.backend.onednn.use_threads()
+        every = max(1, len(steps) // MAX_PARTS)
+        for number, step in enumerate(steps, 1):
+            step()
+            if progress and (number % every == 0 or number == len(steps)):
+                progress(number, len(steps))
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
 
-    def _in_parts(self) -> list[Any]:
-        """Graphs that compute this one's nodes one after another: the same operations in the same order.
+    def _in_steps(self, small: bool) -> list[Callable[[], None]]:
+        """The complete graph as one step where it can be; in parts where oneDNN or a progress display comes between.
 
-        A callback from ggml would cost more: it takes Python's lock at every node, which a busy thread holds for
-        milliseconds.
+        Parts compute the same operations in the same order. A callback from ggml would cost more: it takes Python's
+        lock at every node, which a busy thread holds for milliseconds.
         """
-        if not self._parts:
+        compute = self.backend.compute
+        # a GPU is quick, and may fuse nodes that parts would separate
+        if not self._external and not (small and self.backend.is_cpu):
+            return [lambda: compute(self._graph)]
+        if not self._steps:
             ggml = lib()
-            n_nodes = ggml.ggml_graph_n_nodes(self._graph)
-            step = max(MIN_NODES_PER_PART, -(-n_nodes // MAX_PARTS))
-            for start in range(0, n_nodes, step):
-                arena = Arena(0, graph_size=step)
-                part = ggml.ggml_new_graph_custom(arena.context, step, False)
-                for i in range(start, min(start + step, n_nodes)):
-                    ggml.ggml_graph_add_node(part, ggml.ggml_graph_node(self._graph, i))
-                self._parts.append((arena, part))
-        return [part for _, part in self._parts]
+            nodes = [ggml.ggml_graph_node(self._graph, i) for i in range(ggml.ggml_graph_n_nodes(self._graph))]
+            longest = max(MIN_NODES_PER_PART, -(-len(nodes) // MAX_PARTS))
+            for part in _parts(nodes, self._external, longest):
+                external = self._external.get(ctypes.addressof(part[0].contents))
+                if external:
+                    self._steps.append(external)
+                    continue
+                arena = Arena(0, graph_size=len(part))
+                self._arenas.append(arena)
+                subgraph = ggml.ggml_new_graph_custom(arena.context, len(part), False)
+                for node in part:
+                    ggml.ggml_graph_add_node(subgraph, node)
+                self._steps.append(functools.partial(compute, subgraph))
+        return self._steps
 
     def release(self) -> None:
         """Returns the memory of intermediate results to the system until the next run."""
@@ -302,12 +388,28 @@ class Graph:
         allocator, self._allocator = getattr(self, "_allocator", None), None
         if allocator:
             lib().ggml_gallocr_free(allocator)
-        while getattr(self, "_parts", None):
-            self._parts.pop()[0].close()
         for arena, _ in getattr(self, "_padded", {}).values():
             arena.close()
+        while getattr(self, "_arenas", None):
+            self._arenas.pop().close()
         if hasattr(self, "_arena"):
             self._arena.close()
+
+
+def _parts(nodes: list[Any], alone: Container[int], longest: int) -> Iterator[list[Any]]:
+    """The nodes in order, in lists of at most `longest`; a node whose address is in `alone` is a list of its own."""
+    part: list[Any] = []
+    for node in nodes:
+        is_alone = ctypes.addressof(node.contents) in alone
+        if part and (is_alone or len(part) == longest):
+            yield part
+            part = []
+        part.append(node)
+        if is_alone:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _product(sizes: tuple[int, ...]) -> int:

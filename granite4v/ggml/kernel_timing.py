@@ -16,12 +16,14 @@ import numpy as np
 
 from granite4v.ggml.backend import Arena, Backend, set_data
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.kernels import N_OUT, available_kernels, n_in
+from granite4v.ggml.kernels import ATTENTION, N_IN, N_OUT, Kernel, available_kernels, n_in
 from granite4v.ggml.quantize import quantize_rows
 
 MANY = 512  # rows of a small prefill, or of a tile
 ROUNDS = 2  # the kernels take turns, so that what else the machine does for a moment falls on all of them
 FEW_ROWS_BYTES = 64 << 20  # of weights for a few rows: more than most caches
+TILES = 4  # that are multiplied with one matrix, which is widened or packed once for all
+MAX_NODES = 1000
 MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 2, 20, 0.05
 
 
@@ -34,36 +36,60 @@ class Trial(NamedTuple):
 
 
 def measure(trial: Trial, n_threads: int) -> float:
-    """Seconds of one product `[N_OUT, n_in]` x `[n_in, n_rows]` in this process: the best of a few."""
+    """Seconds of one product `[N_OUT, n_in]` x `[n_in, n_rows]`, or one layer's attention, in this process: the best of
+    a few.
+    """
     backend = Backend("cpu", n_threads)
-    kernel = available_kernels(backend, trial.type_name)[trial.kernel]
-    length, data = n_in(trial.type_name), _weights(trial.type_name, n_threads)
-    n_matrices = 1 if trial.n_rows >= MANY else max(1, FEW_ROWS_BYTES // data.nbytes)
-    arena = Arena(n_matrices)
-    weights = [arena.tensor(trial.type_name, length, N_OUT) for _ in range(n_matrices)]
-    arena.allocate(kernel.buffer_type or backend.buffer_type, weights=True)
-    for weight in weights:
-        set_data(weight, data)
-    graph = Graph(backend, 4 * n_matrices + 4)
-    x = graph.input("x", "F32", length, trial.n_rows)
-    products = [kernel.product(graph, Tensor(weight), x) for weight in weights]
-    for product in products[:-1]:
-        graph.expand(product)
-    graph.output("y", products[-1])
+    graph = Graph(backend, MAX_NODES)
     try:
-        return _best(graph, _values()[: trial.n_rows, :length].copy()) / n_matrices
+        kernel = available_kernels(backend, trial.type_name)[trial.kernel]
+        measured = _attention if trial.type_name == ATTENTION else _product
+        return measured(graph, kernel, trial)
     finally:
         graph.close()
-        arena.close()
         backend.close()
 
 
-def _best(graph: Graph, x: np.ndarray) -> float:
-    graph.run(x=x)
+def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
+    backend = graph.backend
+    length, data = n_in(trial.type_name), _weights(trial.type_name, backend.n_threads)
+    many = trial.n_rows >= MANY
+    n_matrices = 1 if many else max(1, FEW_ROWS_BYTES // data.nbytes)
+    arena = Arena(n_matrices)
+    try:
+        weights = [arena.tensor(trial.type_name, length, N_OUT) for _ in range(n_matrices)]
+        arena.allocate(kernel.buffer_type or backend.buffer_type, weights=True)
+        for weight in weights:
+            set_data(weight, data)
+        x = graph.input("x", "F32", length, trial.n_rows)
+        matrices = [kernel.matrix(graph, Tensor(weight)) for weight in weights] * (TILES if many else 1)
+        products = [graph.expand(kernel.product(graph, matrix, x)) for matrix in matrices]
+        graph.output("y", graph.scale(products[-1], 1.0))
+        return _best(graph, x=_values()[: trial.n_rows, :length].copy()) / len(products)
+    finally:
+        arena.close()
+
+
+def _attention(graph: Graph, kernel: Kernel, trial: Trial) -> float:
+    """16 heads of 72, as in a SigLIP tower."""
+    n_heads, head = 16, N_IN // 16
+    q, k, v = (graph.input(name, "F32", N_IN, trial.n_rows) for name in ("q", "k", "v"))
+    if kernel.arithmetic is None:
+        q, k, v = (graph.permute(graph.reshape(x, head, n_heads, trial.n_rows), 0, 2, 1, 3) for x in (q, k, v))
+        mixed = graph.flash_attention(q, k, v, head**-0.5)
+    else:
+        mixed = graph.product_attention(q, k, v, n_heads, kernel.arithmetic)
+    graph.output("y", graph.cast(mixed, "F32"))
+    values = _values()[: trial.n_rows, :N_IN].copy()
+    return _best(graph, q=values, k=values, v=values)
+
+
+def _best(graph: Graph, **inputs: np.ndarray) -> float:
+    graph.run(**inputs)
     seconds: list[float] = []
     while len(seconds) < MIN_REPEATS or (sum(seconds) < ENOUGH_S and len(seconds) < MAX_REPEATS):
         start = time.perf_counter()
-        graph.run(x=x)
+        graph.run(**inputs)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

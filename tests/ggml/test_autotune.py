@@ -20,7 +20,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.autotune import SMALL, WORTH, cache_key, fastest_kernel, page_seconds, times, worthwhile
 from granite4v.ggml.backend import Aborted, Backend
 from granite4v.ggml.kernel_timing import MANY, Trial
-from granite4v.ggml.kernels import FLOAT32, N_OUT, PLAIN, Kernel, n_in
+from granite4v.ggml.kernels import ATTENTION, FLOAT32, N_OUT, ONEDNN, ONEDNN_BF16, PLAIN, Kernel, n_in
 from granite4v.ggml.types import NO_WEIGHTS, TYPES, block_size
 from granite4v.runtime.llama.abort import AbortFlag
 from tests.helpers import faulty_kernels
@@ -57,7 +57,7 @@ def times_of(measured: Fake) -> Callable[..., dict[str, dict[str, dict[int, floa
     def fake(backend: Backend, wanted: Sequence[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
         found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
         for kind, name, n in wanted:
-            if name in measured[kind]:
+            if name in measured.get(kind, {}):
                 found[kind].setdefault(name, {})[n] = measured[kind][name]
         return found
 
@@ -153,7 +153,30 @@ def test_a_type_of_few_weights_is_not_measured(backend: Backend, monkeypatch: py
         lambda backend, trials, *rest, **more: wanted.extend(t.type_name for t in trials) or fake(backend, trials),
     )
     autotune.vision_kernels(backend, {"F16": BIG // 100, "Q8_0": BIG, "F32": BIG // 10})
-    assert set(wanted) == {"Q8_0"}
+    assert "Q8_0" in wanted and "F16" not in wanted
+
+
+def test_exact_weights_are_not_rounded_unless_that_is_asked_for(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = {
+        PLAIN: Kernel(PLAIN),
+        ONEDNN: Kernel(ONEDNN, arithmetic="F32"),
+        ONEDNN_BF16: Kernel(ONEDNN_BF16, arithmetic="BF16"),
+    }
+    monkeypatch.setattr(autotune, "available_kernels", lambda *_: dict(offered))
+    by_name = {PLAIN: 3.0, ONEDNN: 2.0, ONEDNN_BF16: 1.0}
+    monkeypatch.setattr(autotune, "times", times_of(dict.fromkeys(("F32", "F16", "BF16", "Q8_0", ATTENTION), by_name)))
+
+    def chosen(rounding: bool, *types: str) -> list[str]:
+        kernels = autotune.vision_kernels(backend, dict.fromkeys(types, BIG), rounding=rounding)
+        assert list(kernels) == [*sorted(types), ATTENTION]
+        return [kernel.name for kernel in kernels.values()]
+
+    assert chosen(False, "F32") == chosen(False, "F16") == [ONEDNN, ONEDNN]
+    assert chosen(False, "BF16") == chosen(False, "Q8_0") == [ONEDNN_BF16, ONEDNN_BF16]
+    assert chosen(False, "BF16", "F16") == [ONEDNN_BF16, ONEDNN, ONEDNN]
+    assert chosen(True, "F16", "F32") == [ONEDNN_BF16, ONEDNN_BF16, ONEDNN_BF16]
 
 
 def test_rates_tell_a_crash_from_what_is_not_known(

@@ -12,7 +12,7 @@ from granite4v.ggml import kernel_timing
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernel_timing import MANY, ROUNDS, Trial
-from granite4v.ggml.kernels import FLOAT32, PLAIN, available_kernels
+from granite4v.ggml.kernels import ATTENTION, FLOAT32, ONEDNN, ONEDNN_BF16, PLAIN, available_kernels
 
 
 @pytest.fixture
@@ -38,16 +38,24 @@ def test_what_cannot_be_tried_does_not_keep_the_others_from_it(capsys: pytest.Ca
     assert "no such kernel" in output.err
 
 
-def test_plain_and_widened_products_are_what_numpy_computes(backend: Backend) -> None:
+def test_every_kernel_computes_what_numpy_does(backend: Backend) -> None:
     kernels = available_kernels(backend, "F16")
     assert list(kernels)[:2] == [PLAIN, FLOAT32]
     rng = np.random.default_rng(3)
     weights, rows = rng.standard_normal((24, 64), dtype=np.float32), rng.standard_normal((5, 64), dtype=np.float32)
     halves = weights.astype(np.float16)
-    for name, tolerance in ((PLAIN, 1e-2), (FLOAT32, 1e-5)):  # plain: the rows are rounded to half precision, too
+    # plain: the rows are rounded to half precision, too
+    for name, tolerance in ((PLAIN, 1e-2), (FLOAT32, 1e-5), (ONEDNN, 1e-5), (ONEDNN_BF16, 2e-2)):
+        if name not in kernels:
+            continue
         graph = Graph(backend, 16)
         matrix, x = graph.input("matrix", "F16", 64, 24), graph.input("x", "F32", 64, 5)
-        graph.output("y", kernels[name].product(graph, Tensor(matrix.ptr), x))
+        graph.output("y", kernels[name].product(graph, kernels[name].matrix(graph, Tensor(matrix.ptr)), x))
         found = graph.run(matrix=halves, x=rows)["y"]
         graph.close()
         assert np.abs(found - rows @ halves.astype(np.float32).T).max() < tolerance * 8, name
+
+
+def test_attention_is_measured_for_each_kernel(backend: Backend) -> None:
+    for name in available_kernels(backend, ATTENTION):
+        assert 0 < kernel_timing.measure(Trial(ATTENTION, name, 64), 2) < 60

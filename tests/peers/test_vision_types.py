@@ -17,8 +17,8 @@ import pytest
 from granite4v.clip_projector import VisionEncoder, load_image
 from granite4v.converter import policy
 from granite4v.errors import ModelFileError
-from granite4v.ggml import autotune
-from granite4v.ggml.autotune import Kernel
+from granite4v.ggml import autotune, onednn
+from granite4v.ggml.kernels import ATTENTION, Kernel
 from tests.helpers.gguf_edit import copy_gguf
 from tests.helpers.parity import STREAMS_F32
 from tests.helpers.pictures import noise_picture
@@ -82,6 +82,28 @@ def test_quantized_towers_are_near_the_reference(
     expected = load_reference(TINY).streams(PICTURE)
     found = streams(mmproj(make_model(TINY, "F32", kind)))
     assert relative_l2(found, np.stack([expected[layer] for layer in sorted(expected)])) < NEARNESS[kind]
+
+
+@pytest.mark.skipif(not onednn.is_installed(), reason="the extra 'onednn' is for Linux on x86-64")
+@pytest.mark.parametrize(("arithmetic", "kind"), [("F32", "F32"), ("F32", "F16"), ("BF16", "BF16"), ("BF16", "Q6_K")])
+def test_towers_by_onednn_are_near_the_reference(
+    arithmetic: str,
+    kind: str,
+    make_model: Callable[..., Path],
+    load_reference: Callable[..., Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both projectors, all activations; rounding to bfloat16 adds little to that of the weights."""
+    if arithmetic == "BF16" and not onednn.multiplies_bfloat16():
+        pytest.skip("this CPU has no bfloat16 products")
+    kernel = Kernel("onednn", arithmetic=arithmetic)
+    monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: dict.fromkeys((kind, ATTENTION), kernel))
+    for spec in (TINY, CLIP):
+        found = streams(mmproj(make_model(spec, "F32", kind)))
+        by_layer = load_reference(spec).streams(PICTURE)
+        expected = np.stack([by_layer[layer] for layer in sorted(by_layer)])
+        limit = {"F32": STREAMS_F32, "F16": 2e-3, "BF16": 3e-2, "Q6_K": 1.2 * NEARNESS["Q6_K"]}[kind]
+        assert relative_l2(found, expected) < limit
 
 
 def stock_encodes(folder: Path, picture: Path) -> bool:
