@@ -2,5 +2,16 @@
 
 from granite4v.converter.conversion import Options, Progress, Summary, check_options, convert, plan_conversion
 from granite4v.converter.plan import Plan, describe
+from granite4v.converter.requantize import requantize
 
-__all__ = ["Options", "Plan", "Progress", "Summary", "check_options", "convert", "describe", "plan_conversion"]
+__all__ = [
+    "Options",
+    "Plan",
+    "Progress",
+    "Summary",
+    "check_options",
+    "convert",
+    "describe",
+    "plan_conversion",
+    "requantize",
+]

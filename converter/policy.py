@@ -112,12 +112,7 @@ def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) 
 
 def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
     """The type of an mmproj tensor with this GGUF name and NumPy-order shape."""
-    if name == keys.PATCH_EMBD_WEIGHT:
-        kind = "patch"
-    elif len(shape) < 2 or not name.endswith(".weight") or name == keys.POSITION_EMBD:
-        kind = "vector"
-    else:
-        kind = "any"
+    kind = vision_kind(name, shape)
     for row in VISION_TABLE:
         if policy in row.policies and row.kind in (kind, "any"):
             choice = Choice(row.type_name or BASE[policy], row.reason)
@@ -140,6 +135,13 @@ def vision_shape(shape: tuple[int, ...], type_name: str) -> tuple[int, ...]:
     return (*shape[:-1], padded_width(shape[-1], block)) if block > BLOCK else shape
 
 
+def vision_kind(name: str, shape: tuple[int, ...]) -> str:
+    """'patch', 'vector', or 'any' for the other matrices, as in the vision table."""
+    if name == keys.PATCH_EMBD_WEIGHT:
+        return "patch"
+    return "vector" if len(shape) < 2 or not name.endswith(".weight") or name == keys.POSITION_EMBD else "any"
+
+
 def adapter_type(text_policy: str) -> str:
     """The type of a separate adapter's matrices: never quantized, since rows as short as its rank hold no block."""
     return text_policy if text_policy in FLOATS else "F16"
@@ -147,10 +149,18 @@ def adapter_type(text_policy: str) -> str:
 
 def check_policies(text: str, vision: str) -> tuple[str, str]:
     """The names in capitals; raises Granite4vError for an unknown one, listing those that exist."""
-    for given, known, option in ((text, TEXT_TYPES, "--text-type"), (vision, VISION_TYPES, "--vision-type")):
-        if given.upper() not in known:
-            raise Granite4vError(f"unknown quantization type '{given}' for {option}; known: {', '.join(known)}.")
-    return text.upper(), vision.upper()
+    return _check_type(text, TEXT_TYPES, "--text-type"), check_vision_type(vision)
+
+
+def check_vision_type(given: str) -> str:
+    """The name in capitals; raises Granite4vError for an unknown one, listing those that exist."""
+    return _check_type(given, VISION_TYPES, "--vision-type")
+
+
+def _check_type(given: str, known: tuple[str, ...], option: str) -> str:
+    if given.upper() not in known:
+        raise Granite4vError(f"unknown quantization type '{given}' for {option}; known: {', '.join(known)}.")
+    return given.upper()
 
 
 def file_type(policy: str) -> int:

@@ -139,12 +139,12 @@ def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -
 
 
 def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray:
-    """Rows [first_row, last_row) in the file's own type (float32, float16 or ml_dtypes' bfloat16).
+    """Rows [first_row, last_row) in the file's own type (float32, float16, ml_dtypes' bfloat16, or bytes).
 
     Shape (rows, n_cols). Reads instead of mapping: the pages of a mapped file count as this process's memory. Raises
     CheckpointError when the file cannot be read.
     """
-    dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[tensor.dtype]
+    dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8}[tensor.dtype]
     rows = np.empty((last_row - first_row, tensor.n_cols), dtype=dtype)
     if not rows.size:
         return rows

@@ -13,14 +13,15 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import gguf
 import numpy as np
 
 from granite4v.converter.plan import PlannedTensor
 from granite4v.converter.safetensors_file import SourceTensor, read_rows
 from granite4v.errors import CheckpointError
-from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
 JOBS_AHEAD = 3  # chunks in flight for each thread
@@ -78,8 +79,9 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
         assert tensor.rule.values is not None
         values = np.asarray(tensor.rule.values[chunk.first : chunk.last], dtype=np.float32)
         return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
-    rows = read_rows(tensor.source, *_source_span(chunk))
-    unchanged = tensor.source.dtype == tensor.type_name and tensor.lora is None and tensor.factor == 1.0
+    rows = _source_rows(tensor.source, *_source_span(chunk))
+    same = tensor.source.dtype == tensor.type_name and block_size(tensor.type_name) == 1
+    unchanged = same and tensor.lora is None and tensor.factor == 1.0
     if not unchanged:
         rows = rows.astype(np.float32, copy=False)
         if tensor.lora is not None:
@@ -126,6 +128,15 @@ def _source_span(chunk: Chunk) -> tuple[int, int]:
     start, end = rule.rows or (0, rule.shape[0])
     first = start + chunk.first
     return first, max(first, min(end, start + chunk.last))
+
+
+def _source_rows(source: SourceTensor, first: int, last: int) -> np.ndarray:
+    """Rows [first, last) in a float type; those of a quantized GGUF tensor as float32."""
+    if block_size(source.dtype) == 1:
+        return read_rows(source, first, last)
+    packed = replace(source, dtype="U8", shape=(source.n_rows, row_bytes(source.dtype, source.n_cols)))
+    values = gguf.quants.dequantize(read_rows(packed, first, last), gguf.GGMLQuantizationType[source.dtype])
+    return np.asarray(values, dtype=np.float32)
 
 
 def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:

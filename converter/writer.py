@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from granite4v.converter.plan import ALIGNMENT_BYTES, PlannedFile
 from granite4v.converter.stream import stream
 
 Advance = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A metadata value with the type that it had in another file: its number in enum gguf_type, or its elements'."""
+
+    value: Any
+    kind: int
+    is_list: bool
 
 
 def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) -> None:
@@ -54,7 +64,13 @@ def write_header(file: PlannedFile, path: Path) -> None:
 
 def _add(writer: Any, key: str, value: Any) -> None:
     """Metadata by Python type, in the GGUF types that llama.cpp reads these keys as."""
-    if isinstance(value, bool):
+    if isinstance(value, Typed):
+        kind = gguf.GGUFValueType(value.kind)
+        if value.is_list:
+            writer.add_key_value(key, value.value, gguf.GGUFValueType.ARRAY, sub_type=kind)
+        else:
+            writer.add_key_value(key, value.value, kind)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

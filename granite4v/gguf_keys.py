@@ -114,6 +114,9 @@ PROVENANCE_REVISION = "granite4v.revision"
 PROVENANCE_POLICY = "granite4v.quantization_policy"
 PROVENANCE_ADAPTER = "granite4v.adapter"  # 'merged', 'separate', 'ignored' or 'none'
 PROVENANCE_ADAPTER_SOURCE = "granite4v.adapter_source"
+# of a vision file made by requantizing another: its file name, and the type of most of its weights
+REQUANTIZED_FROM = "granite4v.requantized_from"
+REQUANTIZED_FROM_TYPE = "granite4v.requantized_from_type"
 IMAGE_TOKEN_ID = "granite4v.image_token_id"
 PAIR_ID = "granite4v.pair_id"  # the same in the text, mmproj and adapter files of one conversion
 

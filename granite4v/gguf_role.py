@@ -8,6 +8,12 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.ggml.gguf_file import GgufFile
 
+ROLE_NAMES = {
+    "text": "a text model",
+    "vision": "a vision file (mmproj)",
+    "adapter": "a LoRA adapter",
+    "other": "a GGUF file without a model (an importance matrix, or a vocabulary)",
+}
 # general.type of GGUF files without weights to run.
 _NO_MODEL = ("imatrix", "dataset", "vocab", "template", "kv_cache")
 
@@ -24,6 +30,18 @@ def role(file: GgufFile) -> str:
     if not file.tensors and keys.SPLIT_COUNT not in file:  # the first part of a split file may hold metadata alone
         return "other"
     return "text"
+
+
+def requantized(path: Path) -> str | None:
+    """The name of the file that a vision file was requantized from; None for others. Raises ModelFileError."""
+    with GgufFile.open(path) as file:
+        return file.text(keys.REQUANTIZED_FROM, "") or None
+
+
+def without_sources(files: list[Path]) -> list[Path]:
+    """Vision files of one folder but for those that another of them was requantized from."""
+    sources = {requantized(file) for file in files} if len(files) > 1 else set()
+    return [file for file in files if file.name not in sources]
 
 
 def gguf_files(folder: Path) -> list[Path]:

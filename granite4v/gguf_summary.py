@@ -27,6 +27,8 @@ _PROVENANCE = {
     "revision": keys.PROVENANCE_REVISION,
     "granite4v": keys.PROVENANCE_VERSION,
     "policy": keys.PROVENANCE_POLICY,
+    "requantized from": keys.REQUANTIZED_FROM,
+    "requantized from type": keys.REQUANTIZED_FROM_TYPE,
     "adapter": keys.PROVENANCE_ADAPTER,
     "adapter source": keys.PROVENANCE_ADAPTER_SOURCE,
     "pair": keys.PAIR_ID,

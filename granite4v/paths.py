@@ -153,6 +153,23 @@ def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """The path to write a large file to, which takes its own name when the block ends well; after an error or an
+    interrupt nothing of it stays. Raises OutputError for what the system says against it."""
+    partial = partial_path(path)
+    with disk_errors(path):
+        try:
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
 def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Writes a file that may be lost in a power cut, but is never found incomplete. Raises OSError."""
     partial = partial_path(path)

@@ -19,6 +19,7 @@ from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.options import fill_in_tasks
 from granite4v.cli.outcome import conclude, explain
+from granite4v.cli.requantize import requantize
 from granite4v.cli.verify import verify
 
 
@@ -81,5 +82,5 @@ def common(
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
-for command in (convert, ask, extract, inspect, verify, bench):
+for command in (convert, requantize, ask, extract, inspect, verify, bench):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)

@@ -211,14 +211,10 @@ TextTypeOption = Annotated[
         help="Weight type of the text model: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or IQ4_NL.",
     ),
 ]
-VisionTypeOption = Annotated[
-    str,
-    typer.Option(
-        "--vision-type",
-        metavar="T",
-        help="Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL.",
-    ),
-]
+VISION_TYPE_HELP = (
+    "Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL."
+)
+VisionTypeOption = Annotated[str, typer.Option("--vision-type", metavar="T", help=VISION_TYPE_HELP)]
 LoraModeOption = Annotated[
     str,
     typer.Option(

@@ -53,6 +53,11 @@ class GgufFile(GgufMetadata):
             raise ValueError(f"'{self.path}' is closed")
         return self._fields[key].decode(self._header.data)
 
+    def kind(self, key: str) -> tuple[int, bool]:
+        """A value's number in enum gguf_type, or its elements' number and True for a list."""
+        field = self._fields[key]
+        return field.kind, field.n is not None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 

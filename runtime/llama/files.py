@@ -20,7 +20,7 @@ from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.gguf_role import gguf_files, role
+from granite4v.gguf_role import ROLE_NAMES, gguf_files, role, without_sources
 
 MAX_COUNT = (1 << 31) - 1
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp aborts the process on a file with more
@@ -196,7 +196,7 @@ def _resolve(
         if keys.GENERAL_ARCHITECTURE not in gguf:
             raise ModelFileError(f"'{file}' has no key '{keys.GENERAL_ARCHITECTURE}'; {_AGAIN}.")
         if role(gguf) != wanted:
-            raise ModelFileError(f"'{file}' is {_A[role(gguf)]}, but {_A[wanted]} is needed there.")
+            raise ModelFileError(f"'{file}' is {ROLE_NAMES[role(gguf)]}, but {ROLE_NAMES[wanted]} is needed there.")
         return gguf
 
     try:
@@ -207,7 +207,7 @@ def _resolve(
             text = open_as("text", path)
             beside = _partners(text, left_out)
         if mmproj is None and beside["vision"]:
-            mmproj = _only(beside["vision"], "vision", path)
+            mmproj = _only(without_sources(beside["vision"]), "vision", path)
         if adapter is None and beside["adapter"]:
             adapter = _only(beside["adapter"], "adapter", path)
         if adapter is None and left_out and text.get(keys.PROVENANCE_ADAPTER) == "separate":
@@ -224,9 +224,6 @@ def _resolve(
 
 
 _NAMES = {"text": "text model", "vision": "vision file (mmproj)", "adapter": "LoRA adapter"}
-_A = {part: f"a {name}" for part, name in _NAMES.items()} | {
-    "other": "a GGUF file without a model (an importance matrix, or a vocabulary)"
-}
 _OPTIONS = {
     "text": "give the text GGUF itself instead of the directory",
     "vision": "choose one with '--mmproj'",

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from gguf.constants import GGUFValueType
 
 from granite4v.ggml.gguf_file import GgufFile
+from tests.toy.spec import CheckpointSpec
 
 
 def copy_gguf(
@@ -49,6 +51,40 @@ def copy_gguf(
                 writer.add_tensor(tensor.name, tensors[tensor.name])
             continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def older_layout(source: Path, target: Path, spec: CheckpointSpec) -> Path:
+    """A vision file in the layout of llama.cpp's older converter, with our file's values in half precision."""
+    reader = gguf.GGUFReader(source)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    writer = gguf.GGUFWriter(target, "clip")
+    for key in ("has_text_encoder", "has_vision_encoder", "has_llava_projector", "use_gelu"):
+        writer.add_bool(f"clip.{key}", key in ("has_vision_encoder", "has_llava_projector"))
+    writer.add_file_type(1)
+    writer.add_name("siglip-model")
+    writer.add_description("image encoder for LLaVA")
+    writer.add_string("clip.projector_type", "mlp")
+    for key in ("image_size", "patch_size", "embedding_length", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"clip.vision.{key}", fields[f"clip.vision.{key}"])
+    writer.add_uint32("clip.vision.projection_dim", 0)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    writer.add_uint32("clip.vision.block_count", fields["clip.vision.block_count"])
+    writer.add_array("clip.vision.image_grid_pinpoints", [px for pair in spec.grid_pinpoints for px in pair])
+    writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+    writer.add_array("clip.vision.feature_layer", fields["clip.vision.feature_layer"])
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    for tensor in reader.tensors:
+        parts = [swapped.get(part, part) for part in tensor.name.split(".")]
+        name = "model.image_newline" if tensor.name == "v.image_newline" else ".".join(parts)
+        matrix = name.endswith(".weight") and len(tensor.shape) > 1
+        writer.add_tensor(name, tensor.data.astype(np.float16 if matrix else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

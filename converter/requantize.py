@@ -1,0 +1,186 @@
+"""A vision file in another weight type, made from a vision file: ours, or one that llama.cpp's converter wrote.
+
+Metadata stay as they are, but for the file type and where the file comes from. Every tensor is read, padded and
+quantized some rows at a time as in a conversion, and gets the type that a conversion gives it, so from F16 weights the
+result is that of a conversion.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from granite4v import gguf_keys as keys
+from granite4v.converter import policy
+from granite4v.converter.conversion import Progress
+from granite4v.converter.output import check_space
+from granite4v.converter.plan import PlannedFile, PlannedTensor
+from granite4v.converter.safetensors_file import SourceTensor
+from granite4v.converter.stream import n_cores
+from granite4v.converter.tensors.rules import Shape, TensorRule, padded_width
+from granite4v.converter.writer import Typed, write_file
+from granite4v.errors import ModelFileError, OutputError
+from granite4v.families.registry import read_vision
+from granite4v.ggml.gguf_file import GgufFile, TensorInfo
+from granite4v.gguf_role import ROLE_NAMES, gguf_files, requantized, role
+from granite4v.paths import complete_file
+
+SOURCE_TYPES = policy.PLAIN  # whose error is nothing beside that of another quantization
+_OWN_KEYS = (keys.GENERAL_ARCHITECTURE, keys.GENERAL_ALIGNMENT)  # the writer's
+_TYPE_IN_NAME = re.compile(rf"(?<![a-z0-9])({'|'.join(policy.VISION_TYPES)})(?![a-z0-9])", re.IGNORECASE)
+
+
+def requantize(
+    source: str | Path,
+    vision_type: str,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    n_threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Writes the vision file of a model directory, or this one, in another weight type; returns the new file's path.
+
+    `out`: a file, or a directory for it; beside the source unless given. `force`: replace `out`. Raises Granite4vError
+    for a type that does not exist, ModelFileError for a file that cannot be quantized, OutputError for a target that
+    exists or cannot be written. Nothing half-written stays, on an interrupt neither.
+    """
+    vision_type = policy.check_vision_type(vision_type)
+    path = find_vision_file(Path(source))
+    with GgufFile.open(path) as file:
+        target = _target(path, vision_type, None if out is None else Path(out))
+        planned = replace(plan_file(file, vision_type), name=target.name)
+    check_target(path, target, force)
+    check_space(target, planned.data_bytes)
+    done_bytes = 0
+
+    def advance(n_bytes: int, tensor: str) -> None:
+        nonlocal done_bytes
+        done_bytes += n_bytes
+        if progress is not None:
+            progress(Progress(done_bytes, planned.data_bytes, target.name, tensor))
+
+    with complete_file(target) as partial:
+        write_file(planned, partial, n_threads or n_cores(), advance)
+    return target
+
+
+def find_vision_file(path: Path) -> Path:
+    """The file itself, or the vision file of a directory: of several the one that the others were made from.
+
+    Raises ModelFileError where there is none, or more than one.
+    """
+    if not path.is_dir():
+        return path
+    found = [file for file in gguf_files(path) if _is_vision(file)]
+    originals = [file for file in found if requantized(file) not in {other.name for other in found}]
+    if not originals:
+        raise ModelFileError(f"'{path}' contains no vision file (mmproj-*.gguf); give one, or a directory with one.")
+    if len(originals) > 1:
+        names = ", ".join(f"'{file.name}'" for file in originals)
+        raise ModelFileError(f"'{path}' contains more than one vision file: {names}; give the file instead.")
+    return originals[0]
+
+
+def plan_file(file: GgufFile, vision_type: str) -> PlannedFile:
+    """What `requantize` writes. Raises ModelFileError for files without an image side that we know, and for weights
+    that were rounded to few bits before."""
+    if role(file) != "vision":
+        raise ModelFileError(f"'{file.path}' is {ROLE_NAMES[role(file)]}; give a vision file (mmproj-*.gguf).")
+    family, config = read_vision(file)
+    _check_types(file, vision_type)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    names = {theirs: ours for ours, theirs in family.gguf_names(config, shapes).items()}
+    is_padded = vision_type not in policy.FLOATS
+    block = policy.vision_block(vision_type) if is_padded else 1
+    tensors = tuple(
+        _tensor(file, info, names.get(info.name, info.name), vision_type, block) for info in file.tensors.values()
+    )
+    metadata: dict[str, Any] = {
+        key: Typed(file[key], *file.kind(key)) for key in file if key not in _OWN_KEYS and file[key] != []
+    }
+    width = config.tower.intermediate_size
+    if padded_width(width, block) != width:
+        metadata[keys.VISION_FEED_FORWARD_LENGTH] = padded_width(width, block)
+    metadata |= _provenance(file, vision_type)
+    return PlannedFile(file.path.name, keys.ARCH_CLIP, metadata, tensors)
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Raises OutputError for a file that exists, unless `force`, and always for the one that is read."""
+    if not target.exists():
+        return
+    if target.is_dir() or os.path.samefile(source, target):
+        what = "a directory" if target.is_dir() else "the file to read"
+        raise OutputError(f"'{target}' is {what}; give another file with --out.")
+    if not force:
+        raise OutputError(f"'{target}' exists; give another file with --out, or --force to replace it.")
+
+
+def _is_vision(path: Path) -> bool:
+    with GgufFile.open(path) as file:
+        return role(file) == "vision"
+
+
+def _check_types(file: GgufFile, vision_type: str) -> None:
+    matrices = {info.type_name for info in file.tensors.values() if policy.vision_kind(info.name, info.shape) == "any"}
+    if matrices == {policy.BASE[vision_type]}:
+        raise ModelFileError(f"all matrices of '{file.path}' are {vision_type} already; there is nothing to do.")
+    rounded = sorted({info.type_name for info in file.tensors.values()} - set(SOURCE_TYPES))
+    if rounded:
+        raise ModelFileError(
+            f"'{file.path}' has weights that were rounded to {', '.join(rounded)} before; in {vision_type} they would "
+            f"keep that error and get another one. Give the model's {' or '.join(SOURCE_TYPES)} file."
+        )
+
+
+def _tensor(file: GgufFile, info: TensorInfo, name: str, vision_type: str, block: int) -> PlannedTensor:
+    """`name`: what we call the tensor, whatever its name in the file."""
+    padded = _padded(name, info.shape, block)
+    choice = policy.vision_type(name, padded, vision_type)
+    source = SourceTensor(info.name, file.path, info.type_name, info.shape, info.offset)
+    rule = TensorRule(info.name, info.name, info.shape, padded=padded if padded != info.shape else None)
+    return PlannedTensor(info.name, policy.vision_shape(padded, choice.type_name), choice, source, rule)
+
+
+def _padded(name: str, shape: Shape, block: int) -> Shape:
+    """The shape with a feed-forward width that is a multiple of `block`; act(0) = 0, so zeros there change nothing."""
+    part = name.rsplit(".", 2)
+    if len(part) == 3 and part[1] == "ffn_up":
+        return (padded_width(shape[0], block), *shape[1:])
+    if name.endswith("ffn_down.weight"):
+        return (*shape[:-1], padded_width(shape[-1], block))
+    return shape
+
+
+def _provenance(file: GgufFile, vision_type: str) -> Mapping[str, Any]:
+    types = {
+        name: sum(math.prod(info.shape) for info in file.tensors.values() if info.type_name == name)
+        for name in SOURCE_TYPES
+    }
+    return {
+        keys.GENERAL_FILE_TYPE: policy.file_type(vision_type),
+        keys.GENERAL_QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+        keys.PROVENANCE_VERSION: packages.version("granite4v"),
+        keys.PROVENANCE_POLICY: vision_type,
+        keys.REQUANTIZED_FROM: file.path.name,
+        keys.REQUANTIZED_FROM_TYPE: max(types, key=types.__getitem__),
+    }
+
+
+def _target(source: Path, vision_type: str, out: Path | None) -> Path:
+    """'mmproj-F16.gguf' becomes 'mmproj-Q8_0.gguf'; a name without a type gets one behind it."""
+    if out is not None and not out.is_dir():
+        return out
+    stem = _TYPE_IN_NAME.sub(vision_type, source.stem)
+    if stem == source.stem:
+        stem = f"{stem}-{vision_type}"
+    return (source.parent if out is None else out) / f"{stem}.gguf"

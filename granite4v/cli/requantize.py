@@ -1,0 +1,51 @@
+"""`granite4v requantize`: a vision file in another weight type, made from a vision file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from granite4v.cli import options
+from granite4v.cli.progress import Progress
+
+
+def requantize(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="Model directory, or a vision GGUF file (mmproj), whoever made it."),
+    ],
+    vision_type: Annotated[
+        str, typer.Option("--vision-type", metavar="T", help=options.VISION_TYPE_HELP, show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="File to write, or a directory for it.",
+            show_default="beside the file that it is made from",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
+    threads: options.ThreadsOption = None,
+) -> None:
+    """Write a model's vision file in another weight type.
+
+    The new file is used in place of the one that it was made from, which stays; --mmproj chooses another.
+    """
+    from granite4v import converter
+    from granite4v.converter import policy
+    from granite4v.errors import Granite4vError
+
+    try:
+        policy.check_vision_type(vision_type)
+    except Granite4vError as error:
+        raise typer.BadParameter(str(error)) from None
+    began = time.perf_counter()
+    with Progress(delay_s=0.5) as progress:
+        path = converter.requantize(source, vision_type, out, force=force, n_threads=threads, progress=progress.written)
+    typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    typer.echo(f"quantized in {time.perf_counter() - began:.1f} s", err=True)

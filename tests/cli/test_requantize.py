@@ -1,0 +1,41 @@
+"""`granite4v requantize`: what goes to stdout, what to stderr, and the exit status."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from granite4v.cli.main import app
+from tests.toy.checkpoint import PRESETS
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["requantize", *map(str, arguments)], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_file_on_stdout_and_the_time_on_stderr(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model(PRESETS["tiny"], "F32", "F16"), tmp_path / "model")
+    status, stdout, stderr = run(folder, "--vision-type", "q8_0", "--threads", 2)
+    path = folder / "mmproj-Q8_0.gguf"
+    assert (status, stdout) == (0, f"{path}  {path.stat().st_size / 1e6:,.1f} MB\n")
+    assert re.fullmatch(r"quantized in \d+\.\d s\n", stderr)
+    assert run(folder, "--vision-type", "Q8_0")[::2] == (
+        1,
+        f"granite4v: '{path}' exists; give another file with --out, or --force to replace it.\n",
+    )
+    assert run(folder, "--vision-type", "Q8_0", "--force")[0] == 0
+    assert run(folder, "--vision-type", "Q6_K", "--out", tmp_path)[:2] == (
+        0,
+        f"{tmp_path / 'mmproj-Q6_K.gguf'}  {(tmp_path / 'mmproj-Q6_K.gguf').stat().st_size / 1e6:,.1f} MB\n",
+    )
+
+
+def test_a_wrong_type_or_none_is_wrong_usage(tmp_path: Path) -> None:
+    status, stdout, stderr = run(tmp_path, "--vision-type", "Q9")
+    assert (status, stdout) == (2, "") and "unknown quantization type 'Q9'" in stderr
+    assert run(tmp_path)[0] == 2
