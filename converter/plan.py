@@ -26,6 +26,7 @@ from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import Fields
 from granite4v.families.registry import Family
 from granite4v.families.text import TextArchitecture, TextConfig
+from granite4v.families.vision_layout import row_padded
 from granite4v.ggml.quantize import row_bytes
 
 ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
@@ -167,7 +168,7 @@ def _vision_file(
         keys.PROVENANCE_POLICY: type_policy,
     }
     exact = _tensors(model, model.vision_groups, merged, lambda n, s: policy.vision_type(n, s, type_policy))
-    tensors = tuple(replace(tensor, shape=policy.vision_shape(tensor.shape, tensor.type_name)) for tensor in exact)
+    tensors = tuple(replace(tensor, shape=row_padded(tensor.shape, tensor.type_name)) for tensor in exact)
     return PlannedFile(f"mmproj-{type_policy}.gguf", keys.ARCH_CLIP, metadata, tensors)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import gguf
 
 from granite4v import gguf_keys as keys
-from granite4v.converter.tensors.rules import padded_width
 from granite4v.errors import Granite4vError
+from granite4v.families.vision_layout import ffn_block, row_padded, tensor_kind
 from granite4v.ggml.quantize import block_size
 
 TEXT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
@@ -31,8 +31,6 @@ FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # In gguf.LlamaFileType; the others are MOSTLY_<name>.
 ENUM_NAMES = {"F32": "ALL_F32", "Q5_K": "MOSTLY_Q5_K_S", "Q4_K": "MOSTLY_Q4_K_S"}
-# Feed-forward widths of vision files are multiples of it at least, so that no matrix falls back to F16.
-BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -112,34 +110,17 @@ def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) 
 
 def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
     """The type of an mmproj tensor with this GGUF name and NumPy-order shape."""
-    kind = vision_kind(name, shape)
+    kind = tensor_kind(name, shape)
     for row in VISION_TABLE:
         if policy in row.policies and row.kind in (kind, "any"):
             choice = Choice(row.type_name or BASE[policy], row.reason)
-            return _whole_blocks(choice, vision_shape(shape, choice.type_name))
+            return _whole_blocks(choice, row_padded(shape, choice.type_name))
     raise AssertionError(f"no row of the vision table fits '{name}' in {policy}")
 
 
 def vision_block(policy: str) -> int:
     """Feed-forward widths of a vision file become a multiple of this."""
-    return max(BLOCK, block_size(BASE[policy]))
-
-
-def vision_shape(shape: tuple[int, ...], type_name: str) -> tuple[int, ...]:
-    """The shape in which a vision tensor is stored: in K-quants its rows are filled up with zeros to whole blocks.
-
-    The tower's width, 1152 in so400m, is no multiple of 256. Our runtime multiplies such rows with activations that it
-    fills up alike; llama.cpp's libmtmd takes rows of the model's width only.
-    """
-    block = block_size(type_name)
-    return (*shape[:-1], padded_width(shape[-1], block)) if block > BLOCK else shape
-
-
-def vision_kind(name: str, shape: tuple[int, ...]) -> str:
-    """'patch', 'vector', or 'any' for the other matrices, as in the vision table."""
-    if name == keys.PATCH_EMBD_WEIGHT:
-        return "patch"
-    return "vector" if len(shape) < 2 or not name.endswith(".weight") or name == keys.POSITION_EMBD else "any"
+    return ffn_block(BASE[policy])
 
 
 def adapter_type(text_policy: str) -> str:

@@ -25,10 +25,11 @@ from granite4v.converter.output import check_space
 from granite4v.converter.plan import PlannedFile, PlannedTensor
 from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.stream import n_cores
-from granite4v.converter.tensors.rules import Shape, TensorRule, padded_width
+from granite4v.converter.tensors.rules import TensorRule
 from granite4v.converter.writer import Typed, write_file
 from granite4v.errors import ModelFileError, OutputError
 from granite4v.families.registry import read_vision
+from granite4v.families.vision_layout import ffn_padded, padded_width, row_padded, tensor_kind
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import ROLE_NAMES, gguf_files, requantized, role
 from granite4v.paths import complete_file
@@ -131,7 +132,7 @@ def _is_vision(path: Path) -> bool:
 
 
 def _check_types(file: GgufFile, vision_type: str) -> None:
-    matrices = {info.type_name for info in file.tensors.values() if policy.vision_kind(info.name, info.shape) == "any"}
+    matrices = {info.type_name for info in file.tensors.values() if tensor_kind(info.name, info.shape) == "matrix"}
     if matrices == {policy.BASE[vision_type]}:
         raise ModelFileError(f"all matrices of '{file.path}' are {vision_type} already; there is nothing to do.")
     rounded = sorted({info.type_name for info in file.tensors.values()} - set(SOURCE_TYPES))
@@ -144,21 +145,11 @@ def _check_types(file: GgufFile, vision_type: str) -> None:
 
 def _tensor(file: GgufFile, info: TensorInfo, name: str, vision_type: str, block: int) -> PlannedTensor:
     """`name`: what we call the tensor, whatever its name in the file."""
-    padded = _padded(name, info.shape, block)
+    padded = ffn_padded(name, info.shape, block)
     choice = policy.vision_type(name, padded, vision_type)
     source = SourceTensor(info.name, file.path, info.type_name, info.shape, info.offset)
     rule = TensorRule(info.name, info.name, info.shape, padded=padded if padded != info.shape else None)
-    return PlannedTensor(info.name, policy.vision_shape(padded, choice.type_name), choice, source, rule)
-
-
-def _padded(name: str, shape: Shape, block: int) -> Shape:
-    """The shape with a feed-forward width that is a multiple of `block`; act(0) = 0, so zeros there change nothing."""
-    part = name.rsplit(".", 2)
-    if len(part) == 3 and part[1] == "ffn_up":
-        return (padded_width(shape[0], block), *shape[1:])
-    if name.endswith("ffn_down.weight"):
-        return (*shape[:-1], padded_width(shape[-1], block))
-    return shape
+    return PlannedTensor(info.name, row_padded(padded, choice.type_name), choice, source, rule)
 
 
 def _provenance(file: GgufFile, vision_type: str) -> Mapping[str, Any]:

@@ -7,11 +7,12 @@ Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama
 from __future__ import annotations
 
 from granite4v import gguf_keys as keys
-from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, linear, norm, padded_width
+from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, linear, norm
 from granite4v.converter.tensors.vit import tower_tensors
 from granite4v.families.base import Stream, VisionConfig, WindowQFormerConfig
 from granite4v.families.granite4_vision import N_SPATIAL_PROJECTORS, layer_map, renamed
 from granite4v.families.hf_fields import MAX_WIDTH, Fields, Json
+from granite4v.families.vision_layout import padded_width
 
 QFORMER_INTERMEDIATE_SIZE = 3072  # transformers' default for qformer_config
 PREFIXES = ("model.", "")

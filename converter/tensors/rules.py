@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from granite4v.families.base import VisionConfig
+from granite4v.families.vision_layout import padded_width
 
 Shape = tuple[int, ...]
 
@@ -109,11 +110,6 @@ def norm(source: str, target: str, width: int) -> tuple[TensorRule, TensorRule]:
 def zeros(rule: TensorRule) -> TensorRule:
     """The same tensor in the file, of zeros, for a checkpoint that has none."""
     return TensorRule("zeros", rule.target, rule.shape, values=(0.0,) * rule.shape[0])
-
-
-def padded_width(width: int, block: int) -> int:
-    """The next multiple of a quantized block."""
-    return -(-width // block) * block
 
 
 def padded_config(config: VisionConfig, block: int) -> VisionConfig:

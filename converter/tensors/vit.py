@@ -15,10 +15,10 @@ from granite4v.converter.tensors.rules import (
     each_layer,
     linear,
     norm,
-    padded_width,
 )
 from granite4v.families.base import TowerConfig
 from granite4v.families.towers import N_CHANNELS
+from granite4v.families.vision_layout import padded_width
 
 # What transformers has called the tower over time, today's spelling first.
 PREFIXES = (
