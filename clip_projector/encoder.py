@@ -9,27 +9,30 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import numpy as np
 
 from granite4v import gguf_keys as keys
+from granite4v.choices import VisionCompute
 from granite4v.clip_projector.grid_anyres import Layout, layout
 from granite4v.clip_projector.images import Image
 from granite4v.clip_projector.pixels import normalize, patches
 from granite4v.clip_projector.projectors import project
 from granite4v.clip_projector.tiles_anyres import cut, pack
 from granite4v.clip_projector.tower import hidden_states
-from granite4v.clip_projector.weights import Weights
-from granite4v.errors import ModelFileError
+from granite4v.clip_projector.weights import FLOATS, Weights
+from granite4v.errors import DeviceError, ModelFileError
 from granite4v.families.base import VisionConfig
 from granite4v.families.registry import read_vision
 from granite4v.families.towers import N_CHANNELS
+from granite4v.families.vision_layout import tensor_kind
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
-from granite4v.ggml.gguf_file import GgufFile, n_weights
+from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError
 from granite4v.ggml.metadata import AGAIN
 
@@ -72,16 +75,19 @@ class VisionEncoder:
         n_threads: int | None = None,
         abort: tuple[int, int] | None = None,
         announce: Callable[[], None] | None = None,
+        vision_compute: VisionCompute = "file",
     ) -> None:
         """Opens the file and starts the device; weights are read with the first image.
 
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called when this CPU is
-        measured first, and that takes longer than a second. Raises ModelFileError, DeviceError, and Aborted.
+        measured first, and that takes longer than a second. `vision_compute`: other than 'file', matrices of float
+        types are quantized in memory now, which takes seconds; see `quantized_in_memory`. Raises ModelFileError,
+        DeviceError, and Aborted.
         """
         self.path = Path(path)
         self._graphs: OrderedDict[int, Graph] = OrderedDict()
         try:
-            self._open(device, n_threads, abort, announce)
+            self._open(device, n_threads, abort, announce, vision_compute)
         except BaseException:
             self.close()
             raise
@@ -92,6 +98,7 @@ class VisionEncoder:
         n_threads: int | None,
         abort: tuple[int, int] | None,
         announce: Callable[[], None] | None,
+        vision_compute: VisionCompute,
     ) -> None:
         with GgufFile.open(self.path) as file:
             if file.get(keys.GENERAL_ARCHITECTURE) != keys.ARCH_CLIP:
@@ -104,9 +111,17 @@ class VisionEncoder:
             names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
+            self.quantized_as = quantized_in_memory(file, self.backend, vision_compute, announce)
             matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+            if self.quantized_as is not None:
+                matrices = [replace(i, type_name=self.quantized_as) if _is_float_matrix(i) else i for i in matrices]
             self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce)
-            self._weights = Weights(file, self.backend, self.kernels, names)
+            if self.quantized_as is not None:
+                self.kernels |= dict([autotune.int8_kernel(self.backend, announce, [self.quantized_as])])
+            self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as)
+        if self.quantized_as is not None:  # which may have padded the feed-forward widths
+            n_ffn = self._weights.n_rows(f"{keys.BLOCK.format(i=0, part='ffn_up')}.weight")
+            self.config = replace(config, tower=replace(config.tower, intermediate_size=n_ffn))
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
         self._build(1).close()  # raises for the first tensor that is missing or has another shape or type
@@ -235,6 +250,32 @@ class VisionEncoder:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def quantized_in_memory(
+    file: GgufFile, backend: Backend, vision_compute: VisionCompute, announce: Callable[[], None] | None = None
+) -> str | None:
+    """The type into which matrices of float types are quantized: the one named, or for 'int8' the faster one here.
+
+    None for 'file', and for a file without such matrices. `announce`: as for `VisionEncoder`. Raises DeviceError for a
+    GPU, which multiplies in kernels of its own; ValueError for what `VisionCompute` does not list.
+    """
+    if vision_compute not in get_args(VisionCompute):
+        raise ValueError(f"vision_compute is {vision_compute!r:.40}; expected one of {get_args(VisionCompute)}.")
+    if vision_compute == "file":
+        return None
+    if not backend.is_cpu:
+        raise DeviceError(
+            f"vision_compute '{vision_compute}' is for the CPU, but the image side is computed on '{backend.name}'; "
+            "leave it out, or use '--device cpu'."
+        )
+    if not any(map(_is_float_matrix, file.tensors.values())):
+        return None
+    return autotune.int8_kernel(backend, announce)[0] if vision_compute == "int8" else vision_compute
+
+
+def _is_float_matrix(info: TensorInfo) -> bool:
+    return info.type_name in FLOATS and tensor_kind(info.name, info.shape) == "matrix"
 
 
 def _within(

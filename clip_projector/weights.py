@@ -7,6 +7,7 @@ copied there once.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml.backend import Arena, Backend
+from granite4v.families.vision_layout import ffn_block, ffn_padded, padded_width, tensor_kind
+from granite4v.ggml.backend import Aborted, Arena, Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernels import ATTENTION, PLAIN, Kernel
 from granite4v.ggml.library import lib
-from granite4v.ggml.types import NO_WEIGHTS, TYPES
+from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.types import NO_WEIGHTS, TYPES, row_bytes
 
 _PLAIN = Kernel(PLAIN)
+FLOATS = ("F32", "F16", "BF16")
 ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
 
 
@@ -30,15 +34,24 @@ class Weights:
     """Tensors by their GGUF name; `matrix` gives one in the form in which it multiplies fastest."""
 
     def __init__(
-        self, file: GgufFile, backend: Backend, kernels: Mapping[str, Kernel], names: Mapping[str, str] | None = None
+        self,
+        file: GgufFile,
+        backend: Backend,
+        kernels: Mapping[str, Kernel],
+        names: Mapping[str, str] | None = None,
+        quantized_as: str | None = None,
     ) -> None:
         """`kernels`: how each weight type is multiplied; types without an entry are used as they are.
 
-        `names`: of tensors that this file calls otherwise, our name -> the file's.
+        `names`: of tensors that this file calls otherwise, our name -> the file's. `quantized_as`: the type into which
+        matrices of float types are quantized now, in memory. Raises Aborted, which takes seconds.
         """
         ours = {theirs: our for our, theirs in (names or {}).items()}
         named = (replace(info, name=ours.get(info.name, info.name)) for info in file.tensors.values())
         self._infos = {info.name: info for info in named}
+        self._sources: dict[str, TensorInfo] = {}  # in the file, of tensors that are another in memory
+        if quantized_as is not None:
+            self._plan_quantizing(quantized_as)
         self._kernels = kernels
         self._path = file.path
         self._arenas: list[Arena] = []
@@ -59,29 +72,61 @@ class Weights:
             kernel = self._kernel(info)
             if _takes(backend, kernel, info):
                 elsewhere.setdefault(kernel.name, []).append(info)
-            elif info.offset % ALIGNMENT:
+            elif info.offset % ALIGNMENT or info.name in self._sources:
                 shifted.append(info)
             else:
                 mapped.append(info)
         for name, infos in elsewhere.items():
-            self._copy(infos, next(kernel.buffer_type for kernel in kernels.values() if kernel.name == name))
+            self._copy(backend, infos, next(kernel.buffer_type for kernel in kernels.values() if kernel.name == name))
         if not backend.is_cpu:
             mapped, shifted = [], mapped + shifted
         if mapped:
             self._map_in_place(mapped, backend)
         if shifted:
-            self._copy(shifted, backend.buffer_type)
+            self._copy(backend, shifted, backend.buffer_type)
 
     def _kernel(self, info: TensorInfo) -> Kernel:
         return self._kernels.get(info.type_name, _PLAIN) if len(info.shape) > 1 else _PLAIN
 
-    def _copy(self, infos: list[TensorInfo], buffer_type: Any) -> None:
+    def _plan_quantizing(self, type_name: str) -> None:
+        """Puts the tensors that are to be in memory in the place of the file's. Feed-forward widths are padded on both
+        sides, as in a converted file, unless another type than a float's stands on one of them."""
+        block = ffn_block(type_name)
+        kinds = {name: tensor_kind(name, info.shape) for name, info in self._infos.items()}
+        matrices = [info for name, info in self._infos.items() if kinds[name] == "matrix"]
+        pads_ffn = all(info.type_name in FLOATS for info in matrices)
+        for name, info in list(self._infos.items()):
+            if info.type_name not in FLOATS:
+                continue
+            shape = ffn_padded(name, info.shape, block) if pads_ffn else info.shape
+            kind = info.type_name
+            if kinds[name] == "matrix":
+                shape, kind = (*shape[:-1], padded_width(shape[-1], TYPES[type_name].block)), type_name
+            if (shape, kind) != (info.shape, info.type_name):
+                self._sources[name] = info
+                nbytes = math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+                self._infos[name] = TensorInfo(name, shape, kind, info.offset, nbytes)
+
+    def _data(self, info: TensorInfo, backend: Backend) -> np.ndarray:
+        """A tensor's bytes, from the file or quantized from what is there."""
+        source = self._sources.get(info.name, info)
+        data = self._bytes[source.offset : source.offset + source.nbytes]
+        if source is info:
+            return data
+        if backend.is_aborted():
+            raise Aborted
+        values = np.zeros(info.shape, dtype=np.float32)
+        values[tuple(map(slice, source.shape))] = _as_float32(data, source.type_name).reshape(source.shape)
+        self.release()  # what was read, before more is
+        return quantize_rows(values.reshape(-1, info.shape[-1]), info.type_name, backend.n_threads)
+
+    def _copy(self, backend: Backend, infos: list[TensorInfo], buffer_type: Any) -> None:
         arena = Arena(len(infos))
         self._arenas.append(arena)
         tensors = [arena.tensor(info.type_name, *reversed(info.shape), name=info.name) for info in infos]
         arena.allocate(buffer_type, weights=True)
         for info, tensor in zip(infos, tensors, strict=True):
-            data = self._bytes[info.offset : info.offset + info.nbytes]
+            data = self._data(info, backend)
             lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, info.nbytes)
             self._tensors[info.name] = Tensor(tensor)
         self.release()
@@ -189,6 +234,12 @@ def _takes(backend: Backend, kernel: Kernel, info: TensorInfo) -> bool:
     """Whether a kernel has a buffer type of its own, in which it multiplies tensors of this shape."""
     n_out, n_in = _flat(info.shape)
     return kernel.buffer_type is not None and backend.multiplies(kernel.buffer_type, info.type_name, n_in, n_out)
+
+
+def _as_float32(data: np.ndarray, type_name: str) -> np.ndarray:
+    if type_name == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return data.view(np.float16 if type_name == "F16" else np.float32).astype(np.float32, copy=False)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from granite4v.paths import cache_folder, temporary_folder
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from granite4v.choices import Device
+    from granite4v.choices import Device, VisionCompute
     from granite4v.converter import Progress
     from granite4v.runtime import Model
     from granite4v.runtime.extract import Extraction
@@ -57,6 +57,7 @@ def load(
     mmproj: str | Path | None = None,
     lora: bool | str | Path | None = None,
     exact: bool | None = None,
+    vision_compute: VisionCompute = "file",
 ) -> Model:
     """Loads a model (see `Model.load`); without a path, or with 'nano' if no such file exists, the embedded model.
 
@@ -77,6 +78,7 @@ def load(
         mmproj=mmproj,
         lora=lora,
         exact=exact,
+        vision_compute=vision_compute,
     )
 
 

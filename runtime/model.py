@@ -12,7 +12,7 @@ import numpy as np
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.choices import Device, whole_number
+from granite4v.choices import Device, VisionCompute, whole_number
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
@@ -65,6 +65,7 @@ class Model:
         mmproj: str | Path | None = None,
         lora: bool | str | Path | None = None,
         exact: bool | None = None,
+        vision_compute: VisionCompute = "file",
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
@@ -74,7 +75,9 @@ class Model:
         (a GPU if there is one). `lora`: when a separate LoRA is applied: None for requests with images only, True
         always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention and one
         request at a time, for comparing values with a reference; None means only for float32 files, which are made for
-        that purpose.
+        that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'int8'
+        quantizes those in F32, F16 or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this
+        CPU, and 'Q8_0' and 'Q6_K' to that type.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
         """
@@ -84,7 +87,15 @@ class Model:
         if exact is None:
             exact = all(info.type_name == "F32" for info in files.text.tensors.values())
         try:
-            engine = Engine(files, n_ctx=n_ctx, n_threads=n_threads, n_parallel=n_parallel, device=device, exact=exact)
+            engine = Engine(
+                files,
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                n_parallel=n_parallel,
+                device=device,
+                exact=exact,
+                vision_compute=vision_compute,
+            )
             return cls(engine, policy)
         except BaseException:
             files.close()
@@ -115,6 +126,14 @@ class Model:
     def settings(self) -> dict[str, Any]:
         """What was chosen for this machine, as plain data."""
         return self.engine.settings
+
+    @property
+    def vision_note(self) -> str | None:
+        """That the vision file's weights are quantized in memory, in a sentence; None where they are not."""
+        kind = self.settings["vision_compute"]
+        if kind == "file":
+            return None
+        return f"the vision file's matrices are quantized to {kind} in memory, which changes image features a little"
 
     @property
     def counters(self) -> Counters:

@@ -32,6 +32,7 @@ def ask(
     ctx_size: options.ContextOption = None,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
+    vision_compute: options.VisionComputeOption = "file",
     no_stream: options.NoStreamOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -47,7 +48,11 @@ def ask(
     with Progress() as progress:
         opened = _open_images(images or [])
         path = options.model_path(model)
-        with Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj) as loaded:
+        with Model.load(
+            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+        ) as loaded:
+            if loaded.vision_note is not None:
+                progress.say(f"note: {loaded.vision_note}")
             for warning in loaded.warnings:
                 progress.say(f"warning: {warning}")
             stream = loaded.stream(

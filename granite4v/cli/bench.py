@@ -28,6 +28,7 @@ def bench(
     ctx_size: options.ContextOption = None,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
+    vision_compute: options.VisionComputeOption = "file",
     as_json: options.JsonOnlyOption = False,
 ) -> None:
     """Measure the speed of image encoding, prefill and decoding.
@@ -41,8 +42,12 @@ def bench(
     path = options.model_path(model, quiet=as_json)
     with (
         Progress() as progress,
-        Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj) as loaded,
+        Model.load(
+            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+        ) as loaded,
     ):
+        if loaded.vision_note is not None:
+            progress.say(f"note: {loaded.vision_note}")
         stage = None if as_json else progress.stage
         for _ in range(repeat):
             loaded.clear_cache()

@@ -43,6 +43,7 @@ def extract(
     ctx_size: options.ContextOption = None,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
+    vision_compute: options.VisionComputeOption = "file",
 ) -> None:
     """Extract tables, chart data and fields from documents.
 
@@ -71,6 +72,7 @@ def extract(
         n_threads=threads,
         device=device,
         mmproj=mmproj,
+        vision_compute=vision_compute,
         lora=lora,
     )
     with Progress() as progress:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from granite4v.choices import MAX_THREADS, Device, Format
+from granite4v.choices import MAX_THREADS, Device, Format, VisionCompute
 
 NO_MODEL = (
     "no --model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
@@ -52,6 +52,14 @@ LoraOption = Annotated[
 ]
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where to compute. auto: a GPU if llama-cpp-python was built for one.")
+]
+VisionComputeOption = Annotated[
+    VisionCompute,
+    typer.Option(
+        "--vision-compute",
+        help="How matrices of a vision file in F32, F16 or BF16 are multiplied. file: in that type. int8: quantized in "
+        "memory to Q8_0 or Q6_K, whichever is faster on this CPU.",
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

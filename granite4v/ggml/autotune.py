@@ -59,6 +59,7 @@ WORTH = 0.93
 # Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
 # of them alone, half beside three others.
 PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
+INT8_TYPES = ("Q8_0", "Q6_K")  # of about eight bits, and multiplied with activations rounded to as many
 EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless that is asked for
 # How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.
 _FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
@@ -90,6 +91,25 @@ def vision_kernels(
         kind: fastest_kernel({name: by[MANY] for name, by in by_name.items()}) for kind, by_name in measured.items()
     }
     return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
+
+
+def int8_kernel(
+    backend: Backend, announce: Announce | None = None, type_names: Sequence[str] = INT8_TYPES
+) -> tuple[str, Kernel]:
+    """The type whose products with 8-bit integers are the fastest here, and the kernel for them.
+
+    Arguments and errors as those of `vision_kernels`.
+    """
+    kernels = {
+        (kind, kernel.name): kernel
+        for kind in type_names
+        for kernel in available_kernels(backend, kind).values()
+        if not kernel.as_float32 and kernel.arithmetic is None
+    }
+    measured = times(backend, [Trial(*key, MANY) for key in kernels], BUDGET_S, announce)
+    seconds = {key: measured[key[0]].get(key[1], {}).get(MANY, math.inf) for key in kernels}
+    best = min(seconds, key=seconds.__getitem__)
+    return best[0], kernels[best]
 
 
 def text_kernels(backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None) -> dict[str, Kernel]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from granite4v import gguf_keys as keys
-from granite4v.choices import whole_number
+from granite4v.choices import VisionCompute, whole_number
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
 from granite4v.runtime.answer import Answer
@@ -57,6 +57,7 @@ class Engine:
         n_parallel: int | None,
         device: str,
         exact: bool,
+        vision_compute: VisionCompute = "file",
     ) -> None:
         """`n_parallel`: requests that are computed side by side. Raises DeviceError, TypeError, ValueError."""
         find_device(device)  # a device that is missing is reported now, not after the first image
@@ -71,7 +72,9 @@ class Engine:
         self._abort = AbortFlag()
         self._thread = EngineThread("granite4v", self._abort)
         self._cache = KvCache(self._open_context, self.n_ctx, self.n_parallel)
-        self._vision = Vision(files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)))
+        self._vision = Vision(
+            files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)), vision_compute
+        )
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch)
         self._model: LlamaModel | None = None
         self._placement = Placement()
@@ -107,6 +110,7 @@ class Engine:
             "n_ctx": self._cache.n_cells,
             "mmap": not placed,
             "text_buffer_types": placed,
+            "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
         }
 

@@ -7,9 +7,12 @@ import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from granite4v import clip_projector
+from granite4v.choices import VisionCompute
+from granite4v.clip_projector.encoder import quantized_in_memory
+from granite4v.ggml.backend import Backend
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import Injection, ModelFiles
 
@@ -23,14 +26,34 @@ class Vision:
     """The image side of a loaded model. Not for several threads at once."""
 
     def __init__(
-        self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, in_kv_cache: Callable[[bytes], bool]
+        self,
+        files: ModelFiles,
+        device: str,
+        n_threads: int,
+        abort: AbortFlag,
+        in_kv_cache: Callable[[bytes], bool],
+        vision_compute: VisionCompute = "file",
     ) -> None:
-        """`in_kv_cache(digest)`: whether an image's rows are in the decoder's cache already, so that its embeddings are
+        """`vision_compute`: see `VisionEncoder`; 'int8' is measured now, so that it is known what a run is made with.
+
+        `in_kv_cache(digest)`: whether an image's rows are in the decoder's cache already, so that its embeddings are
         hardly needed any more."""
         self._files, self._device, self._n_threads, self._abort = files, device, n_threads, abort
         self._in_kv_cache = in_kv_cache
+        self.compute = self._resolved(vision_compute)
         self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
         self._encoder: VisionEncoder | None = None
+
+    def _resolved(self, vision_compute: VisionCompute) -> VisionCompute:
+        """'file', or the type into which matrices are quantized in memory."""
+        if self._files.vision is None or vision_compute == "file":
+            return "file"
+        backend = Backend(self._device, self._n_threads)
+        try:
+            found = quantized_in_memory(self._files.vision, backend, vision_compute)
+            return cast(VisionCompute, found or "file")
+        finally:
+            backend.close()
 
     @property
     def is_open(self) -> bool:
@@ -52,7 +75,7 @@ class Vision:
             assert self._files.vision is not None
             abort = (self._abort.callback_address, self._abort.data_address)
             self._encoder = clip_projector.VisionEncoder(
-                self._files.vision.path, self._device, self._n_threads, abort, announce
+                self._files.vision.path, self._device, self._n_threads, abort, announce, self.compute
             )
         return self._encoder
 

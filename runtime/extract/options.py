@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from granite4v.choices import Device, Format
+from granite4v.choices import Device, Format, VisionCompute
 from granite4v.runtime.extract.schema import SchemaSource
 
 
@@ -23,7 +23,8 @@ class ExtractOptions:
     How answers are generated; each of these can change them. `max_tokens`: maximum number of tokens of an answer; None
     for 4096, or as many as fit into the context. `unconstrained`: do not constrain answers to the format of their task.
     `fast_forward` off: sample even tokens that the grammar forces. `lora`: whether a separate adapter is applied; None
-    follows the model's policy. `n_ctx`, `n_threads`, `device` and `mmproj` apply when the model is given as a path.
+    follows the model's policy. `n_ctx`, `n_threads`, `device`, `mmproj` and `vision_compute` apply when the model is
+    given as a path.
 
     What is written. `out`: a directory for `results.jsonl`, to which every record is written before it is returned, and
     for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); by default
@@ -52,6 +53,7 @@ class ExtractOptions:
     n_threads: int | None = None
     device: Device = "auto"
     mmproj: str | Path | None = None
+    vision_compute: VisionCompute = "file"
     lora: bool | None = None
 
     @property
@@ -83,4 +85,5 @@ class ExtractFields(TypedDict, total=False):
     n_threads: int | None
     device: Device
     mmproj: str | Path | None
+    vision_compute: VisionCompute
     lora: bool | None

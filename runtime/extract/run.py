@@ -121,8 +121,11 @@ def _open(
                 n_threads=options.n_threads,
                 device=options.device,
                 mmproj=options.mmproj,
+                vision_compute=options.vision_compute,
             )
         )
+    if model.vision_note is not None:
+        say(f"note: {model.vision_note}")
     asked = questions(model, options.tasks, options.prompt, schema, unconstrained=options.unconstrained)
     for warning in schema_warnings(asked):
         say(f"warning: {warning}")
@@ -146,6 +149,8 @@ def _manifest(
     model: Model,
 ) -> dict[str, Any]:
     """`run.json`: what the run was asked for, and on what it was made."""
+    vision_compute = model.settings["vision_compute"]
+    quantized = {} if vision_compute == "file" else {"vision_compute": vision_compute}
     schemas = [question.schema for question in asked if question.schema is not None]
     return {
         "granite4v": version("granite4v"),
@@ -156,7 +161,7 @@ def _manifest(
         "prompts": {question.task: question.prompt_sha256 for question in asked},
         "schema": schemas[0].sha256 if schemas else None,
         "model": dict(hashes),
-        "settings": {**options.settings, "n_ctx": model.n_ctx},
+        "settings": {**options.settings, "n_ctx": model.n_ctx, **quantized},
         # results depend on all of it a little: another number of threads sums in another order
         "environments": [
             {

@@ -46,6 +46,15 @@ def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
     assert result.stderr.count("image tokens: encode") == 2
 
 
+def test_quantizing_in_memory_is_said_and_recorded(folder: Path, page: Path) -> None:
+    result = run("bench", "--model", folder, "--image", page, "--max-tokens", 1, "--json", "--vision-compute", "Q8_0")
+    assert json.loads(result.stdout)["settings"]["vision_compute"] == "Q8_0"
+    assert result.stderr.startswith("note: the vision file's matrices are quantized to Q8_0 in memory")
+    asked = run("ask", page, "What?", "--model", folder, "--max-tokens", 1, "--vision-compute", "Q8_0")
+    assert "note: the vision file's matrices are quantized to Q8_0 in memory" in asked.stderr
+    assert "quantized" not in run("ask", page, "What?", "--model", folder, "--max-tokens", 1).stderr
+
+
 def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
     result = run("bench", "--model", folder, "--image", page, "--max-tokens", 1, "--json")
     assert json.loads(result.stdout) and result.stderr == ""

@@ -15,7 +15,7 @@ from granite4v.clip_projector import VisionEncoder, load_image
 from granite4v.converter import Options, convert, policy, requantize
 from granite4v.errors import Granite4vError, ModelFileError, OutputError
 from granite4v.runtime.llama.files import ModelFiles
-from tests.helpers.gguf_edit import copy_gguf, older_layout, tensor_bytes
+from tests.helpers.gguf_edit import copy_gguf, older_layout, tensor_bytes, unpadded
 from tests.helpers.pictures import noise_picture
 from tests.peers.reference import relative_l2
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
@@ -49,24 +49,11 @@ def streams(path: Path) -> np.ndarray:
         return encoder.encode([load_image(noise_picture((150, 100)))])[0].streams.copy()
 
 
-def unpadded(source: Path, target: Path) -> Path:
-    """The file as llama.cpp's converter writes it: with the checkpoint's feed-forward width, and none of our keys."""
-    changed = {}
-    for tensor in gguf.GGUFReader(source).tensors:
-        if tensor.name.startswith("v.blk.") and ".ffn_up." in tensor.name:
-            changed[tensor.name] = tensor.data[: HALF.vision_ffn].copy()
-        elif tensor.name.startswith("v.blk.") and tensor.name.endswith("ffn_down.weight"):
-            changed[tensor.name] = tensor.data[:, : HALF.vision_ffn].copy()
-    ours = [key for key in fields(source) if key.startswith("granite4v.")]
-    change = {"clip.vision.feed_forward_length": HALF.vision_ffn, "general.name": "somebody's"}
-    return copy_gguf(source, target, change=change, without=ours, tensors=changed)
-
-
 def test_half_precision_weights_give_what_a_conversion_gives(
     folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
     source = folder / "mmproj-F16.gguf"
-    theirs = unpadded(source, tmp_path / "mmproj-model-f16.gguf")
+    theirs = unpadded(source, tmp_path / "mmproj-model-f16.gguf", HALF.vision_ffn)
     for kind in policy.VISION_TYPES:
         if kind == "F16":
             continue

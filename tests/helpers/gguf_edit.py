@@ -25,8 +25,9 @@ def copy_gguf(
     tensors_a_part: int = 0,
 ) -> Path:
     """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
-    `without` left out; tensors stay as they are, but for those of `tensors`: other arrays, or None for none. A changed
-    value keeps its GGUF type; with `retype` it gets that of its Python type. Returns `target`.
+    `without` left out; tensors stay as they are, but for those of `tensors`: other arrays, or bytes `(rows,
+    row_bytes)` and their type, or None for none. A changed value keeps its GGUF type; with `retype` it gets that of its
+    Python type. Returns `target`.
     """
     reader = gguf.GGUFReader(source)
     change = dict(change or {})
@@ -47,8 +48,11 @@ def copy_gguf(
             writer.add_key_value(key, value, field.types[0])
     for tensor in reader.tensors:
         if tensors and tensor.name in tensors:
-            if tensors[tensor.name] is not None:
-                writer.add_tensor(tensor.name, tensors[tensor.name])
+            value = tensors[tensor.name]
+            if isinstance(value, tuple):  # bytes of rows, and their type's name
+                writer.add_tensor(tensor.name, value[0], raw_dtype=gguf.GGMLQuantizationType[value[1]])
+            elif value is not None:
+                writer.add_tensor(tensor.name, value)
             continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -90,6 +94,18 @@ def older_layout(source: Path, target: Path, spec: CheckpointSpec) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def unpadded(source: Path, target: Path, n_ffn: int) -> Path:
+    """A vision file as llama.cpp's converter writes it: the checkpoint's feed-forward width, no keys of ours."""
+    reader, changed = gguf.GGUFReader(source), {}
+    for tensor in reader.tensors:
+        if tensor.name.startswith("v.blk.") and ".ffn_up." in tensor.name:
+            changed[tensor.name] = tensor.data[:n_ffn].copy()
+        elif tensor.name.startswith("v.blk.") and tensor.name.endswith("ffn_down.weight"):
+            changed[tensor.name] = tensor.data[:, :n_ffn].copy()
+    change = {"clip.vision.feed_forward_length": n_ffn, "general.name": "somebody's"}
+    return copy_gguf(source, target, change=change, without=("granite4v.",), tensors=changed)
 
 
 def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:

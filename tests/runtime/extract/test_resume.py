@@ -182,6 +182,19 @@ def test_a_file_that_is_gone_is_a_failure_beside_what_was_read(model: FakeModel,
     assert [page for name, page, _ in keys(out) if name == "c.png"] == [1, 1]
 
 
+def test_weights_quantized_in_memory_are_another_model(model: FakeModel, scans: Path, tmp_path: Path) -> None:
+    out, remarks = tmp_path / "out", []
+    list(run(model, scans, out=out))
+    assert "vision_compute" not in json.loads((out / "run.json").read_text())["settings"]
+    model.settings["vision_compute"], model.vision_note = "Q6_K", "quantized to Q6_K"
+    with pytest.raises(OutputError, match="holds the results of another run: the settings differ"):
+        run(model, scans, out=out, resume=True)
+    list(run(model, scans, out=tmp_path / "new", say=remarks.append))
+    assert remarks == ["note: quantized to Q6_K"]
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["settings"]["vision_compute"] == "Q6_K"
+    assert list(run(model, scans, out=tmp_path / "new", resume=True)) == []
+
+
 def test_other_conditions_are_remarked(model: FakeModel, scans: Path, tmp_path: Path) -> None:
     remarks: list[str] = []
     list(run(model, scans, out=tmp_path / "out", say=remarks.append))
