@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.measuring import Killed, in_turn, run_json
+
 OURS = (sys.executable, "-m", "granite4v")
 PEER = (sys.executable, "-m", "tests.peers.mtmd")
 RENDER = """
@@ -51,12 +53,7 @@ def main() -> None:
     text, mmproj = find_files(options.model, options.mmproj)
     raw = render_prompt(text, mmproj, options.prompt, options.image)
     ours, peer = Ours(options, text, mmproj), Peer(options, text, mmproj, raw)
-    results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for i in range(options.runs):
-        for side in (ours, peer) if i % 2 == 0 else (peer, ours):
-            result = side.run()
-            results[side.name].append(result)
-            print(f"run {i + 1} of {options.runs}, {side.name}: {json.dumps(result)}", file=sys.stderr, flush=True)
+    results = in_turn({"ours": ours.run, "peer": peer.run}, options.runs)
     summary = compare(results["ours"], results["peer"])
     print_table(summary)
     tokens = summary["image_tokens"] = {side: runs[0]["image_tokens"] for side, runs in results.items()}
@@ -75,8 +72,6 @@ def main() -> None:
 
 
 class Ours:
-    name = "ours"
-
     def __init__(self, options: argparse.Namespace, text: Path, mmproj: Path) -> None:
         self._command = [
             *OURS,
@@ -86,12 +81,10 @@ class Ours:
         ]
 
     def run(self) -> dict[str, Any]:
-        return last_json(subprocess.run(self._command, capture_output=True, text=True), self._command)
+        return run_json(self._command)
 
 
 class Peer:
-    name = "peer"
-
     def __init__(self, options: argparse.Namespace, text: Path, mmproj: Path, raw: str) -> None:
         self.plain_weights = False
         self._command = [
@@ -102,13 +95,14 @@ class Peer:
         ]
 
     def run(self) -> dict[str, Any]:
-        command = [*self._command, "--plain-weights"] if self.plain_weights else self._command
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode < 0 and not self.plain_weights:  # killed by a signal
-            print(f"peer: signal {-done.returncode} with its default weight buffers; plain ones now", file=sys.stderr)
+        try:
+            return run_json([*self._command, "--plain-weights"] if self.plain_weights else self._command)
+        except Killed as error:
+            if self.plain_weights:
+                raise
+            print(f"peer: {error}, with its default weight buffers; plain ones now", file=sys.stderr)
             self.plain_weights = True
             return self.run()
-        return last_json(done, command)
 
 
 def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
@@ -136,14 +130,7 @@ def measure_limits(text: Path, mmproj: Path, options: argparse.Namespace) -> dic
     """What limits.py says of this machine, in the same run."""
     command = [sys.executable, "-m", "scripts.limits", str(text), str(options.image), "--mmproj", str(mmproj)]
     command += ["--threads", str(options.threads)]
-    return last_json(subprocess.run(command, capture_output=True, text=True), command)
-
-
-def last_json(done: subprocess.CompletedProcess[str], command: list[str]) -> dict[str, Any]:
-    """The JSON object on the last line of a finished program's output."""
-    if done.returncode != 0:
-        raise SystemExit(f"status {done.returncode} from {command}:\n{done.stderr[-4000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return run_json(command)
 
 
 def compare(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:

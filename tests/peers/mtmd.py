@@ -63,19 +63,23 @@ class Peer:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(self.model)
         self.n_past = 0
+        self._encode_only = options.encode_only
         self.seconds = {"encode_s": 0.0, "prefill_s": 0.0, "prefill_text_s": 0.0}
         self.n_image = 0
         self.embeddings: list[np.ndarray] = []
 
     def prefill(self, raw: str, pictures: list[Image.Image], keep_embeddings: bool) -> None:
-        """Encodes and decodes the prompt `raw`, with one '{media}' where each picture goes."""
+        """Encodes and decodes the prompt `raw`, with one '{media}' where each picture goes.
+
+        With --encode-only the pictures are encoded and nothing is decoded.
+        """
         chunks = self._cut(raw, pictures)
         n_chunks = mtmd_cpp.mtmd_input_chunks_size(chunks)
         for i in range(n_chunks):
             chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, i)
             if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE:
                 self._image_chunk(chunk, keep_embeddings)
-            else:
+            elif not self._encode_only:
                 self._text_chunk(chunk, is_last=i == n_chunks - 1)
 
     def _cut(self, raw: str, pictures: list[Image.Image]) -> Any:
@@ -98,6 +102,9 @@ class Peer:
         if keep_embeddings:
             flat = np.ctypeslib.as_array(rows, shape=(n_tokens * self.n_embd_inp,))
             self.embeddings.append(flat.reshape(n_tokens, self.n_embd_inp).copy())
+        self.n_image += n_tokens
+        if self._encode_only:
+            return
         n_past = llama_cpp.llama_pos(self.n_past)
         no_callback = mtmd_cpp.mtmd_helper_post_decode_callback()
         with self._timed("prefill_s"):
@@ -116,7 +123,6 @@ class Peer:
             llama_cpp.llama_synchronize(self.context)
         _done(status, "mtmd_helper_decode_image_chunk")
         self.n_past = n_past.value
-        self.n_image += n_tokens
 
     def _text_chunk(self, chunk: Any, is_last: bool) -> None:
         n_past = llama_cpp.llama_pos(self.n_past)
@@ -187,22 +193,30 @@ def main() -> None:
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--ctx", type=int, default=4096)
     parser.add_argument("--exact", action="store_true", help="float32 cache, no flash attention: to compare values")
+    parser.add_argument("--encode-only", action="store_true", help="encode the pictures, decode nothing")
     parser.add_argument("--plain-weights", action="store_true", help="no special buffer types for weights")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     parser.add_argument("--save", type=Path, help="write embeddings-N.npy, logits.npy and tokens.json here")
     options = parser.parse_args()
     peer = Peer(options)
     peer.prefill(options.raw, [Image.open(path) for path in options.image], keep_embeddings=options.save is not None)
-    first_logits = peer.logits()
-    tokens, tokens_per_s = peer.greedy(options.predict)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         for i, rows in enumerate(peer.embeddings):
             np.save(options.save / f"embeddings-{i}.npy", rows)
-        np.save(options.save / "logits.npy", first_logits)
-        (options.save / "tokens.json").write_text(json.dumps(tokens))
+    tokens_per_s = 0.0 if options.encode_only else decode(peer, options)
     result = {"image_tokens": peer.n_image, **peer.seconds, "decode_tok_s": tokens_per_s, "peak_rss_gb": peak_rss_gb()}
     print(json.dumps({name: round(value, 4) for name, value in result.items()}))
+
+
+def decode(peer: Peer, options: argparse.Namespace) -> float:
+    """Decodes what was asked for and saves it where wanted; tokens a second."""
+    first_logits = peer.logits()
+    tokens, tokens_per_s = peer.greedy(options.predict)
+    if options.save:
+        np.save(options.save / "logits.npy", first_logits)
+        (options.save / "tokens.json").write_text(json.dumps(tokens))
+    return tokens_per_s
 
 
 if __name__ == "__main__":

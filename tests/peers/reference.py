@@ -36,14 +36,29 @@ def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
 class Reference:
     """A checkpoint loaded by transformers. Every method takes pictures in the order of their placeholders."""
 
-    def __init__(self, directory: Path | str, adapter: Path | str | None = None) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+    def __init__(
+        self,
+        directory: Path | str,
+        adapter: Path | str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "eager",
+        vision_only: bool = False,
+    ) -> None:
+        """`vision_only`: without the decoder's layers, so that only `streams` is of use and memory is small."""
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         self.directory = Path(directory)
+        config = AutoConfig.from_pretrained(self.directory)
+        self._n_layers = config.text_config.num_hidden_layers
+        if vision_only:
+            config.text_config.num_hidden_layers = 0
         model, info = AutoModelForImageTextToText.from_pretrained(
-            self.directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            self.directory, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
         wrong = {kind: names for kind, names in info.items() if names}
+        if vision_only:
+            wrong.pop("unexpected_keys", None)
         assert not wrong, f"transformers did not read all of {directory}: {wrong}"
         if adapter is not None:
             from peft import PeftModel
@@ -68,14 +83,19 @@ class Reference:
         n = int(self.processor._get_number_of_features(height, width, side, side))
         return n - (self.processor.vision_feature_select_strategy == "default")
 
-    @torch.inference_mode()
     def streams(self, picture: Image.Image) -> dict[int, np.ndarray]:
         """Decoder layer -> float32 (n_tokens, n_embd), packed, newlines included."""
-        output = self.model.get_image_features(*self.pixels(picture))
+        return self.encoded(*self.pixels(picture))
+
+    @torch.inference_mode()
+    def encoded(self, pixels: torch.Tensor, sizes: torch.Tensor) -> dict[int, np.ndarray]:
+        """`streams` of what `pixels` returns."""
+        output = self.model.get_image_features(pixels, sizes)
         if self.model.config.model_type == "llava_next":
-            return {0: output.pooler_output[0].numpy()}
-        features, n_layers = output.deepstack_features, self.model.config.text_config.num_hidden_layers
-        return {layer: packed[0].numpy() for layer, packed in features if layer < n_layers}
+            return {0: output.pooler_output[0].float().numpy()}
+        return {
+            layer: packed[0].float().numpy() for layer, packed in output.deepstack_features if layer < self._n_layers
+        }
 
     def prompt_text(self, prompt: str | Messages, n_images: int = 0) -> str:
         """What the chat template renders, one `<image>` for each picture."""
