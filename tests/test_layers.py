@@ -37,6 +37,7 @@ ORDER = [
     "granite4v.runtime.server",
     "granite4v.converter",
     "granite4v.default_model",
+    "granite4v.doctor",
     "granite4v.cli",
 ]
 FOUNDATIONS = set(ORDER[: ORDER.index("granite4v.clip_projector")])

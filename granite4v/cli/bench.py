@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -33,9 +34,11 @@ def bench(
 ) -> None:
     """Measure the speed of image encoding, prefill and decoding.
 
-    The last line on stdout is one JSON object: seconds, tokens per second, peak memory in GB (10^9 bytes) and the
-    settings chosen for this machine. With several runs, it contains medians and ranges.
+    The last line on stdout is one JSON object: seconds, tokens per second, peak memory in GB (10^9 bytes), the
+    settings chosen for this machine, and the build of llama-cpp-python. With several runs, it contains medians and
+    ranges.
     """
+    from granite4v.ggml.build import installed_build
     from granite4v.runtime import Model
 
     runs: list[Timings] = []
@@ -56,7 +59,7 @@ def bench(
             if not as_json:
                 progress.say(_line(answer.timings))
         settings = loaded.settings
-    print(to_json(report(runs, settings)))
+    print(to_json({**report(runs, settings), "build": dataclasses.asdict(installed_build())}))
 
 
 def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.convert import convert
+from granite4v.cli.doctor import doctor
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.options import fill_in_tasks
@@ -68,19 +69,25 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     if wanted:
         import granite4v
+        from granite4v.doctor.native import probe
 
         typer.echo(f"granite4v {granite4v.__version__}")
+        found = probe()
+        typer.echo(found.build.summary if found.build else f"llama-cpp-python cannot be used: {found.error}")
         raise typer.Exit
 
 
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the versions and the build, and exit."
+        ),
     ] = False,
 ) -> None:
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
-for command in (convert, requantize, ask, extract, inspect, verify, bench):
+for command in (convert, requantize, ask, extract, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)

@@ -264,6 +264,11 @@ RepeatOption = Annotated[
 ]
 JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
 
+CheckedModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Model whose needs are compared with the memory.", show_default=False),
+]
+
 # --- comparison with the reference ---
 
 ReferenceOption = Annotated[

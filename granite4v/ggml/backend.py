@@ -73,7 +73,7 @@ def find_device(name: str) -> Any:
     devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
     gpus = [device for device in devices if ggml.ggml_backend_dev_type(device) in (_DEVICE_GPU, _DEVICE_IGPU)]
     if name in _REGISTRIES:
-        gpus = [device for device in gpus if _registry_name(device).startswith(_REGISTRIES[name])]
+        gpus = [device for device in gpus if registry_name(device).startswith(_REGISTRIES[name])]
         if not gpus:
             raise DeviceError(
                 f"device '{name}' is not available: this llama-cpp-python offers "
@@ -88,7 +88,8 @@ def find_device(name: str) -> Any:
     raise DeviceError("ggml reports no CPU device; reinstall llama-cpp-python.")
 
 
-def _registry_name(device: Any) -> str:
+def registry_name(device: Any) -> str:
+    """The backend that a device belongs to: 'CPU', 'CUDA', 'MTL', ..."""
     return str(lib().ggml_backend_reg_name(lib().ggml_backend_dev_backend_reg(device)).decode())
 
 

@@ -9,20 +9,23 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import json
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from granite4v.errors import DeviceError
-from granite4v.ggml.backend import find_device
-from granite4v.ggml.cpu_features import FEATURES
+from granite4v.errors import DeviceError, Granite4vError
+from granite4v.ggml.backend import find_device, registry_name
+from granite4v.ggml.cpu_features import FEATURES, in_words
 from granite4v.ggml.declarations import Feature, RegistryP
 from granite4v.ggml.library import lib, library_path
 
 UNKNOWN = "unknown"
 MAX_COMMENT_BYTES = 1 << 16  # of the section that names the compilers; it has a few dozen
+DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type
 _ELF64_LITTLE = b"\x7fELF\x02\x01"
 
 
@@ -39,8 +42,11 @@ class Build:
 
     @property
     def summary(self) -> str:
-        """In one line: 'llama-cpp-python 0.3.36, ggml 0.25.3, GCC 12.2.0, avx2 fma'."""
-        return f"llama-cpp-python {self.version}, ggml {self.ggml}, {self.compiler}, {' '.join(self.features)}"
+        """In one line: 'llama-cpp-python 0.3.36, ggml 0.25.3, GCC 12.2.0, for AVX2, FMA'."""
+        newest = [name for name in self.features if name.startswith(("avx512", "amx"))] or self.features
+        return (
+            f"llama-cpp-python {self.version}, ggml {self.ggml}, {self.compiler}, for {in_words(newest) or 'any CPU'}"
+        )
 
 
 @functools.cache
@@ -54,6 +60,21 @@ def installed_build() -> Build:
         features=tuple(name for name in FEATURES if name in compiled_features()),
         id=build_id(),
     )
+
+
+def devices() -> list[dict[str, Any]]:
+    """Every device that ggml sees: its name, kind ('cpu', 'gpu', 'igpu', 'accel'), backend and description."""
+    ggml = lib()
+    found = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    return [
+        {
+            "name": ggml.ggml_backend_dev_name(device).decode(),
+            "kind": DEVICE_KINDS.get(ggml.ggml_backend_dev_type(device), "other"),
+            "registry": registry_name(device),
+            "description": ggml.ggml_backend_dev_description(device).decode(errors="replace"),
+        }
+        for device in found
+    ]
 
 
 def installed_version() -> str:
@@ -141,3 +162,14 @@ def _comment_section(library: Path) -> str:
             if names[name:].startswith(b".comment\0"):
                 return content(offset, size).decode("ascii", "replace")
     raise ValueError("no section '.comment'")
+
+
+def main() -> None:
+    """What a child process does for `doctor`: prints the build and the devices as JSON, or why there are none."""
+    try:
+        told = {"build": asdict(installed_build()), "devices": devices()}
+    except Granite4vError as error:
+        told = {"error": str(error)}
+    except Exception as error:  # whatever the import of a broken package raises
+        told = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(told))

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 # ggml's name of a feature (as in `ggml_cpu_has_avx2`): how Linux lists it in /proc/cpuinfo, and macOS as a sysctl.
@@ -32,6 +33,15 @@ ARM_FEATURES = {
     "sve": ("sve", ""),
 }
 FEATURES = {**X86_FEATURES, **ARM_FEATURES}
+_WORDS = {
+    "avx512": "AVX-512",
+    "avx512_vbmi": "AVX-512 VBMI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_int8": "AMX",
+    "fp16_va": "FP16",
+    "matmul_int8": "I8MM",
+}
 CPUINFO = Path("/proc/cpuinfo")
 _SYSCTL_TIMEOUT_S = 5.0
 
@@ -84,3 +94,8 @@ def told_by_sysctl() -> dict[str, str]:
 def parse_sysctl(printed: str) -> dict[str, str]:
     """Values by name, of lines such as 'hw.optional.AdvSIMD: 1'."""
     return dict(re.findall(r"^([\w.]+): (.*)$", printed, re.MULTILINE))
+
+
+def in_words(features: Iterable[str]) -> str:
+    """'AVX2, AVX-512 VNNI, AMX' for ('avx2', 'avx512_vnni', 'amx_int8')."""
+    return ", ".join(_WORDS.get(name, name.upper().replace("_", "-")) for name in features)

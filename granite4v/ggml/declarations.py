@@ -190,6 +190,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_backend_tensor_alloc", _int, BufferP, TensorP, _void_p),  # (buffer, tensor, addr)
     _base("ggml_backend_graph_compute", _int, BackendP, GraphP),
     _base("ggml_backend_dev_name", _str, DeviceP),
+    _base("ggml_backend_dev_description", _str, DeviceP),
     _base("ggml_backend_dev_type", _int, DeviceP),
     _base("ggml_backend_dev_backend_reg", RegistryP, DeviceP),
     _base("ggml_backend_dev_init", BackendP, DeviceP, _str),

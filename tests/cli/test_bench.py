@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from granite4v.cli.bench import report
 from granite4v.cli.main import app
+from granite4v.ggml.build import installed_build
 from granite4v.runtime import Timings
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
@@ -43,6 +45,7 @@ def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
         assert found[name] > 0, name
     assert found["predicted"] == 5 and found["prompt_tokens"] > found["image_tokens"] > 0
     assert found["settings"]["n_threads"] >= 1
+    assert found["build"] == {**asdict(installed_build()), "features": list(installed_build().features)}
     assert result.stderr.count("image tokens: encode") == 2
 
 

@@ -10,10 +10,13 @@ import typer
 from typer.testing import CliRunner
 
 import granite4v
+from granite4v.child import Ended
 from granite4v.cli.main import Commands, app
+from granite4v.doctor import native
 from granite4v.errors import ModelFileError
+from granite4v.ggml.build import installed_build
 
-COMMANDS = ("convert", "ask", "inspect", "verify", "bench")
+COMMANDS = ("convert", "ask", "inspect", "verify", "bench", "doctor")
 
 
 def test_help_lists_every_command_in_order() -> None:
@@ -30,9 +33,20 @@ def test_every_command_has_help(command: str) -> None:
     assert f"granite4v {command}" in result.stdout
 
 
+def versions() -> str:
+    return f"granite4v {granite4v.__version__}\n{installed_build().summary}\n"
+
+
+def test_a_build_that_cannot_be_loaded_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "run_main", lambda *arguments: Ended(-4, "", ""))
+    result = CliRunner().invoke(app, ["--version"])
+    told = "llama-cpp-python cannot be used: loading it ended a process by SIGILL"
+    assert (result.exit_code, result.stdout) == (0, f"granite4v {granite4v.__version__}\n{told}\n")
+
+
 def test_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
-    assert (result.exit_code, result.stdout) == (0, f"granite4v {granite4v.__version__}\n")
+    assert (result.exit_code, result.stdout) == (0, versions())
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["inspect"], ["inspect", "--nonsense", "x"], ["bench"]])
@@ -74,4 +88,4 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_the_module_runs_as_the_command_does() -> None:
     done = subprocess.run([sys.executable, "-m", "granite4v", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"granite4v {granite4v.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, versions())

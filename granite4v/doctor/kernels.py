@@ -1,0 +1,89 @@
+"""The measured speed of every kernel for every weight type, and those that end their process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from granite4v.doctor.native import install_command
+from granite4v.doctor.section import Problem, Section
+from granite4v.errors import Granite4vError
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.build import Build
+from granite4v.ggml.cpu_features import cpu_features
+from granite4v.ggml.kernels import ATTENTION, FLOAT32, PLAIN
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
+AMX = "AMX"  # ggml's buffer type
+Rates = Mapping[str, Mapping[str, float | None]]  # GFLOP/s by type and kernel; None: the kernel ends its process
+
+
+def measure(build: Build) -> Section:
+    """Measures now, whatever the cache knows."""
+    try:
+        backend = Backend("cpu")
+        try:
+            n_threads, rates = backend.n_threads, autotune.rates(backend, TYPES)
+        finally:
+            backend.close()
+    except (Granite4vError, OSError) as error:
+        text = f"The kernels cannot be measured: {error}"
+        return Section("kernels", [text], {"error": str(error)}, [Problem(text)])
+    return describe(rates, n_threads, build)
+
+
+def describe(rates: Rates, n_threads: int, build: Build) -> Section:
+    """A table of rates, the fastest of each type marked, and what is wrong with them."""
+    found = {name for by_kernel in rates.values() for name in by_kernel}
+    names = [*(name for name in (PLAIN, FLOAT32) if name in found), *sorted(found - {PLAIN, FLOAT32})]
+    rows: list[str | list[str]] = [["", *names]]
+    for kind, by_kernel in rates.items():
+        best = max((rate for rate in by_kernel.values() if rate), default=0.0)
+        rows.append([kind, *(_cell(by_kernel, name, best) for name in names)])
+    lines = [f"GFLOP/s with {n_threads} thread{'s' if n_threads > 1 else ''}; * the fastest", *rows]
+    return Section("kernels", lines, {"n_threads": n_threads, "gflop_s": rates}, _problems(rates, build))
+
+
+def _cell(by_kernel: Mapping[str, float | None], name: str, best: float) -> str:
+    if name not in by_kernel:
+        return "-"
+    rate = by_kernel[name]
+    return "crashes" if rate is None else f"{rate:.0f}{'*' if rate == best and len(by_kernel) > 1 else ' '}"
+
+
+def _problems(rates: Rates, build: Build) -> list[Problem]:
+    crashed: dict[str, list[str]] = {}
+    for kind, by_kernel in rates.items():
+        for name, rate in by_kernel.items():
+            if rate is None:
+                crashed.setdefault(name, []).append(kind)
+    found = [_crash(name, kinds, build) for name, kinds in crashed.items()]
+    has_amx = "amx_int8" in cpu_features() and "amx_int8" in build.features
+    if has_amx and rates and not any(AMX in by_kernel for by_kernel in rates.values()):
+        found.append(
+            Problem(
+                "The CPU and the build have AMX, but the system does not let this process use it (arch_prctl "
+                "ARCH_REQ_XCOMP_PERM): that takes Linux 5.16 or newer, and a container or virtual machine that "
+                "permits it."
+            )
+        )
+    return found
+
+
+def _crash(kernel: str, kinds: list[str], build: Build) -> Problem:
+    which = f"The {kernel} kernels end the process ({', '.join(kinds)})"
+    if kernel == AMX and build.compiler.startswith("GCC"):
+        return Problem(
+            f"{which}: {build.compiler} removed the stores that fill the tile configuration, as many releases of GCC "
+            "do unless they are told not to. Until llama-cpp-python is compiled again, slower kernels are used. (If "
+            "they crash after that as well, this machine announces AMX and does not let it be used.)",
+            install_command(),
+        )
+    if kernel == AMX:
+        return Problem(
+            f"{which}: this machine, probably a virtual one, announces AMX and does not let it be used. Slower kernels "
+            "are used."
+        )
+    if kernel == PLAIN:
+        return Problem(f"{which}: files of these types cannot be used with this build.", install_command())
+    return Problem(f"{which}. Other kernels are used.", install_command(), is_serious=False)
