@@ -30,7 +30,7 @@ from granite4v.families.base import VisionConfig
 from granite4v.families.registry import read_vision
 from granite4v.families.towers import N_CHANNELS
 from granite4v.families.vision_layout import tensor_kind
-from granite4v.ggml import autotune
+from granite4v.ggml import autotune, onednn
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError
@@ -80,9 +80,9 @@ class VisionEncoder:
         """Opens the file and starts the device; weights are read with the first image.
 
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called when this CPU is
-        measured first, and that takes longer than a second. `vision_compute`: other than 'file', matrices of float
-        types are quantized in memory now, which takes seconds; see `quantized_in_memory`. Raises ModelFileError,
-        DeviceError, and Aborted.
+        measured first, and that takes longer than a second. `vision_compute`: other than 'file' and 'BF16',
+        matrices of float types are quantized in memory now, which takes seconds; see `quantized_in_memory`. Raises
+        ModelFileError, DeviceError, and Aborted.
         """
         self.path = Path(path)
         self._graphs: OrderedDict[int, Graph] = OrderedDict()
@@ -115,7 +115,8 @@ class VisionEncoder:
             matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
             if self.quantized_as is not None:
                 matrices = [replace(i, type_name=self.quantized_as) if _is_float_matrix(i) else i for i in matrices]
-            self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce)
+            rounding = vision_compute == "BF16"
+            self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce, rounding=rounding)
             if self.quantized_as is not None:
                 self.kernels |= dict([autotune.int8_kernel(self.backend, announce, [self.quantized_as])])
             self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as)
@@ -257,8 +258,9 @@ def quantized_in_memory(
 ) -> str | None:
     """The type into which matrices of float types are quantized: the one named, or for 'int8' the faster one here.
 
-    None for 'file', and for a file without such matrices. `announce`: as for `VisionEncoder`. Raises DeviceError for a
-    GPU, which multiplies in kernels of its own; ValueError for what `VisionCompute` does not list.
+    None for 'file' and 'BF16', to which factors are rounded as they are multiplied, and for a file without such
+    matrices. `announce`: as for `VisionEncoder`. Raises DeviceError for a GPU, which multiplies in kernels of its own,
+    and for a CPU that cannot multiply so; ValueError for what `VisionCompute` does not list.
     """
     if vision_compute not in get_args(VisionCompute):
         raise ValueError(f"vision_compute is {vision_compute!r:.40}; expected one of {get_args(VisionCompute)}.")
@@ -269,6 +271,13 @@ def quantized_in_memory(
             f"vision_compute '{vision_compute}' is for the CPU, but the image side is computed on '{backend.name}'; "
             "leave it out, or use '--device cpu'."
         )
+    if vision_compute == "BF16":
+        if not onednn.multiplies_bfloat16():
+            raise DeviceError(
+                f"vision_compute 'BF16' needs a CPU with AVX-512 BF16 or AMX, and oneDNN ({onednn.version() or 'not'} "
+                "installed): pip install 'granite4v[onednn]'; or use 'int8'."
+            )
+        return None
     if not any(map(_is_float_matrix, file.tensors.values())):
         return None
     return autotune.int8_kernel(backend, announce)[0] if vision_compute == "int8" else vision_compute

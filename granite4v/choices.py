@@ -9,9 +9,9 @@ import operator
 from typing import Any, Literal, TypeAlias
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
-# How matrices of a vision file in F32, F16 or BF16 are multiplied: as they are, as 8-bit integers in the type that is
-# the fastest here, or in one of these types.
-VisionCompute: TypeAlias = Literal["file", "int8", "Q8_0", "Q6_K"]
+# How matrices of a vision file in F32, F16 or BF16 are multiplied: as they are, rounded to bfloat16, as 8-bit integers
+# in the type that is the fastest here, or in one of these types.
+VisionCompute: TypeAlias = Literal["file", "BF16", "int8", "Q8_0", "Q6_K"]
 Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "docling"]
 
 MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process

@@ -75,9 +75,10 @@ class Model:
         (a GPU if there is one). `lora`: when a separate LoRA is applied: None for requests with images only, True
         always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention and one
         request at a time, for comparing values with a reference; None means only for float32 files, which are made for
-        that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'int8'
-        quantizes those in F32, F16 or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this
-        CPU, and 'Q8_0' and 'Q6_K' to that type.
+        that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'BF16'
+        rounds those in F32 or F16, and what they are multiplied with, to bfloat16; 'int8' quantizes those in F32, F16
+        or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K'
+        to that type.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
         """
@@ -129,11 +130,12 @@ class Model:
 
     @property
     def vision_note(self) -> str | None:
-        """That the vision file's weights are quantized in memory, in a sentence; None where they are not."""
+        """That the vision file's weights are rounded or quantized in memory, in a sentence; None where they are not."""
         kind = self.settings["vision_compute"]
         if kind == "file":
             return None
-        return f"the vision file's matrices are quantized to {kind} in memory, which changes image features a little"
+        how = "multiplied in bfloat16" if kind == "BF16" else f"quantized to {kind} in memory"
+        return f"the vision file's matrices are {how}, which changes image features a little"
 
     @property
     def counters(self) -> Counters:

@@ -13,4 +13,4 @@ from granite4v.runtime.extract.document_files import FORMATS
 def test_types_and_tables_agree() -> None:
     assert get_args(choices.Device) == DEVICES
     assert get_args(choices.Format) == FORMATS
-    assert get_args(choices.VisionCompute) == ("file", "int8", *INT8_TYPES)
+    assert get_args(choices.VisionCompute) == ("file", "BF16", "int8", *INT8_TYPES)

@@ -57,8 +57,9 @@ VisionComputeOption = Annotated[
     VisionCompute,
     typer.Option(
         "--vision-compute",
-        help="How matrices of a vision file in F32, F16 or BF16 are multiplied. file: in that type. int8: quantized in "
-        "memory to Q8_0 or Q6_K, whichever is faster on this CPU.",
+        help="How matrices of a vision file in F32, F16 or BF16 are multiplied. file: in that type. BF16: rounded to "
+        "bfloat16, on a CPU with AVX-512 BF16 or AMX and with the extra 'onednn'. int8: quantized in memory to Q8_0 or "
+        "Q6_K, whichever is faster on this CPU.",
     ),
 ]
 ThreadsOption = Annotated[

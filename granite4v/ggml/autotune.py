@@ -79,7 +79,7 @@ def vision_kernels(
     kernel for each type. Measures on the first call on a machine, a few seconds; `announce` is called if it takes
     longer than one. Raises Aborted when the backend's abort callback asks for it.
     """
-    types = _worth_measuring(n_weights) if backend.is_cpu else []
+    types = _worth_measuring(n_weights, 0 if rounding else SMALL) if backend.is_cpu else []
     exact = not rounding and any(kind in EXACT_TYPES for kind in types)
     kernels = {kind: available_kernels(backend, kind) for kind in [*types, *([ATTENTION] if types else [])]}
     for kind, by_name in kernels.items():
@@ -175,10 +175,10 @@ def worthwhile(measured: Mapping[str, float], buffer_types: Collection[str]) -> 
     return best if measured.get(best, math.inf) < plain * WORTH else PLAIN
 
 
-def _worth_measuring(n_weights: Mapping[str, int]) -> list[str]:
+def _worth_measuring(n_weights: Mapping[str, int], small: int = SMALL) -> list[str]:
     """The types of a file whose kernel matters, the most frequent first."""
     total = sum(n_weights.values())
-    if total < SMALL:
+    if total < small:
         return []
     major = [kind for kind, n in n_weights.items() if n >= MINOR * total]
     return sorted(major, key=lambda kind: (-n_weights[kind], kind))

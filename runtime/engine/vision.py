@@ -45,12 +45,14 @@ class Vision:
         self._encoder: VisionEncoder | None = None
 
     def _resolved(self, vision_compute: VisionCompute) -> VisionCompute:
-        """'file', or the type into which matrices are quantized in memory."""
+        """'file', 'BF16', or the type into which matrices are quantized in memory."""
         if self._files.vision is None or vision_compute == "file":
             return "file"
         backend = Backend(self._device, self._n_threads)
         try:
             found = quantized_in_memory(self._files.vision, backend, vision_compute)
+            if vision_compute == "BF16":
+                return vision_compute
             return cast(VisionCompute, found or "file")
         finally:
             backend.close()

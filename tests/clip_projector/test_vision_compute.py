@@ -17,7 +17,7 @@ from granite4v.clip_projector import VisionEncoder, load_image
 from granite4v.clip_projector.encoder import quantized_in_memory
 from granite4v.converter import requantize
 from granite4v.errors import DeviceError
-from granite4v.ggml import autotune
+from granite4v.ggml import autotune, onednn
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.kernel_timing import MANY
@@ -81,13 +81,32 @@ def test_a_file_without_float_matrices_is_left_as_it_is(make_model: Callable[...
         assert encoder.quantized_as is None
 
 
+@pytest.mark.skipif(not onednn.multiplies_bfloat16(), reason="needs the extra 'onednn' and a CPU with bfloat16")
+def test_factors_are_rounded_to_bfloat16(make_model: Callable[..., Path]) -> None:
+    """A file of float32 weights that are bfloat16 numbers: only activations are rounded, by 2^-9 at most."""
+    exact = make_model(replace(TINY, dtype="bfloat16"), "F32", "F32") / "mmproj-F32.gguf"
+    with VisionEncoder(exact, "cpu", 2, vision_compute="BF16") as encoder:
+        assert {kernel.arithmetic for kernel in encoder.kernels.values()} == {"BF16"}
+        assert encoder.quantized_as is None
+        found = encoder.encode([load_image(PICTURE)])[0].streams.copy()
+    assert 1e-4 < relative_l2(found, streams(exact)) < 2e-2
+
+
+def test_bfloat16_is_refused_where_it_cannot_be_computed(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: False)
+    with pytest.raises(DeviceError, match=r"needs a CPU with AVX-512 BF16 or AMX, and oneDNN .*'granite4v\[onednn\]'"):
+        VisionEncoder(make_model(TINY, "F32", "F16") / "mmproj-F16.gguf", "cpu", 2, vision_compute="BF16")
+
+
 def test_int8_is_the_faster_type_with_the_faster_kernel(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels that widen weights to floats do not count."""
     times = {"Q8_0": {PLAIN: {MANY: 1.0}, FLOAT32: {MANY: 0.1}}, "Q6_K": {PLAIN: {MANY: 0.5}}}
     monkeypatch.setattr(autotune, "times", lambda *_: times)
-    monkeypatch.setattr(autotune, "vision_kernels", lambda *_: {})
+    monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: {})
     path = make_model(TINY, "F32", "F16") / "mmproj-F16.gguf"
     with VisionEncoder(path, "cpu", 2, vision_compute="int8") as encoder:
         assert (encoder.quantized_as, encoder.kernels["Q6_K"].name) == ("Q6_K", PLAIN)
