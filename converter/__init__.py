@@ -3,8 +3,10 @@
 from granite4v.converter.conversion import Options, Progress, Summary, check_options, convert, plan_conversion
 from granite4v.converter.plan import Plan, describe
 from granite4v.converter.requantize import requantize
+from granite4v.converter.vision_type import AUTO, fastest_vision_type
 
 __all__ = [
+    "AUTO",
     "Options",
     "Plan",
     "Progress",
@@ -12,6 +14,7 @@ __all__ = [
     "check_options",
     "convert",
     "describe",
+    "fastest_vision_type",
     "plan_conversion",
     "requantize",
 ]

@@ -34,6 +34,8 @@ def convert(
     from granite4v import converter, default_model
     from granite4v.errors import Granite4vError
 
+    if vision_type.lower() == converter.AUTO:
+        vision_type = options.fastest_vision_type(threads)
     settings = converter.Options(text_type, vision_type, lora, adapter, revision, force, threads)
     try:
         converter.check_options(settings)

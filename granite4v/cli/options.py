@@ -221,7 +221,8 @@ TextTypeOption = Annotated[
     ),
 ]
 VISION_TYPE_HELP = (
-    "Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL."
+    "Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL; "
+    "auto is the one of F16, Q8_0 and Q6_K that this CPU multiplies fastest."
 )
 VisionTypeOption = Annotated[str, typer.Option("--vision-type", metavar="T", help=VISION_TYPE_HELP)]
 LoraModeOption = Annotated[
@@ -300,6 +301,17 @@ def fill_in_tasks(params: Iterable[Any]) -> None:
     for param in params:
         if getattr(param, "help", None):
             param.help = param.help.replace("{tasks}", ", ".join(TASKS))
+
+
+def fastest_vision_type(threads: int | None) -> str:
+    """What `--vision-type auto` stands for on this machine; says on stderr which type and why."""
+    from granite4v import converter
+    from granite4v.cli.progress import Progress
+
+    with Progress(delay_s=0.5) as progress:
+        found = converter.fastest_vision_type(threads, lambda: progress.stage("measure", 0, 1))
+        progress.say(f"note: {found}")
+    return found.type_name
 
 
 def model_path(model: str | None, *, quiet: bool = False) -> str | Path:

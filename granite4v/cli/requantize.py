@@ -40,6 +40,8 @@ def requantize(
     from granite4v.converter import policy
     from granite4v.errors import Granite4vError
 
+    if vision_type.lower() == converter.AUTO:
+        vision_type = options.fastest_vision_type(threads)
     try:
         policy.check_vision_type(vision_type)
     except Granite4vError as error:

@@ -93,6 +93,25 @@ def vision_kernels(
     return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
 
 
+def vision_seconds(
+    backend: Backend, type_names: Sequence[str], announce: Announce | None = None
+) -> dict[str, tuple[float, str]]:
+    """Seconds of a product of many rows by the kernel that the image side takes for each weight type, and its name;
+    infinity for a type that was not measured. Arguments and errors as those of `vision_kernels`."""
+    kernels = {kind: dict(available_kernels(backend, kind)) for kind in type_names}
+    for kind in EXACT_TYPES & kernels.keys():
+        kernels[kind].pop(ONEDNN_BF16, None)
+    measured = times(
+        backend, [Trial(kind, name, MANY) for kind in kernels for name in kernels[kind]], 2 * BUDGET_S, announce
+    )
+    found = {}
+    for kind in type_names:
+        seconds = {name: rows[MANY] for name, rows in measured[kind].items()}
+        name = fastest_kernel(seconds)
+        found[kind] = seconds.get(name, math.inf), name
+    return found
+
+
 def int8_kernel(
     backend: Backend, announce: Announce | None = None, type_names: Sequence[str] = INT8_TYPES
 ) -> tuple[str, Kernel]:

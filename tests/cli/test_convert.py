@@ -106,7 +106,7 @@ def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--text-type", "Q1"), "unknown quantization type 'Q1' for --text-type; known: F32, F16,"),
-        (("--vision-type", "Q6_K"), "unknown quantization type 'Q6_K' for --vision-type; known: F32, F16,"),
+        (("--vision-type", "Q4_K_M"), "unknown quantization type 'Q4_K_M' for --vision-type; known: F32, F16,"),
         (("--lora", "apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
         (("--threads", "0"), "'--threads': 0 is not in the range"),
         (("--threads", "9999999"), "'--threads': 9999999 is not in the range"),
