@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
 
 from granite4v.doctor.native import install_command
 from granite4v.doctor.section import Problem, Section
 from granite4v.errors import Granite4vError
 from granite4v.ggml import autotune
-from granite4v.ggml.backend import Backend
+from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.build import Build
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.kernels import ATTENTION, FLOAT32, PLAIN
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
+BUSY = 0.5  # load from which rates are lower than they could be
 AMX = "AMX"  # ggml's buffer type
 Rates = Mapping[str, Mapping[str, float | None]]  # GFLOP/s by type and kernel; None: the kernel ends its process
 
 
 def measure(build: Build) -> Section:
     """Measures now, whatever the cache knows."""
+    load = _load()
     try:
         backend = Backend("cpu")
         try:
+            offered = {buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()}
             n_threads, rates = backend.n_threads, autotune.rates(backend, TYPES)
         finally:
             backend.close()
     except (Granite4vError, OSError) as error:
         text = f"The kernels cannot be measured: {error}"
         return Section("kernels", [text], {"error": str(error)}, [Problem(text)])
-    return describe(rates, n_threads, build)
+    section = describe(rates, n_threads, build, offered)
+    busy = ["other programs were running; on an idle machine it is more"] if load >= BUSY else []
+    return dataclasses.replace(section, lines=[*section.lines, *busy], data={**section.data, "load_before": load})
 
 
-def describe(rates: Rates, n_threads: int, build: Build) -> Section:
-    """A table of rates, the fastest of each type marked, and what is wrong with them."""
+def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collection[str]) -> Section:
+    """A table of rates, the fastest of each type marked, and what is wrong with them. `buffer_types`: ggml's special
+    ones, by name."""
     found = {name for by_kernel in rates.values() for name in by_kernel}
     names = [*(name for name in (PLAIN, FLOAT32) if name in found), *sorted(found - {PLAIN, FLOAT32})]
     rows: list[str | list[str]] = [["", *names]]
@@ -41,7 +49,16 @@ def describe(rates: Rates, n_threads: int, build: Build) -> Section:
         best = max((rate for rate in by_kernel.values() if rate), default=0.0)
         rows.append([kind, *(_cell(by_kernel, name, best) for name in names)])
     lines = [f"GFLOP/s with {n_threads} thread{'s' if n_threads > 1 else ''}; * the fastest", *rows]
-    return Section("kernels", lines, {"n_threads": n_threads, "gflop_s": rates}, _problems(rates, build))
+    data = {"n_threads": n_threads, "gflop_s": rates}
+    return Section("kernels", lines, data, _problems(rates, build, AMX in buffer_types))
+
+
+def _load() -> float:
+    """Processes that were running or waiting in the last minute; 0 where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def _cell(by_kernel: Mapping[str, float | None], name: str, best: float) -> str:
@@ -51,15 +68,14 @@ def _cell(by_kernel: Mapping[str, float | None], name: str, best: float) -> str:
     return "crashes" if rate is None else f"{rate:.0f}{'*' if rate == best and len(by_kernel) > 1 else ' '}"
 
 
-def _problems(rates: Rates, build: Build) -> list[Problem]:
+def _problems(rates: Rates, build: Build, has_amx_buffers: bool) -> list[Problem]:
     crashed: dict[str, list[str]] = {}
     for kind, by_kernel in rates.items():
         for name, rate in by_kernel.items():
             if rate is None:
                 crashed.setdefault(name, []).append(kind)
     found = [_crash(name, kinds, build) for name, kinds in crashed.items()]
-    has_amx = "amx_int8" in cpu_features() and "amx_int8" in build.features
-    if has_amx and rates and not any(AMX in by_kernel for by_kernel in rates.values()):
+    if "amx_int8" in cpu_features() and "amx_int8" in build.features and not has_amx_buffers:
         found.append(
             Problem(
                 "The CPU and the build have AMX, but the system does not let this process use it (arch_prctl "

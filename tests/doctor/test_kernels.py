@@ -37,7 +37,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_fastest_of_each_type_is_marked() -> None:
     rates = {"F32": {PLAIN: 170.4}, "Q8_0": {PLAIN: 107.0, FLOAT32: 90.0, "AMX": 486.2}, "Q4_K": {"AMX": 361.0}}
-    section = describe(rates, 2, build(CLANG))
+    section = describe(rates, 2, build(CLANG), {"AMX"})
     assert section.lines == [
         "GFLOP/s with 2 threads; * the fastest",
         ["", PLAIN, FLOAT32, "AMX"],
@@ -50,7 +50,7 @@ def test_the_fastest_of_each_type_is_marked() -> None:
 
 def test_amx_kernels_that_gcc_broke_are_explained_with_the_command() -> None:
     rates = {"Q8_0": {PLAIN: 107.0, "AMX": None}, "Q4_0": {PLAIN: 84.0, "AMX": None}, "F32": {PLAIN: 170.0}}
-    section = describe(rates, 2, build())
+    section = describe(rates, 2, build(), {"AMX"})
     (problem,) = section.problems
     assert section.lines[2] == ["Q8_0", "107*", "crashes"]
     assert problem.is_serious and problem.text.startswith(
@@ -60,19 +60,19 @@ def test_amx_kernels_that_gcc_broke_are_explained_with_the_command() -> None:
 
 
 def test_amx_that_a_virtual_machine_only_announces_needs_no_other_build() -> None:
-    (problem,) = describe({"Q8_0": {PLAIN: 107.0, "AMX": None}}, 2, build(CLANG)).problems
+    (problem,) = describe({"Q8_0": {PLAIN: 107.0, "AMX": None}}, 2, build(CLANG), {"AMX"}).problems
     assert problem.is_serious and "announces AMX and does not let it be used" in problem.text and not problem.command
 
 
 def test_amx_that_the_system_refuses_is_told() -> None:
-    (problem,) = describe({"Q8_0": {PLAIN: 107.0}}, 2, build()).problems
+    (problem,) = describe({"Q8_0": {PLAIN: 107.0}}, 2, build(), {"CPU_REPACK"}).problems
     assert problem.is_serious and "does not let this process use it" in problem.text and not problem.command
 
 
 def test_a_plain_kernel_that_crashes_is_serious_and_another_is_not() -> None:
-    crash = describe({"Q8_0": {PLAIN: None, "AMX": 400.0}}, 2, build()).problems
+    crash = describe({"Q8_0": {PLAIN: None, "AMX": 400.0}}, 2, build(), {"AMX"}).problems
     assert [(problem.is_serious, "cannot be used" in problem.text) for problem in crash] == [(True, True)]
-    crash = describe({"Q8_0": {PLAIN: 9.0, "CPU_REPACK": None, "AMX": 400.0}}, 2, build()).problems
+    crash = describe({"Q8_0": {PLAIN: 9.0, "CPU_REPACK": None, "AMX": 400.0}}, 2, build(), {"AMX"}).problems
     assert [(problem.is_serious, "CPU_REPACK" in problem.text) for problem in crash] == [(False, True)]
 
 
@@ -87,8 +87,20 @@ def test_a_kernel_that_ends_its_process_is_found_by_measuring(tmp_path: Path, mo
     section = kernels.measure(build())
     rates = {kind: autotune.gflop(kind) / (0.001 * MANY) for kind in ("Q8_0", "F16")}
     assert section.data["gflop_s"] == {kind: {PLAIN: pytest.approx(rate), "AMX": None} for kind, rate in rates.items()}
-    (problem,) = section.problems
+    problem = section.problems[0]
     assert "end the process (Q8_0, F16)" in problem.text and GCC_FLAGS in problem.command
+
+
+@pytest.mark.parametrize(("load", "expected"), [(0.1, 0), (2.0, 1)])
+def test_a_busy_machine_is_mentioned(
+    load: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(kernels.autotune, "rates", lambda backend, types: {"F32": {PLAIN: 100.0}})
+    section = kernels.measure(build())
+    assert section.data["load_before"] == load
+    assert sum("other programs were running" in line for line in section.lines if isinstance(line, str)) == expected
 
 
 def test_what_cannot_be_measured_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
