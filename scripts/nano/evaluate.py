@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import granite4v
+from granite4v.choices import VisionCompute
 from granite4v.converter import Options, convert
+from granite4v.converter.policy import VISION_TYPES
 from granite4v.runtime.formats.task_grammar import grammar_for
 from scripts.nano import formats
 from scripts.nano.documents import Document, draw_document, held_out_font
@@ -33,18 +35,29 @@ from scripts.nano.truth import HELD_OUT_SEEDS, Form, Table
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "granite4v" / "nano"
 
-# column: text type, vision type, what becomes of the adapter
+
+@dataclass(frozen=True)
+class Column:
+    """A conversion of the checkpoint. `lora`: what becomes of the adapter."""
+
+    text_type: str = "F16"
+    vision_type: str = "F16"
+    lora: str = "merge"
+    vision_compute: VisionCompute = "file"
+
+
 COLUMNS = {
-    "F32": ("F32", "F32", "merge"),
-    "F16": ("F16", "F16", "merge"),
-    "Q8_0": ("Q8_0", "F16", "merge"),
-    "Q4_K_M": ("Q4_K_M", "F16", "merge"),
-    "Q4_0": ("Q4_0", "F16", "merge"),
-    "vision Q8_0": ("F16", "Q8_0", "merge"),
-    "vision Q4_0": ("F16", "Q4_0", "merge"),
-    "Q8_0 + vision Q8_0": ("Q8_0", "Q8_0", "merge"),
-    "Q4_K_M + vision Q4_0": ("Q4_K_M", "Q4_0", "merge"),
-    "no adapter": ("F16", "F16", "ignore"),
+    "F32": Column("F32", "F32"),
+    "F16": Column(),
+    "Q8_0": Column("Q8_0"),
+    "Q4_K_M": Column("Q4_K_M"),
+    "Q4_0": Column("Q4_0"),
+    **{f"vision {kind}": Column("F16", kind) for kind in VISION_TYPES},
+    "vision int8 Q8_0": Column(vision_compute="Q8_0"),
+    "vision int8 Q6_K": Column(vision_compute="Q6_K"),
+    "Q8_0 + vision Q8_0": Column("Q8_0", "Q8_0"),
+    "Q4_K_M + vision Q4_0": Column("Q4_K_M", "Q4_0"),
+    "no adapter": Column(lora="ignore"),
 }
 REFERENCE = "transformers"
 FREE = " free"  # behind a column's name: answers are not held to a form
@@ -67,6 +80,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="Hugging Face directory with its adapter")
     parser.add_argument("--columns", default=",".join([*COLUMNS, "F16" + FREE, REFERENCE]))
     parser.add_argument("--documents", type=int, default=40, help="documents of each group")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="groups of documents")
+    parser.add_argument("--threads", type=int, help="1 is the fastest where other programs are at work")
     parser.add_argument("--same", action="store_true", help="count answers that differ from the first column's")
     parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers of the first column")
     parser.add_argument("--out", type=Path, help="also write every figure as JSON")
@@ -77,7 +92,11 @@ def main() -> int:
         known = f"{', '.join(COLUMNS)}, each also with '{FREE}' behind it, and {REFERENCE}"
         parser.error(f"no column '{unknown[0]}'; known are {known}")
 
-    questions = list(held_out(options.documents))
+    groups = options.groups.split(",")
+    if not set(groups) <= set(GROUPS):
+        parser.error(f"no group '{(set(groups) - set(GROUPS)).pop()}'; known are {', '.join(GROUPS)}")
+
+    questions = [question for question in held_out(options.documents) if question.group in groups]
     answers: dict[str, list[str]] = {}
     for name in names:
         start = time.monotonic()
@@ -85,7 +104,9 @@ def main() -> int:
             if name == REFERENCE:
                 ask = _reference(options.checkpoint)
             else:
-                model = _converted(options.checkpoint, name.removesuffix(FREE), Path(directory) / "model")
+                model = _converted(
+                    options.checkpoint, name.removesuffix(FREE), Path(directory) / "model", options.threads
+                )
                 ask = runtime(opened.enter_context(model), free=name.endswith(FREE))
             answers[name] = [_told(name, i, len(questions), ask(question)) for i, question in enumerate(questions)]
         print(f"\r{name}: {len(questions)} answers in {time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -137,10 +158,10 @@ def is_simple(table: Any) -> bool:
     return not spans and table.n_rows - table.n_header_rows <= 5 and table.n_cols <= 4
 
 
-def _converted(checkpoint: Path, column: str, out: Path) -> granite4v.Model:
-    text_type, vision_type, lora = COLUMNS[column]
-    convert(checkpoint, out, Options(text_type=text_type, vision_type=vision_type, lora=lora))
-    return granite4v.load(out)
+def _converted(checkpoint: Path, column: str, out: Path, n_threads: int | None) -> granite4v.Model:
+    chosen = COLUMNS[column]
+    convert(checkpoint, out, Options(chosen.text_type, chosen.vision_type, chosen.lora))
+    return granite4v.load(out, n_threads=n_threads, vision_compute=chosen.vision_compute)
 
 
 def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
