@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from granite4v.converter import Options, convert, policy
+from granite4v.converter import Options, convert, plan_conversion, policy
 from granite4v.converter.policy import TextShape, check_policies, text_type, vision_type
 from granite4v.errors import Granite4vError
 from granite4v.ggml.gguf_file import GgufFile
@@ -114,6 +114,19 @@ def test_a_k_quants_rows_are_the_checkpoints_with_zeros_behind_them(
     assert found["v.blk.1.ffn_up.bias"][1] == np.pad(theirs[f"{layer}mlp.fc1.bias"], (0, 56)).tobytes()
     linear = np.pad(theirs["model.layerwise_projectors.1.out_linear.weight"], ((0, 0), (0, 64)))
     assert found["v.proj_blk.0.linear.weight"][1] == quantize_rows(linear, "Q5_K", 1).tobytes()
+
+
+def test_q8_0_matrices_have_the_shapes_that_amx_takes(make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
+    """Rows of whole tiles of 32 values, and an even number of tiles of 16 rows (ggml-cpu/amx/amx.cpp, `supports_op`);
+    of a tower with a feed-forward width of 200, which as 4304 is no multiple of 32."""
+    (vision,) = (
+        file
+        for file in plan_conversion(make_checkpoint(PRESETS["tiny"]), Options("F32", "Q8_0")).files
+        if file.arch == "clip"
+    )
+    matrices = [tensor for tensor in vision.tensors if tensor.type_name == "Q8_0"]
+    assert len(matrices) == 90
+    assert [tensor.name for tensor in matrices if tensor.shape[0] % 32 or tensor.shape[1] % 32] == []
 
 
 def test_a_block_worked_out_by_hand() -> None:
