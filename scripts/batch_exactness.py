@@ -38,7 +38,8 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.kernels import PLAIN
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
-from granite4v.runtime.llama.placement import Placement
+from granite4v.runtime.llama.placement import Copy, Placement
+from granite4v.runtime.llama.weight_copies import open_model
 from tests.toy.checkpoint import PRESETS, write_checkpoint
 
 N_STEPS = 6  # forced tokens after the prompt
@@ -353,14 +354,14 @@ def kernels(path: Path) -> Iterator[tuple[str, Placement]]:
                 name = buffer_type_name(buffer_type)
                 fits = [i.name for i in weights if backend.multiplies(buffer_type, i.type_name, i.shape[1], i.shape[0])]
                 if fits:
-                    yield name, Placement({name: tuple(fits)}, {name: buffer_type})
+                    yield name, Placement(tuple(Copy(weight, name, buffer_type) for weight in fits))
     finally:
         backend.close()
 
 
 def measure(path: Path, weights: str, options: argparse.Namespace) -> Iterator[tuple[Setting, dict[str, float]]]:
     for kernel, placement in kernels(path):
-        with LlamaModel(path, placement=placement) as model:
+        with open_model(path, placement) as model:
             for length, threads, flash, unified in itertools.product(
                 options.lengths, options.threads, (True, False), (True, False)
             ):

@@ -27,6 +27,7 @@ from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Placement, choose_placement
+from granite4v.runtime.llama.weight_copies import open_model
 from scripts.batch_exactness import N_UBATCH, Context, Setting, text_path
 
 ROWS = (1, 2, 4, 8)
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=N_UBATCH, help=f"tokens of a timed prefill ({N_UBATCH})")
     options = parser.parse_args()
     path = text_path(options.model)
-    with LlamaModel(path, placement=_placement(path, options.threads)) as model:
+    with open_model(path, _placement(path, options.threads)) as model:
         contexts = _contexts(model, options)
         seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for i in range(options.rounds):

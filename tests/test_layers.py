@@ -17,6 +17,7 @@ ORDER = [
     "granite4v.child",
     "granite4v.gguf_keys",
     "granite4v.paths",
+    "granite4v.memory",
     "granite4v.ggml",
     "granite4v.families",
     "granite4v.gguf_role",

@@ -131,8 +131,11 @@ def int8_kernel(
     return best[0], kernels[best]
 
 
-def text_kernels(backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None) -> dict[str, Kernel]:
-    """The kernel for each weight type of a text file that gains by another buffer type; the others stay mapped.
+def text_kernels(
+    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None
+) -> dict[str, tuple[Kernel, Kernel]]:
+    """The kernels for many rows and for a few, for each weight type of a text file that gains by another buffer type
+    for one of them or both; the others are multiplied in the mapped file.
 
     Arguments and errors as those of `vision_kernels`.
     """
@@ -142,8 +145,12 @@ def text_kernels(backend: Backend, n_weights: Mapping[str, int], announce: Annou
     types = [kind for kind in types if extra[kind]]
     wanted = [Trial(kind, name, n) for n in PAGE for kind in types for name in (PLAIN, *extra[kind])]
     measured = times(backend, wanted, BUDGET_S, announce)
-    found = {kind: worthwhile(page_seconds(measured[kind]), extra[kind]) for kind in types}
-    return {kind: kernels[kind][name] for kind, name in found.items() if name != PLAIN}
+    found = {kind: fastest_pair(measured[kind], extra[kind]) for kind in types}
+    return {
+        kind: (kernels[kind][many], kernels[kind][few])
+        for kind, (many, few) in found.items()
+        if (many, few) != (PLAIN, PLAIN)
+    }
 
 
 def rates(
@@ -167,13 +174,11 @@ def gflop(type_name: str) -> float:
     return 2 * n_in(type_name) * N_OUT * MANY / 1e9
 
 
-def page_seconds(measured: Times) -> dict[str, float]:
-    """Seconds that one weight matrix takes for a typical page, by kernel; without those that are not fully measured."""
-    return {
-        name: sum(times * by_rows[n] for n, times in PAGE.items())
-        for name, by_rows in measured.items()
-        if by_rows.keys() >= PAGE.keys()
-    }
+def page_seconds(measured: Times, many: str, few: str) -> float:
+    """Seconds that one weight matrix takes for a typical page with one kernel for many rows and one for a few; infinity
+    if one of them crashed, or was not measured."""
+    times_of = {n: measured.get(many if n == MANY else few, {}).get(n, math.inf) for n in PAGE}
+    return sum(PAGE[n] * seconds for n, seconds in times_of.items())
 
 
 def fastest_kernel(measured: Mapping[str, float]) -> str:
@@ -187,11 +192,15 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
     return PLAIN
 
 
-def worthwhile(measured: Mapping[str, float], buffer_types: Collection[str]) -> str:
-    """The buffer type to take from measured seconds, or 'plain' unless another is clearly faster."""
-    plain = measured.get(PLAIN, 0.0)  # nothing is better than what is not known
-    best = min(buffer_types, key=lambda name: measured.get(name, math.inf), default=PLAIN)
-    return best if measured.get(best, math.inf) < plain * WORTH else PLAIN
+def fastest_pair(measured: Times, buffer_types: Collection[str]) -> tuple[str, str]:
+    """The kernels to take for many rows and for a few: both plain, unless a buffer type for one or both is clearly
+    faster. There is one copy, so they are never two buffer types."""
+    plain = (PLAIN, PLAIN)
+    if not measured.get(PLAIN, {}).keys() >= PAGE.keys():  # there was no time for the comparison
+        return plain
+    pairs = [pair for name in buffer_types for pair in ((name, name), (PLAIN, name), (name, PLAIN))]
+    best = min(pairs, key=lambda pair: page_seconds(measured, *pair), default=plain)
+    return best if page_seconds(measured, *best) < WORTH * page_seconds(measured, *plain) else plain
 
 
 def _worth_measuring(n_weights: Mapping[str, int], small: int = SMALL) -> list[str]:

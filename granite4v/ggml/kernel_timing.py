@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from granite4v.ggml.backend import Arena, Backend, set_data
+from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernels import ATTENTION, N_IN, N_OUT, Kernel, available_kernels, n_in
 from granite4v.ggml.quantize import quantize_rows
@@ -59,6 +59,8 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
     try:
         weights = [arena.tensor(trial.type_name, length, N_OUT) for _ in range(n_matrices)]
         arena.allocate(kernel.buffer_type or backend.buffer_type, weights=True)
+        if not many:  # as the weights that decode are (see runtime/llama/weight_copies)
+            use_large_pages(arena.buffer)
         for weight in weights:
             set_data(weight, data)
         x = graph.input("x", "F32", length, trial.n_rows)

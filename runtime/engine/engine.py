@@ -33,6 +33,7 @@ from granite4v.runtime.llama.context import LlamaContext
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
+from granite4v.runtime.llama.weight_copies import open_model
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 
 if TYPE_CHECKING:
@@ -100,7 +101,6 @@ class Engine:
     @property
     def settings(self) -> dict[str, Any]:
         """What was chosen for this machine, as plain data."""
-        placed = {name: len(tensors) for name, tensors in self._placement.tensors.items()}
         kernels = self._vision.encoder().kernels if self._vision.is_open else {}
         return {
             "device": self.device,
@@ -108,8 +108,7 @@ class Engine:
             "n_parallel": self.n_parallel,
             "n_ubatch": self.n_ubatch,
             "n_ctx": self._cache.n_cells,
-            "mmap": not placed,
-            "text_buffer_types": placed,
+            "text_buffer_types": self._placement.n_copies,
             "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
         }
@@ -366,7 +365,7 @@ class Engine:
             backend.close()
 
     def _open_model(self) -> LlamaModel:
-        model = LlamaModel(self.files.text.path, device=self.device, placement=self._placement)
+        model = open_model(self.files.text.path, self._placement, device=self.device, n_threads=self.n_threads)
         try:
             self._check_width(model)
             if self.files.adapter is not None:

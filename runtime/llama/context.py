@@ -73,9 +73,11 @@ class LlamaContext(Owner):
         n_seq_max: int = 1,
         exact: bool = False,
         abort: AbortFlag | None = None,
+        node_callback: Any = None,
     ) -> None:
         """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
-        comparing values rather than for speed.
+        comparing values rather than for speed. `node_callback`: a `ggml_backend_sched_eval_callback`, which is asked
+        about every node of a graph.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -93,6 +95,8 @@ class LlamaContext(Owner):
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
             params.abort_callback_data = abort.data_address
+        if node_callback is not None:
+            params.cb_eval = node_callback
         capture_log()
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
@@ -100,7 +104,7 @@ class LlamaContext(Owner):
                 f"llama.cpp cannot make a context of {n_seq_max} x {n_cells} tokens: {log().reason()}. Use a smaller "
                 "context (--ctx-size, n_ctx)."
             )
-        self._own(handle, lib.llama_free, model, abort)
+        self._own(handle, lib.llama_free, model, abort, node_callback)
         self._memory = lib.llama_get_memory(handle)
         self.adapter_on = False
 
@@ -141,8 +145,9 @@ class LlamaContext(Owner):
         batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         capture_log()
-        status = int(lib.llama_decode(self.handle, batch))
-        lib.llama_synchronize(self.handle)
+        with self.model.multiplying(n):
+            status = int(lib.llama_decode(self.handle, batch))
+            lib.llama_synchronize(self.handle)
         if status == _ABORTED:
             raise Aborted
         if status != 0:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import find_device
 from granite4v.ggml.library import lib as ggml
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.owner import Owner
-from granite4v.runtime.llama.placement import Placement
 
-_LOAD_PLAIN, _LOAD_MMAP = 0, 1  # enum llama_load_mode
+_LOAD_MMAP = 1  # enum llama_load_mode
 _ALL_LAYERS = -1
 _DEVICE_CPU = 0  # enum ggml_backend_dev_type
+
+
+class Copies(Protocol):
+    """Other forms of the model's weights (see `weight_copies`)."""
+
+    def used_for(self, n_rows: int) -> contextlib.AbstractContextManager[None]: ...
+    def close(self) -> None: ...
 
 
 class LlamaModel(Owner):
     """The weights and the vocabulary of one text GGUF, and its adapter if one is loaded."""
 
-    def __init__(
-        self, path: Path, *, device: str = "cpu", placement: Placement | None = None, vocab_only: bool = False
-    ) -> None:
-        """`placement`: which buffer types hold the weights on the CPU; without it all stay mapped from the file.
+    def __init__(self, path: Path, *, device: str = "cpu", vocab_only: bool = False) -> None:
+        """Maps the weights from the file.
 
-        Raises ModelFileError with llama.cpp's reason when it cannot load the file, DeviceError when the device
-        is missing.
+        Raises ModelFileError with llama.cpp's reason when it cannot load the file, DeviceError when the device is
+        missing.
         """
         self.path = path
         self._adapter: Any = None
@@ -39,12 +45,8 @@ class LlamaModel(Owner):
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         on_cpu = devices[0] is None
         params.n_gpu_layers = 0 if on_cpu else _ALL_LAYERS
-        params.use_extra_bufts = False  # llama.cpp's own choice, which `placement` replaces by a measured one
-        overrides = placement.overrides() if placement and on_cpu else None
-        if overrides is not None:
-            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        # weights that are copied need no mapping, whose pages would count in addition to the copies
-        params.load_mode = _LOAD_MMAP if overrides is None else _LOAD_PLAIN
+        params.use_extra_bufts = False  # llama.cpp's own choice, which `weight_copies` replaces by a measured one
+        params.load_mode = _LOAD_MMAP
         capture_log()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
@@ -52,12 +54,23 @@ class LlamaModel(Owner):
                 f"llama.cpp cannot load '{path}': {log().reason()}. Convert it again with 'granite4v convert', or "
                 "check that the file is a text model."
             )
-        self._own(handle, lib.llama_model_free)  # frees its adapters too
+        self._copies: list[Copies] = []
+        self._own(handle, functools.partial(_free, self._copies))
         self.on_cpu = on_cpu
         self.vocab: Any = lib.llama_model_get_vocab(handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
         self.n_embd = int(lib.llama_model_n_embd(handle)) if not vocab_only else 0
         self.n_embd_inp = int(lib.llama_model_n_embd_inp(handle)) if not vocab_only else 0
+
+    # --- copies of weights ---
+
+    def use_copies(self, copies: Copies) -> None:
+        """Multiplies with these from now on, and closes them with the model."""
+        self._copies.append(copies)
+
+    def multiplying(self, n_rows: int) -> contextlib.AbstractContextManager[None]:
+        """Around the computation of a batch of so many rows."""
+        return self._copies[0].used_for(n_rows) if self._copies else contextlib.nullcontext()
 
     # --- vocabulary ---
 
@@ -105,6 +118,12 @@ class LlamaModel(Owner):
                 "converted together with this model."
             )
         self._adapter = adapter
+
+
+def _free(copies: list[Copies], handle: Any) -> None:
+    while copies:
+        copies.pop().close()
+    llama().llama_model_free(handle)  # frees its adapters too
 
 
 def _device_list(name: str) -> Any:

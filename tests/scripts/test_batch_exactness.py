@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from granite4v.converter import Options, convert
-from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.llama.weight_copies import open_model
 from scripts.batch_exactness import SPEC, Case, Setting, difference, differing, figures, kernels
 from tests.toy.checkpoint import CheckpointSpec
 
@@ -35,7 +35,7 @@ def test_a_sequence_among_others(kind: str, make_checkpoint: Callable[[Checkpoin
     convert(make_checkpoint(SPEC), tmp_path / "model", Options(kind, "F16"))
     path = tmp_path / "model" / f"text-{kind}.gguf"
     for kernel, placement in kernels(path):
-        with LlamaModel(path, placement=placement) as model:
+        with open_model(path, placement) as model:
             found = figures(Case(model, Setting(kind, kernel, threads=1, flash=True, unified=False, length=40)))
         assert {name: found[name] for name in EQUAL} == dict.fromkeys(EQUAL, 0.0), kernel
         rows = {name: value for name, value in found.items() if "cache bytes" not in name}

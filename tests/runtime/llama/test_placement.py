@@ -1,9 +1,8 @@
-"""Where weights go: taken from measurements, written as patterns that match exactly, and equal in value."""
+"""Where weights go: by measurement, as far as memory allows, and equal in value."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,12 @@ from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.kernel_timing import Trial
 from granite4v.ggml.kernels import PLAIN
-from granite4v.runtime.llama.placement import Placement, choose_placement, tensor_patterns
+from granite4v.runtime.llama import placement
+from granite4v.runtime.llama.placement import Copy, Placement, bytes_needed, choose_placement
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
 
 REPACK = "CPU_REPACK"
-
-
-def test_patterns_match_these_tensors_and_no_others() -> None:
-    parts = ("attn_q", "attn_k", "ffn_down", "ffn_up")
-    every = [f"blk.{i}.{part}.weight" for i in range(13) for part in parts]
-    chosen = tuple(n for n in every if "ffn_down" not in n or n.startswith(("blk.1.", "blk.11.")))
-    patterns = tensor_patterns(chosen)
-    assert len(patterns) == 2
-    others = ["token_embd.weight", "output.weight", "blk.1.attn_q.weight.lora_a", "blk.1.attn_q_norm.weight"]
-    matched = [name for name in [*every, *others] if any(re.search(pattern, name) for pattern in patterns)]
-    assert sorted(matched) == sorted(chosen)
-
-
-def test_a_tensor_outside_the_blocks_has_no_pattern() -> None:
-    with pytest.raises(ValueError, match="'token_embd.weight' is not a block weight"):
-        tensor_patterns(("token_embd.weight",))
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +48,73 @@ def pretend(monkeypatch: pytest.MonkeyPatch, repack_s: dict[str, float]) -> None
     monkeypatch.setattr(autotune, "times", times)
 
 
+WEIGHTS = tensors(
+    ("blk.0.attn_q.weight", (256, 256), "Q4_0"),
+    ("blk.1.attn_q.weight", (250, 256), "Q4_0"),  # rows do not come in the eights that repacking takes
+    ("blk.0.ffn_up.weight", (512, 256), "Q4_K"),
+    ("blk.0.ffn_down.weight", (256, 512), "F16"),
+    ("blk.0.attn_norm.weight", (256,), "F32"),
+    ("token_embd.weight", (400, 256), "Q4_0"),
+)
+
+
+def names(placement: Placement, kernel: str) -> list[str]:
+    return [copy.name for copy in placement.copies if copy.kernel == kernel]
+
+
 def test_placement_follows_the_measurement(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]
-    if REPACK not in extra:
+    if REPACK not in [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]:
         pytest.skip("this ggml has no repack buffer type")
     pretend(monkeypatch, {"Q4_0": 0.5, "Q4_K": 0.99})
-    placement = choose_placement(
-        tensors(
-            ("blk.0.attn_q.weight", (256, 256), "Q4_0"),
-            ("blk.1.attn_q.weight", (250, 256), "Q4_0"),  # rows do not come in the eights that repacking takes
-            ("blk.0.ffn_up.weight", (512, 256), "Q4_K"),
-            ("blk.0.ffn_down.weight", (256, 512), "F16"),
-            ("blk.0.attn_norm.weight", (256,), "F32"),
-            ("token_embd.weight", (400, 256), "Q4_0"),
-        ),
-        backend,
-    )
-    assert placement.tensors == {REPACK: ("blk.0.attn_q.weight",)}
-    assert placement.overrides()[0].pattern == rb"^blk\.(0)\.(attn_q)\.weight$"
+    monkeypatch.setattr(placement, "has_large_pages", lambda: False)
+    found = choose_placement(WEIGHTS, backend)
+    assert names(found, REPACK) == ["blk.0.attn_q.weight"] and found.n_copies == {REPACK: 1}
+    assert found.copies[0].many and found.copies[0].few
 
 
-def test_nothing_to_place_is_no_override() -> None:
-    assert Placement().overrides() is None
+def test_large_pages_take_the_other_multiplied_weights(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {})
+    monkeypatch.setattr(placement, "has_large_pages", lambda: True)
+    plain = buffer_type_name(backend.buffer_type)
+    found = choose_placement(WEIGHTS, backend)
+    assert names(found, plain) == [name for name in WEIGHTS if "norm" not in name]  # the head is the token embedding
+    assert all(copy.many and copy.few for copy in found.copies)
+    untied = {**WEIGHTS, **tensors(("output.weight", (400, 256), "Q6_K"))}
+    assert names(choose_placement(untied, backend), plain)[-1] == "output.weight"
+
+
+def test_a_small_file_stays_mapped(backend: Backend) -> None:
+    assert choose_placement(WEIGHTS, backend) == Placement()
+
+
+def test_bytes_needed_by_hand() -> None:
+    def info(name: str, nbytes: int) -> TensorInfo:
+        return TensorInfo(name, (1, nbytes), "Q8_0", 0, nbytes)
+
+    every = {name: info(name, nbytes) for name, nbytes in (("a", 1), ("b", 10), ("c", 100), ("d", 1000))}
+    copies = (Copy("b", "x", None), Copy("c", "x", None, many=False), Copy("d", "x", None, few=False))
+    assert bytes_needed(every, ()) == 1111
+    assert bytes_needed(every, copies) == 1110 + 1101  # the copies, and all that is read from the file, too
+
+
+def test_what_memory_allows_is_copied(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First all, then those in faster buffer types, then none."""
+    if REPACK not in [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]:
+        pytest.skip("this ggml has no repack buffer type")
+    every = {
+        name: TensorInfo(name, (256, 256), kind, 0, nbytes)
+        for name, kind, nbytes in (("blk.0.attn_q.weight", "Q4_0", 100), ("blk.0.attn_k.weight", "F16", 1000))
+    }
+    pretend(monkeypatch, {"Q4_0": 0.5})
+    monkeypatch.setattr(placement, "has_large_pages", lambda: True)
+    plain, spare = buffer_type_name(backend.buffer_type), placement.SPARE_BYTES
+    for available, expected in (
+        (None, {REPACK: 1, plain: 1}),
+        (spare + 1100, {REPACK: 1, plain: 1}),
+        (spare + 1099, {}),  # the copies take as much as the mapped weights would
+    ):
+        monkeypatch.setattr(placement, "available_bytes", lambda available=available: available)
+        assert choose_placement(every, backend).n_copies == expected, available
 
 
 @pytest.mark.slow
@@ -106,7 +135,7 @@ def test_rearranged_weights_give_the_same_answers(
         with granite4v.load(folder, device="cpu") as model:
             found.append(model.logits("What is this?", [picture]))
             placed = model.settings["text_buffer_types"]
-            assert bool(placed) == (repack_s < 1) and model.settings["mmap"] == (repack_s > 1)
+            assert (REPACK in placed) == (repack_s < 1)
     # Both round activations to 8 bits, each in its own way: 3-4% on random weights. Wrong weights give 140%.
     assert np.linalg.norm(found[0] - found[1]) < 0.1 * np.linalg.norm(found[0])
     assert found[0].argmax() == found[1].argmax()
@@ -120,7 +149,7 @@ def test_a_real_measurement_is_kept_for_the_next_time(
     with GgufFile.open(make_model(PRESETS["tiny-wide"], "Q4_0", "F32") / "text-Q4_0.gguf") as file:
         first = choose_placement(file.tensors, backend)
         monkeypatch.setattr(autotune, "run_main", lambda *_, **__: pytest.fail("measured again"))
-        assert choose_placement(file.tensors, backend).tensors == first.tensors
+        assert choose_placement(file.tensors, backend).n_copies == first.n_copies
 
 
 def test_exact_mode_places_nothing(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""How much memory a process can still take, of the machine and of the container it runs in, and in what pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # the control group at the root of what this process sees, as containers have it
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+    """Bytes that can be taken without swapping, pages of files that can be dropped included; None if the system does
+    not tell (on others than Linux)."""
+    known = [n for n in (_of_machine(meminfo), _of_container(cgroup)) if n is not None]
+    return min(known, default=None)
+
+
+def has_large_pages(setting: Path = LARGE_PAGES) -> bool:
+    """Whether memory that asks for large pages gets them (Linux's transparent huge pages)."""
+    try:
+        return bool(re.search(r"\[(always|madvise)\]", setting.read_text()))
+    except OSError:
+        return False
+
+
+def _of_machine(meminfo: Path) -> int | None:
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _of_container(cgroup: Path) -> int | None:
+    """Of a control group, version 2."""
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        files = re.search(r"^file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+        return int(limit) - int(used) + (int(files[1]) if files else 0)
+    except (OSError, ValueError):  # another version, no limit ('max'), or none of it
+        return None

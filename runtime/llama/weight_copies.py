@@ -1,0 +1,204 @@
+"""Copies of a text model's weights in buffer types that multiply them faster, beside the mapped file.
+
+llama.cpp has one tensor for each weight, in one buffer, so its prefill and its decoding use the same kernel. None is
+best at both: 512 rows are multiplied with Q4_K weights at 945 GFLOP/s as they are and at 470 repacked, one row at 120
+and 185 (two cores with AVX-512). So the model is opened with all its weights mapped, copies are made of those that gain
+by it, and before each batch the tensors are pointed at the form that multiplies its number of rows fastest. Where a
+tensor's data is, `struct ggml_tensor` says in three fields that ggml reads anew for every graph: data, buffer, extra.
+
+A mapped weight whose copy is used takes no memory: its pages are returned, and read again from the system's cache of
+the file. In a prefill of mapped weights they are returned while it runs, a fifth of a second after they were used, so
+that the copies and the complete file are never in this process's memory at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granite4v.ggml.backend import Aborted, Arena, use_large_pages
+from granite4v.ggml.declarations import TensorP
+from granite4v.ggml.library import lib as ggml
+from granite4v.ggml.types import type_name
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.library import capture_log, llama
+from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.llama.placement import Copy, Placement
+
+# A batch of more rows is multiplied as a prompt, one of fewer as a decode step. With Q4_K plain weights win from 12
+# rows on, repacked ones up to 8.
+MAX_FEW_ROWS = 8
+RETURN_EVERY_S = 0.2
+_OP_NONE = 0  # enum ggml_op: of a tensor that no operation computes
+_FIELDS = ("data", "buffer", "extra")
+
+
+def open_model(path: Path, placement: Placement, *, device: str = "cpu", n_threads: int = 1) -> LlamaModel:
+    """A model with its copies. Raises ModelFileError and DeviceError as `LlamaModel` does."""
+    model = LlamaModel(path, device=device)
+    if not placement.copies or not model.on_cpu:
+        return model
+    try:
+        model.use_copies(WeightCopies(model, placement.copies, n_threads))
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+class WeightCopies:
+    """The copies of a model's weights, and which of them its tensors point at. Closed by the model."""
+
+    def __init__(self, model: LlamaModel, copies: Sequence[Copy], n_threads: int = 1) -> None:
+        """Raises DeviceError when there is not enough memory."""
+        self._n_threads = n_threads
+        tensors = weight_tensors(model)
+        found = [copy for copy in copies if copy.name in tensors]
+        self._arenas: list[Arena] = []
+        self._forms: list[_Forms] = []
+        self._mapped = _Pages(tensors[copy.name] for copy in found)
+        try:
+            for kernel in dict.fromkeys(copy.kernel for copy in found):
+                self._copy([copy for copy in found if copy.kernel == kernel], tensors)
+        except BaseException:
+            self.close()
+            raise
+        self._is_many: bool | None = None
+        self._needs_mapped = any(not copy.many for copy in found)
+
+    def _copy(self, copies: Sequence[Copy], tensors: dict[str, Any]) -> None:
+        arena = Arena(len(copies))
+        self._arenas.append(arena)
+        capture_log()  # repacking reports every tensor
+        targets = []
+        for copy in copies:
+            header = tensors[copy.name].contents
+            targets.append(arena.tensor(type_name(header.type), *header.ne, name=copy.name))
+        arena.allocate(copies[0].buffer_type, weights=True)
+        use_large_pages(arena.buffer)
+        sources = [tensors[copy.name] for copy in copies]
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            list(pool.map(self._fill, sources, targets))
+        places = zip(copies, sources, map(_where, sources), map(_where, targets), strict=True)
+        self._forms += [_Forms(*place) for place in places]
+
+    def _fill(self, source: Any, target: Any) -> None:
+        ggml().ggml_backend_tensor_set(target, source.contents.data, 0, ggml().ggml_nbytes(source))
+        self._mapped.give_back()
+
+    @contextlib.contextmanager
+    def used_for(self, n_rows: int) -> Iterator[None]:
+        """Around the computation of a batch of so many rows."""
+        is_many = n_rows > MAX_FEW_ROWS
+        if is_many != self._is_many:
+            for forms in self._forms:
+                forms.point(is_copy=forms.copy.many if is_many else forms.copy.few)
+            self._is_many = is_many
+        if is_many and self._needs_mapped:
+            with self._mapped.given_back_meanwhile():
+                yield
+        else:
+            yield
+
+    def close(self) -> None:
+        """Frees the copies. No tensor points at them any more."""
+        for forms in self._forms:
+            forms.point(is_copy=False)
+        while self._arenas:
+            self._arenas.pop().close()
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """One weight: llama.cpp's tensor, and where its data is in the mapped file and in the copy."""
+
+    copy: Copy
+    tensor: Any
+    mapped: tuple[Any, ...]
+    copied: tuple[Any, ...]
+
+    def point(self, *, is_copy: bool) -> None:
+        header = self.tensor.contents
+        for name, value in zip(_FIELDS, self.copied if is_copy else self.mapped, strict=True):
+            setattr(header, name, value)
+
+
+def _where(tensor: Any) -> tuple[Any, ...]:
+    """Its fields as they are now; a field that is a pointer object would follow later changes."""
+    values = (getattr(tensor.contents, name) for name in _FIELDS)
+    return tuple(type(value)(value.value) if isinstance(value, ctypes.c_void_p) else value for value in values)
+
+
+class _Pages:
+    """The pages of a mapped file that hold only these tensors. Giving them back loses nothing: they are read again
+    when they are touched."""
+
+    def __init__(self, tensors: Iterator[Any]) -> None:
+        spans = sorted((tensor.contents.data, tensor.contents.data + ggml().ggml_nbytes(tensor)) for tensor in tensors)
+        self._ranges: list[list[int]] = []
+        for start, end in spans:
+            if self._ranges and start - self._ranges[-1][1] < mmap.PAGESIZE:
+                self._ranges[-1][1] = end
+            else:
+                self._ranges.append([start, end])
+        self._madvise = ctypes.CDLL(None).madvise if sys.platform.startswith("linux") else None
+
+    def give_back(self) -> None:
+        if self._madvise is None:
+            return
+        for start, end in self._ranges:
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                self._madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def given_back_meanwhile(self) -> Iterator[None]:
+        """Gives the pages back again and again inside the block, and at its end."""
+        done = threading.Event()
+
+        def repeat() -> None:
+            while not done.wait(RETURN_EVERY_S):
+                self.give_back()
+
+        thread = threading.Thread(target=repeat, name="granite4v pages", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.give_back()
+
+
+def weight_tensors(model: LlamaModel) -> dict[str, Any]:
+    """llama.cpp's tensors of the weights that it multiplies, by name.
+
+    llama.cpp has no function that gives them. The callback that it asks for every node of a graph before it computes
+    any sees them as the nodes' sources; the computation itself is aborted at its first node.
+    """
+    found: dict[str, Any] = {}
+    abort = AbortFlag()
+
+    def see(node: int, _asks: bool, _data: int) -> bool:
+        weight = ctypes.cast(node, TensorP).contents.src[0]
+        if weight and weight.contents.op == _OP_NONE and weight.contents.name.endswith(b".weight"):
+            # a cast, since the pointer itself lies in the node, which is freed with the context
+            found[weight.contents.name.decode()] = ctypes.cast(weight, TensorP)
+        abort.raise_()
+        return False
+
+    callback = llama().ggml_backend_sched_eval_callback(see)
+    with LlamaContext(model, 256, 8, 1, abort=abort, node_callback=callback) as context, contextlib.suppress(Aborted):
+        context.decode(BatchRows.of(np.zeros(1, np.int32), 0, 0, output=True))
+    return found

@@ -1,0 +1,140 @@
+"""Copies of weights: found in llama.cpp, used for the batches they are meant for, of the same values, freed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.ggml.gguf_file import GgufFile
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.model import LlamaModel
+from granite4v.runtime.llama.placement import Copy, Placement
+from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, open_model, weight_tensors
+from tests.toy.spec import PRESETS
+
+MANY = MAX_FEW_ROWS + 1
+
+
+@pytest.fixture(scope="module")
+def path(make_model: Callable[..., Path]) -> Path:
+    return make_model(PRESETS["tiny-wide"], "Q4_0", "F32") / "text-Q4_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    backend = Backend("cpu", 1)
+    yield backend
+    backend.close()
+
+
+def blocks(path: Path) -> list[str]:
+    with GgufFile.open(path) as file:
+        return [name for name, info in file.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
+
+
+def plain_copies(path: Path, backend: Backend, **forms: bool) -> Placement:
+    return Placement(tuple(Copy(name, "CPU", backend.buffer_type, **forms) for name in blocks(path)))
+
+
+def logits(model: LlamaModel) -> np.ndarray:
+    """Of a prompt of many rows, and of two single rows after it."""
+    rng, found = np.random.default_rng(0), []
+    with LlamaContext(model, 64, 32, 1) as context:
+        position = 0
+        for n in (20, 1, 1):
+            tokens = rng.integers(0, model.n_vocab, n).astype(np.int32)
+            context.decode(BatchRows.of(tokens, position, 0, output=True))
+            found.append(context.logits(-1))
+            position += n
+    return np.stack(found)
+
+
+def test_every_multiplied_weight_is_found(path: Path) -> None:
+    with LlamaModel(path) as model, GgufFile.open(path) as file:
+        found = weight_tensors(model)
+        assert found.keys() >= set(blocks(path)) | {"token_embd.weight"}
+        for name, tensor in found.items():
+            assert tuple(n for n in reversed(tensor.contents.ne) if n > 1) == file.tensors[name].shape
+        assert weight_tensors(model).keys() == found.keys()  # the first time changed nothing
+
+
+def test_copies_as_they_are_change_no_bit(path: Path, backend: Backend) -> None:
+    with LlamaModel(path) as model:
+        expected = logits(model)
+    for forms in ({}, {"many": False}, {"few": False}):
+        with open_model(path, plain_copies(path, backend, **forms), n_threads=2) as model:
+            assert (logits(model) == expected).all(), forms
+
+
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("few", [True, False])
+def test_a_batch_is_multiplied_in_the_form_for_its_rows(path: Path, backend: Backend, many: bool, few: bool) -> None:
+    with open_model(path, plain_copies(path, backend, many=many, few=few)) as model:
+        tensor = weight_tensors(model)["blk.0.attn_q.weight"]
+
+        def where(n_rows: int) -> int:
+            with model.multiplying(n_rows):
+                return int(tensor.contents.data)
+
+        places = {n: where(n) for n in (MANY, 1, MAX_FEW_ROWS, 500, 1)}
+        assert places[MANY] == places[500] and places[1] == places[MAX_FEW_ROWS]
+        assert (places[MANY] == places[1]) == (many == few)
+
+
+def test_rearranged_copies_of_a_few_rows_leave_the_prompt_as_it_is(path: Path, backend: Backend) -> None:
+    repack = [each for each in backend.extra_buffer_types() if buffer_type_name(each) == "CPU_REPACK"]
+    if not repack or not backend.multiplies(repack[0], "Q4_0", 256, 256):
+        pytest.skip("this CPU does not repack Q4_0")
+    with LlamaModel(path) as model:
+        plain = logits(model)
+    copies = tuple(Copy(name, "CPU_REPACK", repack[0], many=False) for name in blocks(path))
+    with open_model(path, Placement(copies)) as model:
+        mixed = logits(model)
+    assert (mixed[0] == plain[0]).all()
+    assert np.linalg.norm(mixed[1:] - plain[1:]) < 0.1 * np.linalg.norm(plain[1:])  # wrong weights give 140%
+
+
+def test_a_weight_that_llama_cpp_does_not_multiply_is_left_alone(path: Path, backend: Backend) -> None:
+    with open_model(path, Placement((Copy("blk.99.attn_q.weight", "CPU", backend.buffer_type),))) as model:
+        assert np.isfinite(logits(model)).all()
+
+
+def test_after_closing_nothing_refers_to_the_copies(path: Path, backend: Backend) -> None:
+    for _ in range(3):
+        model = open_model(path, plain_copies(path, backend))
+        context = LlamaContext(model, 64, 32, 1)
+        context.decode(BatchRows.of(np.zeros(1, np.int32), 0, 0, output=True))
+        context.close()
+        model.close()
+        model.close()
+        del model  # and one that nobody closes
+        open_model(path, plain_copies(path, backend))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of a mapping are counted on Linux only")
+def test_a_copied_weight_takes_no_mapped_memory(path: Path, backend: Backend) -> None:
+    """Fewer pages of the file stay in memory, and none of the prefill that read them."""
+    with LlamaModel(path) as model:
+        logits(model)
+        before = resident(path)
+    with open_model(path, plain_copies(path, backend, many=False)) as model:
+        logits(model)
+        after = resident(path)
+    with GgufFile.open(path) as file:
+        copied = sum(file.tensors[name].nbytes for name in blocks(path))
+    assert before >= copied and after < before - 0.5 * copied, (before, after, copied)
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found: list[Any] = re.findall(
+        rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", Path("/proc/self/smaps").read_text()
+    )
+    return sum(map(int, found)) * 1024
