@@ -139,7 +139,7 @@ def text_kernels(
 
     Arguments and errors as those of `vision_kernels`.
     """
-    types = _worth_measuring(n_weights) if backend.is_cpu else []
+    types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
     kernels = {kind: available_kernels(backend, kind) for kind in types}
     extra = {kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type] for kind in types}
     types = [kind for kind in types if extra[kind]]
@@ -203,7 +203,7 @@ def fastest_pair(measured: Times, buffer_types: Collection[str]) -> tuple[str, s
     return best if page_seconds(measured, *best) < WORTH * page_seconds(measured, *plain) else plain
 
 
-def _worth_measuring(n_weights: Mapping[str, int], small: int = SMALL) -> list[str]:
+def _worth_measuring(n_weights: Mapping[str, int], small: int) -> list[str]:
     """The types of a file whose kernel matters, the most frequent first."""
     total = sum(n_weights.values())
     if total < small:
