@@ -35,6 +35,7 @@ from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError
 from granite4v.ggml.metadata import AGAIN
+from granite4v.ggml.slow_weights import warn_if_slow
 
 MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
 MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
@@ -119,6 +120,8 @@ class VisionEncoder:
             self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce, rounding=rounding)
             if self.quantized_as is not None:
                 self.kernels |= dict([autotune.int8_kernel(self.backend, announce, [self.quantized_as])])
+            if vision_compute == "file":
+                warn_if_slow(self.path, "vision", n_weights(matrices), self.backend)
             self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as)
         if self.quantized_as is not None:  # which may have padded the feed-forward widths
             n_ffn = self._weights.n_rows(f"{keys.BLOCK.format(i=0, part='ffn_up')}.weight")

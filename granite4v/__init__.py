@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         OutputError,
         PromptError,
         SchemaError,
+        SpeedWarning,
     )
     from granite4v.runtime import Answer, GenerationOptions, Model, Sampling, Stream, Timings
     from granite4v.runtime.extract import Record
@@ -60,6 +61,7 @@ __all__ = [
     "Record",
     "Sampling",
     "SchemaError",
+    "SpeedWarning",
     "Stream",
     "Timings",
     "__version__",
@@ -88,6 +90,7 @@ _find, _ = exports(
             "OutputError",
             "PromptError",
             "SchemaError",
+            "SpeedWarning",
         ),
         "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"),
         "runtime.extract": ("Record",),

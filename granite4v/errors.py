@@ -24,6 +24,10 @@ class ImageWarning(UserWarning):
     """An image that is read, but differently from what its author may expect."""
 
 
+class SpeedWarning(UserWarning):
+    """A model that runs much slower than this machine could run it, and what to do about that."""
+
+
 class DocumentError(Granite4vError):
     """A document that is missing, damaged, encrypted or of an unknown type, or that lacks a requested page."""
 

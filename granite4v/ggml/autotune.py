@@ -47,9 +47,9 @@ from granite4v.paths import read_json_cache, write_json_cache
 __all__ = ["Kernel", "page_seconds", "rates", "text_kernels", "times", "vision_kernels"]
 
 CACHE = "kernels.json"
-# Seconds for one call; a run makes two at most, one for the image side and one for the text model. What was not
-# measured by then is multiplied plainly, and measured the next time.
-BUDGET_S = 5.0
+# Seconds for one call; a run makes two at most, one for the image side and one for the text model, and one more second
+# each may go to `slow_weights`. What was not measured by then is multiplied plainly, and measured the next time.
+BUDGET_S = 4.0
 SMALL = 50_000_000  # weights: all products with them take less than 0.2 s for a tile
 MINOR = 0.02  # a type that holds less than this share of a file's weights is multiplied as it is
 # Image side: kernels within this ratio count as equal; the more exact one (float32), then the plain one, is taken.

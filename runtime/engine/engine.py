@@ -19,6 +19,8 @@ from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute, whole_number
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
+from granite4v.ggml.gguf_file import n_weights
+from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
@@ -360,7 +362,9 @@ class Engine:
             return
         backend = Backend(self.device, self.n_threads, (self._abort.callback_address, self._abort.data_address))
         try:
-            self._placement = choose_placement(self.files.text.tensors, backend, announce)
+            tensors = self.files.text.tensors
+            self._placement = choose_placement(tensors, backend, announce)
+            warn_if_slow(self.files.text.path, "text", n_weights(tensors.values()), backend)
         finally:
             backend.close()
 
