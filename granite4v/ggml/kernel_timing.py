@@ -24,7 +24,8 @@ ROUNDS = 2  # the kernels take turns, so that what else the machine does for a m
 FEW_ROWS_BYTES = 64 << 20  # of weights for a few rows: more than most caches
 TILES = 4  # that are multiplied with one matrix, which is widened or packed once for all
 MAX_NODES = 1000
-MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 2, 20, 0.05
+# Enough runs that one is undisturbed: when another program takes a core for a few milliseconds, all kernels seem equal.
+MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 2, 60, 0.15
 
 
 class Trial(NamedTuple):
