@@ -13,7 +13,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.build import Build
 from granite4v.ggml.cpu_features import cpu_features
-from granite4v.ggml.kernels import ATTENTION, FLOAT32, PLAIN
+from granite4v.ggml.kernels import ATTENTION, FLOAT32, PLAIN, available_kernels
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
 BUSY = 0.5  # load from which rates are lower than they could be
@@ -28,6 +28,7 @@ def measure(build: Build) -> Section:
         backend = Backend("cpu")
         try:
             offered = {buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()}
+            wanted = {kind: list(available_kernels(backend, kind)) for kind in TYPES}
             n_threads, rates = backend.n_threads, autotune.rates(backend, TYPES)
         finally:
             backend.close()
@@ -36,7 +37,12 @@ def measure(build: Build) -> Section:
         return Section("kernels", [text], {"error": str(error)}, [Problem(text)])
     section = describe(rates, n_threads, build, offered)
     busy = ["other programs were running; on an idle machine it is more"] if load >= BUSY else []
-    return dataclasses.replace(section, lines=[*section.lines, *busy], data={**section.data, "load_before": load})
+    return dataclasses.replace(
+        section,
+        lines=[*section.lines, *busy],
+        data={**section.data, "load_before": load},
+        problems=[*section.problems, *_unmeasured(rates, wanted)],
+    )
 
 
 def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collection[str]) -> Section:
@@ -84,6 +90,18 @@ def _problems(rates: Rates, build: Build, has_amx_buffers: bool) -> list[Problem
             )
         )
     return found
+
+
+def _unmeasured(rates: Rates, wanted: Mapping[str, Collection[str]]) -> list[Problem]:
+    """What the time did not suffice for: on a machine that is busy or slow, or because a kernel hangs."""
+    missing = [f"{kind} {name}" for kind, names in wanted.items() for name in names if name not in rates.get(kind, {})]
+    if not missing:
+        return []
+    text = (
+        f"There was no time to measure {len(missing)} kernels, from '{missing[0]}' on. Run this again when the machine "
+        "is idle; if it ends there again, that kernel hangs."
+    )
+    return [Problem(text, is_serious=False)]
 
 
 def _crash(kernel: str, kinds: list[str], build: Build) -> Problem:

@@ -91,6 +91,16 @@ def test_a_kernel_that_ends_its_process_is_found_by_measuring(tmp_path: Path, mo
     assert "end the process (Q8_0, F16)" in problem.text and GCC_FLAGS in problem.command
 
 
+def test_what_there_was_no_time_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "available_kernels", lambda backend, kind: {PLAIN: None, "AMX": None})
+    monkeypatch.setattr(kernels, "TYPES", ("F32", "Q8_0", "Q4_0"))
+    measured = {"F32": {PLAIN: 100.0, "AMX": 400.0}, "Q8_0": {PLAIN: 80.0}, "Q4_0": {}}
+    monkeypatch.setattr(kernels.autotune, "rates", lambda backend, types: measured)
+    problem = kernels.measure(build()).problems[-1]
+    assert not problem.is_serious and "measure 3 kernels, from 'Q8_0 AMX' on" in problem.text
+
+
 @pytest.mark.parametrize(("load", "expected"), [(0.1, 0), (2.0, 1)])
 def test_a_busy_machine_is_mentioned(
     load: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
