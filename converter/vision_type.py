@@ -1,6 +1,7 @@
 """Which weight type makes a vision file the fastest on this machine, for `--vision-type auto`.
 
-Of the types that cost little accuracy: F16, which costs none, Q8_0 and Q6_K (docs/benchmarks.md has what each costs).
+Of the types that cost little accuracy: F16, which costs none, BF16, Q8_0 and Q6_K (docs/benchmarks.md has what each
+costs).
 The one whose product of a vision tower's size takes the least time is taken, or a more exact one that takes little
 longer. What is measured is kept in the user's cache, as for the runtime's kernels.
 """
@@ -16,7 +17,7 @@ from granite4v.ggml.kernel_timing import MANY
 from granite4v.ggml.kernels import N_IN, N_OUT
 
 AUTO = "auto"
-CANDIDATES = ("F16", "Q8_0", "Q6_K")  # the most exact first
+CANDIDATES = ("F16", "BF16", "Q8_0", "Q6_K")  # the most exact first
 EQUAL = 1.1  # a more exact type may take so many times as long as the fastest
 
 

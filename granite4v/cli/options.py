@@ -222,7 +222,7 @@ TextTypeOption = Annotated[
 ]
 VISION_TYPE_HELP = (
     "Weight type of the vision tower and projectors: F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0 or IQ4_NL; "
-    "auto is the one of F16, Q8_0 and Q6_K that this CPU multiplies fastest."
+    "auto is the one of F16, BF16, Q8_0 and Q6_K that this CPU multiplies fastest."
 )
 VisionTypeOption = Annotated[str, typer.Option("--vision-type", metavar="T", help=VISION_TYPE_HELP)]
 LoraModeOption = Annotated[

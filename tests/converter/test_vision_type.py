@@ -48,6 +48,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: 0.5}, "Q6_K": {PLAIN: 0.8}}, "Q8_0"),
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: 1.2}, "Q6_K": {PLAIN: 0.5}}, "Q6_K"),
         ({"F16": {PLAIN: 1.0, FLOAT32: 0.5}, "Q8_0": {PLAIN: 1.2}, "Q6_K": {PLAIN: 0.47}}, "F16"),  # as fast
+        ({"F16": {PLAIN: 1.0}, "BF16": {PLAIN: 0.54}, "Q8_0": {PLAIN: 0.5}, "Q6_K": {PLAIN: 0.5}}, "BF16"),
+        ({"F16": {PLAIN: 1.0}, "BF16": {ONEDNN_BF16: 0.5, PLAIN: 2.0}, "Q8_0": {PLAIN: 0.8}}, "BF16"),
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: math.inf}, "Q6_K": {PLAIN: math.inf}}, "F16"),  # they crash
         ({"F16": {PLAIN: 1.0}}, "F16"),  # there was no time for more
         ({}, "F16"),
@@ -68,9 +70,11 @@ def test_half_precision_weights_are_not_rounded_to_be_faster(measured: Callable[
 def test_the_reason_names_the_rates(measured: Callable[..., None]) -> None:
     """2 * 1152 * 4352 * rows operations, whatever the length of a K-quant's rows."""
     n_operations = 2 * 1152 * 4352 * MANY
-    measured(F16={PLAIN: n_operations / 300e9}, Q8_0={PLAIN: n_operations / 200e9}, Q6_K={PLAIN: n_operations / 700e9})
+    rates = {"F16": 300, "BF16": 100, "Q8_0": 200, "Q6_K": 700}
+    measured(**{kind: {PLAIN: n_operations / rate / 1e9} for kind, rate in rates.items()})
     assert str(fastest_vision_type(1)) == (
-        "vision type Q6_K: GFLOP/s of this CPU are F16 300 (plain), Q8_0 200 (plain), Q6_K 700 (plain)"
+        "vision type Q6_K: GFLOP/s of this CPU are F16 300 (plain), BF16 100 (plain), Q8_0 200 (plain), "
+        "Q6_K 700 (plain)"
     )
 
 
