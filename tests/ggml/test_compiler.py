@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -52,19 +53,29 @@ def test_gcc_gets_flags_and_keeps_those_of_the_user(folder: Path) -> None:
     assert settings({**path, "CXXFLAGS": f"-g {GCC_FLAGS}"}) == {}
 
 
-def test_the_newest_clang_that_works_is_taken(folder: Path) -> None:
-    clang(folder, "-14", "14.0.6")
-    assert settings({"PATH": str(folder)}) == {"CXXFLAGS": GCC_FLAGS}  # older than those that were tried
-    clang(folder, "-16", "16.0.6")
-    clang(folder, "-9", "9.0.1")
-    clang(folder, "", "18.1.3")
-    assert settings({"PATH": str(folder)}) == {"CC": "clang", "CXX": "clang++"}
-    clang(folder, "-19", "19.1.7", compiles=False)  # without OpenMP, or without a C++ library
-    clang(folder, "-20", "20.1.0", c=False)
-    clang(folder, "-18-extra", "21.0.0")
-    assert settings({"PATH": str(folder)}) == {"CC": "clang", "CXX": "clang++"}
-    clang(folder, "-20", "20.1.0")
-    assert settings({"PATH": str(folder)}) == {"CC": "clang-20", "CXX": "clang++-20"}
+def test_without_a_default_compiler_the_newest_clang_that_works_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sh", "cat"):  # of which the compilers here are made
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = {"PATH": str(tmp_path)}
+    clang(tmp_path, "-14", "14.0.6")
+    assert settings(path) == {}  # older than those that were tried
+    clang(tmp_path, "-16", "16.0.6")
+    clang(tmp_path, "-9", "9.0.1")
+    clang(tmp_path, "", "18.1.3")
+    assert settings(path) == {"CC": "clang", "CXX": "clang++"}
+    clang(tmp_path, "-19", "19.1.7", compiles=False)  # without OpenMP, or without a C++ library
+    clang(tmp_path, "-20", "20.1.0", c=False)
+    clang(tmp_path, "-18-extra", "21.0.0")
+    assert settings(path) == {"CC": "clang", "CXX": "clang++"}
+    clang(tmp_path, "-20", "20.1.0")
+    assert settings(path) == {"CC": "clang-20", "CXX": "clang++-20"}
+    compiler_named(tmp_path, "c++", "clang version 18.1.3", "18.1.3")
+    assert settings(path) == {}  # the default is a clang: it is right as it is
+    compiler_named(tmp_path, "c++", GCC_SAYS, "12")
+    assert settings(path) == {"CXXFLAGS": GCC_FLAGS}
 
 
 def test_a_compiler_that_the_user_names_is_kept(folder: Path) -> None:
