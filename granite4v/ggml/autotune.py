@@ -177,8 +177,12 @@ def gflop(type_name: str) -> float:
 def page_seconds(measured: Times, many: str, few: str) -> float:
     """Seconds that one weight matrix takes for a typical page with one kernel for many rows and one for a few; infinity
     if one of them crashed, or was not measured."""
-    times_of = {n: measured.get(many if n == MANY else few, {}).get(n, math.inf) for n in PAGE}
-    return sum(PAGE[n] * seconds for n, seconds in times_of.items())
+    return _page_part(measured, many, many=True) + _page_part(measured, few, many=False)
+
+
+def _page_part(measured: Times, name: str, *, many: bool) -> float:
+    by_rows = measured.get(name, {})
+    return sum(times * by_rows.get(n, math.inf) for n, times in PAGE.items() if (n == MANY) == many)
 
 
 def fastest_kernel(measured: Mapping[str, float]) -> str:
@@ -193,14 +197,21 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
 
 
 def fastest_pair(measured: Times, buffer_types: Collection[str]) -> tuple[str, str]:
-    """The kernels to take for many rows and for a few: both plain, unless a buffer type for one or both is clearly
-    faster. There is one copy, so they are never two buffer types."""
-    plain = (PLAIN, PLAIN)
+    """The kernels to take for many rows and for a few: both plain, unless a buffer type is clearly faster for one or
+    both. There is one copy, so they are never two buffer types.
+
+    Many rows and few are judged apart: what else the machine did while one of them was measured must not hide a gain of
+    the other.
+    """
     if not measured.get(PLAIN, {}).keys() >= PAGE.keys():  # there was no time for the comparison
-        return plain
-    pairs = [pair for name in buffer_types for pair in ((name, name), (PLAIN, name), (name, PLAIN))]
-    best = min(pairs, key=lambda pair: page_seconds(measured, *pair), default=plain)
-    return best if page_seconds(measured, *best) < WORTH * page_seconds(measured, *plain) else plain
+        return PLAIN, PLAIN
+
+    def better(name: str, *, many: bool) -> str:
+        plain = _page_part(measured, PLAIN, many=many)
+        return name if _page_part(measured, name, many=many) < WORTH * plain else PLAIN
+
+    pairs = [(PLAIN, PLAIN), *((better(name, many=True), better(name, many=False)) for name in buffer_types)]
+    return min(pairs, key=lambda pair: page_seconds(measured, *pair))
 
 
 def _worth_measuring(n_weights: Mapping[str, int], small: int) -> list[str]:
