@@ -32,13 +32,14 @@ _ELF64_LITTLE = b"\x7fELF\x02\x01"
 @dataclass(frozen=True)
 class Build:
     """One build of llama-cpp-python. `features`: the CPU features that its kernels were compiled for, by ggml's names
-    (`cpu_features`)."""
+    (`cpu_features`). `openmp`: the library whose threads it computes with: 'libgomp', 'libomp'; '' for its own."""
 
     version: str
     ggml: str
     compiler: str
     features: tuple[str, ...]
     id: str
+    openmp: str = ""
 
     @property
     def summary(self) -> str:
@@ -59,6 +60,7 @@ def installed_build() -> Build:
         compiler=compiler_of(_cpu_libraries()[0]),
         features=tuple(name for name in FEATURES if name in compiled_features()),
         id=build_id(),
+        openmp=openmp_of(_cpu_libraries()[0]),
     )
 
 
@@ -134,6 +136,16 @@ def compiler_of(library: Path) -> str:
         return f"clang {found[1]}"
     found = re.search(r"GCC: \([^)]*\) ([\d.]+)", comment)
     return f"GCC {found[1]}" if found else UNKNOWN
+
+
+def openmp_of(library: Path) -> str:
+    """The OpenMP library that a library's file is linked to: GCC's or LLVM's, whose threads know nothing of each
+    other; '' for none."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return ""
+    return next((name for name in ("libgomp", "libomp") if f"{name}.".encode() in content), "")
 
 
 def _comment_section(library: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_a_build_that_uses_all_that_the_cpu_has_is_fine(cpu: None) -> None:
     section = native.build(made(*SERVER))
     assert list(section.problems) == [] and section.data["not_used"] == []
     assert section.lines[0] == f"llama-cpp-python 0.3.36, ggml {native.TESTED_VERSION}, compiled by GCC 12.2.0"
+
+
+def test_two_openmp_libraries_in_one_process_are_advised_against(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for openmp, installed_too, n_problems in (("libomp", True, 1), ("libomp", False, 0), ("libgomp", True, 0)):
+        monkeypatch.setattr(native.onednn, "is_installed", lambda installed_too=installed_too: installed_too)
+        found = Probe(dataclasses.replace(made(*SERVER).build, openmp=openmp))
+        problems = native.build(found).problems
+        assert [problem.is_serious for problem in problems] == [False] * n_problems
+        assert all("Compile it with GCC" in problem.text and problem.command for problem in problems)
 
 
 def test_a_generic_build_is_serious(cpu: None) -> None:

@@ -61,6 +61,19 @@ def test_the_compiler_of_the_installed_library_is_what_readelf_says() -> None:
     assert version in told and name in told
 
 
+def test_the_openmp_library_is_what_readelf_says(tmp_path: Path) -> None:
+    (tmp_path / "library").write_bytes(b"\x7fELF\0libomp.so.5\0")
+    assert build.openmp_of(tmp_path / "library") == "libomp"
+    (tmp_path / "library").write_bytes(b"\x7fELF\0libc.so.6\0")
+    assert build.openmp_of(tmp_path / "library") == "" == build.openmp_of(tmp_path / "nothing")
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    path = library_path("ggml-cpu")
+    told = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
+    needed = [name for name in ("libgomp", "libomp") if f"[{name}." in told]
+    assert [build.openmp_of(path)] == (needed or [""])
+
+
 def test_the_features_are_those_that_the_library_reports() -> None:
     """`llama_print_system_info` lists the same features as text."""
     import llama_cpp
