@@ -81,7 +81,7 @@ def find_vision_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [file for file in gguf_files(path) if _is_vision(file)]
+    found = vision_files(path)
     originals = [file for file in found if requantized(file) not in {other.name for other in found}]
     if not originals:
         raise ModelFileError(f"'{path}' contains no vision file (mmproj-*.gguf); give one, or a directory with one.")
@@ -89,6 +89,11 @@ def find_vision_file(path: Path) -> Path:
         names = ", ".join(f"'{file.name}'" for file in originals)
         raise ModelFileError(f"'{path}' contains more than one vision file: {names}; give the file instead.")
     return originals[0]
+
+
+def vision_files(folder: Path) -> list[Path]:
+    """Sorted by name. Raises ModelFileError for a damaged file among a folder's GGUF files."""
+    return [file for file in gguf_files(folder) if _is_vision(file)]
 
 
 def plan_file(file: GgufFile, vision_type: str) -> PlannedFile:

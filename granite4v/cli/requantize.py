@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,9 @@ def requantize(
     """
     from granite4v import converter
     from granite4v.converter import policy
+    from granite4v.converter.requantize import vision_files
     from granite4v.errors import Granite4vError
+    from granite4v.gguf_role import without_sources
 
     if vision_type.lower() == converter.AUTO:
         vision_type = options.fastest_vision_type(threads)
@@ -51,3 +54,7 @@ def requantize(
         path = converter.requantize(source, vision_type, out, force=force, n_threads=threads, progress=progress.written)
     typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     typer.echo(f"quantized in {time.perf_counter() - began:.1f} s", err=True)
+    with contextlib.suppress(Granite4vError):  # of a damaged neighbour: this file is written
+        others = [file.name for file in without_sources(vision_files(path.parent)) if file.name != path.name]
+        if others:
+            typer.echo(f"note: '{path.parent}' also has {', '.join(others)}; choose one with --mmproj", err=True)

@@ -102,6 +102,7 @@ class WeightCopies:
         """Around the computation of a batch of so many rows."""
         is_many = n_rows > MAX_FEW_ROWS
         if is_many != self._is_many:
+            self._is_many = None  # neither, should this be interrupted
             for forms in self._forms:
                 forms.point(is_copy=forms.copy.many if is_many else forms.copy.few)
             self._is_many = is_many

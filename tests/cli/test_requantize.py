@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from granite4v.cli.main import app
+from granite4v.errors import ModelFileError
+from granite4v.runtime.llama.files import ModelFiles
 from tests.toy.checkpoint import PRESETS
 
 
@@ -39,3 +42,14 @@ def test_a_wrong_type_or_none_is_wrong_usage(tmp_path: Path) -> None:
     status, stdout, stderr = run(tmp_path, "--vision-type", "Q9")
     assert (status, stdout) == (2, "") and "unknown quantization type 'Q9'" in stderr
     assert run(tmp_path)[0] == 2
+
+
+def test_a_second_file_of_the_same_source_is_pointed_out(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model(PRESETS["tiny"], "F32", "F16"), tmp_path / "model")
+    assert "note:" not in run(folder, "--vision-type", "Q8_0")[2]
+    stderr = run(folder, "--vision-type", "Q6_K")[2]
+    assert stderr.endswith(f"note: '{folder}' also has mmproj-Q8_0.gguf; choose one with --mmproj\n")
+    with pytest.raises(ModelFileError, match="more than one vision file"):
+        ModelFiles.open(folder)
+    (folder / "mmproj-Q8_0.gguf").unlink()
+    ModelFiles.open(folder).close()

@@ -118,6 +118,32 @@ def test_after_closing_nothing_refers_to_the_copies(path: Path, backend: Backend
         open_model(path, plain_copies(path, backend))
 
 
+class InterruptedOnce(Copy):
+    """The first batch of many rows is interrupted while tensors are pointed."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "many" and "after" in self.__dict__:
+            left = self.__dict__["after"] = self.__dict__["after"] - 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return super().__getattribute__(name)
+
+
+def test_an_interrupt_while_weights_are_switched_leaves_no_mixture(path: Path, backend: Backend) -> None:
+    names = blocks(path)
+    last = InterruptedOnce(names[-1], "CPU", backend.buffer_type, many=False)
+    copies = (*plain_copies(path, backend, many=False).copies[:-1], last)
+    with open_model(path, Placement(copies)) as model:
+        tensor = weight_tensors(model)[names[0]]
+        with model.multiplying(1):
+            few = int(tensor.contents.data)
+        last.__dict__["after"] = 1
+        with pytest.raises(KeyboardInterrupt), model.multiplying(MANY):
+            pass
+        with model.multiplying(1):
+            assert tensor.contents.data == few
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of a mapping are counted on Linux only")
 def test_a_copied_weight_takes_no_mapped_memory(path: Path, backend: Backend) -> None:
     """Fewer pages of the file stay in memory, and none of the prefill that read them."""
