@@ -81,9 +81,9 @@ def library() -> Any:
         # PyDLL keeps Python's lock during a call. Most calls take a few milliseconds, and each release of the lock can
         # cost as much: another thread that waits for it gets it, and keeps it for that long.
         dnnl = c.PyDLL(path)
-    except OSError:  # a library that it needs is missing
+        dnnl.dnnl_version.restype = c.POINTER(_Version)
+    except (OSError, AttributeError):  # damaged, another library, or one that it needs is missing
         return None
-    dnnl.dnnl_version.restype = c.POINTER(_Version)
     if dnnl.dnnl_version().contents.major != MAJOR_VERSION:
         return None
     dnnl.dnnl_primitive_desc_query_md.restype = c.c_void_p

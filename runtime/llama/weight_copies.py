@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib as ggml
@@ -39,18 +40,21 @@ from granite4v.runtime.llama.placement import Copy, Placement
 # A batch of more rows is multiplied as a prompt, one of fewer as a decode step. With Q4_K plain weights win from 12
 # rows on, repacked ones up to 8.
 MAX_FEW_ROWS = 8
+# Fewer rows are a step of many sequences, which the next one follows at once and reads the same pages.
+ROWS_OF_PROMPT = 17
 RETURN_EVERY_S = 0.2
 _OP_NONE = 0  # enum ggml_op: of a tensor that no operation computes
 _FIELDS = ("data", "buffer", "extra")
 
 
 def open_model(path: Path, placement: Placement, *, device: str = "cpu", n_threads: int = 1) -> LlamaModel:
-    """A model with its copies. Raises ModelFileError and DeviceError as `LlamaModel` does."""
+    """A model, with its copies if there is memory for them. Raises ModelFileError and DeviceError as `LlamaModel`."""
     model = LlamaModel(path, device=device)
     if not placement.copies or not model.on_cpu:
         return model
     try:
-        model.use_copies(WeightCopies(model, placement.copies, n_threads))
+        with contextlib.suppress(DeviceError):  # no memory for the copies: the mapped weights are only slower
+            model.use_copies(WeightCopies(model, placement.copies, n_threads))
     except BaseException:
         model.close()
         raise
@@ -106,7 +110,7 @@ class WeightCopies:
             for forms in self._forms:
                 forms.point(is_copy=forms.copy.many if is_many else forms.copy.few)
             self._is_many = is_many
-        if is_many and self._needs_mapped:
+        if n_rows >= ROWS_OF_PROMPT and self._needs_mapped:
             with self._mapped.given_back_meanwhile():
                 yield
         else:

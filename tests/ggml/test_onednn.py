@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _ctypes
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +140,17 @@ def test_a_missing_library_is_an_error_with_the_command(monkeypatch: pytest.Monk
     monkeypatch.setattr(onednn, "library", lambda: None)
     with pytest.raises(DeviceError, match=r"pip install 'granite4v\[onednn\]'"):
         onednn.OneDnn(1)
+
+
+@pytest.mark.parametrize("content", [b"no library", None])
+def test_a_file_that_is_not_onednn_counts_as_not_installed(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a damaged file nor another library."""
+    path = tmp_path / "libdnnl.so.3"
+    if content is None:
+        path.write_bytes(Path(_ctypes.__file__).read_bytes())
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(onednn, "find_library", lambda: str(path))
+    assert onednn.library.__wrapped__() is None

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.errors import DeviceError
+from granite4v.ggml.backend import Arena, Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
@@ -164,3 +165,17 @@ def resident(path: Path) -> int:
         rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", Path("/proc/self/smaps").read_text()
     )
     return sum(map(int, found)) * 1024
+
+
+def test_without_memory_for_copies_the_mapped_weights_are_used(
+    path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LlamaModel(path) as model:
+        expected = logits(model)
+
+    def refuse(self: Arena, buffer_type: Any, *, weights: bool) -> int:
+        raise DeviceError("not enough memory")
+
+    monkeypatch.setattr(Arena, "allocate", refuse)
+    with open_model(path, plain_copies(path, backend, many=True, few=True)) as model:
+        assert np.array_equal(logits(model), expected)
