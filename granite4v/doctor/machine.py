@@ -14,11 +14,12 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from granite4v.doctor.section import Problem, Section
-from granite4v.ggml.backend import default_threads
+from granite4v.ggml.control_groups import MOUNT, OWN, group_folders
+from granite4v.ggml.cpu import cpu_quota, default_threads
 from granite4v.ggml.cpu_features import cpu_features, cpu_name, in_words, told_by_sysctl
 from granite4v.paths import cache_folder, new_file
 
-MEMINFO, OWN_CGROUP, CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMINFO, OWN_CGROUP, CGROUPS = Path("/proc/meminfo"), OWN, MOUNT
 LITTLE_MEMORY = 4e9  # bytes; the smallest real models take about this, with weights of 4 bits
 NO_LIMIT = 1 << 60  # version 1 of control groups says so by a number near 2^63
 EXTRAS = {  # what each is for
@@ -41,7 +42,11 @@ def threads() -> Section:
     lines = [f"{chosen} by default: one for each core that this process may use"]
     if allowed < logical:
         lines.append(f"it may use {allowed} of {logical} logical CPUs")
-    return Section("threads", lines, {"default": chosen, "logical_cpus": logical, "allowed_cpus": allowed})
+    quota = cpu_quota()
+    if quota is not None:
+        lines.append(f"a control group allows it the time of {quota:.3g} CPUs")
+    facts = {"default": chosen, "logical_cpus": logical, "allowed_cpus": allowed, "cpu_quota": quota}
+    return Section("threads", lines, facts)
 
 
 # --- memory ---
@@ -90,23 +95,12 @@ def _room_in_group() -> int | None:
 
 def _groups() -> list[tuple[Path, str, str, str]]:
     """This process's control groups and those around them: folder, names of the files with use and limit, and what the
-    share of cached files is called. Version 2 has one hierarchy, version 1 one for memory."""
-    try:
-        lines = OWN_CGROUP.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "?", "")
-        if controllers == "":
-            root, files = CGROUPS, ("memory.current", "memory.max", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, files = CGROUPS / "memory", ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = root / path.strip("/")
-        found += [(each, *files) for each in (folder, *folder.parents) if each == root or root in each.parents]
-    return found
+    share of cached files is called."""
+    files = {
+        1: ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
+        2: ("memory.current", "memory.max", "inactive_file"),
+    }
+    return [(folder, *files[version]) for version, folder in group_folders("memory", OWN_CGROUP, CGROUPS)]
 
 
 def _number(path: Path) -> int | None:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import mmap
-import os
 import sys
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from granite4v.choices import MAX_THREADS, whole_number
 from granite4v.errors import DeviceError
+from granite4v.ggml.cpu import default_threads
 from granite4v.ggml.declarations import BufferTypeP, DeviceP, InitParams
 from granite4v.ggml.library import lib
 from granite4v.ggml.onednn import OneDnn
@@ -31,22 +31,6 @@ _REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
 
 class Aborted(Exception):
     """A computation ended early because its caller asked for it."""
-
-
-def default_threads() -> int:
-    """One thread for each core this process may use; hyper-threads share a core and are not counted twice."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 def check_threads(n_threads: int | None) -> int:

@@ -20,6 +20,7 @@ from granite4v.errors import DeviceError
 from granite4v.ggml import declarations
 
 TESTED_VERSION = "0.25.3"  # ggml in llama-cpp-python 0.3.36
+SPINS = 10_000  # turns of GCC's OpenMP in a waiting loop
 _OBJECT_SIZE = 32  # sizeof(struct ggml_object) on 64-bit: two size_t, a pointer, an enum and 4 bytes of padding
 
 
@@ -52,31 +53,21 @@ def lib() -> Any:
 
 @contextlib.contextmanager
 def openmp_for_this_load() -> Iterator[None]:
-    """OpenMP, if it is loaded inside the block, lets waiting threads sleep when other programs occupy every core.
+    """OpenMP, if it is loaded inside the block, lets threads wait awake for a tenth of a millisecond, then asleep.
 
-    By default a thread spins for milliseconds at each barrier of a graph. That is fastest on a core of its own, and
-    takes the core from the very thread that is waited for where there are more threads than cores: measured on two busy
-    cores, sleeping decodes about ten times as fast, and on two idle ones a tenth as fast. OpenMP reads the variable
-    once, so it is set back afterwards; a choice of the user's stays.
+    GCC's OpenMP lets a thread spin for milliseconds at each barrier of a graph, which takes the core from the very
+    thread that is waited for where there are more threads than cores. `SPINS` is as fast on an idle machine
+    (`scripts/busy.py` measures it). OpenMP reads the variable once, so it is set back afterwards; a choice of the
+    user's stays, and an OpenMP that another library has loaded before keeps its way.
     """
-    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if chosen or not _is_busy():
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         yield
         return
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     try:
         yield
     finally:
-        os.environ.pop("OMP_WAIT_POLICY", None)
-
-
-def _is_busy() -> bool:
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return False
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return load >= n_cores
+        os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def _load_llama_cpp() -> None:

@@ -19,6 +19,7 @@ from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute, whole_number
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
+from granite4v.ggml.cpu import FreeThreads
 from granite4v.ggml.gguf_file import n_weights
 from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
@@ -66,6 +67,8 @@ class Engine:
         find_device(device)  # a device that is missing is reported now, not after the first image
         self.files, self.device, self.exact = files, device, exact
         self.n_threads = check_threads(n_threads)
+        # a number that was asked for stays, and --exact compares values, which depend on it
+        self._free_threads = FreeThreads(self.n_threads) if n_threads is None and not exact else None
         self.warnings: list[str] = []
         self.n_ctx = self._limit_context(n_ctx)
         self.n_ubatch = min(N_UBATCH, self.n_ctx)
@@ -396,4 +399,5 @@ class Engine:
             n_seq_max=n_sequences,
             exact=self.exact,
             abort=self._abort,
+            free_threads=self._free_threads,
         )

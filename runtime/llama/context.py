@@ -12,6 +12,7 @@ import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
+from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
@@ -74,10 +75,11 @@ class LlamaContext(Owner):
         exact: bool = False,
         abort: AbortFlag | None = None,
         node_callback: Any = None,
+        free_threads: FreeThreads | None = None,
     ) -> None:
         """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
         comparing values rather than for speed. `node_callback`: a `ggml_backend_sched_eval_callback`, which is asked
-        about every node of a graph.
+        about every node of a graph. `free_threads`: asked before each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -107,6 +109,7 @@ class LlamaContext(Owner):
         self._own(handle, lib.llama_free, model, abort, node_callback)
         self._memory = lib.llama_get_memory(handle)
         self.adapter_on = False
+        self._n_threads, self._free_threads = n_threads, free_threads
 
     def set_adapter(self, on: bool) -> None:
         """Applies the model's LoRA to what is decoded from now on, or stops doing so."""
@@ -120,6 +123,12 @@ class LlamaContext(Owner):
             raise DeviceError(f"llama.cpp cannot switch the adapter: {log().reason()}.")
         self.adapter_on = on
 
+    def _use_free_threads(self) -> None:
+        n_threads = self._n_threads if self._free_threads is None else self._free_threads.now()
+        if n_threads != self._n_threads:
+            self._n_threads = n_threads
+            llama().llama_set_n_threads(self.handle, n_threads, n_threads)
+
     def decode(self, rows: BatchRows) -> None:
         """Appends rows to their sequences. Rows of several sequences are computed together where the numbers of the
         sequences follow each other in rising order without a gap, otherwise in one pass for each such run.
@@ -129,6 +138,7 @@ class LlamaContext(Owner):
         """
         lib, n = llama(), len(rows)
         self._check(rows)
+        self._use_free_threads()
         data = np.ascontiguousarray(rows.data)
         positions, sequences = np.ascontiguousarray(rows.positions), np.ascontiguousarray(rows.sequences)
         wanted = rows.outputs.astype(np.int8)

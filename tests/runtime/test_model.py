@@ -23,7 +23,7 @@ import granite4v
 from granite4v.clip_projector import VisionEncoder
 from granite4v.converter import Options, convert
 from granite4v.errors import DeviceError, ImageError, ModelFileError, PromptError
-from granite4v.ggml.backend import default_threads
+from granite4v.ggml.cpu import FreeThreads, default_threads
 from granite4v.runtime.options import GenerationFields, GenerationOptions
 from tests.helpers.gguf_edit import copy_gguf
 from tests.helpers.pictures import noise_picture, text_picture
@@ -357,6 +357,22 @@ def test_the_number_of_threads_is_known(make_model: Callable[..., Path]) -> None
     with granite4v.load(make_model(TINY), n_threads=1) as one, granite4v.load(make_model(TINY)) as default:
         assert (one.n_threads, one.settings["n_threads"]) == (1, 1)
         assert default.n_threads == default_threads()
+
+
+def test_only_a_default_number_of_threads_changes_with_the_load(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def now(_: FreeThreads) -> int:
+        asked.append(True)
+        return 1
+
+    monkeypatch.setattr(FreeThreads, "now", now)
+    for options, expected in (({"n_threads": 2}, False), ({"exact": True}, False), ({"exact": False}, True)):
+        with granite4v.load(make_model(TINY), device="cpu", **options) as model:
+            model.generate("Hello", max_tokens=2)
+        assert bool(asked) == expected
 
 
 def test_one_image_has_progress_of_its_own_and_the_same_bits(make_model: Callable[..., Path]) -> None:

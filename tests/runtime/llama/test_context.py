@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from granite4v.ggml.backend import Aborted
+from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.library import llama
 from granite4v.runtime.llama.model import LlamaModel
 from tests.toy.spec import PRESETS
 
@@ -43,6 +45,18 @@ def test_tokens_of_one_batch_and_one_by_one_give_the_same_logits(text: LlamaMode
         for position, token in enumerate(TOKENS.tolist()):
             (last,) = step(context, (token, position, 0))
         np.testing.assert_allclose(last, together, atol=1e-4)
+
+
+def test_each_batch_is_computed_with_the_threads_that_are_free(
+    text: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, numbers = FreeThreads(3), iter((3, 1, 2))
+    monkeypatch.setattr(free, "now", lambda: next(numbers))
+    with LlamaContext(text, 256, 64, 3, free_threads=free) as context:
+        for i, expected in enumerate((3, 1, 2)):
+            step(context, (7, i, 0))
+            lib = llama()
+            assert (lib.llama_n_threads(context.handle), lib.llama_n_threads_batch(context.handle)) == (expected,) * 2
 
 
 def test_a_sequence_alone_has_the_same_bits_whatever_others_hold(text: LlamaModel) -> None:
