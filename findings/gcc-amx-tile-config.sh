@@ -50,7 +50,9 @@ loaded() {  # FLAG...: what ldtilecfg reads
     g++ -no-pie configure.s show.cpp -o program
     ./program
 }
-echo "GCC $(g++ -dumpfullversion)"
+version=$(g++ -dumpfullversion)
+echo "GCC $version"
+[ "$version" = 12.2.0 ] || { echo "this is about GCC 12.2.0; on Debian 12: apt-get install g++-12=12.2.0-14+deb12u1" >&2; exit 1; }
 plain=$(loaded -O2) tree=$(loaded -O2 -fno-tree-dse) without=$(loaded -O2 -fno-dse) unoptimized=$(loaded -O0)
 echo "-O2:               $plain"
 echo "-O2 -fno-tree-dse: $tree"

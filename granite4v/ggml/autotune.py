@@ -8,8 +8,9 @@ others. The times are kept in the user's cache for each CPU, build of ggml and n
 
 The two sides choose from the same times by different rules. The image side multiplies hundreds of rows at once, maps
 its file and copies what another buffer type takes; it takes the fastest kernel, the more exact of equals. The text
-model is opened by llama.cpp, which knows no widened weights and has one buffer for each weight: prefill and decoding
-use the same kernel, so that is the one with which a typical page takes the least time (`PAGE`).
+model is opened by llama.cpp, which knows no widened weights. Prompts and decoding may use two forms of a weight, the
+mapped one and one copy (`runtime.llama.weight_copies`), so a kernel is chosen for many rows and one for a few; between
+several buffer types for the copy, a typical page decides (`PAGE`).
 
 A small file is not measured: what it could gain is less than the measurement takes. It is multiplied as it is even
 where the times are known, so that its results are the same on the first run and on all others.
