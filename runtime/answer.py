@@ -16,7 +16,8 @@ class Timings:
     and `prefill_text_s`: the prompt; `decode_s`: the batches that this answer was part of, which may be shared with
     other answers; `constraint_s`: the grammar's masks and forced tokens. `n_reused` prompt tokens came from the prefix
     cache; `n_encoded` images were not cached. `n_forced` tokens of the answer were the only ones that the grammar
-    allowed, and were not sampled.
+    allowed, and were not sampled. `n_decoded` tokens of the answer were decoded in `decode_s`, all but those that
+    nothing followed. `n_drafted` tokens were decoded before they were sampled; `n_accepted` of them were right.
     """
 
     load_s: float = 0.0
@@ -32,6 +33,9 @@ class Timings:
     n_generated: int = 0
     n_forced: int = 0
     n_steps: int = 0  # decodes in `decode_s`; the first token of an answer costs none
+    n_decoded: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
 
     @property
     def prefill_s(self) -> float:
@@ -40,7 +44,7 @@ class Timings:
     @property
     def decode_tok_s(self) -> float:
         """Decoded tokens per second; 0 before the second token."""
-        return (self.n_steps + self.n_forced) / self.decode_s if self.decode_s > 0 else 0.0
+        return self.n_decoded / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass

@@ -16,6 +16,7 @@ from granite4v.choices import Device, VisionCompute, whole_number
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.draft import Drafter, DraftSource
 from granite4v.runtime.engine.engine import Engine
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.scheduler import Counters
@@ -255,8 +256,10 @@ class Model:
         *,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
+        drafts: Sequence[DraftSource] = (),
     ) -> Stream:
-        """Starts an answer to a prompt made by `prepare`. Raises ContextOverflowError, ConstraintError."""
+        """Starts an answer to a prompt made by `prepare`. `drafts`: texts that the answer may repeat, for
+        `options.drafting`. Raises ContextOverflowError, ConstraintError."""
         options = options or GenerationOptions()
         check_fits(prompt, options.max_tokens, self.n_ctx)
         answer = Answer(warnings=list(self.warnings))
@@ -270,6 +273,7 @@ class Model:
             grammar=self._grammar_state(options.constraint),
             fast_forward=options.fast_forward,
             repetition=self._repetition(options),
+            drafter=Drafter(prompt.text_tokens, drafts) if options.drafting else None,
         )
         return self._submit(
             prompt,

@@ -19,10 +19,11 @@ class GenerationOptions(Sampling):
     `max_tokens`: the most tokens the answer may have. `stop`: texts that end the answer and are not part of it.
     `ignore_eos`: generate `max_tokens` tokens regardless of end-of-text tokens (for benchmarks). `constraint`: a
     grammar from `granite4v.grammar_for`; the answer follows it and can end only where it is valid. `fast_forward`:
-    tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `repetition`: whether
-    an answer that repeats the same rows endlessly is stopped; a task name defines what a row is if there is no
-    constraint. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises ValueError or
-    TypeError for a value out of range.
+    tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `drafting`: text
+    that the answer may repeat is decoded ahead where that is likely to save time; the tokens stay the same.
+    `repetition`: whether an answer that repeats the same rows endlessly is stopped; a task name defines what a row is
+    if there is no constraint. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises
+    ValueError or TypeError for a value out of range.
     """
 
     max_tokens: int = 512
@@ -30,6 +31,7 @@ class GenerationOptions(Sampling):
     ignore_eos: bool = False
     constraint: Grammar | None = None
     fast_forward: bool = True
+    drafting: bool = False
     repetition: bool | str = True
     lora: bool | None = None
 
@@ -62,5 +64,6 @@ class GenerationFields(TypedDict, total=False):
     ignore_eos: bool
     constraint: Grammar | None
     fast_forward: bool
+    drafting: bool
     repetition: bool | str
     lora: bool | None

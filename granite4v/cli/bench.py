@@ -81,7 +81,7 @@ def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
         **result,
         "prompt_tokens": first.n_prompt,
         "image_tokens": first.n_image,
-        "predicted": first.n_steps,
+        "predicted": first.n_decoded,
         "peak_rss_gb": None if peak is None else round(peak, 3),
         "settings": settings,
     }

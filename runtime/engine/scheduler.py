@@ -259,6 +259,7 @@ class Scheduler:
             task.n_pending -= len(part)
             task.last_step = self.counters.n_steps
             task.answer.timings.decode_s += elapsed
+            task.answer.timings.n_decoded += len(part)
             self.counters.n_decoded += len(part)
             if not task.n_pending:
                 task.answer.timings.n_steps += 1

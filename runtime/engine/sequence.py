@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from granite4v.errors import ConstraintError
 from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer, Timings
+from granite4v.runtime.engine.draft import Draft, Drafter
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.sampler import Sampler, Sampling
 from granite4v.runtime.prompt.detokenizer import TextStream
@@ -48,6 +50,14 @@ class Advances(Protocol):
         """The end of an answer that is given up."""
         ...
 
+    def draft(self, most: int) -> Draft:
+        """At most `most` tokens that are likely to follow those of the steps so far."""
+        ...
+
+    def verified(self, n_drafted: int, n_accepted: int) -> None:
+        """Tokens of the last draft that were decoded, and how many of them the answer went on with."""
+        ...
+
 
 class Sequence:
     """An answer that is being generated; fills `answer`.
@@ -70,8 +80,10 @@ class Sequence:
         grammar: GrammarState | None = None,
         fast_forward: bool = True,
         repetition: Repetition | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.answer, self._max_tokens = answer, max_tokens
+        """`drafter`: None for an answer without drafts."""
+        self.answer, self._max_tokens, self._drafter = answer, max_tokens, drafter
         self._output = _Output(text, stop, answer, repetition)
         self._chooser = _Chooser(Sampler(sampling), stop_tokens, grammar, fast_forward, max_tokens, answer.timings)
 
@@ -94,6 +106,21 @@ class Sequence:
 
     def cancel(self) -> Step:
         return self._end(CANCELLED)
+
+    def draft(self, most: int) -> Draft:
+        """Nothing that the grammar forbids, and nothing that only the last token of the answer would follow: it is
+        sampled from the logits before it, and never decoded."""
+        tokens = self.answer.tokens
+        most = min(most, self._max_tokens - len(tokens) - 1)
+        if self._drafter is None or most < 1:
+            return Draft()
+        draft = self._drafter.propose(tokens, most)
+        n_possible = self._chooser.n_possible(draft.tokens)
+        return Draft(draft.tokens[:n_possible], draft.chances[:n_possible])
+
+    def verified(self, n_drafted: int, n_accepted: int) -> None:
+        self.answer.timings.n_drafted += n_drafted
+        self.answer.timings.n_accepted += n_accepted
 
     def _limit(self) -> str:
         """Why nothing can be added, whatever the logits are."""
@@ -126,6 +153,12 @@ class Scoring:
 
     def cancel(self) -> Step:
         return Step((), finish=CANCELLED)
+
+    def draft(self, most: int) -> Draft:
+        return Draft()
+
+    def verified(self, n_drafted: int, n_accepted: int) -> None:
+        pass
 
 
 class _Chooser:
@@ -170,6 +203,21 @@ class _Chooser:
         for token in tokens:
             grammar.accept(token)
         return n_sampled, [*tokens, *(self._forced(grammar) if tokens else [])]
+
+    def n_possible(self, draft: SequenceOf[int]) -> int:
+        """How many tokens of a draft the answer may go on with and not end."""
+        state = self._grammar.copy() if self._grammar is not None and draft else None
+        for n, token in enumerate(draft):
+            if token in self._stop_tokens:
+                return n
+            if state is not None:
+                try:
+                    state.accept(token)
+                except (ValueError, ConstraintError):
+                    return n
+                if state.is_final:
+                    return n
+        return len(draft)
 
     def _unless_stop(self, token: int) -> tuple[int, list[int]]:
         return (0, []) if token in self._stop_tokens else (1, [token])

@@ -57,6 +57,11 @@ class Prompt:
         return sum(span.n_tokens for span in self.spans)
 
     @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """The tokens of all text spans."""
+        return tuple(token for span in self.spans if isinstance(span, TextSpan) for token in span.tokens)
+
+    @property
     def n_image_tokens(self) -> int:
         return sum(span.n_tokens for span in self.spans if isinstance(span, ImageSpan))
 

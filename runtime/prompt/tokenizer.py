@@ -6,6 +6,7 @@ Special tokens written in the text are recognised, as transformers does. Knows n
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ class HfTokenizer:
 
     def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
         self._path, self._bos_token = path, bos_token
+        self._lock = threading.Lock()  # guards a setting: the engine's thread spells out forced text at any moment
         with self._explained("cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
         self._tokenizer.no_truncation()
@@ -130,16 +132,15 @@ class HfTokenizer:
 
     def encode(self, text: str) -> list[int]:
         add_special = not (self._bos_token and text.startswith(self._bos_token))
-        with self._explained("cannot tokenize this text"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+        return self._encode(text, plain=False, add_special=add_special)
 
     def encode_plain(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True
-        try:
-            with self._explained("cannot tokenize this text"):
-                return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+        return self._encode(text, plain=True, add_special=False)
+
+    def _encode(self, text: str, *, plain: bool, add_special: bool) -> list[int]:
+        with self._lock, self._explained("cannot tokenize this text"):
+            self._tokenizer.encode_special_tokens = plain
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
 
     def vocabulary(self) -> Vocabulary:
         added = self._tokenizer.get_added_tokens_decoder()

@@ -65,7 +65,7 @@ def test_bench_with_json_says_nothing_else(folder: Path, page: Path) -> None:
 
 def test_the_report_has_medians_and_spread() -> None:
     runs = [
-        Timings(encode_s=s, prefill_image_s=1, prefill_text_s=2, decode_s=2.0, n_steps=4, n_prompt=9, n_image=5)
+        Timings(encode_s=s, prefill_image_s=1, prefill_text_s=2, decode_s=2.0, n_decoded=4, n_prompt=9, n_image=5)
         for s in (3.0, 1.0, 2.0)
     ]
     found = report(runs, {"n_threads": 2})

@@ -31,6 +31,7 @@ def generate(
         try:
             logits = source.next(answer.tokens) if step.tokens else source.first()
             answer.timings.n_steps += bool(step.tokens)
+            answer.timings.n_decoded += len(step.tokens)
             step = sequence.cancel() if cancelled() else sequence.advance(logits)
         except Aborted:
             step = sequence.cancel()

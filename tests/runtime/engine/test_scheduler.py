@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from granite4v.errors import DeviceError
+from granite4v.runtime.engine.draft import Draft
 from granite4v.runtime.engine.sequence import Step
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, Span, TextSpan
@@ -160,6 +161,11 @@ class Broken:
 
     def cancel(self) -> Step:
         return Step(finish="cancelled")
+
+    def draft(self, most: int) -> Draft:
+        return Draft()
+
+    def verified(self, n_drafted: int, n_accepted: int) -> None: ...
 
 
 def test_an_error_of_one_request_ends_no_other() -> None:
