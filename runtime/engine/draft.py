@@ -1,23 +1,27 @@
 """Drafts by lookup: what an answer is likely to go on with, because it, its prompt or another answer said so before.
 
 A drafter follows every text that the answer may repeat with a cursor, and learns from each token of the answer how
-often a cursor of that kind is right. So an estimate that is wrong corrects itself, whether or not its drafts are used.
-Knows tokens alone: no grammar, no logits, no model.
+often such cursors are right. So an estimate that is wrong corrects itself, whether or not its drafts are used. Knows
+tokens alone: no grammar, no logits, no model.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-_END = -1  # between two token sequences of a source; equals no token
+# what a text is to an answer: its own beginning, its prompt, text that may occur in it, the answer to the same question
+# about something else, what it will be but for mistakes
+Kind = Literal["own", "prompt", "piece", "answer", "predicted"]
+
+MOST_ANSWERS = 4
+_END = -1  # between two pieces; equals no token
 _LONGEST = 32  # tokens that are compared backwards
-_MOST_PLACES = 8  # of a pair of tokens that are remembered, the latest
+_MOST_PLACES = 8  # of a pair of tokens, the latest
 _LEAST_CHANCE = 0.05  # of the last token of a draft
-# how far a complete answer is searched for the place where the real one continues, after they differed
-_BEHIND, _AHEAD = 8, 64
 
 
 class Draft(NamedTuple):
@@ -30,49 +34,50 @@ class Draft(NamedTuple):
 class DraftSource:
     """Token sequences that answers may repeat, shared by any number of requests and threads.
 
-    Bounded: the oldest sequences are forgotten when there are more than `most_tokens`.
+    A request uses what was added before it began. Bounded: the oldest pieces are forgotten when there are more than
+    `most_tokens`, the oldest answers when there are more than `MOST_ANSWERS`. `chances` is what requests have learned
+    about drafts; a request goes on with those of its first source.
     """
 
     def __init__(self, most_tokens: int = 1 << 14) -> None:
         self._most_tokens, self._lock = most_tokens, threading.Lock()
         self._pieces: list[tuple[int, ...]] = []
-        self._answers: list[IndexedText] = []
         self._pool = IndexedText()
-        self.version = 0  # changes with the texts
+        self._answers: tuple[IndexedText, ...] = ()
+        self._predicted: tuple[IndexedText, ...] = ()
+        self.chances = Chances()
 
-    def add(self, tokens: SequenceOf[int], *, whole: bool = False) -> None:
-        """`whole`: a complete answer that another may follow from its first token on, with differences; otherwise
-        pieces of it may occur anywhere."""
-        tokens = tuple(tokens)[: self._most_tokens]
-        if not tokens:
-            return
+    def add(self, tokens: SequenceOf[int]) -> None:
+        """Text that may occur anywhere in an answer."""
+        piece = tuple(tokens)[: self._most_tokens // 2]
         with self._lock:
-            if whole:
-                self._answers.append(IndexedText(tokens))
-                while sum(len(answer.tokens) for answer in self._answers) > self._most_tokens:
-                    self._answers.pop(0)
-            else:
-                self._add_piece(tokens)
-            self.version += 1
+            if len(self._pool.tokens) + len(piece) >= self._most_tokens:
+                n_left, pieces = self._most_tokens // 2 - len(piece), self._pieces
+                self._pieces, self._pool = [], IndexedText()
+                while pieces and (n_left := n_left - len(pieces[-1]) - 1) >= 0:
+                    self._pieces.insert(0, pieces.pop())
+                for kept in self._pieces:
+                    self._pool.extend((*kept, _END))
+            self._pieces.append(piece)
+            self._pool.extend((*piece, _END))
 
-    def _add_piece(self, tokens: tuple[int, ...]) -> None:
-        if len(self._pool.tokens) + len(tokens) > self._most_tokens:
-            n_kept, kept = len(tokens), list[tuple[int, ...]]()
-            for piece in reversed(self._pieces):
-                n_kept += len(piece) + 1
-                if n_kept > self._most_tokens // 2:
-                    break
-                kept.insert(0, piece)
-            self._pieces, self._pool = kept, IndexedText()
-            for piece in kept:
-                self._pool.extend((*piece, _END))
-        self._pieces.append(tokens)
-        self._pool.extend((*tokens, _END))
-
-    def texts(self) -> tuple[IndexedText, tuple[IndexedText, ...]]:
-        """The pieces as one text, and the complete answers."""
+    def add_answer(self, tokens: SequenceOf[int]) -> None:
+        """A complete answer that others may resemble from their first token on, such as that about another page."""
         with self._lock:
-            return self._pool, tuple(self._answers)
+            self._answers = (*self._answers[1 - MOST_ANSWERS :], IndexedText(tokens[: self._most_tokens]))
+
+    def predict(self, tokens: SequenceOf[int]) -> None:
+        """What the complete answer will be, but for mistakes."""
+        with self._lock:
+            self._predicted = (IndexedText(tokens),)
+
+    def cursors(self) -> list[_Cursor]:
+        with self._lock:
+            return [
+                _Lookup("piece", self._pool),
+                *(_Follower("answer", text) for text in self._answers),
+                *(_Follower("predicted", text) for text in self._predicted),
+            ]
 
 
 class IndexedText:
@@ -80,9 +85,10 @@ class IndexedText:
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self.tokens: list[int] = []
-        self._pairs: dict[tuple[int, int], tuple[int, ...]] = {}  # the latest places behind each
-        self._fours: dict[tuple[int, ...], int] = {}
-        self._firsts: dict[int, int] = {}  # behind the first token of a sequence
+        # by hash, as tuples take three times the memory; what is found is compared anyhow
+        self._pairs: dict[int, tuple[int, ...]] = {}  # the latest places behind each
+        self._fours: dict[int, int] = {}
+        self._firsts: dict[int, int] = {}  # behind the first token of a piece
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -95,30 +101,32 @@ class IndexedText:
             if place == 1 or known[place - 2] == _END:
                 self._firsts[token] = place
                 continue
-            pair = known[place - 2], token
+            pair = hash((known[place - 2], token))
             self._pairs[pair] = (*self._pairs.get(pair, ())[1 - _MOST_PLACES :], place)
             if place >= 4:
-                self._fours[tuple(known[place - 4 :])] = place
+                self._fours[hash(tuple(known[place - 4 :]))] = place
+
+    def at(self, place: int) -> int:
+        """The token at a place; one that equals none behind the last."""
+        return self.tokens[place] if place < len(self.tokens) else _END
 
     def find(self, history: SequenceOf[int]) -> tuple[int, int]:
         """The place behind the longest occurrence of the end of `history`, the latest of several, and its length.
 
-        (0, 0) without one of two tokens, or of one at the beginning of a sequence.
+        (0, 0) without one of two tokens, or of one at the beginning of a piece.
         """
-        if not history:
-            return 0, 0
-        places = self._pairs.get((history[-2], history[-1]), ()) if len(history) > 1 else ()
-        four = self._fours.get(tuple(history[-4:]))
+        places = self._pairs.get(hash(tuple(history[-2:])), ())
+        four = self._fours.get(hash(tuple(history[-4:])))
         if four is not None:
-            places = (four, *places)
-        if not places:
+            places = (*places, four)
+        found = max(((self.n_alike(place, history), place) for place in places), default=(0, 0))
+        if found[0] < 2:
             place = self._firsts.get(history[-1], 0)
             return place, min(place, 1)
-        n_alike, place = max((self.n_alike(place, history), place) for place in places)
-        return place, n_alike
+        return found[1], found[0]
 
     def n_alike(self, place: int, history: SequenceOf[int]) -> int:
-        """How many tokens before `place` are the last ones of `history`."""
+        """How many tokens before `place` are the last ones of `history`, as far as that is compared."""
         tokens, n = self.tokens, 0
         most = min(place, len(history), _LONGEST)
         while n < most and tokens[place - 1 - n] == history[-1 - n]:
@@ -127,12 +135,17 @@ class IndexedText:
 
 
 class _Cursor(Protocol):
-    """Where an answer may be in a text: `place` is that of the next token, `n_alike` tokens before it agree."""
+    """Where an answer may be in a text: `place` is that of the next token, and `n_alike` tokens before it agree."""
 
-    kind: str
+    kind: Kind
     text: IndexedText
     place: int
     n_alike: int
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether `place` says anything."""
+        ...
 
     def move(self, history: SequenceOf[int]) -> None:
         """The answer got one more token, the last of `history`."""
@@ -142,12 +155,16 @@ class _Cursor(Protocol):
 class _Lookup:
     """Goes to the longest repetition of the answer's end, wherever it is in the text."""
 
-    def __init__(self, kind: str, text: IndexedText) -> None:
+    def __init__(self, kind: Kind, text: IndexedText) -> None:
         self.kind, self.text, self.place, self.n_alike = kind, text, 0, 0
+
+    @property
+    def is_placed(self) -> bool:
+        return self.n_alike > 0
 
     def move(self, history: SequenceOf[int]) -> None:
         # no other place can have more in common as long as this one agrees
-        if self.n_alike and _at(self.text, self.place) == history[-1]:
+        if self.is_placed and self.text.at(self.place) == history[-1]:
             self.place += 1
             self.n_alike += 1
         else:
@@ -157,74 +174,79 @@ class _Lookup:
 class _Follower:
     """Stays beside the answer in a text that should resemble it from its beginning to its end.
 
-    Where the two differ, it goes on as if one token were replaced, until what follows tells where the answer really is:
-    the nearest place that agrees, as `</td><td>` occurs between any two cells.
+    Where the two differ it goes on as if one token were replaced, until what follows tells where the answer really is:
+    at the nearest place that agrees, as `</td><td>` occurs between any two cells. Text `a b c d e f`, answer `a b X d`:
+    after X the cursor is at d, by the replaced c; after d it is at e, and one token agrees.
     """
 
-    def __init__(self, text: IndexedText) -> None:
-        self.kind, self.text, self.place, self.n_alike = "answer", text, 0, 0
+    _BEHIND, _AHEAD = 8, 64  # how far is searched
+    _LOST = 4  # tokens after which the complete text is searched
+    is_placed = True
+
+    def __init__(self, kind: Kind, text: IndexedText) -> None:
+        self.kind, self.text, self.place, self.n_alike = kind, text, 0, 0
         self._n_lost = 0  # tokens since the two differed
 
     def move(self, history: SequenceOf[int]) -> None:
-        if _at(self.text, self.place) == history[-1]:
-            self.place += 1
+        agrees = self.text.at(self.place) == history[-1]
+        self.place = min(self.place + 1, len(self.text.tokens))
+        if agrees:
             self.n_alike += 1
             self._n_lost = 0
             return
         self.n_alike = 0
         self._n_lost += 1
-        self.place = min(self.place + 1, len(self.text.tokens))
         place, n_alike = self._nearby(history)
-        if n_alike < 4 and self._n_lost > 4:
+        if self._n_lost > self._LOST and n_alike < self._LOST:
             place, n_alike = max((place, n_alike), self.text.find(history), key=lambda found: found[1])
-        if n_alike >= 2 or (n_alike == 1 and abs(place - self.place) <= 2):
+        if n_alike > 1 or (n_alike == 1 and abs(place - self.place) <= 2):
             self.place, self.n_alike, self._n_lost = place, n_alike, 0
 
     def _nearby(self, history: SequenceOf[int]) -> tuple[int, int]:
+        """The best place near the cursor, and how many tokens before it agree."""
         tokens, last = self.text.tokens, history[-1]
         best, found = 0.0, (0, 0)
-        for place in range(max(1, self.place - _BEHIND), min(len(tokens), self.place + _AHEAD) + 1):
+        for place in range(max(1, self.place - self._BEHIND), min(len(tokens), self.place + self._AHEAD) + 1):
             if tokens[place - 1] == last:
                 n_alike = self.text.n_alike(place, history)
-                if (score := n_alike - abs(place - self.place) / _AHEAD) > best:
+                if (score := n_alike - abs(place - self.place) / self._AHEAD) > best:
                     best, found = score, (place, n_alike)
         return found
 
 
-def _at(text: IndexedText, place: int) -> int:
-    return text.tokens[place] if place < len(text.tokens) else _END
-
-
-_BOUNDS = (0, 1, 2, 4, 8, 16)  # of the classes of `n_alike`
-# chances of a token by kind and class, before the answer has shown others
-_PRIORS = {
-    "answer": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97),
-    "own":    (0.0, 0.1, 0.4, 0.5, 0.6, 0.75, 0.85),
-    "prompt": (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9),
-    "piece":  (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.9),
+_CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)  # of 0, 1, 2, ... tokens that agree; the last is that of all above
+# the chance of the next token by class, before any answer
+_PRIORS: dict[Kind, tuple[float, ...]] = {
+    "own":       (0.01, 0.1, 0.4, 0.5, 0.6, 0.75, 0.85),
+    "prompt":    (0.01, 0.1, 0.3, 0.5, 0.7, 0.80, 0.90),
+    "piece":     (0.01, 0.2, 0.4, 0.5, 0.7, 0.80, 0.90),
+    "answer":    (0.10, 0.2, 0.4, 0.5, 0.7, 0.80, 0.90),
+    "predicted": (0.50, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98),
 }  # fmt: skip
-_PRIOR_WEIGHT, _DECAY = 4.0, 0.95  # in observations; what one weighs after the next
 
 
-class _Chances:
-    """How often the next token of a cursor is right, by its kind and by how much agreed before."""
+class Chances:
+    """How likely the next token of a cursor is right: a logistic regression on the kind of its text, on how many tokens
+    agreed before it, and on the token itself (structure repeats, numbers do not), which learns from every token."""
+
+    _RATE, _TOKEN_RATE = 0.15, 0.4  # of learning
+    _MOST_TOKENS = 1 << 14  # whose weights are kept, the latest
 
     def __init__(self) -> None:
-        self._seen = {kind: [[0.0, 0.0] for _ in priors] for kind, priors in _PRIORS.items()}
+        self._of_class = {kind: [math.log(p / (1 - p)) for p in priors] for kind, priors in _PRIORS.items()}
+        self._of_token: dict[tuple[Kind, int], float] = {}
 
-    def of(self, kind: str, n_alike: int) -> float:
-        number = _class(n_alike)
-        right, n = self._seen[kind][number]
-        return (_PRIORS[kind][number] * _PRIOR_WEIGHT + right) / (_PRIOR_WEIGHT + n)
+    def of(self, kind: Kind, n_alike: int, token: int) -> float:
+        number = _CLASSES[min(n_alike, len(_CLASSES) - 1)]
+        return 1 / (1 + math.exp(-self._of_class[kind][number] - self._of_token.get((kind, token), 0.0)))
 
-    def observe(self, kind: str, n_alike: int, right: bool) -> None:
-        seen = self._seen[kind][_class(n_alike)]
-        seen[0] = seen[0] * _DECAY + right
-        seen[1] = seen[1] * _DECAY + 1
-
-
-def _class(n_alike: int) -> int:
-    return sum(n_alike > bound for bound in _BOUNDS)
+    def observe(self, kind: Kind, n_alike: int, token: int, right: bool) -> None:
+        error = right - self.of(kind, n_alike, token)
+        self._of_class[kind][_CLASSES[min(n_alike, len(_CLASSES) - 1)]] += self._RATE * error
+        weight = self._of_token.pop((kind, token), 0.0)
+        self._of_token[kind, token] = weight + self._TOKEN_RATE * error
+        if len(self._of_token) > self._MOST_TOKENS:
+            del self._of_token[next(iter(self._of_token))]
 
 
 class Drafter:
@@ -233,60 +255,40 @@ class Drafter:
     def __init__(self, prompt: SequenceOf[int] = (), sources: SequenceOf[DraftSource] = ()) -> None:
         """`prompt`: its text tokens."""
         self._history = IndexedText()
-        self._chances = _Chances()
-        self._cursors: list[_Cursor] = [_Lookup("own", self._history)]
-        if prompt:
-            self._cursors.append(_Lookup("prompt", IndexedText(prompt)))
-        self._sources = [(source, -1) for source in sources]
-        self._known: set[int] = set()  # texts of sources that have a cursor, by identity; cursors keep them alive
+        self._chances = sources[0].chances if sources else Chances()
+        self._cursors: list[_Cursor] = [_Lookup("own", self._history), _Lookup("prompt", IndexedText(prompt))]
+        for source in sources:
+            self._cursors += source.cursors()
 
     def propose(self, answer: SequenceOf[int], most: int) -> Draft:
         """At most `most` tokens after those of `answer`, which has only grown since the last call."""
         for token in answer[len(self._history.tokens) :]:
             self._move(token)
-        self._refresh()
         drafts = (self._from(cursor, most) for cursor in self._cursors)
-        return max(drafts, key=lambda draft: sum(draft.chances), default=Draft())
+        return max(drafts, key=lambda draft: sum(draft.chances))
 
     def _move(self, token: int) -> None:
-        history = self._history.tokens
         for cursor in self._cursors:
-            expected = _at(cursor.text, cursor.place)
-            if expected != _END and (cursor.n_alike or cursor.kind == "answer"):
-                self._chances.observe(cursor.kind, cursor.n_alike, expected == token)
-        # a cursor in the history itself must not find the end it is compared with
-        seen = [*history[-_LONGEST:], token]
+            expected = cursor.text.at(cursor.place)
+            if expected != _END and cursor.is_placed:
+                self._chances.observe(cursor.kind, cursor.n_alike, expected, expected == token)
+        # the token is not in the history yet: a lookup there must not find the end that it looks for
+        recent = [*self._history.tokens[1 - _LONGEST :], token]
         for cursor in self._cursors:
-            cursor.move(seen)
+            cursor.move(recent)
         self._history.extend((token,))
 
-    def _refresh(self) -> None:
-        """Takes up what was added to the sources."""
-        for i, (source, version) in enumerate(self._sources):
-            if source.version == version:
-                continue
-            self._sources[i] = source, source.version
-            pool, answers = source.texts()
-            new: list[_Cursor] = [_Follower(answer) for answer in answers if id(answer) not in self._known]
-            if id(pool) not in self._known:
-                new.append(_Lookup("piece", pool))
-            self._known |= {id(cursor.text) for cursor in new}
-            for cursor in new:
-                self._catch_up(cursor)
-            self._cursors += new
-
-    def _catch_up(self, cursor: _Cursor) -> None:
-        tokens = self._history.tokens
-        for n in range(1, len(tokens) + 1):
-            cursor.move(tokens[max(0, n - _LONGEST) : n])
-
     def _from(self, cursor: _Cursor, most: int) -> Draft:
-        if not cursor.n_alike and cursor.kind != "answer":
-            return Draft()
         tokens, chances, chance = list[int](), list[float](), 1.0
-        for token in cursor.text.tokens[cursor.place : cursor.place + max(0, most)]:
-            chance *= self._chances.of(cursor.kind, cursor.n_alike + len(tokens))
-            if token == _END or chance < _LEAST_CHANCE:
+        n_known = len(cursor.text.tokens) - cursor.place
+        for i in range(most if cursor.is_placed else 0):
+            # where the answer repeats itself, it may do so again and again: what is drafted goes on with its beginning
+            goes_round = i >= n_known > 0 and cursor.kind == "own"
+            token = tokens[i - n_known] if goes_round else cursor.text.at(cursor.place + i)
+            if token == _END:
+                break
+            chance *= self._chances.of(cursor.kind, cursor.n_alike + len(tokens), token)
+            if chance < _LEAST_CHANCE:
                 break
             tokens.append(token)
             chances.append(chance)

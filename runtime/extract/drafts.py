@@ -49,13 +49,13 @@ class Drafts:
         found.append(self._pieces.setdefault(page, DraftSource(_MOST_OF_PAGE)))
         if _is_predictable(question) and page in self._tables:
             predicted = DraftSource(_MOST_OF_PAGE)
-            predicted.add(self._written(self._tables[page], question), whole=True)
+            predicted.predict(self._written(self._tables[page], question))
             found.append(predicted)
         return tuple(found)
 
     def add(self, page: str, question: Question, tokens: Sequence[int], value: Any) -> None:
         """A finished answer: its tokens and what it was parsed to, None if that failed."""
-        self._of_task.setdefault(_key(question), DraftSource(_MOST_OF_TASK)).add(tokens, whole=True)
+        self._of_task.setdefault(_key(question), DraftSource(_MOST_OF_TASK)).add_answer(tokens)
         tables = (
             [value] if isinstance(value, Table) else value if task_or_question(question.task).gives_tables else None
         )
