@@ -175,8 +175,8 @@ class _Follower:
     """Stays beside the answer in a text that should resemble it from its beginning to its end.
 
     Where the two differ it goes on as if one token were replaced, until what follows tells where the answer really is:
-    at the nearest place that agrees, as `</td><td>` occurs between any two cells. Text `a b c d e f`, answer `a b X d`:
-    after X the cursor is at d, by the replaced c; after d it is at e, and one token agrees.
+    at the place that agrees and is nearest to where they differed, as `</td><td>` occurs between any two cells. Text
+    `a b c d e f`, answer `a b X d`: after X the cursor is at d, by the replaced c; after d at e, and one token agrees.
     """
 
     _BEHIND, _AHEAD = 8, 64  # how far is searched
@@ -185,7 +185,7 @@ class _Follower:
 
     def __init__(self, kind: Kind, text: IndexedText) -> None:
         self.kind, self.text, self.place, self.n_alike = kind, text, 0, 0
-        self._n_lost = 0  # tokens since the two differed
+        self._n_lost, self._parting = 0, 0  # tokens since the two differed, and the place of the first
 
     def move(self, history: SequenceOf[int]) -> None:
         agrees = self.text.at(self.place) == history[-1]
@@ -194,6 +194,8 @@ class _Follower:
             self.n_alike += 1
             self._n_lost = 0
             return
+        if not self._n_lost:
+            self._parting = self.place - 1
         self.n_alike = 0
         self._n_lost += 1
         place, n_alike = self._nearby(history)
@@ -203,13 +205,13 @@ class _Follower:
             self.place, self.n_alike, self._n_lost = place, n_alike, 0
 
     def _nearby(self, history: SequenceOf[int]) -> tuple[int, int]:
-        """The best place near the cursor, and how many tokens before it agree."""
+        """The best place near where the two differed, and how many tokens before it agree."""
         tokens, last = self.text.tokens, history[-1]
         best, found = 0.0, (0, 0)
-        for place in range(max(1, self.place - self._BEHIND), min(len(tokens), self.place + self._AHEAD) + 1):
+        for place in range(max(1, self._parting - self._BEHIND), min(len(tokens), self._parting + self._AHEAD) + 1):
             if tokens[place - 1] == last:
                 n_alike = self.text.n_alike(place, history)
-                if (score := n_alike - abs(place - self.place) / self._AHEAD) > best:
+                if (score := n_alike - abs(place - n_alike - self._parting) / self._AHEAD) > best:
                     best, found = score, (place, n_alike)
         return found
 
