@@ -119,8 +119,7 @@ class Sequence:
         return Draft(draft.tokens[:n_possible], draft.chances[:n_possible])
 
     def verified(self, n_drafted: int, n_accepted: int) -> None:
-        self.answer.timings.n_drafted += n_drafted
-        self.answer.timings.n_accepted += n_accepted
+        pass  # the drafter learns from the answer's tokens; who decodes drafts counts them
 
     def _limit(self) -> str:
         """Why nothing can be added, whatever the logits are."""

@@ -51,7 +51,7 @@ def verify(sequence: AnswerSequence, draft: Draft, rows: Sequence[np.ndarray]) -
     while not step.finish and draft.tokens[n_accepted:][: len(step.tokens)] == step.tokens:
         n_accepted += len(step.tokens)
         step = sequence.advance(rows[n_accepted])
-    sequence.verified(len(draft.tokens), n_accepted)
+    sequence.answer.timings.n_accepted += n_accepted
     return step
 
 
