@@ -58,6 +58,7 @@ WRITERS: dict[str, Callable[[Table], str]] = {
     "tables_html": formats.html,
     "tables_otsl": formats.otsl,
 }
+N_ROWS = 3  # of a table of Python's library, below its header
 N_PROMPT = 1200  # tokens of the prompt of a replayed answer, about those of a page
 # (page, task, sources or None without drafting) -> the answer
 Ask = Callable[[int, str, Sequence[DraftSource] | None], Answer]
@@ -104,7 +105,7 @@ def measure(
     """All answers in each way. Ways take turns, page by page, so that what else the machine does falls on all."""
     drafts = {way: Drafts(model) for way in ways}
     asked: dict[str, list[Asked]] = {way: [] for way in ways}
-    ask(0, tasks[0], None)  # reads the weights
+    model.logits("Hello")  # reads the weights
     for page in range(n_documents):
         for way in ways if page % 2 == 0 else ways[::-1]:
             for place, task in enumerate(tasks):
@@ -112,11 +113,12 @@ def measure(
                 key = f"{page} {task}" if way == "alone" else str(page)
                 answer = ask(page, task, None if way == "off" else drafts[way].sources(key, question))
                 asked[way].append(Asked(page, place, answer))
+                timings = answer.timings
+                told = f"{len(answer.tokens)} tokens, {timings.n_steps} steps, {timings.decode_s:.2f} s"
+                print(f"table {page + 1} of {n_documents}, {task}, {way}: {told}", file=sys.stderr, flush=True)
                 drafts[way].add(key, question, answer.tokens, _value(task, answer))
             for key in (str(page), *(f"{page} {task}" for task in tasks)):
                 drafts[way].forget(key)
-        told = {way: sum(one.answer.timings.n_steps for one in found) for way, found in asked.items()}
-        print(f"page {page + 1} of {n_documents}, steps: {told}", file=sys.stderr, flush=True)
     return asked
 
 
@@ -188,12 +190,12 @@ def real_tables(n: int, seed: int) -> Iterator[Table]:
     numbers, statuses = sorted(errno.errorcode), list(http.HTTPStatus)
     for i in range(n):
         if i % 3 == 0:
-            start = rng.randrange(len(statuses) - 5)
-            rows = [(str(s.value), s.phrase, s.description) for s in statuses[start : start + 5]]
+            start = rng.randrange(len(statuses) - N_ROWS)
+            rows = [(str(s.value), s.phrase, s.description) for s in statuses[start : start + N_ROWS]]
             yield _table(("Code", "Phrase", "Description"), rows)
         elif i % 3 == 1:
-            start = rng.randrange(len(numbers) - 6)
-            rows = [(str(n), errno.errorcode[n], os.strerror(n)) for n in numbers[start : start + 6]]
+            start = rng.randrange(len(numbers) - N_ROWS)
+            rows = [(str(n), errno.errorcode[n], os.strerror(n)) for n in numbers[start : start + N_ROWS]]
             yield _table(("Number", "Name", "Meaning"), rows)
         else:
             yield random_table(Random(HELD_OUT_SEEDS + rng.randrange(1_000_000)), 1.0)
