@@ -7,9 +7,10 @@ tokens alone: no grammar, no logits, no model.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Literal, NamedTuple, Protocol
 
@@ -198,7 +199,7 @@ class _Follower:
             self._parting = self.place - 1
         self.n_alike = 0
         self._n_lost += 1
-        place, n_alike = self._nearby(history)
+        place, n_alike = self._nearby(history) if self._n_lost < self._AHEAD else (0, 0)
         if self._n_lost > self._LOST and n_alike < self._LOST:
             place, n_alike = max((place, n_alike), self.text.find(history), key=lambda found: found[1])
         if n_alike > 1 or (n_alike == 1 and abs(place - self.place) <= 2):
@@ -206,14 +207,22 @@ class _Follower:
 
     def _nearby(self, history: SequenceOf[int]) -> tuple[int, int]:
         """The best place near where the two differed, and how many tokens before it agree."""
-        tokens, last = self.text.tokens, history[-1]
         best, found = 0.0, (0, 0)
-        for place in range(max(1, self._parting - self._BEHIND), min(len(tokens), self._parting + self._AHEAD) + 1):
-            if tokens[place - 1] == last:
-                n_alike = self.text.n_alike(place, history)
-                if (score := n_alike - abs(place - n_alike - self._parting) / self._AHEAD) > best:
-                    best, found = score, (place, n_alike)
+        for place in _places_behind(
+            history[-1], self.text.tokens, self._parting - self._BEHIND, self._parting + self._AHEAD
+        ):
+            n_alike = self.text.n_alike(place, history)
+            if (score := n_alike - abs(place - n_alike - self._parting) / self._AHEAD) > best:
+                best, found = score, (place, n_alike)
         return found
+
+
+def _places_behind(token: int, tokens: list[int], start: int, end: int) -> Iterator[int]:
+    place = max(0, start)
+    with contextlib.suppress(ValueError):
+        while True:
+            place = tokens.index(token, place, end) + 1  # many times as fast as a loop
+            yield place
 
 
 _CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)  # of 0, 1, 2, ... tokens that agree; the last is that of all above
