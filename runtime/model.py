@@ -257,9 +257,11 @@ class Model:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         drafts: Sequence[DraftSource] = (),
+        listener: Callable[[], None] | None = None,
     ) -> Stream:
         """Starts an answer to a prompt made by `prepare`. `drafts`: texts that the answer may repeat, for
-        `options.drafting`. Raises ContextOverflowError, ConstraintError."""
+        `options.drafting`. `listener`: called in the engine's thread when there is something to read; it must not block
+        or raise (see `Stream.poll`). Raises ContextOverflowError, ConstraintError."""
         options = options or GenerationOptions()
         check_fits(prompt, options.max_tokens, self.n_ctx)
         answer = Answer(warnings=list(self.warnings))
@@ -283,6 +285,7 @@ class Model:
             lora=options.lora,
             cancel=cancel,
             progress=progress,
+            listener=listener,
         )
 
     def prepare(
@@ -316,6 +319,7 @@ class Model:
         lora: bool | None,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
+        listener: Callable[[], None] | None = None,
     ) -> Stream:
         check_fits(prompt, max_tokens, self.n_ctx)
         return self.engine.submit(
@@ -326,6 +330,7 @@ class Model:
             adapter=self._adapter_for(prompt, lora),
             cancel=cancel,
             progress=progress,
+            listener=listener,
         )
 
     def _check(self, report: Callable[[], None]) -> None:

@@ -44,6 +44,8 @@ def extract(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    parallel: options.ParallelOption = None,
+    drafting: options.DraftingOption = True,
 ) -> None:
     """Extract tables, chart data and fields from documents.
 
@@ -74,6 +76,8 @@ def extract(
         mmproj=mmproj,
         vision_compute=vision_compute,
         lora=lora,
+        parallel=parallel,
+        drafting=drafting,
     )
     with Progress() as progress:
         shown = RunProgress(progress)

@@ -170,6 +170,8 @@ def activity(state: State, now: float) -> Activity:
         parts.append(f"{'opening' if state.page is None else 'rendering'} for {duration(state.waited_s)}")
     if state.task:
         parts.append(state.task)
+    if state.n_in_flight > 1:
+        parts.append(f"{state.n_in_flight} answers at once")
     return Activity(
         stage="",  # one for the whole run: plain lines come every so often, not with every page
         done=state.n_pages_read + state.n_pages_known,

@@ -185,6 +185,20 @@ CsvSafeOption = Annotated[
 JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print each record as one line of JSON.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in DIR. Changed files are read again.")]
 RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume, also retry pages that failed.")]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option(
+        "--parallel",
+        metavar="N",
+        min=1,
+        help="Most answers to generate at once; with 1 nothing is drafted.",
+        show_default="chosen for the model",
+    ),
+]
+DraftingOption = Annotated[
+    bool,
+    typer.Option(" /--no-drafting", help="Do not decode text ahead that an answer may repeat."),
+]
 UnconstrainedOption = Annotated[
     bool, typer.Option("--unconstrained", help="Do not constrain answers to the format of their task.")
 ]

@@ -153,9 +153,10 @@ class Engine:
         adapter: bool,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
+        listener: Callable[[], None] | None = None,
     ) -> Stream:
         """Begins a request. Its answer is generated whether or not the stream is read, up to a bound."""
-        channel = Channel(answer, self._wake)
+        channel = Channel(answer, self._wake, listener=listener)
         task = Task(prompt.spans, advances, channel, max_tokens=max_tokens, adapter=adapter, images=prompt.images)
         answer.timings.n_prompt, answer.timings.n_image = prompt.n_tokens, prompt.n_image_tokens
         # before the engine knows of the request: if Ctrl-C comes in between, the stream is dropped, which cancels it

@@ -33,11 +33,15 @@ class Channel:
     """A bounded queue of pieces with an end, between one producer (the engine) and one consumer.
 
     The producer never waits: it asks `is_full` before it produces more. `wake` is called, from the consumer's thread,
-    when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled.
+    when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled. `listener`
+    is called, from the producer's thread, when the consumer has something to look at; it must not block or raise.
     """
 
-    def __init__(self, answer: Answer, wake: Wake, *, size: int | None = None) -> None:
+    def __init__(
+        self, answer: Answer, wake: Wake, *, size: int | None = None, listener: Callable[[], None] | None = None
+    ) -> None:
         self.answer = answer
+        self._listener = listener
         self._wake, self._size = wake, QUEUE_SIZE if size is None else size
         self._changed = threading.Condition()
         self._pieces: collections.deque[str] = collections.deque()
@@ -59,18 +63,25 @@ class Channel:
             with self._changed:
                 self._pieces.append(piece)
                 self._changed.notify_all()
+        self._tell()
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Progress of what comes before the answer. Only the latest is kept for a consumer that is slow."""
         with self._changed:
             self._progress = (stage, done, total)
             self._changed.notify_all()
+        self._tell()
 
     def finish(self, error: BaseException | None = None) -> None:
         with self._changed:
             if not self.is_done:
                 self._error, self.is_done = error, True
             self._changed.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._listener is not None:
+            self._listener()
 
     # --- the consumer's side ---
 
@@ -186,6 +197,23 @@ class Stream:
         except BaseException:  # Ctrl-C, or an error of a callback: nobody will read on
             self.close()
             raise
+
+    def let_run(self) -> None:
+        """Lets the answer grow without a reader: its pieces are not kept, only `answer`. For `poll`."""
+        self._channel.take_all()
+
+    def poll(self) -> bool:
+        """Whether the answer is complete, without waiting. Calls `progress`, and raises what reading raises. One thread
+        can so follow many streams, each submitted with a `listener` that tells when to look."""
+        if self._check is not None:
+            self._check()
+        try:
+            _, progress = self._channel.take(0)
+        except StopIteration:
+            return True
+        if progress is not None and self._progress is not None:
+            _called(self._progress, *progress)
+        return False
 
     def cancel(self) -> None:
         """Stops the answer soon, from any thread; pieces that are already generated can still be read."""

@@ -46,7 +46,8 @@ def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], Extr
         options,
         tasks=tasks,
         formats=formats,
-        max_tokens=_max_tokens(options.max_tokens),
+        max_tokens=_at_least_one("max_tokens", options.max_tokens),
+        parallel=_at_least_one("parallel", options.parallel),
         crop=None if options.crop is None else str(parse_crop(options.crop)),
     )
 
@@ -103,11 +104,11 @@ def _check_combinations(options: ExtractOptions) -> None:
         )
 
 
-def _max_tokens(given: Any) -> int | None:
+def _at_least_one(name: str, given: Any) -> int | None:
     if given is None:
         return None
     try:
-        return whole_number("max_tokens", given, 1)
+        return whole_number(name, given, 1)
     except (TypeError, ValueError) as error:
         raise ArgumentError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Pages in, records out, each written to disk before the next is started; then the files of each document."""
+"""Pages in, records out, in order, each written to disk before it is given out; then the files of each document."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from granite4v.runtime.extract.names import Names
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
 from granite4v.runtime.extract.page_images import keep_image
-from granite4v.runtime.extract.page_records import abandoned_page, answer_page, copied_page, failed_page
+from granite4v.runtime.extract.page_records import failed_page
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Key, Record
 from granite4v.runtime.extract.report import write_report
 from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.state import State, Watch, waiting
+from granite4v.runtime.extract.window import PageWork, Slot, Window
 from granite4v.runtime.model import Model
 
 REPORT = "report.html"
@@ -34,7 +35,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`."""
+    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`.
+    `n_parallel`: the most answers at once."""
 
     model: Model
     hashes: Mapping[str, str]
@@ -42,6 +44,7 @@ class Job:
     options: ExtractOptions
     inputs: tuple[str, ...]
     totals: Totals
+    n_parallel: int
 
 
 class Extraction:
@@ -59,7 +62,7 @@ class Extraction:
         opened: contextlib.ExitStack,
     ) -> None:
         """`opened` is closed when the run ends. Use `extract` to get one."""
-        self._job, self._folder, self._log, self._attempts = job, folder, log, attempts
+        self._job, self._folder, self._log = job, folder, log
         self._watch, self._say, self._opened = watch, say, opened
         self.progress: Progress | None = None  # told of what comes before an answer
         self._names = Names(job.inputs, log.sources())
@@ -69,6 +72,13 @@ class Extraction:
         self.state = state
         self.state.counts, self.state.n_resumed = log.counts, log.counts.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
+        self._window = Window(
+            job.model, job.hashes, job.options, log, attempts, state, watch, n_parallel=job.n_parallel
+        )
+        self._read: Seen | None = None  # the document of the page that was rendered last
+        self._written: Seen | None = None  # the document whose records come next
+        self._met: set[str] = set()
+        self._is_read = False  # all pages
         self._records = self._run()
 
     def __iter__(self) -> Extraction:
@@ -99,8 +109,7 @@ class Extraction:
         self.close()
 
     def _run(self) -> Generator[Record]:
-        job, seen = self._job, None
-        met: set[str] = set()
+        job, window = self._job, self._window
         opened = open_pages(
             job.inputs,
             pages=job.options.pages,
@@ -113,43 +122,87 @@ class Extraction:
             counted=job.totals,
         )
         with contextlib.closing(opened) as pages:
-            for item in pages:
-                if seen is None or item.source != seen.source:
-                    self._end_document(seen)
-                    seen = Seen(item.source)
-                    met.add(item.source)
-                    self.state.n_documents += 1
-                yield from self._page(item, seen)
-                self._earlier.saw(seen, item)
-                del item  # frees its pixels before the next page is fetched
-        self._end_document(seen)
-        self._end(met)
+            try:
+                while True:
+                    window.poll()
+                    yield from self._ready()
+                    window.ask(self._before_answers)
+                    if window.has_room and not self._is_read:
+                        item = next(pages, None)
+                        self._is_read = item is None
+                        if item is not None:
+                            window.add(self._work(item))
+                        del item
+                    elif window.head is None:
+                        break
+                    elif not window.head_is_ready:
+                        window.wait()
+            finally:
+                self._keep_finished()
+        self._end_document(self._written)
+        self._end()
 
-    def _page(self, item: Page | PageFailure | PageSkipped, seen: Seen) -> Iterator[Record]:
-        """The records of one page that are not there yet, each on the disk before it is given out."""
-        state = self.state
-        state.source, state.page, state.n_pages = item.source, item.number, getattr(item, "n_pages", None)
-        state.task, state.n_answer_tokens, state.waited_s = "", 0, 0.0
-        self._watch(state)
-        computed = False
+    def _before_answers(self, stage: str, done: int, total: int) -> None:
+        """Progress of one page; where others are answered meanwhile, their tokens tell more."""
+        if self.progress is not None and not self.state.n_answer_tokens:
+            self.progress(stage, done, total)
+
+    def _work(self, item: Page | PageFailure | PageSkipped) -> PageWork:
+        """What is to be asked about a page. Records that hold need nothing but the state of their file."""
+        if self._read is None or item.source != self._read.source:
+            self._read = Seen(item.source)
+        seen, job = self._read, self._job
+        work = PageWork(item.source, item.number, getattr(item, "n_pages", None), seen)
         if isinstance(item, Page):
             self._keep_image(item)
-        for question in self._job.questions:
-            if isinstance(item, PageSkipped):
-                break
-            key = (item.source, item.number, question.task)
-            if self._earlier.keeps(key, item):  # the page was rendered for another task, or its file was touched
-                seen.changed |= self._refresh(key, item)
-                continue
-            is_new = self._log.get(key) is None
-            record = self._make(item, question)
-            state.n_replaced += not is_new
-            seen.changed |= not is_new
-            computed |= record.error is None and record.copy_of is None
-            self._count(record)
-            yield record
-        state.n_pages_read += computed
-        state.n_pages_known += not computed
+            work.digest = item.digest
+        if not isinstance(item, PageSkipped):
+            for question in job.questions:
+                key = (item.source, item.number, question.task)
+                if self._earlier.keeps(key, item):  # the page was rendered for another task, or its file was touched
+                    seen.changed |= self._refresh(key, item)
+                    continue
+                failed = failed_page(item, question, job.hashes) if isinstance(item, PageFailure) else None
+                work.slots.append(Slot(question, record=failed))
+        if isinstance(item, Page) and work.slots:
+            work.page = item
+        self._earlier.saw(seen, item)
+        return work
+
+    def _ready(self) -> Iterator[Record]:
+        """The records that come next, each on the disk before it is given out."""
+        while (work := self._window.head) is not None:
+            if work.seen is not self._written:
+                self._end_document(self._written)
+                self._written = work.seen
+                self._met.add(work.source)
+                self.state.n_documents += 1
+                self._window.show()
+            while work.slots and (record := work.slots[0].record) is not None:
+                yield self._write(work, record)
+            if work.slots:
+                return
+            self.state.n_pages_read += work.is_computed
+            self.state.n_pages_known += not work.is_computed
+            self._window.pop()
+
+    def _write(self, work: PageWork, record: Record) -> Record:
+        """Keeps the record of the first question of a page that has none yet on the disk."""
+        is_new = self._log.get(record.key) is None
+        record = self._append(record)
+        del work.slots[0]
+        self.state.n_replaced += not is_new
+        work.seen.changed |= not is_new
+        return record
+
+    def _keep_finished(self) -> None:
+        """At an early end: what is finished behind a page that is not."""
+        self._window.stop()
+        try:
+            for record in self._window.finished():
+                self._append(record)
+        except OutputError as error:  # a disk that is full has ended the run already, or is told here
+            self._say(str(error))
 
     def _refresh(self, key: Key, item: Page | PageFailure) -> bool:
         """Notes the present state of the file in a record that holds, so that the next run need not render the page.
@@ -166,51 +219,21 @@ class Extraction:
         self._log.append(record)
         return record.n_pages != n_pages
 
-    def _make(self, item: Page | PageFailure, question: Question) -> Record:
-        with contextlib.ExitStack() as working:
-            record = replace(self._record(item, question, working), stem=self._stem(item.source))
-            try:
-                self._log.append(record)
-            except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
-                why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
-                record = replace(record, value=None, valid=False, validity_error=why)
-                self._log.append(record)
+    def _append(self, record: Record) -> Record:
+        record = replace(record, stem=self._stem(record.source))
+        try:
+            self._log.append(record)
+        except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
+            why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
+            record = replace(record, value=None, valid=False, validity_error=why)
+            self._log.append(record)
         return record
-
-    def _record(self, item: Page | PageFailure, question: Question, working: contextlib.ExitStack) -> Record:
-        """`working` is entered for as long as a death of the process would be the page's."""
-        job, state = self._job, self.state
-        state.task, state.n_answer_tokens = question.task, 0
-        if not isinstance(item, Page):
-            return failed_page(item, question, job.hashes)
-        like = self._log.answer_to(item.digest, question.task)
-        if like is not None:
-            return copied_page(item, question, job.hashes, like)
-        if job.options.retry_failed:
-            self._attempts.forget(item.digest)
-        if self._attempts.exhausted(item.digest):
-            return abandoned_page(item, question, job.hashes)
-        self._watch(state)
-
-        def on_token(n: int) -> None:
-            state.n_answer_tokens = n
-            self._watch(state)
-
-        working.enter_context(self._attempts.begin(item.digest))
-        return answer_page(job.model, item, question, job.hashes, job.options, on_token, self.progress)
 
     def _keep_image(self, page: Page) -> None:
         if self._folder is None or not self._job.options.report:
             return
         with self._one_file(f"the image of page {page.number} of '{page.source}' is not written"):
             keep_image(self._folder.path, page.digest, page.image)
-
-    def _count(self, record: Record) -> None:
-        state = self.state
-        state.n_tokens += int(record.timings.get("n_generated", 0))
-        state.decode_s += record.timings.get("decode_s", 0.0)
-        state.n_answer_tokens = 0
-        self._watch(state)
 
     def _end_document(self, seen: Seen | None) -> None:
         """Drops what is out of date, and writes the files, also those that an earlier run may have had no time for."""
@@ -239,9 +262,9 @@ class Extraction:
         if written.n_failed:
             self._log.check_there()
 
-    def _end(self, met: set[str]) -> None:
+    def _end(self) -> None:
         for source in self._log.sources():
-            if source not in met:
+            if source not in self._met:
                 for key in self._log.keys_of(source):
                     self.state.left_out.add(self._log.entry(key))
         if self._folder is None:

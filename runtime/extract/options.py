@@ -26,6 +26,10 @@ class ExtractOptions:
     follows the model's policy. `n_ctx`, `n_threads`, `device`, `mmproj` and `vision_compute` apply when the model is
     given as a path.
 
+    How fast. `parallel`: the most answers that are generated at once; None for a number that suits the model, or for
+    what a loaded one was loaded for. `drafting`: what a page repeats, and what another task has read from it, is
+    decoded ahead; never with one answer at a time.
+
     What is written. `out`: a directory for `results.jsonl`, to which every record is written before it is returned, and
     for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); by default
     the format of each task's answers. `csv_safe`: CSV for spreadsheets, with a byte order mark and with formulas
@@ -55,6 +59,8 @@ class ExtractOptions:
     mmproj: str | Path | None = None
     vision_compute: VisionCompute = "file"
     lora: bool | None = None
+    parallel: int | None = None
+    drafting: bool = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,3 +93,5 @@ class ExtractFields(TypedDict, total=False):
     mmproj: str | Path | None
     vision_compute: VisionCompute
     lora: bool | None
+    parallel: int | None
+    drafting: bool

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.documents import Page, PageFailure
-from granite4v.runtime.engine.stream import Progress
+from granite4v.runtime.engine.draft import DraftSource
+from granite4v.runtime.engine.stream import Progress, Stream
 from granite4v.runtime.extract.attempts import MAX_DEATHS
 from granite4v.runtime.extract.document_files import described
 from granite4v.runtime.extract.options import ExtractOptions
@@ -18,81 +19,132 @@ from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.model import Model
+from granite4v.runtime.options import GenerationOptions
 
 MAX_TOKENS = 4096  # of an answer, where the context has room and nobody says otherwise; what the family generates up to
-OnToken = Callable[[int], None]  # how many tokens the answer has by now
 
 
-def answer_page(
-    model: Model,
-    page: Page,
-    question: Question,
-    hashes: Mapping[str, str],
-    options: ExtractOptions,
-    on_token: OnToken,
-    progress: Progress | None = None,
-) -> Record:
-    """The record of one question about one page; with `error` when the page cannot be asked about.
+class PageQuestion:
+    """One question about one page, from the page to its record; one thread follows many of them.
 
-    Raises ModelFileError and DeviceError, after which no other page would fare better, what `on_token` raises,
-    and ValueError for a model that was closed meanwhile.
+    The page's pixels are held until the model has been asked.
     """
-    record = _begin(page, question, hashes)
-    start = time.perf_counter()
-    raised: list[BaseException] = []  # by the caller, whose business it is
 
-    def tell(n: int) -> None:
+    def __init__(
+        self, page: Page, question: Question, hashes: Mapping[str, str], model: Model, options: ExtractOptions
+    ) -> None:
+        self.question = question
+        self._record = _begin(page, question, hashes)
+        self._page: Page | None = page
+        self._model, self._options = model, options
+        self._stream: Stream | None = None
+        self._start = 0.0
+        self.was_cancelled = False
+        self._raised: BaseException | None = None  # by the caller, whose business it is
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the answer, as far as it is."""
+        return 0 if self._stream is None else len(self._stream.answer.tokens)
+
+    @property
+    def answer(self) -> Answer:
+        """Of a question that was asked."""
+        assert self._stream is not None
+        return self._stream.answer
+
+    def ask(
+        self,
+        *,
+        progress: Progress | None,
+        listener: Callable[[], None],
+        drafts: Sequence[DraftSource],
+        drafting: bool,
+    ) -> Record | None:
+        """Asks the model; the record of a page that cannot be asked about. Raises what `poll` raises."""
+        self._start = time.perf_counter()
+
+        def watched(stage: str, done: int, total: int) -> None:
+            try:
+                if progress is not None:
+                    progress(stage, done, total)
+            except BaseException as error:
+                self._raised = error
+                raise
+
+        def submit() -> None:
+            page, model = self._page, self._model
+            assert page is not None
+            prompt = model.prepare(self.question.prompt, [page.image])
+            options = GenerationOptions(
+                max_tokens=self._options.max_tokens or max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens)),
+                constraint=self.question.constraint,
+                fast_forward=self._options.fast_forward,
+                drafting=drafting,
+                repetition=self.question.task,
+                lora=self._options.lora,
+            )
+            self._stream = model.submit(prompt, options, progress=watched, drafts=drafts, listener=listener)
+            self._stream.let_run()
+            self._page = None
+
+        return self._guarded(submit)
+
+    def poll(self) -> Record | None:
+        """The record, once there is one; with `error` when the page cannot be asked about.
+
+        Raises ModelFileError and DeviceError, after which no other page would fare better, what `progress` raises, and
+        ValueError for a model that was closed meanwhile.
+        """
+        return self._guarded(self._poll)
+
+    def _poll(self) -> Record | None:
+        assert self._stream is not None
+        return self._finished(self._stream.answer) if self._stream.poll() else None
+
+    @property
+    def is_done(self) -> bool:
+        return self._stream is not None and self._stream.is_done
+
+    def cancel(self) -> None:
+        """Stops the answer soon."""
+        self.was_cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def close(self) -> None:
+        """Stops the answer and waits for its end."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _guarded(self, step: Callable[[], Record | None]) -> Record | None:
         try:
-            on_token(n)
-        except BaseException as error:
-            raised.append(error)
+            return step()
+        except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
+        except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
+            if error is self._raised or self._model.closed:
+                raise
+            record, self._page = self._record, None
+            if not isinstance(error, Granite4vError):
+                logging.getLogger("granite4v").info("page %s of '%s'", record.page, record.source, exc_info=True)
+            timings = {"seconds": _rounded(time.perf_counter() - self._start)}
+            return replace(record, error=described(error), error_type=type(error).__name__, timings=timings)
 
-    def watched(stage: str, done: int, total: int) -> None:
-        try:
-            if progress is not None:
-                progress(stage, done, total)
-        except BaseException as error:
-            raised.append(error)
-            raise
-
-    try:
-        return _answered(record, model, page, question, options, tell, start, watched)
-    except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
-        if error in raised or model.closed:
-            raise
-        if not isinstance(error, Granite4vError):
-            logging.getLogger("granite4v").info("page %s of '%s'", page.number, page.source, exc_info=True)
-        timings = {"seconds": _rounded(time.perf_counter() - start)}
-        return replace(record, error=described(error), error_type=type(error).__name__, timings=timings)
-
-
-def _answered(
-    record: Record,
-    model: Model,
-    page: Page,
-    question: Question,
-    options: ExtractOptions,
-    on_token: OnToken,
-    start: float,
-    progress: Progress,
-) -> Record:
-    answer = _ask(model, page, question, options, on_token, progress)
-    text = answer.text.removesuffix(answer.closing or "")  # without what a constraint added to close it
-    parsed = parse_answer(question.task, text, answer.finish_reason, question.schema)
-    timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
-    return replace(
-        record,
-        text=text,
-        value=parsed.value,
-        valid=parsed.valid,
-        validity_error=parsed.validity_error,
-        salvaged=parsed.salvaged,
-        finish_reason=answer.finish_reason,
-        timings={**timings, "seconds": _rounded(time.perf_counter() - start)},
-    )
+    def _finished(self, answer: Answer) -> Record:
+        text = answer.text.removesuffix(answer.closing or "")  # without what a constraint added to close it
+        parsed = parse_answer(self.question.task, text, answer.finish_reason, self.question.schema)
+        timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
+        return replace(
+            self._record,
+            text=text,
+            value=parsed.value,
+            valid=parsed.valid,
+            validity_error=parsed.validity_error,
+            salvaged=parsed.salvaged,
+            finish_reason=answer.finish_reason,
+            timings={**timings, "seconds": _rounded(time.perf_counter() - self._start)},
+        )
 
 
 def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, str]) -> Record:
@@ -136,27 +188,6 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
         stem=None,
         timings=dict.fromkeys(like.timings, 0),
     )
-
-
-def _ask(
-    model: Model, page: Page, question: Question, options: ExtractOptions, on_token: OnToken, progress: Progress
-) -> Answer:
-    prompt = model.prepare(question.prompt, [page.image])
-    max_tokens = options.max_tokens
-    if max_tokens is None:
-        max_tokens = max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens))
-    stream = model.stream(
-        prompt,
-        max_tokens=max_tokens,
-        constraint=question.constraint,
-        fast_forward=options.fast_forward,
-        repetition=question.task,
-        lora=options.lora,
-        progress=progress,
-    )
-    for _ in stream:
-        on_token(len(stream.answer.tokens))
-    return stream.answer
 
 
 def _begin(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:

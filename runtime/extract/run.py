@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.runtime.documents import count_pages
+from granite4v.runtime.engine.engine import DEFAULT_PARALLEL
 from granite4v.runtime.extract.arguments import checked
 from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
@@ -25,6 +26,7 @@ from granite4v.runtime.extract.report import is_report
 from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.schema import Schema, load_schema
 from granite4v.runtime.extract.state import State, Watch, waiting
+from granite4v.runtime.extract.window import how_many
 from granite4v.runtime.model import Model
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ def _open(
     )
     for note in totals.notes:
         say(note)
+    n_questions = None if totals.pages is None else totals.pages * len(options.tasks)
     if isinstance(model, str | Path):
         model = opened.enter_context(
             Model.load(
@@ -122,6 +125,7 @@ def _open(
                 device=options.device,
                 mmproj=options.mmproj,
                 vision_compute=options.vision_compute,
+                n_parallel=_n_parallel(options, n_questions),
             )
         )
     if model.vision_note is not None:
@@ -137,8 +141,13 @@ def _open(
         log = opened.enter_context(ResultsLog.open(None if directory is None else directory.results))
     attempts = Attempts(None if directory is None else directory.path / ATTEMPTS)
     opened.callback(attempts.close)
-    job = Job(model, hashes, asked, options, paths, totals)
+    job = Job(model, hashes, asked, options, paths, totals, how_many(model, options, n_questions, say))
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
+
+
+def _n_parallel(options: ExtractOptions, n_questions: int | None) -> int:
+    """How many answers the model is loaded for, no more than there are questions."""
+    return options.parallel or max(1, min(DEFAULT_PARALLEL, n_questions or DEFAULT_PARALLEL))
 
 
 def _manifest(

@@ -14,13 +14,17 @@ MAX_PATHS = 20
 
 @dataclass
 class State:
-    """The progress of a run; one object for as long as the run lasts."""
+    """The progress of a run; one object for as long as the run lasts.
+
+    `source`, `page` and `task` are those of the record that comes next; pages behind it may be in flight, too.
+    """
 
     source: str = ""
     page: int | None = None
     n_pages: int | None = None
     task: str = ""
-    n_answer_tokens: int = 0  # of the answer that is being written
+    n_in_flight: int = 0  # answers that are being generated
+    n_answer_tokens: int = 0  # of these answers
     waited_s: float = 0.0  # for a document to be opened or a page to be rendered, while that lasts
     n_documents: int = 0  # begun; none while pages are counted
     n_documents_total: int | None = None  # where that is known
@@ -28,7 +32,7 @@ class State:
     n_pages_read: int = 0  # by this process; those of an earlier run, and copies, take no time
     n_pages_known: int = 0  # that need not be read: earlier runs did, they are copies, or they failed
     n_tokens: int = 0  # of finished answers
-    decode_s: float = 0.0
+    decode_s: float = 0.0  # while at least one answer was being generated
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)  # of all records, an earlier run's too
     left_out: Counts = field(
@@ -48,8 +52,8 @@ class State:
 
     @property
     def tokens_per_s(self) -> float:
-        """While answering; 0 before the first answer."""
-        return self.n_tokens / self.decode_s if self.decode_s > 0 else 0.0
+        """Of all answers together, while any is generated; 0 before the first."""
+        return (self.n_tokens + self.n_answer_tokens) / self.decode_s if self.decode_s > 0 else 0.0
 
     def left_s(self, now: float) -> float | None:
         """Seconds to the end, if the other pages take as long as those that were read; `now` as of time.monotonic."""

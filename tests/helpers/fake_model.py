@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,8 @@ class FakeModel:
         self.asked: list[tuple[str, int, int]] = []
         self.fail: Callable[[str, int], None] = lambda prompt, shade: None
         self.held: list[Any] = []
+        self.streams: list[FakeStream] = []
+        self.n_parallel = 1
         self.answers = {
             "<tables_html>": "<table><tr><th>shade</th></tr><tr><td>{shade}</td></tr></table>",
             "<chart2csv>": "x,shade\na,{shade}\n",
@@ -38,15 +40,15 @@ class FakeModel:
         expanded = f"task {len(prompt)}" if prompt.strip("<>") in self.known else prompt
         return SimpleNamespace(text=f"system {expanded}", n_tokens=1000, question=prompt, images=images)
 
-    def stream(self, prepared: Any, *, max_tokens: int, repetition: str, lora: Any, **held: Any) -> Any:
+    def submit(self, prepared: Any, options: Any, *, progress: Any, listener: Any, drafts: Any) -> Any:
         prompt, shade = prepared.question, prepared.images[0].pillow.getpixel((0, 0))[0]
-        if held["progress"] is not None:
-            held["progress"]("prefill", 0, 1)
-        self.asked.append((prompt, shade, max_tokens))
-        self.held.append(held)
+        progress("prefill", 0, 1)
+        self.asked.append((prompt, shade, options.max_tokens))
+        self.held.append({"constraint": options.constraint, "fast_forward": options.fast_forward})
         self.fail(prompt, shade)
         text = self.answers.get(prompt, '{{"shade": {shade}}}' if "schema" in prompt else "It is {shade}.")
-        return FakeStream(text.format(shade=shade))
+        self.streams.append(FakeStream(text.format(shade=shade), listener))
+        return self.streams[-1]
 
     def close(self) -> None:
         self.closed = True
@@ -59,17 +61,34 @@ class FakeModel:
 
 
 class FakeStream:
-    def __init__(self, text: str) -> None:
-        self.answer = Answer(finish_reason="stop")
-        self._text = text
+    """One letter a look."""
 
-    def __iter__(self) -> Iterator[str]:
-        for token, letter in enumerate(self._text):
-            self.answer.text += letter
-            self.answer.tokens.append(token)
-            self.answer.timings.n_generated += 1
-            yield letter
-        self.answer.timings.decode_s = 0.5
+    def __init__(self, text: str, listener: Callable[[], None]) -> None:
+        self.answer = Answer(finish_reason="stop")
+        self.is_done = self.is_held = self.is_cancelled = False
+        self._text, self._listener = text, listener
+
+    def let_run(self) -> None:
+        self._listener()
+
+    def poll(self) -> bool:
+        if self.is_held:  # until somebody lets it go on
+            return False
+        self._listener()
+        n = len(self.answer.tokens)
+        if n == len(self._text):
+            self.answer.timings.decode_s, self.is_done = 0.5, True
+            return True
+        self.answer.text += self._text[n]
+        self.answer.tokens.append(n)
+        self.answer.timings.n_generated += 1
+        return False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def close(self) -> None:
+        self.is_done = True
 
 
 def make_scans(folder: Path) -> Path:
