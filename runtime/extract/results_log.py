@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -205,6 +205,19 @@ class ResultsLog:
 
     def __iter__(self) -> Iterator[Record]:
         return (record for source in list(self._documents) for record in self.of_document(source))
+
+    def arrange(self, sources: Iterable[str]) -> None:
+        """Puts documents in this order; others keep their places. A run that ended early may have kept an answer about
+        a document before those about the one that comes first."""
+        wanted = [source for source in sources if source in self._documents]
+        among, rest = set(wanted), iter(wanted)
+        order = [next(rest) if source in among else source for source in self._documents]
+        if order == list(self._documents):
+            return
+        self._documents = {source: self._documents[source] for source in order}
+        self._stems = {source: self._stems[source] for source in order}
+        self._places = {source: place for place, source in enumerate(order)}
+        self._tidy = False
 
     def tidy(self) -> None:
         """Leaves each record once and in order in the file, which is replaced in one step.

@@ -134,14 +134,15 @@ def _open(
     for warning in schema_warnings(asked):
         say(f"warning: {warning}")
     hashes = model_hashes(model.files, say)
+    n_parallel = how_many(model, options, n_questions, say)
     if directory is not None:
-        for remark in directory.begin(_manifest(paths, asked, hashes, options, model)):
+        for remark in directory.begin(_manifest(paths, asked, hashes, options, model, n_parallel)):
             say(remark)
     if log is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
         log = opened.enter_context(ResultsLog.open(None if directory is None else directory.results))
     attempts = Attempts(None if directory is None else directory.path / ATTEMPTS)
     opened.callback(attempts.close)
-    job = Job(model, hashes, asked, options, paths, totals, how_many(model, options, n_questions, say))
+    job = Job(model, hashes, asked, options, paths, totals, n_parallel)
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
 
 
@@ -156,6 +157,7 @@ def _manifest(
     hashes: Mapping[str, str],
     options: ExtractOptions,
     model: Model,
+    n_parallel: int,
 ) -> dict[str, Any]:
     """`run.json`: what the run was asked for, and on what it was made."""
     vision_compute = model.settings["vision_compute"]
@@ -171,13 +173,15 @@ def _manifest(
         "schema": schemas[0].sha256 if schemas else None,
         "model": dict(hashes),
         "settings": {**options.settings, "n_ctx": model.n_ctx, **quantized},
-        # results depend on all of it a little: another number of threads sums in another order
+        # results depend on all of it a little: another number of threads, or of rows, sums in another order
         "environments": [
             {
                 "granite4v": version("granite4v"),
                 "llama_cpp_python": version("llama-cpp-python"),
                 "n_threads": model.settings["n_threads"],
                 "device": model.settings["device"],
+                "parallel": n_parallel,
+                "drafting": options.drafting and n_parallel > 1,
             }
         ],
     }

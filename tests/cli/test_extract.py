@@ -113,6 +113,28 @@ def test_a_signal_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Pa
     assert len(records(tmp_path / "out")) == n_lines(tmp_path / "out" / "results.jsonl") >= 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_with_pages_in_flight_it_goes_on_to_the_same_end(
+    make_model: Callable[..., Path], scans: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    half = make_model(PRESETS["tiny"], text_type="F16")  # a float32 file is computed one answer at a time
+    arguments = [scans, "--model", half, *TASKS, "--max-tokens", 40, "--parallel", 3]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    told = run(*arguments, "--out", whole).stderr
+    assert "up to 3 answers at once (as asked for)" in told
+    for n in (1, 6):
+        process = subprocess.Popen(
+            command(*arguments, "--out", broken, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and n_lines(broken / "results.jsonl") < n:
+            time.sleep(0.002)
+        process.send_signal(number)
+        process.wait(60)
+    n_kept = n_lines(broken / "results.jsonl")
+    assert f"{n_kept} from an earlier run" in run(*arguments, "--out", broken, "--resume").stderr and n_kept >= 6
+    assert records(broken) == records(whole) and len(records(whole)) == 20
+
+
 def test_a_full_disk_is_a_message_and_loses_nothing(folder: Path, scans: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"

@@ -93,9 +93,7 @@ def test_what_is_finished_behind_an_unfinished_page_is_kept(model: FakeModel, pa
     found = list(start(model, pages, out=out, resume=True))
     assert [shade for _, shade, _ in model.asked] == [1, *range(5, N_PAGES + 1)] and len(found) == N_PAGES - 3
     list(start(model, pages, out=tmp_path / "whole"))
-    key = "source"
-    lines = [without_timings(folder / "results.jsonl") for folder in (out, tmp_path / "whole")]
-    assert sorted(lines[0], key=lambda line: line[key]) == lines[1]
+    assert without_timings(out / "results.jsonl") == without_timings(tmp_path / "whole/results.jsonl")
 
 
 @pytest.mark.parametrize("how", ["close", "error"])
