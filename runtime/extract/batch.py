@@ -118,7 +118,7 @@ class Extraction:
             view=job.model.files.vision_config,
             wanted=self._earlier.wanted,
             earlier_error=None if job.options.retry_failed else functools.partial(earlier_error, self._log),
-            waiting=waiting(self.state, self._watch),
+            waiting=self._while_rendering,
             counted=job.totals,
         )
         with contextlib.closing(opened) as pages:
@@ -141,6 +141,14 @@ class Extraction:
                 self._keep_finished()
         self._end_document(self._written)
         self._end()
+
+    def _while_rendering(self, source: str, number: int | None, waited_s: float) -> None:
+        """A page that takes long to render keeps no answer waiting."""
+        if self._window.is_active:
+            self._window.poll()
+            self._window.ask(self._before_answers)
+        else:
+            waiting(self.state, self._watch)(source, number, waited_s)
 
     def _before_answers(self, stage: str, done: int, total: int) -> None:
         """Progress of one page; where others are answered meanwhile, their tokens tell more."""

@@ -104,6 +104,11 @@ class Window:
         return self._works[0] if self._works else None
 
     @property
+    def is_active(self) -> bool:
+        """Whether an answer is being generated."""
+        return bool(self._active)
+
+    @property
     def head_is_ready(self) -> bool:
         head = self.head
         return head is not None and (not head.slots or head.slots[0].record is not None)

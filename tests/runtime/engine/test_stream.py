@@ -166,3 +166,27 @@ def test_a_result_is_waited_for_without_keeping_pieces() -> None:
     thread.start()
     assert Stream(channel).result().text == "0123456789" * 10
     thread.join()
+
+
+def test_one_thread_follows_several_answers() -> None:
+    news, told = threading.Event(), list[tuple[str, int, int]]()
+    channels = [Channel(Answer(), Wakes(), size=1, listener=news.set) for _ in range(3)]
+    streams = [Stream(channel, progress=lambda *report: told.append(report)) for channel in channels]
+    for stream in streams:
+        stream.let_run()
+    assert [stream.poll() for stream in streams] == [False] * 3 and not news.is_set()
+    for step in (
+        lambda: channels[0].report("prefill", 1, 2),
+        lambda: channels[1].put("a"),
+        lambda: channels[1].finish(),
+        lambda: channels[2].finish(ValueError("lost")),
+    ):
+        step()
+        assert news.is_set()
+        news.clear()
+    channels[0].put("never read")
+    assert not channels[0].is_full
+    assert not streams[0].poll() and told == [("prefill", 1, 2)]
+    assert streams[1].poll() and streams[1].poll()
+    with pytest.raises(ValueError, match="lost"):
+        streams[2].poll()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from PIL import Image
 
 import granite4v
 from granite4v.errors import ContextOverflowError, DeviceError
-from granite4v.runtime.extract import State, extract
+from granite4v.runtime.documents import Page
+from granite4v.runtime.extract import State, batch, extract
 from granite4v.runtime.extract.attempts import FILE, Attempts
 from tests.helpers.fake_model import FakeModel, run, without_timings
 from tests.helpers.pictures import noise_picture
@@ -25,6 +27,7 @@ N_PAGES = 12
 @pytest.fixture
 def model(model: FakeModel) -> FakeModel:
     model.n_parallel = 4
+    model.known += ("tables_json", "tables_otsl")
     return model
 
 
@@ -118,13 +121,54 @@ def test_a_consumer_that_stops_ends_what_is_in_flight(model: FakeModel, pages: P
     assert n >= 1 and len(list(start(model, pages, out=tmp_path / "out", resume=True))) == N_PAGES - n
 
 
-def test_a_slow_consumer_and_a_slow_page_bound_what_is_read_ahead(model: FakeModel, pages: Path) -> None:
-    records = start(model, pages)
-    next(records)
-    assert len(model.asked) <= 4
-    for stream in model.streams:
-        stream.is_held = not stream.is_done
-    records.close()
+def test_few_pages_are_held_however_many_wait_for_the_first(
+    model: FakeModel, pages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Page] = weakref.WeakSet()
+    most, read = 0, batch.open_pages
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for item in read(*arguments, **options):
+            alive.add(item)
+            yield item
+            del item
+
+    def watch(state: State) -> None:
+        nonlocal most
+        most = max(most, len(alive))
+        if len(model.streams) == 1:
+            model.streams[0].is_held = True
+        for stream in model.streams[:1]:
+            stream.is_held &= sum(stream.is_done for stream in model.streams) < N_PAGES * 2 - 2
+
+    monkeypatch.setattr(batch, "open_pages", watched)
+    list(start(model, pages, ("tables_html", "kvp"), watch=watch))
+    assert len(model.asked) == 2 * N_PAGES and 0 < most <= 4
+
+
+def test_a_consumer_that_waits_makes_nothing_wait_behind_it(model: FakeModel, pages: Path) -> None:
+    with start(model, pages) as records:
+        next(records)
+        assert len(model.asked) == 4
+
+
+def test_a_page_that_takes_long_to_render_keeps_no_question_waiting(
+    model: FakeModel, pages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = batch.open_pages
+    asked: list[tuple[str, int]] = []
+
+    def slow(*arguments: Any, waiting: Any, **options: Any) -> Iterator[Any]:
+        for item in read(*arguments, **options):
+            if item.source.endswith("02.png"):
+                for _ in range(200):
+                    waiting(item.source, 1, 0.5)
+                asked.extend((prompt, shade) for prompt, shade, _ in model.asked)
+            yield item
+
+    monkeypatch.setattr(batch, "open_pages", slow)
+    found = list(start(model, pages, ("tables_json", "tables_html", "tables_otsl"), parallel=2))
+    assert [shade for _, shade in asked] == [1, 1, 1] and len(found) == 3 * N_PAGES
 
 
 def test_suspects_are_read_alone(model: FakeModel, pages: Path, tmp_path: Path) -> None:
