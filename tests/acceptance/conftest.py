@@ -19,6 +19,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_directory(None, tmp_path_factory.mktemp("acceptance"))
 
 
+@pytest.fixture(scope="session")
+def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in F16, which answers several questions at once."""
+    return model_directory(None, tmp_path_factory.mktemp("acceptance"), "F16")
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Calls a check's `main`; gives its status, what the last line on stdout says, and stderr."""

@@ -69,12 +69,14 @@ def options_parser(doc: str, max_tokens: int) -> argparse.ArgumentParser:
     return parser
 
 
-def run_check(check: Callable[[argparse.Namespace, Path], Result], options: argparse.Namespace) -> int:
-    """Runs a check in its working directory, with a model; returns the exit status."""
+def run_check(
+    check: Callable[[argparse.Namespace, Path], Result], options: argparse.Namespace, kind: str = "F32"
+) -> int:
+    """Runs a check in its working directory, with a model, made in this type; returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="acceptance-") as directory:
         work = options.work or Path(directory)
         work.mkdir(parents=True, exist_ok=options.work is None)
-        options.model = model_directory(options.model, work)
+        options.model = model_directory(options.model, work, kind)
         return check(options, work).print()
 
 
@@ -83,8 +85,8 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def model_directory(given: Path | None, work: Path) -> Path:
-    """The directory that was given, or one with a tiny model of random weights.
+def model_directory(given: Path | None, work: Path, kind: str = "F32") -> Path:
+    """The directory that was given, or one with a tiny model of random weights; in F32 it answers one at a time.
 
     Random weights hardly ever write a mark that ends a cell or an answer; so the head's rows for tokens that begin
     with one are made louder than the others, and answers come to their ends.
@@ -102,7 +104,7 @@ def model_directory(given: Path | None, work: Path) -> Path:
     for bracket in "[]":  # an empty list is an answer too, and must not be all that is said
         head[ids[bracket]] = head[ids["<"]]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    convert(checkpoint, work / "model", Options(text_type="F32", vision_type="F32"))
+    convert(checkpoint, work / "model", Options(text_type=kind, vision_type=kind))
     return work / "model"
 
 

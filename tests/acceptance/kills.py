@@ -4,7 +4,7 @@
 
 `granite4v extract` runs once undisturbed, then again and again with SIGKILL: while it starts, between and within
 records, while it writes its last files. After every kill the records on the disk must be the first ones of the
-undisturbed run.
+undisturbed run, however many pages were in flight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options_parser(__doc__ or "", max_tokens=24)
     parser.add_argument("--pages", type=int, default=60)
     parser.add_argument("--kills", type=int, default=20)
-    return run_check(kills, parser.parse_args(arguments))
+    parser.add_argument("--parallel", type=int, help="answers at once (what extract chooses)")
+    return run_check(kills, parser.parse_args(arguments), "F16")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class Moment:
     after_s: float
 
 
+@dataclass(frozen=True)
+class Kill:
+    """What there was after it: records on the disk, and pages of which one may have ended the process."""
+
+    stage: str
+    n_records: int
+    n_suspects: int
+
+
 def kills(options: argparse.Namespace, work: Path) -> Result:
     batch = make_batch(work / "batch", options.pages, options.seed, faults=True)
     whole, broken = work / "whole", work / "broken"
@@ -65,22 +75,25 @@ def kills(options: argparse.Namespace, work: Path) -> Result:
     expected = [_without_timings(record) for record in records_of(whole / "results.jsonl")]
     tell(f"undisturbed: {len(expected)} records, {pace.start_s:.1f} s to the first one, {pace.record_s:.2f} s each")
     resumed = [*_command(options, batch, work, broken), "--resume"]
-    landed, problems = _kill_often(resumed, broken / "results.jsonl", options, pace, expected, n_records)
+    landed, problems = kill_often(resumed, broken / "results.jsonl", options, pace, expected, n_records)
     status = subprocess.run(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     problems += compare(whole, broken, expected_keys(batch, TASKS))
     if status != pace.status:
         problems.append(f"the status was {status} at the end of the killed run, {pace.status} of the undisturbed one")
-    stages = Counter(stage for stage, _ in landed)
+    stages = Counter(kill.stage for kill in landed)
     figures: Json = {
         "pages": options.pages,
         "records": len(list(records_of(broken / "results.jsonl"))),
         "kills": len(landed),
         "stages": dict(stages),
-        "records_at_kills": [n for _, n in landed],
+        "records_at_kills": [kill.n_records for kill in landed],
+        "suspects_at_kills": [kill.n_suspects for kill in landed],
         "status": status,
     }
     told = ", ".join(f"{n} {where}" for where, n in stages.items())
+    n_together = sum(kill.n_suspects > 1 for kill in landed)
     text = f"{figures['records']} records of {options.pages} pages after {len(landed)} kills ({told})"
+    text += f", {n_together} of them with several pages in flight"
     return Result("kills", figures, [text], problems)
 
 
@@ -92,6 +105,7 @@ def _command(options: argparse.Namespace, batch: Batch, work: Path, out: Path) -
     return [
         *(sys.executable, "-m", "granite4v", "extract", str(batch.folder), "--model", str(options.model), *tasks),
         *("--schema", str(schema), "--max-tokens", str(options.max_tokens), "--threads", str(options.threads)),
+        *([] if options.parallel is None else ["--parallel", str(options.parallel)]),
         *(*formats, "--report", "--out", str(out)),
     ]
 
@@ -123,40 +137,42 @@ def moments(rng: random.Random, n: int, n_records: int, pace: Pace) -> list[Mome
     return sorted(found, key=lambda moment: moment.n_records)
 
 
-def _kill_often(
+def kill_often(
     command: Sequence[str],
     results: Path,
     options: argparse.Namespace,
     pace: Pace,
     expected: list[Json],
     n_records: int,
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """(stage, records on the disk) of each kill, and what was wrong on the disk after it."""
+) -> tuple[list[Kill], list[str]]:
+    """The kills that landed, and what was wrong on the disk after them."""
     rng = random.Random(options.seed)
-    kills: list[tuple[str, int]] = []
+    kills: list[Kill] = []
     problems: list[str] = []
     waiting = moments(rng, options.kills, n_records, pace)
     while len(kills) < options.kills:
         # one that ended before it was killed is made good by a kill while it starts
         moment = waiting.pop(0) if waiting else Moment(0, "start", rng.uniform(0, 0.8 * pace.start_s))
-        if moment.stage == "start" and died_within_a_page(results.parent):
+        if moment.stage == "start" and deaths(results.parent):
             # a second death there would be the page's own, which is then left alone: let it be read first
             moment = Moment(0, "records", rng.uniform(0, 2 * pace.record_s))
         if not kill_at(moment, command, results, pace, n_records):
             continue
-        kills.append((moment.stage, n_lines(results)))
+        kills.append(Kill(moment.stage, n_lines(results), len(suspects(results.parent))))
         problems += [f"after kill {len(kills)}: {text}" for text in differences(expected, results)]
-        tell(f"kill {len(kills)} of {options.kills}: {kills[-1][1]} of {n_records} records on the disk")
+        told = f"{kills[-1].n_records} of {n_records} records on the disk, {kills[-1].n_suspects} suspects"
+        tell(f"kill {len(kills)} of {options.kills}: {told}")
     return kills, problems
 
 
 def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n_records: int) -> bool:
-    """Runs the command and kills it then; False when it ended before."""
-    n_before = n_lines(results)
+    """Runs the command and kills it then, but not on a page that it has died on; False when it ended before."""
+    n_before, out = n_lines(results), results.parent
+    spared = deaths(out)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if moment.stage != "start":
         wanted = min(max(moment.n_records, n_before + 1), n_records)
-        while process.poll() is None and n_lines(results) < wanted:
+        while process.poll() is None and (n_lines(results) < wanted or spared & deaths(out, unknown=spared)):
             time.sleep(POLL_S)
     try:
         process.wait(moment.after_s + (pace.start_s if moment.stage != "start" and n_before == n_records else 0))
@@ -166,10 +182,24 @@ def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n
     return False
 
 
-def died_within_a_page(out: Path) -> bool:
-    """Whether the run that was killed had begun a page, as it notes for the next one."""
+def deaths(out: Path, unknown: set[str] | None = None) -> set[str]:
+    """The pages that were in flight alone when a process died, as a run notes for the next one; `unknown` while it
+    writes that."""
+    content = _attempts(out)
+    return (unknown or set()) if content is None else {key for key, n in content.items() if isinstance(n, int)}
+
+
+def suspects(out: Path) -> list[str]:
+    """The pages that were in flight together when a process died."""
+    return list((_attempts(out) or {}).get("suspects", ()))
+
+
+def _attempts(out: Path) -> Json | None:
     path = out / ".granite4v-attempts.json"
-    return path.exists() and path.stat().st_size > 0
+    try:
+        return dict(json.loads(path.read_bytes() or b"{}")) if path.exists() else {}
+    except ValueError:
+        return None
 
 
 def n_lines(path: Path) -> int:

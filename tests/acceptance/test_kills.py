@@ -14,25 +14,25 @@ import pytest
 from granite4v.runtime.documents import open_pages
 from tests.acceptance import kills
 from tests.acceptance.conftest import Ran
-from tests.acceptance.kills import Pace, compare, expected_keys, moments
+from tests.acceptance.kills import Pace, compare, deaths, expected_keys, moments, suspects
 from tests.acceptance.pages import Batch
 
 
 @pytest.fixture(scope="module")
-def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(side_by_side: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a check left: 'batch', 'whole' and 'broken'."""
     work = tmp_path_factory.mktemp("kill") / "work"
     arguments = ("--pages", "4", "--kills", "3", "--max-tokens", "40", "--threads", "1")
-    assert kills.main(["--model", str(model), "--work", str(work), *arguments]) == 0
+    assert kills.main(["--model", str(side_by_side), "--work", str(work), *arguments]) == 0
     return work
 
 
 @pytest.mark.slow
-def test_it_says_what_it_saw(model: Path, run: Callable[..., Ran]) -> None:
-    status, told, err = run(kills.main, "--model", model, "--pages", 2, "--kills", 2, "--max-tokens", 8)
+def test_it_says_what_it_saw(side_by_side: Path, run: Callable[..., Ran]) -> None:
+    status, told, err = run(kills.main, "--model", side_by_side, "--pages", 2, "--kills", 2, "--max-tokens", 8)
     assert (status, told["check"], told["ok"], told["broken"]) == (0, "kills", True, [])
     assert (told["pages"], told["records"], told["kills"], told["status"]) == (2, 9, 2, 1)
-    assert sum(told["stages"].values()) == len(told["records_at_kills"]) == 2
+    assert sum(told["stages"].values()) == len(told["records_at_kills"]) == len(told["suspects_at_kills"]) == 2
     assert "kills: 9 records of 2 pages after 2 kills" in err and "kills: ok" in err
 
 
@@ -119,3 +119,19 @@ def test_moments_are_spread_over_all_stages() -> None:
     assert [moment.n_records for moment in found] == sorted(moment.n_records for moment in found)
     assert {moment.stage for moment in found} == {"start", "records", "end"}
     assert all(0 <= moment.after_s <= 2.4 and 0 <= moment.n_records <= 180 for moment in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "dead", "suspected"),
+    [
+        (None, set(), []),
+        ("", set(), []),
+        ('{"a": 1, "b": 2}', {"a", "b"}, []),
+        ('{"a": 1, "suspects": ["c", "d"]}', {"a"}, ["c", "d"]),
+        ('{"a": 1, "susp', {"x"}, []),
+    ],
+)
+def test_pages_in_flight_at_a_kill(tmp_path: Path, content: str | None, dead: set[str], suspected: list[str]) -> None:
+    if content is not None:
+        (tmp_path / ".granite4v-attempts.json").write_text(content)
+    assert (deaths(tmp_path, unknown={"x"}), suspects(tmp_path)) == (dead, suspected)
