@@ -51,11 +51,13 @@ class Pace:
 
 @dataclass(frozen=True)
 class Moment:
-    """`after_s` seconds behind record `n_records`; `stage` 'start' means behind the start of the process instead."""
+    """`after_s` seconds behind record `n_records`, but at record `latest` if that comes first; `stage` 'start' means
+    behind the start of the process instead."""
 
     n_records: int
     stage: str
     after_s: float
+    latest: int
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,11 @@ def moments(rng: random.Random, n: int, n_records: int, pace: Pace) -> list[Mome
     for stage in itertools.islice(itertools.cycle(STAGES), n):
         at = n_records if stage == "end" else rng.randrange(n_records)
         longest_s = {"start": 1.2 * pace.start_s, "records": 2 * pace.record_s, "end": 1.2 * pace.end_s}[stage]
-        found.append(Moment(at, stage, rng.uniform(0, longest_s)))
-    return sorted(found, key=lambda moment: moment.n_records)
+        found.append((at, stage, rng.uniform(0, longest_s)))
+    found.sort()
+    # a machine that has become faster since the pace was measured must not be through before the next one
+    latest = [at for at, _, _ in found[1:]] + [n_records]
+    return [Moment(*one, most) for one, most in zip(found, latest, strict=True)]
 
 
 def kill_often(
@@ -152,10 +157,10 @@ def kill_often(
     waiting = moments(rng, options.kills, n_records, pace)
     while len(kills) < options.kills:
         # one that ended before it was killed is made good by a kill while it starts
-        moment = waiting.pop(0) if waiting else Moment(0, "start", rng.uniform(0, 0.8 * pace.start_s))
+        moment = waiting.pop(0) if waiting else Moment(0, "start", rng.uniform(0, 0.8 * pace.start_s), n_records)
         if moment.stage == "start" and deaths(results.parent):
             # a second death there would be the page's own, which is then left alone: let it be read first
-            moment = Moment(0, "records", rng.uniform(0, 2 * pace.record_s))
+            moment = Moment(0, "records", rng.uniform(0, 2 * pace.record_s), moment.latest)
         if not kill_at(moment, command, results, pace, n_records):
             continue
         kills.append(Kill(moment.stage, n_lines(results), len(suspects(results.parent))))
@@ -174,12 +179,13 @@ def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n
         wanted = min(max(moment.n_records, n_before + 1), n_records)
         while process.poll() is None and (n_lines(results) < wanted or spared & deaths(out, unknown=spared)):
             time.sleep(POLL_S)
-    try:
-        process.wait(moment.after_s + (pace.start_s if moment.stage != "start" and n_before == n_records else 0))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait() < 0
-    return False
+    wait_s = moment.after_s + (pace.start_s if moment.stage != "start" and n_before == n_records else 0)
+    most = moment.latest if moment.latest < n_records else n_records + 1
+    until = time.monotonic() + wait_s
+    while process.poll() is None and time.monotonic() < until and n_lines(results) < max(most, n_before + 1):
+        time.sleep(POLL_S)
+    process.kill()  # nothing happens if it has ended
+    return process.wait() < 0
 
 
 def deaths(out: Path, unknown: set[str] | None = None) -> set[str]:
