@@ -219,7 +219,7 @@ def run_tree(
     counts = {(record["page"], record["task"]): record["timings"]["n_generated"] for record in ran["records"]}
     told = {
         "n_parallel": ran["n_parallel"],
-        "n_steps": ran["n_steps"] or total["n_steps"] or total["n_generated"] - len(timings),
+        "steps": ran["n_steps"] or total["n_generated"] - len(timings),  # of all answers together
         "peak_rss_gb": round(ran["peak_rss_gb"], 3),
         "n_prompt": [one["n_prompt"] for one in timings[: len(tasks)]],
         "ended": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
@@ -232,7 +232,7 @@ def run_tree(
 
 SUMMED = (
     *("load_s", "encode_s", "prefill_image_s", "prefill_text_s", "decode_s"),
-    *("n_generated", "n_steps", "n_drafted", "n_accepted", "n_encoded"),
+    *("n_generated", "n_drafted", "n_accepted", "n_encoded"),
 )
 
 

@@ -1,0 +1,183 @@
+"""Extracts held-out documents with many answers at once, one by one, and without drafting, and compares the records.
+
+    python -m scripts.same_values --documents 100
+
+The documents are those of scripts/compare_records.py: tables, charts and forms of the five held-out groups in PDFs,
+TIFFs and images, asked for every task that fits them; a form's schema is also tried on its neighbours, so that its
+answer is not alone. The embedded model in F16 reads them with what `extract` chooses ('default'), with one answer at a
+time ('one by one'), and with 'no drafting'. All fields of the records but timings are compared, and how many tokens
+each answer has.
+
+Without drafting nothing may differ. One by one, an answer may differ where its two tokens at the first difference have
+logits that lie closer than `--rounding`, what another number of rows in a step may do to logits (docs/benchmarks.md);
+every such record is shown. Status 1 for any other difference; the last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import granite4v
+from granite4v.clip_projector import ImageSource
+from granite4v.runtime.documents import Page, open_pages
+from granite4v.runtime.extract.questions import questions
+from granite4v.runtime.extract.schema import load_schema
+from granite4v.runtime.model import Model
+from scripts.compare_records import (
+    ASKED,
+    GROUPS,
+    DrawnFile,
+    Job,
+    compare,
+    draw_files,
+    jobs,
+    read_records,
+)
+from scripts.nano.evaluate import MAX_TOKENS, held_out
+
+N_FORMS = 4  # that are asked for the fields of the first of them
+DEFAULT, ONE_BY_ONE, NO_DRAFTING = "default", "one by one", "no drafting"
+Json = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of how pages are put into files")
+    parser.add_argument("--parallel", type=int, help="answers at once (what extract chooses)")
+    parser.add_argument("--rounding", type=float, default=0.02, help="of logits of F16 files (0.02)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, help="keep documents and results in this directory")
+    options = parser.parse_args()
+    ways: dict[str, Json] = {
+        DEFAULT: {"parallel": options.parallel},
+        ONE_BY_ONE: {"parallel": 1},
+        NO_DRAFTING: {"parallel": options.parallel, "drafting": False},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        work = (options.work or Path(directory)).absolute()
+        documents = list(held_out(-(-options.documents // GROUPS)))
+        files = draw_files(work / "documents", documents, random.Random(options.seed))
+        calls = {name: list(asked(files, work / name)) for name in ways}
+        told = {name: run(name, calls[name], way, options.threads) for name, way in ways.items()}
+        records = {name: read_records(work / name) for name in ways}
+        with granite4v.load(n_threads=options.threads, device="cpu", n_parallel=1) as model:
+            schemas = {Path(job.out).name: job.schema for job in calls[DEFAULT]}
+            sides = {
+                name: differing(model, schemas, records[DEFAULT], records[name]) for name in (ONE_BY_ONE, NO_DRAFTING)
+            }
+    problems = judge(sides, options.rounding)
+    for one in itertools.chain.from_iterable(side["different"] for side in sides.values()):
+        print(json.dumps(one, ensure_ascii=False), file=sys.stderr)
+    for problem in problems:
+        print(f"broken: {problem}", file=sys.stderr)
+    counts = {"documents": len(documents), "files": len(files), "rounding": options.rounding}
+    print(json.dumps({**counts, "ways": told, **sides, "broken": problems}))
+    return 1 if problems else 0
+
+
+def asked(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
+    """The calls of `extract`: those of compare_records.py, with more pages beside each form."""
+    forms = [file for file in files if file.schema is not None]
+    yield from jobs([file for file in files if file.schema is None], folder)
+    for i, form in enumerate(forms):
+        some = [str(forms[(i + j) % len(forms)].path) for j in range(min(N_FORMS, len(forms)))]
+        tasks = next(tasks for kind, tasks, _ in ASKED if kind == form.kind)
+        yield Job(some, list(tasks), MAX_TOKENS, str(folder / form.path.stem), form.schema)
+
+
+def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> Json:
+    """Makes the calls; says how many answers were possible at once, and the rows and steps of all answers."""
+    total: Json = dict.fromkeys(("n_generated", "n_steps", "n_drafted", "n_accepted"), 0)
+    with granite4v.load(n_threads=n_threads, device="cpu", n_parallel=way.get("parallel")) as model:
+        for i, job in enumerate(todo, 1):
+            arguments: Json = {"schema": job.schema, "max_tokens": job.max_tokens, "out": job.out, **way}
+            records = list(granite4v.extract(job.files, job.tasks, model=model, **arguments))
+            for record, key in itertools.product(records, total):
+                total[key] += record.timings.get(key, 0)
+            print(f"{name}: {i} of {len(todo)} calls, {len(records)} records", file=sys.stderr, flush=True)
+        return {"n_parallel": model.n_parallel, "steps": model.counters.n_steps, **total}
+
+
+def differing(model: Model, schemas: dict[str, Json | None], base: dict[str, Json], other: dict[str, Json]) -> Json:
+    """What comparing found; with every record that differs, the two tokens where its answers part.
+
+    `schemas`: of each call, by the name of its directory.
+    """
+    found = asdict(compare(base, other))
+    for one in found["different"]:
+        schema = schemas[one["record"].split()[0]]
+        one.update(parting(model, schema, base[one["record"]], other[one["record"]]))
+    found["more_tokens"] = [
+        key
+        for key in sorted(base.keys() & other.keys())
+        if base[key]["timings"].get("n_generated") != other[key]["timings"].get("n_generated")
+        and key not in {one["record"] for one in found["different"]}
+    ]
+    return dict(found)
+
+
+def parting(model: Model, schema: Json | None, one: Json, other: Json) -> Json:
+    """The first tokens that differ, their logits, and the two best logits there; nothing where the texts are equal.
+
+    The texts are split into tokens anew, which may be others than those that were generated.
+    """
+    tokenizer = model.prompts.tokenizer()
+    mine, theirs = (tokenizer.encode_plain(str(record.get("text") or "")) for record in (one, other))
+    if mine == theirs:
+        return {}
+    n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False)))
+    pair = [tokens[n] if n < len(tokens) else min(model.prompts.stop_tokens) for tokens in (mine, theirs)]
+    prompt = prompt_of(model, one["task"], schema)
+    logits = model.score(prompt, [page_of(model, one)], tokens=[*mine[:n], pair[0]])[n]
+    best = sorted(map(float, logits))[-2:]
+    return {
+        "token": n,
+        "tokens": [tokenizer.decode([token]) for token in pair],
+        "logits": [round(float(logits[token]), 4) for token in pair],
+        "apart": round(abs(float(logits[pair[0]] - logits[pair[1]])), 5),
+        "two_best_apart": round(best[1] - best[0], 5),
+    }
+
+
+def prompt_of(model: Model, task: str, schema: Json | None) -> str:
+    """As `extract` asks."""
+    loaded = None if schema is None else load_schema(schema, lambda _: None)
+    return questions(model, [task], None, loaded, unconstrained=False)[0].prompt
+
+
+def page_of(model: Model, record: Json) -> ImageSource:
+    """The pixels that were read."""
+    for item in open_pages([record["source"]], pages=str(record["page"]), view=model.files.vision_config):
+        if isinstance(item, Page):
+            return item.image
+    raise SystemExit(f"page {record['page']} of '{record['source']}' cannot be read again")
+
+
+def judge(sides: dict[str, Json], rounding: float) -> list[str]:
+    """Which promises were broken."""
+    problems = []
+    for name, side in sides.items():
+        if not side["n_records"] or side["missing"]:
+            problems.append(f"{name}: {side['n_records']} records, {len(side['missing'])} in one run only")
+        strict = name == NO_DRAFTING
+        for one in side["different"]:
+            apart = one.get("apart")
+            if strict or apart is None or apart >= rounding:
+                problems.append(f"{name}: {one['record']} differs in {', '.join(one['fields'])}, logits {apart} apart")
+        problems += [f"{name}: {key} has another number of tokens" for key in side["more_tokens"]]
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())
