@@ -18,6 +18,7 @@ from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Drafter, DraftSource
 from granite4v.runtime.engine.engine import Engine
+from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.scheduler import Counters
 from granite4v.runtime.engine.sequence import Advances, Scoring
@@ -67,6 +68,7 @@ class Model:
         lora: bool | str | Path | None = None,
         exact: bool | None = None,
         vision_compute: VisionCompute = "file",
+        workload: Workload | None = None,
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
@@ -79,7 +81,10 @@ class Model:
         that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'BF16'
         rounds those in F32 or F16, and what they are multiplied with, to bfloat16; 'int8' quantizes those in F32, F16
         or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K'
-        to that type.
+        to that type. `workload`: the model is loaded for many questions that are asked side by side. Then `n_parallel`
+        is chosen by their number and by the memory there is, and the sequences are there from the beginning. With
+        files of F32, F16, BF16 and Q8_0 an answer then has the same bits whatever is computed beside it, as long as
+        `n_parallel` is more than 1.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
         """
@@ -97,6 +102,7 @@ class Model:
                 device=device,
                 exact=exact,
                 vision_compute=vision_compute,
+                workload=workload,
             )
             return cls(engine, policy)
         except BaseException:

@@ -31,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
-import granite4v
 from granite4v import gguf_keys as keys
+from granite4v.default_model import embedded_model
 from granite4v.errors import AnswerError
 from granite4v.runtime import grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Draft, Drafter, DraftSource
+from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.sequence import Step
@@ -88,7 +89,8 @@ def main() -> int:
     if not set(tasks) <= set(WRITERS) or not set(ways) <= set(WAYS) or "off" not in ways:
         parser.error(f"expected tasks of {', '.join(WRITERS)}, and 'off' and others of {', '.join(WAYS)}")
     n_documents = options.documents or (2 if options.replay else 24)
-    with granite4v.load(options.replay, n_threads=options.threads, n_parallel=1) as model:
+    path = options.replay or embedded_model(lambda line: print(line, file=sys.stderr))
+    with Model.load(path, n_threads=options.threads, n_parallel=2, workload=Workload()) as model:
         if options.replay:
             ask = replaying(model, list(real_tables(n_documents, options.seed)))
         else:

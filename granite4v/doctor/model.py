@@ -8,11 +8,10 @@ from granite4v import gguf_keys as keys
 from granite4v.doctor.machine import available_memory
 from granite4v.doctor.section import Problem, Section
 from granite4v.errors import Granite4vError
-from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.runtime.engine.engine import DEFAULT_CONTEXT
+from granite4v.runtime.engine.parallel import kv_bytes_per_token
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
-VALUE_BYTES = 2  # the KV cache is kept in half precision
 WORKING_BYTES = 500_000_000  # the graphs of images and of text, beside weights and KV cache
 
 
@@ -57,27 +56,6 @@ def _describe(files: ModelFiles) -> Section:
         )
         problems.append(Problem(text))
     return Section("model", lines, data, problems)
-
-
-def kv_bytes_per_token(files: ModelFiles) -> int:
-    """Bytes of the KV cache that one token of one sequence takes."""
-    text, key = files.text, files.text_key
-    width = text.integer(key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)
-    n_layers = text.integer(key(keys.BLOCK_COUNT), 1, MAX_COUNT)
-    heads = _per_layer(files, keys.HEAD_COUNT, n_layers, [0])
-    kv_heads = _per_layer(files, keys.HEAD_COUNT_KV, n_layers, heads)
-    head_dim = width // max(1, *heads)
-    length = text.integer(key(keys.KEY_LENGTH), 0, MAX_WIDTH, head_dim)
-    length += text.integer(key(keys.VALUE_LENGTH), 0, MAX_WIDTH, head_dim)
-    return sum(kv_heads) * length * VALUE_BYTES
-
-
-def _per_layer(files: ModelFiles, key: str, n_layers: int, default: list[int]) -> list[int]:
-    """A count for each layer; files give one for all, or a list."""
-    value = files.text.get(files.text_key(key), default)
-    if isinstance(value, list):
-        return files.text.integers(files.text_key(key), 0, MAX_WIDTH, default)
-    return [files.text.integer(files.text_key(key), 0, MAX_WIDTH)] * n_layers
 
 
 def _size(n_bytes: int) -> str:

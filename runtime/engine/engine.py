@@ -25,6 +25,7 @@ from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
+from granite4v.runtime.engine.parallel import Workload, choose_parallel
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
 DEFAULT_PARALLEL = 4  # sequences
+# Weight types with which the values of a row depend on whether it is alone, and on nothing else of a batch.
+SAME_FROM_TWO_ROWS = frozenset({"F32", "F16", "BF16", "Q8_0"})
 _LOOK_S = 1.0  # how often answers that pause are looked at without being told to
 
 
@@ -62,8 +65,10 @@ class Engine:
         device: str,
         exact: bool,
         vision_compute: VisionCompute = "file",
+        workload: Workload | None = None,
     ) -> None:
-        """`n_parallel`: requests that are computed side by side. Raises DeviceError, TypeError, ValueError."""
+        """`n_parallel`: requests that are computed side by side; `workload`: see `Model.load`. Raises DeviceError,
+        TypeError, ValueError."""
         find_device(device)  # a device that is missing is reported now, not after the first image
         self.files, self.device, self.exact = files, device, exact
         self.n_threads = check_threads(n_threads)
@@ -72,16 +77,23 @@ class Engine:
         self.warnings: list[str] = []
         self.n_ctx = self._limit_context(n_ctx)
         self.n_ubatch = min(N_UBATCH, self.n_ctx)
-        n_parallel = DEFAULT_PARALLEL if n_parallel is None else whole_number("n_parallel", n_parallel, 1)
+        if n_parallel is None:
+            n_parallel = DEFAULT_PARALLEL if workload is None else choose_parallel(files, workload, self.n_ctx)
+        n_parallel = whole_number("n_parallel", n_parallel, 1)
+        if workload is not None and workload.n_questions:
+            n_parallel = min(n_parallel, workload.n_questions)
         self.n_parallel = 1 if exact else min(n_parallel, self.n_ubatch)
         self.injection = files.injection
         self._abort = AbortFlag()
         self._thread = EngineThread("granite4v", self._abort)
-        self._cache = KvCache(self._open_context, self.n_ctx, self.n_parallel)
+        self._is_batch = workload is not None and self.n_parallel > 1
+        self._cache = KvCache(self._open_context, self.n_ctx, self.n_parallel, opens_all=self._is_batch)
         self._vision = Vision(
             files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)), vision_compute
         )
-        self._scheduler = Scheduler(self._cache, self, self.n_ubatch)
+        same_from_two = {info.type_name for info in files.text.tensors.values()} <= SAME_FROM_TWO_ROWS
+        least_rows = 2 if self._is_batch and same_from_two else 1
+        self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows)
         self._model: LlamaModel | None = None
         self._placement = Placement()
         self._changed = threading.Condition()  # guards all below
@@ -367,7 +379,7 @@ class Engine:
         backend = Backend(self.device, self.n_threads, (self._abort.callback_address, self._abort.data_address))
         try:
             tensors = self.files.text.tensors
-            self._placement = choose_placement(tensors, backend, announce)
+            self._placement = choose_placement(tensors, backend, announce, for_many=self._is_batch)
             warn_if_slow(self.files.text.path, "text", n_weights(tensors.values()), backend)
         finally:
             backend.close()

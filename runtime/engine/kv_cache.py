@@ -128,8 +128,18 @@ class KvCache:
     and larger sequences with a request that needs them; so a request that is alone takes no more memory than it needs.
     """
 
-    def __init__(self, open_context: Callable[[int, int], Context], n_ctx: int, n_seq_max: int) -> None:
-        """`open_context(n_cells, n_sequences)` makes an empty context. A request may take `n_ctx` cells."""
+    def __init__(
+        self,
+        open_context: Callable[[int, int], Context],
+        n_ctx: int,
+        n_seq_max: int,
+        *,
+        opens_all: bool = False,
+    ) -> None:
+        """`open_context(n_cells, n_sequences)` makes an empty context. A request may take `n_ctx` cells.
+        `opens_all`: the first context has all sequences.
+        """
+        self._opens_all = opens_all
         self._open_context, self._n_ctx, self._n_seq_max = open_context, n_ctx, n_seq_max
         self._context: Context | None = None
         self._sequences = [CachedSequence(0)]
@@ -184,7 +194,7 @@ class KvCache:
         is told by `is_lost`. Raises DeviceError when there is not enough memory for this request alone.
         """
         n_tokens = _length(plan) + n_new
-        if max(n_wanted, self.n_in_use + 1) > len(self._sequences):
+        if self._opens_all or max(n_wanted, self.n_in_use + 1) > len(self._sequences):
             self._add_sequences(n_tokens)
         if self.n_in_use >= len(self._sequences):
             return None

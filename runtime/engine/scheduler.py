@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -17,6 +16,9 @@ import numpy as np
 
 from granite4v.ggml.backend import Aborted
 from granite4v.runtime.engine.kv_cache import Batch, CachedSequence, KvCache
+from granite4v.runtime.engine.sequence import Step
+from granite4v.runtime.engine.step import Limits, Part, joined, plan_step
+from granite4v.runtime.engine.step_costs import StepCosts
 from granite4v.runtime.engine.task import Chunk, Resources, Task, chunks_after, n_alike, plan_prefill
 from granite4v.runtime.llama.context import BatchRows
 from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
@@ -24,21 +26,35 @@ from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
 
 @dataclass
 class Counters:
-    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers, and
-    requests whose sequence was given to another because nobody read their answers."""
+    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers, tokens
+    of drafts and those of them that were right, and requests whose sequence was given to another because nobody read
+    their answers."""
 
     n_prefilled: int = 0
     n_decoded: int = 0
     n_steps: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
     n_preempted: int = 0
 
 
 class Scheduler:
     """Runs any number of tasks, as many at once as the cache has sequences. Not for several threads at once."""
 
-    def __init__(self, cache: KvCache, resources: Resources, n_ubatch: int) -> None:
-        """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait."""
-        self._cache, self._resources, self._n_ubatch = cache, resources, n_ubatch
+    def __init__(
+        self,
+        cache: KvCache,
+        resources: Resources,
+        n_ubatch: int,
+        *,
+        least_rows: int = 1,
+        costs: StepCosts | None = None,
+    ) -> None:
+        """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait.
+        `least_rows`: of a decode step among several sequences; 2 where the values of a row depend on whether it is
+        alone. `costs`: what is known of steps beforehand."""
+        self._cache, self._resources, self._n_ubatch, self._least_rows = cache, resources, n_ubatch, least_rows
+        self.costs = costs or StepCosts()
         self._waiting: list[Task] = []
         self._running: list[Task] = []
         self.counters = Counters()
@@ -238,74 +254,87 @@ class Scheduler:
     def _decode(self) -> bool:
         """One step of every answer that can go on and has the adapter of the one that waits longest."""
         ready = [task for task in self._running if task.n_pending and not task.channel.is_full]
-        ready.sort(key=lambda task: task.last_step)
-        batch = self._collect([task for task in ready if task.adapter == ready[0].adapter])
-        if not batch:
+        if not ready:
             return False
+        ready.sort(key=lambda task: task.last_step)
+        limits = self._limits()
+        ready = [task for task in ready if task.adapter == ready[0].adapter][: min(limits.rows, limits.outputs)]
+        parts = plan_step(ready, self._between(ready), self.costs, limits)
+        rows, starts = joined(parts, limits.least)
         start = time.perf_counter()
         try:
-            ends = self._compute_step(batch)
+            self._compute(rows, ready)
         except Aborted:
             return True
         except Exception as error:
-            for task, _ in batch:
+            for task in ready:
                 self._finish(task, error)
             return True
+        finally:
+            for part in parts:
+                if part.task is None:
+                    self._cache.truncate(part.sequence)
         elapsed = time.perf_counter() - start
+        self.costs.note(len(rows), elapsed)
         self.counters.n_steps += 1
-        for task, part in batch:
-            sequence = task.held
-            self._cache.append(sequence, Batch(tuple(part)))
-            task.n_pending -= len(part)
-            task.last_step = self.counters.n_steps
-            task.answer.timings.decode_s += elapsed
-            task.answer.timings.n_decoded += len(part)
-            self.counters.n_decoded += len(part)
-            if not task.n_pending:
-                task.answer.timings.n_steps += 1
-                self._advance_row(task, ends[sequence.id] - 1)
+        for part, first in zip(parts, starts, strict=True):
+            if part.task is not None:
+                part.task.answer.timings.decode_s += elapsed
+                self._take_over(part.task, part, first)
         return True
 
-    def _collect(self, ready: SequenceOf[Task]) -> list[tuple[Task, list[int]]]:
-        """What each task decodes in this step: as many pending tokens as the batch has room for."""
-        batch: list[tuple[Task, list[int]]] = []
-        room = self._n_ubatch
-        n_outputs = self._cache.context.max_outputs if ready else 0
-        for task in ready[:n_outputs]:
-            part = task.pending[:room]
-            if not part:
-                break
-            batch.append((task, part))
-            room -= len(part)
-        return batch
+    def _limits(self) -> Limits:
+        context = self._cache.context
+        least = self._least_rows if self._cache.n_sequences > 1 else 1
+        return Limits(self._n_ubatch, context.max_outputs, context.n_cells, least, self._cache.can_cut)
 
-    def _compute_step(self, batch: SequenceOf[tuple[Task, list[int]]]) -> dict[int, int]:
-        """Decodes the tokens of each task; where the rows of each sequence end in the batch."""
-        rows = {}
-        for task, part in batch:
-            data = np.asarray(part, dtype=np.int32)
-            output = len(part) == task.n_pending
-            rows[task.held.id] = BatchRows.of(data, task.held.n_tokens, task.held.id, output=output)
-        fillers = self._fillers(rows, self._n_ubatch - sum(map(len, rows.values())))
-        for filler in fillers:
-            rows[filler.id] = BatchRows.of(np.zeros(1, dtype=np.int32), filler.n_tokens, filler.id, output=False)
-        numbers = sorted(rows)
-        try:
-            self._compute(BatchRows.joined([rows[number] for number in numbers]), [task for task, _ in batch])
-        finally:
-            for filler in fillers:
-                self._cache.truncate(filler)
-        return dict(zip(numbers, itertools.accumulate(len(rows[number]) for number in numbers), strict=True))
-
-    def _fillers(self, rows: Container[int], room: int) -> list[CachedSequence]:
+    def _between(self, ready: SequenceOf[Task]) -> list[CachedSequence]:
         """Sequences that stand between those of a batch. llama.cpp passes over all weights once for each run of
         neighbours, so a token that is forgotten again costs less than a gap."""
-        numbers = [number for number in range(self._cache.n_sequences) if number in rows]
-        between = [n for n in range(numbers[0], numbers[-1]) if n not in rows]
-        fillers = [self._cache.sequence(number) for number in between]
-        if len(fillers) > room or not self._cache.can_cut:
-            return []
-        return [filler for filler in fillers if filler.n_tokens < self._cache.n_cells]
+        numbers = {task.held.id for task in ready}
+        return [self._cache.sequence(n) for n in range(min(numbers), max(numbers)) if n not in numbers]
+
+    def _take_over(self, task: Task, part: Part, first: int) -> None:
+        """After a step: the rows of a sequence that hold, and the tokens that follow from them. `first`: the place of
+        its rows in the batch."""
+        task.last_step = self.counters.n_steps
+        is_complete = part.is_complete  # before the pending tokens are fewer
+        task.n_pending -= len(part.pending)
+        error, finished, n_accepted = None, False, 0
+        if is_complete:
+            task.answer.timings.n_steps += 1
+            error, finished, n_accepted = self._verify(task, part.draft, first + len(part.pending) - 1)
+        kept = part.tokens[: len(part.pending) + n_accepted]
+        self._cache.append(part.sequence, Batch(kept))
+        if len(kept) < part.n_rows:
+            self._cache.truncate(part.sequence)
+        self.counters.n_decoded += len(kept)
+        task.answer.timings.n_decoded += len(kept)
+        if error is not None or finished:
+            self._finish(task, error)
+
+    def _verify(self, task: Task, draft: SequenceOf[int], row: int) -> tuple[Exception | None, bool, int]:
+        """Lets an answer go on by the logits of `row`, which is that of its last token, and by those of the draft's
+        rows behind it for as long as the draft says what the answer says. Its error, whether it has ended, and how many
+        tokens of the draft are right."""
+        error, finished, n_accepted = None, False, 0
+        try:
+            while True:
+                step = task.advances.advance(self._cache.context.logits(row + n_accepted))
+                n_equal = _n_equal(step.tokens, draft[n_accepted:])
+                n_accepted += n_equal
+                self._add(task, step, n_equal)
+                finished = bool(step.finish)
+                if finished or not n_equal or n_equal < len(step.tokens):
+                    break
+        except Exception as raised:  # also logits that are not finite: a damaged file
+            error = raised
+        if draft:
+            task.advances.verified(len(draft), n_accepted)
+            for counters in (self.counters, task.answer.timings):
+                counters.n_drafted += len(draft)
+                counters.n_accepted += n_accepted
+        return error, finished, n_accepted
 
     def _compute(self, rows: BatchRows, tasks: SequenceOf[Task]) -> None:
         """Decodes rows; on failure the sequences are what they were before."""
@@ -319,22 +348,25 @@ class Scheduler:
                 self._cache.truncate(task.held)
             raise
 
-    def _advance_row(self, task: Task, row: int) -> None:
-        try:
-            logits = self._cache.context.logits(row)
-        except Exception as error:  # not finite: a damaged file
-            self._finish(task, error)
-            return
-        self._advance(task, logits)
-
     def _advance(self, task: Task, logits: np.ndarray) -> None:
+        """The first tokens of an answer."""
         try:
             step = task.advances.advance(logits)
         except Exception as error:
             self._finish(task, error)
             return
-        task.tokens += step.tokens
-        task.n_pending = len(step.tokens)
-        task.channel.put(step.text)
+        self._add(task, step)
         if step.finish:
             self._finish(task)
+
+    def _add(self, task: Task, step: Step, n_decoded: int = 0) -> None:
+        """Takes over what an answer has grown by; its first `n_decoded` tokens are decoded already."""
+        task.tokens += step.tokens
+        task.n_pending = len(step.tokens) - n_decoded
+        task.channel.put(step.text)
+
+
+def _n_equal(tokens: SequenceOf[int], others: SequenceOf[int]) -> int:
+    """How many tokens are the same at the beginning."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False))
+    return sum(1 for _ in pairs)

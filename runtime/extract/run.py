@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.runtime.documents import count_pages
-from granite4v.runtime.engine.engine import DEFAULT_PARALLEL
+from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.extract.arguments import checked
 from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
@@ -125,7 +125,8 @@ def _open(
                 device=options.device,
                 mmproj=options.mmproj,
                 vision_compute=options.vision_compute,
-                n_parallel=_n_parallel(options, n_questions),
+                n_parallel=options.parallel,
+                workload=Workload(n_questions, options.max_tokens),
             )
         )
     if model.vision_note is not None:
@@ -144,11 +145,6 @@ def _open(
     opened.callback(attempts.close)
     job = Job(model, hashes, asked, options, paths, totals, n_parallel)
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
-
-
-def _n_parallel(options: ExtractOptions, n_questions: int | None) -> int:
-    """How many answers the model is loaded for, no more than there are questions."""
-    return options.parallel or max(1, min(DEFAULT_PARALLEL, n_questions or DEFAULT_PARALLEL))
 
 
 def _manifest(

@@ -262,8 +262,9 @@ def how_many(model: Model, options: ExtractOptions, n_questions: int | None, say
     n = min(asked, model.n_parallel)
     if n_questions is not None:
         n = min(n, max(1, n_questions))
-    if options.parallel is not None and options.parallel > model.n_parallel:
+    if n == model.n_parallel < min(asked, n_questions or asked):
         say(f"{model.n_parallel} answers at once, not {asked}: the model was loaded for that many")
     elif n > 1:
-        say(f"up to {n} answers at once ({'as asked for' if options.parallel else 'see --parallel'})")
+        why = "as asked for" if options.parallel else "as memory allows; see --parallel"
+        say(f"up to {n} answers at once ({why})")
     return n

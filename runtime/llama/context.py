@@ -21,7 +21,7 @@ from granite4v.runtime.llama.owner import Owner
 _TYPE_F32, _TYPE_F16 = 0, 1  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
 _ABORTED = 2  # llama_decode's result when the abort callback said so
-_N_OUTPUTS = 8  # rows of logits one batch may ask for, or one for each sequence; each takes 0.4 MB
+_N_OUTPUTS = 64  # rows of logits one batch may ask for, or one for each sequence; each takes 0.4 MB
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,11 @@ class Placement:
 
 
 def choose_placement(
-    tensors: Mapping[str, TensorInfo], backend: Backend, announce: Callable[[], None] | None = None
+    tensors: Mapping[str, TensorInfo],
+    backend: Backend,
+    announce: Callable[[], None] | None = None,
+    *,
+    for_many: bool = False,
 ) -> Placement:
     """Where each weight of a text file goes on the CPU. Measures on the first call on a machine (see `text_kernels`).
 
@@ -59,11 +63,16 @@ def choose_placement(
     eight). Those that remain, and the output head, are copied as they are where the system has large pages: with all
     of them there, decoding is 10% to 14% faster than from a mapped file. A copy needs as much memory as the weights,
     and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none.
+
+    `for_many`: decode steps have many rows as well, so nothing is copied for steps of a few.
     """
     if not backend.is_cpu or sum(n_weights(tensors.values()).values()) < autotune.SMALL:
         return Placement()
     blocks = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
-    faster = _faster_copies(blocks, backend, autotune.text_kernels(backend, n_weights(blocks), announce))
+    kernels = autotune.text_kernels(backend, n_weights(blocks), announce)
+    if for_many:
+        kernels = {name: (many, many) for name, (many, _) in kernels.items()}
+    faster = _faster_copies(blocks, backend, kernels)
     head = tensors.get(keys.OUTPUT, tensors.get(keys.TOKEN_EMBD))
     copied = {copy.name for copy in faster}
     plain = [
@@ -89,6 +98,8 @@ def _faster_copies(
             continue
         many, few = kernels[info.type_name]
         kernel = few if few.buffer_type else many
+        if not kernel.buffer_type:
+            continue
         form = (info.type_name, info.shape)
         if form not in supported:
             n_out, n_in = info.shape

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from granite4v.doctor import model
-from granite4v.doctor.model import WORKING_BYTES, check_model, kv_bytes_per_token
+from granite4v.doctor.model import WORKING_BYTES, check_model
+from granite4v.runtime.engine.parallel import kv_bytes_per_token
 from granite4v.runtime.llama.files import ModelFiles
 from tests.toy.spec import PRESETS
 

@@ -1,0 +1,148 @@
+"""What one decode step computes: which sequences, and how many rows of each.
+
+llama.cpp passes over all weights once for each run of neighbouring sequences that have as many rows as each other. So
+all sequences of a step get the same number of rows: their pending tokens, then tokens of a draft, then fillers that
+are cut off again. How many that is depends on what it brings and on what steps of that size have cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from granite4v.runtime.engine.draft import Draft
+from granite4v.runtime.engine.kv_cache import CachedSequence
+from granite4v.runtime.engine.step_costs import StepCosts
+from granite4v.runtime.engine.task import Task
+from granite4v.runtime.llama.context import BatchRows
+
+MAX_DRAFT = 31  # tokens of one answer in a step
+MAX_DRAFTED_ROWS = 64  # of a step with drafts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may compute. `rows` of a call, `outputs`: rows of logits of a call, `cells` of a sequence; `least`:
+    rows, and rows of logits, that a step has at least; `can_cut`: whether the end of a sequence can be taken back."""
+
+    rows: int
+    outputs: int
+    cells: int
+    least: int = 1
+    can_cut: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one sequence in a step: `tokens` that follow it, the last `n_drafted` of them a draft, and fillers up
+    to `n_rows`. Logits are wanted from the last pending token on."""
+
+    sequence: CachedSequence
+    tokens: tuple[int, ...] = ()
+    n_drafted: int = 0
+    n_rows: int = 1
+    task: Task | None = None  # None: between two others, and there only to close the gap
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        return self.tokens[: len(self.tokens) - self.n_drafted]
+
+    @property
+    def draft(self) -> tuple[int, ...]:
+        return self.tokens[len(self.pending) :]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all pending tokens are in it, so that logits are wanted."""
+        return self.task is not None and len(self.pending) == self.task.n_pending
+
+    def rows(self) -> BatchRows:
+        n, start = self.n_rows, self.sequence.n_tokens
+        data = np.zeros(n, dtype=np.int32)
+        data[: len(self.tokens)] = self.tokens
+        outputs = np.zeros(n, dtype=bool)
+        if self.is_complete:
+            outputs[len(self.pending) - 1 : len(self.tokens)] = True
+        positions = np.arange(start, start + n, dtype=np.int32)
+        return BatchRows(data, positions, np.full(n, self.sequence.id, dtype=np.int32), outputs)
+
+
+def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: StepCosts, limits: Limits) -> list[Part]:
+    """The parts of a step, by the number of their sequence.
+
+    `ready`: tasks with pending tokens, the most urgent first; `between`: sequences between theirs.
+    """
+    if not limits.can_cut:
+        return _uncut(ready, limits)
+    room = min(limits.cells - sequence.n_tokens for sequence in (*(task.held for task in ready), *between))
+    n_sequences = len(ready) + len(between)
+    if room < 1 or n_sequences > limits.rows:  # the gaps stay
+        between, n_sequences = (), len(ready)
+        room = min(limits.cells - task.held.n_tokens for task in ready)
+    most = min(room, limits.rows // n_sequences)
+    n_draft = min(MAX_DRAFT, most - 1, MAX_DRAFTED_ROWS // n_sequences - 1)
+    drafts = [task.advances.draft(n_draft) if n_draft > 0 else Draft((), ()) for task in ready]
+    n_rows = _choose(ready, drafts, costs, n_sequences, most, limits)
+    parts = [Part(sequence, n_rows=n_rows) for sequence in between]
+    for task, draft in zip(ready, drafts, strict=True):
+        pending = task.pending[:n_rows]
+        n_drafted = min(len(draft.tokens), n_rows - len(pending)) if len(pending) == task.n_pending else 0
+        tokens = (*pending, *draft.tokens[:n_drafted])
+        parts.append(Part(task.held, tokens, n_drafted, n_rows, task))
+    return sorted(parts, key=lambda part: part.sequence.id)
+
+
+def joined(parts: Sequence[Part], least: int) -> tuple[BatchRows, list[int]]:
+    """The rows of all parts, and where those of each part begin. At least `least` rows of logits, if there are any."""
+    rows = BatchRows.joined([part.rows() for part in parts])
+    n_missing = least - int(rows.outputs.sum())
+    if 0 < n_missing < least:
+        rows.outputs[np.flatnonzero(~rows.outputs)[:n_missing]] = True
+    starts = itertools.accumulate((part.n_rows for part in parts), initial=0)
+    return rows, list(starts)[:-1]
+
+
+def _uncut(ready: Sequence[Task], limits: Limits) -> list[Part]:
+    """All pending tokens, where nothing can be taken back."""
+    parts, room = [], limits.rows
+    for task in ready:
+        tokens = tuple(task.pending[:room])
+        if tokens:
+            parts.append(Part(task.held, tokens, 0, len(tokens), task))
+        room -= len(tokens)
+    return sorted(parts, key=lambda part: part.sequence.id)
+
+
+def _choose(
+    ready: Sequence[Task], drafts: Sequence[Draft], costs: StepCosts, n_sequences: int, most: int, limits: Limits
+) -> int:
+    """The rows of each sequence with which a second brings the most tokens."""
+    longest_draft = max(task.n_pending + len(draft.tokens) for task, draft in zip(ready, drafts, strict=True))
+    least = 1 if n_sequences >= limits.least else min(limits.least, most)
+    numbers = {*range(1, min(longest_draft, MAX_DRAFT + 1) + 1), *(task.n_pending for task in ready), longest_draft}
+    best, best_rate = least, 0.0
+    for n in sorted(number for number in numbers | {least} if least <= number <= most):
+        if _n_outputs(ready, drafts, n) > limits.outputs:
+            continue
+        n_kept = sum(_n_kept(task, draft, n) for task, draft in zip(ready, drafts, strict=True))
+        rate = n_kept / costs.seconds(n * n_sequences)
+        if rate > best_rate:
+            best, best_rate = n, rate
+    return best
+
+
+def _n_kept(task: Task, draft: Draft, n_rows: int) -> float:
+    """Tokens that a task is expected to be ahead after a step."""
+    return min(task.n_pending, n_rows) + sum(draft.chances[: max(0, n_rows - task.n_pending)])
+
+
+def _n_outputs(ready: Sequence[Task], drafts: Sequence[Draft], n_rows: int) -> int:
+    counts = (
+        1 + min(len(draft.tokens), n_rows - task.n_pending)
+        for task, draft in zip(ready, drafts, strict=True)
+        if task.n_pending <= n_rows
+    )
+    return sum(counts)
