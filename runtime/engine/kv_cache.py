@@ -8,6 +8,7 @@ cells of one image are never reused for another. Only this module removes anythi
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,12 +16,18 @@ from typing import Protocol
 import numpy as np
 
 from granite4v.errors import DeviceError
+from granite4v.runtime.engine.moved_states import MovedStates
 from granite4v.runtime.llama.context import BatchRows
 
 # A repeated request should give the same logits to the last bit, which needs the same batches. So a request starts
 # again at the batch where it first differs, unless that would compute more than this many known tokens anew.
 MAX_RECOMPUTED = 128
-CONTEXT_STEP = 512  # contexts are made in multiples of this many tokens
+CONTEXT_STEP = 512  # a context of one sequence is made in multiples of this many tokens
+SEQUENCE_STEP = 256  # and one of several: llama.cpp rounds the tokens of a sequence to that
+# Several sequences have room for answers as they were lately, not for as many tokens as each may have: all of it is
+# taken at once. A longer answer makes them larger, by half of what it has.
+MIN_ANSWER = 512
+N_LATELY = 32  # answers that tell how long the next ones are
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Context(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class CachedSequence:
     """What one sequence of the context holds, batch by batch, from position 0 on."""
 
@@ -64,6 +71,8 @@ class CachedSequence:
     in_use: bool = False
     is_lost: bool = False  # its cells are gone although it is in use
     last_used: int = 0
+    n_prompt: int = 0  # of the request that uses it
+    n_most: int = 0  # tokens that this request can come to, its prompt included
     # the last prefill and the logits at its end, so that the same request again costs nothing
     plan: tuple[Batch, ...] = ()
     logits: np.ndarray | None = None
@@ -124,8 +133,10 @@ class KvCache:
     """The sequences of one context. `acquire` lends one to a request, `release` takes it back and keeps what it holds
     for later requests. Not for several threads at once.
 
-    The context begins with one sequence. It gets all the others with the second request that comes while one is in use,
-    and larger sequences with a request that needs them; so a request that is alone takes no more memory than it needs.
+    The context begins with one sequence, which has room for all that its request may come to; so a request that is
+    alone takes no more memory than it needs. With the second request that comes while one is in use there are as many
+    sequences as there can be, each with room for its prompt and an answer as they were lately. When one needs more
+    (`ensure_room`), all become larger, or where memory ends, fewer. What they hold moves along.
     """
 
     def __init__(
@@ -135,17 +146,19 @@ class KvCache:
         n_seq_max: int,
         *,
         opens_all: bool = False,
+        most_cells: int | None = None,
     ) -> None:
         """`open_context(n_cells, n_sequences)` makes an empty context. A request may take `n_ctx` cells.
-        `opens_all`: the first context has all sequences.
-        """
-        self._opens_all = opens_all
+        `opens_all`: the first context has all sequences. `most_cells`: of several sequences together; None for as many
+        as there is memory for."""
+        self._opens_all = opens_all and n_seq_max > 1
         self._open_context, self._n_ctx, self._n_seq_max = open_context, n_ctx, n_seq_max
+        self._most_cells = 1 << 62 if most_cells is None else most_cells
         self._context: Context | None = None
         self._sequences = [CachedSequence(0)]
         self._copied: list[CachedSequence] = []  # since the last decode: llama.cpp copies no sooner
         self._clock = itertools.count(1)
-        self._too_large = 1 << 62  # cells of a sequence that there was no memory for
+        self._lengths: deque[int] = deque(maxlen=N_LATELY)  # of answers
         self.can_cut = True  # whether the end of a sequence can be forgotten; until shown otherwise
 
     @property
@@ -187,35 +200,53 @@ class KvCache:
     # --- lending ---
 
     def acquire(self, plan: Sequence[Batch], n_new: int, *, adapter: bool, n_wanted: int = 1) -> CachedSequence | None:
-        """A sequence that begins with as much of the plan as the cache has, and has room for the rest and for `n_new`
-        tokens more; None when all are in use, or when memory is too small for what this request needs beside them.
+        """A sequence that begins with as much of the plan as the cache has, and has room for the rest of it and for
+        the beginning of an answer of `n_new` tokens; None when all are in use, or when memory is too small for what
+        this request needs beside them.
 
         `n_wanted`: sequences that are wanted now, those in use included. Other sequences may be lost on the way, which
         is told by `is_lost`. Raises DeviceError when there is not enough memory for this request alone.
         """
-        n_tokens = _length(plan) + n_new
-        if self._opens_all or max(n_wanted, self.n_in_use + 1) > len(self._sequences):
-            self._add_sequences(n_tokens)
-        if self.n_in_use >= len(self._sequences):
+        n_wanted = self._n_seq_max if self._opens_all else max(n_wanted, self.n_in_use + 1)
+        source, n_reused = self._best_source(plan, adapter)
+        if len(self._sequences) == 1 and not self.n_in_use:  # what it does not go on from need not move
+            self._cut(self._sequences[0], n_reused if source is not None else 0)
+        if source is not None:
+            source.last_used = next(self._clock)
+        if not self._prepare(_length(plan), n_new, n_wanted):
             return None
         source, n_reused = self._best_source(plan, adapter)
         target = self._choose_target(source, n_reused, _length(plan))
-        if source is target:
-            self.truncate(target, n_reused)
-        else:
-            self._evict(target)
-        if n_tokens > self.n_cells:
-            if not self._enlarge(n_tokens):
-                return None
-            target = target if target in self._sequences else self._sequences[0]
-        if source is not None and source is not target and source.batches:
+        self._cut(target, n_reused if source is target else 0)
+        if source is not None and source is not target:
             self._copy(source, target, n_reused)
         target.in_use, target.is_lost, target.adapter = True, False, adapter
+        target.n_prompt, target.n_most = _length(plan), _length(plan) + n_new
         target.last_used = next(self._clock)
         return target
 
+    def ensure_room(self, sequence: CachedSequence, n_rows: int) -> bool:
+        """Room for so many rows more in a sequence that is in use. False when sequences that are in use were lost for
+        it, which `is_lost` tells: those whose requests are the newest, where memory is too small for all of them.
+
+        Raises DeviceError when there is not enough memory for this sequence alone.
+        """
+        n_tokens = sequence.n_tokens + n_rows
+        if n_tokens <= self.n_cells:
+            return True
+        in_use = self._in_use()
+        n_cells = self._rounded(max(n_tokens, *map(self._room_of, in_use)), SEQUENCE_STEP)
+        n_sequences = self._n_fitting(n_cells)
+        if n_sequences < len(in_use) > 1 and sequence is max(in_use, key=lambda s: s.last_used):
+            sequence.is_lost = True  # the newest itself: the others need not move, and what it holds may stay
+            return False
+        self._resize(n_cells, min(n_sequences, len(self._sequences)), 1)
+        return not any(other.is_lost for other in in_use)
+
     def release(self, sequence: CachedSequence) -> None:
         """The request is done; what the sequence holds stays until the room is needed."""
+        if not sequence.is_lost:
+            self._lengths.append(max(0, sequence.n_tokens - sequence.n_prompt))
         sequence.in_use, sequence.is_lost = False, False
         sequence.last_used = next(self._clock)
 
@@ -242,7 +273,7 @@ class KvCache:
         """Forgets what idle sequences hold, and the logits that are known."""
         for sequence in self._sequences:
             if not sequence.in_use:
-                self._evict(sequence)
+                self._cut(sequence, 0)
             sequence.logits = None
 
     def close(self) -> None:
@@ -284,68 +315,130 @@ class KvCache:
         if n_tokens >= _length(source.plan):
             target.plan, target.logits = source.plan, source.logits
 
-    def _evict(self, sequence: CachedSequence) -> None:
+    def _cut(self, sequence: CachedSequence, n_tokens: int) -> None:
+        """Leaves the first `n_tokens` of an idle sequence."""
         if sequence.batches:
-            self.truncate(sequence, 0)
+            self.truncate(sequence, n_tokens)
+        if not n_tokens:
+            sequence.plan, sequence.logits = (), None
+
+    def _lose(self, sequence: CachedSequence) -> None:
+        """Its cells are gone."""
+        sequence.is_lost = sequence.in_use
+        sequence.hold([])
         sequence.plan, sequence.logits = (), None
 
     # --- room ---
 
-    def _add_sequences(self, n_cells: int) -> None:
-        """All the sequences there can be, if there is memory for them. They begin empty, and those there were are lost:
-        llama.cpp takes a sequence's state only into a context with as many sequences."""
-        n_sequences, n_old = self._n_seq_max, self.n_cells
-        if n_sequences == len(self._sequences):
-            return
-        try:
-            self._open(max(n_cells, n_old), n_sequences, {})
-        except DeviceError:
-            self._n_seq_max = len(self._sequences)
-            if n_old:
-                self._open(n_old, len(self._sequences), {})
-        self._sequences += [CachedSequence(number) for number in range(len(self._sequences), self._n_seq_max)]
-
-    def _enlarge(self, n_cells: int) -> bool:
-        """Larger sequences. False where memory ends and others are in use; then they are lost, but can be computed
-        again. Raises DeviceError where there are no others, and no room for one sequence of this size."""
-        n_sequences, n_old = len(self._sequences), self.n_cells
-        if self.n_in_use and n_cells >= self._too_large:
+    def _prepare(self, n_plan: int, n_new: int, n_wanted: int) -> bool:
+        """An idle sequence with room for a request. False where others in use leave no memory for it."""
+        n_in_use, n_sequences = self.n_in_use, len(self._sequences)
+        is_alone = not self._opens_all and n_sequences == 1 and (n_wanted == 1 or self._n_seq_max == 1)
+        n_answer = n_new if is_alone else min(n_new, self._expected())
+        n_needed = n_plan + n_answer
+        if n_wanted <= n_sequences and n_in_use < n_sequences and n_needed <= self.n_cells:
+            return True
+        n_most = 1 if is_alone else self._n_seq_max
+        step = CONTEXT_STEP if is_alone else SEQUENCE_STEP
+        n_cells = self._rounded(max(n_needed, *map(self._room_of, self._in_use()), 0), step)
+        n_fitting = min(n_most, self._n_fitting(n_cells))
+        if n_needed <= self.n_cells and n_fitting <= n_sequences:  # a larger number would not fit
+            return n_in_use < n_sequences
+        if n_fitting <= n_in_use:
             return False
-        context = self._context
-        states = (
-            {s.id: context.state(s.id) for s in self._sequences if s.batches and s not in self._copied}
-            if context
-            else {}
-        )
-        try:
-            self._open(n_cells, n_sequences, states)
-        except DeviceError:
-            self._too_large = min(self._too_large, n_cells)
-            if self.n_in_use:
-                self._open(n_old, n_sequences, {})
-                return False
-            if n_sequences == 1:
+        return self._resize(n_cells, n_fitting, n_in_use + 1)
+
+    def _in_use(self) -> list[CachedSequence]:
+        return [sequence for sequence in self._sequences if sequence.in_use and not sequence.is_lost]
+
+    def _expected(self) -> int:
+        """Tokens of an answer that room is made for: what nine of ten answers lately needed, and a quarter more."""
+        lengths = sorted(self._lengths)
+        usual = lengths[(9 * len(lengths) - 1) // 10] if lengths else 0
+        return max(MIN_ANSWER, usual * 5 // 4)
+
+    def _room_of(self, sequence: CachedSequence) -> int:
+        """Tokens that a sequence in use needs room for."""
+        n_answer = sequence.n_tokens - sequence.n_prompt
+        n_expected = max(self._expected(), n_answer + max(SEQUENCE_STEP, n_answer // 2))
+        return max(sequence.n_tokens, min(sequence.n_most, sequence.n_prompt + n_expected))
+
+    def _rounded(self, n_cells: int, step: int) -> int:
+        return max(n_cells, min(-(-n_cells // step) * step, self._n_ctx))
+
+    def _n_fitting(self, n_cells: int) -> int:
+        """How many sequences of a size memory has room for; one is always tried."""
+        return max(1, self._most_cells // n_cells)
+
+    def _resize(self, n_cells: int, n_sequences: int, n_least: int) -> bool:
+        """A context of another size in place of the old one, which is closed first: the two together may be too much.
+        What the sequences hold moves along. With fewer sequences where memory ends, and with those of the newest
+        requests lost where that is fewer than are in use.
+
+        With fewer than `n_least` it would be of no use: then there is one as the old one was, and the result is False.
+        Raises DeviceError when there is no memory for one sequence.
+        """
+        n_old_cells, n_old = self.n_cells, len(self._sequences)
+        with MovedStates() as states:
+            self._save(states, n_cells)
+            self.close()
+            try:
+                while (error := self._try_open(n_cells, n_sequences)) is not None:
+                    self._most_cells = min(self._most_cells, n_cells * n_sequences - 1)
+                    n_sequences = min(n_sequences - 1, self._most_cells // n_cells)
+                    if n_sequences < n_least:
+                        if n_least == 1:
+                            raise error
+                        self._context = self._open_context(n_old_cells, n_old)
+                        self._restore(states)
+                        return False
+            except BaseException:
+                for sequence in self._sequences:
+                    self._lose(sequence)
                 raise
-            del self._sequences[1:]
-            self._n_seq_max = 1
-            self._open(n_cells, 1, {})
+            self._arrange(n_sequences)
+            self._restore(states)
         return True
 
-    def _open(self, n_cells: int, n_sequences: int, states: dict[int, np.ndarray]) -> None:
-        """A new context in place of the old one, which is closed first: the two together may be too much."""
-        self.close()
-        for sequence in self._sequences:
-            if sequence.id not in states:
-                sequence.is_lost = sequence.in_use
-                sequence.hold([])
-                sequence.plan, sequence.logits = (), None
-        rounded = -(-n_cells // CONTEXT_STEP) * CONTEXT_STEP
-        self._context = self._open_context(max(n_cells, min(rounded, self._n_ctx)), n_sequences)
+    def _try_open(self, n_cells: int, n_sequences: int) -> DeviceError | None:
         try:
-            for number, state in states.items():
-                self._context.restore(number, state)
-        except DeviceError:
-            self._open(n_cells, n_sequences, {})
+            self._context = self._open_context(n_cells, n_sequences)
+        except DeviceError as error:
+            return error
+        return None
+
+    def _arrange(self, n_sequences: int) -> None:
+        """As many sequences as the context has: those in use, the oldest requests first, then those used last."""
+        ranked = sorted(self._sequences, key=lambda s: (not s.in_use, s.last_used if s.in_use else -s.last_used))
+        for sequence in ranked[n_sequences:]:
+            self._lose(sequence)
+        self._sequences = sorted(ranked[:n_sequences], key=lambda s: s.id)
+        self._sequences += [CachedSequence(number) for number in range(len(self._sequences), n_sequences)]
+        for number, sequence in enumerate(self._sequences):
+            sequence.id = number
+
+    def _save(self, states: MovedStates, n_cells: int) -> None:
+        """What the sequences hold, as far as it fits into `n_cells`."""
+        context = self._context
+        for sequence in self._sequences:
+            if sequence.n_tokens > n_cells:
+                self._cut(sequence, n_cells)
+            if context is not None and sequence.batches and sequence not in self._copied:
+                states.save(sequence, context.state(sequence.id))
+
+    def _restore(self, states: MovedStates) -> None:
+        """Sequences whose state is missing, or is refused, are lost."""
+        for sequence in self._sequences:
+            if not sequence.batches:
+                continue
+            state = states.load(sequence)
+            try:
+                if state is not None:
+                    self.context.restore(sequence.id, state)
+                    continue
+            except DeviceError:
+                self.context.truncate(sequence.id, 0)
+            self._lose(sequence)
 
 
 def _length(batches: Sequence[Batch]) -> int:

@@ -257,6 +257,8 @@ class Scheduler:
         if not ready:
             return False
         ready.sort(key=lambda task: task.last_step)
+        if not self._make_room(ready):
+            return True
         limits = self._limits()
         ready = [task for task in ready if task.adapter == ready[0].adapter][: min(limits.rows, limits.outputs)]
         parts = plan_step(ready, self._between(ready), self.costs, limits)
@@ -287,6 +289,20 @@ class Scheduler:
         context = self._cache.context
         least = self._least_rows if self._cache.n_sequences > 1 else 1
         return Limits(self._n_ubatch, context.max_outputs, context.n_cells, least, self._cache.can_cut)
+
+    def _make_room(self, ready: SequenceOf[Task]) -> bool:
+        """Room in the cache for the pending tokens of these tasks. False where tasks lost their sequences for it: they
+        wait again."""
+        for task in ready:
+            try:
+                n_rows = max(self._least_rows, min(task.n_pending, self._n_ubatch))
+                if self._cache.ensure_room(task.held, n_rows):
+                    continue
+            except Exception as error:  # no memory for this one alone
+                self._finish(task, error)
+            self._restart_lost()
+            return False
+        return True
 
     def _between(self, ready: SequenceOf[Task]) -> list[CachedSequence]:
         """Sequences that stand between those of a batch. llama.cpp passes over all weights once for each run of

@@ -21,6 +21,7 @@ from granite4v.runtime.llama.owner import Owner
 _TYPE_F32, _TYPE_F16 = 0, 1  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
 _ABORTED = 2  # llama_decode's result when the abort callback said so
+_STATE_HEADER = 12  # bytes before the streams in the state of a sequence: magic number, sequence, number of streams
 _N_OUTPUTS = 64  # rows of logits one batch may ask for, or one for each sequence; each takes 0.4 MB
 
 
@@ -220,7 +221,7 @@ class LlamaContext(Owner):
         lib.llama_memory_seq_rm(memory, target, n_tokens, -1)
 
     def state(self, sequence: int) -> np.ndarray:
-        """A sequence's cells as bytes, for `restore` in another context of the same model."""
+        """A sequence's cells as bytes, for `restore` in another context of the same model with any sequences."""
         lib, handle = llama(), self.handle
         data = np.empty(lib.llama_state_seq_get_size(handle, sequence), dtype=np.uint8)
         buffer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -229,9 +230,34 @@ class LlamaContext(Owner):
 
     def restore(self, sequence: int, state: np.ndarray) -> None:
         """Raises DeviceError when llama.cpp refuses the state."""
+        state = _for_streams(state, self.n_seq_max)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama().llama_state_seq_set_data(self.handle, data, len(state), sequence) == 0:
             raise DeviceError(f"llama.cpp cannot take over the cached sequence: {log().reason()}.")
 
     def _open_memory(self) -> Any:
         return self._memory if self.handle else None
+
+
+def _for_streams(state: np.ndarray, n_streams: int) -> np.ndarray:
+    """The state of a sequence as a context with so many sequences would have written it, which is all that llama.cpp
+    takes. Behind a header of three words, of which the last is the number of streams, each stream has its number of
+    cells and what they hold: nothing but a zero for all streams except the sequence's own. A state of another form is
+    given back as it is.
+
+    For example, of two streams and a sequence in the second: magic, 1, 2, | 0, | 20, its 20 cells. For four streams it
+    becomes: magic, 1, 4, | 20, its 20 cells, | 0, | 0, | 0.
+    """
+    n_words = _STATE_HEADER // 4
+    header = state[:_STATE_HEADER].view(np.uint32)
+    if len(header) < n_words or int(header[-1]) == n_streams:
+        return state
+    n_old = int(header[-1])
+    occupied = np.flatnonzero(state[_STATE_HEADER : _STATE_HEADER + 4 * n_old].view(np.uint32))
+    if not len(occupied):
+        return state
+    start, end = _STATE_HEADER + 4 * int(occupied[0]), len(state) - 4 * (n_old - 1 - int(occupied[0]))
+    if state[end:].any():  # something stands behind the cells: a recurrent state, or another cache
+        return state
+    words = np.array([*header[:-1], n_streams], dtype=np.uint32)
+    return np.concatenate([words.view(np.uint8), state[start:end], np.zeros(4 * (n_streams - 1), dtype=np.uint8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,13 +88,13 @@ class FakeContext:
         self.content[target] = self.content[source][:n_tokens]
         self.copies.add(target)
 
-    def state(self, sequence: int) -> Any:
-        assert sequence not in self.copies
-        return self.n_seq_max, list(self.content[sequence])
+    def state(self, sequence: int) -> np.ndarray:
+        assert not self.closed and sequence not in self.copies
+        return np.frombuffer(pickle.dumps(self.content[sequence]), dtype=np.uint8)
 
-    def restore(self, sequence: int, state: Any) -> None:
-        n_seq_max, content = state
-        assert n_seq_max == self.n_seq_max and len(content) <= self.n_cells
+    def restore(self, sequence: int, state: np.ndarray) -> None:
+        content = pickle.loads(state.tobytes())
+        assert 0 < len(content) <= self.n_cells and not self.content[sequence]
         self.content[sequence] = content
 
     def close(self) -> None:
@@ -103,15 +104,18 @@ class FakeContext:
 class FakeEngine:
     """A scheduler on fake contexts, stepped by the test. Images are their digest; rows are made of its first byte."""
 
-    def __init__(self, n_ctx: int = 256, n_seq_max: int = 4, most_cells: int = 1 << 20) -> None:
-        """`most_cells`: what fits into memory."""
+    def __init__(
+        self, n_ctx: int = 256, n_seq_max: int = 4, most_cells: int = 1 << 20, budget: int | None = None
+    ) -> None:
+        """`most_cells`: what fits into memory. `budget`: what the cache is told that several sequences may take."""
         self.contexts: list[FakeContext] = []
         self.most_cells = most_cells
         self.n_encoded = 0
-        self.cache = KvCache(self._open, n_ctx, n_seq_max)
+        self.cache = KvCache(self._open, n_ctx, n_seq_max, most_cells=budget)
         self.scheduler = Scheduler(self.cache, self, N_UBATCH)
 
     def _open(self, n_cells: int, n_sequences: int) -> FakeContext:
+        assert not self.contexts or self.contexts[-1].closed  # never two at once
         if n_cells * n_sequences > self.most_cells:
             raise DeviceError(f"no memory for {n_sequences} x {n_cells} tokens")
         self.contexts.append(FakeContext(n_cells, n_sequences))

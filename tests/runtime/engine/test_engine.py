@@ -43,6 +43,24 @@ def test_four_streams_at_once_share_their_steps(model: granite4v.Model) -> None:
     assert model.counters.n_steps - before.n_steps < 2 * 39  # 156 one by one
 
 
+def test_answers_outgrow_their_sequences_together(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their cells move to larger sequences: through a file, without a row that is computed twice."""
+    long: dict[str, Any] = {**LONG, "max_tokens": 400}
+    monkeypatch.setattr("granite4v.runtime.engine.kv_cache.MIN_ANSWER", 16)
+    monkeypatch.setattr("granite4v.runtime.engine.moved_states.IN_MEMORY_BYTES", 0)
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False, n_threads=1) as model:
+        alone = [model.generate("What?", [picture], **long).tokens for picture in PICTURES[:3]]
+        model.clear_cache()
+        before = model.counters
+        streams = [model.stream("What?", [picture], **long) for picture in PICTURES[:3]]
+        assert [stream.result().tokens for stream in streams] == alone
+        assert model.settings["n_ctx"] % 256 == 0 and model.settings["n_ctx"] > 512
+        n_prompts = sum(n_prompt_tokens(model, "What?", [picture]) for picture in PICTURES[:3])
+        assert model.counters.n_prefilled - before.n_prefilled <= n_prompts
+
+
 def test_two_interleaved_streams_prefill_once_each(model: granite4v.Model) -> None:
     model.clear_cache()
     before = model.counters

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.llama.abort import AbortFlag
@@ -100,14 +101,35 @@ def prefilled_again(context: LlamaContext) -> np.ndarray:
     return prefilled(context, TOKENS)
 
 
-def test_a_state_moves_to_a_larger_context(text: LlamaModel) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (2, 1)), ((4, 3), (1, 0)), ((1, 0), (4, 2)), ((4, 1), (3, 2))])
+def test_a_state_moves_to_a_larger_context_with_any_sequences(
+    text: LlamaModel, before: tuple[int, int], after: tuple[int, int], exact: bool
+) -> None:
+    """`before`, `after`: how many sequences, and the one that holds it. The same bits follow, with neighbours too."""
     n = len(TOKENS)
-    with LlamaContext(text, 256, 64, 1, n_seq_max=2) as small, LlamaContext(text, 512, 64, 1, n_seq_max=2) as large:
-        prefilled(small, TOKENS, 1)
-        state = small.state(1)
-        expected = step(small, (7, n, 1))[0]
-        large.restore(1, state)
-        np.testing.assert_array_equal(step(large, (7, n, 1))[0], expected)
+    with LlamaContext(text, 256, 64, 1, n_seq_max=before[0], exact=exact) as small:
+        for other in range(before[0]):
+            prefilled(small, TOKENS if other == before[1] else TOKENS[::-1], other)
+        state = small.state(before[1])
+        expected = step(small, (7, n, before[1]))[0]
+    with LlamaContext(text, 512, 64, 1, n_seq_max=after[0], exact=exact) as large:
+        large.restore(after[1], state)
+        np.testing.assert_array_equal(step(large, (7, n, after[1]))[0], expected)
+        assert large.truncate(after[1], n)
+        np.testing.assert_array_equal(step(large, (7, n, after[1]))[0], expected)
+
+
+def test_bytes_that_are_no_state_are_refused(text: LlamaModel) -> None:
+    with LlamaContext(text, 256, 64, 1, n_seq_max=2) as context:
+        prefilled(context, TOKENS, 1)
+        state = context.state(1)
+        with pytest.raises(DeviceError, match="cannot take over"):
+            context.restore(0, state[:-100].copy())
+    with LlamaContext(text, 256, 64, 1, n_seq_max=3) as context:
+        for bytes_ in (state[:8], np.append(state, np.ones(4, np.uint8))):
+            with pytest.raises(DeviceError, match="cannot take over"):
+                context.restore(0, bytes_)
 
 
 def test_a_raised_flag_ends_a_batch(text: LlamaModel) -> None:

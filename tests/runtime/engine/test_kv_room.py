@@ -1,0 +1,150 @@
+"""Room in the cache: sequences as long as answers usually are, larger or fewer ones when an answer needs more.
+
+What they hold moves along, and every answer is the one that it is alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from granite4v.runtime.engine import kv_cache
+from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP, Batch, KvCache
+from granite4v.runtime.engine.moved_states import MovedStates
+from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
+from tests.helpers.fake_context import FakeContext, FakeEngine, expected, read
+
+PAGE = ImageSpan(0, 40, b"a page")
+
+
+def asked(*tokens: int) -> tuple[Any, ...]:
+    return (TextSpan((1, 2)), PAGE, TextSpan(tokens))
+
+
+def long_question(n_tokens: int, least: int = 0) -> tuple[Any, ...]:
+    """One whose answer has at least `n_tokens`; `least`: to get several that differ."""
+    return next(asked(50, i) for i in range(least, 10_000) if len(expected(asked(50, i), n_tokens)) == n_tokens)
+
+
+def sizes(engine: FakeEngine) -> list[tuple[int, int]]:
+    return [(context.n_seq_max, context.n_cells) for context in engine.contexts]
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are expected to have 16 tokens, and sequences are a multiple of 8."""
+    monkeypatch.setattr(kv_cache, "MIN_ANSWER", 16)
+    monkeypatch.setattr(kv_cache, "SEQUENCE_STEP", 8)
+
+
+def test_one_request_has_room_for_all_it_may_need_and_several_for_what_is_usual() -> None:
+    engine = FakeEngine(n_ctx=8192)
+    engine.submit(*asked(7), max_tokens=4000)
+    engine.run()
+    for i in range(2):
+        engine.submit(*asked(8, i), max_tokens=4000)
+    engine.run()
+    alone, among = 43 + 4000, 44 + MIN_ANSWER
+    assert sizes(engine) == [(1, -(-alone // 512) * 512), (4, -(-among // SEQUENCE_STEP) * SEQUENCE_STEP)]
+
+
+def test_the_answers_of_late_tell_how_much_room_is_made() -> None:
+    cache = KvCache(FakeContext, 8192, 2)
+    plan = (Batch(tuple(range(10))),)
+    for n in (900, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 4000):  # one in ten does not count
+        sequence = cache.acquire(plan, 5000, adapter=False)
+        assert sequence is not None
+        cache.append(sequence, Batch(tuple(range(10, 10 + n + 10 - sequence.n_tokens))))
+        cache.release(sequence)
+    cache.close()
+    assert cache.acquire(plan, 5000, adapter=False, n_wanted=2) is not None
+    assert cache.n_cells == -(-(10 + 1250) // SEQUENCE_STEP) * SEQUENCE_STEP
+
+
+def test_an_answer_that_needs_more_room_gets_it_and_nothing_is_computed_again(small_steps: None) -> None:
+    engine = FakeEngine(n_ctx=512, n_seq_max=3)
+    requests = [long_question(60), long_question(60, 500), asked(4, 4)]
+    channels = [engine.submit(*spans, max_tokens=200) for spans in requests]
+    engine.run()
+    assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
+    widths, cells = zip(*sizes(engine)[1:], strict=True)
+    assert set(widths) == {3} and len(cells) > 1 and list(cells) == sorted(set(cells))
+    n_prompts = 42 + sum(spans[-1].n_tokens for spans in requests)  # the page once
+    assert engine.scheduler.counters.n_prefilled == n_prompts and engine.n_encoded == 1
+
+
+def test_where_memory_ends_the_newest_wait_and_end_with_the_same_text(small_steps: None) -> None:
+    engine = FakeEngine(n_ctx=512, n_seq_max=4, budget=4 * 80)
+    requests = [long_question(100), *(long_question(30, least) for least in (1000, 2000, 3000))]
+    channels = [engine.submit(*spans, max_tokens=200) for spans in requests]
+    while not channels[0].is_done:
+        engine.scheduler.step()
+    assert sizes(engine)[1][0] == 4 and sizes(engine)[-1][0] < 3
+    engine.run()
+    assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
+    assert all(n * n_cells <= 4 * 80 for n, n_cells in sizes(engine) if n > 1)
+    assert engine.cache.n_in_use == 0 and engine.scheduler.is_idle
+
+
+def test_when_the_long_answer_is_done_there_are_all_sequences_again(small_steps: None) -> None:
+    engine = FakeEngine(n_ctx=512, n_seq_max=4, budget=4 * 64)
+    engine.submit(*long_question(100), max_tokens=200)
+    engine.submit(*asked(1, 2), max_tokens=3)
+    engine.run()
+    assert engine.cache.n_sequences < 4
+    for i in range(20):  # ordinary answers
+        engine.submit(*asked(2, i), max_tokens=5)
+    engine.run()
+    assert engine.cache.n_sequences == 4
+
+
+def test_no_memory_for_larger_sequences_is_noticed_too(small_steps: None) -> None:
+    """llama.cpp says so, and nobody told the cache before."""
+    engine = FakeEngine(n_ctx=512, n_seq_max=4, most_cells=4 * 64)
+    requests = [long_question(100), *(long_question(30, least) for least in (1000, 2000, 3000))]
+    channels = [engine.submit(*spans, max_tokens=200) for spans in requests]
+    engine.run()
+    assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
+    n_rows = sum(span.n_tokens for spans in requests for span in spans)
+    assert engine.scheduler.counters.n_prefilled < 2 * n_rows  # the moves lost nothing but the newest
+
+
+def test_states_that_find_no_room_on_a_disk_are_computed_again(
+    small_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def seek(self, place: int) -> None: ...
+        def close(self) -> None: ...
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("granite4v.runtime.engine.moved_states.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    engine = FakeEngine(n_ctx=512, n_seq_max=3)
+    requests = [long_question(60), long_question(60, 500), asked(4, 4)]
+    channels = [engine.submit(*spans, max_tokens=200) for spans in requests]
+    engine.run()
+    assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
+    assert engine.scheduler.counters.n_prefilled > 2 * sum(spans[-1].n_tokens for spans in requests) + 42
+
+
+@pytest.mark.parametrize("in_memory", [0, 250, 1 << 20])
+def test_states_come_back_as_they_were(in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("granite4v.runtime.engine.moved_states.IN_MEMORY_BYTES", in_memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rng = np.random.default_rng(0)
+    states = {key: rng.integers(0, 256, n).astype(np.uint8) for key, n in (("a", 200), ("b", 300), ("c", 1))}
+    with MovedStates() as moved:
+        for key, state in states.items():
+            moved.save(key, state)
+        assert not list(tmp_path.iterdir())  # the file has no name
+        for key in ("c", "a", "b"):
+            found = moved.load(key)
+            assert found is not None
+            np.testing.assert_array_equal(found, states[key])
+        assert moved.load("d") is None
