@@ -25,7 +25,7 @@ from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
-from granite4v.runtime.engine.parallel import Workload, choose_parallel
+from granite4v.runtime.engine.parallel import Workload, choose_parallel, most_cells
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
@@ -87,7 +87,13 @@ class Engine:
         self._abort = AbortFlag()
         self._thread = EngineThread("granite4v", self._abort)
         self._is_batch = workload is not None and self.n_parallel > 1
-        self._cache = KvCache(self._open_context, self.n_ctx, self.n_parallel, opens_all=self._is_batch)
+        self._cache = KvCache(
+            self._open_context,
+            self.n_ctx,
+            self.n_parallel,
+            opens_all=self._is_batch,
+            most_cells=most_cells(files) if self._is_batch else None,
+        )
         self._vision = Vision(
             files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)), vision_compute
         )

@@ -13,9 +13,10 @@ from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 # with 32, which take twice the memory.
 MAX_PARALLEL = 16
 PROMPT_TOKENS = 1536  # a page of ten tiles, its question, and the template
-ANSWER_TOKENS = 4096  # where nobody says how long an answer may be
-# The KV cache may take a quarter of what is available, and a little more than the weights, but for small models.
-WEIGHTS_SHARE, LEAST_BUDGET = 1.2, 256 << 20
+ANSWER_TOKENS = 1024  # of an answer that is longer than most; sequences become larger for those that are longer still
+# The KV cache may take a quarter of what is available, and a little more than the weights, but for small models. Twice
+# that for longer answers than were expected.
+WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.2, 256 << 20, 2
 _VALUE_BYTES = 2  # the KV cache is kept in half precision
 
 
@@ -34,13 +35,21 @@ def choose_parallel(files: ModelFiles, workload: Workload, n_ctx: int, available
     `available`: bytes; by default what the system tells.
     """
     most = MAX_PARALLEL if workload.n_questions is None else min(MAX_PARALLEL, max(1, workload.n_questions))
-    n_tokens = min(n_ctx, PROMPT_TOKENS + (workload.max_tokens or ANSWER_TOKENS))
-    n_bytes = kv_bytes_per_token(files) * n_tokens
+    n_tokens = min(n_ctx, PROMPT_TOKENS + min(ANSWER_TOKENS, workload.max_tokens or ANSWER_TOKENS))
+    return max(1, min(most, _budget_tokens(files, available) // n_tokens))
+
+
+def most_cells(files: ModelFiles, available: int | None = None) -> int:
+    """Tokens that several sequences together may have room for."""
+    return MOST_FACTOR * _budget_tokens(files, available)
+
+
+def _budget_tokens(files: ModelFiles, available: int | None) -> int:
     budget = max(WEIGHTS_SHARE * sum(path.stat().st_size for path in files.text_paths), LEAST_BUDGET)
     available = available_bytes() if available is None else available
     if available is not None:
         budget = min(budget, available / 4)
-    return most if not n_bytes else max(1, min(most, int(budget // n_bytes)))
+    return int(budget // max(1, kv_bytes_per_token(files)))
 
 
 def kv_bytes_per_token(files: ModelFiles) -> int:

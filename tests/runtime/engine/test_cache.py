@@ -26,7 +26,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
-    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False) as model:
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False, n_threads=2) as model:
         yield model
 
 
@@ -104,7 +104,7 @@ def test_a_long_answer_is_not_read_again(model: granite4v.Model) -> None:
 
 def test_the_cache_grows_with_the_requests(model: granite4v.Model) -> None:
     expected = fresh(model, "What is this?", ONE)
-    with granite4v.load(model.files.text.path.parent, device="cpu", exact=False) as other:
+    with granite4v.load(model.files.text.path.parent, device="cpu", exact=False, n_threads=2) as other:
         np.testing.assert_array_equal(other.logits("What is this?", [ONE]), expected)
         assert other.settings["n_ctx"] == 512
         answer = other.generate("What is this?", [ONE], max_tokens=700, ignore_eos=True)

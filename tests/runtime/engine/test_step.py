@@ -12,7 +12,7 @@ import pytest
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Draft
 from granite4v.runtime.engine.kv_cache import CachedSequence
-from granite4v.runtime.engine.parallel import MAX_PARALLEL, Workload, choose_parallel, kv_bytes_per_token
+from granite4v.runtime.engine.parallel import MAX_PARALLEL, Workload, choose_parallel, kv_bytes_per_token, most_cells
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.sequence import Step
@@ -199,5 +199,6 @@ def test_as_many_sequences_as_memory_allows(make_model: Callable[..., Path]) -> 
         assert choose_parallel(files, Workload(3, 100), n_ctx, 1 << 40) == 3
         assert choose_parallel(files, Workload(None, 100), n_ctx, 1 << 40) == MAX_PARALLEL
         assert choose_parallel(files, Workload(None, None), n_ctx, 4 * 5 * n_ctx * per_token) == 5
+        assert most_cells(files, 4 * 5 * n_ctx * per_token) == 10 * n_ctx
         assert choose_parallel(files, Workload(None, 64), n_ctx, 4 * 5 * 1600 * per_token) == 5
         assert choose_parallel(files, Workload(), n_ctx, 0) == 1

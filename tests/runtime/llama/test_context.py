@@ -144,18 +144,18 @@ def test_a_raised_flag_ends_a_batch(text: LlamaModel) -> None:
 
 
 def test_what_would_end_the_process_is_refused(text: LlamaModel) -> None:
-    with LlamaContext(text, 256, 64, 1, n_seq_max=2) as context:
+    with LlamaContext(text, 256, 96, 1, n_seq_max=2) as context:
         tokens = TOKENS[:4]
         cases = {
             "sequence 2: the context has 2": BatchRows.of(tokens, 0, 2, output=True),
             "sequence -1|sequence": BatchRows.of(tokens, 0, -1, output=True),
             "position 259: the sequence size is 256": BatchRows.of(tokens, 256, 0, output=True),
-            "cannot decode 65 rows": BatchRows.of(np.zeros(65, np.int32), 0, 0, output=True),
+            "cannot decode 97 rows": BatchRows.of(np.zeros(97, np.int32), 0, 0, output=True),
             "cannot decode 0 rows": BatchRows.of(tokens[:0], 0, 0, output=True),
             "tokens are int64": BatchRows.of(tokens.astype(np.int64), 0, 0, output=True),
             "the model takes float32": BatchRows.of(np.zeros((4, 3), np.float32), 0, 0, output=True),
-            "9 rows of logits": BatchRows(
-                np.zeros(9, np.int32), np.arange(9, dtype=np.int32), np.zeros(9, np.int32), np.ones(9, bool)
+            "65 rows of logits": BatchRows(
+                np.zeros(65, np.int32), np.arange(65, dtype=np.int32), np.zeros(65, np.int32), np.ones(65, bool)
             ),
         }
         for message, rows in cases.items():
