@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from granite4v.choices import Device, VisionCompute
     from granite4v.converter import Progress
     from granite4v.runtime import Model
+    from granite4v.runtime.engine.parallel import Workload
     from granite4v.runtime.extract import Extraction
     from granite4v.runtime.extract.batch import Say
     from granite4v.runtime.extract.options import ExtractFields
@@ -58,6 +59,7 @@ def load(
     lora: bool | str | Path | None = None,
     exact: bool | None = None,
     vision_compute: VisionCompute = "file",
+    workload: Workload | None = None,
 ) -> Model:
     """Loads a model (see `Model.load`); without a path, or with 'nano' if no such file exists, the embedded model.
 
@@ -79,6 +81,7 @@ def load(
         lora=lora,
         exact=exact,
         vision_compute=vision_compute,
+        workload=workload,
     )
 
 
