@@ -73,10 +73,10 @@ def kills(options: argparse.Namespace, work: Path) -> Result:
     batch = make_batch(work / "batch", options.pages, options.seed, faults=True)
     whole, broken = work / "whole", work / "broken"
     n_records = len(batch.pages) * len(TASKS)
-    pace = run_undisturbed(_command(options, batch, work, whole), whole / "results.jsonl", n_records)
-    expected = [_without_timings(record) for record in records_of(whole / "results.jsonl")]
+    pace = run_timed(extract_command(options, batch, work, whole), whole / "results.jsonl", n_records)
+    expected = records_without_timings(whole / "results.jsonl")
     tell(f"undisturbed: {len(expected)} records, {pace.start_s:.1f} s to the first one, {pace.record_s:.2f} s each")
-    resumed = [*_command(options, batch, work, broken), "--resume"]
+    resumed = [*extract_command(options, batch, work, broken), "--resume"]
     landed, problems = kill_often(resumed, broken / "results.jsonl", options, pace, expected, n_records)
     status = subprocess.run(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     problems += compare(whole, broken, expected_keys(batch, TASKS))
@@ -99,7 +99,7 @@ def kills(options: argparse.Namespace, work: Path) -> Result:
     return Result("kills", figures, [text], problems)
 
 
-def _command(options: argparse.Namespace, batch: Batch, work: Path, out: Path) -> list[str]:
+def extract_command(options: argparse.Namespace, batch: Batch, work: Path, out: Path) -> list[str]:
     schema = work / "schema.json"
     schema.write_text(json.dumps(FORM))
     tasks = [text for task in TASKS for text in ("--task", task)]
@@ -112,7 +112,7 @@ def _command(options: argparse.Namespace, batch: Batch, work: Path, out: Path) -
     ]
 
 
-def run_undisturbed(command: Sequence[str], results: Path, n_records: int) -> Pace:
+def run_timed(command: Sequence[str], results: Path, n_records: int) -> Pace:
     began = first = last = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     n = 0
@@ -219,7 +219,7 @@ def expected_keys(batch: Batch, tasks: Sequence[str]) -> list[tuple[str, int | N
 def differences(expected: list[Json], results: Path) -> list[str]:
     """Where the records on the disk are not the first ones of those that are expected."""
     try:
-        found = [_without_timings(record) for record in records_of(results)]
+        found = records_without_timings(results)
     except ValueError as error:
         return [f"'{results}' holds a line that is no JSON ({error})"]
     if len(found) > len(expected):
@@ -237,7 +237,7 @@ def compare(whole: Path, broken: Path, keys: list[tuple[str, int | None, str]]) 
     `keys`: of all records that must be there, in order.
     """
     problems = []
-    expected = [_without_timings(record) for record in records_of(whole / "results.jsonl")]
+    expected = records_without_timings(whole / "results.jsonl")
     for name, folder in (("undisturbed", whole), ("killed", broken)):
         try:
             found = [(r["source"], r["page"], r["task"]) for r in records_of(folder / "results.jsonl")]
@@ -262,8 +262,8 @@ def _content(path: Path) -> bytes:
     return re.sub(rb", \d+\.\d s\)", b")", content) if path.name == "report.html" else content
 
 
-def _without_timings(record: Json) -> Json:
-    return {key: value for key, value in record.items() if key != "timings"}
+def records_without_timings(path: Path) -> list[Json]:
+    return [{key: value for key, value in record.items() if key != "timings"} for record in records_of(path)]
 
 
 if __name__ == "__main__":

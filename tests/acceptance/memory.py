@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from-page", type=int, default=20, help="the page that later ones are compared with (20)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="how much more there may be at the end (0.05)")
     parser.add_argument("--width-px", type=int, default=850, help="of the pages, all of one size (850)")
-    return run_check(memory, parser.parse_args(arguments))
+    return run_check(memory, parser.parse_args(arguments), "F16")
 
 
 def memory(options: argparse.Namespace, work: Path) -> Result:
