@@ -5,8 +5,7 @@
 The documents are those of scripts/compare_records.py: tables, charts and forms of the five held-out groups in PDFs,
 TIFFs and images, asked for every task that fits them; a form's schema is also tried on its neighbours, so that its
 answer is not alone. The embedded model in F16 reads them with what `extract` chooses ('default'), with one answer at a
-time ('one by one'), and with 'no drafting'. All fields of the records but timings are compared, and how many tokens
-each answer has.
+time ('one by one'), and with 'no drafting'. All fields of the records but timings are compared, and the tokens.
 
 Without drafting nothing may differ. One by one, an answer may differ where its two tokens at the first difference have
 logits that lie closer than `--rounding`, what another number of rows in a step may do to logits (docs/benchmarks.md);
@@ -23,16 +22,19 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import granite4v
 from granite4v.clip_projector import ImageSource
+from granite4v.runtime.answer import Answer
 from granite4v.runtime.documents import Page, open_pages
+from granite4v.runtime.engine.stream import Stream
 from granite4v.runtime.extract.questions import questions
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.model import Model
+from granite4v.runtime.prompt.spans import Prompt
 from scripts.compare_records import (
     ASKED,
     GROUPS,
@@ -48,6 +50,7 @@ from scripts.nano.evaluate import MAX_TOKENS, held_out
 N_FORMS = 4  # that are asked for the fields of the first of them
 DEFAULT, ONE_BY_ONE, NO_DRAFTING = "default", "one by one", "no drafting"
 Json = dict[str, Any]
+Tokens = dict[tuple[str, str], list[int]]
 
 
 def main() -> int:
@@ -69,20 +72,20 @@ def main() -> int:
         documents = list(held_out(-(-options.documents // GROUPS)))
         files = draw_files(work / "documents", documents, random.Random(options.seed))
         calls = {name: list(asked(files, work / name)) for name in ways}
-        told = {name: run(name, calls[name], way, options.threads) for name, way in ways.items()}
-        records = {name: read_records(work / name) for name in ways}
+        told, sides = {}, {}
+        for name, way in ways.items():
+            told[name], tokens = run(name, calls[name], way, options.threads)
+            sides[name] = Side(read_records(work / name), tokens)
         with granite4v.load(n_threads=options.threads, device="cpu", n_parallel=1) as model:
             schemas = {Path(job.out).name: job.schema for job in calls[DEFAULT]}
-            sides = {
-                name: differing(model, schemas, records[DEFAULT], records[name]) for name in (ONE_BY_ONE, NO_DRAFTING)
-            }
-    problems = judge(sides, options.rounding)
-    for one in itertools.chain.from_iterable(side["different"] for side in sides.values()):
+            found = {name: differing(model, schemas, sides[DEFAULT], sides[name]) for name in (ONE_BY_ONE, NO_DRAFTING)}
+    problems = judge(found, options.rounding)
+    for one in itertools.chain.from_iterable(side["different"] for side in found.values()):
         print(json.dumps(one, ensure_ascii=False), file=sys.stderr)
     for problem in problems:
         print(f"broken: {problem}", file=sys.stderr)
     counts = {"documents": len(documents), "files": len(files), "rounding": options.rounding}
-    print(json.dumps({**counts, "ways": told, **sides, "broken": problems}))
+    print(json.dumps({**counts, "ways": told, **found, "broken": problems}))
     return 1 if problems else 0
 
 
@@ -96,54 +99,76 @@ def asked(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
         yield Job(some, list(tasks), MAX_TOKENS, str(folder / form.path.stem), form.schema)
 
 
-def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> Json:
-    """Makes the calls; says how many answers were possible at once, and the rows and steps of all answers."""
-    total: Json = dict.fromkeys(("n_generated", "n_steps", "n_drafted", "n_accepted"), 0)
+class Recorded:
+    """A model that keeps the tokens of all its answers, by (digest of the page, text of the prompt)."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._answers: dict[tuple[str, str], Answer] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def submit(self, prompt: Prompt, *arguments: Any, **fields: Any) -> Stream:
+        stream = self._model.submit(prompt, *arguments, **fields)
+        self._answers[prompt.images[0].digest.hex(), prompt.text] = stream.answer
+        return stream
+
+    @property
+    def tokens(self) -> dict[tuple[str, str], list[int]]:
+        return {key: answer.tokens for key, answer in self._answers.items()}
+
+
+def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> tuple[Json, Tokens]:
+    """Makes the calls. How many answers were possible at once, the rows and steps of all answers; and their tokens."""
+    total: Json = dict.fromkeys(("n_generated", "n_drafted", "n_accepted"), 0)
     with granite4v.load(n_threads=n_threads, device="cpu", n_parallel=way.get("parallel")) as model:
+        recorded = Recorded(model)
         for i, job in enumerate(todo, 1):
             arguments: Json = {"schema": job.schema, "max_tokens": job.max_tokens, "out": job.out, **way}
-            records = list(granite4v.extract(job.files, job.tasks, model=model, **arguments))
+            records = list(granite4v.extract(job.files, job.tasks, model=cast(Model, recorded), **arguments))
             for record, key in itertools.product(records, total):
                 total[key] += record.timings.get(key, 0)
             print(f"{name}: {i} of {len(todo)} calls, {len(records)} records", file=sys.stderr, flush=True)
-        return {"n_parallel": model.n_parallel, "steps": model.counters.n_steps, **total}
+        return {"n_parallel": model.n_parallel, "steps": model.counters.n_steps, **total}, recorded.tokens
 
 
-def differing(model: Model, schemas: dict[str, Json | None], base: dict[str, Json], other: dict[str, Json]) -> Json:
+@dataclass(frozen=True)
+class Side:
+    """The records of one way, by their names, and the tokens of all answers."""
+
+    records: dict[str, Json]
+    tokens: Tokens
+
+
+def differing(model: Model, schemas: dict[str, Json | None], base: Side, other: Side) -> Json:
     """What comparing found; with every record that differs, the two tokens where its answers part.
 
     `schemas`: of each call, by the name of its directory.
     """
-    found = asdict(compare(base, other))
+    found = asdict(compare(base.records, other.records))
     for one in found["different"]:
-        schema = schemas[one["record"].split()[0]]
-        one.update(parting(model, schema, base[one["record"]], other[one["record"]]))
-    found["more_tokens"] = [
-        key
-        for key in sorted(base.keys() & other.keys())
-        if base[key]["timings"].get("n_generated") != other[key]["timings"].get("n_generated")
-        and key not in {one["record"] for one in found["different"]}
-    ]
-    return dict(found)
+        record = base.records[one["record"]]
+        one.update(parting(model, record, schemas[one["record"].split()[0]], base.tokens, other.tokens))
+    found["other_tokens"] = sum(tokens != other.tokens.get(key) for key, tokens in base.tokens.items())
+    return found
 
 
-def parting(model: Model, schema: Json | None, one: Json, other: Json) -> Json:
-    """The first tokens that differ, their logits, and the two best logits there; nothing where the texts are equal.
-
-    The texts are split into tokens anew, which may be others than those that were generated.
-    """
-    tokenizer = model.prompts.tokenizer()
-    mine, theirs = (tokenizer.encode_plain(str(record.get("text") or "")) for record in (one, other))
+def parting(model: Model, record: Json, schema: Json | None, one: Tokens, other: Tokens) -> Json:
+    """The first tokens that differ, their logits, and the two best logits there; nothing where all are the same."""
+    image = page_of(model, record)
+    prompt = model.prepare(prompt_of(model, record["task"], schema), [image])
+    key = prompt.images[0].digest.hex(), prompt.text
+    mine, theirs = one[key], other[key]
     if mine == theirs:
         return {}
     n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False)))
     pair = [tokens[n] if n < len(tokens) else min(model.prompts.stop_tokens) for tokens in (mine, theirs)]
-    prompt = prompt_of(model, one["task"], schema)
-    logits = model.score(prompt, [page_of(model, one)], tokens=[*mine[:n], pair[0]])[n]
+    logits = model.score(prompt, tokens=[*mine[:n], pair[0]])[n]
     best = sorted(map(float, logits))[-2:]
     return {
         "token": n,
-        "tokens": [tokenizer.decode([token]) for token in pair],
+        "tokens": [model.prompts.tokenizer().decode([token]) for token in pair],
         "logits": [round(float(logits[token]), 4) for token in pair],
         "apart": round(abs(float(logits[pair[0]] - logits[pair[1]])), 5),
         "two_best_apart": round(best[1] - best[0], 5),
@@ -175,7 +200,8 @@ def judge(sides: dict[str, Json], rounding: float) -> list[str]:
             apart = one.get("apart")
             if strict or apart is None or apart >= rounding:
                 problems.append(f"{name}: {one['record']} differs in {', '.join(one['fields'])}, logits {apart} apart")
-        problems += [f"{name}: {key} has another number of tokens" for key in side["more_tokens"]]
+        if strict and side["other_tokens"]:
+            problems.append(f"{name}: {side['other_tokens']} answers have other tokens")
     return problems
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 import granite4v
 from scripts.compare_records import DrawnFile
-from scripts.same_values import DEFAULT, NO_DRAFTING, ONE_BY_ONE, asked, differing, judge
+from scripts.same_values import DEFAULT, NO_DRAFTING, ONE_BY_ONE, Recorded, Side, asked, differing, judge
 
-SAME = {"n_records": 3, "n_same": 3, "missing": [], "different": [], "more_tokens": []}
+SAME = {"n_records": 3, "n_same": 3, "missing": [], "different": [], "other_tokens": 0}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,8 @@ SAME = {"n_records": 3, "n_same": 3, "missing": [], "different": [], "more_token
         (ONE_BY_ONE, {"different": [{"record": "a", "fields": ["text"], "apart": 0.019}]}, 0),
         (ONE_BY_ONE, {"different": [{"record": "a", "fields": ["text"], "apart": 0.02}]}, 1),
         (ONE_BY_ONE, {"different": [{"record": "a", "fields": ["valid"]}]}, 1),
-        (ONE_BY_ONE, {"more_tokens": ["a"]}, 1),
+        (ONE_BY_ONE, {"other_tokens": 1}, 0),
+        (NO_DRAFTING, {"other_tokens": 1}, 1),
         (NO_DRAFTING, {"different": [{"record": "a", "fields": ["text"], "apart": 0.0}]}, 1),
     ],
 )
@@ -43,19 +44,19 @@ def test_forms_are_asked_for_beside_others(tmp_path: Path) -> None:
 
 
 def test_where_answers_part(tmp_path: Path) -> None:
-    """The second of two answers is changed; its logits there are those of the model."""
+    """The last token of a real answer is changed; the logits there are those of the model."""
     Image.new("RGB", (60, 40), "white").save(tmp_path / "page.png")
     with granite4v.load(n_threads=1, device="cpu", n_parallel=1) as model:
-        tokenizer = model.prompts.tokenizer()
-        tokens = tokenizer.encode_plain("ab")
-        record = {"source": str(tmp_path / "page.png"), "page": 1, "task": "chart2csv", "timings": {"n_generated": 2}}
-        base = {"x page.png page 1 chart2csv": {**record, "text": tokenizer.decode(tokens)}}
-        other = {"x page.png page 1 chart2csv": {**record, "text": tokenizer.decode([tokens[0]]) + "c"}}
-        found = differing(model, {"x": None}, base, other)
-        (one,) = found["different"]
-        n = one["token"]
-        split = [tokenizer.encode_plain(side["x page.png page 1 chart2csv"]["text"]) for side in (base, other)]
-        logits = model.score("<chart2csv>", [tmp_path / "page.png"], tokens=split[0])[n]
-        pair = [logits[side[n]] for side in split]
-    assert one["fields"] == ["text"] and one["logits"] == pytest.approx(pair, abs=1e-3)
-    assert one["apart"] == pytest.approx(abs(pair[0] - pair[1]), abs=1e-3) and found["more_tokens"] == []
+        recorded: Any = Recorded(model)
+        (record,) = granite4v.extract(tmp_path, "chart2csv", model=recorded, max_tokens=6)
+        ((key, tokens),) = recorded.tokens.items()
+        changed = [*tokens[:-1], tokens[-1] + 1]
+        name = "x page.png page 1 chart2csv"
+        base = Side({name: vars(record)}, recorded.tokens)
+        found = differing(model, {"x": None}, base, Side({name: {**vars(record), "text": "other"}}, {key: changed}))
+        logits = model.score("<chart2csv>", [tmp_path / "page.png"], tokens=tokens)[-1]
+    (one,) = found["different"]
+    pair = [logits[tokens[-1]], logits[changed[-1]]]
+    assert (one["fields"], one["token"], found["other_tokens"]) == (["text"], len(tokens) - 1, 1)
+    assert one["logits"] == pytest.approx(pair, abs=1e-3) and len(tokens) > 1
+    assert one["apart"] == pytest.approx(abs(pair[0] - pair[1]), abs=1e-3)
