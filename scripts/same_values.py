@@ -28,8 +28,10 @@ from typing import Any, cast
 
 import granite4v
 from granite4v.clip_projector import ImageSource
+from granite4v.default_model import embedded_model
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.documents import Page, open_pages
+from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.stream import Stream
 from granite4v.runtime.extract.questions import questions
 from granite4v.runtime.extract.schema import load_schema
@@ -122,7 +124,9 @@ class Recorded:
 def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> tuple[Json, Tokens]:
     """Makes the calls. How many answers were possible at once, the rows and steps of all answers; and their tokens."""
     total: Json = dict.fromkeys(("n_generated", "n_drafted", "n_accepted"), 0)
-    with granite4v.load(n_threads=n_threads, device="cpu", n_parallel=way.get("parallel")) as model:
+    path = embedded_model(lambda line: print(line, file=sys.stderr))
+    parallel = way.get("parallel")
+    with Model.load(path, n_threads=n_threads, device="cpu", n_parallel=parallel, workload=Workload()) as model:
         recorded = Recorded(model)
         for i, job in enumerate(todo, 1):
             arguments: Json = {"schema": job.schema, "max_tokens": job.max_tokens, "out": job.out, **way}
