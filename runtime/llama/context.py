@@ -156,7 +156,8 @@ class LlamaContext(Owner):
         batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         capture_log()
-        with self.model.multiplying(n):
+        # a step of answers asks for logits of every sequence, a part of a prompt for those of its end alone
+        with self.model.multiplying(n, is_prompt=int(rows.outputs.sum()) <= 1):
             status = int(lib.llama_decode(self.handle, batch))
             lib.llama_synchronize(self.handle)
         if status == _ABORTED:

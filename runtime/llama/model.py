@@ -23,7 +23,7 @@ _DEVICE_CPU = 0  # enum ggml_backend_dev_type
 class Copies(Protocol):
     """Other forms of the model's weights (see `weight_copies`)."""
 
-    def used_for(self, n_rows: int) -> contextlib.AbstractContextManager[None]: ...
+    def used_for(self, n_rows: int, *, is_prompt: bool) -> contextlib.AbstractContextManager[None]: ...
     def close(self) -> None: ...
 
 
@@ -68,9 +68,9 @@ class LlamaModel(Owner):
         """Multiplies with these from now on, and closes them with the model."""
         self._copies.append(copies)
 
-    def multiplying(self, n_rows: int) -> contextlib.AbstractContextManager[None]:
-        """Around the computation of a batch of so many rows."""
-        return self._copies[0].used_for(n_rows) if self._copies else contextlib.nullcontext()
+    def multiplying(self, n_rows: int, *, is_prompt: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Around the computation of a batch of so many rows, of a prompt or of a decode step."""
+        return self._copies[0].used_for(n_rows, is_prompt=is_prompt) if self._copies else contextlib.nullcontext()
 
     # --- vocabulary ---
 

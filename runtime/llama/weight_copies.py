@@ -40,8 +40,7 @@ from granite4v.runtime.llama.placement import Copy, Placement
 # A batch of more rows is multiplied as a prompt, one of fewer as a decode step. With Q4_K plain weights win from 12
 # rows on, repacked ones up to 8.
 MAX_FEW_ROWS = 8
-# Fewer rows are a step of many sequences, which the next one follows at once and reads the same pages.
-ROWS_OF_PROMPT = 17
+ROWS_OF_PROMPT = 17  # of a part of a prompt for which it is worth while to return pages
 RETURN_EVERY_S = 0.2
 _OP_NONE = 0  # enum ggml_op: of a tensor that no operation computes
 _FIELDS = ("data", "buffer", "extra")
@@ -102,15 +101,16 @@ class WeightCopies:
         self._mapped.give_back()
 
     @contextlib.contextmanager
-    def used_for(self, n_rows: int) -> Iterator[None]:
-        """Around the computation of a batch of so many rows."""
+    def used_for(self, n_rows: int, *, is_prompt: bool = False) -> Iterator[None]:
+        """Around the computation of a batch of so many rows. A decode step, however many rows it has, returns no mapped
+        pages: the next one follows at once and reads the same."""
         is_many = n_rows > MAX_FEW_ROWS
         if is_many != self._is_many:
             self._is_many = None  # neither, should this be interrupted
             for forms in self._forms:
                 forms.point(is_copy=forms.copy.many if is_many else forms.copy.few)
             self._is_many = is_many
-        if n_rows >= ROWS_OF_PROMPT and self._needs_mapped:
+        if is_prompt and n_rows >= ROWS_OF_PROMPT and self._needs_mapped:
             with self._mapped.given_back_meanwhile():
                 yield
         else:

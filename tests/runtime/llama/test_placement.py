@@ -15,7 +15,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.kernel_timing import Trial
-from granite4v.ggml.kernels import PLAIN
+from granite4v.ggml.kernels import PLAIN, Kernel
 from granite4v.runtime.llama import placement
 from granite4v.runtime.llama.placement import Copy, Placement, bytes_needed, choose_placement
 from tests.helpers.pictures import text_picture
@@ -70,6 +70,24 @@ def test_placement_follows_the_measurement(backend: Backend, monkeypatch: pytest
     found = choose_placement(WEIGHTS, backend)
     assert names(found, REPACK) == ["blk.0.attn_q.weight"] and found.n_copies == {REPACK: 1}
     assert found.copies[0].many and found.copies[0].few
+
+
+def test_copies_for_a_few_rows_alone_are_not_made_where_steps_have_many(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if REPACK not in [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]:
+        pytest.skip("this ggml has no repack buffer type")
+    buffer_type = next(each for each in backend.extra_buffer_types() if buffer_type_name(each) == REPACK)
+    plain, repack = Kernel(PLAIN), Kernel(REPACK, buffer_type=buffer_type)
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    monkeypatch.setattr(placement, "has_large_pages", lambda: False)
+    for many, expected in ((repack, {REPACK: 1}), (plain, {})):
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, many=many: {"Q4_0": (many, repack)})
+        assert choose_placement(WEIGHTS, backend).n_copies == {REPACK: 1}
+        assert choose_placement(WEIGHTS, backend, for_many=True).n_copies == expected
+    monkeypatch.setattr(placement, "has_large_pages", lambda: True)
+    as_they_are = names(choose_placement(WEIGHTS, backend, for_many=True), buffer_type_name(backend.buffer_type))
+    assert "blk.0.attn_q.weight" in as_they_are  # as it is, for steps of any number of rows
 
 
 def test_large_pages_take_the_other_multiplied_weights(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

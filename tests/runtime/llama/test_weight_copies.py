@@ -17,7 +17,7 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
-from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, open_model, weight_tensors
+from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, ROWS_OF_PROMPT, open_model, weight_tensors
 from tests.toy.spec import PRESETS
 
 MANY = MAX_FEW_ROWS + 1
@@ -157,6 +157,23 @@ def test_a_copied_weight_takes_no_mapped_memory(path: Path, backend: Backend) ->
     with GgufFile.open(path) as file:
         copied = sum(file.tensors[name].nbytes for name in blocks(path))
     assert before >= copied and after < before - 0.5 * copied, (before, after, copied)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of a mapping are counted on Linux only")
+def test_a_step_of_many_answers_leaves_the_pages_that_the_next_one_reads(path: Path, backend: Backend) -> None:
+    n = ROWS_OF_PROMPT + 3
+    with (
+        open_model(path, plain_copies(path, backend, many=False)) as model,
+        LlamaContext(model, 64, 32, 1, n_seq_max=n) as context,
+        GgufFile.open(path) as file,
+    ):
+        copied = sum(file.tensors[name].nbytes for name in blocks(path))
+        context.decode(BatchRows.of(np.arange(n, dtype=np.int32), 0, 0, output=True))
+        after_prompt = resident(path)
+        context.truncate(0, 0)
+        rows = [BatchRows.of(np.array([7], np.int32), 0, number, output=True) for number in range(n)]
+        context.decode(BatchRows.joined(rows))
+        assert resident(path) > after_prompt + 0.5 * copied
 
 
 def resident(path: Path) -> int:
