@@ -20,7 +20,8 @@ class GenerationOptions(Sampling):
     `ignore_eos`: generate `max_tokens` tokens regardless of end-of-text tokens (for benchmarks). `constraint`: a
     grammar from `granite4v.grammar_for`; the answer follows it and can end only where it is valid. `fast_forward`:
     tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `drafting`: text
-    that the answer may repeat is decoded ahead where that is likely to save time; the tokens stay the same.
+    that the answer may repeat is decoded ahead where that is likely to save time; it changes an answer no more than
+    other requests beside it do (docs/benchmarks.md).
     `repetition`: whether an answer that repeats the same rows endlessly is stopped; a task name defines what a row is
     if there is no constraint. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises
     ValueError or TypeError for a value out of range.

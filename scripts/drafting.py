@@ -226,9 +226,6 @@ class Replay:
     def draft(self, most: int) -> Draft:
         return self._sequence.draft(most)
 
-    def verified(self, n_drafted: int, n_accepted: int) -> None:
-        self._sequence.verified(n_drafted, n_accepted)
-
 
 def replaying(model: Model, tables: Sequence[Table]) -> Ask:
     """Gives the tables as answers, in a model's tokens."""

@@ -262,14 +262,15 @@ class Scheduler:
         limits = self._limits()
         ready = [task for task in ready if task.adapter == ready[0].adapter][: min(limits.rows, limits.outputs)]
         parts = plan_step(ready, self._between(ready), self.costs, limits)
+        tasks = [part.task for part in parts if part.task is not None]
         rows, starts = joined(parts, limits.least)
         start = time.perf_counter()
         try:
-            self._compute(rows, ready)
+            self._compute(rows, tasks)
         except Aborted:
             return True
         except Exception as error:
-            for task in ready:
+            for task in tasks:
                 self._finish(task, error)
             return True
         finally:
@@ -314,10 +315,9 @@ class Scheduler:
         """After a step: the rows of a sequence that hold, and the tokens that follow from them. `first`: the place of
         its rows in the batch."""
         task.last_step = self.counters.n_steps
-        is_complete = part.is_complete  # before the pending tokens are fewer
         task.n_pending -= len(part.pending)
         error, finished, n_accepted = None, False, 0
-        if is_complete:
+        if part.is_complete:
             task.answer.timings.n_steps += 1
             error, finished, n_accepted = self._verify(task, part.draft, first + len(part.pending) - 1)
         kept = part.tokens[: len(part.pending) + n_accepted]
@@ -346,7 +346,6 @@ class Scheduler:
         except Exception as raised:  # also logits that are not finite: a damaged file
             error = raised
         if draft:
-            task.advances.verified(len(draft), n_accepted)
             for counters in (self.counters, task.answer.timings):
                 counters.n_drafted += len(draft)
                 counters.n_accepted += n_accepted

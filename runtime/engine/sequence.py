@@ -54,10 +54,6 @@ class Advances(Protocol):
         """At most `most` tokens that are likely to follow those of the steps so far."""
         ...
 
-    def verified(self, n_drafted: int, n_accepted: int) -> None:
-        """Tokens of the last draft that were decoded, and how many of them the answer went on with."""
-        ...
-
 
 class Sequence:
     """An answer that is being generated; fills `answer`.
@@ -118,9 +114,6 @@ class Sequence:
         n_possible = self._chooser.n_possible(draft.tokens)
         return Draft(draft.tokens[:n_possible], draft.chances[:n_possible])
 
-    def verified(self, n_drafted: int, n_accepted: int) -> None:
-        pass  # the drafter learns from the answer's tokens; who decodes drafts counts them
-
     def _limit(self) -> str:
         """Why nothing can be added, whatever the logits are."""
         if self._chooser.is_final:
@@ -155,9 +148,6 @@ class Scoring:
 
     def draft(self, most: int) -> Draft:
         return Draft()
-
-    def verified(self, n_drafted: int, n_accepted: int) -> None:
-        pass
 
 
 class _Chooser:

@@ -38,12 +38,13 @@ class Limits:
 @dataclass(frozen=True)
 class Part:
     """The rows of one sequence in a step: `tokens` that follow it, the last `n_drafted` of them a draft, and fillers up
-    to `n_rows`. Logits are wanted from the last pending token on."""
+    to `n_rows`. `is_complete`: all pending tokens are in it, and logits are wanted from the last of them on."""
 
     sequence: CachedSequence
     tokens: tuple[int, ...] = ()
     n_drafted: int = 0
     n_rows: int = 1
+    is_complete: bool = False
     task: Task | None = None  # None: between two others, and there only to close the gap
 
     @property
@@ -53,11 +54,6 @@ class Part:
     @property
     def draft(self) -> tuple[int, ...]:
         return self.tokens[len(self.pending) :]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all pending tokens are in it, so that logits are wanted."""
-        return self.task is not None and len(self.pending) == self.task.n_pending
 
     def rows(self) -> BatchRows:
         n, start = self.n_rows, self.sequence.n_tokens
@@ -89,9 +85,10 @@ def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: S
     parts = [Part(sequence, n_rows=n_rows) for sequence in between]
     for task, draft in zip(ready, drafts, strict=True):
         pending = task.pending[:n_rows]
-        n_drafted = min(len(draft.tokens), n_rows - len(pending)) if len(pending) == task.n_pending else 0
+        is_complete = len(pending) == task.n_pending
+        n_drafted = min(len(draft.tokens), n_rows - len(pending)) if is_complete else 0
         tokens = (*pending, *draft.tokens[:n_drafted])
-        parts.append(Part(task.held, tokens, n_drafted, n_rows, task))
+        parts.append(Part(task.held, tokens, n_drafted, n_rows, is_complete, task))
     return sorted(parts, key=lambda part: part.sequence.id)
 
 
@@ -111,7 +108,7 @@ def _uncut(ready: Sequence[Task], limits: Limits) -> list[Part]:
     for task in ready:
         tokens = tuple(task.pending[:room])
         if tokens:
-            parts.append(Part(task.held, tokens, 0, len(tokens), task))
+            parts.append(Part(task.held, tokens, 0, len(tokens), len(tokens) == task.n_pending, task))
         room -= len(tokens)
     return sorted(parts, key=lambda part: part.sequence.id)
 

@@ -164,8 +164,6 @@ class Broken:
     def draft(self, most: int) -> Draft:
         return Draft()
 
-    def verified(self, n_drafted: int, n_accepted: int) -> None: ...
-
 
 def test_an_error_of_one_request_ends_no_other() -> None:
     engine = FakeEngine()

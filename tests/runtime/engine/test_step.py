@@ -94,8 +94,6 @@ def test_forced_tokens_beside_other_answers_share_their_passes() -> None:
         def draft(self, most: int) -> Draft:
             return Draft()
 
-        def verified(self, n_drafted: int, n_accepted: int) -> None: ...
-
         def cancel(self) -> Step:
             return Step((), finish="cancelled")
 
@@ -128,8 +126,6 @@ def _task(n_pending: int, draft: Draft = Draft(), sequence: int = 0) -> Task:  #
 
         def draft(self, most: int) -> Draft:
             return Draft(draft.tokens[:most], draft.chances[:most])
-
-        def verified(self, n_drafted: int, n_accepted: int) -> None: ...
 
         def cancel(self) -> Step:
             raise AssertionError
