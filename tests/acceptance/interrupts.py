@@ -23,7 +23,8 @@ from tests.acceptance.harness import Json, Result, options_parser, run_check, te
 from tests.acceptance.kills import TASKS, compare, expected_keys, extract_command, records_without_timings, run_timed
 from tests.acceptance.pages import make_batch
 
-STATUS = 128 + signal.SIGINT
+# of a command that was interrupted; the second while Python itself starts or ends, and shells show it as the first
+STATUSES = (128 + signal.SIGINT, -signal.SIGINT)
 Key = tuple[str, int | None, str]
 
 
@@ -56,11 +57,11 @@ def interrupts(options: argparse.Namespace, work: Path) -> Result:
         status, seconds = interrupt(command, after_s)
         found = records_without_timings(broken / "results.jsonl")
         kept.append(len(found))
-        if status == STATUS:
+        if status in STATUSES:
             ended_s.append(round(seconds, 3))
             tell(f"interrupt {i + 1}: ended in {seconds:.2f} s, {len(found)} records are kept")
         elif status != pace.status:
-            problems.append(f"interrupt {i + 1}: the status is {status}, expected {STATUS}")
+            problems.append(f"interrupt {i + 1}: the status is {status}, expected one of {STATUSES}")
         if seconds > options.within:
             problems.append(f"interrupt {i + 1}: ended in {seconds:.2f} s; expected at most {options.within:g}")
         problems += [f"interrupt {i + 1}: {text}" for text in strangers(expected, found)]
