@@ -173,7 +173,7 @@ class VisionEncoder:
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
             pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
             graph = self._graph(len(batch))
-            outputs = graph.run(_within(progress, len(done), len(batch), len(tiles)), pixels=pixels)
+            outputs = graph.run(self._between_parts(progress, len(done), len(batch), len(tiles)), pixels=pixels)
             self._check_finite(outputs)
             graph.release()  # the outputs are copies, and the text weights may be read next
             streams = [
@@ -183,6 +183,19 @@ class VisionEncoder:
             done += [[stream[t] for stream in streams] for t in range(len(batch))]
         self._weights.release()
         return done
+
+    def _between_parts(
+        self, progress: Callable[[int, int], None] | None, n_done: int, n_now: int, n_tiles: int
+    ) -> Callable[[int, int], None]:
+        """What is done between the parts of the graph for the next `n_now` tiles of `n_tiles`: reports progress, in
+        hundredths of all, and lets go of the weights that were read, so that they never are in memory all at once."""
+
+        def between(part: int, n_parts: int) -> None:
+            self._weights.release()
+            if progress is not None:
+                progress(100 * (n_done * n_parts + n_now * part) // (n_tiles * n_parts), 100)
+
+        return between
 
     def _check_finite(self, outputs: Mapping[str, np.ndarray]) -> None:
         for name, values in outputs.items():
@@ -288,12 +301,3 @@ def quantized_in_memory(
 
 def _is_float_matrix(info: TensorInfo) -> bool:
     return info.type_name in FLOATS and tensor_kind(info.name, info.shape) == "matrix"
-
-
-def _within(
-    progress: Callable[[int, int], None] | None, n_done: int, n_now: int, n_tiles: int
-) -> Callable[[int, int], None] | None:
-    """Progress of the graph for the next `n_now` tiles of `n_tiles` as progress of all, in hundredths."""
-    if progress is None:
-        return None
-    return lambda part, n_parts: progress(100 * (n_done * n_parts + n_now * part) // (n_tiles * n_parts), 100)

@@ -241,6 +241,7 @@ class Scheduler:
         task.channel.report("prefill", sequence.n_tokens, sum(batch.n_tokens for batch in sequence.plan))
         if not is_last:
             return None
+        task.rows = None  # 0.1 GB of a page, which many answers would hold until they end
         sequence.logits = self._cache.context.logits(n - 1)
         return sequence.logits.copy()
 
