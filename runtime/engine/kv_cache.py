@@ -264,8 +264,9 @@ class KvCache:
         if self._context is not None and not self._context.truncate(sequence.id, n_tokens):
             self._context.truncate(sequence.id, 0)
             n_tokens, sequence.is_lost, self.can_cut = 0, sequence.in_use, False
-        if n_tokens < sequence.n_tokens:
-            sequence.hold(sequence.prefix(n_tokens))
+        if n_tokens >= sequence.n_tokens:  # as after a step: a prefill that is under way goes on
+            return
+        sequence.hold(sequence.prefix(n_tokens))
         if n_tokens < _length(sequence.plan):
             sequence.plan, sequence.logits = (), None
 

@@ -57,6 +57,26 @@ def test_a_shared_page_is_computed_once() -> None:
     assert engine.n_encoded == 1
 
 
+def test_a_page_that_is_being_computed_between_answers_is_shared() -> None:
+    engine = FakeEngine()
+    short = [60, 2, 60, 3]  # the second sequence is free first, between two that go on
+    beside = [asked(7, i) for i in range(4)]
+    channels = [engine.submit(*spans, max_tokens=n) for spans, n in zip(beside, short, strict=True)]
+    while not (channels[1].is_done and channels[3].is_done):
+        engine.scheduler.step()
+    n_prefilled, n_encoded = engine.scheduler.counters.n_prefilled, engine.n_encoded
+    requests = [asked(5, i, page=(ImageSpan(0, 100, b"other"),)) for i in range(2)]
+    others = [engine.submit(*requests[0], max_tokens=5)]
+    engine.scheduler.step()  # one chunk of it; the next step decodes the answers around it
+    engine.scheduler.step()
+    others.append(engine.submit(*requests[1], max_tokens=5))
+    engine.run()
+    assert [read(channel) for channel in others] == [expected(spans, 5) for spans in requests]
+    assert others[1].answer.timings.n_reused == 100
+    assert engine.scheduler.counters.n_prefilled - n_prefilled == 102 + 2
+    assert engine.n_encoded - n_encoded == 1
+
+
 def test_interleaved_readers_cost_no_second_prefill() -> None:
     engine = FakeEngine()
     requests = [asked(5), asked(6, page=(ImageSpan(0, 50, b"other"),))]
