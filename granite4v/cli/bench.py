@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
 
 if TYPE_CHECKING:
-    from granite4v.runtime import Timings
+    from granite4v.runtime import Model, Timings
 
 PROMPT = "What does this page say?"
 
@@ -27,6 +28,7 @@ def bench(
     max_tokens: options.DecodedTokensOption = 32,
     repeat: options.RepeatOption = 1,
     ctx_size: options.ContextOption = None,
+    parallel: options.TogetherOption = 1,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
@@ -37,16 +39,30 @@ def bench(
     The last line on stdout is one JSON object: seconds, tokens per second, peak memory in GB (10^9 bytes), the
     settings chosen for this machine, and the build of llama-cpp-python. With several runs, it contains medians and
     ranges.
+
+    With --parallel N, the model is loaded as it is for a batch of documents. After each run, N answers to the same
+    question are generated at once, and "parallel" contains their tokens per second together, how many times those of
+    one answer that is, and their decode steps.
     """
     from granite4v.ggml.build import installed_build
     from granite4v.runtime import Model
+    from granite4v.runtime.engine.parallel import Workload
 
     runs: list[Timings] = []
+    together: list[Together] = []
+    wanted: dict[str, Any] = {"max_tokens": max_tokens + 1, "ignore_eos": True}
     path = options.model_path(model, quiet=as_json)
     with (
         Progress() as progress,
         Model.load(
-            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+            path,
+            n_ctx=ctx_size,
+            n_threads=threads,
+            device=device,
+            mmproj=mmproj,
+            vision_compute=vision_compute,
+            n_parallel=parallel if parallel > 1 else None,
+            workload=Workload(parallel, max_tokens + 1) if parallel > 1 else None,
         ) as loaded,
     ):
         if loaded.vision_note is not None:
@@ -54,28 +70,71 @@ def bench(
         stage = None if as_json else progress.stage
         for _ in range(repeat):
             loaded.clear_cache()
-            answer = loaded.generate(prompt, [image], max_tokens=max_tokens + 1, ignore_eos=True, progress=stage)
+            answer = loaded.generate(prompt, [image], **wanted, progress=stage)
             runs.append(answer.timings)
             if not as_json:
                 progress.say(_line(answer.timings))
+            if parallel > 1:
+                together.append(_answer_together(loaded, prompt, image, parallel, wanted))
+                if not as_json:
+                    progress.say(together[-1].line(answer.timings.decode_tok_s))
         settings = loaded.settings
-    print(to_json({**report(runs, settings), "build": dataclasses.asdict(installed_build())}))
+    print(to_json({**report(runs, settings, together), "build": dataclasses.asdict(installed_build())}))
 
 
-def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
-    """The result as plain data: medians, and the range of each figure where there are several runs."""
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Answers that were generated at once; the decode steps of all, and their seconds."""
+
+    answers: tuple[Timings, ...]
+    n_steps: int
+    decode_s: float
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens of all answers by the second."""
+        return sum(answer.n_decoded for answer in self.answers) / self.decode_s
+
+    def line(self, alone_tok_s: float) -> str:
+        return (
+            f"{len(self.answers)} answers at once: decode {self.decode_tok_s:.2f} tokens/s in {self.n_steps} steps, "
+            f"{self.decode_tok_s / alone_tok_s:.2f} times one answer"
+        )
+
+
+def _answer_together(model: Model, prompt: str, image: Path, n: int, wanted: dict[str, Any]) -> Together:
+    before = model.counters
+    prepared = model.prepare(prompt, [image])
+    streams = [model.stream(prepared, **wanted) for _ in range(n)]
+    for stream in streams:
+        stream.let_run()
+    answers = tuple(stream.result().timings for stream in streams)
+    after = model.counters
+    return Together(answers, after.n_steps - before.n_steps, after.decode_s - before.decode_s)
+
+
+def report(runs: list[Timings], settings: dict[str, Any], together: Sequence[Together] = ()) -> dict[str, Any]:
+    """The result as plain data: medians, and the range of each figure where there are several runs.
+
+    `together`: the answers at once that followed each run, if any did.
+    """
     first = runs[0]
-    result: dict[str, Any] = {"load_s": round(first.load_s, 3)}
-    for name, values in (
-        ("encode_s", [run.encode_s for run in runs]),
-        ("prefill_s", [run.prefill_image_s for run in runs]),
-        ("prefill_text_s", [run.prefill_text_s for run in runs]),
-        ("decode_tok_s", [run.decode_tok_s for run in runs]),
-    ):
-        values.sort()
-        result[name] = round(values[len(values) // 2], 3)
-        if len(values) > 1:
-            result[f"{name}_range"] = [round(values[0], 3), round(values[-1], 3)]
+    result = {
+        "load_s": round(first.load_s, 3),
+        **_spread("encode_s", [run.encode_s for run in runs]),
+        **_spread("prefill_s", [run.prefill_image_s for run in runs]),
+        **_spread("prefill_text_s", [run.prefill_text_s for run in runs]),
+        **_spread("decode_tok_s", [run.decode_tok_s for run in runs]),
+    }
+    if together:
+        ratios = [each.decode_tok_s / run.decode_tok_s for each, run in zip(together, runs, strict=True)]
+        result["parallel"] = {
+            "n": len(together[0].answers),
+            **_spread("decode_tok_s", [each.decode_tok_s for each in together]),
+            **_spread("ratio", ratios),
+            "n_steps": together[0].n_steps,
+            "predicted": [answer.n_decoded for answer in together[0].answers],
+        }
     peak = peak_rss_gb()
     return {
         **result,
@@ -85,6 +144,15 @@ def report(runs: list[Timings], settings: dict[str, Any]) -> dict[str, Any]:
         "peak_rss_gb": None if peak is None else round(peak, 3),
         "settings": settings,
     }
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The median, and the least and the greatest of several."""
+    ordered = sorted(values)
+    found: dict[str, Any] = {name: round(ordered[len(ordered) // 2], 3)}
+    if len(ordered) > 1:
+        found[f"{name}_range"] = [round(ordered[0], 3), round(ordered[-1], 3)]
+    return found
 
 
 def peak_rss_gb() -> float | None:

@@ -278,6 +278,12 @@ DecodedTokensOption = Annotated[
 RepeatOption = Annotated[
     int, typer.Option("--repeat", metavar="N", min=1, help="Number of runs, each with empty caches.")
 ]
+TogetherOption = Annotated[
+    int,
+    typer.Option(
+        "--parallel", metavar="N", min=1, max=512, help="Also generate N answers at once, compared with one alone."
+    ),
+]
 JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
 
 CheckedModelOption = Annotated[

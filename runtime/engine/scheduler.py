@@ -26,13 +26,14 @@ from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
 
 @dataclass
 class Counters:
-    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers, tokens
-    of drafts and those of them that were right, and requests whose sequence was given to another because nobody read
-    their answers."""
+    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers and
+    their seconds, tokens of drafts and those of them that were right, and requests whose sequence was given to another
+    because nobody read their answers."""
 
     n_prefilled: int = 0
     n_decoded: int = 0
     n_steps: int = 0
+    decode_s: float = 0.0
     n_drafted: int = 0
     n_accepted: int = 0
     n_preempted: int = 0
@@ -281,6 +282,7 @@ class Scheduler:
         elapsed = time.perf_counter() - start
         self.costs.note(len(rows), elapsed)
         self.counters.n_steps += 1
+        self.counters.decode_s += elapsed
         for part, first in zip(parts, starts, strict=True):
             if part.task is not None:
                 part.task.answer.timings.decode_s += elapsed

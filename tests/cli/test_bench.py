@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from granite4v.cli.bench import report
+from granite4v.cli.bench import Together, report
 from granite4v.cli.main import app
 from granite4v.ggml.build import installed_build
 from granite4v.runtime import Timings
@@ -47,6 +47,36 @@ def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
     assert found["settings"]["n_threads"] >= 1
     assert found["build"] == {**asdict(installed_build()), "features": list(installed_build().features)}
     assert result.stderr.count("image tokens: encode") == 2
+
+
+def test_answers_at_once_are_compared_with_one(make_model: Callable[..., Path], page: Path) -> None:
+    halves = make_model(PRESETS["tiny"], "F16", "F16")  # those in float32 are answered one by one
+    result = run("bench", "--model", halves, "--image", page, "--max-tokens", 6, "--parallel", 3, "--repeat", 2)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    both = found["parallel"]
+    assert (both["n"], both["predicted"]) == (3, [6, 6, 6])
+    assert 6 <= both["n_steps"] < 18
+    assert both["ratio"] > 0 and both["decode_tok_s"] > 0 and len(both["ratio_range"]) == 2
+    assert found["settings"]["n_parallel"] == 3 and found["predicted"] == 6
+    assert result.stderr.count("3 answers at once: decode") == 2
+
+
+def test_tokens_of_answers_at_once_are_those_of_all_by_the_time_of_all_steps() -> None:
+    alone = [Timings(decode_s=1.0, n_decoded=10), Timings(decode_s=2.0, n_decoded=10)]
+    both = Together((Timings(decode_s=1.0, n_decoded=10), Timings(decode_s=1.5, n_decoded=30)), 32, 2.0)
+    assert both.decode_tok_s == 20.0
+    assert both.line(10.0) == "2 answers at once: decode 20.00 tokens/s in 32 steps, 2.00 times one answer"
+    assert report(alone, {}, [both, both])["parallel"] == {
+        "n": 2,
+        "decode_tok_s": 20.0,
+        "decode_tok_s_range": [20.0, 20.0],
+        "ratio": 4.0,
+        "ratio_range": [2.0, 4.0],
+        "n_steps": 32,
+        "predicted": [10, 30],
+    }
+    assert "parallel" not in report(alone, {})
 
 
 def test_quantizing_in_memory_is_said_and_recorded(folder: Path, page: Path) -> None:
