@@ -160,18 +160,18 @@ def summary(state: State, seconds: float) -> str:
 def activity(state: State, now: float) -> Activity:
     """Document, page and task at hand; pages done of all pages. `now` as of time.monotonic."""
     name = Path(state.source).name
+    # first, since a narrow terminal cuts the end off
+    parts = [f"{state.n_in_flight} answers at once"] if state.n_in_flight > 1 else []
     if state.n_documents:
-        parts = [f"document {_of(state.n_documents, state.n_documents_total)}: {name}"]
+        parts += [f"document {_of(state.n_documents, state.n_documents_total)}: {name}"]
     else:
-        parts = [f"counting pages: {name}"]
+        parts += [f"counting pages: {name}"]
     if state.page is not None:
         parts.append(f"page {_of(state.page, state.n_pages)}")
     if state.waited_s:
         parts.append(f"{'opening' if state.page is None else 'rendering'} for {duration(state.waited_s)}")
     if state.task:
         parts.append(state.task)
-    if state.n_in_flight > 1:
-        parts.append(f"{state.n_in_flight} answers at once")
     return Activity(
         stage="",  # one for the whole run: plain lines come every so often, not with every page
         done=state.n_pages_read + state.n_pages_known,

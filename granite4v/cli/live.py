@@ -16,7 +16,7 @@ from granite4v.cli.progress import Activity, Progress
 from granite4v.cli.terminal import clean
 
 BAR_WIDTH = 20
-MIN_WIDTH_FOR_BAR = 70  # of the terminal, in columns
+MIN_WIDTH_FOR_BAR = 70  # of the terminal, in columns; a title that is cut off has no bar beside it either
 FIGURES_SHARE = 0.4  # of the width, at most: the title matters more
 
 
@@ -40,7 +40,8 @@ class LiveLine(RichProgress):
         is_known = activity.total > 1
         for task in self.tasks:  # none yet when the base class draws for the first time
             task.completed, task.total = (activity.done, activity.total) if is_known else (0, None)
-        has_bar = self._console.width >= MIN_WIDTH_FOR_BAR
+        n_used = sum(len(column.render(task).plain) for column in (self._title, self._figures) for task in self.tasks)
+        has_bar = self._console.width >= max(MIN_WIDTH_FOR_BAR, n_used + BAR_WIDTH + 2)
         self.columns = (self._title, self._bar, self._figures) if has_bar else (self._title, self._figures)
         return super().get_renderables()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from granite4v.choices import whole_number
@@ -31,6 +31,10 @@ def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], Extr
         value = getattr(options, name)
         if value is not None and not isinstance(value, str):
             raise ArgumentError(f"{name} is {value!r:.60}; expected text.")
+    for field in fields(ExtractOptions):
+        value = getattr(options, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ArgumentError(f"{field.name} is {value!r:.60}; expected True or False.")
     paths = _as_paths(inputs)
     if not paths:
         raise ArgumentError("no input; give images, PDFs, folders or globs.")

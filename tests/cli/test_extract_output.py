@@ -27,7 +27,7 @@ def test_an_activity_says_where_a_run_is() -> None:
     assert shown.title == "document 2 of 4: a.pdf, page 3 of 6, kvp"
     assert (shown.share, shown.n_tokens, shown.tokens_per_s, shown.left_s) == (0.5, 12, 28.0, 300.0)
     state.n_in_flight = 3
-    assert activity(state, 60.0).title == "document 2 of 4: a.pdf, page 3 of 6, kvp, 3 answers at once"
+    assert activity(state, 60.0).title == "3 answers at once, document 2 of 4: a.pdf, page 3 of 6, kvp"
     state.n_in_flight, state.page, state.task, state.waited_s, state.n_answer_tokens = 0, 4, "", 7.0, 0
     assert activity(state, 60.0).title == "document 2 of 4: a.pdf, page 4 of 6, rendering for 7 s"
     assert activity(State(source="x/a.pdf", waited_s=3.0), 60.0).title == "counting pages: a.pdf, opening for 3 s"

@@ -199,6 +199,19 @@ def test_the_live_line_gives_way_to_results_and_remarks_and_goes_in_the_end() ->
     assert "\x1b[?25l" not in shown  # the cursor is not hidden: a process that is killed could not bring it back
 
 
+def test_a_long_title_has_the_room_of_the_bar() -> None:
+    title = "16 answers at once, document 3 of 12: scan.pdf"
+    body = f"""
+for done in range(4):
+    progress.show(Activity("", done, 4, detail="{title}", tokens_per_s=28.0, left_s=300.0))
+    time.sleep(0.15)
+"""
+    drawn = [line.rstrip() for line in re.split(r"[\r\n]", ESCAPE.sub("", on_terminal(body)))]
+    assert any(re.fullmatch(f"{title} +75%, 5 min left, 28.0 tokens/s", line) for line in drawn), drawn
+    wide = [line.rstrip() for line in re.split(r"[\r\n]", ESCAPE.sub("", on_terminal(body, columns=120)))]
+    assert any(re.fullmatch(f"{title} +━.* 75%, 5 min left, 28.0 tokens/s", line) for line in wide), wide
+
+
 def test_the_live_line_fits_a_narrow_terminal() -> None:
     shown = on_terminal(REPORTING, columns=24)
     drawn = re.split(r"[\r\n]", ESCAPE.sub("", shown))

@@ -40,6 +40,13 @@ def test_a_format_that_a_task_has_is_not(tmp_path: Path) -> None:
         check(tasks, formats, out=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["drafting", "resume", "report", "unconstrained", "fast_forward", "csv_safe"])
+@pytest.mark.parametrize("value", [None, 1, "no"])
+def test_what_is_neither_true_nor_false_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} is {value!r}; expected True or False"):
+        check(**{name: value})
+
+
 @pytest.mark.parametrize(
     "name", ["-", "", "a\0b", "x.json", "x.JSONL", "deep/out.csv", "results.html", "scan.pdf", "t.xlsx"]
 )
