@@ -81,10 +81,11 @@ class Model:
         that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'BF16'
         rounds those in F32 or F16, and what they are multiplied with, to bfloat16; 'int8' quantizes those in F32, F16
         or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K'
-        to that type. `workload`, a `runtime.engine.parallel.Workload`: many questions that are asked side by side.
-        Then `n_parallel` is chosen by their number and by the memory there is, and the sequences are there from the
-        beginning. On a CPU, with files of F32, F16, BF16 and Q8_0, an answer then has the same bits whatever is
-        computed beside it, as long as `n_parallel` is more than 1.
+        to that type. `workload`, a `runtime.engine.parallel.Workload`: many questions that are asked side by side. Then
+        `n_parallel` is chosen by their number, by the memory there is, and by the gain, which for a long batch is
+        measured once on a machine, in some seconds; and the sequences are there from the beginning. On a CPU, with
+        files of F32, F16, BF16 and Q8_0, an answer then has the same bits whatever is computed beside it, as long as
+        `n_parallel` is more than 1.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
         """
@@ -129,6 +130,11 @@ class Model:
     def n_parallel(self) -> int:
         """Maximum number of concurrent requests."""
         return self.engine.n_parallel
+
+    @property
+    def parallel_note(self) -> str | None:
+        """Why there are that many requests at once, in a few words; None where it was not chosen for a workload."""
+        return None if self.engine.width is None else self.engine.width.reason
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -192,7 +192,7 @@ ParallelOption = Annotated[
         metavar="N",
         min=1,
         help="Most answers to generate at once; with 1 nothing is drafted.",
-        show_default="chosen for the model",
+        show_default="by memory and by what further ones gain",
     ),
 ]
 DraftingOption = Annotated[

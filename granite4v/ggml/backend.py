@@ -67,9 +67,13 @@ def find_device(name: str) -> Any:
     if gpus and name != "cpu":
         return gpus[0]
     for device in devices:
-        if ggml.ggml_backend_dev_type(device) == _DEVICE_CPU:
+        if is_cpu(device):
             return device
     raise DeviceError("ggml reports no CPU device; reinstall llama-cpp-python.")
+
+
+def is_cpu(device: Any) -> bool:
+    return bool(lib().ggml_backend_dev_type(device) == _DEVICE_CPU)
 
 
 def registry_name(device: Any) -> str:
@@ -87,7 +91,7 @@ class Backend:
         ggml = lib()
         self.device = find_device(device)
         self.name = str(ggml.ggml_backend_dev_name(self.device).decode())
-        self.is_cpu = ggml.ggml_backend_dev_type(self.device) == _DEVICE_CPU
+        self.is_cpu = is_cpu(self.device)
         self.n_threads = check_threads(n_threads)
         self.handle: Any = ggml.ggml_backend_dev_init(self.device, None)
         if not self.handle:

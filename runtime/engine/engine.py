@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute, whole_number
 from granite4v.errors import ModelFileError
-from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device
+from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device, is_cpu
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.ggml.gguf_file import n_weights
 from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
-from granite4v.runtime.engine.parallel import Workload, choose_parallel, most_cells
+from granite4v.runtime.engine.parallel import Width, Workload, choose_width, most_cells
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
+from granite4v.runtime.engine.step_trial import step_seconds
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
 from granite4v.runtime.engine.task import Rows, Task
 from granite4v.runtime.engine.thread import EngineThread, close_at_exit
@@ -77,9 +78,11 @@ class Engine:
         self.warnings: list[str] = []
         self.n_ctx = self._limit_context(n_ctx)
         self.n_ubatch = min(N_UBATCH, self.n_ctx)
-        if n_parallel is None:
-            n_parallel = DEFAULT_PARALLEL if workload is None else choose_parallel(files, workload, self.n_ctx)
-        n_parallel = whole_number("n_parallel", n_parallel, 1)
+        self.width: Width | None = None  # where it was chosen
+        if n_parallel is None and workload is not None and not exact:
+            self.width = choose_width(files, workload, self.n_ctx, lambda most: self._step_seconds(most, workload))
+            n_parallel = self.width.n
+        n_parallel = DEFAULT_PARALLEL if n_parallel is None else whole_number("n_parallel", n_parallel, 1)
         if workload is not None and workload.n_questions:
             n_parallel = min(n_parallel, workload.n_questions)
         self.n_parallel = 1 if exact else min(n_parallel, self.n_ubatch)
@@ -118,6 +121,11 @@ class Engine:
                 f"the context is {trained:,} tokens, not {n_ctx:,}: that is the model's training context"
             )
         return min(n_ctx, trained)
+
+    def _step_seconds(self, most: int, workload: Workload) -> dict[int, float]:
+        """Of as many sequences on the CPU; a GPU reads its weights as fast as it multiplies few rows."""
+        on_cpu = is_cpu(find_device(self.device))
+        return step_seconds(self.files, self.n_threads, most, workload.announce) if on_cpu else {}
 
     # --- what is known ---
 

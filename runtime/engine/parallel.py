@@ -1,18 +1,24 @@
-"""How many answers a batch of questions generates at once, and what memory that takes."""
+"""How many answers a batch of questions generates at once: by what further ones bring, and by the memory there is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.memory import available_bytes
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
-# Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens a second with 16 sequences and at 2.7
-# with 32, which take twice the memory.
-MAX_PARALLEL = 16
-PROMPT_TOKENS = 1536  # a page of ten tiles, its question, and the template
+# Where nothing is measured. Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens a second
+# with 16 sequences and at 2.7 with 32, which take twice the memory.
+USUAL_PARALLEL = 16
+# A number of sequences is as good as a larger one that gives so many times its tokens a second: it takes less memory.
+WORTH = 1.07
+MEASURED_FROM = 32  # questions: a shorter batch does not gain what measuring takes
+PAGE_PX = (2100, 2970)  # of A4, larger than any model takes it
+TEXT_TOKENS = 256  # of a question and the template
 ANSWER_TOKENS = 1024  # of an answer that is longer than most; sequences become larger for those that are longer still
 # The KV cache may take a quarter of what is available, and a little more than the weights, but for small models. Twice
 # that for longer answers than were expected.
@@ -23,25 +29,74 @@ _VALUE_BYTES = 2  # the KV cache is kept in half precision
 @dataclass(frozen=True)
 class Workload:
     """What a model is loaded for: many questions, asked side by side. `n_questions`: None where that is not known;
-    `max_tokens` of an answer: None for as many as fit."""
+    `max_tokens` of an answer: None for as many as fit. `announce`: called before something is measured."""
 
     n_questions: int | None = None
     max_tokens: int | None = None
+    announce: Callable[[], None] | None = field(default=None, compare=False)
 
 
-def choose_parallel(files: ModelFiles, workload: Workload, n_ctx: int, available: int | None = None) -> int:
-    """The number of sequences, at least 1: as many as there are questions, and as memory and `MAX_PARALLEL` allow.
+@dataclass(frozen=True)
+class Width:
+    """How many answers are generated at once, and why, in a few words."""
 
-    `available`: bytes; by default what the system tells.
+    n: int
+    reason: str
+
+
+def choose_width(
+    files: ModelFiles,
+    workload: Workload,
+    n_ctx: int,
+    step_seconds: Callable[[int], Mapping[int, float]],
+    available: int | None = None,
+) -> Width:
+    """At least one: as many as there are questions, as memory has room for, and as are worth while.
+
+    `step_seconds(most)`: seconds of a decode step by its number of sequences, up to `most`; empty where that is not
+    known. Asked only for a long batch. `available`: bytes; by default what the system tells.
     """
-    most = MAX_PARALLEL if workload.n_questions is None else min(MAX_PARALLEL, max(1, workload.n_questions))
-    n_tokens = min(n_ctx, PROMPT_TOKENS + min(ANSWER_TOKENS, workload.max_tokens or ANSWER_TOKENS))
-    return max(1, min(most, _budget_tokens(files, available) // n_tokens))
+    n_tokens = _expected_tokens(files, workload, n_ctx)
+    fitting = max(1, _budget_tokens(files, available) // n_tokens)
+    asked = fitting if workload.n_questions is None else max(1, workload.n_questions)
+    is_long = workload.n_questions is None or workload.n_questions >= MEASURED_FROM
+    seconds = step_seconds(min(fitting, asked)) if is_long and fitting > 1 else {}
+    best = fastest(seconds) if seconds else USUAL_PARALLEL
+    n = min(best, fitting, asked)
+    parts = []
+    if n == asked < min(best, fitting):
+        parts.append("one for each question")
+    elif fitting < best or n == fitting == max(seconds, default=0):
+        parts.append("as many as memory has room for")
+    if n in seconds and n > 1 and 1 in seconds:
+        parts.append(f"{n * seconds[1] / seconds[n]:.1f} times the tokens a second of one")
+    parts.append(f"up to {_size(n * n_tokens * kv_bytes_per_token(files))} of KV cache")
+    return Width(n, ", ".join(parts))
+
+
+def fastest(seconds: Mapping[int, float]) -> int:
+    """The number of sequences to take, from seconds of a step by number: the smallest that is about as good as the
+    best."""
+    best = max(n / taken for n, taken in seconds.items())
+    return min(n for n, taken in seconds.items() if n / taken * WORTH >= best)
 
 
 def most_cells(files: ModelFiles, available: int | None = None) -> int:
     """Tokens that several sequences together may have room for."""
     return MOST_FACTOR * _budget_tokens(files, available)
+
+
+def _expected_tokens(files: ModelFiles, workload: Workload, n_ctx: int) -> int:
+    """Tokens of a sequence that has read a page, as large as this model takes it, and answered a question."""
+    config = files.vision_config
+    sizes = (PAGE_PX, PAGE_PX[::-1])
+    n_page = 0 if config is None else max(clip_projector.count_tokens(size, config) for size in sizes)
+    n_answer = min(ANSWER_TOKENS, workload.max_tokens or ANSWER_TOKENS)
+    return min(n_ctx, n_page + TEXT_TOKENS + n_answer)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def _budget_tokens(files: ModelFiles, available: int | None) -> int:

@@ -32,6 +32,8 @@ from granite4v.runtime.model import Model
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_MEASURING = "measuring how many answers at once are worth while with this model on this machine, once"
+
 
 def extract(
     inputs: Sequence[str | Path] | str | Path,
@@ -126,7 +128,7 @@ def _open(
                 mmproj=options.mmproj,
                 vision_compute=options.vision_compute,
                 n_parallel=options.parallel,
-                workload=Workload(n_questions, options.max_tokens),
+                workload=Workload(n_questions, options.max_tokens, lambda: say(_MEASURING)),
             )
         )
     if model.vision_note is not None:

@@ -265,6 +265,6 @@ def how_many(model: Model, options: ExtractOptions, n_questions: int | None, say
     if n == model.n_parallel < min(asked, n_questions or asked):
         say(f"{model.n_parallel} answers at once, not {asked}: the model was loaded for that many")
     elif n > 1:
-        why = "as asked for" if options.parallel else "as memory allows; see --parallel"
+        why = "as asked for" if options.parallel else model.parallel_note or "the model was loaded for that many"
         say(f"up to {n} answers at once ({why})")
     return n

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from granite4v.errors import ModelFileError
-from granite4v.ggml.backend import find_device
-from granite4v.ggml.library import lib as ggml
+from granite4v.ggml.backend import find_device, is_cpu
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.owner import Owner
 
 _LOAD_MMAP = 1  # enum llama_load_mode
 _ALL_LAYERS = -1
-_DEVICE_CPU = 0  # enum ggml_backend_dev_type
 
 
 class Copies(Protocol):
@@ -129,5 +127,4 @@ def _free(copies: list[Copies], handle: Any) -> None:
 def _device_list(name: str) -> Any:
     """A NULL-terminated array of ggml devices for llama.cpp; it holds none for the CPU alone."""
     device = find_device(name)
-    is_cpu = ggml().ggml_backend_dev_type(device) == _DEVICE_CPU
-    return (ctypes.c_void_p * 2)(None if is_cpu else device.value, None)
+    return (ctypes.c_void_p * 2)(None if is_cpu(device) else device.value, None)

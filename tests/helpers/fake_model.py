@@ -25,6 +25,7 @@ class FakeModel:
         self.n_ctx, self.warnings = 5000, []
         self.settings = {"n_threads": 2, "device": "cpu", "vision_compute": "file"}
         self.vision_note: str | None = None
+        self.parallel_note: str | None = None
         self.known, self.closed = known, False
         self.asked: list[tuple[str, int, int]] = []
         self.fail: Callable[[str, int], None] = lambda prompt, shade: None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Draft
 from granite4v.runtime.engine.kv_cache import CachedSequence
-from granite4v.runtime.engine.parallel import MAX_PARALLEL, Workload, choose_parallel, kv_bytes_per_token, most_cells
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.sequence import Step
@@ -20,10 +18,8 @@ from granite4v.runtime.engine.step import Limits, joined, plan_step
 from granite4v.runtime.engine.step_costs import AGE_EACH, N_KEPT, StepCosts
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.engine.task import Task
-from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.spans import ImageSpan, Span, TextSpan
 from tests.helpers.fake_context import EOS, FakeEngine, Letters, expected, next_token, read
-from tests.toy.checkpoint import PRESETS
 
 PAGE = (TextSpan((1, 2, 3)), ImageSpan(0, 40, b"a page"))
 LIMITS = Limits(rows=64, outputs=64, cells=256)
@@ -187,14 +183,3 @@ def test_costs_follow_what_was_measured() -> None:
     for _ in range(AGE_EACH * N_KEPT):
         costs.note(1, 1.0)
     assert costs.seconds(5) < 3.0  # forgotten, so that it is tried again
-
-
-def test_as_many_sequences_as_memory_allows(make_model: Callable[..., Path]) -> None:
-    with ModelFiles.open(make_model(PRESETS["tiny"])) as files:
-        n_ctx, per_token = 2000, kv_bytes_per_token(files)
-        assert choose_parallel(files, Workload(3, 100), n_ctx, 1 << 40) == 3
-        assert choose_parallel(files, Workload(None, 100), n_ctx, 1 << 40) == MAX_PARALLEL
-        assert choose_parallel(files, Workload(None, None), n_ctx, 4 * 5 * n_ctx * per_token) == 5
-        assert most_cells(files, 4 * 5 * n_ctx * per_token) == 10 * n_ctx
-        assert choose_parallel(files, Workload(None, 64), n_ctx, 4 * 5 * 1600 * per_token) == 5
-        assert choose_parallel(files, Workload(), n_ctx, 0) == 1

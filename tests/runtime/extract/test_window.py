@@ -215,3 +215,22 @@ def test_with_a_model_the_answers_are_those_of_one_at_a_time(toy: granite4v.Mode
     tasks = ("tables_json", "tables_html", "chart2summary")
     runs = [list(extract(folder, tasks, model=toy, max_tokens=30, parallel=n)) for n in (None, 1)]
     assert texts(runs[0]) == texts(runs[1]) and len(runs[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("note", "parallel", "expected"),
+    [
+        ("2.3 times one", None, ["up to 4 answers at once (2.3 times one)"]),
+        (None, None, ["up to 4 answers at once (the model was loaded for that many)"]),
+        ("2.3 times one", 3, ["up to 3 answers at once (as asked for)"]),
+        (None, 9, ["4 answers at once, not 9: the model was loaded for that many"]),
+        ("2.3 times one", 1, []),
+    ],
+)
+def test_it_is_said_once_how_many_answers_there_are_at_once_and_why(
+    model: FakeModel, pages: Path, note: str | None, parallel: int | None, expected: list[str]
+) -> None:
+    said: list[str] = []
+    model.parallel_note = note
+    list(start(model, pages, parallel=parallel, say=said.append))
+    assert [line for line in said if "at once" in line] == expected

@@ -1,0 +1,151 @@
+"""How long a decode step takes by its number of sequences, measured in a child process, once for a machine and a model.
+
+What further sequences bring depends on the CPU, on the weights' types and on the size of the model: on two cores of an
+AVX-512 CPU a 4B model in Q4_K_M decodes 2.3 times the tokens a second with 16 sequences and gains little beyond, on
+other machines 4 are as good as 16, or 32 are better. The child has the weights in the form in which a batch has them
+and a few hundred tokens in each sequence. Longer contexts favour fewer sequences a little, by the time of attention.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granite4v.child import run_main
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.gguf_file import GgufFile, n_weights
+from granite4v.paths import read_json_cache, write_json_cache
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.placement import N_UBATCH, choose_placement
+from granite4v.runtime.llama.weight_copies import open_model
+
+CACHE = "steps.json"
+VERSION = 1  # to be raised when something else is measured
+NUMBERS = (1, 2, 4, 8, 12, 16, 32)
+PREFIX_TOKENS, PREFIX_S = 512, 4.0  # what each sequence holds: so many tokens, or fewer where they take longer
+N_CELLS = PREFIX_TOKENS + 256  # of a sequence
+ROUNDS, ROUNDS_S = 3, 6.0  # each number of sequences is tried so often, or less often after so many seconds
+TIMEOUT_S = 120.0  # of the child, which reads the weights first
+
+
+def step_seconds(
+    files: ModelFiles, n_threads: int, most: int, announce: Callable[[], None] | None = None
+) -> dict[int, float]:
+    """Seconds of a decode step of one row each, by the number of sequences, up to `most` sequences or a few more. Empty
+    for a small model, where measuring takes longer than what it could gain, and where a measurement failed.
+
+    Measured by the first call on a machine; `announce` is called before. Takes `N_CELLS` cells for each sequence.
+    """
+    if sum(n_weights(files.text.tensors.values()).values()) < autotune.SMALL:
+        return {}
+    numbers = [n for n in NUMBERS if n <= most]
+    key = _cache_key(files, n_threads)
+    known = _read_cache(key)
+    if known is not None and max(numbers) <= known[0]:
+        return known[1]
+    if announce is not None:
+        announce()
+    adapter = str(files.adapter.path) if files.adapter else ""
+    try:
+        ended = run_main(
+            __name__, [str(files.text.path), adapter, str(n_threads), json.dumps(numbers)], TIMEOUT_S, None
+        )
+    except OSError:  # no memory for another process
+        return {}
+    found = _read_lines(ended.stdout)
+    write_json_cache(CACHE, {**read_json_cache(CACHE), key: {"most": max(numbers), "seconds": found}})
+    return found
+
+
+def _cache_key(files: ModelFiles, n_threads: int) -> str:
+    """What measurements depend on: the machine and the build, and the sizes of the model."""
+    weights = n_weights(files.text.tensors.values())
+    kinds = ", ".join(f"{weights[kind]} {kind}" for kind in sorted(weights))
+    return f"{VERSION}|{autotune.cache_key(n_threads)}|{kinds}{', adapter' if files.adapter else ''}"
+
+
+def _read_cache(key: str) -> tuple[int, dict[int, float]] | None:
+    """The most sequences that were tried, and the seconds; None for what is missing or damaged."""
+    try:
+        entry = read_json_cache(CACHE)[key]
+        return int(entry["most"]), {int(n): _positive(seconds) for n, seconds in entry["seconds"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _positive(seconds: Any) -> float:
+    if not float(seconds) > 0:
+        raise ValueError
+    return float(seconds)
+
+
+def _read_lines(printed: str) -> dict[int, float]:
+    """The least seconds of each number of sequences; what else the machine did for a moment made the others longer."""
+    found: dict[int, float] = {}
+    for line in printed.splitlines():
+        try:
+            n, seconds = json.loads(line)
+            found[int(n)] = min(_positive(seconds), found.get(int(n), float("inf")))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+# --- in the child ---
+
+
+def main(text: str, adapter: str, n_threads: str, numbers: str) -> None:
+    """Runs in the child process: prints lines `[number of sequences, seconds]`."""
+    path, threads, counts = Path(text), int(n_threads), list(map(int, json.loads(numbers)))
+    backend = Backend("cpu", threads)
+    with GgufFile.open(path) as file:
+        placement = choose_placement(file.tensors, backend, for_many=True)
+    backend.close()
+    with open_model(path, placement, n_threads=threads) as model:
+        if adapter:
+            model.load_adapter(Path(adapter))
+        with LlamaContext(model, N_CELLS, min(N_UBATCH, N_CELLS), threads, n_seq_max=max(counts)) as context:
+            context.set_adapter(bool(adapter))
+            _measure(context, counts)
+
+
+def _measure(context: LlamaContext, counts: Sequence[int]) -> None:
+    n_prefix = _fill(context)
+    for number in range(1, max(counts)):
+        context.copy(0, number, n_prefix)
+    _step(context, max(counts), n_prefix)  # llama.cpp copies now
+    end = time.perf_counter() + ROUNDS_S
+    for _ in range(ROUNDS):
+        for n in counts:
+            print(json.dumps([n, _step(context, n, n_prefix)]), flush=True)
+            if time.perf_counter() > end:
+                return
+
+
+def _fill(context: LlamaContext) -> int:
+    """Puts tokens into the first sequence. Returns how many."""
+    start, n, n_chunk = time.perf_counter(), 0, PREFIX_TOKENS // 4
+    while n < PREFIX_TOKENS and time.perf_counter() - start < PREFIX_S:
+        tokens = np.arange(n, n + n_chunk, dtype=np.int32) % context.model.n_vocab
+        context.decode(BatchRows.of(tokens, n, 0, output=False))
+        n += n_chunk
+    return n
+
+
+def _step(context: LlamaContext, n_sequences: int, n_prefix: int) -> float:
+    """Seconds of a step of one row for each of the first sequences, which are afterwards what they were."""
+    token = np.zeros(1, dtype=np.int32)
+    rows = BatchRows.joined([BatchRows.of(token, n_prefix, number, output=True) for number in range(n_sequences)])
+    start = time.perf_counter()
+    context.decode(rows)
+    seconds = time.perf_counter() - start
+    for number in range(n_sequences):
+        context.truncate(number, n_prefix)
+    return seconds
