@@ -89,6 +89,7 @@ class Engine:
         self.injection = files.injection
         self._abort = AbortFlag()
         self._thread = EngineThread("granite4v", self._abort)
+        self._has_workload = workload is not None
         self._is_batch = workload is not None and self.n_parallel > 1
         self._cache = KvCache(
             self._open_context,
@@ -367,7 +368,8 @@ class Engine:
         return len(self._inbox)
 
     def prefilled(self, task: Task) -> None:
-        self._vision.trim()
+        # nobody comes back to a page of a batch once the decoder has it
+        self._vision.trim(*([0] if self._has_workload else []))
 
     def _encode(self, task: Task, span: ImageSpan) -> ImageFeatures:
         timings, start = task.answer.timings, time.perf_counter()

@@ -62,11 +62,6 @@ class Vision:
         return self._encoder is not None
 
     @property
-    def n_images(self) -> int:
-        """Images whose embeddings are kept."""
-        return len(self._features)
-
-    @property
     def injection(self) -> Injection:
         assert self._files.injection is not None
         return self._files.injection
@@ -101,9 +96,9 @@ class Vision:
         for digest in [digest for digest in self._features if self._in_kv_cache(digest)]:
             del self._features[digest]
 
-    def trim(self) -> None:
-        """Drops the images that were asked about longest ago."""
-        while len(self._features) > 1 and sum(f.rows.nbytes for f in self._features.values()) > FEATURE_CACHE_BYTES:
+    def trim(self, n_bytes: int = FEATURE_CACHE_BYTES) -> None:
+        """Drops the images that were asked about longest ago, until the others take no more than `n_bytes`."""
+        while len(self._features) > 1 and sum(f.rows.nbytes for f in self._features.values()) > n_bytes:
             self._features.popitem(last=False)
 
     def release(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import granite4v
 from granite4v.runtime import Stream
+from granite4v.runtime.engine.parallel import Workload
 from tests.helpers.pictures import noise_picture
 from tests.toy.spec import PRESETS
 
@@ -83,6 +84,19 @@ def test_questions_about_one_image_prefill_it_once(model: granite4v.Model) -> No
     n_alone = sum(n_prompt_tokens(model, question, PICTURES[:1]) for question in questions)
     assert model.counters.n_prefilled - before.n_prefilled <= n_alone - 2 * answers[0].timings.n_image
     assert sum(answer.timings.n_encoded for answer in answers) == 1
+
+
+@pytest.mark.parametrize("workload", [None, Workload()])
+def test_a_batch_keeps_no_embeddings_of_pages_that_it_has_read(
+    make_model: Callable[..., Path], workload: Workload | None
+) -> None:
+    """Others are asked about again, perhaps when the decoder's cache has lost them."""
+    half = make_model(PRESETS["tiny"], "F16", "F16")
+    with granite4v.load(half, device="cpu", n_threads=1, n_parallel=2, workload=workload) as model:
+        n_encoded = [
+            model.generate("What?", [picture], max_tokens=1).timings.n_encoded for picture in (*PICTURES, PICTURES[0])
+        ]
+    assert n_encoded == [1] * len(PICTURES) + [0 if workload is None else 1]
 
 
 def test_cancelling_one_leaves_the_others_tokens(model: granite4v.Model) -> None:
