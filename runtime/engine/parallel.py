@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.memory import available_bytes
+from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
 # Where nothing is measured. Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens a second
@@ -17,12 +20,12 @@ USUAL_PARALLEL = 16
 # A number of sequences is as good as a larger one that gives so many times its tokens a second: it takes less memory.
 WORTH = 1.07
 MEASURED_FROM = 32  # questions: a shorter batch does not gain what measuring takes
-PAGE_PX = (2100, 2970)  # of A4, larger than any model takes it
+PAGE_PX = (2550, 3300)  # of a page of US Letter, which is larger than any model takes it
 TEXT_TOKENS = 256  # of a question and the template
-ANSWER_TOKENS = 1024  # of an answer that is longer than most; sequences become larger for those that are longer still
-# The KV cache may take a quarter of what is available, and a little more than the weights, but for small models. Twice
-# that for longer answers than were expected.
-WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.2, 256 << 20, 2
+# The KV cache may take a quarter of what is available and this share of the weights' bytes, but for small models; and
+# so many times that where prompts or answers are longer than was expected. Twelve sequences of a 4B model in Q4_K_M
+# take 1.8 GB, where one has 0.15 GB.
+WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 0.85, 256 << 20, 1.5
 _VALUE_BYTES = 2  # the KV cache is kept in half precision
 
 
@@ -53,8 +56,8 @@ def choose_width(
 ) -> Width:
     """At least one: as many as there are questions, as memory has room for, and as are worth while.
 
-    `step_seconds(most)`: seconds of a decode step by its number of sequences, up to `most`; empty where that is not
-    known. Asked only for a long batch. `available`: bytes; by default what the system tells.
+    `step_seconds(most)`: seconds of a decode step by its number of sequences, rising, up to `most` or a few more; empty
+    where that is not known. Asked only for a long batch. `available`: bytes; by default what the system tells.
     """
     n_tokens = _expected_tokens(files, workload, n_ctx)
     fitting = max(1, _budget_tokens(files, available) // n_tokens)
@@ -66,10 +69,11 @@ def choose_width(
     parts = []
     if n == asked < min(best, fitting):
         parts.append("one for each question")
-    elif fitting < best or n == fitting == max(seconds, default=0):
+    elif fitting < best:
         parts.append("as many as memory has room for")
-    if n in seconds and n > 1 and 1 in seconds:
-        parts.append(f"{n * seconds[1] / seconds[n]:.1f} times the tokens a second of one")
+    if n > 1 and 1 in seconds and max(seconds) >= n:
+        taken = float(np.interp(n, list(seconds), list(seconds.values())))
+        parts.append(f"{n * seconds[1] / taken:.1f} times the tokens a second of one")
     parts.append(f"up to {_size(n * n_tokens * kv_bytes_per_token(files))} of KV cache")
     return Width(n, ", ".join(parts))
 
@@ -83,16 +87,16 @@ def fastest(seconds: Mapping[int, float]) -> int:
 
 def most_cells(files: ModelFiles, available: int | None = None) -> int:
     """Tokens that several sequences together may have room for."""
-    return MOST_FACTOR * _budget_tokens(files, available)
+    return int(MOST_FACTOR * _budget_tokens(files, available))
 
 
 def _expected_tokens(files: ModelFiles, workload: Workload, n_ctx: int) -> int:
-    """Tokens of a sequence that has read a page, as large as this model takes it, and answered a question."""
+    """Tokens of a sequence that has room for a page, as large as this model takes it, and for an answer."""
     config = files.vision_config
     sizes = (PAGE_PX, PAGE_PX[::-1])
     n_page = 0 if config is None else max(clip_projector.count_tokens(size, config) for size in sizes)
-    n_answer = min(ANSWER_TOKENS, workload.max_tokens or ANSWER_TOKENS)
-    return min(n_ctx, n_page + TEXT_TOKENS + n_answer)
+    n_tokens = n_page + TEXT_TOKENS + min(MIN_ANSWER, workload.max_tokens or MIN_ANSWER)
+    return min(n_ctx, -(-n_tokens // SEQUENCE_STEP) * SEQUENCE_STEP)
 
 
 def _size(n_bytes: int) -> str:

@@ -38,14 +38,15 @@ TIMEOUT_S = 120.0  # of the child, which reads the weights first
 def step_seconds(
     files: ModelFiles, n_threads: int, most: int, announce: Callable[[], None] | None = None
 ) -> dict[int, float]:
-    """Seconds of a decode step of one row each, by the number of sequences, up to `most` sequences or a few more. Empty
-    for a small model, where measuring takes longer than what it could gain, and where a measurement failed.
+    """Seconds of a decode step of one row each, by the number of sequences, rising, up to the first number that is no
+    less than `most`. Empty for a small model, where measuring takes longer than what it could gain, and where a
+    measurement failed.
 
     Measured by the first call on a machine; `announce` is called before. Takes `N_CELLS` cells for each sequence.
     """
     if sum(n_weights(files.text.tensors.values()).values()) < autotune.SMALL:
         return {}
-    numbers = [n for n in NUMBERS if n <= most]
+    numbers = [n for n, before in zip(NUMBERS, (0, *NUMBERS), strict=False) if before < most]
     key = _cache_key(files, n_threads)
     known = _read_cache(key)
     if known is not None and max(numbers) <= known[0]:
@@ -75,15 +76,16 @@ def _read_cache(key: str) -> tuple[int, dict[int, float]] | None:
     """The most sequences that were tried, and the seconds; None for what is missing or damaged."""
     try:
         entry = read_json_cache(CACHE)[key]
-        return int(entry["most"]), {int(n): _positive(seconds) for n, seconds in entry["seconds"].items()}
+        seconds = {int(n): _positive(taken) for n, taken in entry["seconds"].items()}
+        return int(entry["most"]), dict(sorted(seconds.items()))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def _positive(seconds: Any) -> float:
-    if not float(seconds) > 0:
+def _positive(taken: Any) -> float:
+    if not float(taken) > 0:
         raise ValueError
-    return float(seconds)
+    return float(taken)
 
 
 def _read_lines(printed: str) -> dict[int, float]:
@@ -91,11 +93,11 @@ def _read_lines(printed: str) -> dict[int, float]:
     found: dict[int, float] = {}
     for line in printed.splitlines():
         try:
-            n, seconds = json.loads(line)
-            found[int(n)] = min(_positive(seconds), found.get(int(n), float("inf")))
+            n, taken = json.loads(line)
+            found[int(n)] = min(_positive(taken), found.get(int(n), float("inf")))
         except (ValueError, TypeError):
             continue
-    return found
+    return dict(sorted(found.items()))
 
 
 # --- in the child ---

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from granite4v.clip_projector import count_tokens
+from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
 from granite4v.runtime.engine.parallel import (
-    ANSWER_TOKENS,
     MEASURED_FROM,
     PAGE_PX,
     TEXT_TOKENS,
@@ -46,17 +47,18 @@ def never(most: int) -> Mapping[int, float]:
 def bytes_for(files: ModelFiles, n: int, n_answer: int) -> int:
     """What must be available for `n` sequences."""
     assert files.vision_config is not None
-    n_tokens = max(count_tokens(size, files.vision_config) for size in (PAGE_PX, PAGE_PX[::-1])) + TEXT_TOKENS
-    return 4 * n * (n_tokens + n_answer) * kv_bytes_per_token(files)
+    n_page = max(count_tokens(size, files.vision_config) for size in (PAGE_PX, PAGE_PX[::-1]))
+    n_steps = math.ceil((n_page + TEXT_TOKENS + n_answer) / SEQUENCE_STEP)
+    return 4 * n * n_steps * SEQUENCE_STEP * kv_bytes_per_token(files)
 
 
-@pytest.mark.parametrize(("n_answer", "max_tokens"), [(100, 100), (ANSWER_TOKENS, 9000), (ANSWER_TOKENS, None)])
+@pytest.mark.parametrize(("n_answer", "max_tokens"), [(100, 100), (MIN_ANSWER, 9000), (MIN_ANSWER, None)])
 def test_as_many_as_memory_has_room_for(files: ModelFiles, n_answer: int, max_tokens: int | None) -> None:
     available = bytes_for(files, 5, n_answer)
     for bytes_, expected in ((available, 5), (available - 4, 4), (0, 1)):
         width = choose_width(files, Workload(None, max_tokens), N_CTX, unknown, bytes_)
         assert width.n == expected and "as many as memory has room for" in width.reason
-    assert most_cells(files, available) == 2 * available // 4 // kv_bytes_per_token(files)
+    assert most_cells(files, available) == int(1.5 * (available // 4 // kv_bytes_per_token(files)))
 
 
 def test_a_small_context_bounds_what_a_sequence_takes(files: ModelFiles) -> None:
@@ -80,9 +82,10 @@ def test_as_many_as_are_worth_while(files: ModelFiles) -> None:
     width = choose_width(files, Workload(MEASURED_FROM, 100), N_CTX, seconds, MUCH)
     assert asked == [MEASURED_FROM] and width.n == 16
     assert width.reason.startswith("2.3 times the tokens a second of one, up to ")
-    tight = choose_width(files, Workload(None, 100), N_CTX, seconds, bytes_for(files, 12, 100))
-    assert asked[1:] == [12] and tight.n == 12
-    assert tight.reason.startswith("as many as memory has room for, 2.0 times the tokens a second of one, ")
+    tight = choose_width(files, Workload(None, 100), N_CTX, lambda _: SECONDS, bytes_for(files, 10, 100))
+    assert tight.n == 10 and tight.reason.startswith(
+        "as many as memory has room for, 1.8 times the tokens a second of "
+    )
     flat = choose_width(files, Workload(None, 100), N_CTX, lambda _: {1: 1.0, 4: 2.0, 8: 3.9, 16: 7.9}, MUCH)
     assert flat.n == 4 and flat.reason.startswith("2.0 times the tokens a second of one, ")
 
