@@ -14,6 +14,7 @@ from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.kv_pages import KvPages, SequenceRoom, cpu_buffers
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.owner import Owner
@@ -101,7 +102,8 @@ class LlamaContext(Owner):
         if node_callback is not None:
             params.cb_eval = node_callback
         capture_log()
-        handle = lib.llama_init_from_model(model.handle, params)
+        with cpu_buffers() as buffers:
+            handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
                 f"llama.cpp cannot make a context of {n_seq_max} x {n_cells} tokens: {log().reason()}. Use a smaller "
@@ -109,6 +111,9 @@ class LlamaContext(Owner):
             )
         self._own(handle, lib.llama_free, model, abort, node_callback)
         self._memory = lib.llama_get_memory(handle)
+        n_layers, n_made = int(lib.llama_model_n_layer(model.handle)), int(lib.llama_n_ctx_seq(handle))
+        pages = KvPages.among(buffers, n_layers, n_seq_max, n_made) if model.on_cpu else None
+        self._room = SequenceRoom(pages, n_seq_max, n_made)
         self.adapter_on = False
         self._n_threads, self._free_threads = n_threads, free_threads
 
@@ -156,10 +161,12 @@ class LlamaContext(Owner):
         batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         capture_log()
+        self._room.will_write(rows.sequences, rows.positions)
         # a step of answers asks for logits of every sequence, a part of a prompt for those of its end alone
         with self.model.multiplying(n, is_prompt=int(rows.outputs.sum()) <= 1):
             status = int(lib.llama_decode(self.handle, batch))
             lib.llama_synchronize(self.handle)
+        self._room.has_written()
         if status == _ABORTED:
             raise Aborted
         if status != 0:
@@ -209,7 +216,10 @@ class LlamaContext(Owner):
         """Forgets a sequence from position `n_tokens` on. False where the cache cannot be cut there (recurrent states,
         sliding windows): then the sequence is unchanged, and only `n_tokens` = 0 is sure to work."""
         start = n_tokens if n_tokens > 0 else -1
-        return bool(llama().llama_memory_seq_rm(self._open_memory(), sequence, start, -1))
+        is_cut = bool(llama().llama_memory_seq_rm(self._open_memory(), sequence, start, -1))
+        if is_cut:
+            self._room.has_cut(sequence, n_tokens)
+        return is_cut
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
         """Makes the first `n_tokens` of `source` those of `target`, whatever `target` holds.
@@ -220,6 +230,7 @@ class LlamaContext(Owner):
         lib, memory = llama(), self._open_memory()
         lib.llama_memory_seq_cp(memory, source, target, -1, -1)
         lib.llama_memory_seq_rm(memory, target, n_tokens, -1)
+        self._room.will_copy(target, n_tokens)
 
     def state(self, sequence: int) -> np.ndarray:
         """A sequence's cells as bytes, for `restore` in another context of the same model with any sequences."""
@@ -232,6 +243,7 @@ class LlamaContext(Owner):
     def restore(self, sequence: int, state: np.ndarray) -> None:
         """Raises DeviceError when llama.cpp refuses the state."""
         state = _for_streams(state, self.n_seq_max)
+        self._room.is_filled(sequence)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama().llama_state_seq_set_data(self.handle, data, len(state), sequence) == 0:
             raise DeviceError(f"llama.cpp cannot take over the cached sequence: {log().reason()}.")
