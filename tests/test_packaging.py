@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("clip_projector", "converter", "runtime")
 MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v").rglob("*.py")}
 MODULES |= {f"granite4v/{path.relative_to(ROOT).as_posix()}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+PAGE = {f"granite4v/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtime" / "server" / "web").iterdir()}
 CHECKPOINT = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v" / "nano").glob("[!.]*")}
 
 
@@ -50,7 +51,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name for name in names if name.endswith(".py")} == MODULES
     folders = {str(Path(name).parent) for name in MODULES}
-    assert names - MODULES == {f"{folder}/py.typed" for folder in folders} | CHECKPOINT
+    assert names - MODULES == {f"{folder}/py.typed" for folder in folders} | CHECKPOINT | PAGE
 
 
 def test_a_source_distribution_holds_what_the_wheel_is_made_of_once(source: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from granite4v.cli.inspect import inspect
 from granite4v.cli.options import fill_in_tasks
 from granite4v.cli.outcome import conclude, explain
 from granite4v.cli.requantize import requantize
+from granite4v.cli.serve import serve
 from granite4v.cli.verify import verify
 
 
@@ -89,5 +90,5 @@ def common(
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
-for command in (convert, requantize, ask, extract, inspect, verify, bench, doctor):
+for command in (convert, requantize, ask, serve, extract, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)

@@ -16,7 +16,14 @@ from granite4v.errors import PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import normalize
-from granite4v.runtime.prompt.spans import Prompt, build_prompt, check_length, image_token, image_token_text
+from granite4v.runtime.prompt.spans import (
+    Prompt,
+    TextSpan,
+    build_prompt,
+    check_length,
+    image_token,
+    image_token_text,
+)
 from granite4v.runtime.prompt.template import ChatTemplate
 from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
 
@@ -78,6 +85,16 @@ class PromptBuilder:
                 self._check_length,
                 **variables,
             )
+
+    def plain(self, text: str, *, add_special: bool = True) -> Prompt:
+        """The prompt of a text as it is, without the chat template. `add_special`: see `Tokenizer.encode`; without it,
+        as by `encode_plain`. Raises PromptError, ContextOverflowError, ModelFileError."""
+        with self._lock:
+            _check_unicode(text)
+            self._check_length(text)
+            tokenizer = self.tokenizer()
+            tokens = tokenizer.encode(text) if add_special else tokenizer.encode_plain(text)
+        return Prompt(text, (TextSpan(tuple(tokens)),), ())
 
     def _count(self, size: tuple[int, int]) -> int:
         """Image tokens of an image of this size (width, height)."""

@@ -1,0 +1,168 @@
+"""`granite4v serve`: an OpenAI-compatible server for one model."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from granite4v.cli import options
+from granite4v.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from granite4v.runtime.model import Model
+
+_MEGABYTE = 1 << 20
+
+HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen at.")]
+PortOption = Annotated[
+    int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen at; 0 takes a free one.")
+]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="GRANITE4V_API_KEY",
+        help="Key that clients must send.",
+        show_default=False,
+    ),
+]
+CorsOption = Annotated[
+    list[str] | None,
+    typer.Option("--cors-origin", metavar="ORIGIN", help="Origin of web pages that may ask. May be repeated."),
+]
+AllowedHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="Another name under which clients reach a server at a loopback address. May be repeated.",
+    ),
+]
+MediaPathOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--media-path",
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Directory whose images clients may name by path. May be repeated.",
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--served-name", metavar="NAME", help="What answers call the model.", show_default="its directory"),
+]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option("--parallel", metavar="N", min=1, help="Most answers to generate at once.", show_default="4"),
+]
+QueueOption = Annotated[
+    int, typer.Option("--max-queue", metavar="N", min=0, help="Most requests that wait; others are refused.")
+]
+BodyOption = Annotated[int, typer.Option("--max-body", metavar="MB", min=1, help="Most megabytes of a request.")]
+MaxImagesOption = Annotated[
+    int, typer.Option("--max-images", metavar="N", min=1, help="Most images and PDF pages of a request.")
+]
+TimeOption = Annotated[
+    float,
+    typer.Option("--max-time", metavar="SECONDS", min=1, callback=options.finite, help="Longest time of a request."),
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print a line for each request, without what it contains.")
+]
+
+
+def serve(
+    *,
+    model: options.ModelOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
+    api_key: ApiKeyOption = None,
+    parallel: ParallelOption = None,
+    served_name: NameOption = None,
+    cors_origin: CorsOption = None,
+    allowed_host: AllowedHostOption = None,
+    media_path: MediaPathOption = None,
+    max_queue: QueueOption = 32,
+    max_body: BodyOption = 64,
+    max_images: MaxImagesOption = 16,
+    max_time: TimeOption = 3600.0,
+    verbose: VerboseOption = False,
+    mmproj: options.MmprojOption = None,
+    lora: options.LoraOption = None,
+    ctx_size: options.ContextOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "auto",
+    vision_compute: options.VisionComputeOption = "file",
+) -> None:
+    """Serve a model to programs that speak OpenAI's protocol, and a page at '/'.
+
+    Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
+    /tokenize, /health, /metrics, /openapi.json. Images come as data URLs, PDFs as file parts; the server fetches
+    nothing. Ends with SIGTERM or Ctrl-C, after answers of at most three seconds.
+    """
+    from granite4v.runtime import Model
+    from granite4v.runtime.server import Limits, ServerOptions, create_app, run
+    from granite4v.runtime.server.serving import listen
+
+    listening = listen(host, port)
+    path = options.model_path(model)
+    with Progress() as progress:
+
+        def load() -> Model:
+            loaded = Model.load(
+                path,
+                n_ctx=ctx_size,
+                n_threads=threads,
+                n_parallel=parallel,
+                device=device,
+                mmproj=mmproj,
+                vision_compute=vision_compute,
+                lora=lora,
+            )
+            for warning in loaded.warnings:
+                progress.say(f"warning: {warning}")
+            return loaded
+
+        limits = Limits(
+            body_bytes=max_body * _MEGABYTE,
+            n_images=max_images,
+            n_pages=max_images,
+            n_waiting=max_queue,
+            time_s=max_time,
+        )
+        chosen = ServerOptions(
+            model_name=served_name or (model or "nano"),
+            api_key=api_key or None,
+            cors_origins=tuple(cors_origin or ()),
+            hosts=_hosts(host, allowed_host or []),
+            media_paths=tuple(media_path or ()),
+            limits=limits,
+        )
+        _log(verbose)
+        run(create_app(load, chosen), listening, lambda address: progress.say(f"listening at {address}"))
+
+
+def _hosts(host: str, others: list[str]) -> tuple[str, ...]:
+    """The names of a server at a loopback address: under another one, a web page anywhere may have its browser ask."""
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    return tuple({"localhost", "127.0.0.1", "::1", host, *(name.lower() for name in others)}) if is_local else ()
+
+
+def _log(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name, level in (("granite4v.server", logging.INFO if verbose else logging.WARNING), ("uvicorn", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False

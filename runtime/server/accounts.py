@@ -1,0 +1,68 @@
+"""What an answer took and how it ended, as the API tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from granite4v.runtime.answer import LENGTH, REPETITION, Answer
+from granite4v.runtime.server.generation import Generation
+from granite4v.runtime.server.replies import FinishReason, PromptDetails, Timings, Usage
+
+
+def finish_reason(answer: Answer) -> FinishReason:
+    """'stop' also for an answer that the grammar closed within its limit: it is whole, and openai's `parse` refuses
+    'length'. An answer that was stopped for repeating itself is not."""
+    if answer.finish_reason == LENGTH and answer.closing is not None:
+        return "stop"
+    return "length" if answer.finish_reason in (LENGTH, REPETITION) else "stop"
+
+
+def stopped_by(answer: Answer) -> str | None:
+    """What `finish_reason` does not tell: 'repetition', or 'closed' where the grammar closed the answer."""
+    if answer.finish_reason == LENGTH and answer.closing is not None:
+        return "closed"
+    return REPETITION if answer.finish_reason == REPETITION else None
+
+
+def usage(generation: Generation) -> Usage:
+    prompt, answers = generation.prompt, generation.answers
+    n_generated = sum(answer.timings.n_generated for answer in answers)
+    return Usage(
+        prompt_tokens=prompt.n_tokens,
+        completion_tokens=n_generated,
+        total_tokens=prompt.n_tokens + n_generated,
+        prompt_tokens_details=PromptDetails(
+            cached_tokens=answers[0].timings.n_reused, image_tokens=prompt.n_image_tokens
+        ),
+    )
+
+
+def timings(answers: Sequence[Answer]) -> Timings:
+    """Of all answers to a request: times that they shared count for each."""
+    each = [answer.timings for answer in answers]
+    n_prompt = sum(one.n_prompt - one.n_reused for one in each)
+    prompt_s = sum(one.prefill_s for one in each)
+    n_decoded, decode_s = sum(one.n_decoded for one in each), sum(one.decode_s for one in each)
+    return Timings(
+        cache_n=sum(one.n_reused for one in each),
+        stored_n=0,
+        prompt_n=n_prompt,
+        prompt_ms=_ms(prompt_s),
+        prompt_per_second=_rate(n_prompt, prompt_s),
+        predicted_n=sum(one.n_generated for one in each),
+        predicted_ms=_ms(decode_s),
+        predicted_per_second=_rate(n_decoded, decode_s),
+        encode_ms=_ms(sum(one.encode_s for one in each)),
+        load_ms=_ms(sum(one.load_s for one in each)),
+        forced_n=sum(one.n_forced for one in each),
+        draft_n=sum(one.n_drafted for one in each),
+        draft_n_accepted=sum(one.n_accepted for one in each),
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _rate(n: int, seconds: float) -> float:
+    return round(n / seconds, 3) if seconds > 0 else 0.0

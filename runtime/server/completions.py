@@ -1,0 +1,94 @@
+"""POST /v1/completions: texts and tokens that are continued as they are, without a chat template."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.server.accounts import finish_reason, timings, usage
+from granite4v.runtime.server.chat import DONE, event
+from granite4v.runtime.server.dispatcher import Ask, Dispatcher
+from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.replies import Completion, CompletionChoice, Timings
+from granite4v.runtime.server.requests import CompletionRequest
+from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse
+from granite4v.runtime.server.structure import form_of
+
+DEFAULT_TOKENS = 16  # OpenAI's
+
+
+def asked(body: CompletionRequest, n_most: int) -> Ask:
+    """What a request asks for. Raises ApiError."""
+    check_completion_fields(body, n_most)
+    refuse(body, "echo", "suffix")
+    return Ask(
+        plain=_only(body.prompt),
+        form=form_of(body.response_format, None, (), unconstrained=False),
+        fields=options_of(body, body.stop),
+        max_tokens=body.max_tokens or DEFAULT_TOKENS,
+        seed=None if body.seed is None else body.seed % (1 << 63),
+        n=body.n or 1,
+    )
+
+
+def _only(prompt: str | Sequence[Any]) -> str | Sequence[int]:
+    """The one prompt of a request, which may stand in a list."""
+    if isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt)):
+        return prompt
+    if len(prompt) != 1:
+        raise invalid(f"{len(prompt)} prompts; send one with each request.", "prompt", "unsupported")
+    only: str | list[int] = prompt[0]
+    return only
+
+
+class CompletionWriter:
+    """Writes the answers to one request."""
+
+    def __init__(self, model: str, fingerprint: str, *, include_usage: bool = False) -> None:
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._model, self._fingerprint, self._include_usage = model, fingerprint, include_usage
+
+    async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        async with dispatcher.answering(ask) as generation:
+            await generation.complete()
+            yield (
+                Completion(
+                    **self._head(),
+                    choices=[self._choice(i, answer) for i, answer in enumerate(generation.answers)],
+                    usage=usage(generation),
+                    timings=timings(generation.answers),
+                )
+                .model_dump_json()
+                .encode()
+            )
+
+    def _choice(self, index: int, answer: Answer) -> CompletionChoice:
+        return CompletionChoice(index=index, text=answer.text, finish_reason=finish_reason(answer))
+
+    async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        async with dispatcher.answering(ask) as generation:
+            n_left = ask.n
+            async for piece in generation.pieces():
+                ended, took = None, None
+                if piece.is_last:
+                    n_left -= 1
+                    ended = finish_reason(generation.answers[piece.index])
+                    took = None if n_left else timings(generation.answers)
+                yield self._chunk(CompletionChoice(index=piece.index, text=piece.text, finish_reason=ended), took)
+            if self._include_usage:
+                yield event(Completion(**self._head(), choices=[], usage=usage(generation)))
+            yield DONE
+
+    def _chunk(self, choice: CompletionChoice, took: Timings | None) -> bytes:
+        return event(Completion(**self._head(), choices=[choice], timings=took))
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+        }

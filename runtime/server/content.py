@@ -1,0 +1,138 @@
+"""Content parts of a request to messages: texts, and the images and documents that are still to be opened.
+
+Nothing is decoded here but base64; no file is opened and nothing fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from granite4v.runtime.documents import PageRanges, SelectionError, parse_pages
+from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.requests import Content, FileContent, ImagePart, InputFilePart, Message, Part, TextPart
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """An image, or with `is_document` a document of any number of pages, encoded or by path.
+
+    `param`: where it stands in the request. `name`: what messages call it.
+    """
+
+    param: str
+    name: str
+    content: bytes | None = None
+    path: Path | None = None
+    is_document: bool = False
+    pages: PageRanges | None = None
+    password: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: its role, other fields, and its content in order."""
+
+    role: str
+    others: dict[str, Any]
+    parts: list[str | Attachment]
+
+    @property
+    def text(self) -> str:
+        """Of its text parts, as one."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+
+class ContentReader:
+    """Reads the content of messages. `media_paths`: directories whose files may be named."""
+
+    def __init__(self, media_paths: Sequence[Path] = ()) -> None:
+        self._roots = [path.resolve() for path in media_paths]
+
+    def turns(self, messages: Sequence[Message]) -> list[Turn]:
+        turns = []
+        for i, message in enumerate(messages):
+            others = {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}
+            given = {key: value for key, value in others.items() if value is not None}
+            turns.append(Turn(message.role, given, self.parts(message.content, f"messages[{i}].content")))
+        return turns
+
+    def parts(self, content: Content | None, param: str) -> list[str | Attachment]:
+        """Raises ApiError."""
+        if content is None:
+            return []
+        if isinstance(content, str):
+            return [content] if content else []
+        return [self._part(part, f"{param}[{i}]") for i, part in enumerate(content)]
+
+    def _part(self, part: Part, param: str) -> str | Attachment:
+        if isinstance(part, TextPart):
+            return part.text
+        if isinstance(part, ImagePart):
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            return self._image(url, f"{param}.image_url")
+        if isinstance(part, InputFilePart):
+            return self._file(part, f"{param}.file_data")
+        return self._file(part.file, f"{param}.file.file_data")
+
+    def _image(self, url: str, param: str) -> Attachment:
+        name = f"the image at '{param}'"
+        if url[:5].lower() == "data:":
+            return Attachment(param, name, content=_data(url, param))
+        return Attachment(param, name, path=self._path(url, param))
+
+    def _file(self, file: FileContent, param: str) -> Attachment:
+        name = f"the document at '{param}'" if not file.filename else f"'{file.filename:.80}'"
+        ranges = None
+        if file.pages is not None:
+            try:
+                ranges = parse_pages(file.pages)
+            except SelectionError as error:
+                raise invalid(str(error), param.replace("file_data", "pages"), "invalid_pages") from None
+        if file.password is not None and "\0" in file.password:
+            raise invalid("the password holds a zero byte, which a password cannot contain.", param)
+        data = file.file_data
+        content = _data(data, param) if data[:5].lower() == "data:" else _decoded(data, param)
+        return Attachment(param, name, content=content, is_document=True, pages=ranges, password=file.password)
+
+    def _path(self, url: str, param: str) -> Path:
+        """A file that the server's user allows. Raises ApiError for everything else."""
+        advice = "send the image itself, as a data URL (data:image/png;base64,...)"
+        try:
+            parsed = urlparse(url)
+        except ValueError:
+            parsed = None
+        if parsed is None or parsed.scheme.lower() not in ("", "file"):
+            raise invalid(
+                f"'{url:.80}' is not a data URL, and the server fetches nothing; {advice}.", param, "no_fetch"
+            )
+        name = unquote(parsed.path) if parsed.scheme else url
+        if self._roots and "\0" not in name:
+            path = Path(os.path.realpath(name))
+            if any(path.is_relative_to(root) for root in self._roots):
+                return path
+        allowed = "is outside the directories that this server reads for clients"
+        raise invalid(f"'{url:.80}' {allowed}; {advice}, or start the server with --media-path.", param, "no_path")
+
+
+def _data(url: str, param: str) -> bytes:
+    head, _, data = url.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise invalid("a data URL that is not base64; expected 'data:image/png;base64,...'.", param, "invalid_data_url")
+    return _decoded(data, param)
+
+
+def _decoded(data: str, param: str) -> bytes:
+    try:
+        content = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid("the base64 data is invalid; encode the file's bytes again.", param, "invalid_base64") from None
+    if not content:
+        raise invalid("the file is empty (0 bytes).", param, "empty_file")
+    return content

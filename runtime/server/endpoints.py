@@ -1,0 +1,200 @@
+"""The endpoints: each reads a body, and answers in one piece or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from granite4v.runtime.model import Model
+from granite4v.runtime.server import chat, completions, errors, responses
+from granite4v.runtime.server.content import ContentReader
+from granite4v.runtime.server.dispatcher import Ask, Dispatcher
+from granite4v.runtime.server.errors import ApiError
+from granite4v.runtime.server.guard import too_large
+from granite4v.runtime.server.live_response import JSON, LiveResponse, Pace
+from granite4v.runtime.server.openapi import Operation
+from granite4v.runtime.server.replies import (
+    ChatCompletion,
+    Completion,
+    Health,
+    InputTokens,
+    ModelEntry,
+    ModelList,
+    Reply,
+    ResponseReply,
+    TokenPiece,
+    Tokens,
+)
+from granite4v.runtime.server.requests import (
+    ChatRequest,
+    CompletionFields,
+    CompletionRequest,
+    ResponseRequest,
+    TokenizeRequest,
+)
+
+B = TypeVar("B", bound=BaseModel)
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What answers say of the model."""
+
+    name: str
+    fingerprint: str
+    created: int
+
+
+class Endpoints:
+    """The handlers of one server."""
+
+    def __init__(self, dispatcher: Dispatcher, named: Callable[[], Named]) -> None:
+        self._dispatcher, self._named = dispatcher, named
+        options = dispatcher.options
+        self._limits = options.limits
+        self._pace = Pace(options.patience_s, options.keepalive_s, options.limits.time_s, dispatcher.ended)
+        self._reader = ContentReader(options.media_paths)
+
+    def table(self) -> dict[tuple[str, str], tuple[Handler, Operation]]:
+        """The handler of each path and method, and what it takes and gives."""
+        busy = (429, 503, 504)
+        chats = Operation("Answers a conversation.", ChatCompletion, ChatRequest, events=True, statuses=busy)
+        plain = Operation("Continues a text.", Completion, CompletionRequest, events=True, statuses=busy)
+        states = Operation("Answers a conversation.", ResponseReply, ResponseRequest, events=True, statuses=busy)
+        counts = Operation("Counts the tokens of a conversation.", InputTokens, ChatRequest, statuses=busy)
+        tokens = Operation("Splits a text into tokens.", Tokens, TokenizeRequest, statuses=(503,))
+        models = Operation("Lists the model.", ModelList, statuses=(503,))
+        model = Operation("Describes the model.", ModelEntry, parameters=("model",), statuses=(404, 503))
+        health = Operation("Tells whether the model is loaded.", Health, statuses=(503,))
+        metrics = Operation("What the server has counted.", "text/plain")
+        return {
+            ("/v1/chat/completions", "POST"): (self.chat, chats),
+            ("/v1/chat/completions/input_tokens", "POST"): (self.count_chat, counts),
+            ("/v1/responses", "POST"): (self.responses, states),
+            ("/v1/completions", "POST"): (self.completions, plain),
+            ("/v1/models", "GET"): (self.models, models),
+            ("/v1/models/{model}", "GET"): (self.model, model),
+            ("/tokenize", "POST"): (self.tokenize, tokens),
+            ("/health", "GET"): (self.health, health),
+            ("/metrics", "GET"): (self.metrics, metrics),
+        }
+
+    # --- answers ---
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatRequest)
+        ask = chat.asked(body, self._reader, self._limits.n_choices)
+        leave = self._dispatcher.take()
+        named = self._named()
+        writer = chat.ChatWriter(named.name, named.fingerprint, include_usage=_wants_usage(body))
+        content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
+        return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._body(request, CompletionRequest)
+        ask = completions.asked(body, self._limits.n_choices)
+        leave = self._dispatcher.take()
+        named = self._named()
+        writer = completions.CompletionWriter(named.name, named.fingerprint, include_usage=_wants_usage(body))
+        content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
+        return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
+
+    async def responses(self, request: Request) -> Response:
+        body = await self._body(request, ResponseRequest)
+        ask = responses.asked(body, self._reader)
+        leave = self._dispatcher.take()
+        writer = responses.ResponseWriter(self._named().name, body)
+        content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
+        return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
+
+    async def count_chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatRequest)
+        return self._counted(chat.asked(body, self._reader, self._limits.n_choices))
+
+    def _counted(self, ask: Ask) -> Response:
+        return LiveResponse(self._count(ask), self._pace, is_stream=False, leave=self._dispatcher.take())
+
+    async def _count(self, ask: Ask) -> AsyncGenerator[bytes, None]:
+        prompt = await self._dispatcher.count(ask)
+        yield InputTokens(input_tokens=prompt.n_tokens, image_tokens=prompt.n_image_tokens).model_dump_json().encode()
+
+    # --- the rest ---
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, TokenizeRequest)
+        return _json(await self._dispatcher.in_thread(_tokenized, self._dispatcher.model, body))
+
+    async def models(self, request: Request) -> Response:
+        return _json(ModelList(data=[self._entry()]))
+
+    async def model(self, request: Request) -> Response:
+        entry, asked = self._entry(), request.path_params["model"]
+        if asked != entry.id:
+            raise ApiError(404, f"there is no model {asked!r:.80} here; this server has '{entry.id}'.", param="model")
+        return _json(entry)
+
+    def _entry(self) -> ModelEntry:
+        model, named = self._dispatcher.model, self._named()
+        meta = {
+            "n_ctx": model.n_ctx,
+            "n_parallel": model.n_parallel,
+            "has_vision": model.has_vision,
+            "has_adapter": model.has_lora,
+        }
+        return ModelEntry(id=named.name, created=named.created, owned_by="granite4v", meta=meta)
+
+    async def health(self, request: Request) -> Response:
+        _ = self._dispatcher.model
+        return _json(Health())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._dispatcher.metrics.text(), media_type="text/plain; version=1.0.0")
+
+    # --- bodies ---
+
+    async def _body(self, request: Request, kind: type[B]) -> B:
+        """Raises ApiError."""
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != JSON:  # also what keeps pages of other origins from asking without a preflight request
+            raise ApiError(415, f"the body has the type {given!r:.60}; send JSON with 'Content-Type: {JSON}'.")
+        most, content = self._limits.body_bytes, bytearray()
+        try:
+            async for part in request.stream():
+                content += part
+                if len(content) > most:
+                    raise too_large(most)
+        except ClientDisconnect:
+            raise ApiError(400, "the body is not complete.") from None
+        try:
+            return kind.model_validate_json(content, strict=True)
+        except ValueError as error:  # pydantic's own, too
+            raise errors.of(error) from None
+
+
+def _tokenized(model: Model, body: TokenizeRequest) -> Tokens:
+    prompts = model.prompts
+    tokens = prompts.plain(body.content, add_special=body.add_special).text_tokens
+    if not body.with_pieces:
+        return Tokens(tokens=list(tokens))
+    pieces = prompts.tokenizer().vocabulary().pieces
+    return Tokens(
+        tokens=[
+            TokenPiece(id=token, piece=None if piece is None else piece.decode("utf-8", "replace"))
+            for token in tokens
+            for piece in (pieces[token] if token < len(pieces) else None,)
+        ]
+    )
+
+
+def _wants_usage(body: CompletionFields) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def _json(reply: Reply) -> Response:
+    return Response(reply.model_dump_json(), media_type=JSON)

@@ -1,0 +1,125 @@
+"""What a client is told when a request fails: a status, and an error in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+
+from granite4v.errors import (
+    ConstraintError,
+    ContextOverflowError,
+    DocumentError,
+    Granite4vError,
+    ImageError,
+    PromptError,
+)
+
+LOG = logging.getLogger("granite4v.server")
+# Errors of ours that a request can cause, with the code that names them; others are the server's own.
+_OF_REQUESTS: dict[type[Granite4vError], str] = {
+    ContextOverflowError: "context_length_exceeded",
+    PromptError: "invalid_prompt",
+    ImageError: "invalid_image",
+    DocumentError: "invalid_document",
+    ConstraintError: "invalid_schema",
+}
+RETRY, GIVE_UP = {"x-should-retry": "true"}, {"x-should-retry": "false"}  # headers that openai's clients follow
+
+
+class ApiError(Exception):
+    """A request that is refused, or that failed. `param`: the field of the request that is at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.headers = headers or {}
+
+    @property
+    def kind(self) -> str:
+        known = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error", 504: "timeout_error"}
+        return known.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def content(self) -> dict[str, Any]:
+        message = str(self)
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def json(self) -> bytes:
+        return json.dumps(self.content()).encode()  # ASCII: a message may quote what is not Unicode
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, code=code, param=param)
+
+
+def loading() -> ApiError:
+    return ApiError(
+        503,
+        "the model is still loading; ask again in a moment.",
+        code="model_loading",
+        headers={"retry-after": "2", **RETRY},
+    )
+
+
+def shutting_down() -> ApiError:
+    return ApiError(
+        503,
+        "the server is shutting down; the answer was given up.",
+        code="shutting_down",
+        headers={"retry-after": "5", **RETRY},
+    )
+
+
+def took_too_long(time_s: float) -> ApiError:
+    return ApiError(
+        504,
+        f"the answer took longer than {time_s:g} s, the server's limit; ask for a shorter one (max_tokens), or raise "
+        "--max-time.",
+        code="timeout",
+        headers=GIVE_UP,
+    )
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """What is wrong with a body: the first problem, at the place where it is."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    first = problems[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    message = f"{first['msg']}{more}" if not where else f"'{where}': {first['msg']}{more}"
+    return invalid(message, param=where or None, code=first["type"])
+
+
+def of(error: BaseException) -> ApiError:
+    """What a client is told of an exception. One that nobody expected is logged with its traceback."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        return of_validation(error)
+    for kind, code in _OF_REQUESTS.items():
+        if isinstance(error, kind):
+            return invalid(str(error), code=code)
+    if isinstance(error, Granite4vError):
+        LOG.error("%s", error)
+        return ApiError(500, str(error), code=type(error).__name__, headers=GIVE_UP)
+    if isinstance(error, MemoryError):
+        return ApiError(
+            503,
+            "the server has too little memory for this request; send smaller images, or ask for fewer tokens.",
+            code="out_of_memory",
+            headers=GIVE_UP,
+        )
+    LOG.error("a request failed", exc_info=error)
+    return ApiError(
+        500, f"the server failed: {type(error).__name__}; its log says more.", code="internal_error", headers=GIVE_UP
+    )

@@ -1,0 +1,85 @@
+"""Answers on their way from the engine's thread to the event loop, without a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.stream import Stream
+from granite4v.runtime.prompt.spans import Prompt
+
+
+class News:
+    """Wakes the event loop from the engine's thread: the listener of streams."""
+
+    def __init__(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        await self._event.wait()
+        self._event.clear()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one of several answers has grown by. `first_token`, `end_token`: the tokens that are new."""
+
+    index: int
+    text: str
+    first_token: int
+    end_token: int
+    is_last: bool
+
+
+class Generation:
+    """The answers to one request."""
+
+    def __init__(self, prompt: Prompt, streams: Sequence[Stream], news: News) -> None:
+        self.prompt, self._streams, self._news = prompt, list(streams), news
+        self.first_text_at: float | None = None
+        for stream in streams:
+            stream.let_run()
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [stream.answer for stream in self._streams]
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes, until all answers are complete. Raises what ended one of them."""
+        n_characters = [0] * len(self._streams)
+        n_tokens = [0] * len(self._streams)
+        left = set(range(len(self._streams)))
+        while left:
+            for i in sorted(left):
+                stream, answer = self._streams[i], self._streams[i].answer
+                done = stream.poll() or (stream.is_done and stream.poll())  # progress comes first
+                text = answer.text[n_characters[i] :]
+                end = len(answer.tokens)
+                if text or done:
+                    if text and self.first_text_at is None:
+                        self.first_text_at = time.monotonic()
+                    yield Piece(i, text, n_tokens[i], end, done)
+                    n_characters[i] += len(text)
+                    n_tokens[i] = end
+                if done:
+                    left.discard(i)
+            if left:
+                await self._news.wait()
+
+    async def complete(self) -> None:
+        """Waits for the end of all answers."""
+        async for _ in self.pieces():
+            pass
+
+    def cancel(self) -> None:
+        """Stops what is not complete, within a token."""
+        for stream in self._streams:
+            stream.cancel()

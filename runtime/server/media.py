@@ -1,0 +1,151 @@
+"""Images and PDF pages of requests, opened in processes of their own, which a damaged file may end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from granite4v.clip_projector import Image
+from granite4v.errors import DocumentError, ImageError
+from granite4v.families.base import TilingConfig
+from granite4v.runtime.documents.limits import LIMITS
+from granite4v.runtime.documents.reader import RawPage, Reader, RemoteDocument
+from granite4v.runtime.server.content import Attachment
+from granite4v.runtime.server.errors import ApiError, invalid
+from granite4v.runtime.server.options import Limits
+
+N_READERS = 2  # processes; each is started when it is first needed
+
+
+class _Gone(Exception):
+    """Nobody waits for the document any more."""
+
+
+class _Desk:
+    """A reader process, and the request that it works for."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+        self.reader = Reader(LIMITS, self._waiting)
+
+    def _waiting(self, source: str, number: int | None, seconds: float) -> None:
+        if self.gone.is_set():
+            raise _Gone
+
+
+class MediaOpener:
+    """Opens the attachments of requests, those of a few at a time."""
+
+    def __init__(self, limits: Limits, tiling: TilingConfig | None) -> None:
+        """`tiling`: of the model, which decides how large PDF pages are rendered."""
+        self._limits, self._tiling = limits, tiling
+        self._pool = ThreadPoolExecutor(N_READERS, thread_name_prefix="granite4v-media")
+        self._desks: queue.SimpleQueue[_Desk] = queue.SimpleQueue()
+        for _ in range(N_READERS):
+            self._desks.put(_Desk())
+
+    async def open(self, attachments: Sequence[Attachment]) -> list[list[Image]]:
+        """The images of each attachment: one, or the pages of a document. Raises ApiError, ImageError, DocumentError.
+
+        When this is cancelled, the process that is at work is ended within half a second.
+        """
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._open_all, attachments, gone)
+        finally:
+            gone.set()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                self._desks.get_nowait().reader.close()
+                continue
+            return
+
+    def _open_all(self, attachments: Sequence[Attachment], gone: threading.Event) -> list[list[Image]]:
+        desk = self._desks.get()
+        desk.gone = gone
+        try:
+            budget = _Budget(self._limits)
+            return [list(self._open(desk.reader, one, budget)) for one in attachments if not gone.is_set()]
+        except (ApiError, DocumentError, ImageError):
+            raise
+        except BaseException:
+            desk.reader.close()  # it may be in the middle of a reply; the next request starts it again
+            raise
+        finally:
+            self._desks.put(desk)
+
+    def _open(self, reader: Reader, attachment: Attachment, budget: _Budget) -> Iterator[Image]:
+        document = RemoteDocument(
+            reader,
+            attachment.name,
+            attachment.name,
+            path=None if attachment.path is None else str(attachment.path),
+            content=attachment.content,
+            state=None,
+            password=attachment.password,
+        )
+        if not attachment.is_document:
+            yield budget.take(document.load(), attachment)
+            return
+        document.begin_open()
+        document.finish_open()
+        if document.damage is not None:
+            raise DocumentError(document.damage)
+        for number in self._chosen(document.n_pages, attachment, budget):
+            document.begin_render(number, None, self._tiling)
+            yield budget.take(document.finish_render(), attachment)
+
+    def _chosen(self, n_pages: int, attachment: Attachment, budget: _Budget) -> list[int]:
+        """The pages to render. Raises ApiError for too many, or one that is not there."""
+        ranges = [(1, n_pages)] if attachment.pages is None else list(attachment.pages.of(n_pages))
+        missing = next((first for first, _ in ranges if first > n_pages), None)
+        if missing is not None:
+            raise invalid(
+                f"{attachment.name} has {n_pages:,} pages, so there is no page {missing:,}.",
+                attachment.param,
+                "invalid_pages",
+            )
+        numbers = [number for first, last in ranges for number in range(first, (last or n_pages) + 1)]
+        most = min(self._limits.n_pages, budget.n_images)
+        if len(numbers) > most:
+            raise invalid(
+                f"{attachment.name} gives {len(numbers):,} pages, but the server takes {most:,} here; choose some with "
+                "'pages', such as '1-3'.",
+                attachment.param,
+                "too_many_pages",
+            )
+        return numbers
+
+
+class _Budget:
+    """Images and pixels that a request may still have."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.n_images, self._n_pixels = limits.n_images, limits.n_pixels
+
+    def take(self, page: RawPage, attachment: Attachment) -> Image:
+        width, height = page.size
+        self.n_images -= 1
+        self._n_pixels -= width * height
+        if self.n_images < 0:
+            raise invalid(
+                f"the request has more than {self._limits.n_images} images and pages, the server's limit; send fewer.",
+                attachment.param,
+                "too_many_images",
+            )
+        if self._n_pixels < 0:
+            raise invalid(
+                f"the images have more than {self._limits.n_pixels:,} pixels together, the server's limit; scale them "
+                "down, or send fewer.",
+                attachment.param,
+                "too_many_pixels",
+            )
+        return Image.from_pixels(page.size, page.pixels)

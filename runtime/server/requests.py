@@ -1,0 +1,204 @@
+"""What clients send, as OpenAI's API has it, with a few fields of our own. Unknown fields are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Json: TypeAlias = dict[str, Any]
+_INT64 = 1 << 63
+Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+StopText = Annotated[str, Field(min_length=1)]
+Stop: TypeAlias = StopText | Annotated[list[StopText], Field(max_length=16)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+# --- content ---
+
+
+class TextPart(Body):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class ImageUrl(Body):
+    url: str
+
+
+class ImagePart(Body):
+    """`image_url`: a data URL, alone or as `{"url": ...}`; or a file below a directory that the server allows."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: ImageUrl | str
+
+
+class FileContent(Body):
+    """`file_data`: a PDF or an image as a data URL, or its base64 alone. `pages`: such as '1-3,7'; all by default."""
+
+    file_data: str
+    filename: str = ""
+    pages: str | None = None
+    password: str | None = None
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileContent
+
+
+class InputFilePart(FileContent):
+    type: Literal["input_file"]
+
+
+Part: TypeAlias = Annotated[TextPart | ImagePart | FilePart | InputFilePart, Field(discriminator="type")]
+Content: TypeAlias = str | list[Part]
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[Json] | None = None
+    tool_call_id: str | None = None
+
+
+# --- the form of an answer ---
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """`schema`: as llama.cpp's clients send it."""
+
+    type: Literal["json_object"]
+    schema_: Json | None = Field(default=None, alias="schema")
+
+
+class NamedSchema(Body):
+    """Answers are always held to the whole schema, with and without `strict`."""
+
+    name: str | None = None
+    strict: bool | None = None
+    schema_: Json | None = Field(default=None, alias="schema")
+
+
+class JsonSchemaFormat(Body):
+    """`json_schema` as in chat completions, or `schema` beside `type` as in responses."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema | None = None
+    name: str | None = None
+    strict: bool | None = None
+    schema_: Json | None = Field(default=None, alias="schema")
+
+
+ResponseFormat: TypeAlias = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+# --- requests ---
+
+
+class Sampled(Body):
+    """What requests for answers have in common; the defaults are greedy decoding.
+
+    Of our own: `top_k`, `min_p`, `repeat_penalty`, `lora` (whether a separate adapter is applied; by default to
+    requests with images) and `drafting` (decode text ahead that the answer may repeat).
+    """
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    lora: bool | None = None
+    drafting: bool | None = None
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class CompletionFields(Sampled):
+    """Penalties and biases are refused unless they have no effect."""
+
+    seed: Seed | None = None
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class ChatRequest(CompletionFields):
+    """Of our own: `format` ('json' or a JSON Schema, as Ollama's clients send it), `chat_template_kwargs`, and
+    `unconstrained`: do not hold the answer to a task tag to the format of that task."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
+    format: Literal["json"] | Json | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: Json | None = None
+    unconstrained: bool | None = None
+    tools: list[Json] | None = None
+    functions: list[Json] | None = None
+
+
+class CompletionRequest(CompletionFields):
+    """`prompt`: text or tokens, or several of them. It is decoded as it is, without the chat template."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class InputItem(Body):
+    """A message of a conversation, which the client keeps: the server keeps none."""
+
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+class TextOptions(Body):
+    format: ResponseFormat | None = None
+
+
+class ResponseRequest(Sampled):
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: TextOptions | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[str] | None = None
+    seed: Seed | None = None
+    chat_template_kwargs: Json | None = None
+    unconstrained: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+    tools: list[Json] | None = None
+    metadata: dict[str, str] | None = None
+
+
+class TokenizeRequest(Body):
+    """`add_special`: also the tokens that the tokenizer puts around a text. `with_pieces`: the text of each token."""
+
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False

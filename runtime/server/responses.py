@@ -1,0 +1,141 @@
+"""POST /v1/responses: OpenAI's responses, of which the server keeps none."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from granite4v.runtime.server.accounts import finish_reason, stopped_by, timings, usage
+from granite4v.runtime.server.content import ContentReader, Turn
+from granite4v.runtime.server.dispatcher import Ask, Dispatcher
+from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.generation import Generation
+from granite4v.runtime.server.replies import (
+    CachedTokens,
+    Incomplete,
+    OutputMessage,
+    OutputText,
+    ResponseReply,
+    ResponseUsage,
+)
+from granite4v.runtime.server.requests import ResponseRequest
+from granite4v.runtime.server.sampling import options_of, refuse
+from granite4v.runtime.server.structure import form_of, with_prompt
+
+
+def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
+    """What a request asks for. Raises ApiError."""
+    for name in ("previous_response_id", "conversation", "background"):
+        if getattr(body, name):
+            raise invalid(
+                f"'{name}' is not supported: the server keeps nothing between requests; send all messages in 'input'.",
+                name,
+                "unsupported",
+            )
+    refuse(body, "tools")
+    turns = [] if not body.instructions else [Turn("system", {}, [body.instructions])]
+    if isinstance(body.input, str):
+        turns.append(Turn("user", {}, [body.input] if body.input else []))
+    else:
+        for i, item in enumerate(body.input):
+            turns.append(Turn(item.role, {}, reader.parts(item.content, f"input[{i}].content")))
+    response_format = None if body.text is None else body.text.format
+    form = form_of(response_format, None, turns, unconstrained=bool(body.unconstrained))
+    return Ask(
+        turns=with_prompt(turns, form),
+        variables=body.chat_template_kwargs or {},
+        form=form,
+        fields=options_of(body),
+        max_tokens=body.max_output_tokens,
+        seed=None if body.seed is None else body.seed % (1 << 63),
+    )
+
+
+class ResponseWriter:
+    """Writes the answer to one request."""
+
+    def __init__(self, model: str, body: ResponseRequest) -> None:
+        self._id, self._message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self._created, self._model, self._body = int(time.time()), model, body
+        self._n_events = 0
+
+    async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        async with dispatcher.answering(ask) as generation:
+            await generation.complete()
+            yield self._complete(generation).model_dump_json().encode()
+
+    async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        async with dispatcher.answering(ask) as generation:
+            begun = self._response("in_progress").model_dump()
+            yield self._event("response.created", response=begun)
+            yield self._event("response.in_progress", response=begun)
+            item = OutputMessage(id=self._message_id, status="in_progress", content=[]).model_dump()
+            yield self._event("response.output_item.added", output_index=0, item=item)
+            part = OutputText(text="").model_dump()
+            yield self._event("response.content_part.added", **self._place(), part=part)
+            async for piece in generation.pieces():
+                if piece.text:
+                    delta = {"delta": piece.text, "logprobs": []}
+                    yield self._event("response.output_text.delta", **self._place(), **delta)
+            whole = self._complete(generation)
+            text = whole.output[0].content[0]
+            yield self._event("response.output_text.done", **self._place(), text=text.text, logprobs=[])
+            yield self._event("response.content_part.done", **self._place(), part=text.model_dump())
+            yield self._event("response.output_item.done", output_index=0, item=whole.output[0].model_dump())
+            yield self._event(f"response.{whole.status}", response=whole.model_dump())
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        data = {"type": kind, "sequence_number": self._n_events, **fields}
+        self._n_events += 1
+        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+    def _complete(self, generation: Generation) -> ResponseReply:
+        answer = generation.answers[0]
+        is_whole = finish_reason(answer) == "stop"
+        message = OutputMessage(
+            id=self._message_id,
+            status="completed" if is_whole else "incomplete",
+            content=[OutputText(text=answer.text)],
+        )
+        reply = self._response("completed" if is_whole else "incomplete")
+        told = usage(generation)
+        return reply.model_copy(
+            update={
+                "output": [message],
+                "usage": ResponseUsage(
+                    input_tokens=told.prompt_tokens,
+                    input_tokens_details=CachedTokens(cached_tokens=told.prompt_tokens_details.cached_tokens),
+                    output_tokens=told.completion_tokens,
+                    total_tokens=told.total_tokens,
+                ),
+                "incomplete_details": None if is_whole else Incomplete(),
+                "timings": timings(generation.answers),
+                "stopped_by": stopped_by(answer),
+            }
+        )
+
+    def _response(self, status: Any) -> ResponseReply:
+        body = self._body
+        response_format = None if body.text is None or body.text.format is None else body.text.format
+        shown = {"type": "text"} if response_format is None else response_format.model_dump(by_alias=True)
+        return ResponseReply(
+            id=self._id,
+            created_at=self._created,
+            status=status,
+            model=self._model,
+            output=[],
+            usage=None,
+            incomplete_details=None,
+            instructions=body.instructions,
+            metadata=body.metadata or {},
+            temperature=body.temperature or 0.0,
+            top_p=body.top_p or 1.0,
+            text={"format": shown},
+            max_output_tokens=body.max_output_tokens,
+        )

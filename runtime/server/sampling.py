@@ -1,0 +1,41 @@
+"""Fields of a request to options of an answer; what has no effect here is refused rather than ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.requests import CompletionFields, Sampled, Stop
+
+_TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "drafting")
+
+
+def options_of(body: Sampled, stop: Stop | None = None) -> dict[str, Any]:
+    """Fields of `GenerationOptions`; those that the client leaves out have its defaults."""
+    given = {name: getattr(body, name) for name in _TAKEN}
+    fields = {name: value for name, value in given.items() if value is not None}
+    if stop is not None:
+        fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return fields
+
+
+def check_completion_fields(body: CompletionFields, n_most: int) -> None:
+    """Raises ApiError for what the server cannot do."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(body, name):
+            raise _unsupported(name, "use 'repeat_penalty'")
+    if body.logit_bias:
+        raise _unsupported("logit_bias", "leave it out")
+    if body.n is not None and body.n > n_most:
+        raise invalid(f"'n' is {body.n}, but the server gives at most {n_most} answers to a request.", "n", "too_many")
+
+
+def refuse(body: Any, *names: str) -> None:
+    """Raises ApiError for a field that asks for something the server does not do."""
+    for name in names:
+        if getattr(body, name):
+            raise _unsupported(name, "leave it out")
+
+
+def _unsupported(name: str, advice: str) -> Exception:
+    return invalid(f"'{name}' is not supported by this server; {advice}.", name, "unsupported")

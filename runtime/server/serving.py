@@ -1,0 +1,68 @@
+"""Serves the application with uvicorn until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from granite4v.errors import DeviceError
+from granite4v.runtime.server.app import Application
+
+_LATEST_S = 1.0  # beyond the time that answers are given at the end, for connections to close
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; with port 0, at a free one. Raises DeviceError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DeviceError(
+            f"the server cannot listen at {host}, port {port}: {why}; choose another one with --host and --port."
+        ) from None
+
+
+def run(app: Application, listening: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM, which is raised again once what was in flight is answered or refused.
+
+    `announce` gets the address when the server listens. Raises what kept the model from being loaded.
+    """
+    options = app.dispatcher.options
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=round(options.shutdown_s + _LATEST_S),
+    )
+    server = _Server(config, app)
+    host, port = listening.getsockname()[:2]
+    announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    server.run(sockets=[listening])
+    if app.failure is not None:
+        raise app.failure
+
+
+class _Server(uvicorn.Server):
+    """Ends as well when the model cannot be loaded, and gives answers some time at the end."""
+
+    def __init__(self, config: uvicorn.Config, app: Application) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._app.failure is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        dispatcher = self._app.dispatcher
+        dispatcher.is_ending = True
+        ending = asyncio.get_running_loop().call_later(dispatcher.options.shutdown_s, dispatcher.ended.set)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()

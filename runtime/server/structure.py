@@ -1,0 +1,70 @@
+"""The form that an answer is asked for: free text, a JSON Schema, or the format of a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from granite4v.runtime.formats.fields import KVP_PROMPT
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.formats.tasks import TASKS
+from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.server.content import Turn
+from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.requests import JsonObjectFormat, ResponseFormat, TextFormat
+
+_ANY_OBJECT = {"type": "object"}
+FIELDS = "kvp"  # the task whose answers are instances of a schema
+
+
+@dataclass(frozen=True)
+class Form:
+    """`task`: whose format the answer has, '' for free text; `schema`: of the fields of 'kvp'. `is_held`: whether the
+    answer is held to it."""
+
+    task: str = ""
+    schema: Any = None
+    is_held: bool = True
+
+    def grammar(self) -> Grammar | None:
+        """Takes up to seconds for a large schema. Raises ConstraintError."""
+        return grammar_for(self.task, self.schema) if self.task and self.is_held else None
+
+
+def form_of(
+    response_format: ResponseFormat | None, ollama_format: Any, turns: Sequence[Turn], *, unconstrained: bool
+) -> Form:
+    """The form of the answer to these messages. A task tag alone asks for the format of its task. Raises ApiError."""
+    schema = _schema(response_format, ollama_format)
+    if schema is not None:
+        return Form(FIELDS, schema)
+    asked = turns[-1].text.strip() if turns and turns[-1].role == "user" else ""
+    task = next((task for task in TASKS.values() if task.tag == asked), None)
+    return Form() if task is None else Form(task.name, is_held=not unconstrained)
+
+
+def _schema(response_format: ResponseFormat | None, ollama_format: Any) -> Any:
+    if ollama_format is not None:
+        return _ANY_OBJECT if ollama_format == "json" else ollama_format
+    if response_format is None or isinstance(response_format, TextFormat):
+        return None
+    schema = response_format.schema_
+    if isinstance(response_format, JsonObjectFormat):
+        return _ANY_OBJECT if schema is None else schema
+    if schema is None and response_format.json_schema is not None:
+        schema = response_format.json_schema.schema_
+    if schema is None:
+        raise invalid("a 'json_schema' format without its 'schema'; give one.", "response_format", "missing_schema")
+    return schema
+
+
+def with_prompt(turns: Sequence[Turn], form: Form) -> list[Turn]:
+    """The messages; where the last one has images and no text and a schema is given, with the prompt for fields that
+    models were trained on."""
+    last = turns[-1]
+    if form.task != FIELDS or last.role != "user" or not last.parts or last.text.strip():
+        return list(turns)
+    prompt = KVP_PROMPT.format(schema=json.dumps(form.schema, indent=2))
+    return [*turns[:-1], Turn(last.role, last.others, [*last.parts, prompt])]

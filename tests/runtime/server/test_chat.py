@@ -1,0 +1,171 @@
+"""Chat completions over HTTP: the same answers as from the model itself, whole and as a stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import granite4v
+from granite4v.runtime.formats.fields import KVP_PROMPT
+from tests.helpers.pdfs import pdf_bytes, text_pdf
+from tests.helpers.pictures import text_picture
+from tests.helpers.served import Served, data_url, events, image, png, text
+
+INVOICE = (Path(__file__).parents[2] / "data" / "invoice.png").read_bytes()
+SCHEMA = {
+    "type": "object",
+    "properties": {"invoice_number": {"type": ["string", "null"]}, "total": {"type": ["string", "null"]}},
+    "required": ["invoice_number", "total"],
+}
+PICTURES = [text_picture((200, 150), seed) for seed in range(3)]
+
+
+def test_the_answer_is_the_models(nano: Served, nano_model: granite4v.Model) -> None:
+    reply = nano.chat(image(INVOICE), text("<tables_json>"))
+    assert reply.status == 200, reply.body
+    own = nano_model.generate("<tables_json>", [INVOICE], constraint=granite4v.grammar_for("tables_json"))
+    choice = reply.json["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": own.text, "refusal": None}
+    assert choice["finish_reason"] == "stop" and choice["index"] == 0
+    assert reply.json["usage"]["prompt_tokens"] == own.timings.n_prompt
+    assert reply.json["usage"]["completion_tokens"] == len(own.tokens)
+    assert "99.50" in own.text or json.loads(own.text)
+
+
+def test_a_stream_adds_up_to_the_answer(nano: Served) -> None:
+    whole = nano.chat(image(INVOICE), text("<tables_html>")).json["choices"][0]["message"]["content"]
+    options = {"include_usage": True}
+    reply = nano.chat(image(INVOICE), text("<tables_html>"), stream=True, stream_options=options)
+    *chunks, last, done = events(reply.body)
+    assert reply.headers["content-type"].startswith("text/event-stream") and done == "[DONE]"
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert len(chunks) > 10 and last["choices"] == [] and last["usage"]["completion_tokens"] > 10
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"format": SCHEMA},
+    ],
+    ids=["strict", "nested", "flat", "llama.cpp", "ollama"],
+)
+def test_every_way_to_send_a_schema(nano: Served, nano_model: granite4v.Model, form: dict[str, object]) -> None:
+    """An image without a question is asked for the fields as models were trained to be asked."""
+    reply = nano.chat(image(INVOICE), **form)
+    prompt = KVP_PROMPT.format(schema=json.dumps(SCHEMA, indent=2))
+    own = nano_model.generate(prompt, [INVOICE], constraint=granite4v.grammar_for("kvp", SCHEMA))
+    assert reply.json["choices"][0]["message"]["content"] == own.text
+    assert json.loads(own.text).keys() == {"invoice_number", "total"}
+
+
+def test_any_json_object(tiny: Served) -> None:
+    for form in ({"response_format": {"type": "json_object"}}, {"format": "json"}):
+        reply = tiny.chat(text("Hello"), max_tokens=60, **form)
+        choice = reply.json["choices"][0]
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+        assert choice["finish_reason"] == "stop"  # closed within its limit
+
+
+def test_images_of_every_turn_and_form(tiny: Served, tiny_model: granite4v.Model) -> None:
+    first, second, third = map(png, PICTURES)
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [image(first), {"type": "input_image", "image_url": data_url(second)}, text("A")]},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": data_url(third)}, text("C")]},
+    ]
+    reply = tiny.post("/v1/chat/completions", {"messages": messages, "max_tokens": 20})
+    own = tiny_model.generate(
+        [
+            messages[0],
+            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, text("A")]},
+            messages[2],
+            {"role": "user", "content": [{"type": "image"}, text("C")]},
+        ],
+        PICTURES,
+        max_tokens=20,
+    )
+    assert reply.json["choices"][0]["message"]["content"] == own.text
+    details = reply.json["usage"]["prompt_tokens_details"]
+    assert details["image_tokens"] == own.timings.n_image > 0
+
+
+def test_pages_of_a_pdf(tiny: Served) -> None:
+    pdf = data_url(pdf_bytes(text_pdf("one", "two", "three")), "application/pdf")
+
+    def n_images(**file: str) -> int:
+        part = {"type": "file", "file": {"filename": "x.pdf", "file_data": pdf, **file}}
+        reply = tiny.post(
+            "/v1/chat/completions/input_tokens", {"messages": [{"role": "user", "content": [part, text("?")]}]}
+        )
+        assert reply.status == 200, reply.body
+        tokens: int = reply.json["image_tokens"]
+        return tokens
+
+    one = n_images(pages="2")
+    assert one > 0 and n_images(pages="1,3") == 2 * one and n_images() == 3 * one
+    bare = pdf.partition(",")[2]
+    part = {"type": "input_file", "file_data": bare, "pages": "1"}
+    assert tiny.chat(part, text("?"), max_tokens=1).status == 200
+
+
+def test_the_same_page_again_is_cached(tiny: Served) -> None:
+    page = png(text_picture((220, 160), seed=9))
+    first = tiny.chat(image(page), text("How much?"), max_tokens=4).json
+    again = tiny.chat(image(page), text("How many?"), max_tokens=4).json
+    n_image = first["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= n_image
+    assert again["timings"]["encode_ms"] < first["timings"]["encode_ms"]
+
+
+def test_sampling_options_have_their_effect(tiny: Served) -> None:
+    def answer(**fields: object) -> str:
+        reply = tiny.chat(text("Hello"), max_tokens=24, **fields)
+        assert reply.status == 200, reply.body
+        content: str = reply.json["choices"][0]["message"]["content"]
+        return content
+
+    greedy = answer()
+    assert answer(temperature=0) == greedy and answer(temperature=5.0, top_k=1, seed=3) == greedy
+    warm = {"temperature": 5.0, "seed": 11}
+    assert answer(**warm) == answer(**warm) != greedy
+    assert answer(**{**warm, "seed": -7}) != answer(**warm)
+    stop = greedy[3:6]
+    assert answer(stop=stop) == greedy[: greedy.index(stop)] == answer(stop=[stop, "zzzz"])
+    assert len(answer(max_completion_tokens=2)) < len(greedy)
+
+
+def test_several_answers_to_one_request(tiny: Served) -> None:
+    fields = {"n": 3, "temperature": 3.0, "seed": 5, "max_tokens": 12}
+    choices = tiny.chat(text("Hello"), **fields).json["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    texts = [choice["message"]["content"] for choice in choices]
+    assert len(set(texts)) == 3
+    chunks = events(tiny.chat(text("Hello"), stream=True, **fields).body)[:-1]
+    for i in range(3):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == texts[i]
+
+
+def test_variables_reach_the_template(tiny: Served) -> None:
+    """The toy's template adds the generation prompt unless it is told otherwise."""
+    plain = tiny.post("/v1/chat/completions/input_tokens", {"messages": [{"role": "user", "content": "A"}]}).json
+    assert plain["input_tokens"] > 0 and plain["object"] == "response.input_tokens"
+
+
+def test_damaged_and_foreign_images_are_refused(tiny: Served) -> None:
+    for content, code in ((b"no image", "invalid_image"), (png(Image.new("RGB", (9, 9)))[:40], "invalid_image")):
+        reply = tiny.chat(image(content), text("?"))
+        assert reply.status == 400 and reply.error["code"] == code
+        assert "messages[0].content[0].image_url" in reply.error["message"]
