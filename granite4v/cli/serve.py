@@ -105,7 +105,7 @@ def serve(
 
     Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
     /tokenize, /health, /metrics, /openapi.json. Images come as data URLs, PDFs as file parts; the server fetches
-    nothing. Ends with SIGTERM or Ctrl-C, after answers of at most three seconds.
+    nothing. Ends with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
     """
     from granite4v.runtime import Model
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
@@ -138,7 +138,7 @@ def serve(
             time_s=max_time,
         )
         chosen = ServerOptions(
-            model_name=served_name or (model or "nano"),
+            model_name=served_name or Path(model or "nano").name,
             api_key=api_key or None,
             cors_origins=tuple(cors_origin or ()),
             hosts=_hosts(host, allowed_host or []),

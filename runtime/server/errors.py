@@ -93,7 +93,7 @@ def took_too_long(time_s: float) -> ApiError:
 def of_validation(error: ValidationError) -> ApiError:
     """What is wrong with a body: the first problem, at the place where it is."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    first = problems[0]
+    first = max(problems, key=lambda problem: len(problem["loc"]))  # of a union, the kind that fits best
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
     message = f"{first['msg']}{more}" if not where else f"'{where}': {first['msg']}{more}"

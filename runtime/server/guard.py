@@ -77,7 +77,7 @@ class Guard:
         if self._options.api_key is None:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_equal = hmac.compare_digest(key.strip().encode(), self._options.api_key.encode())
+        is_equal = hmac.compare_digest(key.strip().encode("latin-1"), self._options.api_key.encode())
         return is_equal and scheme.lower() == "bearer"
 
 

@@ -49,7 +49,7 @@ class MediaOpener:
             self._desks.put(_Desk())
 
     async def open(self, attachments: Sequence[Attachment]) -> list[list[Image]]:
-        """The images of each attachment: one, or the pages of a document. Raises ApiError, ImageError, DocumentError.
+        """The images of each attachment: one, or the pages of a document. Raises ApiError, DeviceError.
 
         When this is cancelled, the process that is at work is ended within half a second.
         """
@@ -72,14 +72,21 @@ class MediaOpener:
         desk.gone = gone
         try:
             budget = _Budget(self._limits)
-            return [list(self._open(desk.reader, one, budget)) for one in attachments if not gone.is_set()]
-        except (ApiError, DocumentError, ImageError):
+            return [self._opened(desk.reader, one, budget) for one in attachments if not gone.is_set()]
+        except ApiError:
             raise
         except BaseException:
             desk.reader.close()  # it may be in the middle of a reply; the next request starts it again
             raise
         finally:
             self._desks.put(desk)
+
+    def _opened(self, reader: Reader, attachment: Attachment, budget: _Budget) -> list[Image]:
+        try:
+            return list(self._open(reader, attachment, budget))
+        except (DocumentError, ImageError) as error:
+            code = "invalid_image" if isinstance(error, ImageError) else "invalid_document"
+            raise invalid(str(error), attachment.param, code) from None
 
     def _open(self, reader: Reader, attachment: Attachment, budget: _Budget) -> Iterator[Image]:
         document = RemoteDocument(

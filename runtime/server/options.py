@@ -43,4 +43,4 @@ class ServerOptions:
     limits: Limits = Limits()
     patience_s: float = 5.0
     keepalive_s: float = 10.0
-    shutdown_s: float = 3.0
+    shutdown_s: float = 2.0

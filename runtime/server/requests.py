@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Json: TypeAlias = dict[str, Any]
 _INT64 = 1 << 63
@@ -56,7 +56,16 @@ class InputFilePart(FileContent):
 
 
 Part: TypeAlias = Annotated[TextPart | ImagePart | FilePart | InputFilePart, Field(discriminator="type")]
-Content: TypeAlias = str | list[Part]
+
+
+def _content_kind(value: object) -> str:
+    return "text" if isinstance(value, str) else "parts"
+
+
+# with a discriminator, messages tell what is wrong with a part, and not that a list is no text
+Content: TypeAlias = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_content_kind)
+]
 
 
 class Message(Body):

@@ -1,0 +1,149 @@
+"""`granite4v serve` as a process: it listens, answers, says what it does, and ends in time."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.toy.spec import PRESETS
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+class Process:
+    """A server, and what it prints on standard error."""
+
+    def __init__(self, *arguments: str, log: Path, **environment: str) -> None:
+        self._log = log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "granite4v", "serve", "--port", "0", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, **environment},
+            )
+        self.port = int(self.wait_for(r"listening at http://127\.0\.0\.1:(\d+)"))
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, pattern: str) -> str:
+        until = time.monotonic() + 60
+        while True:
+            if found := re.search(pattern, self.log):
+                return found[found.re.groups]
+            assert self.process.poll() is None and time.monotonic() < until, self.log
+            time.sleep(0.02)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    def wait_until_ready(self) -> None:
+        while self.ask("GET", "/health")[0] == 503:
+            time.sleep(0.02)
+
+    def end(self, number: int, within_s: float = 5) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(within_s)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Path]) -> Path:
+    return make_model(PRESETS["tiny"])
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(*arguments: str, **environment: str) -> Process:
+        log = tmp_path / f"{len(started)}.log"
+        started.append(Process("--model", str(model), "--device", "cpu", *arguments, log=log, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_it_answers_and_prints_nothing_of_what_is_asked(start: Callable[..., Process]) -> None:
+    server = start("-v", "--served-name", "toy")
+    server.wait_until_ready()
+    status, reply = server.ask("POST", "/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3})
+    assert status == 200 and reply["model"] == "toy" and reply["usage"]["completion_tokens"] == 3
+    assert server.ask("GET", "/health", Host="evil.example")[0] == 421
+    assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert server.process.stdout is not None and server.process.stdout.read() == b""
+    assert re.search(r"POST '/v1/chat/completions' 200 \d", server.log) and "Hello" not in server.log
+    assert server.log.count("listening at") == 1 and "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_comes_in_time(start: Callable[..., Process], number: int) -> None:
+    """What takes longer than the time that is left is told so; what is short is finished."""
+    server = start("--ctx-size", "4096")
+    server.wait_until_ready()
+    connections = []
+    for n in (4000, 20):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = json.dumps({"messages": MESSAGES, "max_tokens": n, "temperature": 3.0, "seed": 1})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        connections.append(connection)
+    time.sleep(0.05)
+    began = time.monotonic()
+    assert server.end(number) == 128 + number
+    assert time.monotonic() - began < 5
+    for connection in connections:
+        response = connection.getresponse()
+        reply = json.loads(response.read())
+        assert "choices" in reply or reply["error"]["code"] == "shutting_down"
+    assert "Traceback" not in server.log
+
+
+def test_the_end_while_it_loads(start: Callable[..., Process]) -> None:
+    server = start()
+    assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert "Traceback" not in server.log and "internal error" not in server.log
+
+
+def test_a_key_from_the_environment(start: Callable[..., Process]) -> None:
+    server = start(GRANITE4V_API_KEY="geheim")
+    server.wait_until_ready()
+    assert server.ask("GET", "/v1/models")[0] == 401
+    assert server.ask("GET", "/v1/models", Authorization="Bearer geheim")[0] == 200
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "granite4v", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_port_that_is_taken(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("--model", str(model), "--port", str(port))
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.search(rf"cannot listen at 127\.0\.0\.1, port {port}: .*--port", done.stderr)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    done = run("--model", str(tmp_path / "nothing"), "--port", "0")
+    assert done.returncode == 1 and "nothing" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+"""Every limit, and what a client is told who exceeds it; keys, hosts and origins."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import granite4v
+from granite4v.runtime.server.options import Limits, ServerOptions
+from tests.helpers.pdfs import pdf_bytes, text_pdf
+from tests.helpers.pictures import text_picture
+from tests.helpers.served import Served, data_url, image, png, served, text
+
+PICTURE = png(text_picture((60, 40)))
+PDF = data_url(pdf_bytes(text_pdf("one", "two", "three")), "application/pdf")
+
+
+def pdf(**fields: str) -> dict[str, Any]:
+    return {"type": "file", "file": {"file_data": PDF, **fields}}
+
+
+@pytest.fixture(scope="module")
+def strict(tiny_model: granite4v.Model) -> Iterator[Served]:
+    """A server that takes little of everything."""
+    limits = Limits(body_bytes=40_000, n_images=2, n_pixels=60 * 40 + 10, n_pages=2, n_choices=2)
+    with served(tiny_model, ServerOptions(limits=limits)) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "status", "code", "param"),
+    [
+        ([text("x" * 50_000)], {}, 413, "body_too_large", None),
+        ([image(PICTURE)] * 3, {}, 400, "too_many_images", "messages[0].content[2].image_url"),
+        ([image(PICTURE)] * 2, {}, 400, "too_many_pixels", "messages[0].content[1].image_url"),
+        ([pdf()], {}, 400, "too_many_pages", "messages[0].content[0].file.file_data"),
+        ([pdf(pages="2,9")], {}, 400, "invalid_pages", "messages[0].content[0].file.file_data"),
+        ([pdf(pages="first")], {}, 400, "invalid_pages", "messages[0].content[0].file.pages"),
+        ([text("A")], {"n": 3}, 400, "too_many", "n"),
+        ([text("word " * 6000)], {}, 400, "context_length_exceeded", None),
+        ([text("A")], {"tools": [{}]}, 400, "unsupported", "tools"),
+        ([text("A")], {"presence_penalty": 1.0}, 400, "unsupported", "presence_penalty"),
+        ([text("A")], {"logit_bias": {"3": 1.0}}, 400, "unsupported", "logit_bias"),
+        ([text("A")], {"lora": True}, 400, "no_adapter", "lora"),
+        ([text("A")], {"temperature": -1.0}, 400, "greater_than_equal", "temperature"),
+        ([text("A")], {"temperature": "0"}, 400, "float_type", "temperature"),
+        ([text("A")], {"response_format": {"type": "json_schema"}}, 400, "missing_schema", "response_format"),
+        ([text("A")], {"format": {"type": "nonsense"}}, 400, "invalid_schema", None),
+        ([text("A"), {"type": "video"}], {}, 400, "union_tag_invalid", None),
+        ([text("<image>")], {}, 400, "invalid_prompt", None),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_or_makes_no_sense(
+    strict: Served, parts: list[Any], fields: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    reply = strict.chat(*parts, **fields)
+    assert (reply.status, reply.error["code"]) == (status, code), reply.body
+    assert param is None or reply.error["param"] == param
+    assert reply.error["type"] == "invalid_request_error" and len(reply.error["message"]) > 20
+    strict.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("http://127.0.0.1:9/x.png", "no_fetch"),
+        ("ftp://localhost/x.png", "no_fetch"),
+        ("http://[", "no_fetch"),
+        ("/etc/passwd", "no_path"),
+        ("file:///etc/passwd", "no_path"),
+        ("data:image/png,abc", "invalid_data_url"),
+        ("data:image/png;base64,%%%", "invalid_base64"),
+        ("data:image/png;base64,", "empty_file"),
+    ],
+)
+def test_nothing_is_fetched_and_no_path_opened(strict: Served, url: str, code: str) -> None:
+    reply = strict.chat({"type": "image_url", "image_url": url}, text("?"))
+    assert (reply.status, reply.error["code"]) == (400, code)
+
+
+def test_paths_that_are_allowed(tiny_model: granite4v.Model, tmp_path: Path) -> None:
+    open_folder, closed = tmp_path / "open", tmp_path / "closed"
+    for folder in (open_folder, closed):
+        folder.mkdir()
+        (folder / "page.png").write_bytes(PICTURE)
+    (open_folder / "link.png").symlink_to(closed / "page.png")
+    with served(tiny_model, ServerOptions(media_paths=(open_folder,))) as server:
+
+        def status(path: str) -> int:
+            return server.chat({"type": "image_url", "image_url": path}, text("?"), max_tokens=1).status
+
+        assert status(f"{open_folder}/page.png") == 200 == status((open_folder / "page.png").as_uri())
+        assert status(f"{closed}/page.png") == status(f"{open_folder}/../closed/page.png") == 400
+        assert status(f"{open_folder}/link.png") == status(f"{open_folder}/none.png") == 400
+
+
+def test_bodies_that_are_none(strict: Served) -> None:
+    for body in (b"", b"{", b"[]", b"\xff", b'{"messages": []}', b"[" * 30_000, b'{"messages": "\\ud800"}'):
+        reply = strict.post("/v1/chat/completions", body)
+        assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert strict.post("/v1/chat/completions", b"{}", Content_Type=kind).status == 415
+    with contextlib.closing(strict.connect()) as connection:  # chunked, so that nobody knows its size beforehand
+        parts = (b"x" * 10_000 for _ in range(10))
+        headers = {"Content-Type": "application/json"}
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", "/tokenize", parts, headers, encode_chunked=True)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.getresponse().status == 413
+
+
+def test_other_paths_and_methods(strict: Served) -> None:
+    assert strict.get("/nothing").status == 404 and strict.get("/nothing").error
+    reply = strict.get("/v1/chat/completions")
+    assert reply.status == 405 and reply.headers["allow"] == "POST" and reply.error
+
+
+def test_the_key(tiny_model: granite4v.Model) -> None:
+    with served(tiny_model, ServerOptions(api_key="geheim-é")) as server:
+        for path in ("/v1/models", "/v1/models/x", "/metrics", "/nothing"):
+            for sent in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "geheim"}):
+                reply = server.get(path, **sent)
+                assert reply.status == 401 and reply.error["type"] == "authentication_error"
+                assert reply.headers["www-authenticate"] == "Bearer"
+        right = "Bearer geheim-é".encode().decode("latin-1")
+        assert server.get("/v1/models", Authorization=right).status == 200
+        assert server.get("/health").status == server.get("/").status == 200
+        reply = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}]})
+        assert reply.status == 401
+
+
+def test_hosts(tiny_model: granite4v.Model) -> None:
+    """A page of another name that leads to this address does not get through (DNS rebinding)."""
+    with served(tiny_model, ServerOptions(hosts=("127.0.0.1", "::1", "localhost"))) as server:
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8080", "[::1]", "[::1]:8080"):
+            assert server.get("/health", Host=host).status == 200
+        for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example"):
+            assert server.get("/health", Host=host).status == 421
+
+
+def test_origins(tiny: Served, tiny_model: granite4v.Model) -> None:
+    asked = {"Origin": "https://app.example", "Access_Control_Request_Method": "POST"}
+
+    def preflight(server: Served) -> http.client.HTTPResponse:
+        with contextlib.closing(server.connect()) as connection:
+            headers = {name.replace("_", "-"): value for name, value in asked.items()}
+            connection.request("OPTIONS", "/v1/chat/completions", headers=headers)
+            return connection.getresponse()
+
+    assert preflight(tiny).getheader("access-control-allow-origin") is None
+    with served(tiny_model, ServerOptions(cors_origins=("https://app.example",))) as server:
+        assert preflight(server).getheader("access-control-allow-origin") == "https://app.example"
+        asked["Origin"] = "https://other.example"
+        assert preflight(server).getheader("access-control-allow-origin") is None
+
+
+def test_the_queue(tiny_model: granite4v.Model) -> None:
+    """One request more than the model answers and the queue holds is told to come back."""
+    limits = Limits(n_waiting=0)
+    body = json.dumps({"messages": [{"role": "user", "content": "A"}], "max_tokens": 2000, "seed": 1}).encode()
+    with served(tiny_model, ServerOptions(limits=limits)) as server:
+        held = [server.connect() for _ in range(tiny_model.n_parallel)]
+        for connection in held:
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        while server.metrics()["granite4v_requests_in_flight"] < len(held):
+            pass
+        reply = server.chat(text("B"))
+        assert reply.status == 429 and reply.error["code"] == "queue_full"
+        assert 1 <= int(reply.headers["retry-after"]) <= 30 and reply.headers["x-should-retry"] == "true"
+        for connection in held:
+            connection.close()
+        server.wait_until_idle()
+        assert server.chat(text("B"), max_tokens=1).status == 200
+
+
+def test_the_time(tiny_model: granite4v.Model) -> None:
+    limits = Limits(time_s=0.3)
+    with served(tiny_model, ServerOptions(limits=limits)) as server:
+        reply = server.chat(text("A"), max_tokens=4000)
+        assert reply.status == 504 and reply.error["code"] == "timeout"
+        assert reply.headers["x-should-retry"] == "false"
+        server.wait_until_idle()
+
+
+def test_a_model_that_is_loading(tiny_model: granite4v.Model) -> None:
+    go_on = threading.Event()
+
+    def load() -> granite4v.Model:
+        go_on.wait(20)
+        return granite4v.load(tiny_model.files.text.path, mmproj=tiny_model.files.vision.path, device="cpu")
+
+    with served(load) as server:
+        for reply in (server.get("/health"), server.get("/v1/models"), server.chat(text("A"))):
+            assert reply.status == 503 and reply.error["code"] == "model_loading"
+            assert reply.headers["retry-after"] == "2"
+        go_on.set()
+        while (reply := server.get("/health")).status == 503:
+            pass
+        assert reply.json == {"status": "ok"}
+        assert server.chat(text("A"), max_tokens=1).status == 200
+
+
+def test_requests_that_are_not_http(tiny: Served) -> None:
+    with socket.create_connection(("127.0.0.1", tiny.port), timeout=20) as connection:
+        connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
+        assert b"400" in connection.recv(1000)
+    assert tiny.get("/health").status == 200
