@@ -5,7 +5,9 @@
 The job names the files ('text', 'mmproj'), 'slots', 'threads', 'ctx' (positions of a slot), 'pages' (image files) and
 'prompts' (with one '{media}' where the page goes); 'n_predict' is the number of tokens of each answer, by page and
 prompt. It is asked as favourably as it can be: the questions about a page go to one slot one after another, so that
-its prompt cache spares encoding and prefill, and different pages go to different slots.
+its prompt cache spares encoding and prefill, and different pages go to different slots. With 'in_rounds' each page has
+a slot of its own, and a prompt is asked about all pages at once, those without tokens to generate left out, when all
+answers to the one before are there; 'rounds_s' is what each took.
 
 The clock starts when the server has answered a first question without a page. The last line on stdout is one JSON
 object: seconds, what each answer took, peak memory of this process, which holds the server.
@@ -35,11 +37,17 @@ def main() -> None:
     client = Client(server.listening_address)
     client.post("/completion", {"prompt": "Hello.", "n_predict": 2})
     begin = time.perf_counter()
-    answers = ask_all(client, job)
+    rounds_s: list[float] = []
+    answers = ask_in_rounds(client, job, rounds_s) if job.get("in_rounds") else ask_all(client, job)
     seconds = time.perf_counter() - begin
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
-    result = {"seconds": round(seconds, 3), "answers": answers, "peak_rss_gb": int(peak[1]) * 1024 / 1e9}
+    result = {
+        "seconds": round(seconds, 3),
+        "rounds_s": rounds_s,
+        "answers": answers,
+        "peak_rss_gb": int(peak[1]) * 1024 / 1e9,
+    }
     print(json.dumps({**result, "version": xllamacpp.__version__, "system": xllamacpp.get_system_info()}))
 
 
@@ -99,6 +107,26 @@ def ask_all(client: Client, job: Json) -> list[Json]:
     if failed:
         raise failed[0]
     return sorted(answers, key=lambda answer: (answer["page"], answer["prompt"]))
+
+
+def ask_in_rounds(client: Client, job: Json, rounds_s: list[float]) -> list[Json]:
+    """Prompt by prompt, all pages at once; `rounds_s` gets the seconds of each prompt."""
+    images = [base64.b64encode(Path(page).read_bytes()).decode() for page in job["pages"]]
+    answers: list[Json] = []
+    for i, prompt in enumerate(job["prompts"]):
+
+        def work(page: int, i: int = i, prompt: str = prompt) -> None:
+            answers.append(ask(client, page, page, i, prompt, images[page], job["n_predict"][page][i]))
+
+        asked = [page for page in range(len(images)) if job["n_predict"][page][i]]
+        threads = [threading.Thread(target=work, args=(page,)) for page in asked]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rounds_s.append(round(time.perf_counter() - begin, 3))
+    return answers
 
 
 def ask(client: Client, slot: int, page: int, i: int, prompt: str, image: str, n_predict: int) -> Json:

@@ -87,6 +87,7 @@ def build_prompt(
     placeholder: int | None,
     count_tokens: Callable[[tuple[int, int]], int],
     check_text: Callable[[str], None] | None = None,
+    /,
     **variables: Any,
 ) -> Prompt:
     """The prompt of a conversation with these `images` (opened, in reading order).

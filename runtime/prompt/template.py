@@ -43,12 +43,16 @@ class ChatTemplate:
             "template that belongs to it."
         )
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt text for normalized messages (see `messages.normalize`).
+
+        `variables` may have any name but 'messages'.
 
         Raises PromptError when the template refuses the messages, and when it drops text of theirs: a task tag
         replaces all other text of its message. That is found by rendering once more with a mark after every text.
         """
+        if "messages" in variables:
+            raise PromptError("'messages' cannot be a variable of the chat template: it has the messages themselves.")
         text = self._render(messages, add_generation_prompt=add_generation_prompt, **variables)
         marked, marks = _mark(messages)
         if marks:
@@ -58,7 +62,7 @@ class ChatTemplate:
                     raise PromptError(_lost(number, written, messages[number - 1]))
         return text
 
-    def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         values = {"messages": messages, **self.special_tokens, **variables}
         try:
             return bounded(lambda: str(self._template.render(values)))

@@ -14,6 +14,15 @@ from granite4v.runtime.server.options import ServerOptions
 from granite4v.runtime.server.replies import ErrorReply
 
 _REF = "#/components/schemas/{model}"
+# before OpenAPI 3.2, the schema of a stream is taken for that of each of its events
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "One JSON document; '[DONE]' at the end of completions."},
+    },
+    "required": ["data"],
+}
 
 
 @dataclass(frozen=True)
@@ -69,13 +78,13 @@ def _name(model: type[BaseModel]) -> str:
 
 
 def _operation(path: str, operation: Operation, options: ServerOptions) -> dict[str, Any]:
-    contents = (
+    contents: dict[str, Any] = (
         {operation.reply: {"schema": {"type": "string"}}}
         if isinstance(operation.reply, str)
         else {"application/json": {"schema": _reference(operation.reply)}}
     )
     if operation.events:
-        contents["text/event-stream"] = {"schema": {"type": "string"}}
+        contents["text/event-stream"] = {"schema": _EVENT}
     responses: dict[str, Any] = {"200": {"description": operation.summary, "content": contents}}
     is_open = path == "/health"
     statuses = {*operation.statuses, *({401} if options.api_key and not is_open else ())}

@@ -30,8 +30,9 @@ class ServerOptions:
     client that asks something. `cors_origins`: web pages of other origins that may ask ('*' for all). `hosts`: values
     of the Host header that are accepted; any where empty. `media_paths`: directories whose files a client may name.
 
-    `patience_s`: how long an answer may take before its headers are sent ahead; `keepalive_s`: how often a client that
-    waits is sent something that means nothing. `shutdown_s`: how long answers may go on after the server was told to
+    `patience_s`: how long an answer may take before its headers are sent ahead, after which an error no longer has a
+    status of its own; `keepalive_s`: how often a client that waits is sent something that means nothing. docling gives
+    up after 60 s without either. `shutdown_s`: how long answers may go on after the server was told to
     end.
     """
 
@@ -41,6 +42,6 @@ class ServerOptions:
     hosts: tuple[str, ...] = ()
     media_paths: tuple[Path, ...] = ()
     limits: Limits = Limits()
-    patience_s: float = 5.0
-    keepalive_s: float = 10.0
+    patience_s: float = 20.0
+    keepalive_s: float = 15.0
     shutdown_s: float = 2.0

@@ -118,7 +118,8 @@ class Sampled(Body):
     """What requests for answers have in common; the defaults are greedy decoding.
 
     Of our own: `top_k`, `min_p`, `repeat_penalty`, `lora` (whether a separate adapter is applied; by default to
-    requests with images) and `drafting` (decode text ahead that the answer may repeat).
+    requests with images), `drafting` (decode text ahead that the answer may repeat) and `ignore_eos` (generate as many
+    tokens as may be, for measurements).
     """
 
     model: str | None = None
@@ -130,6 +131,7 @@ class Sampled(Body):
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     lora: bool | None = None
     drafting: bool | None = None
+    ignore_eos: bool | None = None
 
 
 class StreamOptions(Body):

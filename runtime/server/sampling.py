@@ -7,7 +7,7 @@ from typing import Any
 from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.requests import CompletionFields, Sampled, Stop
 
-_TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "drafting")
+_TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "drafting", "ignore_eos")
 
 
 def options_of(body: Sampled, stop: Stop | None = None) -> dict[str, Any]:

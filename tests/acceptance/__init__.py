@@ -5,6 +5,8 @@
     python -m tests.acceptance.page_reuse            several tasks read a page once
     python -m tests.acceptance.constrained_answers   constrained answers are valid, whatever the model says
     python -m tests.acceptance.forced_tokens         forced text is not sampled, which changes no value
+    python -m tests.acceptance.requests              a server under load answers right and leaks nothing
+    python -m tests.acceptance.openapi               a server does what its OpenAPI document says
     python -m tests.acceptance.mutation              no input ends in a traceback, a signal or a hang
 
 The tests beside them run each with small numbers, and with a promise broken on purpose.

@@ -134,3 +134,12 @@ def test_text_that_the_template_leaves_out_is_an_error() -> None:
 def test_strings_do_not_gain_the_indentation_of_the_string_branch() -> None:
     messages = normalize([{"role": "user", "content": "Hello"}]).messages
     assert "<|end_of_role|>Hello<" in ChatTemplate(CHAT_TEMPLATE).render(messages)
+
+
+def test_variables_of_any_name_but_one() -> None:
+    names = ("text", "source", "variables", "template", "images", "tokenizer")
+    source = " ".join(f"{{{{ {name} }}}}" for name in names)
+    text = ChatTemplate(source).render([], **{name: name for name in names})
+    assert text.split() == list(names)
+    with pytest.raises(PromptError, match="cannot be a variable"):
+        ChatTemplate(source).render([turn("user", "x")], messages=[])

@@ -158,9 +158,20 @@ def test_several_answers_to_one_request(tiny: Served) -> None:
 
 
 def test_variables_reach_the_template(tiny: Served) -> None:
-    """The toy's template adds the generation prompt unless it is told otherwise."""
-    plain = tiny.post("/v1/chat/completions/input_tokens", {"messages": [{"role": "user", "content": "A"}]}).json
-    assert plain["input_tokens"] > 0 and plain["object"] == "response.input_tokens"
+    """They are passed along whatever their names; one that the template does not use changes nothing."""
+
+    def n_tokens(**variables: object) -> int:
+        body = {"messages": [{"role": "user", "content": "A"}], "chat_template_kwargs": variables}
+        reply = tiny.post("/v1/chat/completions/input_tokens", body)
+        assert reply.status == 200 and reply.json["object"] == "response.input_tokens", reply.body
+        tokens: int = reply.json["input_tokens"]
+        return tokens
+
+    plain = n_tokens()
+    assert n_tokens(self="x", images=[], template={}, tokenizer=None, add=1) == plain > 0
+    assert n_tokens(add_generation_prompt=False) < plain
+    body = {"messages": [{"role": "user", "content": "A"}], "chat_template_kwargs": {"messages": []}}
+    assert tiny.post("/v1/chat/completions", body).status == 400
 
 
 def test_damaged_and_foreign_images_are_refused(tiny: Served) -> None:
