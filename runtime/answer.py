@@ -47,6 +47,35 @@ class Timings:
         return self.n_decoded / self.decode_s if self.decode_s > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability.
+
+    `logprob`: by the model's own distribution over its whole vocabulary, before temperature, filters, repeat penalty
+    and grammar. `top`: the likeliest tokens of that distribution with theirs, best first. `forced`: the model had no
+    choice, since a grammar allowed this token alone, forced its text, or closed the answer at its limit; `logprob` is
+    0.0 then, and `top` is empty. `utf8`: what the token writes, perhaps a part of a character; the name of a special
+    token, which writes nothing. `end`: characters of the answer's text up to and including the token's; with a stop
+    string that spans several tokens, more than there are.
+    """
+
+    token: int
+    utf8: bytes
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    forced: bool = False
+    end: int = 0
+
+    @property
+    def text(self) -> str:
+        """The token alone as text, with U+FFFD in place of parts of characters."""
+        return self.utf8.decode("utf-8", "replace")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as JSON data."""
+        return {**asdict(self), "utf8": list(self.utf8), "text": self.text}
+
+
 @dataclass
 class Answer:
     """A generated answer. `tokens` are the generated ids without the one that ended the answer.
@@ -54,7 +83,8 @@ class Answer:
     `finish_reason`: 'stop' (the model, its grammar or a stop string ended it), 'length' (`max_tokens`), 'repetition'
     (it repeated the same rows) or 'cancelled'. Under a grammar, an answer that would exceed `max_tokens` is closed
     within that limit: `closing` is the end of `text` that the model did not generate, possibly empty. `closing` is None
-    otherwise, and also if no valid answer is that short; the text is then truncated.
+    otherwise, and also if no valid answer is that short; the text is then truncated. `logprobs` has an entry for each
+    of `tokens` where `GenerationOptions.logprobs` asks for them, and is None otherwise.
     """
 
     text: str = ""
@@ -63,6 +93,7 @@ class Answer:
     closing: str | None = None
     timings: Timings = field(default_factory=Timings)
     warnings: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The answer as JSON data."""
@@ -71,4 +102,5 @@ class Answer:
             "prefill_s": self.timings.prefill_s,
             "decode_tok_s": self.timings.decode_tok_s,
         }
-        return {**asdict(self), "timings": timings}
+        logprobs = None if self.logprobs is None else [entry.as_dict() for entry in self.logprobs]
+        return {**asdict(self), "timings": timings, "logprobs": logprobs}

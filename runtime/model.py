@@ -18,6 +18,7 @@ from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Drafter, DraftSource
 from granite4v.runtime.engine.engine import Engine
+from granite4v.runtime.engine.logprobs import Logprobs
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.scheduler import Counters
@@ -288,6 +289,7 @@ class Model:
             fast_forward=options.fast_forward,
             repetition=self._repetition(options),
             drafter=Drafter(prompt.text_tokens, drafts) if options.drafting else None,
+            logprobs=None if options.logprobs is None else Logprobs(options.logprobs, self.prompts.token_pieces()),
         )
         return self._submit(
             prompt,
@@ -320,6 +322,11 @@ class Model:
                 progress("check", 0, 1)
 
         return self.prompts.build(prompt, _as_list(images), template_variables or {}, report)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token writes, UTF-8, perhaps a part of a character; a special token's name. Raises IndexError for what
+        is no token of the model."""
+        return self.prompts.token_pieces()[whole_number("a token", token, 0)]
 
     def _submit(
         self,

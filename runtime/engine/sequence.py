@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from granite4v.errors import ConstraintError
 from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer, Timings
 from granite4v.runtime.engine.draft import Draft, Drafter
+from granite4v.runtime.engine.logprobs import Logprobs
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.sampler import Sampler, Sampling
 from granite4v.runtime.prompt.detokenizer import TextStream
@@ -77,9 +78,13 @@ class Sequence:
         fast_forward: bool = True,
         repetition: Repetition | None = None,
         drafter: Drafter | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
-        """`drafter`: None for an answer without drafts."""
+        """`drafter`: None for an answer without drafts; `logprobs`: None for one without log-probabilities."""
         self.answer, self._max_tokens, self._drafter = answer, max_tokens, drafter
+        self._logprobs = logprobs
+        if logprobs is not None:
+            answer.logprobs = logprobs.entries
         self._output = _Output(text, stop, answer, repetition)
         self._chooser = _Chooser(Sampler(sampling), stop_tokens, grammar, fast_forward, max_tokens, answer.timings)
 
@@ -88,12 +93,15 @@ class Sequence:
         if finish := self._limit():
             return self._end(finish)
         n_before, n_open = len(answer.tokens), output.n_characters
-        n_sampled, tokens = chooser.choose(logits, answer.tokens)
+        choice = chooser.choose(logits, answer.tokens)
+        tokens = choice.tokens
         if not tokens:
             return self._end(LENGTH if chooser.is_closing else STOP, n_open)
-        text = output.push(tokens[: self._max_tokens - n_before])
-        n_pushed = len(answer.tokens) - n_before
-        answer.timings.n_forced += max(0, n_pushed - n_sampled)
+        text, ends = output.push(tokens[: self._max_tokens - n_before])
+        n_pushed = len(ends)
+        answer.timings.n_forced += max(0, n_pushed - choice.n_sampled)
+        if self._logprobs is not None:
+            self._logprobs.add(tokens[:n_pushed], ends, logits if choice.is_free else None)
         if output.ended or n_pushed < len(tokens) or chooser.is_closing:
             return self._end(output.ended or LENGTH, n_open, text)
         if finish := self._limit():
@@ -150,6 +158,15 @@ class Scoring:
         return Draft()
 
 
+class _Choice(NamedTuple):
+    """The next tokens of an answer, none at its end. `n_sampled`: how many of them were sampled, the first or none;
+    `is_free`: whether that was one of several that were possible."""
+
+    tokens: list[int]
+    n_sampled: int = 0
+    is_free: bool = False
+
+
 class _Chooser:
     """The next tokens of an answer: one that is sampled, and those that are no choice."""
 
@@ -172,26 +189,26 @@ class _Chooser:
         """Whether the constraint allows nothing but the end."""
         return self._grammar is not None and self._grammar.is_final
 
-    def choose(self, logits: np.ndarray, history: SequenceOf[int]) -> tuple[int, list[int]]:
-        """How many of the tokens were sampled, and the tokens; none of them at the end of the answer."""
+    def choose(self, logits: np.ndarray, history: SequenceOf[int]) -> _Choice:
         grammar, reserve = self._grammar, self._reserve
         if grammar is None or reserve is None:
-            return self._unless_stop(self._sampler.pick(logits, history))
+            token = self._sampler.pick(logits, history)
+            return _Choice([]) if token in self._stop_tokens else _Choice([token], 1, True)
         forced = [] if history else self._forced(grammar)  # later ones come along with a sampled token
         if forced:
-            return 0, forced
+            return _Choice(forced)
         start = time.perf_counter()
         allowed = grammar.allowed(self._stop_tokens)
         ending = reserve.ending(len(history))
         self._timings.constraint_s += time.perf_counter() - start
         token = self._sampler.pick(logits, history, allowed)
-        n_sampled, tokens = self._unless_stop(token)
-        if ending is not None and tokens and not reserve.allows(token, len(history)):
+        if token in self._stop_tokens:
+            return _Choice([])
+        if ending is not None and not reserve.allows(token, len(history)):
             self.is_closing = True
-            return 0, ending
-        for token in tokens:
-            grammar.accept(token)
-        return n_sampled, [*tokens, *(self._forced(grammar) if tokens else [])]
+            return _Choice(ending)
+        grammar.accept(token)
+        return _Choice([token, *self._forced(grammar)], 1, bool(np.count_nonzero(allowed) > 1))
 
     def n_possible(self, draft: SequenceOf[int]) -> int:
         """How many tokens of a draft the answer may go on with and not end."""
@@ -207,9 +224,6 @@ class _Chooser:
                 if state.is_final:
                     return n
         return len(draft)
-
-    def _unless_stop(self, token: int) -> tuple[int, list[int]]:
-        return (0, []) if token in self._stop_tokens else (1, [token])
 
     def _forced(self, grammar: GrammarState) -> list[int]:
         if not self._fast_forward:
@@ -265,16 +279,18 @@ class _Output:
         """Of the answer so far, those that are not shown yet included."""
         return len(self._answer.text) + len(self._held)
 
-    def push(self, tokens: SequenceOf[int]) -> str:
-        """Adds tokens to the answer, up to one that ends it; the text that is certain now."""
-        shown = ""
+    def push(self, tokens: SequenceOf[int]) -> tuple[str, list[int]]:
+        """Adds tokens to the answer, up to one that ends it. The text that is certain now, and for each token that was
+        added the characters of the answer up to there."""
+        shown, ends = "", list[int]()
         for token in tokens:
             self._answer.tokens.append(token)
             self._answer.timings.n_generated += 1
             shown += self._add(self._text.push(token))
+            ends.append(self.n_characters)
             if self.ended:
                 break
-        return shown
+        return shown, ends
 
     def _add(self, piece: str) -> str:
         self._held += piece

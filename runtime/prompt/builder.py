@@ -5,6 +5,7 @@ Any thread may build prompts; they take turns.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ class PromptBuilder:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._longest_token = 0  # bytes; not known yet
+        self._pieces: tuple[bytes, ...] | None = None
 
     def tokenizer(self, report: Callable[[], None] | None = None) -> Tokenizer:
         """`report` is called before a trial of the files, which takes a while. Raises ModelFileError."""
@@ -52,6 +54,17 @@ class PromptBuilder:
                 self._check(report or _nothing)
                 self._tokenizer = load_tokenizer(self._files.text, self._files.text.path)
             return self._tokenizer
+
+    def token_pieces(self) -> tuple[bytes, ...]:
+        """The bytes that each token of the vocabulary writes, UTF-8 where it is whole characters; for tokens that write
+        nothing, special and unused ones, their names."""
+        with self._lock:
+            if self._pieces is None:
+                pieces = self.tokenizer().vocabulary().pieces
+                names = self._files.text.texts(keys.TOKENS, [])
+                padded = itertools.zip_longest(pieces, names)
+                self._pieces = tuple(piece or (name or "").encode() for piece, name in padded)
+            return self._pieces
 
     def template(self) -> ChatTemplate:
         with self._lock:

@@ -1,0 +1,42 @@
+"""Log-probabilities of an answer's tokens, from the logits that they were sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from granite4v.runtime.answer import TokenLogprob
+
+MAX_ALTERNATIVES = 20  # as many as OpenAI's API gives
+
+
+class Logprobs:
+    """Writes the entries of one answer. `n_top`: alternatives of each; `pieces`: the bytes of each token of the
+    vocabulary."""
+
+    def __init__(self, n_top: int, pieces: Sequence[bytes]) -> None:
+        self._n_top, self._pieces = n_top, pieces
+        self.entries: list[TokenLogprob] = []
+
+    def add(self, tokens: Sequence[int], ends: Sequence[int], logits: np.ndarray | None) -> None:
+        """Adds the tokens of a step. `ends`: characters of the answer behind each; `logits`, float32 `(n_vocab,)`: what
+        the first token was chosen by, None where it was not a choice. The others never are."""
+        for token, end in zip(tokens, ends, strict=True):
+            logprob, top = (0.0, ()) if logits is None else self._score(logits, token)
+            self.entries.append(TokenLogprob(token, self._pieces[token], logprob, top, logits is None, end))
+            logits = None
+
+    def _score(self, logits: np.ndarray, token: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        top = _largest(logits, min(self._n_top, len(logits)))
+        shifted = logits.astype(np.float64) - float(logits.max())
+        total = np.log(np.exp(shifted).sum())
+        return float(shifted[token] - total), tuple((int(one), float(shifted[one] - total)) for one in top)
+
+
+def _largest(logits: np.ndarray, n: int) -> np.ndarray:
+    """The places of the `n` largest, largest first; of equals the first."""
+    if not n:
+        return np.empty(0, dtype=np.intp)
+    places = np.flatnonzero(logits >= np.partition(logits, -n)[-n])
+    return places[np.argsort(-logits[places], kind="stable")][:n]
