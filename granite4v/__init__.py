@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         SchemaError,
         SpeedWarning,
     )
-    from granite4v.runtime import Answer, GenerationOptions, Model, Sampling, Stream, Timings
+    from granite4v.runtime import Answer, GenerationOptions, Model, Sampling, Stream, Timings, TokenLogprob
+    from granite4v.runtime.confidence import Confidence, confidence
     from granite4v.runtime.extract import Record
     from granite4v.runtime.formats.task_grammar import grammar_for
 
@@ -44,6 +45,7 @@ __all__ = [
     "Answer",
     "AnswerError",
     "CheckpointError",
+    "Confidence",
     "ConstraintError",
     "ContextOverflowError",
     "DeviceError",
@@ -64,7 +66,9 @@ __all__ = [
     "SpeedWarning",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "__version__",
+    "confidence",
     "extract",
     "grammar_for",
     "load",
@@ -92,7 +96,8 @@ _find, _ = exports(
             "SchemaError",
             "SpeedWarning",
         ),
-        "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"),
+        "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings", "TokenLogprob"),
+        "runtime.confidence": ("Confidence", "confidence"),
         "runtime.extract": ("Record",),
         "runtime.formats.task_grammar": ("grammar_for",),
     },

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 from granite4v.lazy import exports
 
 if TYPE_CHECKING:
-    from granite4v.runtime.answer import Answer, Timings
+    from granite4v.runtime.answer import Answer, Timings, TokenLogprob
     from granite4v.runtime.engine.sampler import Sampling
     from granite4v.runtime.engine.stream import Stream
     from granite4v.runtime.model import Model
     from granite4v.runtime.options import GenerationOptions
 
-__all__ = ["Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings"]
+__all__ = ["Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings", "TokenLogprob"]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "answer": ("Answer", "Timings"),
+        "answer": ("Answer", "Timings", "TokenLogprob"),
         "engine.sampler": ("Sampling",),
         "engine.stream": ("Stream",),
         "model": ("Model",),

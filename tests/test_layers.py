@@ -28,6 +28,7 @@ ORDER = [
     "granite4v.runtime.grammar",
     "granite4v.runtime.formats",
     "granite4v.runtime.answer",
+    "granite4v.runtime.confidence",
     "granite4v.runtime.engine",
     "granite4v.runtime.options",
     "granite4v.runtime.model",

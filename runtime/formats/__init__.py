@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from granite4v.runtime.formats.html import read_html, write_html
     from granite4v.runtime.formats.markdown import write_markdown
     from granite4v.runtime.formats.otsl import read_otsl, write_otsl
+    from granite4v.runtime.formats.place import Key, Place
     from granite4v.runtime.formats.table import Cell, Table
     from granite4v.runtime.formats.tables_json import read_tables_json, write_tables_json
-    from granite4v.runtime.formats.tasks import TASKS, Salvaged, Task, read, salvage, task_or_question
+    from granite4v.runtime.formats.tasks import TASKS, Salvaged, Task, places, read, salvage, task_or_question
     from granite4v.runtime.formats.writers import FORMATS, write
 
 __all__ = [
@@ -23,9 +24,12 @@ __all__ = [
     "TASKS",
     "AnswerError",
     "Cell",
+    "Key",
+    "Place",
     "Salvaged",
     "Table",
     "Task",
+    "places",
     "read",
     "read_csv",
     "read_fields",
@@ -50,9 +54,10 @@ __getattr__, __dir__ = exports(
         "html": ("read_html", "write_html"),
         "markdown": ("write_markdown",),
         "otsl": ("read_otsl", "write_otsl"),
+        "place": ("Key", "Place"),
         "table": ("Cell", "Table"),
         "tables_json": ("read_tables_json", "write_tables_json"),
-        "tasks": ("TASKS", "Salvaged", "Task", "read", "salvage", "task_or_question"),
+        "tasks": ("TASKS", "Salvaged", "Task", "places", "read", "salvage", "task_or_question"),
         "writers": ("FORMATS", "write"),
     },
 )

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
+from dataclasses import dataclass
 
 from granite4v.errors import AnswerError
+from granite4v.runtime.formats.place import Place
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import Cell, Table, with_header_rows
 from granite4v.runtime.formats.wrapping import unfence
 
+_FIELD = re.compile(r'"(?:[^"]|"")*"|[^,\r\n]*')
 CSV_ROWS = Rows("\n", re.compile(r'[,"\s]+'))
 
 
@@ -38,14 +42,38 @@ def salvage_csv(text: str) -> tuple[Table | None, bool]:
     return (_table(rows) if rows and body.text.strip() else None), body.closed and error is None
 
 
-def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerError | None]:
+def csv_places(text: str) -> list[Place]:
+    """Of each field, with its quotes, and with the comma or line break behind it."""
+    body = unfence(text, "csv")
+    places: list[Place] = []
+    for i, row in enumerate(_rows(body.text)[0]):
+        at = row.start
+        for j in range(len(row.texts)):
+            found = _FIELD.match(body.text, at, row.end)
+            at = found.end() + 1 if found else row.end
+            places.append(Place((0, i, j), *body.span(found.start() if found else row.end, at)))
+    return places
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The fields of a row, and where its line stands, or its lines."""
+
+    texts: list[str]
+    start: int
+    end: int
+
+
+def _rows(text: str, drop_last: bool = False) -> tuple[list[_Row], AnswerError | None]:
     """The rows up to the first invalid one, and the error of that one."""
-    rows: list[list[str]] = []
+    rows: list[_Row] = []
     lines = list(io.StringIO(text, newline=""))
     if drop_last and lines and not lines[-1].endswith("\n"):
         lines.pop()
+    offsets = [0, *itertools.accumulate(map(len, lines))]
     reader = csv.reader(lines, strict=True)
     while True:
+        n_before = reader.line_num
         try:
             row = next(reader, None)
         except csv.Error as error:  # also for a field of more than 131,072 characters
@@ -53,18 +81,18 @@ def _rows(text: str, drop_last: bool = False) -> tuple[list[list[str]], AnswerEr
             return rows, AnswerError(f"{where} is not CSV: {error}; expected quotes around the whole field.")
         if row is None:
             return rows, None
-        if rows and row and len(row) != len(rows[0]):
+        if rows and row and len(row) != len(rows[0].texts):
             return rows, AnswerError(
                 f"row {len(rows) + 1}, on line {reader.line_num}, has {len(row)} fields; "
-                f"expected {len(rows[0])} as in the header row."
+                f"expected {len(rows[0].texts)} as in the header row."
             )
         if row:
-            rows.append(row)
+            rows.append(_Row(row, offsets[n_before], offsets[reader.line_num]))
 
 
-def _table(rows: list[list[str]]) -> Table:
-    cells = [Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row)]
-    return with_header_rows(len(rows), len(rows[0]), 1, cells)
+def _table(rows: list[_Row]) -> Table:
+    cells = [Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row.texts)]
+    return with_header_rows(len(rows), len(rows[0].texts), 1, cells)
 
 
 def write_csv(table: Table) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.json_prefix import read_prefix
-from granite4v.runtime.formats.json_text import load_json
+from granite4v.runtime.formats.json_text import json_places, load_json
+from granite4v.runtime.formats.place import Place, pointer
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.wrapping import unfence
 
@@ -33,6 +34,14 @@ def read_fields(text: str) -> dict[str, Any] | list[Any]:
     if not isinstance(value, dict | list):
         raise AnswerError(f"the answer is {value!r:.60}; expected a JSON object.")
     return value
+
+
+def field_places(text: str) -> list[Place]:
+    """Of each text, number and literal, and of each empty object and list, by its JSON pointer."""
+    found: dict[str, Place] = {}
+    for path, start, end in json_places(text):
+        found[pointer(path)] = Place(pointer(path), start, end)
+    return list(found.values())
 
 
 def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:

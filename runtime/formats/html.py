@@ -6,12 +6,14 @@ and nested tables become text. Parsing takes time and memory in proportion to th
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from html import escape
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.html_markup import Tag, pieces
+from granite4v.runtime.formats.place import Place
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import (
     Cell,
@@ -43,6 +45,8 @@ class _Draft:
     parts: list[str | None] = field(default_factory=list)  # None: the border of a block element
     row: int = 0
     col: int = 0
+    start: int = 0  # where its content stands in the text
+    end: int = 0
 
     def text(self) -> str:
         parts: list[str] = []
@@ -177,7 +181,7 @@ class _Reader:
             self._end_cell()
             self.row = self.row if self.row is not None else []
             rowspan, colspan = self._span(start, "rowspan", MAX_ROWSPAN), self._span(start, "colspan", MAX_COLSPAN)
-            self.cell = _Draft(tag, rowspan, colspan)
+            self.cell = _Draft(tag, rowspan, colspan, start=start.end)
         elif self.cell is not None:
             self._mark(tag)
         elif tag == "caption":
@@ -241,6 +245,7 @@ class _Reader:
 
     def _end_cell(self) -> None:
         if self.cell is not None and self.row is not None:
+            self.cell.end = self.offset
             self.row.append(self.cell)
         self.cell = None
 
@@ -290,6 +295,19 @@ def salvage_html(text: str) -> tuple[list[Table], bool]:
         complete = False
     tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
     return tables, complete and fit
+
+
+def html_places(text: str) -> list[Place]:
+    """Of the content of each cell, markup within included."""
+    body = joined(text)
+    reader = _Reader(body.text)
+    with contextlib.suppress(AnswerError):
+        reader.run()
+    return [
+        Place((number, d.row, d.col), *body.span(d.start, d.end + 1))
+        for number, rows in enumerate(reader.tables)
+        for d in rows.cells
+    ]
 
 
 def write_html(table: Table) -> str:

@@ -22,11 +22,13 @@ _LONG_NUMBER = re.compile(r"&#0*[1-9][0-9]{7,};?")
 
 @dataclass(frozen=True)
 class Tag:
-    """A start or an end tag, names in lower case. Of an attribute given twice, the first counts."""
+    """A start or an end tag, names in lower case, and the offset after it. Of an attribute given twice, the first
+    counts."""
 
     name: str
     closing: bool = False
     attributes: dict[str, str] = field(default_factory=dict)
+    end: int = 0
 
 
 def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
@@ -49,7 +51,7 @@ def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
         attributes, end = _attributes(text, name.end())
         if end is None:
             return
-        tag = Tag(name[2].lower(), bool(name[1]), attributes)
+        tag = Tag(name[2].lower(), bool(name[1]), attributes, end)
         yield at, tag
         at = end
         if tag.name in _RAW and not tag.closing:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from granite4v.runtime.formats.json_values import MAX_NESTING, replace_surrogates, to_float, to_int
 
@@ -16,6 +16,7 @@ _NUMBER = re.compile(
     r"(-?(?:0|[1-9]\d*))((?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[\s,\]}])", re.ASCII
 )  # without the look-ahead, a digit could be missing
 _LITERALS = {"true": True, "false": False, "null": None}
+Path: TypeAlias = tuple[str | int, ...]  # names and indices, from the outermost container inwards
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,29 @@ class Prefix:
     unclosed: list[Any]
 
 
-def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Prefix:
+def read_prefix(
+    text: str,
+    parse_float: Callable[[str], Any] = to_float,
+    visit: Callable[[Path, int, int], None] | None = None,
+) -> Prefix:
     """The value at the start of `text`, as far as it is complete and well formed. What follows it is not looked at.
 
     Containers without a complete member are left out. A container nested deeper than MAX_NESTING, and a number too
-    large for a double or an integer of MAX_DIGITS, count as malformed.
+    large for a double or an integer of MAX_DIGITS, count as malformed. `visit` is called for each text, number, literal
+    and empty container, with its path and where it stands in `text`.
     """
     stack: list[Any] = []
-    keys: list[str | None] = []  # for each open object the key whose value is still to come
+    keys: list[str] = []  # for each open container the key whose value comes next
     root: Any = None
-    at = end = 0
+    at = end = opened_at = 0
     after_value = False
     while True:
         at = _skip(text, at)
         top = stack[-1] if stack else None
         mark = text[at : at + 1]
         if stack and mark == ("}" if isinstance(top, dict) else "]") and (after_value or not top):
+            if visit is not None and not top:
+                visit(_path(stack[:-1], keys), opened_at, at + 1)
             stack.pop(), keys.pop()
             at = end = at + 1
             if not stack:
@@ -70,15 +78,18 @@ def read_prefix(text: str, parse_float: Callable[[str], Any] = to_float) -> Pref
             opened: Any = {} if text[at] == "{" else []
             root = _attach(root, stack, keys, opened)
             stack.append(opened)
-            keys.append(None)
+            keys.append("")
+            opened_at = at
             at, after_value = at + 1, False
             continue
         found = _scalar(text, at, parse_float)
         if found is None:
             break
-        value, at = found
+        start, (value, at) = at, found
         end, after_value = at, True
         root = _attach(root, stack, keys, value)
+        if visit is not None:
+            visit(_path(stack, keys), start, end)
         if not stack:
             return Prefix(root, end, True, [])
     return _without_empty(root, end, stack)
@@ -101,7 +112,12 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _attach(root: Any, stack: list[Any], keys: list[str | None], value: Any) -> Any:
+def _path(stack: list[Any], keys: list[str]) -> Path:
+    """Of the value that was put into the innermost container last."""
+    return tuple(key if isinstance(one, dict) else len(one) - 1 for one, key in zip(stack, keys, strict=False))
+
+
+def _attach(root: Any, stack: list[Any], keys: list[str], value: Any) -> Any:
     """Puts a value where it belongs; returns the root."""
     if not stack:
         return value

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from granite4v.errors import AnswerError
+from granite4v.runtime.formats.json_prefix import Path, read_prefix
 from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper, replace_surrogates, to_float, to_int
 from granite4v.runtime.formats.wrapping import unfence
 
@@ -34,6 +35,22 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
     if is_deeper(value, MAX_NESTING):
         raise AnswerError(_TOO_DEEP)
     return replace_surrogates(value)
+
+
+def json_places(text: str) -> list[tuple[Path, int, int]]:
+    """Where the texts, numbers and literals of an answer stand, and its empty containers, up to where it is cut or
+    invalid. With the quotes of a text, and with the character that ends a number."""
+    body = unfence(text, "json")
+    skipped = len(body.text) - len(body.text.lstrip())
+    origin = body.start + skipped
+    found: list[tuple[Path, int, int]] = []
+
+    def visit(path: Path, start: int, end: int) -> None:
+        is_number = text[origin + start] not in '"[{tfn'
+        found.append((path, origin + start, origin + end + is_number))
+
+    read_prefix(body.text[skipped:], parse_float=str, visit=visit)
+    return found
 
 
 def _refuse_constant(name: str) -> Any:

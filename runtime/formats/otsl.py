@@ -10,11 +10,13 @@ Only these tags are markup. Everything else is text, `<` and `&` included.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from granite4v.errors import AnswerError
+from granite4v.runtime.formats.place import Place
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import Cell, Table, as_many_as_fit, bounded, check_size, place, with_header_rows
 from granite4v.runtime.formats.wrapping import joined, unfence
@@ -31,6 +33,7 @@ class _Slot:
     tag: str
     offset: int
     text: str = ""
+    end: int = 0  # of its text
 
 
 @dataclass
@@ -43,6 +46,8 @@ class _Draft:
     text: str
     rowspan: int = 1
     colspan: int = 1
+    start: int = 0  # of its tag
+    end: int = 0
     crossed: bool = False
 
 
@@ -92,7 +97,7 @@ class _Rows:
         left = row[-1] if row else None
         up = self.above[j] if self.above else None
         if slot.tag in _STARTS:
-            return _Draft(slot.tag, self.n_rows, j, slot.text)
+            return _Draft(slot.tag, self.n_rows, j, slot.text, start=slot.offset, end=slot.end)
         if slot.tag == "lcel" and left is not None:
             return left
         if slot.tag == "ucel" and up is not None:
@@ -146,7 +151,7 @@ class _Reader:
     def _take_text(self, start: int, end: int) -> None:
         text = self.text[start:end].strip()
         if self.row and self.row[-1].tag in _STARTS and not self.row[-1].text:
-            self.row[-1].text = text
+            self.row[-1].text, self.row[-1].end = text, end
             if text and self.row[-1].tag == "ecel":
                 raise AnswerError(f"{text!r:.60} at character {start} follows <ecel>, an empty cell; expected a tag.")
         elif text and (self.inside or not _BETWEEN.fullmatch(text)):
@@ -213,6 +218,21 @@ def salvage_otsl(text: str) -> tuple[list[Table], bool]:
         complete = False
     tables, fit = as_many_as_fit(rows.table() for rows in reader.tables if rows.n_rows)
     return tables, complete and fit
+
+
+def otsl_places(text: str) -> list[Place]:
+    """Of each cell from its tag on, which says whether it is empty, a header, or a cell of its own at all."""
+    fenced = unfence(text, "otsl")
+    body = joined(fenced.text)
+    reader = _Reader(body.text)
+    with contextlib.suppress(AnswerError):
+        reader.run()
+        reader.finish()
+    return [
+        Place((number, d.row, d.col), *(fenced.start + at for at in body.span(d.start, d.end + 1)))
+        for number, rows in enumerate(reader.tables)
+        for d in rows.cells
+    ]
 
 
 def write_otsl(table: Table) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.json_prefix import read_prefix
-from granite4v.runtime.formats.json_text import load_json
+from granite4v.runtime.formats.json_text import json_places, load_json
+from granite4v.runtime.formats.place import Place
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import MAX_SLOTS, Cell, Table, as_many_as_fit, bounded
 from granite4v.runtime.formats.wrapping import unfence
@@ -40,6 +41,23 @@ def salvage_tables_json(text: str) -> tuple[list[Table], bool]:
         return tables, prefix.complete
     last = _whole_rows(found[len(tables)], prefix.unclosed)
     return as_many_as_fit([*tables, last] if last else tables)[0], False
+
+
+def tables_json_places(text: str) -> list[Place]:
+    """Of the `content` of each cell."""
+    root = read_prefix(unfence(text, "json").text.lstrip(), parse_float=str).value
+    tables = root if isinstance(root, list) else [root]
+    places: list[Place] = []
+    for path, start, end in json_places(text):
+        inner = path if isinstance(root, list) else (0, *path)
+        if len(inner) != 4 or inner[1] != "cells" or inner[3] != "content" or not isinstance(inner[0], int):
+            continue
+        try:
+            cell = _cell(tables[inner[0]]["cells"][inner[2]], "a cell")
+        except (AnswerError, LookupError, TypeError):  # invalid, or cut
+            continue
+        places.append(Place((inner[0], cell.row, cell.col), start, end))
+    return places
 
 
 def _is_one_of(value: Any, containers: list[Any]) -> bool:

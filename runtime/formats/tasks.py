@@ -10,16 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from granite4v.runtime.formats.csv_ import CSV_ROWS, read_csv, salvage_csv
+from granite4v.runtime.formats.csv_ import CSV_ROWS, csv_places, read_csv, salvage_csv
 from granite4v.runtime.formats.csv_grammar import CSV
-from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, read_fields, salvage_fields
-from granite4v.runtime.formats.html import HTML_ROWS, read_html, salvage_html
+from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, field_places, read_fields, salvage_fields
+from granite4v.runtime.formats.html import HTML_ROWS, html_places, read_html, salvage_html
 from granite4v.runtime.formats.html_grammar import HTML
 from granite4v.runtime.formats.json_values import replace_surrogates
-from granite4v.runtime.formats.otsl import OTSL_ROWS, read_otsl, salvage_otsl
+from granite4v.runtime.formats.otsl import OTSL_ROWS, otsl_places, read_otsl, salvage_otsl
 from granite4v.runtime.formats.otsl_grammar import OTSL
+from granite4v.runtime.formats.place import Place, whole
 from granite4v.runtime.formats.rows import LINES, Rows
-from granite4v.runtime.formats.tables_json import TABLES_JSON_ROWS, read_tables_json, salvage_tables_json
+from granite4v.runtime.formats.table import Table
+from granite4v.runtime.formats.tables_json import (
+    TABLES_JSON_ROWS,
+    read_tables_json,
+    salvage_tables_json,
+    tables_json_places,
+)
 from granite4v.runtime.formats.tables_json_grammar import CELLS
 from granite4v.runtime.formats.text import read_code, read_prose, salvage_code, salvage_prose
 from granite4v.runtime.grammar.automaton import Rule
@@ -35,7 +42,8 @@ class Task:
     `read` gives the value of an answer, of `kind`, and raises AnswerError; `salvage` gives what is complete of an
     answer that was cut, None if nothing is, and whether that is all of it. `suffix`: of the file of a value in the
     format that answers have. `rule`: where the automaton of the answers starts, None if they have no such grammar.
-    `rows`: what a row of an answer is. `prompt`: the text to ask with if it is not the task's tag; '{schema}' in it
+    `rows`: what a row of an answer is. `places`: where its cells or fields stand, perhaps with some that the value
+    lacks; by default it is one place. `prompt`: the text to ask with if it is not the task's tag; '{schema}' in it
     stands for a JSON schema, which the answers are instances of.
     """
 
@@ -46,6 +54,7 @@ class Task:
     salvage: Callable[[str], tuple[Any, bool]]
     rule: Rule | None = None
     rows: Rows = LINES
+    places: Callable[[str], list[Place]] = whole
     prompt: str | None = None
 
     @property
@@ -66,10 +75,10 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("chart2csv", "chart", "csv", read_csv, salvage_csv, rule=CSV, rows=CSV_ROWS),
+        Task("chart2csv", "chart", "csv", read_csv, salvage_csv, rule=CSV, rows=CSV_ROWS, places=csv_places),
         Task("chart2code", "code", "py", read_code, salvage_code),
         Task("chart2summary", "prose", "md", read_prose, salvage_prose),
-        Task("tables_html", "tables", "html", read_html, salvage_html, rule=HTML, rows=HTML_ROWS),
+        Task("tables_html", "tables", "html", read_html, salvage_html, rule=HTML, rows=HTML_ROWS, places=html_places),
         Task(
             "tables_json",
             "tables",
@@ -78,9 +87,19 @@ TASKS = {
             salvage_tables_json,
             rule=CELLS,
             rows=TABLES_JSON_ROWS,
+            places=tables_json_places,
         ),
-        Task("tables_otsl", "tables", "otsl", read_otsl, salvage_otsl, rule=OTSL, rows=OTSL_ROWS),
-        Task("kvp", "fields", "json", read_fields, salvage_fields, rows=FIELDS_ROWS, prompt=KVP_PROMPT),
+        Task("tables_otsl", "tables", "otsl", read_otsl, salvage_otsl, rule=OTSL, rows=OTSL_ROWS, places=otsl_places),
+        Task(
+            "kvp",
+            "fields",
+            "json",
+            read_fields,
+            salvage_fields,
+            rows=FIELDS_ROWS,
+            places=field_places,
+            prompt=KVP_PROMPT,
+        ),
     )
 }
 # a question of the user's own: any model takes one, so it is not among those that a template may lack
@@ -127,3 +146,32 @@ def salvage(task: str, text: str) -> Salvaged | None:
     """
     value, complete = find_task(task).salvage(replace_surrogates(text))
     return Salvaged(value, not complete) if value or complete else None
+
+
+def places(task: str, text: str, value: Any) -> list[Place]:
+    """Where the cells or fields of a value stand in the answer that `read` or `salvage` found it in; of code and prose,
+    all of the text. In the order of the text; a cell or field that is written nowhere has no place.
+
+    `task`: as for `find_task`. Raises ValueError for an unknown task.
+    """
+    found = find_task(task)
+    tables = ([value] if isinstance(value, Table) else value) if found.gives_tables else ()
+    cells = {(number, cell.row, cell.col) for number, table in enumerate(tables) for cell in table.cells}
+    return [
+        place
+        for place in found.places(replace_surrogates(text))
+        if (place.key in cells if found.gives_tables else found.kind != "fields" or _has(value, str(place.key)))
+    ]
+
+
+def _has(value: Any, pointer: str) -> bool:
+    """Whether a JSON value has a text, number, literal or empty container there."""
+    for part in pointer.split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return False
+    return not value or not isinstance(value, dict | list)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from granite4v.runtime.formats.json_prefix import partial_string, read_prefix
+from granite4v.runtime.formats.json_prefix import Path, partial_string, read_prefix
 
 _OPENING = re.compile(r"\A\s*```[ \t]*[\w+-]*[ \t]*\r?\n")
+# one character of a JSON string
+_CHARACTER = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|.", re.DOTALL
+)
 _CLOSING = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Body:
-    """The inside of a fence, or all of the answer: its text, the offset of that, and whether a fence closes it."""
+    """The inside of a fence, or all of the answer: its text, the offset of that, and whether a fence closes it.
+
+    `offsets`: where each character of `text` stands in the answer, if they do not stand there one after another from
+    `start` on.
+    """
 
     text: str
     start: int
     closed: bool
+    offsets: tuple[int, ...] = ()
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """Where `text[start:end]`, which is not empty, stands in the answer."""
+        if not self.offsets:
+            return self.start + start, self.start + end
+        last = len(self.offsets) - 1
+        return self.offsets[min(start, last)], self.offsets[min(end - 1, last)] + 1
 
 
 def unfence(text: str, language: str) -> Body:
@@ -42,12 +59,30 @@ def joined(text: str) -> Body:
     """
     if not re.match(r'\s*\[\s*"', text):
         return Body(text, 0, True)
-    prefix = read_prefix(text)
+    starts: dict[str | int, int] = {}
+
+    def visit(path: Path, start: int, end: int) -> None:
+        starts.setdefault(path[0], start)
+
+    prefix = read_prefix(text, visit=visit)
     strings = [str(one) for one in prefix.value or []]
-    if prefix.complete:
-        return Body("\n".join(strings), 0, True)
-    rest = text[prefix.end :].lstrip("[, \t\r\n")
-    tail = partial_string(rest)
-    if tail is None and rest:
-        return Body(text, 0, True)  # not JSON: quotes inside the strings are not escaped
-    return Body("\n".join([*strings, tail or ""]), 0, False)
+    if not prefix.complete:
+        rest = text[prefix.end :].lstrip("[, \t\r\n")
+        tail = partial_string(rest)
+        if tail is None and rest:
+            return Body(text, 0, True)  # not JSON: quotes inside the strings are not escaped
+        starts[len(strings)] = len(text) - len(rest)
+        strings.append(tail or "")
+    offsets = [offset for at, one in enumerate(strings) for offset in _offsets(text, starts[at], len(one))]
+    return Body("\n".join(strings), 0, prefix.complete, tuple(offsets))
+
+
+def _offsets(text: str, start: int, n: int) -> Iterator[int]:
+    """Where the `n` characters of a JSON string stand whose opening quote is at `start`, and one more for a line break
+    behind them; of any other value, where that begins."""
+    characters = _CHARACTER.finditer(text, start + 1) if text.startswith('"', start) else iter(())
+    at = start
+    for _ in range(n + 1):
+        found = next(characters, None)
+        at = found.start() if found is not None else at
+        yield at

@@ -10,7 +10,10 @@ import numpy as np
 
 from granite4v.ggml.backend import Aborted
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.draft import Draft
 from granite4v.runtime.engine.sequence import Sequence, Step
+
+N_VOCAB, EOS = 300, 299  # of `Script`
 
 
 class Source(Protocol):
@@ -19,6 +22,38 @@ class Source(Protocol):
     def first(self) -> np.ndarray: ...
 
     def next(self, tokens: SequenceOf[int]) -> np.ndarray: ...
+
+
+class Script:
+    """Logits that make the greedy choice follow a list of tokens."""
+
+    def __init__(self, tokens: SequenceOf[int], aborts_at: int | None = None) -> None:
+        self.tokens, self.aborts_at, self.asked = list(tokens), aborts_at, 0
+
+    def _logits(self, i: int) -> np.ndarray:
+        self.asked += 1
+        if i == self.aborts_at:
+            raise Aborted
+        logits = np.zeros(N_VOCAB, dtype=np.float32)
+        logits[self.tokens[i]] = 1.0
+        return logits
+
+    def first(self) -> np.ndarray:
+        return self._logits(0)
+
+    def next(self, tokens: SequenceOf[int]) -> np.ndarray:
+        assert list(tokens) == self.tokens[: len(tokens)]
+        return self._logits(len(tokens))
+
+
+class Letters:
+    """Token n is the character with code n."""
+
+    def push(self, token: int) -> str:
+        return chr(token)
+
+    def flush(self) -> str:
+        return ""
 
 
 def generate(
@@ -37,3 +72,14 @@ def generate(
             step = sequence.cancel()
         if step.text:
             yield step.text
+
+
+def verify(sequence: Sequence, draft: Draft, rows: SequenceOf[np.ndarray]) -> Step:
+    """One step of an answer with a draft, by the logits before each of its tokens and behind the last."""
+    n_accepted = 0
+    step = sequence.advance(rows[0])
+    while not step.finish and draft.tokens[n_accepted:][: len(step.tokens)] == step.tokens:
+        n_accepted += len(step.tokens)
+        step = sequence.advance(rows[n_accepted])
+    sequence.answer.timings.n_accepted += n_accepted
+    return step

@@ -11,9 +11,10 @@ import pytest
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Draft, Drafter, DraftSource
 from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.engine.sequence import Scoring, Step
+from granite4v.runtime.engine.sequence import Scoring
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from tests.helpers.constrained import Noise, compiler, end_of_text, generated, tokenizer
+from tests.helpers.drive import verify
 from tests.helpers.grammars import TASKS, task_grammar
 
 
@@ -43,16 +44,6 @@ def drafted(kind: str, task: str, seed: int, source: DraftSource, *, most: int =
         answer.timings.n_steps += 1
         step = verify(sequence, draft, rows)
     return answer
-
-
-def verify(sequence: AnswerSequence, draft: Draft, rows: Sequence[np.ndarray]) -> Step:
-    n_accepted = 0
-    step = sequence.advance(rows[0])
-    while not step.finish and draft.tokens[n_accepted:][: len(step.tokens)] == step.tokens:
-        n_accepted += len(step.tokens)
-        step = sequence.advance(rows[n_accepted])
-    sequence.answer.timings.n_accepted += n_accepted
-    return step
 
 
 def check(kind: str, task: str, answer: Sequence[int], draft: Draft) -> None:

@@ -15,9 +15,7 @@ from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.grammar.grammar import Grammar
 from tests.helpers.constrained import Noise, checkpoint, compiler, end_of_text, grammar_of, tokenizer
-from tests.helpers.drive import generate
-from tests.runtime.engine.test_drafted_answers import verify
-from tests.runtime.engine.test_sequence import EOS, N_VOCAB, Letters, Script
+from tests.helpers.drive import EOS, N_VOCAB, Letters, Script, generate, verify
 
 TABLES = ("tables_otsl", "tables_html", "tables_json", "chart2csv")
 

@@ -8,44 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from granite4v.ggml.backend import Aborted
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.sampler import Sampler, Sampling
-from tests.helpers.drive import generate
-
-N_VOCAB, EOS = 300, 299
-
-
-class Script:
-    """Logits that make the greedy choice follow a list of tokens."""
-
-    def __init__(self, tokens: Sequence[int], aborts_at: int | None = None) -> None:
-        self.tokens, self.aborts_at, self.asked = list(tokens), aborts_at, 0
-
-    def _logits(self, i: int) -> np.ndarray:
-        self.asked += 1
-        if i == self.aborts_at:
-            raise Aborted
-        logits = np.zeros(N_VOCAB, dtype=np.float32)
-        logits[self.tokens[i]] = 1.0
-        return logits
-
-    def first(self) -> np.ndarray:
-        return self._logits(0)
-
-    def next(self, tokens: Sequence[int]) -> np.ndarray:
-        assert list(tokens) == self.tokens[: len(tokens)]
-        return self._logits(len(tokens))
-
-
-class Letters:
-    """Token n is the character with code n."""
-
-    def push(self, token: int) -> str:
-        return chr(token)
-
-    def flush(self) -> str:
-        return ""
+from tests.helpers.drive import EOS, Letters, Script, generate
 
 
 def run(

@@ -1,0 +1,66 @@
+"""What an answer of a loaded model says of its tokens, against logits that are scored one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import granite4v
+from granite4v.runtime import formats
+from granite4v.runtime.options import GenerationOptions
+from tests.helpers.pictures import text_picture
+from tests.toy.spec import PRESETS
+
+PICTURE = text_picture((150, 100))
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
+    with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=True) as model:
+        yield model
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_logprobs_are_those_of_the_scored_logits(model: granite4v.Model, drafting: bool) -> None:
+    """The same tokens, decoded one by one as if they were the answer, by numpy."""
+    settings: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "seed": 5, "drafting": drafting}
+    answer = model.generate("Hello", [PICTURE], logprobs=4, **settings)
+    assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens) == 30
+    rows = model.score("Hello", [PICTURE], tokens=answer.tokens).astype(np.longdouble)
+    rows -= rows.max(axis=1, keepdims=True)
+    expected = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    for entry, token, row in zip(answer.logprobs, answer.tokens, expected, strict=True):
+        assert (entry.token, entry.forced, entry.utf8) == (token, False, model.token_bytes(token))
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        best = np.sort(row)[::-1][:4]
+        assert [value for _, value in entry.top] == pytest.approx(best.tolist(), abs=1e-4)
+        assert [float(row[one]) for one, _ in entry.top] == pytest.approx(best.tolist(), abs=1e-4)
+    assert model.generate("Hello", [PICTURE], **settings).tokens == answer.tokens
+
+
+def test_logprobs_of_a_table_give_the_confidence_of_its_cells(model: granite4v.Model) -> None:
+    answer = model.generate(
+        "Hello", [PICTURE], constraint=granite4v.grammar_for("tables_html"), logprobs=0, max_tokens=200
+    )
+    found, (table, *_) = granite4v.confidence(answer, "tables_html"), formats.salvage("tables_html", answer.text).value
+    assert (0, 0, 0) in found and len([key for key in found if key[0] == 0]) <= len(table.cells)
+    assert all(0 <= one.least <= one.mean <= 1 for one in found.values())
+
+
+@pytest.mark.parametrize("logprobs", [-1, 21, 1.5, True])
+def test_logprobs_out_of_range_are_refused(logprobs: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="logprobs"):
+        GenerationOptions(logprobs=logprobs)
+
+
+def test_logprobs_are_json_data(model: granite4v.Model) -> None:
+    answer = model.generate("Hello", [PICTURE], max_tokens=3, logprobs=1)
+    assert answer.logprobs is not None
+    data = json.loads(json.dumps(answer.as_dict()))["logprobs"]
+    assert [bytes(entry["utf8"]) for entry in data] == [entry.utf8 for entry in answer.logprobs]
+    assert [(one["logprob"], one["top"][0][1]) for one in data] == [(e.logprob, e.top[0][1]) for e in answer.logprobs]
