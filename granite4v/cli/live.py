@@ -24,7 +24,7 @@ class LiveLine(RichProgress):
     """One line that shows the activity of a `Progress` until it is stopped, and then disappears."""
 
     def __init__(self, progress: Progress, stream: TextIO) -> None:
-        console = _Console(
+        console = CursorConsole(
             file=stream, force_terminal=True, force_jupyter=False, markup=False, highlight=False, emoji=False
         )
         self._source, self._console = progress, console
@@ -46,7 +46,9 @@ class LiveLine(RichProgress):
         return super().get_renderables()
 
 
-class _Console(Console):
+class CursorConsole(Console):
+    """A console whose cursor always shows."""
+
     def show_cursor(self, show: bool = True) -> bool:
         """Never hides the cursor: a process that is killed could not show it again."""
         return False

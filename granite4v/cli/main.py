@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
+from granite4v.cli.chat import chat
 from granite4v.cli.convert import convert
 from granite4v.cli.doctor import doctor
 from granite4v.cli.extract import extract
@@ -90,5 +91,5 @@ def common(
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
-for command in (convert, requantize, ask, serve, extract, inspect, verify, bench, doctor):
+for command in (convert, requantize, ask, chat, serve, extract, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)

@@ -123,6 +123,25 @@ SystemOption = Annotated[
 NoStreamOption = Annotated[bool, typer.Option("--no-stream", help="Print the answer only when it is complete.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
+# --- chat ---
+
+ChatFilesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILE...", help="Images, and PDFs with the pages that are meant: scan.pdf#1-3; without, all that fit."
+    ),
+]
+AnswerTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        metavar="N",
+        min=1,
+        help="Maximum number of tokens per answer.",
+        show_default="4096, or as many as fit",
+    ),
+]
+
 # --- extraction ---
 
 InputsArgument = Annotated[
@@ -201,16 +220,6 @@ DraftingOption = Annotated[
 ]
 UnconstrainedOption = Annotated[
     bool, typer.Option("--unconstrained", help="Do not constrain answers to the format of their task.")
-]
-AnswerTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens",
-        metavar="N",
-        min=1,
-        help="Maximum number of tokens per answer.",
-        show_default="4096, or as many as fit",
-    ),
 ]
 ReportOption = Annotated[
     bool, typer.Option("--report", help="Write DIR/report.html, which shows each page next to its values.")

@@ -29,6 +29,7 @@ _STAGES = {
     "check": "checking the model files",
     "measure": "measuring the fastest kernels of this CPU, once",
     "load": "loading weights",
+    "read": "reading pages",
     "encode": "encoding images",
     "prefill": "processing the prompt",
     "generate": "generating",

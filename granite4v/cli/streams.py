@@ -64,15 +64,20 @@ class Results(_Stream):
     """Standard output. Once writing has failed, every further write raises the same ResultsLost or PipeClosed: the
     first one may be swallowed by code that probes the stream, as click does."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
         super().__init__(stream)
+        self._escapes = escapes and self._is_terminal
         self.failure: Exception | None = None
 
     def write(self, text: str) -> int:
         self._begin()
         with self._failing():
-            self._stream.write(clean(text) if self._is_terminal else text)
+            self._stream.write(clean(text) if self._escapes else text)
         return len(text)
+
+    def unescaped(self) -> Results:
+        """The same stream without escaping, for a writer that sends control sequences and cleans all other text."""
+        return Results(self._stream, escapes=False)
 
     def flush(self) -> None:
         with self._failing():

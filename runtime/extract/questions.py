@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,9 +114,7 @@ def questions(
 
 def _question(task: Task, prompt: str, schema: Schema | None, *, unconstrained: bool) -> Question:
     schema = schema if task.takes_schema else None
-    text = prompt if task is QUESTION else task.tag or task.prompt or ""
-    if schema is not None:
-        text = text.format(schema=json.dumps(schema.content, indent=2, ensure_ascii=False))
+    text = prompt if task is QUESTION else task.question(None if schema is None else schema.content)
     return Question(task.name, text, schema, None if unconstrained else _grammar(task.name, schema))
 
 

@@ -6,7 +6,8 @@ repeated rows all follow this table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -65,6 +66,11 @@ class Task:
     @property
     def takes_schema(self) -> bool:
         return self.prompt is not None and "{schema}" in self.prompt
+
+    def question(self, schema: Mapping[str, Any] | None = None) -> str:
+        """The text to ask with: the tag, or the task's own prompt, with a JSON schema in it where it takes one."""
+        text = self.tag or self.prompt or ""
+        return text if schema is None else text.format(schema=json.dumps(schema, indent=2, ensure_ascii=False))
 
     @property
     def gives_tables(self) -> bool:

@@ -1,0 +1,71 @@
+"""`granite4v chat`: a conversation about pages on a terminal; elsewhere one question from standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from granite4v.cli import options
+from granite4v.cli.progress import Progress
+
+
+def chat(
+    *,
+    files: options.ChatFilesArgument = None,
+    model: options.ModelOption = None,
+    mmproj: options.MmprojOption = None,
+    lora: options.LoraOption = None,
+    system: options.SystemOption = None,
+    max_tokens: options.AnswerTokensOption = None,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SeedOption = None,
+    ctx_size: options.ContextOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "auto",
+    vision_compute: options.VisionComputeOption = "file",
+    password: options.PasswordOption = None,
+) -> None:
+    """Talk about images and PDF pages.
+
+    On a terminal: answers are streamed and rendered, and a page is read once, however much is asked about it. /help
+    lists the commands: attaching and detaching pages, task tags and schemas, taking back and asking again, saving and
+    loading, copying tables. Alt-Enter, or a backslash at the end of a line, begins another line of a question.
+
+    With standard input from a pipe or a file, that is the question, and the answer alone goes to stdout.
+    """
+    from granite4v.cli import chat_display
+    from granite4v.runtime import GenerationOptions, Model
+    from granite4v.runtime.chat import Chat, handle
+    from granite4v.runtime.extract.schema import load_schema
+
+    is_interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    question = "" if is_interactive else chat_display.question_from_stdin()
+    sampling = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, lora=lora)
+    path = options.model_path(model)
+    with Progress() as progress:
+        loaded = Model.load(
+            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+        )
+        if loaded.vision_note is not None:
+            progress.say(f"note: {loaded.vision_note}")
+        for warning in loaded.warnings:
+            progress.say(f"warning: {warning}")
+    with loaded:
+        talk = Chat(
+            loaded,
+            system=system,
+            options=sampling,
+            max_tokens=max_tokens,
+            password=password,
+            load_schema=lambda source: load_schema(source, lambda line: print(line, file=sys.stderr)),
+        )
+        if is_interactive:
+            from granite4v.cli.chat_terminal import converse
+
+            converse(talk, files or [])
+            return
+        with chat_display.PlainDisplay() as display:
+            for file in files or []:
+                chat_display.attach(talk, file, display)
+            handle(talk, question, display)

@@ -1,0 +1,221 @@
+"""The chat on a terminal: the line editor, its history and completion, and Ctrl-C.
+
+Imported only by the command's body: it imports `prompt_toolkit` and the runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer
+from prompt_toolkit.completion import Completion as Choice
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+from granite4v.cli.chat_display import TerminalDisplay
+from granite4v.cli.outcome import explain
+from granite4v.cli.signals import Interrupted
+from granite4v.cli.streams import Messages, PipeClosed, Results, ResultsLost
+from granite4v.cli.terminal import clean
+from granite4v.paths import cache_folder, new_file
+from granite4v.runtime.chat import Chat, Reply, complete, handle
+
+HISTORY = "chat-history"
+MAX_HISTORY_BYTES = 1 << 20  # when it is longer, the older half goes
+PROMPT = "> "
+MORE = "  "  # before the further lines of a question
+
+
+def converse(chat: Chat, files: list[str]) -> None:
+    """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
+    interrupts = Interrupts()
+    display = TerminalDisplay(interrupts.stopping)
+    display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
+    for file in files:
+        if not _do(chat, f"/attach {_quoted(file)}", display, interrupts):
+            return
+    session = _session(chat)
+    n_refused = 0  # Ctrl-C at an empty prompt, in a row
+    while n_refused < 2 and not chat.model.closed:
+        try:
+            text = session.prompt(PROMPT)
+        except EOFError:
+            return
+        except Interrupted as error:
+            if error.number != signal.SIGINT:
+                raise
+            n_refused += 1
+        except KeyboardInterrupt:
+            n_refused += 1
+        else:
+            n_refused = 0
+            if not _do(chat, text, display, interrupts):
+                return
+        if n_refused == 1:
+            display.say("once more, or Ctrl-D, leaves the chat")
+
+
+def _do(chat: Chat, text: str, display: TerminalDisplay, interrupts: Interrupts) -> bool:
+    """Does what a line says; False when the chat is to end. Failures are one message each."""
+    try:
+        with interrupts:
+            return handle(chat, text, display)
+    except (ResultsLost, PipeClosed):  # nobody reads any more
+        raise
+    except Interrupted as error:  # SIGTERM or SIGHUP
+        if error.number != signal.SIGINT:
+            raise
+        display.say("interrupted")
+    except KeyboardInterrupt:
+        display.say("interrupted")
+    except Exception as error:
+        explained = explain(error)
+        if explained is None or chat.model.closed:
+            raise
+        display.say(" ".join(explained[1].split()))
+    finally:
+        display.end_progress()
+    return True
+
+
+class Interrupts:
+    """What Ctrl-C does while a line is worked on: it stops the answer that is being read, and otherwise raises
+    KeyboardInterrupt. A context manager."""
+
+    def __init__(self) -> None:
+        self._reply: Reply | None = None
+        self._before: Any = None
+
+    @contextlib.contextmanager
+    def stopping(self, reply: Reply) -> Iterator[None]:
+        """For as long as an answer is read."""
+        self._reply = reply
+        try:
+            yield
+        finally:
+            self._reply = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._reply is None:
+            raise KeyboardInterrupt
+        self._reply.cancel()
+
+
+# --- the line editor ---
+
+
+def _session(chat: Chat) -> PromptSession[str]:
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    raw = stream.unescaped() if isinstance(stream, Results | Messages) else stream
+    session: PromptSession[str] = PromptSession(
+        multiline=True,
+        history=_history(cache_folder() / HISTORY),
+        completer=_Completer(chat),
+        key_bindings=_keys(),
+        prompt_continuation=MORE,
+        output=create_output(cast(Any, raw)),
+        reserve_space_for_menu=5,
+        complete_while_typing=Condition(lambda: session.default_buffer.text.startswith(("/", "<"))),
+    )
+    return session
+
+
+class _Completer(Completer):
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Choice]:
+        for found in complete(document.text_before_cursor, self._chat.conversation):
+            name = clean(found.text, keep="")
+            yield Choice(found.text, -found.n_replaced, display=name, display_meta=clean(found.about, keep=""))
+
+
+def _keys() -> KeyBindings:
+    """Enter ends a question, unless a backslash stands before it; Alt-Enter never does. Ctrl-C empties the line, and
+    ends the prompt where it is empty."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        before = buffer.document.text_before_cursor
+        if before.endswith("\\") and not buffer.document.text_after_cursor:
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return keys
+
+
+class _FileHistory(FileHistory):
+    """A history whose file may become unwritable: that costs the history, not the chat."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+
+def _history(path: Path) -> History:
+    """Earlier lines, in a file that only this user can read; in memory where there can be no such file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and not path.is_symlink():
+            os.close(new_file(path, 0o600))
+        status = path.lstat()
+        if not path.is_file() or path.is_symlink() or status.st_mode & 0o077 or status.st_uid != os.getuid():
+            return InMemoryHistory()
+        if status.st_size > MAX_HISTORY_BYTES:
+            _halve(path)
+    except (OSError, ValueError):
+        return InMemoryHistory()
+    return _FileHistory(str(path))
+
+
+def _halve(path: Path) -> None:
+    """Leaves the newer half of a history; its entries begin with an empty line."""
+    content = path.read_bytes()
+    kept = content[content.find(b"\n\n", len(content) // 2) + 1 :]
+    os.close(new_file(path, 0o600))
+    path.write_bytes(kept)
+
+
+def _quoted(path: str) -> str:
+    """A path as one word of a line."""
+    return "".join(f"\\{character}" if character in " \t\n\"'\\" else character for character in path)

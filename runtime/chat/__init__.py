@@ -1,0 +1,28 @@
+"""A conversation about pages: what was asked and answered, what is attached, and the commands that change it.
+
+Knows nothing of terminals: a `Display` shows what happens.
+"""
+
+from granite4v.runtime.chat.chat import Chat, ContextFull, Reply
+from granite4v.runtime.chat.commands import Display, handle
+from granite4v.runtime.chat.completion import Completion, complete
+from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Turn
+from granite4v.runtime.chat.pages import ChatPage
+from granite4v.runtime.chat.values import tables_in, value_of
+
+__all__ = [
+    "Chat",
+    "ChatError",
+    "ChatPage",
+    "Completion",
+    "ContextFull",
+    "Conversation",
+    "Display",
+    "Question",
+    "Reply",
+    "Turn",
+    "complete",
+    "handle",
+    "tables_in",
+    "value_of",
+]

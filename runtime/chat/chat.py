@@ -1,0 +1,369 @@
+"""A conversation with a model: questions become streamed answers, and the context is watched before it overflows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from granite4v.clip_projector.files import shown
+from granite4v.clip_projector.grid_anyres import Layout, count_tokens, layout
+from granite4v.errors import ContextOverflowError, DocumentError, PromptError
+from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Stats, Turn
+from granite4v.runtime.chat.pages import ChatPage, FileSpec, file_spec, read_pages, regular_file
+from granite4v.runtime.documents import PageRanges
+from granite4v.runtime.engine.stream import Progress, Stream
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.formats.tasks import TASKS
+from granite4v.runtime.grammar.json_schema import JsonSchema
+from granite4v.runtime.model import Model
+from granite4v.runtime.options import GenerationOptions
+from granite4v.runtime.prompt.messages import counted
+from granite4v.runtime.prompt.spans import Prompt
+
+MAX_TOKENS = 4096  # of an answer, where nobody says otherwise
+MIN_ANSWER = 64  # a question is refused where less would be left for its answer
+NEARLY_FULL = 512  # tokens left, below which that is announced after every answer
+REGEN_TEMPERATURE = 0.7  # greedy decoding would give the same answer again
+
+
+class ContextFull(ContextOverflowError):
+    """A question or a page for which the context has no room; the message says what can be dropped."""
+
+
+class Schema(Protocol):
+    """A checked schema of fields, as `extract.schema.load_schema` gives it."""
+
+    @property
+    def content(self) -> dict[str, Any]: ...
+    @property
+    def checked(self) -> JsonSchema: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many of the context's tokens the next question finds taken, and its answer has left."""
+
+    used: int
+    n_ctx: int
+
+    @property
+    def left(self) -> int:
+        return max(0, self.n_ctx - self.used)
+
+
+class Chat:
+    """One conversation with a loaded model. Not for several threads at once.
+
+    `options`: for every answer; their `max_tokens` counts only if `max_tokens` is given here, otherwise an answer gets
+    what is left, up to MAX_TOKENS. `load_schema` reads what '/schema' names.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        system: str | None = None,
+        options: GenerationOptions | None = None,
+        max_tokens: int | None = None,
+        password: str | None = None,
+        load_schema: Callable[[str], Schema] | None = None,
+    ) -> None:
+        self.model = model
+        self.conversation = Conversation(system)
+        self.options = options or GenerationOptions()
+        self.saved_as: Path | None = None  # the file that the conversation was saved to, or loaded from
+        self._max_tokens, self._password, self._load_schema = max_tokens, password, load_schema
+
+    @property
+    def adapter(self) -> bool | None:
+        """Whether a separate adapter is applied; None: as the model's policy has it."""
+        return self.options.lora
+
+    @adapter.setter
+    def adapter(self, wanted: bool | None) -> None:
+        self.options = replace(self.options, lora=wanted)
+
+    # --- pages ---
+
+    def attach(self, text: str, progress: Progress | None = None) -> tuple[list[ChatPage], list[str]]:
+        """Attaches the pages of 'FILE' or 'FILE#PAGES'. Returns those attached, and notes for a person.
+
+        Without PAGES, all pages if they fit into the context, else the first. Raises DocumentError, ImageError,
+        ModelFileError for a model without a vision file, ContextFull; then nothing is attached.
+        """
+        self.model.files.need_vision()
+        spec = file_spec(text)
+        found: list[ChatPage] = []
+        notes: list[str] = []
+        room = self.usage(progress).left - MIN_ANSWER
+        for page in read_pages(spec, self.model.files.vision_config, self._password):
+            if isinstance(page, DocumentError):
+                notes.append(str(page))
+                continue
+            notes += page.warnings
+            found.append(page)
+            if spec.pages is None and page.n_pages > 1 and page.n_pages * self.n_tokens(page) > room:
+                notes.append(_first_alone(spec, page.n_pages, room // self.n_tokens(page)))
+                break
+            if progress is not None:
+                progress("read", page.number, page.n_pages)
+        if not found:
+            raise DocumentError(notes[0] if notes else f"'{spec.path.name}' has no pages.")
+        n_tokens = sum(map(self.n_tokens, found))
+        if n_tokens > room:
+            raise self._full(f"{counted(len(found), 'page')} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
+        for page in found:
+            self.conversation.attach(page)
+        return found, notes
+
+    def read_page(self, path: str, number: int) -> ChatPage:
+        """One page of a file, not attached. Raises DocumentError, ImageError."""
+        spec = FileSpec(regular_file(path), PageRanges(((number, number),)))
+        for page in read_pages(spec, self.model.files.vision_config, self._password):
+            if isinstance(page, DocumentError):
+                raise page
+            return page
+        raise DocumentError(f"'{shown(path)}' has no page {number}.")
+
+    def n_tokens(self, page: ChatPage) -> int:
+        """Tokens that a page takes of the context."""
+        config = self.model.files.vision_config
+        return 0 if config is None else count_tokens(page.image.size, config)
+
+    def layout(self, page: ChatPage) -> Layout:
+        """How the model sees a page: its tiles. Raises ModelFileError for a model without a vision file."""
+        self.model.files.need_vision()
+        config = self.model.files.vision_config
+        assert config is not None
+        return layout(page.image.size, config.tiling, config.tokens_side, newline=config.newline)
+
+    # --- room ---
+
+    def usage(self, progress: Progress | None = None) -> Usage:
+        """How much of the context the conversation takes, with the pages that wait."""
+        if not self.conversation.turns and not self.conversation.waiting:
+            return Usage(0, self.model.n_ctx)
+        messages, pages = self.conversation.messages("?")
+        prompt = self.model.prepare(messages, [page.image for page in pages], progress=progress)
+        return Usage(prompt.n_tokens, self.model.n_ctx)
+
+    def shortage(self) -> str | None:
+        """That the context is nearly full, and what can be dropped; None while there is room."""
+        usage = self.usage()
+        if usage.left >= min(NEARLY_FULL, self.model.n_ctx // 4):
+            return None
+        return f"the context is nearly full ({usage.left:,} of {usage.n_ctx:,} tokens left). {self._droppable()}"
+
+    def _full(self, what: str, n_needed: int) -> ContextFull:
+        usage = self.usage()
+        return ContextFull(
+            f"no room for {what}: {n_needed:,} tokens with an answer, but {usage.left:,} of {usage.n_ctx:,} are left. "
+            f"{self._droppable()}"
+        )
+
+    def _droppable(self) -> str:
+        """What a person can do about a full context."""
+        ways = [
+            f"/detach {number} ({page.name}, {self.n_tokens(page):,} tokens)"
+            for number, page in enumerate(self.conversation.pages, 1)
+        ][:3]
+        if self.conversation.turns:
+            ways += ["/undo (the last question)", "/clear (all questions, pages stay)"]
+        ways.append(f"restart with --ctx-size {2 * self.model.n_ctx}")
+        return f"To make room: {', '.join(ways)}."
+
+    # --- questions ---
+
+    def question(self, text: str) -> Question:
+        """What a line asks: the task whose tag it is, or the words themselves. Raises PromptError for an empty one."""
+        text = text.strip()
+        if not text:
+            raise PromptError("the question is empty.")
+        task = next((task for task in TASKS.values() if task.tag == text), None)
+        if task is None:
+            return Question(text)
+        return Question(text, task.name, constraint=grammar_for(task.name))
+
+    def fields_question(self, source: str) -> tuple[Question, tuple[str, ...]]:
+        """The question for the fields of a schema file, and warnings about it. Raises SchemaError, ConstraintError."""
+        if self._load_schema is None:
+            raise ChatError("schemas cannot be read here.")
+        schema = self._load_schema(source)
+        return schema_question(schema.content, schema.checked), schema.warnings
+
+    def ask(
+        self,
+        question: Question,
+        progress: Progress | None = None,
+        *,
+        about: ChatPage | None = None,
+        temperature: float | None = None,
+    ) -> Reply:
+        """Starts the answer to a question, which becomes a turn at its end.
+
+        A task reads one page alone, the current one or `about`, as `ask` and `extract` do; what was said before does
+        not change its answer. Raises ChatError for a task without a page, ContextFull when prompt and answer do not
+        fit, and what `Model.stream` raises; then the conversation is as before.
+        """
+        if question.is_task:
+            about = about or self.conversation.current
+            if about is None:
+                raise ChatError(f"{question.label} reads a page, and none is attached; '/attach FILE' attaches one.")
+            messages, pages = self.conversation.messages_about(question.text, about)
+        else:
+            messages, pages = self.conversation.messages(question.text)
+        prompt = self._prepared(question, messages, pages, progress)
+        attached = tuple(page for page in self.conversation.waiting if page in pages)
+        options = replace(
+            self.options,
+            max_tokens=min(self._max_tokens or MAX_TOKENS, self.model.n_ctx - prompt.n_tokens),
+            constraint=question.constraint,
+            repetition=question.task,
+        )
+        if temperature is not None:
+            options = replace(options, temperature=temperature, seed=None)
+        began, stop = time.perf_counter(), _Flag()
+        stream = self.model.submit(prompt, options, progress=progress, cancel=stop)
+        turn = Turn(question, attached, "", about=about if question.is_task else None)
+        return Reply(self.conversation, turn, stream, stop, began)
+
+    def _prepared(
+        self, question: Question, messages: list[dict[str, Any]], pages: list[ChatPage], progress: Progress | None
+    ) -> Prompt:
+        """The prompt, if the context has room for it and an answer."""
+        try:
+            prompt = self.model.prepare(messages, [page.image for page in pages], progress=progress)
+        except ContextOverflowError as error:
+            raise ContextFull(f"{error} {self._droppable()}") from None
+        tag = question.kind.tag
+        if tag is not None and tag in prompt.text:
+            raise PromptError(f"the model's chat template does not know the task {tag}; ask in words.")
+        n_needed = prompt.n_tokens + min(MIN_ANSWER, self._max_tokens or MIN_ANSWER)
+        if n_needed > self.model.n_ctx and question.is_task:
+            raise ContextFull(
+                f"the page and {question.label} need {n_needed:,} tokens, but the context has {self.model.n_ctx:,}; "
+                f"restart with --ctx-size {n_needed + MAX_TOKENS}."
+            )
+        if n_needed > self.model.n_ctx:
+            raise self._full("this question", n_needed - self.usage().used)
+        return prompt
+
+    def again(self, progress: Progress | None = None, temperature: float | None = None) -> Reply:
+        """Another answer to the last question, in place of the one there was; a greedy chat samples it at
+        REGEN_TEMPERATURE. Raises ChatError without turns, and for a task whose page was detached."""
+        conversation = self.conversation
+        if not conversation.turns:
+            raise ChatError("there is no question to answer again.")
+        turn, others = conversation.turns[-1], conversation.waiting
+        if turn.question.is_task and turn.about not in conversation.pages:
+            raise ChatError(f"the page that {turn.question.label} read is no longer attached.")
+        if temperature is None and self.options.temperature == 0:
+            temperature = REGEN_TEMPERATURE
+        conversation.turns, conversation.waiting = conversation.turns[:-1], list(turn.pages)
+        try:
+            reply = self.ask(turn.question, progress, about=turn.about, temperature=temperature)
+        except BaseException:
+            conversation.turns, conversation.waiting = [*conversation.turns, turn], others
+            raise
+        conversation.waiting = [*turn.pages, *others]
+        reply.instead_of = turn
+        return reply
+
+
+class _Flag:
+    """What a stream polls to know whether it is cancelled."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __call__(self) -> bool:
+        return self.is_set
+
+
+class Reply:
+    """An answer that is being generated: iterate over its text. The turn joins the conversation when the answer ends,
+    however that happens; without a single token there is none, and the pages wait on.
+
+    `instead_of`: the turn that comes back in that case.
+    """
+
+    def __init__(self, conversation: Conversation, turn: Turn, stream: Stream, stop: _Flag, began: float) -> None:
+        """`turn`: without its answer. `stop` is what the stream polls. `began`: as of time.perf_counter."""
+        self.question = turn.question
+        self.instead_of: Turn | None = None
+        self.turn: Turn | None = None
+        self._conversation, self._begun, self._stream, self._stop = conversation, turn, stream, stop
+        self._began, self._first_s = began, 0.0
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def cancel(self) -> None:
+        """Stops the answer soon, also while the page is encoded or the prompt read; may be called from a signal
+        handler."""
+        self._stop.is_set = True
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self._stream.answer.text
+
+    @property
+    def finish_reason(self) -> str:
+        """As in `Answer`."""
+        return self._stream.answer.finish_reason
+
+    def _read(self) -> Iterator[str]:
+        try:
+            for piece in self._stream:
+                self._first_s = self._first_s or time.perf_counter() - self._began
+                yield piece
+        finally:
+            self._stream.close()
+            self._record()
+
+    def _record(self) -> None:
+        answer = self._stream.answer
+        if not answer.text:
+            if self.instead_of is not None:
+                self._conversation.add(self.instead_of)
+            return
+        timings = answer.timings
+        total_s = time.perf_counter() - self._began
+        stats = Stats(
+            timings.n_prompt,
+            timings.n_image,
+            timings.n_reused,
+            timings.n_encoded,
+            len(answer.tokens),
+            self._first_s,
+            total_s,
+            timings.decode_tok_s,
+            timings.encode_s,
+            timings.prefill_s,
+        )
+        finish_reason = answer.finish_reason or "cancelled"
+        self.turn = replace(self._begun, answer=answer.text, finish_reason=finish_reason, stats=stats)
+        self._conversation.add(self.turn)
+
+
+def schema_question(content: Mapping[str, Any], checked: JsonSchema | None = None) -> Question:
+    """The key-value question for the fields of a JSON schema. Raises ConstraintError for an invalid one."""
+    task = next(task for task in TASKS.values() if task.takes_schema)
+    return Question(
+        task.question(content),
+        task.name,
+        dict(content),
+        grammar_for(task.name, content if checked is None else checked),
+    )
+
+
+def _first_alone(spec: FileSpec, n_pages: int, n_fitting: int) -> str:
+    advice = f"'/attach {spec.path.name}#2'" if n_fitting < 3 else f"'/attach {spec.path.name}#2-{n_fitting}'"
+    return f"'{spec.path.name}' has {n_pages:,} pages, too many for the context; attached page 1. {advice} for others."

@@ -1,0 +1,114 @@
+"""Pages that are attached to a conversation: read in a process of their own, identified by their pixels and files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from granite4v.clip_projector.files import shown
+from granite4v.clip_projector.images import Image
+from granite4v.errors import DocumentError
+from granite4v.families.base import VisionConfig
+from granite4v.runtime.documents import Page, PageFailure, PageRanges, SelectionError, open_pages, parse_pages
+
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """What `FILE` or `FILE#PAGES` names; `pages` None: those that fit."""
+
+    path: Path
+    pages: PageRanges | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChatPage:
+    """One attached page. `path` is absolute; `number` counts from 1, of `n_pages`.
+
+    `file_sha256`: of the file when it was read, in hexadecimal digits. `dpi`: of a PDF's page as it was rendered.
+    """
+
+    path: Path
+    number: int
+    n_pages: int
+    image: Image = field(repr=False)
+    file_sha256: str
+    dpi: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """That of the pixels, in hexadecimal digits."""
+        return self.image.digest.hex()
+
+    @property
+    def name(self) -> str:
+        """'scan.pdf#2', or 'page.png' for a file with one page."""
+        return f"{shown(self.path.name)}#{self.number}" if self.n_pages > 1 else shown(self.path.name)
+
+
+def file_spec(text: str) -> FileSpec:
+    """The file and the pages of 'FILE' or 'FILE#PAGES', such as 'scan.pdf#1-3,7'. A file's own name may hold a '#'.
+
+    Raises DocumentError for what is no file, or for pages that make no sense.
+    """
+    path = os.path.expanduser(text)
+    named, mark, pages = path.rpartition("#")
+    if not mark or os.path.lexists(path):
+        return FileSpec(regular_file(path), None)
+    try:
+        return FileSpec(regular_file(named), parse_pages(pages))
+    except SelectionError as error:
+        raise DocumentError(f"'{shown(text)}': {error}") from None
+
+
+def regular_file(path: str) -> Path:
+    """The absolute path of a file. Raises DocumentError for what is missing, or is no file."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = error.strerror if isinstance(error, OSError) else None
+        missing = isinstance(error, FileNotFoundError)
+        raise DocumentError(
+            f"there is no file '{shown(path)}'." if missing else f"'{shown(path)}' cannot be read: {why or error}."
+        ) from None
+    if stat.S_ISDIR(mode):
+        raise DocumentError(f"'{shown(path)}' is a directory; attach the files in it one by one.")
+    if not stat.S_ISREG(mode):
+        raise DocumentError(f"'{shown(path)}' is a device or a pipe; attach a file.")
+    return Path(path).absolute()
+
+
+def read_pages(
+    spec: FileSpec, view: VisionConfig | None, password: str | None = None
+) -> Iterator[ChatPage | DocumentError]:
+    """The pages of a file, each rendered when it is asked for; a page that cannot be read is an error in its place.
+
+    Raises what `open_pages` raises, and DocumentError when the file cannot be read at all.
+    """
+    sha256 = _sha256(spec.path)
+    with contextlib.closing(open_pages([spec.path], pages=spec.pages, password=password, view=view)) as pages:
+        for page in pages:
+            if isinstance(page, Page):
+                yield ChatPage(spec.path, page.number, page.n_pages, page.image, sha256, page.dpi, page.warnings)
+            elif isinstance(page, PageFailure):
+                if page.number is None:
+                    raise page.error
+                yield DocumentError(str(page.error))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise DocumentError(f"'{shown(str(path))}' cannot be read: {error.strerror or error}.") from None
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""A conversation in a JSON file: messages, and the paths and digests of pages; the pixels stay where they are.
+
+A file may come from a stranger, so its form is checked before anything is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from granite4v.clip_projector.files import shown
+from granite4v.errors import ConstraintError, Granite4vError
+from granite4v.paths import atomic_text_file
+from granite4v.runtime.chat.chat import schema_question
+from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Turn
+from granite4v.runtime.chat.pages import ChatPage
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.formats.tasks import find_task
+
+FORMAT = "granite4v-chat"
+VERSION = 1
+MAX_BYTES = 64 << 20
+_REASONS = ("stop", "length", "repetition", "cancelled")
+ReadPage = Callable[[str, int], ChatPage]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`notes`: pages that are missing or that changed since."""
+
+    conversation: Conversation
+    notes: tuple[str, ...]
+
+
+def save(conversation: Conversation, path: Path, model: str) -> None:
+    """Writes the file, complete or not at all. `model`: where the answers came from, for a reader. Raises
+    OutputError."""
+    pages = conversation.pages
+    about = [turn.about for turn in conversation.turns]
+    known = [*pages, *dict.fromkeys(page for page in about if page is not None and page not in pages)]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "system": conversation.system,
+        "pages": [_page(page) for page in known],
+        "turns": [_turn(turn, known) for turn in conversation.turns],
+        "waiting": [known.index(page) for page in conversation.waiting],
+        "chosen": known.index(conversation.chosen) if conversation.chosen in known else None,
+    }
+    with atomic_text_file(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+
+
+def _page(page: ChatPage) -> dict[str, Any]:
+    return {
+        "path": str(page.path),
+        "number": page.number,
+        "file_sha256": page.file_sha256,
+        "pixels_sha256": page.digest,
+        "size_px": list(page.image.size),
+    }
+
+
+def _turn(turn: Turn, pages: list[ChatPage]) -> dict[str, Any]:
+    return {
+        "question": turn.question.text,
+        "task": turn.question.task,
+        "schema": turn.question.schema,
+        "pages": [pages.index(page) for page in turn.pages],
+        "about": None if turn.about is None else pages.index(turn.about),
+        "answer": turn.answer,
+        "finish_reason": turn.finish_reason,
+    }
+
+
+def load(path: Path, read_page: ReadPage) -> Loaded:
+    """The conversation of a file that `save` wrote. `read_page(path, number)` reads a page, and raises Granite4vError.
+
+    A page that cannot be read is left out, with a note; one whose file changed is taken as it is now, with a note.
+    Raises ChatError for a file that is something else.
+    """
+    content = _content(path)
+    read: list[ChatPage | None] = []
+    notes: list[str] = []
+    try:
+        for page in content["pages"]:
+            saved_path, number = _text(page["path"]), _whole(page["number"])
+            try:
+                found = read_page(saved_path, number)
+            except Granite4vError as error:
+                read.append(None)
+                notes.append(f"{error} The page is left out; what was said about it stays.")
+                continue
+            if found.file_sha256 != page["file_sha256"]:
+                notes.append(
+                    f"{found.name} has changed since this was saved: the answers so far are about what it was then."
+                )
+            read.append(found)
+        turns = [_read_turn(turn, read) for turn in content["turns"]]
+        waiting = [page for page in (read[_whole(i)] for i in content["waiting"]) if page is not None]
+        chosen = None if content["chosen"] is None else read[_whole(content["chosen"])]
+        system = None if content["system"] is None else _text(content["system"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ChatError(f"'{shown(str(path))}' is damaged ({error!r:.80}); it is not loaded.") from None
+    except ConstraintError as error:
+        raise ChatError(f"'{shown(str(path))}' holds an invalid schema: {error}") from None
+    return Loaded(Conversation(system, turns, waiting, chosen), tuple(notes))
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    name = shown(str(path))
+    try:
+        if not path.is_file():
+            raise ChatError(f"there is no file '{name}'.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        content = json.loads(raw) if len(raw) <= MAX_BYTES else None
+    except OSError as error:
+        raise ChatError(f"'{name}' cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ChatError(f"'{name}' is not a saved chat; '/save FILE' writes one.")
+    if content.get("version") != VERSION:
+        raise ChatError(
+            f"'{name}' has version {content.get('version')!r:.20}, but this program reads version {VERSION}; update it."
+        )
+    return content
+
+
+def _read_turn(turn: Mapping[str, Any], pages: list[ChatPage | None]) -> Turn:
+    question = _question(turn)
+    about = None if turn["about"] is None else pages[_whole(turn["about"])]
+    own = tuple(page for i in turn["pages"] if (page := pages[_whole(i)]) is not None)
+    reason = turn["finish_reason"]
+    if reason not in _REASONS:
+        raise ValueError(reason)
+    return Turn(question, own, _text(turn["answer"]), reason, about)
+
+
+def _question(turn: Mapping[str, Any]) -> Question:
+    task = find_task(_text(turn["task"]))
+    if turn["schema"] is not None:
+        return schema_question(dict(turn["schema"]))
+    text = _text(turn["question"])
+    return Question(text, task.name, constraint=grammar_for(task.name) if task.rule is not None else None)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _whole(value: Any) -> int:
+    """An index or a page number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(value)
+    return value
