@@ -16,7 +16,9 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.syntax import Syntax
+from rich.table import Table as Grid
 from rich.text import Text
 
 from granite4v.cli.chat_render import Lines, complete_blocks, fields_or_table, markdown, rendered_table
@@ -266,8 +268,6 @@ def attach(chat: Chat, file: str, display: PlainDisplay) -> None:
 
 def rendered_listing(rows: list[tuple[str, str]], width: int) -> RenderableType:
     """Names and what they mean, side by side where that leaves room, else one below the other."""
-    from rich.table import Table as Grid
-
     grid = Grid.grid(padding=(0, 2, 0, 0), expand=False)
     longest = max((len(name) for name, _ in rows), default=0)
     if longest <= width // 2:
@@ -276,8 +276,10 @@ def rendered_listing(rows: list[tuple[str, str]], width: int) -> RenderableType:
         for name, about in rows:
             grid.add_row(Text(clean(name, keep="")), Text(clean(about, keep=""), style="dim"))
         return grid
-    lines = [Text.assemble(clean(name, keep=""), "\n  ", (clean(about, keep=""), "dim")) for name, about in rows]
-    return Group(*lines)
+    parts: list[RenderableType] = []
+    for name, about in rows:
+        parts += [Text(clean(name, keep="")), Padding(Text(clean(about, keep=""), style="dim"), (0, 0, 0, 2))]
+    return Group(*parts)
 
 
 def _console(stream: TextIO) -> Console:

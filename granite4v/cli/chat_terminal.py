@@ -39,44 +39,36 @@ MORE = "  "  # before the further lines of a question
 
 def converse(chat: Chat, files: list[str]) -> None:
     """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
-    interrupts = Interrupts()
-    display = TerminalDisplay(interrupts.stopping)
-    display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
-    for file in files:
-        if not _do(chat, f"/attach {_quoted(file)}", display, interrupts):
-            return
-    session = _session(chat)
-    n_refused = 0  # Ctrl-C at an empty prompt, in a row
-    while n_refused < 2 and not chat.model.closed:
-        try:
-            text = session.prompt(PROMPT)
-        except EOFError:
-            return
-        except Interrupted as error:
-            if error.number != signal.SIGINT:
-                raise
-            n_refused += 1
-        except KeyboardInterrupt:
-            n_refused += 1
-        else:
-            n_refused = 0
-            if not _do(chat, text, display, interrupts):
+    with Interrupts() as interrupts:
+        display = TerminalDisplay(interrupts.stopping)
+        display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
+        for file in files:
+            _do(chat, f"/attach {_quoted(file)}", display)
+        session = _session(chat)
+        n_refused = 0  # Ctrl-C at an empty prompt, in a row
+        while n_refused < 2 and not chat.model.closed:
+            try:
+                if n_refused == 1:
+                    display.say("once more, or Ctrl-D, leaves the chat")
+                text = session.prompt(PROMPT)
+            except EOFError:
                 return
-        if n_refused == 1:
-            display.say("once more, or Ctrl-D, leaves the chat")
+            except Interrupted:  # SIGTERM or SIGHUP
+                raise
+            except KeyboardInterrupt:
+                n_refused += 1
+                continue
+            n_refused = 0
+            if not _do(chat, text, display):
+                return
 
 
-def _do(chat: Chat, text: str, display: TerminalDisplay, interrupts: Interrupts) -> bool:
+def _do(chat: Chat, text: str, display: TerminalDisplay) -> bool:
     """Does what a line says; False when the chat is to end. Failures are one message each."""
     try:
-        with interrupts:
-            return handle(chat, text, display)
-    except (ResultsLost, PipeClosed):  # nobody reads any more
+        return handle(chat, text, display)
+    except (ResultsLost, PipeClosed, Interrupted):  # nobody reads any more, or SIGTERM
         raise
-    except Interrupted as error:  # SIGTERM or SIGHUP
-        if error.number != signal.SIGINT:
-            raise
-        display.say("interrupted")
     except KeyboardInterrupt:
         display.say("interrupted")
     except Exception as error:
@@ -90,8 +82,8 @@ def _do(chat: Chat, text: str, display: TerminalDisplay, interrupts: Interrupts)
 
 
 class Interrupts:
-    """What Ctrl-C does while a line is worked on: it stops the answer that is being read, and otherwise raises
-    KeyboardInterrupt. A context manager."""
+    """What Ctrl-C does in a chat: it stops the answer that is being read, and otherwise raises KeyboardInterrupt, and
+    not what ends a command. A context manager."""
 
     def __init__(self) -> None:
         self._reply: Reply | None = None

@@ -111,10 +111,10 @@ def summary(chat: Chat, turn: Turn) -> str:
     stats, usage = turn.stats, chat.usage()
     if stats is None:
         return ""
-    speed = f", {stats.tokens_per_s:.1f} tokens/s" if stats.tokens_per_s else ""
+    speed = f", {stats.tokens_per_s:.1f}/s" if stats.tokens_per_s else ""
     stopped = "stopped after " if turn.finish_reason == "cancelled" else ""
     return (
-        f"{stopped}{counted(stats.n_generated, 'token')}, the first after {stats.first_token_s:.1f} s{speed}; "
+        f"{stopped}{counted(stats.n_generated, 'token')}, first after {stats.first_token_s:.1f} s{speed}; "
         f"{usage.left:,} of {usage.n_ctx:,} left"
     )
 
@@ -309,9 +309,9 @@ def _short(text: str) -> str:
 
 def _help(chat: Chat, text: str, display: Display) -> None:
     rows = [(command.usage, command.help) for command in COMMANDS.values()]
-    tags = [task.tag for task in TASKS.values() if task.tag]
-    rows.append((" ".join(tags), "alone on a line: a task on the current page, read as 'granite4v extract' reads it"))
+    tags = " ".join(task.tag for task in TASKS.values() if task.tag)
     rows += [
+        ("TASK TAG", f"alone on a line: reads the current page as 'granite4v extract' does; {tags}"),
         ("FILE", "dropped into the line: attaches it"),
         ("Alt-Enter, or \\ at the end", "another line of the same question"),
         ("Ctrl-C", "stops the answer; twice at an empty prompt, or Ctrl-D: leaves the chat"),

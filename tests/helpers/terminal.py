@@ -77,9 +77,13 @@ class Terminal:
     def ask(self, line: str) -> str:
         """Types a line, waits for the next prompt, and returns what was shown between the two."""
         self.wait(lambda: self.is_at_prompt)
-        n_before = len(self.lines_to_cursor())
         self.send(line)
         self.wait(lambda: not self.is_at_prompt)
+        return self.enter()
+
+    def enter(self) -> str:
+        """Ends the line that is typed, waits for the next prompt, and returns what was shown between the two."""
+        n_before = len(self.lines_to_cursor())
         self.send("\r")
         self.wait(lambda: self.is_at_prompt and len(self.lines_to_cursor()) > n_before)
         return "\n".join(self.lines_to_cursor()[n_before:-1])
