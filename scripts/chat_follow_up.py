@@ -2,10 +2,10 @@
 
     python -m scripts.chat_follow_up build/full-model --mmproj mmproj-Q8_0.gguf --runs 3
 
-Each run forgets everything, attaches the page (tests/data/invoice.png unless '--image' names another), and asks: a first
-question, a second one, another second one after '/undo', and a task. Weights are read before, by a question about a
-small page. Seconds are those that a person waits, from the question to the first piece of its answer. The last line on
-stdout is one JSON object; 'ratio' is each question's median by the first one's.
+Each run forgets everything, attaches the page (tests/data/invoice.png unless '--image' names another), and asks: a
+first question, a second one, another second one after '/undo', and a task. Weights are read before, by a question about
+a small page. Seconds are those that a person waits, from the question to the first piece of its answer. The last line
+on stdout is one JSON object; 'ratio' is each question's median by the first one's.
 """
 
 from __future__ import annotations

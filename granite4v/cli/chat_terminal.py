@@ -15,13 +15,16 @@ from types import FrameType
 from typing import Any, cast
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent, Completer
 from prompt_toolkit.completion import Completion as Choice
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
+from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.output.plain_text import PlainTextOutput
+from prompt_toolkit.utils import is_dumb_terminal
 
 from granite4v.cli.chat_display import TerminalDisplay
 from granite4v.cli.outcome import explain
@@ -39,7 +42,7 @@ MORE = "  "  # before the further lines of a question
 
 def converse(chat: Chat, files: list[str]) -> None:
     """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, create_app_session(output=_output()):
         display = TerminalDisplay(interrupts.stopping)
         display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
         for file in files:
@@ -114,16 +117,21 @@ class Interrupts:
 # --- the line editor ---
 
 
-def _session(chat: Chat) -> PromptSession[str]:
+def _output() -> Output:
+    """Where the line is edited: stdout, or stderr if answers go elsewhere."""
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     raw = stream.unescaped() if isinstance(stream, Results | Messages) else stream
+    return PlainTextOutput(cast(Any, raw)) if is_dumb_terminal() else create_output(cast(Any, raw))
+
+
+def _session(chat: Chat) -> PromptSession[str]:
+    """Gets no output of its own: then it knows what to do on a terminal that cannot move its cursor."""
     session: PromptSession[str] = PromptSession(
         multiline=True,
         history=_history(cache_folder() / HISTORY),
         completer=_Completer(chat),
         key_bindings=_keys(),
         prompt_continuation=MORE,
-        output=create_output(cast(Any, raw)),
         reserve_space_for_menu=5,
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith(("/", "<"))),
     )

@@ -93,17 +93,24 @@ class Chat:
     def attach(self, text: str, progress: Progress | None = None) -> tuple[list[ChatPage], list[str]]:
         """Attaches the pages of 'FILE' or 'FILE#PAGES'. Returns those attached, and notes for a person.
 
-        Without PAGES, all pages if they fit into the context, else the first. Raises DocumentError, ImageError,
-        ModelFileError for a model without a vision file, ContextFull; then nothing is attached.
+        Without PAGES, all pages if they fit into the context, else the first. One that is attached already becomes the
+        current page. Raises DocumentError, ImageError, ModelFileError for a model without a vision file, ContextFull;
+        then nothing is attached.
         """
         self.model.files.need_vision()
         spec = file_spec(text)
         found: list[ChatPage] = []
         notes: list[str] = []
+        again: ChatPage | None = None
         room = self.usage(progress).left - MIN_ANSWER
         for page in read_pages(spec, self.model.files.vision_config, self._password):
             if isinstance(page, DocumentError):
                 notes.append(str(page))
+                continue
+            known = self.conversation.find(page)
+            if known is not None:
+                notes.append(f"{page.name} is attached already")
+                again = known
                 continue
             notes += page.warnings
             found.append(page)
@@ -112,13 +119,15 @@ class Chat:
                 break
             if progress is not None:
                 progress("read", page.number, page.n_pages)
-        if not found:
+        if not found and again is None:
             raise DocumentError(notes[0] if notes else f"'{spec.path.name}' has no pages.")
         n_tokens = sum(map(self.n_tokens, found))
         if n_tokens > room:
             raise self._full(f"{counted(len(found), 'page')} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
         for page in found:
             self.conversation.attach(page)
+        if not found:
+            self.conversation.chosen = again
         return found, notes
 
     def read_page(self, path: str, number: int) -> ChatPage:

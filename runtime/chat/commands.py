@@ -11,7 +11,7 @@ from typing import Protocol
 from granite4v.clip_projector.files import shown
 from granite4v.paths import atomic_text_file
 from granite4v.runtime.chat import session_file
-from granite4v.runtime.chat.chat import Chat, Reply
+from granite4v.runtime.chat.chat import REGEN_TEMPERATURE, Chat, Reply
 from granite4v.runtime.chat.conversation import ChatError, Turn
 from granite4v.runtime.chat.line import argument, split_files, starts_with_file, words
 from granite4v.runtime.chat.pages import ChatPage
@@ -201,7 +201,10 @@ def _regen(chat: Chat, text: str, display: Display) -> None:
             temperature = -1.0
         if not 0 <= temperature <= MOST_DEGREES:
             raise ChatError(f"'{shown(text)}' is no temperature; expected a number from 0 to {MOST_DEGREES:g}.")
-    _answer(chat, chat.again(display.progress, temperature), display)
+    reply = chat.again(display.progress, temperature)
+    if temperature is None and chat.options.temperature == 0:
+        display.say(f"sampled at temperature {REGEN_TEMPERATURE:g}, as the most likely answer would be the same again")
+    _answer(chat, reply, display)
 
 
 def _clear(chat: Chat, text: str, display: Display) -> None:

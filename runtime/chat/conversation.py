@@ -97,6 +97,11 @@ class Conversation:
         pages = self.pages
         return self.chosen if self.chosen in pages else pages[-1] if pages else None
 
+    def find(self, page: ChatPage) -> ChatPage | None:
+        """The attached page that shows the same page of the same file."""
+        same = (other for other in self.pages if (other.path, other.number) == (page.path, page.number))
+        return next((other for other in same if other.digest == page.digest), None)
+
     # --- what the model is asked ---
 
     def messages(self, question: str | None = None) -> tuple[list[dict[str, Any]], list[ChatPage]]:

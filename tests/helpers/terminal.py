@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -65,7 +66,9 @@ class Terminal:
 
     @property
     def is_at_prompt(self) -> bool:
-        """Whether the cursor stands behind an empty prompt."""
+        """Whether the cursor stands behind an empty prompt, and keys are read one by one."""
+        if self._child.closed or termios.tcgetattr(self._child.child_fd)[3] & termios.ICANON:
+            return False
         cursor = self._screen.cursor
         return cursor.x == len(PROMPT) and self._screen.display[cursor.y].rstrip() == PROMPT.rstrip()
 
@@ -78,7 +81,7 @@ class Terminal:
         """Types a line, waits for the next prompt, and returns what was shown between the two."""
         self.wait(lambda: self.is_at_prompt)
         self.send(line)
-        self.wait(lambda: not self.is_at_prompt)
+        self.wait(lambda: self._screen.cursor.x > len(PROMPT))
         return self.enter()
 
     def enter(self) -> str:

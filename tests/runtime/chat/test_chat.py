@@ -184,11 +184,15 @@ def test_pages_of_a_pdf(chat: Chat, tmp_path: Path) -> None:
     path = write(tmp_path / "two words.pdf", text_pdf("one", "two", "three"))
     pages, notes = chat.attach(str(path))
     assert [page.name for page in pages] == ["two words.pdf#1", "two words.pdf#2", "two words.pdf#3"] and notes == []
+    assert chat.read_page(str(path), 2).digest == pages[1].digest
+    again, notes = chat.attach(f"{path}#1")
+    assert again == [] and "attached already" in notes[0] and chat.conversation.current is pages[0]
+    for page in pages:
+        chat.conversation.detach(page)
     some, _ = chat.attach(f"{path}#3,1")
     assert [page.number for page in some] == [1, 3] and [p.digest for p in some] == [pages[0].digest, pages[2].digest]
-    assert chat.read_page(str(path), 2).digest == pages[1].digest
-    missing, notes = chat.attach(f"{path}#3-4")
-    assert [page.number for page in missing] == [3] and "there is no page 4" in notes[0]
+    more, notes = chat.attach(f"{path}#2,4")
+    assert [page.number for page in more] == [2] and "there is no page 4" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def test_files_dropped_into_a_line_are_attached_first(chat: Chat) -> None:
     turn = chat.conversation.turns[0]
     assert turn.question.text == "What is the total?" and len(turn.pages) == 1
     assert kept.answers == [turn.answer] and "attached invoice.png" in kept.said[0]
-    assert ask(chat, str(INVOICE)).answers == [] and len(chat.conversation.waiting) == 1
+    again = ask(chat, str(INVOICE))
+    assert again.answers == [] and again.said == ["invoice.png is attached already"]
+    assert len(chat.conversation.pages) == 1
 
 
 def test_pages_are_listed_chosen_and_detached(chat: Chat, tmp_path: Path) -> None:
