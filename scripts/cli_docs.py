@@ -26,13 +26,13 @@ stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints
 
 # Variables that the program reads, or that the libraries it calls read.
 ENVIRONMENT = {
-    "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, and for the speed measured on "
-    "this machine. Default: the user's cache directory.",
+    "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, and "
+    "the lines typed into `chat`. Default: the user's cache directory.",
     "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps downloads, its access token for gated "
     "repositories, and the server that it downloads from.",
     "HF_HUB_OFFLINE": "Set to 1, `convert` uses only what is already downloaded.",
-    "NO_COLOR": "Set to anything, the progress line has no colours.",
-    "TERM": "With `dumb`, a terminal gets plain progress lines.",
+    "NO_COLOR": "Set to anything, the progress line and `chat` have no colours.",
+    "TERM": "With `dumb`, a terminal gets plain progress lines, and answers of `chat` as they come.",
     "COLUMNS": "Width of the progress line and of help texts, where it is not the terminal's.",
     "PYTHONIOENCODING": "Encoding of standard output where that is not a terminal. Default: UTF-8.",
     "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "How threads of OpenMP wait for each other. Default: they sleep if the machine "
