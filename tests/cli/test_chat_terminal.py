@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from granite4v.runtime.formats import read_csv, read_html
 from tests.helpers.chats import INVOICE
 from tests.helpers.pdfs import scan_pdf, write
 from tests.helpers.terminal import Terminal
+from tests.toy.spec import PRESETS
 
 QUESTION, OTHER = "What is the total?", "What is the date?"
 Start = Callable[..., Terminal]
@@ -43,7 +45,7 @@ def table(model_folder: Path) -> list[list[str]]:
     """What the model reads from the page, asked by the Python API."""
     with granite4v.load(model_folder) as model:
         constraint = granite4v.grammar_for("tables_html")
-        answer = model.generate("<tables_html>", [INVOICE], max_tokens=4096, constraint=constraint)
+        answer = model.generate("<tables_html>", [INVOICE], max_tokens=3000, constraint=constraint)
     return read_html(answer.text)[0].texts()
 
 
@@ -105,18 +107,19 @@ def test_a_page_of_a_pdf_is_asked_about_again_and_again(
     assert chat.end() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(start: Start, table: list[list[str]]) -> None:
-    chat = start(str(INVOICE))
-    chat.wait(lambda: chat.is_at_prompt)
-    chat.send("<tables_json>")
-    chat.wait_for("<tables_json>")
-    chat.send("\r")
-    chat.wait_for("│")  # the answer grows
-    chat.interrupt()
-    chat.wait(lambda: chat.is_at_prompt)
-    assert "stopped after " in chat.text
-    assert cells_in(chat.ask("<tables_html>")) == table
-    assert "took back: <tables_html>" in chat.ask("/undo") and "took back: <tables_json>" in chat.ask("/undo")
+def test_ctrl_c_stops_the_answer_and_not_the_chat(start: Start, make_model: Callable[..., Path]) -> None:
+    chat = start(model=make_model(replace(PRESETS["tiny"], seed=3)))  # its answers have no end
+    for n_answers in (1, 2):
+        chat.wait(lambda: chat.is_at_prompt)
+        chat.send("Hello?")
+        chat.wait_for("> Hello?")
+        n_lines = len(chat.lines_to_cursor())
+        chat.send("\r")
+        chat.wait(lambda n_lines=n_lines: len(chat.lines_to_cursor()) > n_lines + 3)  # the answer grows
+        chat.interrupt()
+        chat.wait(lambda: chat.is_at_prompt)
+        assert chat.text.count("stopped after ") == n_answers
+    assert "took back: Hello?" in chat.ask("/undo")
     chat.send("half a line\x03")
     chat.wait(lambda: chat.is_at_prompt)
     chat.send("\x03")
@@ -195,7 +198,7 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(start: Start, tmp_path: Path
         ("/copy", "there is no answer yet."),
     ):
         shown = chat.ask(line)
-        assert message in shown and len(shown.strip().splitlines()) == 2, shown
+        assert message in shown and len(shown.strip().splitlines()) == 1, shown
     assert "there is no file 'missing.png'." in chat.text and "Traceback" not in chat.text
     assert "first after" in chat.ask("Hello?")
 
