@@ -32,6 +32,7 @@ ORDER = [
     "granite4v.runtime.engine",
     "granite4v.runtime.options",
     "granite4v.runtime.model",
+    "granite4v.runtime.known_tasks",
     "granite4v.runtime.verify",
     "granite4v.runtime.documents",
     "granite4v.runtime.extract",

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import PIL.Image
-
 from granite4v.errors import PromptError
 from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import TASKS
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
 from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.known_tasks import is_known
 from granite4v.runtime.model import Model
 from granite4v.runtime.prompt.template import TAG
 
@@ -99,9 +98,9 @@ def questions(
     `unconstrained`: without grammars. Raises PromptError for a task that the template does not know.
     """
     asked = [find_task(task) for task in tasks]
-    unknown = [task.name for task in asked if not _is_known(model, task)]
+    unknown = [task.name for task in asked if not is_known(model, task)]
     if unknown:
-        known = [task.name for task in TASKS.values() if task.name not in unknown and _is_known(model, task)]
+        known = [task.name for task in TASKS.values() if task.name not in unknown and is_known(model, task)]
         raise PromptError(
             f"the model's chat template does not know the task '{unknown[0]}'; it knows "
             f"{', '.join(known)}, and any model takes a question by 'prompt' (--prompt)."
@@ -127,16 +126,6 @@ def schema_warnings(asked: Sequence[Question]) -> list[str]:
         if question.constraint is not None:
             warnings += [f"in the schema, {warning}" for warning in question.constraint.warnings]
     return warnings
-
-
-def _is_known(model: Model, task: Task) -> bool:
-    """Whether the model's template replaces the task's tag by words; one that does not know it leaves it as it is."""
-    if task.tag is None:
-        return True
-    try:
-        return task.tag not in model.prepare(task.tag, [PIL.Image.new("RGB", (32, 32))]).text
-    except PromptError:
-        return False
 
 
 def _grammar(task: str, schema: Schema | None) -> Grammar | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from granite4v.runtime.formats.tasks import TASKS
+from granite4v.runtime.known_tasks import is_known
 from granite4v.runtime.model import Model
 from granite4v.runtime.server import chat, completions, errors, responses
 from granite4v.runtime.server.content import ContentReader
@@ -18,6 +20,7 @@ from granite4v.runtime.server.errors import ApiError
 from granite4v.runtime.server.guard import too_large
 from granite4v.runtime.server.live_response import JSON, LiveResponse, Pace
 from granite4v.runtime.server.openapi import Operation
+from granite4v.runtime.server.parsing import parsed
 from granite4v.runtime.server.replies import (
     ChatCompletion,
     Completion,
@@ -25,6 +28,7 @@ from granite4v.runtime.server.replies import (
     InputTokens,
     ModelEntry,
     ModelList,
+    Parsed,
     Reply,
     ResponseReply,
     TokenPiece,
@@ -34,6 +38,7 @@ from granite4v.runtime.server.requests import (
     ChatRequest,
     CompletionFields,
     CompletionRequest,
+    ParseRequest,
     ResponseRequest,
     TokenizeRequest,
 )
@@ -60,6 +65,7 @@ class Endpoints:
         self._limits = options.limits
         self._pace = Pace(options.patience_s, options.keepalive_s, options.limits.time_s, dispatcher.ended)
         self._reader = ContentReader(options.media_paths)
+        self._known_tasks: list[dict[str, Any]] | None = None  # looked for once
 
     def table(self) -> dict[tuple[str, str], tuple[Handler, Operation]]:
         """The handler of each path and method, and what it takes and gives."""
@@ -69,6 +75,7 @@ class Endpoints:
         states = Operation("Answers a conversation.", ResponseReply, ResponseRequest, events=True, statuses=busy)
         counts = Operation("Counts the tokens of a conversation.", InputTokens, ChatRequest, statuses=busy)
         tokens = Operation("Splits a text into tokens.", Tokens, TokenizeRequest, statuses=(503,))
+        parses = Operation("Reads an answer to a task: its tables, fields or text.", Parsed, ParseRequest)
         models = Operation("Lists the model.", ModelList, statuses=(503,))
         model = Operation("Describes the model.", ModelEntry, parameters=("model",), statuses=(404, 503))
         health = Operation("Tells whether the model is loaded.", Health, statuses=(503,))
@@ -81,6 +88,7 @@ class Endpoints:
             ("/v1/models", "GET"): (self.models, models),
             ("/v1/models/{model}", "GET"): (self.model, model),
             ("/tokenize", "POST"): (self.tokenize, tokens),
+            ("/parse", "POST"): (self.parse, parses),
             ("/health", "GET"): (self.health, health),
             ("/metrics", "GET"): (self.metrics, metrics),
         }
@@ -130,24 +138,39 @@ class Endpoints:
         body = await self._body(request, TokenizeRequest)
         return _json(await self._dispatcher.in_thread(_tokenized, self._dispatcher.model, body))
 
+    async def parse(self, request: Request) -> Response:
+        body = await self._body(request, ParseRequest)
+        return _json(await self._dispatcher.in_thread(parsed, body))
+
     async def models(self, request: Request) -> Response:
-        return _json(ModelList(data=[self._entry()]))
+        return _json(ModelList(data=[await self._entry()]))
 
     async def model(self, request: Request) -> Response:
-        entry, asked = self._entry(), request.path_params["model"]
+        entry, asked = await self._entry(), request.path_params["model"]
         if asked != entry.id:
             raise ApiError(404, f"there is no model {asked!r:.80} here; this server has '{entry.id}'.", param="model")
         return _json(entry)
 
-    def _entry(self) -> ModelEntry:
+    async def _entry(self) -> ModelEntry:
         model, named = self._dispatcher.model, self._named()
         meta = {
             "n_ctx": model.n_ctx,
             "n_parallel": model.n_parallel,
             "has_vision": model.has_vision,
             "has_adapter": model.has_lora,
+            "tasks": await self._dispatcher.in_thread(self._tasks, model),
         }
         return ModelEntry(id=named.name, created=named.created, owned_by="granite4v", meta=meta)
+
+    def _tasks(self, model: Model) -> list[dict[str, Any]]:
+        """The tasks that the model is trained for, each with the text that asks for it, or with a schema's need."""
+        if self._known_tasks is None:
+            known = [task for task in TASKS.values() if is_known(model, task)] if model.has_vision else []
+            self._known_tasks = [
+                {"name": task.name, "tag": task.tag, "kind": task.kind, "takes_schema": task.takes_schema}
+                for task in known
+            ]
+        return self._known_tasks
 
     async def health(self, request: Request) -> Response:
         _ = self._dispatcher.model

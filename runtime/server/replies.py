@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from granite4v.runtime.formats.tasks import Kind
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -206,6 +208,18 @@ class TokenPiece(Reply):
 
 class Tokens(Reply):
     tokens: list[int] | list[TokenPiece]
+
+
+class Parsed(Reply):
+    """`value`: fields, code or prose; `tables`: tables, a chart's data included, with `csv` of each (None for one that
+    would be too long). `is_cut`: whether something may be missing; `error`: what is wrong with the answer."""
+
+    kind: Kind
+    value: Any = None
+    tables: list[dict[str, Any]] | None = None
+    csv: list[str | None] | None = None
+    is_cut: bool
+    error: str | None = None
 
 
 class Health(Reply):

@@ -207,6 +207,15 @@ class ResponseRequest(Sampled):
     metadata: dict[str, str] | None = None
 
 
+class ParseRequest(Body):
+    """The text of an answer to a task ('tables_html', 'kvp', ...; 'prompt' for a question of the client's own).
+    `ended`: whether the answer ended by itself; of any other, what is complete is read."""
+
+    task: str
+    text: str
+    ended: bool = True
+
+
 class TokenizeRequest(Body):
     """`add_special`: also the tokens that the tokenizer puts around a text. `with_pieces`: the text of each token."""
 
