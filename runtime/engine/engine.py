@@ -17,11 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute, whole_number
-from granite4v.errors import ModelFileError
-from granite4v.ggml.backend import Aborted, Backend, check_threads, find_device, is_cpu
+from granite4v.ggml.backend import Aborted, check_threads, find_device, is_cpu
 from granite4v.ggml.cpu import FreeThreads
-from granite4v.ggml.gguf_file import n_weights
-from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
@@ -31,14 +28,13 @@ from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.step_trial import step_seconds
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
 from granite4v.runtime.engine.task import Rows, Task
+from granite4v.runtime.engine.text_model import TextModel
 from granite4v.runtime.engine.thread import EngineThread, close_at_exit
 from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.context import LlamaContext
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
-from granite4v.runtime.llama.model import LlamaModel
-from granite4v.runtime.llama.placement import N_UBATCH, Placement, choose_placement
-from granite4v.runtime.llama.weight_copies import open_model
+from granite4v.runtime.llama.placement import N_UBATCH
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 
 if TYPE_CHECKING:
@@ -104,8 +100,7 @@ class Engine:
         same_from_two = {info.type_name for info in files.text.tensors.values()} <= SAME_FROM_TWO_ROWS
         least_rows = 2 if self._is_batch and same_from_two else 1
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows)
-        self._model: LlamaModel | None = None
-        self._placement = Placement()
+        self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
@@ -140,7 +135,7 @@ class Engine:
             "n_parallel": self.n_parallel,
             "n_ubatch": self.n_ubatch,
             "n_ctx": self._cache.n_cells,
-            "text_buffer_types": self._placement.n_copies,
+            "text_buffer_types": self._text.placement.n_copies,
             "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
         }
@@ -156,7 +151,7 @@ class Engine:
 
     @property
     def text_is_open(self) -> bool:
-        return self._model is not None
+        return self._text.is_open
 
     @property
     def vision_is_open(self) -> bool:
@@ -269,8 +264,7 @@ class Engine:
         for call in self._calls:
             call()
         self._cache.close()
-        if self._model is not None:
-            self._model.close()
+        self._text.close()
         self._vision.close()
         self.files.close()
 
@@ -345,16 +339,16 @@ class Engine:
 
     def prepare(self, task: Task) -> None:
         """Encodes a request's images before the text weights are in memory, and then reads those."""
-        if self._model is not None:
+        if self._text.is_open:
             return
         for span in task.spans:
             if isinstance(span, ImageSpan):
                 self._encode(task, span)
         start = time.perf_counter()
         with self.computing([task]):
-            self._choose_placement(lambda: task.channel.report("measure", 0, 1))
+            self._text.choose(lambda: task.channel.report("measure", 0, 1))
         task.channel.report("load", 0, 1)
-        self._model = self._open_model()
+        self._text.open()
         task.channel.report("load", 1, 1)
         task.answer.timings.load_s += time.perf_counter() - start
         self._vision.release()
@@ -389,39 +383,9 @@ class Engine:
         progress("encode", 0, 100)
         return self._vision.features(image, lambda done, total: progress("encode", done, total))
 
-    def _choose_placement(self, announce: Callable[[], None]) -> None:
-        if self.exact:
-            return
-        backend = Backend(self.device, self.n_threads, (self._abort.callback_address, self._abort.data_address))
-        try:
-            tensors = self.files.text.tensors
-            self._placement = choose_placement(tensors, backend, announce, for_many=self._is_batch)
-            warn_if_slow(self.files.text.path, "text", n_weights(tensors.values()), backend)
-        finally:
-            backend.close()
-
-    def _open_model(self) -> LlamaModel:
-        model = open_model(self.files.text.path, self._placement, device=self.device, n_threads=self.n_threads)
-        try:
-            self._check_width(model)
-            if self.files.adapter is not None:
-                model.load_adapter(self.files.adapter.path)
-        except BaseException:
-            model.close()
-            raise
-        return model
-
-    def _check_width(self, model: LlamaModel) -> None:
-        if self.injection is not None and model.n_embd_inp != model.n_embd * self.injection.n_slots:
-            raise ModelFileError(
-                f"llama.cpp takes embeddings of width {model.n_embd_inp} for '{model.path}', expected "
-                f"{model.n_embd * self.injection.n_slots}; convert it again with 'granite4v convert'."
-            )
-
     def _open_context(self, n_cells: int, n_sequences: int) -> Context:
-        assert self._model is not None
         return LlamaContext(
-            self._model,
+            self._text.model,
             n_cells,
             self.n_ubatch,
             self.n_threads,

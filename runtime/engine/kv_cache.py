@@ -1,8 +1,6 @@
 """What the KV cache holds: the index of its sequences, prefix reuse, and eviction.
 
-Owns the llama.cpp context, which grows with the requests. A position is known by what was put there: a token id, or the
-digest of an image and an index into it. Two positions are equal only if everything before them is equal too, so the
-cells of one image are never reused for another. Only this module removes anything from the cache.
+Owns the llama.cpp context, which grows with the requests. Only this module removes anything from the cache.
 """
 
 from __future__ import annotations
@@ -10,35 +8,21 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from granite4v.errors import DeviceError
+from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence, total
 from granite4v.runtime.engine.moved_states import MovedStates
 from granite4v.runtime.llama.context import BatchRows
 
-# A repeated request should give the same logits to the last bit, which needs the same batches. So a request starts
-# again at the batch where it first differs, unless that would compute more than this many known tokens anew.
-MAX_RECOMPUTED = 128
 CONTEXT_STEP = 512  # a context of one sequence is made in multiples of this many tokens
 SEQUENCE_STEP = 256  # and one of several: llama.cpp rounds the tokens of a sequence to that
 # Several sequences have room for answers as they were lately, not for as many tokens as each may have: all of it is
 # taken at once. A longer answer makes them larger, by half of what it has.
 MIN_ANSWER = 512
 N_LATELY = 32  # answers that tell how long the next ones are
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Positions that were or will be computed in one call, and what they hold."""
-
-    keys: tuple[Hashable, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.keys)
 
 
 class Context(Protocol):
@@ -59,74 +43,6 @@ class Context(Protocol):
     def state(self, sequence: int) -> np.ndarray: ...
     def restore(self, sequence: int, state: np.ndarray) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(eq=False)
-class CachedSequence:
-    """What one sequence of the context holds, batch by batch, from position 0 on."""
-
-    id: int
-    batches: list[Batch] = field(default_factory=list)
-    adapter: bool = False  # whether a LoRA was applied to it
-    in_use: bool = False
-    is_lost: bool = False  # its cells are gone although it is in use
-    last_used: int = 0
-    n_prompt: int = 0  # of the request that uses it
-    n_most: int = 0  # tokens that this request can come to, its prompt included
-    # the last prefill and the logits at its end, so that the same request again costs nothing
-    plan: tuple[Batch, ...] = ()
-    logits: np.ndarray | None = None
-    # of `batches`, counted along: every decoded token makes a batch and asks for the sum
-    n_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n_tokens = _length(self.batches)
-
-    def append(self, batch: Batch) -> None:
-        self.batches.append(batch)
-        self.n_tokens += batch.n_tokens
-
-    def hold(self, batches: list[Batch]) -> None:
-        """Replaces what it holds."""
-        self.batches, self.n_tokens = batches, _length(batches)
-
-    def prefix(self, n_tokens: int) -> list[Batch]:
-        """The first `n_tokens`; a batch that is cut through is there with its first part."""
-        kept: list[Batch] = []
-        room = n_tokens
-        for batch in self.batches:
-            if room <= 0:
-                break
-            kept.append(batch if batch.n_tokens <= room else Batch(batch.keys[:room]))
-            room -= kept[-1].n_tokens
-        return kept
-
-    def reusable(self, plan: Sequence[Batch]) -> int:
-        """How many positions of the plan need not be computed; the plan's last position always is.
-
-        The complete batches that were computed alike; or, where that leaves much to do, all equal positions.
-        """
-        alike = 0
-        for mine, planned in zip(self.batches, plan, strict=False):
-            if mine != planned:
-                break
-            alike += mine.n_tokens
-        equal = 0
-        mine_keys = (key for batch in self.batches for key in batch.keys)
-        plan_keys = (key for batch in plan for key in batch.keys)
-        for mine_key, planned_key in zip(mine_keys, plan_keys, strict=False):
-            if mine_key != planned_key:
-                break
-            equal += 1
-        n_plan = sum(batch.n_tokens for batch in plan)
-        equal = min(equal, n_plan - 1)
-        if alike >= n_plan:
-            alike -= plan[-1].n_tokens
-        return alike if equal - alike <= MAX_RECOMPUTED else equal
-
-    def known_logits(self, plan: Sequence[Batch]) -> np.ndarray | None:
-        """The logits at the end of a plan that this sequence begins with and was prefilled by, if it was the last."""
-        return self.logits.copy() if self.logits is not None and self.plan == tuple(plan) else None
 
 
 class KvCache:
@@ -213,15 +129,15 @@ class KvCache:
             self._cut(self._sequences[0], n_reused if source is not None else 0)
         if source is not None:
             source.last_used = next(self._clock)
-        if not self._prepare(_length(plan), n_new, n_wanted):
+        if not self._prepare(total(plan), n_new, n_wanted):
             return None
         source, n_reused = self._best_source(plan, adapter)
-        target = self._choose_target(source, n_reused, _length(plan))
+        target = self._choose_target(source, n_reused, total(plan))
         self._cut(target, n_reused if source is target else 0)
         if source is not None and source is not target:
             self._copy(source, target, n_reused)
         target.in_use, target.is_lost, target.adapter = True, False, adapter
-        target.n_prompt, target.n_most = _length(plan), _length(plan) + n_new
+        target.n_prompt, target.n_most = total(plan), total(plan) + n_new
         target.last_used = next(self._clock)
         return target
 
@@ -267,7 +183,7 @@ class KvCache:
         if n_tokens >= sequence.n_tokens:  # as after a step: a prefill that is under way goes on
             return
         sequence.hold(sequence.prefix(n_tokens))
-        if n_tokens < _length(sequence.plan):
+        if n_tokens < total(sequence.plan):
             sequence.plan, sequence.logits = (), None
 
     def clear(self) -> None:
@@ -293,7 +209,7 @@ class KvCache:
             if sequence.adapter != adapter or sequence.is_lost or not sequence.batches:
                 continue
             known = sequence.known_logits(plan) is not None
-            n_reused = _length(plan) if known else sequence.reusable(plan)
+            n_reused = total(plan) if known else sequence.reusable(plan)
             if n_reused > most:
                 best, most = sequence, n_reused
         return best, most
@@ -313,7 +229,7 @@ class KvCache:
         self.context.copy(source.id, target.id, n_tokens)
         target.hold(source.prefix(n_tokens))
         self._copied.append(target)
-        if n_tokens >= _length(source.plan):
+        if n_tokens >= total(source.plan):
             target.plan, target.logits = source.plan, source.logits
 
     def _cut(self, sequence: CachedSequence, n_tokens: int) -> None:
@@ -440,7 +356,3 @@ class KvCache:
             except DeviceError:
                 self.context.truncate(sequence.id, 0)
             self._lose(sequence)
-
-
-def _length(batches: Sequence[Batch]) -> int:
-    return sum(batch.n_tokens for batch in batches)

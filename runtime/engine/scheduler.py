@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from granite4v.ggml.backend import Aborted
-from granite4v.runtime.engine.kv_cache import Batch, CachedSequence, KvCache
+from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence
+from granite4v.runtime.engine.kv_cache import KvCache
 from granite4v.runtime.engine.sequence import Step
 from granite4v.runtime.engine.step import Limits, Part, joined, plan_step
 from granite4v.runtime.engine.step_costs import StepCosts

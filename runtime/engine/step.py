@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from granite4v.runtime.engine.cached_sequence import CachedSequence
 from granite4v.runtime.engine.draft import Draft
-from granite4v.runtime.engine.kv_cache import CachedSequence
 from granite4v.runtime.engine.step_costs import StepCosts
 from granite4v.runtime.engine.task import Task
 from granite4v.runtime.llama.context import BatchRows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from granite4v.runtime.answer import Answer
-from granite4v.runtime.engine.kv_cache import Batch, CachedSequence
+from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, Span

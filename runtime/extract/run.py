@@ -18,7 +18,6 @@ from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.batch import REPORT, Extraction, Job, Say
 from granite4v.runtime.extract.earlier import earlier_error, earlier_source
-from granite4v.runtime.extract.fingerprint import model_hashes
 from granite4v.runtime.extract.options import ExtractFields, ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
 from granite4v.runtime.extract.questions import ArgumentError, Question, questions, schema_warnings
@@ -27,6 +26,7 @@ from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.schema import Schema, load_schema
 from granite4v.runtime.extract.state import State, Watch, waiting
 from granite4v.runtime.extract.window import how_many
+from granite4v.runtime.llama.fingerprint import model_hashes
 from granite4v.runtime.model import Model
 
 if TYPE_CHECKING:

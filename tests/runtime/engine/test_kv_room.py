@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from granite4v.runtime.engine import kv_cache
-from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP, Batch, KvCache
+from granite4v.runtime.engine.cached_sequence import Batch
+from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP, KvCache
 from granite4v.runtime.engine.moved_states import MovedStates
 from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
 from tests.helpers.fake_context import FakeContext, FakeEngine, expected, read

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.cached_sequence import CachedSequence
 from granite4v.runtime.engine.draft import Draft
-from granite4v.runtime.engine.kv_cache import CachedSequence
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.sequence import Step

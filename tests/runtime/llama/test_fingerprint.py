@@ -11,7 +11,7 @@ import pytest
 
 from granite4v.errors import ModelFileError
 from granite4v.runtime.extract import extract
-from granite4v.runtime.extract.fingerprint import file_hash
+from granite4v.runtime.llama.fingerprint import file_hash
 from tests.helpers.gguf_edit import copy_gguf
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS

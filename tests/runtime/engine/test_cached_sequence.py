@@ -1,10 +1,10 @@
-"""The index of the KV cache: what a request can go on from, where it goes, and what is evicted for it."""
+"""What a sequence holds, and what of it a prompt can go on from."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from granite4v.runtime.engine.kv_cache import MAX_RECOMPUTED, Batch, CachedSequence
+from granite4v.runtime.engine.cached_sequence import MAX_RECOMPUTED, Batch, CachedSequence
 
 # --- bookkeeping ---
 
