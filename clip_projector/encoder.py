@@ -34,6 +34,7 @@ from granite4v.ggml import autotune, onednn
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError
+from granite4v.ggml.kernels import Kernel
 from granite4v.ggml.metadata import AGAIN
 from granite4v.ggml.slow_weights import warn_if_slow
 
@@ -112,15 +113,9 @@ class VisionEncoder:
             names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
-            self.quantized_as = quantized_in_memory(file, self.backend, vision_compute, announce)
-            matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
-            if self.quantized_as is not None:
-                matrices = [replace(i, type_name=self.quantized_as) if _is_float_matrix(i) else i for i in matrices]
-            rounding = vision_compute == "BF16"
-            self.kernels = autotune.vision_kernels(self.backend, n_weights(matrices), announce, rounding=rounding)
-            if self.quantized_as is not None:
-                self.kernels |= dict([autotune.int8_kernel(self.backend, announce, [self.quantized_as])])
+            self.quantized_as, self.kernels = choose_kernels(file, self.backend, vision_compute, announce)
             if vision_compute == "file":
+                matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
                 warn_if_slow(self.path, "vision", n_weights(matrices), self.backend)
             self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as)
         if self.quantized_as is not None:  # which may have padded the feed-forward widths
@@ -267,6 +262,22 @@ class VisionEncoder:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def choose_kernels(
+    file: GgufFile, backend: Backend, vision_compute: VisionCompute, announce: Callable[[], None] | None = None
+) -> tuple[str | None, dict[str, Kernel]]:
+    """The type into which matrices are quantized in memory (see `quantized_in_memory`), and the kernel for each weight
+    type that is not multiplied plainly. Reads headers only; measures on the first call on a machine."""
+    quantized_as = quantized_in_memory(file, backend, vision_compute, announce)
+    matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+    if quantized_as is not None:
+        matrices = [replace(i, type_name=quantized_as) if _is_float_matrix(i) else i for i in matrices]
+    rounding = vision_compute == "BF16"
+    kernels = autotune.vision_kernels(backend, n_weights(matrices), announce, rounding=rounding)
+    if quantized_as is not None:
+        kernels |= dict([autotune.int8_kernel(backend, announce, [quantized_as])])
+    return quantized_as, kernels
 
 
 def quantized_in_memory(

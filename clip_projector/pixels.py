@@ -6,6 +6,8 @@ import numpy as np
 
 from granite4v.families.base import TilingConfig
 
+PREPROCESSING = 1  # to be raised when the same image and model give other tiles or numbers: stored pages are read anew
+
 
 def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     """uint8 tiles as the tower takes them, float32, same shape: (value * rescale_factor - mean) / std.

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
         ImageWarning,
         ModelFileError,
         OutputError,
+        PageStoreWarning,
         PromptError,
         SchemaError,
         SpeedWarning,
     )
     from granite4v.runtime import Answer, GenerationOptions, Model, Sampling, Stream, Timings, TokenLogprob
     from granite4v.runtime.confidence import Confidence, confidence
+    from granite4v.runtime.engine.page_store import PageStore
     from granite4v.runtime.extract import Record
     from granite4v.runtime.formats.task_grammar import grammar_for
 
@@ -59,6 +61,8 @@ __all__ = [
     "Model",
     "ModelFileError",
     "OutputError",
+    "PageStore",
+    "PageStoreWarning",
     "PromptError",
     "Record",
     "Sampling",
@@ -92,12 +96,14 @@ _find, _ = exports(
             "ImageWarning",
             "ModelFileError",
             "OutputError",
+            "PageStoreWarning",
             "PromptError",
             "SchemaError",
             "SpeedWarning",
         ),
         "runtime": ("Answer", "GenerationOptions", "Model", "Sampling", "Stream", "Timings", "TokenLogprob"),
         "runtime.confidence": ("Confidence", "confidence"),
+        "runtime.engine.page_store": ("PageStore",),
         "runtime.extract": ("Record",),
         "runtime.formats.task_grammar": ("grammar_for",),
     },

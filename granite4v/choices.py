@@ -12,6 +12,8 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
 # How matrices of a vision file in F32, F16 or BF16 are multiplied: as they are, rounded to bfloat16, as 8-bit integers
 # in the type that is the fastest here, or in one of these types.
 VisionCompute: TypeAlias = Literal["file", "BF16", "int8", "Q8_0", "Q6_K"]
+# How numbers in the KV cache are stored; q8_0 takes about half of the memory, and of the disk in the page store.
+CacheType: TypeAlias = Literal["f16", "q8_0"]
 Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "docling"]
 
 MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process

@@ -28,9 +28,10 @@ from granite4v.paths import cache_folder, temporary_folder
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from granite4v.choices import Device, VisionCompute
+    from granite4v.choices import CacheType, Device, VisionCompute
     from granite4v.converter import Progress
     from granite4v.runtime import Model
+    from granite4v.runtime.engine.page_store import PageStore
     from granite4v.runtime.engine.parallel import Workload
     from granite4v.runtime.extract import Extraction
     from granite4v.runtime.extract.batch import Say
@@ -60,6 +61,8 @@ def load(
     exact: bool | None = None,
     vision_compute: VisionCompute = "file",
     workload: Workload | None = None,
+    page_store: PageStore | bool | None = None,
+    cache_type: CacheType | None = None,
 ) -> Model:
     """Loads a model (see `Model.load`); without a path, or with 'nano' if no such file exists, the embedded model.
 
@@ -82,6 +85,8 @@ def load(
         exact=exact,
         vision_compute=vision_compute,
         workload=workload,
+        page_store=page_store,
+        cache_type=cache_type,
     )
 
 

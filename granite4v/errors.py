@@ -28,6 +28,10 @@ class SpeedWarning(UserWarning):
     """A model that runs much slower than this machine could run it, and what to do about that."""
 
 
+class PageStoreWarning(UserWarning):
+    """A stored page that is damaged, or one that cannot be stored: it is computed again, as without a store."""
+
+
 class DocumentError(Granite4vError):
     """A document that is missing, damaged, encrypted or of an unknown type, or that lacks a requested page."""
 

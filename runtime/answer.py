@@ -12,12 +12,13 @@ STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition
 class Timings:
     """Timings of one answer in seconds, and token counts.
 
-    `load_s`: reading weights, which only the first request does; `encode_s`: images to embeddings; `prefill_image_s`
-    and `prefill_text_s`: the prompt; `decode_s`: the batches that this answer was part of, which may be shared with
-    other answers; `constraint_s`: the grammar's masks and forced tokens. `n_reused` prompt tokens came from the prefix
-    cache; `n_encoded` images were not cached. `n_forced` tokens of the answer were the only ones that the grammar
-    allowed, and were not sampled. `n_decoded` tokens of the answer were decoded in `decode_s`, all but those that
-    nothing followed. `n_drafted` tokens were decoded before they were sampled; `n_accepted` of them were right.
+    `load_s`: reading weights, which only the first request does, and stored pages; `encode_s`: images to embeddings;
+    `prefill_image_s` and `prefill_text_s`: the prompt; `decode_s`: the batches that this answer was part of, which may
+    be shared with other answers; `constraint_s`: the grammar's masks and forced tokens. `n_reused` prompt tokens came
+    from the prefix cache, and `n_stored` others from the page store; `n_encoded` images were in neither. `n_forced`
+    tokens of the answer were the only ones that the grammar allowed, and were not sampled. `n_decoded` tokens of the
+    answer were decoded in `decode_s`, all but those that nothing followed. `n_drafted` tokens were decoded before they
+    were sampled; `n_accepted` of them were right.
     """
 
     load_s: float = 0.0
@@ -29,6 +30,7 @@ class Timings:
     n_prompt: int = 0
     n_image: int = 0
     n_reused: int = 0
+    n_stored: int = 0
     n_encoded: int = 0
     n_generated: int = 0
     n_forced: int = 0

@@ -6,19 +6,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.choices import Device, VisionCompute, whole_number
+from granite4v.choices import CacheType, Device, VisionCompute, whole_number
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Drafter, DraftSource
 from granite4v.runtime.engine.engine import Engine
 from granite4v.runtime.engine.logprobs import Logprobs
+from granite4v.runtime.engine.page_store import PageStore
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.scheduler import Counters
@@ -70,6 +71,8 @@ class Model:
         exact: bool | None = None,
         vision_compute: VisionCompute = "file",
         workload: Workload | None = None,
+        page_store: PageStore | bool | None = None,
+        cache_type: CacheType | None = None,
     ) -> Model:
         """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
 
@@ -86,15 +89,23 @@ class Model:
         `n_parallel` is chosen by their number, by the memory there is, and by the gain, which for a long batch is
         measured once on a machine, in some seconds; and the sequences are there from the beginning. On a CPU, with
         files of F32, F16, BF16 and Q8_0, an answer then has the same bits whatever is computed beside it, as long as
-        `n_parallel` is more than 1.
+        `n_parallel` is more than 1. `page_store`: where the state of the decoder after a prompt's images is kept on
+        disk, so that a page is encoded and prefilled once, in this process and in others; True for the user's own
+        (`PageStore()`). `cache_type`: of the KV cache; 'q8_0' takes about half of the memory and disk of 'f16', the
+        default, and changes answers a little.
 
-        Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device.
+        Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device,
+        ValueError for a `cache_type` with `exact`.
         """
+        if exact and cache_type is not None:
+            raise ValueError(f"cache_type is {cache_type!r}, but exact=True computes with a float32 KV cache.")
+        if cache_type not in (None, *get_args(CacheType)):
+            raise ValueError(f"cache_type is {cache_type!r:.40}; expected one of {get_args(CacheType)}.")
         adapter = lora if isinstance(lora, str | Path) else None
         files = ModelFiles.open(path, mmproj=mmproj, adapter=adapter)
         policy = lora if isinstance(lora, bool) else None
         if exact is None:
-            exact = all(info.type_name == "F32" for info in files.text.tensors.values())
+            exact = cache_type is None and all(info.type_name == "F32" for info in files.text.tensors.values())
         try:
             engine = Engine(
                 files,
@@ -105,6 +116,8 @@ class Model:
                 exact=exact,
                 vision_compute=vision_compute,
                 workload=workload,
+                page_store=PageStore() if page_store is True else page_store or None,
+                cache_type=cache_type or "f16",
             )
             return cls(engine, policy)
         except BaseException:

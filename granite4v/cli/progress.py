@@ -28,6 +28,8 @@ MIN_ESTIMATE_S, MIN_ESTIMATE_SHARE = 2.0, 0.02
 _STAGES = {
     "check": "checking the model files",
     "measure": "measuring the fastest kernels of this CPU, once",
+    "checksum": "computing the checksums of the model's files, once",
+    "stored": "reading the page from the store",
     "load": "loading weights",
     "read": "reading pages",
     "encode": "encoding images",

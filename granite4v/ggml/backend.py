@@ -76,6 +76,14 @@ def is_cpu(device: Any) -> bool:
     return bool(lib().ggml_backend_dev_type(device) == _DEVICE_CPU)
 
 
+def device_name(name: str) -> str:
+    """What ggml calls the device that `find_device` finds, with its description. Raises DeviceError."""
+    device = find_device(name)
+    ggml = lib()
+    described = ggml.ggml_backend_dev_description(device).decode(errors="replace")
+    return f"{ggml.ggml_backend_dev_name(device).decode()}: {described}"
+
+
 def registry_name(device: Any) -> str:
     """The backend that a device belongs to: 'CPU', 'CUDA', 'MTL', ..."""
     return str(lib().ggml_backend_reg_name(lib().ggml_backend_dev_backend_reg(device)).decode())

@@ -16,16 +16,19 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from granite4v import gguf_keys as keys
-from granite4v.choices import VisionCompute, whole_number
+from granite4v.choices import CacheType, VisionCompute, whole_number
 from granite4v.ggml.backend import Aborted, check_threads, find_device, is_cpu
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
+from granite4v.runtime.engine.page_identity import PageIdentity
+from granite4v.runtime.engine.page_store import PageStore
 from granite4v.runtime.engine.parallel import Width, Workload, choose_width, most_cells
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.step_trial import step_seconds
+from granite4v.runtime.engine.stored_pages import StoredPages, StoredPrefix
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
 from granite4v.runtime.engine.task import Rows, Task
 from granite4v.runtime.engine.text_model import TextModel
@@ -63,11 +66,13 @@ class Engine:
         exact: bool,
         vision_compute: VisionCompute = "file",
         workload: Workload | None = None,
+        page_store: PageStore | None = None,
+        cache_type: CacheType = "f16",
     ) -> None:
-        """`n_parallel`: requests that are computed side by side; `workload`: see `Model.load`. Raises DeviceError,
+        """`n_parallel`: requests that are computed side by side; the others: see `Model.load`. Raises DeviceError,
         TypeError, ValueError."""
         find_device(device)  # a device that is missing is reported now, not after the first image
-        self.files, self.device, self.exact = files, device, exact
+        self.files, self.device, self.exact, self.cache_type = files, device, exact, cache_type
         self.n_threads = check_threads(n_threads)
         # a number that was asked for stays, and --exact compares values, which depend on it
         self._free_threads = FreeThreads(self.n_threads) if n_threads is None and not exact else None
@@ -101,6 +106,7 @@ class Engine:
         least_rows = 2 if self._is_batch and same_from_two else 1
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows)
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
+        self._pages = None if page_store is None else self._open_pages(page_store)
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
@@ -108,6 +114,18 @@ class Engine:
         self._has_news = False
         self._computing: tuple[Channel, ...] = ()
         self.is_closed = False
+
+    def _open_pages(self, store: PageStore) -> StoredPages:
+        path = self.files.text.path.absolute()
+        identity = PageIdentity(
+            self.files,
+            self._vision,
+            self._text,
+            device=self.device,
+            n_threads=self.n_threads,
+            cache_type="f32" if self.exact else self.cache_type,
+        )
+        return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
 
     def _limit_context(self, asked: int | None) -> int:
         n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
@@ -135,6 +153,7 @@ class Engine:
             "n_parallel": self.n_parallel,
             "n_ubatch": self.n_ubatch,
             "n_ctx": self._cache.n_cells,
+            "cache_type": "f32" if self.exact else self.cache_type,
             "text_buffer_types": self._text.placement.n_copies,
             "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
@@ -263,6 +282,8 @@ class Engine:
             task.channel.finish(ValueError("the model is closed"))
         for call in self._calls:
             call()
+        if self._pages is not None:
+            self._pages.close()
         self._cache.close()
         self._text.close()
         self._vision.close()
@@ -337,16 +358,46 @@ class Engine:
     def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
         return self._computing_for(tuple(task.channel for task in tasks))
 
-    def prepare(self, task: Task) -> None:
+    def find_stored(self, task: Task, n_known: int) -> StoredPrefix | None:
+        if self._pages is None or not task.images:
+            return None
+        start = time.perf_counter()
+        with self.computing([task]):
+            if not self._text.is_open:  # a key says how weights are multiplied
+                self._text.choose(lambda: task.channel.report("measure", 0, 1))
+            found = self._pages.find(
+                task.plan(),
+                n_known,
+                adapter=task.adapter,
+                announce=lambda _: task.channel.report("checksum", 0, 1),
+                check=self._check_abort,
+            )
+        task.answer.timings.load_s += time.perf_counter() - start
+        return found
+
+    def _check_abort(self) -> None:
+        if self._abort.is_raised:
+            raise Aborted
+
+    def store(self, task: Task) -> None:
+        held = task.held
+        if self._pages is not None and held.batches == list(task.plan()[: len(held.batches)]):
+            context = self._cache.context
+            self._pages.save(task.plan(), len(held.batches), lambda: context.state(held.id), adapter=task.adapter)
+
+    def prepare(self, task: Task, n_stored: int) -> None:
         """Encodes a request's images before the text weights are in memory, and then reads those."""
         if self._text.is_open:
             return
+        position = 0
         for span in task.spans:
-            if isinstance(span, ImageSpan):
+            position += span.n_tokens
+            if isinstance(span, ImageSpan) and position > n_stored:
                 self._encode(task, span)
         start = time.perf_counter()
-        with self.computing([task]):
-            self._text.choose(lambda: task.channel.report("measure", 0, 1))
+        if not n_stored:  # what is stored was found for the choice that was made
+            with self.computing([task]):
+                self._text.choose(lambda: task.channel.report("measure", 0, 1))
         task.channel.report("load", 0, 1)
         self._text.open()
         task.channel.report("load", 1, 1)
@@ -391,6 +442,7 @@ class Engine:
             self.n_threads,
             n_seq_max=n_sequences,
             exact=self.exact,
+            cache_type=self.cache_type,
             abort=self._abort,
             free_threads=self._free_threads,
         )

@@ -13,8 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from granite4v.errors import DeviceError
+from granite4v.ggml.backend import Aborted
 from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence, total
 from granite4v.runtime.engine.moved_states import MovedStates
+from granite4v.runtime.engine.stored_pages import StoredPrefix
 from granite4v.runtime.llama.context import BatchRows
 
 CONTEXT_STEP = 512  # a context of one sequence is made in multiples of this many tokens
@@ -115,13 +117,22 @@ class KvCache:
 
     # --- lending ---
 
-    def acquire(self, plan: Sequence[Batch], n_new: int, *, adapter: bool, n_wanted: int = 1) -> CachedSequence | None:
+    def acquire(
+        self,
+        plan: Sequence[Batch],
+        n_new: int,
+        *,
+        adapter: bool,
+        n_wanted: int = 1,
+        stored: StoredPrefix | None = None,
+    ) -> CachedSequence | None:
         """A sequence that begins with as much of the plan as the cache has, and has room for the rest of it and for
         the beginning of an answer of `n_new` tokens; None when all are in use, or when memory is too small for what
         this request needs beside them.
 
         `n_wanted`: sequences that are wanted now, those in use included. Other sequences may be lost on the way, which
-        is told by `is_lost`. Raises DeviceError when there is not enough memory for this request alone.
+        is told by `is_lost`. `stored`: what is taken where it is more than the cache has. Raises DeviceError when there
+        is not enough memory for this request alone.
         """
         n_wanted = self._n_seq_max if self._opens_all else max(n_wanted, self.n_in_use + 1)
         source, n_reused = self._best_source(plan, adapter)
@@ -131,11 +142,13 @@ class KvCache:
             source.last_used = next(self._clock)
         if not self._prepare(total(plan), n_new, n_wanted):
             return None
-        source, n_reused = self._best_source(plan, adapter)
-        target = self._choose_target(source, n_reused, total(plan))
-        self._cut(target, n_reused if source is target else 0)
-        if source is not None and source is not target:
-            self._copy(source, target, n_reused)
+        target = None if stored is None else self._restored(stored, plan, adapter)
+        if target is None:
+            source, n_reused = self._best_source(plan, adapter)
+            target = self._choose_target(source, n_reused, total(plan))
+            self._cut(target, n_reused if source is target else 0)
+            if source is not None and source is not target:
+                self._copy(source, target, n_reused)
         target.in_use, target.is_lost, target.adapter = True, False, adapter
         target.n_prompt, target.n_most = total(plan), total(plan) + n_new
         target.last_used = next(self._clock)
@@ -224,6 +237,33 @@ class KvCache:
             return source
         idle = [sequence for sequence in self._sequences if not sequence.in_use]
         return min(idle, key=lambda s: (bool(s.batches), s is source, s.last_used if s.batches else 0, s.id))
+
+    def _restored(self, stored: StoredPrefix, plan: Sequence[Batch], adapter: bool) -> CachedSequence | None:
+        """An idle sequence with what is stored; None where the cache has as much, or the state cannot be used."""
+        if stored.n_tokens <= self.n_reusable(plan, adapter=adapter):
+            return None
+        state = stored.load()
+        if state is None:
+            return None
+        target = self._choose_target(None, 0, total(plan))
+        self._cut(target, 0)
+        try:
+            self._apply_copies(target)
+            self.context.restore(target.id, state)
+        except (Aborted, DeviceError):
+            self.context.truncate(target.id, 0)
+            return None
+        target.hold(list(stored.batches))
+        stored.is_taken = True
+        return target
+
+    def _apply_copies(self, empty: CachedSequence) -> None:
+        """Has llama.cpp make the copies that wait for the next decode, since they could be of cells that a restored
+        state is about to replace: by decoding a row in an empty sequence, which is forgotten again."""
+        if self._copied:
+            self.context.decode(BatchRows.of(np.zeros(1, dtype=np.int32), 0, empty.id, output=False))
+            self.context.truncate(empty.id, 0)
+            self._copied.clear()
 
     def _copy(self, source: CachedSequence, target: CachedSequence, n_tokens: int) -> None:
         self.context.copy(source.id, target.id, n_tokens)

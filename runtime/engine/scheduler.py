@@ -20,6 +20,7 @@ from granite4v.runtime.engine.kv_cache import KvCache
 from granite4v.runtime.engine.sequence import Step
 from granite4v.runtime.engine.step import Limits, Part, joined, plan_step
 from granite4v.runtime.engine.step_costs import StepCosts
+from granite4v.runtime.engine.stored_pages import StoredPrefix
 from granite4v.runtime.engine.task import Chunk, Resources, Task, chunks_after, n_alike, plan_prefill
 from granite4v.runtime.llama.context import BatchRows
 from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
@@ -153,20 +154,17 @@ class Scheduler:
         """Gives a task a sequence. False when there is none for it."""
         if self._cache.n_in_use >= self._cache.n_seq_max and not self._preempt():
             return False
-        self._resources.prepare(task)
         plan = task.plan()
-        n_new = task.max_tokens - len(task.tokens)
-        while True:
-            n_wanted = self.n_tasks + self._resources.n_arriving()
-            sequence = self._cache.acquire(plan, n_new, adapter=task.adapter, n_wanted=n_wanted)
-            if sequence is not None:
-                break
+        stored = self._resources.find_stored(task, self._cache.n_reusable(plan, adapter=task.adapter))
+        self._resources.prepare(task, stored.n_tokens if stored is not None else 0)
+        while (sequence := self._acquire(task, plan, stored)) is None:
             if not self._preempt():
                 return False
         task.sequence, task.n_pending = sequence, 0
         n_known = sequence.n_tokens
         if not task.was_started:  # what it goes on from after it lost its sequence, it has computed itself
-            task.answer.timings.n_reused = n_known
+            task.answer.timings.n_stored = n_known if stored is not None and stored.is_taken else 0
+            task.answer.timings.n_reused = n_known - task.answer.timings.n_stored
         task.was_started = True
         task.logits = sequence.known_logits(plan)
         if task.logits is None:
@@ -176,6 +174,18 @@ class Scheduler:
         self._waiting.remove(task)
         self._running.append(task)
         return True
+
+    def _acquire(self, task: Task, plan: SequenceOf[Batch], stored: StoredPrefix | None) -> CachedSequence | None:
+        n_new = task.max_tokens - len(task.tokens)
+        n_wanted = self.n_tasks + self._resources.n_arriving()
+        if stored is None:
+            return self._cache.acquire(plan, n_new, adapter=task.adapter, n_wanted=n_wanted)
+        task.channel.report("stored", 0, 1)
+        start = time.perf_counter()
+        with self._resources.computing([task]):
+            sequence = self._cache.acquire(plan, n_new, adapter=task.adapter, n_wanted=n_wanted, stored=stored)
+        task.answer.timings.load_s += time.perf_counter() - start
+        return sequence
 
     def _preempt(self) -> bool:
         """Takes the sequence of a task whose consumer reads nothing, so that the others can go on. The task begins
@@ -241,6 +251,8 @@ class Scheduler:
         task.chunks.popleft()
         self.counters.n_prefilled += n
         task.channel.report("prefill", sequence.n_tokens, sum(batch.n_tokens for batch in sequence.plan))
+        if isinstance(chunk.span, ImageSpan) and chunk.start + n == chunk.span.n_tokens:
+            self._resources.store(task)
         if not is_last:
             return None
         task.rows = None  # 0.1 GB of a page, which many answers would hold until they end

@@ -14,6 +14,7 @@ import numpy as np
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence
 from granite4v.runtime.engine.sequence import Advances
+from granite4v.runtime.engine.stored_pages import StoredPrefix
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, Span
 
@@ -32,8 +33,18 @@ class Rows(Protocol):
 class Resources(Protocol):
     """What the scheduler needs of a loaded model."""
 
-    def prepare(self, task: Task) -> None:
-        """Before a request is admitted: opens what it needs. May raise Aborted and every error of a model's files."""
+    def find_stored(self, task: Task, n_known: int) -> StoredPrefix | None:
+        """What the page store has of a prompt, if that is more than `n_known` positions. May raise Aborted and every
+        error of a model's files."""
+        ...
+
+    def prepare(self, task: Task, n_stored: int) -> None:
+        """Before a request is admitted: opens what it needs behind the first `n_stored` positions of its prompt. May
+        raise Aborted and every error of a model's files."""
+        ...
+
+    def store(self, task: Task) -> None:
+        """After the last row of an image: the sequence may be stored as it is."""
         ...
 
     def rows(self, task: Task, span: ImageSpan) -> Rows:

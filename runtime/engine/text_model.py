@@ -38,7 +38,8 @@ class TextModel:
         return self._model
 
     def choose(self, announce: Callable[[], None]) -> None:
-        """Decides where weights go, by the memory that is available now. Raises Aborted."""
+        """Decides where weights go, by the memory that is available now. The last choice before `open` counts. Raises
+        Aborted."""
         if self._exact:
             return
         backend = Backend(self._device, self._n_threads, (self._abort.callback_address, self._abort.data_address))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from granite4v import clip_projector
 from granite4v.choices import VisionCompute
-from granite4v.clip_projector.encoder import quantized_in_memory
+from granite4v.clip_projector.encoder import choose_kernels, quantized_in_memory
 from granite4v.ggml.backend import Backend
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import Injection, ModelFiles
@@ -75,6 +75,20 @@ class Vision:
                 self._files.vision.path, self._device, self._n_threads, abort, announce, self.compute
             )
         return self._encoder
+
+    def kernels(self, announce: Callable[[], None] | None = None) -> dict[str, str]:
+        """The kernel for each weight type that is not multiplied plainly, by name. Reads no weights; measures on the
+        first call on a machine. Raises Aborted."""
+        if self._encoder is not None:
+            chosen = self._encoder.kernels
+        else:
+            assert self._files.vision is not None
+            backend = Backend(self._device, self._n_threads, (self._abort.callback_address, self._abort.data_address))
+            try:
+                chosen = choose_kernels(self._files.vision, backend, self.compute, announce)[1]
+            finally:
+                backend.close()
+        return {kind: kernel.name for kind, kernel in chosen.items()}
 
     def knows(self, digest: bytes) -> bool:
         return digest in self._features

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
@@ -19,7 +20,7 @@ from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.owner import Owner
 
-_TYPE_F32, _TYPE_F16 = 0, 1  # enum ggml_type
+_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
 _ABORTED = 2  # llama_decode's result when the abort callback said so
 _STATE_HEADER = 12  # bytes before the streams in the state of a sequence: magic number, sequence, number of streams
@@ -75,13 +76,15 @@ class LlamaContext(Owner):
         *,
         n_seq_max: int = 1,
         exact: bool = False,
+        cache_type: CacheType = "f16",
         abort: AbortFlag | None = None,
         node_callback: Any = None,
         free_threads: FreeThreads | None = None,
     ) -> None:
         """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
-        comparing values rather than for speed. `node_callback`: a `ggml_backend_sched_eval_callback`, which is asked
-        about every node of a graph. `free_threads`: asked before each batch how many of the threads to use; None: all.
+        comparing values rather than for speed; otherwise the cache has `cache_type`. `node_callback`: a
+        `ggml_backend_sched_eval_callback`, which is asked about every node of a graph. `free_threads`: asked before
+        each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -93,7 +96,7 @@ class LlamaContext(Owner):
         params.kv_unified = False
         params.n_outputs_max = self.max_outputs = min(max(_N_OUTPUTS, n_seq_max), n_ubatch)
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = _TYPE_F32 if exact else _TYPE_F16
+        params.type_k = params.type_v = _TYPES["f32" if exact else cache_type]
         params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
         params.offload_kqv = params.op_offload = not model.on_cpu
         if abort is not None:

@@ -29,13 +29,15 @@ _BLOCK_WEIGHT = keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=r"\d+", part=r"\w
 
 @dataclass(frozen=True)
 class Copy:
-    """A weight, by its name, that is copied to a buffer type: for batches of many rows, of a few, or both."""
+    """A weight, by its name, that is copied to a buffer type: for batches of many rows, of a few, or both. `is_plain`:
+    it is multiplied as in the mapped file."""
 
     name: str
     kernel: str
     buffer_type: Any
     many: bool = True
     few: bool = True
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Placement:
     def n_copies(self) -> dict[str, int]:
         """How many weights each buffer type holds, by its name."""
         return dict(Counter(copy.kernel for copy in self.copies))
+
+    @property
+    def arithmetic(self) -> list[tuple[str, str, bool, bool]]:
+        """What of it changes values: weights that are multiplied by another kernel, and for which batches."""
+        return sorted((copy.name, copy.kernel, copy.many, copy.few) for copy in self.copies if not copy.is_plain)
 
 
 def choose_placement(
@@ -76,7 +83,7 @@ def choose_placement(
     head = tensors.get(keys.OUTPUT, tensors.get(keys.TOKEN_EMBD))
     copied = {copy.name for copy in faster}
     plain = [
-        Copy(info.name, buffer_type_name(backend.buffer_type), backend.buffer_type)
+        Copy(info.name, buffer_type_name(backend.buffer_type), backend.buffer_type, is_plain=True)
         for info in (*blocks, *([head] if head else []))
         if info.name not in copied
     ]

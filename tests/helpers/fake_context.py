@@ -17,6 +17,7 @@ from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.scheduler import Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
+from granite4v.runtime.engine.stored_pages import StoredPages, StoredPrefix
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.engine.task import Task
 from granite4v.runtime.llama.context import BatchRows
@@ -105,9 +106,15 @@ class FakeEngine:
     """A scheduler on fake contexts, stepped by the test. Images are their digest; rows are made of its first byte."""
 
     def __init__(
-        self, n_ctx: int = 256, n_seq_max: int = 4, most_cells: int = 1 << 20, budget: int | None = None
+        self,
+        n_ctx: int = 256,
+        n_seq_max: int = 4,
+        most_cells: int = 1 << 20,
+        budget: int | None = None,
+        pages: StoredPages | None = None,
     ) -> None:
         """`most_cells`: what fits into memory. `budget`: what the cache is told that several sequences may take."""
+        self.pages = pages
         self.contexts: list[FakeContext] = []
         self.most_cells = most_cells
         self.n_encoded = 0
@@ -141,7 +148,19 @@ class FakeEngine:
         while self.scheduler.step():
             pass
 
-    def prepare(self, task: Task) -> None: ...
+    def find_stored(self, task: Task, n_known: int) -> StoredPrefix | None:
+        if self.pages is None:
+            return None
+        return self.pages.find(
+            task.plan(), n_known, adapter=task.adapter, announce=lambda text: None, check=lambda: None
+        )
+
+    def prepare(self, task: Task, n_stored: int) -> None: ...
+
+    def store(self, task: Task) -> None:
+        if self.pages is not None:
+            held, context = task.held, self.cache.context
+            self.pages.save(task.plan(), len(held.batches), lambda: context.state(held.id), adapter=task.adapter)
 
     def rows(self, task: Task, span: ImageSpan) -> np.ndarray:
         self.n_encoded += 1

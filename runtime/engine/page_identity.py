@@ -1,0 +1,69 @@
+"""What the cells of a page depend on beside its pixels and the prompt: files, arithmetic, and versions of all of it.
+
+Two runs with the same identity compute the same bits for the same batches, and only those may share a stored state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import PIL
+
+from granite4v.clip_projector.pixels import PREPROCESSING
+from granite4v.ggml import onednn
+from granite4v.ggml.backend import device_name
+from granite4v.ggml.build import build_id, installed_version
+from granite4v.ggml.cpu_features import cpu_name
+from granite4v.runtime.engine.text_model import TextModel
+from granite4v.runtime.engine.vision import Vision
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.fingerprint import model_hashes
+from granite4v.runtime.llama.library import llama
+
+Json = dict[str, Any]
+
+
+class PageIdentity:
+    """The identity of one engine's states, as JSON data. Not for several threads at once."""
+
+    def __init__(
+        self, files: ModelFiles, vision: Vision, text: TextModel, *, device: str, n_threads: int, cache_type: str
+    ) -> None:
+        """`cache_type`: of the KV cache, 'f32' for one without flash attention."""
+        self._files, self._vision, self._text = files, vision, text
+        self._device, self._n_threads, self._cache_type = device, n_threads, cache_type
+        self._hashes: dict[str, str] | None = None
+        self._known: dict[bool, Json] = {}  # by whether the encoder is open, which knows its kernels for certain
+
+    def prepare(self, announce: Callable[[str], None], check: Callable[[], None]) -> None:
+        """Computes the checksums of the files, seconds on their first use; `announce` is called with what takes that
+        long, and `check` between pieces: it may raise. Raises ModelFileError for a file that cannot be read."""
+        if self._hashes is None:
+            self._hashes = model_hashes(self._files, announce, check)
+
+    def __call__(self, adapter: bool) -> Json:
+        """`adapter`: whether a LoRA is applied. Once the text model's placement is chosen, and after `prepare`."""
+        assert self._hashes is not None
+        files = {role: found for role, found in self._hashes.items() if role != "adapter" or adapter}
+        if self._vision.is_open not in self._known:
+            self._known[self._vision.is_open] = self._environment()
+        return {**self._known[self._vision.is_open], "files": files}
+
+    def _environment(self) -> Json:
+        arithmetic = json.dumps(self._text.placement.arithmetic)
+        return {
+            "granite4v": version("granite4v"),
+            "llama_cpp_python": [installed_version(), build_id(), llama().LLAMA_STATE_SEQ_VERSION],
+            "images": {
+                "preprocessing": [PREPROCESSING, PIL.__version__],
+                "compute": self._vision.compute,
+                "kernels": self._vision.kernels(),
+                "onednn": onednn.version(),
+            },
+            "text": {"cache_type": self._cache_type, "weights": hashlib.sha256(arithmetic.encode()).hexdigest()},
+            "machine": [device_name(self._device), cpu_name(), self._n_threads],
+        }

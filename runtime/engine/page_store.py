@@ -1,0 +1,227 @@
+"""States of pages on disk: a folder of files, each named by its key, bounded in size.
+
+Several processes may use one folder. A reader needs no lock: files appear complete and are never changed, and one that
+is removed while it is read stays readable. Writers take turns, so that what they leave when they are killed can be told
+from what is being written. Nothing here may stop a request: a state that cannot be read or written costs time alone,
+and a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from granite4v.errors import PageStoreWarning
+from granite4v.paths import cache_folder, is_private, new_file, partial_path, remove_partial_files
+from granite4v.runtime.engine import state_file
+from granite4v.runtime.engine.state_file import DamagedState, Description, Stopped
+
+FOLDER = "pages"  # in the cache folder
+SUFFIX = ".state"
+MAX_BYTES = 4 << 30  # about forty pages of a 4B model
+DISK_SHARE = 0.2  # of what would be free without the store
+LOCK = "lock"
+LOCK_TIMEOUT_S = 10.0  # another process writes a few hundred megabytes
+_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the store. `last_used`: seconds since the epoch; `description`: None where it cannot be read."""
+
+    path: Path
+    n_bytes: int
+    last_used: float
+    description: Description | None = None
+
+    @property
+    def key(self) -> str:
+        return self.path.name.removesuffix(SUFFIX)
+
+
+class PageStore:
+    """A folder of states. May be shared between threads and models."""
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
+        """`folder`: the user's own by default. `max_bytes`: what all files together may take; by default 4 GiB, or a
+        fifth of the disk's free space if that is less. Nothing is written before the first state."""
+        self.folder = cache_folder() / FOLDER if folder is None else Path(folder)
+        self._max_bytes = max_bytes
+        self._warned: set[str] = set()
+
+    def path_of(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    # --- for engines ---
+
+    def holds(self, key: str) -> bool:
+        """Whether there is a file of this name."""
+        return self.path_of(key).is_file()
+
+    def load(self, key: str) -> np.ndarray | None:
+        """The state, uint8 `(n,)`; None for one that is not there, or is damaged: that is removed, with a warning."""
+        path = self.path_of(key)
+        try:
+            self._check_folder()
+            state = state_file.read(path, key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._warn("read", f"pages cannot be read from '{self.folder}': {error.strerror or error}.")
+            return None
+        except MemoryError:
+            self._warn("memory", f"there is no memory to read a stored page; it is computed again ('{path}').")
+            return None
+        except DamagedState as damage:
+            self._warn(key, f"a stored page is ignored, and computed again: {damage} ('{path}').")
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):  # of a store that can only be read
+            os.utime(path)
+        return state
+
+    def save(self, description: Description, state: np.ndarray, is_stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Writes a state, after removing those used longest ago where there is no room. False, with a warning the first
+        time, where that fails; False without one once `is_stopped`."""
+        try:
+            with self._locked(is_stopped):
+                remove_partial_files(self.folder)  # of processes that were killed: nobody else is writing
+                self._make_room(description, state)
+                self._write(description, state, is_stopped)
+            return True
+        except Stopped:
+            return False
+        except (OSError, NotImplementedError, _NoRoom) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            self._warn("write", f"pages cannot be stored in '{self.folder}', and are computed again later: {reason}.")
+            return False
+
+    def _write(self, description: Description, state: np.ndarray, is_stopped: Callable[[], bool]) -> None:
+        path = self.path_of(description.key)
+        partial = partial_path(path)
+        try:
+            with FileIO(new_file(partial, 0o600), "wb") as file:
+                state_file.write(file, description, state, is_stopped)
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, description: Description, state: np.ndarray) -> None:
+        entries = [entry for entry in self._files() if entry.key != description.key]
+        n_bytes, n_needed = sum(entry.n_bytes for entry in entries), state_file.size(description, state)
+        limit = self._limit(n_bytes)
+        if n_needed > limit:
+            raise _NoRoom(f"a page takes {n_needed:,} bytes, and the store may have {limit:,}")
+        for entry in sorted(entries, key=lambda entry: entry.last_used):
+            if n_bytes + n_needed <= limit:
+                break
+            entry.path.unlink(missing_ok=True)
+            n_bytes -= entry.n_bytes
+
+    def _limit(self, n_stored: int) -> int:
+        if self._max_bytes is not None:
+            return self._max_bytes
+        return min(MAX_BYTES, int(DISK_SHARE * (shutil.disk_usage(self.folder).free + n_stored)))
+
+    @contextlib.contextmanager
+    def _locked(self, is_stopped: Callable[[], bool]) -> Iterator[None]:
+        """The only writer of the folder, which is made if need be. Raises OSError, NotImplementedError, Stopped."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_folder()
+        lock = FileLock(self.folder / LOCK, mode=0o600)
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while not is_stopped():
+            try:
+                lock.acquire(timeout=0.2)
+            except Timeout:
+                if time.monotonic() < deadline:
+                    continue
+                raise OSError(errno.EAGAIN, "another process does not finish writing to it") from None
+            try:
+                yield
+            finally:
+                lock.release()
+            return
+        raise Stopped
+
+    def _check_folder(self) -> None:
+        """Closes the folder to other users, who could read pages, or put files into it. Raises OSError."""
+        folder = self.folder.resolve(strict=True)
+        if not is_private(folder):
+            folder.chmod(0o700)
+            if not is_private(folder):
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+
+    def _warn(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(text, PageStoreWarning, stacklevel=3)
+
+    # --- for people ---
+
+    def entries(self) -> list[Entry]:
+        """What there is, what was used last first. Raises OSError."""
+        found = []
+        for entry in self._files():
+            try:
+                description = state_file.describe(entry.path)
+            except (DamagedState, OSError):
+                description = None
+            found.append(Entry(entry.path, entry.n_bytes, entry.last_used, description))
+        return sorted(found, key=lambda entry: -entry.last_used)
+
+    def clear(self, older_than_s: float = 0.0) -> tuple[int, int]:
+        """Removes what was not used for so long. How many files, and bytes, that were. Raises OSError."""
+        limit = time.time() - older_than_s
+        removed = [entry for entry in self._files() if not older_than_s or entry.last_used < limit]
+        for entry in removed:
+            entry.path.unlink(missing_ok=True)
+        return len(removed), sum(entry.n_bytes for entry in removed)
+
+    def verify(self) -> Iterator[tuple[Entry, str | None]]:
+        """Every file and what is wrong with it; None for a sound one. Damaged files are removed. Raises OSError."""
+        for entry in self._files():
+            try:
+                state_file.read(entry.path, entry.key)
+            except FileNotFoundError:
+                continue
+            except DamagedState as damage:
+                entry.path.unlink(missing_ok=True)
+                yield entry, str(damage)
+            except OSError as error:
+                yield entry, f"it cannot be read: {error.strerror or error}"
+            else:
+                yield entry, None
+
+    def _files(self) -> list[Entry]:
+        """The files that are the store's, by their names; none where there is no folder."""
+        found = []
+        try:
+            with os.scandir(self.folder) as names:
+                for name in names:
+                    if _NAME.fullmatch(name.name):
+                        with contextlib.suppress(FileNotFoundError):
+                            status = name.stat(follow_symlinks=False)
+                            found.append(Entry(Path(name.path), status.st_size, status.st_mtime))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return found
+
+
+class _NoRoom(Exception):
+    """A state that is larger than the store may be."""

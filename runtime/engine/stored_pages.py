@@ -1,0 +1,150 @@
+"""The page store as one engine uses it: which prefixes of prompts are stored, by what key, and when.
+
+A key names all that the bits of a state depend on: the files, what computes them here, the adapter's state, and the
+batches of the prefix with what stands at each position. So an entry is found only where computing the prefix anew would
+give the same cells, and goes on at the end of a batch, as a prefill would. Prefixes end where an image ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import numpy as np
+
+from granite4v.errors import ModelFileError, PageStoreWarning
+from granite4v.runtime.engine.cached_sequence import Batch, total
+from granite4v.runtime.engine.page_store import PageStore
+from granite4v.runtime.engine.state_file import Description
+
+PENDING_BYTES = 512 << 20  # states that wait to be written; what comes beyond that is not stored
+CLOSE_S = 3.0  # that the end of a model waits for its last states to be written
+
+
+class Identity(Protocol):
+    """What states depend on beside their prefix, as JSON data."""
+
+    def prepare(self, announce: Callable[[str], None], check: Callable[[], None]) -> None:
+        """Before the first call. `announce` is called with what takes seconds, `check` meanwhile: it may raise. Raises
+        ModelFileError."""
+        ...
+
+    def __call__(self, adapter: bool) -> Mapping[str, Any]: ...
+
+
+class StoredPrefix:
+    """A prefix of a prompt that the store seems to have."""
+
+    def __init__(self, batches: Sequence[Batch], load: Callable[[], np.ndarray | None]) -> None:
+        self.batches, self.n_tokens, self._load = list(batches), total(batches), load
+        self.is_taken = False  # a sequence goes on from it
+
+    def load(self) -> np.ndarray | None:
+        """Its state, uint8 `(n,)`; None where it cannot be used after all."""
+        return self._load()
+
+
+class StoredPages:
+    """Finds the longest stored prefix of a prompt; writes prefixes in a thread of its own."""
+
+    def __init__(self, store: PageStore, model: str, identity: Identity) -> None:
+        """`model`: a name for people."""
+        self.store, self._model, self._identity = store, model, identity
+        self._writer = ThreadPoolExecutor(1, "granite4v-pages")
+        self._pending: dict[Future[bool], int] = {}
+        self._is_closing = threading.Event()
+        self._is_off = False
+
+    def _switch_off(self, reason: str) -> None:
+        """For the rest of this engine's life, with a warning."""
+        self._is_off = True
+        warnings.warn(f"pages are not stored: {reason}", PageStoreWarning, stacklevel=2)
+
+    def find(
+        self,
+        plan: Sequence[Batch],
+        n_known: int,
+        *,
+        adapter: bool,
+        announce: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> StoredPrefix | None:
+        """The longest stored prefix with more than `n_known` positions. The plan's last position is always computed.
+
+        `announce`, `check`: see `Identity.prepare`."""
+        if self._is_off:
+            return None
+        try:
+            self._identity.prepare(announce, check)
+        except ModelFileError as error:
+            self._switch_off(str(error))
+            return None
+        for n_batches in reversed(image_ends(plan)):
+            prefix = plan[:n_batches]
+            if total(prefix) <= n_known:
+                return None
+            if n_batches == len(plan):
+                continue
+            key = self.key(prefix, adapter=adapter)
+            if self.store.holds(key):
+                return StoredPrefix(prefix, functools.partial(self.store.load, key))
+        return None
+
+    def save(self, plan: Sequence[Batch], n_batches: int, state: Callable[[], np.ndarray], *, adapter: bool) -> None:
+        """Stores the first batches of a plan, which end with an image, unless they are there.
+
+        Of several images, the first alone and all together are stored: either may be asked about again, and every
+        prefix between would take as much room as the longest. `state()` copies it now; it is written later."""
+        ends, prefix = image_ends(plan), plan[:n_batches]
+        if self._is_off or n_batches not in (ends[0], ends[-1]):
+            return
+        self._pending = {future: n_bytes for future, n_bytes in self._pending.items() if not future.done()}
+        key = self.key(prefix, adapter=adapter)
+        if self.store.holds(key) or sum(self._pending.values()) > PENDING_BYTES:
+            return
+        copied = state()
+        description = Description(key, self._model, total(prefix), ends.index(n_batches) + 1, time.time())
+        try:
+            future = self._writer.submit(self.store.save, description, copied, self._is_closing.is_set)
+        except RuntimeError:  # the process is about to end
+            return
+        self._pending[future] = len(copied)
+
+    def key(self, prefix: Sequence[Batch], *, adapter: bool) -> str:
+        digest = hashlib.sha256()
+        for batch in prefix:
+            digest.update(b"batch %d:" % batch.n_tokens)
+            for position in batch.keys:
+                if isinstance(position, tuple):
+                    digest.update(b" image %s %d" % (position[0].hex().encode(), position[1]))
+                else:
+                    digest.update(f" {position}".encode())
+        whole = {**self._identity(adapter), "adapter_is_on": adapter, "prefix": digest.hexdigest()}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Waits a moment for what is being written, and gives up the rest."""
+        wait(self._pending, timeout=CLOSE_S)
+        self._is_closing.set()
+        self._writer.shutdown(cancel_futures=True)
+
+
+def image_ends(plan: Sequence[Batch]) -> list[int]:
+    """How many batches each image of a plan ends after.
+
+    For example, batches of template, image 1, image 1, text, image 2, question: [3, 5].
+    """
+    ends = []
+    for i, batch in enumerate(plan):
+        last = batch.keys[-1]
+        following = plan[i + 1].keys[0] if i + 1 < len(plan) else None
+        if isinstance(last, tuple) and following != (last[0], last[1] + 1):
+            ends.append(i + 1)
+    return ends
