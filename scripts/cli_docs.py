@@ -43,7 +43,7 @@ ENVIRONMENT = {
 def document() -> str:
     """The whole of docs/cli.md."""
     group = typer.main.get_command(app)
-    commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]
+    commands = dict(_commands(group))
     sections = [INTRODUCTION, "\n".join(_contents(commands)), _options(group.params)]
     sections += [_command(name, command) for name, command in commands.items()]
     sections += [
@@ -57,9 +57,18 @@ def document() -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its full name, those of groups included."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def _contents(commands: dict[str, Any]) -> Iterator[str]:
     for name, command in commands.items():
-        yield f"- [`granite4v {name}`](#granite4v-{name}): {_paragraphs(command)[0]}"
+        yield f"- [`granite4v {name}`](#granite4v-{name.replace(' ', '-')}): {_paragraphs(command)[0]}"
     yield "- [Exit statuses](#exit-statuses) and [environment variables](#environment-variables)"
 
 
@@ -72,7 +81,7 @@ def _command(name: str, command: Any) -> str:
     parts = [f"## granite4v {name}", f"```\n{usage}\n```", *map(_text, _paragraphs(command))]
     if arguments:
         parts.append(_table(("Argument", "Meaning"), ((_code(p.metavar), _text(p.help)) for p in arguments)))
-    return "\n\n".join([*parts, _options(options)])
+    return "\n\n".join([*parts, *([_options(options)] if options else [])])
 
 
 def _options(options: Sequence[Any]) -> str:

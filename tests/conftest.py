@@ -27,6 +27,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def own_page_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's store may have the pages of a test from an earlier run. Processes that a test starts use that one,
+    unless they are told otherwise."""
+    monkeypatch.setattr("granite4v.runtime.engine.page_store.FOLDER", str(tmp_path / "own-page-store"))
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Path]:
     """Directory of a checkpoint; the same specification is written once a run. Treat it as read-only."""

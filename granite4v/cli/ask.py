@@ -33,12 +33,15 @@ def ask(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    cache_type: options.CacheTypeOption = None,
+    page_store: options.PageStoreOption = True,
     no_stream: options.NoStreamOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Ask one question about one or more images.
 
-    Only the answer goes to stdout; progress, timings and warnings go to stderr.
+    Only the answer goes to stdout; progress, timings and warnings go to stderr. What the decoder has read of the images
+    is kept on disk, private to the user, so that the next question about them is answered without reading them again.
     """
     from granite4v.runtime import Model
 
@@ -49,7 +52,14 @@ def ask(
         opened = _open_images(images or [])
         path = options.model_path(model)
         with Model.load(
-            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+            path,
+            n_ctx=ctx_size,
+            n_threads=threads,
+            device=device,
+            mmproj=mmproj,
+            vision_compute=vision_compute,
+            cache_type=cache_type,
+            page_store=page_store,
         ) as loaded:
             if loaded.vision_note is not None:
                 progress.say(f"note: {loaded.vision_note}")
@@ -127,9 +137,11 @@ def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
             f"the answer was cut off after {plural(len(answer.tokens), 'token')}; raise --max-tokens to allow more",
             file=sys.stderr,
         )
+    stored = f", {timings.n_stored:,} from stored pages" if timings.n_stored else ""
     print(
-        f"{plural(timings.n_prompt, 'prompt token')} ({timings.n_image:,} of images): images {timings.encode_s:.1f} s, "
-        f"prompt {timings.prefill_s:.1f} s; {plural(timings.n_generated, 'token')} generated in "
-        f"{timings.decode_s:.1f} s ({timings.decode_tok_s:.1f} tokens/s)",
+        f"{plural(timings.n_prompt, 'prompt token')} ({timings.n_image:,} of images{stored}): "
+        f"images {timings.encode_s:.1f} s, prompt {timings.prefill_s:.1f} s; "
+        f"{plural(timings.n_generated, 'token')} generated in {timings.decode_s:.1f} s "
+        f"({timings.decode_tok_s:.1f} tokens/s)",
         file=sys.stderr,
     )

@@ -32,6 +32,7 @@ def bench(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    cache_type: options.CacheTypeOption = None,
     as_json: options.JsonOnlyOption = False,
 ) -> None:
     """Measure the speed of image encoding, prefill and decoding.
@@ -63,6 +64,7 @@ def bench(
             vision_compute=vision_compute,
             n_parallel=parallel if parallel > 1 else None,
             workload=Workload(parallel, max_tokens + 1) if parallel > 1 else None,
+            cache_type=cache_type,
         ) as loaded,
     ):
         if loaded.vision_note is not None:

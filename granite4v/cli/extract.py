@@ -44,6 +44,8 @@ def extract(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    cache_type: options.CacheTypeOption = None,
+    page_store: options.StorePagesOption = False,
     parallel: options.ParallelOption = None,
     drafting: options.DraftingOption = True,
 ) -> None:
@@ -75,6 +77,8 @@ def extract(
         device=device,
         mmproj=mmproj,
         vision_compute=vision_compute,
+        cache_type=cache_type,
+        page_store=page_store,
         lora=lora,
         parallel=parallel,
         drafting=drafting,

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
+from granite4v.cli.cache import clear_pages, list_pages, verify_pages
 from granite4v.cli.chat import chat
 from granite4v.cli.convert import convert
 from granite4v.cli.doctor import doctor
@@ -91,5 +92,13 @@ def common(
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
+cache_app = typer.Typer(
+    help="List, remove and check the pages that are kept on disk.", no_args_is_help=True, rich_markup_mode=None
+)
+cache_app.command("list")(list_pages)
+cache_app.command("clear")(clear_pages)
+cache_app.command("verify")(verify_pages)
+
 for command in (convert, requantize, ask, chat, serve, extract, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)
+app.add_typer(cache_app, name="cache")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from granite4v.choices import MAX_THREADS, Device, Format, VisionCompute
+from granite4v.choices import MAX_THREADS, CacheType, Device, Format, VisionCompute
 
 NO_MODEL = (
     "no --model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
@@ -77,6 +77,27 @@ ContextOption = Annotated[
         help="Context size in tokens: images, prompt and answer together.",
         show_default="8192, or the model's training context if that is smaller",
     ),
+]
+
+CacheTypeOption = Annotated[
+    CacheType | None,
+    typer.Option(
+        "--cache-type",
+        help="How the KV cache is stored. q8_0 takes about half of the memory, and of the disk for stored pages, and "
+        "changes answers a little.",
+        show_default="f16, and float32 for F32 models",
+    ),
+]
+PageStoreOption = Annotated[
+    bool,
+    typer.Option(
+        " /--no-page-store",
+        help="Do not keep what the decoder has read of images on disk, nor use what is there ('granite4v cache').",
+    ),
+]
+StorePagesOption = Annotated[
+    bool,
+    typer.Option("--page-store", help="Keep what the decoder has read of each page on disk for later questions."),
 ]
 
 # --- generation ---

@@ -30,6 +30,7 @@ def verify(
     adapter: options.ReferenceAdapterOption = None,
     mmproj: options.MmprojOption = None,
     exact: options.ExactOption = False,
+    cache_type: options.CacheTypeOption = None,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     as_json: options.JsonOption = False,
@@ -43,9 +44,13 @@ def verify(
     from granite4v.runtime import Model
     from granite4v.runtime.verify import verify as run_verify
 
+    if exact and cache_type is not None:
+        raise typer.BadParameter("--exact computes with a float32 KV cache.", param_hint="--cache-type")
     with (
         Progress() as progress,
-        Model.load(model, n_threads=threads, device=device, mmproj=mmproj, exact=exact or None) as loaded,
+        Model.load(
+            model, n_threads=threads, device=device, mmproj=mmproj, exact=exact or None, cache_type=cache_type
+        ) as loaded,
     ):
         results = run_verify(
             loaded,

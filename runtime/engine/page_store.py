@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from granite4v.errors import PageStoreWarning
 from granite4v.paths import cache_folder, is_private, new_file, partial_path, remove_partial_files
@@ -143,7 +143,7 @@ class PageStore:
         """The only writer of the folder, which is made if need be. Raises OSError, NotImplementedError, Stopped."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._check_folder()
-        lock = FileLock(self.folder / LOCK, mode=0o600)
+        lock = self._lock()
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while not is_stopped():
             try:
@@ -158,6 +158,9 @@ class PageStore:
                 lock.release()
             return
         raise Stopped
+
+    def _lock(self) -> BaseFileLock:
+        return FileLock(self.folder / LOCK, mode=0o600)
 
     def _check_folder(self) -> None:
         """Closes the folder to other users, who could read pages, or put files into it. Raises OSError."""
@@ -187,6 +190,9 @@ class PageStore:
 
     def clear(self, older_than_s: float = 0.0) -> tuple[int, int]:
         """Removes what was not used for so long. How many files, and bytes, that were. Raises OSError."""
+        if self.folder.is_dir():
+            with contextlib.suppress(Timeout, OSError, NotImplementedError), self._lock().acquire(blocking=False):
+                remove_partial_files(self.folder)  # of processes that were killed, unless one is writing now
         limit = time.time() - older_than_s
         removed = [entry for entry in self._files() if not older_than_s or entry.last_used < limit]
         for entry in removed:

@@ -28,7 +28,7 @@ FORMAT = 1
 _HEAD = struct.Struct("<8sIIQ")
 _DIGEST_BYTES = 32
 _MAX_DESCRIPTION = 1 << 16
-_PIECE = 8 << 20  # bytes that are written, or read and hashed, at a time
+PIECE = 8 << 20  # bytes that are written, or read and hashed, at a time
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -61,7 +61,7 @@ def write(file: FileIO, description: Description, state: np.ndarray, is_stopped:
         while left:
             if is_stopped():
                 raise Stopped
-            piece = left[: file.write(left[:_PIECE])]
+            piece = left[: file.write(left[:PIECE])]
             digest.update(piece)
             left = left[len(piece) :]
     file.write(digest.digest())
@@ -82,7 +82,7 @@ def read(path: Path, key: str) -> np.ndarray:
         state = np.empty(n_bytes, dtype=np.uint8)
         left = state.data
         while left:
-            n_read = file.readinto(left[:_PIECE])
+            n_read = file.readinto(left[:PIECE])
             if not n_read:
                 raise DamagedState("it is cut short")
             digest.update(left[:n_read])

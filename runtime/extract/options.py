@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from granite4v.choices import Device, Format, VisionCompute
+from granite4v.choices import CacheType, Device, Format, VisionCompute
 from granite4v.runtime.extract.schema import SchemaSource
 
 
@@ -23,8 +23,8 @@ class ExtractOptions:
     How answers are generated; each of these can change them. `max_tokens`: maximum number of tokens of an answer; None
     for 4096, or as many as fit into the context. `unconstrained`: do not constrain answers to the format of their task.
     `fast_forward` off: sample even tokens that the grammar forces. `lora`: whether a separate adapter is applied; None
-    follows the model's policy. `n_ctx`, `n_threads`, `device`, `mmproj` and `vision_compute` apply when the model is
-    given as a path.
+    follows the model's policy. `n_ctx`, `n_threads`, `device`, `mmproj`, `vision_compute`, `cache_type` and
+    `page_store` (which changes no answer) apply when the model is given as a path; see `Model.load`.
 
     How fast. `parallel`: the most answers that are generated at once; None for a number that suits the model, or for
     what a loaded one was loaded for. `drafting`: what a page repeats, and what another task has read from it, is
@@ -58,6 +58,8 @@ class ExtractOptions:
     device: Device = "auto"
     mmproj: str | Path | None = None
     vision_compute: VisionCompute = "file"
+    cache_type: CacheType | None = None
+    page_store: bool = False
     lora: bool | None = None
     parallel: int | None = None
     drafting: bool = True
@@ -92,6 +94,8 @@ class ExtractFields(TypedDict, total=False):
     device: Device
     mmproj: str | Path | None
     vision_compute: VisionCompute
+    cache_type: CacheType | None
+    page_store: bool
     lora: bool | None
     parallel: int | None
     drafting: bool

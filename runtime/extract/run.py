@@ -127,6 +127,8 @@ def _open(
                 device=options.device,
                 mmproj=options.mmproj,
                 vision_compute=options.vision_compute,
+                cache_type=options.cache_type,
+                page_store=options.page_store,
                 n_parallel=options.parallel,
                 workload=Workload(n_questions, options.max_tokens, lambda: say(_MEASURING)),
             )
@@ -158,8 +160,10 @@ def _manifest(
     n_parallel: int,
 ) -> dict[str, Any]:
     """`run.json`: what the run was asked for, and on what it was made."""
-    vision_compute = model.settings["vision_compute"]
+    vision_compute, cache_type = model.settings["vision_compute"], model.settings["cache_type"]
     quantized = {} if vision_compute == "file" else {"vision_compute": vision_compute}
+    if cache_type == "q8_0":
+        quantized["cache_type"] = cache_type
     schemas = [question.schema for question in asked if question.schema is not None]
     return {
         "granite4v": version("granite4v"),

@@ -96,6 +96,7 @@ class FakeContext:
     def restore(self, sequence: int, state: np.ndarray) -> None:
         content = pickle.loads(state.tobytes())
         assert 0 < len(content) <= self.n_cells and not self.content[sequence]
+        assert not self.copies  # which llama.cpp makes at the next decode, over what is restored or from it
         self.content[sequence] = content
 
     def close(self) -> None:

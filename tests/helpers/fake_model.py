@@ -23,7 +23,7 @@ class FakeModel:
         path.write_bytes(b"weights")
         self.files = SimpleNamespace(text=SimpleNamespace(path=path), vision=None, adapter=None, vision_config=None)
         self.n_ctx, self.warnings = 5000, []
-        self.settings = {"n_threads": 2, "device": "cpu", "vision_compute": "file"}
+        self.settings = {"n_threads": 2, "device": "cpu", "vision_compute": "file", "cache_type": "f16"}
         self.vision_note: str | None = None
         self.parallel_note: str | None = None
         self.known, self.closed = known, False
