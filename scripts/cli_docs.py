@@ -26,8 +26,8 @@ stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints
 
 # Variables that the program reads, or that the libraries it calls read.
 ENVIRONMENT = {
-    "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, and "
-    "the lines typed into `chat`. Default: the user's cache directory.",
+    "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
+    "stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
     "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps downloads, its access token for gated "
     "repositories, and the server that it downloads from.",
     "HF_HUB_OFFLINE": "Set to 1, `convert` uses only what is already downloaded.",
