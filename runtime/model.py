@@ -97,15 +97,9 @@ class Model:
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device,
         ValueError for a `cache_type` with `exact`.
         """
-        if exact and cache_type is not None:
-            raise ValueError(f"cache_type is {cache_type!r}, but exact=True computes with a float32 KV cache.")
-        if cache_type not in (None, *get_args(CacheType)):
-            raise ValueError(f"cache_type is {cache_type!r:.40}; expected one of {get_args(CacheType)}.")
         adapter = lora if isinstance(lora, str | Path) else None
         files = ModelFiles.open(path, mmproj=mmproj, adapter=adapter)
         policy = lora if isinstance(lora, bool) else None
-        if exact is None:
-            exact = cache_type is None and all(info.type_name == "F32" for info in files.text.tensors.values())
         try:
             engine = Engine(
                 files,
@@ -113,7 +107,7 @@ class Model:
                 n_threads=n_threads,
                 n_parallel=n_parallel,
                 device=device,
-                exact=exact,
+                exact=_is_exact(files, exact, cache_type),
                 vision_compute=vision_compute,
                 workload=workload,
                 page_store=PageStore() if page_store is True else page_store or None,
@@ -424,6 +418,16 @@ class Model:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_exact(files: ModelFiles, exact: bool | None, cache_type: CacheType | None) -> bool:
+    if exact and cache_type is not None:
+        raise ValueError(f"cache_type is {cache_type!r}, but exact=True computes with a float32 KV cache.")
+    if cache_type not in (None, *get_args(CacheType)):
+        raise ValueError(f"cache_type is {cache_type!r:.40}; expected one of {get_args(CacheType)}.")
+    if exact is None:
+        return cache_type is None and all(info.type_name == "F32" for info in files.text.tensors.values())
+    return exact
 
 
 def _warnings(files: ModelFiles) -> list[str]:

@@ -119,20 +119,8 @@ def _open(
         say(note)
     n_questions = None if totals.pages is None else totals.pages * len(options.tasks)
     if isinstance(model, str | Path):
-        model = opened.enter_context(
-            Model.load(
-                model,
-                n_ctx=options.n_ctx,
-                n_threads=options.n_threads,
-                device=options.device,
-                mmproj=options.mmproj,
-                vision_compute=options.vision_compute,
-                cache_type=options.cache_type,
-                page_store=options.page_store,
-                n_parallel=options.parallel,
-                workload=Workload(n_questions, options.max_tokens, lambda: say(_MEASURING)),
-            )
-        )
+        workload = Workload(n_questions, options.max_tokens, lambda: say(_MEASURING))
+        model = opened.enter_context(_load(model, options, workload))
     if model.vision_note is not None:
         say(f"note: {model.vision_note}")
     asked = questions(model, options.tasks, options.prompt, schema, unconstrained=options.unconstrained)
@@ -149,6 +137,21 @@ def _open(
     opened.callback(attempts.close)
     job = Job(model, hashes, asked, options, paths, totals, n_parallel)
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
+
+
+def _load(path: str | Path, options: ExtractOptions, workload: Workload) -> Model:
+    return Model.load(
+        path,
+        n_ctx=options.n_ctx,
+        n_threads=options.n_threads,
+        device=options.device,
+        mmproj=options.mmproj,
+        vision_compute=options.vision_compute,
+        cache_type=options.cache_type,
+        page_store=options.page_store,
+        n_parallel=options.parallel,
+        workload=workload,
+    )
 
 
 def _manifest(
