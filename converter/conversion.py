@@ -12,9 +12,9 @@ from granite4v.converter import policy
 from granite4v.converter.adapter import Adapter, base_model_of, has_adapter, open_adapter
 from granite4v.converter.checkpoint import has_weights, open_checkpoint
 from granite4v.converter.head import decide_head
-from granite4v.converter.hub import Location, is_hub_id, locate
+from granite4v.converter.hub import Location, locate
 from granite4v.converter.match import Names, match_tensors
-from granite4v.converter.output import check_space, check_target, files_in_place
+from granite4v.converter.output import check_target, files_in_place
 from granite4v.converter.plan import Model, Plan, make_plan
 from granite4v.converter.quantized import check_full_precision
 from granite4v.converter.stream import n_cores
@@ -24,6 +24,8 @@ from granite4v.converter.writer import write_file
 from granite4v.errors import CheckpointError, Granite4vError
 from granite4v.families.registry import family_of_checkpoint
 from granite4v.families.text import is_tied, text_architecture, text_section
+from granite4v.models.names import is_hub_id
+from granite4v.paths import check_space
 
 LORA_MODES = ("merge", "separate", "ignore")
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def check_options(options: Options) -> tuple[str, str]:
 
 
 def plan_conversion(
-    source: str | Path, options: Options | None = None, report: Callable[[str], None] | None = None
+    source: str | Path | Location, options: Options | None = None, report: Callable[[str], None] | None = None
 ) -> Plan:
     """What `convert` would write, with nothing written; raises CheckpointError.
 
@@ -82,20 +84,20 @@ def plan_conversion(
     """
     options = options or Options()
     text_type, vision_type = check_options(options)
-    base, adapter_at = _find(str(source), options, report)
+    base, adapter_at = _find(source, options, report)
     model = _open_model(base, policy.vision_block(vision_type))
     adapter = _open_adapter(adapter_at, model, options.lora)
     return make_plan(model, text_type, vision_type, adapter, options.lora)
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Location,
     target: str | Path,
     options: Options | None = None,
     progress: Callable[[Progress], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Summary:
-    """Writes a model directory from a checkpoint (a directory or a hub id).
+    """Writes a model directory from a checkpoint (a directory or a hub id, or a directory with a name it goes by).
 
     `report` as for `plan_conversion`; warnings are in the summary's plan. Raises CheckpointError for what is wrong
     with the checkpoint or adapter, before anything is written; OutputError for a target that exists or cannot be
@@ -121,19 +123,21 @@ def convert(
     return Summary(plan, tuple(target / name for name in names), time.perf_counter() - began)
 
 
-def _find(source: str, options: Options, report: Callable[[str], None] | None) -> tuple[Location, Location | None]:
+def _find(
+    source: str | Path | Location, options: Options, report: Callable[[str], None] | None
+) -> tuple[Location, Location | None]:
     """The base model and the adapter. SRC may hold both, the model alone, or an adapter that names its base."""
-    here = locate(source, options.revision, report)
+    here = source if isinstance(source, Location) else locate(str(source), options.revision, report)
     if options.adapter is not None:
         if not has_weights(here.folder) and has_adapter(here.folder):
-            raise CheckpointError(f"'{source}' is itself an adapter; give the base model as SRC, or no --adapter.")
+            raise CheckpointError(f"'{here.name}' is itself an adapter; give the base model as SRC, or no --adapter.")
         adapter = locate(options.adapter, report=report)
         if not has_adapter(adapter.folder):
             raise CheckpointError(f"'{options.adapter}' has no 'adapter_config.json'; it is not a PEFT adapter.")
         return here, adapter
     if not has_adapter(here.folder):
         if options.lora == "separate":
-            raise CheckpointError(f"'{source}' contains no adapter to write separately; give one with --adapter.")
+            raise CheckpointError(f"'{here.name}' contains no adapter to write separately; give one with --adapter.")
         return here, None
     if has_weights(here.folder):
         return here, here

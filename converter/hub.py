@@ -12,12 +12,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import tqdm
 
 from granite4v.errors import CheckpointError
+from granite4v.models.names import HUB_URL, is_hub_id
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_URL = re.compile(  # of a repository, or of something in it at a revision
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
-    r"(?:/(?:tree|blob|resolve)/([^/?#]+))?(?:[/?#].*)?"
-)
 SNAPSHOT = re.compile(r"snapshots/([0-9a-f]{40})$")
 FILE_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 
@@ -76,11 +72,6 @@ def locate(source: str, revision: str | None = None, report: Callable[[str], Non
         )
     path = _download(source, revision, report or (lambda _: None))
     return Location(path, source, path.name)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a name can be a repository on the hub; what begins with a dot is meant as a path."""
-    return bool(HUB_ID.fullmatch(source)) and not source.startswith(".") and ".." not in source
 
 
 def _download(repository: str, revision: str | None, report: Callable[[str], None]) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 from granite4v.errors import OutputError
 from granite4v.paths import DISK_FULL
 
-SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
 LOCK = "lock"
 MODEL_FILES = ("text-*.gguf", "mmproj-*.gguf", "lora-*.gguf")
 
@@ -36,18 +35,6 @@ def check_target(target: Path, force: bool) -> None:
         raise OutputError(
             f"'{target}' exists and holds {', '.join(held[:3])}{more}; give another directory, or --force to replace "
             "the model in it."
-        )
-
-
-def check_space(target: Path, needed_bytes: int) -> None:
-    """Raises OutputError when the target's disk has not room for so many bytes."""
-    needed_bytes += SPARE_BYTES
-    with _output_errors(target):
-        free_bytes = shutil.disk_usage(_existing_parent(target)).free
-    if free_bytes < needed_bytes:
-        raise OutputError(
-            f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free; free up "
-            "space, or choose a smaller type or another directory."
         )
 
 
@@ -150,13 +137,6 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
         if not path.exists():
             path.mkdir(exist_ok=True)
             made.append(path)
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _as_output_error(error: OSError, target: Path) -> OutputError:

@@ -21,7 +21,6 @@ import gguf
 from granite4v import gguf_keys as keys
 from granite4v.converter import policy
 from granite4v.converter.conversion import Progress
-from granite4v.converter.output import check_space
 from granite4v.converter.plan import PlannedFile, PlannedTensor
 from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.stream import n_cores
@@ -32,7 +31,7 @@ from granite4v.families.registry import read_vision
 from granite4v.families.vision_layout import ffn_padded, padded_width, row_padded, tensor_kind
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import ROLE_NAMES, gguf_files, requantized, role
-from granite4v.paths import complete_file
+from granite4v.paths import check_space, complete_file
 
 SOURCE_TYPES = policy.PLAIN  # whose error is nothing beside that of another quantization
 _OWN_KEYS = (keys.GENERAL_ARCHITECTURE, keys.GENERAL_ALIGNMENT)  # the writer's

@@ -1,9 +1,9 @@
-"""The embedded model `nano`: a small checkpoint inside the package, used where no other model is chosen.
+"""What the name of a model stands for; and the embedded model `nano`, used where no other one is chosen.
 
-It is converted on first use, to F16 with its adapter merged, and kept in the cache, in a folder whose name changes with
-the checkpoint, the version of the package and `FORMAT`. A file lock allows one process at a time to convert. The folder
-is created atomically. It contains a record of sizes and checksums, by which damage is detected and repaired by
-converting again.
+The embedded model is a small checkpoint inside the package. It is converted on first use, to F16 with its adapter
+merged, and kept in the cache, in a folder whose name changes with the checkpoint, the version of the package and
+`FORMAT`. A file lock allows one process at a time to convert. The folder is created atomically. It contains a record of
+sizes and checksums, by which damage is detected and repaired by converting again.
 
 The converter and the runtime are imported inside functions: the converter is needed once, and commands that only look
 up the path need neither.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import granite4v
-from granite4v.errors import CheckpointError, OutputError
+from granite4v.errors import CheckpointError, HubError, ModelFileError, OutputError
 from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from granite4v.choices import CacheType, Device, VisionCompute
     from granite4v.converter import Progress
+    from granite4v.models import Checkpoint, Conversion, HubName, Installed, PullProgress
     from granite4v.runtime import Model
     from granite4v.runtime.engine.page_store import PageStore
     from granite4v.runtime.engine.parallel import Workload
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from granite4v.runtime.extract.state import Watch
 
     OnProgress = Callable[[Progress], None]
+    OnPull = Callable[[PullProgress], None]
     Report = Callable[[str], None]
 
 NAME = "nano"
@@ -64,18 +66,16 @@ def load(
     page_store: PageStore | bool | None = None,
     cache_type: CacheType | None = None,
 ) -> Model:
-    """Loads a model (see `Model.load`); without a path, or with 'nano' if no such file exists, the embedded model.
+    """Loads a model (see `Model.load`), by its path or its name (see `find_model`); without one, the embedded model.
 
     The embedded model is small and was trained on synthetic documents; real ones need a real model. Its conversion on
-    first use is logged by the logger 'granite4v', at level INFO. Raises CheckpointError if the package lacks it,
-    OutputError if there is no place to write it to, and what `Model.load` raises.
+    first use, and the download of a model from the hub, are logged by the logger 'granite4v', at level INFO. Raises
+    what `find_model` and `Model.load` raise.
     """
     from granite4v.runtime import Model
 
-    report = logging.getLogger("granite4v").info
-    found = embedded_model(report) if path is None or is_embedded(path) else path
     return Model.load(
-        found,
+        find_model(path, logging.getLogger("granite4v").info),
         n_ctx=n_ctx,
         n_threads=n_threads,
         n_parallel=n_parallel,
@@ -117,9 +117,92 @@ def extract(
     """
     from granite4v.runtime.extract import extract as run_extract
 
-    if model is None or (isinstance(model, str | Path) and is_embedded(model)):
-        model = embedded_model(logging.getLogger("granite4v").info)
+    if model is None or isinstance(model, str | Path):
+        model = find_model(model, logging.getLogger("granite4v").info)
     return run_extract(inputs, tasks, model=model, watch=watch, say=say, **options)
+
+
+def find_model(
+    name: str | Path | None, report: Report, written: OnProgress | None = None, pulled: OnPull | None = None
+) -> str | Path:
+    """The path of the model that a name stands for: the embedded one for none and for 'nano', what exists under that
+    path, or else a model of the Hugging Face hub ('owner/name', 'owner/name:Q4_K_M'), fetched on first use.
+
+    A `Path` is never a name on the hub. `report` gets a line about each step that takes time; `written` and `pulled`
+    follow conversions and downloads. Raises HubError for a name that the hub does not have or cannot be asked for,
+    ModelFileError for one that is no hub id either, CheckpointError and OutputError.
+    """
+    if name is None or is_embedded(name):
+        return embedded_model(report, written)
+    if isinstance(name, Path) or _is_path(name):
+        return name
+    wanted = hub_name(name)
+    from granite4v import models
+
+    model = models.find(wanted)
+    if model is None:
+        try:
+            model = pull_model(wanted, report, written, pulled)
+        except HubError as error:
+            raise HubError(f"there is no file or folder '{name}' here; {error}") from None
+    models.mark_used(model)
+    return model.path
+
+
+def hub_name(text: str) -> HubName:
+    """A name on the hub. Raises HubError for a web address, ModelFileError for what cannot be such a name."""
+    from granite4v.models.names import HUB_URL, parse
+
+    if url := HUB_URL.fullmatch(text):
+        raise HubError(f"'{text}' is a web address; give the hub id '{url[1]}'.")
+    name = parse(text)
+    if name is None:
+        raise ModelFileError(
+            f"'{text}' does not exist, and it is no hub id ('owner/name', or 'owner/name:Q4_K_M') either; give a model "
+            "directory made by 'granite4v convert', a text GGUF file, or a hub id."
+        )
+    return name
+
+
+def pull_model(
+    name: HubName,
+    report: Report,
+    written: OnProgress | None = None,
+    pulled: OnPull | None = None,
+    *,
+    revision: str | None = None,
+) -> Installed:
+    """Fetches a model from the hub into the models folder (see `models.pull`); a checkpoint is converted as by
+    `granite4v convert`."""
+    from granite4v import models
+
+    return models.pull(
+        name, _conversion(report, written), revision=revision, say=report, progress=pulled or (lambda _: None)
+    )
+
+
+def _conversion(report: Report, written: OnProgress | None) -> Conversion:
+    from granite4v import converter
+    from granite4v.models import Conversion
+
+    def run(checkpoint: Checkpoint, target: Path) -> None:
+        source = converter.Location(checkpoint.folder, checkpoint.repository, checkpoint.commit)
+        summary = converter.convert(source, target, converter.Options(checkpoint.text_type), written, report)
+        for warning in summary.plan.warnings:
+            report(f"warning: {warning}")
+
+    def check(text_type: str) -> None:
+        converter.check_options(converter.Options(text_type))
+
+    return Conversion(converter.Options().text_type, check, run)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is that of a file or folder, or can be nothing else: the loader says what is wrong with it."""
+    try:
+        return name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).exists()
+    except (OSError, ValueError):  # too long, not readable, or with a NUL
+        return True
 
 
 def is_embedded(name: str | Path) -> bool:

@@ -12,6 +12,10 @@ class CheckpointError(Granite4vError):
     """A Hugging Face checkpoint or adapter that cannot be converted."""
 
 
+class HubError(Granite4vError):
+    """A model that the Hugging Face hub does not have, does not let us have, or that cannot be fetched from it."""
+
+
 class ModelFileError(Granite4vError):
     """A GGUF file or model directory that cannot be read, or files that do not belong together."""
 

@@ -29,6 +29,7 @@ from granite4v.errors import OutputError
 OWN_PREFIX = ".granite4v"  # of every file of ours in a directory that others use as well
 PARTIAL_PREFIX = f"{OWN_PREFIX}-partial-"
 MAX_CACHE_BYTES = 1 << 24  # a cache file of ours has a few kilobytes
+SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # after these every other file on the same disk would fail, too
 _FATAL = (*DISK_FULL, errno.EROFS, errno.EIO)
@@ -234,6 +235,22 @@ def sync_folder(folder: Path) -> None:
 def _remove(partial: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # what went wrong before is what matters
         partial.unlink(missing_ok=True)
+
+
+def check_space(
+    target: Path, needed_bytes: int, advice: str = "Free up space, or choose a smaller type or another directory."
+) -> None:
+    """Raises OutputError when the disk of a path, which need not exist, has not room for so many bytes."""
+    needed_bytes += SPARE_BYTES
+    with disk_errors(target):
+        place = target.absolute()
+        while not place.exists():
+            place = place.parent
+        free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"'{target}' needs {needed_bytes / 1e9:.2f} GB and its disk has {free_bytes / 1e9:.2f} GB free. {advice}"
+        )
 
 
 # --- errors of the disk as messages ---

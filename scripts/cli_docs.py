@@ -28,9 +28,10 @@ stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints
 ENVIRONMENT = {
     "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
     "stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
-    "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps downloads, its access token for gated "
-    "repositories, and the server that it downloads from.",
-    "HF_HUB_OFFLINE": "Set to 1, `convert` uses only what is already downloaded.",
+    "GRANITE4V_MODELS": "Directory for models of the hub. Default: `models` in the user's data directory.",
+    "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps the downloads of `convert` and its access token "
+    "for gated repositories, that token itself, and the server that it downloads from.",
+    "HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE": "Set to 1, only what is already downloaded is used.",
     "NO_COLOR": "Set to anything, the progress line and `chat` have no colours.",
     "TERM": "With `dumb`, a terminal gets plain progress lines, and answers of `chat` as they come.",
     "COLUMNS": "Width of the progress line and of help texts, where it is not the terminal's.",

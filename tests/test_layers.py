@@ -22,6 +22,7 @@ ORDER = [
     "granite4v.families",
     "granite4v.gguf_role",
     "granite4v.gguf_summary",
+    "granite4v.models",
     "granite4v.clip_projector",
     "granite4v.runtime.llama",
     "granite4v.runtime.prompt",

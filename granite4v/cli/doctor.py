@@ -26,8 +26,9 @@ def doctor(model: options.CheckedModelOption = None, as_json: options.JsonOption
     """
     from granite4v.doctor import examine
 
+    path = None if model is None else options.model_path(model, quiet=as_json)
     with Progress() as progress:
-        report = examine(model, None if as_json else lambda step: progress.show(Activity(step)))
+        report = examine(path, None if as_json else lambda step: progress.show(Activity(step)))
     typer.echo(to_json(report.as_json(), indent=2) if as_json else as_text(report))
     if not report.is_content:
         raise typer.Exit(1)

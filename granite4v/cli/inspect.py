@@ -14,7 +14,11 @@ from granite4v.cli.terminal import clean
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="GGUF file, model directory, or 'nano', the embedded model.", metavar="FILE|DIR")
+        str,
+        typer.Argument(
+            help="GGUF file, model directory, 'nano', the embedded model, or a model of the hub ('owner/name').",
+            metavar="FILE|DIR|HUB_ID",
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:

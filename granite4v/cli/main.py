@@ -20,6 +20,7 @@ from granite4v.cli.convert import convert
 from granite4v.cli.doctor import doctor
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
+from granite4v.cli.models import list_models, path, pull, remove
 from granite4v.cli.options import fill_in_tasks
 from granite4v.cli.outcome import conclude, explain
 from granite4v.cli.requantize import requantize
@@ -92,6 +93,14 @@ def common(
     """Run document-understanding vision-language models on laptops and CPU-only servers."""
 
 
+models_app = typer.Typer(
+    help="Fetch, list and remove models of the Hugging Face hub.", no_args_is_help=True, rich_markup_mode=None
+)
+models_app.command("list")(list_models)
+models_app.command("pull")(pull)
+models_app.command("rm")(remove)
+models_app.command("path")(path)
+
 cache_app = typer.Typer(
     help="List, remove and check the pages that are kept on disk.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -102,3 +111,4 @@ cache_app.command("verify")(verify_pages)
 for command in (convert, requantize, ask, chat, serve, extract, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)
 app.add_typer(cache_app, name="cache")
+app.add_typer(models_app, name="models")

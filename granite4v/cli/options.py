@@ -31,8 +31,9 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        metavar="DIR",
-        help="Model directory written by 'granite4v convert', or a text GGUF file.",
+        metavar="DIR|HUB_ID",
+        help="Model directory written by 'granite4v convert', a text GGUF file, or a model of the Hugging Face hub "
+        "such as 'owner/name:Q4_K_M', which is downloaded on first use.",
         show_default="the embedded 'nano'",
     ),
 ]
@@ -295,6 +296,20 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace the model in OUT; other files in it are left alone.")
 ]
 
+# --- the models folder ---
+
+HubNamesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="HUB_ID...",
+        help="Models of the hub: 'owner/name', or with a quantization 'owner/name:Q4_K_M'.",
+    ),
+]
+HubNameArgument = Annotated[str, typer.Argument(metavar="HUB_ID", help="A model that 'granite4v models list' shows.")]
+PulledNamesArgument = Annotated[
+    list[str], typer.Argument(metavar="HUB_ID...", help="Models that 'granite4v models list' shows.")
+]
+
 # --- measurement ---
 
 ImageOption = Annotated[Path, typer.Option("--image", metavar="FILE", help="Image to encode.")]
@@ -318,7 +333,9 @@ JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSO
 
 CheckedModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="DIR", help="Model whose needs are compared with the memory.", show_default=False),
+    typer.Option(
+        "--model", metavar="DIR|HUB_ID", help="Model whose needs are compared with the memory.", show_default=False
+    ),
 ]
 
 # --- comparison with the reference ---
@@ -365,18 +382,17 @@ def fastest_vision_type(threads: int | None) -> str:
 
 
 def model_path(model: str | None, *, quiet: bool = False) -> str | Path:
-    """What `--model` stands for: a path as it is, the embedded model for 'nano' or for nothing.
+    """What `--model` stands for: a path as it is, a model of the hub, the embedded one for 'nano' or for nothing.
 
-    Says on stderr which model it is when nobody chose, and shows its conversion on first use, unless `quiet`.
+    Says on stderr which model it is when nobody chose, and shows downloads and conversions. `quiet`: not those of the
+    embedded model.
     """
     from granite4v import default_model
     from granite4v.cli.progress import Progress
 
-    if model is not None and not default_model.is_embedded(model):
-        return model
-    if quiet:
-        return default_model.embedded_model(lambda line: None)
+    if quiet and (model is None or default_model.is_embedded(model)):
+        return default_model.find_model(model, lambda line: None)
     with Progress(delay_s=0.5) as progress:
         if model is None:
             progress.say(NO_MODEL)
-        return default_model.embedded_model(progress.say, progress.written)
+        return default_model.find_model(model, progress.say, progress.written, progress.pulled)

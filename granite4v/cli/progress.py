@@ -20,6 +20,7 @@ from granite4v.cli.terminal import clean
 
 if TYPE_CHECKING:
     from granite4v.converter import Progress as Written
+    from granite4v.models import PullProgress
 
 PLAIN_INTERVAL_S = 10.0  # between two plain lines of one stage
 # An estimate made of less than this is worth nothing.
@@ -122,6 +123,10 @@ class Progress:
         """A converter's progress callback."""
         detail = f"{progress.file}: {progress.tensor}"
         self.show(Activity("writing", progress.done_bytes, progress.total_bytes, detail))
+
+    def pulled(self, progress: PullProgress) -> None:
+        """A download's progress callback."""
+        self.show(Activity(progress.stage, progress.done_bytes, progress.total_bytes, progress.file))
 
     def say(self, text: str) -> None:
         """Prints a line, or several, which stay."""
