@@ -25,7 +25,7 @@ from granite4v.runtime.server.structure import Form
 
 MAX_ANSWER = 4096  # tokens, where a client does not say and the context has room; what the family generates up to
 _AHEAD = 1  # requests that are made ready while all sequences are in use
-_N_PREPARING = 4  # threads that make prompts and grammars
+_N_PREPARING = 2  # threads that make prompts and grammars
 _LONGEST_RETRY_S = 30.0  # openai's clients wait as long as they are told
 
 
