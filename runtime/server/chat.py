@@ -12,6 +12,7 @@ from granite4v.runtime.answer import Answer
 from granite4v.runtime.server.accounts import finish_reason, stopped_by, timings, usage
 from granite4v.runtime.server.content import ContentReader
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
+from granite4v.runtime.server.logprobs import Spell, chat_logprobs, confidences
 from granite4v.runtime.server.replies import (
     ChatChoice,
     ChatChunk,
@@ -23,7 +24,7 @@ from granite4v.runtime.server.replies import (
     Timings,
 )
 from granite4v.runtime.server.requests import ChatRequest
-from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse
+from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 
 DONE = b"data: [DONE]\n\n"
@@ -44,6 +45,8 @@ def asked(body: ChatRequest, reader: ContentReader, n_most: int) -> Ask:
         max_tokens=min(limits, default=None),
         seed=None if body.seed is None else body.seed % (1 << 63),
         n=body.n or 1,
+        n_top=(body.top_logprobs or 0) if body.logprobs else None,
+        confidence=wants_confidence(body, form),
     )
 
 
@@ -55,6 +58,7 @@ class ChatWriter:
         self._model, self._fingerprint, self._include_usage = model, fingerprint, include_usage
 
     async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        spell = dispatcher.model.token_bytes
         async with dispatcher.answering(ask) as generation:
             await generation.complete()
             yield (
@@ -62,7 +66,7 @@ class ChatWriter:
                     id=self._id,
                     created=self._created,
                     model=self._model,
-                    choices=[self._choice(i, answer) for i, answer in enumerate(generation.answers)],
+                    choices=[self._choice(i, answer, ask, spell) for i, answer in enumerate(generation.answers)],
                     usage=usage(generation),
                     timings=timings(generation.answers),
                     system_fingerprint=self._fingerprint,
@@ -71,33 +75,42 @@ class ChatWriter:
                 .encode()
             )
 
-    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+    def _choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> ChatChoice:
         return ChatChoice(
             index=index,
             message=ChatMessage(content=answer.text),
+            logprobs=None if ask.n_top is None else chat_logprobs(answer.logprobs or [], spell),
             finish_reason=finish_reason(answer),
             stopped_by=stopped_by(answer),
+            confidence=confidences(answer, ask.form.task) if ask.confidence else None,
         )
 
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        spell = dispatcher.model.token_bytes
         async with dispatcher.answering(ask) as generation:
             for i in range(ask.n):
                 yield self._chunk(ChunkChoice(index=i, delta=ChatDelta(role="assistant", content="")))
             n_left = ask.n
             async for piece in generation.pieces():
-                if piece.text:
-                    yield self._chunk(ChunkChoice(index=piece.index, delta=ChatDelta(content=piece.text)))
+                if piece.text or (piece.logprobs and ask.n_top is not None):
+                    shown = None if ask.n_top is None else chat_logprobs(piece.logprobs, spell)
+                    delta = ChatDelta(content=piece.text)
+                    yield self._chunk(ChunkChoice(index=piece.index, delta=delta, logprobs=shown))
                 if piece.is_last:
                     n_left -= 1
                     took = None if n_left else timings(generation.answers)
-                    yield self._chunk(self._end(piece.index, generation.answers[piece.index]), took)
+                    yield self._chunk(self._end(piece.index, generation.answers[piece.index], ask), took)
             if self._include_usage:  # OpenAI's clients expect no choice beside it
                 yield event(ChatChunk(**self._head(), choices=[], usage=usage(generation)))
             yield DONE
 
-    def _end(self, index: int, answer: Answer) -> ChunkChoice:
+    def _end(self, index: int, answer: Answer, ask: Ask) -> ChunkChoice:
         return ChunkChoice(
-            index=index, delta=ChatDelta(), finish_reason=finish_reason(answer), stopped_by=stopped_by(answer)
+            index=index,
+            delta=ChatDelta(),
+            finish_reason=finish_reason(answer),
+            stopped_by=stopped_by(answer),
+            confidence=confidences(answer, ask.form.task) if ask.confidence else None,
         )
 
     def _chunk(self, choice: ChunkChoice, took: Timings | None = None) -> bytes:

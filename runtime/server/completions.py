@@ -12,6 +12,7 @@ from granite4v.runtime.server.accounts import finish_reason, timings, usage
 from granite4v.runtime.server.chat import DONE, event
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.logprobs import Spell, completion_logprobs
 from granite4v.runtime.server.replies import Completion, CompletionChoice, Timings
 from granite4v.runtime.server.requests import CompletionRequest
 from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse
@@ -31,6 +32,7 @@ def asked(body: CompletionRequest, n_most: int) -> Ask:
         max_tokens=body.max_tokens or DEFAULT_TOKENS,
         seed=None if body.seed is None else body.seed % (1 << 63),
         n=body.n or 1,
+        n_top=body.logprobs,
     )
 
 
@@ -52,12 +54,13 @@ class CompletionWriter:
         self._model, self._fingerprint, self._include_usage = model, fingerprint, include_usage
 
     async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        spell = dispatcher.model.token_bytes
         async with dispatcher.answering(ask) as generation:
             await generation.complete()
             yield (
                 Completion(
                     **self._head(),
-                    choices=[self._choice(i, answer) for i, answer in enumerate(generation.answers)],
+                    choices=[self._choice(i, answer, ask, spell) for i, answer in enumerate(generation.answers)],
                     usage=usage(generation),
                     timings=timings(generation.answers),
                 )
@@ -65,10 +68,12 @@ class CompletionWriter:
                 .encode()
             )
 
-    def _choice(self, index: int, answer: Answer) -> CompletionChoice:
-        return CompletionChoice(index=index, text=answer.text, finish_reason=finish_reason(answer))
+    def _choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> CompletionChoice:
+        shown = None if ask.n_top is None else completion_logprobs(answer.logprobs or [], 0, spell)
+        return CompletionChoice(index=index, text=answer.text, logprobs=shown, finish_reason=finish_reason(answer))
 
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        spell, offsets = dispatcher.model.token_bytes, [0] * ask.n
         async with dispatcher.answering(ask) as generation:
             n_left = ask.n
             async for piece in generation.pieces():
@@ -77,7 +82,12 @@ class CompletionWriter:
                     n_left -= 1
                     ended = finish_reason(generation.answers[piece.index])
                     took = None if n_left else timings(generation.answers)
-                yield self._chunk(CompletionChoice(index=piece.index, text=piece.text, finish_reason=ended), took)
+                shown = None
+                if ask.n_top is not None:
+                    shown = completion_logprobs(piece.logprobs, offsets[piece.index], spell)
+                    offsets[piece.index] = piece.logprobs[-1].end if piece.logprobs else offsets[piece.index]
+                choice = CompletionChoice(index=piece.index, text=piece.text, logprobs=shown, finish_reason=ended)
+                yield self._chunk(choice, took)
             if self._include_usage:
                 yield event(Completion(**self._head(), choices=[], usage=usage(generation)))
             yield DONE

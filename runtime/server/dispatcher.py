@@ -33,7 +33,9 @@ _LONGEST_RETRY_S = 30.0  # openai's clients wait as long as they are told
 class Ask:
     """What is asked: messages, or text or tokens as they are; and how the answers are generated.
 
-    `fields`: of `GenerationOptions`, but for those that have a place of their own here.
+    `fields`: of `GenerationOptions`, but for those that have a place of their own here. `n_top`: how many alternatives
+    of each token are shown with its log-probability; None for no log-probabilities. `confidence`: whether that of cells
+    and fields is shown.
     """
 
     turns: Sequence[Turn] = ()
@@ -44,6 +46,13 @@ class Ask:
     max_tokens: int | None = None
     seed: int | None = None
     n: int = 1
+    n_top: int | None = None
+    confidence: bool = False
+
+    @property
+    def logprobs(self) -> int | None:
+        """As in `GenerationOptions`."""
+        return 0 if self.n_top is None and self.confidence else self.n_top
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -225,6 +234,7 @@ def _submitted(model: Model, ask: Ask, images: list[list[Any]], news: News) -> G
                 max_tokens=max_tokens,
                 constraint=grammar,
                 repetition=ask.form.task or True,
+                logprobs=ask.logprobs,
                 seed=None if ask.seed is None else (ask.seed + i) % (1 << 63),
                 **ask.fields,
             )

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from granite4v.runtime.answer import Answer
+from granite4v.runtime.answer import Answer, TokenLogprob
 from granite4v.runtime.engine.stream import Stream
 from granite4v.runtime.prompt.spans import Prompt
 
@@ -30,12 +30,11 @@ class News:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one of several answers has grown by. `first_token`, `end_token`: the tokens that are new."""
+    """What one of several answers has grown by. `logprobs`: of the tokens that are new, where they were asked for."""
 
     index: int
     text: str
-    first_token: int
-    end_token: int
+    logprobs: list[TokenLogprob]
     is_last: bool
 
 
@@ -62,13 +61,13 @@ class Generation:
                 stream, answer = self._streams[i], self._streams[i].answer
                 done = stream.poll() or (stream.is_done and stream.poll())  # progress comes first
                 text = answer.text[n_characters[i] :]
-                end = len(answer.tokens)
+                logprobs = (answer.logprobs or [])[n_tokens[i] :]
                 if text or done:
                     if text and self.first_text_at is None:
                         self.first_text_at = time.monotonic()
-                    yield Piece(i, text, n_tokens[i], end, done)
+                    yield Piece(i, text, logprobs, done)
                     n_characters[i] += len(text)
-                    n_tokens[i] = end
+                    n_tokens[i] += len(logprobs)
                 if done:
                     left.discard(i)
             if left:

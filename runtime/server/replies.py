@@ -84,8 +84,8 @@ class Logprobs(Reply):
 
 
 class Confidence(Reply):
-    """Of a field (its JSON pointer) or a cell ('row/column', or 'table/row/column'): the mean and the least probability
-    of its tokens."""
+    """Of a field (by its JSON pointer) or a cell (by 'table/row/column', each from 0): the mean and the least
+    probability of the tokens that wrote it."""
 
     mean: float
     least: float

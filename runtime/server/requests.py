@@ -118,8 +118,9 @@ class Sampled(Body):
     """What requests for answers have in common; the defaults are greedy decoding.
 
     Of our own: `top_k`, `min_p`, `repeat_penalty`, `lora` (whether a separate adapter is applied; by default to
-    requests with images), `drafting` (decode text ahead that the answer may repeat) and `ignore_eos` (generate as many
-    tokens as may be, for measurements).
+    requests with images), `drafting` (decode text ahead that the answer may repeat), `ignore_eos` (generate as many
+    tokens as may be, for measurements) and `confidence` (whether an answer to a task or a schema comes with the
+    probabilities of its cells or fields; by default it does).
     """
 
     model: str | None = None
@@ -132,6 +133,7 @@ class Sampled(Body):
     lora: bool | None = None
     drafting: bool | None = None
     ignore_eos: bool | None = None
+    confidence: bool | None = None
 
 
 class StreamOptions(Body):

@@ -13,6 +13,7 @@ from granite4v.runtime.server.content import ContentReader, Turn
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.generation import Generation
+from granite4v.runtime.server.logprobs import Spell, confidences, token_replies
 from granite4v.runtime.server.replies import (
     CachedTokens,
     Incomplete,
@@ -22,8 +23,10 @@ from granite4v.runtime.server.replies import (
     ResponseUsage,
 )
 from granite4v.runtime.server.requests import ResponseRequest
-from granite4v.runtime.server.sampling import options_of, refuse
+from granite4v.runtime.server.sampling import options_of, refuse, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
+
+LOGPROBS = "message.output_text.logprobs"  # what `include` asks for
 
 
 def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
@@ -51,6 +54,8 @@ def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
         fields=options_of(body),
         max_tokens=body.max_output_tokens,
         seed=None if body.seed is None else body.seed % (1 << 63),
+        n_top=(body.top_logprobs or 0) if body.top_logprobs or LOGPROBS in (body.include or ()) else None,
+        confidence=wants_confidence(body, form),
     )
 
 
@@ -65,9 +70,10 @@ class ResponseWriter:
     async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
         async with dispatcher.answering(ask) as generation:
             await generation.complete()
-            yield self._complete(generation).model_dump_json().encode()
+            yield self._complete(generation, ask, dispatcher.model.token_bytes).model_dump_json().encode()
 
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
+        spell = dispatcher.model.token_bytes
         async with dispatcher.answering(ask) as generation:
             begun = self._response("in_progress").model_dump()
             yield self._event("response.created", response=begun)
@@ -78,11 +84,15 @@ class ResponseWriter:
             yield self._event("response.content_part.added", **self._place(), part=part)
             async for piece in generation.pieces():
                 if piece.text:
-                    delta = {"delta": piece.text, "logprobs": []}
-                    yield self._event("response.output_text.delta", **self._place(), **delta)
-            whole = self._complete(generation)
+                    shown = (
+                        [] if ask.n_top is None else [one.model_dump() for one in token_replies(piece.logprobs, spell)]
+                    )
+                    yield self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=shown)
+            whole = self._complete(generation, ask, spell)
             text = whole.output[0].content[0]
-            yield self._event("response.output_text.done", **self._place(), text=text.text, logprobs=[])
+            yield self._event(
+                "response.output_text.done", **self._place(), **text.model_dump(include={"text", "logprobs"})
+            )
             yield self._event("response.content_part.done", **self._place(), part=text.model_dump())
             yield self._event("response.output_item.done", output_index=0, item=whole.output[0].model_dump())
             yield self._event(f"response.{whole.status}", response=whole.model_dump())
@@ -95,13 +105,14 @@ class ResponseWriter:
         self._n_events += 1
         return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
-    def _complete(self, generation: Generation) -> ResponseReply:
+    def _complete(self, generation: Generation, ask: Ask, spell: Spell) -> ResponseReply:
         answer = generation.answers[0]
+        shown = [] if ask.n_top is None else token_replies(answer.logprobs or [], spell)
         is_whole = finish_reason(answer) == "stop"
         message = OutputMessage(
             id=self._message_id,
             status="completed" if is_whole else "incomplete",
-            content=[OutputText(text=answer.text)],
+            content=[OutputText(text=answer.text, logprobs=shown)],
         )
         reply = self._response("completed" if is_whole else "incomplete")
         told = usage(generation)
@@ -117,6 +128,7 @@ class ResponseWriter:
                 "incomplete_details": None if is_whole else Incomplete(),
                 "timings": timings(generation.answers),
                 "stopped_by": stopped_by(answer),
+                "confidence": confidences(answer, ask.form.task) if ask.confidence else None,
             }
         )
 

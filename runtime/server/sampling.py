@@ -6,6 +6,7 @@ from typing import Any
 
 from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.requests import CompletionFields, Sampled, Stop
+from granite4v.runtime.server.structure import Form
 
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "drafting", "ignore_eos")
 
@@ -17,6 +18,11 @@ def options_of(body: Sampled, stop: Stop | None = None) -> dict[str, Any]:
     if stop is not None:
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return fields
+
+
+def wants_confidence(body: Sampled, form: Form) -> bool:
+    """Answers to a task or a schema have cells or fields."""
+    return bool(form.task) and body.confidence is not False
 
 
 def check_completion_fields(body: CompletionFields, n_most: int) -> None:
