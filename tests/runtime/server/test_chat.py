@@ -174,6 +174,22 @@ def test_variables_reach_the_template(tiny: Served) -> None:
     assert tiny.post("/v1/chat/completions", body).status == 400
 
 
+def test_what_docling_sends(nano: Served) -> None:
+    """Its pipeline over API: RGBA in a data URL before the text, and as many tokens as it may ever want."""
+    picture = TABLE.picture.convert("RGBA")
+    body = {
+        "model": "granite-vision",
+        "messages": [{"role": "user", "content": [image(png(picture)), text("<tables_html>")]}],
+        "temperature": 0.0,
+        "max_tokens": 4096,
+    }
+    reply = nano.post("/v1/chat/completions", body).json
+    choice = reply["choices"][0]
+    assert reply["id"] and reply["created"] > 0 and choice["index"] == 0
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == formats.answer_for("<tables_html>", TABLE.truth)
+
+
 def test_damaged_and_foreign_images_are_refused(tiny: Served) -> None:
     for content, code in ((b"no image", "invalid_image"), (png(Image.new("RGB", (9, 9)))[:40], "invalid_image")):
         reply = tiny.chat(image(content), text("?"))
