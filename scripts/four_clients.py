@@ -82,7 +82,7 @@ def draw_pages(work: Path, options: argparse.Namespace) -> list[Path]:
 
 
 def ours(text: Path, mmproj: Path, pages: Sequence[Path], options: argparse.Namespace) -> Json:
-    chosen = ["--model", str(text), "--mmproj", str(mmproj), "--parallel", str(options.clients)]
+    chosen = ["--model", str(text), "--mmproj", str(mmproj), "--parallel", str(options.clients), "--no-page-store"]
     with Server(*chosen, "--ctx-size", str(options.ctx), "--threads", str(options.threads)) as server:
 
         def ask(client: int, question: str, n_tokens: int) -> Json:

@@ -100,12 +100,15 @@ def serve(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    cache_type: options.CacheTypeOption = None,
+    page_store: options.PageStoreOption = True,
 ) -> None:
     """Serve a model to programs that speak OpenAI's protocol, and a page at '/'.
 
     Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
     /tokenize, /health, /metrics, /openapi.json. Images come as data URLs, PDFs as file parts; the server fetches
-    nothing. Ends with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
+    nothing. What the decoder has read of images is kept on disk, private to the user who runs the server. Ends with
+    SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
     """
     from granite4v.runtime import Model
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
@@ -125,6 +128,8 @@ def serve(
                 mmproj=mmproj,
                 vision_compute=vision_compute,
                 lora=lora,
+                cache_type=cache_type,
+                page_store=page_store,
             )
             for warning in loaded.warnings:
                 progress.say(f"warning: {warning}")

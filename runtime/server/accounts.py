@@ -25,14 +25,16 @@ def stopped_by(answer: Answer) -> str | None:
 
 
 def usage(generation: Generation) -> Usage:
+    """Cached tokens are those that were not computed: from other requests, or from stored pages."""
     prompt, answers = generation.prompt, generation.answers
+    first = answers[0].timings
     n_generated = sum(answer.timings.n_generated for answer in answers)
     return Usage(
         prompt_tokens=prompt.n_tokens,
         completion_tokens=n_generated,
         total_tokens=prompt.n_tokens + n_generated,
         prompt_tokens_details=PromptDetails(
-            cached_tokens=answers[0].timings.n_reused, image_tokens=prompt.n_image_tokens
+            cached_tokens=first.n_reused + first.n_stored, image_tokens=prompt.n_image_tokens
         ),
     )
 
@@ -40,12 +42,12 @@ def usage(generation: Generation) -> Usage:
 def timings(answers: Sequence[Answer]) -> Timings:
     """Of all answers to a request: times that they shared count for each."""
     each = [answer.timings for answer in answers]
-    n_prompt = sum(one.n_prompt - one.n_reused for one in each)
+    n_prompt = sum(one.n_prompt - one.n_reused - one.n_stored for one in each)
     prompt_s = sum(one.prefill_s for one in each)
     n_decoded, decode_s = sum(one.n_decoded for one in each), sum(one.decode_s for one in each)
     return Timings(
-        cache_n=sum(one.n_reused for one in each),
-        stored_n=0,
+        cache_n=sum(one.n_reused + one.n_stored for one in each),
+        stored_n=sum(one.n_stored for one in each),
         prompt_n=n_prompt,
         prompt_ms=_ms(prompt_s),
         prompt_per_second=_rate(n_prompt, prompt_s),

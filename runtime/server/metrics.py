@@ -25,7 +25,7 @@ class Metrics:
         )
         self._tokens = Counter(
             "granite4v_tokens",
-            "Tokens of prompts and answers: computed or taken from the cache, and generated.",
+            "Tokens of prompts: computed, taken from the cache, or from stored pages; and generated ones.",
             ["kind"],
             registry=self._registry,
         )
@@ -60,7 +60,8 @@ class Metrics:
         for answer in generation.answers:
             timings = answer.timings
             self._tokens.labels("prompt_cached").inc(timings.n_reused)
-            self._tokens.labels("prompt_computed").inc(timings.n_prompt - timings.n_reused)
+            self._tokens.labels("prompt_stored").inc(timings.n_stored)
+            self._tokens.labels("prompt_computed").inc(timings.n_prompt - timings.n_reused - timings.n_stored)
             self._tokens.labels("generated").inc(timings.n_generated)
             self._finished.labels(answer.finish_reason or "cancelled").inc()
 

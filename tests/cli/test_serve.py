@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.pictures import text_picture
+from tests.helpers.served import image, png, text
 from tests.toy.spec import PRESETS
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -122,6 +124,25 @@ def test_the_end_while_it_loads(start: Callable[..., Process]) -> None:
     server = start()
     assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
     assert "Traceback" not in server.log and "internal error" not in server.log
+
+
+def test_a_page_is_read_once_for_all_servers(start: Callable[..., Process], tmp_path: Path) -> None:
+    page = image(png(text_picture((300, 200))))
+    body = {"messages": [{"role": "user", "content": [page, text("How much?")]}], "max_tokens": 4}
+    cache = {"GRANITE4V_CACHE": str(tmp_path / "cache")}
+    replies = []
+    for arguments in ((), (), ("--no-page-store",)):
+        server = start(*arguments, **cache)
+        server.wait_until_ready()
+        replies.append(server.ask("POST", "/v1/chat/completions", body)[1])
+        assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    first, second, without = replies
+    n_image = first["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert (
+        second["timings"]["stored_n"] >= n_image > 0 == first["timings"]["stored_n"] == without["timings"]["stored_n"]
+    )
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == second["timings"]["cache_n"]
+    assert len({reply["choices"][0]["message"]["content"] for reply in replies}) == 1
 
 
 def test_a_key_from_the_environment(start: Callable[..., Process]) -> None:
