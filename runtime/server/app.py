@@ -120,7 +120,7 @@ async def _lifespan(app: Application, model: Model | Callable[[], Model]) -> Asy
 
 
 class _Loader(threading.Thread):
-    """Loads the model, reads its weights with a first question, and closes it."""
+    """Loads the model, reads its weights, and closes it."""
 
     def __init__(self, app: Application, load: Callable[[], Model]) -> None:
         super().__init__(name="granite4v-load", daemon=True)  # daemon: a server that ends waits for no load
@@ -137,7 +137,7 @@ class _Loader(threading.Thread):
                 if self._is_closed:
                     model.close()
                     return
-            model.generate("Hello.", max_tokens=1)
+            _warm_up(model)
             self._loop.call_soon_threadsafe(self._app.dispatcher.attach, model)
         except BaseException as error:
             if not self._is_closed:
@@ -148,6 +148,14 @@ class _Loader(threading.Thread):
             self._is_closed = True
             if self._model is not None:
                 self._model.close()
+
+
+def _warm_up(model: Model) -> None:
+    """Reads the weights. Two questions at once, so that the context has all its sequences from now on: with one,
+    clients that take turns would take each other's pages out of the cache."""
+    streams = [model.stream(text, max_tokens=1) for text in ("Hello.", "Good morning.")]
+    for stream in streams:
+        stream.result()
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

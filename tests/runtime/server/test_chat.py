@@ -12,7 +12,7 @@ from scripts.nano import formats
 from tests.acceptance.pages import draw_page
 from tests.helpers.pdfs import pdf_bytes, text_pdf
 from tests.helpers.pictures import text_picture
-from tests.helpers.served import Served, data_url, events, image, png, text
+from tests.helpers.served import Served, data_url, events, image, png, served, text
 
 TABLE, FORM = draw_page(0, 0, "table"), draw_page(0, 0, "form")
 PAGE, FILLED = png(TABLE.picture), png(FORM.picture)
@@ -126,6 +126,23 @@ def test_the_same_page_again_is_cached(tiny: Served) -> None:
     n_image = first["usage"]["prompt_tokens_details"]["image_tokens"]
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= n_image
     assert again["timings"]["encode_ms"] < first["timings"]["encode_ms"]
+
+
+def test_clients_that_take_turns_keep_their_pages(tiny_model: granite4v.Model) -> None:
+    """A context of one sequence, as a model has it before two requests meet, would hold the latest page alone."""
+    files = tiny_model.files
+
+    def load() -> granite4v.Model:
+        return granite4v.load(files.text.path, mmproj=files.vision.path, device="cpu", exact=False)
+
+    with served(load) as server:
+        while server.get("/health").status == 503:
+            pass
+        pages = [png(text_picture((200, 150), seed)) for seed in range(3)]
+        for asked in ("How much?", "How many?"):
+            for page in pages:
+                usage = server.chat(image(page), text(asked), max_tokens=2).json["usage"]["prompt_tokens_details"]
+                assert (usage["cached_tokens"] >= usage["image_tokens"]) == (asked == "How many?")
 
 
 def test_sampling_options_have_their_effect(tiny: Served) -> None:
