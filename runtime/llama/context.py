@@ -15,7 +15,7 @@ from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.llama.abort import AbortFlag
-from granite4v.runtime.llama.kv_pages import KvPages, SequenceRoom, cpu_buffers
+from granite4v.runtime.llama.kv_pages import PADDING, KvPages, SequenceRoom, consists_of, cpu_buffers
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.owner import Owner
@@ -105,7 +105,10 @@ class LlamaContext(Owner):
         if node_callback is not None:
             params.cb_eval = node_callback
         capture_log()
-        with cpu_buffers() as buffers:
+        n_layers = int(lib.llama_model_n_layer(model.handle))
+        n_padded = -(-n_cells // PADDING) * PADDING
+        n_all = 2 * n_layers * n_seq_max * n_padded
+        with cpu_buffers(lambda n_bytes: model.on_cpu and consists_of(n_bytes, n_all)) as buffers:
             handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise DeviceError(
@@ -114,7 +117,7 @@ class LlamaContext(Owner):
             )
         self._own(handle, lib.llama_free, model, abort, node_callback)
         self._memory = lib.llama_get_memory(handle)
-        n_layers, n_made = int(lib.llama_model_n_layer(model.handle)), int(lib.llama_n_ctx_seq(handle))
+        n_made = int(lib.llama_n_ctx_seq(handle))
         pages = KvPages.among(buffers, n_layers, n_seq_max, n_made) if model.on_cpu else None
         self._room = SequenceRoom(pages, n_seq_max, n_made)
         self.adapter_on = False
@@ -246,7 +249,8 @@ class LlamaContext(Owner):
     def restore(self, sequence: int, state: np.ndarray) -> None:
         """Raises DeviceError when llama.cpp refuses the state."""
         state = _for_streams(state, self.n_seq_max)
-        self._room.is_filled(sequence)
+        n_held = state[_STATE_HEADER:][: 4 * self.n_seq_max].view(np.uint32)  # tokens of each stream, all but one none
+        self._room.is_filled(sequence, int(n_held.max(initial=0)))
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama().llama_state_seq_set_data(self.handle, data, len(state), sequence) == 0:
             raise DeviceError(f"llama.cpp cannot take over the cached sequence: {log().reason()}.")

@@ -17,7 +17,7 @@ import functools
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from granite4v.ggml.library import lib as ggml
 PADDING = 256  # llama.cpp's attention reads cells up to a multiple of that
 MIN_BYTES = 32 << 20  # of a cache: a smaller one is not worth the calls
 CHECKED_BYTES = 4 * mmap.PAGESIZE  # of a tensor: what must have been written to tell one layout from another
+RETURN_EVERY_S = 0.02  # while a cache is cleared, by some gigabytes a second
 LEAST_CELLS = 128  # that are given back: fewer are soon written again
 
 
@@ -48,8 +49,12 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
-def cpu_buffers() -> Iterator[list[tuple[int, int]]]:
-    """Where the buffers begin that ggml allocates on the CPU inside the block, by any thread, and their bytes."""
+def cpu_buffers(is_cleared: Callable[[int], bool] = lambda n_bytes: False) -> Iterator[list[tuple[int, int]]]:
+    """Where the buffers begin that ggml allocates on the CPU inside the block, by any thread, and their bytes.
+
+    `is_cleared(n_bytes)`: whether nothing but zeros is written to such a buffer inside the block. Its pages are given
+    back while that goes on, so that they never are in memory all at once.
+    """
     found: list[tuple[int, int]] = []
     buffer_type = _cpu_buffer_type()
     if buffer_type is None:
@@ -62,15 +67,19 @@ def cpu_buffers() -> Iterator[list[tuple[int, int]]]:
         def allocate(which: int, n_bytes: int) -> int | None:
             buffer: int | None = original(which, n_bytes)
             if buffer:
-                found.append((int(ggml().ggml_backend_buffer_get_base(BufferP(buffer))), n_bytes))
+                start = int(ggml().ggml_backend_buffer_get_base(BufferP(buffer)))
+                found.append((start, n_bytes))
+                if is_cleared(n_bytes):
+                    returning.enter_context(_returned_meanwhile(start, start + n_bytes))
             return buffer
 
         watching = _ALLOCATES(allocate)
         buffer_type.alloc_buffer = ctypes.cast(watching, ctypes.c_void_p).value
-        try:
-            yield found
-        finally:
-            buffer_type.alloc_buffer = address
+        with contextlib.ExitStack() as returning:
+            try:
+                yield found
+            finally:
+                buffer_type.alloc_buffer = address
 
 
 def _cpu_buffer_type() -> Any:
@@ -87,6 +96,37 @@ def _cpu_buffer_type() -> Any:
     found = _BufferType.from_address(handle.value)
     name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(found.get_name)(handle)
     return found if name is not None and name.decode() == buffer_type_name(handle) else None
+
+
+def consists_of(n_bytes: int, n_cells: int) -> bool:
+    """Whether a buffer of this size may be a cache of so many cells, counted in all tensors, that is worth the calls.
+    A cell holds numbers of two bytes at least."""
+    return n_bytes >= MIN_BYTES and n_bytes % (2 * n_cells) == 0
+
+
+def give_back(start: int, end: int) -> None:
+    """The pages that lie completely between two addresses."""
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        _c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def _returned_meanwhile(start: int, end: int) -> Iterator[None]:
+    """Gives pages back again and again inside the block."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(RETURN_EVERY_S):
+            give_back(start, end)
+
+    thread = threading.Thread(target=repeat, name="granite4v cells", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @functools.cache
@@ -110,19 +150,17 @@ class KvPages:
         """The cache among buffers of a new context: the only one that consists of as many equal cells. Its pages are
         given back. None where there is none that is worth it."""
         n = 2 * n_layers * n_sequences * n_cells
-        found = [
-            (start, size // n) for start, size in buffers if size >= MIN_BYTES and size % n == 0 and size // n % 2 == 0
-        ]
+        found = [(start, size // n) for start, size in buffers if consists_of(size, n)]
         if len(found) != 1:
             return None
         pages = cls(found[0][0], 2 * n_layers, n_sequences, n_cells, found[0][1])
-        pages._give_back(pages.start, pages.start + n * pages.n_bytes)
+        give_back(pages.start, pages.start + n * pages.n_bytes)
         return pages
 
     def give_back(self, sequence: int, n_used: int) -> None:
         """The pages of a sequence's cells behind the first `n_used`, which must hold nothing."""
         for start, end in self._spans(sequence, n_used, self.n_cells):
-            self._give_back(start, end)
+            give_back(start, end)
 
     def is_as_expected(self, used: Sequence[int]) -> bool:
         """Whether the pages in memory are those of the first cells of each sequence, which are all that was used since
@@ -151,12 +189,6 @@ class KvPages:
         for number in range(self.n_tensors):
             start = self.start + (number * self.n_sequences + sequence) * n_sequence
             yield start + first * self.n_bytes, start + last * self.n_bytes
-
-    def _give_back(self, start: int, end: int) -> None:
-        """The pages that lie completely between two addresses."""
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            _c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 class SequenceRoom:
@@ -200,9 +232,10 @@ class SequenceRoom:
         self._used[target] = n_tokens
         self._copies.append(target)
 
-    def is_filled(self, sequence: int) -> None:
-        """With as many cells as it may have."""
-        self._used[sequence] = self._touched[sequence] = self._n_cells
+    def is_filled(self, sequence: int, n_tokens: int) -> None:
+        """With so many tokens, from the first cell on."""
+        self._used[sequence] = min(n_tokens, self._n_cells)
+        self._touched[sequence] = max(self._touched[sequence], self._used[sequence])
 
     def _trim(self, sequence: int) -> None:
         n_used = self._used[sequence]

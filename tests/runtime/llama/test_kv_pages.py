@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,43 @@ def test_memory_follows_what_is_held(toy: LlamaModel) -> None:
     assert 0.4 * whole < filled < 0.7 * whole  # half of it
     assert 0.2 * whole < copied - filled < 0.4 * whole  # a quarter
     assert emptied < 0.1 * whole
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from granite4v.runtime.llama.context import LlamaContext
+from granite4v.runtime.llama.model import LlamaModel
+def peak_kb():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+with LlamaModel(Path(sys.argv[1])) as model:
+    LlamaContext(model, 256, 512, 1, n_seq_max=16).close()
+    before = peak_kb()
+    LlamaContext(model, 1 << 17, 512, 1, n_seq_max=16).close()
+    print((peak_kb() - before) * 1024)
+"""
+
+
+def test_a_cache_is_never_in_memory_as_a_whole(toy: LlamaModel) -> None:
+    """Not even while llama.cpp clears it."""
+    with cpu_buffers() as buffers, LlamaContext(toy, 1 << 17, N_UBATCH, 1, n_seq_max=16):
+        pass
+    cache = max(size for _, size in buffers)
+    assert cache > 400_000_000
+    done = subprocess.run([sys.executable, "-c", PEAK, str(toy.path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.75 * cache
+
+
+def test_a_sequence_that_was_filled_from_elsewhere_is_known(toy: LlamaModel) -> None:
+    with context_of(toy) as one:
+        fill(one, 2, 3000)
+        state = one.state(2)
+    with context_of(toy) as other:
+        other.restore(4, state)
+        append(other, 4, 3000, 200)
+        before = anonymous_mb()
+        other.truncate(4, 0)
+        assert before - anonymous_mb() > 0.8 * len(state) / 1e6
 
 
 def test_nothing_that_is_computed_depends_on_it(toy: LlamaModel, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
