@@ -35,6 +35,7 @@ FOR_SOME_PAGES = {
 OTHERS_PRIVATES = {
     *("_replace", "_exit", "_shutdown", "_run_exitfuncs"),
     *("_Element", "_attn_implementation", "_get_number_of_features", "_set_vocab_sentencepiece"),
+    "_build_extraction_prompt",
 }
 
 
