@@ -70,7 +70,9 @@ def run(model: granite4v.Model, page: Path, max_tokens: int) -> dict[str, dict[s
             raise SystemExit(f"no answer to '{text}'; give a model that answers it.")
         stats = reply.turn.stats
         found[name] = {
-            "first_token_s": stats.first_token_s,
+            "first_token_s": round(stats.first_token_s, 4),
+            "encode_s": round(stats.encode_s, 4),
+            "prefill_s": round(stats.prefill_s, 4),
             "n_prompt": stats.n_prompt,
             "n_reused": stats.n_reused,
             "n_encoded": stats.n_encoded,
