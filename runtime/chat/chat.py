@@ -189,12 +189,16 @@ class Chat:
     # --- questions ---
 
     def question(self, text: str) -> Question:
-        """What a line asks: the task whose tag it is, or the words themselves. Raises PromptError for an empty one."""
+        """What a line asks: the task whose tag it is, or the words themselves. Raises PromptError for an empty one, and
+        for a tag beside words: the model's template would drop the words."""
         text = text.strip()
         if not text:
             raise PromptError("the question is empty.")
         task = next((task for task in TASKS.values() if task.tag == text), None)
         if task is None:
+            beside = next((task.tag for task in TASKS.values() if task.tag is not None and task.tag in text), None)
+            if beside is not None:
+                raise PromptError(f"the task tag {beside} stands beside other text; write it alone, or ask in words.")
             return Question(text)
         return Question(text, task.name, constraint=grammar_for(task.name))
 

@@ -111,12 +111,16 @@ def summary(chat: Chat, turn: Turn) -> str:
     stats, usage = turn.stats, chat.usage()
     if stats is None:
         return ""
-    speed = f", {stats.tokens_per_s:.1f}/s" if stats.tokens_per_s else ""
+    speed = f", {_speed(stats.tokens_per_s)}" if stats.tokens_per_s else ""
     stopped = "stopped after " if turn.finish_reason == "cancelled" else ""
     return (
         f"{stopped}{counted(stats.n_generated, 'token')}, first after {stats.first_token_s:.1f} s{speed}; "
         f"{usage.left:,} of {usage.n_ctx:,} left"
     )
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 20 else f"{tokens_per_s:.1f} tokens/s"
 
 
 # --- pages ---
@@ -131,17 +135,20 @@ def _attach_file(chat: Chat, file: str, display: Display) -> None:
     for note in notes:
         display.say(note)
     for page in pages:
-        display.say(f"attached {page.name}: {_seen(chat, page)}")
+        display.say(f"attached {page.name}: {_size(page)}, {chat.n_tokens(page):,} tokens")
+
+
+def _size(page: ChatPage) -> str:
+    width, height = page.image.size
+    return f"{width:,}x{height:,} px"
 
 
 def _seen(chat: Chat, page: ChatPage) -> str:
-    """Pixels, tiles and tokens of a page."""
-    tiles, (width, height) = chat.layout(page), page.image.size
+    """What the model sees of a page."""
+    tiles = chat.layout(page)
     dpi = "" if page.dpi is None else f" at {page.dpi:g} dpi"
-    return (
-        f"{width:,}x{height:,} pixels{dpi}, {tiles.n_tiles} tiles (overview, {tiles.rows}x{tiles.columns}), "
-        f"{chat.n_tokens(page):,} tokens"
-    )
+    grid = f"{tiles.n_tiles} tiles (overview, {tiles.rows}x{tiles.columns})"
+    return f"{_size(page)}{dpi}, {grid}, {chat.n_tokens(page):,} tokens"
 
 
 def _detach(chat: Chat, text: str, display: Display) -> None:
@@ -239,7 +246,7 @@ def _stats(chat: Chat, text: str, display: Display) -> None:
             ("reused", f"{stats.n_reused:,} tokens of it; {counted(stats.n_encoded, 'image')} encoded"),
             ("first token", f"after {stats.first_token_s:.2f} s"),
             ("", f"images {stats.encode_s:.2f} s, prompt {stats.prefill_s:.2f} s"),
-            ("last answer", f"{counted(stats.n_generated, 'token')}, {stats.tokens_per_s:.1f} tokens/s"),
+            ("last answer", f"{counted(stats.n_generated, 'token')}, {_speed(stats.tokens_per_s)}"),
         ]
     rows += [(page.name, _seen(chat, page)) for page in chat.conversation.pages]
     display.listing(rows)

@@ -71,7 +71,7 @@ def test_options_reach_the_model(folder: Path) -> None:
         ([], b"caf\xe9", 1, "not valid Unicode"),
         (["missing.png"], "x", 1, "there is no file 'missing.png'"),
         (["{page}", "{broken}"], "x", 1, "broken.png"),
-        (["{page}"], "<tables_json> please", 1, "the task tag '<tables_json>' beside other text"),
+        (["{page}"], "<tables_json> please", 1, "the task tag <tables_json> stands beside other text"),
         ([], "<tables_html>", 1, "none is attached"),
         ([], "/nothing", 1, "there is no command '/nothing'"),
         ([], "/copy", 1, "there is no answer yet"),
