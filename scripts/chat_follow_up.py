@@ -75,6 +75,7 @@ def run(model: granite4v.Model, page: Path, max_tokens: int) -> dict[str, dict[s
             "prefill_s": round(stats.prefill_s, 4),
             "n_prompt": stats.n_prompt,
             "n_reused": stats.n_reused,
+            "n_stored": stats.n_stored,
             "n_encoded": stats.n_encoded,
         }
     return found

@@ -24,13 +24,16 @@ def chat(
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "auto",
     vision_compute: options.VisionComputeOption = "file",
+    cache_type: options.CacheTypeOption = None,
+    page_store: options.PageStoreOption = True,
     password: options.PasswordOption = None,
 ) -> None:
     """Talk about images and PDF pages.
 
-    On a terminal: answers are streamed and rendered, and a page is read once, however much is asked about it. /help
-    lists the commands: attaching and detaching pages, task tags and schemas, taking back and asking again, saving and
-    loading, copying tables. Alt-Enter, or a backslash at the end of a line, begins another line of a question.
+    On a terminal: answers are streamed and rendered, and a page is read once, however much is asked about it, also when
+    the chat is started again. /help lists the commands: attaching and detaching pages, task tags and schemas, taking
+    back and asking again, saving and loading, copying tables. Alt-Enter, or a backslash at the end of a line, begins
+    another line of a question.
 
     With standard input from a pipe or a file, that is the question, and the answer alone goes to stdout.
     """
@@ -45,7 +48,14 @@ def chat(
     path = options.model_path(model)
     with Progress() as progress:
         loaded = Model.load(
-            path, n_ctx=ctx_size, n_threads=threads, device=device, mmproj=mmproj, vision_compute=vision_compute
+            path,
+            n_ctx=ctx_size,
+            n_threads=threads,
+            device=device,
+            mmproj=mmproj,
+            vision_compute=vision_compute,
+            cache_type=cache_type,
+            page_store=page_store,
         )
         if loaded.vision_note is not None:
             progress.say(f"note: {loaded.vision_note}")

@@ -348,18 +348,18 @@ class Reply:
                 self._conversation.add(self.instead_of)
             return
         timings = answer.timings
-        total_s = time.perf_counter() - self._began
         stats = Stats(
-            timings.n_prompt,
-            timings.n_image,
-            timings.n_reused,
-            timings.n_encoded,
-            len(answer.tokens),
-            self._first_s,
-            total_s,
-            timings.decode_tok_s,
-            timings.encode_s,
-            timings.prefill_s,
+            n_prompt=timings.n_prompt,
+            n_image=timings.n_image,
+            n_reused=timings.n_reused,
+            n_stored=timings.n_stored,
+            n_encoded=timings.n_encoded,
+            n_generated=len(answer.tokens),
+            first_token_s=self._first_s,
+            total_s=time.perf_counter() - self._began,
+            tokens_per_s=timings.decode_tok_s,
+            encode_s=timings.encode_s,
+            prefill_s=timings.prefill_s,
         )
         finish_reason = answer.finish_reason or "cancelled"
         self.turn = replace(self._begun, answer=answer.text, finish_reason=finish_reason, stats=stats)

@@ -241,9 +241,10 @@ def _stats(chat: Chat, text: str, display: Display) -> None:
     stats = turns[-1].stats if turns else None
     if stats is not None:
         images = f", {stats.n_image:,} of them of images" if stats.n_image else ""
+        stored = f", {stats.n_stored:,} read from disk" if stats.n_stored else ""
         rows += [
             ("last prompt", f"{counted(stats.n_prompt, 'token')}{images}"),
-            ("reused", f"{stats.n_reused:,} tokens of it; {counted(stats.n_encoded, 'image')} encoded"),
+            ("reused", f"{stats.n_reused:,} tokens of it{stored}; {counted(stats.n_encoded, 'image')} encoded"),
             ("first token", f"after {stats.first_token_s:.2f} s"),
             ("", f"images {stats.encode_s:.2f} s, prompt {stats.prefill_s:.2f} s"),
             ("last answer", f"{counted(stats.n_generated, 'token')}, {_speed(stats.tokens_per_s)}"),

@@ -49,12 +49,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. `n_prompt` tokens were read, `n_image` of them of images; `n_reused` of them came from the
-    prefix cache, and `n_encoded` images had to be encoded. Times in seconds, from the question on."""
+    """What one answer took.
+
+    The prompt had `n_prompt` tokens, `n_image` of them of images; `n_reused` of them came from the prefix cache and
+    `n_stored` from the page store. `n_encoded` images had to be encoded. Times in seconds, from the question on.
+    """
 
     n_prompt: int = 0
     n_image: int = 0
     n_reused: int = 0
+    n_stored: int = 0
     n_encoded: int = 0
     n_generated: int = 0
     first_token_s: float = 0.0

@@ -107,6 +107,17 @@ def test_a_page_of_a_pdf_is_asked_about_again_and_again(
     assert chat.end() == 0
 
 
+def test_a_page_is_read_once_also_across_restarts(start: Start, tmp_path: Path) -> None:
+    cache = {"GRANITE4V_CACHE": str(tmp_path / "cache")}
+    for arguments, stored, n_encoded in (([], False, 1), ([], True, 0), (["--no-page-store"], False, 1)):
+        chat = start(str(INVOICE), *arguments, environment=cache, columns=100)
+        chat.ask(QUESTION)
+        stats = chat.ask("/stats")
+        assert ("read from disk" in stats) == stored and f"{n_encoded} image" in stats
+        chat.send("\x04")
+        assert chat.end() == 0
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(start: Start, make_model: Callable[..., Path]) -> None:
     chat = start(model=make_model(replace(PRESETS["tiny"], seed=3)))  # its answers have no end
     for n_answers in (1, 2):

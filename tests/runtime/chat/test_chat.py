@@ -12,6 +12,7 @@ from PIL import Image
 import granite4v
 from granite4v.errors import DocumentError, PromptError
 from granite4v.runtime.chat import Chat, ChatError, ContextFull, Question, Turn
+from granite4v.runtime.engine.page_store import PageStore
 from tests.helpers.chats import INVOICE
 from tests.helpers.pdfs import scan_pdf, text_pdf, write
 from tests.helpers.pictures import text_picture
@@ -91,6 +92,24 @@ def test_a_task_is_answered_as_if_it_were_asked_alone(model: granite4v.Model) ->
     assert task.answer == alone.text and "<td>" in task.answer
     after = asked(chat, QUESTIONS[1])
     assert after.stats is not None and after.stats.n_encoded == 0 and after.stats.n_reused >= after.stats.n_image
+
+
+def test_a_task_on_another_page_costs_the_conversation_no_page(tmp_path: Path, model: granite4v.Model) -> None:
+    """The task reads the second page alone, in place of the conversation's rows; these come back from the store."""
+    page = Image.open(INVOICE).convert("RGB")
+    path = write(tmp_path / "two.pdf", scan_pdf(page, page.rotate(180)))
+    answers = []
+    with granite4v.load(page_store=PageStore(tmp_path / "store")) as stored:
+        for used in (model, stored):
+            used.clear_cache()
+            chat = Chat(used, max_tokens=48)
+            chat.attach(str(path))
+            turns = [asked(chat, text) for text in (QUESTIONS[0], "<tables_otsl>", QUESTIONS[1])]
+            answers.append([turn.answer for turn in turns])
+    assert answers[0] == answers[1]
+    assert turns[1].pages == () and turns[1].about is chat.conversation.pages[1]
+    last = turns[2].stats
+    assert last is not None and last.n_encoded == 0 and last.n_reused + last.n_stored >= last.n_image
 
 
 def test_taking_back_keeps_what_still_holds(chat: Chat) -> None:
