@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def create_app(model: Model | Callable[[], Model], options: ServerOptions | None
     options = options or ServerOptions()
     metrics = Metrics()
     dispatcher = Dispatcher(options, metrics)
-    endpoints = Endpoints(dispatcher, lambda: _named(dispatcher.model, options))
+    created = int(time.time())
+    endpoints = Endpoints(dispatcher, lambda: _named(dispatcher.model, options, created))
     table = endpoints.table()
     api = [
         Route(path.replace("{model}", "{model:path}"), handler, methods=[method])
@@ -96,11 +98,9 @@ def create_app(model: Model | Callable[[], Model], options: ServerOptions | None
     return app
 
 
-def _named(model: Model, options: ServerOptions) -> Named:
+def _named(model: Model, options: ServerOptions, created: int) -> Named:
     path = model.files.text.path
-    name = options.model_name or path.parent.name
-    state = path.stat()
-    return Named(name, f"{path.stem}-{state.st_size:x}", int(state.st_mtime))
+    return Named(options.model_name or path.parent.name, path.stem, created)
 
 
 @contextlib.asynccontextmanager

@@ -97,27 +97,25 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatRequest)
-        ask = chat.asked(body, self._reader, self._limits.n_choices)
+        ask, named = chat.asked(body, self._reader, self._limits.n_choices), self._named()
         leave = self._dispatcher.take()
-        named = self._named()
         writer = chat.ChatWriter(named.name, named.fingerprint, include_usage=_wants_usage(body))
         content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
         return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, CompletionRequest)
-        ask = completions.asked(body, self._limits.n_choices)
+        ask, named = completions.asked(body, self._limits.n_choices), self._named()
         leave = self._dispatcher.take()
-        named = self._named()
         writer = completions.CompletionWriter(named.name, named.fingerprint, include_usage=_wants_usage(body))
         content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
         return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
 
     async def responses(self, request: Request) -> Response:
         body = await self._body(request, ResponseRequest)
-        ask = responses.asked(body, self._reader)
+        ask, named = responses.asked(body, self._reader), self._named()
         leave = self._dispatcher.take()
-        writer = responses.ResponseWriter(self._named().name, body)
+        writer = responses.ResponseWriter(named.name, body)
         content = (writer.events if body.stream else writer.whole)(self._dispatcher, ask)
         return LiveResponse(content, self._pace, is_stream=bool(body.stream), leave=leave)
 
