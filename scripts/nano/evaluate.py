@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import granite4v
-from granite4v.choices import VisionCompute
+from granite4v.choices import CacheType, VisionCompute
 from granite4v.converter import Options, convert
 from granite4v.converter.policy import VISION_TYPES
 from granite4v.runtime.formats.task_grammar import grammar_for
@@ -44,6 +44,7 @@ class Column:
     vision_type: str = "F16"
     lora: str = "merge"
     vision_compute: VisionCompute = "file"
+    cache_type: CacheType | None = None
 
 
 COLUMNS = {
@@ -57,6 +58,8 @@ COLUMNS = {
     "vision int8 Q6_K": Column(vision_compute="Q6_K"),
     "Q8_0 + vision Q8_0": Column("Q8_0", "Q8_0"),
     "Q4_K_M + vision Q4_0": Column("Q4_K_M", "Q4_0"),
+    "F16 cache q8_0": Column(cache_type="q8_0"),
+    "Q4_K_M cache q8_0": Column("Q4_K_M", cache_type="q8_0"),
     "no adapter": Column(lora="ignore"),
 }
 REFERENCE = "transformers"
@@ -161,7 +164,7 @@ def is_simple(table: Any) -> bool:
 def _converted(checkpoint: Path, column: str, out: Path, n_threads: int | None) -> granite4v.Model:
     chosen = COLUMNS[column]
     convert(checkpoint, out, Options(chosen.text_type, chosen.vision_type, chosen.lora))
-    return granite4v.load(out, n_threads=n_threads, vision_compute=chosen.vision_compute)
+    return granite4v.load(out, n_threads=n_threads, vision_compute=chosen.vision_compute, cache_type=chosen.cache_type)
 
 
 def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
