@@ -395,7 +395,8 @@ class Model:
     # --- its end ---
 
     def clear_cache(self) -> None:
-        """Forgets all images and prompts, so that the next request is computed from its beginning."""
+        """Forgets all images and prompts, so that the next request is computed from its beginning, or from what the
+        page store has."""
         self.engine.clear()
 
     def close(self) -> None:

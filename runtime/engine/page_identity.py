@@ -23,6 +23,7 @@ from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.fingerprint import model_hashes
 from granite4v.runtime.llama.library import llama
+from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
 Json = dict[str, Any]
 
@@ -37,7 +38,8 @@ class PageIdentity:
         self._files, self._vision, self._text = files, vision, text
         self._device, self._n_threads, self._cache_type = device, n_threads, cache_type
         self._hashes: dict[str, str] | None = None
-        self._known: dict[bool, Json] = {}  # by whether the encoder is open, which knows its kernels for certain
+        # by whether the encoder is open, which knows its kernels for certain, and whether there are batches of few rows
+        self._known: dict[tuple[bool, bool], Json] = {}
 
     def prepare(self, announce: Callable[[str], None], check: Callable[[], None]) -> None:
         """Computes the checksums of the files, seconds on their first use; `announce` is called with what takes that
@@ -45,16 +47,17 @@ class PageIdentity:
         if self._hashes is None:
             self._hashes = model_hashes(self._files, announce, check)
 
-    def __call__(self, adapter: bool) -> Json:
-        """`adapter`: whether a LoRA is applied. Once the text model's placement is chosen, and after `prepare`."""
+    def __call__(self, adapter: bool, least_rows: int) -> Json:
+        """See `stored_pages.Identity`. Once the text model's placement is chosen, and after `prepare`."""
         assert self._hashes is not None
         files = {role: found for role, found in self._hashes.items() if role != "adapter" or adapter}
-        if self._vision.is_open not in self._known:
-            self._known[self._vision.is_open] = self._environment()
-        return {**self._known[self._vision.is_open], "files": files}
+        kind = (self._vision.is_open, least_rows <= MAX_FEW_ROWS)
+        if kind not in self._known:
+            self._known[kind] = self._environment(few=kind[1])
+        return {**self._known[kind], "files": files}
 
-    def _environment(self) -> Json:
-        arithmetic = json.dumps(self._text.placement.arithmetic)
+    def _environment(self, *, few: bool) -> Json:
+        arithmetic = json.dumps(self._text.placement.arithmetic(few=few))
         return {
             "granite4v": version("granite4v"),
             "llama_cpp_python": [installed_version(), build_id(), llama().LLAMA_STATE_SEQ_VERSION],

@@ -36,7 +36,9 @@ class Identity(Protocol):
         ModelFileError."""
         ...
 
-    def __call__(self, adapter: bool) -> Mapping[str, Any]: ...
+    def __call__(self, adapter: bool, least_rows: int) -> Mapping[str, Any]:
+        """Of prefixes with an adapter or without, whose smallest batch has so many rows."""
+        ...
 
 
 class StoredPrefix:
@@ -126,7 +128,8 @@ class StoredPages:
                     digest.update(b" image %s %d" % (position[0].hex().encode(), position[1]))
                 else:
                     digest.update(f" {position}".encode())
-        whole = {**self._identity(adapter), "adapter_is_on": adapter, "prefix": digest.hexdigest()}
+        identity = self._identity(adapter, min(batch.n_tokens for batch in prefix))
+        whole = {**identity, "adapter_is_on": adapter, "prefix": digest.hexdigest()}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def close(self) -> None:

@@ -51,10 +51,14 @@ class Placement:
         """How many weights each buffer type holds, by its name."""
         return dict(Counter(copy.kernel for copy in self.copies))
 
-    @property
-    def arithmetic(self) -> list[tuple[str, str, bool, bool]]:
-        """What of it changes values: weights that are multiplied by another kernel, and for which batches."""
-        return sorted((copy.name, copy.kernel, copy.many, copy.few) for copy in self.copies if not copy.is_plain)
+    def arithmetic(self, *, few: bool) -> list[tuple[str, str, bool, bool]]:
+        """What of it changes values: weights that another kernel multiplies, in batches of many rows, and in those of
+        a few. `few`: whether there are any of the latter."""
+        return sorted(
+            (copy.name, copy.kernel, copy.many, few and copy.few)
+            for copy in self.copies
+            if not copy.is_plain and (copy.many or few)
+        )
 
 
 def choose_placement(

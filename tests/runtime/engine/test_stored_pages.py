@@ -33,7 +33,7 @@ class Identity:
         if self.error is not None:
             raise self.error
 
-    def __call__(self, adapter: bool) -> dict[str, Any]:
+    def __call__(self, adapter: bool, least_rows: int) -> dict[str, Any]:
         return {"name": self.name}
 
 

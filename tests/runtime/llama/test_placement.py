@@ -105,6 +105,18 @@ def test_a_small_file_stays_mapped(backend: Backend) -> None:
     assert choose_placement(WEIGHTS, backend) == Placement()
 
 
+def test_only_what_changes_values_is_arithmetic() -> None:
+    both, few, plain = (
+        Copy("b", "AMX", None),
+        Copy("c", "CPU_REPACK", None, many=False),
+        Copy("a", "CPU", None, is_plain=True),
+    )
+    found = Placement((plain, few, both))
+    assert found.arithmetic(few=True) == [("b", "AMX", True, True), ("c", "CPU_REPACK", False, True)]
+    assert found.arithmetic(few=False) == [("b", "AMX", True, False)]  # batches of many rows alone
+    assert Placement((plain,)).arithmetic(few=True) == Placement().arithmetic(few=True) == []
+
+
 def test_bytes_needed_by_hand() -> None:
     def info(name: str, nbytes: int) -> TensorInfo:
         return TensorInfo(name, (1, nbytes), "Q8_0", 0, nbytes)
