@@ -24,6 +24,7 @@ import numpy as np
 
 import granite4v
 from granite4v import PageStore, PageStoreWarning
+from granite4v.errors import Granite4vError
 from granite4v.runtime.engine.state_file import FORMAT
 from tests.acceptance.harness import Json, Result, options_parser, run_check, tell
 from tests.acceptance.pages import draw_page
@@ -100,7 +101,10 @@ def judge(asker: Asker, page: object, store: PageStore, alone: Found, *, is_soun
     """What is wrong with an answer, and with what it cost."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        (tokens, logits), timings = asker.ask(page, store)
+        try:
+            (tokens, logits), timings = asker.ask(page, store)
+        except Granite4vError as error:
+            return f"no answer: {error}"
     n_warnings = sum(issubclass(each.category, PageStoreWarning) for each in said)
     if tokens != alone[0] or not np.array_equal(logits, alone[1]):
         return "another answer than without a store"
