@@ -414,7 +414,7 @@ class Engine:
 
     def prefilled(self, task: Task) -> None:
         # nobody comes back to a page of a batch once the decoder has it
-        self._vision.trim(*([0] if self._has_workload else []))
+        self._vision.trim(to_one=self._has_workload)
 
     def _encode(self, task: Task, span: ImageSpan) -> ImageFeatures:
         timings, start = task.answer.timings, time.perf_counter()

@@ -110,8 +110,9 @@ class Vision:
         for digest in [digest for digest in self._features if self._in_kv_cache(digest)]:
             del self._features[digest]
 
-    def trim(self, n_bytes: int = FEATURE_CACHE_BYTES) -> None:
-        """Drops the images that were asked about longest ago, until the others take no more than `n_bytes`."""
+    def trim(self, *, to_one: bool) -> None:
+        """Drops the images that were asked about longest ago, until one is left or the others take little memory."""
+        n_bytes = 0 if to_one else FEATURE_CACHE_BYTES
         while len(self._features) > 1 and sum(f.rows.nbytes for f in self._features.values()) > n_bytes:
             self._features.popitem(last=False)
 
