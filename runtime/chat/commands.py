@@ -114,9 +114,13 @@ def summary(chat: Chat, turn: Turn) -> str:
     speed = f", {_speed(stats.tokens_per_s)}" if stats.tokens_per_s else ""
     stopped = "stopped after " if turn.finish_reason == "cancelled" else ""
     return (
-        f"{stopped}{counted(stats.n_generated, 'token')}, first after {stats.first_token_s:.1f} s{speed}; "
+        f"{stopped}{counted(stats.n_generated, 'token')}, first after {_seconds(stats.first_token_s)}{speed}; "
         f"{usage.left:,} of {usage.n_ctx:,} left"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
 
 
 def _speed(tokens_per_s: float) -> str:
