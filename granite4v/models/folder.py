@@ -19,7 +19,7 @@ import platformdirs
 
 from granite4v.errors import OutputError
 from granite4v.models.names import FOLDER_MARK, HubName, preferred
-from granite4v.paths import PARTIAL_PREFIX, cache_folder, disk_errors, write_bytes
+from granite4v.paths import PARTIAL_PREFIX, cache_folder, disk_errors, sync_folder, write_bytes
 
 MANIFEST = "granite4v-model.json"
 DOWNLOADS = ".downloads"
@@ -131,11 +131,22 @@ def remove(model: Installed) -> int:
 
 
 def discard(path: Path) -> None:
-    """Removes a directory of the models folder; it has lost its name when the first of its files goes. Raises
+    """Removes a directory of the models folder, which loses its name before the first of its files goes. Raises
     OSError."""
-    trash = path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{path.name}")
-    path.rename(trash)
-    shutil.rmtree(trash)
+    shutil.rmtree(_set_aside(path))
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Gives a complete directory its name, in place of an earlier one. Raises OSError."""
+    earlier = _set_aside(path) if path.exists() else None
+    new.rename(path)
+    sync_folder(path.parent)
+    if earlier is not None:
+        shutil.rmtree(earlier, ignore_errors=True)  # `remove_leftovers` does it otherwise
+
+
+def _set_aside(path: Path) -> Path:
+    return path.rename(path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{path.name}"))
 
 
 def remove_leftovers(target: Path) -> None:

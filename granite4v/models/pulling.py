@@ -29,7 +29,7 @@ from granite4v.models.choice import Choice, choose
 from granite4v.models.folder import Installed, Manifest, ModelFile
 from granite4v.models.names import HubName
 from granite4v.models.repository import HubFile, Repository, size
-from granite4v.paths import check_space, disk_errors, sync_folder
+from granite4v.paths import check_space, disk_errors
 
 READ_BYTES = 1 << 20
 WHERE = "GRANITE4V_MODELS names the models folder."
@@ -280,10 +280,7 @@ class _Work:
                     pulled=time.time(),
                 ),
             )
-            if target.exists():
-                models.discard(target)
-            new.rename(target)
-            sync_folder(target.parent)
+            models.put_in_place(new, target)
             current = {file.key for file in self.repository.files}
             done = {file.key for file in self.choice.files}
             for path in self.downloads.iterdir():

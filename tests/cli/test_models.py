@@ -24,6 +24,18 @@ from tests.toy.checkpoint import PRESETS, CheckpointSpec
 TINY = PRESETS["tiny"]
 TEXT, VISION = "tiny-Q4_K_M.gguf", "mmproj-model-f16.gguf"
 HALF = 3_000_000  # of the vision file
+# The command with a conversion that says when it writes, and never ends.
+STUCK = """
+import time
+from granite4v.converter import conversion
+def write(file, path, *rest):
+    path.write_bytes(b"half a file")
+    print("writing", flush=True)
+    time.sleep(60)
+conversion.write_file = write
+from granite4v.cli.entry import entry
+entry()
+"""
 PAGE = Path(__file__).parents[1] / "data" / "invoice.png"
 
 
@@ -215,6 +227,29 @@ def test_a_checkpoint_is_converted_on_first_use(
     files = {Path(file["path"]).name for file in json.loads(stdout)["files"]}
     assert files == {"text-Q8_0.gguf", "mmproj-F16.gguf"}
     assert run("inspect", "ibm/tiny:Q8_0", "--json") == (0, stdout, "")
+
+
+def test_a_conversion_that_was_killed_begins_again_without_a_download(
+    hub: Hub, folder: Path, make_checkpoint: Callable[[CheckpointSpec], Path]
+) -> None:
+    hub.add("ibm/tiny", {path.name: path.read_bytes() for path in make_checkpoint(TINY).iterdir()})
+    run = Command(hub, folder)
+    command = [sys.executable, "-c", STUCK, "models", "pull", "ibm/tiny"]
+    with subprocess.Popen(command, env=run.environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        process.kill()
+    assert invoke("models", "path", "ibm/tiny")[0] == 1
+    hub.requests.clear()
+    assert run("models", "pull", "ibm/tiny")[0] == 0
+    assert [one.path for one in hub.requests if "/resolve/" in one.path] == []
+    made = folder / "ibm--tiny--Q4_K_M"
+    left = [path for path in folder.rglob("*") if made not in (path, path.parent)]
+    assert sorted(path.name for path in left) == [".downloads", "ibm--tiny", "ibm--tiny.lock"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "granite4v-model.json",
+        "mmproj-F16.gguf",
+        "text-Q4_K_M.gguf",
+    ]
 
 
 def test_a_page_is_read_by_a_model_of_the_hub(hub: Hub, folder: Path) -> None:
