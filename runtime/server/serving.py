@@ -43,9 +43,9 @@ def run(app: Application, listening: socket.socket, announce: Callable[[str], No
         ws="none",
         timeout_graceful_shutdown=round(options.shutdown_s + _LATEST_S),
     )
-    server = _Server(config, app)
     host, port = listening.getsockname()[:2]
-    announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    server = _Server(config, app, lambda: announce(address))
     server.run(sockets=[listening])
     if app.failure is not None:
         raise app.failure
@@ -62,9 +62,13 @@ def _bound_arenas() -> None:
 class _Server(uvicorn.Server):
     """Ends as well when the model cannot be loaded, and gives answers some time at the end."""
 
-    def __init__(self, config: uvicorn.Config, app: Application) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._announce = app, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()  # not before: signals are uvicorn's from now on
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._app.failure is not None
