@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from granite4v.cli.main import app
 from granite4v.converter import Options, convert
 from granite4v.families.registry import FAMILIES
 from tests.helpers.pictures import text_picture
+from tests.helpers.serving import Server
+from tests.helpers.terminal import Terminal
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,34 +58,78 @@ def test_the_example_runs(
     convert(make_checkpoint(PRESETS["tiny"]), tmp_path / "out", Options("Q8_0", "F16"))
     text_picture((200, 150)).save(tmp_path / "page.png")
     monkeypatch.chdir(tmp_path)
-    example = blocks("python")[0].replace("max_tokens=512", "max_tokens=8")
+    (example,) = (block for block in blocks("python") if "encode_image" in block)
+    example = example.replace("max_tokens=512", "max_tokens=8")
     exec(compile(example, "README.md", "exec"), {})
     assert "[0, 2, 3, 4, 5, 7]" in capsys.readouterr().out
 
 
-def test_the_session_goes_as_it_is_shown(tmp_path: Path) -> None:
-    """Of what goes to stderr the numbers may be others: how long it took."""
+def without_numbers(text: str) -> list[str]:
+    return re.sub(r"[\d.,]+", "0", text).splitlines()
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {"GRANITE4V_CACHE": str(tmp_path / "cache"), "PATH": path, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=True
-        )
 
-    def without_numbers(text: str) -> list[str]:
-        return re.sub(r"[\d.,]+", "0", text).splitlines()
-
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the documents of the sessions."""
+    folder = tmp_path_factory.mktemp("demo")
     (seed,) = re.findall(r"`scripts/demo\.sh --seed (\d+)`", README)
-    run(sys.executable, "-m", "scripts.nano.show", "build/demo", "--seed", seed)
+    command = [sys.executable, "-m", "scripts.nano.show", "build/demo", "--seed", seed]
+    subprocess.run(command, cwd=folder, env=_environment(folder), capture_output=True, check=True)
+    return folder
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "GRANITE4V_CACHE": str(folder / "cache"), "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_session_goes_as_it_is_shown(demo: Path) -> None:
+    """Of what goes to stderr the numbers may be others: how long it took."""
     steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks("console")[0], flags=re.MULTILINE)
     assert len(steps) == 3
     for command, shown in steps:
-        result = run("bash", "-c", command)
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=demo, env=_environment(demo), capture_output=True, text=True, check=True
+        )
         said = result.stdout.splitlines()
         told = [line for line in shown.splitlines() if line not in said]
         assert [line for line in shown.splitlines() if line not in told] == said
         assert not set(without_numbers("\n".join(told))) - set(without_numbers(result.stderr))
+
+
+def test_the_chat_goes_as_it_is_shown(demo: Path) -> None:
+    shown = blocks("text")[0]
+    command, *rest = shown.splitlines()
+    assert command.startswith("$ granite4v ")
+    with Terminal(
+        [sys.executable, "-m", *command[2:].split()], folder=str(demo), environment=_environment(demo)
+    ) as terminal:
+        for line in re.findall(r"^> (.+)$", shown, flags=re.MULTILINE):
+            terminal.ask(line)
+        seen = terminal.lines_to_cursor()[:-1]
+    # to the last letter, but for the times in lines that count tokens
+    assert without_numbers("\n".join(seen)) == without_numbers("\n".join(rest))
+    assert [line for line in seen if "tokens" not in line] == [line for line in rest if "tokens" not in line]
+
+
+def test_what_the_server_is_asked_is_answered_as_shown(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (request,) = blocks("sh")
+    (client,) = (block for block in blocks("python") if "openai" in block)
+    server = Server()
+    try:
+        address = f"http://127.0.0.1:{server.port}"
+        request, client = (text.replace("http://127.0.0.1:8080", address) for text in (request, client))
+        result = subprocess.run(["bash", "-c", request], cwd=demo, capture_output=True, text=True, check=True)
+        chart = json.loads(result.stdout)["choices"][0]["message"]["content"]
+        assert len(chart.splitlines()) == 5 and chart in blocks("console")[0]  # as extract reads it
+        monkeypatch.chdir(demo)
+        exec(compile(client, "README.md", "exec"), {"__name__": "readme"})
+        (printed,) = re.findall(r"print\(.*  # (.*)", client)
+        assert capsys.readouterr().out.strip() == printed
+    finally:
+        server.close()
 
 
 def test_the_map_names_every_module() -> None:
