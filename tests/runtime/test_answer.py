@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import granite4v
@@ -50,6 +51,25 @@ def test_logprobs_of_a_table_give_the_confidence_of_its_cells(model: granite4v.M
     found, (table, *_) = granite4v.confidence(answer, "tables_html"), formats.salvage("tables_html", answer.text).value
     assert (0, 0, 0) in found and len([key for key in found if key[0] == 0]) <= len(table.cells)
     assert all(0 <= one.least <= one.mean <= 1 for one in found.values())
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_of_a_trained_model_in_half_precision(drafting: bool) -> None:
+    """Held to a grammar, with forced tokens decoded in one batch: the others have the model's own probabilities."""
+    picture = PIL.Image.open(Path("tests/data/invoice.png")).convert("RGB").crop((130, 540, 1600, 900))
+    with granite4v.load() as nano:
+        for task in ("tables_html", "tables_json"):
+            constraint = granite4v.grammar_for(task)
+            answer = nano.generate(f"<{task}>", [picture], constraint=constraint, logprobs=1, drafting=drafting)
+            assert answer.logprobs is not None and len(answer.tokens) > 10
+            rows = nano.score(f"<{task}>", [picture], tokens=answer.tokens).astype(np.longdouble)
+            rows -= rows.max(axis=1, keepdims=True)
+            expected = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            free = [(i, entry) for i, entry in enumerate(answer.logprobs) if not entry.forced]
+            assert len(free) == len(answer.tokens) - answer.timings.n_forced > 5
+            for i, entry in free:  # rows of one batch round otherwise than rows alone
+                assert np.exp(entry.logprob) == pytest.approx(float(np.exp(expected[i, entry.token])), abs=0.02)
+                assert entry.top[0][1] == pytest.approx(float(expected[i].max()), abs=0.05)
 
 
 @pytest.mark.parametrize("logprobs", [-1, 21, 1.5, True])
