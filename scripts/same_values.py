@@ -9,7 +9,8 @@ time ('one by one'), and with 'no drafting'. All fields of the records but timin
 
 Without drafting nothing may differ. One by one, an answer may differ where its two tokens at the first difference have
 logits that another number of rows in a step can exchange: each moves by at most `--rounding` (docs/benchmarks.md), so
-they lie closer than twice that. Every such record is shown. Status 1 for any other difference; the last line on stdout is one JSON object.
+they lie closer than twice that. Every such record is shown. Status 1 for any other difference; the last line on stdout
+is one JSON object.
 """
 
 from __future__ import annotations

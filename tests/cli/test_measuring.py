@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import granite4v
 from granite4v.ggml import autotune
 from granite4v.ggml.kernel_timing import MANY
 from granite4v.ggml.kernels import FLOAT32, PLAIN
+from granite4v.runtime.model import Model
 from tests.helpers import faulty_kernels
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
@@ -50,15 +50,23 @@ def test_ctrl_c_while_measuring(make_model: Callable[..., Path], tmp_path: Path)
         for line in process.stderr:
             if "measuring the fastest kernels" in line:
                 break
-        (child,) = map(int, log.read_text().split())
+        children = list(map(int, log.read_text().split()))
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stdout == "" and "interrupted" in stderr and "Traceback" not in stderr
+    assert (
+        children
+        and process.returncode == 130
+        and stdout == ""
+        and "interrupted" in stderr
+        and "Traceback" not in stderr
+    )
     assert time.monotonic() - start < 30  # a hanging kernel sleeps for 60 seconds
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-    assert not (tmp_path / "cache" / autotune.CACHE).exists()
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    known = tmp_path / "cache" / autotune.CACHE
+    assert not known.exists() or not any(json.loads(known.read_text()).values())  # nothing that was not measured
 
 
 def test_a_slow_measurement_is_reported_to_the_caller(
@@ -71,7 +79,7 @@ def test_a_slow_measurement_is_reported_to_the_caller(
     monkeypatch.setattr(autotune, "BUDGET_S", 2.0)
     monkeypatch.setattr(autotune, "kernel_timing", SimpleNamespace(__name__=faulty_kernels.__name__))
     stages: list[str] = []
-    with granite4v.load(make_model(PRESETS["tiny"], "F16", "F16"), device="cpu") as model:
+    with Model.load(make_model(PRESETS["tiny"], "F16", "F16"), device="cpu") as model:
         model.generate("x", [text_picture((150, 100))], max_tokens=2, progress=lambda stage, *_: stages.append(stage))
     assert "measure" in stages and stages.index("measure") < stages.index("encode")
     (known,) = json.loads((tmp_path / "cache" / autotune.CACHE).read_text()).values()
@@ -83,6 +91,6 @@ def test_a_small_model_is_not_measured(
 ) -> None:
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(autotune, "run_main", lambda *_, **__: pytest.fail("measured"))
-    with granite4v.load(make_model(PRESETS["tiny"], "F16", "F16"), device="cpu") as model:
+    with Model.load(make_model(PRESETS["tiny"], "F16", "F16"), device="cpu") as model:
         model.generate("x", [text_picture((150, 100))], max_tokens=2)
         assert model.settings["vision_kernels"] == {} and model.settings["text_buffer_types"] == {}
