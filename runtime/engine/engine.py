@@ -363,10 +363,9 @@ class Engine:
             return None
         start = time.perf_counter()
         with self.computing([task]):
-            if not self._text.is_open:  # a key says how weights are multiplied
-                self._text.choose(lambda: task.channel.report("measure", 0, 1))
-            if not self._vision.is_open:
-                self._vision.kernels(lambda: task.channel.report("measure", 0, 1))
+            if not self._text.is_open:  # a key says how weights are multiplied; measured once, and said
+                for choose in (self._text.choose, self._vision.kernels):
+                    choose(lambda: task.channel.report("measure", 0, 1))
             found = self._pages.find(
                 task.plan(),
                 n_known,
