@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import re
 from pathlib import Path
 
@@ -23,6 +25,19 @@ def has_large_pages(setting: Path = LARGE_PAGES) -> bool:
         return bool(re.search(r"\[(always|madvise)\]", setting.read_text()))
     except OSError:
         return False
+
+
+def large_buffer(n_bytes: int) -> mmap.mmap:
+    """Memory for states of a hundred megabytes, in large pages where the system has them: touched for the first time
+    in small ones, it costs four times as much as reading such a state and checking it. Raises MemoryError."""
+    try:
+        buffer = mmap.mmap(-1, max(n_bytes, 1))
+    except OSError:
+        raise MemoryError from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that was built without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 def _of_machine(meminfo: Path) -> int | None:

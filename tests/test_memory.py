@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from granite4v.memory import available_bytes, has_large_pages
+from granite4v.memory import available_bytes, has_large_pages, large_buffer
 
 MEMINFO = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
 
@@ -45,3 +45,12 @@ def test_large_pages(tmp_path: Path, setting: str, expected: bool) -> None:
     (tmp_path / "enabled").write_text(f"{setting}\n")
     assert has_large_pages(tmp_path / "enabled") is expected
     assert not has_large_pages(tmp_path / "missing")
+
+
+def test_a_large_buffer_is_writable_and_what_no_memory_has_room_for_is_refused() -> None:
+    buffer = large_buffer(3 << 20)
+    buffer[-4:] = b"last"
+    assert len(buffer) == 3 << 20 and buffer[:4] == bytes(4)
+    assert len(large_buffer(0)) == 1
+    with pytest.raises(MemoryError):
+        large_buffer(1 << 62)

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from granite4v.memory import large_buffer
+
 MAGIC = b"G4VSTATE"
 FORMAT = 1
 _HEAD = struct.Struct("<8sIIQ")
@@ -79,7 +81,7 @@ def read(path: Path, key: str) -> np.ndarray:
         description, n_bytes, digest = _begin(file)
         if description.key != key:
             raise DamagedState("it holds another state")
-        state = np.empty(n_bytes, dtype=np.uint8)
+        state = np.frombuffer(large_buffer(n_bytes), dtype=np.uint8)[:n_bytes]
         left = state.data
         while left:
             n_read = file.readinto(left[:PIECE])

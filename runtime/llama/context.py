@@ -14,6 +14,7 @@ from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
+from granite4v.memory import large_buffer
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.kv_pages import PADDING, KvPages, SequenceRoom, consists_of, cpu_buffers
 from granite4v.runtime.llama.library import capture_log, llama, log
@@ -241,7 +242,7 @@ class LlamaContext(Owner):
     def state(self, sequence: int) -> np.ndarray:
         """A sequence's cells as bytes, for `restore` in another context of the same model with any sequences."""
         lib, handle = llama(), self.handle
-        data = np.empty(lib.llama_state_seq_get_size(handle, sequence), dtype=np.uint8)
+        data = np.frombuffer(large_buffer(lib.llama_state_seq_get_size(handle, sequence)), dtype=np.uint8)
         buffer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         n = lib.llama_state_seq_get_data(handle, buffer, len(data), sequence)
         return data[:n]
