@@ -17,7 +17,7 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
-from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, ROWS_OF_PROMPT, open_model, weight_tensors
+from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, open_model, weight_tensors
 from tests.toy.spec import PRESETS
 
 MANY = MAX_FEW_ROWS + 1
@@ -49,7 +49,7 @@ def logits(model: LlamaModel) -> np.ndarray:
     rng, found = np.random.default_rng(0), []
     with LlamaContext(model, 64, 32, 1) as context:
         position = 0
-        for n in (20, 1, 1):
+        for n in (MANY, 1, 1):
             tokens = rng.integers(0, model.n_vocab, n).astype(np.int32)
             context.decode(BatchRows.of(tokens, position, 0, output=True))
             found.append(context.logits(-1))
@@ -161,7 +161,7 @@ def test_a_copied_weight_takes_no_mapped_memory(path: Path, backend: Backend) ->
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of a mapping are counted on Linux only")
 def test_a_step_of_many_answers_leaves_the_pages_that_the_next_one_reads(path: Path, backend: Backend) -> None:
-    n = ROWS_OF_PROMPT + 3
+    n = MANY + 3
     with (
         open_model(path, plain_copies(path, backend, many=False)) as model,
         LlamaContext(model, 64, 32, 1, n_seq_max=n) as context,
