@@ -13,8 +13,23 @@ if TYPE_CHECKING:
     from granite4v.clip_projector.encoder import ImageFeatures, VisionEncoder
     from granite4v.clip_projector.grid_anyres import Layout, count_tokens
     from granite4v.clip_projector.images import Image, ImageSource, load_image
+    from granite4v.clip_projector.video import VideoSource, load_video
+    from granite4v.clip_projector.views import Video, View, views_of
 
-__all__ = ["Image", "ImageFeatures", "ImageSource", "Layout", "VisionEncoder", "count_tokens", "load_image"]
+__all__ = [
+    "Image",
+    "ImageFeatures",
+    "ImageSource",
+    "Layout",
+    "Video",
+    "VideoSource",
+    "View",
+    "VisionEncoder",
+    "count_tokens",
+    "load_image",
+    "load_video",
+    "views_of",
+]
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -22,5 +37,7 @@ __getattr__, __dir__ = exports(
         "encoder": ("ImageFeatures", "VisionEncoder"),
         "grid_anyres": ("Layout", "count_tokens"),
         "images": ("Image", "ImageSource", "load_image"),
+        "video": ("VideoSource", "load_video"),
+        "views": ("Video", "View", "views_of"),
     },
 )

@@ -18,12 +18,13 @@ import numpy as np
 
 from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute
-from granite4v.clip_projector.grid_anyres import Layout, layout
+from granite4v.clip_projector.grid_anyres import Layout, VideoLayout
 from granite4v.clip_projector.images import Image
 from granite4v.clip_projector.pixels import normalize, patches
 from granite4v.clip_projector.projectors import project
-from granite4v.clip_projector.tiles_anyres import cut, pack
+from granite4v.clip_projector.tiles_anyres import cut_view, pack
 from granite4v.clip_projector.tower import hidden_states
+from granite4v.clip_projector.views import View
 from granite4v.clip_projector.weights import FLOATS, Weights
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.families.base import VisionConfig
@@ -46,16 +47,16 @@ NODES_PER_PROJECTOR = 200
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The embeddings of one image, for the decoder.
+    """The embeddings of one image or video, for the decoder.
 
     `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
     `layers`: the decoder layer before which each stream is added, ascending.
-    `layout`: the tile grid, and the window of its tokens that remains without padding.
+    `layout`: the tile grid and the window of its tokens that remains without padding, or a video's frames.
     """
 
     rows: np.ndarray
     layers: list[int]
-    layout: Layout
+    layout: Layout | VideoLayout
 
     @property
     def streams(self) -> np.ndarray:
@@ -125,19 +126,17 @@ class VisionEncoder:
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
         self._build(1).close()  # raises for the first tensor that is missing or has another shape or type
 
-    def layout(self, size: tuple[int, int]) -> Layout:
-        """Grid and tokens of an image of `size` (width, height)."""
-        return layout(size, self.config.tiling, self.config.tokens_side, newline=self.config.newline)
-
     def encode(
-        self, images: Sequence[Image], progress: Callable[[int, int], None] | None = None
+        self, images: Sequence[Image | View], progress: Callable[[int, int], None] | None = None
     ) -> list[ImageFeatures]:
-        """The features of each image. Equal tiles, in one image or in several, are computed once.
+        """The features of each image, as it is seen alone, or of each view. Equal tiles, in one image or in several,
+        are computed once.
 
         `progress` is called now and then with (done, 100), in hundredths of the work. Raises Aborted when the abort
         callback asks for it.
         """
-        cuts = [cut(image.pillow, self.config.tiling) for image in images]
+        views = [image if isinstance(image, View) else View((image,)) for image in images]
+        cuts = [cut_view(view, self.config.tiling) for view in views]
         # blank margins make equal tiles within a page
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
@@ -151,7 +150,7 @@ class VisionEncoder:
                     tiles.append(tile)
                 place.append(unique[digest])
             places.append(place)
-        layouts = [self.layout(image.size) for image in images]
+        layouts = [view.layout(self.config) for view in views]
         embeddings = self._encode_tiles(tiles, progress)
         layers = [stream.text_layer for stream in self.config.streams]
         return [
@@ -235,7 +234,7 @@ class VisionEncoder:
         for p, embeddings in enumerate(project(graph, self._weights, config, states)):
             graph.output(f"stream.{p}", embeddings)
 
-    def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout) -> np.ndarray:
+    def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout | VideoLayout) -> np.ndarray:
         """The rows of one image, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
         n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
         rows = np.empty((where.n_tokens, n_streams, n_embd), dtype=np.float32)

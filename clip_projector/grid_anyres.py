@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from granite4v.families.base import TilingConfig, VisionConfig
 
+REDUCE_FROM = 1.1  # times the side of what `TilingConfig.max_tiles_of_tokens` allows; transformers' number
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -21,7 +23,8 @@ class Layout:
 
     The overview tile first, then a grid of `rows` x `columns` tiles; of the grid's tokens only the window
     `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows (none where
-    `newlines` is 0).
+    `newlines` is 0). Of a window with too many tokens, `reduced` (height, width) is what they are resized to, before
+    the newlines are added.
     """
 
     rows: int
@@ -32,15 +35,40 @@ class Layout:
     left: int
     right: int
     newlines: int = 1  # at the end of a row
+    reduced: tuple[int, int] | None = None
 
     @property
     def n_tiles(self) -> int:
         return 1 + self.rows * self.columns
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the grid's tokens, without newlines."""
+        return self.reduced or (self.bottom - self.top, self.right - self.left)
+
+    @property
     def n_tokens(self) -> int:
-        height, width = self.bottom - self.top, self.right - self.left
+        height, width = self.grid
         return self.tokens_side**2 + height * (width + self.newlines)
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """Where a video's tokens come from: of each frame, `tokens_side`^2 tokens become `pooled_side`^2, row by row; one
+    newline ends them all (none where `newlines` is 0)."""
+
+    n_frames: int
+    tokens_side: int
+    pooled_side: int
+    newlines: int = 1
+
+    @property
+    def n_tiles(self) -> int:
+        return self.n_frames
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_frames * self.pooled_side**2 + self.newlines
 
 
 def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -80,9 +108,29 @@ def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, new
         kept = int(round(width * (tokens_high / height), 7))
         padding = (tokens_wide - kept) // 2
         window = (0, tokens_high, padding, tokens_wide - padding)
-    return Layout(rows, columns, tokens_side, *window, newlines=int(newline))
+    top, bottom, left, right = window
+    reduced = _reduced(bottom - top, right - left, tokens_side, tiling.max_tiles_of_tokens)
+    return Layout(rows, columns, tokens_side, *window, newlines=int(newline), reduced=reduced)
+
+
+def _reduced(height: int, width: int, tokens_side: int, max_tiles: int | None) -> tuple[int, int] | None:
+    """The size that tokens of a grid are resized to where they are those of many more than `max_tiles` tiles."""
+    ratio = 0.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * tokens_side**2))
+    return (max(1, int(height // ratio)), max(1, int(width // ratio))) if ratio > REDUCE_FROM else None
+
+
+def square_layout(config: VisionConfig) -> Layout:
+    """Of an image that is one tile: the overview, then as its only row a newline."""
+    return Layout(0, 0, config.tokens_side, top=0, bottom=1, left=0, right=0, newlines=int(config.newline))
+
+
+def video_layout(n_frames: int, config: VisionConfig) -> VideoLayout:
+    """Of a video with so many frames, for a model that takes videos."""
+    assert config.tiling.video_pooling is not None
+    pooled = math.ceil(config.tokens_side / config.tiling.video_pooling)
+    return VideoLayout(n_frames, config.tokens_side, pooled, int(config.newline))
 
 
 def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
-    """Image tokens of an image of `size` (width, height), newlines included."""
+    """Image tokens of an image of `size` (width, height) that is alone in its prompt, newlines included."""
     return layout(size, config.tiling, config.tokens_side, newline=config.newline).n_tokens

@@ -136,7 +136,7 @@ def _text_file(
     model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
 ) -> tuple[PlannedFile, list[str]]:
     arch, config, text = model.architecture.arch, model.checkpoint.config, model.text_config
-    image_token = _image_token_id(config, model.text.vocab_size)
+    image_token = _token_id(config, "image", model.text.vocab_size)
     vocabulary, warnings = vocabulary_metadata(
         model.checkpoint.folder, config, text.values, model.text.vocab_size, image_token
     )
@@ -152,6 +152,8 @@ def _text_file(
         keys.PROVENANCE_POLICY: type_policy,
         keys.IMAGE_TOKEN_ID: image_token,
     }
+    if model.vision.tiling.video_pooling is not None:
+        metadata[keys.VIDEO_TOKEN_ID] = _token_id(config, "video", model.text.vocab_size)
     shape = policy.TextShape(model.text.num_hidden_layers, model.text.n_gqa, model.tied)
     tensors = _tensors(model, model.text_groups, merged, lambda n, s: policy.text_type(n, s, type_policy, shape))
     return PlannedFile(f"text-{type_policy}.gguf", arch, metadata, tensors), warnings
@@ -252,12 +254,14 @@ def _provenance(model: Model, adapter: Adapter | None, lora: str) -> dict[str, A
     return provenance
 
 
-def _image_token_id(config: Mapping[str, Any], n_vocab: int) -> int:
+def _token_id(config: Mapping[str, Any], kind: str, n_vocab: int) -> int:
+    """The token that stands for an 'image' or a 'video'."""
     fields = Fields(config)
-    names = [name for name in ("image_token_index", "image_token_id") if name in fields]
-    ids = {fields.integer(name, 0, n_vocab - 1) for name in names or ("image_token_index",)}
+    old, new = f"{kind}_token_index", f"{kind}_token_id"
+    names = [name for name in (old, new) if name in fields]
+    ids = {fields.integer(name, 0, n_vocab - 1) for name in names or (old,)}
     if len(ids) > 1:
-        raise fields.error("image_token_id", f"the same as 'image_token_index', {fields.get('image_token_index')}")
+        raise fields.error(new, f"the same as '{old}', {fields.get(old)}")
     return ids.pop()
 
 

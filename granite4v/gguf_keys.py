@@ -101,6 +101,9 @@ PROJECTOR_SPATIAL_OFFSETS = "clip.vision.projector.spatial_offsets"
 TEXT_LAYERS = "granite4v.vision.text_layers"
 HAS_NEWLINE = "granite4v.vision.has_newline"  # false where no learned embedding ends the rows of a grid
 HIDDEN_ACT = "granite4v.vision.hidden_act"
+MAX_TILES_OF_TOKENS = "granite4v.vision.max_tiles_of_tokens"
+SQUARE_IF_SEVERAL = "granite4v.vision.square_if_several"
+VIDEO_POOLING = "granite4v.vision.video_pooling"
 RESAMPLE = "granite4v.vision.resample"
 RESCALE_FACTOR = "granite4v.vision.rescale_factor"
 PROJECTOR_HEAD_COUNT = "granite4v.vision.projector.head_count"
@@ -118,6 +121,7 @@ PROVENANCE_ADAPTER_SOURCE = "granite4v.adapter_source"
 REQUANTIZED_FROM = "granite4v.requantized_from"
 REQUANTIZED_FROM_TYPE = "granite4v.requantized_from_type"
 IMAGE_TOKEN_ID = "granite4v.image_token_id"
+VIDEO_TOKEN_ID = "granite4v.video_token_id"
 PAIR_ID = "granite4v.pair_id"  # the same in the text, mmproj and adapter files of one conversion
 
 # --- mmproj tensors; {i} is the encoder layer, {p} the projector ---

@@ -153,11 +153,23 @@ def tiling_from_gguf(metadata: GgufMetadata, tower: TowerConfig, *, height_first
         image_std=tuple(short(value) for value in metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL)),
         rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
         resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bicubic")),
+        max_tiles_of_tokens=_optional(metadata, keys.MAX_TILES_OF_TOKENS, MAX_TILES),
+        square_if_several=metadata.flag(keys.SQUARE_IF_SEVERAL, False),
+        video_pooling=_optional(metadata, keys.VIDEO_POOLING, tower.grid_side),
     )
+
+
+def _optional(metadata: GgufMetadata, key: str, high: int) -> int | None:
+    return metadata.integer(key, 1, high) if key in metadata else None
 
 
 def tiling_metadata(tiling: TilingConfig) -> dict[str, Any]:
     """What `tiling_from_gguf` reads back."""
+    optional = {
+        keys.MAX_TILES_OF_TOKENS: tiling.max_tiles_of_tokens,
+        keys.SQUARE_IF_SEVERAL: tiling.square_if_several or None,
+        keys.VIDEO_POOLING: tiling.video_pooling,
+    }
     return {
         keys.PREPROC_IMAGE_SIZE: tiling.tile_px,
         keys.IMAGE_MEAN: list(tiling.image_mean),
@@ -165,4 +177,5 @@ def tiling_metadata(tiling: TilingConfig) -> dict[str, Any]:
         keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would move pixels by a last bit
         keys.RESAMPLE: tiling.resample,
         keys.IMAGE_GRID_PINPOINTS: [px for h, w in tiling.image_grid_pinpoints for px in (w, h)],
+        **{key: value for key, value in optional.items() if value is not None},
     }

@@ -56,6 +56,11 @@ class TilingConfig:
 
     `image_grid_pinpoints` holds (height, width) pairs in pixels. The overview tile comes first, then
     the grid row by row.
+
+    `max_tiles_of_tokens`: where a grid has tokens of many more tiles than this, they are resized to about as many.
+    `square_if_several`: where a prompt has several images, each is one tile, padded to a square, and is not cut.
+    `video_pooling`: the tokens of a video's frame are reduced by this along each side; None where the model takes no
+    video.
     """
 
     tile_px: int
@@ -64,6 +69,9 @@ class TilingConfig:
     image_std: tuple[float, ...]
     rescale_factor: float = 1 / 255
     resample: int = 3  # PIL.Image.Resampling.BICUBIC
+    max_tiles_of_tokens: int | None = None
+    square_if_several: bool = False
+    video_pooling: int | None = None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# The text model of a config.json that does not name it, by the whole's `model_type`.
+UNNAMED = {"llava_next": "llama", "llava_onevision": "qwen2"}
+TIED_BY_EITHER = ("llava_onevision",)
 # Fields that a granitemoehybrid has and a granite has not.
 _HYBRID_FIELDS = ("shared_intermediate_size", "layer_types", "layers_block_type")
 
@@ -68,9 +71,8 @@ def text_section(config: Json) -> Fields:
     given = Fields(config).section("text_config")
     model_type = given.get("model_type")
     if model_type is None:
-        if config.get("model_type") == "llava_next":
-            model_type = "llama"
-        else:
+        model_type = UNNAMED.get(str(config.get("model_type")))
+        if model_type is None:
             model_type = "granitemoehybrid" if any(key in given for key in _HYBRID_FIELDS) else "granite"
     elif not isinstance(model_type, str):
         raise given.error("model_type", "the name of a text model")
@@ -281,9 +283,11 @@ def _common_metadata(config: TextConfig) -> dict[str, Any]:
 def is_tied(config: Json, text: Fields) -> bool:
     """Whether config.json says that the output head is the token embedding.
 
-    The outer configuration decides, as in transformers, then text_config.
+    The outer configuration decides, as in transformers, then text_config; for some types either may say so.
     """
-    return Fields(config).flag("tie_word_embeddings", text.flag("tie_word_embeddings", False))
+    inner = text.flag("tie_word_embeddings", False)
+    outer = Fields(config).flag("tie_word_embeddings", inner)
+    return outer or (inner and config.get("model_type") in TIED_BY_EITHER)
 
 
 def _check_dense_attention(text: Fields, tensor_names: Collection[str]) -> None:

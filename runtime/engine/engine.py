@@ -41,7 +41,7 @@ from granite4v.runtime.llama.placement import N_UBATCH
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
+    from granite4v.clip_projector import Image, ImageFeatures, View, VisionEncoder
 
 T = TypeVar("T")
 
@@ -236,7 +236,7 @@ class Engine:
         Stream(wanted, progress=progress, check=self._thread.check_process).result()
         return results[0]
 
-    def encode(self, image: Image, progress: Progress | None = None) -> ImageFeatures:
+    def encode(self, image: Image | View, progress: Progress | None = None) -> ImageFeatures:
         """An image's embeddings. `progress` is called in the calling thread."""
         self.files.need_vision()
         return self.call(lambda report: self._features(image, report), progress)
@@ -429,7 +429,7 @@ class Engine:
         timings.encode_s += time.perf_counter() - opened
         return features
 
-    def _features(self, image: Image, progress: Progress | None) -> ImageFeatures:
+    def _features(self, image: Image | View, progress: Progress | None) -> ImageFeatures:
         if progress is None or self._vision.knows(image.digest):
             return self._vision.features(image)
         progress("encode", 0, 100)

@@ -19,7 +19,7 @@ from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, Span
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image
+    from granite4v.clip_projector import View
 
 
 class Rows(Protocol):
@@ -98,7 +98,7 @@ class Task:
         *,
         max_tokens: int,
         adapter: bool = False,
-        images: SequenceOf[Image] = (),
+        images: SequenceOf[View] = (),
     ) -> None:
         """`images` are those that `ImageSpan.index` counts."""
         self.spans, self.advances, self.channel, self.images = tuple(spans), advances, channel, tuple(images)

@@ -17,7 +17,7 @@ from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import Injection, ModelFiles
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
+    from granite4v.clip_projector import Image, ImageFeatures, View, VisionEncoder
 
 FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
 
@@ -93,7 +93,7 @@ class Vision:
     def knows(self, digest: bytes) -> bool:
         return digest in self._features
 
-    def features(self, image: Image, progress: Callable[[int, int], None] | None = None) -> ImageFeatures:
+    def features(self, image: Image | View, progress: Callable[[int, int], None] | None = None) -> ImageFeatures:
         """An image's embeddings, kept or computed now. `progress` gets (done, total). Raises Aborted when the abort
         flag is raised meanwhile, ModelFileError for weights that are damaged."""
         if image.digest in self._features:

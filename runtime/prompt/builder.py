@@ -16,7 +16,7 @@ from granite4v import gguf_keys as keys
 from granite4v.errors import PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
-from granite4v.runtime.prompt.messages import normalize
+from granite4v.runtime.prompt.messages import VideoOf, normalize
 from granite4v.runtime.prompt.spans import (
     Prompt,
     TextSpan,
@@ -24,12 +24,13 @@ from granite4v.runtime.prompt.spans import (
     check_length,
     image_token,
     image_token_text,
+    video_token,
 )
 from granite4v.runtime.prompt.template import ChatTemplate
 from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import ImageSource
+    from granite4v.clip_projector import Image, ImageSource, Video, View
 
 
 class PromptBuilder:
@@ -40,6 +41,7 @@ class PromptBuilder:
         self._files, self._n_ctx, self._check = files, n_ctx, check
         self._lock = threading.RLock()
         self.placeholder = image_token(files.text)
+        self.video_placeholder = video_token(files.text)
         self._placeholder_text = image_token_text(files.text)
         self.stop_tokens = stop_tokens(files.text)
         self._tokenizer: Tokenizer | None = None
@@ -86,14 +88,14 @@ class PromptBuilder:
             _check_unicode(conversation.messages)
             if conversation.images:
                 self._files.need_vision()
-            opened = [clip_projector.load_image(source) for source in conversation.images]
+            views = self._views(conversation.images)
             tokenizer = self.tokenizer(report)
             return build_prompt(
                 conversation,
-                opened,
+                views,
                 self.template(),
                 tokenizer,
-                self.placeholder,
+                {"image": self.placeholder, "video": self.video_placeholder},
                 self._count,
                 self._check_length,
                 **variables,
@@ -109,11 +111,21 @@ class PromptBuilder:
             tokens = tokenizer.encode(text) if add_special else tokenizer.encode_plain(text)
         return Prompt(text, (TextSpan(tuple(tokens)),), ())
 
-    def _count(self, size: tuple[int, int]) -> int:
-        """Image tokens of an image of this size (width, height)."""
+    def _views(self, sources: Sequence[ImageSource | VideoOf]) -> list[View]:
+        """How the model sees the images and videos of one prompt."""
+        if not sources:
+            return []
         config = self._files.vision_config
         assert config is not None
-        return clip_projector.count_tokens(size, config)
+        if config.tiling.video_pooling is None and any(isinstance(source, VideoOf) for source in sources):
+            raise PromptError("this model takes no video, only images; ask about single frames, or use another model.")
+        return clip_projector.views_of([_opened(source) for source in sources], config)
+
+    def _count(self, view: View) -> int:
+        """Tokens of an image or a video."""
+        config = self._files.vision_config
+        assert config is not None
+        return view.layout(config).n_tokens
 
     def _check_length(self, text: str) -> None:
         """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
@@ -127,6 +139,12 @@ class PromptBuilder:
         with self._lock:
             if self._tokenizer is not None:
                 self._tokenizer.close()
+
+
+def _opened(source: ImageSource | VideoOf) -> Image | Video:
+    if isinstance(source, VideoOf):
+        return clip_projector.load_video(source.source)
+    return clip_projector.load_image(source)
 
 
 def _check_unicode(messages: Any) -> None:

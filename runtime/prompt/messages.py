@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlparse
 
+from granite4v import clip_projector
 from granite4v.errors import PromptError
 
 Message: TypeAlias = "Mapping[str, Any]"
@@ -23,14 +24,24 @@ MAX_DEPTH = 64  # of nested values beside the content, such as the arguments of 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
+_VIDEO_TYPES = ("video",)
+_VIDEO_KEYS = ("video", "path")
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Messages of plain data (`content` is a list of text and image parts), and the images in reading order.
+class VideoOf:
+    """A video as `clip_projector.load_video` takes it; None where a part brings none of its own."""
 
-    `images` holds what `clip_projector.load_image` takes, one for each image part or written placeholder.
+    source: Any
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages of plain data (`content` is a list of text, image and video parts), and the images in reading order.
+
+    `images` holds what `clip_projector.load_image` takes, one for each image part or written placeholder, and for each
+    video part a `VideoOf`.
     """
 
     messages: list[dict[str, Any]]
@@ -52,8 +63,10 @@ def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | Non
     """
     if isinstance(prompt, str):
         written = bool(placeholder) and bool(images) and prompt.count(str(placeholder)) == len(images)
-        parts: list[dict[str, Any]] = [] if written else [{"type": "image"} for _ in images]
-        return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], list(images))
+        given = [VideoOf(item) if isinstance(item, clip_projector.Video) else item for item in images]
+        kinds = ("video" if isinstance(item, VideoOf) else "image" for item in given)
+        parts: list[dict[str, Any]] = [] if written else [{"type": kind} for kind in kinds]
+        return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], given)
     if not isinstance(prompt, Sequence) or not prompt:
         raise PromptError(
             "the prompt is neither text nor a list of messages; expected messages such as {'role': 'user', 'content': "
@@ -73,8 +86,9 @@ def _count(messages: Sequence[Mapping[str, Any]], placeholder: str) -> int:
 
 
 def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
-    """The images of all image parts; `None` in `found` marks a part that takes one from `images`."""
-    waiting = sum(image is None for image in found)
+    """The images of all image parts; `None` in `found` marks a part that takes one from `images`, `VideoOf(None)` one
+    that takes a video."""
+    waiting = sum(image is None or (isinstance(image, VideoOf) and image.source is None) for image in found)
     if waiting != len(images):
         raise PromptError(
             f"the messages have {counted(waiting, 'image part')} without an image of their own, but "
@@ -82,7 +96,19 @@ def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
             "image belongs."
         )
     given = iter(images)
-    return [next(given) if image is None else image for image in found]
+    return [_given(image, given) for image in found]
+
+
+def _given(image: Any, given: Iterator[Any]) -> Any:
+    """What a part shows: its own image or video, or the next of those that came with the messages."""
+    if isinstance(image, VideoOf):
+        return image if image.source is not None else VideoOf(next(given))
+    if image is not None:
+        return image
+    image = next(given)
+    if isinstance(image, clip_projector.Video):
+        raise PromptError("a video came where the messages have an image part; expected a {'type': 'video'} part.")
+    return image
 
 
 def counted(n: int, noun: str) -> str:
@@ -117,6 +143,9 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
     if kind in _IMAGE_TYPES:
         found.append(_image_of(part, number))
         return {"type": "image"}
+    if kind in _VIDEO_TYPES:
+        found.append(VideoOf(next((part[key] for key in _VIDEO_KEYS if part.get(key) is not None), None)))
+        return {"type": "video"}
     raise PromptError(
         f"message {number} has a content part {_shown(part)}; expected {{'type': 'text', 'text': ...}} or "
         "{'type': 'image', ...}."

@@ -6,7 +6,7 @@ embeddings; here a span of that length takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from granite4v.runtime.prompt.template import ChatTemplate, task_tags
 from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image
+    from granite4v.clip_projector import View
 
 IMAGE_TOKEN = "<image>"  # the placeholder in files without our key for it
 
@@ -34,7 +34,7 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """`n_tokens` positions of the image `index`; `digest` is `Image.digest`."""
+    """`n_tokens` positions of the image or video `index`; `digest` is `View.digest`."""
 
     index: int
     n_tokens: int
@@ -46,11 +46,11 @@ Span = TextSpan | ImageSpan
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is decoded before the answer. `images`: those that `ImageSpan.index` counts."""
+    """What is decoded before the answer. `images`: the views, videos among them, that `ImageSpan.index` counts."""
 
     text: str
     spans: tuple[Span, ...]
-    images: tuple[Image, ...]
+    images: tuple[View, ...]
 
     @property
     def n_tokens(self) -> int:
@@ -73,6 +73,13 @@ def image_token(metadata: GgufMetadata) -> int | None:
     return token_id(metadata, IMAGE_TOKEN)
 
 
+def video_token(metadata: GgufMetadata) -> int | None:
+    """The id of the token that stands for a video; None for a model that takes none."""
+    if keys.VIDEO_TOKEN_ID not in metadata:
+        return None
+    return int(metadata.integer(keys.VIDEO_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
+
+
 def image_token_text(metadata: GgufMetadata) -> str | None:
     """The text of the image token in a text file's vocabulary; None without one."""
     token = image_token(metadata)
@@ -81,20 +88,21 @@ def image_token_text(metadata: GgufMetadata) -> str | None:
 
 def build_prompt(
     conversation: Conversation,
-    images: Sequence[Image],
+    images: Sequence[View],
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    placeholder: int | None,
-    count_tokens: Callable[[tuple[int, int]], int],
+    placeholders: Mapping[str, int | None],
+    count_tokens: Callable[[View], int],
     check_text: Callable[[str], None] | None = None,
     /,
     **variables: Any,
 ) -> Prompt:
-    """The prompt of a conversation with these `images` (opened, in reading order).
+    """The prompt of a conversation with these `images` (opened, in reading order, videos among them).
 
-    `count_tokens` gives the number of embeddings of an image from its size (width, height). `check_text` gets the
-    text before it is rendered and again before it is tokenized, and may raise. `variables` go to the template.
-    Raises PromptError when the template leaves more or fewer placeholders than there are images.
+    `placeholders`: the tokens of the vocabulary that stand for an 'image' and for a 'video', if any.
+    `count_tokens` gives the number of embeddings of a view. `check_text` gets the text before it is rendered and again
+    before it is tokenized, and may raise. `variables` go to the template. Raises PromptError when the template leaves
+    more or fewer placeholders than there are images.
     """
     if check_text is not None:
         check_text("".join(written(conversation)))
@@ -102,24 +110,36 @@ def build_prompt(
     if check_text is not None:
         check_text(text)
     tokens = tokenizer.encode(text)
-    places = [i for i, token in enumerate(tokens) if token == placeholder]
-    if images and placeholder is None:
-        raise ModelFileError(
-            f"the text file's vocabulary has no image placeholder ('{keys.IMAGE_TOKEN_ID}' or '{IMAGE_TOKEN}'); "
-            "use the text file that belongs to the vision file."
-        )
-    if len(places) != len(images):
-        raise PromptError(_mismatch(len(places), len(images), conversation))
     spans: list[Span] = []
     start = 0
-    for index, (place, image) in enumerate(zip(places, images, strict=True)):
+    for place, index in _places(tokens, images, placeholders, conversation):
         if place > start:
             spans.append(TextSpan(tuple(tokens[start:place])))
-        spans.append(ImageSpan(index, count_tokens(image.size), image.digest))
+        spans.append(ImageSpan(index, count_tokens(images[index]), images[index].digest))
         start = place + 1
     if start < len(tokens):
         spans.append(TextSpan(tuple(tokens[start:])))
     return Prompt(text, tuple(spans), tuple(images))
+
+
+def _places(
+    tokens: Sequence[int], images: Sequence[View], placeholders: Mapping[str, int | None], conversation: Conversation
+) -> list[tuple[int, int]]:
+    """Where each image stands, ascending: (position of its placeholder, which image). Templates may put all images
+    before all videos, so each kind is counted by itself."""
+    found: list[tuple[int, int]] = []
+    for kind, key in (("image", keys.IMAGE_TOKEN_ID), ("video", keys.VIDEO_TOKEN_ID)):
+        wanted = [index for index, view in enumerate(images) if (view.form == "video") == (kind == "video")]
+        if wanted and placeholders.get(kind) is None:
+            raise ModelFileError(
+                f"the text file's vocabulary has no {kind} placeholder ('{key}' or '<{kind}>'); "
+                "use the text file that belongs to the vision file."
+            )
+        places = [i for i, token in enumerate(tokens) if token == placeholders.get(kind)]
+        if len(places) != len(wanted):
+            raise PromptError(_mismatch(kind, len(places), len(wanted), conversation))
+        found += zip(places, wanted, strict=True)
+    return sorted(found)
 
 
 def written(conversation: Conversation) -> Iterator[str]:
@@ -154,21 +174,21 @@ def check_fits(prompt: Prompt, max_tokens: int, n_ctx: int) -> None:
     )
 
 
-def _mismatch(n_places: int, n_images: int, conversation: Conversation) -> str:
+def _mismatch(kind: str, n_places: int, n_images: int, conversation: Conversation) -> str:
     for number, message in enumerate(conversation.messages, 1):
-        n_parts = sum(part["type"] == "image" for part in message["content"])
+        n_parts = sum(part["type"] == kind for part in message["content"])
         tags = task_tags(message)
         if n_parts > 1 and tags and n_places < n_images:
             return (
-                f"message {number} has {n_parts} images and the task tag '{tags[0]}', for which the model's chat "
-                "template keeps only one image; ask about one image at a time."
+                f"message {number} has {n_parts} {kind}s and the task tag '{tags[0]}', for which the model's chat "
+                f"template keeps only one {kind}; ask about one {kind} at a time."
             )
     if n_places > n_images:
         return (
-            f"the prompt has {counted(n_places, 'image placeholder')} for {counted(n_images, 'image')}; remove the "
+            f"the prompt has {counted(n_places, f'{kind} placeholder')} for {counted(n_images, kind)}; remove the "
             "placeholder from the text."
         )
     return (
-        f"the model's chat template leaves {counted(n_places, 'image placeholder')} for "
-        f"{counted(n_images, 'image')}; put every image into a user message as a separate content part."
+        f"the model's chat template leaves {counted(n_places, f'{kind} placeholder')} for "
+        f"{counted(n_images, kind)}; put every {kind} into a user message as a separate content part."
     )

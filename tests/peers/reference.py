@@ -46,7 +46,7 @@ class Reference:
         vision_only: bool = False,
     ) -> None:
         """`vision_only`: without the decoder's layers, so that only `streams` is of use and memory is small."""
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         self.directory = Path(directory)
         config = AutoConfig.from_pretrained(self.directory)
@@ -65,12 +65,17 @@ class Reference:
 
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         self.model = model.eval()
-        self.processor = AutoProcessor.from_pretrained(self.directory)
+        self.processor = self._load_processor()
         if self.processor.patch_size is None:  # older checkpoints leave it to the model
             self.processor.patch_size = model.config.vision_config.patch_size
             self.processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
             class_token = model.config.vision_config.model_type == "clip_vision_model"
             self.processor.num_additional_image_tokens = int(class_token)
+
+    def _load_processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self.directory)
 
     def tiles(self, picture: Image.Image) -> np.ndarray:
         """float32 (n_tiles, 3, tile_px, tile_px), the overview first."""

@@ -1,4 +1,4 @@
-"""Makes Hugging Face checkpoints with random weights, of any size: Granite 4 Vision and LLaVA-NeXT.
+"""Makes Hugging Face checkpoints with random weights, of any size: Granite 4 Vision, LLaVA-NeXT and LLaVA-OneVision.
 
     python -m tests.toy.checkpoint OUT --preset tiny
     python -m tests.toy.checkpoint OUT --preset full-4.1      # 4.0 billion parameters, 8 GB, about a minute
@@ -27,6 +27,7 @@ import numpy as np
 
 from tests.toy.language import build_tokenizer, write_language_files
 from tests.toy.llava_next import TEMPLATES
+from tests.toy.llava_onevision import TEMPLATE, VIDEO
 from tests.toy.spec import (
     MAPPING_CASES,
     PRESETS,
@@ -69,14 +70,15 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     """Writes a whole model directory and returns it. Sizes and spellings come from `spec`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary)
-    template = TEMPLATES[spec.text_type] if spec.family == "llava_next" else None
+    video = VIDEO if spec.family == "llava_onevision" else None
+    tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary, video)
+    template = {"llava_next": TEMPLATES.get(spec.text_type), "llava_onevision": TEMPLATE}.get(spec.family)
     write_language_files(directory, tokenizer, spec.template_in_config, template, spec.template_file)
     _write_json(directory / "config.json", model_config(spec, tokenizer))
     _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
     _write_json(directory / "processor_config.json", processor_config(spec))
     _write_json(directory / "generation_config.json", {"do_sample": False, "eos_token_id": tokenizer.end_of_text_id})
-    _write_shards(directory, stored_tensors(spec, tokenizer.n_vocab), spec)
+    _write_shards(directory, stored_tensors(spec, tokenizer.n_vocab + spec.unused_rows), spec)
     return directory
 
 
@@ -101,7 +103,7 @@ def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
     yield from _text_tensors(spec, n_vocab)
     yield from _tower_tensors(spec)
-    if spec.family == "llava_next":
+    if spec.family in ("llava_next", "llava_onevision"):
         n_in, width = spec.vision_hidden * len(spec.feature_layers), spec.text_hidden
         yield from _linear("model.multi_modal_projector.linear_1", width, n_in, bias=spec.projector_bias)
         yield from _linear("model.multi_modal_projector.linear_2", width, width, bias=spec.projector_bias)
@@ -170,7 +172,7 @@ def _tower_tensors(spec: CheckpointSpec) -> Iterator[Tensor]:
         yield from _linear(f"{layer}mlp.fc1", ffn, width)
         yield from _linear(f"{layer}mlp.fc2", width, ffn)
     yield from _layer_norm(f"{tower}post_layernorm", width)
-    if not spec.vision_head or spec.tower == "clip":
+    if not spec.vision_head or spec.tower == "clip" or spec.family == "llava_onevision":
         return
     head = f"{tower}head."
     yield Tensor(f"{head}probe", (1, 1, width), 1.0)

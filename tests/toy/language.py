@@ -77,6 +77,7 @@ class ToyTokenizer:
     end_of_text_id: int
     image_id: int
     special: tuple[str, str, str] = (END_OF_TEXT, END_OF_TEXT, PAD)  # what begins a text, ends it, fills up
+    video_id: int | None = None
 
     @property
     def bos_id(self) -> int:
@@ -85,11 +86,14 @@ class ToyTokenizer:
         return next((int(entry["id"]) for entry in added if entry["content"] == self.special[0]), self.end_of_text_id)
 
 
-def build_tokenizer(n_bpe: int = 384, image_id: int | None = None, vocabulary: str = "bytes") -> ToyTokenizer:
+def build_tokenizer(
+    n_bpe: int = 384, image_id: int | None = None, vocabulary: str = "bytes", video: str | None = None
+) -> ToyTokenizer:
     """A tokenizer with `n_bpe` byte-level BPE tokens, then the special ones, `<image>` last.
 
-    With `image_id` the gap before it is filled with unused special tokens, as in published vocabularies. The
-    vocabulary 'sentencepiece' has at least 320 tokens, bytes among them, and no special ones but those it needs.
+    `video`: the token after that, if there is one. With `image_id` the gap before it is filled with unused special
+    tokens, as in published vocabularies. The vocabulary 'sentencepiece' has at least 320 tokens, bytes among them,
+    and no special ones but those it needs.
     """
     if vocabulary == "sentencepiece":
         content = sentencepiece_tokenizer(CORPUS, max(n_bpe, 320), (IMAGE, "<pad>"))
@@ -112,9 +116,13 @@ def build_tokenizer(n_bpe: int = 384, image_id: int | None = None, vocabulary: s
     content = json.loads(tokenizer.to_str())
     _fill_with_pairs(content["model"], n_bpe)
     special = _special_tokens(n_bpe, image_id)
+    if video is not None:
+        special[max(special) + 1] = video
     content["added_tokens"] = [added_token(i, text, special=text not in OTSL_TAGS) for i, text in special.items()]
     ids = {text: i for i, text in special.items()}
-    return ToyTokenizer(content, max(special) + 1, ids[PAD], ids[END_OF_TEXT], ids[IMAGE])
+    return ToyTokenizer(
+        content, max(special) + 1, ids[PAD], ids[END_OF_TEXT], ids[IMAGE], video_id=ids.get(video or "")
+    )
 
 
 def _regex(pattern: str) -> Any:

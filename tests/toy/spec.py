@@ -10,6 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.toy.llava_next import llava_next_config, llava_next_preprocessor, llava_next_processor
+from tests.toy.llava_onevision import (
+    ONEVISION,
+    llava_onevision_config,
+    llava_onevision_preprocessor,
+    llava_onevision_processor,
+)
 
 if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
@@ -22,7 +28,7 @@ N_PINPOINT_TILES = 10  # every grid of up to ten tiles
 class CheckpointSpec:
     """One checkpoint: sizes, injection map, and how its files are spelled. The default is the tiny one."""
 
-    family: str = "granite4_vision"  # or 'llava_next'
+    family: str = "granite4_vision"  # or 'llava_next', 'llava_onevision'
     # text model
     text_type: str = "granite"  # 'granitemoehybrid': fused shared_mlp.input_linear; 'llama', 'mistral', 'qwen2'
     text_hidden: int = 64
@@ -59,10 +65,13 @@ class CheckpointSpec:
     deepstack_layer_map: tuple[tuple[int, int], ...] = ((-3, 2), (-1, 0))
     spatial_vision_layer: int = -1
     spatial_target_layers: tuple[int, ...] = (3, 4, 5, 7)
-    # of llava_next: one stream
+    # of llava_next and llava_onevision: one stream
     feature_layers: tuple[int, ...] = (-1,)
     projector_bias: bool = True
     max_tiles: int = N_PINPOINT_TILES
+    # of llava_onevision
+    max_tiles_of_tokens: int = 9
+    unused_rows: int = 0  # of the vocabulary, beyond the tokenizer's
     # files
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
@@ -78,6 +87,8 @@ class CheckpointSpec:
     @property
     def grid_pinpoints(self) -> list[list[int]]:
         """(height, width) pairs in pixels, every grid of at most `max_tiles` tiles."""
+        if self.family == "llava_onevision":
+            return [[h * self.tile_px, w * self.tile_px] for h in range(1, 7) for w in range(1, 7)]
         sides = range(1, self.max_tiles + 1)
         return [[h * self.tile_px, w * self.tile_px] for h in sides for w in sides if h * w <= self.max_tiles]
 
@@ -215,6 +226,7 @@ PRESETS: dict[str, CheckpointSpec] = {
         deepstack_layer_map=((-19, 9), (-13, 6), (-7, 3), (-1, 0)),
         spatial_target_layers=(12, 15, 18, 21),
     ),
+    **{name: CheckpointSpec(family="llava_onevision", **fields) for name, fields in ONEVISION.items()},
 }
 
 # `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
@@ -245,6 +257,8 @@ def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
     """config.json, in the fields of the transformers version that `spec.naming` stands for."""
     if spec.family == "llava_next":
         return llava_next_config(spec, tokenizer, _text_config(spec, tokenizer))
+    if spec.family == "llava_onevision":
+        return llava_onevision_config(spec, tokenizer, _text_config(spec, tokenizer))
     return {
         "architectures": ["Granite4VisionForConditionalGeneration"],
         "model_type": "granite4_vision",
@@ -296,7 +310,7 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
         "num_hidden_layers": spec.text_layers,
         "num_attention_heads": spec.text_heads,
         "num_key_value_heads": spec.text_kv_heads,
-        "vocab_size": tokenizer.n_vocab,
+        "vocab_size": tokenizer.n_vocab + spec.unused_rows,
         "hidden_act": "silu",
         "rms_norm_eps": spec.rms_norm_eps,
         "max_position_embeddings": spec.context,
@@ -367,6 +381,8 @@ def adapter_config(adapter: AdapterSpec, modules: Sequence[str]) -> Json:
 def preprocessor_config(spec: CheckpointSpec) -> Json:
     if spec.family == "llava_next":
         return llava_next_preprocessor(spec)
+    if spec.family == "llava_onevision":
+        return llava_onevision_preprocessor(spec)
     side = {"height": spec.tile_px, "width": spec.tile_px}
     return {
         "image_processor_type": "LlavaNextImageProcessor",
@@ -390,6 +406,8 @@ def preprocessor_config(spec: CheckpointSpec) -> Json:
 def processor_config(spec: CheckpointSpec) -> Json:
     if spec.family == "llava_next":
         return llava_next_processor(spec)
+    if spec.family == "llava_onevision":
+        return llava_onevision_processor(spec)
     return {
         "processor_class": "Granite4VisionProcessor",
         "patch_size": spec.patch_px,

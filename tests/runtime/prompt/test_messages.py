@@ -76,7 +76,7 @@ def test_other_fields_are_kept_as_plain_data() -> None:
         (["hi"], [], "expected a mapping with 'role' and 'content'"),
         ([{"role": "wizard", "content": "hi"}], [], "role 'wizard'; known: system, user, assistant"),
         ([{"role": "user"}], [], "expected text or a list of parts"),
-        ([user({"type": "video"})], [], "message 1 has a content part"),
+        ([user({"type": "audio"})], [], "message 1 has a content part"),
         ([user(text("x"))], ["a.png"], "have 0 image parts without an image of their own, but 1 image"),
         ([user(IMAGE)], [], "have 1 image part without an image of their own, but 0 images"),
         ([user({"type": "image", "url": "https://x.org/a.png"})], [], "works offline and fetches nothing"),

@@ -1,0 +1,197 @@
+"""LLaVA-OneVision: ours against transformers in float32, with one image, several, and videos.
+
+Tolerances as in the tests of the other families (observed 6e-7 for embeddings, 2e-6 for logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import granite4v
+from granite4v.clip_projector import View, load_image, load_video
+from granite4v.clip_projector.pixels import normalize
+from granite4v.clip_projector.tiles_anyres import cut_view
+from tests.helpers.pictures import SIZES, noise_picture
+from tests.peers.onevision import OnevisionReference
+from tests.peers.reference import relative_l2
+from tests.toy.checkpoint import PRESETS, CheckpointSpec
+
+EMBEDDINGS, LOGITS = 2e-5, 1e-4
+TINY, REAL_TILES = PRESETS["tiny-onevision"], PRESETS["tiny-onevision-real-tiles"]
+# below the limit on tokens, just below, above; wide, tall and square
+ALONE = ((42, 42), (100, 60), (126, 126), (130, 126), (168, 168), (250, 170), (120, 252), (210, 147), (1, 1))
+SEVERAL = ((100, 60), (31, 90), (42, 42))
+Pair = tuple[OnevisionReference, granite4v.Model]
+
+
+@pytest.fixture(scope="module")
+def pair(make_checkpoint: Callable[..., Path], make_model: Callable[..., Path]) -> Iterator[Callable[..., Pair]]:
+    opened: dict[CheckpointSpec, Pair] = {}
+
+    def get(spec: CheckpointSpec = TINY) -> Pair:
+        if spec not in opened:
+            model = granite4v.load(make_model(spec), n_ctx=8192, device="cpu")
+            opened[spec] = OnevisionReference(make_checkpoint(spec)), model
+        return opened[spec]
+
+    yield get
+    for _, model in opened.values():
+        model.close()
+
+
+def pictures(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    return [noise_picture(size, seed) for seed, size in enumerate(sizes)]
+
+
+def parts(*kinds: str, text: str = "What is this?") -> list[dict[str, Any]]:
+    return [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+
+
+def turn(*kinds: str, text: str = "What is this?") -> dict[str, Any]:
+    return {"role": "user", "content": parts(*kinds, text=text)}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def tiles_of(model: granite4v.Model, view: View) -> np.ndarray:
+    """(tiles, 3, px, px) as the tower takes them."""
+    tiling = model.engine.encoder().config.tiling
+    return normalize(cut_view(view, tiling), tiling).transpose(0, 3, 1, 2)
+
+
+def in_order(messages: list[dict[str, Any]], images: Iterable[Any], videos: Iterable[Any]) -> list[Any]:
+    """As the messages name them."""
+    given = {"image": iter(images), "video": iter(videos)}
+    kinds = [part["type"] for message in messages for part in message["content"]]
+    return [next(given[kind]) for kind in kinds if kind in given]
+
+
+def check_answer(
+    pair: Pair,
+    messages: list[dict[str, Any]],
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[list[Image.Image]] = (),
+) -> None:
+    """The prompt's tokens, its embeddings, the logits after it and the answer."""
+    reference, model = pair
+    given = in_order(messages, images, map(load_video, videos))
+    prompt = model.prepare(messages, given)
+    placeholders = {"video": reference.model.config.video_token_index}
+    found: list[int] = []
+    for span in prompt.spans:
+        found += getattr(span, "tokens", ())
+        if not hasattr(span, "tokens"):
+            form = prompt.images[span.index].form
+            found += [placeholders.get(form, model.prompts.placeholder)] * span.n_tokens
+    assert found == reference.ids(messages, images, videos)
+    features = reference.features(images) if images else []
+    expected = in_order(messages, features, map(reference.video_features, videos))
+    for view, rows in zip(prompt.images, expected, strict=True):
+        assert relative_l2(model.engine.encode(view).streams[0], rows) <= EMBEDDINGS
+    logits, tokens = reference.answer(messages, images, videos)
+    ours = model.logits(prompt)
+    assert relative_l2(ours, logits) <= LOGITS and ours.argmax() == logits.argmax()
+    answer = model.generate(prompt, max_tokens=32)
+    assert answer.tokens == [token for token in tokens if token not in model.prompts.stop_tokens]
+
+
+# --- one image ---
+
+
+@pytest.mark.parametrize("size", ALONE)
+def test_one_image(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
+    reference, model = pair()
+    picture = noise_picture(size)
+    tiles = tiles_of(model, View((load_image(picture),)))
+    np.testing.assert_array_equal(tiles, reference.pixels_of([picture])["pixel_values"][0].numpy())
+    check_answer(pair(), [turn("image")], [picture])
+
+
+def test_the_limit_on_tokens_is_met_from_both_sides(pair: Callable[..., Pair]) -> None:
+    """Nine tiles have 81 tokens; a window of more than 1.21 times that is reduced."""
+    config = pair()[1].engine.encoder().config
+    layouts = [View((load_image(noise_picture(size)),)).layout(config) for size in ALONE]
+    assert {layout.reduced is None for layout in layouts} == {True, False}
+    assert {layout.n_tokens for layout in layouts if layout.reduced == (9, 9)} == {9 + 9 * 10}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_published_tiles(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
+    reference, model = pair(REAL_TILES)
+    picture = noise_picture(size)
+    view = View((load_image(picture),))
+    tiles = tiles_of(model, view)
+    np.testing.assert_array_equal(tiles, reference.pixels_of([picture])["pixel_values"][0].numpy())
+    assert [view.layout(model.engine.encoder().config).n_tokens] == reference.counts([picture])
+
+
+def test_published_numbers_of_tokens(pair: Callable[..., Pair]) -> None:
+    config = pair(REAL_TILES)[1].engine.encoder().config
+    counts = {(384, 384): 1485, (640, 480): 2929, (1700, 2200): 7353}
+    for size, n_tokens in counts.items():
+        assert View((load_image(Image.new("RGB", size)),)).layout(config).n_tokens == n_tokens
+    image = load_image(Image.new("RGB", (640, 480)))
+    assert View((image,), "square").layout(config).n_tokens == 730
+    assert View((image,) * 32, "video").layout(config).n_tokens == 32 * 196 + 1
+
+
+def test_an_answer_about_published_tiles(pair: Callable[..., Pair]) -> None:
+    check_answer(pair(REAL_TILES), [turn("image")], [noise_picture((640, 480))])
+
+
+# --- several images ---
+
+
+def test_several_images(pair: Callable[..., Pair]) -> None:
+    reference, model = pair()
+    images = pictures(SEVERAL)
+    pixels = reference.pixels_of(images)["pixel_values"].numpy()
+    for picture, expected in zip(images, pixels, strict=True):
+        np.testing.assert_array_equal(tiles_of(model, View((load_image(picture),), "square")), expected)
+    check_answer(pair(), [turn("image", "image", "image")], images)
+
+
+def test_an_image_in_a_later_turn_changes_an_earlier_one(pair: Callable[..., Pair]) -> None:
+    """The first image is asked about alone, then beside another, then alone: the caches of embeddings and of the
+    decoder's rows know the difference."""
+    first, second = pictures(SEVERAL[:2])
+    alone = [turn("image")]
+    both = [turn("image"), said("A cat."), turn("image", text="And now?")]
+    for messages, images in ((alone, [first]), (both, [first, second]), (alone, [first])):
+        check_answer(pair(), messages, images)
+
+
+def test_the_same_image_twice(pair: Callable[..., Pair]) -> None:
+    picture = noise_picture((100, 60))
+    check_answer(pair(), [turn("image", "image")], [picture, picture])
+
+
+# --- video ---
+
+
+@pytest.mark.parametrize("n_frames", [1, 8, 32])
+def test_video(pair: Callable[..., Pair], n_frames: int) -> None:
+    reference, model = pair()
+    frames = pictures([(70, 50)] * n_frames)
+    tiles = tiles_of(model, View(tuple(map(load_image, frames)), "video"))
+    np.testing.assert_array_equal(tiles, reference.frames_of(frames)[0].numpy())
+    check_answer(pair(), [turn("video")], videos=[frames])
+
+
+def test_published_frames(pair: Callable[..., Pair]) -> None:
+    check_answer(pair(REAL_TILES), [turn("video")], videos=[pictures([(64, 48)] * 2)])
+
+
+def test_videos_and_images_in_one_prompt(pair: Callable[..., Pair]) -> None:
+    """The template puts images before videos; one image beside a video is cut into tiles as if it were alone."""
+    image, *others = pictures([(100, 60), (31, 90), (70, 50), (70, 50)])
+    check_answer(pair(), [turn("video", "image")], [image], [others])
+    check_answer(pair(), [turn("image", "image"), said("Yes."), turn("video")], [image, others[0]], [others[1:]])
