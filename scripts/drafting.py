@@ -2,18 +2,21 @@
 
     python -m scripts.drafting                                # nano
     python -m scripts.drafting --documents 100 --seed 5
-    python -m scripts.drafting --replay build/full/text-Q4_K_M.gguf
+    python -m scripts.drafting --replay build/full/text-Q4_K_M.gguf                  # 'off' and 'chain', some minutes
+    python -m scripts.drafting --replay build/full/text-Q4_K_M.gguf --answers 1 --ways off,alone
 
 Each table is asked for in several formats, in three ways: without drafting ('off'), with drafts from the answer itself,
 its prompt and earlier pages ('alone'), and with drafts from the other formats of the same page as well ('chain', what
-`granite4v extract` does). The tokens of all three must be the same; status 1 where they are not.
+`granite4v extract` does). The tokens of all three must be the same; status 1 where they are not. Ways take turns,
+answer by answer, so that what else the machine does falls on all of them.
 
 With `--replay` the answers are given: tables of Python's library and held-out ones, in the model's own tokens. The
 model computes every row, and its logits are ignored, so random weights will do; grammars and drafts are real.
 
 The last line on stdout is one JSON object: steps and decode seconds in relation to 'off', for all answers, for the
-first and for later tasks of a page; 'second of first' is the steps of each page's second task in relation to those of
-its first, both with drafting.
+first and for later tasks of a page; 'second of first' is the steps of the second tasks of pages in relation to those of
+the first, both with drafting, and 'cut pages' says how many pages do not count there, since one of the two answers ran
+to its limit or repeated itself: it has many times the steps of the other, whatever drafting saves.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from __future__ import annotations
 import argparse
 import errno
 import http
+import itertools
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -35,7 +41,7 @@ from granite4v import gguf_keys as keys
 from granite4v.default_model import embedded_model
 from granite4v.errors import AnswerError
 from granite4v.runtime import grammar
-from granite4v.runtime.answer import Answer
+from granite4v.runtime.answer import STOP, Answer
 from granite4v.runtime.engine.draft import Draft, Drafter, DraftSource
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.engine.sampler import Sampling
@@ -81,47 +87,60 @@ def main() -> int:
         "--tasks", default="tables_json,tables_html,tables_otsl", help="formats, in the order of asking"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the held-out documents")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"those of {', '.join(WAYS)} to measure")
+    parser.add_argument("--ways", help=f"those of {', '.join(WAYS)} to measure (all; off,chain where replayed)")
+    parser.add_argument("--answers", type=int, help="ends after so many answers in each way")
+    parser.add_argument("--minutes", type=float, help="begins no further answer afterwards (6 where replayed)")
     parser.add_argument("--replay", metavar="MODEL", help="a model for given answers, in place of nano")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    tasks, ways = options.tasks.split(","), options.ways.split(",")
+    tasks = options.tasks.split(",")
+    ways = (options.ways or ("off,chain" if options.replay else ",".join(WAYS))).split(",")
     if not set(tasks) <= set(WRITERS) or not set(ways) <= set(WAYS) or "off" not in ways:
         parser.error(f"expected tasks of {', '.join(WRITERS)}, and 'off' and others of {', '.join(WAYS)}")
     n_documents = options.documents or (2 if options.replay else 24)
+    minutes = options.minutes or (6 if options.replay else math.inf)
     path = options.replay or embedded_model(lambda line: print(line, file=sys.stderr))
     with Model.load(path, n_threads=options.threads, n_parallel=2, workload=Workload()) as model:
         if options.replay:
             ask = replaying(model, list(real_tables(n_documents, options.seed)))
         else:
             ask = asking(model, [HELD_OUT_SEEDS + 50_000_000 + 1000 * options.seed + i for i in range(n_documents)])
-        asked = measure(model, ask, tasks, n_documents, ways)
-    result = report(asked)
-    print(json.dumps({"model": options.replay or "nano", "documents": n_documents, "tasks": tasks, **result}))
+        end, asked = time.monotonic() + 60 * minutes, list[dict[str, Asked]]()
+        for answers in itertools.islice(measure(model, ask, tasks, n_documents, ways), options.answers):
+            asked.append(answers)
+            if time.monotonic() > end:
+                break
+    result = report({way: [answers[way] for answers in asked] for way in ways})
+    print(json.dumps({"model": options.replay or "nano", "answers": len(asked), "tasks": tasks, **result}))
     return 1 if result["different"] else 0
 
 
 def measure(
     model: Model, ask: Ask, tasks: Sequence[str], n_documents: int, ways: Sequence[str]
-) -> dict[str, list[Asked]]:
-    """All answers in each way. Ways take turns, page by page, so that what else the machine does falls on all."""
+) -> Iterator[dict[str, Asked]]:
+    """Each answer in each way, as they come."""
     drafts = {way: Drafts(model) for way in ways}
-    asked: dict[str, list[Asked]] = {way: [] for way in ways}
     model.logits("Hello")  # reads the weights
     for page in range(n_documents):
-        for way in ways if page % 2 == 0 else ways[::-1]:
-            for place, task in enumerate(tasks):
-                question = Question(task, f"<{task}>")
+        for place, task in enumerate(tasks):
+            question, answers = Question(task, f"<{task}>"), dict[str, Asked]()
+            for way in ways if page % 2 == 0 else ways[::-1]:
                 key = f"{page} {task}" if way == "alone" else str(page)
                 answer = ask(page, task, None if way == "off" else drafts[way].sources(key, question))
-                asked[way].append(Asked(page, place, answer))
-                timings = answer.timings
-                told = f"{len(answer.tokens)} tokens, {timings.n_steps} steps, {timings.decode_s:.2f} s"
-                print(f"table {page + 1} of {n_documents}, {task}, {way}: {told}", file=sys.stderr, flush=True)
+                answers[way] = Asked(page, place, answer)
+                _tell(f"table {page + 1} of {n_documents}, {task}, {way}", answer)
                 drafts[way].add(key, question, answer.tokens, _value(task, answer))
+            yield answers
+        for way in ways:
             for key in (str(page), *(f"{page} {task}" for task in tasks)):
                 drafts[way].forget(key)
-    return asked
+
+
+def _tell(name: str, answer: Answer) -> None:
+    timings = answer.timings
+    drafted = f", {timings.n_accepted} of {timings.n_drafted} drafted tokens accepted" if timings.n_drafted else ""
+    told = f"{len(answer.tokens)} tokens, {timings.n_steps} steps, {timings.decode_s:.2f} s{drafted}"
+    print(f"{name}: {told}", file=sys.stderr, flush=True)
 
 
 def _value(task: str, answer: Answer) -> Any:
@@ -155,9 +174,18 @@ def report(asked: dict[str, list[Asked]]) -> dict[str, Any]:
                     for figure, field in (("steps", "n_steps"), ("decode_s", "decode_s"))
                 }
         if len(places) > 1:
-            second, first = ([one for one in found if one.place == place] for place in (1, 0))
-            result[way]["second of first"] = round(_sum(second, "n_steps") / _sum(first, "n_steps"), 3)
+            result[way].update(_second_of_first(found))
     return result
+
+
+def _second_of_first(asked: Sequence[Asked]) -> dict[str, Any]:
+    first, second = ({one.page: one for one in asked if one.place == place} for place in (0, 1))
+    pages = sorted(first.keys() & second.keys())
+    whole = [page for page in pages if all(one[page].answer.finish_reason == STOP for one in (first, second))]
+    if not whole:
+        return {"cut pages": len(pages)}
+    ratio = _sum([second[page] for page in whole], "n_steps") / _sum([first[page] for page in whole], "n_steps")
+    return {"second of first": round(ratio, 3), "cut pages": len(pages) - len(whole)}
 
 
 def _sum(asked: Sequence[Asked], field: str) -> Any:

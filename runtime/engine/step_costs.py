@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 N_KEPT = 5  # latest steps of one number of rows; their median is little disturbed by what else the machine does
 # Steps after which a figure is forgotten, for each time that it was measured: contexts grow, and attention with them;
 # and what was measured once may have been disturbed.
-AGE_EACH = 24
+AGE_EACH = 60
 # What a further row is thought to cost before it was tried, as a part of the cost of one: less than it turns out to be
 # on any CPU, so that it is tried once.
 _HOPE = 0.25

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import granite4v
-from granite4v.runtime.answer import Answer, Timings
+from granite4v.runtime.answer import LENGTH, STOP, Answer, Timings
 from granite4v.runtime.engine.draft import DraftSource
 from scripts.drafting import Asked, real_tables, replaying, report
 from scripts.nano import formats
@@ -16,7 +16,11 @@ from tests.toy.spec import PRESETS
 def asked(*steps: int, tokens: int = 5) -> list[Asked]:
     """Two tasks a page."""
     return [
-        Asked(i // 2, i % 2, Answer(tokens=[1] * tokens, timings=Timings(n_steps=n, decode_s=float(n))))
+        Asked(
+            i // 2,
+            i % 2,
+            Answer(tokens=[1] * tokens, finish_reason=STOP, timings=Timings(n_steps=n, decode_s=float(n))),
+        )
         for i, n in enumerate(steps)
     ]
 
@@ -28,6 +32,16 @@ def test_ratios_are_those_of_first_and_later_tasks() -> None:
     assert chain["first"]["steps"] == 0.8 and chain["later"]["steps"] == 0.25
     assert chain["second of first"] == round(15 / 32, 3)
     assert (found["off"]["steps"], found["tokens"], found["different"]) == (100, 20, 0)
+
+
+def test_an_answer_that_ran_on_does_not_hide_what_later_tasks_take() -> None:
+    found = asked(8, 4, 10, 1500, 12)  # the last page has one answer alone
+    found[3].answer.finish_reason = LENGTH
+    chain = report({"off": asked(10, 20, 30, 1500, 12), "chain": found})["chain"]
+    assert (chain["second of first"], chain["cut pages"]) == (0.5, 1)
+    found[1].answer.finish_reason = LENGTH
+    chain = report({"off": asked(10, 20, 30, 1500, 12), "chain": found})["chain"]
+    assert "second of first" not in chain and chain["cut pages"] == 2
 
 
 def test_other_tokens_are_counted() -> None:

@@ -169,6 +169,23 @@ def test_a_step_keeps_to_its_limits() -> None:
     assert [part.tokens for part in parts] == [(10, 11, 12), (10,)]
 
 
+def test_rows_fill_a_tile_of_attention_where_values_may_depend_on_it() -> None:
+    free = _costs(_1=1.0, _32=1.2, _64=1.3)
+    limits = Limits(rows=128, outputs=64, cells=256)
+    good = Draft(tuple(range(40)), (0.99,) * 40)
+    (part,) = plan_step([_task(1, good)], [], free, limits)
+    assert (part.n_rows, part.n_drafted) == (64, 40)
+    assert plan_step([_task(20)], [], free, limits)[0].n_rows == 20
+    assert plan_step([_task(40)], [], free, limits)[0].n_rows == 64
+    # no room for a tile; a model whose values are promised to be the same beside others
+    assert plan_step([_task(1, good)], [], free, Limits(rows=128, outputs=64, cells=50))[0].n_rows == 41
+    exact = Limits(rows=128, outputs=64, cells=256, least=2)
+    assert plan_step([_task(1, good)], [], free, exact)[0].n_rows == 41
+    long = Draft(tuple(range(63)), (0.99,) * 63)
+    assert plan_step([_task(1, long)], [], free, limits)[0].n_drafted == 63
+    assert plan_step([_task(1, long)], [], free, exact)[0].n_rows == 63
+
+
 def test_costs_follow_what_was_measured() -> None:
     costs = StepCosts()
     assert costs.seconds(1) < costs.seconds(4) < 4 * costs.seconds(1)
