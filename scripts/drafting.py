@@ -259,7 +259,7 @@ def replaying(model: Model, tables: Sequence[Table]) -> Ask:
     """Gives the tables as answers, in a model's tokens."""
     tokenizer, n_vocab = model.prompts.tokenizer(), model.files.text.n_texts(keys.TOKENS)
     compiler = grammar.Compiler(tokenizer, n_vocab, model.prompts.stop_tokens)
-    prompt = model.prepare("word " * N_PROMPT)
+    prompt = model.prepare("word " * round(N_PROMPT * 100 / len(tokenizer.encode_plain("word " * 100))))
 
     def ask(page: int, task: str, sources: Sequence[DraftSource] | None) -> Answer:
         tokens, answer, constraint = tokenizer.encode_plain(WRITERS[task](tables[page])), Answer(), grammar_for(task)
