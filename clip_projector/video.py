@@ -1,125 +1,98 @@
-"""Frames of a video file, through PyAV (the extra 'video'): which of them are taken, and decoding these.
+"""Videos from files, directories of frames and lists of images.
 
-Frames are converted to RGB by FFmpeg's rules for the file's own colour space; sizes and tiles are not decided here.
+Files are decoded in a process of their own (`video_decoding`), since a damaged one may end its decoder.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+from granite4v.child import run_main
+from granite4v.clip_projector import video_decoding
 from granite4v.clip_projector.files import shown
 from granite4v.clip_projector.images import Image, ImageSource, load_image
 from granite4v.clip_projector.views import Video
-from granite4v.errors import DeviceError, ImageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from granite4v.errors import DeviceError, ImageError, ImageWarning
 
 VideoSource: TypeAlias = "Video | str | Path | Sequence[ImageSource]"
 
 DEFAULT_FRAMES = 32  # of a file, where nothing else is asked for
 MAX_FRAMES = 1024  # that one video may have: each is an image in memory, and hundreds of tokens
-MAX_FRAMES_IN_FILE = 1_000_000  # that are counted, where a file does not say how many it has
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of frames in a directory
+TIMEOUT_S = 3600.0
 
 
 def load_video(source: VideoSource, *, frames: int | None = None, fps: float | None = None) -> Video:
-    """The frames of a video: of a file, `frames` of them or `fps` a second, spread evenly, 32 by default; of a list of
-    images, all. What is a Video already is returned as it is.
+    """The frames of a video: of a file, `frames` of them or `fps` a second, spread evenly, 32 by default; of a
+    directory, `frames` of the images in it, by name; of a list of images, all. What is a Video already is returned as
+    it is.
 
-    Raises ImageError for what cannot be read as a video, DeviceError without PyAV, ValueError for a number of frames
-    that is out of range.
+    Warns (ImageWarning) of a file with fewer frames than it says. Raises ImageError for what cannot be read as a video,
+    DeviceError without PyAV, ValueError for a number of frames that is out of range.
     """
     if isinstance(source, Video):
         return source
     if not isinstance(source, str | Path):
-        if not 0 < len(source) <= MAX_FRAMES:
-            raise ImageError(f"the video has {len(source):,} frames; expected 1 to {MAX_FRAMES:,}.")
-        return Video(tuple(load_image(frame) for frame in source))
+        return _of_images(source, "the video")
     if frames is not None and fps is not None:
         raise ValueError("give the number of frames or frames a second, not both.")
     if frames is not None and not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames is {frames}; expected 1 to {MAX_FRAMES:,}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps:g}; expected a number above 0.")
-    return _read(Path(source), frames, fps)
-
-
-def sampled(n_total: int, file_fps: float, frames: int | None, fps: float | None) -> list[int]:
-    """Which of `n_total` frames are taken, evenly spread from the first on; never more than there are.
-
-    As transformers 5.24 (`video_utils.default_sample_indices_fn`): n_total / n apart, rounded down. `file_fps`: frames
-    a second in the file.
-    """
-    n = frames or DEFAULT_FRAMES
-    if fps is not None:
-        n = max(1, int(n_total / file_fps * fps))
-    n = min(n, n_total)
-    return [i * n_total // n for i in range(n)]
-
-
-def _read(path: Path, frames: int | None, fps: float | None) -> Video:
-    av = _pyav()
+    path = Path(source)
     name = f"'{shown(str(path))}'"
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ImageError(f"{name} has no video in it; give a file with a video stream.")
-            n_total, file_fps = container.streams.video[0].frames, _fps(container.streams.video[0])
-        if not n_total:  # not every kind of file says it
-            n_total = sum(1 for _ in _decoded(av, path))
-        wanted = sampled(n_total, file_fps, frames, fps)
-        if len(wanted) > MAX_FRAMES:
-            raise ImageError(
-                f"{name} at {fps:g} frames a second has {len(wanted):,} frames; expected at most {MAX_FRAMES:,}."
-            )
-        found = _frames(av, path, set(wanted))
-    except ImageError:
-        raise
-    except FileNotFoundError:
-        raise ImageError(f"{name} cannot be read as a video: No such file or directory.") from None
-    except (OSError, ValueError) as error:  # av.error.FFmpegError is both
-        raise ImageError(f"{name} cannot be read as a video: {getattr(error, 'strerror', None) or error}.") from None
+    if path.is_dir():
+        return _of_directory(path, name, frames, fps)
+    return _of_file(path, name, {"frames": None if fps else frames or DEFAULT_FRAMES, "fps": fps})
+
+
+def _of_images(images: Sequence[ImageSource], name: str) -> Video:
+    if not 0 < len(images) <= MAX_FRAMES:
+        raise ImageError(f"{name} has {len(images):,} frames; expected 1 to {MAX_FRAMES:,}.")
+    return Video(tuple(load_image(image) for image in images))
+
+
+def _of_directory(path: Path, name: str, frames: int | None, fps: float | None) -> Video:
+    if fps is not None:
+        raise ImageError(f"{name} is a directory of images, which have no times; give a number of frames instead.")
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ImageError(f"{name} has no frame that can be decoded; it may be damaged.")
-    return Video(tuple(found))
+        raise ImageError(f"{name} is a directory without images; give a video file, or a directory of frames.")
+    wanted = video_decoding.spread(len(found), frames or DEFAULT_FRAMES)
+    return _of_images([found[i] for i in wanted], name)
 
 
-def _frames(av: Any, path: Path, wanted: set[int]) -> list[Image]:
-    last = max(wanted, default=-1)
-    found = []
-    for i, frame in enumerate(_decoded(av, path)):
-        if i in wanted:
-            found.append(Image(frame.to_image()))
-        if i >= last:
-            break
-    return found
-
-
-def _decoded(av: Any, path: Path) -> Iterator[Any]:
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for i, frame in enumerate(container.decode(stream)):
-            if i >= MAX_FRAMES_IN_FILE:
-                return
-            yield frame
-
-
-def _fps(stream: Any) -> float:
-    rate = stream.average_rate or stream.base_rate
-    return float(rate) if rate else 25.0
-
-
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError:
+def _of_file(path: Path, name: str, choice: dict[str, Any]) -> Video:
+    if importlib.util.find_spec("av") is None:
         raise DeviceError(
             "videos are read through PyAV, which is not installed: pip install 'granite4v[video]'; or give the frames "
-            "as images."
-        ) from None
-    av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is raised, too
-    return av
+            "as images, in a directory."
+        )
+    if not path.is_file():
+        raise ImageError(f"{name} cannot be read as a video: there is no such file.")
+    with tempfile.NamedTemporaryFile() as pixels:
+        request = json.dumps({"path": str(path), "pixels": pixels.name, "max_frames": MAX_FRAMES, **choice})
+        ended = run_main(video_decoding.__name__, [request], TIMEOUT_S)
+        if ended.status != 0:
+            reason = f"{ended.how}: {ended.reason}".rstrip(": ")
+            raise ImageError(f"{name} cannot be read as a video: its decoder ended {reason:.200}.")
+        reply = json.loads(ended.stdout)
+        if "error" in reply:
+            raise ImageError(f"{name} {reply['error']}.")
+        found = [Image.from_pixels((w, h), pixels.read(3 * w * h)) for w, h in reply["sizes"]]
+    if len(found) < reply["n_wanted"]:
+        warnings.warn(
+            f"{name} is cut short or damaged: {len(found)} of {reply['n_wanted']} frames could be decoded, and these "
+            "are used.",
+            ImageWarning,
+            stacklevel=3,
+        )
+    return Video(tuple(found))

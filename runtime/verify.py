@@ -179,7 +179,10 @@ class _Reference:
         self._where = f"'{directory}'"
         with self.transformers("load"):
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(directory, **options)
-            self._processor = transformers.AutoProcessor.from_pretrained(directory)
+            try:
+                self._processor = transformers.AutoProcessor.from_pretrained(directory)
+            except ImportError:  # torchvision, for videos, which are not compared
+                self._processor = _ImageProcessor(directory, model)
         self.has_adapter = adapter is not None or (directory / "adapter_config.json").is_file()
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if "lora_" not in str(name)]
         if lost:
@@ -262,6 +265,36 @@ class _Reference:
             if len(answer) == n_positions:
                 return answer, torch.stack(rows).numpy()
             out = self._model(torch.tensor([answer[-1:]]), **kept)
+
+
+class _ImageProcessor:
+    """A checkpoint's processor put together from its parts, for one image a prompt: of the image, transformers' image
+    processor; in the text, its placeholder as often as the model makes features of it."""
+
+    def __init__(self, directory: Path, model: Any) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+
+        self._image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        self._model, self.tokenizer = model, AutoTokenizer.from_pretrained(directory)
+        self.chat_template = ProcessorMixin.get_processor_dict(directory)[0].get("chat_template")
+        self.image_token_id = model.config.image_token_id
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        template = self.chat_template
+        return str(self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+
+    def __call__(self, text: str, images: Sequence[Image] = (), **options: Any) -> dict[str, Any]:
+        import torch
+
+        inputs = dict(self._image_processor(list(images), **options)) if images else {}
+        ids = self.tokenizer(text).input_ids
+        if images:
+            with torch.inference_mode():
+                pixels = inputs["pixel_values"].to(self._model.dtype)
+                (rows,) = self._model.get_image_features(pixels, inputs["image_sizes"]).pooler_output
+            place = ids.index(self.image_token_id)
+            ids[place : place + 1] = [self.image_token_id] * len(rows)
+        return {**inputs, "input_ids": torch.tensor([ids])}
 
 
 def _import_extra() -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,14 +12,19 @@ import typer
 from granite4v.cli import options
 from granite4v.cli.progress import Progress, plural
 from granite4v.cli.streams import to_json
+from granite4v.errors import ImageError, ImageWarning
 
 if TYPE_CHECKING:
+    from granite4v.clip_projector import Video
     from granite4v.runtime import Answer
 
 
 def ask(
     *,
     images: options.ImagesArgument = None,
+    videos: options.VideosOption = None,
+    frames: options.FramesOption = None,
+    fps: options.FpsOption = None,
     prompt: options.PromptArgument,
     model: options.ModelOption = None,
     mmproj: options.MmprojOption = None,
@@ -38,7 +44,7 @@ def ask(
     no_stream: options.NoStreamOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Ask one question about one or more images.
+    """Ask one question about one or more images, or videos.
 
     Only the answer goes to stdout; progress, timings and warnings go to stderr. What the decoder has read of the images
     is kept on disk, private to the user, so that the next question about them is answered without reading them again.
@@ -49,7 +55,7 @@ def ask(
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
     is_streamed = not as_json and not no_stream
     with Progress() as progress:
-        opened = _open_images(images or [])
+        opened = [*_open_images(images or []), *_open_videos(videos or [], frames, fps)]
         path = options.model_path(model)
         with Model.load(
             path,
@@ -66,7 +72,7 @@ def ask(
             for warning in loaded.warnings:
                 progress.say(f"warning: {warning}")
             stream = loaded.stream(
-                _messages(prompt, len(opened), system),
+                _messages(prompt, len(images or []), len(videos or []), system),
                 opened,
                 max_tokens=max_tokens,
                 temperature=temperature,
@@ -104,8 +110,6 @@ def _open_images(images: list[str]) -> list[Any]:
 
 
 def _from_stdin() -> bytes:
-    from granite4v.errors import ImageError
-
     if sys.stdin.isatty():
         raise ImageError("'-' reads an image from standard input, but that is a terminal; pipe an image into it.")
     try:
@@ -117,8 +121,24 @@ def _from_stdin() -> bytes:
     return data
 
 
-def _messages(prompt: str, n_images: int, system: str | None) -> list[dict[str, Any]]:
-    parts = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
+def _open_videos(videos: list[str], frames: int | None, fps: float | None) -> list[Video]:
+    if not videos and (frames is not None or fps is not None):
+        raise typer.BadParameter("there is no --video to take frames of.", param_hint="--frames, --fps")
+    if frames is not None and fps is not None:
+        raise typer.BadParameter("give --frames or --fps, not both.", param_hint="--frames, --fps")
+    from granite4v.clip_projector import load_video
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ImageWarning)
+        opened = [load_video(video, frames=frames, fps=fps) for video in videos]
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return opened
+
+
+def _messages(prompt: str, n_images: int, n_videos: int, system: str | None) -> list[dict[str, Any]]:
+    kinds = ["image"] * n_images + ["video"] * n_videos
+    parts = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
     return [{"role": "system", "content": system}, *messages] if system else messages
 

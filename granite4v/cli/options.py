@@ -24,6 +24,11 @@ def finite(value: float) -> float:
     return value
 
 
+def given_finite(value: float | None) -> float | None:
+    """As `finite`, of an option that may be left out."""
+    return value if value is None else finite(value)
+
+
 # --- the model and the machine ---
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or a text GGUF file.")]
@@ -105,6 +110,32 @@ StorePagesOption = Annotated[
 
 ImagesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files; '-' reads one from standard input.")
+]
+VideosOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--video",
+        metavar="FILE|DIR",
+        help="A video file (needs the extra 'video'), or a directory of images that are its frames, by name; for "
+        "models that take videos. May be repeated.",
+    ),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="Frames taken of each video, evenly spread.",
+        show_default="32, or all of fewer",
+    ),
+]
+FpsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--fps", metavar="X", min=0.001, callback=given_finite, help="Frames taken of each second of a video instead."
+    ),
 ]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="Question, or a task tag alone.")]
 MaxTokensOption = Annotated[

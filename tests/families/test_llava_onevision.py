@@ -5,6 +5,8 @@ Tolerances as in the tests of the other families (observed 6e-7 for embeddings, 
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import LlavaOnevisionConfig
+from typer.testing import CliRunner
 
 import granite4v
+from granite4v.cli.main import app
 from granite4v.clip_projector import View, load_image, load_video
 from granite4v.clip_projector.pixels import normalize
 from granite4v.clip_projector.tiles_anyres import cut_view
+from granite4v.converter import Options, convert
+from granite4v.errors import CheckpointError, PromptError
+from granite4v.families.llava_onevision import DEFAULTS
+from granite4v.runtime.engine.page_store import PageStore
 from tests.helpers.pictures import SIZES, noise_picture
+from tests.helpers.videos import write_video
 from tests.peers.onevision import OnevisionReference
 from tests.peers.reference import relative_l2
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
@@ -195,3 +205,118 @@ def test_videos_and_images_in_one_prompt(pair: Callable[..., Pair]) -> None:
     image, *others = pictures([(100, 60), (31, 90), (70, 50), (70, 50)])
     check_answer(pair(), [turn("video", "image")], [image], [others])
     check_answer(pair(), [turn("image", "image"), said("Yes."), turn("video")], [image, others[0]], [others[1:]])
+
+
+# --- commands ---
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and frames in a directory."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "frames").mkdir()
+    for i, frame in enumerate(pictures([(70, 50)] * 5)):
+        frame.save(folder / "frames" / f"{i}.png")
+        frame.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("text_type", "vision_type"), [("Q8_0", "Q8_0"), ("Q4_0", "Q4_0"), ("F32", "F32")])
+def test_every_command(
+    text_type: str, vision_type: str, files: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make_model(TINY, text_type, vision_type)
+    asked = ("ask", "--model", model, "--max-tokens", 3, "--json")
+    one = json.loads(run(*asked, files / "0.png", "What?").stdout)["timings"]
+    two = json.loads(run(*asked, files / "0.png", files / "1.png", "What?").stdout)["timings"]
+    film = json.loads(run(*asked, "--video", files / "frames", "--frames", 3, "What?").stdout)["timings"]
+    assert (two["n_image"], film["n_image"]) == (2 * 10, 3 * 4 + 1) and one["n_image"] > 10
+    described = run("inspect", model).stdout
+    assert "llava_onevision" in described
+    benched = run("bench", "--model", model, "--image", files / "0.png", "--max-tokens", 2, "--repeat", 1)
+    assert benched.exit_code == 0, benched.stderr
+    extracted = run(
+        "extract", files / "0.png", "--model", model, "--prompt", "What?", "--max-tokens", 3, "--out", tmp_path / "out"
+    )
+    assert "1 page of 1 document, 1 record, 1 truncated" in extracted.stderr
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("F32", 1e-4), ("Q8_0", 5e-2), ("Q4_0", 1.0)])
+def test_verify_shows_what_a_type_costs(
+    kind: str, limit: float, files: Path, make_model: Callable[..., Path], make_checkpoint: Callable[..., Path]
+) -> None:
+    model = make_model(TINY, kind, kind)
+    result = run("verify", model, "--reference", make_checkpoint(TINY), "--image", files / "0.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    for comparison in json.loads(result.stdout)["comparisons"]:
+        assert comparison["same_prompt_tokens"]
+        assert comparison["n_image_tokens"] == comparison["n_image_tokens_reference"]
+        assert limit / 1e3 < comparison["logits_relative_l2"] < limit
+        assert all(limit / 1e3 < stream["relative_l2"] < limit for stream in comparison["streams"])
+
+
+def test_videos_in_ask(files: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_model(TINY)
+    film = write_video(tmp_path / "film.mp4", 12, 4)
+    base = ("ask", "--model", model, "--max-tokens", 2, "--json")
+    by_rate = run(*base, "--video", film, "--fps", 2, "What?")
+    assert json.loads(by_rate.stdout)["timings"]["n_image"] == 6 * 4 + 1
+    both = run(*base, files / "0.png", "--video", film, "--video", files / "frames", "--frames", 2, "What?")
+    assert json.loads(both.stdout)["timings"]["n_image"] > 2 * (2 * 4 + 1)
+    for wrong in (("--frames", 2), ("--video", film, "--frames", 2, "--fps", 1)):
+        assert run(*base, *wrong, "What?").exit_code == 2
+    missing = run(*base, "--video", tmp_path / "none.mp4", "What?")
+    assert missing.exit_code != 0 and missing.stdout == ""
+
+
+def test_a_model_without_video_says_so(make_model: Callable[..., Path]) -> None:
+    video = load_video(pictures([(70, 50)] * 2))
+    with (
+        granite4v.load(make_model(PRESETS["tiny"]), device="cpu") as model,
+        pytest.raises(PromptError, match="takes no video, only images"),
+    ):
+        model.prepare("What?", [video])
+
+
+def test_messages_with_their_own_videos(pair: Callable[..., Pair], files: Path) -> None:
+    _, model = pair()
+    frames = sorted((files / "frames").iterdir())
+    ways: list[Any] = [files / "frames", str(files / "frames"), frames, load_video(frames)]
+    prompts = [model.prepare([{"role": "user", "content": [{"type": "video", "video": way}]}]) for way in ways]
+    assert len({prompt.spans for prompt in prompts}) == 1
+    with pytest.raises(PromptError, match="a video came where the messages have an image part"):
+        model.prepare([turn("image")], [load_video(frames)])
+
+
+def test_stored_pages_know_the_form(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The first of two images is stored as it was seen: beside another, not alone."""
+    first, second = pictures(SEVERAL[:2])
+    store = PageStore(tmp_path / "store")
+    with granite4v.load(make_model(TINY), device="cpu", page_store=store) as model:
+        fresh = {n: model.generate("What?", [first, second][:n], max_tokens=8) for n in (2, 1)}
+    assert fresh[1].timings.n_stored == 0
+    for n in (2, 1):
+        with granite4v.load(make_model(TINY), device="cpu", page_store=store) as model:
+            again = model.generate("What?", [first, second][:n], max_tokens=8)
+        assert again.timings.n_stored > 0 and again.tokens == fresh[n].tokens
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("value", ["anyres", "square", "anyres_max_0", 9])
+def test_other_aspect_ratios_are_refused(make_checkpoint: Callable[..., Path], tmp_path: Path, value: Any) -> None:
+    source = shutil.copytree(make_checkpoint(TINY), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vision_aspect_ratio": value}))
+    with pytest.raises(CheckpointError, match="expected 'anyres_max_N'"):
+        convert(source, tmp_path / "out", Options("F32", "F32"))
+
+
+def test_what_config_json_leaves_out_is_transformers_default() -> None:
+    config = LlavaOnevisionConfig()
+    assert {key: getattr(config, key) for key in DEFAULTS} == DEFAULTS
