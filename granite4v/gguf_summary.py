@@ -9,7 +9,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
-from granite4v.families.base import WindowQFormerConfig
+from granite4v.families.base import TilingConfig, WindowQFormerConfig
 from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import role
@@ -118,6 +118,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
             "patch": f"{tower.patch_size} px",
             "grids": len(config.tiling.image_grid_pinpoints),
             "tokens a tile": config.tokens_per_tile,
+            **_limits(config.tiling),
             "projector": config.projector.label,
         },
         "streams": [
@@ -129,6 +130,16 @@ def _vision(file: GgufFile) -> dict[str, Any]:
             for stream in config.streams
         ],
     }
+
+
+def _limits(tiling: TilingConfig) -> dict[str, Any]:
+    """What not every model has: a limit on an image's tokens, another form for several images, videos."""
+    found = {
+        "tokens of at most": None if tiling.max_tiles_of_tokens is None else f"{tiling.max_tiles_of_tokens} tiles",
+        "several images": "one square tile each" if tiling.square_if_several else None,
+        "videos": None if tiling.video_pooling is None else f"one tile a frame, tokens 1:{tiling.video_pooling**2}",
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _adapter(file: GgufFile) -> dict[str, Any]:

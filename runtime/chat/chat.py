@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from granite4v.clip_projector.files import shown
-from granite4v.clip_projector.grid_anyres import Layout, count_tokens, layout
+from granite4v.clip_projector.grid_anyres import Layout, VideoLayout
+from granite4v.clip_projector.views import views_of
 from granite4v.errors import ContextOverflowError, DocumentError, PromptError
 from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Stats, Turn
 from granite4v.runtime.chat.pages import ChatPage, FileSpec, file_spec, read_pages, regular_file
@@ -114,14 +115,17 @@ class Chat:
                 continue
             notes += page.warnings
             found.append(page)
-            if spec.pages is None and page.n_pages > 1 and page.n_pages * self.n_tokens(page) > room:
-                notes.append(_first_alone(spec, page.n_pages, room // self.n_tokens(page)))
-                break
+            if spec.pages is None and page.n_pages > 1:
+                n_each = self._layouts([page, page])[0].n_tokens  # beside others
+                if page.n_pages * n_each > room:
+                    notes.append(_first_alone(spec, page.n_pages, room // n_each))
+                    break
             if progress is not None:
                 progress("read", page.number, page.n_pages)
         if not found and again is None:
             raise DocumentError(notes[0] if notes else f"'{spec.path.name}' has no pages.")
-        n_tokens = sum(map(self.n_tokens, found))
+        # an attached page may take another number of tokens beside others than it takes now
+        n_tokens = self._n_tokens_of([*self.conversation.pages, *found]) - self._n_tokens_of(self.conversation.pages)
         if n_tokens > room:
             raise self._full(f"{counted(len(found), 'page')} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
         for page in found:
@@ -140,16 +144,23 @@ class Chat:
         raise DocumentError(f"'{shown(path)}' has no page {number}.")
 
     def n_tokens(self, page: ChatPage) -> int:
-        """Tokens that a page takes of the context."""
-        config = self.model.files.vision_config
-        return 0 if config is None else count_tokens(page.image.size, config)
+        """Tokens that a page takes of the context, beside the pages that are attached."""
+        return 0 if self.model.files.vision_config is None else self.layout(page).n_tokens
 
-    def layout(self, page: ChatPage) -> Layout:
-        """How the model sees a page: its tiles. Raises ModelFileError for a model without a vision file."""
+    def layout(self, page: ChatPage) -> Layout | VideoLayout:
+        """How the model sees a page beside those that are attached: its tiles. Raises ModelFileError for a model
+        without a vision file."""
+        return self._layouts([page, *(other for other in self.conversation.pages if other is not page)])[0]
+
+    def _layouts(self, pages: list[ChatPage]) -> list[Layout | VideoLayout]:
+        """How the model sees these pages in one prompt."""
         self.model.files.need_vision()
         config = self.model.files.vision_config
         assert config is not None
-        return layout(page.image.size, config.tiling, config.tokens_side, newline=config.newline)
+        return [view.layout(config) for view in views_of([page.image for page in pages], config)]
+
+    def _n_tokens_of(self, pages: list[ChatPage]) -> int:
+        return sum(layout.n_tokens for layout in self._layouts(pages))
 
     # --- room ---
 

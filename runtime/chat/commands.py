@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from granite4v.clip_projector.files import shown
+from granite4v.clip_projector.grid_anyres import Layout
 from granite4v.paths import atomic_text_file
 from granite4v.runtime.chat import session_file
 from granite4v.runtime.chat.chat import REGEN_TEMPERATURE, Chat, Reply
@@ -151,7 +152,9 @@ def _seen(chat: Chat, page: ChatPage) -> str:
     """What the model sees of a page."""
     tiles = chat.layout(page)
     dpi = "" if page.dpi is None else f" at {page.dpi:g} dpi"
-    grid = f"{tiles.n_tiles} tiles (overview, {tiles.rows}x{tiles.columns})"
+    grid = counted(tiles.n_tiles, "tile")
+    if isinstance(tiles, Layout) and tiles.rows:
+        grid += f" (overview, {tiles.rows}x{tiles.columns})"
     return f"{_size(page)}{dpi}, {grid}, {chat.n_tokens(page):,} tokens"
 
 

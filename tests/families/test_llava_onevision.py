@@ -25,8 +25,11 @@ from granite4v.clip_projector.tiles_anyres import cut_view
 from granite4v.converter import Options, convert
 from granite4v.errors import CheckpointError, PromptError
 from granite4v.families.llava_onevision import DEFAULTS
+from granite4v.runtime.chat import Chat
 from granite4v.runtime.engine.page_store import PageStore
+from tests.helpers.chats import ask
 from tests.helpers.pictures import SIZES, noise_picture
+from tests.helpers.served import data_url, png, served
 from tests.helpers.videos import write_video
 from tests.peers.onevision import OnevisionReference
 from tests.peers.reference import relative_l2
@@ -236,7 +239,7 @@ def test_every_command(
     film = json.loads(run(*asked, "--video", files / "frames", "--frames", 3, "What?").stdout)["timings"]
     assert (two["n_image"], film["n_image"]) == (2 * 10, 3 * 4 + 1) and one["n_image"] > 10
     described = run("inspect", model).stdout
-    assert "llava_onevision" in described
+    assert "llava_onevision" in described and "one tile a frame, tokens 1:4" in described
     benched = run("bench", "--model", model, "--image", files / "0.png", "--max-tokens", 2, "--repeat", 1)
     assert benched.exit_code == 0, benched.stderr
     extracted = run(
@@ -290,6 +293,35 @@ def test_messages_with_their_own_videos(pair: Callable[..., Pair], files: Path) 
     assert len({prompt.spans for prompt in prompts}) == 1
     with pytest.raises(PromptError, match="a video came where the messages have an image part"):
         model.prepare([turn("image")], [load_video(frames)])
+
+
+def test_pages_of_a_chat_are_counted_beside_each_other(make_model: Callable[..., Path], files: Path) -> None:
+    """The first page takes more room alone than both do together."""
+    with granite4v.load(make_model(TINY), device="cpu", n_ctx=180) as model:
+        chat = Chat(model, max_tokens=4)
+        chat.attach(str(files / "0.png"))
+        (page,) = chat.conversation.pages
+        alone = chat.n_tokens(page)
+        assert model.prepare("?", [page.image]).n_image_tokens == alone > 20
+        kept = ask(chat, "What?", f"/attach {files / '1.png'}", "And now?", "/pages")
+        assert [chat.n_tokens(page) for page in chat.conversation.pages] == [10, 10]
+        assert len(kept.answers) == 2 and all("1 tile, 10 tokens" in text for _, text in kept.listed)
+        for i in range(2, 5):
+            ask(chat, f"/attach {files / f'{i}.png'}")
+        assert len(chat.conversation.pages) == 5  # of which three would not fit as they are seen alone
+        assert 5 * alone > 180
+
+
+def test_the_server_takes_several_images(make_model: Callable[..., Path]) -> None:
+    images = pictures(SEVERAL[:2])
+    content = [*({"type": "image_url", "image_url": data_url(png(image))} for image in images), *parts()]
+    with granite4v.load(make_model(TINY), device="cpu") as model:
+        own = model.generate([turn("image", "image")], images, max_tokens=8)
+        with served(model) as server:
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8}
+            reply = server.post("/v1/chat/completions", body).json
+    assert reply["choices"][0]["message"]["content"] == own.text
+    assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 10
 
 
 def test_stored_pages_know_the_form(make_model: Callable[..., Path], tmp_path: Path) -> None:

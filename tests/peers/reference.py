@@ -96,7 +96,7 @@ class Reference:
     def encoded(self, pixels: torch.Tensor, sizes: torch.Tensor) -> dict[int, np.ndarray]:
         """`streams` of what `pixels` returns."""
         output = self.model.get_image_features(pixels, sizes)
-        if self.model.config.model_type == "llava_next":
+        if self.model.config.model_type in ("llava_next", "llava_onevision"):
             return {0: output.pooler_output[0].float().numpy()}
         return {
             layer: packed[0].float().numpy() for layer, packed in output.deepstack_features if layer < self._n_layers

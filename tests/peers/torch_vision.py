@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tests.peers.mtmd import peak_rss_gb
+from tests.peers.onevision import OnevisionReference
 from tests.peers.reference import Reference
 
 
@@ -31,7 +32,9 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write the streams (n_streams, n_tokens, n_embd) here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    reference = Reference(options.checkpoint, dtype=getattr(torch, options.dtype), attention="sdpa", vision_only=True)
+    kind = json.loads((options.checkpoint / "config.json").read_text())["model_type"]
+    peer = OnevisionReference if kind == "llava_onevision" else Reference
+    reference = peer(options.checkpoint, dtype=getattr(torch, options.dtype), attention="sdpa", vision_only=True)
     reference.streams(Image.new("RGB", (64, 64)))
     pixels = reference.pixels(Image.open(options.image).convert("RGB"))
     start = time.perf_counter()
