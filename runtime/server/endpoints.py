@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -194,8 +195,16 @@ class Endpoints:
             raise ApiError(400, "the body is not complete.") from None
         try:
             return kind.model_validate_json(content, strict=True)
-        except ValueError as error:  # pydantic's own, too
-            raise errors.of(error) from None
+        except ValidationError as error:
+            raise errors.of_validation(error, _data(content)) from None
+
+
+def _data(content: bytearray) -> Any:
+    """A body as data; None for one that is not JSON."""
+    try:
+        return from_json(content)
+    except ValueError:
+        return None
 
 
 def _tokenized(model: Model, body: TokenizeRequest) -> Tokens:

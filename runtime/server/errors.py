@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from granite4v.errors import (
     ConstraintError,
@@ -90,22 +92,43 @@ def took_too_long(time_s: float) -> ApiError:
     )
 
 
-def of_validation(error: ValidationError) -> ApiError:
-    """What is wrong with a body: the first problem, at the place where it is."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
+def of_validation(error: ValidationError, body: object) -> ApiError:
+    """What is wrong with a body, as data: the first problem, at the place where it is."""
+    problems = error.errors(include_url=False, include_input=False)
     first = max(problems, key=lambda problem: len(problem["loc"]))  # of a union, the kind that fits best
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    message = f"{first['msg']}{more}" if not where else f"'{where}': {first['msg']}{more}"
-    return invalid(message, param=where or None, code=first["type"])
+    where = _place(first["loc"], body, is_missing=first["type"] == "missing")
+    told = f"'{where}': {_message(first)}" if where else _message(first)
+    if len(problems) > 1:
+        told += f" ({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})"
+    return invalid(told, param=where or None, code=first["type"])
+
+
+def _message(problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    if problem["type"] == "union_tag_not_found":
+        return f"{context['discriminator']} is missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"{context['discriminator']} is {context['tag']!r:.80}, expected one of {context['expected_tags']}"
+    return problem["msg"]
+
+
+def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> str:
+    """Where a problem is, as a client has written it: pydantic's location also names the types of unions."""
+    where = ""
+    for i, part in enumerate(location):
+        if isinstance(part, int) and isinstance(body, list) and part < len(body):
+            where, body = f"{where}[{part}]", body[part]
+        elif isinstance(part, str) and isinstance(body, dict) and part in body:
+            where, body = f"{where}.{part}", body[part]
+        elif is_missing and i == len(location) - 1:
+            where = f"{where}.{part}"
+    return where.lstrip(".")
 
 
 def of(error: BaseException) -> ApiError:
     """What a client is told of an exception. One that nobody expected is logged with its traceback."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ValidationError):
-        return of_validation(error)
     for kind, code in _OF_REQUESTS.items():
         if isinstance(error, kind):
             return invalid(str(error), code=code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -11,11 +12,26 @@ _INT64 = 1 << 63
 Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 StopText = Annotated[str, Field(min_length=1)]
-Stop: TypeAlias = StopText | Annotated[list[StopText], Field(max_length=16)]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
+
+
+def _kind(value: object) -> str | None:
+    return {str: "text", list: "list", dict: "object", ImageUrl: "object"}.get(type(value))
+
+
+def _one_of(expected: str, kind: Callable[[object], str | None] = _kind) -> Discriminator:
+    """For a field of several types: the value's own decides what is looked at, so that messages tell what is wrong
+    with it, and not that a list is no text as well. `expected`: what a value of no such type is answered with."""
+    return Discriminator(kind, custom_error_type="wrong_type", custom_error_message=f"expected {expected}")
+
+
+Stop: TypeAlias = Annotated[
+    Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=16), Tag("list")],
+    _one_of("a text, or a list of at most 16 texts"),
+]
 
 
 # --- content ---
@@ -34,7 +50,10 @@ class ImagePart(Body):
     """`image_url`: a data URL, alone or as `{"url": ...}`; or a file below a directory that the server allows."""
 
     type: Literal["image_url", "input_image"]
-    image_url: ImageUrl | str
+    image_url: Annotated[
+        Annotated[ImageUrl, Tag("object")] | Annotated[str, Tag("text")],
+        _one_of("a data URL, alone or as {'url': ...}"),
+    ]
 
 
 class FileContent(Body):
@@ -58,13 +77,8 @@ class InputFilePart(FileContent):
 Part: TypeAlias = Annotated[TextPart | ImagePart | FilePart | InputFilePart, Field(discriminator="type")]
 
 
-def _content_kind(value: object) -> str:
-    return "text" if isinstance(value, str) else "parts"
-
-
-# with a discriminator, messages tell what is wrong with a part, and not that a list is no text
 Content: TypeAlias = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_content_kind)
+    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _one_of("a text, or a list of parts")
 ]
 
 
@@ -160,7 +174,13 @@ class ChatRequest(CompletionFields):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: ResponseFormat | None = None
-    format: Literal["json"] | Json | None = None
+    format: (
+        Annotated[
+            Annotated[Literal["json"], Tag("text")] | Annotated[Json, Tag("object")],
+            _one_of("'json', or a JSON Schema"),
+        ]
+        | None
+    ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: Json | None = None
@@ -169,10 +189,23 @@ class ChatRequest(CompletionFields):
     functions: list[Json] | None = None
 
 
+def _prompt_kind(value: object) -> str | None:
+    if not isinstance(value, list):
+        return "text" if isinstance(value, str) else None
+    known = {str: "texts", int: "tokens", list: "lists of tokens"}
+    return known.get(type(value[0])) if value else "texts"
+
+
 class CompletionRequest(CompletionFields):
     """`prompt`: text or tokens, or several of them. It is decoded as it is, without the chat template."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Tag("texts")]
+        | Annotated[list[int], Tag("tokens")]
+        | Annotated[list[list[int]], Tag("lists of tokens")],
+        _one_of("a text, or a list of tokens", _prompt_kind),
+    ]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -193,7 +226,10 @@ class TextOptions(Body):
 
 
 class ResponseRequest(Sampled):
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[InputItem], Field(min_length=1), Tag("list")],
+        _one_of("a text, or a list of messages"),
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None

@@ -68,6 +68,43 @@ def test_what_is_too_much_or_makes_no_sense(
     strict.wait_until_idle()
 
 
+CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "expected"),
+    [
+        (CHAT, {"stop": 5}, "stop", "expected a text, or a list of at most 16 texts"),
+        (CHAT, {"stop": ["a", 5]}, "stop[1]", "Input should be a valid string"),
+        (CHAT, {"stop": ["a"] * 17}, "stop", "at most 16 items"),
+        (CHAT, {"format": [1]}, "format", "expected 'json', or a JSON Schema"),
+        (CHAT, {"format": "xml"}, "format", "Input should be 'json'"),
+        (CHAT, {"response_format": {}}, "response_format", "'type' is missing"),
+        (CHAT, {"response_format": {"type": "x"}}, "response_format", "'type' is 'x', expected one of 'text', 'json_o"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+         "response_format.json_schema.schema", "should be an object"),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content",
+         "expected a text, or a list of parts"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url",
+         "Field required"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "messages[0].content[0].image_url.url", "Field required"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 5}]}]},
+         "messages[0].content[0].image_url", "expected a data URL, alone or as {'url': ...}"),
+        (RESPONSES, {"input": 5}, "input", "expected a text, or a list of messages"),
+        (RESPONSES, {"input": [{"role": "user"}]}, "input[0].content", "Field required"),
+        (COMPLETIONS, {"prompt": {}}, "prompt", "expected a text, or a list of tokens"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt[1]", "Input should be a valid integer"),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_wrong_type(tiny: Served, path: str, fields: dict[str, Any], param: str, expected: str) -> None:
+    body = {"messages": [{"role": "user", "content": "A"}], **fields}
+    reply = tiny.post(path, body)
+    assert reply.status == 400 and reply.error["param"] == param
+    message = reply.error["message"]
+    assert message.startswith(f"'{param}': ") and expected in message and "more problem" not in message
+
+
 @pytest.mark.parametrize(
     ("url", "code"),
     [
