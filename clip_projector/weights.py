@@ -210,13 +210,15 @@ class Weights:
         return _flat(self._info(name).shape)[0]
 
     def _info(self, name: str) -> TensorInfo:
+        if self._file.closed:
+            raise ValueError("the weights are closed")
         if name not in self._infos:
             raise ModelFileError(f"'{self._path}' has no tensor '{name}'; convert it again with 'granite4v convert'.")
         return self._infos[name]
 
     def release(self) -> None:
         """Lets the system drop the mapped pages; they are read from the file again when touched."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if hasattr(mmap, "MADV_DONTNEED") and not self._file.closed:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:

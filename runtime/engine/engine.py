@@ -77,11 +77,11 @@ class Engine:
         # a number that was asked for stays, and --exact compares values, which depend on it
         self._free_threads = FreeThreads(self.n_threads) if n_threads is None and not exact else None
         self.warnings: list[str] = []
-        self.n_ctx = self._limit_context(n_ctx)
+        self.n_ctx = n_ctx = self._limit_context(n_ctx)
         self.n_ubatch = min(N_UBATCH, self.n_ctx)
         self.width: Width | None = None  # where it was chosen
         if n_parallel is None and workload is not None and not exact:
-            self.width = choose_width(files, workload, self.n_ctx, lambda most: self._step_seconds(most, workload))
+            self.width = choose_width(files, workload, n_ctx, lambda n: self._step_seconds(n, workload), cache_type)
             n_parallel = self.width.n
         n_parallel = DEFAULT_PARALLEL if n_parallel is None else whole_number("n_parallel", n_parallel, 1)
         if workload is not None and workload.n_questions:
@@ -97,7 +97,7 @@ class Engine:
             self.n_ctx,
             self.n_parallel,
             opens_all=self._is_batch,
-            most_cells=most_cells(files) if self._is_batch else None,
+            most_cells=most_cells(files, cache_type=cache_type) if self._is_batch else None,
         )
         self._vision = Vision(
             files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)), vision_compute
@@ -110,8 +110,7 @@ class Engine:
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
-        self._is_running = self._is_started = False
-        self._has_news = False
+        self._is_running = self._is_started = self._has_news = False
         self._computing: tuple[Channel, ...] = ()
         self.is_closed = False
 
@@ -327,11 +326,11 @@ class Engine:
                     return
             for call in calls:
                 call()
-            for task in tasks:
-                self._scheduler.add(task)
             try:
+                for task in tasks:
+                    self._scheduler.add(task)
                 did = self._scheduler.step()
-            except Exception as error:  # a fault of ours must not leave consumers waiting
+            except BaseException as error:  # whatever it is must not leave consumers waiting, nor end this thread
                 self._scheduler.end_all(error)
                 continue
             with self._changed:

@@ -9,6 +9,7 @@ import numpy as np
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
+from granite4v.choices import CacheType
 from granite4v.families.hf_fields import MAX_WIDTH
 from granite4v.memory import available_bytes
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
@@ -26,7 +27,7 @@ TEXT_TOKENS = 256  # of a question and the template
 # so many times that where prompts or answers are longer than was expected. That is room for 16 sequences of a 4B model
 # in Q4_K_M, 2.35 GB; on Linux only what they hold is in memory.
 WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.15, 256 << 20, 1.3
-_VALUE_BYTES = 2  # the KV cache is kept in half precision
+_VALUE_BYTES: dict[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of the KV cache; Q8_0 has blocks of 32
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def choose_width(
     workload: Workload,
     n_ctx: int,
     step_seconds: Callable[[int], Mapping[int, float]],
+    cache_type: CacheType = "f16",
     available: int | None = None,
 ) -> Width:
     """At least one: as many as there are questions, as memory has room for, and as are worth while.
@@ -60,7 +62,7 @@ def choose_width(
     where that is not known. Asked only for a long batch. `available`: bytes; by default what the system tells.
     """
     n_tokens = _expected_tokens(files, workload, n_ctx)
-    fitting = max(1, _budget_tokens(files, available) // n_tokens)
+    fitting = max(1, _budget_tokens(files, available, cache_type) // n_tokens)
     asked = fitting if workload.n_questions is None else max(1, workload.n_questions)
     is_long = workload.n_questions is None or workload.n_questions >= MEASURED_FROM
     seconds = step_seconds(min(fitting, asked)) if is_long and fitting > 1 else {}
@@ -74,7 +76,7 @@ def choose_width(
     if n > 1 and 1 in seconds and max(seconds) >= n:
         taken = float(np.interp(n, list(seconds), list(seconds.values())))
         parts.append(f"{n * seconds[1] / taken:.1f} times the tokens a second of one")
-    parts.append(f"up to {_size(n * n_tokens * kv_bytes_per_token(files))} of KV cache")
+    parts.append(f"up to {_size(n * n_tokens * kv_bytes_per_token(files, cache_type))} of KV cache")
     return Width(n, ", ".join(parts))
 
 
@@ -85,9 +87,9 @@ def fastest(seconds: Mapping[int, float]) -> int:
     return min(n for n, taken in seconds.items() if n / taken * WORTH >= best)
 
 
-def most_cells(files: ModelFiles, available: int | None = None) -> int:
+def most_cells(files: ModelFiles, available: int | None = None, cache_type: CacheType = "f16") -> int:
     """Tokens that several sequences together may have room for."""
-    return int(MOST_FACTOR * _budget_tokens(files, available))
+    return int(MOST_FACTOR * _budget_tokens(files, available, cache_type))
 
 
 def _expected_tokens(files: ModelFiles, workload: Workload, n_ctx: int) -> int:
@@ -103,15 +105,15 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
-def _budget_tokens(files: ModelFiles, available: int | None) -> int:
+def _budget_tokens(files: ModelFiles, available: int | None, cache_type: CacheType) -> int:
     budget = max(WEIGHTS_SHARE * sum(path.stat().st_size for path in files.text_paths), LEAST_BUDGET)
     available = available_bytes() if available is None else available
     if available is not None:
         budget = min(budget, available / 4)
-    return int(budget // max(1, kv_bytes_per_token(files)))
+    return int(budget // max(1, kv_bytes_per_token(files, cache_type)))
 
 
-def kv_bytes_per_token(files: ModelFiles) -> int:
+def kv_bytes_per_token(files: ModelFiles, cache_type: CacheType = "f16") -> int:
     """Bytes of the KV cache that one token of one sequence takes."""
     text, key = files.text, files.text_key
     width = text.integer(key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)
@@ -121,7 +123,7 @@ def kv_bytes_per_token(files: ModelFiles) -> int:
     head_dim = width // max(1, *heads)
     length = text.integer(key(keys.KEY_LENGTH), 0, MAX_WIDTH, head_dim)
     length += text.integer(key(keys.VALUE_LENGTH), 0, MAX_WIDTH, head_dim)
-    return sum(kv_heads) * length * _VALUE_BYTES
+    return int(sum(kv_heads) * length * _VALUE_BYTES[cache_type])
 
 
 def _per_layer(files: ModelFiles, key: str, n_layers: int, default: list[int]) -> list[int]:

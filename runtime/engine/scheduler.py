@@ -7,6 +7,7 @@ alone, and each sequence gives its own rows to a batch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence as SequenceOf
@@ -83,9 +84,12 @@ class Scheduler:
         prefilled = self._prefill()
         return restarted or decoded or prefilled or self.n_tasks < n_before
 
-    def end_all(self, error: BaseException | None) -> None:
+    def end_all(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):  # readers must not take it for a signal of their own
+            error = RuntimeError(f"the engine was interrupted: {error!r}")
         for task in [*self._waiting, *self._running]:
-            self._cancel(task, error)
+            with contextlib.suppress(BaseException):  # one that cannot end as it should must not keep the others
+                self._cancel(task, error)
 
     # --- coming and going ---
 
@@ -95,15 +99,19 @@ class Scheduler:
                 self._cancel(task)
 
     def _cancel(self, task: Task, error: BaseException | None = None) -> None:
-        task.channel.put(task.advances.cancel().text)
-        self._finish(task, error)
+        try:
+            task.channel.put(task.advances.cancel().text)
+        finally:
+            self._finish(task, error)
 
     def _finish(self, task: Task, error: BaseException | None = None) -> None:
         for tasks in (self._waiting, self._running):
             if task in tasks:
                 tasks.remove(task)
-        self._leave(task)
-        task.channel.finish(error)
+        try:
+            self._leave(task)
+        finally:
+            task.channel.finish(error)
 
     def _wait(self, task: Task, place: int) -> None:
         # what was generated before the task lost its sequence is a part of the prompt now

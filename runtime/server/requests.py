@@ -19,7 +19,8 @@ class Body(BaseModel):
 
 
 def _kind(value: object) -> str | None:
-    return {str: "text", list: "list", dict: "object", ImageUrl: "object"}.get(type(value))
+    kinds: dict[type, str] = {str: "text", list: "list", dict: "object", ImageUrl: "object"}
+    return kinds.get(type(value))
 
 
 def _one_of(expected: str, kind: Callable[[object], str | None] = _kind) -> Discriminator:

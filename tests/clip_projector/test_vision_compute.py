@@ -135,3 +135,14 @@ def test_quantizing_can_be_aborted(make_model: Callable[..., Path]) -> None:
     assert address is not None
     with pytest.raises(Aborted):
         VisionEncoder(path, "cpu", 2, abort=(address, 0), vision_compute="Q8_0")
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_closed_encoder_says_so(make_model: Callable[..., Path]) -> None:
+    encoder = VisionEncoder(make_model(TINY, "F32", "F16") / "mmproj-F16.gguf", "cpu", 2)
+    encoder.encode([load_image(PICTURE)])
+    encoder.close()
+    with pytest.raises(ValueError, match="closed"):
+        encoder.encode([load_image(PICTURE)])
+    encoder.release()
+    encoder.close()

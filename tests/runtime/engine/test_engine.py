@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import granite4v
-from granite4v.runtime import Stream
+from granite4v.runtime import GenerationOptions, Stream
 from granite4v.runtime.engine.parallel import Workload
 from tests.helpers.pictures import noise_picture
 from tests.toy.spec import PRESETS
@@ -172,6 +173,26 @@ def test_random_orders_leave_nothing_behind() -> None:
             for _ in range(2):  # the second comes after a step, which ends what was dropped
                 model.clear_cache()
             assert model.engine.n_sequences_in_use == 0, seed
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError("none left")])
+def test_whatever_ends_a_step_leaves_no_reader_waiting(model: granite4v.Model, raised: BaseException) -> None:
+    """Not even what is no Exception, and the engine goes on with what is asked later."""
+    expected = model.generate("Hello", **LONG).tokens
+    model.clear_cache()
+
+    def listener() -> None:
+        raise raised
+
+    beside = model.stream("And this?", PICTURES[:1], **LONG)
+    stream = model.submit(model.prepare("What?"), GenerationOptions(max_tokens=40), listener=listener)
+    with pytest.raises((RuntimeError, MemoryError), match="interrupted|none left"):
+        stream.result()
+    with contextlib.suppress(RuntimeError, MemoryError):  # its step may have been another one
+        beside.result()
+    assert model.generate("Hello", **LONG).tokens == expected
+    model.clear_cache()
+    assert model.engine.n_sequences_in_use == 0
 
 
 def test_closing_ends_every_stream(make_model: Callable[..., Path]) -> None:

@@ -56,20 +56,20 @@ def bytes_for(files: ModelFiles, n: int, n_answer: int) -> int:
 def test_as_many_as_memory_has_room_for(files: ModelFiles, n_answer: int, max_tokens: int | None) -> None:
     available = bytes_for(files, 5, n_answer)
     for bytes_, expected in ((available, 5), (available - 4, 4), (0, 1)):
-        width = choose_width(files, Workload(None, max_tokens), N_CTX, unknown, bytes_)
+        width = choose_width(files, Workload(None, max_tokens), N_CTX, unknown, available=bytes_)
         assert width.n == expected and "as many as memory has room for" in width.reason
     assert most_cells(files, available) == int(1.3 * (available // 4 // kv_bytes_per_token(files)))
 
 
 def test_a_small_context_bounds_what_a_sequence_takes(files: ModelFiles) -> None:
-    assert choose_width(files, Workload(), 50, unknown, 4 * 7 * 50 * kv_bytes_per_token(files)).n == 7
+    assert choose_width(files, Workload(), 50, unknown, available=4 * 7 * 50 * kv_bytes_per_token(files)).n == 7
 
 
 def test_no_more_than_there_are_questions(files: ModelFiles) -> None:
-    width = choose_width(files, Workload(3, 100), N_CTX, never, MUCH)
+    width = choose_width(files, Workload(3, 100), N_CTX, never, available=MUCH)
     assert width.n == 3 and width.reason.startswith("one for each question, up to ")
-    assert choose_width(files, Workload(0, 100), N_CTX, never, MUCH).n == 1
-    assert choose_width(files, Workload(MEASURED_FROM - 1, 100), N_CTX, never, MUCH).n == USUAL_PARALLEL
+    assert choose_width(files, Workload(0, 100), N_CTX, never, available=MUCH).n == 1
+    assert choose_width(files, Workload(MEASURED_FROM - 1, 100), N_CTX, never, available=MUCH).n == USUAL_PARALLEL
 
 
 def test_as_many_as_are_worth_while(files: ModelFiles) -> None:
@@ -79,14 +79,14 @@ def test_as_many_as_are_worth_while(files: ModelFiles) -> None:
         asked.append(most)
         return {n: taken for n, taken in SECONDS.items() if n <= most}
 
-    width = choose_width(files, Workload(MEASURED_FROM, 100), N_CTX, seconds, MUCH)
+    width = choose_width(files, Workload(MEASURED_FROM, 100), N_CTX, seconds, available=MUCH)
     assert asked == [MEASURED_FROM] and width.n == 16
     assert width.reason.startswith("2.3 times the tokens a second of one, up to ")
-    tight = choose_width(files, Workload(None, 100), N_CTX, lambda _: SECONDS, bytes_for(files, 10, 100))
+    tight = choose_width(files, Workload(None, 100), N_CTX, lambda _: SECONDS, available=bytes_for(files, 10, 100))
     assert tight.n == 10 and tight.reason.startswith(
         "as many as memory has room for, 1.8 times the tokens a second of "
     )
-    flat = choose_width(files, Workload(None, 100), N_CTX, lambda _: {1: 1.0, 4: 2.0, 8: 3.9, 16: 7.9}, MUCH)
+    flat = choose_width(files, Workload(None, 100), N_CTX, lambda _: {1: 1.0, 4: 2.0, 8: 3.9, 16: 7.9}, available=MUCH)
     assert flat.n == 4 and flat.reason.startswith("2.0 times the tokens a second of one, ")
 
 
@@ -103,3 +103,13 @@ def test_as_many_as_are_worth_while(files: ModelFiles) -> None:
 )
 def test_the_smallest_of_about_the_best(seconds: Mapping[int, float], expected: int) -> None:
     assert fastest(seconds) == expected
+
+
+def test_a_quantized_cache_has_room_for_more(files: ModelFiles) -> None:
+    """llama.cpp's blocks of 32 values in Q8_0 have 34 bytes."""
+    half, quantized = kv_bytes_per_token(files), kv_bytes_per_token(files, "q8_0")
+    assert quantized * 64 == half * 34
+    available = bytes_for(files, 8, 100)
+    for cache_type, expected in (("f16", 8), ("q8_0", 15)):
+        assert choose_width(files, Workload(None, 100), N_CTX, unknown, cache_type, available).n == expected
+    assert most_cells(files, available, "q8_0") == pytest.approx(most_cells(files, available) * 64 / 34, rel=1e-3)
