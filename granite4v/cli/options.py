@@ -277,6 +277,13 @@ UnconstrainedOption = Annotated[
 ReportOption = Annotated[
     bool, typer.Option("--report", help="Write DIR/report.html, which shows each page next to its values.")
 ]
+ConfidenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--confidence",
+        help="Keep in records how sure the model was of every cell and field; the report opens on the least certain.",
+    ),
+]
 
 # --- conversion ---
 

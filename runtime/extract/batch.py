@@ -233,7 +233,7 @@ class Extraction:
             self._log.append(record)
         except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
             why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
-            record = replace(record, value=None, valid=False, validity_error=why)
+            record = replace(record, value=None, confidence=None, valid=False, validity_error=why)
             self._log.append(record)
         return record
 

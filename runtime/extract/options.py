@@ -33,7 +33,8 @@ class ExtractOptions:
     What is written. `out`: a directory for `results.jsonl`, to which every record is written before it is returned, and
     for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); by default
     the format of each task's answers. `csv_safe`: CSV for spreadsheets, with a byte order mark and with formulas
-    escaped. `report`: also write `report.html`, which shows each page next to its values.
+    escaped. `report`: also write `report.html`, which shows each page next to its values. `confidence`:
+    records have the token probabilities of each cell and field, and the report lists the least certain of them.
 
     Resuming. `resume`: continue a run that ended early, or add to one. `retry_failed`: read failed pages again.
     """
@@ -51,6 +52,7 @@ class ExtractOptions:
     fast_forward: bool = True
     max_tokens: int | None = None
     report: bool = False
+    confidence: bool = False
     csv_safe: bool = False
     retry_failed: bool = False
     n_ctx: int | None = None
@@ -87,6 +89,7 @@ class ExtractFields(TypedDict, total=False):
     fast_forward: bool
     max_tokens: int | None
     report: bool
+    confidence: bool
     csv_safe: bool
     retry_failed: bool
     n_ctx: int | None

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.confidence import confidence, confidence_as_json
 from granite4v.runtime.documents import Page, PageFailure
 from granite4v.runtime.engine.draft import DraftSource
 from granite4v.runtime.engine.stream import Progress, Stream
@@ -83,6 +84,7 @@ class PageQuestion:
                 drafting=drafting,
                 repetition=self.question.task,
                 lora=self._options.lora,
+                logprobs=0 if self._options.confidence else None,
             )
             self._stream = model.submit(prompt, options, progress=watched, drafts=drafts, listener=listener)
             self._stream.let_run()
@@ -143,8 +145,15 @@ class PageQuestion:
             validity_error=parsed.validity_error,
             salvaged=parsed.salvaged,
             finish_reason=answer.finish_reason,
+            confidence=self._confidence(answer) if parsed.value is not None else None,
             timings={**timings, "seconds": _rounded(time.perf_counter() - self._start)},
         )
+
+    def _confidence(self, answer: Answer) -> dict[str, dict[str, float]] | None:
+        if answer.logprobs is None:
+            return None
+        found = confidence_as_json(confidence(answer, self.question.task))
+        return {key: {name: _rounded(value) for name, value in figures.items()} for key, figures in found.items()}
 
 
 def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, str]) -> Record:

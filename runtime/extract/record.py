@@ -42,7 +42,9 @@ class Record:
     what was wrong. `finish_reason` as in `Answer`. `copy_of`: the page with identical pixels from which the answer was
     copied. `error`: why there is no answer, and `error_type` the name of the exception; None otherwise. `warnings`:
     warnings about the page. `timings`: counters (`n_...`) and seconds (`..._s`) of `Answer.timings`, and `seconds`, the
-    total; the cost of this record, so zero for a copy and different in every run.
+    total; the cost of this record, so zero for a copy and different in every run. `confidence`: `mean` and `least`
+    token probability of each cell ('table/row/column' from 0) or field (JSON pointer) of the value, as
+    `confidence_as_json` gives them; None where the run did not ask for them, and in records of earlier versions.
     """
 
     source: str
@@ -68,6 +70,7 @@ class Record:
     file_state: str | None = None
     stem: str | None = None
     error_type: str | None = None
+    confidence: Mapping[str, Mapping[str, float]] | None = None
 
     @property
     def key(self) -> Key:
@@ -144,6 +147,7 @@ _TYPES: dict[str, Any] = {
     "file_state": str | None,
     "stem": str | None,
     "error_type": str | None,
+    "confidence": Mapping | None,
 }
 
 

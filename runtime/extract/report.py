@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from granite4v.errors import OutputError
 from granite4v.paths import atomic_text_file, disk_errors
+from granite4v.runtime.extract.certainty import Certainty, certainties, least_certain
 from granite4v.runtime.extract.charts import redraw
 from granite4v.runtime.extract.own_files import check_own
 from granite4v.runtime.extract.page_images import data_url
@@ -26,6 +27,7 @@ from granite4v.runtime.formats import Cell, Table
 from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
+_N_UNCERTAIN = 50
 # characters that neither HTML nor XML can carry
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -44,6 +46,7 @@ class Contents:
 
     documents: list[tuple[int, str, int]] = field(default_factory=list)  # first page's number, source, pages
     failures: list[Failure] = field(default_factory=list)
+    uncertain: list[Certainty] = field(default_factory=list)  # the least certain cells and fields, least first
     tasks: list[str] = field(default_factory=list)
     model: dict[str, str] = field(default_factory=dict)
     n_pages: int = 0
@@ -88,6 +91,8 @@ def write_report(path: Path, records: Iterable[Record]) -> None:
 def _contents(records: Iterable[Record]) -> Contents:
     found = Contents()
     for anchor, page in enumerate(_by_page(records), 1):
+        mine = (one for record in page if record.copy_of is None for one in certainties(record, anchor))
+        found.uncertain = least_certain([*found.uncertain, *mine], _N_UNCERTAIN)
         found.n_pages += 1
         if not found.documents or found.documents[-1][1] != page[0].source:
             found.documents.append((anchor, page[0].source, 0))

@@ -159,6 +159,17 @@ Model:{% for role, digest in contents.model.items() %} {{ role }} {{ digest[:12]
 {% endfor %}
 </ul></section>
 {% endif %}
+{% if contents.uncertain %}
+<section class="card"><h2>Check first <span class="soft">the {{ contents.uncertain | length }} least certain cells and \
+fields, by their least token probability</span></h2>
+<div class="scroll"><table><tr><th>least</th><th>mean</th><th>page</th><th>where</th><th>text</th></tr>
+{% for one in contents.uncertain %}
+<tr><td>{{ '%.2f' % one.least }}</td><td>{{ '%.2f' % one.mean }}</td>\
+<td><a href="#page-{{ one.anchor }}">{{ one.source }}{% if one.page %}, page {{ one.page }}{% endif %}</a></td>\
+<td>{{ one.task }} {{ one.where }}</td><td>{{ '' if one.text is none else one.text }}</td></tr>
+{% endfor %}
+</table></div></section>
+{% endif %}
 {% if contents.documents | length > 1 %}
 <nav class="card"><details><summary>documents</summary><ul>
 {% for anchor, source, n in contents.documents %}

@@ -151,9 +151,9 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_the_version_before_are_read(tmp_path: Path) -> None:
-    """They had no state of the file, no stem and no type of error."""
+    """They had no state of the file, no stem, no type of error and no confidence."""
     old = record("a", 1, "x").as_dict()
-    for name in ("file_state", "stem", "error_type"):
+    for name in ("file_state", "stem", "error_type", "confidence"):
         del old[name]
     (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
     with ResultsLog.open(tmp_path / "results.jsonl") as log:
