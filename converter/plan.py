@@ -22,7 +22,7 @@ from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.tensors.rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
-from granite4v.families.base import VisionConfig
+from granite4v.families.base import TilingConfig, VisionConfig
 from granite4v.families.hf_fields import Fields
 from granite4v.families.registry import Family
 from granite4v.families.text import TextArchitecture, TextConfig
@@ -119,7 +119,7 @@ def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter |
     provenance = _provenance(model, adapter, lora)
     merged = adapter.pairs if adapter is not None and lora == "merge" else {}
     text, warnings = _text_file(model, text_type, merged, provenance)
-    files = [text, _vision_file(model, vision_type, merged, provenance)]
+    files = [text, _vision_file(model, text_type, vision_type, merged, provenance)]
     if adapter is not None and lora == "separate":
         files.append(_adapter_file(model, policy.adapter_type(text_type), adapter, provenance))
     return Plan(
@@ -136,9 +136,9 @@ def _text_file(
     model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
 ) -> tuple[PlannedFile, list[str]]:
     arch, config, text = model.architecture.arch, model.checkpoint.config, model.text_config
-    image_token = _token_id(config, "image", model.text.vocab_size)
+    image_token, n_vocab = _image_token(model), model.text.vocab_size
     vocabulary, warnings = vocabulary_metadata(
-        model.checkpoint.folder, config, text.values, model.text.vocab_size, image_token
+        model.checkpoint.folder, config, text.values, n_vocab, image_token, model.text.embedding_rows
     )
     sizes = model.architecture.metadata(model.text, text)
     injection = model.family.text_metadata(model.vision, model.text.num_hidden_layers)
@@ -150,9 +150,10 @@ def _text_file(
         **vocabulary,
         **provenance,
         keys.PROVENANCE_POLICY: type_policy,
-        keys.IMAGE_TOKEN_ID: image_token,
     }
-    if model.vision.tiling.video_pooling is not None:
+    if image_token < n_vocab:
+        metadata[keys.IMAGE_TOKEN_ID] = image_token
+    if isinstance(model.vision.tiling, TilingConfig) and model.vision.tiling.video_pooling is not None:
         metadata[keys.VIDEO_TOKEN_ID] = _token_id(config, "video", model.text.vocab_size)
     shape = policy.TextShape(model.text.num_hidden_layers, model.text.n_gqa, model.tied)
     tensors = _tensors(model, model.text_groups, merged, lambda n, s: policy.text_type(n, s, type_policy, shape))
@@ -160,8 +161,9 @@ def _text_file(
 
 
 def _vision_file(
-    model: Model, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
+    model: Model, text_policy: str, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
 ) -> PlannedFile:
+    """Layers of cross-attention are quantized as the decoder that they belong to."""
     metadata = {
         keys.GENERAL_TYPE: keys.TYPE_MMPROJ,
         **_general(model, type_policy),
@@ -169,7 +171,18 @@ def _vision_file(
         **provenance,
         keys.PROVENANCE_POLICY: type_policy,
     }
-    exact = _tensors(model, model.vision_groups, merged, lambda n, s: policy.vision_type(n, s, type_policy))
+    image_token, cross = _image_token(model), model.vision.cross_attention
+    if image_token >= model.text.vocab_size:  # llama.cpp never sees it, so the text file does not have it
+        metadata[keys.IMAGE_TOKEN_ID] = image_token
+    n_layers = model.text.num_hidden_layers + (len(cross.layers) if cross is not None else 0)
+    decoder = policy.TextShape(n_layers, model.text.n_gqa, model.tied)
+
+    def choose(name: str, shape: Shape) -> Choice:
+        if name.startswith(keys.CROSS_PREFIX):
+            return policy.text_type(name.removeprefix(keys.CROSS_PREFIX), shape, text_policy, decoder)
+        return policy.vision_type(name, shape, type_policy)
+
+    exact = _tensors(model, model.vision_groups, merged, choose)
     tensors = tuple(replace(tensor, shape=row_padded(tensor.shape, tensor.type_name)) for tensor in exact)
     return PlannedFile(f"mmproj-{type_policy}.gguf", keys.ARCH_CLIP, metadata, tensors)
 
@@ -180,8 +193,8 @@ def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Ma
     foreign = sorted(set(adapter.pairs) - {own for own, _ in rules})
     if foreign:
         raise CheckpointError(
-            f"the adapter '{adapter.name}' changes the image side as well ({', '.join(foreign[:3])}, ...), which a "
-            "separate GGUF adapter cannot hold; use --lora merge."
+            f"the adapter '{adapter.name}' changes the image side or layers of cross-attention as well "
+            f"({', '.join(foreign[:3])}, ...), which a separate GGUF adapter cannot hold; use --lora merge."
         )
     alpha = adapter.alpha or 1.0
     choice = Choice(type_name, "LoRA matrices are not quantized: their rows are as short as the rank")
@@ -252,6 +265,10 @@ def _provenance(model: Model, adapter: Adapter | None, lora: str) -> dict[str, A
     if adapter is not None:
         provenance[keys.PROVENANCE_ADAPTER_SOURCE] = adapter.name
     return provenance
+
+
+def _image_token(model: Model) -> int:
+    return _token_id(model.checkpoint.config, "image", model.text.vocab_size + model.text.embedding_rows)
 
 
 def _token_id(config: Mapping[str, Any], kind: str, n_vocab: int) -> int:

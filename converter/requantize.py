@@ -34,6 +34,7 @@ from granite4v.gguf_role import ROLE_NAMES, gguf_files, requantized, role
 from granite4v.paths import check_space, complete_file
 
 SOURCE_TYPES = policy.PLAIN  # whose error is nothing beside that of another quantization
+KEPT = "a layer of the decoder, in the type that the conversion gave it"
 _OWN_KEYS = (keys.GENERAL_ARCHITECTURE, keys.GENERAL_ALIGNMENT)  # the writer's
 _TYPE_IN_NAME = re.compile(rf"(?<![a-z0-9])({'|'.join(policy.VISION_TYPES)})(?![a-z0-9])", re.IGNORECASE)
 
@@ -136,10 +137,11 @@ def _is_vision(path: Path) -> bool:
 
 
 def _check_types(file: GgufFile, vision_type: str) -> None:
-    matrices = {info.type_name for info in file.tensors.values() if tensor_kind(info.name, info.shape) == "matrix"}
+    own = [info for info in file.tensors.values() if not info.name.startswith(keys.CROSS_PREFIX)]
+    matrices = {info.type_name for info in own if tensor_kind(info.name, info.shape) == "matrix"}
     if matrices == {policy.BASE[vision_type]}:
         raise ModelFileError(f"all matrices of '{file.path}' are {vision_type} already; there is nothing to do.")
-    rounded = sorted({info.type_name for info in file.tensors.values()} - set(SOURCE_TYPES))
+    rounded = sorted({info.type_name for info in own} - set(SOURCE_TYPES))
     if rounded:
         raise ModelFileError(
             f"'{file.path}' has weights that were rounded to {', '.join(rounded)} before; in {vision_type} they would "
@@ -148,7 +150,11 @@ def _check_types(file: GgufFile, vision_type: str) -> None:
 
 
 def _tensor(file: GgufFile, info: TensorInfo, name: str, vision_type: str, block: int) -> PlannedTensor:
-    """`name`: what we call the tensor, whatever its name in the file."""
+    """`name`: what we call the tensor, whatever its name in the file. The decoder's layers stay as they are."""
+    if name.startswith(keys.CROSS_PREFIX):
+        source = SourceTensor(info.name, file.path, info.type_name, info.shape, info.offset)
+        rule = TensorRule(info.name, info.name, info.shape)
+        return PlannedTensor(info.name, info.shape, policy.Choice(info.type_name, KEPT), source, rule)
     padded = ffn_padded(name, info.shape, block)
     choice = policy.vision_type(name, padded, vision_type)
     source = SourceTensor(info.name, file.path, info.type_name, info.shape, info.offset)

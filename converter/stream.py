@@ -20,6 +20,7 @@ import numpy as np
 
 from granite4v.converter.plan import PlannedTensor
 from granite4v.converter.safetensors_file import SourceTensor, read_rows
+from granite4v.converter.tensors.rules import TensorRule
 from granite4v.errors import CheckpointError
 from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 
@@ -79,6 +80,8 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
         assert tensor.rule.values is not None
         values = np.asarray(tensor.rule.values[chunk.first : chunk.last], dtype=np.float32)
         return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
+    if _is_copied(tensor):
+        return read_rows(_packed(tensor.source), *_source_span(chunk)).reshape(-1)
     rows = _source_rows(tensor.source, *_source_span(chunk))
     same = tensor.source.dtype == tensor.type_name and block_size(tensor.type_name) == 1
     unchanged = same and tensor.lora is None and tensor.factor == 1.0
@@ -134,9 +137,20 @@ def _source_rows(source: SourceTensor, first: int, last: int) -> np.ndarray:
     """Rows [first, last) in a float type; those of a quantized GGUF tensor as float32."""
     if block_size(source.dtype) == 1:
         return read_rows(source, first, last)
-    packed = replace(source, dtype="U8", shape=(source.n_rows, row_bytes(source.dtype, source.n_cols)))
-    values = gguf.quants.dequantize(read_rows(packed, first, last), gguf.GGMLQuantizationType[source.dtype])
+    values = gguf.quants.dequantize(read_rows(_packed(source), first, last), gguf.GGMLQuantizationType[source.dtype])
     return np.asarray(values, dtype=np.float32)
+
+
+def _packed(source: SourceTensor) -> SourceTensor:
+    """A quantized tensor of a GGUF file as bytes."""
+    return replace(source, dtype="U8", shape=(source.n_rows, row_bytes(source.dtype, source.n_cols)))
+
+
+def _is_copied(tensor: PlannedTensor) -> bool:
+    """Whether a matrix has the type of the file already, in blocks that nothing changes."""
+    same = tensor.source is not None and tensor.source.dtype == tensor.type_name
+    as_it_is = tensor.rule == TensorRule(tensor.rule.source, tensor.rule.target, tensor.shape)
+    return same and as_it_is and block_size(tensor.type_name) > 1 and tensor.lora is None and tensor.factor == 1.0
 
 
 def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:

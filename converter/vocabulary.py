@@ -57,11 +57,12 @@ SPECIAL_TOKENS = {  # by tokenizer_config.json's and config.json's name
 
 
 def vocabulary_metadata(
-    folder: Path, config: Json, text_config: Json, n_vocab: int, image_token: int | None = None
+    folder: Path, config: Json, text_config: Json, n_vocab: int, image_token: int | None = None, n_more: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
     """The `tokenizer.*` metadata of a text file, and warnings; raises CheckpointError.
 
-    `image_token`: the id that stands for an image in a prompt.
+    `image_token`: the id that stands for an image in a prompt. `n_more`: ids after the `n_vocab` of the output head
+    that prompts may have; they are in the tokenizer.json alone, and no tokens of llama.cpp.
     """
     path = folder / "tokenizer.json"
     try:
@@ -71,9 +72,9 @@ def vocabulary_metadata(
     tokenizer = parse_object(text, f"'{path}'")
     settings = _optional(folder / "tokenizer_config.json")
     check_tokenizer(tokenizer, path)
-    added = _add_tokens(tokenizer, _tokens_elsewhere(folder, settings), n_vocab)
+    added = _add_tokens(tokenizer, _tokens_elsewhere(folder, settings), n_vocab + n_more)
     model = tokenizer["model"]
-    tokens, types = _tokens(path, tokenizer, n_vocab)
+    tokens, types = _tokens(path, tokenizer, n_vocab + n_more)
     if model.get("byte_fallback"):
         kind: dict[str, Any] = _sentencepiece(tokenizer, tokens, types)
         warnings: list[str] = []
@@ -84,6 +85,7 @@ def vocabulary_metadata(
             f"config.json says that token {image_token} stands for an image, but neither 'tokenizer.json' nor "
             "'tokenizer_config.json' has such an added token; prompts with images will fail"
         )
+    tokens, types = tokens[:n_vocab], types[:n_vocab]
     if added:
         text = json.dumps(tokenizer, ensure_ascii=False)
     check_loads(text, path)

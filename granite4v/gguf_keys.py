@@ -110,6 +110,19 @@ PROJECTOR_HEAD_COUNT = "granite4v.vision.projector.head_count"
 PROJECTOR_LAYER_NORM_EPS = "granite4v.vision.projector.layer_norm_epsilon"
 PROJECTOR_HIDDEN_ACT = "granite4v.vision.projector.hidden_act"
 
+# --- ours, mmproj file of a model whose decoder attends to images ---
+GLOBAL_BLOCK_COUNT = "granite4v.vision.global_block_count"
+MAX_TILES = "granite4v.vision.max_tiles"
+ASPECT_RATIOS = "granite4v.vision.aspect_ratios"  # (height, width) in tiles, flat; ids are places in it, from 1
+INTERMEDIATE_STATES = "granite4v.vision.intermediate_states"  # hidden states, 0 = input of the first local layer
+CROSS_LAYERS = "granite4v.cross_attention.layers"  # among all decoder layers
+CROSS_FEED_FORWARD_LENGTH = "granite4v.cross_attention.feed_forward_length"
+CROSS_HEAD_COUNT = "granite4v.cross_attention.head_count"
+CROSS_HEAD_COUNT_KV = "granite4v.cross_attention.head_count_kv"
+CROSS_KEY_LENGTH = "granite4v.cross_attention.key_length"
+CROSS_RMS_EPS = "granite4v.cross_attention.layer_norm_rms_epsilon"
+CROSS_RULE = "granite4v.cross_attention.rule"  # what rows before the first image get: nothing ('original')
+
 # --- ours, every file: where it came from ---
 PROVENANCE_VERSION = "granite4v.version"
 PROVENANCE_SOURCE = "granite4v.source"
@@ -134,6 +147,14 @@ POST_LN = "v.post_ln"
 IMAGE_NEWLINE = "v.image_newline"
 IMAGE_NEWLINE_OLDER = "model.image_newline"  # in files of llama.cpp's older converter
 BLOCK = "v.blk.{i}.{part}"
+GLOBAL_BLOCK = "v.global_blk.{i}.{part}"  # of towers over all tiles, after the other blocks
+GATES = ("attn_gate", "ffn_gate_scale")  # parts of a global block; tanh is not applied
+PRE_TILE_EMBD = "v.pre_tile_embd"  # (ids, tiles * width); ids are those of aspect ratios
+POST_TILE_EMBD = "v.post_tile_embd"
+TILE_POSITION_EMBD = "v.tile_position_embd"  # (ids, tiles * positions * width)
+TILE_GATE = "{name}.gate"  # of the three; tanh is not applied
+CROSS_PREFIX = "xattn."
+CROSS_BLOCK = "xattn.blk.{i}.{part}"  # {i}: the index among all decoder layers; parts as of a text block, and GATES
 PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
 PROJ_QUERY = "v.proj_blk.{p}.query"
 PROJ = "v.proj_blk.{p}.{part}"

@@ -9,7 +9,13 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
-from granite4v.families.base import TilingConfig, WindowQFormerConfig
+from granite4v.families.base import (
+    CrossAttentionConfig,
+    TiledTowerConfig,
+    TilingConfig,
+    VisionConfig,
+    WindowQFormerConfig,
+)
 from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import role
@@ -106,7 +112,10 @@ def _vision(file: GgufFile) -> dict[str, Any]:
     except ModelFileError as error:  # still worth showing: other families' files, files of other programs
         return {"family": None, "note": str(error)}
     layers_known = keys.TEXT_LAYERS in file or len(config.streams) == 1  # a single stream is the input itself
-    tower = config.tower
+    tower, tiling, cross = config.tower, config.tiling, config.cross_attention
+    if cross is not None:
+        return {"family": family.name, **_cross(config, cross)}
+    assert isinstance(tiling, TilingConfig)
     seeded = isinstance(config.projector, WindowQFormerConfig)  # by a corner of each block, or by its mean
     return {
         "family": family.name,
@@ -114,11 +123,11 @@ def _vision(file: GgufFile) -> dict[str, Any]:
             "layers": tower.num_hidden_layers,
             "width": tower.hidden_size,
             "heads": tower.num_attention_heads,
-            "tile": f"{config.tiling.tile_px} px",
+            "tile": f"{tiling.tile_px} px",
             "patch": f"{tower.patch_size} px",
-            "grids": len(config.tiling.image_grid_pinpoints),
+            "grids": len(tiling.image_grid_pinpoints),
             "tokens a tile": config.tokens_per_tile,
-            **_limits(config.tiling),
+            **_limits(tiling),
             "projector": config.projector.label,
         },
         "streams": [
@@ -140,6 +149,31 @@ def _limits(tiling: TilingConfig) -> dict[str, Any]:
         "videos": None if tiling.video_pooling is None else f"one tile a frame, tokens 1:{tiling.video_pooling**2}",
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _cross(config: VisionConfig, cross: CrossAttentionConfig) -> dict[str, Any]:
+    """The image side of a model whose decoder attends to images."""
+    tower = config.tower
+    assert isinstance(tower, TiledTowerConfig)
+    return {
+        "vision": {
+            "layers": tower.num_hidden_layers,
+            "global layers": tower.num_global_layers,
+            "width": tower.hidden_size,
+            "heads": tower.num_attention_heads,
+            "tile": f"{tower.image_size} px",
+            "tiles": tower.max_num_tiles,
+            "patch": f"{tower.patch_size} px",
+            "intermediate states": ", ".join(map(str, tower.intermediate_states)),
+            "projector": config.projector.label,
+        },
+        "cross_attention": {
+            "layers": ", ".join(map(str, cross.layers)),
+            "heads": cross.num_attention_heads,
+            "kv_heads": cross.num_key_value_heads,
+        },
+        "sequences": "one at a time",
+    }
 
 
 def _adapter(file: GgufFile) -> dict[str, Any]:

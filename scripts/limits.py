@@ -20,7 +20,7 @@ from typing import Any
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector import load_image
 from granite4v.clip_projector.grid_anyres import layout
-from granite4v.families.base import MlpConfig, VisionConfig
+from granite4v.families.base import MlpConfig, VisionConfig, WindowQFormerConfig
 from granite4v.families.registry import read_vision
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
@@ -80,6 +80,7 @@ def _projector_flop(config: VisionConfig, n_states: int, qformer_ffn: int) -> in
     projector = config.projector
     if isinstance(projector, MlpConfig):
         return 2 * n_patches * (n_states * width * out + out * out)
+    assert isinstance(projector, WindowQFormerConfig)
     # keys and values of every patch, all else for the queries only
     n_queries, n_inside = config.tokens_per_tile, projector.query_side**2
     linear = 2 * 2 * n_patches * width * width + 2 * n_queries * (6 * width * width + width * out)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from granite4v.converter.tensors.granite4_vision import granite4_vision_tensors
 from granite4v.converter.tensors.llava_next import llava_next_tensors
 from granite4v.converter.tensors.llava_onevision import llava_onevision_tensors
+from granite4v.converter.tensors.mllama import mllama_tensors
 from granite4v.converter.tensors.rules import TensorGroup
 from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import Json
@@ -22,6 +23,7 @@ VISION_TABLES: Mapping[str, Callable[[VisionConfig, Json, int], tuple[TensorGrou
     "granite4_vision": granite4_vision_tensors,
     "llava_next": llava_next_tensors,
     "llava_onevision": llava_onevision_tensors,
+    "mllama": mllama_tensors,
 }
 
 

@@ -6,6 +6,8 @@ Names: transformers 5.23 `models/llama`, `granite`, `granitemoehybrid`, `mistral
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from granite4v import gguf_keys as keys
 from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, each_layer
 from granite4v.families.text import TextConfig
@@ -26,12 +28,12 @@ def decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
         TensorGroup(
             prefixes=PREFIXES,
             rules=(
-                TensorRule(EMBEDDING, keys.TOKEN_EMBD, (config.vocab_size, hidden)),
-                *each_layer(config.num_hidden_layers, *_layer(config)),
+                _embedding(config),
+                *each_layer(config.num_hidden_layers, *_layer(config), held=config.layers or ()),
                 TensorRule("norm.weight", keys.OUTPUT_NORM, (hidden,)),
                 *_rope_factors(config),
             ),
-            drops=_saved_frequencies(config.num_hidden_layers),
+            drops=_saved_frequencies(config.layers or range(config.num_hidden_layers)),
         ),
         TensorGroup(
             prefixes=HEAD_PREFIXES,
@@ -39,6 +41,12 @@ def decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
             drops=(DropRule(HEAD, "equal to the token embedding, to which it is tied"),) if tied else (),
         ),
     )
+
+
+def _embedding(config: TextConfig) -> TensorRule:
+    n_vocab, more = config.vocab_size, config.embedding_rows
+    shape = (n_vocab + more, config.hidden_size)
+    return TensorRule(EMBEDDING, keys.TOKEN_EMBD, shape, rows=(0, n_vocab) if more else None)
 
 
 def _layer(config: TextConfig) -> list[TensorRule]:
@@ -108,7 +116,7 @@ def _rope_factors(config: TextConfig) -> tuple[TensorRule, ...]:
     return (TensorRule("factors of the rotary frequencies", keys.ROPE_FREQS, shape, values=config.rope_factors),)
 
 
-def _saved_frequencies(n_layers: int) -> tuple[DropRule, ...]:
+def _saved_frequencies(held: Sequence[int]) -> tuple[DropRule, ...]:
     """Rotary frequencies that older versions of transformers saved."""
-    layers = (DropRule(f"layers.{i}.self_attn.rotary_emb.inv_freq", INV_FREQ_REASON) for i in range(n_layers))
+    layers = (DropRule(f"layers.{i}.self_attn.rotary_emb.inv_freq", INV_FREQ_REASON) for i in held)
     return (DropRule("rotary_emb.inv_freq", INV_FREQ_REASON), *layers)

@@ -7,6 +7,7 @@ checkpoint. A row has `{i}` for the layer; `each_layer` repeats the row for ever
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from granite4v.families.base import VisionConfig
@@ -69,11 +70,14 @@ class TensorGroup:
     drops: tuple[DropRule, ...] = ()
 
 
-def each_layer(n_layers: int, *rows: TensorRule) -> tuple[TensorRule, ...]:
-    """The rows repeated for every layer, `{i}` replaced by its number."""
+def each_layer(n_layers: int, *rows: TensorRule, held: Sequence[int] = ()) -> tuple[TensorRule, ...]:
+    """The rows repeated for every layer, `{i}` replaced by its number.
+
+    `held`: the numbers in the checkpoint, where they are others.
+    """
     return tuple(
-        dataclasses.replace(row, source=row.source.replace("{i}", str(i)), target=row.target.replace("{i}", str(i)))
-        for i in range(n_layers)
+        dataclasses.replace(row, source=row.source.replace("{i}", str(own)), target=row.target.replace("{i}", str(i)))
+        for i, own in enumerate(held or range(n_layers))
         for row in rows
     )
 

@@ -54,18 +54,18 @@ def tiling_from_hf(
     return TilingConfig(
         tile_px=tile_px,
         image_grid_pinpoints=tuple((h, w) for h, w in pinpoints),
-        **_scaling(preprocessor, mean, std),
+        **pixel_scaling(preprocessor, mean, std),
     )
 
 
-def _scaling(preprocessor: Fields, mean: Triple, std: Triple) -> dict[str, Any]:
+def pixel_scaling(preprocessor: Fields, mean: Triple, std: Triple, resample: str = "bicubic") -> dict[str, Any]:
     """How pixels become numbers, as a TilingConfig's fields: what is switched off leaves them as they are."""
     normalize, rescale = preprocessor.flag("do_normalize", True), preprocessor.flag("do_rescale", True)
     return {
         "image_mean": _channels(preprocessor, "image_mean", mean) if normalize else (0.0, 0.0, 0.0),
         "image_std": _channels(preprocessor, "image_std", std, positive=True) if normalize else (1.0, 1.0, 1.0),
         "rescale_factor": preprocessor.number("rescale_factor", 0, 1, 1 / 255, positive=True) if rescale else 1.0,
-        "resample": _resample(preprocessor),
+        "resample": _resample(preprocessor, resample),
     }
 
 
@@ -83,9 +83,9 @@ def _channels(preprocessor: Fields, key: str, default: Triple, *, positive: bool
     return red, green, blue
 
 
-def _resample(preprocessor: Fields) -> int:
+def _resample(preprocessor: Fields, default: str) -> int:
     """The filter by Pillow's number; some files have its name."""
-    value = preprocessor.get("resample", FILTERS.index("bicubic"))
+    value = preprocessor.get("resample", FILTERS.index(default))
     if isinstance(value, str) and value.lower() in FILTERS:
         return FILTERS.index(value.lower())
     if not is_integer(value) or not 0 <= value < len(FILTERS):

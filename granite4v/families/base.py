@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
@@ -51,6 +52,49 @@ class TowerConfig:
 
 
 @dataclass(frozen=True)
+class TiledTowerConfig:
+    """A ViT image encoder whose layers attend over all tiles of an image at once. Field names are Hugging Face's.
+
+    `num_hidden_layers` local layers, then `num_global_layers` with a gate on each residual. An image is always
+    `max_num_tiles` tiles; those that it lacks are computed, too. `supported_aspect_ratios`: (height, width) in tiles;
+    an image's id is the index plus one. `intermediate_states`: the hidden states that are put beside the final one; 0
+    is the input of the first local layer and k the output of layer k-1.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_global_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    max_num_tiles: int
+    supported_aspect_ratios: tuple[tuple[int, int], ...]
+    intermediate_states: tuple[int, ...]
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of a tile; pixels beyond the last complete patch are dropped."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of a tile that pass through the layers: the class token, and the patches after it."""
+        return self.grid_side**2 + 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def output_size(self) -> int:
+        """Values of a position that the projector takes: the final state and the intermediate ones."""
+        return self.hidden_size * (1 + len(self.intermediate_states))
+
+
+@dataclass(frozen=True)
 class TilingConfig:
     """How an image is cut into square tiles by 'anyres': a grid of them, and an overview.
 
@@ -72,6 +116,21 @@ class TilingConfig:
     max_tiles_of_tokens: int | None = None
     square_if_several: bool = False
     video_pooling: int | None = None
+
+
+@dataclass(frozen=True)
+class CanvasConfig:
+    """How an image is scaled, its aspect ratio kept, into the top left corner of a canvas of square tiles.
+
+    `supported_aspect_ratios`: (height, width) of canvases in tiles.
+    """
+
+    tile_px: int
+    supported_aspect_ratios: tuple[tuple[int, int], ...]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    rescale_factor: float = 1 / 255
+    resample: int = 2  # PIL.Image.Resampling.BILINEAR
 
 
 @dataclass(frozen=True)
@@ -105,7 +164,37 @@ class MlpConfig:
         return grid_side
 
 
-ProjectorConfig = WindowQFormerConfig | MlpConfig
+@dataclass(frozen=True)
+class LinearConfig:
+    """One linear layer, position by position, to keys and values of cross-attention: the image is a single token."""
+
+    hidden_act: str = ""
+
+    label = "one layer"
+
+    def tokens_side(self, grid_side: int) -> int:
+        """Image tokens along one side of a tile with `grid_side` patches."""
+        return 1
+
+
+ProjectorConfig = WindowQFormerConfig | MlpConfig | LinearConfig
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Decoder layers that attend to an image instead of to the tokens before. Field names are Hugging Face's.
+
+    `layers`: their indices among all decoder layers, ascending; the text file has the others, renumbered.
+    """
+
+    layers: tuple[int, ...]
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    hidden_act: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -133,15 +222,19 @@ class VisionConfig:
     """The image side of one model. `streams` is sorted by `text_layer`, one projector a stream.
 
     `newline`: a learned embedding ends each row of the grid.
+    `cross_attention`: the image goes to these layers instead; there are no streams then, and the tower and the tiling
+    are those of all tiles.
+    `tower`: a TowerConfig or TiledTowerConfig; `tiling`: a TilingConfig or CanvasConfig. A family has one kind of each.
     """
 
     family: str
-    tower: TowerConfig
-    tiling: TilingConfig
+    tower: Any
+    tiling: Any
     projector: ProjectorConfig
     streams: tuple[Stream, ...]
     text_hidden_size: int
     newline: bool = True
+    cross_attention: CrossAttentionConfig | None = None
 
     @property
     def tokens_side(self) -> int:

@@ -12,6 +12,7 @@ from granite4v.families.granite4_vision import Granite4Vision
 from granite4v.families.hf_fields import Fields, Json
 from granite4v.families.llava_next import LlavaNext
 from granite4v.families.llava_onevision import LlavaOnevision
+from granite4v.families.mllama import Mllama
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.metadata import GgufMetadata
 
@@ -52,7 +53,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (Granite4Vision(), LlavaNext(), LlavaOnevision())
+FAMILIES: tuple[Family, ...] = (Granite4Vision(), LlavaNext(), LlavaOnevision(), Mllama())
 
 
 def family_of_checkpoint(config: Json) -> Family:

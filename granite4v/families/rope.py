@@ -39,17 +39,19 @@ class Rope:
 def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
     """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
 
+    Without a slope, where both bounds are equal, a wave exactly there is divided by 1.
     transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
     """
     factor, context = (
         rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
     )
     low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
-    if low >= high:
-        raise rope.error("high_freq_factor", f"more than 'low_freq_factor' ({low:g})")
+    if low > high:
+        raise rope.error("high_freq_factor", f"at least 'low_freq_factor' ({low:g})")
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
-        smooth = min(max((context / wavelength - low) / (high - low), 0.0), 1.0)
+        turns = context / wavelength
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0) if low < high else float(turns >= low)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     return tuple(factors)

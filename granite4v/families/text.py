@@ -7,7 +7,7 @@ One `TextArchitecture` for each GGUF architecture. Names and defaults: transform
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from granite4v import gguf_keys as keys
@@ -53,11 +53,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
     },
+    "mllama_text_model": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
+    },
 }
 
 
 # The text model of a config.json that does not name it, by the whole's `model_type`.
-UNNAMED = {"llava_next": "llama", "llava_onevision": "qwen2"}
+UNNAMED = {"llava_next": "llama", "mllama": "mllama_text_model", "llava_onevision": "qwen2"}
+MLLAMA_EMBEDDING_ROWS = 8  # beyond the vocabulary: transformers 5.24, `MllamaTextModel.embed_tokens`
 TIED_BY_EITHER = ("llava_onevision",)
 # Fields that a granitemoehybrid has and a granite has not.
 _HYBRID_FIELDS = ("shared_intermediate_size", "layer_types", "layers_block_type")
@@ -87,6 +100,9 @@ class TextConfig:
     `rope_linear_factor`, `rope_factors`: positions divided by one number, or the frequency of each pair by its own.
     `rope_pairs`: the rotary embedding of this GGUF architecture turns neighbouring rows, not the halves of a head.
     `attention_bias` is that of query, key and value.
+    `layers`: the checkpoint's numbers of the layers, where others stand between them; they are not counted in
+    `num_hidden_layers`. `embedding_rows`: rows of the checkpoint's token embedding beyond the vocabulary, which are
+    left out.
     """
 
     vocab_size: int
@@ -107,6 +123,8 @@ class TextConfig:
     output_bias: bool = False
     rope_pairs: bool = True
     rope_factors: tuple[float, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    embedding_rows: int = 0
 
     @property
     def n_gqa(self) -> int:
@@ -182,6 +200,24 @@ def logits_scaling(text: Fields) -> float:
 def _llama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
     bias = text.flag("attention_bias", False)
     return _plain_config(text, _window(text), bias=bias, output_bias=bias)
+
+
+def _mllama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
+    """The layers of self-attention, which alone are a llama; the embedding has rows for image tokens, the head none."""
+    cross = cross_attention_layers(text)
+    own = tuple(i for i in range(n_text_layers(text)) if i not in cross)
+    if not own:
+        raise text.error("cross_attention_layers", "at least one decoder layer of self-attention")
+    config = _plain_config(text, None, bias=False, output_bias=False)
+    return replace(config, num_hidden_layers=len(own), layers=own, embedding_rows=MLLAMA_EMBEDDING_ROWS)
+
+
+def cross_attention_layers(text: Fields) -> tuple[int, ...]:
+    """The decoder layers that attend to images, ascending; raises CheckpointError."""
+    layers = text.integers("cross_attention_layers", 0, n_text_layers(text) - 1)
+    if not layers or len(set(layers)) != len(layers):
+        raise text.error("cross_attention_layers", "a list of different layers, at least one")
+    return tuple(sorted(layers))
 
 
 def _qwen2_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
@@ -334,6 +370,12 @@ ARCHITECTURES = (
         arch="qwen2",
         hf_model_types=("qwen2",),
         config=_qwen2_config,
+        metadata=_plain_metadata,
+    ),
+    TextArchitecture(
+        arch="llama",
+        hf_model_types=("mllama_text_model",),
+        config=_mllama_config,
         metadata=_plain_metadata,
     ),
 )

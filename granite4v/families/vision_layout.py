@@ -37,6 +37,8 @@ def ffn_padded(name: str, shape: Shape, block: int) -> Shape:
     The first matrix and its bias get rows of zeros, and act(0) = 0 meets the second one's columns of zeros, so the
     result is exactly the same.
     """
+    if name.startswith(keys.CROSS_PREFIX):  # a decoder's layer: its gate is not padded
+        return shape
     part, _, suffix = name.rpartition(".")
     if part.endswith(".ffn_up"):
         return (padded_width(shape[0], block), *shape[1:])

@@ -104,6 +104,11 @@ class ModelFiles:
                 f"'{self.vision.path}' makes embeddings of width {self.vision_config.text_hidden_size}, but "
                 f"'{self.text.path}' takes width {n_embd}; the two belong to different models."
             )
+        if self.vision_config.cross_attention is not None:
+            raise ModelFileError(
+                f"'{self.vision.path}' belongs to a model whose decoder attends to images, which this version converts "
+                f"but does not run; for texts alone, use a copy of '{self.text.path}' in a directory of its own."
+            )
         self.injection = self._injection(self.vision, self.vision_config)
 
     def _check_adapter(self, adapter: GgufFile) -> None:

@@ -235,7 +235,9 @@ def test_an_adapter_of_the_image_side_is_merged_there_and_cannot_be_separate(
     weight = load_file(make_checkpoint(TINY) / "model.safetensors")[f"{module}.weight"]
     expected = np.pad(weight + np.float32(1.5) * (b @ a), ((0, 24), (0, 0)))
     assert np.abs(np.frombuffer(found, np.float32) - expected.ravel()).max() < 1e-5
-    with pytest.raises(CheckpointError, match="changes the image side as well .* use --lora merge"):
+    with pytest.raises(
+        CheckpointError, match="changes the image side or layers of cross-attention as well .* use --lora merge"
+    ):
         plan_conversion(make_checkpoint(TINY), with_adapter(SEPARATE, adapter))
 
 

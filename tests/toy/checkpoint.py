@@ -28,6 +28,8 @@ import numpy as np
 from tests.toy.language import build_tokenizer, write_language_files
 from tests.toy.llava_next import TEMPLATES
 from tests.toy.llava_onevision import TEMPLATE, VIDEO
+from tests.toy.mllama import TEMPLATE as MLLAMA_TEMPLATE
+from tests.toy.mllama import mllama_tensors, mllama_tokenizer
 from tests.toy.spec import (
     MAPPING_CASES,
     PRESETS,
@@ -57,7 +59,7 @@ CHUNK = 1 << 22  # values drawn at once
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the model under its transformers 5 name. `draw` is 'normal' (std), 'norm' or 'rms'."""
+    """A tensor of the model under its transformers 5 name. `draw` is 'normal' (std), 'norm', 'rms' or 'gate'."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,6 +75,8 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     video = VIDEO if spec.family == "llava_onevision" else None
     tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary, video)
     template = {"llava_next": TEMPLATES.get(spec.text_type), "llava_onevision": TEMPLATE}.get(spec.family)
+    if spec.family == "mllama":
+        tokenizer, template = mllama_tokenizer(tokenizer), MLLAMA_TEMPLATE
     write_language_files(directory, tokenizer, spec.template_in_config, template, spec.template_file)
     _write_json(directory / "config.json", model_config(spec, tokenizer))
     _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
@@ -101,6 +105,9 @@ def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterS
 
 def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
+    if spec.family == "mllama":
+        yield from (Tensor(name, shape, std, draw) for name, shape, std, draw in mllama_tensors(spec, n_vocab))
+        return
     yield from _text_tensors(spec, n_vocab)
     yield from _tower_tensors(spec)
     if spec.family in ("llava_next", "llava_onevision"):
@@ -239,7 +246,7 @@ def _spelled(name: str, naming: str) -> str:
 def _adapter_tensors(spec: CheckpointSpec, adapter: AdapterSpec) -> Iterator[Stored]:
     """LoRA pairs for every matrix of every decoder layer, B wide enough that the change matters."""
     for name, parts in stored_tensors(spec, n_vocab=1):
-        if ".layers." not in name or "vision_tower" in name or len(parts[0].shape) != 2:
+        if ".layers." not in name or "vision_" in name or len(parts[0].shape) != 2:
             continue
         module = name.removesuffix(".weight")
         rank = _by_pattern(module, adapter.rank_pattern, adapter.rank)
@@ -276,6 +283,8 @@ def _draw_chunk(tensor: Tensor, seed: int, i_chunk: int, count: int) -> np.ndarr
             first, end = (max(0, row * cols - start) for row in (tensor.quiet_rows.start, tensor.quiet_rows.stop))
             values[first:end] *= np.float32(0.25)
         return values
+    if tensor.draw == "gate":  # where a gate is shut, what it lets through does not show
+        return (0.8 + 0.3 * rng.standard_normal(count)).astype(np.float32)
     values = rng.uniform(0.4, 1.6, count).astype(np.float32)
     if tensor.draw == "rms":  # signs keep a tied head from repeating the last token
         values *= np.where(rng.random(count) < 1 / 3, -1, 1).astype(np.float32)

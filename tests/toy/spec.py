@@ -16,6 +16,7 @@ from tests.toy.llava_onevision import (
     llava_onevision_preprocessor,
     llava_onevision_processor,
 )
+from tests.toy.mllama import MLLAMA, mllama_config, mllama_preprocessor
 
 if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
@@ -28,7 +29,7 @@ N_PINPOINT_TILES = 10  # every grid of up to ten tiles
 class CheckpointSpec:
     """One checkpoint: sizes, injection map, and how its files are spelled. The default is the tiny one."""
 
-    family: str = "granite4_vision"  # or 'llava_next', 'llava_onevision'
+    family: str = "granite4_vision"  # or 'llava_next', 'llava_onevision', 'mllama'
     # text model
     text_type: str = "granite"  # 'granitemoehybrid': fused shared_mlp.input_linear; 'llama', 'mistral', 'qwen2'
     text_hidden: int = 64
@@ -72,6 +73,10 @@ class CheckpointSpec:
     # of llava_onevision
     max_tiles_of_tokens: int = 9
     unused_rows: int = 0  # of the vocabulary, beyond the tokenizer's
+    # of mllama
+    cross_layers: tuple[int, ...] = ()
+    global_layers: int = 0
+    intermediate_layers: tuple[int, ...] = ()
     # files
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
@@ -227,6 +232,7 @@ PRESETS: dict[str, CheckpointSpec] = {
         spatial_target_layers=(12, 15, 18, 21),
     ),
     **{name: CheckpointSpec(family="llava_onevision", **fields) for name, fields in ONEVISION.items()},
+    **{name: CheckpointSpec(family="mllama", **fields) for name, fields in MLLAMA.items()},
 }
 
 # `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
@@ -259,6 +265,8 @@ def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
         return llava_next_config(spec, tokenizer, _text_config(spec, tokenizer))
     if spec.family == "llava_onevision":
         return llava_onevision_config(spec, tokenizer, _text_config(spec, tokenizer))
+    if spec.family == "mllama":
+        return mllama_config(spec, tokenizer, _text_config(spec, tokenizer))
     return {
         "architectures": ["Granite4VisionForConditionalGeneration"],
         "model_type": "granite4_vision",
@@ -348,7 +356,9 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
     scaling = dict(spec.rope_scaling) or None
     if spec.naming == "v5":
         return config | {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": spec.rope_theta}}
-    architecture = {"granite": "Granite", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[spec.text_type]
+    architecture = {"granite": "Granite", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}.get(
+        spec.text_type, "Mllama"
+    )
     return config | {
         "architectures": [f"{architecture}ForCausalLM"],
         "rope_theta": spec.rope_theta,
@@ -383,6 +393,8 @@ def preprocessor_config(spec: CheckpointSpec) -> Json:
         return llava_next_preprocessor(spec)
     if spec.family == "llava_onevision":
         return llava_onevision_preprocessor(spec)
+    if spec.family == "mllama":
+        return mllama_preprocessor(spec)
     side = {"height": spec.tile_px, "width": spec.tile_px}
     return {
         "image_processor_type": "LlavaNextImageProcessor",
@@ -408,6 +420,8 @@ def processor_config(spec: CheckpointSpec) -> Json:
         return llava_next_processor(spec)
     if spec.family == "llava_onevision":
         return llava_onevision_processor(spec)
+    if spec.family == "mllama":
+        return {"processor_class": "MllamaProcessor"}
     return {
         "processor_class": "Granite4VisionProcessor",
         "patch_size": spec.patch_px,
