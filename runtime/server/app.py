@@ -20,6 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from granite4v.errors import Granite4vError
 from granite4v.runtime.model import Model
 from granite4v.runtime.server import errors, openapi
 from granite4v.runtime.server.dispatcher import Dispatcher
@@ -91,7 +92,7 @@ def create_app(model: Model | Callable[[], Model], options: ServerOptions | None
             Mount("/web", _WebFiles(directory=WEB)),
         ],
         middleware=middleware,
-        exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _refuse},
+        exception_handlers=dict.fromkeys((ApiError, Granite4vError, HTTPException, Exception), _refuse),
         lifespan=lambda app: _lifespan(app, model),
     )
     app.dispatcher = dispatcher

@@ -139,6 +139,14 @@ def test_paths_that_are_allowed(tiny_model: granite4v.Model, tmp_path: Path) -> 
         assert status(f"{open_folder}/link.png") == status(f"{open_folder}/none.png") == 400
 
 
+def test_a_text_that_is_too_long_is_no_fault_of_the_server(tiny: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Or else any client could fill the log with tracebacks."""
+    reply = tiny.post("/tokenize", {"content": "a " * 200_000})
+    assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
+    assert tiny.get("/health").status == 200  # what is logged after a reply is logged by now
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_bodies_that_are_none(strict: Served) -> None:
     for body in (b"", b"{", b"[]", b"\xff", b'{"messages": []}', b"[" * 30_000, b'{"messages": "\\ud800"}'):
         reply = strict.post("/v1/chat/completions", body)
