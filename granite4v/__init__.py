@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from granite4v.runtime.confidence import Confidence, confidence
     from granite4v.runtime.engine.page_store import PageStore
     from granite4v.runtime.extract import Record
+    from granite4v.runtime.extract.data_frame import read_results
     from granite4v.runtime.formats.task_grammar import grammar_for
 
     __version__: str
@@ -79,6 +80,7 @@ __all__ = [
     "grammar_for",
     "load",
     "load_image",
+    "read_results",
 ]
 
 _find, _ = exports(
@@ -108,6 +110,7 @@ _find, _ = exports(
         "runtime.confidence": ("Confidence", "confidence"),
         "runtime.engine.page_store": ("PageStore",),
         "runtime.extract": ("Record",),
+        "runtime.extract.data_frame": ("read_results",),
         "runtime.formats.task_grammar": ("grammar_for",),
     },
 )

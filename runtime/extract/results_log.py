@@ -25,7 +25,7 @@ from granite4v.runtime.extract.own_files import open_own
 from granite4v.runtime.extract.record import Key, Record, decode, encode
 
 MAX_LINE_BYTES = 1 << 28  # far above what an answer of a full context takes
-_NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
+NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
 _BEGINNING = b'{"source": '  # of every record: a torn first line is recognized as ours by it
 
 
@@ -291,7 +291,7 @@ class ResultsLog:
     def _read(self, entry: Entry) -> Record:
         try:
             return decode(self._bytes(entry))
-        except _NOT_OURS as error:
+        except NOT_OURS as error:
             raise OutputError(self._damaged(f"the record at byte {entry.start}", error)) from None
 
     def _bytes(self, entry: Entry) -> bytes:
@@ -315,7 +315,7 @@ class ResultsLog:
                     if not line.endswith(b"\n"):
                         raise ValueError("it does not end")
                     record = decode(line)
-                except _NOT_OURS as error:
+                except NOT_OURS as error:
                     # after a crash or a power cut the last line may be incomplete, or have its length but only zeros
                     last = reader.tell() == size
                     ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))

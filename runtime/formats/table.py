@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from granite4v.errors import AnswerError
+from granite4v.errors import AnswerError, Granite4vError
 
 MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not fill the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
@@ -70,6 +72,17 @@ class Table:
     def texts(self) -> list[list[str]]:
         """The text of each slot, (n_rows, n_cols); a spanning cell repeats its text."""
         return [[cell.text for cell in row] for row in self.grid()]
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame of texts, (n_rows - n_header_rows, n_cols); its columns are named by the header rows, in
+        levels if there are several. Raises Granite4vError where pandas is not installed."""
+        if importlib.util.find_spec("pandas") is None:
+            raise Granite4vError("to_pandas needs pandas; install it with pip install 'granite4v[pandas]'.")
+        import pandas
+
+        rows, n = self.texts(), self.n_header_rows
+        names = None if n == 0 else rows[0] if n == 1 else pandas.MultiIndex.from_arrays(rows[:n])
+        return pandas.DataFrame(rows[n:], columns=names)
 
     def check_repeated(self) -> None:
         """Raises AnswerError when the table is too long for a format that repeats a cell's text in every slot."""
