@@ -93,6 +93,11 @@ class Totals:
     notes: tuple[str, ...] = ()
     found: _Found | None = field(default=None, repr=False, compare=False)  # for `open_pages`
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What records call the documents, in order."""
+        return () if self.found is None else tuple(document.source for document in self.found.documents)
+
 
 @dataclass(frozen=True)
 class _Counted:

@@ -209,6 +209,7 @@ class Extraction:
         try:
             for record in self._window.finished():
                 self._append(record)
+            self._log.arrange(self._job.totals.sources)
         except OutputError as error:  # a disk that is full has ended the run already, or is told here
             self._say(str(error))
 
@@ -277,7 +278,7 @@ class Extraction:
                     self.state.left_out.add(self._log.entry(key))
         if self._folder is None:
             return
-        self._log.arrange(self._met)
+        self._log.arrange(self._job.totals.sources)
         self._log.tidy()
         if self._job.options.report:
             path = self._folder.path / REPORT
