@@ -97,7 +97,7 @@ def test_without_a_limit_the_room_is_found_by_the_prompt_that_is_answered(
 def test_a_prepared_prompt_holds_its_images(model: granite4v.Model) -> None:
     image = granite4v.load_image(noise_picture(SIZE))
     prompt = model.prepare("<tables_html>", image)
-    assert model.prepare(prompt) is prompt and prompt.images[0] is image
+    assert model.prepare(prompt) is prompt and prompt.images[0].images == (image,)
     given = model.generate(prompt, max_tokens=3)
     assert given.tokens == model.generate("<tables_html>", image, max_tokens=3).tokens
     for wrong in ({"images": [image]}, {"template_variables": {"a": 1}}):
