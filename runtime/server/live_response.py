@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from granite4v.runtime.server import errors
 from granite4v.runtime.server.errors import ApiError
 
+LAST_WORDS_S = 2.0  # for what is sent once the time of a request is over
 JSON, EVENTS = "application/json", "text/event-stream"
 _BEAT, _COMMENT = b"\n", b": waiting\n\n"  # white space before a JSON document; a comment between events
 
@@ -25,7 +26,8 @@ _BEAT, _COMMENT = b"\n", b": waiting\n\n"  # white space before a JSON document;
 @dataclass(frozen=True)
 class Pace:
     """`patience_s`: until headers are sent ahead of the content; `keepalive_s`: between two signs of life; `time_s`:
-    until the work is given up; `ended`: set when the server gives up all work."""
+    until the work is given up, also that of sending to a client which does not read; `ended`: set when the server gives
+    up all work."""
 
     patience_s: float
     keepalive_s: float
@@ -50,11 +52,24 @@ class LiveResponse(Response):
         ended = asyncio.ensure_future(self._pace.ended.wait())
         try:
             async with contextlib.aclosing(self._content):
-                await self._send_all(send, gone, ended)
+                with contextlib.suppress(_Gone):
+                    await self._send_all(self._in_time(send), gone, ended)
         finally:
             gone.cancel()
             ended.cancel()
             self._leave()
+
+    def _in_time(self, send: Send) -> Send:
+        """Waits for a client that does not read no longer than the request may take, and then holds it for gone."""
+
+        async def timed(message: Message) -> None:
+            left_s = self._began + self._pace.time_s - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(send(message), max(left_s, LAST_WORDS_S))
+            except asyncio.TimeoutError:
+                raise _Gone from None
+
+        return timed
 
     async def _send_all(self, send: Send, gone: asyncio.Future[Any], ended: asyncio.Future[Any]) -> None:
         try:
@@ -66,7 +81,7 @@ class LiveResponse(Response):
                         await self._whole(send, 200, piece, {})
                         return
         except _Gone:
-            return
+            raise
         except Exception as raised:
             error = errors.of(raised)
             if not self._is_begun:
@@ -123,7 +138,7 @@ class LiveResponse(Response):
 
 
 class _Gone(Exception):
-    """The client has hung up."""
+    """The client has hung up, or might as well have."""
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
 
 import granite4v
+from granite4v.runtime.server import live_response
 from granite4v.runtime.server.options import Limits, ServerOptions
 from tests.helpers.pictures import text_picture
 from tests.helpers.served import Served, events, image, png, served, text
@@ -96,6 +98,35 @@ def test_clients_that_go_away_before_they_have_asked(tiny: Served) -> None:
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200
     tiny.wait_until_idle()
+
+
+def test_a_client_that_reads_nothing_any_more_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asked for ends, and its turn with it."""
+    monkeypatch.setattr(live_response, "LAST_WORDS_S", 0.05)
+    done: list[str] = []
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: more\n\n"
+        finally:
+            done.append("answer")
+
+    async def send(message: Any) -> None:
+        done.append(message["type"])
+        if len(done) > 3:
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    async def request() -> None:
+        pace = live_response.Pace(1.0, 1.0, 0.1, asyncio.Event())
+        reply = live_response.LiveResponse(content(), pace, is_stream=True, leave=lambda: done.append("turn"))
+        await asyncio.wait_for(reply({"type": "http"}, receive, send), 20)
+
+    asyncio.run(request())
+    assert done == ["http.response.start", *["http.response.body"] * 3, "answer", "turn"]
 
 
 def test_a_client_that_does_not_read(tiny: Served) -> None:
