@@ -21,6 +21,7 @@ from granite4v.ggml.gguf_file import GgufFile
 from granite4v.gguf_summary import summarize
 from tests.helpers.damaged import edit, refusal
 from tests.helpers.gguf_edit import tensor_bytes
+from tests.peers.llama import LlamaPeer
 from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 SPEC, FIRST, WIDE = PRESETS["tiny-mllama"], PRESETS["tiny-mllama-first"], PRESETS["tiny-mllama-wide"]
@@ -232,3 +233,22 @@ def test_equal_bounds_of_scaled_frequencies_are_a_step(make_checkpoint: Callable
     found = values(tmp_path / "out" / "text-F32.gguf", "rope_freqs.weight")
     assert np.allclose(plain / found, frequencies.numpy(), rtol=1e-6)
     assert set(found) == {1.0, 8.0}
+
+
+@pytest.mark.parametrize("spec", [SPEC, FIRST], ids=["today's names", "published names"])
+def test_stock_llama_runs_the_text_file_as_transformers_does(
+    spec: CheckpointSpec, make_checkpoint: Callable[..., Path], make_model: Callable[..., Path]
+) -> None:
+    """Logits of up to 19 differ by 3e-5. That all of the checkpoint is loaded shows that it is one."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        make_checkpoint(spec), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(loading.values())
+    ids = [385, *range(10, 100, 10)]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    with LlamaPeer(make_model(spec) / "text-F32.gguf") as peer:
+        assert np.abs(peer.logits(ids) - expected).max() < 1e-4

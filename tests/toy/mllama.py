@@ -86,7 +86,7 @@ MLLAMA: dict[str, Json] = {
         "text_heads": 32,
         "text_kv_heads": 8,
         "text_ffn": 14336,
-        "n_bpe": 128233,
+        "n_bpe": 128235,
         "rope_scaling": (*SCALED[:-1], ("original_max_position_embeddings", 8192)),
         "context": 131072,
         "vision_hidden": 1280,
