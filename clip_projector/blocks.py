@@ -25,13 +25,14 @@ def linear(
     act: str | None = None,
     *,
     to_product: bool = False,
+    has_bias: bool = True,
 ) -> Callable[[Tensor], Tensor]:
     """x `[n_in, tokens]` -> act(x.W^T + b) `[n_out, tokens]`. The weight is widened or packed once for all calls.
 
     `act`: the activation by Hugging Face's name. `to_product`: see `Kernel.product`.
     """
     weight = weights.matrix(graph, f"{name}.weight", n_in, n_out)
-    bias = weights.vector(f"{name}.bias", n_out)
+    bias = weights.vector(f"{name}.bias", n_out) if has_bias else None
     kernel = weights.kernel(f"{name}.weight")
     fused = act if kernel.fuses(act) else None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import CanvasConfig, TilingConfig
 
 PREPROCESSING = 1  # to be raised when the same image and model give other tiles or numbers: stored pages are read anew
 
 
-def normalize(tiles: np.ndarray, tiling: TilingConfig) -> np.ndarray:
+def normalize(tiles: np.ndarray, tiling: TilingConfig | CanvasConfig) -> np.ndarray:
     """uint8 tiles as the tower takes them, float32, same shape: (value * rescale_factor - mean) / std.
 
     A table of the 256 values of each channel, since a tile holds nothing else.

@@ -166,6 +166,16 @@ class Weights:
         tensor = self._tensors[name]
         return tensor if info.type_name == "F32" else graph.cast(tensor, "F32")
 
+    def lookup(self, graph: Graph, name: str, index: Tensor, width: int, n_rows: int) -> Tensor:
+        """The vector `[width]` that the I32 input `index` `[1]` picks of `n_rows`, float32; no other is read."""
+        info = self._info(name)
+        if info.type_name not in FLOATS or _flat(info.shape) != (n_rows, width):
+            raise ModelFileError(
+                f"'{self._path}' has tensor '{name}' as {info.type_name} {info.shape}, expected {n_rows:,} vectors of "
+                f"{width:,} values."
+            )
+        return graph.rows(graph.reshape(self._tensors[name], width, n_rows), index)
+
     def array(self, name: str, *shape: int) -> np.ndarray:
         """A float32 tensor as a NumPy copy of the given shape."""
         n = int(np.prod(shape))

@@ -193,6 +193,13 @@ class Graph:
     def cast(self, x: Tensor, kind: str) -> Tensor:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
 
+    def copy_(self, target: Tensor, x: Tensor) -> Tensor:
+        """Overwrites `target`, such as a view of rows, with `x` of the same sizes. To be expanded before anything is
+        added that reads the tensor under the view."""
+        if target.ne != x.ne:
+            raise ShapeError(f"cannot copy {x!r} to {target!r}")
+        return Tensor(lib().ggml_cpy(self._ctx, x.ptr, target.ptr))
+
     # --- arithmetic; names that end in _ overwrite their first argument ---
 
     def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
