@@ -37,7 +37,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     encode = VisionEncoder.encode
 
     def counted(self: VisionEncoder, images: Any, *rest: Any) -> Any:
-        sizes.extend(image.size for image in images)
+        sizes.extend(view.images[0].size for view in images)
         return encode(self, images, *rest)
 
     monkeypatch.setattr(VisionEncoder, "encode", counted)
