@@ -54,7 +54,8 @@ def interrupts(options: argparse.Namespace, work: Path) -> Result:
         # a share of what is left, so that the last one still finds something to interrupt
         left_s = (whole_s - pace.start_s) * (1 - (kept or [0])[-1] / len(keys)) / (options.interrupts - i)
         after_s = rng.uniform(0.3, 1) * (pace.start_s + left_s)
-        status, seconds = interrupt(command, after_s)
+        # the first comes once there is a record, however fast the machine has become since the undisturbed run
+        status, seconds = interrupt(command, after_s, broken / "results.jsonl" if i == 0 else None)
         found = records_without_timings(broken / "results.jsonl")
         kept.append(len(found))
         if status in STATUSES:
@@ -74,11 +75,17 @@ def interrupts(options: argparse.Namespace, work: Path) -> Result:
     return Result("interrupts", figures, [text], problems)
 
 
-def interrupt(command: Sequence[str], after_s: float) -> tuple[int, float]:
-    """Status, and seconds from Ctrl-C to the end (0 where the end came first)."""
+def interrupt(command: Sequence[str], after_s: float, records: Path | None = None) -> tuple[int, float]:
+    """Status, and seconds from Ctrl-C to the end (0 where the end came first). Ctrl-C comes after so many seconds, or
+    sooner, when there is something in the file `records`."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + after_s
+    while records is not None and process.poll() is None and time.monotonic() < until:
+        if records.is_file() and records.stat().st_size > 0:
+            until = time.monotonic()
+        time.sleep(0.01)
     try:
-        process.wait(after_s)
+        process.wait(max(0.0, until - time.monotonic()))
         return process.returncode, 0.0
     except subprocess.TimeoutExpired:
         begin = time.monotonic()
