@@ -42,6 +42,7 @@ def check(options: argparse.Namespace) -> Result:
             "--exclude-checks=positive_data_acceptance",
             f"--max-examples={options.examples}",
             f"--seed={options.seed}",
+            "--request-timeout=60",  # a loaded machine may need more than the 10 seconds that it waits by itself
             "--continue-on-failure",
             "--no-color",
         ]
