@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import base64
-import functools
 import itertools
 from pathlib import Path
 
 import gguf
 
 from granite4v import gguf_keys as keys
+from granite4v.runtime.prompt.tokenizer import byte_of_letter
 
-TOKENS, MERGES = gguf.Keys.Tokenizer.LIST, gguf.Keys.Tokenizer.MERGES
+MERGES = gguf.Keys.Tokenizer.MERGES
 Ranks = dict[bytes, int]
+_LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}
 
 
 def main() -> int:
@@ -61,26 +62,18 @@ def merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
 
 
 def spelled(token: bytes) -> str:
-    """A token in the letters in which GPT-2's byte-level vocabularies write bytes."""
-    return "".join(map(_letters().__getitem__, token))
-
-
-@functools.cache
-def _letters() -> dict[int, str]:
-    """A letter for each byte: printable ones of Latin-1 are themselves, the others follow from 256 on."""
-    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    """A token in the letters in which byte-level vocabularies write bytes."""
+    return "".join(map(_LETTERS.__getitem__, token))
 
 
 def copy(text: Path, ranks: Ranks, out: Path) -> None:
     reader = gguf.GGUFReader(text)
-    own = reader.fields[TOKENS].contents()
+    own = reader.fields[keys.TOKENS].contents()
     tokens = [spelled(token) for token, _ in sorted(ranks.items(), key=lambda item: item[1])]
     if len(tokens) > len(own):
         raise ValueError(f"'{text}' has {len(own)} tokens, the vocabulary {len(tokens)}")
     replaced = {
-        TOKENS: [*tokens, *own[len(tokens) :]],
+        keys.TOKENS: [*tokens, *own[len(tokens) :]],
         MERGES: [f"{spelled(first)} {spelled(second)}" for first, second in merges(ranks)],
     }
     writer = gguf.GGUFWriter(out, reader.fields[keys.GENERAL_ARCHITECTURE].contents())

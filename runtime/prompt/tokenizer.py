@@ -157,7 +157,7 @@ class HfTokenizer:
 
     def _byte_level_pieces(self, added: Container[int]) -> list[bytes | None]:
         found = self._tokenizer.get_vocab(with_added_tokens=True)
-        byte_of = _byte_of_letter()
+        byte_of = byte_of_letter()
         pieces: list[bytes | None] = [None] * (max(found.values(), default=-1) + 1)
         for text, token in found.items():
             if token not in added and byte_of.keys() >= set(text):
@@ -175,7 +175,7 @@ class HfTokenizer:
         pass
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """The byte that each letter of a byte-level vocabulary stands for.
 
     GPT-2's table (`bytes_to_unicode`): printable bytes stand for themselves, the others are numbered from U+0100 on.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from granite4v.runtime.prompt.tokenizer import byte_of_letter
 from scripts.nano import formats
 from scripts.nano.truth import Cell, Chart, Form, Table
 from tests.toy.language import ToyTokenizer
@@ -73,9 +74,7 @@ def build_tokenizer() -> ToyTokenizer:
 
 def _byte_letters() -> list[str]:
     """The letter that stands for each of the 256 bytes in byte-level BPE."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    letters = {byte: letter for letter, byte in byte_of_letter().items()}
     return [letters[byte] for byte in range(256)]
 
 
