@@ -77,7 +77,7 @@ class Extraction:
         )
         self._read: Seen | None = None  # the document of the page that was rendered last
         self._written: Seen | None = None  # the document whose records come next
-        self._met: dict[str, None] = {}  # in order
+        self._met: set[str] = set()  # documents that this run has come to
         self._is_read = False  # all pages
         self._records = self._run()
 
@@ -183,7 +183,7 @@ class Extraction:
             if work.seen is not self._written:
                 self._end_document(self._written)
                 self._written = work.seen
-                self._met[work.source] = None
+                self._met.add(work.source)
                 self.state.n_documents += 1
                 self._window.show()
             while work.slots and (record := work.slots[0].record) is not None:

@@ -58,7 +58,6 @@ def test_a_folder_without_records(tmp_path: Path) -> None:
 
 
 def test_arrow(folder: Path) -> None:
-    pytest.importorskip("pyarrow")
     table = granite4v.read_results(folder, arrow=True)
     for row, record in zip(table.to_pylist(), RECORDS, strict=True):
         nested = {name for name, value in record.as_dict().items() if isinstance(value, dict | list | tuple)}
