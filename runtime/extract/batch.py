@@ -66,9 +66,9 @@ class Extraction:
         self._watch, self._say, self._opened = watch, say, opened
         self.progress: Progress | None = None  # told of what comes before an answer
         self._names = Names(job.inputs, log.sources())
-        tasks = [question.task for question in job.questions]
+        self._tasks = [question.task for question in job.questions]
         has_image = None if folder is None or not job.options.report else folder.has_image
-        self._earlier = Earlier(log, tasks, retry_failed=job.options.retry_failed, has_image=has_image)
+        self._earlier = Earlier(log, self._tasks, retry_failed=job.options.retry_failed, has_image=has_image)
         self.state = state
         self.state.counts, self.state.n_resumed = log.counts, log.counts.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
@@ -209,7 +209,7 @@ class Extraction:
         try:
             for record in self._window.finished():
                 self._append(record)
-            self._log.arrange(self._job.totals.sources)
+            self._log.arrange(self._job.totals.sources, self._tasks)
         except OutputError as error:  # a disk that is full has ended the run already, or is told here
             self._say(str(error))
 
@@ -278,7 +278,7 @@ class Extraction:
                     self.state.left_out.add(self._log.entry(key))
         if self._folder is None:
             return
-        self._log.arrange(self._job.totals.sources)
+        self._log.arrange(self._job.totals.sources, self._tasks)
         self._log.tidy()
         if self._job.options.report:
             path = self._folder.path / REPORT

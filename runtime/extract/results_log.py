@@ -87,7 +87,7 @@ class ResultsLog:
     """The records of one run, each key once. One writer at a time: see `output_directory`.
 
     Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
-    last), the tasks of a page as they were first recorded. `close` leaves the file in this order, too.
+    last), the tasks of a page as they were first recorded; see `arrange`. `close` leaves the file in this order, too.
     """
 
     def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
@@ -206,17 +206,16 @@ class ResultsLog:
     def __iter__(self) -> Iterator[Record]:
         return (record for source in list(self._documents) for record in self.of_document(source))
 
-    def arrange(self, sources: Iterable[str]) -> None:
-        """Puts documents in this order; others keep their places. A run that ended early may have kept an answer about
-        a document before those about the one that comes first."""
-        wanted = [source for source in sources if source in self._documents]
-        among, rest = set(wanted), iter(wanted)
-        order = [next(rest) if source in among else source for source in self._documents]
-        if order == list(self._documents):
+    def arrange(self, sources: Iterable[str], tasks: Iterable[str]) -> None:
+        """Puts documents and tasks in these orders; others keep their places. A run that ended early may have kept
+        an answer before those that come first."""
+        documents, by_task = _arranged(self._documents, sources), _arranged(self._tasks, tasks)
+        if documents == list(self._documents) and by_task == list(self._tasks):
             return
-        self._documents = {source: self._documents[source] for source in order}
-        self._stems = {source: self._stems[source] for source in order}
-        self._places = {source: place for place, source in enumerate(order)}
+        self._documents = {source: self._documents[source] for source in documents}
+        self._stems = {source: self._stems[source] for source in documents}
+        self._places = {source: place for place, source in enumerate(documents)}
+        self._tasks = {task: place for place, task in enumerate(by_task)}
         self._tidy = False
 
     def tidy(self) -> None:
@@ -340,3 +339,12 @@ class ResultsLog:
             f"{where} of '{self._path}' is not a record of ours ({reason:.120}); the file was changed by something "
             "else. Start again with another --out."
         )
+
+
+def _arranged(names: Iterable[str], order: Iterable[str]) -> list[str]:
+    """`names` with those that `order` has in its order, at the places that they have among them."""
+    found = list(names)
+    known = set(found)
+    wanted = [name for name in order if name in known]
+    among, rest = set(wanted), iter(wanted)
+    return [next(rest) if name in among else name for name in found]

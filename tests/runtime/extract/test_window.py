@@ -103,6 +103,27 @@ def test_what_is_finished_behind_an_unfinished_page_is_kept(model: FakeModel, pa
     assert without_timings(out / "results.jsonl") == without_timings(tmp_path / "whole/results.jsonl")
 
 
+def test_a_task_that_was_finished_before_an_earlier_one_keeps_its_place(
+    model: FakeModel, pages: Path, tmp_path: Path
+) -> None:
+    def watch(state: State) -> None:
+        if len(model.streams) == 1:
+            model.streams[0].is_held = True
+        if len(model.streams) > 1 and model.streams[1].is_done:
+            raise KeyboardInterrupt
+
+    out, tasks = tmp_path / "out", ("tables_html", "kvp")
+    with pytest.raises(KeyboardInterrupt):
+        list(start(model, pages, tasks, out=out, watch=watch))
+    assert [record.task for record in kept(out)][:1] == ["kvp"]
+    with start(model, pages, tasks, out=out, resume=True) as going_on:
+        next(going_on)
+    assert [record.task for record in kept(out)][:2] == ["tables_html", "kvp"]
+    list(start(model, pages, tasks, out=out, resume=True))
+    list(start(model, pages, tasks, out=tmp_path / "whole"))
+    assert without_timings(out / "results.jsonl") == without_timings(tmp_path / "whole/results.jsonl")
+
+
 @pytest.mark.parametrize("how", ["close", "error"])
 def test_a_consumer_that_stops_ends_what_is_in_flight(model: FakeModel, pages: Path, tmp_path: Path, how: str) -> None:
     if how == "close":
