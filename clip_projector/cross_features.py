@@ -39,8 +39,11 @@ class CrossFeatures:
 
     @property
     def n_tokens(self) -> int:
-        """Positions in the prompt: the image is one token there."""
-        return 1
+        return self.layout.n_tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.states.nbytes
 
 
 def max_nodes(config: TiledTowerConfig) -> int:

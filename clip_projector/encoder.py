@@ -18,6 +18,7 @@ import numpy as np
 
 from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute
+from granite4v.clip_projector.cross_features import STATES, CrossFeatures, canvas_inputs, fill_states, max_nodes
 from granite4v.clip_projector.grid_anyres import Layout, VideoLayout
 from granite4v.clip_projector.images import Image
 from granite4v.clip_projector.pixels import normalize, patches
@@ -27,7 +28,7 @@ from granite4v.clip_projector.tower import hidden_states
 from granite4v.clip_projector.views import View
 from granite4v.clip_projector.weights import FLOATS, Weights
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.families.base import VisionConfig
+from granite4v.families.base import TiledTowerConfig, VisionConfig
 from granite4v.families.registry import read_vision
 from granite4v.families.towers import N_CHANNELS
 from granite4v.families.vision_layout import tensor_kind
@@ -67,6 +68,10 @@ class ImageFeatures:
     def n_tokens(self) -> int:
         return int(self.rows.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
 
 class VisionEncoder:
     """The image side of a model, from an mmproj GGUF. Not for use by several threads at once."""
@@ -79,16 +84,20 @@ class VisionEncoder:
         abort: tuple[int, int] | None = None,
         announce: Callable[[], None] | None = None,
         vision_compute: VisionCompute = "file",
+        *,
+        states_after: bool = False,
     ) -> None:
         """Opens the file and starts the device; weights are read with the first image.
 
         `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called when this CPU is
         measured first, and that takes longer than a second. `vision_compute`: other than 'file' and 'BF16',
-        matrices of float types are quantized in memory now, which takes seconds; see `quantized_in_memory`. Raises
-        ModelFileError, DeviceError, and Aborted.
+        matrices of float types are quantized in memory now, which takes seconds; see `quantized_in_memory`.
+        `states_after`: a tower over all tiles gives its intermediate states one layer later than the file says, as
+        transformers does from 4.46 on. Raises ModelFileError, DeviceError, and Aborted.
         """
         self.path = Path(path)
         self._graphs: OrderedDict[int, Graph] = OrderedDict()
+        self._states_after = states_after
         try:
             self._open(device, n_threads, abort, announce, vision_compute)
         except BaseException:
@@ -110,32 +119,34 @@ class VisionEncoder:
                     f"expected {keys.ARCH_CLIP!r}: give the vision file (mmproj-*.gguf)."
                 )
             family, config = read_vision(file)
-            self.config: VisionConfig = config
+            self.config: VisionConfig = _later_states(config) if self._states_after else config
             names = family.gguf_names(config, {name: info.shape for name, info in file.tensors.items()})
             self.pair_id: str | None = file.get(keys.PAIR_ID)
             self.backend = Backend(device, n_threads, abort)
             self.quantized_as, self.kernels = choose_kernels(file, self.backend, vision_compute, announce)
             if vision_compute == "file":
-                matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+                matrices = [info for info in own_tensors(file) if len(info.shape) > 1]
                 warn_if_slow(self.path, "vision", n_weights(matrices), self.backend)
-            self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as)
+            self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as, infos=own_tensors(file))
         if self.quantized_as is not None:  # which may have padded the feed-forward widths
             n_ffn = self._weights.n_rows(f"{keys.BLOCK.format(i=0, part='ffn_up')}.weight")
-            self.config = replace(config, tower=replace(config.tower, intermediate_size=n_ffn))
+            self.config = replace(self.config, tower=replace(self.config.tower, intermediate_size=n_ffn))
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
         self._build(1).close()  # raises for the first tensor that is missing or has another shape or type
 
     def encode(
         self, images: Sequence[Image | View], progress: Callable[[int, int], None] | None = None
-    ) -> list[ImageFeatures]:
-        """The features of each image, as it is seen alone, or of each view. Equal tiles, in one image or in several,
-        are computed once.
+    ) -> list[ImageFeatures | CrossFeatures]:
+        """The features of each image, as it is seen alone, or of each view: CrossFeatures for a decoder with
+        cross-attention. Equal tiles, in one image or in several, are computed once, where a tower sees each alone.
 
         `progress` is called now and then with (done, 100), in hundredths of the work. Raises Aborted when the abort
         callback asks for it.
         """
         views = [image if isinstance(image, View) else View((image,)) for image in images]
+        if isinstance(self.config.tower, TiledTowerConfig):
+            return [self._encode_canvas(view, n, len(views), progress) for n, view in enumerate(views)]
         cuts = [cut_view(view, self.config.tiling) for view in views]
         # blank margins make equal tiles within a page
         unique: dict[bytes, int] = {}
@@ -150,13 +161,25 @@ class VisionEncoder:
                     tiles.append(tile)
                 place.append(unique[digest])
             places.append(place)
-        layouts = [view.layout(self.config) for view in views]
+        layouts = [view.tiles(self.config) for view in views]
         embeddings = self._encode_tiles(tiles, progress)
         layers = [stream.text_layer for stream in self.config.streams]
         return [
             ImageFeatures(self._pack(embeddings, place, where), layers, where)
             for place, where in zip(places, layouts, strict=True)
         ]
+
+    def _encode_canvas(
+        self, view: View, n_done: int, n_images: int, progress: Callable[[int, int], None] | None
+    ) -> CrossFeatures:
+        """All tiles of one image at once."""
+        where, inputs = canvas_inputs(view.images[0].pillow, self.config.tower, self.config.tiling)
+        graph = self._graph(where.n_tiles)
+        outputs = graph.run(self._between_parts(progress, n_done, 1, n_images), **inputs)
+        self._check_finite(outputs)
+        graph.release()
+        self._weights.release()
+        return CrossFeatures(outputs[STATES], where)
 
     def _encode_tiles(
         self, tiles: list[np.ndarray], progress: Callable[[int, int], None] | None
@@ -211,11 +234,7 @@ class VisionEncoder:
         return graph
 
     def _build(self, n_tiles: int) -> Graph:
-        config, tower = self.config, self.config.tower
-        max_nodes = NODES_PER_TILE_AND_LAYER * n_tiles * (tower.num_hidden_layers + 2) + NODES_PER_PROJECTOR * len(
-            config.streams
-        )
-        graph = Graph(self.backend, max_nodes)
+        graph = Graph(self.backend, self._max_nodes(n_tiles))
         try:
             self._fill(graph, n_tiles)
         except BaseException as error:
@@ -225,8 +244,18 @@ class VisionEncoder:
             raise
         return graph
 
+    def _max_nodes(self, n_tiles: int) -> int:
+        tower = self.config.tower
+        if isinstance(tower, TiledTowerConfig):
+            return max_nodes(tower)
+        n_layers = tower.num_hidden_layers + 2
+        return NODES_PER_TILE_AND_LAYER * n_tiles * n_layers + NODES_PER_PROJECTOR * len(self.config.streams)
+
     def _fill(self, graph: Graph, n_tiles: int) -> None:
         config, tower = self.config, self.config.tower
+        if isinstance(tower, TiledTowerConfig):
+            fill_states(graph, self._weights, tower, config.text_hidden_size, n_tiles)
+            return
         pixels = graph.input("pixels", "F32", N_CHANNELS * tower.patch_size**2, tower.grid_side**2, n_tiles)
         wanted = {state for stream in config.streams for state in stream.hidden_states}
         together = not self.backend.is_cpu
@@ -269,7 +298,7 @@ def choose_kernels(
     """The type into which matrices are quantized in memory (see `quantized_in_memory`), and the kernel for each weight
     type that is not multiplied plainly. Reads headers only; measures on the first call on a machine."""
     quantized_as = quantized_in_memory(file, backend, vision_compute, announce)
-    matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+    matrices = [info for info in own_tensors(file) if len(info.shape) > 1]
     if quantized_as is not None:
         matrices = [replace(i, type_name=quantized_as) if _is_float_matrix(i) else i for i in matrices]
     rounding = vision_compute == "BF16"
@@ -304,9 +333,21 @@ def quantized_in_memory(
                 "installed): pip install 'granite4v[onednn]'; or use 'int8'."
             )
         return None
-    if not any(map(_is_float_matrix, file.tensors.values())):
+    if not any(map(_is_float_matrix, own_tensors(file))):
         return None
     return autotune.int8_kernel(backend, announce)[0] if vision_compute == "int8" else vision_compute
+
+
+def own_tensors(file: GgufFile) -> list[TensorInfo]:
+    """Those of the image side: a vision file may also hold layers of the decoder."""
+    return [info for name, info in file.tensors.items() if not name.startswith(keys.CROSS_PREFIX)]
+
+
+def _later_states(config: VisionConfig) -> VisionConfig:
+    if not isinstance(config.tower, TiledTowerConfig):
+        return config
+    states = tuple(state + 1 for state in config.tower.intermediate_states)
+    return replace(config, tower=replace(config.tower, intermediate_states=states))
 
 
 def _is_float_matrix(info: TensorInfo) -> bool:

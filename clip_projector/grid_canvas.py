@@ -30,6 +30,11 @@ class CanvasLayout:
     def n_tiles(self) -> int:
         return self.rows * self.columns
 
+    @property
+    def n_tokens(self) -> int:
+        """Positions in the prompt: the image is one token there."""
+        return 1
+
 
 def canvas_layout(size: tuple[int, int], tiling: CanvasConfig) -> CanvasLayout:
     """The canvas for an image of `size` (width, height).

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from granite4v.clip_projector.grid_anyres import Layout, VideoLayout, layout, square_layout, video_layout
+from granite4v.clip_projector.grid_canvas import CanvasLayout, canvas_layout
 from granite4v.clip_projector.images import Image
-from granite4v.families.base import VisionConfig
+from granite4v.families.base import CanvasConfig, VisionConfig
 
 Form = Literal["tiles", "square", "video"]
 
@@ -58,8 +59,14 @@ class View:
             digest.update(image.digest)
         return digest.digest()
 
-    def layout(self, config: VisionConfig) -> Layout | VideoLayout:
+    def layout(self, config: VisionConfig) -> Layout | VideoLayout | CanvasLayout:
         """Its tiles and tokens; needs no pixels."""
+        if isinstance(config.tiling, CanvasConfig):
+            return canvas_layout(self.images[0].size, config.tiling)
+        return self.tiles(config)
+
+    def tiles(self, config: VisionConfig) -> Layout | VideoLayout:
+        """The layout of a model whose tower sees each tile alone."""
         if self.form == "video":
             return video_layout(len(self.images), config)
         if self.form == "square":
@@ -70,5 +77,6 @@ class View:
 def views_of(items: Sequence[Image | Video], config: VisionConfig) -> list[View]:
     """The view of each image and video of one prompt, in reading order; videos only for a model that takes them."""
     several = sum(isinstance(item, Image) for item in items) > 1
-    form: Form = "square" if several and config.tiling.square_if_several else "tiles"
+    is_square = several and not isinstance(config.tiling, CanvasConfig) and config.tiling.square_if_several
+    form: Form = "square" if is_square else "tiles"
     return [View(item.frames, "video") if isinstance(item, Video) else View((item,), form) for item in items]

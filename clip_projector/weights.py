@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,14 +40,17 @@ class Weights:
         kernels: Mapping[str, Kernel],
         names: Mapping[str, str] | None = None,
         quantized_as: str | None = None,
+        *,
+        infos: Iterable[TensorInfo] | None = None,
     ) -> None:
         """`kernels`: how each weight type is multiplied; types without an entry are used as they are.
 
         `names`: of tensors that this file calls otherwise, our name -> the file's. `quantized_as`: the type into which
-        matrices of float types are quantized now, in memory. Raises Aborted, which takes seconds.
+        matrices of float types are quantized now, in memory, which takes seconds. `infos`: the tensors of the file that
+        are wanted; None for all. Raises Aborted.
         """
         ours = {theirs: our for our, theirs in (names or {}).items()}
-        named = (replace(info, name=ours.get(info.name, info.name)) for info in file.tensors.values())
+        named = (replace(info, name=ours.get(info.name, info.name)) for info in infos or file.tensors.values())
         self._infos = {info.name: info for info in named}
         self._sources: dict[str, TensorInfo] = {}  # in the file, of tensors that are another in memory
         if quantized_as is not None:

@@ -153,6 +153,7 @@ PRE_TILE_EMBD = "v.pre_tile_embd"  # (ids, tiles * width); ids are those of aspe
 POST_TILE_EMBD = "v.post_tile_embd"
 TILE_POSITION_EMBD = "v.tile_position_embd"  # (ids, tiles * positions * width)
 TILE_GATE = "{name}.gate"  # of the three; tanh is not applied
+IMAGE_TOKEN_EMBD = "v.image_token_embd"  # (1, width): of an image token beyond the text file's vocabulary
 CROSS_PREFIX = "xattn."
 CROSS_BLOCK = "xattn.blk.{i}.{part}"  # {i}: the index among all decoder layers; parts as of a text block, and GATES
 PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from granite4v.clip_projector import ImageFeatures, ImageSource
+    from granite4v.clip_projector.cross_features import CrossFeatures
     from granite4v.runtime.grammar import Compiler, Grammar, GrammarState
     from granite4v.runtime.options import GenerationFields
 
@@ -179,10 +180,10 @@ class Model:
 
     # --- asking ---
 
-    def encode_image(self, source: ImageSource, *, progress: Progress | None = None) -> ImageFeatures:
+    def encode_image(self, source: ImageSource, *, progress: Progress | None = None) -> ImageFeatures | CrossFeatures:
         """The image's embeddings: `streams` float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the decoder
-        layer before which each stream is added. `progress` is called with ('encode', done, total). Raises ImageError,
-        ModelFileError."""
+        layer before which each stream is added; of a decoder with cross-attention, the `states` that it attends to.
+        `progress` is called with ('encode', done, total). Raises ImageError, ModelFileError."""
         self.engine.check_usable()
         self.files.need_vision()
         return self.engine.encode(clip_projector.load_image(source), progress)

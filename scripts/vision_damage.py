@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from granite4v.choices import VisionCompute
-from granite4v.clip_projector import VisionEncoder, load_image
+from granite4v.clip_projector import ImageFeatures, VisionEncoder, load_image
 from granite4v.converter import requantize
 from granite4v.converter.policy import VISION_TYPES
 from granite4v.converter.requantize import find_vision_file
@@ -57,7 +57,8 @@ def encoded(source: Path, name: str, options: argparse.Namespace) -> dict[str, A
     start = time.perf_counter()
     with VisionEncoder(path, "cpu", options.threads, vision_compute=in_memory) as encoder:
         image, opened = load_image(options.image), time.perf_counter()
-        streams = encoder.encode([image])[0].streams.copy()
+        features = encoder.encode([image])[0]
+        streams = features.streams.copy() if isinstance(features, ImageFeatures) else features.states[None]
         done, kernels = time.perf_counter(), {kind: kernel.name for kind, kernel in encoder.kernels.items()}
     size = path.stat().st_size
     if path != source:

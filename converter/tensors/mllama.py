@@ -9,7 +9,8 @@ from granite4v import gguf_keys as keys
 from granite4v.converter.tensors import decoder
 from granite4v.converter.tensors.rules import TensorGroup, TensorRule, each_layer, linear, norm
 from granite4v.families.base import CrossAttentionConfig, TiledTowerConfig, VisionConfig
-from granite4v.families.hf_fields import Json
+from granite4v.families.hf_fields import MAX_VOCABULARY, Fields, Json
+from granite4v.families.text import MLLAMA_EMBEDDING_ROWS, text_section
 from granite4v.families.towers import N_CHANNELS
 from granite4v.families.vision_layout import padded_width
 
@@ -32,7 +33,17 @@ def mllama_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[T
         TensorGroup(TOWER_PREFIXES, rows),
         TensorGroup(PREFIXES, projector),
         TensorGroup(decoder.PREFIXES, tuple(rule for i in cross.layers for rule in _cross_layer(i, cross))),
+        TensorGroup(decoder.PREFIXES, (_image_token(hf_config, cross.hidden_size),)),
     )
+
+
+def _image_token(hf_config: Json, width: int) -> TensorRule:
+    """The embedding of the image's token, which the text file does not have."""
+    fields = Fields(hf_config)
+    n_rows = text_section(hf_config).integer("vocab_size", 1, MAX_VOCABULARY) + MLLAMA_EMBEDDING_ROWS
+    name = "image_token_index" if "image_token_index" in fields else "image_token_id"
+    token = fields.integer(name, 0, n_rows - 1)
+    return TensorRule(decoder.EMBEDDING, keys.IMAGE_TOKEN_EMBD, (n_rows, width), rows=(token, token + 1))
 
 
 def _ends(tower: TiledTowerConfig) -> tuple[TensorRule, ...]:

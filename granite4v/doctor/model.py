@@ -8,8 +8,8 @@ from granite4v import gguf_keys as keys
 from granite4v.doctor.machine import available_memory
 from granite4v.doctor.section import Problem, Section
 from granite4v.errors import Granite4vError
-from granite4v.runtime.engine.engine import DEFAULT_CONTEXT
 from granite4v.runtime.engine.parallel import kv_bytes_per_token
+from granite4v.runtime.engine.text_model import DEFAULT_CONTEXT
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
 WORKING_BYTES = 500_000_000  # the graphs of images and of text, beside weights and KV cache

@@ -133,6 +133,16 @@ class CanvasConfig:
     resample: int = 2  # PIL.Image.Resampling.BILINEAR
 
 
+Tiling = TilingConfig | CanvasConfig
+
+
+def tiling_from(values: Mapping[str, Any]) -> Tiling:
+    """What `dataclasses.asdict` gave for one, perhaps through JSON."""
+    name = "image_grid_pinpoints" if "image_grid_pinpoints" in values else "supported_aspect_ratios"
+    made = TilingConfig if name == "image_grid_pinpoints" else CanvasConfig
+    return made(**{**values, name: tuple(map(tuple, values[name]))})
+
+
 @dataclass(frozen=True)
 class WindowQFormerConfig:
     """One BLIP-2 Q-Former layer over windows of patches: `query_side`^2 tokens for `window_side`^2 patches."""

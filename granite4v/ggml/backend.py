@@ -106,9 +106,8 @@ class Backend:
             raise DeviceError(
                 f"ggml_backend_dev_init could not start device '{self.name}'; is it in use or out of memory?"
             )
-        set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
-        if set_threads:
-            set_threads(self.handle, self.n_threads)
+        self._set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
+        self.use_threads(self.n_threads)
 
         self._abort = abort
         if abort is not None:
@@ -117,6 +116,12 @@ class Backend:
             )
             if set_abort:
                 set_abort(self.handle, *abort)
+
+    def use_threads(self, n_threads: int) -> None:
+        """For graphs that are computed from now on."""
+        self.n_threads = n_threads
+        if self._set_threads:
+            self._set_threads(self.handle, n_threads)
 
     def is_aborted(self) -> bool:
         """Whether the abort callback asks to stop, for work beside graphs."""

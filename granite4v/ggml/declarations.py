@@ -132,6 +132,8 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_gelu_erf_inplace", TensorP, ContextP, TensorP),
     _base("ggml_silu_inplace", TensorP, ContextP, TensorP),
     _base("ggml_norm", TensorP, ContextP, TensorP, _float),  # (ctx, a, eps)
+    _base("ggml_rms_norm", TensorP, ContextP, TensorP, _float),  # (ctx, a, eps)
+    _base("ggml_swiglu_split", TensorP, ContextP, TensorP, TensorP),  # (ctx, a, b): silu(a) * b
     _base("ggml_mul_mat", TensorP, ContextP, TensorP, TensorP),
     _base("ggml_scale", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_inplace", TensorP, ContextP, TensorP, _float),

@@ -244,6 +244,16 @@ class Graph:
         """LayerNorm over axis 0 without its affine part."""
         return Tensor(lib().ggml_norm(self._ctx, x.ptr, eps))
 
+    def rms_normalize(self, x: Tensor, eps: float) -> Tensor:
+        """RMSNorm over axis 0 without its weight."""
+        return Tensor(lib().ggml_rms_norm(self._ctx, x.ptr, eps))
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up of two tensors of the same sizes."""
+        if gate.ne != up.ne:
+            raise ShapeError(f"cannot gate {up!r} with {gate!r}")
+        return Tensor(lib().ggml_swiglu_split(self._ctx, gate.ptr, up.ptr))
+
     def unary_(self, kind: str, x: Tensor) -> Tensor:
         """'gelu_erf' or 'silu'."""
         return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))

@@ -13,7 +13,7 @@ import PIL.Image
 from granite4v.clip_projector.files import read_whole
 from granite4v.clip_projector.images import NOT_A_PAGE, open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
 from granite4v.runtime.documents.selection import Crop
@@ -40,7 +40,7 @@ class ImageFile:
         self.damage: str | None = None
         self.index: list[int] | None = None
 
-    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+    def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
         """The image at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
         del number, tiling
         data = self._content if isinstance(self._content, bytes) else read_whole(self._content, self._limits.file_bytes)
@@ -94,7 +94,7 @@ class TiffFile:
                     return pages or others
                 pages.append(index)
 
-    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+    def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
         """The page at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
         del tiling
         name = f"page {number} of {self._name}" if self.n_pages > 1 else self._name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from granite4v.clip_projector.images import Image
 from granite4v.errors import DocumentError, Granite4vError, ImageError
-from granite4v.families.base import TilingConfig, VisionConfig
+from granite4v.families.base import Tiling, VisionConfig
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.reader import RawPage, Reader, ReaderEnded, RemoteDocument, Waiting
 from granite4v.runtime.documents.selection import Crop, PageRanges, SelectionError, parse_crop, parse_pages
@@ -122,7 +122,7 @@ class _Request:
     ranges: PageRanges
     password: str | None = None
     crop: Crop | None = None
-    tiling: TilingConfig | None = None
+    tiling: Tiling | None = None
     wanted: Wanted | None = None
     earlier_error: EarlierError | None = None
 

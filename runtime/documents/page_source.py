@@ -7,7 +7,7 @@ from typing import Protocol
 
 from PIL.Image import Image
 
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.selection import Crop
 
@@ -32,7 +32,7 @@ class PageSource(Protocol):
     damage: str | None
     index: list[int] | None
 
-    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+    def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
         """Page `number`, from 1, or the part of it inside `crop`. Raises ImageError, DocumentError."""
         ...
 

@@ -25,7 +25,7 @@ from PIL.Image import Image
 
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DocumentError
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
 from granite4v.runtime.documents.resolution import render_size, shrunk
@@ -135,7 +135,7 @@ class PdfFile:
         n_files = min(self._pdf.count_attachments(), _MOST_ATTACHED)
         return [self._pdf.get_attachment(i).get_name() for i in range(n_files)]
 
-    def render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> RenderedPage:
+    def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
         """The page as large as needed, rotated and cropped as the file says, with annotations and fields, on white.
 
         Raises DocumentError for a page that cannot be loaded and for a crop that reaches beyond it.
@@ -174,9 +174,7 @@ class PdfFile:
         self._pdf.close()
 
 
-def _render_page(
-    page: Any, name: str, crop: Crop | None, tiling: TilingConfig | None, limits: Limits
-) -> tuple[Image, float]:
+def _render_page(page: Any, name: str, crop: Crop | None, tiling: Tiling | None, limits: Limits) -> tuple[Image, float]:
     """The page, or what `crop` leaves of it, and its pixels an inch."""
     width, height = page.get_size()
     if not (width > 0 and height > 0 and math.isfinite(width * height)):

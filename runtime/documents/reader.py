@@ -22,7 +22,7 @@ import PIL.Image
 
 from granite4v.clip_projector.files import shown
 from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.protocol import PREFIX, packed
 from granite4v.runtime.documents.selection import Crop
@@ -243,7 +243,7 @@ class RemoteDocument:
         self.n_pages, self.damage, self.index = header["n_pages"], header["damage"], header["index"]
         self._document["index"] = self.index
 
-    def begin_render(self, number: int, crop: Crop | None, tiling: TilingConfig | None) -> None:
+    def begin_render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> None:
         self._ask(
             {
                 "op": "render",

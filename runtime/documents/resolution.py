@@ -18,7 +18,8 @@ import math
 from PIL.Image import Image, Resampling
 
 from granite4v.clip_projector.grid_anyres import best_resolution, fit_size
-from granite4v.families.base import TilingConfig
+from granite4v.clip_projector.grid_canvas import canvas_layout
+from granite4v.families.base import CanvasConfig, Tiling
 
 PLAIN_DPI = 200  # when there is no model to look at the page
 MAX_DPI = 2400  # a crop is not magnified beyond it
@@ -29,7 +30,7 @@ _FAR_PX = 1 << 20  # a shorter side that every grid has to shrink
 Size = tuple[int, int]
 
 
-def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, tiling: TilingConfig | None) -> Size:
+def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, tiling: Tiling | None) -> Size:
     """(width, height) in pixels to render a page or a part of it at. `shape`: its width and height in points.
 
     `scan`: pixels a point, horizontally and vertically, when the page is nothing but a scan.
@@ -46,17 +47,25 @@ def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, ti
     return max(1, round(width * shrink)), max(1, round(height * shrink))
 
 
-def useful_size(shape: tuple[float, float], tiling: TilingConfig) -> Size:
+def useful_size(shape: tuple[float, float], tiling: Tiling) -> Size:
     """The largest (width, height) in pixels that the model can see of a page of this shape."""
     size = (round(shape[0] * _FAR_PX / min(shape)), round(shape[1] * _FAR_PX / min(shape)))
+    return _fitted(size, tiling)
+
+
+def _fitted(size: Size, tiling: Tiling) -> Size:
+    """The size to which preprocessing scales an image of this one."""
+    if isinstance(tiling, CanvasConfig):
+        where = canvas_layout(size, tiling)
+        return where.width, where.height
     return fit_size(size, best_resolution(size, tiling.image_grid_pinpoints))
 
 
-def shrunk(image: Image, tiling: TilingConfig | None) -> Image:
+def shrunk(image: Image, tiling: Tiling | None) -> Image:
     """The image as large as the model will see it: resized as the model's preprocessing does, or as it is."""
     if tiling is None:
         return image
-    size = fit_size(image.size, best_resolution(image.size, tiling.image_grid_pinpoints))
+    size = _fitted(image.size, tiling)
     if size[0] >= image.width or size[1] >= image.height:
         return image  # the model enlarges it by itself, if at all
     return image.resize(size, Resampling(tiling.resample))

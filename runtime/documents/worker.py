@@ -24,7 +24,7 @@ import PIL.Image
 
 from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import tiling_from
 from granite4v.runtime.documents.content import open_page_source, readable
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import PageSource
@@ -112,9 +112,7 @@ class RequestHandler:
         source = self._open(request, content)
         crop, tiling = request["crop"], request["tiling"]
         if tiling is not None:
-            tiling = TilingConfig(
-                **{**tiling, "image_grid_pinpoints": tuple(map(tuple, tiling["image_grid_pinpoints"]))}
-            )
+            tiling = tiling_from(tiling)
         if crop is not None:
             crop = Crop(tuple(crop["values"]), tuple(crop["relative"]))
         page = source.render(request["number"], crop, tiling)

@@ -13,40 +13,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from granite4v import gguf_keys as keys
-from granite4v.choices import CacheType, VisionCompute, whole_number
-from granite4v.ggml.backend import Aborted, check_threads, find_device, is_cpu
+from granite4v.choices import CacheType, VisionCompute
+from granite4v.ggml.backend import Aborted, check_threads, find_device
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.cross_attention import CrossAttention
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
 from granite4v.runtime.engine.page_identity import PageIdentity
 from granite4v.runtime.engine.page_store import PageStore
-from granite4v.runtime.engine.parallel import Width, Workload, choose_width, most_cells
+from granite4v.runtime.engine.parallel import Workload, most_cells, n_sequences
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
-from granite4v.runtime.engine.step_trial import step_seconds
 from granite4v.runtime.engine.stored_pages import StoredPages, StoredPrefix
 from granite4v.runtime.engine.stream import Cancel, Channel, Progress, Stream
 from granite4v.runtime.engine.task import Rows, Task
-from granite4v.runtime.engine.text_model import TextModel
+from granite4v.runtime.engine.text_model import TextModel, context_size
 from granite4v.runtime.engine.thread import EngineThread, close_at_exit
 from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.context import LlamaContext
-from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
+from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.placement import N_UBATCH
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import Image, ImageFeatures, View, VisionEncoder
+    from granite4v.clip_projector.cross_features import CrossFeatures
+    from granite4v.runtime.engine.vision import Features
 
 T = TypeVar("T")
 
-DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
-DEFAULT_PARALLEL = 4  # sequences
 # Weight types with which the values of a row depend on whether it is alone, and on nothing else of a batch.
 SAME_FROM_TWO_ROWS = frozenset({"F32", "F16", "BF16", "Q8_0"})
 _LOOK_S = 1.0  # how often answers that pause are looked at without being told to
@@ -77,17 +76,12 @@ class Engine:
         # a number that was asked for stays, and --exact compares values, which depend on it
         self._free_threads = FreeThreads(self.n_threads) if n_threads is None and not exact else None
         self.warnings: list[str] = []
-        self.n_ctx = n_ctx = self._limit_context(n_ctx)
+        self.n_ctx = n_ctx = context_size(files, n_ctx, self.warnings)
         self.n_ubatch = min(N_UBATCH, self.n_ctx)
-        self.width: Width | None = None  # where it was chosen
-        if n_parallel is None and workload is not None and not exact:
-            self.width = choose_width(files, workload, n_ctx, lambda n: self._step_seconds(n, workload), cache_type)
-            n_parallel = self.width.n
-        n_parallel = DEFAULT_PARALLEL if n_parallel is None else whole_number("n_parallel", n_parallel, 1)
-        if workload is not None and workload.n_questions:
-            n_parallel = min(n_parallel, workload.n_questions)
-        self.n_parallel = 1 if exact else min(n_parallel, self.n_ubatch)
-        self.injection = files.injection
+        self.n_parallel, self.width = n_sequences(
+            files, n_parallel, workload, self.n_ctx, device, self.n_threads, cache_type, exact=exact
+        )
+        self.n_parallel = min(self.n_parallel, self.n_ubatch)
         self._abort = AbortFlag()
         self._thread = EngineThread("granite4v", self._abort)
         self._has_workload = workload is not None
@@ -106,6 +100,7 @@ class Engine:
         least_rows = 2 if self._is_batch and same_from_two else 1
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows)
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
+        self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
@@ -125,20 +120,6 @@ class Engine:
             cache_type="f32" if self.exact else self.cache_type,
         )
         return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
-
-    def _limit_context(self, asked: int | None) -> int:
-        n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
-        trained = self.files.text.integer(self.files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
-        if asked is not None and n_ctx > trained:
-            self.warnings.append(
-                f"the context is {trained:,} tokens, not {n_ctx:,}: that is the model's training context"
-            )
-        return min(n_ctx, trained)
-
-    def _step_seconds(self, most: int, workload: Workload) -> dict[int, float]:
-        """Of as many sequences on the CPU; a GPU reads its weights as fast as it multiplies few rows."""
-        on_cpu = is_cpu(find_device(self.device))
-        return step_seconds(self.files, self.n_threads, most, workload.announce) if on_cpu else {}
 
     # --- what is known ---
 
@@ -235,7 +216,7 @@ class Engine:
         Stream(wanted, progress=progress, check=self._thread.check_process).result()
         return results[0]
 
-    def encode(self, image: Image | View, progress: Progress | None = None) -> ImageFeatures:
+    def encode(self, image: Image | View, progress: Progress | None = None) -> Features:
         """An image's embeddings. `progress` is called in the calling thread."""
         self.files.need_vision()
         return self.call(lambda report: self._features(image, report), progress)
@@ -284,6 +265,8 @@ class Engine:
         if self._pages is not None:
             self._pages.close()
         self._cache.close()
+        if self._cross is not None:
+            self._cross.close()
         self._text.close()
         self._vision.close()
         self.files.close()
@@ -404,10 +387,23 @@ class Engine:
         task.answer.timings.load_s += time.perf_counter() - start
         self._vision.release()
 
+    def look(self, tasks: SequenceOf[Task]) -> None:
+        if self._cross is None:
+            return
+        (task,) = tasks
+
+        def encode(span: ImageSpan) -> CrossFeatures:
+            return cast("CrossFeatures", self._encode(task, span))
+
+        self._cross.look(task.spans, task.held.n_tokens, encode, self.computing(tasks))
+
     def rows(self, task: Task, span: ImageSpan) -> Rows:
+        if self._cross is not None:
+            return self._cross.token_row
+        assert self.files.injection is not None
         features = self._encode(task, span)
         self._vision.release()
-        return EmbeddingRows(features, self._vision.injection)
+        return EmbeddingRows(cast("ImageFeatures", features), self.files.injection)
 
     def n_arriving(self) -> int:
         return len(self._inbox)
@@ -416,7 +412,7 @@ class Engine:
         # nobody comes back to a page of a batch once the decoder has it
         self._vision.trim(to_one=self._has_workload)
 
-    def _encode(self, task: Task, span: ImageSpan) -> ImageFeatures:
+    def _encode(self, task: Task, span: ImageSpan) -> Features:
         timings, start = task.answer.timings, time.perf_counter()
         with self.computing([task]):
             self._vision.encoder(lambda: task.channel.report("measure", 0, 1))
@@ -428,7 +424,7 @@ class Engine:
         timings.encode_s += time.perf_counter() - opened
         return features
 
-    def _features(self, image: Image | View, progress: Progress | None) -> ImageFeatures:
+    def _features(self, image: Image | View, progress: Progress | None) -> Features:
         if progress is None or self._vision.knows(image.digest):
             return self._vision.features(image)
         progress("encode", 0, 100)
@@ -444,5 +440,6 @@ class Engine:
             exact=self.exact,
             cache_type=self.cache_type,
             abort=self._abort,
+            hook=None if self._cross is None else self._cross.hook,
             free_threads=self._free_threads,
         )

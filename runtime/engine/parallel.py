@@ -9,12 +9,16 @@ import numpy as np
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.choices import CacheType
+from granite4v.choices import CacheType, whole_number
 from granite4v.families.hf_fields import MAX_WIDTH
+from granite4v.ggml.backend import find_device, is_cpu
 from granite4v.memory import available_bytes
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
+from granite4v.runtime.engine.step_trial import step_seconds
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
+DEFAULT_PARALLEL = 4  # sequences, without a workload
+ONE_AT_A_TIME = "its decoder attends to images, which is computed for one sequence at a time"
 # Where nothing is measured. Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens a second
 # with 16 sequences and at 2.7 with 32, which take twice the memory.
 USUAL_PARALLEL = 16
@@ -46,6 +50,36 @@ class Width:
 
     n: int
     reason: str
+
+
+def n_sequences(
+    files: ModelFiles,
+    asked: int | None,
+    workload: Workload | None,
+    n_ctx: int,
+    device: str,
+    n_threads: int,
+    cache_type: CacheType,
+    *,
+    exact: bool,
+) -> tuple[int, Width | None]:
+    """How many sequences an engine may have, and why, where that was chosen. `asked`: None for as many as are worth
+    while for the workload, or usual."""
+    n = DEFAULT_PARALLEL if asked is None else whole_number("n_parallel", asked, 1)
+    if files.is_cross_attending:
+        return 1, Width(1, ONE_AT_A_TIME)
+    width = None
+    if asked is None and workload is not None and not exact:
+        on_cpu = is_cpu(find_device(device))  # a GPU reads its weights as fast as it multiplies few rows
+
+        def seconds(most: int) -> dict[int, float]:
+            return step_seconds(files, n_threads, most, workload.announce) if on_cpu else {}
+
+        width = choose_width(files, workload, n_ctx, seconds, cache_type)
+        n = width.n
+    if workload is not None and workload.n_questions:
+        n = min(n, workload.n_questions)
+    return (1 if exact else n), width
 
 
 def choose_width(

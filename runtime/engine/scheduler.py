@@ -248,6 +248,7 @@ class Scheduler:
         sequence, chunk = task.held, task.chunks[0]
         n, is_last = chunk.batch.n_tokens, len(task.chunks) == 1
         data = self._data(task, chunk)
+        self._resources.look([task])
         timings, start = task.answer.timings, time.perf_counter()
         self._compute(BatchRows.of(data, sequence.n_tokens, sequence.id, output=is_last), [task])
         elapsed = time.perf_counter() - start
@@ -287,8 +288,9 @@ class Scheduler:
         parts = plan_step(ready, self._between(ready), self.costs, limits)
         tasks = [part.task for part in parts if part.task is not None]
         rows, starts = joined(parts, limits.least)
-        start = time.perf_counter()
         try:
+            self._resources.look(tasks)
+            start = time.perf_counter()
             self._compute(rows, tasks)
         except Aborted:
             return True

@@ -47,6 +47,11 @@ class Resources(Protocol):
         """After the last row of an image: the sequence may be stored as it is."""
         ...
 
+    def look(self, tasks: SequenceOf[Task]) -> None:
+        """Before rows of these tasks are computed, which follow what their sequences hold: a decoder that attends to
+        images sees those of the rows. May raise Aborted and every error of a model's files."""
+        ...
+
     def rows(self, task: Task, span: ImageSpan) -> Rows:
         """An image's embeddings, computed if need be. May raise Aborted, ModelFileError."""
         ...

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from granite4v import gguf_keys as keys
+from granite4v.choices import whole_number
 from granite4v.errors import ModelFileError
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import n_weights
 from granite4v.ggml.slow_weights import warn_if_slow
 from granite4v.runtime.llama.abort import AbortFlag
-from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Placement, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
+
+DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
+
+
+def context_size(files: ModelFiles, asked: int | None, warnings: list[str]) -> int:
+    """Tokens of prompt and answer: as many as were asked for, or usual, and as the model was trained with; what is cut
+    off is added to the warnings. Raises TypeError, ValueError."""
+    n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
+    trained = files.text.integer(files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
+    if asked is not None and n_ctx > trained:
+        warnings.append(f"the context is {trained:,} tokens, not {n_ctx:,}: that is the model's training context")
+    return min(n_ctx, trained)
 
 
 class TextModel:

@@ -14,10 +14,13 @@ from granite4v.choices import VisionCompute
 from granite4v.clip_projector.encoder import choose_kernels, quantized_in_memory
 from granite4v.ggml.backend import Backend
 from granite4v.runtime.llama.abort import AbortFlag
-from granite4v.runtime.llama.files import Injection, ModelFiles
+from granite4v.runtime.llama.files import ModelFiles
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import Image, ImageFeatures, View, VisionEncoder
+    from granite4v.clip_projector.cross_features import CrossFeatures
+
+    Features = ImageFeatures | CrossFeatures
 
 FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
 
@@ -41,7 +44,8 @@ class Vision:
         self._files, self._device, self._n_threads, self._abort = files, device, n_threads, abort
         self._in_kv_cache = in_kv_cache
         self.compute = self._resolved(vision_compute)
-        self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self._features: OrderedDict[bytes, Features] = OrderedDict()
+        self.states_after = False  # see `VisionEncoder`; before the first image
         self._encoder: VisionEncoder | None = None
 
     def _resolved(self, vision_compute: VisionCompute) -> VisionCompute:
@@ -61,18 +65,19 @@ class Vision:
     def is_open(self) -> bool:
         return self._encoder is not None
 
-    @property
-    def injection(self) -> Injection:
-        assert self._files.injection is not None
-        return self._files.injection
-
     def encoder(self, announce: Callable[[], None] | None = None) -> VisionEncoder:
         """`announce`: see `VisionEncoder`. Raises ModelFileError, DeviceError, Aborted."""
         if self._encoder is None:
             assert self._files.vision is not None
             abort = (self._abort.callback_address, self._abort.data_address)
             self._encoder = clip_projector.VisionEncoder(
-                self._files.vision.path, self._device, self._n_threads, abort, announce, self.compute
+                self._files.vision.path,
+                self._device,
+                self._n_threads,
+                abort,
+                announce,
+                self.compute,
+                states_after=self.states_after,
             )
         return self._encoder
 
@@ -93,7 +98,7 @@ class Vision:
     def knows(self, digest: bytes) -> bool:
         return digest in self._features
 
-    def features(self, image: Image | View, progress: Callable[[int, int], None] | None = None) -> ImageFeatures:
+    def features(self, image: Image | View, progress: Callable[[int, int], None] | None = None) -> Features:
         """An image's embeddings, kept or computed now. `progress` gets (done, total). Raises Aborted when the abort
         flag is raised meanwhile, ModelFileError for weights that are damaged."""
         if image.digest in self._features:
@@ -101,19 +106,24 @@ class Vision:
             return self._features[image.digest]
         self._forget_decoded()
         encoded = self.encoder().encode([image], progress)[0]
-        features = dataclasses.replace(encoded, layers=list(self.injection.layers))
-        self._features[image.digest] = features
-        return features
+        injection = self._files.injection
+        if injection is not None:
+            encoded = dataclasses.replace(cast("ImageFeatures", encoded), layers=list(injection.layers))
+        self._features[image.digest] = encoded
+        return encoded
 
     def _forget_decoded(self) -> None:
-        """Before an image is encoded: drops those whose rows the decoder has, since a page's take 0.1 GB."""
+        """Before an image is encoded: drops those whose rows the decoder has, since a page's take 0.1 GB. Not those
+        that it attends to, which may be another's turn."""
+        if self._files.is_cross_attending:
+            return
         for digest in [digest for digest in self._features if self._in_kv_cache(digest)]:
             del self._features[digest]
 
     def trim(self, *, to_one: bool) -> None:
         """Drops the images that were asked about longest ago, until one is left or the others take little memory."""
         n_bytes = 0 if to_one else FEATURE_CACHE_BYTES
-        while len(self._features) > 1 and sum(f.rows.nbytes for f in self._features.values()) > n_bytes:
+        while len(self._features) > 1 and sum(f.nbytes for f in self._features.values()) > n_bytes:
             self._features.popitem(last=False)
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from granite4v.ggml.cpu import FreeThreads
 from granite4v.memory import large_buffer
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.kv_pages import PADDING, KvPages, SequenceRoom, consists_of, cpu_buffers
+from granite4v.runtime.llama.layer_hook import LayerHook
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.owner import Owner
@@ -80,12 +81,13 @@ class LlamaContext(Owner):
         cache_type: CacheType = "f16",
         abort: AbortFlag | None = None,
         node_callback: Any = None,
+        hook: LayerHook | None = None,
         free_threads: FreeThreads | None = None,
     ) -> None:
         """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
         comparing values rather than for speed; otherwise the cache has `cache_type`. `node_callback`: a
-        `ggml_backend_sched_eval_callback`, which is asked about every node of a graph. `free_threads`: asked before
-        each batch how many of the threads to use; None: all.
+        `ggml_backend_sched_eval_callback`, which is asked about every node of a graph. `hook`: computes between layers.
+        `free_threads`: asked before each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -103,6 +105,8 @@ class LlamaContext(Owner):
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
             params.abort_callback_data = abort.data_address
+        if hook is not None:
+            node_callback = hook.callback
         if node_callback is not None:
             params.cb_eval = node_callback
         capture_log()
@@ -122,7 +126,7 @@ class LlamaContext(Owner):
         pages = KvPages.among(buffers, n_layers, n_seq_max, n_made) if model.on_cpu else None
         self._room = SequenceRoom(pages, n_seq_max, n_made)
         self.adapter_on = False
-        self._n_threads, self._free_threads = n_threads, free_threads
+        self._n_threads, self._free_threads, self._hook = n_threads, free_threads, hook
 
     def set_adapter(self, on: bool) -> None:
         """Applies the model's LoRA to what is decoded from now on, or stops doing so."""
@@ -152,7 +156,8 @@ class LlamaContext(Owner):
         lib, n = llama(), len(rows)
         self._check(rows)
         self._use_free_threads()
-        data = np.ascontiguousarray(rows.data)
+        given = rows.data if self._hook is None else self._hook.begin(rows.data, self._n_threads)
+        data = np.ascontiguousarray(given)
         positions, sequences = np.ascontiguousarray(rows.positions), np.ascontiguousarray(rows.sequences)
         wanted = rows.outputs.astype(np.int8)
         n_sequences = np.ones(n, dtype=np.int32)
@@ -174,6 +179,8 @@ class LlamaContext(Owner):
             status = int(lib.llama_decode(self.handle, batch))
             lib.llama_synchronize(self.handle)
         self._room.has_written()
+        if self._hook is not None:
+            self._hook.end(is_complete=status == 0, has_outputs=bool(rows.outputs.any()))
         if status == _ABORTED:
             raise Aborted
         if status != 0:

@@ -50,7 +50,7 @@ class ModelFiles:
         self.text, self.vision, self.adapter = text, vision, adapter
         self.left_out: list[ModelFileError] = []  # why files beside these were skipped
         self.vision_config: VisionConfig | None = None
-        self.injection: Injection | None = None
+        self.injection: Injection | None = None  # of a vision file that makes rows of the decoder's input
 
     @classmethod
     def open(
@@ -104,11 +104,14 @@ class ModelFiles:
                 f"'{self.vision.path}' makes embeddings of width {self.vision_config.text_hidden_size}, but "
                 f"'{self.text.path}' takes width {n_embd}; the two belong to different models."
             )
-        if self.vision_config.cross_attention is not None:
-            raise ModelFileError(
-                f"'{self.vision.path}' belongs to a model whose decoder attends to images, which this version converts "
-                f"but does not run; for texts alone, use a copy of '{self.text.path}' in a directory of its own."
-            )
+        cross = self.vision_config.cross_attention
+        if cross is not None:
+            if cross.layers[-1] >= n_layers + len(cross.layers):
+                raise ModelFileError(
+                    f"'{self.vision.path}' has the decoder's layer {cross.layers[-1]}, but with the {n_layers} of "
+                    f"'{self.text.path}' there are {n_layers + len(cross.layers)}; the two belong to different models."
+                )
+            return
         self.injection = self._injection(self.vision, self.vision_config)
 
     def _check_adapter(self, adapter: GgufFile) -> None:
@@ -148,6 +151,11 @@ class ModelFiles:
                     "two belong to different models."
                 )
         return Injection(tuple(slots), tuple(layer_of_slot[slot] for slot in slots), n_slots)
+
+    @property
+    def is_cross_attending(self) -> bool:
+        """Whether the decoder attends to images, in layers of the vision file, instead of taking them as rows."""
+        return self.vision_config is not None and self.vision_config.cross_attention is not None
 
     def need_vision(self) -> None:
         """Raises ModelFileError for a model without a vision file."""

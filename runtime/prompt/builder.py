@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.errors import PromptError
+from granite4v.families.base import TilingConfig
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import VideoOf, normalize
@@ -40,9 +41,9 @@ class PromptBuilder:
         """`check(report)` raises where the files cannot be used, and calls `report` when that takes a while."""
         self._files, self._n_ctx, self._check = files, n_ctx, check
         self._lock = threading.RLock()
-        self.placeholder = image_token(files.text)
+        self.placeholder = image_token(files.text, files.vision)
         self.video_placeholder = video_token(files.text)
-        self._placeholder_text = image_token_text(files.text)
+        self._placeholder_text = image_token_text(files.text, self.placeholder)
         self.stop_tokens = stop_tokens(files.text)
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
@@ -109,6 +110,8 @@ class PromptBuilder:
             self._check_length(text)
             tokenizer = self.tokenizer()
             tokens = tokenizer.encode(text) if add_special else tokenizer.encode_plain(text)
+            if self._files.is_cross_attending and self.placeholder in tokens:
+                raise PromptError(f"the text holds the image token '{self._placeholder_text}'; remove it.")
         return Prompt(text, (TextSpan(tuple(tokens)),), ())
 
     def _views(self, sources: Sequence[ImageSource | VideoOf]) -> list[View]:
@@ -117,7 +120,8 @@ class PromptBuilder:
             return []
         config = self._files.vision_config
         assert config is not None
-        if config.tiling.video_pooling is None and any(isinstance(source, VideoOf) for source in sources):
+        takes_video = isinstance(config.tiling, TilingConfig) and config.tiling.video_pooling is not None
+        if not takes_video and any(isinstance(source, VideoOf) for source in sources):
             raise PromptError("this model takes no video, only images; ask about single frames, or use another model.")
         return clip_projector.views_of([_opened(source) for source in sources], config)
 

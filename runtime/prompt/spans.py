@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
+from granite4v.families.hf_fields import MAX_VOCABULARY
 from granite4v.ggml.metadata import GgufMetadata
 from granite4v.runtime.prompt.messages import Conversation, counted
 from granite4v.runtime.prompt.template import ChatTemplate, task_tags
-from granite4v.runtime.prompt.tokenizer import Tokenizer, token_id
+from granite4v.runtime.prompt.tokenizer import Tokenizer, added_token, token_id
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import View
@@ -66,8 +67,10 @@ class Prompt:
         return sum(span.n_tokens for span in self.spans if isinstance(span, ImageSpan))
 
 
-def image_token(metadata: GgufMetadata) -> int | None:
-    """The id of the image token in a text file's vocabulary; None without one."""
+def image_token(metadata: GgufMetadata, vision: GgufMetadata | None = None) -> int | None:
+    """The id of the image token: in a text file's vocabulary, or beyond it, by the vision file; None without one."""
+    if vision is not None and keys.IMAGE_TOKEN_ID in vision:
+        return int(vision.integer(keys.IMAGE_TOKEN_ID, 0, MAX_VOCABULARY - 1))
     if keys.IMAGE_TOKEN_ID in metadata:
         return int(metadata.integer(keys.IMAGE_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
     return token_id(metadata, IMAGE_TOKEN)
@@ -80,10 +83,13 @@ def video_token(metadata: GgufMetadata) -> int | None:
     return int(metadata.integer(keys.VIDEO_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
 
 
-def image_token_text(metadata: GgufMetadata) -> str | None:
-    """The text of the image token in a text file's vocabulary; None without one."""
-    token = image_token(metadata)
-    return None if token is None else str(metadata.texts(keys.TOKENS)[token])
+def image_token_text(metadata: GgufMetadata, token: int | None) -> str | None:
+    """The text of a text file's image token; None without one, or where no tokenizer has it."""
+    if token is None:
+        return None
+    if token < metadata.n_texts(keys.TOKENS):
+        return str(metadata.texts(keys.TOKENS)[token])
+    return added_token(metadata, token)
 
 
 def build_prompt(

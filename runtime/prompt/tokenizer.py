@@ -6,6 +6,7 @@ Special tokens written in the text are recognised, as transformers does. Knows n
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,14 @@ def token_id(metadata: GgufMetadata, text: str) -> int | None:
         return int(metadata.texts(keys.TOKENS, []).index(text))
     except ValueError:
         return None
+
+
+def added_token(metadata: GgufMetadata, token: int) -> str | None:
+    """The text of a token that tokenizer.json adds to its vocabulary; None without one."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        added = json.loads(metadata.text(keys.TOKENIZER_HF_JSON, ""))["added_tokens"]
+        return next((str(entry["content"]) for entry in added if entry["id"] == token), None)
+    return None
 
 
 class HfTokenizer:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from granite4v.clip_projector import Image
 from granite4v.errors import DocumentError, ImageError
-from granite4v.families.base import TilingConfig
+from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import LIMITS
 from granite4v.runtime.documents.reader import RawPage, Reader, RemoteDocument
 from granite4v.runtime.server.content import Attachment
@@ -40,7 +40,7 @@ class _Desk:
 class MediaOpener:
     """Opens the attachments of requests, those of a few at a time."""
 
-    def __init__(self, limits: Limits, tiling: TilingConfig | None) -> None:
+    def __init__(self, limits: Limits, tiling: Tiling | None) -> None:
         """`tiling`: of the model, which decides how large PDF pages are rendered."""
         self._limits, self._tiling = limits, tiling
         self._pool = ThreadPoolExecutor(N_READERS, thread_name_prefix="granite4v-media")

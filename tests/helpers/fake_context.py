@@ -163,6 +163,9 @@ class FakeEngine:
             held, context = task.held, self.cache.context
             self.pages.save(task.plan(), len(held.batches), lambda: context.state(held.id), adapter=task.adapter)
 
+    def look(self, tasks: Sequence[Task]) -> None:
+        pass
+
     def rows(self, task: Task, span: ImageSpan) -> np.ndarray:
         self.n_encoded += 1
         return np.full((span.n_tokens, 1), span.digest[0], dtype=np.float32)

@@ -1,0 +1,166 @@
+"""Which images the rows of a request attend to, for a decoder with layers of cross-attention.
+
+A row sees the last image at or before it, and images that stand right before that one; what was said about earlier
+images is in the cells of the decoder's own layers. So what a sequence sees follows from its prompt and its length,
+whatever happened to its cells meanwhile; keys and values are those of one view, and are computed anew for another.
+
+Rows before the first image see nothing, and the layers leave them as they are: the rule that published weights were
+trained with ('original'). transformers lets them attend to all images, absent tiles too, without the MLP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector.weights import Weights
+from granite4v.errors import ModelFileError
+from granite4v.families.base import CrossAttentionConfig
+from granite4v.ggml.backend import Backend
+from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.metadata import AGAIN
+from granite4v.runtime.engine.cross_layers import CrossLayers
+from granite4v.runtime.llama.abort import AbortFlag
+from granite4v.runtime.llama.files import MAX_LAYERS, ModelFiles
+from granite4v.runtime.llama.layer_hook import LayerHook
+from granite4v.runtime.prompt.spans import ImageSpan, Span
+
+if TYPE_CHECKING:
+    from granite4v.clip_projector.cross_features import CrossFeatures
+
+CrossRule = Literal["original", "transformers"]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What rows attend to: images by their digests, and whether absent tiles are among what they see."""
+
+    images: tuple[ImageSpan, ...]
+    before_first: bool = False
+
+    @property
+    def key(self) -> tuple[tuple[bytes, ...], bool]:
+        return tuple(span.digest for span in self.images), self.before_first
+
+
+def sight(spans: Sequence[Span], position: int, rule: CrossRule = "original") -> Sight:
+    """What the row at a position of a prompt and its answer attends to; the rows behind it too, up to the next image.
+
+    For example, image, image, text, image: row 0 sees the first, rows of the text both, what follows the last one it
+    alone.
+    """
+    seen: list[ImageSpan] = []
+    start, is_run = 0, False
+    for span in spans:
+        if start > position:
+            break
+        is_image = isinstance(span, ImageSpan)
+        if isinstance(span, ImageSpan):
+            seen = [*seen, span] if is_run else [span]
+        start, is_run = start + span.n_tokens, is_image
+    if not seen and rule == "transformers":
+        return Sight(tuple(span for span in spans if isinstance(span, ImageSpan)), before_first=True)
+    return Sight(tuple(seen))
+
+
+class CrossAttention:
+    """The layers of one engine, and what its rows attend to now. Not for several threads at once."""
+
+    def __init__(self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool) -> None:
+        """Of a model whose vision file has such layers. `exact`: float32, for comparing values."""
+        assert files.vision is not None and files.vision_config is not None
+        config = files.vision_config.cross_attention
+        assert config is not None
+        self._file: GgufFile = files.vision
+        self._config: CrossAttentionConfig = config
+        self._device, self._n_threads, self._abort, self._exact = device, n_threads, abort, exact
+        self.rule: CrossRule = "original"
+        self._backend: Backend | None = None
+        self._layers: CrossLayers | None = None
+        self._key: object = None
+        self._before_first = False
+        self._row: np.ndarray | None = None
+        places = layers_by_place(config)
+        n_layers = files.text.integer(files.text_key(keys.BLOCK_COUNT), 1, MAX_LAYERS)
+        self.hook = LayerHook(n_layers, {place: partial(self._run, layers) for place, layers in places.items()})
+
+    @classmethod
+    def of(
+        cls, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool
+    ) -> CrossAttention | None:
+        """None for a decoder without such layers."""
+        return cls(files, device, n_threads, abort, exact=exact) if files.is_cross_attending else None
+
+    def look(
+        self,
+        spans: Sequence[Span],
+        position: int,
+        features: Callable[[ImageSpan], CrossFeatures],
+        computing: contextlib.AbstractContextManager[None],
+    ) -> None:
+        """Before rows from `position` on are decoded, up to the next image: they attend to what they should see.
+        `features(span)` encodes an image; `computing`: around what else is computed. Raises what these raise,
+        ModelFileError, DeviceError, Aborted."""
+        seen = sight(spans, position, self.rule)
+        self.hook.is_wanted, self._before_first = bool(seen.images), seen.before_first
+        if not seen.images or seen.key == self._key:
+            return
+        self._key = None
+        found = [features(span) for span in seen.images]
+        states = [image.states if seen.before_first else image.states[: image.n_tiles] for image in found]
+        rows = np.concatenate([tiles.reshape(-1, self._config.hidden_size) for tiles in states])
+        with computing:
+            self._opened().look_at(rows)
+        self._key = seen.key
+
+    def _opened(self) -> CrossLayers:
+        """Opened when they are first needed. Raises ModelFileError, DeviceError, Aborted."""
+        if self._layers is None:
+            if self._backend is None:
+                abort = (self._abort.callback_address, self._abort.data_address)
+                self._backend = Backend(self._device, self._n_threads, abort)
+            self._layers = CrossLayers(self._file, self._config, self._backend, exact=self._exact)
+        return self._layers
+
+    @property
+    def token_row(self) -> np.ndarray:
+        """The embedding of the image's token, float32 `(1, hidden_size)`. Raises ModelFileError."""
+        if self._row is None:
+            info = self._file.tensors.get(keys.IMAGE_TOKEN_EMBD)
+            if info is None:
+                raise ModelFileError(f"'{self._file.path}' has no tensor '{keys.IMAGE_TOKEN_EMBD}'; {AGAIN}.")
+            backend = Backend("cpu", 1)
+            weights = Weights(self._file, backend, {}, infos=[info])
+            try:
+                self._row = weights.array(keys.IMAGE_TOKEN_EMBD, 1, self._config.hidden_size)
+            finally:
+                weights.close()
+                backend.close()
+        return self._row
+
+    def _run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int) -> np.ndarray:
+        return self._opened().run(layers, rows, n_threads, with_mlp=not self._before_first)
+
+    def close(self) -> None:
+        layers, self._layers = self._layers, None
+        if layers is not None:
+            layers.close()
+        if self._backend is not None:
+            self._backend.close()
+
+
+def layers_by_place(config: CrossAttentionConfig) -> dict[int, tuple[int, ...]]:
+    """Layers of cross-attention that follow each other, by the number of the text file's layers before them.
+
+    For example, of nine layers of which 1, 3, 4 and 8 are such: {1: (1,), 2: (3, 4), 5: (8,)}.
+    """
+    places: dict[int, tuple[int, ...]] = {}
+    for n_before, layer in enumerate(config.layers):
+        places[layer - n_before] = (*places.get(layer - n_before, ()), layer)
+    return places

@@ -1,0 +1,189 @@
+"""A decoder's layers of cross-attention as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
+
+Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: half precision with
+flash attention, as in llama.cpp's KV cache, or float32 for comparing values. Every row of a call sees all of them, so
+there is no mask. There is a graph for each place between llama.cpp's layers and each number of rows; those of a few
+rows, which decode steps have, are kept.
+
+Arithmetic: transformers 5.24, `MllamaCrossAttentionDecoderLayer`; RMSNorm of queries and keys for each head, no
+rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector.blocks import linear
+from granite4v.clip_projector.weights import Weights
+from granite4v.errors import ModelFileError
+from granite4v.families.base import CrossAttentionConfig
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Arena, Backend
+from granite4v.ggml.gguf_file import GgufFile, n_weights
+from granite4v.ggml.graph import Graph, ShapeError, Tensor
+from granite4v.ggml.kernels import Kernel
+from granite4v.ggml.metadata import AGAIN
+from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
+
+NODES_PER_LAYER = 48
+KEYS_AT_ONCE = 512  # of an image's keys and values: bounds what one graph needs
+Product = Callable[[Tensor], Tensor]
+MAX_GRAPHS = 8  # for different numbers of rows, at each place
+
+
+class CrossLayers:
+    """The weights, and the image that is attended to. Not for several threads at once."""
+
+    def __init__(
+        self,
+        file: GgufFile,
+        config: CrossAttentionConfig,
+        backend: Backend,
+        *,
+        exact: bool,
+        announce: Callable[[], None] | None = None,
+    ) -> None:
+        """Maps the weights of a vision file, or copies them to what multiplies them faster. `announce` is called when
+        that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
+        self._config, self._backend, self._path = config, backend, file.path
+        self._kv_type = "F32" if exact else "F16"
+        infos = [info for name, info in file.tensors.items() if name.startswith(keys.CROSS_PREFIX)]
+        matrices = [info for info in infos if len(info.shape) > 1]
+        pairs = {} if exact else autotune.text_kernels(backend, n_weights(matrices), announce)
+        few: dict[str, Kernel] = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
+        many: dict[str, Kernel] = {kind: pair[0] for kind, pair in pairs.items() if pair[0].buffer_type}
+        self.kernels = {kind: (many.name, few.name) for kind, (many, few) in pairs.items()}
+        self._few = Weights(file, backend, few, infos=infos)
+        shared = {kind for kind in {info.type_name for info in infos} if many.get(kind) == few.get(kind)}
+        self._shared = {info.name for info in infos if info.type_name in shared}
+        others = [info for info in infos if info.name not in self._shared]
+        self._many = Weights(file, backend, many, infos=others) if others else self._few
+        self._arena: Arena | None = None
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._graphs: dict[tuple[int, ...], OrderedDict[tuple[int, bool], Graph]] = {}
+
+    def look_at(self, states: np.ndarray) -> None:
+        """Computes keys and values of an image's states, float32 `(n, hidden_size)`. Raises Aborted, ModelFileError."""
+        self._look_away()
+        config, n = self._config, len(states)
+        arena = self._arena = Arena(2 * len(config.layers))
+        for made in (self._keys, self._values):
+            for i in config.layers:
+                made[i] = Tensor(arena.tensor(self._kv_type, config.head_dim, n, config.num_key_value_heads))
+        arena.allocate(self._backend.buffer_type, weights=False)
+        for start in range(0, n, KEYS_AT_ONCE):
+            part = np.ascontiguousarray(states[start : start + KEYS_AT_ONCE], dtype=np.float32)
+            graph = self._built(len(config.layers), lambda graph: self._fill_keys(graph, start, len(part)))  # noqa: B023
+            try:
+                graph.run(states=part)
+            finally:
+                graph.close()
+
+    def run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int, *, with_mlp: bool = True) -> np.ndarray:
+        """Some layers that follow each other, for rows float32 `(n, hidden_size)`; after `look_at`."""
+        self._backend.use_threads(n_threads)
+        n = len(rows)
+        graphs = self._graphs.setdefault(layers, OrderedDict())
+        graph = graphs.pop((n, with_mlp), None)
+        if graph is None:
+            graph = self._built(len(layers), lambda graph: self._fill(graph, layers, n, with_mlp))
+        try:
+            found = graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"].reshape(rows.shape)
+        except BaseException:
+            graph.close()
+            raise
+        if n > MAX_FEW_ROWS:  # its intermediate results take too much memory for each place to keep them
+            graph.close()
+        else:
+            graphs[n, with_mlp] = graph
+            if len(graphs) > MAX_GRAPHS:
+                graphs.popitem(last=False)[1].close()
+        return found
+
+    # --- graphs ---
+
+    def _linear(self, graph: Graph, i: int, part: str, n_in: int, n_out: int, n_rows: int) -> Product:
+        """The product of a matrix with `n_rows` rows, in the form that multiplies as many fastest."""
+        name = _name(i, part)
+        weights = self._few if n_rows <= MAX_FEW_ROWS or f"{name}.weight" in self._shared else self._many
+        return linear(graph, weights, name, n_in, n_out, has_bias=False)
+
+    def _built(self, n_layers: int, fill: Callable[[Graph], None]) -> Graph:
+        graph = Graph(self._backend, NODES_PER_LAYER * n_layers + 8)
+        try:
+            fill(graph)
+        except BaseException as error:
+            graph.close()
+            if isinstance(error, ShapeError):
+                raise ModelFileError(
+                    f"'{self._path}' has tensors that do not fit together: {error}; {AGAIN}."
+                ) from None
+            raise
+        return graph
+
+    def _fill_keys(self, graph: Graph, start: int, n: int) -> None:
+        """Keys and values of `n` states, from `start` on, into the buffer."""
+        config = self._config
+        dim, n_heads = config.head_dim, config.num_key_value_heads
+        x = graph.input("states", "F32", config.hidden_size, n)
+        for i in config.layers:
+            for part, made in (("attn_k", self._keys[i]), ("attn_v", self._values[i])):
+                project = self._linear(graph, i, part, config.hidden_size, n_heads * dim, KEYS_AT_ONCE)
+                found = graph.reshape(project(x), dim, n_heads, n)
+                if part == "attn_k":
+                    found = self._normalized(graph, found, i, "attn_k_norm")
+                place = graph.view(made, (dim, n, n_heads), (made.nb[1], made.nb[2]), start * made.nb[1])
+                graph.expand(graph.copy_(place, graph.permute(found, 0, 2, 1, 3)))
+
+    def _fill(self, graph: Graph, layers: tuple[int, ...], n: int, with_mlp: bool) -> None:
+        config = self._config
+        width, dim, n_heads = config.hidden_size, config.head_dim, config.num_attention_heads
+        x = graph.input("rows", "F32", width, n)
+        for i in layers:
+            ask = self._linear(graph, i, "attn_q", width, n_heads * dim, n)
+            out = self._linear(graph, i, "attn_output", n_heads * dim, width, n)
+            q = graph.reshape(ask(self._normalized(graph, x, i, "attn_norm")), dim, n_heads, n)
+            q = graph.permute(self._normalized(graph, q, i, "attn_q_norm"), 0, 2, 1, 3)
+            mixed = graph.flash_attention(q, self._keys[i], self._values[i], 1 / math.sqrt(dim))
+            gates = [math.tanh(float(self._few.array(_name(i, part), 1)[0])) for part in keys.GATES]
+            x = graph.add(x, graph.scale(out(graph.reshape(mixed, n_heads * dim, n)), gates[0]))
+            if with_mlp:
+                x = graph.add(x, graph.scale(self._mlp(graph, i, x), gates[1]))
+        graph.output("rows", x)
+
+    def _mlp(self, graph: Graph, i: int, x: Tensor) -> Tensor:
+        width, wide, n = self._config.hidden_size, self._config.intermediate_size, x.ne[1]
+        gate, up = (self._linear(graph, i, part, width, wide, n) for part in ("ffn_gate", "ffn_up"))
+        down = self._linear(graph, i, "ffn_down", wide, width, n)
+        x = self._normalized(graph, x, i, "ffn_norm")
+        return down(graph.swiglu(gate(x), up(x)))
+
+    def _normalized(self, graph: Graph, x: Tensor, i: int, part: str) -> Tensor:
+        weight = self._few.vector(f"{_name(i, part)}.weight", x.ne[0])
+        return graph.mul(graph.rms_normalize(x, self._config.rms_norm_eps), weight)
+
+    # --- its end ---
+
+    def _look_away(self) -> None:
+        for graphs in self._graphs.values():
+            while graphs:
+                graphs.popitem()[1].close()
+        self._graphs.clear()
+        arena, self._arena = self._arena, None
+        if arena is not None:
+            arena.close()
+
+    def close(self) -> None:
+        self._look_away()
+        self._few.close()
+        self._many.close()
+
+
+def _name(i: int, part: str) -> str:
+    return keys.CROSS_BLOCK.format(i=i, part=part)
