@@ -19,7 +19,7 @@ from granite4v.choices import CacheType, VisionCompute
 from granite4v.ggml.backend import Aborted, check_threads, find_device
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.answer import Answer
-from granite4v.runtime.engine.cross_attention import CrossAttention
+from granite4v.runtime.engine.cross_attention import CrossAttention, CrossRule
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
 from granite4v.runtime.engine.page_identity import PageIdentity
@@ -226,6 +226,12 @@ class Engine:
         self.check_usable()
         self.files.need_vision()
         return self._vision.encoder()
+
+    def follow(self, rule: CrossRule) -> None:
+        """By which rule images are attended to, before the first request: 'transformers' for comparisons with it."""
+        self._vision.states_after = rule == "transformers"
+        if self._cross is not None:
+            self._cross.rule = rule
 
     def clear(self) -> None:
         """Forgets all images and prompts, but for those of requests that are under way."""
