@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from granite4v.clip_projector.cross_features import CrossFeatures
 from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
 from granite4v.families.registry import Family, family_named
@@ -93,6 +94,7 @@ def verify(
     say = report or (lambda _: None)
     opened: list[tuple[str | None, Image | None]] = [(str(path), open_rgb(path, as_reference=True)) for path in images]
     say(f"reference: {reference} in {dtype}")
+    model.engine.follow("transformers")
     runner = _Reference(reference, dtype, adapter, _family(model))
     expected = []
     for name, image in [*opened, (None, None)]:
@@ -126,8 +128,7 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
         n_positions=len(expected.answer),
     )
     if images and n_image == expected.n_image:
-        features = model.encode_image(images[0])
-        for layer, stream in zip(features.layers, features.streams, strict=True):
+        for layer, stream in _streams(model, images[0]).items():
             if layer in expected.streams:
                 result.streams.append(StreamDifference(layer, relative_l2(stream, expected.streams[layer])))
     ours = model.score(prompt, images, tokens=expected.answer, lora=lora)
@@ -142,6 +143,15 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
     result.kl_mean, result.kl_max = float(kl.mean()), float(kl.max())
     result.same_top = float((ours.argmax(-1) == expected.logits.argmax(-1)).mean())
     return result
+
+
+def _streams(model: Model, image: Image) -> dict[int, np.ndarray]:
+    """Image embeddings by the decoder layer before which they are added, or which is the first that attends to them."""
+    features, config = model.encode_image(image), model.files.vision_config
+    if isinstance(features, CrossFeatures):
+        assert config is not None and config.cross_attention is not None
+        return {config.cross_attention.layers[0]: features.states}
+    return dict(zip(features.layers, features.streams, strict=True))
 
 
 def _without_images(expected: _Expected, spans: Sequence[Any]) -> bool:
@@ -202,6 +212,11 @@ class _Reference:
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._divisor = 1.0 if family is None else family.reference_logits_divisor(model.config.to_dict())
         self._complete_processor()
+        text = model.config.text_config
+        self._cross_layers: list[int] = sorted(getattr(text, "cross_attention_layers", None) or [])
+        self._placeholder: int = (
+            model.config.image_token_index if self._cross_layers else self._processor.image_token_id
+        )
 
     def _complete_processor(self) -> None:
         """What processors saved by older versions leave to the model."""
@@ -238,12 +253,15 @@ class _Reference:
         # explicit, since the processor would take an image of 3 rows for one with its channels first
         given = {} if image is None else {"images": [image], "input_data_format": "channels_last"}
         inputs = self._processor(text=text, return_tensors="pt", **given)
-        placeholder = self._processor.image_token_id
+        placeholder = self._placeholder
         ids = inputs["input_ids"][0].tolist()
         streams: dict[int, np.ndarray] = {}
         with self._torch.inference_mode():
             if image is not None:
                 inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+            if image is not None and self._cross_layers:
+                streams = {self._cross_layers[0]: self._attended(inputs)}
+            elif image is not None:
                 features = self._model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
                 if self._family is not None:
                     packed = self._family.reference_streams(features)
@@ -252,19 +270,39 @@ class _Reference:
         n_image = ids.count(placeholder)
         return _Expected(name, image, [i for i in ids if i != placeholder], n_image, streams, answer, logits)
 
+    def _attended(self, inputs: Any) -> np.ndarray:
+        """What the decoder attends to of an image, `(tiles, positions, width)`, which replaces its pixels."""
+        whole = self._model.model
+        pixels = {name: inputs.pop(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        states = whole.multi_modal_projector(whole.vision_model(**pixels).last_hidden_state)[0, 0]
+        inputs["cross_attention_states"] = states
+        return np.asarray(states.float().numpy())
+
     def _greedy(self, inputs: Any, n_positions: int) -> tuple[list[int], np.ndarray]:
         from transformers import DynamicCache
 
         torch, rows, answer = self._torch, [], []
         cache = DynamicCache(config=self._model.config.text_config)  # not every model makes one by itself
         kept = {self._cache_name: cache, "use_cache": True}
+        if 0 in self._cross_layers:
+            kept = {"use_cache": False}
+        mask = inputs.get("cross_attention_mask")
         out = self._model(**inputs, **kept, logits_to_keep=1)
         while True:
             rows.append(out.logits[0, -1].float() / self._divisor)
             answer.append(int(rows[-1].argmax()))
             if len(answer) == n_positions:
                 return answer, torch.stack(rows).numpy()
-            out = self._model(torch.tensor([answer[-1:]]), **kept)
+            token = torch.tensor([answer[-1:]])
+            if 0 in self._cross_layers:  # transformers reads the length of its cache from layer 0
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                if mask is not None:
+                    mask = inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], 1)
+                out = self._model(**inputs, use_cache=False, logits_to_keep=1)
+            else:
+                more = {} if mask is None else {"cross_attention_mask": mask[:, -1:]}
+                out = self._model(token, **more, **kept)
 
 
 class _ImageProcessor:

@@ -180,6 +180,8 @@ class Engine:
         channel = Channel(answer, self._wake, listener=listener)
         task = Task(prompt.spans, advances, channel, max_tokens=max_tokens, adapter=adapter, images=prompt.images)
         answer.timings.n_prompt, answer.timings.n_image = prompt.n_tokens, prompt.n_image_tokens
+        if self._cross is not None and self._cross.rule == "transformers":  # rows depend on what comes after them
+            self.clear()
         # before the engine knows of the request: if Ctrl-C comes in between, the stream is dropped, which cancels it
         stream = Stream(channel, cancel=cancel, progress=progress, check=self._thread.check_process)
         self._thread.check_process()  # before the lock, which may have been held at a fork

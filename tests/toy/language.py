@@ -201,14 +201,16 @@ def write_language_files(
     `template`: another than Granite 4 Vision's.
     """
     bos, eos, pad = tokenizer.special
+    added = {entry["id"]: entry["content"] for entry in tokenizer.tokenizer_json["added_tokens"]}
+    image = added[tokenizer.image_id]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": pad,
         "unk_token": eos,
-        "image_token": IMAGE,
-        "extra_special_tokens": {"image_token": IMAGE},
+        "image_token": image,
+        "extra_special_tokens": {"image_token": image},
         "add_bos_token": False,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
