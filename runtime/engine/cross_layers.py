@@ -94,7 +94,7 @@ class CrossLayers:
         if graph is None:
             graph = self._built(len(layers), lambda graph: self._fill(graph, layers, n, with_mlp))
         try:
-            found = graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"].reshape(rows.shape)
+            found = self._finite(graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"])
         except BaseException:
             graph.close()
             raise
@@ -104,7 +104,16 @@ class CrossLayers:
             graphs[n, with_mlp] = graph
             if len(graphs) > MAX_GRAPHS:
                 graphs.popitem(last=False)[1].close()
-        return found
+        return found.reshape(rows.shape)
+
+    def _finite(self, values: np.ndarray) -> np.ndarray:
+        """Checked before they come into cells of the decoder, where they would stay."""
+        if not math.isfinite(float(values.sum(dtype=np.float64))):
+            raise ModelFileError(
+                f"'{self._path}' has layers of cross-attention that give numbers which are not finite, so its weights "
+                f"or those of the text file are damaged; {AGAIN}."
+            )
+        return values
 
     # --- graphs ---
 

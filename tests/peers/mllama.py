@@ -47,15 +47,15 @@ class MllamaReference:
     def pixels(self, pictures: Sequence[Image]) -> dict[str, Any]:
         return dict(self.processor([list(pictures)], return_tensors="pt"))
 
-    @torch.inference_mode()
     def states(self, picture: Image) -> np.ndarray:
         """float32 (tiles, positions, text width), absent tiles too."""
         inputs = self.pixels([picture])
         inputs.pop("num_tiles")
-        found = self.model.model.vision_model(**inputs).last_hidden_state
-        return self.model.model.multi_modal_projector(found)[0, 0].numpy()
+        with torch.inference_mode():
+            found = self.model.model.vision_model(**inputs).last_hidden_state
+            states: np.ndarray = self.model.model.multi_modal_projector(found)[0, 0].numpy()
+        return states
 
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int], pictures: Sequence[Image] = ()) -> np.ndarray:
         """Of every position, float32 (n, n_vocab)."""
         inputs: dict[str, Any] = {}
@@ -65,7 +65,10 @@ class MllamaReference:
             places = [get_cross_attention_token_mask(list(ids), self.image_token)]
             mask = convert_sparse_cross_attention_mask_to_dense(places, n_tiles, 4, len(ids))
             inputs["cross_attention_mask"] = torch.tensor(mask)
-        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, **inputs).logits[0].numpy()
+        with torch.inference_mode():
+            out = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, **inputs)
+        logits: np.ndarray = out.logits[0].numpy()
+        return logits
 
     def greedy(self, ids: Sequence[int], pictures: Sequence[Image], n: int) -> tuple[list[int], np.ndarray]:
         """The first `n` tokens of an answer, and the logits before each. Without transformers' cache, which cannot

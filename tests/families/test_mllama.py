@@ -1,0 +1,258 @@
+"""Llama 3.2 Vision end to end: the decoder attends to images as transformers' does, by value, whatever came before.
+
+Two float32 computations of random weights differ by the order of sums: observed 2e-5 of logits up to 18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL.Image import Image
+
+from granite4v.errors import ModelFileError, PromptError
+from granite4v.runtime.engine.page_store import PageStore
+from granite4v.runtime.model import Model
+from granite4v.runtime.prompt.spans import ImageSpan, Prompt
+from tests.helpers.gguf_edit import tensor_bytes
+from tests.helpers.pictures import noise_picture
+from tests.peers.mllama import MllamaReference
+from tests.toy.checkpoint import PRESETS, CheckpointSpec
+
+SPEC, FIRST, WIDE = PRESETS["tiny-mllama"], PRESETS["tiny-mllama-first"], PRESETS["tiny-mllama-wide"]
+TOLERANCE = 1e-4
+PICTURES = [noise_picture((110, 100)), noise_picture((160, 40))]  # four tiles, three
+LONG = "Read this. " * 120  # more than one batch
+
+
+def text(said: str) -> dict[str, str]:
+    return {"type": "text", "text": said}
+
+
+IMAGE = {"type": "image"}
+
+
+def user(*parts: dict[str, str]) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "one": [user(IMAGE, text("What is this?"))],
+    "behind text": [user(text("Look at "), IMAGE, text(" and tell."))],
+    "two": [user(IMAGE, text(" and "), IMAGE, text(" differ?"))],
+    "adjacent": [user(IMAGE, IMAGE, text("Which?"))],
+    "two turns": [
+        user(IMAGE, text("One?")),
+        {"role": "assistant", "content": [text("Yes.")]},
+        user(IMAGE, text("Two?")),
+    ],
+    "text": [user(text("What is this?"))],
+    "in chunks": [user(text(LONG), IMAGE, text(LONG))],
+}
+
+
+def pictures_of(messages: list[dict[str, Any]]) -> list[Image]:
+    return PICTURES[: sum(part["type"] == "image" for message in messages for part in message["content"])]
+
+
+def prepared(model: Model, case: str) -> Prompt:
+    return model.prepare(CASES[case], pictures_of(CASES[case]))
+
+
+def ids_of(prompt: Prompt, image_token: int) -> list[int]:
+    return [t for span in prompt.spans for t in ([image_token] if isinstance(span, ImageSpan) else span.tokens)]
+
+
+@pytest.fixture(scope="module")
+def references(make_checkpoint: Callable[..., Path]) -> Callable[[CheckpointSpec, str], MllamaReference]:
+    made: dict[tuple[CheckpointSpec, str], MllamaReference] = {}
+
+    def get(spec: CheckpointSpec, rule: str) -> MllamaReference:
+        if (spec, rule) not in made:
+            made[spec, rule] = MllamaReference(make_checkpoint(spec), rule)
+        return made[spec, rule]
+
+    return get
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Path]) -> Iterator[Model]:
+    with Model.load(make_model(SPEC), n_threads=1) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("rule", ["original", "transformers"])
+@pytest.mark.parametrize("spec", [SPEC, FIRST], ids=["in a row and last", "first"])
+def test_answers_are_transformers(
+    spec: CheckpointSpec,
+    rule: Any,
+    make_model: Callable[..., Path],
+    references: Callable[[CheckpointSpec, str], MllamaReference],
+) -> None:
+    reference = references(spec, rule)
+    with Model.load(make_model(spec), n_threads=1) as model:
+        model.engine.follow(rule)
+        for case, messages in CASES.items():
+            prompt, pictures = prepared(model, case), pictures_of(messages)
+            ids = ids_of(prompt, reference.image_token)
+            assert prompt.n_tokens == len(ids) and prompt.n_image_tokens == len(pictures)
+            n = 4 if case == "in chunks" else 32
+            answer, expected = reference.greedy(ids, pictures, n)
+            found = model.score(prompt, tokens=answer)[:n]
+            assert np.abs(found - expected).max() <= TOLERANCE, case
+            assert found.argmax(-1).tolist() == answer, case
+
+
+def test_the_two_rules_differ(references: Callable[..., MllamaReference]) -> None:
+    """Otherwise the comparison above says nothing about them."""
+    ids = [1, 10, 405, 20, 21]
+    found = [references(SPEC, rule).logits(ids, PICTURES[:1]) for rule in ("original", "transformers")]
+    assert np.abs(found[0] - found[1])[[0, -1]].max(-1).min() > 0.1
+    assert np.abs(found[0][:2] - references(SPEC, "original").logits(ids[:2])).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_conversations_one_after_another_are_those_of_a_fresh_process(
+    exact: bool, make_model: Callable[..., Path]
+) -> None:
+    """Prefixes are reused, images change, texts come between: the bits are the same."""
+    fresh: dict[str, np.ndarray] = {}
+    for case in CASES:
+        with Model.load(make_model(SPEC), n_threads=1, exact=exact) as model:
+            fresh[case] = model.logits(prepared(model, case))
+    with Model.load(make_model(SPEC), n_threads=1, exact=exact) as model:
+        for case in ("one", "text", "one", "two", "adjacent", "one", "two turns", "in chunks", "two", "text", "one"):
+            assert np.array_equal(model.logits(prepared(model, case)), fresh[case]), case
+
+
+def test_a_conversation_that_goes_on_reuses_what_is_there(model: Model, make_model: Callable[..., Path]) -> None:
+    first = model.generate(CASES["one"], PICTURES[:1], max_tokens=5, drafting=False)
+    messages = [*CASES["one"], {"role": "assistant", "content": [text(first.text)]}, user(text("And now? " * 40))]
+    second = model.generate(messages, PICTURES[:1], max_tokens=5)
+    assert second.timings.n_reused > 5 and second.timings.n_encoded == 0
+    with Model.load(make_model(SPEC), n_threads=1) as other:
+        again = other.generate(messages, PICTURES[:1], max_tokens=5)
+    assert (again.text, again.timings.n_reused) == (second.text, 0)
+
+
+def test_a_context_that_grows_keeps_the_image(model: Model, make_model: Callable[..., Path]) -> None:
+    short = [user(IMAGE, text("Read. " * 30))]
+    model.generate(short, PICTURES[:1], max_tokens=2)
+    before = model.settings["n_ctx"]
+    longer = [*short, {"role": "assistant", "content": [text("Yes.")]}, user(text("Go on. " * 150))]
+    prompt = model.prepare(longer, PICTURES[:1])
+    found = model.generate(prompt, max_tokens=400, ignore_eos=True)
+    assert model.settings["n_ctx"] > before and found.timings.n_reused > 20
+    with Model.load(make_model(SPEC), n_threads=1) as other:
+        assert other.generate(prompt, max_tokens=400, ignore_eos=True).text == found.text
+
+
+@pytest.mark.parametrize("stage", ["encode", "prefill"])
+def test_a_cancelled_request_leaves_nothing_behind(stage: str, model: Model, make_model: Callable[..., Path]) -> None:
+    with Model.load(make_model(SPEC), n_threads=1) as other:
+        expected = other.logits(prepared(other, "in chunks"))
+    seen: list[str] = []
+    stream = model.stream(
+        CASES["in chunks"],
+        PICTURES[:1],
+        max_tokens=4,
+        progress=lambda now, done, total: seen.append(now) if done else None,
+        cancel=lambda: stage in seen,
+    )
+    assert stream.result().finish_reason == "cancelled"
+    assert np.array_equal(model.logits(prepared(model, "in chunks")), expected)
+
+
+def test_drafts_change_no_answer(model: Model) -> None:
+    plain = model.generate(CASES["one"], PICTURES[:1], max_tokens=60, ignore_eos=True, drafting=False)
+    drafted = model.generate(CASES["one"], PICTURES[:1], max_tokens=60, ignore_eos=True, drafting=True)
+    assert drafted.text == plain.text and drafted.timings.n_drafted > 0
+
+
+def test_texts_alone_are_those_of_the_text_file(model: Model, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    alone = tmp_path / "text.gguf"
+    alone.write_bytes((make_model(SPEC) / "text-F32.gguf").read_bytes())
+    with Model.load(alone, n_threads=1) as other:
+        expected = other.logits("What is this?")
+    assert np.array_equal(model.logits("What is this?"), expected)
+    model.logits(prepared(model, "one"))
+    assert np.array_equal(model.logits("What is this?"), expected)
+
+
+# With the text in a type and the tower in Q8_0, what differs from float32 files: 0.03 in Q8_0, 0.2 to 0.4 in four bits.
+@pytest.mark.parametrize(("text_type", "most"), [("Q8_0", 0.08), ("Q4_0", 0.6), ("Q4_K_M", 0.6)])
+def test_quantized_files(text_type: str, most: float, make_model: Callable[..., Path]) -> None:
+    logits = []
+    for kinds in (("F32", "F32"), (text_type, "Q8_0")):
+        with Model.load(make_model(WIDE, *kinds), n_threads=1, exact=True) as model:
+            logits.append(model.logits(prepared(model, "two")))
+            assert model.generate(CASES["one"], PICTURES[:1], max_tokens=3).timings.n_generated > 0
+    assert 1e-4 < np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0]) < most
+
+
+def test_one_sequence_at_a_time(make_model: Callable[..., Path]) -> None:
+    with Model.load(make_model(SPEC), n_threads=1, n_parallel=4) as model:
+        assert model.n_parallel == 1 and "one sequence at a time" in str(model.parallel_note)
+        alone = [model.generate(CASES[case], pictures_of(CASES[case]), max_tokens=8).text for case in CASES]
+        streams = [model.stream(CASES[case], pictures_of(CASES[case]), max_tokens=8) for case in CASES]
+        assert [stream.result().text for stream in streams] == alone
+
+
+def test_stored_pages(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    answers = []
+    for _ in range(2):
+        with Model.load(make_model(SPEC), n_threads=1, page_store=PageStore(tmp_path / "store")) as model:
+            answers.append(model.generate(CASES["two turns"], PICTURES, max_tokens=8))
+    assert answers[1].text == answers[0].text
+    assert answers[0].timings.n_stored == 0 and answers[1].timings.n_stored > 0
+
+
+def test_an_image_token_in_a_text_is_refused(model: Model) -> None:
+    for ask in (
+        lambda: model.generate("What is <|image|> this?", max_tokens=1),
+        lambda: model.prompts.plain("What is <|image|> this?"),
+    ):
+        with pytest.raises(PromptError, match="placeholder|image token"):
+            ask()
+
+
+def damaged(folder: Path, target: Path, name: str, change: Callable[[np.ndarray], None]) -> Path:
+    """A copy of a model with one tensor of its vision file changed."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    path = target / "mmproj-F32.gguf"
+    old = tensor_bytes(path)[name][1]
+    values = np.frombuffer(old, np.float32).copy()
+    change(values)
+    whole = path.read_bytes()
+    assert whole.count(bytes(old)) == 1
+    path.write_bytes(whole.replace(bytes(old), values.tobytes()))
+    return target
+
+
+def test_damaged_layers_end_a_request_and_nothing_else(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    def spoil(values: np.ndarray) -> None:
+        values[:] = np.nan
+
+    folder = damaged(make_model(SPEC), tmp_path / "damaged", "xattn.blk.4.ffn_up.weight", spoil)
+    with Model.load(folder, n_threads=1) as model:
+        with pytest.raises(ModelFileError, match="damaged"):
+            model.logits(prepared(model, "one"))
+        assert np.isfinite(model.logits(prepared(model, "text"))).all()
+
+
+def test_what_is_raised_between_layers_ends_the_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.logits(prepared(model, "one"))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ModelFileError("between the layers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("granite4v.runtime.engine.cross_layers.CrossLayers.run", fail)
+        with pytest.raises(ModelFileError, match="between the layers"):
+            model.logits(prepared(model, "two"))
+    assert np.array_equal(model.logits(prepared(model, "one")), expected)
