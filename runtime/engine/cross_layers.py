@@ -5,8 +5,8 @@ flash attention, as in llama.cpp's KV cache, or float32 for comparing values. Ev
 there is no mask. There is a graph for each place between llama.cpp's layers and each number of rows; those of a few
 rows, which decode steps have, are kept.
 
-Arithmetic: transformers 5.24, `MllamaCrossAttentionDecoderLayer`; RMSNorm of queries and keys for each head, no
-rotation.
+Arithmetic: transformers 5.24, the `...CrossAttentionDecoderLayer` of the family; RMSNorm of queries and keys for each
+head, no rotation.
 """
 
 from __future__ import annotations

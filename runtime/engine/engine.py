@@ -221,7 +221,7 @@ class Engine:
     def encode(self, image: Image | View, progress: Progress | None = None) -> Features:
         """An image's embeddings. `progress` is called in the calling thread."""
         self.files.need_vision()
-        return self.call(lambda report: self._features(image, report), progress)
+        return self.call(lambda report: self._vision.features(image, report), progress)
 
     def encoder(self) -> VisionEncoder:
         """The encoder itself, for those who look at its parts while nothing else is computed."""
@@ -427,16 +427,10 @@ class Engine:
         opened = time.perf_counter()
         timings.n_encoded += not self._vision.knows(span.digest)
         with self.computing([task]):
-            features = self._features(task.images[span.index], task.channel.report)
+            features = self._vision.features(task.images[span.index], task.channel.report)
         timings.load_s += opened - start
         timings.encode_s += time.perf_counter() - opened
         return features
-
-    def _features(self, image: Image | View, progress: Progress | None) -> Features:
-        if progress is None or self._vision.knows(image.digest):
-            return self._vision.features(image)
-        progress("encode", 0, 100)
-        return self._vision.features(image, lambda done, total: progress("encode", done, total))
 
     def _open_context(self, n_cells: int, n_sequences: int) -> Context:
         return LlamaContext(

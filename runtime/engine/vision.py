@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -98,14 +99,15 @@ class Vision:
     def knows(self, digest: bytes) -> bool:
         return digest in self._features
 
-    def features(self, image: Image | View, progress: Callable[[int, int], None] | None = None) -> Features:
-        """An image's embeddings, kept or computed now. `progress` gets (done, total). Raises Aborted when the abort
-        flag is raised meanwhile, ModelFileError for weights that are damaged."""
+    def features(self, image: Image | View, report: Callable[[str, int, int], None]) -> Features:
+        """An image's embeddings, kept or computed now. `report` gets ('encode', done, total). Raises Aborted when the
+        abort flag is raised meanwhile, ModelFileError for weights that are damaged."""
         if image.digest in self._features:
             self._features.move_to_end(image.digest)
             return self._features[image.digest]
         self._forget_decoded()
-        encoded = self.encoder().encode([image], progress)[0]
+        report("encode", 0, 100)
+        encoded = self.encoder().encode([image], functools.partial(report, "encode"))[0]
         injection = self._files.injection
         if injection is not None:
             encoded = dataclasses.replace(cast("ImageFeatures", encoded), layers=list(injection.layers))
