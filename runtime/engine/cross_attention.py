@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.metadata import AGAIN
-from granite4v.runtime.engine.cross_layers import CrossLayers
+from granite4v.runtime.engine.cross_layers import CrossLayers, cross_kernels
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import MAX_LAYERS, ModelFiles
 from granite4v.runtime.llama.layer_hook import LayerHook
@@ -122,11 +122,20 @@ class CrossAttention:
     def _opened(self) -> CrossLayers:
         """Opened when they are first needed. Raises ModelFileError, DeviceError, Aborted."""
         if self._layers is None:
-            if self._backend is None:
-                abort = (self._abort.callback_address, self._abort.data_address)
-                self._backend = Backend(self._device, self._n_threads, abort)
-            self._layers = CrossLayers(self._file, self._config, self._backend, exact=self._exact)
+            self._layers = CrossLayers(self._file, self._config, self._started(), exact=self._exact)
         return self._layers
+
+    def _started(self) -> Backend:
+        if self._backend is None:
+            abort = (self._abort.callback_address, self._abort.data_address)
+            self._backend = Backend(self._device, self._n_threads, abort)
+        return self._backend
+
+    def identity(self) -> dict[str, Any]:
+        """What the values of rows depend on beside the files and the image, as JSON data. May measure, as `look`."""
+        kernels = {} if self._exact else cross_kernels(self._file, self._started())
+        named = {kind: [many.name, few.name] for kind, (many, few) in sorted(kernels.items())}
+        return {"rule": self.rule, "kernels": named}
 
     @property
     def token_row(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Arena, Backend
-from granite4v.ggml.gguf_file import GgufFile, n_weights
+from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.kernels import Kernel
 from granite4v.ggml.metadata import AGAIN
@@ -52,12 +52,10 @@ class CrossLayers:
         that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = "F32" if exact else "F16"
-        infos = [info for name, info in file.tensors.items() if name.startswith(keys.CROSS_PREFIX)]
-        matrices = [info for info in infos if len(info.shape) > 1]
-        pairs = {} if exact else autotune.text_kernels(backend, n_weights(matrices), announce)
+        infos = _infos(file)
+        pairs = {} if exact else cross_kernels(file, backend, announce)
         few: dict[str, Kernel] = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
         many: dict[str, Kernel] = {kind: pair[0] for kind, pair in pairs.items() if pair[0].buffer_type}
-        self.kernels = {kind: (many.name, few.name) for kind, (many, few) in pairs.items()}
         self._few = Weights(file, backend, few, infos=infos)
         shared = {kind for kind in {info.type_name for info in infos} if many.get(kind) == few.get(kind)}
         self._shared = {info.name for info in infos if info.type_name in shared}
@@ -192,6 +190,18 @@ class CrossLayers:
         self._look_away()
         self._few.close()
         self._many.close()
+
+
+def cross_kernels(
+    file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
+) -> dict[str, tuple[Kernel, Kernel]]:
+    """How a vision file's layers are multiplied: see `text_kernels`."""
+    matrices = [info for info in _infos(file) if len(info.shape) > 1]
+    return autotune.text_kernels(backend, n_weights(matrices), announce)
+
+
+def _infos(file: GgufFile) -> list[TensorInfo]:
+    return [info for name, info in file.tensors.items() if name.startswith(keys.CROSS_PREFIX)]
 
 
 def _name(i: int, part: str) -> str:

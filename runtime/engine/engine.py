@@ -102,6 +102,7 @@ class Engine:
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
         self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)
+        self._vision.stored = self._pages if files.is_cross_attending else None
         self._changed = threading.Condition()  # guards all below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
@@ -115,6 +116,7 @@ class Engine:
             self.files,
             self._vision,
             self._text,
+            self._cross,
             device=self.device,
             n_threads=self.n_threads,
             cache_type="f32" if self.exact else self.cache_type,
@@ -423,9 +425,10 @@ class Engine:
     def _encode(self, task: Task, span: ImageSpan) -> Features:
         timings, start = task.answer.timings, time.perf_counter()
         with self.computing([task]):
-            self._vision.encoder(lambda: task.channel.report("measure", 0, 1))
+            if not self._vision.knows(task.images[span.index]):
+                timings.n_encoded += 1
+                self._vision.encoder(lambda: task.channel.report("measure", 0, 1))
         opened = time.perf_counter()
-        timings.n_encoded += not self._vision.knows(span.digest)
         with self.computing([task]):
             features = self._vision.features(task.images[span.index], task.channel.report)
         timings.load_s += opened - start

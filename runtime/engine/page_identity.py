@@ -18,6 +18,7 @@ from granite4v.ggml import onednn
 from granite4v.ggml.backend import device_name
 from granite4v.ggml.build import build_id, installed_version
 from granite4v.ggml.cpu_features import cpu_name
+from granite4v.runtime.engine.cross_attention import CrossAttention
 from granite4v.runtime.engine.text_model import TextModel
 from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.files import ModelFiles
@@ -32,9 +33,19 @@ class PageIdentity:
     """The identity of one engine's states, as JSON data. Not for several threads at once."""
 
     def __init__(
-        self, files: ModelFiles, vision: Vision, text: TextModel, *, device: str, n_threads: int, cache_type: str
+        self,
+        files: ModelFiles,
+        vision: Vision,
+        text: TextModel,
+        cross: CrossAttention | None = None,
+        *,
+        device: str,
+        n_threads: int,
+        cache_type: str,
     ) -> None:
-        """`cache_type`: of the KV cache, 'f32' for one without flash attention."""
+        """`cross`: of a decoder that attends to images. `cache_type`: of the KV cache, 'f32' for one without flash
+        attention."""
+        self._cross = cross
         self._files, self._vision, self._text = files, vision, text
         self._device, self._n_threads, self._cache_type = device, n_threads, cache_type
         self._hashes: dict[str, str] | None = None
@@ -56,17 +67,36 @@ class PageIdentity:
             self._known[kind] = self._environment(few=kind[1])
         return {**self._known[kind], "files": files}
 
+    def of_images(self) -> Json:
+        """Of what the encoder makes of an image alone. After `prepare`."""
+        assert self._hashes is not None
+        return {
+            "granite4v": version("granite4v"),
+            "images": self._images(),
+            "machine": self._machine(),
+            "llama_cpp_python": [installed_version(), build_id()],
+            "files": {"vision": self._hashes["vision"]},
+        }
+
     def _environment(self, *, few: bool) -> Json:
         arithmetic = json.dumps(self._text.placement.arithmetic(few=few))
         return {
             "granite4v": version("granite4v"),
             "llama_cpp_python": [installed_version(), build_id(), llama().LLAMA_STATE_SEQ_VERSION],
-            "images": {
-                "preprocessing": [PREPROCESSING, PIL.__version__],
-                "compute": self._vision.compute,
-                "kernels": self._vision.kernels(),
-                "onednn": onednn.version(),
-            },
+            "images": self._images(),
             "text": {"cache_type": self._cache_type, "weights": hashlib.sha256(arithmetic.encode()).hexdigest()},
-            "machine": [device_name(self._device), cpu_name(), self._n_threads],
+            "machine": self._machine(),
+            **({} if self._cross is None else {"cross_attention": self._cross.identity()}),
         }
+
+    def _images(self) -> Json:
+        found = {
+            "preprocessing": [PREPROCESSING, PIL.__version__],
+            "compute": self._vision.compute,
+            "kernels": self._vision.kernels(),
+            "onednn": onednn.version(),
+        }
+        return {**found, "states_after": True} if self._vision.states_after else found
+
+    def _machine(self) -> list[Any]:
+        return [device_name(self._device), cpu_name(), self._n_threads]

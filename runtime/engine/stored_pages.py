@@ -40,6 +40,10 @@ class Identity(Protocol):
         """Of prefixes with an adapter or without, whose smallest batch has so many rows."""
         ...
 
+    def of_images(self) -> Mapping[str, Any]:
+        """Of what the encoder makes of images alone."""
+        ...
+
 
 class StoredPrefix:
     """A prefix of a prompt that the store seems to have."""
@@ -62,7 +66,7 @@ class StoredPages:
         self._writer = ThreadPoolExecutor(1, "granite4v-pages")
         self._pending: dict[Future[bool], int] = {}
         self._is_closing = threading.Event()
-        self._is_off = False
+        self._is_off = self._is_prepared = False
 
     def _switch_off(self, reason: str) -> None:
         """For the rest of this engine's life, with a warning."""
@@ -88,6 +92,7 @@ class StoredPages:
         except ModelFileError as error:
             self._switch_off(str(error))
             return None
+        self._is_prepared = True
         for n_batches in reversed(image_ends(plan)):
             prefix = plan[:n_batches]
             if total(prefix) <= n_known:
@@ -111,13 +116,34 @@ class StoredPages:
         key = self.key(prefix, adapter=adapter)
         if self.store.holds(key) or sum(self._pending.values()) > PENDING_BYTES:
             return
-        copied = state()
         description = Description(key, self._model, total(prefix), ends.index(n_batches) + 1, time.time())
+        self._write(description, state())
+
+    # --- images that a decoder attends to, which are no part of its cells ---
+
+    def find_image(self, digest: bytes) -> np.ndarray | None:
+        """What the encoder made of an image, uint8 `(n,)`; None where it is not stored, and before the first `find`."""
+        return self.store.load(self._image_key(digest)) if self._is_prepared and not self._is_off else None
+
+    def save_image(self, digest: bytes, values: np.ndarray) -> None:
+        """Stores it after the first `find`, unless it is there; `values` must not be changed afterwards."""
+        if self._is_off or not self._is_prepared or sum(self._pending.values()) > PENDING_BYTES:
+            return
+        key = self._image_key(digest)
+        if self.store.holds(key):
+            return
+        self._write(Description(key, self._model, 1, 1, time.time()), values.reshape(-1).view(np.uint8))
+
+    def _image_key(self, digest: bytes) -> str:
+        whole = {**self._identity.of_images(), "image": digest.hex()}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def _write(self, description: Description, state: np.ndarray) -> None:
         try:
-            future = self._writer.submit(self.store.save, description, copied, self._is_closing.is_set)
+            future = self._writer.submit(self.store.save, description, state, self._is_closing.is_set)
         except RuntimeError:  # the process is about to end
             return
-        self._pending[future] = len(copied)
+        self._pending[future] = len(state)
 
     def key(self, prefix: Sequence[Batch], *, adapter: bool) -> str:
         digest = hashlib.sha256()

@@ -5,25 +5,37 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
 
 from granite4v import clip_projector
 from granite4v.choices import VisionCompute
+from granite4v.clip_projector.cross_features import CrossFeatures
 from granite4v.clip_projector.encoder import choose_kernels, quantized_in_memory
+from granite4v.clip_projector.grid_canvas import CanvasLayout
+from granite4v.clip_projector.views import View
 from granite4v.ggml.backend import Backend
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import ModelFiles
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image, ImageFeatures, View, VisionEncoder
-    from granite4v.clip_projector.cross_features import CrossFeatures
+    from granite4v.clip_projector import Image, ImageFeatures, VisionEncoder
 
     Features = ImageFeatures | CrossFeatures
 
 FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
+
+
+class StoredImages(Protocol):
+    """What was made of images earlier, by their digests, as bytes."""
+
+    def find_image(self, digest: bytes) -> np.ndarray | None: ...
+    def save_image(self, digest: bytes, values: np.ndarray) -> None: ...
 
 
 class Vision:
@@ -46,6 +58,7 @@ class Vision:
         self._in_kv_cache = in_kv_cache
         self.compute = self._resolved(vision_compute)
         self._features: OrderedDict[bytes, Features] = OrderedDict()
+        self.stored: StoredImages | None = None  # of a decoder that attends to images
         self.states_after = False  # see `VisionEncoder`; before the first image
         self._encoder: VisionEncoder | None = None
 
@@ -96,8 +109,23 @@ class Vision:
                 backend.close()
         return {kind: kernel.name for kind, kernel in chosen.items()}
 
-    def knows(self, digest: bytes) -> bool:
-        return digest in self._features
+    def knows(self, image: Image | View) -> bool:
+        """Whether an image need not be encoded: it is kept, or stored."""
+        if image.digest not in self._features and (stored := self._stored(image)) is not None:
+            self._features[image.digest] = stored
+        return image.digest in self._features
+
+    def _stored(self, image: Image | View) -> CrossFeatures | None:
+        config = self._files.vision_config
+        values = None if self.stored is None else self.stored.find_image(image.digest)
+        if values is None or config is None or not isinstance(image, View):
+            return None
+        tower = config.tower
+        shape = (tower.max_num_tiles, tower.n_positions, config.text_hidden_size)
+        where = image.layout(config)
+        if values.nbytes != 4 * math.prod(shape) or not isinstance(where, CanvasLayout):
+            return None
+        return CrossFeatures(values.view(np.float32).reshape(shape), where)
 
     def features(self, image: Image | View, report: Callable[[str, int, int], None]) -> Features:
         """An image's embeddings, kept or computed now. `report` gets ('encode', done, total). Raises Aborted when the
@@ -112,6 +140,8 @@ class Vision:
         if injection is not None:
             encoded = dataclasses.replace(cast("ImageFeatures", encoded), layers=list(injection.layers))
         self._features[image.digest] = encoded
+        if self.stored is not None and isinstance(encoded, CrossFeatures):
+            self.stored.save_image(image.digest, encoded.states)
         return encoded
 
     def _forget_decoded(self) -> None:

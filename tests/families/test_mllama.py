@@ -201,13 +201,28 @@ def test_one_sequence_at_a_time(make_model: Callable[..., Path]) -> None:
         assert [stream.result().text for stream in streams] == alone
 
 
-def test_stored_pages(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    answers = []
-    for _ in range(2):
+def test_stored_pages_need_no_encoder(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither the same conversation nor another question about its image, whose cells are not stored."""
+    found = []
+    for case in ("two turns", "two turns", "one"):
         with Model.load(make_model(SPEC), n_threads=1, page_store=PageStore(tmp_path / "store")) as model:
-            answers.append(model.generate(CASES["two turns"], PICTURES, max_tokens=8))
-    assert answers[1].text == answers[0].text
-    assert answers[0].timings.n_stored == 0 and answers[1].timings.n_stored > 0
+            found.append(model.generate(CASES[case], pictures_of(CASES[case]), max_tokens=8))
+    with Model.load(make_model(SPEC), n_threads=1) as model:
+        expected = [
+            model.generate(CASES[case], pictures_of(CASES[case]), max_tokens=8) for case in ("two turns", "one")
+        ]
+    assert [answer.text for answer in found] == [expected[0].text, expected[0].text, expected[1].text]
+    assert [answer.timings.n_encoded for answer in found] == [2, 0, 0]
+    assert found[0].timings.n_stored == 0 and found[1].timings.n_stored > 10
+
+
+def test_stored_images_of_other_files_are_not_used(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    store = PageStore(tmp_path / "store")
+    n_encoded = []
+    for folder in (make_model(WIDE, "Q8_0", "Q8_0"), make_model(WIDE, "Q4_0", "F16")):
+        with Model.load(folder, n_threads=1, page_store=store) as model:
+            n_encoded.append(model.generate(CASES["one"], PICTURES[:1], max_tokens=2).timings.n_encoded)
+    assert n_encoded == [1, 1]
 
 
 def test_an_image_token_in_a_text_is_refused(model: Model) -> None:

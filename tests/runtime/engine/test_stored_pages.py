@@ -36,6 +36,9 @@ class Identity:
     def __call__(self, adapter: bool, least_rows: int) -> dict[str, Any]:
         return {"name": self.name}
 
+    def of_images(self) -> dict[str, Any]:
+        return {"images": self.name}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
