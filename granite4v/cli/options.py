@@ -263,7 +263,8 @@ ParallelOption = Annotated[
         "--parallel",
         metavar="N",
         min=1,
-        help="Most answers to generate at once; with 1 nothing is drafted.",
+        help="Most answers to generate at once; with 1 nothing is drafted. Always 1 where the "
+        "decoder attends to images.",
         show_default="by memory and by what further ones gain",
     ),
 ]

@@ -60,7 +60,13 @@ NameOption = Annotated[
 ]
 ParallelOption = Annotated[
     int | None,
-    typer.Option("--parallel", metavar="N", min=1, help="Most answers to generate at once.", show_default="4"),
+    typer.Option(
+        "--parallel",
+        metavar="N",
+        min=1,
+        help="Most answers to generate at once; always 1 where the decoder attends to images.",
+        show_default="4",
+    ),
 ]
 QueueOption = Annotated[
     int, typer.Option("--max-queue", metavar="N", min=0, help="Most requests that wait; others are refused.")
