@@ -23,11 +23,12 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
-from granite4v.ggml.backend import Arena, Backend
+from granite4v.ggml.backend import Arena, Backend, use_large_pages
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.kernels import Kernel
 from granite4v.ggml.metadata import AGAIN
+from granite4v.runtime.llama.library import capture_log
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
 NODES_PER_LAYER = 48
@@ -52,6 +53,7 @@ class CrossLayers:
         that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = "F32" if exact else "F16"
+        capture_log()  # repacking reports every tensor
         infos = _infos(file)
         pairs = {} if exact else cross_kernels(file, backend, announce)
         few: dict[str, Kernel] = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
@@ -75,6 +77,7 @@ class CrossLayers:
             for i in config.layers:
                 made[i] = Tensor(arena.tensor(self._kv_type, config.head_dim, n, config.num_key_value_heads))
         arena.allocate(self._backend.buffer_type, weights=False)
+        use_large_pages(arena.buffer)
         for start in range(0, n, KEYS_AT_ONCE):
             part = np.ascontiguousarray(states[start : start + KEYS_AT_ONCE], dtype=np.float32)
             graph = self._built(len(config.layers), lambda graph: self._fill_keys(graph, start, len(part)))  # noqa: B023
