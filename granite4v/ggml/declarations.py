@@ -135,6 +135,8 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_rms_norm", TensorP, ContextP, TensorP, _float),  # (ctx, a, eps)
     _base("ggml_swiglu_split", TensorP, ContextP, TensorP, TensorP),  # (ctx, a, b): silu(a) * b
     _base("ggml_mul_mat", TensorP, ContextP, TensorP, TensorP),
+    # (ctx, a, mask, scale, max_bias)
+    _base("ggml_soft_max_ext_inplace", TensorP, ContextP, TensorP, TensorP, _float, _float),
     _base("ggml_scale", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_inplace", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_bias_inplace", TensorP, ContextP, TensorP, _float, _float),  # (ctx, a, s, b)

@@ -254,6 +254,12 @@ class Graph:
             raise ShapeError(f"cannot gate {up!r} with {gate!r}")
         return Tensor(lib().ggml_swiglu_split(self._ctx, gate.ptr, up.ptr))
 
+    def softmax_(self, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """softmax(x * scale + mask) over axis 0. `mask` `[n, rows]`, contiguous, has at least as many rows as `x`."""
+        if mask.ne[0] != x.ne[0] or mask.ne[1] < x.ne[1] or not (x.is_contiguous and mask.is_contiguous):
+            raise ShapeError(f"cannot mask {x!r} by {mask!r}")
+        return Tensor(lib().ggml_soft_max_ext_inplace(self._ctx, x.ptr, mask.ptr, scale, 0.0))
+
     def unary_(self, kind: str, x: Tensor) -> Tensor:
         """'gelu_erf' or 'silu'."""
         return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))

@@ -1,9 +1,8 @@
 """A decoder's layers of cross-attention as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
 
-Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: half precision with
-flash attention, as in llama.cpp's KV cache, or float32 for comparing values. Every row of a call sees all of them, so
-there is no mask. There is a graph for each place between llama.cpp's layers and each number of rows; those of a few
-rows, which decode steps have, are kept.
+Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: in half precision,
+or float32 for comparing values. Every row of a call sees all of them. There is a graph for each place between
+llama.cpp's layers and each number of rows; those of a few rows, which decode steps have, are kept.
 
 Arithmetic: transformers 5.24, the `...CrossAttentionDecoderLayer` of the family; RMSNorm of queries and keys for each
 head, no rotation.
@@ -23,7 +22,7 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
-from granite4v.ggml.backend import Arena, Backend, use_large_pages
+from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.kernels import Kernel
@@ -31,8 +30,10 @@ from granite4v.ggml.metadata import AGAIN
 from granite4v.runtime.llama.library import capture_log
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
-NODES_PER_LAYER = 48
+NODES_PER_LAYER, NODES_PER_PIECE = 48, 12
 KEYS_AT_ONCE = 512  # of an image's keys and values: bounds what one graph needs
+ROWS_AT_ONCE = 32  # whose scores are computed together
+MULTIPLE = 64  # of keys, with masked ones: ggml's matrix products with half-precision values are twice as fast then
 Product = Callable[[Tensor], Tensor]
 MAX_GRAPHS = 8  # for different numbers of rows, at each place
 
@@ -66,21 +67,31 @@ class CrossLayers:
         self._arena: Arena | None = None
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._mask: Tensor
         self._graphs: dict[tuple[int, ...], OrderedDict[tuple[int, bool], Graph]] = {}
 
     def look_at(self, states: np.ndarray) -> None:
         """Computes keys and values of an image's states, float32 `(n, hidden_size)`. Raises Aborted, ModelFileError."""
         self._look_away()
         config, n = self._config, len(states)
-        arena = self._arena = Arena(2 * len(config.layers))
-        for made in (self._keys, self._values):
-            for i in config.layers:
-                made[i] = Tensor(arena.tensor(self._kv_type, config.head_dim, n, config.num_key_value_heads))
+        n_padded, dim, n_heads = -(-n // MULTIPLE) * MULTIPLE, config.head_dim, config.num_key_value_heads
+        arena = self._arena = Arena(2 * len(config.layers) + 1)
+        for i in config.layers:
+            self._keys[i] = Tensor(arena.tensor(self._kv_type, dim, n_padded, n_heads))
+            self._values[i] = Tensor(arena.tensor(self._kv_type, n_padded, dim, n_heads))
+        group = config.num_attention_heads // n_heads
+        self._mask = Tensor(arena.tensor("F32", n_padded, group * ROWS_AT_ONCE))
         arena.allocate(self._backend.buffer_type, weights=False)
         use_large_pages(arena.buffer)
+        zeros = np.zeros((n_heads, n_padded, dim), np.float32 if self._kv_type == "F32" else np.float16)
+        for made in (*self._keys.values(), *self._values.values()):
+            set_data(made.ptr, zeros)
+        mask = np.zeros((group * ROWS_AT_ONCE, n_padded), np.float32)
+        mask[:, n:] = -np.inf
+        set_data(self._mask.ptr, mask)
         for start in range(0, n, KEYS_AT_ONCE):
             part = np.ascontiguousarray(states[start : start + KEYS_AT_ONCE], dtype=np.float32)
-            graph = self._built(len(config.layers), lambda graph: self._fill_keys(graph, start, len(part)))  # noqa: B023
+            graph = self._built(len(config.layers), 1, lambda graph: self._fill_keys(graph, start, len(part)))  # noqa: B023
             try:
                 graph.run(states=part)
             finally:
@@ -93,7 +104,7 @@ class CrossLayers:
         graphs = self._graphs.setdefault(layers, OrderedDict())
         graph = graphs.pop((n, with_mlp), None)
         if graph is None:
-            graph = self._built(len(layers), lambda graph: self._fill(graph, layers, n, with_mlp))
+            graph = self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp))
         try:
             found = self._finite(graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"])
         except BaseException:
@@ -124,8 +135,9 @@ class CrossLayers:
         weights = self._few if n_rows <= MAX_FEW_ROWS or f"{name}.weight" in self._shared else self._many
         return linear(graph, weights, name, n_in, n_out, has_bias=False)
 
-    def _built(self, n_layers: int, fill: Callable[[Graph], None]) -> Graph:
-        graph = Graph(self._backend, NODES_PER_LAYER * n_layers + 8)
+    def _built(self, n_layers: int, n_rows: int, fill: Callable[[Graph], None]) -> Graph:
+        n_pieces = -(-n_rows // ROWS_AT_ONCE)
+        graph = Graph(self._backend, (NODES_PER_LAYER + NODES_PER_PIECE * n_pieces) * n_layers + 8)
         try:
             fill(graph)
         except BaseException as error:
@@ -148,8 +160,12 @@ class CrossLayers:
                 found = graph.reshape(project(x), dim, n_heads, n)
                 if part == "attn_k":
                     found = self._normalized(graph, found, i, "attn_k_norm")
-                place = graph.view(made, (dim, n, n_heads), (made.nb[1], made.nb[2]), start * made.nb[1])
-                graph.expand(graph.copy_(place, graph.permute(found, 0, 2, 1, 3)))
+                if part == "attn_k":
+                    place = graph.view(made, (dim, n, n_heads), (made.nb[1], made.nb[2]), start * made.nb[1])
+                    graph.expand(graph.copy_(place, graph.permute(found, 0, 2, 1, 3)))
+                else:
+                    place = graph.view(made, (n, dim, n_heads), (made.nb[1], made.nb[2]), start * made.nb[0])
+                    graph.expand(graph.copy_(place, graph.permute(found, 1, 2, 0, 3)))
 
     def _fill(self, graph: Graph, layers: tuple[int, ...], n: int, with_mlp: bool) -> None:
         config = self._config
@@ -159,13 +175,27 @@ class CrossLayers:
             ask = self._linear(graph, i, "attn_q", width, n_heads * dim, n)
             out = self._linear(graph, i, "attn_output", n_heads * dim, width, n)
             q = graph.reshape(ask(self._normalized(graph, x, i, "attn_norm")), dim, n_heads, n)
-            q = graph.permute(self._normalized(graph, q, i, "attn_q_norm"), 0, 2, 1, 3)
-            mixed = graph.flash_attention(q, self._keys[i], self._values[i], 1 / math.sqrt(dim))
+            mixed = self._attended(graph, i, self._normalized(graph, q, i, "attn_q_norm"))
             gates = [math.tanh(float(self._few.array(_name(i, part), 1)[0])) for part in keys.GATES]
-            x = graph.add(x, graph.scale(out(graph.reshape(mixed, n_heads * dim, n)), gates[0]))
+            x = graph.add(x, graph.scale(out(mixed), gates[0]))
             if with_mlp:
                 x = graph.add(x, graph.scale(self._mlp(graph, i, x), gates[1]))
         graph.output("rows", x)
+
+    def _attended(self, graph: Graph, i: int, q: Tensor) -> Tensor:
+        """Attention of q `[head_dim, heads, n]` over all keys: `[heads * head_dim, n]`. Heads that share keys are rows
+        of one product, which reads these once; flash attention reads them for each head."""
+        dim, n_heads, n = q.ne[:3]
+        n_kv = self._config.num_key_value_heads
+        group, parts = n_heads // n_kv, []
+        for start in range(0, n, ROWS_AT_ONCE):
+            m = min(ROWS_AT_ONCE, n - start)
+            part = graph.view(q, (dim, group, n_kv, m), (q.nb[1], group * q.nb[1], q.nb[2]), start * q.nb[2])
+            rows = graph.reshape(graph.cont(graph.permute(part, 0, 1, 3, 2)), dim, group * m, n_kv)
+            scores = graph.softmax_(graph.matmul(self._keys[i], rows), self._mask, 1 / math.sqrt(dim))
+            mixed = graph.reshape(graph.matmul(self._values[i], scores), dim, group, m, n_kv)
+            parts.append(graph.reshape(graph.cont(graph.permute(mixed, 0, 1, 3, 2)), dim * n_heads, m))
+        return graph.join(parts, axis=1)
 
     def _mlp(self, graph: Graph, i: int, x: Tensor) -> Tensor:
         width, wide, n = self._config.hidden_size, self._config.intermediate_size, x.ne[1]

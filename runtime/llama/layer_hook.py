@@ -11,6 +11,7 @@ No exception may pass through C: it is kept, all further nodes are left alone, a
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from granite4v.ggml.library import lib
 from granite4v.runtime.llama.library import llama
 
 Compute = Callable[[np.ndarray, int], np.ndarray]  # rows float32 (n, n_embd) and a number of threads -> rows alike
+_NAME = TensorStruct.name.offset
 _FIRST, _BETWEEN = b"embd", b"l_out-%d"
 
 
@@ -32,6 +34,8 @@ class LayerHook:
         """`computes`: by the number of decoder layers before it, from 0 to `n_layers`, the model's own."""
         self._n_layers, self._computes = n_layers, dict(computes)
         self._names = {_FIRST if point == 0 else _BETWEEN % (point - 1): point for point in computes}
+        # the beginnings of their names: what is asked about a thousand times a token reads no more
+        self._starts = {int.from_bytes(name[:4], sys.byteorder) for name in self._names}
         self._error: BaseException | None = None
         self._seen: set[int] = set()
         self._n_threads = 1
@@ -65,6 +69,8 @@ class LayerHook:
         if not self.is_wanted or self._error is not None:
             return False
         try:
+            if ctypes.c_uint32.from_address(node + _NAME).value not in self._starts:
+                return not asks
             point = self._names.get(TensorStruct.from_address(node).name)
             if asks:
                 return point is not None and point not in self._seen
