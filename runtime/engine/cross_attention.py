@@ -119,6 +119,10 @@ class CrossAttention:
             self._opened().look_at(rows)
         self._key = seen.key
 
+    def forget(self) -> None:
+        """So that the next rows' images are encoded again."""
+        self._key = None
+
     def _opened(self) -> CrossLayers:
         """Opened when they are first needed. Raises ModelFileError, DeviceError, Aborted."""
         if self._layers is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,6 +244,8 @@ class Engine:
         def clear(_: Progress) -> None:
             self._vision.clear()
             self._cache.clear()
+            if self._cross is not None:
+                self._cross.forget()
 
         self.call(clear)
 
@@ -401,10 +404,7 @@ class Engine:
         if self._cross is None:
             return
         (task,) = tasks
-
-        def encode(span: ImageSpan) -> CrossFeatures:
-            return cast("CrossFeatures", self._encode(task, span))
-
+        encode = cast("Callable[[ImageSpan], CrossFeatures]", functools.partial(self._encode, task))
         self._cross.look(task.spans, task.held.n_tokens, encode, self.computing(tasks))
 
     def rows(self, task: Task, span: ImageSpan) -> Rows:

@@ -225,6 +225,15 @@ def test_stored_images_of_other_files_are_not_used(make_model: Callable[..., Pat
     assert n_encoded == [1, 1]
 
 
+def test_a_cleared_model_encodes_again(model: Model) -> None:
+    found = []
+    for _ in range(2):
+        found += [model.generate(CASES["one"], PICTURES[:1], max_tokens=4) for _ in range(2)]
+        model.clear_cache()
+    assert [answer.timings.n_encoded for answer in found] == [1, 0, 1, 0]
+    assert len({answer.text for answer in found}) == 1
+
+
 def test_an_image_token_in_a_text_is_refused(model: Model) -> None:
     for ask in (
         lambda: model.generate("What is <|image|> this?", max_tokens=1),
