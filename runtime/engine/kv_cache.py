@@ -140,6 +140,8 @@ class KvCache:
             self._cut(self._sequences[0], n_reused if source is not None else 0)
         if source is not None:
             source.last_used = next(self._clock)
+        if stored is not None and stored.n_tokens > n_reused:
+            stored.begin()
         if not self._prepare(total(plan), n_new, n_wanted):
             return None
         target = None if stored is None else self._restored(stored, plan, adapter)

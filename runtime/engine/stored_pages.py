@@ -7,6 +7,7 @@ give the same cells, and goes on at the end of a batch, as a prefill would. Pref
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,13 +49,23 @@ class Identity(Protocol):
 class StoredPrefix:
     """A prefix of a prompt that the store seems to have."""
 
-    def __init__(self, batches: Sequence[Batch], load: Callable[[], np.ndarray | None]) -> None:
-        self.batches, self.n_tokens, self._load = list(batches), total(batches), load
+    def __init__(self, batches: Sequence[Batch], load: Callable[[], np.ndarray | None], reader: Executor) -> None:
+        """`load`: see `PageStore.load`; it is called in a thread of `reader`."""
+        self.batches, self.n_tokens = list(batches), total(batches)
+        self._load, self._reader = load, reader
+        self._reading: Future[np.ndarray | None] | None = None
         self.is_taken = False  # a sequence goes on from it
 
+    def begin(self) -> None:
+        """Begins to read the state, which takes as long as making a context for it does."""
+        if self._reading is None:
+            with contextlib.suppress(RuntimeError):  # the process is about to end
+                self._reading = self._reader.submit(self._load)
+
     def load(self) -> np.ndarray | None:
-        """Its state, uint8 `(n,)`; None where it cannot be used after all."""
-        return self._load()
+        """Its state, uint8 `(n,)`; None where it cannot be used after all. It is not kept any longer."""
+        reading, self._reading = self._reading, None
+        return self._load() if reading is None else reading.result()
 
 
 class StoredPages:
@@ -63,6 +74,7 @@ class StoredPages:
     def __init__(self, store: PageStore, model: str, identity: Identity) -> None:
         """`model`: a name for people."""
         self.store, self._model, self._identity = store, model, identity
+        self._reader = ThreadPoolExecutor(1, "granite4v-read-pages")
         self._writer = ThreadPoolExecutor(1, "granite4v-pages")
         self._pending: dict[Future[bool], int] = {}
         self._is_closing = threading.Event()
@@ -101,7 +113,7 @@ class StoredPages:
                 continue
             key = self.key(prefix, adapter=adapter)
             if self.store.holds(key):
-                return StoredPrefix(prefix, functools.partial(self.store.load, key))
+                return StoredPrefix(prefix, functools.partial(self.store.load, key), self._reader)
         return None
 
     def save(self, plan: Sequence[Batch], n_batches: int, state: Callable[[], np.ndarray], *, adapter: bool) -> None:
@@ -162,6 +174,7 @@ class StoredPages:
         """Waits a moment for what is being written, and gives up the rest."""
         wait(self._pending, timeout=CLOSE_S)
         self._is_closing.set()
+        self._reader.shutdown(wait=False, cancel_futures=True)
         self._writer.shutdown(cancel_futures=True)
 
 
