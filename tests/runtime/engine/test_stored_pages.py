@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from granite4v.runtime.engine.cached_sequence import Batch
 from granite4v.runtime.engine.stored_pages import StoredPages, image_ends
 from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
-from tests.helpers.fake_context import FakeEngine, expected, read
+from tests.helpers.fake_context import FakeContext, FakeEngine, expected, read
 
 START = TextSpan((1, 2, 3))
 PAGE, OTHER = ImageSpan(0, 40, b"a page"), ImageSpan(0, 40, b"other")
@@ -165,6 +166,27 @@ def test_a_damaged_page_is_computed_again(engine: Callable[..., FakeEngine], fol
         timings = ask(later, START, PAGE, TextSpan((9,)))
     assert (timings.n_stored, later.n_encoded, len(said)) == (0, 1, 1)
     assert ask(engine(), START, PAGE, TextSpan((9,))).n_stored == 43  # it was written again
+
+
+def test_a_page_is_read_while_its_context_is_made(
+    engine: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(engine(), START, PAGE, TextSpan((7, 8)))
+    later, is_reading, are_together = engine(), threading.Event(), []
+    load, make = PageStore.load, FakeContext.__init__
+
+    def slow_load(store: PageStore, key: str) -> np.ndarray | None:
+        is_reading.set()
+        return load(store, key)
+
+    def slow_make(context: FakeContext, *arguments: Any) -> None:
+        are_together.append(is_reading.wait(10))
+        make(context, *arguments)
+
+    monkeypatch.setattr(PageStore, "load", slow_load)
+    monkeypatch.setattr(FakeContext, "__init__", slow_make)
+    assert ask(later, START, PAGE, TextSpan((9,))).n_stored == 43
+    assert are_together == [True]
 
 
 def test_a_state_that_the_context_refuses_is_computed_again(engine: Callable[..., FakeEngine]) -> None:
