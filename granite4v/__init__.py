@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from granite4v.runtime.engine.page_store import PageStore
     from granite4v.runtime.extract import Record
     from granite4v.runtime.extract.data_frame import read_results
+    from granite4v.runtime.extract.export import export_results
     from granite4v.runtime.formats.task_grammar import grammar_for
 
     __version__: str
@@ -76,6 +77,7 @@ __all__ = [
     "TokenLogprob",
     "__version__",
     "confidence",
+    "export_results",
     "extract",
     "grammar_for",
     "load",
@@ -111,6 +113,7 @@ _find, _ = exports(
         "runtime.engine.page_store": ("PageStore",),
         "runtime.extract": ("Record",),
         "runtime.extract.data_frame": ("read_results",),
+        "runtime.extract.export": ("export_results",),
         "runtime.formats.task_grammar": ("grammar_for",),
     },
 )

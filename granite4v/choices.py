@@ -14,7 +14,7 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
 VisionCompute: TypeAlias = Literal["file", "BF16", "int8", "Q8_0", "Q6_K"]
 # How numbers in the KV cache are stored; q8_0 takes about half of the memory, and of the disk in the page store.
 CacheType: TypeAlias = Literal["f16", "q8_0"]
-Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "docling"]
+Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "parquet", "xlsx", "docling"]
 
 MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process
 

@@ -13,6 +13,7 @@ from tests.helpers.source_tree import ROOT, imports, module_name, modules_of, pa
 ORDER = [
     "granite4v.lazy",
     "granite4v.errors",
+    "granite4v.extras",
     "granite4v.choices",
     "granite4v.child",
     "granite4v.gguf_keys",
@@ -48,7 +49,12 @@ FOUNDATIONS = set(ORDER[: ORDER.index("granite4v.clip_projector")])
 # Rooms that stand beside the line: they may import less than what is above them.
 ONLY = {
     "granite4v.converter": FOUNDATIONS,
-    "granite4v.runtime.formats": {"granite4v.errors", "granite4v.lazy", "granite4v.runtime.grammar"},
+    "granite4v.runtime.formats": {
+        "granite4v.errors",
+        "granite4v.extras",
+        "granite4v.lazy",
+        "granite4v.runtime.grammar",
+    },
     "granite4v.runtime.documents": FOUNDATIONS | {"granite4v.clip_projector"},
 }
 # Nobody but the command line builds on these.

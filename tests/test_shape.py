@@ -24,7 +24,18 @@ LAZY_ROOMS = (
     "granite4v.default_model",  # part of the package door: it leads into the converter and the runtime
 )
 # Optional extras, and llama_cpp, whose import loads its shared libraries.
-OPTIONAL = {"av", "docling_core", "llama_cpp", "pandas", "peft", "pyarrow", "pydantic", "torch", "transformers"}
+OPTIONAL = {
+    "av",
+    "docling_core",
+    "llama_cpp",
+    "openpyxl",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "pydantic",
+    "torch",
+    "transformers",
+}
 # The process that reads pages stays small: it loads NumPy for deep greyscale alone, and PDFium for PDFs alone.
 FOR_SOME_PAGES = {
     ("clip_projector/images.py", "numpy"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,11 +50,7 @@ class Printer:
         from granite4v.runtime.extract.output_directory import RESULTS
 
         assert self.out is not None
-        print(self.out / RESULTS)
-        for path in state.paths:
-            print(path)
-        if state.n_paths > len(state.paths):
-            print(f"and {state.n_paths - len(state.paths)} more in {self.out}")
+        list_paths([self.out / RESULTS, *state.paths], state.n_paths - len(state.paths), self.out)
 
     def _write(self, step: Callable[[], None]) -> None:
         if self.failure is not None:
@@ -81,6 +77,14 @@ class Printer:
 
         is_table = self._table_format in TABLE_FORMATS and record.tables
         return as_text(record, self._table_format if is_table else None)
+
+
+def list_paths(paths: Sequence[Path], n_more: int, folder: Path) -> None:
+    """Prints the paths of files in a folder, and how many more there are."""
+    for path in paths:
+        print(path)
+    if n_more:
+        print(f"and {n_more} more in {folder}")
 
 
 class RunProgress:

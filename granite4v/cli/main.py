@@ -18,6 +18,7 @@ from granite4v.cli.cache import clear_pages, list_pages, verify_pages
 from granite4v.cli.chat import chat
 from granite4v.cli.convert import convert
 from granite4v.cli.doctor import doctor
+from granite4v.cli.export import export
 from granite4v.cli.extract import extract
 from granite4v.cli.inspect import inspect
 from granite4v.cli.models import list_models, path, pull, remove
@@ -108,7 +109,7 @@ cache_app.command("list")(list_pages)
 cache_app.command("clear")(clear_pages)
 cache_app.command("verify")(verify_pages)
 
-for command in (convert, requantize, ask, chat, serve, extract, inspect, verify, bench, doctor):
+for command in (convert, requantize, ask, chat, serve, extract, export, inspect, verify, bench, doctor):
     app.command(cls=TaskCommand if command is extract else TyperCommand)(command)
 app.add_typer(cache_app, name="cache")
 app.add_typer(models_app, name="models")

@@ -247,6 +247,15 @@ FormatsOption = Annotated[
         show_default="the task's own",
     ),
 ]
+ResultsArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Results folder: what 'granite4v extract' was given by --out.")
+]
+ExportOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Another directory for the files.", show_default="the folder itself"
+    ),
+]
 CsvSafeOption = Annotated[
     bool,
     typer.Option(

@@ -9,8 +9,13 @@ from typing import Any
 
 from granite4v.choices import whole_number
 from granite4v.runtime.documents import parse_crop, parse_pages
-from granite4v.runtime.extract.docling_export import check_installed
-from granite4v.runtime.extract.document_files import DOCLING, FORMATS, applies, suffixes
+from granite4v.runtime.extract.document_files import (
+    FORMATS,
+    applies,
+    check_formats_installed,
+    needs_folder,
+    suffixes,
+)
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.questions import ArgumentError, check_tasks
 
@@ -38,12 +43,12 @@ def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], Extr
     paths = _as_paths(inputs)
     if not paths:
         raise ArgumentError("no input; give images, PDFs, folders or globs.")
-    tasks = check_tasks(_as_names("'tasks'", options.tasks), options.prompt, has_schema=options.schema is not None)
-    formats = _as_names("'formats'", options.formats)
-    _check_formats(formats, tasks)
+    tasks = check_tasks(as_names("'tasks'", options.tasks), options.prompt, has_schema=options.schema is not None)
+    formats = as_names("'formats'", options.formats)
+    check_formats(formats, tasks)
     _check_combinations(replace(options, tasks=tasks, formats=formats))
     if options.out is not None:
-        _check_out(options.out)
+        check_out(options.out)
     if options.pages is not None:
         parse_pages(options.pages)
     return paths, replace(
@@ -66,7 +71,7 @@ def _as_paths(inputs: Any) -> tuple[str, ...]:
     return tuple(os.fsdecode(path) for path in paths)
 
 
-def _as_names(what: str, given: Any) -> tuple[Any, ...]:
+def as_names(what: str, given: Any) -> tuple[Any, ...]:
     """A single name may be given without a list."""
     names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     for name in names:
@@ -75,7 +80,9 @@ def _as_names(what: str, given: Any) -> tuple[Any, ...]:
     return tuple(names)
 
 
-def _check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
+def check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raises ArgumentError for a format that there is not, or that means nothing for any of the tasks, and
+    Granite4vError for one whose extra is not installed."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ArgumentError(f"there is no format '{unknown[0]}'; known are {', '.join(FORMATS)}.")
@@ -86,8 +93,7 @@ def _check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
             f"{'do' if len(tasks) > 1 else 'does'} not give; drop --format {idle[0]}, or add a task such as "
             "tables_html."
         )
-    if DOCLING in formats:
-        check_installed()
+    check_formats_installed(formats)
 
 
 def _check_combinations(options: ExtractOptions) -> None:
@@ -95,14 +101,19 @@ def _check_combinations(options: ExtractOptions) -> None:
         (options.resume, "'resume'"),
         (options.report, "'report'"),
         (options.csv_safe, "'csv_safe'"),
-        (DOCLING in options.formats, "the format 'docling'"),
+        *((needs_folder(name, options.tasks), f"the format '{name}'") for name in options.formats),
     )
     for given, what in needing:
         if given and options.out is None:
             raise ArgumentError(f"{what} needs a directory for results; give it by 'out' (--out).")
     if options.retry_failed and not options.resume:
         raise ArgumentError("'retry_failed' applies only when resuming a run; add 'resume' (--resume).")
-    if options.csv_safe and not any("csv" in suffixes(task, options.formats) for task in options.tasks):
+    check_csv_safe(options.csv_safe, options.tasks, options.formats)
+
+
+def check_csv_safe(csv_safe: bool, tasks: Sequence[str], formats: Sequence[str]) -> None:
+    """Raises ArgumentError for `csv_safe` where no CSV is written."""
+    if csv_safe and "csv" not in formats and not any("csv" in suffixes(task, formats) for task in tasks):
         raise ArgumentError(
             "'csv_safe' applies to CSV files, but none are requested; add 'csv' to the formats (--format)."
         )
@@ -117,7 +128,8 @@ def _at_least_one(name: str, given: Any) -> int | None:
         raise ArgumentError(str(error)) from None
 
 
-def _check_out(out: Any) -> None:
+def check_out(out: Any) -> None:
+    """Raises ArgumentError for what is no directory, nor the name of one."""
     if not isinstance(out, str | os.PathLike):
         raise ArgumentError(f"'out' is {out!r:.60}; expected a directory, as text or a Path.")
     text = os.fspath(out)

@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from granite4v.errors import OutputError
-from granite4v.paths import FileOutputError
 from granite4v.runtime.documents import Page, PageFailure, PageSkipped, Totals, open_pages
 from granite4v.runtime.engine.stream import Progress
 from granite4v.runtime.extract.attempts import Attempts
-from granite4v.runtime.extract.docling_export import write_docling
-from granite4v.runtime.extract.document_files import DOCLING, described, remove_stale, write_document
+from granite4v.runtime.extract.document_files import Form, Written, remove_stale, write_document, write_fields
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extract.names import Names
 from granite4v.runtime.extract.options import ExtractOptions
@@ -67,6 +65,7 @@ class Extraction:
         self.progress: Progress | None = None  # told of what comes before an answer
         self._names = Names(job.inputs, log.sources())
         self._tasks = [question.task for question in job.questions]
+        self._form = Form(job.options.formats, job.options.csv_safe)
         has_image = None if folder is None or not job.options.report else folder.has_image
         self._earlier = Earlier(log, self._tasks, retry_failed=job.options.retry_failed, has_image=has_image)
         self.state = state
@@ -241,8 +240,10 @@ class Extraction:
     def _keep_image(self, page: Page) -> None:
         if self._folder is None or not self._job.options.report:
             return
-        with self._one_file(f"the image of page {page.number} of '{page.source}' is not written"):
+        written = Written()
+        with written.one_file(f"the image of page {page.number} of '{page.source}' is not written", self._say):
             keep_image(self._folder.path, page.digest, page.image)
+        self.state.n_unwritten += written.n_failed
 
     def _end_document(self, seen: Seen | None) -> None:
         """Drops what is out of date, and writes the files, also those that an earlier run may have had no time for."""
@@ -254,22 +255,12 @@ class Extraction:
         self.state.n_replaced += len(stale)
         if self._folder is None:
             return
-        root, stem, options, source = self._folder.path, self._names.stem(seen.source), self._job.options, seen.source
-        written = write_document(
-            root, stem, self._log.of_document(source), options.formats, self._say, csv_safe=options.csv_safe
-        )
-        self.state.n_unwritten += written.n_failed
-        self.state.wrote(written.paths)
-        if DOCLING in options.formats:
-            with self._one_file(f"'{stem}.docling.json' is not written"):
-                path = write_docling(root, stem, source, self._log.of_document(source))
-                written.paths += [path] if path is not None else []
-                self.state.wrote([path] if path is not None else [])
+        root, stem, source = self._folder.path, self._names.stem(seen.source), seen.source
+        written = write_document(root, stem, source, lambda: self._log.of_document(source), self._form, self._say)
         if seen.changed or stale:
-            with self._one_file(f"an older file of '{source}' is not removed"):
+            with written.one_file(f"an older file of '{source}' is not removed", self._say):
                 remove_stale(root, stem, written.paths)
-        if written.n_failed:
-            self._log.check_there()
+        self._note(written)
 
     def _end(self) -> None:
         for source in self._log.sources():
@@ -280,22 +271,19 @@ class Extraction:
             return
         self._log.arrange(self._job.totals.sources, self._tasks)
         self._log.tidy()
+        written = write_fields(self._folder.path, lambda: self._log, self._log.tasks(), self._form, self._say)
         if self._job.options.report:
             path = self._folder.path / REPORT
-            with self._one_file(f"'{path}' is not written"):
+            with written.one_file(f"'{path}' is not written", self._say):
                 write_report(path, self._log)
-                self.state.wrote([path])
+                written.paths.append(path)
+        self._note(written)
 
-    @contextlib.contextmanager
-    def _one_file(self, failed: str) -> Iterator[None]:
-        """Tells what goes wrong with one file beside the records, which ends nothing."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, OutputError) and not isinstance(error, FileOutputError):
-                raise
-            self.state.n_unwritten += 1
-            self._say(f"{failed}: {described(error)}")
+    def _note(self, written: Written) -> None:
+        self.state.n_unwritten += written.n_failed
+        self.state.wrote(written.paths)
+        if written.n_failed:
+            self._log.check_there()
 
     def _stem(self, source: str) -> str | None:
         return None if self._folder is None else self._names.stem(source)

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from granite4v.errors import Granite4vError, OutputError
-from granite4v.paths import disk_errors
-from granite4v.runtime.extract.output_directory import RESULTS
-from granite4v.runtime.extract.record import Key, Record, decode
-from granite4v.runtime.extract.results_log import NOT_OURS
+from granite4v.extras import check_installed
+from granite4v.runtime.extract.record import Record
+from granite4v.runtime.extract.results_log import ResultsLog
 
 
 def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
     """A pandas data frame with a row for each record of a results folder, and a column for each field of `Record`.
 
     Reads `results.jsonl` alone and writes nothing, so a run may go on meanwhile: of records with the same key the last
-    counts, in the place of the first, and an unfinished last line is left out. `value` is as in `Record`. `arrow`: a
-    pyarrow.Table instead, all of whose columns are JSON's plain values; what is nested is JSON text.
+    counts, an unfinished last line is left out, and the order is that of a finished run: by document, page and task.
+    `value` is as in `Record`. `arrow`: a pyarrow.Table instead, all of whose columns are JSON's plain values; what is
+    nested is JSON text.
 
     Raises OutputError for a folder without results and for a file that holds anything but records; Granite4vError
     where pandas or pyarrow is not installed.
     """
-    extra, needed = ("arrow", ("pandas", "pyarrow")) if arrow else ("pandas", ("pandas",))
-    for name in needed:
-        if importlib.util.find_spec(name) is None:
-            raise Granite4vError(f"read_results needs {name}; install it with pip install 'granite4v[{extra}]'.")
-    import pandas
-
-    records = _read(Path(folder) / RESULTS)
+    check_installed("read_results", *(("pyarrow", "arrow") if arrow else ("pandas", "pandas")))
+    with ResultsLog.open_to_read(Path(folder)) as log:
+        records = list(log)
     columns = list(Record.__dataclass_fields__)
     if not arrow:
+        import pandas
+
         return pandas.DataFrame(
             {name: pandas.Series([getattr(one, name) for one in records], dtype=_DTYPES.get(name)) for name in columns}
         )
@@ -55,22 +51,3 @@ def _arrow_type(name: str) -> str:
 
 def _plain(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else value
-
-
-def _read(path: Path) -> list[Record]:
-    if not path.is_file():
-        raise OutputError(f"there is no '{path}'; expected the folder that 'granite4v extract' was given by --out.")
-    found: dict[Key, Record] = {}
-    with disk_errors(path), path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = decode(line)
-            except NOT_OURS as error:
-                raise OutputError(
-                    f"line {number} of '{path}' is not a record of ours ({type(error).__name__}: {error!s:.80}); "
-                    "the file was changed by something else."
-                ) from None
-            found[record.key] = record
-    return list(found.values())

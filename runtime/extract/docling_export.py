@@ -5,13 +5,11 @@ Tables, charts as picture items with their data, fields as key-value pairs, pros
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granite4v.errors import Granite4vError
 from granite4v.paths import atomic_text_file
 from granite4v.runtime.extract.own_files import make_folders
 from granite4v.runtime.extract.record import Record
@@ -21,14 +19,6 @@ if TYPE_CHECKING:
     from docling_core.types.doc import DoclingDocument
 
 SUFFIX = "docling.json"
-
-
-def check_installed() -> None:
-    """Raises Granite4vError without docling-core."""
-    if importlib.util.find_spec("docling_core") is None:
-        raise Granite4vError(
-            "the format 'docling' needs docling-core; install it with pip install 'granite4v[docling]'."
-        )
 
 
 def write_docling(root: Path, stem: str, source: str, records: Iterable[Record]) -> Path | None:

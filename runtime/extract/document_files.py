@@ -9,21 +9,30 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from granite4v.errors import AnswerError, Granite4vError, OutputError
+from granite4v.extras import check_installed
 from granite4v.paths import FileOutputError, atomic_text_file, disk_errors, is_regular_file
+from granite4v.runtime.extract import docling_export
+from granite4v.runtime.extract.fields_table import FORMATS as FIELDS_FORMATS
+from granite4v.runtime.extract.fields_table import write_fields_table
 from granite4v.runtime.extract.own_files import make_folders
+from granite4v.runtime.extract.parquet import write_table
 from granite4v.runtime.extract.record import Record
+from granite4v.runtime.extract.workbook import Workbook
 from granite4v.runtime.formats import TASKS, Table, write
 from granite4v.runtime.formats.tasks import QUESTION, task_or_question
 
 TABLE_FORMATS = {"csv": "csv", "html": "html", "json": "json", "otsl": "otsl", "md": "markdown"}  # suffix: format
-DOCLING = "docling"
-FORMATS = (*TABLE_FORMATS, DOCLING)
+PARQUET, XLSX, DOCLING = "parquet", "xlsx", "docling"
+FORMATS = (*TABLE_FORMATS, PARQUET, XLSX, DOCLING)
+WORKBOOK = "tables"  # in place of a task's name: a document's tables of all tasks
+# what a format needs, and the extra that brings it
+_NEEDED = {PARQUET: ("pyarrow", "parquet"), XLSX: ("openpyxl", "xlsx"), DOCLING: ("docling-core", "docling")}
 # what is written before the first table, between two, and after the last
 _FRAMES = {
     "html": ("", "\n", "\n"),
@@ -35,17 +44,34 @@ Say = Callable[[str], None]
 
 
 def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
-    """Suffixes of the files of a task: the formats that were asked for if it gives tables, else that of its answers."""
+    """Suffixes of a document's files of a task: the formats that were asked for if it gives tables, else that of its
+    answers."""
     found = task_or_question(task)
     if formats and found.gives_tables:
-        return tuple(name for name in formats if name in TABLE_FORMATS)
+        return tuple(name for name in formats if name != DOCLING)
     return (found.suffix,)
 
 
 def applies(format_name: str, tasks: Sequence[str]) -> bool:
     """Whether a format means anything for one of these tasks."""
     found = [task_or_question(task) for task in tasks]
-    return format_name == DOCLING or any(task.gives_tables or task.suffix == format_name for task in found)
+    return format_name == DOCLING or any(
+        task.gives_tables or task.suffix == format_name or (task.kind == "fields" and format_name in FIELDS_FORMATS)
+        for task in found
+    )
+
+
+def needs_folder(format_name: str, tasks: Sequence[str]) -> bool:
+    """Whether a format gives files alone, and nothing that could be printed."""
+    found = [task_or_question(task) for task in tasks]
+    return format_name in _NEEDED or not any(task.gives_tables or task.suffix == format_name for task in found)
+
+
+def check_formats_installed(formats: Sequence[str]) -> None:
+    """Raises Granite4vError, which says what to install, for a format that an extra brings."""
+    for name in formats:
+        if name in _NEEDED:
+            check_installed(f"the format '{name}'", *_NEEDED[name])
 
 
 @dataclass
@@ -55,26 +81,78 @@ class Written:
     paths: list[Path] = field(default_factory=list)
     n_failed: int = 0
 
+    @contextlib.contextmanager
+    def one_file(self, failed: str, say: Say) -> Iterator[None]:
+        """Tells what goes wrong with one file beside others, which ends nothing."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OutputError) and not isinstance(error, FileOutputError):
+                raise
+            self.n_failed += 1
+            say(f"{failed}: {described(error)}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """In what form files are written. `formats`: of FORMATS, for tables and fields; none for the format that each task
+    answers in. `csv_safe`: CSV is for spreadsheets, see `spreadsheet_text`. `alone`: nothing but `formats` is written,
+    where a task that has none of them would otherwise have a file of its own."""
+
+    formats: Sequence[str] = ()
+    csv_safe: bool = False
+    alone: bool = False
+
 
 def write_document(
-    root: Path, stem: str, records: Iterable[Record], formats: Sequence[str], say: Say, *, csv_safe: bool = False
+    root: Path, stem: str, source: str, records: Callable[[], Iterable[Record]], form: Form, say: Say
 ) -> Written:
+    """Writes all files of a document below `root`: `write_answers`, and a DoclingDocument if that was asked for."""
+    written = write_answers(root, stem, records(), form, say)
+    if DOCLING in form.formats:
+        with written.one_file(f"'{stem}.{docling_export.SUFFIX}' is not written", say):
+            path = docling_export.write_docling(root, stem, source, records())
+            written.paths += [path] if path is not None else []
+    return written
+
+
+def write_fields(
+    root: Path, records: Callable[[], Iterable[Record]], tasks: Iterable[str], form: Form, say: Say
+) -> Written:
+    """Writes `task.suffix` below `root`, one table of all pages of all documents, for every task that gives fields; in
+    each of FIELDS_FORMATS that was asked for, or that is there and would tell of an earlier state."""
+    written = Written()
+    spelled = spreadsheet_text if form.csv_safe else None
+    for task in tasks:
+        for suffix in FIELDS_FORMATS if task_or_question(task).kind == "fields" else ():
+            path = root / f"{task}.{suffix}"
+            if suffix in form.formats or is_regular_file(path):
+                with written.one_file(f"'{path}' is not written", say):
+                    check_formats_installed([suffix])
+                    write_fields_table(path, task, records, spelled)
+                    written.paths.append(path)
+    return written
+
+
+def write_answers(root: Path, stem: str, records: Iterable[Record], form: Form, say: Say) -> Written:
     """Writes `stem.task.suffix` below `root` for every task with a value, each file complete or not at all.
 
-    `formats`: of FORMATS, for tables; none for the format each task answers in. CSV has a file for each table;
-    `csv_safe` writes it for spreadsheets, see `spreadsheet_text`. `say` gets a line about a table that a format cannot
-    carry, and about a file that cannot be written. Raises OutputError when no other file could be written either.
+    CSV and Parquet have a file for each table. `say` gets a line about a table that a format cannot carry, and about a
+    file that cannot be written. Raises OutputError when no other file could be written either.
     """
     writers: dict[tuple[str, str], _Writer] = {}
     with contextlib.ExitStack() as files:
         for record in records:
             if record.value is None:
                 continue
-            for suffix in suffixes(record.task, formats):
-                if (record.task, suffix) not in writers:
-                    place = _Place(root, f"{stem}.{record.task}", suffix, files.enter_context(contextlib.ExitStack()))
-                    writers[record.task, suffix] = _writer(place, record, csv_safe)
-                writer = writers[record.task, suffix]
+            for suffix in suffixes(record.task, form.formats):
+                if form.alone and suffix not in form.formats:
+                    continue
+                what = WORKBOOK if suffix == XLSX else record.task
+                if (what, suffix) not in writers:
+                    place = _Place(root, f"{stem}.{what}", suffix, files.enter_context(contextlib.ExitStack()))
+                    writers[what, suffix] = _writer(place, record, form.csv_safe)
+                writer = writers[what, suffix]
                 if not writer.place.failed:
                     _attempt(writer, functools.partial(writer.add, record), say, record)
         for writer in writers.values():
@@ -105,15 +183,16 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
     say(f"'{place.stem}.{place.suffix}' is not written: {described(problem)}")
 
 
-def remove_stale(root: Path, stem: str, keep: Iterable[Path]) -> None:
-    """Removes files that an earlier state of the document left, other than `keep`. Raises OutputError."""
+def remove_stale(root: Path, stem: str, keep: Iterable[Path], formats: Sequence[str] = FORMATS) -> None:
+    """Removes files that an earlier state of the document left, other than `keep`; of these formats alone, if they are
+    given. Raises OutputError."""
     folder, kept = (root / stem).parent, {path.name for path in keep}
     known = (*TASKS.values(), QUESTION)
     tasks = "|".join(re.escape(task.name) for task in known)
-    endings = "|".join(sorted({*TABLE_FORMATS, *(task.suffix for task in known)}))
-    ours = re.compile(
-        rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({endings})|{re.escape(DOCLING)}\.json)"
-    )
+    endings = "|".join(sorted({*FORMATS, *(task.suffix for task in known)} if formats == FORMATS else formats))
+    whole = [f"{WORKBOOK}.{XLSX}"] * (XLSX in formats) + [docling_export.SUFFIX] * (DOCLING in formats)
+    alone = "|".join(map(re.escape, whole))
+    ours = re.compile(rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({endings})|{alone})")
     if not folder.is_dir():
         return
     with disk_errors(folder):
@@ -191,24 +270,57 @@ class _Writer:
             self.end()
 
 
-class _CsvFiles(_Writer):
-    """A file for each table: no program reads two tables of different widths from one CSV file."""
+class _TableFiles(_Writer):
+    """A file for each table: no program reads two tables of different widths from one CSV or Parquet file."""
 
+    def add(self, record: Record) -> None:
+        page = "" if record.n_pages == 1 else f".page{record.page}"
+        for number, table in enumerate(record.tables, 1):
+            part = f"{page}{'' if len(record.tables) == 1 else f'-{number}'}"
+            self.add_table(table, functools.partial(self.place.path, part))
+
+    def add_table(self, table: Table, path: Callable[[], Path]) -> None:
+        """Writes one at once: a long document would have thousands open. `path`: called when nothing is wrong."""
+        raise NotImplementedError
+
+
+class _CsvFiles(_TableFiles):
     def __init__(self, place: _Place, safe: bool) -> None:
         super().__init__(place)
         self._safe = safe
 
+    def add_table(self, table: Table, path: Callable[[], Path]) -> None:
+        if self._safe:
+            cells = tuple(replace(cell, text=spreadsheet_text(cell.text)) for cell in table.cells)
+            table = replace(table, cells=cells)
+        text = write(table, "csv")
+        with atomic_text_file(path()) as file:
+            file.write(("\ufeff" if self._safe else "") + text + "\n")
+
+
+class _ParquetFiles(_TableFiles):
+    def add_table(self, table: Table, path: Callable[[], Path]) -> None:
+        table.check_repeated()
+        write_table(path(), table)
+
+
+class _WorkbookFile(_Writer):
+    """All tables of a document in one workbook, with a sheet for each: 'p3 tables_html', 'p3-2 tables_html'."""
+
+    def __init__(self, place: _Place) -> None:
+        super().__init__(place)
+        self._book: Workbook | None = None
+
     def add(self, record: Record) -> None:
-        page = "" if record.n_pages == 1 else f".page{record.page}"
-        tables = record.tables
-        for number, table in enumerate(tables, 1):
-            if self._safe:
-                cells = tuple(replace(cell, text=spreadsheet_text(cell.text)) for cell in table.cells)
-                table = replace(table, cells=cells)
-            text = write(table, "csv")
-            path = self.place.path(f"{page}{'' if len(tables) == 1 else f'-{number}'}")
-            with atomic_text_file(path) as file:  # at once: a long document would have thousands open
-                file.write(("\ufeff" if self._safe else "") + text + "\n")
+        self._book = self._book or Workbook(self.place.path())
+        for number, table in enumerate(record.tables, 1):
+            table.check_repeated()
+            page = f"p{record.page}{'' if number == 1 else f'-{number}'}"
+            self._book.add(f"{page} {record.task}", table.texts(), table.n_header_rows)
+
+    def end(self) -> None:
+        if self._book is not None:
+            self._book.save()
 
 
 class _TablesFile(_Writer):
@@ -269,6 +381,8 @@ class _TextFile(_Writer):
 
 def _writer(place: _Place, record: Record, csv_safe: bool) -> _Writer:
     single = record.n_pages == 1
+    if place.suffix in (PARQUET, XLSX):
+        return _ParquetFiles(place) if place.suffix == PARQUET else _WorkbookFile(place)
     if task_or_question(record.task).gives_tables:
         return _CsvFiles(place, csv_safe) if place.suffix == "csv" else _TablesFile(place)
     return _FieldsFile(place, single) if place.suffix == "json" else _TextFile(place, single)

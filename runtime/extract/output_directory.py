@@ -50,6 +50,43 @@ class OutputDirectory:
         Raises OutputError when another process writes there, when it holds another run's results (and `resume` is
         off) or files that no run of ours made, and when it cannot be written.
         """
+        folder = cls._locked(path)
+        try:
+            folder._check(resume)
+            remove_partial_files(path)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    @classmethod
+    def claim_for_export(cls, path: Path, results: Path) -> OutputDirectory:
+        """As `claim`, for files made of the records in the folder `results`, which may be the same.
+
+        Raises OutputError for another folder that holds anything but an earlier export; otherwise as `claim`.
+        """
+        was_ours = (path / _LOCK).exists()
+        folder = cls._locked(path)
+        folder._begun |= was_ours
+        try:
+            with disk_errors(path):
+                in_place = results.exists() and path.samefile(results)
+            if not in_place and ((path / RESULTS).exists() or (path / MANIFEST).exists()):
+                raise OutputError(f"'{path}' holds the results of another run; give another directory.")
+            if not in_place and not was_ours:
+                folder._check_empty()
+            remove_partial_files(path)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    def keep(self) -> None:
+        """From now on the directory is one of ours, whatever becomes of the run or the export."""
+        self._begun = True
+
+    @classmethod
+    def _locked(cls, path: Path) -> OutputDirectory:
         with disk_errors(path):
             if os.path.lexists(path) and not path.is_dir():
                 raise OutputError(f"'{path}' is a file; give a directory, or one that does not exist yet.")
@@ -69,14 +106,7 @@ class OutputDirectory:
                     f"the disk of '{path}' does not support file locks, so two runs could interfere; give a "
                     "directory on another disk."
                 ) from None
-        folder = cls(path, lock, created)
-        try:
-            folder._check(resume)
-            remove_partial_files(path)
-        except BaseException:
-            folder.release()
-            raise
-        return folder
+        return cls(path, lock, created)
 
     @property
     def is_resumed(self) -> bool:
@@ -100,7 +130,7 @@ class OutputDirectory:
         if not self._begun:
             self._write({"format": FORMAT, **manifest})
             sync_folder(self.path.parent)
-            self._begun = True
+            self.keep()
             return []
         begun = self._manifest()
         wanted = json.loads(json.dumps(manifest))
@@ -147,6 +177,9 @@ class OutputDirectory:
                     f"'{self.path}' holds the results of another run; resume it (--resume), or give another directory."
                 )
             return
+        self._check_empty()
+
+    def _check_empty(self) -> None:
         with disk_errors(self.path):
             foreign = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(OWN_PREFIX))
         if foreign:

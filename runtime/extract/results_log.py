@@ -21,6 +21,7 @@ from typing import BinaryIO, cast
 
 from granite4v.errors import AnswerError, OutputError
 from granite4v.paths import atomic_binary_file, disk_errors, output_error
+from granite4v.runtime.extract.output_directory import RESULTS
 from granite4v.runtime.extract.own_files import open_own
 from granite4v.runtime.extract.record import Key, Record, decode, encode
 
@@ -91,7 +92,7 @@ class ResultsLog:
     """
 
     def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
-        """`lasting`: False for a temporary file. Raises OutputError for a file that is damaged."""
+        """`lasting`: False for a file that is temporary, or only read. Raises OutputError for one that is damaged."""
         self._file, self._path, self._lasting = file, path, lasting
         self._end = 0
         self._entries: dict[Key, Entry] = {}
@@ -117,6 +118,23 @@ class ResultsLog:
         file = open_own(path)
         try:
             return cls(file, path, lasting=True)
+        except BaseException:
+            file.close()
+            raise
+
+    @classmethod
+    def open_to_read(cls, folder: Path) -> ResultsLog:
+        """The log of a results folder, in which nothing is changed: a run may be writing to it meanwhile.
+
+        Raises OutputError for a folder without one, and for a file that holds anything but records.
+        """
+        path = folder / RESULTS
+        if not path.is_file():
+            raise OutputError(f"there is no '{path}'; expected the folder that 'granite4v extract' was given by --out.")
+        with disk_errors(path):
+            file = path.open("rb", buffering=0)
+        try:
+            return cls(cast(BinaryIO, file), path, lasting=False)
         except BaseException:
             file.close()
             raise
@@ -308,7 +326,8 @@ class ResultsLog:
         with disk_errors(self._path), os.fdopen(os.dup(self._file.fileno()), "rb") as reader:
             size = os.fstat(reader.fileno()).st_size
             reader.seek(0)
-            while line := reader.readline(MAX_LINE_BYTES):
+            # what a run appends meanwhile comes too late for whoever only reads
+            while reader.tell() < size and (line := reader.readline(MAX_LINE_BYTES)):
                 number += 1
                 try:
                     if not line.endswith(b"\n"):
@@ -316,14 +335,14 @@ class ResultsLog:
                     record = decode(line)
                 except NOT_OURS as error:
                     # after a crash or a power cut the last line may be incomplete, or have its length but only zeros
-                    last = reader.tell() == size
+                    last = reader.tell() >= size
                     ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))
                     torn = not line.endswith(b"\n") or bool(self._entries)
                     if last and ours and torn:
                         break
                     raise OutputError(self._damaged(f"line {number}", error)) from None
                 self._note(record, len(line))
-            if size > self._end:
+            if size > self._end and self._file.writable():
                 self._file.truncate(self._end)
                 os.fsync(self._file.fileno())
 

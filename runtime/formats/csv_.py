@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from granite4v.errors import AnswerError
@@ -102,7 +103,12 @@ def write_csv(table: Table) -> str:
     AnswerError where that makes the text too long.
     """
     table.check_repeated()
-    return "\n".join(",".join(map(_field, row)) if len(row) > 1 else _only_field(row[0]) for row in table.texts())
+    return "\n".join(map(write_csv_row, table.texts()))
+
+
+def write_csv_row(texts: Sequence[str]) -> str:
+    """One line, without its line break."""
+    return ",".join(map(_field, texts)) if len(texts) > 1 else _only_field(texts[0])
 
 
 def _field(text: str) -> str:

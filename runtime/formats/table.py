@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from granite4v.errors import AnswerError, Granite4vError
+from granite4v.errors import AnswerError
+from granite4v.extras import check_installed
 
 MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not fill the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
@@ -76,8 +76,7 @@ class Table:
     def to_pandas(self) -> Any:
         """A pandas data frame of texts, (n_rows - n_header_rows, n_cols); its columns are named by the header rows, in
         levels if there are several. Raises Granite4vError where pandas is not installed."""
-        if importlib.util.find_spec("pandas") is None:
-            raise Granite4vError("to_pandas needs pandas; install it with pip install 'granite4v[pandas]'.")
+        check_installed("to_pandas", "pandas", "pandas")
         import pandas
 
         rows, n = self.texts(), self.n_header_rows

@@ -22,7 +22,12 @@ def test_every_command_option_and_task_is_on_the_page() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert f"## granite4v {command.callback.__name__}\n" in page
-    for text in ("`--ctx-size N`", "tables_html, ", "csv, html, json, otsl, md, docling", "[IMAGE...] PROMPT"):
+    for text in (
+        "`--ctx-size N`",
+        "tables_html, ",
+        "csv, html, json, otsl, md, parquet, xlsx, docling",
+        "[IMAGE...] PROMPT",
+    ):
         assert text in page
     assert "DIR --reference HF_DIR [OPTIONS]" in page
     assert "{" not in page

@@ -21,7 +21,12 @@ def check(tasks: tuple[str, ...] = ("tables_html",), formats: tuple[str, ...] = 
 
 @pytest.mark.parametrize(
     ("tasks", "formats"),
-    [(("kvp",), ("csv",)), (("kvp", "prompt"), ("json", "html")), (("chart2summary",), ("otsl",)), (("kvp",), ("md",))],
+    [
+        (("kvp",), ("otsl",)),
+        (("kvp", "prompt"), ("json", "html")),
+        (("chart2summary",), ("otsl",)),
+        (("kvp",), ("md",)),
+    ],
 )
 def test_a_format_that_no_task_has_is_refused(tasks: tuple[str, ...], formats: tuple[str, ...]) -> None:
     with pytest.raises(
@@ -36,6 +41,7 @@ def test_a_format_that_a_task_has_is_not(tmp_path: Path) -> None:
         (("kvp",), ("json",)),
         (("prompt",), ("md",)),
         (("kvp",), ("docling",)),
+        (("kvp",), ("csv", "parquet", "xlsx")),
     ):
         check(tasks, formats, out=tmp_path)
 
@@ -73,6 +79,8 @@ def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
     [
         ({"retry_failed": True}, r"add 'resume' \(--resume\)"),
         ({"csv_safe": True}, r"'csv_safe' needs a directory"),
+        ({"formats": ("xlsx",)}, "the format 'xlsx' needs a directory"),
+        ({"tasks": ("kvp",), "formats": ("csv",)}, "the format 'csv' needs a directory"),
         ({"csv_safe": True, "out": "new"}, "'csv_safe' applies to CSV files, but none are requested"),
         ({"formats": ("html",), "csv_safe": True, "out": "new", "tasks": ("chart2csv",)}, "none are requested"),
     ],

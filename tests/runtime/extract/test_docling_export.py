@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
 from docling_core.types.doc.document import DoclingDocument
 
-from granite4v.errors import Granite4vError
-from granite4v.runtime.extract.docling_export import check_installed, write_docling
+from granite4v.runtime.extract.docling_export import write_docling
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import read
 
@@ -53,13 +50,6 @@ def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
     assert picture.meta.description.text == summary and picture.prov[0].page_no == 2
     assert [text.text for text in document.texts] == ["print(1)", "An answer."]
     assert "2020" in document.export_to_markdown()
-
-
-def test_without_the_library_there_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Granite4vError, match=r"needs docling-core; install it with pip install 'granite4v\[docling\]'"):
-        check_installed()
 
 
 def test_a_document_that_could_not_be_read_has_no_file(tmp_path: Path) -> None:

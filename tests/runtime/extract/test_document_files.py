@@ -12,7 +12,7 @@ import pandas
 import pytest
 from docling_core.types.doc.utils import parse_otsl_table_content
 
-from granite4v.runtime.extract.document_files import as_text, remove_stale, spreadsheet_text, write_document
+from granite4v.runtime.extract.document_files import Form, as_text, remove_stale, spreadsheet_text, write_answers
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import read
 
@@ -29,7 +29,7 @@ def record(task: str, text: str, page: int = 1, n_pages: int = 1) -> Record:
 
 def written(tmp_path: Path, records: list[Record], *formats: str) -> dict[str, str]:
     remarks: list[str] = []
-    paths = write_document(tmp_path, "a", records, formats, remarks.append).paths
+    paths = write_answers(tmp_path, "a", records, Form(formats), remarks.append).paths
     assert not remarks and sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
@@ -98,7 +98,7 @@ def test_a_table_that_a_form_cannot_carry_is_said_and_the_others_stay(tmp_path: 
     remarks: list[str] = []
     table = "<table><tr><td>a&lt;fcel&gt;b</td></tr></table>"
     records = [record("tables_html", text, page, 2) for page, text in ((1, table), (2, HTML))]
-    write_document(tmp_path, "a", records, ["otsl", "json"], remarks.append)
+    write_answers(tmp_path, "a", records, Form(["otsl", "json"]), remarks.append)
     assert len(remarks) == 1 and "in/a.pdf, page 1: tables_html has no .otsl" in remarks[0]
     assert len((tmp_path / "a.tables_html.otsl").read_text().splitlines()) == 2
     assert len(json.loads((tmp_path / "a.tables_html.json").read_text())) == 3
@@ -129,7 +129,7 @@ def test_cells_that_a_spreadsheet_would_compute(text: str, expected: str) -> Non
 def test_csv_for_spreadsheets_and_csv_that_reads_back(tmp_path: Path) -> None:
     chart = record("chart2csv", 'Name,"=Sum"\n@x,-5\n\u00e9,"=HYPERLINK(""http://x"",""y"")"\n')
     for safe in (False, True):
-        (path,) = write_document(tmp_path, "a", [chart], [], print, csv_safe=safe).paths
+        (path,) = write_answers(tmp_path, "a", [chart], Form(csv_safe=safe), print).paths
         content = path.read_bytes()
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
         mark = "'" if safe else ""
@@ -144,7 +144,7 @@ def test_one_file_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> No
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.kvp.json").mkdir()
     records = [record("kvp", '{"a": 1}'), record("tables_html", HTML), record("chart2csv", CHART)]
-    written_ = write_document(tmp_path, "sub/a", records, [], remarks.append)
+    written_ = write_answers(tmp_path, "sub/a", records, Form(), remarks.append)
     assert written_.n_failed == 1 and [path.name for path in written_.paths] == [
         "a.tables_html.html",
         "a.chart2csv.csv",
@@ -162,7 +162,7 @@ def test_a_value_nested_too_deep_is_told(tmp_path: Path) -> None:
         value = {"a": value}
     remarks: list[str] = []
     records = [Record("a", 1, 1, "kvp", value=value, valid=True), record("tables_html", HTML)]
-    assert [path.name for path in write_document(tmp_path, "a", records, [], remarks.append).paths] == [
+    assert [path.name for path in write_answers(tmp_path, "a", records, Form(), remarks.append).paths] == [
         "a.tables_html.html"
     ]
     assert remarks == ["'a.kvp.json' is not written: it is nested too deeply."]

@@ -1,0 +1,46 @@
+"""`granite4v export`: the files of a results folder in other formats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import typer
+
+from granite4v.cli import options
+from granite4v.cli.extract_output import list_paths
+from granite4v.cli.progress import Progress, plural
+
+if TYPE_CHECKING:
+    from granite4v.choices import Format
+
+EXIT_FAILURE = 1
+
+
+def export(
+    *,
+    folder: options.ResultsArgument,
+    formats: options.FormatsOption = None,
+    out: options.ExportOutOption = None,
+    csv_safe: options.CsvSafeOption = False,
+) -> None:
+    """Write the results of 'granite4v extract' in another format, without reading a page again.
+
+    Tables become files as --format of 'granite4v extract' writes them, in Parquet and CSV one for each table and in
+    xlsx one for each document. Fields of all documents become one table, with a row for each page, in csv, parquet and
+    xlsx. The exit status is 1 if a file could not be written.
+    """
+    from granite4v.runtime.extract import ArgumentError
+    from granite4v.runtime.extract.export import export_results
+    from granite4v.runtime.extract.state import MAX_PATHS
+
+    with Progress() as progress:
+        try:
+            written = export_results(
+                folder, cast("list[Format]", formats or []), out=out, csv_safe=csv_safe, say=progress.say
+            )
+        except ArgumentError as error:
+            raise typer.BadParameter(str(error)) from None
+        progress.say(f"{plural(len(written.paths), 'file')} written")
+    list_paths(written.paths[:MAX_PATHS], max(0, len(written.paths) - MAX_PATHS), out or folder)
+    if written.n_failed:
+        raise typer.Exit(EXIT_FAILURE)

@@ -1,0 +1,86 @@
+"""Texts as sheets of an .xlsx workbook, through openpyxl (the extra 'xlsx').
+
+Every cell says what the same table says as CSV. No cell is a formula, a date or an error, whatever its text looks like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from granite4v.errors import AnswerError
+from granite4v.paths import complete_file
+from granite4v.runtime.formats.json_values import replace_surrogates
+
+MAX_ROWS, MAX_COLUMNS, MAX_CELL, MAX_SHEET_NAME = 1 << 20, 1 << 14, (1 << 15) - 1, 31  # Excel's own
+_NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+_LINE_BREAK = re.compile("\r\n?")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
+MAX_NUMBER = 11  # characters that a cell without a number format shows, before it rounds
+
+
+class Workbook:
+    """Sheets are written to temporary files as they come, so a workbook takes little memory."""
+
+    def __init__(self, path: Path) -> None:
+        import openpyxl
+
+        self.path = path
+        self._book = openpyxl.Workbook(write_only=True)
+
+    def add(self, name: str, rows: Iterable[Sequence[str]], n_header_rows: int = 1) -> None:
+        """One sheet. Raises AnswerError for what no sheet can hold, of which nothing stays."""
+        from openpyxl.cell import WriteOnlyCell
+        from openpyxl.styles import Font
+
+        bold = Font(bold=True)
+        sheet = self._book.create_sheet(name[:MAX_SHEET_NAME])
+        sheet.freeze_panes = f"A{n_header_rows + 1}" if n_header_rows else None
+        try:
+            for number, row in enumerate(rows, 1):
+                _check_size(number, row)
+                cells = [_cell(WriteOnlyCell(sheet), text) for text in row]
+                for cell in cells if number <= n_header_rows else ():
+                    cell.font = bold
+                sheet.append(cells)
+        except BaseException:
+            sheet.close()
+            self._book.remove(sheet)
+            raise
+        sheet.close()  # its file: a long document has thousands of sheets
+
+    def save(self) -> None:
+        """Writes the file, complete or not at all. Raises OutputError."""
+        if not self._book.worksheets:
+            self._book.create_sheet("no tables")  # a workbook needs one
+        with complete_file(self.path) as partial:
+            self._book.save(partial)
+
+
+def number_of(text: str) -> float | int | None:
+    """The number that a cell shows with exactly this text; None for text, such as '007', '1.50', '+5' or '1,000'."""
+    if len(text) > MAX_NUMBER or not _NUMBER.fullmatch(text):
+        return None
+    number = float(text) if "." in text else int(text)
+    return number if str(number) == text else None
+
+
+def _cell(cell: Any, text: str) -> Any:
+    number = number_of(text)
+    if number is not None:
+        cell.value = number
+    elif text:
+        cell.value = _LINE_BREAK.sub("\n", _NOT_XML.sub("\ufffd", replace_surrogates(text)))
+        cell.data_type = "s"  # openpyxl takes '=...' for a formula and '#N/A' for an error
+        cell.quotePrefix = True  # as if typed behind an apostrophe: it stays text when somebody edits the cell
+    return cell
+
+
+def _check_size(number: int, row: Sequence[str]) -> None:
+    if number > MAX_ROWS or len(row) > MAX_COLUMNS:
+        raise AnswerError(f"more than {MAX_ROWS:,} rows or {MAX_COLUMNS:,} columns, which no sheet has room for.")
+    longest = max(map(len, row), default=0)
+    if longest > MAX_CELL:
+        raise AnswerError(f"a cell of {longest:,} characters; a spreadsheet's hold {MAX_CELL:,}. Write it as CSV.")
