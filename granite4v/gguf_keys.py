@@ -26,6 +26,10 @@ BLOCK_COUNT = "{arch}.block_count"
 CONTEXT_LENGTH = "{arch}.context_length"
 EMBEDDING_LENGTH = "{arch}.embedding_length"
 FEED_FORWARD_LENGTH = "{arch}.feed_forward_length"
+EXPERT_FEED_FORWARD_LENGTH = "{arch}.expert_feed_forward_length"
+EXPERT_COUNT = "{arch}.expert_count"
+EXPERT_USED_COUNT = "{arch}.expert_used_count"
+INTERLEAVE_MOE_LAYER_STEP = "{arch}.interleave_moe_layer_step"
 HEAD_COUNT = "{arch}.attention.head_count"
 HEAD_COUNT_KV = "{arch}.attention.head_count_kv"
 KEY_LENGTH = "{arch}.attention.key_length"
@@ -95,6 +99,7 @@ MM_PATCH_MERGE_TYPE = "clip.vision.mm_patch_merge_type"
 IMAGE_GRID_PINPOINTS = "clip.vision.image_grid_pinpoints"
 PROJECTOR_QUERY_SIDE = "clip.vision.projector.query_side"
 PROJECTOR_WINDOW_SIDE = "clip.vision.projector.window_side"
+PROJECTOR_SCALE_FACTOR = "clip.vision.projector.scale_factor"  # of pixel shuffle: the side of a block of patches
 PROJECTOR_SPATIAL_OFFSETS = "clip.vision.projector.spatial_offsets"
 
 # --- ours, mmproj file: what llama.cpp's keys have no word for ---
@@ -110,9 +115,13 @@ PROJECTOR_HEAD_COUNT = "granite4v.vision.projector.head_count"
 PROJECTOR_LAYER_NORM_EPS = "granite4v.vision.projector.layer_norm_epsilon"
 PROJECTOR_HIDDEN_ACT = "granite4v.vision.projector.hidden_act"
 
+# --- ours, mmproj file of a model with canvases of tiles ---
+MAX_TILES = "granite4v.vision.max_tiles"
+VISION_ROPE_FREQ_BASE = "granite4v.vision.rope_freq_base"
+PROJECTOR_WIDTH = "granite4v.vision.projector.width"  # between its layers
+
 # --- ours, mmproj file of a model whose decoder attends to images ---
 GLOBAL_BLOCK_COUNT = "granite4v.vision.global_block_count"
-MAX_TILES = "granite4v.vision.max_tiles"
 ASPECT_RATIOS = "granite4v.vision.aspect_ratios"  # (height, width) in tiles, flat; ids are places in it, from 1
 INTERMEDIATE_STATES = "granite4v.vision.intermediate_states"  # hidden states, 0 = input of the first local layer
 CROSS_LAYERS = "granite4v.cross_attention.layers"  # among all decoder layers
@@ -160,7 +169,7 @@ PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
 PROJ_QUERY = "v.proj_blk.{p}.query"
 PROJ = "v.proj_blk.{p}.{part}"
 MLP = "mm.{layer}"
-MLP_FIRST, MLP_SECOND = 0, 2  # numbered with the activation between them
+MLP_FIRST, MLP_SECOND, MLP_THIRD = 0, 2, 4  # numbered with the activations between them
 
 
 def pattern_of(name: str, **fields: str) -> re.Pattern[str]:

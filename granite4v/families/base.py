@@ -20,8 +20,10 @@ class TowerConfig:
     """A ViT image encoder. Field names are Hugging Face's.
 
     `num_hidden_layers`: as many layers as are computed, which may be fewer than the checkpoint has.
-    `class_token`: a learned position before the patches; projectors never see it. `pre_norm`: a LayerNorm
-    before the first layer, after which hidden state 0 is taken. `patch_bias`: patch embedding has a bias.
+    `class_token`: a learned position before the patches, or after them where it is `class_token_last`; projectors
+    never see it. `pre_norm`: a LayerNorm before the first layer, after which hidden state 0 is taken. `patch_bias`:
+    patch embedding has a bias. `post_norm`: a LayerNorm after the last layer, which the last hidden state has passed.
+    `rope_theta`: queries and keys are rotated by rows and columns of the grid with this base; the class token is not.
     """
 
     hidden_size: int
@@ -35,6 +37,9 @@ class TowerConfig:
     class_token: bool = False
     pre_norm: bool = False
     patch_bias: bool = True
+    class_token_last: bool = False
+    post_norm: bool = False
+    rope_theta: float | None = None
 
     @property
     def grid_side(self) -> int:
@@ -43,7 +48,7 @@ class TowerConfig:
 
     @property
     def n_positions(self) -> int:
-        """Positions that pass through the layers: the patches, and the class token before them."""
+        """Positions that pass through the layers: the patches, and the class token beside them."""
         return self.grid_side**2 + self.class_token
 
     @property
@@ -122,7 +127,9 @@ class TilingConfig:
 class CanvasConfig:
     """How an image is scaled, its aspect ratio kept, into the top left corner of a canvas of square tiles.
 
-    `supported_aspect_ratios`: (height, width) of canvases in tiles.
+    `supported_aspect_ratios`: (height, width) of canvases in tiles. `overview`: where there are several tiles, the
+    whole image as one more, the last, its aspect ratio not kept. `low_precision`: scales are compared in float32, and
+    pixels become numbers step by step in bfloat16.
     """
 
     tile_px: int
@@ -131,6 +138,8 @@ class CanvasConfig:
     image_std: tuple[float, ...]
     rescale_factor: float = 1 / 255
     resample: int = 2  # PIL.Image.Resampling.BILINEAR
+    overview: bool = False
+    low_precision: bool = False
 
 
 Tiling = TilingConfig | CanvasConfig
@@ -187,7 +196,40 @@ class LinearConfig:
         return 1
 
 
-ProjectorConfig = WindowQFormerConfig | MlpConfig | LinearConfig
+@dataclass(frozen=True)
+class PixelShuffleMlpConfig:
+    """Blocks of `block_side`^2 patches joined along their width, three linear layers without biases, an activation
+    after the first and the second. `width`: of what these two give."""
+
+    block_side: int
+    width: int
+    hidden_act: str = "gelu"
+
+    label = "pixel shuffle and three layers"
+
+    def tokens_side(self, grid_side: int) -> int:
+        """Image tokens along one side of a tile with `grid_side` patches."""
+        return grid_side // self.block_side
+
+
+ProjectorConfig = WindowQFormerConfig | MlpConfig | LinearConfig | PixelShuffleMlpConfig
+
+
+@dataclass(frozen=True)
+class ImageFrame:
+    """The tokens that stand around an image's tiles in a prompt, by their text.
+
+    `start`; of several tiles, row by row, each as `patch` for every image token, `tile_x` between the tiles of a row
+    and `tile_y` after every row; `image`, the overview or only tile, `end`. `image` alone is what a chat template
+    writes for an image.
+    """
+
+    start: str
+    end: str
+    patch: str
+    image: str
+    tile_x: str
+    tile_y: str
 
 
 @dataclass(frozen=True)
@@ -232,6 +274,7 @@ class VisionConfig:
     """The image side of one model. `streams` is sorted by `text_layer`, one projector a stream.
 
     `newline`: a learned embedding ends each row of the grid.
+    `frame`: tokens that stand around an image's tiles; an image is several runs of image tokens then.
     `cross_attention`: the image goes to these layers instead; there are no streams then, and the tower and the tiling
     are those of all tiles.
     `tower`: a TowerConfig or TiledTowerConfig; `tiling`: a TilingConfig or CanvasConfig. A family has one kind of each.
@@ -245,6 +288,7 @@ class VisionConfig:
     text_hidden_size: int
     newline: bool = True
     cross_attention: CrossAttentionConfig | None = None
+    frame: ImageFrame | None = None
 
     @property
     def tokens_side(self) -> int:

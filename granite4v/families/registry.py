@@ -10,6 +10,7 @@ from granite4v.errors import CheckpointError, ModelFileError
 from granite4v.families.base import Shapes, VisionConfig
 from granite4v.families.granite4_vision import Granite4Vision
 from granite4v.families.hf_fields import Fields, Json
+from granite4v.families.llama4 import Llama4
 from granite4v.families.llava_next import LlavaNext
 from granite4v.families.llava_onevision import LlavaOnevision
 from granite4v.families.mllama import Mllama
@@ -53,7 +54,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (Granite4Vision(), LlavaNext(), LlavaOnevision(), Mllama())
+FAMILIES: tuple[Family, ...] = (Granite4Vision(), LlavaNext(), LlavaOnevision(), Mllama(), Llama4())
 
 
 def family_of_checkpoint(config: Json) -> Family:

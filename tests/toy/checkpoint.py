@@ -1,4 +1,4 @@
-"""Makes Hugging Face checkpoints with random weights, of any size: Granite 4 Vision, LLaVA-NeXT and LLaVA-OneVision.
+"""Makes Hugging Face checkpoints with random weights, of any size, of every family.
 
     python -m tests.toy.checkpoint OUT --preset tiny
     python -m tests.toy.checkpoint OUT --preset full-4.1      # 4.0 billion parameters, 8 GB, about a minute
@@ -26,6 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from tests.toy.language import build_tokenizer, write_language_files
+from tests.toy.llama4 import TEMPLATE as LLAMA4_TEMPLATE
+from tests.toy.llama4 import llama4_tensors, llama4_tokenizer
 from tests.toy.llava_next import TEMPLATES
 from tests.toy.llava_onevision import TEMPLATE, VIDEO
 from tests.toy.mllama import TEMPLATE as MLLAMA_TEMPLATE
@@ -77,6 +79,8 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     template = {"llava_next": TEMPLATES.get(spec.text_type), "llava_onevision": TEMPLATE}.get(spec.family)
     if spec.family == "mllama":
         tokenizer, template = mllama_tokenizer(tokenizer), MLLAMA_TEMPLATE
+    if spec.family == "llama4":
+        tokenizer, template = llama4_tokenizer(tokenizer), LLAMA4_TEMPLATE
     write_language_files(directory, tokenizer, spec.template_in_config, template, spec.template_file)
     _write_json(directory / "config.json", model_config(spec, tokenizer))
     _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
@@ -105,8 +109,9 @@ def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterS
 
 def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
-    if spec.family == "mllama":
-        yield from (Tensor(name, shape, std, draw) for name, shape, std, draw in mllama_tensors(spec, n_vocab))
+    drawn = {"mllama": mllama_tensors, "llama4": llama4_tensors}.get(spec.family)
+    if drawn is not None:
+        yield from (Tensor(name, shape, std, draw) for name, shape, std, draw in drawn(spec, n_vocab))
         return
     yield from _text_tensors(spec, n_vocab)
     yield from _tower_tensors(spec)

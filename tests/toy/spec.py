@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tests.toy.llama4 import LLAMA4, llama4_config, llama4_preprocessor
 from tests.toy.llava_next import llava_next_config, llava_next_preprocessor, llava_next_processor
 from tests.toy.llava_onevision import (
     ONEVISION,
@@ -29,7 +30,7 @@ N_PINPOINT_TILES = 10  # every grid of up to ten tiles
 class CheckpointSpec:
     """One checkpoint: sizes, injection map, and how its files are spelled. The default is the tiny one."""
 
-    family: str = "granite4_vision"  # or 'llava_next', 'llava_onevision', 'mllama'
+    family: str = "granite4_vision"  # or 'llava_next', 'llava_onevision', 'mllama', 'llama4'
     # text model
     text_type: str = "granite"  # 'granitemoehybrid': fused shared_mlp.input_linear; 'llama', 'mistral', 'qwen2'
     text_hidden: int = 64
@@ -77,6 +78,13 @@ class CheckpointSpec:
     cross_layers: tuple[int, ...] = ()
     global_layers: int = 0
     intermediate_layers: tuple[int, ...] = ()
+    # of llama4
+    experts: int = 0
+    experts_used: int = 1
+    moe_step: int = 1  # every so many layers have experts
+    dense_ffn: int = 0  # of the layers without; `text_ffn` is that of an expert
+    qk_norm: bool = True
+    projector_width: int = 0
     # files
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
@@ -233,6 +241,7 @@ PRESETS: dict[str, CheckpointSpec] = {
     ),
     **{name: CheckpointSpec(family="llava_onevision", **fields) for name, fields in ONEVISION.items()},
     **{name: CheckpointSpec(family="mllama", **fields) for name, fields in MLLAMA.items()},
+    **{name: CheckpointSpec(family="llama4", **fields) for name, fields in LLAMA4.items()},
 }
 
 # `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
@@ -267,6 +276,8 @@ def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
         return llava_onevision_config(spec, tokenizer, _text_config(spec, tokenizer))
     if spec.family == "mllama":
         return mllama_config(spec, tokenizer, _text_config(spec, tokenizer))
+    if spec.family == "llama4":
+        return llama4_config(spec, tokenizer, _text_config(spec, tokenizer))
     return {
         "architectures": ["Granite4VisionForConditionalGeneration"],
         "model_type": "granite4_vision",
@@ -356,9 +367,13 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
     scaling = dict(spec.rope_scaling) or None
     if spec.naming == "v5":
         return config | {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": spec.rope_theta}}
-    architecture = {"granite": "Granite", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}.get(
-        spec.text_type, "Mllama"
-    )
+    architecture = {
+        "granite": "Granite",
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "llama4_text": "Llama4",
+    }.get(spec.text_type, "Mllama")
     return config | {
         "architectures": [f"{architecture}ForCausalLM"],
         "rope_theta": spec.rope_theta,
@@ -395,6 +410,8 @@ def preprocessor_config(spec: CheckpointSpec) -> Json:
         return llava_onevision_preprocessor(spec)
     if spec.family == "mllama":
         return mllama_preprocessor(spec)
+    if spec.family == "llama4":
+        return llama4_preprocessor(spec)
     side = {"height": spec.tile_px, "width": spec.tile_px}
     return {
         "image_processor_type": "LlavaNextImageProcessor",
@@ -422,6 +439,8 @@ def processor_config(spec: CheckpointSpec) -> Json:
         return llava_onevision_processor(spec)
     if spec.family == "mllama":
         return {"processor_class": "MllamaProcessor"}
+    if spec.family == "llama4":
+        return {"processor_class": "Llama4Processor", "patch_size": spec.patch_px, "pixel_shuffle_ratio": 0.5}
     return {
         "processor_class": "Granite4VisionProcessor",
         "patch_size": spec.patch_px,

@@ -1,0 +1,250 @@
+"""Llama 4, Scout and Maverick: tiles on a canvas and the whole image, each with tokens around it, 2D rotary tower.
+
+Format: transformers 5.23 `models/llama4`. llama.cpp's libmtmd has a `llama4` of its own, with other pixels, other
+tokens around them and a tile's tokens transposed, so the file names a projector that it does not know, and refuses.
+The text model is in `llama4_text.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from granite4v import gguf_keys as keys
+from granite4v.errors import CheckpointError, ModelFileError
+from granite4v.families.anyres import FILTERS, MAX_CHANNEL, MAX_TILES, MIN_STD, pixel_scaling
+from granite4v.families.base import (
+    CanvasConfig,
+    ImageFrame,
+    PixelShuffleMlpConfig,
+    Shapes,
+    Stream,
+    TowerConfig,
+    VisionConfig,
+)
+from granite4v.families.fields import short
+from granite4v.families.hf_fields import MAX_FACTOR, MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json
+from granite4v.families.rope import MIN_THETA
+from granite4v.families.text import text_section
+from granite4v.families.towers import N_CHANNELS
+from granite4v.ggml.metadata import AGAIN, GgufMetadata
+
+HALVES = (0.5, 0.5, 0.5)
+NORM_EPS = 1e-5  # torch's default, which the tower's norms have whatever `norm_eps` says
+MAX_CANVAS_TILES = 16
+THETA = 10000.0
+# `Llama4Processor._prompt_split_image`, where the texts are no settings
+FRAME = ImageFrame(
+    start="<|image_start|>",
+    end="<|image_end|>",
+    patch="<|patch|>",
+    image="<|image|>",
+    tile_x="<|tile_x_separator|>",
+    tile_y="<|tile_y_separator|>",
+)
+
+
+class Llama4:
+    name = "llama4"
+    hf_model_types: tuple[str, ...] = ("llama4",)
+    projector_type = "llama4_canvas"
+
+    def config_from_hf(self, config: Json, preprocessor: Fields) -> VisionConfig:
+        """The configuration from config.json and the image processor's settings; raises CheckpointError."""
+        vision = Fields(config).section("vision_config")
+        tower = _tower(vision)
+        return _vision_config(
+            tower,
+            _canvas(preprocessor, tower),
+            _projector(vision, tower),
+            text_section(config).integer("hidden_size", 1, MAX_WIDTH),
+        )
+
+    def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
+        """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError."""
+        tower = TowerConfig(
+            hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
+            intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
+            num_hidden_layers=metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS),
+            num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
+            image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
+            patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
+            rope_theta=short(metadata.number(keys.VISION_ROPE_FREQ_BASE, MIN_THETA, MAX_FACTOR)),
+            **_FIXED,
+        )
+        projector = PixelShuffleMlpConfig(
+            block_side=metadata.integer(keys.PROJECTOR_SCALE_FACTOR, 1, MAX_PIXELS),
+            width=metadata.integer(keys.PROJECTOR_WIDTH, 1, MAX_WIDTH),
+        )
+        problem = _problem(tower, projector)
+        if problem:
+            raise ModelFileError(f"'{metadata.path}' has {problem}; {AGAIN}.")
+        canvas = CanvasConfig(
+            tile_px=tower.image_size,
+            supported_aspect_ratios=canvases(metadata.integer(keys.MAX_TILES, 1, MAX_TILES)),
+            image_mean=tuple(map(short, metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL))),
+            image_std=tuple(map(short, metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL))),
+            rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
+            resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bilinear")),
+            overview=True,
+            low_precision=True,
+        )
+        return _vision_config(tower, canvas, projector, metadata.integer(keys.VISION_PROJECTION_DIM, 1, MAX_WIDTH))
+
+    def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
+        """None: files of other converters are not read."""
+        return {}
+
+    def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
+        """The mmproj metadata that `config_from_gguf` reads back."""
+        tower, canvas, projector = config.tower, config.tiling, config.projector
+        assert isinstance(canvas, CanvasConfig) and isinstance(projector, PixelShuffleMlpConfig)
+        return {
+            keys.PROJECTOR_TYPE: self.projector_type,
+            keys.HAS_VISION_ENCODER: True,
+            keys.IMAGE_SIZE: tower.image_size,
+            keys.PATCH_SIZE: tower.patch_size,
+            keys.VISION_EMBEDDING_LENGTH: tower.hidden_size,
+            keys.VISION_FEED_FORWARD_LENGTH: tower.intermediate_size,
+            keys.VISION_BLOCK_COUNT: tower.num_hidden_layers,
+            keys.VISION_HEAD_COUNT: tower.num_attention_heads,
+            keys.VISION_LAYER_NORM_EPS: tower.layer_norm_eps,
+            keys.VISION_ROPE_FREQ_BASE: tower.rope_theta,
+            keys.MAX_TILES: max(h * w for h, w in canvas.supported_aspect_ratios),
+            keys.IMAGE_MEAN: list(canvas.image_mean),
+            keys.IMAGE_STD: list(canvas.image_std),
+            keys.RESCALE_FACTOR: repr(canvas.rescale_factor),  # as text: float32 would move pixels by a last bit
+            keys.RESAMPLE: canvas.resample,
+            keys.PROJECTOR_SCALE_FACTOR: projector.block_side,
+            keys.PROJECTOR_WIDTH: projector.width,
+            keys.VISION_PROJECTION_DIM: config.text_hidden_size,
+        }
+
+    def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
+        """Nothing: image tokens are the input of the first layer."""
+        return {}
+
+    def reference_streams(self, output: Any) -> dict[int, Any]:
+        """The embeddings of all tiles in the order of the prompt."""
+        return {0: output}
+
+    def reference_logits_divisor(self, config: Json) -> float:
+        return 1.0
+
+
+def canvases(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) in tiles of every canvas of so many at most, in the order of the reference, which decides among
+    equals: by the aspect ratio's first occurrence, counted down from the largest (`find_supported_resolutions`)."""
+    by_ratio: dict[float, list[tuple[int, int]]] = defaultdict(list)
+    for n_tiles in range(max_tiles, 0, -1):
+        for height in range(1, n_tiles + 1):
+            if n_tiles % height == 0:
+                width = n_tiles // height
+                by_ratio[height / width].append((height, width))
+    return tuple(canvas for found in by_ratio.values() for canvas in found)
+
+
+# What every such tower has.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "gelu",  # whatever `hidden_act` says
+    "layer_norm_eps": NORM_EPS,
+    "class_token": True,
+    "class_token_last": True,
+    "pre_norm": True,
+    "post_norm": True,
+    "patch_bias": False,
+}
+
+
+def _vision_config(
+    tower: TowerConfig, canvas: CanvasConfig, projector: PixelShuffleMlpConfig, text_hidden_size: int
+) -> VisionConfig:
+    return VisionConfig(
+        family=Llama4.name,
+        tower=tower,
+        tiling=canvas,
+        projector=projector,
+        streams=(Stream((tower.num_hidden_layers,), 0),),
+        text_hidden_size=text_hidden_size,
+        newline=False,
+        frame=FRAME,
+    )
+
+
+def _tower(vision: Fields) -> TowerConfig:
+    """The tower of a vision_config, transformers' defaults filled in; raises CheckpointError."""
+    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
+        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
+    rope = vision.section("rope_parameters", {})
+    if rope.get("rope_type", "default") != "default":
+        raise rope.error("rope_type", "'default', which the tower computes")
+    at = rope if "rope_theta" in rope else vision
+    return TowerConfig(
+        hidden_size=vision.integer("hidden_size", 1, MAX_WIDTH, 768),
+        intermediate_size=vision.integer("intermediate_size", 1, MAX_WIDTH, 5632),
+        num_hidden_layers=vision.integer("num_hidden_layers", 1, MAX_LAYERS, 34),
+        num_attention_heads=vision.integer("num_attention_heads", 1, MAX_HEADS, 16),
+        image_size=vision.integer("image_size", 1, MAX_PIXELS, 448),
+        patch_size=vision.integer("patch_size", 1, MAX_PIXELS, 14),
+        rope_theta=at.number("rope_theta", MIN_THETA, MAX_FACTOR, THETA),
+        **_FIXED,
+    )
+
+
+def _projector(vision: Fields, tower: TowerConfig) -> PixelShuffleMlpConfig:
+    ratio = vision.number("pixel_shuffle_ratio", 0, 1, 0.5, positive=True)
+    block_side = round(1 / ratio)
+    if ratio * block_side != 1:
+        raise vision.error("pixel_shuffle_ratio", "1 divided by an integer, such as 0.5")
+    width = vision.integer("projector_input_dim", 1, MAX_WIDTH, 4096)
+    for key, default in (("projector_output_dim", 4096), ("vision_output_dim", 7680)):
+        if vision.integer(key, 1, MAX_WIDTH, default) != width:
+            raise vision.error(
+                key, f"{width}, as 'projector_input_dim': the layers of the projector follow one another"
+            )
+    if vision.flag("multi_modal_projector_bias", False):
+        raise vision.error("multi_modal_projector_bias", "false; the projector has no biases in transformers")
+    joined = tower.hidden_size * block_side**2
+    if tower.intermediate_size != joined:
+        raise vision.error("intermediate_size", f"{joined}, the width of {block_side}x{block_side} joined patches")
+    projector = PixelShuffleMlpConfig(block_side, width)
+    problem = _problem(tower, projector)
+    if problem:
+        raise CheckpointError(f"vision_config has {problem}.")
+    return projector
+
+
+def _canvas(preprocessor: Fields, tower: TowerConfig) -> CanvasConfig:
+    """The canvases of a checkpoint; raises CheckpointError when the processor's tiles are not the tower's."""
+    size = preprocessor.section("size", {"height": 336, "width": 336})
+    if any(size.integer(side, 1, MAX_PIXELS) != tower.image_size for side in ("height", "width")):
+        raise preprocessor.error("size", f"height and width {tower.image_size}, which the tower takes")
+    for key, wanted in (("do_resize", True), ("do_rescale", True), ("do_normalize", True)):
+        if preprocessor.flag(key, wanted) != wanted:
+            raise preprocessor.error(key, "true, as the published models have it")
+    if preprocessor.flag("resize_to_max_canvas", False):
+        raise preprocessor.error("resize_to_max_canvas", "false, as the published models have it")
+    return CanvasConfig(
+        tile_px=tower.image_size,
+        supported_aspect_ratios=canvases(preprocessor.integer("max_patches", 1, MAX_TILES, MAX_CANVAS_TILES)),
+        **pixel_scaling(preprocessor, HALVES, HALVES, "bilinear"),
+        overview=True,
+        low_precision=True,
+    )
+
+
+def _problem(tower: TowerConfig, projector: PixelShuffleMlpConfig) -> str:
+    """What no such model can compute, in words; empty when there is nothing wrong."""
+    hidden, heads = tower.hidden_size, tower.num_attention_heads
+    if hidden % (4 * heads):
+        return (
+            f"a width of {hidden} with {heads} heads; a head must be a multiple of 4, since its halves are rotated in "
+            "pairs, by column and by row"
+        )
+    if tower.grid_side < 1 or tower.grid_side % projector.block_side:
+        return (
+            f"patches of {tower.patch_size} px in a tile of {tower.image_size} px; a tile must hold whole blocks of "
+            f"{projector.block_side}x{projector.block_side} patches"
+        )
+    return ""
