@@ -25,7 +25,7 @@ from granite4v.errors import CheckpointError
 from granite4v.families.base import TilingConfig, VisionConfig
 from granite4v.families.hf_fields import Fields
 from granite4v.families.registry import Family
-from granite4v.families.text import TextArchitecture, TextConfig
+from granite4v.families.text_config import TextArchitecture, TextConfig
 from granite4v.families.vision_layout import row_padded
 from granite4v.ggml.quantize import row_bytes
 
@@ -317,6 +317,9 @@ def _line(tensor: PlannedTensor) -> str:
         "merge LoRA" if tensor.lora else "",
         f"times {tensor.factor:g}" if tensor.factor != 1.0 else "",
         f"reorder {tensor.rule.rope_heads} heads" if tensor.rule.rope_heads else "",
+        f"columns {tensor.rule.transposed[0]}-{tensor.rule.transposed[1]}, transposed"
+        if tensor.rule.transposed
+        else "",
         f"columns in order {list(tensor.rule.column_blocks)}" if tensor.rule.column_blocks else "",
         f"pad from {list(tensor.rule.shape)}" if tensor.rule.padded or tensor.shape != tensor.rule.target_shape else "",
     ]

@@ -67,6 +67,7 @@ class Row:
 TEXT_TABLE = (
     # policies           tensor      layers          type    reason
     Row(TEXT_TYPES,      "vector",   "all",          "F32",  "a vector or norm: small, and no matrix product"),
+    Row(TEXT_TYPES,      "router",   "all",          "F32",  "small, and it decides which experts a token gets"),
     Row(PLAIN,           "any",      "all",          None,   "every matrix in the type asked for"),
     Row(QUANTIZED,       "output",   "all",          "Q6_K", "output head, or tied to it: it decides every token"),
     Row(K_MIXES,         "attn_v",   "more_bits",    "Q6_K", "values of outer and every third layer: sensitive"),
@@ -87,6 +88,9 @@ TEXT_KINDS = {
     keys.OUTPUT: "output",
     "attn_v.weight": "attn_v",
     "ffn_down.weight": "ffn_down",
+    keys.EXPERTS.format(part="down"): "ffn_down",
+    keys.SHARED_EXPERT.format(part="down"): "ffn_down",
+    keys.ROUTER: "router",
 }
 LAYER = keys.pattern_of(keys.TEXT_BLOCK, i=r"\d+", part=r".*")
 

@@ -2,7 +2,8 @@
 
 Every chunk of rows is one job in a thread pool; jobs run a few chunks ahead across tensors, so reading, computing and
 writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
-own source rows only (the rows of one head, where they are reordered).
+own source rows only (the rows of one head, where they are reordered). Where matrices are transposed, a row depends on
+all rows of one of them: three are in memory at most.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import gguf
 import numpy as np
 
 from granite4v.converter.plan import PlannedTensor
-from granite4v.converter.safetensors_file import SourceTensor, read_rows
+from granite4v.converter.safetensors_file import SourceTensor, read_rows, read_transposed
 from granite4v.converter.tensors.rules import TensorRule
 from granite4v.errors import CheckpointError
 from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
@@ -27,15 +28,21 @@ from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
 JOBS_AHEAD = 3  # chunks in flight for each thread
 CACHED_MATRICES = 4  # lora_A of the modules that the threads work on
+CACHED_TRANSPOSED = 3  # the one before, which threads may still be at, the present one, and the next, read ahead
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows [first, last) of a planned tensor."""
+    """Rows [first, last) of a planned tensor; of one that is transposed, rows of all its matrices on end."""
 
     tensor: PlannedTensor
     first: int
     last: int
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the tensor's last one."""
+        return self.last == _as_matrix(self.tensor)[0]
 
 
 def n_cores() -> int:
@@ -47,7 +54,7 @@ def n_cores() -> int:
 
 def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[Chunk, np.ndarray], None, None]:
     """Every chunk of every tensor in order, with its bytes (uint8). Closing the generator stops the work."""
-    cache = MatrixCache()
+    cache = SharedMatrices()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="granite4v-convert")
     waiting: deque[tuple[Chunk, Future[np.ndarray]]] = deque()
     try:
@@ -62,18 +69,22 @@ def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[
             yield done, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        cache.close()
 
 
 def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
-    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece."""
-    n_rows, n_cols = _as_matrix(tensor.shape)
+    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece, and no piece
+    is of two matrices that are transposed."""
+    n_rows, n_cols = _as_matrix(tensor)
     unit = n_rows // tensor.rule.rope_heads if tensor.rule.rope_heads else 1
     step = max(1, CHUNK_ELEMENTS // (n_cols * unit)) * unit
-    for first in range(0, n_rows, step):
-        yield Chunk(tensor, first, min(n_rows, first + step))
+    whole = tensor.shape[1] if tensor.rule.transposed else n_rows
+    for start in range(0, n_rows, whole):
+        for first in range(start, start + whole, step):
+            yield Chunk(tensor, first, min(start + whole, first + step))
 
 
-def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
+def compute(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
     """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for NaN and infinity."""
     tensor = chunk.tensor
     if tensor.source is None:
@@ -82,7 +93,7 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
         return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
     if _is_copied(tensor):
         return read_rows(_packed(tensor.source), *_source_span(chunk)).reshape(-1)
-    rows = _source_rows(tensor.source, *_source_span(chunk))
+    rows = _source_rows(tensor.source, *_source_span(chunk)) if not tensor.rule.transposed else cache.transposed(chunk)
     same = tensor.source.dtype == tensor.type_name and block_size(tensor.type_name) == 1
     unchanged = same and tensor.lora is None and tensor.factor == 1.0
     if not unchanged:
@@ -95,7 +106,7 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     if tensor.rule.column_blocks:
         rows = _reorder_columns(rows, tensor.rule.column_blocks)
     if tensor.rule.rope_heads:
-        rows = _interleave(rows, _as_matrix(tensor.shape)[0] // tensor.rule.rope_heads)
+        rows = _interleave(rows, _as_matrix(tensor)[0] // tensor.rule.rope_heads)
     rows = _pad(rows, chunk)
     if unchanged:
         return rows.view(np.uint8).reshape(-1)
@@ -103,12 +114,33 @@ def compute(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
     return quantize_rows(rows.reshape(-1, row_width), tensor.type_name, n_threads=1).reshape(-1)
 
 
-class MatrixCache:
-    """The last few small matrices (lora_A) as float32, shared by the threads."""
+class SharedMatrices:
+    """What several chunks are made of, shared by the threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._matrices: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._transposed: OrderedDict[tuple[str, int], Future[np.ndarray]] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="granite4v-read")
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def transposed(self, chunk: Chunk) -> np.ndarray:
+        """The chunk's rows, in the type of the checkpoint's file. The matrix after theirs is read meanwhile."""
+        tensor, columns = chunk.tensor, chunk.tensor.rule.transposed
+        assert tensor.source is not None and columns is not None
+        n_matrices, n_rows = tensor.shape[:2]
+        index, first = divmod(chunk.first, n_rows)
+        with self._lock:
+            for i in range(index, min(index + 2, n_matrices)):
+                if (tensor.name, i) not in self._transposed:
+                    self._transposed[tensor.name, i] = self._reader.submit(read_transposed, tensor.source, i, *columns)
+                    if len(self._transposed) > CACHED_TRANSPOSED:
+                        self._transposed.popitem(last=False)
+            found = self._transposed[tensor.name, index]
+        return found.result()[first : first + chunk.last - chunk.first]
 
     def get(self, tensor: SourceTensor) -> np.ndarray:
         key = (str(tensor.path), tensor.offset_bytes)
@@ -121,7 +153,11 @@ class MatrixCache:
             return self._matrices[key]
 
 
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def _as_matrix(tensor: PlannedTensor) -> tuple[int, int]:
+    """Rows and columns that are worked on: the first dimension and the others, or matrices on end."""
+    shape = tensor.shape
+    if tensor.rule.transposed:
+        return shape[0] * shape[1], shape[2]
     return shape[0], math.prod(shape[1:])
 
 
@@ -153,7 +189,7 @@ def _is_copied(tensor: PlannedTensor) -> bool:
     return same and as_it_is and block_size(tensor.type_name) > 1 and tensor.lora is None and tensor.factor == 1.0
 
 
-def _delta(chunk: Chunk, cache: MatrixCache) -> np.ndarray:
+def _delta(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
     """scale * B @ A for the chunk's source rows, float32."""
     lora = chunk.tensor.lora
     assert lora is not None
@@ -179,7 +215,7 @@ def _reorder_columns(rows: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
 
 
 def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
-    wanted = (chunk.last - chunk.first, _as_matrix(chunk.tensor.shape)[1])
+    wanted = (chunk.last - chunk.first, _as_matrix(chunk.tensor)[1])
     if rows.shape == wanted:
         return rows
     padded = np.zeros(wanted, dtype=rows.dtype)

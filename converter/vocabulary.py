@@ -33,6 +33,13 @@ CL100K_BY_THREE = (
     r"\s+(?!\S)|\s+"
 )
 CL100K_BY_ONE = CL100K_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
+# Words by their case, contractions with them: [upper]*[lower]+ or [upper]+[lower]*.
+_UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    rf"{_UPPER}*{_LOWER}+{_CONTRACTED}|{_UPPER}+{_LOWER}*{_CONTRACTED}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DIGITS_BY_THREE = r"\\p{N}{1,3}"  # as JSON escapes it
 SPLITS = {
     CL100K_BY_THREE: "dbrx",
@@ -40,6 +47,7 @@ SPLITS = {
         "'s|'t|'re|'ve|'m|'ll|'d", "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
     ): "dbrx",
     CL100K_BY_ONE: "qwen2",
+    O200K: "gpt-4o",
 }
 BYTE_LEVEL_SPLIT = "gpt-2"  # the pattern built into tokenizers' ByteLevel
 DIGITS_THEN_BYTE_LEVEL = "refact"

@@ -36,7 +36,7 @@ def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) 
         _align(out)
         for chunk, data in pieces:
             out.write(data.data)
-            if chunk.last == chunk.tensor.shape[0]:
+            if chunk.is_end:
                 _align(out)
             advance(data.nbytes, chunk.tensor.name)
 

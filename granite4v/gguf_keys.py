@@ -71,6 +71,9 @@ OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FREQS = "rope_freqs.weight"
 TEXT_BLOCK = "blk.{i}.{part}"
+ROUTER = "ffn_gate_inp.weight"  # parts of a block with experts; {part}: gate, up or down
+EXPERTS = "ffn_{part}_exps.weight"
+SHARED_EXPERT = "ffn_{part}_shexp.weight"
 LORA_A, LORA_B = "{name}.lora_a", "{name}.lora_b"  # {name}: the tensor they are added to
 
 # --- LoRA adapter file ---

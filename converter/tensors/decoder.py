@@ -1,7 +1,7 @@
 """The tensors of a llama-style decoder, which every text architecture that converts is.
 
 Names: transformers 5.23 `models/llama`, `granite`, `granitemoehybrid`, `mistral` and `qwen2`, and llama.cpp's
-`src/llama-arch.cpp`.
+`src/llama-arch.cpp`. `experts.py` has the feed-forward networks of layers with experts.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from granite4v import gguf_keys as keys
-from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, each_layer
-from granite4v.families.text import TextConfig
+from granite4v.converter.tensors.experts import dense, routed
+from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, at_layer, each_layer
+from granite4v.families.text_config import TextConfig
 
 # Every prefix of the decoder's tensors met in checkpoints, today's first. Adapters trained on the text model alone
 # and text-only checkpoints have the last one.
@@ -29,7 +30,7 @@ def decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
             prefixes=PREFIXES,
             rules=(
                 _embedding(config),
-                *each_layer(config.num_hidden_layers, *_layer(config), held=config.layers or ()),
+                *_layers(config),
                 TensorRule("norm.weight", keys.OUTPUT_NORM, (hidden,)),
                 *_rope_factors(config),
             ),
@@ -49,8 +50,18 @@ def _embedding(config: TextConfig) -> TensorRule:
     return TensorRule(EMBEDDING, keys.TOKEN_EMBD, shape, rows=(0, n_vocab) if more else None)
 
 
-def _layer(config: TextConfig) -> list[TensorRule]:
-    """One layer, its number as `{i}`.
+def _layers(config: TextConfig) -> tuple[TensorRule, ...]:
+    n_layers, experts = config.num_hidden_layers, config.experts
+    attention = _attention(config)
+    if experts is None:
+        return each_layer(n_layers, *attention, *_feed_forward(config), held=config.layers or ())
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    networks = [routed(experts, hidden) if experts.at(i) else dense(hidden, ffn) for i in range(n_layers)]
+    return tuple(rule for i, network in enumerate(networks) for rule in at_layer(i, *attention, *network))
+
+
+def _attention(config: TextConfig) -> list[TensorRule]:
+    """The attention of one layer and both norms, its number as `{i}`.
 
     transformers always rotates the two halves of a head against each other. Where llama.cpp's rotary embedding of the
     architecture rotates neighbouring rows instead, the rows of query and key are reordered, so that the same pairs
@@ -77,7 +88,7 @@ def _layer(config: TextConfig) -> list[TensorRule]:
         ]
     if config.output_bias:
         rules.append(TensorRule(f"{at}o_proj.bias", block("attn_output.bias"), (hidden,)))
-    return [*rules, *_feed_forward(config)]
+    return rules
 
 
 def _feed_forward(config: TextConfig) -> list[TensorRule]:

@@ -26,6 +26,8 @@ class TensorRule:
     n/2+1, ... of the head's rows become neighbours) to the pairs that llama.cpp's rotary embedding takes.
     `padded`: the shape in the file when it is larger; the rest is zeros.
     `column_blocks`: the columns in so many equal blocks, in this order instead of the checkpoint's.
+    `transposed`: of each of the source's matrices `(experts, n_in, n_out)` the columns [first, last), as rows: the file
+    has `(experts, last - first, n_in)`.
     `values`: the tensor itself, one-dimensional, where it is computed from the configuration; the checkpoint then
     holds no such tensor and `source` describes it.
     """
@@ -37,12 +39,15 @@ class TensorRule:
     rope_heads: int = 0
     padded: Shape | None = None
     column_blocks: tuple[int, ...] = ()
+    transposed: tuple[int, int] | None = None
     values: tuple[float, ...] | None = None
 
     @property
     def target_shape(self) -> Shape:
         if self.padded is not None:
             return self.padded
+        if self.transposed is not None:
+            return (self.shape[0], self.transposed[1] - self.transposed[0], self.shape[1])
         if self.rows is not None:
             return (self.rows[1] - self.rows[0], *self.shape[1:])
         return self.shape
@@ -75,9 +80,14 @@ def each_layer(n_layers: int, *rows: TensorRule, held: Sequence[int] = ()) -> tu
 
     `held`: the numbers in the checkpoint, where they are others.
     """
+    return tuple(rule for i, own in enumerate(held or range(n_layers)) for rule in at_layer(i, *rows, held=own))
+
+
+def at_layer(i: int, *rows: TensorRule, held: int | None = None) -> tuple[TensorRule, ...]:
+    """The rows for one layer, `{i}` replaced by its number. `held`: the number in the checkpoint, if another."""
+    own = str(i if held is None else held)
     return tuple(
-        dataclasses.replace(row, source=row.source.replace("{i}", str(own)), target=row.target.replace("{i}", str(i)))
-        for i, own in enumerate(held or range(n_layers))
+        dataclasses.replace(row, source=row.source.replace("{i}", own), target=row.target.replace("{i}", str(i)))
         for row in rows
     )
 

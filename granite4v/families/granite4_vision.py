@@ -25,7 +25,8 @@ from granite4v.families.base import (
 )
 from granite4v.families.fields import hidden_state_index, short
 from granite4v.families.hf_fields import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json, shown
-from granite4v.families.text import n_text_layers, text_section
+from granite4v.families.text import text_section
+from granite4v.families.text_config import n_text_layers
 from granite4v.families.towers import (
     CLIP,
     SIGLIP,

@@ -28,7 +28,8 @@ from granite4v.families.base import (
 )
 from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json
-from granite4v.families.text import cross_attention_layers, n_text_layers, text_section
+from granite4v.families.text import cross_attention_layers, text_section
+from granite4v.families.text_config import n_text_layers
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 RULE = "original"

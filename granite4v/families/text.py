@@ -1,28 +1,22 @@
 """Decoder architectures: from a checkpoint's `text_config` to the GGUF architecture that llama.cpp computes.
 
+`text_config.py` has what they share, `llama4_text.py` the one with experts.
+
 One `TextArchitecture` for each GGUF architecture. Names and defaults: transformers 5.23 `models/granite*`, `llama`,
 `mistral` and `qwen2`; llama.cpp's `src/models`, `src/llama-arch.cpp` and the `gguf` package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError
-from granite4v.families.hf_fields import (
-    MAX_FACTOR,
-    MAX_HEADS,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_VOCABULARY,
-    MAX_WIDTH,
-    Fields,
-    Json,
-)
-from granite4v.families.rope import Rope
+from granite4v.families.hf_fields import MAX_FACTOR, MAX_POSITIONS, MAX_WIDTH, Fields, Json
+from granite4v.families.llama4_text import LLAMA4_DEFAULTS, llama4_config, llama4_metadata
+from granite4v.families.text_config import TextArchitecture, TextConfig, common_metadata, n_text_layers, sizes
 
 # What a text_config may leave out, as published checkpoints do, by its model_type.
 _LLAMA_DEFAULTS = {
@@ -65,11 +59,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
     },
+    "llama4_text": LLAMA4_DEFAULTS,
 }
 
 
 # The text model of a config.json that does not name it, by the whole's `model_type`.
-UNNAMED = {"llava_next": "llama", "mllama": "mllama_text_model", "llava_onevision": "qwen2"}
+UNNAMED = {"llava_next": "llama", "mllama": "mllama_text_model", "llava_onevision": "qwen2", "llama4": "llama4_text"}
 MLLAMA_EMBEDDING_ROWS = 8  # beyond the vocabulary: transformers 5.24, `MllamaTextModel.embed_tokens`
 TIED_BY_EITHER = ("llava_onevision",)
 # Fields that a granitemoehybrid has and a granite has not.
@@ -91,55 +86,6 @@ def text_section(config: Json) -> Fields:
         raise given.error("model_type", "the name of a text model")
     values = {**DEFAULTS.get(model_type, {}), **given.values, "model_type": model_type}
     return Fields(values, given.file, given.path)
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The sizes of a decoder, read from `text_config` once, defaults filled in.
-
-    `rope_linear_factor`, `rope_factors`: positions divided by one number, or the frequency of each pair by its own.
-    `rope_pairs`: the rotary embedding of this GGUF architecture turns neighbouring rows, not the halves of a head.
-    `attention_bias` is that of query, key and value.
-    `layers`: the checkpoint's numbers of the layers, where others stand between them; they are not counted in
-    `num_hidden_layers`. `embedding_rows`: rows of the checkpoint's token embedding beyond the vocabulary, which are
-    left out.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_linear_factor: float | None
-    rotary: bool
-    attention_bias: bool
-    mlp_bias: bool
-    fused_mlp: bool = False
-    output_bias: bool = False
-    rope_pairs: bool = True
-    rope_factors: tuple[float, ...] | None = None
-    layers: tuple[int, ...] | None = None
-    embedding_rows: int = 0
-
-    @property
-    def n_gqa(self) -> int:
-        """Query heads for each key-value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-
-@dataclass(frozen=True)
-class TextArchitecture:
-    """`arch`: the GGUF architecture. `metadata` gives values by key, `{arch}` in the keys."""
-
-    arch: str
-    hf_model_types: tuple[str, ...]
-    config: Callable[[Fields, Iterable[str]], TextConfig]
-    metadata: Callable[[TextConfig, Fields], dict[str, Any]]
 
 
 def text_architecture(text: Fields) -> TextArchitecture:
@@ -166,7 +112,7 @@ def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
         _check_dense_attention(text, names)
     bias = text.flag("attention_bias", False)
     return TextConfig(
-        **_sizes(text, "shared_intermediate_size" if hybrid else "intermediate_size"),
+        **sizes(text, "shared_intermediate_size" if hybrid else "intermediate_size"),
         # granitemoehybrid turns the rotary embedding on by name; granite always has it
         rotary=not hybrid or text.get("position_embedding_type") == "rope",
         attention_bias=bias,
@@ -178,7 +124,7 @@ def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
 
 def _granite_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return {
-        **_common_metadata(config),
+        **common_metadata(config),
         # llama.cpp divides the logits by logit_scale and multiplies by the others, as transformers does
         keys.ATTENTION_SCALE: text.number("attention_multiplier", 0, MAX_FACTOR, 1.0),
         keys.EMBEDDING_SCALE: text.number("embedding_multiplier", 0, MAX_FACTOR, 1.0),
@@ -240,11 +186,11 @@ def _plain_config(
     text: Fields, window: int | None, *, bias: bool, output_bias: bool, rope_pairs: bool = True
 ) -> TextConfig:
     """`window`: each token sees so many. llama.cpp's architectures see all, so the context ends where that differs."""
-    sizes = _sizes(text, "intermediate_size")
+    found = sizes(text, "intermediate_size")
     if window:
-        sizes["max_position_embeddings"] = min(sizes["max_position_embeddings"], window)
+        found["max_position_embeddings"] = min(found["max_position_embeddings"], window)
     return TextConfig(
-        **sizes,
+        **found,
         rope_pairs=rope_pairs,
         rotary=True,
         attention_bias=bias,
@@ -254,66 +200,10 @@ def _plain_config(
 
 
 def _plain_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
-    return _common_metadata(config)
+    return common_metadata(config)
 
 
-# --- what they share ---
-
-
-def _sizes(text: Fields, ffn: str) -> dict[str, Any]:
-    """The fields of a TextConfig that every architecture reads alike. `ffn`: what its feed-forward width is called."""
-    if text.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise text.error("hidden_act", "'silu', which this architecture computes")
-    heads = text.integer("num_attention_heads", 1, MAX_HEADS)
-    hidden = text.integer("hidden_size", 1, MAX_WIDTH)
-    head_dim = text.integer("head_dim", 2, MAX_WIDTH, hidden // heads)
-    kv_heads = text.integer("num_key_value_heads", 1, MAX_HEADS, heads)
-    if heads % kv_heads:
-        raise text.error("num_key_value_heads", f"a divisor of the {heads} attention heads")
-    if head_dim % 2:
-        raise CheckpointError(
-            f"'{text.file}' gives heads of {head_dim} values ('{text.path}': 'hidden_size' {hidden}, "
-            f"'num_attention_heads' {heads}); expected an even number, since the rotary embedding turns pairs."
-        )
-    rope = Rope.read(text, head_dim)
-    return {
-        "vocab_size": text.integer("vocab_size", 1, MAX_VOCABULARY),
-        "hidden_size": hidden,
-        "intermediate_size": text.integer(ffn, 1, MAX_WIDTH),
-        "num_hidden_layers": n_text_layers(text),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": text.integer("max_position_embeddings", 1, MAX_POSITIONS, 2048),
-        "rms_norm_eps": text.number("rms_norm_eps", 0, 1, 1e-6),
-        "rope_theta": rope.theta,
-        "rope_linear_factor": rope.linear_factor,
-        "rope_factors": rope.factors,
-    }
-
-
-def n_text_layers(text: Fields) -> int:
-    return text.integer("num_hidden_layers", 1, MAX_LAYERS)
-
-
-def _common_metadata(config: TextConfig) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        keys.VOCAB_SIZE: config.vocab_size,
-        keys.BLOCK_COUNT: config.num_hidden_layers,
-        keys.CONTEXT_LENGTH: config.max_position_embeddings,
-        keys.EMBEDDING_LENGTH: config.hidden_size,
-        keys.FEED_FORWARD_LENGTH: config.intermediate_size,
-        keys.HEAD_COUNT: config.num_attention_heads,
-        keys.HEAD_COUNT_KV: config.num_key_value_heads,
-        keys.LAYER_NORM_RMS_EPS: config.rms_norm_eps,
-        keys.ROPE_FREQ_BASE: config.rope_theta,
-        keys.ROPE_DIMENSION_COUNT: config.head_dim,
-    }
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        metadata |= {keys.KEY_LENGTH: config.head_dim, keys.VALUE_LENGTH: config.head_dim}
-    if config.rope_linear_factor is not None:
-        metadata |= {keys.ROPE_SCALING_TYPE: "linear", keys.ROPE_SCALING_FACTOR: config.rope_linear_factor}
-    return metadata
+# --- what config.json says beside the sizes ---
 
 
 def is_tied(config: Json, text: Fields) -> bool:
@@ -377,5 +267,11 @@ ARCHITECTURES = (
         hf_model_types=("mllama_text_model",),
         config=_mllama_config,
         metadata=_plain_metadata,
+    ),
+    TextArchitecture(
+        arch="llama4",
+        hf_model_types=("llama4_text",),
+        config=llama4_config,
+        metadata=llama4_metadata,
     ),
 )

@@ -28,7 +28,7 @@ RENAMED = {
     "<|fill_3|>": "<|tile_y_separator|>",
     "<|fill_4|>": "<|image|>",
 }
-# The split of o200k tokenizers, which llama.cpp's 'llama4' has.
+# The split of o200k tokenizers.
 LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 SPLIT_PATTERN = (
     LETTERS + r"*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
