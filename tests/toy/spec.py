@@ -244,6 +244,13 @@ PRESETS: dict[str, CheckpointSpec] = {
     **{name: CheckpointSpec(family="llama4", **fields) for name, fields in LLAMA4.items()},
 }
 
+CONFIGS = {  # config.json and preprocessor_config.json of families that have their own
+    "llava_next": (llava_next_config, llava_next_preprocessor),
+    "llava_onevision": (llava_onevision_config, llava_onevision_preprocessor),
+    "mllama": (mllama_config, mllama_preprocessor),
+    "llama4": (llama4_config, llama4_preprocessor),
+}
+
 # `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
 MAPPING_CASES: dict[str, CheckpointSpec] = {
     "unsorted": replace(PRESETS["tiny"], deepstack_layer_map=((-2, 2), (-4, 0), (-3, 1))),
@@ -270,14 +277,8 @@ class AdapterSpec:
 
 def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
     """config.json, in the fields of the transformers version that `spec.naming` stands for."""
-    if spec.family == "llava_next":
-        return llava_next_config(spec, tokenizer, _text_config(spec, tokenizer))
-    if spec.family == "llava_onevision":
-        return llava_onevision_config(spec, tokenizer, _text_config(spec, tokenizer))
-    if spec.family == "mllama":
-        return mllama_config(spec, tokenizer, _text_config(spec, tokenizer))
-    if spec.family == "llama4":
-        return llama4_config(spec, tokenizer, _text_config(spec, tokenizer))
+    if spec.family in CONFIGS:
+        return CONFIGS[spec.family][0](spec, tokenizer, _text_config(spec, tokenizer))
     return {
         "architectures": ["Granite4VisionForConditionalGeneration"],
         "model_type": "granite4_vision",
@@ -404,14 +405,8 @@ def adapter_config(adapter: AdapterSpec, modules: Sequence[str]) -> Json:
 
 
 def preprocessor_config(spec: CheckpointSpec) -> Json:
-    if spec.family == "llava_next":
-        return llava_next_preprocessor(spec)
-    if spec.family == "llava_onevision":
-        return llava_onevision_preprocessor(spec)
-    if spec.family == "mllama":
-        return mllama_preprocessor(spec)
-    if spec.family == "llama4":
-        return llama4_preprocessor(spec)
+    if spec.family in CONFIGS:
+        return CONFIGS[spec.family][1](spec)
     side = {"height": spec.tile_px, "width": spec.tile_px}
     return {
         "image_processor_type": "LlavaNextImageProcessor",
