@@ -14,6 +14,7 @@ from granite4v.paths import atomic_text_file
 from granite4v.runtime.extract.own_files import make_folders
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import Table
+from granite4v.runtime.formats.docling_ import CREATED_BY, chart_field, docling_table
 
 if TYPE_CHECKING:
     from docling_core.types.doc import DoclingDocument
@@ -39,7 +40,7 @@ def write_docling(root: Path, stem: str, source: str, records: Iterable[Record])
 
 def as_docling(name: str, source: str, records: Iterable[Record]) -> DoclingDocument:
     """The document. Where several tasks read the tables of a page, the first that read any counts."""
-    from docling_core.types.doc import DocItemLabel, DoclingDocument, Size
+    from docling_core.types.doc import DoclingDocument, Size
 
     document = DoclingDocument(name=name)
     table_task: dict[int, str] = {}
@@ -49,51 +50,68 @@ def as_docling(name: str, source: str, records: Iterable[Record]) -> DoclingDocu
             continue
         if record.page not in document.pages:
             document.add_page(record.page, Size(width=record.size_px[0], height=record.size_px[1]))
-        where = _whole_page(record)
         if record.kind == "tables" and record.tables:
             if table_task.setdefault(record.page, record.task) == record.task:
-                for table in record.tables:
-                    document.add_table(_table_data(table), prov=where)
+                _add_tables(document, record)
         elif record.kind == "chart" and isinstance(record.value, Table):
-            _chart_on(document, charts, record).meta.tabular_chart = _chart_data(record.value)
+            meta = _chart_on(document, charts, record).meta
+            meta.tabular_chart = chart_field(record.value, _confidence(record).get("mean"))
         elif record.task == "chart2summary" and record.value:
-            _chart_on(document, charts, record).meta.description = _description(record.value)
-        elif record.kind == "fields" and record.value:
-            document.add_key_values(_graph(record.value), prov=where)
-        elif record.kind == "code" and record.value:
-            document.add_text(DocItemLabel.CODE, record.value, prov=where)
-        elif isinstance(record.value, str) and record.value:
-            document.add_text(DocItemLabel.TEXT, record.value, prov=where)
+            _chart_on(document, charts, record).meta.description = _description(record)
+        elif record.value:
+            _add_item(document, record)
     return document
 
 
-def _whole_page(record: Record) -> Any:
-    from docling_core.types.doc import BoundingBox, ProvenanceItem
+def _add_tables(document: DoclingDocument, record: Record) -> None:
+    for number, table in enumerate(record.tables):
+        item = document.add_table(docling_table(table), prov=_whole_page(record))
+        item.meta = _meta(_confidence(record, f"{number}/"))
+
+
+def _add_item(document: DoclingDocument, record: Record) -> None:
+    """Fields, code or text."""
+    from docling_core.types.doc import DocItemLabel
+
+    if record.kind == "fields":
+        item = document.add_key_values(_graph(record.value), prov=_whole_page(record))
+    elif isinstance(record.value, str):
+        label = DocItemLabel.CODE if record.kind == "code" else DocItemLabel.TEXT
+        item = document.add_text(label, record.value, prov=_whole_page(record, len(record.value)))
+    else:
+        return
+    item.meta = _meta(_confidence(record))
+
+
+def _whole_page(record: Record, n_characters: int = 0) -> Any:
+    """Where an item stands: somewhere on its page, which is the region that was read. From the bottom left, as in
+    docling's own documents. `n_characters`: of an item that is text."""
+    from docling_core.types.doc import BoundingBox, CoordOrigin, ProvenanceItem
 
     assert record.size_px is not None and record.page is not None
     width, height = record.size_px
-    box = BoundingBox(l=0, t=0, r=width, b=height)  # from the top left: where on the page it stood is not known
-    return ProvenanceItem(page_no=record.page, bbox=box, charspan=(0, 0))
+    box = BoundingBox(l=0, b=0, r=width, t=height, coord_origin=CoordOrigin.BOTTOMLEFT)
+    return ProvenanceItem(page_no=record.page, bbox=box, charspan=(0, n_characters))
 
 
-def _table_data(table: Table) -> Any:
-    from docling_core.types.doc import TableCell, TableData
+def _confidence(record: Record, start: str = "") -> dict[str, float]:
+    """The mean over cells or fields of their mean token probability, and the least of any token; empty where the run
+    did not ask for them. `start`: of the keys that count."""
+    found = [one for key, one in (record.confidence or {}).items() if key.startswith(start)]
+    if not found:
+        return {}
+    return {"mean": sum(one["mean"] for one in found) / len(found), "least": min(one["least"] for one in found)}
 
-    cells = [
-        TableCell(
-            text=cell.text,
-            start_row_offset_idx=cell.row,
-            end_row_offset_idx=cell.row + cell.rowspan,
-            start_col_offset_idx=cell.col,
-            end_col_offset_idx=cell.col + cell.colspan,
-            row_span=cell.rowspan,
-            col_span=cell.colspan,
-            column_header=cell.row < table.n_header_rows,
-            row_header=cell.header and cell.row >= table.n_header_rows,
-        )
-        for cell in table.cells
-    ]
-    return TableData(table_cells=cells, num_rows=table.n_rows, num_cols=table.n_cols)
+
+def _meta(confidence: dict[str, float]) -> Any:
+    """For items that docling gives no field for a confidence: one of our own, 'granite4v__confidence'."""
+    from docling_core.types.doc.common.meta import FloatingMeta
+
+    if not confidence:
+        return None
+    meta = FloatingMeta()
+    meta.set_custom_field(CREATED_BY, "confidence", confidence)
+    return meta
 
 
 def _chart_on(document: DoclingDocument, charts: dict[int, Any], record: Record) -> Any:
@@ -107,16 +125,10 @@ def _chart_on(document: DoclingDocument, charts: dict[int, Any], record: Record)
     return charts[record.page]
 
 
-def _chart_data(table: Table) -> Any:
-    from docling_core.types.doc import TabularChartMetaField
-
-    return TabularChartMetaField(chart_data=_table_data(table), created_by="granite4v")
-
-
-def _description(text: str) -> Any:
+def _description(record: Record) -> Any:
     from docling_core.types.doc import DescriptionMetaField
 
-    return DescriptionMetaField(text=text, created_by="granite4v")
+    return DescriptionMetaField(text=record.value, created_by=CREATED_BY, confidence=_confidence(record).get("mean"))
 
 
 def _graph(fields: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from granite4v.errors import AnswerError
@@ -241,25 +242,35 @@ def write_otsl(table: Table) -> str:
 
     Raises AnswerError for a text that contains an OTSL tag.
     """
-    parts = ["<otsl>"]
+    for cell in table.cells:
+        if found := _TAG.search(cell.text):
+            raise AnswerError(f"the text of {place(cell.row, cell.col)} contains '{found[0]}', which OTSL cannot hold.")
+    texts = iter([cell.text.strip() for cell in table.cells])  # in reading order, as their tags are
+    parts = [f"<{tag}>{next(texts) if tag in _STARTS else ''}" for tag in otsl_tags(table)]
+    return "".join(["<otsl>", *parts, "</otsl>"])
+
+
+def otsl_tags(table: Table) -> Iterator[str]:
+    """The tags of a table's slots and row ends as `write_otsl` writes them, without angle brackets."""
     for i, row in enumerate(table.grid()):
         for j, cell in enumerate(row):
             if (cell.row, cell.col) == (i, j):
-                parts.append(_start(table, cell) + cell.text.strip())
+                yield _start(table, cell)
             else:
-                parts.append("<lcel>" if cell.row == i else "<ucel>" if cell.col == j else "<xcel>")
-        parts.append("<nl>")
-    return "".join([*parts, "</otsl>"])
+                yield "lcel" if cell.row == i else "ucel" if cell.col == j else "xcel"
+        yield "nl"
+
+
+def is_section(table: Table, cell: Cell) -> bool:
+    """Whether a cell is the header of the rows below it: as wide as the table, and not among the header rows."""
+    return cell.header and cell.row >= table.n_header_rows and cell.colspan == table.n_cols > 1
 
 
 def _start(table: Table, cell: Cell) -> str:
-    found = _TAG.search(cell.text)
-    if found:
-        raise AnswerError(f"the text of {place(cell.row, cell.col)} contains '{found[0]}', which OTSL cannot hold.")
     if not cell.text.strip():
-        return "<ecel>"
+        return "ecel"
     if cell.row < table.n_header_rows:
-        return "<ched>"
-    if cell.header:
-        return "<srow>" if cell.colspan == table.n_cols > 1 else "<rhed>"
-    return "<fcel>"
+        return "ched"
+    if is_section(table, cell):
+        return "srow"
+    return "rhed" if cell.header else "fcel"

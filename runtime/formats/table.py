@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from granite4v.errors import AnswerError
@@ -115,6 +115,16 @@ def bounded(tables: Iterable[Table]) -> Iterator[Table]:
         if n_slots > MAX_SLOTS:
             raise AnswerError(f"{number} tables of {n_slots:,} slots together; expected at most {MAX_SLOTS:,}.")
         yield table
+
+
+def stacked(tables: Sequence[Table]) -> Table:
+    """One table of the rows of several, one below the other; those that are narrower get empty cells on their right."""
+    n_cols, cells, row = max(table.n_cols for table in tables), [], 0
+    for table in tables:
+        cells += [replace(c, row=row + c.row, header_level=0 if row else c.header_level) for c in table.cells]
+        cells += [Cell(row + i, j, "") for i in range(table.n_rows) for j in range(table.n_cols, n_cols)]
+        row += table.n_rows
+    return Table(row, n_cols, tables[0].n_header_rows, tuple(cells))
 
 
 def as_many_as_fit(tables: Iterable[Table]) -> tuple[list[Table], bool]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from docling_core.types.doc import CoordOrigin
 from docling_core.types.doc.document import DoclingDocument
 
 from granite4v.runtime.extract.docling_export import write_docling
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import read
+from granite4v.runtime.formats.docling_ import docling_table
 
 TABLE = (
     '<table><tr><th colspan="2">Sales</th></tr><tr><th>Year</th><th>Sum</th></tr>'
@@ -50,6 +54,54 @@ def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
     assert picture.meta.description.text == summary and picture.prov[0].page_no == 2
     assert [text.text for text in document.texts] == ["print(1)", "An answer."]
     assert "2020" in document.export_to_markdown()
+
+
+def test_items_stand_on_their_page_and_tell_how_sure_the_model_was(tmp_path: Path) -> None:
+    """In docling's own fields where it has them."""
+    two = read("tables_html", TABLE + TABLE)
+    sure = {"0/0/0": {"mean": 0.9, "least": 0.8}, "0/1/0": {"mean": 0.7, "least": 0.2}}
+    sure |= {"1/0/0": {"mean": 0.5, "least": 0.1}}
+    chart = {"0/0/0": {"mean": 0.6, "least": 0.6}, "0/1/1": {"mean": 0.8, "least": 0.3}}
+    records = [
+        replace(record("tables_html", TABLE, 1), value=two, confidence=sure),
+        replace(record("kvp", '{"no": 5}', 1), confidence={"/no": {"mean": 0.4, "least": 0.3}}),
+        replace(record("chart2csv", "Year,Sales\n2020,5\n", 2), confidence=chart),
+        replace(record("chart2summary", "It rises.", 2), confidence={"": {"mean": 0.75, "least": 0.5}}),
+        replace(record("chart2code", "print(1)", 2), confidence={"": {"mean": 0.25, "least": 0.125}}),
+        record("kvp", '{"no": 6}', 3),
+    ]
+    path = write_docling(tmp_path, "a", "a.pdf", records)
+    assert path is not None
+    document = DoclingDocument.load_from_json(path)
+    own = [item.meta.get_custom_part()["granite4v__confidence"] for item in document.tables]
+    assert own == [{"mean": pytest.approx(0.8), "least": 0.2}, {"mean": 0.5, "least": 0.1}]
+    unsure, silent = document.key_value_items
+    assert unsure.meta.get_custom_part() == {"granite4v__confidence": {"mean": 0.4, "least": 0.3}}
+    assert silent.meta is None
+    (picture,) = document.pictures
+    assert picture.meta.tabular_chart.confidence == pytest.approx(0.7)
+    assert picture.meta.description.confidence == 0.75
+    (code,) = document.texts
+    assert code.meta.get_custom_part() == {"granite4v__confidence": {"mean": 0.25, "least": 0.125}}
+    assert code.prov[0].charspan == (0, len("print(1)"))
+    for item in (*document.tables, *document.pictures, *document.texts, *document.key_value_items):
+        (where,) = item.prov
+        page = document.pages[where.page_no].size
+        assert where.bbox.as_tuple() == (0, 0, 100, 200) and where.bbox.coord_origin == CoordOrigin.BOTTOMLEFT
+        assert where.bbox.to_top_left_origin(page.height).as_tuple() == (0, 0, *page.as_tuple())
+
+
+def test_a_section_of_a_table_is_one() -> None:
+    """Its header is as wide as the table."""
+    (table,) = read("tables_otsl", "<otsl><ched>a<ched>b<nl><srow>c<lcel><nl><rhed>d<fcel>e<nl></otsl>")
+    flags = [(c.text, c.column_header, c.row_section, c.row_header) for c in docling_table(table).table_cells]
+    assert flags == [
+        ("a", True, False, False),
+        ("b", True, False, False),
+        ("c", False, True, False),
+        ("d", False, False, True),
+        ("e", False, False, False),
+    ]
 
 
 def test_a_document_that_could_not_be_read_has_no_file(tmp_path: Path) -> None:
