@@ -1,0 +1,81 @@
+"""The options of docling stages that ask a model of granite4v."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from docling.datamodel.pipeline_options import BaseTableStructureOptions, PictureDescriptionBaseOptions
+from docling_core.types.doc.labels import PictureClassificationLabel
+from pydantic import BaseModel, Field
+
+from granite4v.choices import CacheType, VisionCompute
+
+Charts = Literal["classified", "all", "none"]
+
+
+class ModelOptions(BaseModel):
+    """Which model is asked, and how. Stages of a process with the same options share one, so set them alike."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            description=(
+                "Directory made by `granite4v convert`, text GGUF file, or model of the Hugging Face hub "
+                "('owner/name', 'owner/name:Q4_K_M'), which is fetched on first use. By default the small model "
+                "inside the package, which reads nothing but synthetic documents."
+            )
+        ),
+    ] = None
+    mmproj: Annotated[str | None, Field(description="Vision file of a text GGUF file that has none beside it.")] = None
+    n_ctx: Annotated[int | None, Field(description="Context size in tokens, prompt and answer together.")] = None
+    n_threads: Annotated[
+        int | None,
+        Field(description="CPU threads. By default those that `accelerator_options` were given, else one per core."),
+    ] = None
+    n_parallel: Annotated[
+        int | None,
+        Field(description="Most answers at once. By default as many as are worth while; measured once on a machine."),
+    ] = None
+    vision_compute: Annotated[VisionCompute, Field(description="See `granite4v.load`.")] = "file"
+    cache_type: Annotated[CacheType | None, Field(description="See `granite4v.load`.")] = None
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Most tokens of an answer. By default 4096, or as many as fit into the context."),
+    ] = None
+
+
+class Granite4vTableOptions(ModelOptions, BaseTableStructureOptions):
+    """Tables read by granite4v, from an image of each."""
+
+    kind: ClassVar[str] = "granite4v_table"
+
+    scale: Annotated[
+        float, Field(gt=0, le=10, description="Pixels of a table's image for each point (1/72 inch) of the page.")
+    ] = 2.0
+
+
+class Granite4vPictureOptions(ModelOptions, PictureDescriptionBaseOptions):
+    """Pictures described by granite4v, and charts read as tables."""
+
+    kind: ClassVar[str] = "granite4v_picture"
+
+    batch_size: Annotated[int, Field(ge=1, description="Pictures that are asked about at once.")] = 16
+    prompt: Annotated[str, Field(description="The question about each picture.")] = (
+        "Describe this image in a few sentences."
+    )
+    charts: Annotated[
+        Charts,
+        Field(
+            description=(
+                "Which pictures are also read as charts: those that docling's picture classifier found to be of "
+                "`chart_types`, all, or none."
+            )
+        ),
+    ] = "classified"
+    chart_types: Annotated[list[PictureClassificationLabel], Field(description="Classes that are read as charts.")] = [
+        PictureClassificationLabel.BAR_CHART,
+        PictureClassificationLabel.LINE_CHART,
+        PictureClassificationLabel.PIE_CHART,
+        PictureClassificationLabel.SCATTER_PLOT,
+        PictureClassificationLabel.OTHER_CHART,
+    ]

@@ -1,0 +1,127 @@
+"""Images of a document put to the model, all of them before the first answer is waited for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+
+from granite4v.errors import AnswerError, Granite4vError
+from granite4v.runtime.answer import STOP, Answer
+from granite4v.runtime.confidence import confidence
+from granite4v.runtime.engine.draft import DraftSource
+from granite4v.runtime.engine.stream import Stream
+from granite4v.runtime.formats import read, salvage
+from granite4v.runtime.formats.task_grammar import grammar_for
+from granite4v.runtime.formats.tasks import QUESTION, find_task
+from granite4v.runtime.model import Model
+from granite4v.runtime.options import GenerationOptions
+
+MAX_TOKENS = 4096  # of an answer, as `granite4v extract` has it
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered about an image.
+
+    `value`: what the answer says, as `formats.read` gives it; None if nothing. `confidence`: the mean token probability
+    of its cells, or of its text; None where that is not known. `problem`: why the value is missing or not complete.
+    """
+
+    value: Any = None
+    confidence: float | None = None
+    problem: str | None = None
+
+
+class Question:
+    """One image and a task, or a question in words; asked when it is made. It never raises what one image alone can
+    cause, so that no other one suffers from it."""
+
+    def __init__(self, asker: Asker, image: PIL.Image.Image, texts: Iterable[str]) -> None:
+        self._asker = asker
+        self._stream: Stream | None = None
+        self._problem: str | None = None
+        try:
+            self._stream = asker.submit(image, texts)
+        except Exception as error:  # of any kind: images come from other people's files
+            self._problem = _described(error)
+
+    def reply(self) -> Reply:
+        """Waits for the answer."""
+        if self._stream is None:
+            return Reply(problem=self._problem)
+        try:
+            return self._asker.read(self._stream.result())
+        except Exception as error:
+            return Reply(problem=_described(error))
+
+
+class Asker:
+    """Asks one model about images; for any number of threads.
+
+    What a table says often stands in the text of its page or in other tables of the document. Both are given to the
+    model as drafts, which change no answer, only the time that it takes.
+    """
+
+    def __init__(self, model: Model, task: str, *, prompt: str = "", max_tokens: int | None = None) -> None:
+        """`task`: of `formats.TASKS`; or 'prompt', with a question in words. `max_tokens`: None for `MAX_TOKENS`."""
+        self.model, self._task = model, find_task(task)
+        self._prompt = prompt if self._task is QUESTION else self._task.question()
+        self._grammar = None if self._task is QUESTION else grammar_for(task)
+        self._max_tokens = max_tokens
+        self._answers = DraftSource()
+
+    def ask(self, image: PIL.Image.Image, texts: Iterable[str] = ()) -> Question:
+        """`texts`: pieces of text that the answer may repeat."""
+        return Question(self, image, texts)
+
+    def submit(self, image: PIL.Image.Image, texts: Iterable[str]) -> Stream:
+        """Raises what `Model.prepare` and `Model.submit` raise."""
+        prompt = self.model.prepare(self._prompt, [image])
+        most = max(1, min(MAX_TOKENS, self.model.n_ctx - prompt.n_tokens))
+        options = GenerationOptions(
+            max_tokens=most if self._max_tokens is None else min(self._max_tokens, most),
+            constraint=self._grammar,
+            drafting=self.model.n_parallel > 1,
+            repetition=self._task.name,
+            logprobs=0,
+        )
+        sources = [self._answers]
+        if pieces := [text for text in dict.fromkeys(texts) if text]:
+            tokenizer, on_page = self.model.prompts.tokenizer(), DraftSource()
+            for piece in pieces:
+                on_page.add(tokenizer.encode_plain(piece))
+            sources.append(on_page)
+        stream = self.model.submit(prompt, options, drafts=sources)
+        stream.let_run()
+        return stream
+
+    def read(self, answer: Answer) -> Reply:
+        """What is complete of an answer."""
+        if answer.finish_reason == STOP:
+            self._answers.add_answer(answer.tokens)
+        text, task = answer.text.removesuffix(answer.closing or ""), self._task.name
+        problem = None if answer.finish_reason == STOP else f"the answer did not end by itself ({answer.finish_reason})"
+        if problem is None:
+            try:
+                return Reply(read(task, text), self._sure(answer))
+            except AnswerError as error:
+                problem = str(error)
+        saved = salvage(task, text)
+        if saved is None:
+            return Reply(problem=problem)
+        return Reply(saved.value, self._sure(answer), problem if saved.cut else None)
+
+    def _sure(self, answer: Answer) -> float | None:
+        means = [one.mean for one in confidence(answer, self._task.name).values()]
+        return sum(means) / len(means) if means else None
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, Granite4vError):
+        return str(error)
+    logging.getLogger("granite4v").info("a question of docling's", exc_info=True)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,57 @@
+"""One loaded model for all stages of a process that have the same options."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+from docling.datamodel.accelerator_options import AcceleratorOptions
+
+from granite4v.choices import Device
+from granite4v.default_model import load
+from granite4v.docling_plugin.options import ModelOptions
+from granite4v.runtime.engine.parallel import Workload
+from granite4v.runtime.model import Model
+
+# a model lives as long as a stage that uses it; a forked process has copies of these, and cannot use them
+_models: weakref.WeakValueDictionary[tuple[Any, ...], Model] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Model:
+    """The model of these options, loaded unless a stage of this process uses it already. Never close it: it is freed
+    with the last stage that refers to it. Raises what `granite4v.load` raises, and ValueError for a device that
+    granite4v has not."""
+    settings: dict[str, Any] = {
+        "path": options.model,
+        "mmproj": options.mmproj,
+        "n_ctx": options.n_ctx,
+        "n_threads": options.n_threads or _chosen_threads(accelerator),
+        "n_parallel": options.n_parallel,
+        "device": _device(accelerator.device),
+        "vision_compute": options.vision_compute,
+        "cache_type": options.cache_type,
+    }
+    key = (os.getpid(), *settings.values())
+    with _loading:
+        model = _models.get(key)
+        if model is None:
+            model = _models[key] = load(**settings, workload=Workload(None, options.max_tokens))
+        return model
+
+
+def _chosen_threads(accelerator: AcceleratorOptions) -> int | None:
+    """What somebody chose, by argument or environment: docling's default is four, whatever the machine has."""
+    return accelerator.num_threads if "num_threads" in accelerator.model_fields_set else None
+
+
+def _device(name: str) -> Device:
+    """docling's device, which may be an enum of texts, as granite4v's."""
+    if name.startswith("cuda"):
+        return "cuda"
+    devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "mps": "metal"}
+    if name not in devices:
+        raise ValueError(f"accelerator_options.device is {name!r:.40}; granite4v computes on auto, cpu, cuda or mps.")
+    return devices[name]

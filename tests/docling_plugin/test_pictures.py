@@ -1,0 +1,124 @@
+"""docling's picture description stage, on documents of its own, with the embedded model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from docling.datamodel.accelerator_options import AcceleratorOptions
+from docling.datamodel.base_models import ItemAndImageEnrichmentElement
+from docling_core.types.doc import (
+    BoundingBox,
+    DoclingDocument,
+    PictureClassificationMetaField,
+    PictureItem,
+    PictureMeta,
+    ProvenanceItem,
+    Size,
+)
+from docling_core.types.doc.document import PictureClassificationPrediction
+from PIL import Image
+
+import granite4v
+from granite4v.docling_plugin import Granite4vPictureModel, Granite4vPictureOptions
+from granite4v.runtime.formats import read_csv
+from scripts.nano.documents import draw_document
+from scripts.nano.truth import HELD_OUT_SEEDS
+
+N_PARALLEL = 4
+
+
+def stage(enabled: bool = True, **options: Any) -> Granite4vPictureModel:
+    options = {"n_parallel": N_PARALLEL, "max_tokens": 400, **options}
+    return Granite4vPictureModel(
+        enabled=enabled,
+        enable_remote_services=False,
+        artifacts_path=None,
+        options=Granite4vPictureOptions(**options),
+        accelerator_options=AcceleratorOptions(device="cpu"),
+    )
+
+
+def chart(seed: int) -> Image.Image:
+    return draw_document(HELD_OUT_SEEDS + seed, "chart", 0.5, "Aileron").picture
+
+
+def document(*kinds: str | None) -> DoclingDocument:
+    """One picture for each; None is one that no classifier has seen."""
+    made = DoclingDocument(name="a")
+    made.add_page(1, Size(width=100, height=100))
+    for kind in kinds:
+        box = BoundingBox(l=0, t=0, r=50, b=50)
+        item = made.add_picture(prov=ProvenanceItem(page_no=1, bbox=box, charspan=(0, 0)))
+        if kind is not None:
+            found = [PictureClassificationPrediction(class_name=kind, confidence=0.9)]
+            item.meta = PictureMeta(classification=PictureClassificationMetaField(predictions=found))
+    return made
+
+
+def enriched(model: Granite4vPictureModel, made: DoclingDocument, *images: Image.Image) -> list[PictureItem]:
+    """The items that docling's pipeline hands the stage, as it leaves them."""
+    pairs = zip(made.pictures, images, strict=True)
+    elements = [ItemAndImageEnrichmentElement(item=item, image=image) for item, image in pairs]
+    list(model(made, elements))
+    return made.pictures
+
+
+def rows(item: PictureItem) -> list[list[str]]:
+    assert item.meta is not None and item.meta.tabular_chart is not None
+    return [[cell.text for cell in row] for row in item.meta.tabular_chart.chart_data.grid]
+
+
+def test_pictures_are_described_and_charts_become_tables() -> None:
+    images = [chart(0), chart(1), chart(2)]
+    bar, photo, unknown = enriched(stage(), document("bar_chart", "photograph", None), *images)
+    with granite4v.load(n_parallel=N_PARALLEL, device="cpu") as model:
+        csv = model.generate("<chart2csv>", images[:1], constraint=granite4v.grammar_for("chart2csv"), max_tokens=400)
+        text = model.generate(Granite4vPictureOptions().prompt, images[1:2], max_tokens=400)
+    assert rows(bar) == read_csv(csv.text).texts()
+    table = bar.meta.tabular_chart
+    assert table.created_by == "granite4v" and 0.5 < table.confidence <= 1
+    assert [cell.column_header for cell in table.chart_data.table_cells][:2] == [True, True]
+    assert photo.meta.description.text == text.text.strip() and photo.meta.description.created_by == "granite4v"
+    assert bar.meta.description.text and unknown.meta.description.text
+    assert photo.meta.tabular_chart is None and unknown.meta.tabular_chart is None
+
+
+def test_charts_may_be_all_pictures_or_none() -> None:
+    (one,) = enriched(stage(charts="all"), document(None), chart(0))
+    assert len(rows(one)) > 1
+    (other,) = enriched(stage(charts="none"), document("bar_chart"), chart(0))
+    assert other.meta.tabular_chart is None and other.meta.description is not None
+    (kept,) = enriched(stage(charts="all"), _with(one), chart(1))
+    assert rows(kept) == rows(one)
+
+
+def _with(item: PictureItem) -> DoclingDocument:
+    made = document(None)
+    made.pictures[0].meta = PictureMeta(tabular_chart=item.meta.tabular_chart)
+    return made
+
+
+def test_a_picture_that_cannot_be_asked_about_gets_no_entry(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "granite4v"):
+        (item,) = enriched(stage(n_ctx=64, charts="all"), document(None), chart(0))
+    assert item.meta.description is None and item.meta.tabular_chart is None and not item.annotations
+    assert len([one for one in caplog.messages if "context" in one]) == 2
+
+
+def test_small_pictures_are_charts_without_a_description() -> None:
+    """As with docling's own stages: the threshold is about descriptions."""
+    made = stage(charts="all", picture_area_threshold=0.9)
+    (item,) = enriched(made, document(None), chart(0))
+    assert rows(item) and item.meta.description is None
+
+
+def test_a_stage_that_is_off_loads_no_model() -> None:
+    off = stage(enabled=False, model="does/not/exist")
+    made = document("bar_chart")
+    (item,) = enriched(off, made, chart(0))
+    assert item.meta.description is None and item.meta.tabular_chart is None
+    assert not off.is_processable(made, item)
+    assert Granite4vPictureOptions.kind == "granite4v_picture"
+    assert Granite4vPictureModel.get_options_type() is Granite4vPictureOptions
