@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from granite4v.cli import options
+from granite4v.cli.ask_images import open_images, render_pages
 from granite4v.cli.progress import Progress, plural
 from granite4v.cli.streams import to_json
-from granite4v.errors import ImageError, ImageWarning
+from granite4v.errors import ImageWarning
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import Video
@@ -41,10 +42,11 @@ def ask(
     vision_compute: options.VisionComputeOption = "file",
     cache_type: options.CacheTypeOption = None,
     page_store: options.PageStoreOption = True,
+    password: options.PasswordOption = None,
     no_stream: options.NoStreamOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Ask one question about one or more images, or videos.
+    """Ask one question about one or more images, pages of PDFs, or videos.
 
     Only the answer goes to stdout; progress, timings and warnings go to stderr. What the decoder has read of the images
     is kept on disk, private to the user, so that the next question about them is answered without reading them again.
@@ -55,7 +57,7 @@ def ask(
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
     is_streamed = not as_json and not no_stream
     with Progress() as progress:
-        opened = [*_open_images(images or []), *_open_videos(videos or [], frames, fps)]
+        given, frames_of = open_images(images or []), _open_videos(videos or [], frames, fps)
         path = options.model_path(model)
         with Model.load(
             path,
@@ -71,9 +73,10 @@ def ask(
                 progress.say(f"note: {loaded.vision_note}")
             for warning in loaded.warnings:
                 progress.say(f"warning: {warning}")
+            pictures = render_pages(given, loaded, password)
             stream = loaded.stream(
-                _messages(prompt, len(images or []), len(videos or []), system),
-                opened,
+                _messages(prompt, len(pictures), len(frames_of), system),
+                [*pictures, *frames_of],
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_k=top_k,
@@ -89,36 +92,6 @@ def ask(
                 else:
                     progress.stage("generate", len(stream.answer.tokens), 0)
     _finish(stream.answer, as_json=as_json, is_printed=is_streamed)
-
-
-def _open_images(images: list[str]) -> list[Any]:
-    """Decoded in a separate process: a damaged file may end its decoder."""
-    if images.count("-") > 1:
-        raise typer.BadParameter("'-' means standard input and may be given only once.", param_hint="IMAGE")
-    if not images:
-        return []
-    from PIL import Image
-
-    from granite4v.runtime.documents.reader import load_apart
-
-    opened = []
-    for loaded in load_apart([_from_stdin() if image == "-" else image for image in images]):
-        for warning in loaded.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        opened.append(Image.frombytes("RGB", loaded.size, bytes(loaded.pixels)))
-    return opened
-
-
-def _from_stdin() -> bytes:
-    if sys.stdin.isatty():
-        raise ImageError("'-' reads an image from standard input, but that is a terminal; pipe an image into it.")
-    try:
-        data = sys.stdin.buffer.read()
-    except OSError as error:
-        raise ImageError(f"standard input cannot be read: {error.strerror or error}.") from None
-    if not data:
-        raise ImageError("'-' reads an image from standard input, but that is empty or closed; pipe an image into it.")
-    return data
 
 
 def _open_videos(videos: list[str], frames: int | None, fps: float | None) -> list[Video]:

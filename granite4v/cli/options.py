@@ -109,7 +109,11 @@ StorePagesOption = Annotated[
 # --- generation ---
 
 ImagesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files; '-' reads one from standard input.")
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE...",
+        help="Images, and PDFs with the pages that are meant: scan.pdf#3; '-' reads an image from standard input.",
+    ),
 ]
 VideosOption = Annotated[
     list[str] | None,

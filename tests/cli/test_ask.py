@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pikepdf
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import granite4v
 from granite4v.cli.main import app
+from granite4v.runtime.documents import Page, open_pages
 from tests.helpers.pictures import noise_picture, text_picture
 from tests.toy.spec import PRESETS
 
@@ -77,6 +81,65 @@ def test_several_images_and_none(folder: Path, page: Path, tmp_path: Path) -> No
     two = run("ask", page, other, "Compare.", "--model", folder, "--max-tokens", 2, "--json")
     none = run("ask", "Hello", "--model", folder, "--max-tokens", 2, "--json")
     assert json.loads(two.stdout)["timings"]["n_image"] > json.loads(none.stdout)["timings"]["n_image"] == 0
+
+
+@pytest.fixture(scope="module")
+def pdf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pages") / "scan #1.pdf"
+    first, *rest = [text_picture((150, 100), seed) for seed in range(3)]
+    first.save(path, save_all=True, append_images=rest, resolution=72)
+    return path
+
+
+def test_pages_of_a_pdf(folder: Path, page: Path, pdf: Path) -> None:
+    options = ("What is this?", "--model", folder, "--max-tokens", 12)
+    with (
+        granite4v.load(folder) as model,
+        contextlib.closing(open_pages([pdf], pages="2-3", view=model.files.vision_config)) as found,
+    ):
+        images = [one.image for one in found if isinstance(one, Page)]
+        expected = [model.generate("What is this?", chosen, max_tokens=12).text for chosen in ([images[1]], images)]
+        beside = model.generate("What is this?", [page, images[0]], max_tokens=12).text
+    told = [run("ask", f"{pdf}#{pages}", *options).stdout for pages in ("3", "2-3")]
+    assert told == [f"{text}\n" for text in expected] and expected[0] != expected[1]
+    assert run("ask", page, f"{pdf}#2", *options).stdout == f"{beside}\n"
+
+
+def test_a_pdf_of_one_page_needs_no_number(folder: Path, page: Path, tmp_path: Path) -> None:
+    Image.open(page).save(tmp_path / "one.pdf", resolution=72)
+    told = [run("ask", tmp_path / f"one.pdf{n}", "Hm?", "--model", folder, "--max-tokens", 5) for n in ("", "#1")]
+    assert told[0].exit_code == 0 and told[0].stdout == told[1].stdout
+
+
+def test_an_image_may_have_the_sign_of_pages_in_its_name(folder: Path, page: Path, tmp_path: Path) -> None:
+    (tmp_path / "a#1").write_bytes(page.read_bytes())
+    told = [run("ask", path, "Hm?", "--model", folder, "--max-tokens", 5).stdout for path in (page, tmp_path / "a#1")]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{pdf}", "has 3 pages; name those that are meant, such as 'scan #1.pdf#1' or"),
+        ("{pdf}#4", "has 3 pages"),
+        ("{pdf}#0", "#0'"),
+        ("{pdf}#", "#'"),
+        ("gone.pdf#1", "there is no file 'gone.pdf'"),
+    ],
+)
+def test_pages_that_are_not_there(folder: Path, pdf: Path, given: str, message: str) -> None:
+    result = run("ask", given.format(pdf=pdf), "Hm?", "--model", folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr.replace("\n", " ") and "Traceback" not in result.stderr
+
+
+def test_a_page_of_an_encrypted_pdf(folder: Path, pdf: Path, tmp_path: Path) -> None:
+    with pikepdf.open(pdf) as opened:
+        opened.save(tmp_path / "locked.pdf", encryption=pikepdf.Encryption(owner="o", user="secret"))
+    arguments = ("ask", tmp_path / "locked.pdf#2", "Hm?", "--model", folder, "--max-tokens", 5)
+    without, opened_ = run(*arguments), run(*arguments, "--password", "secret")
+    assert without.exit_code == 1 and "password" in without.stderr
+    assert opened_.stdout == run("ask", f"{pdf}#2", *arguments[2:]).stdout != ""
 
 
 def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, answer: granite4v.Answer) -> None:
