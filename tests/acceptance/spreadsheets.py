@@ -163,7 +163,7 @@ def main() -> None:
         written = b"".join(map(encode, records(chosen.documents, chosen.seed)))
         (results / "results.jsonl").write_bytes(written)
         for name in ("csv", "xlsx", "parquet"):
-            exported = granite4v.export_results(results, name, out=Path(work) / name, say=print)  # type: ignore[arg-type]
+            exported = granite4v.export_results(results, name, out=Path(work) / name, say=print)
             assert exported.n_failed == 0
         tables = tables_of(Path(work) / "csv")
         check_openpyxl(Path(work) / "xlsx", tables, tally)
