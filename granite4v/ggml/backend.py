@@ -268,13 +268,23 @@ def use_large_pages(buffer: Any) -> None:
 
 
 def _whole_pages(buffer: Any) -> tuple[int, int]:
-    """Where the pages that lie completely in a host buffer begin and end; nothing elsewhere than on Linux."""
+    """Where the pages that lie completely in a buffer of the CPU begin and end; nothing elsewhere than on Linux."""
     ggml = lib()
-    if not sys.platform.startswith("linux") or not buffer or not ggml.ggml_backend_buffer_is_host(buffer):
+    if not sys.platform.startswith("linux") or not buffer or not _is_in_memory(buffer):
         return 0, 0
     start = ggml.ggml_backend_buffer_get_base(buffer)
     end = start + ggml.ggml_backend_buffer_get_size(buffer)
     return -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _is_in_memory(buffer: Any) -> bool:
+    """Whether a buffer's base is an address of this process. Buffers that rearrange weights for the CPU are no host
+    buffers for ggml, since others cannot read what is in them."""
+    ggml = lib()
+    if ggml.ggml_backend_buffer_is_host(buffer):
+        return True
+    device = ggml.ggml_backend_buft_get_device(ggml.ggml_backend_buffer_get_type(buffer))
+    return bool(device) and is_cpu(device)
 
 
 def set_data(tensor: Any, data: np.ndarray) -> None:

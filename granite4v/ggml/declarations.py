@@ -183,10 +183,12 @@ DECLARATIONS: tuple[Declaration, ...] = (
     # ggml-backend.h
     _base("ggml_backend_buft_name", _str, BufferTypeP),
     _base("ggml_backend_buft_alloc_buffer", BufferP, BufferTypeP, _size),
+    _base("ggml_backend_buft_get_device", DeviceP, BufferTypeP),
     _base("ggml_backend_buffer_free", None, BufferP),
     _base("ggml_backend_buffer_get_base", _void_p, BufferP),
     _base("ggml_backend_buffer_get_size", _size, BufferP),
     _base("ggml_backend_buffer_is_host", c.c_bool, BufferP),
+    _base("ggml_backend_buffer_get_type", BufferTypeP, BufferP),
     _base("ggml_backend_buffer_set_usage", None, BufferP, _int),
     _base("ggml_backend_free", None, BackendP),
     _base("ggml_backend_tensor_set", None, TensorP, _void_p, _size, _size),  # (tensor, data, offset, size)

@@ -1,5 +1,7 @@
 """The bindings: symbols, layouts, round trips, and that a bad shape or file raises instead of ending the process."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import gguf
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml.backend import Arena, Backend, find_device, get_data, set_data
+from granite4v.ggml.backend import Arena, Backend, find_device, get_data, release_pages, set_data
 from granite4v.ggml.declarations import DECLARATIONS
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
@@ -216,3 +218,19 @@ def test_tensor_knows_whether_it_is_contiguous(backend: Backend) -> None:
     assert x.is_contiguous and not graph.permute(x, 1, 0, 2, 3).is_contiguous
     assert isinstance(graph.cont(graph.permute(x, 1, 0, 2, 3)), Tensor)
     graph.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+def test_pages_of_every_buffer_of_the_cpu_are_known(backend: Backend) -> None:
+    """Of rearranged weights, too: those that are given back read as zeros."""
+    for buffer_type in (backend.buffer_type, *backend.extra_buffer_types()):
+        arena = Arena(1)
+        tensor = arena.tensor("Q4_0", 1024, 1024)
+        arena.allocate(buffer_type, weights=True)
+        set_data(tensor, quantize_rows(RNG.standard_normal((1024, 1024), dtype=np.float32), "Q4_0", 1))
+        start = tensor.contents.data + (1 << 18)  # far from both ends
+        values = np.ctypeslib.as_array(ctypes.cast(start, ctypes.POINTER(ctypes.c_uint8)), (1 << 12,))
+        assert values.any()
+        release_pages(arena.buffer)
+        assert not values.any()
+        arena.close()
