@@ -17,7 +17,7 @@ import numpy as np
 
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.families.vision_layout import ffn_block, ffn_padded, padded_width, tensor_kind
-from granite4v.ggml.backend import Aborted, Arena, Backend
+from granite4v.ggml.backend import Aborted, Arena, Backend, use_large_pages
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernels import ATTENTION, PLAIN, Kernel
@@ -128,11 +128,12 @@ class Weights:
         self._arenas.append(arena)
         tensors = [arena.tensor(info.type_name, *reversed(info.shape), name=info.name) for info in infos]
         arena.allocate(buffer_type, weights=True)
+        use_large_pages(arena.buffer)
         for info, tensor in zip(infos, tensors, strict=True):
             data = self._data(info, backend)
             lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, info.nbytes)
             self._tensors[info.name] = Tensor(tensor)
-        self.release()
+            self.release()  # or copies and what they were made of are in memory together
 
     def _map_in_place(self, infos: list[TensorInfo], backend: Backend) -> None:
         arena = Arena(len(infos))

@@ -1,8 +1,9 @@
 """A decoder's layers of cross-attention as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
 
 Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: in half precision,
-or float32 for comparing values. Every row of a call sees all of them. There is a graph for each place between
-llama.cpp's layers and each number of rows; those of a few rows, which decode steps have, are kept.
+in eight bits beside quantized weights, or float32 for comparing values. Every row of a call sees all of them. There is
+a graph for each place between llama.cpp's layers and each number of rows; those of a few rows, which decode steps have,
+are kept.
 
 Arithmetic: transformers 5.24, the `...CrossAttentionDecoderLayer` of the family; RMSNorm of queries and keys for each
 head, no rotation.
@@ -18,16 +19,19 @@ import numpy as np
 
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import linear
-from granite4v.clip_projector.weights import Weights
+from granite4v.clip_projector.weights import FLOATS, Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
-from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
+from granite4v.ggml.backend import Arena, Backend, buffer_type_name, set_data, use_large_pages
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.kernels import Kernel
 from granite4v.ggml.metadata import AGAIN
+from granite4v.ggml.quantize import block_size, quantize_rows
+from granite4v.memory import available_bytes, has_large_pages
 from granite4v.runtime.llama.library import capture_log
+from granite4v.runtime.llama.placement import SPARE_BYTES
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
 NODES_PER_LAYER, NODES_PER_PIECE = 48, 12
@@ -53,15 +57,12 @@ class CrossLayers:
         """Maps the weights of a vision file, or copies them to what multiplies them faster. `announce` is called when
         that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
-        self._kv_type = "F32" if exact else "F16"
+        self._kv_type = kv_type(file, config, exact=exact)
         capture_log()  # repacking reports every tensor
         infos = _infos(file)
-        pairs = {} if exact else cross_kernels(file, backend, announce)
-        few: dict[str, Kernel] = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
-        many: dict[str, Kernel] = {kind: pair[0] for kind, pair in pairs.items() if pair[0].buffer_type}
+        many, few = ({}, {}) if exact else choose_copies(file, backend, announce)
         self._few = Weights(file, backend, few, infos=infos)
-        shared = {kind for kind in {info.type_name for info in infos} if many.get(kind) == few.get(kind)}
-        self._shared = {info.name for info in infos if info.type_name in shared}
+        self._shared = {info.name for info in infos if many.get(info.type_name) == few.get(info.type_name)}
         others = [info for info in infos if info.name not in self._shared]
         self._many = Weights(file, backend, many, infos=others) if others else self._few
         self._arena: Arena | None = None
@@ -83,19 +84,37 @@ class CrossLayers:
         self._mask = Tensor(arena.tensor("F32", n_padded, group * ROWS_AT_ONCE))
         arena.allocate(self._backend.buffer_type, weights=False)
         use_large_pages(arena.buffer)
-        zeros = np.zeros((n_heads, n_padded, dim), np.float32 if self._kv_type == "F32" else np.float16)
-        for made in (*self._keys.values(), *self._values.values()):
-            set_data(made.ptr, zeros)
         mask = np.zeros((group * ROWS_AT_ONCE, n_padded), np.float32)
         mask[:, n:] = -np.inf
         set_data(self._mask.ptr, mask)
-        for start in range(0, n, KEYS_AT_ONCE):
-            part = np.ascontiguousarray(states[start : start + KEYS_AT_ONCE], dtype=np.float32)
-            graph = self._built(len(config.layers), 1, lambda graph: self._fill_keys(graph, start, len(part)))  # noqa: B023
-            try:
-                graph.run(states=part)
-            finally:
+        for i in config.layers:
+            keys_of, values_of = (np.pad(x, ((0, n_padded - n), (0, 0), (0, 0))) for x in self._projected(i, states))
+            set_data(self._keys[i].ptr, self._stored(keys_of.transpose(1, 0, 2)))
+            set_data(self._values[i].ptr, self._stored(values_of.transpose(1, 2, 0)))
+        self._release()
+
+    def _projected(self, i: int, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's keys and values, float32 `(n, heads, head_dim)`."""
+        graphs: dict[int, Graph] = {}
+        found = []
+        try:
+            for start in range(0, len(states), KEYS_AT_ONCE):
+                part = np.ascontiguousarray(states[start : start + KEYS_AT_ONCE], dtype=np.float32)
+                n = len(part)
+                if n not in graphs:
+                    graphs[n] = self._built(1, 1, lambda graph: self._fill_keys(graph, i, n))  # noqa: B023
+                found.append(graphs[n].run(states=part))
+        finally:
+            for graph in graphs.values():
                 graph.close()
+        shape = (len(states), self._config.num_key_value_heads, self._config.head_dim)
+        keys_of, values_of = (np.concatenate([part[name] for part in found]) for name in ("attn_k", "attn_v"))
+        return keys_of.reshape(shape), values_of.reshape(shape)
+
+    def _stored(self, values: np.ndarray) -> np.ndarray:
+        """Float32 values as bytes of the type that keys and values have."""
+        rows = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
+        return quantize_rows(rows, self._kv_type, self._backend.n_threads)
 
     def run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int, *, with_mlp: bool = True) -> np.ndarray:
         """Some layers that follow each other, for rows float32 `(n, hidden_size)`; after `look_at`."""
@@ -112,6 +131,7 @@ class CrossLayers:
             raise
         if n > MAX_FEW_ROWS:  # its intermediate results take too much memory for each place to keep them
             graph.close()
+            self._release()
         else:
             graphs[n, with_mlp] = graph
             if len(graphs) > MAX_GRAPHS:
@@ -149,23 +169,16 @@ class CrossLayers:
             raise
         return graph
 
-    def _fill_keys(self, graph: Graph, start: int, n: int) -> None:
-        """Keys and values of `n` states, from `start` on, into the buffer."""
+    def _fill_keys(self, graph: Graph, i: int, n: int) -> None:
+        """A layer's keys and values of `n` states."""
         config = self._config
         dim, n_heads = config.head_dim, config.num_key_value_heads
         x = graph.input("states", "F32", config.hidden_size, n)
-        for i in config.layers:
-            for part, made in (("attn_k", self._keys[i]), ("attn_v", self._values[i])):
-                project = self._linear(graph, i, part, config.hidden_size, n_heads * dim, KEYS_AT_ONCE)
-                found = graph.reshape(project(x), dim, n_heads, n)
-                if part == "attn_k":
-                    found = self._normalized(graph, found, i, "attn_k_norm")
-                if part == "attn_k":
-                    place = graph.view(made, (dim, n, n_heads), (made.nb[1], made.nb[2]), start * made.nb[1])
-                    graph.expand(graph.copy_(place, graph.permute(found, 0, 2, 1, 3)))
-                else:
-                    place = graph.view(made, (n, dim, n_heads), (made.nb[1], made.nb[2]), start * made.nb[0])
-                    graph.expand(graph.copy_(place, graph.permute(found, 1, 2, 0, 3)))
+        for part in ("attn_k", "attn_v"):
+            found = self._linear(graph, i, part, config.hidden_size, n_heads * dim, KEYS_AT_ONCE)(x)
+            if part == "attn_k":
+                found = self._normalized(graph, graph.reshape(found, dim, n_heads, n), i, "attn_k_norm")
+            graph.output(part, found)
 
     def _fill(self, graph: Graph, layers: tuple[int, ...], n: int, with_mlp: bool) -> None:
         config = self._config
@@ -208,6 +221,11 @@ class CrossLayers:
         weight = self._few.vector(f"{_name(i, part)}.weight", x.ne[0])
         return graph.mul(graph.rms_normalize(x, self._config.rms_norm_eps), weight)
 
+    def _release(self) -> None:
+        """Mapped weights that have a copy for fewer rows leave memory; they are read again from the system's cache."""
+        if self._many is not self._few:
+            self._many.release()
+
     # --- its end ---
 
     def _look_away(self) -> None:
@@ -229,8 +247,42 @@ def cross_kernels(
     file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
 ) -> dict[str, tuple[Kernel, Kernel]]:
     """How a vision file's layers are multiplied: see `text_kernels`."""
-    matrices = [info for info in _infos(file) if len(info.shape) > 1]
-    return autotune.text_kernels(backend, n_weights(matrices), announce)
+    return autotune.text_kernels(backend, n_weights(_matrices(file)), announce)
+
+
+def choose_copies(
+    file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
+) -> tuple[dict[str, Kernel], dict[str, Kernel]]:
+    """The types whose weights leave the mapped file, as a text model's do (`choose_placement`): for products of many
+    rows, and of a few. A type has one copy at most."""
+    infos = _matrices(file)
+    types = n_weights(infos)
+    if not backend.is_cpu or sum(types.values()) < autotune.SMALL:
+        return {}, {}
+    pairs = cross_kernels(file, backend, announce)
+    many = {kind: pair[0] for kind, pair in pairs.items() if pair[0].buffer_type}
+    few = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
+    plain = Kernel(buffer_type_name(backend.buffer_type), buffer_type=backend.buffer_type)
+    copied = {kind: plain for kind in types if kind not in many and kind not in few} if has_large_pages() else {}
+    available = available_bytes()
+    for more in (copied, {}):
+        needed = sum(info.nbytes for info in infos if info.type_name in {*many, *few, *more})
+        if available is None or needed + SPARE_BYTES <= available:
+            return {**many, **more}, {**few, **more}
+    return {}, {}
+
+
+def kv_type(file: GgufFile, config: CrossAttentionConfig, *, exact: bool) -> str:
+    """The type of an image's keys and values. Beside quantized weights they have eight bits: in half precision, those
+    of four tiles of 560 px would be a fifth of what a layer of four bits reads for a row."""
+    if exact:
+        return "F32"
+    is_quantized = all(info.type_name not in FLOATS for info in _matrices(file))
+    return "Q8_0" if is_quantized and config.head_dim % block_size("Q8_0") == 0 else "F16"
+
+
+def _matrices(file: GgufFile) -> list[TensorInfo]:
+    return [info for info in _infos(file) if len(info.shape) > 1]
 
 
 def _infos(file: GgufFile) -> list[TensorInfo]:

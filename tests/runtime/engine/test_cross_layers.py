@@ -1,0 +1,93 @@
+"""Layers of cross-attention: where their weights are, and that this changes no value but by rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from granite4v.families.registry import read_vision
+from granite4v.ggml import autotune
+from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.kernels import PLAIN, Kernel
+from granite4v.runtime.engine import cross_layers
+from granite4v.runtime.engine.cross_layers import CrossLayers, choose_copies
+from tests.peers.reference import relative_l2
+from tests.toy.checkpoint import PRESETS
+
+SPEC = PRESETS["tiny-mllama-wide"]
+REPACK = "CPU_REPACK"
+RNG = np.random.default_rng(0)
+STATES = RNG.standard_normal((70, SPEC.text_hidden), np.float32)
+ROWS = {n: RNG.standard_normal((n, SPEC.text_hidden), np.float32) for n in (1, 3, 70)}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    opened = Backend("cpu", 2)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def repack(backend: Backend) -> Kernel:
+    for buffer_type in backend.extra_buffer_types():
+        if buffer_type_name(buffer_type) == REPACK and backend.multiplies(buffer_type, "Q4_0", 256, 512):
+            return Kernel(REPACK, buffer_type=buffer_type)
+    pytest.skip("this ggml repacks no Q4_0")
+
+
+def computed(path: Path, backend: Backend, *, exact: bool = False) -> list[np.ndarray]:
+    with GgufFile.open(path) as file:
+        config = read_vision(file)[1].cross_attention
+        assert config is not None
+        layers = CrossLayers(file, config, backend, exact=exact)
+    try:
+        layers.look_at(STATES)
+        return [layers.run((i,), rows, 2) for i in config.layers for rows in ROWS.values()]
+    finally:
+        layers.close()
+
+
+@pytest.fixture
+def path(make_model: Callable[..., Path]) -> Path:
+    return make_model(SPEC, "Q4_0", "Q8_0") / "mmproj-Q8_0.gguf"
+
+
+def test_copies_change_no_value(path: Path, backend: Backend, repack: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For many rows, for a few, for both, or as they are in large pages."""
+    expected = computed(path, backend)
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    plain = Kernel(PLAIN)
+    for pair in ((repack, repack), (plain, repack), (repack, plain), None):
+        chosen = {"Q4_0": pair} if pair else {}
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, chosen=chosen: chosen)
+        for large in (True, False):
+            monkeypatch.setattr(cross_layers, "has_large_pages", lambda large=large: large)
+            for found, values in zip(computed(path, backend), expected, strict=True):
+                assert relative_l2(found, values) < 0.01, pair  # activations are rounded, sums have another order
+                assert pair or np.array_equal(found, values)
+
+
+def test_what_is_copied(path: Path, backend: Backend, repack: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with GgufFile.open(path) as file:
+        assert choose_copies(file, backend) == ({}, {})  # a small file stays mapped
+        monkeypatch.setattr(autotune, "SMALL", 0)
+        monkeypatch.setattr(cross_layers, "has_large_pages", lambda: True)
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_: {"Q4_0": (Kernel(PLAIN), repack)})
+        assert choose_copies(file, backend) == ({}, {"Q4_0": repack})
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_: {})
+        many, few = choose_copies(file, backend)
+        assert many == few and many.keys() == {"Q4_0"} and many["Q4_0"].name == buffer_type_name(backend.buffer_type)
+        monkeypatch.setattr(cross_layers, "available_bytes", lambda: cross_layers.SPARE_BYTES)
+        assert choose_copies(file, backend) == ({}, {})  # no memory
+
+
+def test_keys_and_values_of_quantized_layers_have_eight_bits(path: Path, backend: Backend) -> None:
+    """Their error is far below that of the weights."""
+    found, exact = computed(path, backend), computed(path, backend, exact=True)
+    errors = [relative_l2(a, b) for a, b in zip(found, exact, strict=True)]
+    assert 1e-4 < max(errors) < 0.02
