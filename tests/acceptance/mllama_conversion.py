@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.toy.checkpoint import PRESETS, stored_tensors
+from tests.toy.checkpoint import PRESETS, CheckpointSpec, stored_tensors
 from tests.toy.language import build_tokenizer, write_language_files
 from tests.toy.mllama import TEMPLATE, mllama_preprocessor, mllama_tokenizer
 from tests.toy.spec import model_config
@@ -34,9 +34,8 @@ POLL_SECONDS = 0.5
 LARGE_BYTES = 64_000_000
 
 
-def write_sparse(folder: Path) -> int:
+def write_sparse(folder: Path, spec: CheckpointSpec) -> int:
     """A checkpoint whose tensors are holes; how many bytes they stand for."""
-    spec = PRESETS["full-mllama-11b"]
     tokenizer = mllama_tokenizer(build_tokenizer(spec.n_bpe))
     write_language_files(folder, tokenizer, template=TEMPLATE)
     _json(folder / "config.json", model_config(spec, tokenizer))
@@ -96,7 +95,7 @@ def main() -> None:
         source, out, scratch = work / "source", work / "out", work / "tmp"
         source.mkdir()
         scratch.mkdir()
-        source_bytes = write_sparse(source)
+        source_bytes = write_sparse(source, PRESETS["full-mllama-11b"])
         options = ("--text-type", args.text_type, "--vision-type", "Q8_0")
         began = time.perf_counter()
         child = subprocess.Popen(

@@ -11,59 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL.Image import Image
+from safetensors.numpy import load_file, save_file
 
+from granite4v.converter import Options, convert
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.engine.page_store import PageStore
 from granite4v.runtime.model import Model
-from granite4v.runtime.prompt.spans import ImageSpan, Prompt
+from granite4v.runtime.prompt.spans import Prompt
 from tests.helpers.gguf_edit import tensor_bytes
-from tests.helpers.pictures import noise_picture
+from tests.helpers.mllama_cases import CASES, IMAGE, PICTURES, ids_of, pictures_of, text, user
 from tests.peers.mllama import MllamaReference
-from tests.toy.checkpoint import PRESETS, CheckpointSpec
+from tests.toy.checkpoint import PRESETS, AdapterSpec, CheckpointSpec, write_adapter
 
 SPEC, FIRST, WIDE = PRESETS["tiny-mllama"], PRESETS["tiny-mllama-first"], PRESETS["tiny-mllama-wide"]
 TOLERANCE = 1e-4
-PICTURES = [noise_picture((110, 100)), noise_picture((160, 40))]  # four tiles, three
-LONG = "Read this. " * 120  # more than one batch
-
-
-def text(said: str) -> dict[str, str]:
-    return {"type": "text", "text": said}
-
-
-IMAGE = {"type": "image"}
-
-
-def user(*parts: dict[str, str]) -> dict[str, Any]:
-    return {"role": "user", "content": list(parts)}
-
-
-CASES: dict[str, list[dict[str, Any]]] = {
-    "one": [user(IMAGE, text("What is this?"))],
-    "behind text": [user(text("Look at "), IMAGE, text(" and tell."))],
-    "two": [user(IMAGE, text(" and "), IMAGE, text(" differ?"))],
-    "adjacent": [user(IMAGE, IMAGE, text("Which?"))],
-    "two turns": [
-        user(IMAGE, text("One?")),
-        {"role": "assistant", "content": [text("Yes.")]},
-        user(IMAGE, text("Two?")),
-    ],
-    "text": [user(text("What is this?"))],
-    "in chunks": [user(text(LONG), IMAGE, text(LONG))],
-}
-
-
-def pictures_of(messages: list[dict[str, Any]]) -> list[Image]:
-    return PICTURES[: sum(part["type"] == "image" for message in messages for part in message["content"])]
 
 
 def prepared(model: Model, case: str) -> Prompt:
     return model.prepare(CASES[case], pictures_of(CASES[case]))
-
-
-def ids_of(prompt: Prompt, image_token: int) -> list[int]:
-    return [t for span in prompt.spans for t in ([image_token] if isinstance(span, ImageSpan) else span.tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +131,19 @@ def test_a_cancelled_request_leaves_nothing_behind(stage: str, model: Model, mak
     assert np.array_equal(model.logits(prepared(model, "in chunks")), expected)
 
 
+def test_an_answer_cancelled_between_tokens_leaves_nothing_behind(
+    model: Model, make_model: Callable[..., Path]
+) -> None:
+    with Model.load(make_model(SPEC), n_threads=1) as other:
+        expected = [other.logits(prepared(other, case)) for case in ("two", "one")]
+    stream = model.stream(CASES["one"], PICTURES[:1], max_tokens=500, ignore_eos=True)
+    next(iter(stream))
+    stream.cancel()
+    assert stream.result().finish_reason == "cancelled"
+    found = [model.logits(prepared(model, case)) for case in ("two", "one")]
+    assert np.array_equal(found, expected)
+
+
 def test_drafts_change_no_answer(model: Model) -> None:
     plain = model.generate(CASES["one"], PICTURES[:1], max_tokens=60, ignore_eos=True, drafting=False)
     drafted = model.generate(CASES["one"], PICTURES[:1], max_tokens=60, ignore_eos=True, drafting=True)
@@ -241,6 +219,32 @@ def test_an_image_token_in_a_text_is_refused(model: Model) -> None:
     ):
         with pytest.raises(PromptError, match="placeholder|image token"):
             ask()
+
+
+def test_a_separate_adapter_of_the_decoders_own_layers(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Applied to images and left out for texts, it answers as the merged one and as none."""
+    adapter = write_adapter(tmp_path / "adapter", SPEC, AdapterSpec())
+    file = adapter / "adapter_model.safetensors"
+    own = {
+        name: tensor
+        for name, tensor in load_file(file).items()
+        if not any(f".layers.{i}." in name for i in SPEC.cross_layers)
+    }
+    save_file(own, file)
+    checkpoint = make_checkpoint(SPEC)
+    found: dict[str, list[np.ndarray]] = {}
+    for name, options in (
+        ("none", Options("F32", "F32")),
+        ("merge", Options("F32", "F32", "merge", str(adapter))),
+        ("separate", Options("F32", "F32", "separate", str(adapter))),
+    ):
+        convert(checkpoint, tmp_path / name, options)
+        with Model.load(tmp_path / name, n_threads=1, exact=True) as model:
+            found[name] = [model.logits(prepared(model, case)) for case in ("one", "text", "one", "two turns")]
+    assert np.abs(np.array(found["merge"]) - found["none"]).max(-1).min() > 0.1
+    for case, merged in enumerate(found["merge"]):
+        expected = found["none"][1] if case == 1 else merged
+        assert np.abs(found["separate"][case] - expected).max() <= TOLERANCE, case
 
 
 def damaged(folder: Path, target: Path, name: str, change: Callable[[np.ndarray], None]) -> Path:
