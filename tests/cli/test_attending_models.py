@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from granite4v.cli.main import app
 from granite4v.runtime.model import Model
 from tests.helpers.pictures import noise_picture
+from tests.helpers.served import events, image, served, text
 from tests.toy.checkpoint import PRESETS
 
 SPEC = PRESETS["tiny-mllama-wide"]
@@ -51,11 +53,40 @@ def test_ask_and_chat(folder: Path, pages: list[Path]) -> None:
 
 
 def test_extract_by_a_prompt_and_not_by_a_task_of_another_template(folder: Path, pages: list[Path]) -> None:
+    with Model.load(folder) as model:
+        expected = {page.name: model.generate("What?", [page], max_tokens=4).text for page in pages}
     done = run("extract", *pages, "--model", folder, "--prompt", "What?", "--max-tokens", 4, "--json", status=1)
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [Path(record["source"]).name for record in records] == ["a.png", "b.png"]
+    assert {Path(record["source"]).name: record["text"] for record in records} == expected
+    assert {record["finish_reason"] for record in records} == {"length"}  # which is why the status is 1
     refused = run("extract", pages[0], "--model", folder, "--task", "tables_html", status=1)
     assert "does not know the task 'tables_html'" in refused.stderr and not refused.stdout
+
+
+def test_serve(folder: Path, pages: list[Path]) -> None:
+    """Requests at once are answered one after the other, each as it is alone."""
+    pictures = [image(page.read_bytes()) for page in pages]
+    asked = {
+        "first": ([pictures[0]], [pages[0]]),
+        "second": ([pictures[1]], [pages[1]]),
+        "none": ([], []),
+        "both": (pictures, pages),
+    }
+    with Model.load(folder) as model:
+        expected = {name: model.generate("What?", paths, max_tokens=8).text for name, (_, paths) in asked.items()}
+    with Model.load(folder) as model, served(model) as server, ThreadPoolExecutor(8) as pool:
+        futures = [
+            (name, pool.submit(server.chat, *parts, text("What?"), max_tokens=8))
+            for _ in range(2)
+            for name, (parts, _) in asked.items()
+        ]
+        found = [(name, future.result().json["choices"][0]["message"]["content"]) for name, future in futures]
+        assert found == [(name, expected[name]) for name, _ in found]
+        streamed = events(server.chat(*pictures, text("What?"), max_tokens=8, stream=True).body)
+        pieces = [choice["delta"].get("content") or "" for event in streamed[:-1] for choice in event["choices"]]
+        assert "".join(pieces) == expected["both"]
+        refused = server.chat(text("What is <|image|> this?"))
+        assert refused.status == 400 and "placeholder" in refused.error["message"]
 
 
 def test_bench_and_inspect(folder: Path, pages: list[Path]) -> None:
