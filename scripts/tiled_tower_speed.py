@@ -128,7 +128,7 @@ def run_ours(options: argparse.Namespace, kind: str, folder: Path) -> dict[str, 
     states = graph.run(lambda *_: weights.release(), **inputs)[STATES]
     seconds = time.perf_counter() - start
     np.save(folder / f"{kind}.npy", states)
-    result = {"encode_s": round(seconds, 4), "peak_rss_gb": round(peak_rss_gb(), 3), "n_tiles": where.n_tiles}
+    result = {"encode_s": round(seconds, 4), "peak_rss_gb": round(peak_rss_gb() or 0.0, 3), "n_tiles": where.n_tiles}
     graph.close()
     weights.close()
     backend.close()
@@ -153,7 +153,7 @@ def run_torch(options: argparse.Namespace, dtype: str, folder: Path) -> dict[str
         states = projector(output)[0, 0].float().numpy()
     seconds = time.perf_counter() - start
     np.save(folder / f"{dtype}.npy", states)
-    return {"encode_s": round(seconds, 4), "peak_rss_gb": round(peak_rss_gb(), 3)}
+    return {"encode_s": round(seconds, 4), "peak_rss_gb": round(peak_rss_gb() or 0.0, 3)}
 
 
 if __name__ == "__main__":
