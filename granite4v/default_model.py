@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from granite4v.runtime.engine.parallel import Workload
     from granite4v.runtime.extract import Extraction
     from granite4v.runtime.extract.batch import Say
+    from granite4v.runtime.extract.cluster import OnRay
     from granite4v.runtime.extract.options import ExtractFields
     from granite4v.runtime.extract.state import Watch
 
@@ -95,11 +96,16 @@ def extract(
     tasks: Sequence[str] | str = (),
     *,
     model: Model | str | Path | None = None,
+    ray: str | None = None,
     watch: Watch | None = None,
     say: Say | None = None,
     **options: Unpack[ExtractFields],
 ) -> Extraction:
     """Extracts records from documents (see `runtime.extract.extract`), with the embedded model unless one is given.
+
+    `ray`: the address of a Ray cluster whose nodes read the pages ('auto' for the one of this machine, or for one that
+    is started for this run). The model is then given by its path or name, and every node must have it, or find it by
+    that name. Workers have all cores of their node, or `n_threads` of them each; `parallel` is that of one worker.
 
     For instance:
 
@@ -115,11 +121,23 @@ def extract(
                 for table in record.tables:
                     print(table.texts())
     """
+    from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract import extract as run_extract
 
     if model is None or isinstance(model, str | Path):
-        model = find_model(model, logging.getLogger("granite4v").info)
+        found = find_model(model, logging.getLogger("granite4v").info)
+        return run_extract(inputs, tasks, model=on_ray(model, found, ray), watch=watch, say=say, **options)
+    if ray is not None:
+        raise ArgumentError("with 'ray', every node loads a model of its own; give its path or name.")
     return run_extract(inputs, tasks, model=model, watch=watch, say=say, **options)
+
+
+def on_ray(name: str | Path | None, path: str | Path, address: str | None) -> OnRay | str | Path:
+    """For `extract`: the model that `find_model` found here by `name`, to be loaded by the nodes of a Ray cluster;
+    `path` alone without an address."""
+    from granite4v.runtime.extract.cluster import OnRay
+
+    return path if address is None else OnRay(address, name, path, find_model)
 
 
 def find_model(

@@ -33,6 +33,7 @@ USES: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("docling", "docling-core", extract_as("docling")),
     ("parquet", "pyarrow", lambda folder: granite4v.export_results(folder, "parquet")),
     ("xlsx", "openpyxl", lambda folder: granite4v.export_results(folder, "xlsx")),
+    ("ray", "ray", lambda folder: granite4v.extract("a.png", "tables_html", ray="local") and None),
     ("docling", "docling-core", lambda folder: granite4v.export_results(folder, "docling")),
 ]
 

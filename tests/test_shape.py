@@ -27,12 +27,14 @@ LAZY_ROOMS = (
 OPTIONAL = {
     "av",
     "docling_core",
+    "fsspec",
     "llama_cpp",
     "openpyxl",
     "pandas",
     "peft",
     "pyarrow",
     "pydantic",
+    "ray",
     "torch",
     "transformers",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,31 @@ if TYPE_CHECKING:
     from granite4v.runtime.extract import Extraction, ExtractOptions
 
 EXIT_FAILURE = 1
+RAY = "--ray"
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        RAY,
+        metavar="[ADDRESS]",
+        help="Read the pages on the nodes of the Ray cluster at ADDRESS (host:port); without one, on the cluster of "
+        "this machine, or on one that is started for this run. A worker has all cores of its node, or --threads of "
+        "them, and --parallel answers at once. Needs the extra 'ray'.",
+        show_default="in this process",
+    ),
+]
+_ADDRESS = re.compile(r"auto|local|ray://.+|(\[[\da-f:.]+\]|[\w.-]+):\d+", re.IGNORECASE)
+
+
+def with_ray_address(arguments: list[str]) -> list[str]:
+    """The arguments with an address behind every `--ray`, where an input may follow instead."""
+    found = []
+    for place, argument in enumerate(arguments):
+        found.append(argument)
+        if argument == "--":
+            return [*found, *arguments[place + 1 :]]
+        if argument == RAY and not _ADDRESS.fullmatch("".join(arguments[place + 1 : place + 2])):
+            found.append("auto")
+    return found
 
 
 def extract(
@@ -48,6 +74,7 @@ def extract(
     cache_type: options.CacheTypeOption = None,
     page_store: options.StorePagesOption = False,
     parallel: options.ParallelOption = None,
+    ray: RayOption = None,
     drafting: options.DraftingOption = True,
 ) -> None:
     """Extract tables, chart data and fields from documents.
@@ -88,7 +115,7 @@ def extract(
     with Progress() as progress:
         shown = RunProgress(progress)
         printer = Printer(as_json=as_json, out=out, table_format=formats[0] if formats else None, say=progress.say)
-        with _begin(inputs, chosen, model, shown) as run:
+        with _begin(inputs, chosen, model, ray, shown) as run:
             _print_records(run, printer, shown)
         progress.say(summary(run.state, time.monotonic() - run.state.began))
     printer.list_files(run.state)
@@ -98,14 +125,18 @@ def extract(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _begin(inputs: list[str], chosen: ExtractOptions, model: str | None, shown: RunProgress) -> Extraction:
+def _begin(
+    inputs: list[str], chosen: ExtractOptions, model: str | None, ray: str | None, shown: RunProgress
+) -> Extraction:
+    from granite4v.default_model import on_ray
     from granite4v.runtime.documents import SelectionError
     from granite4v.runtime.extract import ArgumentError, begin
     from granite4v.runtime.extract.arguments import checked
 
     try:
         checked(inputs, chosen)  # wrong usage is reported before the embedded model is converted
-        return begin(inputs, chosen, model=options.model_path(model), watch=shown.watch, say=shown.progress.say)
+        found = on_ray(model, options.model_path(model), ray)
+        return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.progress.say)
     except (ArgumentError, SelectionError) as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -19,7 +19,7 @@ from granite4v.cli.chat import chat
 from granite4v.cli.convert import convert
 from granite4v.cli.doctor import doctor
 from granite4v.cli.export import export
-from granite4v.cli.extract import extract
+from granite4v.cli.extract import extract, with_ray_address
 from granite4v.cli.inspect import inspect
 from granite4v.cli.models import list_models, path, pull, remove
 from granite4v.cli.options import fill_in_tasks
@@ -40,12 +40,15 @@ def _concluding() -> Iterator[None]:
         raise typer.Exit(conclude(error)) from None
 
 
-class TaskCommand(TyperCommand):
-    """A command whose help lists the tasks."""
+class ExtractCommand(TyperCommand):
+    """The command whose help lists the tasks, and whose `--ray` may stand without an address."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         fill_in_tasks(self.params)
         super().format_options(ctx, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_ray_address(args))
 
 
 class Commands(TyperGroup):
@@ -110,6 +113,6 @@ cache_app.command("clear")(clear_pages)
 cache_app.command("verify")(verify_pages)
 
 for command in (convert, requantize, ask, chat, serve, extract, export, inspect, verify, bench, doctor):
-    app.command(cls=TaskCommand if command is extract else TyperCommand)(command)
+    app.command(cls=ExtractCommand if command is extract else TyperCommand)(command)
 app.add_typer(cache_app, name="cache")
 app.add_typer(models_app, name="models")

@@ -11,7 +11,9 @@ from types import TracebackType
 from granite4v.errors import OutputError
 from granite4v.runtime.documents import Page, PageFailure, PageSkipped, Totals, open_pages
 from granite4v.runtime.engine.stream import Progress
+from granite4v.runtime.extract.asking import Asker
 from granite4v.runtime.extract.attempts import Attempts
+from granite4v.runtime.extract.cluster.model import RayModel
 from granite4v.runtime.extract.document_files import Form, Written, remove_stale, write_document, write_fields
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extract.names import Names
@@ -34,15 +36,15 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Job:
     """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`.
-    `n_parallel`: the most answers at once."""
+    `asker`: who answers, which is that model, or asks it elsewhere."""
 
-    model: Model
+    model: Model | RayModel
+    asker: Asker
     hashes: Mapping[str, str]
     questions: tuple[Question, ...]
     options: ExtractOptions
     inputs: tuple[str, ...]
     totals: Totals
-    n_parallel: int
 
 
 class Extraction:
@@ -71,9 +73,7 @@ class Extraction:
         self.state = state
         self.state.counts, self.state.n_resumed = log.counts, log.counts.n_records
         self.state.n_documents_total, self.state.n_pages_total = job.totals.documents, job.totals.pages
-        self._window = Window(
-            job.model, job.hashes, job.options, log, attempts, state, watch, n_parallel=job.n_parallel
-        )
+        self._window = Window(job.asker, job.hashes, job.options, log, attempts, state, watch)
         self._read: Seen | None = None  # the document of the page that was rendered last
         self._written: Seen | None = None  # the document whose records come next
         self._met: set[str] = set()  # documents that this run has come to
@@ -91,7 +91,7 @@ class Extraction:
             raise
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Model | RayModel:
         return self._job.model
 
     def close(self) -> None:

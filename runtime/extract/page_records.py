@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from granite4v.errors import DeviceError, Granite4vError, ModelFileError
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.confidence import confidence, confidence_as_json
 from granite4v.runtime.documents import Page, PageFailure
-from granite4v.runtime.engine.draft import DraftSource
 from granite4v.runtime.engine.stream import Progress, Stream
 from granite4v.runtime.extract.attempts import MAX_DEATHS
 from granite4v.runtime.extract.document_files import described
+from granite4v.runtime.extract.drafts import Drafts
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.parsed_answer import parse_answer
 from granite4v.runtime.extract.questions import Question
@@ -32,12 +32,19 @@ class PageQuestion:
     """
 
     def __init__(
-        self, page: Page, question: Question, hashes: Mapping[str, str], model: Model, options: ExtractOptions
+        self,
+        page: Page,
+        question: Question,
+        hashes: Mapping[str, str],
+        model: Model,
+        options: ExtractOptions,
+        drafts: Drafts | None = None,
     ) -> None:
+        """`drafts`: what to decode ahead, to which the answer is added."""
         self.question = question
-        self._record = _begin(page, question, hashes)
+        self._record = begun(page, question, hashes)
         self._page: Page | None = page
-        self._model, self._options = model, options
+        self._model, self._options, self._drafts, self._digest = model, options, drafts, page.digest
         self._stream: Stream | None = None
         self._start = 0.0
         self.was_cancelled = False
@@ -48,22 +55,13 @@ class PageQuestion:
         """Of the answer, as far as it is."""
         return 0 if self._stream is None else len(self._stream.answer.tokens)
 
-    @property
-    def answer(self) -> Answer:
-        """Of a question that was asked."""
-        assert self._stream is not None
-        return self._stream.answer
+    def ask(self, *, progress: Progress | None, listener: Callable[[], None]) -> Record | None:
+        """Asks the model; the record of a page that cannot be asked about. Raises what `poll` raises.
 
-    def ask(
-        self,
-        *,
-        progress: Progress | None,
-        listener: Callable[[], None],
-        drafts: Sequence[DraftSource],
-        drafting: bool,
-    ) -> Record | None:
-        """Asks the model; the record of a page that cannot be asked about. Raises what `poll` raises."""
+        `listener` is called in the engine's thread when there is something to poll.
+        """
         self._start = time.perf_counter()
+        drafts = () if self._drafts is None else self._drafts.sources(self._digest, self.question)
 
         def watched(stage: str, done: int, total: int) -> None:
             try:
@@ -81,7 +79,7 @@ class PageQuestion:
                 max_tokens=self._options.max_tokens or max(1, min(MAX_TOKENS, model.n_ctx - prompt.n_tokens)),
                 constraint=self.question.constraint,
                 fast_forward=self._options.fast_forward,
-                drafting=drafting,
+                drafting=self._drafts is not None,
                 repetition=self.question.task,
                 lora=self._options.lora,
                 logprobs=0 if self._options.confidence else None,
@@ -102,7 +100,12 @@ class PageQuestion:
 
     def _poll(self) -> Record | None:
         assert self._stream is not None
-        return self._finished(self._stream.answer) if self._stream.poll() else None
+        if not self._stream.poll():
+            return None
+        record = self._finished(self._stream.answer)
+        if self._drafts is not None:
+            self._drafts.add(self._digest, self.question, self._stream.answer.tokens, record.value)
+        return record
 
     @property
     def is_done(self) -> bool:
@@ -178,28 +181,29 @@ def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) ->
         f"the process ended {MAX_DEATHS} times on this page (killed, out of memory, or a crash in native "
         "code), so it is skipped; try it again with --resume --retry-failed."
     )
-    return replace(_begin(page, question, hashes), error=error, error_type="ProcessDied")
+    return replace(begun(page, question, hashes), error=error, error_type="ProcessDied")
 
 
 def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like: Record) -> Record:
     """The record of a page whose pixels have been read before, in this run and for this task."""
-    begun = _begin(page, question, hashes)
+    new = begun(page, question, hashes)
     return replace(
         like,
-        source=begun.source,
-        page=begun.page,
-        n_pages=begun.n_pages,
-        size_px=begun.size_px,
-        dpi=begun.dpi,
-        warnings=begun.warnings,
+        source=new.source,
+        page=new.page,
+        n_pages=new.n_pages,
+        size_px=new.size_px,
+        dpi=new.dpi,
+        warnings=new.warnings,
         copy_of={"source": like.source, "page": like.page},
-        file_state=begun.file_state,
+        file_state=new.file_state,
         stem=None,
         timings=dict.fromkeys(like.timings, 0),
     )
 
 
-def _begin(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
+def begun(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
+    """The record of a question that has no answer yet."""
     return Record(
         source=page.source,
         page=page.number,

@@ -12,8 +12,7 @@ from granite4v.runtime.formats import TASKS
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
 from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.known_tasks import is_known
-from granite4v.runtime.model import Model
+from granite4v.runtime.known_tasks import Prepares, is_known
 from granite4v.runtime.prompt.template import TAG
 
 
@@ -91,7 +90,7 @@ def _check_prompt(prompt: str) -> None:
 
 
 def questions(
-    model: Model, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, unconstrained: bool
+    model: Prepares, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, unconstrained: bool
 ) -> tuple[Question, ...]:
     """What to ask for each of `tasks` (see `check_tasks`), in the words of this model's template.
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from granite4v.runtime.documents import count_pages
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.extract.arguments import checked
+from granite4v.runtime.extract.asking import Asker, ModelAsker
 from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.batch import REPORT, Extraction, Job, Say
+from granite4v.runtime.extract.cluster import OnRay, RayModel
 from granite4v.runtime.extract.earlier import earlier_error, earlier_source
 from granite4v.runtime.extract.options import ExtractFields, ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
@@ -39,16 +41,17 @@ def extract(
     inputs: Sequence[str | Path] | str | Path,
     tasks: Sequence[str] | str = (),
     *,
-    model: Model | str | Path,
+    model: Model | OnRay | str | Path,
     watch: Watch | None = None,
     say: Say | None = None,
     **options: Unpack[ExtractFields],
 ) -> Extraction:
     """Returns a lazy iterator over the records of every page of `inputs` and every task.
 
-    `inputs`: images, PDFs, folders, globs or '-' for standard input. `model`: a loaded model, which stays open, or what
-    `Model.load` takes. `watch` is called often with the state of the run; `say` is called with messages for the user
-    (logged by the logger 'granite4v' by default). `tasks` and the other options: see `ExtractOptions`.
+    `inputs`: images, PDFs, folders, globs or '-' for standard input. `model`: a loaded model, which stays open, what
+    `Model.load` takes, or one that the nodes of a Ray cluster load. `watch` is called often with the state of the run;
+    `say` is called with messages for the user (logged by the logger 'granite4v' by default). `tasks` and the other
+    options: see `ExtractOptions`.
 
     `resume` continues a run that ended early, or adds to one: inputs, pages and tasks may differ from before, and
     existing records of anything not named are kept. Existing records are not returned again, nor computed again while
@@ -70,13 +73,13 @@ def begin(
     inputs: Sequence[str | Path] | str | Path,
     options: ExtractOptions,
     *,
-    model: Model | str | Path,
+    model: Model | OnRay | str | Path,
     watch: Watch | None = None,
     say: Say | None = None,
 ) -> Extraction:
     """As `extract`, with its options in one."""
     paths, options = checked(inputs, options)
-    if not isinstance(model, str | Path) and not hasattr(model, "prepare"):
+    if not isinstance(model, str | Path | OnRay) and not hasattr(model, "prepare"):
         raise ArgumentError(f"the model is {model!r:.60}; expected a path, or what granite4v.load returns.")
     say = say or logging.getLogger("granite4v").info
     schema = None if options.schema is None else load_schema(options.schema, say)
@@ -92,7 +95,7 @@ def _open(
     paths: tuple[str, ...],
     options: ExtractOptions,
     schema: Schema | None,
-    model: Model | str | Path,
+    model: Model | OnRay | str | Path,
     watch: Watch,
     say: Say,
     opened: contextlib.ExitStack,
@@ -118,30 +121,45 @@ def _open(
     for note in totals.notes:
         say(note)
     n_questions = None if totals.pages is None else totals.pages * len(options.tasks)
-    if isinstance(model, str | Path):
-        workload = Workload(n_questions, options.max_tokens, lambda: say(_MEASURING))
-        model = opened.enter_context(_load(model, options, workload))
-    if model.vision_note is not None:
-        say(f"note: {model.vision_note}")
-    asked = questions(model, options.tasks, options.prompt, schema, unconstrained=options.unconstrained)
+    loaded = _load(model, options, n_questions, say, opened)
+    asked = questions(loaded, options.tasks, options.prompt, schema, unconstrained=options.unconstrained)
     for warning in schema_warnings(asked):
         say(f"warning: {warning}")
-    hashes = model_hashes(model.files, say)
-    n_parallel = how_many(model, options, n_questions, say)
+    hashes = model_hashes(loaded.files, say)
+    asker: Asker
+    if isinstance(loaded, RayModel):
+        asker = loaded.start(asked, hashes, n_questions, say)
+    else:
+        asker = ModelAsker(loaded, hashes, options, how_many(loaded, options, n_questions, say))
+    if loaded.vision_note is not None:
+        say(f"note: {loaded.vision_note}")
     if directory is not None:
-        for remark in directory.begin(_manifest(paths, asked, hashes, options, model, n_parallel)):
+        for remark in directory.begin(_manifest(paths, asked, hashes, options, loaded, asker)):
             say(remark)
     if log is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
         log = opened.enter_context(ResultsLog.open(None if directory is None else directory.results))
-    attempts = Attempts(None if directory is None else directory.path / ATTEMPTS)
+    # a page that kills its worker does not kill this process
+    keeps = directory is not None and not isinstance(loaded, RayModel)
+    attempts = Attempts(directory.path / ATTEMPTS if directory is not None and keeps else None)
     opened.callback(attempts.close)
-    job = Job(model, hashes, asked, options, paths, totals, n_parallel)
+    job = Job(loaded, asker, hashes, asked, options, paths, totals)
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
 
 
-def _load(path: str | Path, options: ExtractOptions, workload: Workload) -> Model:
-    return Model.load(
-        path,
+def _load(
+    model: Model | OnRay | str | Path,
+    options: ExtractOptions,
+    n_questions: int | None,
+    say: Say,
+    opened: contextlib.ExitStack,
+) -> Model | RayModel:
+    """What is loaded here is closed with `opened`."""
+    if isinstance(model, OnRay):
+        return opened.enter_context(RayModel(model, options))
+    if not isinstance(model, str | Path):
+        return model
+    loaded = Model.load(
+        model,
         n_ctx=options.n_ctx,
         n_threads=options.n_threads,
         device=options.device,
@@ -150,8 +168,9 @@ def _load(path: str | Path, options: ExtractOptions, workload: Workload) -> Mode
         cache_type=options.cache_type,
         page_store=options.page_store,
         n_parallel=options.parallel,
-        workload=workload,
+        workload=Workload(n_questions, options.max_tokens, lambda: say(_MEASURING)),
     )
+    return opened.enter_context(loaded)
 
 
 def _manifest(
@@ -159,8 +178,8 @@ def _manifest(
     asked: Sequence[Question],
     hashes: Mapping[str, str],
     options: ExtractOptions,
-    model: Model,
-    n_parallel: int,
+    model: Model | RayModel,
+    asker: Asker,
 ) -> dict[str, Any]:
     """`run.json`: what the run was asked for, and on what it was made."""
     vision_compute, cache_type = model.settings["vision_compute"], model.settings["cache_type"]
@@ -185,8 +204,8 @@ def _manifest(
                 "llama_cpp_python": version("llama-cpp-python"),
                 "n_threads": model.settings["n_threads"],
                 "device": model.settings["device"],
-                "parallel": n_parallel,
-                "drafting": options.drafting and n_parallel > 1,
+                "parallel": asker.n_each,
+                "drafting": asker.is_drafting,
             }
         ],
     }

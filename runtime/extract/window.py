@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 from granite4v.runtime.documents import Page
 from granite4v.runtime.engine.stream import Progress
+from granite4v.runtime.extract.asking import Asked, Asker
 from granite4v.runtime.extract.attempts import Attempts
-from granite4v.runtime.extract.drafts import Drafts, chains
+from granite4v.runtime.extract.drafts import chains
 from granite4v.runtime.extract.earlier import Seen
 from granite4v.runtime.extract.options import ExtractOptions
-from granite4v.runtime.extract.page_records import PageQuestion, abandoned_page, copied_page
+from granite4v.runtime.extract.page_records import abandoned_page, copied_page
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.results_log import ResultsLog
@@ -38,7 +39,7 @@ class Slot:
 
     question: Question
     after: Slot | None = None  # asked when that one has been answered, which predicts this one
-    asked: PageQuestion | None = None
+    asked: Asked | None = None
     record: Record | None = None
 
 
@@ -74,21 +75,16 @@ class Window:
 
     def __init__(
         self,
-        model: Model,
+        asker: Asker,
         hashes: Mapping[str, str],
         options: ExtractOptions,
         log: ResultsLog,
         attempts: Attempts,
         state: State,
         watch: Watch,
-        *,
-        n_parallel: int,
     ) -> None:
-        """`n_parallel`: the most answers at once."""
-        self._model, self._hashes, self._options, self._log = model, hashes, options, log
-        self._attempts, self._state, self._watch, self._n_parallel = attempts, state, watch, n_parallel
-        self.drafting = options.drafting and n_parallel > 1
-        self._drafts = Drafts(model) if self.drafting else None
+        self._asker, self._hashes, self._options, self._log = asker, hashes, options, log
+        self._attempts, self._state, self._watch = attempts, state, watch
         self._works: deque[PageWork] = deque()
         self._active: list[tuple[PageWork, Slot]] = []
         self._owners: dict[
@@ -116,12 +112,13 @@ class Window:
     @property
     def has_room(self) -> bool:
         """Whether another page would be begun soon. Pages that wait hold their pixels, so there are few of them."""
+        n_parallel = self._asker.n_parallel
         n_waiting = sum(work.page is not None for work in self._works if not work.is_begun)
-        is_free = len(self._active) < self._n_parallel and n_waiting < self._n_parallel
-        return is_free and len(self._works) < _PAGES_EACH * self._n_parallel
+        is_free = len(self._active) < n_parallel and n_waiting < n_parallel and self._asker.has_room
+        return is_free and len(self._works) < _PAGES_EACH * n_parallel
 
     def add(self, work: PageWork) -> None:
-        if self.drafting:
+        if self._asker.is_drafting:
             in_chains(work.slots)
         self._works.append(work)
 
@@ -162,7 +159,7 @@ class Window:
             self._attempts.forget(work.digest)
         if not work.is_begun and self._attempts.exhausted(work.digest):
             slot.record = abandoned_page(page, question, self._hashes)
-        elif len(self._active) < self._n_parallel:
+        elif len(self._active) < self._asker.n_parallel:
             if work.is_begun or self._may_begin(work):
                 self._ask(work, slot, page, progress)
             else:
@@ -182,12 +179,9 @@ class Window:
         self._owners[work.digest, slot.question.task] = slot, work
         self._state.n_in_flight = len(self._active) + 1
         self.show()
-        slot.asked = PageQuestion(page, slot.question, self._hashes, self._model, self._options)
-        drafts = () if self._drafts is None else self._drafts.sources(work.digest, slot.question)
+        slot.asked = self._asker.question(page, slot.question)
         self._active.append((work, slot))
-        failed = slot.asked.ask(
-            progress=progress, listener=self._news.set, drafts=drafts, drafting=self._drafts is not None
-        )
+        failed = slot.asked.ask(progress=progress, listener=self._news.set)
         if failed is not None:
             self._settle(work, slot, failed)
 
@@ -227,18 +221,14 @@ class Window:
         self._attempts.end()
 
     def _settle(self, work: PageWork, slot: Slot, record: Record) -> None:
-        assert slot.asked is not None
         slot.record = record
         self._active.remove((work, slot))
         self._state.n_tokens += int(record.timings.get("n_generated", 0))
         if record.error is None:
             work.is_computed = True
-            if self._drafts is not None:
-                self._drafts.add(work.digest, slot.question, slot.asked.answer.tokens, record.value)
         if work.is_complete:
             self._attempts.finish(work.digest)
-            if self._drafts is not None:
-                self._drafts.forget(work.digest)
+            self._asker.forget(work.digest)
         self.show()
 
     def show(self) -> None:

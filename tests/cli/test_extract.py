@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import granite4v
+from granite4v.cli.extract import with_ray_address
 from granite4v.cli.main import app
 from granite4v.runtime.extract import Record
 from tests.helpers.pictures import text_picture
@@ -324,3 +325,22 @@ def test_the_example_of_the_documentation_runs(
     exec(compile(example.replace('out="read/")', few), "example", "exec"), {})
     assert "scans/c.png 1 " in capsys.readouterr().out
     assert [record["task"] for record in records(Path("read"))] == ["tables_html", "kvp"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--ray", "scans/"], ["--ray", "auto", "scans/"]),
+        (["scans/", "--ray"], ["scans/", "--ray", "auto"]),
+        (["--ray", "--json", "a.pdf"], ["--ray", "auto", "--json", "a.pdf"]),
+        (["--ray", "head.example:6379", "a.pdf"], ["--ray", "head.example:6379", "a.pdf"]),
+        (["--ray", "[::1]:6379"], ["--ray", "[::1]:6379"]),
+        (["--ray", "ray://head:10001", "a"], ["--ray", "ray://head:10001", "a"]),
+        (["--ray", "local", "a"], ["--ray", "local", "a"]),
+        (["--ray=head:1", "a"], ["--ray=head:1", "a"]),
+        (["a", "--", "--ray", "b"], ["a", "--", "--ray", "b"]),
+        (["--ray", "s3://bucket/a.pdf"], ["--ray", "auto", "s3://bucket/a.pdf"]),
+    ],
+)
+def test_an_input_is_not_taken_for_the_address_of_a_cluster(given: list[str], expected: list[str]) -> None:
+    assert with_ray_address(given) == expected

@@ -1,0 +1,6 @@
+"""A run's questions answered by the nodes of a Ray cluster: this process reads documents and writes records, workers
+answer."""
+
+from granite4v.runtime.extract.cluster.model import OnRay, RayModel
+
+__all__ = ["OnRay", "RayModel"]
