@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import granite4v
 from granite4v.errors import CheckpointError, HubError, ModelFileError, OutputError
+from granite4v.extras import check_installed
 from granite4v.paths import cache_folder, temporary_folder
 
 if TYPE_CHECKING:
@@ -134,10 +135,13 @@ def extract(
 
 def on_ray(name: str | Path | None, path: str | Path, address: str | None) -> OnRay | str | Path:
     """For `extract`: the model that `find_model` found here by `name`, to be loaded by the nodes of a Ray cluster;
-    `path` alone without an address."""
+    `path` alone without an address. Raises Granite4vError without the package `ray`."""
+    if address is None:
+        return path
     from granite4v.runtime.extract.cluster import OnRay
 
-    return path if address is None else OnRay(address, name, path, find_model)
+    check_installed("'ray' (--ray)", "ray", "ray")
+    return OnRay(address, name, path, find_model)
 
 
 def find_model(

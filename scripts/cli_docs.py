@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "PYTHONIOENCODING": "Encoding of standard output where that is not a terminal. Default: UTF-8.",
     "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "How threads of OpenMP wait for each other. Default: they sleep if the machine "
     "is busy when a model is loaded, and spin otherwise.",
+    "RAY_ADDRESS, RAY_USAGE_STATS_ENABLED": "Ray's own: the cluster of `--ray` without an address; whether a cluster "
+    "reports usage statistics, which one that `extract` starts never does.",
 }
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from granite4v.errors import DeviceError
-from granite4v.extras import check_installed
 
 AUTO, LOCAL = "auto", "local"
 OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here: pages on their way to workers
 _REACHED_S = 15.0
+_STATISTICS = "RAY_USAGE_STATS_ENABLED"
 _PART_OF_STORE = 4  # the pages on their way take no more than one part in so many of a node's object store
 
 
@@ -61,7 +61,6 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def _import() -> Any:
-    check_installed("'ray' (--ray)", "ray", "ray")
     import ray
     import ray.exceptions
     import ray.util.scheduling_strategies
@@ -78,8 +77,8 @@ def _connect(ray: Any, address: str) -> None:
             except ConnectionError:  # there is none
                 address = LOCAL
         if address == LOCAL:
-            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-            ray.init(address=LOCAL, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            with _no_usage_statistics():
+                ray.init(address=LOCAL, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         elif address != AUTO:
             _check_reachable(address)
             ray.init(address=address, **quiet)
@@ -89,6 +88,19 @@ def _connect(ray: Any, address: str) -> None:
             f"{what} ({_first_line(error)}); start one with 'ray start --head', with the same versions of Ray and "
             "Python as here, or give --ray without an address."
         ) from None
+
+
+@contextlib.contextmanager
+def _no_usage_statistics() -> Iterator[None]:
+    """For the processes that Ray starts meanwhile."""
+    before = os.environ.get(_STATISTICS)
+    os.environ[_STATISTICS] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_STATISTICS)
+        if before is not None:
+            os.environ[_STATISTICS] = before
 
 
 def _check_reachable(address: str) -> None:
