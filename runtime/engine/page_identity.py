@@ -22,7 +22,7 @@ from granite4v.runtime.engine.cross_attention import CrossAttention
 from granite4v.runtime.engine.text_model import TextModel
 from granite4v.runtime.engine.vision import Vision
 from granite4v.runtime.llama.files import ModelFiles
-from granite4v.runtime.llama.fingerprint import model_hashes
+from granite4v.runtime.llama.fingerprint import UnchangedFiles, model_hashes
 from granite4v.runtime.llama.library import llama
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
@@ -44,7 +44,8 @@ class PageIdentity:
         cache_type: str,
     ) -> None:
         """`cross`: of a decoder that attends to images. `cache_type`: of the KV cache, 'f32' for one without flash
-        attention."""
+        attention. Raises ModelFileError."""
+        self._unchanged = UnchangedFiles(files)
         self._cross = cross
         self._files, self._vision, self._text = files, vision, text
         self._device, self._n_threads, self._cache_type = device, n_threads, cache_type
@@ -59,7 +60,10 @@ class PageIdentity:
             self._hashes = model_hashes(self._files, announce, check)
 
     def __call__(self, adapter: bool, least_rows: int) -> Json:
-        """See `stored_pages.Identity`. Once the text model's placement is chosen, and after `prepare`."""
+        """See `stored_pages.Identity`. Once the text model's placement is chosen, and after `prepare`. Raises
+        ModelFileError for files that have changed since the model was loaded, text and encoder each when it is first
+        needed: nobody knows then which weights there are in memory."""
+        self._unchanged.check()
         assert self._hashes is not None
         files = {role: found for role, found in self._hashes.items() if role != "adapter" or adapter}
         kind = (self._vision.is_open, least_rows <= MAX_FEW_ROWS)
@@ -68,7 +72,8 @@ class PageIdentity:
         return {**self._known[kind], "files": files}
 
     def of_images(self) -> Json:
-        """Of what the encoder makes of an image alone. After `prepare`."""
+        """Of what the encoder makes of an image alone. After `prepare`; raises as a call does."""
+        self._unchanged.check()
         assert self._hashes is not None
         return {
             "granite4v": version("granite4v"),

@@ -38,11 +38,12 @@ class Identity(Protocol):
         ...
 
     def __call__(self, adapter: bool, least_rows: int) -> Mapping[str, Any]:
-        """Of prefixes with an adapter or without, whose smallest batch has so many rows."""
+        """Of prefixes with an adapter or without, whose smallest batch has so many rows. Raises ModelFileError once
+        nothing may be stored any more."""
         ...
 
     def of_images(self) -> Mapping[str, Any]:
-        """Of what the encoder makes of images alone."""
+        """Of what the encoder makes of images alone. Raises ModelFileError as a call does."""
         ...
 
 
@@ -111,7 +112,9 @@ class StoredPages:
                 return None
             if n_batches == len(plan):
                 continue
-            key = self.key(prefix, adapter=adapter)
+            key = self._key(prefix, adapter=adapter)
+            if key is None:
+                return None
             if self.store.holds(key):
                 return StoredPrefix(prefix, functools.partial(self.store.load, key), self._reader)
         return None
@@ -124,9 +127,8 @@ class StoredPages:
         ends, prefix = image_ends(plan), plan[:n_batches]
         if self._is_off or n_batches not in (ends[0], ends[-1]):
             return
-        self._pending = {future: n_bytes for future, n_bytes in self._pending.items() if not future.done()}
-        key = self.key(prefix, adapter=adapter)
-        if self.store.holds(key) or sum(self._pending.values()) > PENDING_BYTES:
+        key = self._key(prefix, adapter=adapter)
+        if key is None or self.store.holds(key) or self._is_behind():
             return
         description = Description(key, self._model, total(prefix), ends.index(n_batches) + 1, time.time())
         self._write(description, state())
@@ -135,20 +137,28 @@ class StoredPages:
 
     def find_image(self, digest: bytes) -> np.ndarray | None:
         """What the encoder made of an image, uint8 `(n,)`; None where it is not stored, and before the first `find`."""
-        return self.store.load(self._image_key(digest)) if self._is_prepared and not self._is_off else None
+        key = self._image_key(digest)
+        return None if key is None else self.store.load(key)
 
     def save_image(self, digest: bytes, values: np.ndarray) -> None:
         """Stores it after the first `find`, unless it is there; `values` must not be changed afterwards."""
-        if self._is_off or not self._is_prepared or sum(self._pending.values()) > PENDING_BYTES:
-            return
         key = self._image_key(digest)
-        if self.store.holds(key):
+        if key is None or self.store.holds(key) or self._is_behind():
             return
         self._write(Description(key, self._model, 1, 1, time.time()), values.reshape(-1).view(np.uint8))
 
-    def _image_key(self, digest: bytes) -> str:
-        whole = {**self._identity.of_images(), "image": digest.hex()}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    def _image_key(self, digest: bytes) -> str | None:
+        """None before the first `find`, and when the store is off."""
+        if self._is_off or not self._is_prepared:
+            return None
+        return self._hashed(lambda: {**self._identity.of_images(), "image": digest.hex()})
+
+    # --- writing ---
+
+    def _is_behind(self) -> bool:
+        """Whether so much waits to be written that what comes now is left out."""
+        self._pending = {future: n_bytes for future, n_bytes in self._pending.items() if not future.done()}
+        return sum(self._pending.values()) > PENDING_BYTES
 
     def _write(self, description: Description, state: np.ndarray) -> None:
         try:
@@ -157,7 +167,10 @@ class StoredPages:
             return
         self._pending[future] = len(state)
 
-    def key(self, prefix: Sequence[Batch], *, adapter: bool) -> str:
+    # --- keys ---
+
+    def _key(self, prefix: Sequence[Batch], *, adapter: bool) -> str | None:
+        """None when the store is off."""
         digest = hashlib.sha256()
         for batch in prefix:
             digest.update(b"batch %d:" % batch.n_tokens)
@@ -166,9 +179,21 @@ class StoredPages:
                     digest.update(b" image %s %d" % (position[0].hex().encode(), position[1]))
                 else:
                     digest.update(f" {position}".encode())
-        identity = self._identity(adapter, min(batch.n_tokens for batch in prefix))
-        whole = {**identity, "adapter_is_on": adapter, "prefix": digest.hexdigest()}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        least_rows = min(batch.n_tokens for batch in prefix)
+        return self._hashed(
+            lambda: {
+                **self._identity(adapter, least_rows),
+                "adapter_is_on": adapter,
+                "prefix": digest.hexdigest(),
+            }
+        )
+
+    def _hashed(self, identity: Callable[[], Mapping[str, Any]]) -> str | None:
+        try:
+            return hashlib.sha256(json.dumps(identity(), sort_keys=True).encode()).hexdigest()
+        except ModelFileError as error:
+            self._switch_off(str(error))
+            return None
 
     def close(self) -> None:
         """Waits a moment for what is being written, and gives up the rest."""

@@ -11,7 +11,7 @@ from granite4v.errors import ModelFileError
 from granite4v.paths import read_json_cache, write_json_cache
 from granite4v.runtime.llama.files import ModelFiles
 
-CACHE = "checksums.json"  # {"path size mtime_ns": SHA-256}
+CACHE = "checksums.json"  # {"path state": SHA-256}; see `_state`
 READ_BYTES = 1 << 20
 ANNOUNCE_BYTES = 1 << 28  # takes about a second
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -28,12 +28,46 @@ def model_hashes(files: ModelFiles, say: Callable[[str], None], check: Callable[
     A file of 2 GB takes a few seconds the first time, which `say` announces; `check` is called meanwhile, and may
     raise.
     """
+    return {role: file_hash(path, say, check) for role, path in _by_role(files).items()}
+
+
+class UnchangedFiles:
+    """A model's files as they are now: `check` tells whether they still are. A file of the same name may take the place
+    of one that is loaded, and then a checksum is not that of the weights in memory."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Raises ModelFileError for a file that is gone."""
+        self._states = {part: _state_of(part) for path in _by_role(files).values() for part in _shards(path)}
+
+    def check(self) -> None:
+        """Raises ModelFileError for a file that was changed, replaced or removed; takes microseconds."""
+        for path, state in self._states.items():
+            if _state_of(path) != state:
+                raise ModelFileError(f"'{path}' has changed since the model was loaded; load it again.")
+
+
+def _by_role(files: ModelFiles) -> dict[str, Path]:
     found = {"text": files.text, "vision": files.vision, "adapter": files.adapter}
-    return {role: file_hash(file.path, say, check) for role, file in found.items() if file is not None}
+    return {role: file.path for role, file in found.items() if file is not None}
+
+
+def _state_of(path: Path) -> str:
+    """Raises ModelFileError."""
+    try:
+        return _state(path)
+    except OSError as error:
+        raise ModelFileError(f"'{path}' cannot be read: {error.strerror or error}.") from None
+
+
+def _state(path: Path) -> str:
+    """Changes whenever a file is written or replaced: also where that keeps size and date, as copying a model over
+    another one of the same quantization with `cp -p` does. Raises OSError."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 def file_hash(path: Path, say: Callable[[str], None], check: Callable[[], None] = _nothing) -> str:
-    """SHA-256 of a file, or of its shards' one after another; known again by path, size and time of change.
+    """SHA-256 of a file, or of its shards' one after another; known again by path and state.
 
     `check` is called between pieces, and may raise. Raises ModelFileError for a file that cannot be read.
     """
@@ -46,20 +80,22 @@ def file_hash(path: Path, say: Callable[[str], None], check: Callable[[], None] 
 
 
 def _hash_of_one(path: Path, say: Callable[[str], None], check: Callable[[], None]) -> str:
-    status = path.stat()
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    state = _state(path)
+    key = f"{path.resolve()} {state}"
     found = _known_hashes().get(key)
     if found is None:
-        if status.st_size > ANNOUNCE_BYTES:
+        if path.stat().st_size > ANNOUNCE_BYTES:
             say(f"computing the checksum of '{path.name}' ...")
         found = _sha256(path, check)
+        if _state(path) != state:  # of no file that there ever was
+            raise ModelFileError(f"'{path}' changes while it is read; wait until it is complete.")
         known = {**_known_hashes(), key: found}  # read again: hashing takes seconds, in which others may have written
         write_json_cache(CACHE, {key: value for key, value in known.items() if _path_of(key).exists()})
     return found
 
 
 def _path_of(key: str) -> Path:
-    return Path(key.rsplit(" ", 2)[0])
+    return Path(key.rsplit(" ", 4)[0])
 
 
 def _shards(path: Path) -> list[Path]:

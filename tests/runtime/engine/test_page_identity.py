@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,3 +137,32 @@ def test_files_that_changed_in_place_are_other_files(
     data[-3] ^= 1  # of the last weight
     vision.write_bytes(data)
     assert n_stored(path, store) == 0
+
+
+@pytest.mark.parametrize("role", ["text", "mmproj"])
+@pytest.mark.parametrize("stage", ["before the first question", "after it"])
+def test_a_file_that_is_replaced_under_a_loaded_model(
+    make_model: Callable[..., Path], store: PageStore, tmp_path: Path, role: str, stage: str
+) -> None:
+    """What the loaded model computes is not stored as if the new file had made it."""
+    path = tmp_path / "model"
+    shutil.copytree(make_model(PRESETS["tiny"], "F16"), path)
+    (name,) = (file.name for file in path.glob(f"{role}*.gguf"))
+    with load(path, store) as model:
+        if stage == "after it":
+            model.generate("What is this?", [ONE], max_tokens=2)
+        else:  # the text weights are in memory, the encoder's are not
+            model.generate("Hello", max_tokens=1)
+        data = bytearray((path / name).read_bytes())
+        data[-3] ^= 1  # of the last weight
+        (tmp_path / "new").write_bytes(data)
+        (tmp_path / "new").replace(path / name)
+        with pytest.warns(granite4v.PageStoreWarning, match=rf"not stored: .*{name}' has changed since") as said:
+            for turn in (0, 90, 180):
+                model.generate("What is this?", [ONE.rotate(turn + 5)], max_tokens=2)
+        assert len(said) == 1
+    assert len(store.entries()) == (stage == "after it")
+    with load(path, None) as alone, load(path, store) as later:
+        expected = alone.logits("What is this?", [ONE])
+        np.testing.assert_array_equal(later.logits("What is this?", [ONE]), expected)
+    assert n_stored(path, store, [ONE.rotate(5)]) == 0

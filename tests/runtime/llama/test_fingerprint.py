@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,29 @@ def test_a_split_file_is_that_of_all_its_parts(tmp_path: Path) -> None:
         file_hash(parts[0], print)
     (tmp_path / "one-00001-of-00001.gguf").write_bytes(b"x")
     assert file_hash(tmp_path / "one-00001-of-00001.gguf", print) == hashlib.sha256(b"x").hexdigest()
+
+
+def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path: Path) -> None:
+    """As `cp -p` makes it of another model of the same quantization, and reproducible archives."""
+    path = tmp_path / "a.gguf"
+    for content in (b"first", b"other", b"third"):
+        if content == b"other":
+            path.write_bytes(content)  # the same inode
+        else:
+            (tmp_path / "new").write_bytes(content)
+            os.utime(tmp_path / "new", (5, 5))
+            (tmp_path / "new").replace(path)
+        os.utime(path, (5, 5))
+        assert file_hash(path, print) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_grows_meanwhile_has_no_checksum(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"begun")
+
+    with pytest.raises(ModelFileError, match=r"a.gguf' changes while it is read"):
+        file_hash(path, print, lambda: os.truncate(path, 9))
+    assert not cache.exists()
 
 
 def test_extract_reads_with_a_split_model(make_model: Callable[..., Path], tmp_path: Path) -> None:
