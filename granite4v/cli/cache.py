@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ import typer
 from granite4v.cli import options
 from granite4v.cli.progress import plural
 from granite4v.cli.streams import to_json
-from granite4v.cli.terminal import clean
+from granite4v.cli.terminal import clean, date
 
 if TYPE_CHECKING:
     from granite4v.runtime.engine.page_store import Entry
@@ -89,7 +88,7 @@ def verify_pages() -> None:
 def _row(entry: Entry) -> tuple[str, ...]:
     found = entry.description
     told = ("(damaged)", "", "") if found is None else (found.model, f"{found.n_tokens:,}", f"{found.n_images:,}")
-    return (*told, _size(entry.n_bytes), _date(entry.last_used), entry.key[:12])
+    return (*told, _size(entry.n_bytes), date(entry.last_used), entry.key[:12])
 
 
 def _as_data(entry: Entry) -> dict[str, Any]:
@@ -98,17 +97,13 @@ def _as_data(entry: Entry) -> dict[str, Any]:
         "key": entry.key,
         "path": str(entry.path),
         "bytes": entry.n_bytes,
-        "used": _date(entry.last_used),
+        "used": date(entry.last_used),
         "damaged": found is None,
         "model": None if found is None else found.model,
         "tokens": None if found is None else found.n_tokens,
         "images": None if found is None else found.n_images,
-        "created": None if found is None else _date(found.created),
+        "created": None if found is None else date(found.created),
     }
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _size(n_bytes: int) -> str:

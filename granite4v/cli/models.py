@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from granite4v.cli import options
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
-from granite4v.cli.terminal import clean
+from granite4v.cli.terminal import clean, date
 
 if TYPE_CHECKING:
     from granite4v.models import HubName, Installed
@@ -31,7 +30,7 @@ def list_models(as_json: options.JsonOption = False) -> None:
         return
     rows = [("NAME", "SIZE", "LAST USED", "COMMIT")] if found else []
     rows += [
-        (str(model.name), models.size(model.manifest.n_bytes), _date(model.used), model.manifest.commit[:12])
+        (str(model.name), models.size(model.manifest.n_bytes), date(model.used), model.manifest.commit[:12])
         for model in found
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -125,11 +124,7 @@ def _as_data(model: Installed) -> dict[str, Any]:
         "converted": manifest.is_converted,
         "path": str(model.path),
         "bytes": manifest.n_bytes,
-        "pulled": _date(manifest.pulled),
-        "used": _date(model.used),
+        "pulled": date(manifest.pulled),
+        "used": date(model.used),
         "files": [{"name": file.name, "bytes": file.n_bytes, "sha256": file.sha256} for file in manifest.files],
     }
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -1,8 +1,9 @@
-"""Makes text from files, file names and models safe to print on a terminal."""
+"""Makes text from files, file names and models safe to print on a terminal; dates as text."""
 
 from __future__ import annotations
 
 import re
+import time
 
 # Control characters (escape sequences begin with one), line and paragraph separators, what reorders a line
 # (bidirectional marks, embeddings, overrides, isolates), and lone surrogates: bytes of a name that are not UTF-8.
@@ -17,3 +18,12 @@ def clean(text: str, keep: str = "\n\t") -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def date(seconds: float) -> str:
+    """The local date and time of seconds since the epoch; '?' for what a calendar does not have, as in a damaged
+    file."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "?"

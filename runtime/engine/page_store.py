@@ -24,7 +24,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 
 from granite4v.errors import PageStoreWarning
-from granite4v.paths import cache_folder, is_private, new_file, partial_path, remove_partial_files
+from granite4v.paths import cache_folder, is_private, is_regular_file, new_file, partial_path, remove_partial_files
 from granite4v.runtime.engine import state_file
 from granite4v.runtime.engine.state_file import DamagedState, Description, Stopped
 
@@ -32,6 +32,8 @@ FOLDER = "pages"  # in the cache folder
 SUFFIX = ".state"
 MAX_BYTES = 4 << 30  # about forty pages of a 4B model
 DISK_SHARE = 0.2  # of what would be free without the store
+SPARE_BYTES = 1 << 20  # of a disk that the store may fill: what the file system needs for its own
+CLOCK_S = 60.0  # by which the clocks of a file server and this machine may differ
 LOCK = "lock"
 LOCK_TIMEOUT_S = 10.0  # another process writes a few hundred megabytes
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
@@ -67,8 +69,8 @@ class PageStore:
     # --- for engines ---
 
     def holds(self, key: str) -> bool:
-        """Whether there is a file of this name."""
-        return self.path_of(key).is_file()
+        """Whether there is a file of this name; a link is none."""
+        return is_regular_file(self.path_of(key))
 
     def load(self, key: str) -> np.ndarray | None:
         """The state, uint8 `(n,)`; None for one that is not there, or is damaged: that is removed, with a warning."""
@@ -126,17 +128,24 @@ class PageStore:
         n_bytes, n_needed = sum(entry.n_bytes for entry in entries), state_file.size(description, state)
         limit = self._limit(n_bytes)
         if n_needed > limit:
-            raise _NoRoom(f"a page takes {n_needed:,} bytes, and the store may have {limit:,}")
-        for entry in sorted(entries, key=lambda entry: entry.last_used):
+            raise _NoRoom(f"a page takes {n_needed:,} bytes, and the store may have {max(0, limit):,}")
+        latest = time.time() + CLOCK_S
+
+        def order(entry: Entry) -> float:
+            # a clock that was set back leaves times to come, which would outlast every page used from now on
+            return entry.last_used if entry.last_used <= latest else 0.0
+
+        for entry in sorted(entries, key=order):
             if n_bytes + n_needed <= limit:
                 break
             entry.path.unlink(missing_ok=True)
             n_bytes -= entry.n_bytes
 
     def _limit(self, n_stored: int) -> int:
+        room = shutil.disk_usage(self.folder).free + n_stored
         if self._max_bytes is not None:
-            return self._max_bytes
-        return min(MAX_BYTES, int(DISK_SHARE * (shutil.disk_usage(self.folder).free + n_stored)))
+            return min(self._max_bytes, room - SPARE_BYTES)
+        return min(MAX_BYTES, int(DISK_SHARE * room))
 
     @contextlib.contextmanager
     def _locked(self, is_stopped: Callable[[], bool]) -> Iterator[None]:
@@ -220,7 +229,7 @@ class PageStore:
         try:
             with os.scandir(self.folder) as names:
                 for name in names:
-                    if _NAME.fullmatch(name.name):
+                    if _NAME.fullmatch(name.name) and name.is_file(follow_symlinks=False):
                         with contextlib.suppress(FileNotFoundError):
                             status = name.stat(follow_symlinks=False)
                             found.append(Entry(Path(name.path), status.st_size, status.st_mtime))

@@ -64,6 +64,17 @@ def test_a_damaged_page_is_listed_as_such(store: PageStore) -> None:
     assert result.exit_code == 0 and "(damaged)" in result.stdout.splitlines()[1]
 
 
+def test_a_date_that_is_none(store: PageStore) -> None:
+    """One damaged page is no reason to list none."""
+    entry = store.entries()[0]
+    content = entry.path.read_bytes()
+    created = json.dumps(entry.description.created).encode()
+    entry.path.write_bytes(content.replace(created, b"9e99".ljust(len(created)), 1))
+    told = json.loads(run("cache", "list", "--json").stdout)["pages"]
+    assert [page["created"] for page in told if page["key"] == entry.key] == ["?"]
+    assert run("cache", "list").exit_code == 0
+
+
 def test_an_empty_store(tmp_path: Path) -> None:
     for command, told in (("list", "0 pages, 0.0 MB"), ("clear", "removed 0 pages"), ("verify", "0 pages sound")):
         result = run("cache", command)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from granite4v.cli.terminal import clean
+from granite4v.cli.terminal import clean, date
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,12 @@ def test_what_could_act_on_a_terminal_is_shown_as_its_escape(text: str, shown: s
 
 def test_text_for_one_line_keeps_no_line_feed() -> None:
     assert clean("two\nlines\tand a tab", keep="") == r"two\nlines\tand a tab"
+
+
+def test_dates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    assert date(1.7e9) == "2023-11-14 22:13"
+    assert {date(seconds) for seconds in (1e30, -1e30, float("inf"), float("nan"))} == {"?"}
+    monkeypatch.undo()
+    time.tzset()

@@ -104,6 +104,33 @@ def test_replacing_a_page_evicts_nothing(tmp_path: Path) -> None:
     assert kept(store) == [1, 2]
 
 
+def test_a_clock_that_was_set_back_keeps_no_page_for_ever(tmp_path: Path) -> None:
+    store = PageStore(tmp_path / "pages", max_bytes=3 * (N + 1000))
+    now = time.time()
+    for number, used in ((1, now + 1e8), (2, now - 50), (3, now + 2e8)):
+        assert store.save(about(number), state(number))
+        os.utime(store.path_of(key(number)), (used, used))
+    for number in (4, 5, 6):
+        assert store.save(about(number), state(number))
+        time.sleep(0.01)
+    assert kept(store) == [4, 5, 6]
+
+
+def test_a_full_disk_makes_room_for_what_is_new(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bound is larger than the disk."""
+    save(store, 1, 2, 3)
+    large = PageStore(store.folder, max_bytes=1 << 40)
+    usage = page_store.shutil.disk_usage(store.folder)
+    size = 2 * N + 1000 + page_store.SPARE_BYTES
+
+    def disk_usage(path: Any) -> Any:
+        return usage._replace(free=size - sum(entry.n_bytes for entry in store.entries()))
+
+    monkeypatch.setattr(page_store.shutil, "disk_usage", disk_usage)
+    save(large, 4)
+    assert kept(store) == [3, 4]
+
+
 def test_a_page_larger_than_the_store_is_left_out(tmp_path: Path) -> None:
     store = PageStore(tmp_path / "pages", max_bytes=2 * N)
     save(store, 1)
@@ -122,6 +149,24 @@ def test_the_default_bound_is_a_share_of_the_disk(store: PageStore, monkeypatch:
     monkeypatch.setattr(page_store.shutil, "disk_usage", disk_usage)
     save(store, *range(1, 9))
     assert kept(store) == [7, 8]  # a fifth of what would be free without the store
+
+
+def test_links_and_folders_in_place_of_pages(store: PageStore, tmp_path: Path) -> None:
+    """They are no pages: a link gives way to one, what it leads to is not touched, and a folder stops no other page."""
+    save(store, 1)
+    for number in (2, 3):
+        store.path_of(key(number)).symlink_to(store.path_of(key(1)) if number == 2 else tmp_path / "nothing")
+    store.path_of(key(4)).mkdir()
+    assert not any(store.holds(key(number)) for number in (2, 3, 4)) and kept(store) == [1]
+    assert [entry.key for entry, _ in store.verify()] == [key(1)]
+    save(store, 2, 3)
+    np.testing.assert_array_equal(store.load(key(1)), state(1))
+    small = PageStore(store.folder, max_bytes=N + 1000)
+    save(small, 5)
+    assert kept(store) == [5] and store.path_of(key(4)).is_dir()
+    with pytest.warns(PageStoreWarning, match="pages cannot be stored"):
+        assert not store.save(about(4), state(4))
+    assert kept(store) == [5] and not list(store.folder.glob(".granite4v-partial-*"))
 
 
 def test_other_files_are_left_alone(store: PageStore) -> None:
