@@ -97,10 +97,13 @@ def read(path: Path) -> Installed | None:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = tuple(ModelFile(**file) for file in content.pop("files"))
         manifest = Manifest(**content, files=files)
+        texts = (manifest.repository, manifest.commit, manifest.variant)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.pulled, int | float):
+            return None
         expected = HubName(manifest.repository).folder_name(manifest.variant)
         if manifest.format != FORMAT or path.name != expected or not all(_is_whole(path, file) for file in files):
             return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return Installed(path, manifest, status.st_mtime)
 

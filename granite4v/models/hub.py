@@ -8,6 +8,7 @@ part is done here, with its HTTP session.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from granite4v.paths import disk_errors
 PIECE_BYTES = 1 << 18
 WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts that brought nothing
 MAX_RETRY_AFTER_S = 20.0
+_KEY = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256, or SHA-1 of git
 _PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt
 
 
@@ -53,16 +55,21 @@ def list_repository(name: str, revision: str | None = None) -> Repository:
         name,
         revision,
     )
-    files = tuple(
-        HubFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
-        for file in info.siblings or ()
-        if file.size is not None and (file.lfs or file.blob_id)
-    )
+    files = tuple(found for sibling in info.siblings or () if (found := _hub_file(sibling)) is not None)
     if not info.sha or not files:
         raise HubError(
             f"{constants.ENDPOINT} lists no files of '{name}'; check the name, and HF_ENDPOINT if it is set."
         )
     return Repository(name, info.sha, files)
+
+
+def _hub_file(sibling: Any) -> HubFile | None:
+    """A file of a listing; None for one without what downloads need. Names and checksums become names of files here,
+    and a mirror may be anybody's."""
+    path, n_bytes, sha256 = sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None
+    file = HubFile(path, n_bytes, sha256, sibling.blob_id)
+    is_known = isinstance(n_bytes, int) and n_bytes >= 0 and isinstance(file.key, str)
+    return file if is_known and _KEY.fullmatch(file.key) and path.isprintable() else None
 
 
 def download(repository: Repository, file: HubFile, path: Path, advance: Callable[[int], None]) -> None:
@@ -74,7 +81,7 @@ def download(repository: Repository, file: HubFile, path: Path, advance: Callabl
     url = hf_hub_url(repository.name, file.path, revision=repository.commit)
     waits = list(WAITS_S)
     with disk_errors(path), open(path, "r+b" if path.exists() else "w+b") as target:
-        target.seek(0, os.SEEK_END)
+        furthest = target.seek(0, os.SEEK_END)
         while (have := target.tell()) < file.n_bytes:
             try:
                 for piece in _pieces(url, have, repository.name):
@@ -86,7 +93,8 @@ def download(repository: Repository, file: HubFile, path: Path, advance: Callabl
                     target.write(piece)
                     target.flush()  # what is downloaded outlives this process
                     advance(len(piece))
-                    waits = list(WAITS_S)
+                    if target.tell() > furthest:  # not where a server begins anew each time, and breaks off each time
+                        furthest, waits = target.tell(), list(WAITS_S)
                     if target.tell() >= file.n_bytes:  # more than that is noticed by the checksum
                         break
                 if target.tell() <= have:
@@ -142,8 +150,8 @@ def _as_hub_error(error: Exception, name: str, revision: str | None = None) -> H
     here = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(
-            f"'{name}' is not in the models folder, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids to fetch it; "
-            "unset that, or give a model that 'granite4v models list' shows."
+            f"{here} cannot be asked about '{name}': HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids it; unset that, "
+            "or give a model that 'granite4v models list' shows."
         )
     if isinstance(error, GatedRepoError):
         return HubError(

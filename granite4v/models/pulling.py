@@ -185,19 +185,27 @@ class _Work:
         check_space(self.downloads, left + (whole if self.choice.is_checkpoint else 0), WHERE)
 
     def _have(self, file: HubFile) -> bool:
-        """Whether a file is complete and checked; one that another model has is linked."""
+        """Whether a file is complete and checked; one that another model has is checked again, and linked."""
         path = self._complete(file)
         if path.is_file() and _size(path) == file.n_bytes:
             return True
         if file.sha256 is not None:
             for model in models.installed(self.downloads.parent.parent):
                 for other in model.manifest.files:
-                    if other.sha256 == file.sha256:
+                    if other.sha256 == file.sha256 and self._is_sound(model.path / other.name, file):
                         with contextlib.suppress(OSError):  # a file system without links
                             path.unlink(missing_ok=True)
                             os.link(model.path / other.name, path)
                             return True
         return False
+
+    def _is_sound(self, path: Path, file: HubFile) -> bool:
+        with contextlib.suppress(OSError), path.open("rb") as content:
+            return _matches(content, file, self._checking(file))
+        return False
+
+    def _checking(self, file: HubFile) -> Callable[[int], None]:
+        return lambda n_bytes: self.progress(PullProgress("checking", file.name, n_bytes, file.n_bytes))
 
     def _fetch(self, missing: list[HubFile]) -> None:
         done, total = self.choice.n_bytes - sum(file.n_bytes for file in missing), self.choice.n_bytes
@@ -232,12 +240,7 @@ class _Work:
         hub.download(self.repository, file, partial, advance)
         with disk_errors(partial), open(partial, "r+b") as content:
             os.fsync(content.fileno())
-            whole = _size(partial)
-
-            def check(n_bytes: int) -> None:
-                self.progress(PullProgress("checking", file.name, n_bytes, whole))
-
-            if whole != file.n_bytes or not _matches(content, file, check):
+            if _size(partial) != file.n_bytes or not _matches(content, file, self._checking(file)):
                 content.truncate(0)
 
     def _collect(self, new: Path) -> None:

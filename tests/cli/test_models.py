@@ -196,7 +196,7 @@ def test_a_command_pulls_on_first_use_and_never_asks_again(hub: Hub, folder: Pat
         offline = Command(hub, folder, **{variable: "1"})
         assert offline(*ask)[:2] == (0, answer)
         status, stdout, stderr = offline("ask", "Hello", "--model", "ibm/tiny-GGUF:Q8_0")
-        assert (status, stdout) == (1, "") and "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids to fetch it" in stderr
+        assert (status, stdout) == (1, "") and "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids it" in stderr
     assert hub.requests == []
 
 

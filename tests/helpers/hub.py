@@ -42,6 +42,7 @@ class Faults:
     holds: dict[str, int] = field(default_factory=dict)  # stop after so many bytes until `go_on` is set, for ever
     dead_after: dict[str, int] = field(default_factory=dict)  # hang up after so many transfers of a path, for ever
     flips: dict[str, list[int]] = field(default_factory=dict)  # change the byte at this offset
+    listed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a listing says of a path, for ever
     retry_after: str | None = None
     ignores_ranges: bool = False
     gated: set[str] = field(default_factory=set)  # repositories that need a token
@@ -164,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": blob}
             if path.endswith(LARGE):
                 entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            siblings.append(entry)
+            siblings.append({**entry, **self.hub.faults.listed.get(path, {})})
         body = {"_id": "1", "id": name, "sha": commit, "siblings": siblings}
         self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,8 +105,12 @@ def test_a_damaged_model_is_not_there_and_is_mended(hub: Hub, folder: Path, pair
     (model.path / VISION).unlink()
     assert models.find(NAME) is None
     assert pull().path == model.path and (model.path / VISION).read_bytes() == pair[VISION]
-    (model.path / "granite4v-model.json").write_text("[]")
-    assert models.find(NAME) is None and pull().path == model.path
+    manifest = json.loads((model.path / "granite4v-model.json").read_text())
+    damaged: list[object] = [[], {**manifest, "commit": 5}, {**manifest, "pulled": "yesterday"}, {**manifest, "x": 1}]
+    for content in (*map(json.dumps, damaged), "[" * 100_000, "\xff"):
+        (model.path / "granite4v-model.json").write_text(content, "latin-1")
+        assert models.installed() == [] and models.find(NAME) is None
+    assert pull().path == model.path
 
 
 # --- transfers that break off ---
@@ -152,6 +157,17 @@ def test_a_server_without_ranges_sends_it_all_again(hub: Hub, folder: Path, pair
     assert [n_bytes for _, n_bytes in hub.downloads(VISION)] == [3_000_000, len(pair[VISION])]
 
 
+def test_a_server_without_ranges_that_always_breaks_off_is_given_up(
+    hub: Hub, folder: Path, pair: dict[str, bytes]
+) -> None:
+    hub.add("ibm/tiny-GGUF", pair)
+    hub.faults.cuts[VISION] = [3_000_000] * 20
+    hub.faults.ignores_ranges = True
+    with pytest.raises(HubError, match="cannot be fetched from"):
+        pull()
+    assert len(hub.downloads(VISION)) == 4  # the first, and three waits in the fixture
+
+
 def test_errors_that_pass_are_waited_for(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
     hub.add("ibm/tiny-GGUF", pair)
     hub.faults.statuses = {"/api/models/ibm/tiny-GGUF": [500, -1, 503], TEXT: [502, 429, -1]}
@@ -190,6 +206,38 @@ def test_a_partial_file_that_is_too_long_is_dropped(hub: Hub, folder: Path, pair
     partial.parent.mkdir(parents=True)
     partial.write_bytes(pair[TEXT] + b"more")
     assert (pull().path / TEXT).read_bytes() == pair[TEXT]
+
+
+def test_a_damaged_file_of_another_model_is_not_taken_over(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
+    hub.add("ibm/tiny-GGUF", {**pair, "tiny-Q8_0.gguf": pair[TEXT] + bytes(32)})
+    with (pull().path / VISION).open("r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"damage")
+    assert (pull(HubName("ibm/tiny-GGUF", "Q8_0")).path / VISION).read_bytes() == pair[VISION]
+    assert len(hub.downloads(VISION)) == 2
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"lfs": {"sha256": "../../../outside", "size": 9, "pointerSize": 134}},
+        {"lfs": {"sha256": "/tmp/outside", "size": 9, "pointerSize": 134}},
+        {"lfs": None, "blobId": "../../outside"},
+        {"size": "9"},
+        {"size": -9},
+        {"rfilename": "tiny\0-Q4_K_M.gguf"},
+    ],
+)
+def test_a_listing_of_a_mirror_that_means_harm(
+    hub: Hub, folder: Path, pair: dict[str, bytes], listed: dict[str, Any]
+) -> None:
+    """Its checksums and names become names of files: no byte is written outside the folder."""
+    hub.add("ibm/tiny-GGUF", pair)
+    hub.faults.listed[TEXT] = listed
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(HubError, match="neither GGUF files of a text model nor safetensors"):
+        pull()
+    assert sorted(folder.parent.rglob("*")) == before and hub.downloads(TEXT) == []
 
 
 def test_files_that_are_no_model_are_refused(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
