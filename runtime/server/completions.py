@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from granite4v.runtime.answer import Answer
-from granite4v.runtime.server.accounts import finish_reason, timings, usage
-from granite4v.runtime.server.chat import DONE, event
+from granite4v.runtime.server.accounts import finish_reason, timings
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.logprobs import Spell, completion_logprobs
-from granite4v.runtime.server.replies import Completion, CompletionChoice, Timings
+from granite4v.runtime.server.replies import Completion, CompletionChoice
 from granite4v.runtime.server.requests import CompletionRequest
 from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse
 from granite4v.runtime.server.structure import form_of
+from granite4v.runtime.server.writer import Writer
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -46,29 +44,12 @@ def _only(prompt: str | Sequence[Any]) -> str | Sequence[int]:
     return only
 
 
-class CompletionWriter:
+class CompletionWriter(Writer):
     """Writes the answers to one request."""
 
-    def __init__(self, model: str, fingerprint: str, *, include_usage: bool = False) -> None:
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self._model, self._fingerprint, self._include_usage = model, fingerprint, include_usage
+    prefix, whole_kind, chunk_kind = "cmpl", Completion, Completion
 
-    async def whole(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
-        spell = dispatcher.model.token_bytes
-        async with dispatcher.answering(ask) as generation:
-            await generation.complete()
-            yield (
-                Completion(
-                    **self._head(),
-                    choices=[self._choice(i, answer, ask, spell) for i, answer in enumerate(generation.answers)],
-                    usage=usage(generation),
-                    timings=timings(generation.answers),
-                )
-                .model_dump_json()
-                .encode()
-            )
-
-    def _choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> CompletionChoice:
+    def choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> CompletionChoice:
         shown = None if ask.n_top is None else completion_logprobs(answer.logprobs or [], 0, spell)
         return CompletionChoice(index=index, text=answer.text, logprobs=shown, finish_reason=finish_reason(answer))
 
@@ -87,18 +68,5 @@ class CompletionWriter:
                     shown = completion_logprobs(piece.logprobs, offsets[piece.index], spell)
                     offsets[piece.index] = piece.logprobs[-1].end if piece.logprobs else offsets[piece.index]
                 choice = CompletionChoice(index=piece.index, text=piece.text, logprobs=shown, finish_reason=ended)
-                yield self._chunk(choice, took)
-            if self._include_usage:
-                yield event(Completion(**self._head(), choices=[], usage=usage(generation)))
-            yield DONE
-
-    def _chunk(self, choice: CompletionChoice, took: Timings | None) -> bytes:
-        return event(Completion(**self._head(), choices=[choice], timings=took))
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self._fingerprint,
-        }
+                yield self.chunk(choice, timings=took)
+            yield self.last(generation)

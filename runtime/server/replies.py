@@ -94,6 +94,15 @@ class Confidence(Reply):
 # --- chat completions ---
 
 
+class Headed(Reply):
+    """What each reply and event of completions begins with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class ChatMessage(Reply):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -111,15 +120,11 @@ class ChatChoice(Reply):
     confidence: dict[str, Confidence] | None = None
 
 
-class ChatCompletion(Reply):
-    id: str
+class ChatCompletion(Headed):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings
-    system_fingerprint: str
 
 
 class ChatDelta(Reply):
@@ -136,13 +141,9 @@ class ChunkChoice(Reply):
     confidence: dict[str, Confidence] | None = None
 
 
-class ChatChunk(Reply):
-    id: str
+class ChatChunk(Headed):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChunkChoice]
-    system_fingerprint: str
     usage: Usage | None = None
     timings: Timings | None = None
 
@@ -164,13 +165,9 @@ class CompletionChoice(Reply):
     finish_reason: FinishReason | None
 
 
-class Completion(Reply):
-    id: str
+class Completion(Headed):
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    system_fingerprint: str
     usage: Usage | None = None
     timings: Timings | None = None
 
