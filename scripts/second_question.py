@@ -22,6 +22,7 @@ import argparse
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -171,7 +172,7 @@ def files_and_prompt(job: Json) -> Json:
 
 def example_server(server: Path, job: Json, folder: Path) -> Json:
     """llama-cpp-python's example server, started twice on the same disk caches."""
-    config = folder / "config.json"
+    config, port = folder / "config.json", free_port()
     cache = folder / "example"
     # one marker of the image, then what is asked: the template of our prompt, in words that any template has
     before, after = job["prompt"].split("{media}")
@@ -180,7 +181,7 @@ def example_server(server: Path, job: Json, folder: Path) -> Json:
     config.write_text(
         json.dumps(
             {
-                "server": {"host": "127.0.0.1", "port": 18787},
+                "server": {"host": "127.0.0.1", "port": port},
                 "model": {
                     "path": job["text"],
                     "alias": "model",
@@ -208,7 +209,7 @@ def example_server(server: Path, job: Json, folder: Path) -> Json:
                 [sys.executable, str(server), "-C", str(config)], stdout=log, stderr=log, cwd=folder
             )
         try:
-            runs.append(ask_example_server("http://127.0.0.1:18787", questions, job, process))
+            runs.append(ask_example_server(f"http://127.0.0.1:{port}", questions, job, process))
             time.sleep(3)  # it writes its caches behind the answers
         except (OSError, RuntimeError) as error:
             log_end = (folder / "example.log").read_text(errors="replace")[-2000:]
@@ -217,6 +218,11 @@ def example_server(server: Path, job: Json, folder: Path) -> Json:
             process.terminate()
             process.wait(60)
     return {**ratios(*runs), "cache_bytes": sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 def ask_example_server(address: str, questions: Sequence[str], job: Json, process: subprocess.Popen[bytes]) -> Json:
