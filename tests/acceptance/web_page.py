@@ -3,7 +3,8 @@ that try to be markup.
 
 python -m tests.acceptance.web_page [--shots DIR]
 
-The model is the embedded one, unless another is given. Needs a Chromium on the path, and the extra `dev`.
+With --shots it also takes the README's picture, as 'readme.png'. The model is the embedded one, unless another is
+given. Needs a Chromium on the path, and the extra `dev`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 from playwright.sync_api import Browser, Error, Page, Route, expect, sync_playwright
 
 import granite4v
@@ -31,12 +34,16 @@ from scripts.nano.truth import Form
 from tests.acceptance.harness import Result
 from tests.helpers.pdfs import pdf_bytes, text_pdf
 from tests.helpers.served import Served, served
+from tests.helpers.source_tree import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 20_000
 # Markup that would run or load something if it were taken for more than text.
 HOSTILE = '<img src=x onerror="window.taken=1"><script>window.taken=1</script>'
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA
+README_PICTURE = ROOT / "docs" / "serve.png"
+BLUR_PX = 10  # squares of this side are compared by their mean
+OTHER_GREY, OTHER_SHARE = 24, 0.02  # of 255; of the squares: the line of figures is other ones each time
 
 
 @dataclass
@@ -77,6 +84,7 @@ def web_page(model: granite4v.Model, browser: Browser, shots: Path | None) -> Re
         colours_have_contrast,
         narrow_windows_do_not_scroll,
         everything_has_a_name,
+        the_readme_shows_it,
     ]
     with served(model) as server:
         for check in checks:
@@ -407,6 +415,35 @@ def everything_has_a_name(server: Served, browser: Browser, seen: Seen, question
         same(nameless, [], "controls without a name")
 
 
+def the_readme_shows_it(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "now.png"
+        take_readme_shot(server, browser, seen, questions, path)
+        with PIL.Image.open(path) as now, PIL.Image.open(README_PICTURE) as kept:
+            same(kept.size, now.size, "the size of the README's picture")
+            # smoothed, since text is drawn a little differently from machine to machine
+            small = [
+                image.convert("L").resize((image.width // BLUR_PX, image.height // BLUR_PX), PIL.Image.Resampling.BOX)
+                for image in (now, kept)
+            ]
+        differences = np.abs(np.asarray(small[0], np.int16) - np.asarray(small[1], np.int16))
+        n_other = int((differences > OTHER_GREY).sum())
+    seen.lines.append(f"the README's picture: {n_other} of {differences.size} squares differ")
+    if n_other > OTHER_SHARE * differences.size:
+        raise AssertionError(
+            f"{README_PICTURE.name} shows another page ({seen.lines.pop()}); take it anew with --shots"
+        )
+
+
+def take_readme_shot(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question], path: Path) -> None:
+    """Of a table and its confidences."""
+    with opened(server, browser, seen, viewport={"width": 1280, "height": 650}) as page:
+        choose(page, questions["<tables_html>"], "tables_html")
+        press(page)
+        expect(page.locator("#view table")).to_have_count(1)
+        page.screenshot(path=path)
+
+
 def a_key_is_asked_for(server: Served, browser: Browser, questions: dict[str, Question]) -> None:
     with contextlib.closing(browser.new_context()) as context:
         page = context.new_page()
@@ -438,6 +475,7 @@ def take_shots(server: Served, browser: Browser, questions: dict[str, Question],
                     page.get_by_label("JSON Schema of the fields").fill(schema_of(questions[tag]))
                 press(page)
                 page.screenshot(path=folder / f"{name}-{task}.png", full_page=name == "narrow")
+    take_readme_shot(server, browser, Seen(), questions, folder / "readme.png")
 
 
 if __name__ == "__main__":
