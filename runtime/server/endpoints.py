@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from granite4v.runtime.formats.tasks import TASKS
 from granite4v.runtime.known_tasks import is_known
 from granite4v.runtime.model import Model
 from granite4v.runtime.server import chat, completions, errors, responses
+from granite4v.runtime.server.bodies import BodyReader
 from granite4v.runtime.server.content import ContentReader
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import ApiError
-from granite4v.runtime.server.guard import too_large
 from granite4v.runtime.server.live_response import JSON, LiveResponse, Pace
 from granite4v.runtime.server.openapi import Operation
 from granite4v.runtime.server.parsing import parsed
@@ -65,6 +65,7 @@ class Endpoints:
         options = dispatcher.options
         self._limits = options.limits
         self._pace = Pace(options.patience_s, options.keepalive_s, options.limits.time_s, dispatcher.ended)
+        self._bodies = BodyReader(self._limits.body_bytes, options.stall_s, self._limits.time_s, dispatcher.ended)
         self._reader = ContentReader(options.media_paths)
         self._known_tasks: list[dict[str, Any]] | None = None  # looked for once
 
@@ -185,14 +186,7 @@ class Endpoints:
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given != JSON:  # also what keeps pages of other origins from asking without a preflight request
             raise ApiError(415, f"the body has the type {given!r:.60}; send JSON with 'Content-Type: {JSON}'.")
-        most, content = self._limits.body_bytes, bytearray()
-        try:
-            async for part in request.stream():
-                content += part
-                if len(content) > most:
-                    raise too_large(most)
-        except ClientDisconnect:
-            raise ApiError(400, "the body is not complete.") from None
+        content = await self._bodies.read(request)
         try:
             return kind.model_validate_json(content, strict=True)
         except ValidationError as error:

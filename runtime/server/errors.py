@@ -82,6 +82,15 @@ def shutting_down() -> ApiError:
     )
 
 
+def too_busy() -> ApiError:
+    return ApiError(
+        429,
+        "too many large requests are on their way to the server; send this one again later.",
+        code="too_busy",
+        headers={"connection": "close", "retry-after": "5", **RETRY},
+    )
+
+
 def took_too_long(time_s: float) -> ApiError:
     return ApiError(
         504,

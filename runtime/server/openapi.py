@@ -42,6 +42,7 @@ _ERRORS = {
     400: "The request cannot be answered; the message says why.",
     401: "The API key is missing or wrong.",
     404: "There is no such thing.",
+    408: "The body stopped before its end.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     421: "The server does not answer for this host.",
@@ -89,7 +90,7 @@ def _operation(path: str, operation: Operation, options: ServerOptions) -> dict[
     is_open = path == "/health"
     statuses = {*operation.statuses, *({401} if options.api_key and not is_open else ())}
     statuses |= {421} if options.hosts else set()
-    statuses |= {400, 413, 415} if operation.body is not None else set()
+    statuses |= {400, 408, 413, 415, 429, 503} if operation.body is not None else set()
     for status in sorted(statuses):
         content = {"application/json": {"schema": _reference(ErrorReply)}}
         responses[str(status)] = {"description": _ERRORS[status], "content": content}

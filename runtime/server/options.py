@@ -30,10 +30,10 @@ class ServerOptions:
     client that asks something. `cors_origins`: web pages of other origins that may ask ('*' for all). `hosts`: values
     of the Host header that are accepted; any where empty. `media_paths`: directories whose files a client may name.
 
-    `patience_s`: how long an answer may take before its headers are sent ahead, after which an error no longer has a
-    status of its own; `keepalive_s`: how often a client that waits is sent something that means nothing. docling gives
-    up after 60 s without either. `shutdown_s`: how long answers may go on after the server was told to
-    end.
+    `stall_s`: how long a client may stop in the middle of sending a request. `patience_s`: how long an answer may take
+    before its headers are sent ahead, after which an error no longer has a status of its own; `keepalive_s`: how often
+    a client that waits is sent something that means nothing. docling gives up after 60 s without either. `shutdown_s`:
+    how long answers may go on after the server was told to end.
     """
 
     model_name: str | None = None
@@ -42,6 +42,7 @@ class ServerOptions:
     hosts: tuple[str, ...] = ()
     media_paths: tuple[Path, ...] = ()
     limits: Limits = Limits()
+    stall_s: float = 30.0
     patience_s: float = 20.0
     keepalive_s: float = 15.0
     shutdown_s: float = 2.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import socket
+import time
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -37,6 +39,7 @@ def run(app: Application, listening: socket.socket, announce: Callable[[str], No
     options = app.dispatcher.options
     config = uvicorn.Config(
         app,
+        http="h11",  # `_close_idle` knows its connections
         log_config=None,
         access_log=False,
         server_header=False,
@@ -60,18 +63,36 @@ def _bound_arenas() -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends as well when the model cannot be loaded, and gives answers some time at the end."""
+    """Ends as well when the model cannot be loaded, gives answers some time at the end, and closes connections on which
+    no request comes to be: uvicorn does that only between an answer and the first byte of the next request."""
 
     def __init__(self, config: uvicorn.Config, app: Application, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._app, self._announce = app, announce
+        # connections without a request: the one before, and when that was noticed
+        self._idle: dict[Any, tuple[Any, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._announce()  # not before: signals are uvicorn's from now on
 
     async def on_tick(self, counter: int) -> bool:
+        self._close_idle(time.monotonic())
         return await super().on_tick(counter) or self._app.failure is not None
+
+    def _close_idle(self, now: float) -> None:
+        """Closes connections without a request after a while; cuts those that do not take their last bytes then."""
+        before, self._idle = self._idle, {}
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in filter(_is_idle, connections):
+            last, since = before.get(connection, (None, now))
+            if last is not connection.cycle:  # one has come and gone meanwhile
+                since = now
+            if now - since > self._app.dispatcher.options.stall_s:
+                transport = connection.transport
+                (transport.abort if transport.is_closing() else transport.close)()
+                since = now
+            self._idle[connection] = (connection.cycle, since)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         dispatcher = self._app.dispatcher
@@ -81,3 +102,9 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+
+
+def _is_idle(connection: Any) -> bool:
+    """`connection`: uvicorn's H11Protocol."""
+    cycle = connection.cycle
+    return cycle is None or cycle.response_complete or connection.transport.is_closing()

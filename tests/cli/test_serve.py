@@ -100,7 +100,8 @@ def test_it_answers_and_prints_nothing_of_what_is_asked(start: Callable[..., Pro
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_end_comes_in_time(start: Callable[..., Process], number: int) -> None:
-    """What takes longer than the time that is left is told so; what is short is finished."""
+    """What takes longer than the time that is left is told so, also what is not sent to its end; what is short is
+    finished."""
     server = start("--ctx-size", "4096")
     server.wait_until_ready()
     connections = []
@@ -109,6 +110,12 @@ def test_the_end_comes_in_time(start: Callable[..., Process], number: int) -> No
         body = json.dumps({"messages": MESSAGES, "max_tokens": n, "temperature": 3.0, "seed": 1})
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         connections.append(connection)
+    stalled = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    stalled.putrequest("POST", "/v1/chat/completions")
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "1000")):
+        stalled.putheader(name, value)
+    stalled.endheaders(b'{"messages": ')
+    connections.append(stalled)
     time.sleep(0.05)
     began = time.monotonic()
     assert server.end(number) == 128 + number

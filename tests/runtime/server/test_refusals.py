@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 import granite4v
+from granite4v.runtime.server.bodies import N_BODIES
 from granite4v.runtime.server.options import Limits, ServerOptions
 from tests.helpers.pdfs import pdf_bytes, text_pdf
 from tests.helpers.pictures import text_picture
@@ -258,3 +261,66 @@ def test_requests_that_are_not_http(tiny: Served) -> None:
         connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
         assert b"400" in connection.recv(1000)
     assert tiny.get("/health").status == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"messages": ['])
+def test_a_body_that_stops_is_refused(tiny_model: granite4v.Model, sent: bytes) -> None:
+    """The client is told so, and takes no turn; what goes on, however slowly, is answered."""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
+    with served(tiny_model, ServerOptions(stall_s=0.3)) as server:
+        with contextlib.closing(server.connect()) as connection:
+            _begin(connection, len(body))
+            connection.send(sent)
+            response = connection.getresponse()
+            told = json.loads(response.read())["error"]
+        assert (response.status, told["code"], response.getheader("connection")) == (408, "body_timeout", "close")
+        assert f"nothing came for 0.3 s; {len(sent)} bytes had come" in told["message"]
+        with contextlib.closing(server.connect()) as connection:
+            _begin(connection, len(body))
+            for start in range(0, len(body), 10):
+                connection.send(body[start : start + 10])
+                time.sleep(0.1)
+            assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] == 2
+        server.wait_until_idle()
+
+
+def test_a_body_that_takes_too_long_is_refused(tiny_model: granite4v.Model) -> None:
+    """Also one that never stops."""
+    with (
+        served(tiny_model, ServerOptions(limits=Limits(time_s=0.5))) as server,
+        contextlib.closing(server.connect()) as connection,
+    ):
+        _begin(connection, 1000)
+        while not select.select([connection.sock], [], [], 0.05)[0]:
+            connection.send(b" ")
+        response = connection.getresponse()
+        told = json.loads(response.read())["error"]
+        assert (response.status, told["code"]) == (408, "body_timeout") and "longer than 0.5 s" in told["message"]
+
+
+def test_bodies_that_do_not_end_cannot_fill_the_memory(tiny_model: granite4v.Model) -> None:
+    """Beyond some of the largest size at once, what comes is refused; when they are gone, it is taken again."""
+    limits = Limits(body_bytes=100_000)
+    with served(tiny_model, ServerOptions(limits=limits)) as server, contextlib.ExitStack() as opened:
+        for _ in range(N_BODIES):
+            connection = opened.enter_context(contextlib.closing(server.connect()))
+            _begin(connection, 100_000)
+            connection.send(b" " * 99_000)
+        asked = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
+        asked += b" " * 20_000
+        until = time.monotonic() + 20
+        while (reply := server.post(CHAT, asked)).status != 429:
+            assert time.monotonic() < until  # some of those bytes are on their way
+        assert reply.error["code"] == "too_busy" and reply.headers["retry-after"] == "5"
+        opened.close()
+        until = time.monotonic() + 20
+        while server.post(CHAT, asked).status != 200:
+            assert time.monotonic() < until
+        server.wait_until_idle()
+
+
+def _begin(connection: http.client.HTTPConnection, length: int) -> None:
+    connection.putrequest("POST", CHAT)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()

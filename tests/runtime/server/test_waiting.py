@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
@@ -136,3 +139,44 @@ def test_a_client_that_does_not_read(tiny: Served) -> None:
         connection.sendall(request_bytes(messages=user(text("Hello")), max_tokens=400, stream=True))
         assert tiny.chat(text("Hi"), max_tokens=5).status == 200
     tiny.wait_until_idle()
+
+
+SILENT_SERVER = """
+import time
+from granite4v.runtime.server import ServerOptions, create_app, run
+from granite4v.runtime.server.serving import listen
+
+options = ServerOptions(stall_s=0.5)
+run(create_app(lambda: time.sleep(1000), options), listen("127.0.0.1", 0), lambda address: print(address, flush=True))
+"""
+
+
+def test_connections_without_a_request_are_closed() -> None:
+    """Those that say nothing, that stop in the head of their first request, or of another one;
+    one that is answered meanwhile is not."""
+    asked = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    with contextlib.ExitStack() as opened:
+        server = opened.enter_context(
+            subprocess.Popen([sys.executable, "-c", SILENT_SERVER], stdout=subprocess.PIPE, text=True)
+        )
+        opened.callback(server.kill)
+        assert server.stdout is not None
+        port = int(server.stdout.readline().rpartition(":")[2])
+
+        def connect() -> socket.socket:
+            return opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+
+        for begun in (b"", b"GET", asked, asked + b"\r\n" + asked):
+            connection = connect()
+            connection.sendall(begun)
+            answer = connection.makefile("rb").read()  # to its end
+            assert answer.count(b"HTTP/1.1 503") == begun.count(b"\r\n\r\n")
+        patient = opened.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)))
+        kept = set()
+        for _ in range(8):
+            patient.request("GET", "/health")
+            kept.add(patient.sock)
+            response = patient.getresponse()
+            assert response.status == 503 and response.read()
+            time.sleep(0.2)
+        assert len(kept) == 1
