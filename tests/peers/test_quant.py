@@ -27,11 +27,13 @@ MODELS = {
     "untied, rows of 64": replace(PRESETS["tiny"], tied=False, text_ffn=192),
     "4 queries a value head": replace(WIDE, text_heads=8, text_kv_heads=2),
     "18 layers": replace(WIDE, text_layers=18, text_ffn=256),
+    "experts": PRESETS["tiny-llama4-wide"],
+    "experts, rows of 48": PRESETS["tiny-llama4-scout"],
 }
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if name == "untied" else pytest.mark.slow) for name in MODELS]
+    "model", [pytest.param(name, marks=[] if name in ("untied", "experts") else pytest.mark.slow) for name in MODELS]
 )
 def test_text_files_have_the_types_and_bytes_of_llama_cpps_quantizer(
     model: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path

@@ -251,7 +251,7 @@ def _spelled(name: str, naming: str) -> str:
 def _adapter_tensors(spec: CheckpointSpec, adapter: AdapterSpec) -> Iterator[Stored]:
     """LoRA pairs for every matrix of every decoder layer, B wide enough that the change matters."""
     for name, parts in stored_tensors(spec, n_vocab=1):
-        if ".layers." not in name or "vision_" in name or len(parts[0].shape) != 2:
+        if ".layers." not in name or "vision_" in name or ".router." in name or len(parts[0].shape) != 2:
             continue
         module = name.removesuffix(".weight")
         rank = _by_pattern(module, adapter.rank_pattern, adapter.rank)
