@@ -67,6 +67,12 @@ def shown(path: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in printable(path))
 
 
+_HEIF = rb"heic|heix|heim|heis|hevc|mif1|msf1"  # brands of images in the container that MP4 is
+_VIDEO = re.compile(
+    rb".{4}ftyp(?!avi[fs]|" + _HEIF + rb")|\0.{3}(?:moov|mdat|wide|free)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|OggS|"
+    rb"\0\0\x01[\xba\xb3]|\x30\x26\xb2\x75\x8e\x66\xcf\x11|G.{187}G.{187}G",
+    re.DOTALL,
+)
 _PDF = re.compile(rb"\s*%PDF-")
 _OTHERS = (
     (re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE), "a web page"),
@@ -74,18 +80,24 @@ _OTHERS = (
     (re.compile(rb"PK(\x03\x04|\x05\x06)"), "an office document or a ZIP archive"),
     (re.compile(rb"\xd0\xcf\x11\xe0"), "an old office document"),
     (re.compile(rb"(\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!)"), "an archive"),
-    (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), "a HEIC (HEIF) image"),
+    (re.compile(rb".{4}ftyp(" + _HEIF + rb")", re.DOTALL), "a HEIC (HEIF) image"),
     (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "an AVIF image"),
     (re.compile(rb"\0\0\0\x0cJXL |\xff\x0a"), "a JPEG XL image"),
     (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 image"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
     (re.compile(rb"AT&TFORM"), "a DjVu document"),
+    (_VIDEO, "a video"),
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file itself ('git lfs pull' gets it)"),
 )
 
 
 def is_pdf(head: bytes) -> bool:
     return _PDF.match(head) is not None
+
+
+def is_video(head: bytes) -> bool:
+    """Whether a file that begins with `head` probably is a video, of one of the usual containers."""
+    return _VIDEO.match(head) is not None
 
 
 def what_it_holds(head: bytes) -> str | None:

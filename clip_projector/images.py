@@ -18,7 +18,7 @@ import PIL
 import PIL.Image
 from PIL.Image import Transpose
 
-from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, read_whole, shown, url_in, what_it_holds
+from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, is_video, read_whole, shown, url_in, what_it_holds
 from granite4v.errors import ImageError, ImageWarning
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -166,6 +166,8 @@ def _describe(source: ImageSource) -> str:
 def _why_unknown(head: bytes, name: str) -> str:
     if is_pdf(head):
         return f"{name} is a PDF, not an image; 'granite4v extract' reads PDFs, page by page."
+    if is_video(head):
+        return f"{name} is a video, not an image; 'granite4v ask --video' takes videos."
     held = what_it_holds(head)
     if held is None:
         return f"{name} is not an image that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP."

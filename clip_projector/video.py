@@ -10,7 +10,8 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,56 +22,104 @@ from granite4v.clip_projector.images import Image, ImageSource, load_image
 from granite4v.clip_projector.views import Video
 from granite4v.errors import DeviceError, ImageError, ImageWarning
 
-VideoSource: TypeAlias = "Video | str | Path | Sequence[ImageSource]"
+VideoSource: TypeAlias = "Video | str | Path | bytes | Sequence[ImageSource]"
 
 DEFAULT_FRAMES = 32  # of a file, where nothing else is asked for
-MAX_FRAMES = 1024  # that one video may have: each is an image in memory, and hundreds of tokens
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of frames in a directory
-TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """Bounds of one video. `n_frames` that are taken of it, and `n_pixels` of all of them: each frame is an image in
+    memory, and hundreds of tokens. `memory_bytes` and `time_s`: of the process that decodes it."""
+
+    n_frames: int = 1024
+    n_pixels: int = 1 << 30
+    memory_bytes: int = 3 << 30
+    time_s: float = 3600.0
+
+
+LIMITS = VideoLimits()
 
 
 def load_video(source: VideoSource, *, frames: int | None = None, fps: float | None = None) -> Video:
-    """The frames of a video: of a file, `frames` of them or `fps` a second, spread evenly, 32 by default; of a
-    directory, `frames` of the images in it, by name; of a list of images, all. What is a Video already is returned as
-    it is.
+    """The frames of a video: of a file (its path, or its bytes), `frames` of them or `fps` a second, spread evenly, 32
+    by default; of a directory, `frames` of the images in it, by name; of a list of images, all. What is a Video already
+    is returned as it is.
 
     Warns (ImageWarning) of a file with fewer frames than it says. Raises ImageError for what cannot be read as a video,
     DeviceError without PyAV, ValueError for a number of frames that is out of range.
     """
+    video, said = read_video(source, frames=frames, fps=fps)
+    for message in said:
+        warnings.warn(message, ImageWarning, stacklevel=2)
+    return video
+
+
+def read_video(
+    source: VideoSource,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    name: str | None = None,
+    limits: VideoLimits = LIMITS,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Video, tuple[str, ...]]:
+    """What `load_video` gives, and its warnings.
+
+    `name`: what messages call the video. `stop` is asked now and then whether to give up. Raises as `load_video`.
+    """
     if isinstance(source, Video):
-        return source
+        return source, ()
+    check_sampling(frames, fps, limits)
+    if isinstance(source, bytes):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(source)
+            file.flush()
+            name = name or f"the video ({len(source):,} bytes)"
+            return _of_file(Path(file.name), name, _choice(frames, fps, limits), limits, stop)
     if not isinstance(source, str | Path):
-        return _of_images(source, "the video")
+        return _of_images(source, name or "the video", limits), ()
+    path = Path(source)
+    name = name or f"'{shown(str(path))}'"
+    if path.is_dir():
+        return _of_directory(path, name, frames, fps, limits), ()
+    return _of_file(path, name, _choice(frames, fps, limits), limits, stop)
+
+
+def check_sampling(frames: int | None, fps: float | None, limits: VideoLimits = LIMITS) -> None:
+    """Raises ValueError for a number of frames that makes no sense."""
     if frames is not None and fps is not None:
         raise ValueError("give the number of frames or frames a second, not both.")
-    if frames is not None and not 1 <= frames <= MAX_FRAMES:
-        raise ValueError(f"frames is {frames}; expected 1 to {MAX_FRAMES:,}.")
+    if frames is not None and not 1 <= frames <= limits.n_frames:
+        raise ValueError(f"frames is {frames:,}; expected 1 to {limits.n_frames:,}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps:g}; expected a number above 0.")
-    path = Path(source)
-    name = f"'{shown(str(path))}'"
-    if path.is_dir():
-        return _of_directory(path, name, frames, fps)
-    return _of_file(path, name, {"frames": None if fps else frames or DEFAULT_FRAMES, "fps": fps})
 
 
-def _of_images(images: Sequence[ImageSource], name: str) -> Video:
-    if not 0 < len(images) <= MAX_FRAMES:
-        raise ImageError(f"{name} has {len(images):,} frames; expected 1 to {MAX_FRAMES:,}.")
+def _choice(frames: int | None, fps: float | None, limits: VideoLimits) -> dict[str, Any]:
+    return {"frames": None if fps else frames or min(DEFAULT_FRAMES, limits.n_frames), "fps": fps}
+
+
+def _of_images(images: Sequence[ImageSource], name: str, limits: VideoLimits) -> Video:
+    if not 0 < len(images) <= limits.n_frames:
+        raise ImageError(f"{name} has {len(images):,} frames; expected 1 to {limits.n_frames:,}.")
     return Video(tuple(load_image(image) for image in images))
 
 
-def _of_directory(path: Path, name: str, frames: int | None, fps: float | None) -> Video:
+def _of_directory(path: Path, name: str, frames: int | None, fps: float | None, limits: VideoLimits) -> Video:
     if fps is not None:
         raise ImageError(f"{name} is a directory of images, which have no times; give a number of frames instead.")
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ImageError(f"{name} is a directory without images; give a video file, or a directory of frames.")
     wanted = video_decoding.spread(len(found), frames or DEFAULT_FRAMES)
-    return _of_images([found[i] for i in wanted], name)
+    return _of_images([found[i] for i in wanted], name, limits)
 
 
-def _of_file(path: Path, name: str, choice: dict[str, Any]) -> Video:
+def _of_file(
+    path: Path, name: str, choice: dict[str, Any], limits: VideoLimits, stop: Callable[[], bool] | None
+) -> tuple[Video, tuple[str, ...]]:
     if importlib.util.find_spec("av") is None:
         raise DeviceError(
             "videos are read through PyAV, which is not installed: pip install 'granite4v[video]'; or give the frames "
@@ -79,8 +128,13 @@ def _of_file(path: Path, name: str, choice: dict[str, Any]) -> Video:
     if not path.is_file():
         raise ImageError(f"{name} cannot be read as a video: there is no such file.")
     with tempfile.NamedTemporaryFile() as pixels:
-        request = json.dumps({"path": str(path), "pixels": pixels.name, "max_frames": MAX_FRAMES, **choice})
-        ended = run_main(video_decoding.__name__, [request], TIMEOUT_S)
+        bounds = {
+            "max_frames": limits.n_frames,
+            "max_pixels": limits.n_pixels,
+            "memory_bytes": limits.memory_bytes,
+        }
+        request = json.dumps({"path": str(path.absolute()), "pixels": pixels.name, **bounds, **choice})
+        ended = run_main(video_decoding.__name__, [request], limits.time_s, stop=stop)
         if ended.status != 0:
             reason = f"{ended.how}: {ended.reason}".rstrip(": ")
             raise ImageError(f"{name} cannot be read as a video: its decoder ended {reason:.200}.")
@@ -89,10 +143,8 @@ def _of_file(path: Path, name: str, choice: dict[str, Any]) -> Video:
             raise ImageError(f"{name} {reply['error']}.")
         found = [Image.from_pixels((w, h), pixels.read(3 * w * h)) for w, h in reply["sizes"]]
     if len(found) < reply["n_wanted"]:
-        warnings.warn(
+        return Video(tuple(found)), (
             f"{name} is cut short or damaged: {len(found)} of {reply['n_wanted']} frames could be decoded, and these "
             "are used.",
-            ImageWarning,
-            stacklevel=3,
         )
-    return Video(tuple(found))
+    return Video(tuple(found)), ()

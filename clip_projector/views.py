@@ -36,6 +36,11 @@ class Video:
         """(width, height) of the first frame in pixels"""
         return self.frames[0].size
 
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Identifies its frames, all pixels of them."""
+        return View(self.frames, "video").digest
+
 
 @dataclass(frozen=True)
 class View:

@@ -22,7 +22,7 @@ from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.converter.tensors.rules import Shape, TensorGroup, TensorRule, padded_config
 from granite4v.converter.vocabulary import vocabulary_metadata
 from granite4v.errors import CheckpointError
-from granite4v.families.base import TilingConfig, VisionConfig
+from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import Fields
 from granite4v.families.registry import Family
 from granite4v.families.text_config import TextArchitecture, TextConfig
@@ -153,7 +153,7 @@ def _text_file(
     }
     if image_token < n_vocab:
         metadata[keys.IMAGE_TOKEN_ID] = image_token
-    if isinstance(model.vision.tiling, TilingConfig) and model.vision.tiling.video_pooling is not None:
+    if model.vision.takes_video:
         metadata[keys.VIDEO_TOKEN_ID] = _token_id(config, "video", model.text.vocab_size)
     shape = policy.TextShape(model.text.num_hidden_layers, model.text.n_gqa, model.tied)
     tensors = _tensors(model, model.text_groups, merged, lambda n, s: policy.text_type(n, s, type_policy, shape))

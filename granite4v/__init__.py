@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from granite4v.lazy import exports
 
 if TYPE_CHECKING:
-    from granite4v.clip_projector import Image, ImageFeatures, load_image
+    from granite4v.clip_projector import Image, ImageFeatures, Video, load_image, load_video
     from granite4v.default_model import extract, load
     from granite4v.errors import (
         AnswerError,
@@ -75,6 +75,7 @@ __all__ = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "Video",
     "__version__",
     "confidence",
     "export_results",
@@ -82,13 +83,14 @@ __all__ = [
     "grammar_for",
     "load",
     "load_image",
+    "load_video",
     "read_results",
 ]
 
 _find, _ = exports(
     __name__,
     {
-        "clip_projector": ("Image", "ImageFeatures", "load_image"),
+        "clip_projector": ("Image", "ImageFeatures", "Video", "load_image", "load_video"),
         "default_model": ("extract", "load"),
         "errors": (
             "AnswerError",

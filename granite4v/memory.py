@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
+import resource
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -17,6 +18,21 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | Non
     not tell (on others than Linux)."""
     known = [n for n in (_of_machine(meminfo), _of_container(cgroup)) if n is not None]
     return min(known, default=None)
+
+
+def limit_address_space(n_bytes: int) -> None:
+    """From now on this process gets at most so many more bytes of address space, and writes no core file when it ends.
+    macOS has no such limit."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        taken_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = min(value for value in (taken_bytes + n_bytes, soft, hard) if value != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def has_large_pages(setting: Path = LARGE_PAGES) -> bool:

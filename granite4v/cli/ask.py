@@ -97,8 +97,7 @@ def ask(
 def _open_videos(videos: list[str], frames: int | None, fps: float | None) -> list[Video]:
     if not videos and (frames is not None or fps is not None):
         raise typer.BadParameter("there is no --video to take frames of.", param_hint="--frames, --fps")
-    if frames is not None and fps is not None:
-        raise typer.BadParameter("give --frames or --fps, not both.", param_hint="--frames, --fps")
+    options.check_sampling(frames, fps)
     from granite4v.clip_projector import load_video
 
     with warnings.catch_warnings(record=True) as caught:

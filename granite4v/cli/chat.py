@@ -27,8 +27,10 @@ def chat(
     cache_type: options.CacheTypeOption = None,
     page_store: options.PageStoreOption = True,
     password: options.PasswordOption = None,
+    frames: options.FramesOption = None,
+    fps: options.FpsOption = None,
 ) -> None:
-    """Talk about images and PDF pages.
+    """Talk about images, PDF pages and, with a model that takes them, videos.
 
     On a terminal: answers are streamed and rendered, and a page is read once, however much is asked about it, also when
     the chat is started again. /help lists the commands: attaching and detaching pages, task tags and schemas, taking
@@ -42,6 +44,7 @@ def chat(
     from granite4v.runtime.chat import Chat, handle
     from granite4v.runtime.extract.schema import load_schema
 
+    options.check_sampling(frames, fps)
     is_interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     question = "" if is_interactive else chat_display.question_from_stdin()
     sampling = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, lora=lora)
@@ -69,6 +72,8 @@ def chat(
             max_tokens=max_tokens,
             password=password,
             load_schema=lambda source: load_schema(source, lambda line: print(line, file=sys.stderr)),
+            frames=frames,
+            fps=fps,
         )
         if is_interactive:
             from granite4v.cli.chat_terminal import converse

@@ -185,7 +185,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 ChatFilesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="FILE...", help="Images, and PDFs with the pages that are meant: scan.pdf#1-3; without, all that fit."
+        metavar="FILE...",
+        help="Images, videos, and PDFs with the pages that are meant: scan.pdf#1-3; without, all that fit.",
     ),
 ]
 AnswerTokensOption = Annotated[
@@ -410,6 +411,12 @@ ExactOption = Annotated[
     bool,
     typer.Option("--exact", help="Use a float32 KV cache and no flash attention; always on for F32 models."),
 ]
+
+
+def check_sampling(frames: int | None, fps: float | None) -> None:
+    """Raises BadParameter where frames of videos are asked for in both ways."""
+    if frames is not None and fps is not None:
+        raise typer.BadParameter("give --frames or --fps, not both.", param_hint="--frames, --fps")
 
 
 def fill_in_tasks(params: Iterable[Any]) -> None:

@@ -75,6 +75,9 @@ BodyOption = Annotated[int, typer.Option("--max-body", metavar="MB", min=1, help
 MaxImagesOption = Annotated[
     int, typer.Option("--max-images", metavar="N", min=1, help="Most images and PDF pages of a request.")
 ]
+MaxFramesOption = Annotated[
+    int, typer.Option("--max-frames", metavar="N", min=1, max=1024, help="Most frames of the videos of a request.")
+]
 TimeOption = Annotated[
     float,
     typer.Option("--max-time", metavar="SECONDS", min=1, callback=options.finite, help="Longest time of a request."),
@@ -98,6 +101,7 @@ def serve(
     max_queue: QueueOption = 32,
     max_body: BodyOption = 64,
     max_images: MaxImagesOption = 16,
+    max_frames: MaxFramesOption = 64,
     max_time: TimeOption = 3600.0,
     verbose: VerboseOption = False,
     mmproj: options.MmprojOption = None,
@@ -112,9 +116,9 @@ def serve(
     """Serve a model to programs that speak OpenAI's protocol, and a page at '/'.
 
     Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
-    /tokenize, /health, /metrics, /openapi.json. Images come as data URLs, PDFs as file parts; the server fetches
-    nothing. What the decoder has read of images is kept on disk, private to the user who runs the server. Ends with
-    SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
+    /tokenize, /health, /metrics, /openapi.json. Images and videos come as data URLs, PDFs as file parts; the server
+    fetches nothing. What the decoder has read of images is kept on disk, private to the user who runs the server. Ends
+    with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
     """
     from granite4v.runtime import Model
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
@@ -145,6 +149,7 @@ def serve(
             body_bytes=max_body * _MEGABYTE,
             n_images=max_images,
             n_pages=max_images,
+            n_frames=max_frames,
             n_waiting=max_queue,
             time_s=max_time,
         )

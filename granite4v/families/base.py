@@ -291,6 +291,10 @@ class VisionConfig:
     frame: ImageFrame | None = None
 
     @property
+    def takes_video(self) -> bool:
+        return isinstance(self.tiling, TilingConfig) and self.tiling.video_pooling is not None
+
+    @property
     def tokens_side(self) -> int:
         """Image tokens along one side of a tile."""
         return self.projector.tokens_side(self.tower.grid_side)

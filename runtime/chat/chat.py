@@ -14,7 +14,7 @@ from granite4v.clip_projector.grid_canvas import CanvasLayout
 from granite4v.clip_projector.views import views_of
 from granite4v.errors import ContextOverflowError, DocumentError, PromptError
 from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Stats, Turn
-from granite4v.runtime.chat.pages import ChatPage, FileSpec, file_spec, read_pages, regular_file
+from granite4v.runtime.chat.pages import ChatPage, FileSpec, FrameSampling, file_spec, read_pages, regular_file
 from granite4v.runtime.documents import PageRanges
 from granite4v.runtime.engine.stream import Progress, Stream
 from granite4v.runtime.formats.task_grammar import grammar_for
@@ -62,7 +62,8 @@ class Chat:
     """One conversation with a loaded model. Not for several threads at once.
 
     `options`: for every answer; their `max_tokens` counts only if `max_tokens` is given here, otherwise an answer gets
-    what is left, up to MAX_TOKENS. `load_schema` reads what '/schema' names.
+    what is left, up to MAX_TOKENS. `load_schema` reads what '/schema' names. `frames` or `fps`: how many frames of
+    each video, as `load_video` has it.
     """
 
     def __init__(
@@ -74,12 +75,15 @@ class Chat:
         max_tokens: int | None = None,
         password: str | None = None,
         load_schema: Callable[[str], Schema] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
     ) -> None:
         self.model = model
         self.conversation = Conversation(system)
         self.options = options or GenerationOptions()
         self.saved_as: Path | None = None  # the file that the conversation was saved to, or loaded from
         self._max_tokens, self._password, self._load_schema = max_tokens, password, load_schema
+        self._sampling = FrameSampling(frames, fps)
 
     @property
     def adapter(self) -> bool | None:
@@ -93,7 +97,7 @@ class Chat:
     # --- pages ---
 
     def attach(self, text: str, progress: Progress | None = None) -> tuple[list[ChatPage], list[str]]:
-        """Attaches the pages of 'FILE' or 'FILE#PAGES'. Returns those attached, and notes for a person.
+        """Attaches the pages of 'FILE' or 'FILE#PAGES', or a video. Returns those attached, and notes for a person.
 
         Without PAGES, all pages if they fit into the context, else the first. One that is attached already becomes the
         current page. Raises DocumentError, ImageError, ModelFileError for a model without a vision file, ContextFull;
@@ -105,7 +109,7 @@ class Chat:
         notes: list[str] = []
         again: ChatPage | None = None
         room = self.usage(progress).left - MIN_ANSWER
-        for page in read_pages(spec, self.model.files.vision_config, self._password):
+        for page in read_pages(spec, self.model.files.vision_config, self._password, self._sampling):
             if isinstance(page, DocumentError):
                 notes.append(str(page))
                 continue
@@ -128,17 +132,19 @@ class Chat:
         # an attached page may take another number of tokens beside others than it takes now
         n_tokens = self._n_tokens_of([*self.conversation.pages, *found]) - self._n_tokens_of(self.conversation.pages)
         if n_tokens > room:
-            raise self._full(f"{counted(len(found), 'page')} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
+            n_frames = found[0].n_frames
+            what = counted(len(found), "page") if n_frames is None else counted(n_frames, "frame")
+            raise self._full(f"{what} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
         for page in found:
             self.conversation.attach(page)
         if not found:
             self.conversation.chosen = again
         return found, notes
 
-    def read_page(self, path: str, number: int) -> ChatPage:
-        """One page of a file, not attached. Raises DocumentError, ImageError."""
+    def read_page(self, path: str, number: int, n_frames: int | None = None) -> ChatPage:
+        """One page of a file, or so many frames of a video, not attached. Raises DocumentError, ImageError."""
         spec = FileSpec(regular_file(path), PageRanges(((number, number),)))
-        for page in read_pages(spec, self.model.files.vision_config, self._password):
+        for page in read_pages(spec, self.model.files.vision_config, self._password, FrameSampling(n_frames)):
             if isinstance(page, DocumentError):
                 raise page
             return page

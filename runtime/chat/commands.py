@@ -146,13 +146,16 @@ def _attach_file(chat: Chat, file: str, display: Display) -> None:
 
 def _size(page: ChatPage) -> str:
     width, height = page.image.size
-    return f"{width:,}x{height:,} px"
+    frames = "" if page.n_frames is None else f", {counted(page.n_frames, 'frame')}"
+    return f"{width:,}x{height:,} px{frames}"
 
 
 def _seen(chat: Chat, page: ChatPage) -> str:
     """What the model sees of a page."""
     tiles = chat.layout(page)
     dpi = "" if page.dpi is None else f" at {page.dpi:g} dpi"
+    if page.n_frames is not None:
+        return f"{_size(page)}, {chat.n_tokens(page):,} tokens"
     grid = counted(tiles.n_tiles, "tile")
     if isinstance(tiles, Layout) and tiles.rows:
         grid += f" (overview, {tiles.rows}x{tiles.columns})"
@@ -348,7 +351,11 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(
-            "attach", "/attach FILE[#PAGES]", "attach an image, or pages of a PDF: scan.pdf#1-3,7", _attach, "file"
+            "attach",
+            "/attach FILE[#PAGES]",
+            "attach an image, a video, or pages of a PDF: a.pdf#1-3,7",
+            _attach,
+            "file",
         ),
         Command("detach", "/detach [N|all]", "take out a page: the current one, number N, or all", _detach, "page"),
         Command("pages", "/pages [N]", "list the pages; with N, make that one the current page", _pages, "page"),

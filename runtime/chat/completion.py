@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from granite4v.runtime.chat.commands import COMMANDS, SWITCH, Command
 from granite4v.runtime.chat.conversation import Conversation
 from granite4v.runtime.chat.line import words
+from granite4v.runtime.chat.pages import ATTACHED
 from granite4v.runtime.chat.values import COPY_FORMATS
-from granite4v.runtime.documents.sources import SUFFIXES
 from granite4v.runtime.formats.tasks import TASKS
 
 MOST_PATHS = 200  # of a directory
@@ -31,7 +31,7 @@ def complete(before: str, conversation: Conversation) -> list[Completion]:
     """The completions of a line up to the cursor."""
     if before.startswith("/") and " " not in before:
         found = [Completion(f"/{c.name}", len(before), c.help) for c in _beginning(before[1:])]
-        return found or list(_paths(before, SUFFIXES))
+        return found or list(_paths(before, ATTACHED))
     if before.startswith("<") and " " not in before:
         tags = [task.tag for task in TASKS.values() if task.tag is not None]
         return [Completion(tag, len(before), "task") for tag in tags if tag.startswith(before)]
@@ -40,7 +40,7 @@ def complete(before: str, conversation: Conversation) -> list[Completion]:
         if name in COMMANDS:
             return list(_arguments(COMMANDS[name].takes, rest, conversation))
     word = _last_word(before)
-    return list(_paths(word, SUFFIXES)) if "/" in word else []
+    return list(_paths(word, ATTACHED)) if "/" in word else []
 
 
 def _beginning(name: str) -> list[Command]:
@@ -50,7 +50,7 @@ def _beginning(name: str) -> list[Command]:
 def _arguments(takes: str, rest: str, conversation: Conversation) -> Iterator[Completion]:
     rest = rest.lstrip()
     if takes == "file":
-        yield from _paths(rest, SUFFIXES)
+        yield from _paths(rest, ATTACHED)
     elif takes in ("session", "schema"):
         yield from _paths(rest, (".json",))
     elif takes == "page":

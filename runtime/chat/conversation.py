@@ -157,4 +157,5 @@ class Conversation:
 
 
 def _user(text: str, pages: Sequence[ChatPage]) -> dict[str, Any]:
-    return {"role": "user", "content": [*({"type": "image"} for _ in pages), {"type": "text", "text": text}]}
+    kinds = ("image" if page.n_frames is None else "video" for page in pages)
+    return {"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]}

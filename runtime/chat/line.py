@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from granite4v.runtime.documents.sources import SUFFIXES
+from granite4v.runtime.chat.pages import ATTACHED
 
 # at the beginning of a word: a quoted text that ends where a word ends (a page selection may follow), or all up to the
 # next space that is not escaped
@@ -93,7 +93,7 @@ def _dropped(value: str) -> str | None:
     path = os.path.expanduser(_path(value))
     bare = path if os.path.isfile(path) else _PAGES.sub("", path)
     try:
-        is_document = os.path.splitext(bare)[1].lower() in SUFFIXES and os.path.isfile(bare)
+        is_document = os.path.splitext(bare)[1].lower() in ATTACHED and os.path.isfile(bare)
     except ValueError:  # a NUL
         return None
     return path if is_document else None

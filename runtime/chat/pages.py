@@ -1,4 +1,5 @@
-"""Pages that are attached to a conversation: read in a process of their own, identified by their pixels and files."""
+"""Pages and videos that are attached to a conversation: read in processes of their own, identified by their pixels and
+files."""
 
 from __future__ import annotations
 
@@ -10,13 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from granite4v.clip_projector.files import shown
+from granite4v.clip_projector.files import is_video, shown
 from granite4v.clip_projector.images import Image
+from granite4v.clip_projector.video import read_video
+from granite4v.clip_projector.views import Video
 from granite4v.errors import DocumentError
 from granite4v.families.base import VisionConfig
 from granite4v.runtime.documents import Page, PageFailure, PageRanges, SelectionError, open_pages, parse_pages
+from granite4v.runtime.documents.sources import SUFFIXES
 
 _READ_BYTES = 1 << 20
+_HEAD_BYTES = 1024
+# of files that are attached when they are dropped into a line, and of those that are offered
+ATTACHED = (*SUFFIXES, ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,17 @@ class FileSpec:
     pages: PageRanges | None
 
 
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video are taken, as `load_video` has it."""
+
+    frames: int | None = None
+    fps: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class ChatPage:
-    """One attached page. `path` is absolute; `number` counts from 1, of `n_pages`.
+    """One attached page, or a video. `path` is absolute; `number` counts from 1, of `n_pages`.
 
     `file_sha256`: of the file when it was read, in hexadecimal digits. `dpi`: of a PDF's page as it was rendered.
     """
@@ -37,7 +52,7 @@ class ChatPage:
     path: Path
     number: int
     n_pages: int
-    image: Image = field(repr=False)
+    image: Image | Video = field(repr=False)
     file_sha256: str
     dpi: float | None = None
     warnings: tuple[str, ...] = ()
@@ -51,6 +66,11 @@ class ChatPage:
     def name(self) -> str:
         """'scan.pdf#2', or 'page.png' for a file with one page."""
         return f"{shown(self.path.name)}#{self.number}" if self.n_pages > 1 else shown(self.path.name)
+
+    @property
+    def n_frames(self) -> int | None:
+        """Those of a video; None for a page."""
+        return len(self.image.frames) if isinstance(self.image, Video) else None
 
 
 def file_spec(text: str) -> FileSpec:
@@ -86,13 +106,17 @@ def regular_file(path: str) -> Path:
 
 
 def read_pages(
-    spec: FileSpec, view: VisionConfig | None, password: str | None = None
+    spec: FileSpec, view: VisionConfig | None, password: str | None = None, sampling: FrameSampling | None = None
 ) -> Iterator[ChatPage | DocumentError]:
-    """The pages of a file, each rendered when it is asked for; a page that cannot be read is an error in its place.
+    """The pages of a file, each rendered when it is asked for; a page that cannot be read is an error in its place. A
+    video is one page, `sampling` of its frames.
 
-    Raises what `open_pages` raises, and DocumentError when the file cannot be read at all.
+    Raises what `open_pages` and `load_video` raise, and DocumentError when the file cannot be read at all.
     """
-    sha256 = _sha256(spec.path)
+    sha256, head = _sha256(spec.path)
+    if is_video(head):
+        yield _video(spec, view, sampling or FrameSampling(), sha256)
+        return
     with contextlib.closing(open_pages([spec.path], pages=spec.pages, password=password, view=view)) as pages:
         for page in pages:
             if isinstance(page, Page):
@@ -103,12 +127,24 @@ def read_pages(
                 yield DocumentError(str(page.error))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _video(spec: FileSpec, view: VisionConfig | None, sampling: FrameSampling, sha256: str) -> ChatPage:
+    name = f"'{shown(str(spec.path))}'"
+    if view is None or not view.takes_video:
+        raise DocumentError(f"{name} is a video, and this model takes none, only images and pages.")
+    if spec.pages is not None and list(spec.pages.of(1)) != [(1, 1)]:
+        raise DocumentError(f"{name} is a video, which has no pages; attach it without '#', all of it.")
+    video, said = read_video(spec.path, frames=sampling.frames, fps=sampling.fps)
+    return ChatPage(spec.path, 1, 1, video, sha256, warnings=said)
+
+
+def _sha256(path: Path) -> tuple[str, bytes]:
+    """Of a file; and its beginning."""
+    digest, head = hashlib.sha256(), b""
     try:
         with path.open("rb") as file:
             while piece := file.read(_READ_BYTES):
                 digest.update(piece)
+                head = head or piece[:_HEAD_BYTES]
     except OSError as error:
         raise DocumentError(f"'{shown(str(path))}' cannot be read: {error.strerror or error}.") from None
-    return digest.hexdigest()
+    return digest.hexdigest(), head

@@ -24,7 +24,7 @@ FORMAT = "granite4v-chat"
 VERSION = 1
 MAX_BYTES = 64 << 20
 _REASONS = ("stop", "length", "repetition", "cancelled")
-ReadPage = Callable[[str, int], ChatPage]
+ReadPage = Callable[..., ChatPage]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _page(page: ChatPage) -> dict[str, Any]:
         "file_sha256": page.file_sha256,
         "pixels_sha256": page.digest,
         "size_px": list(page.image.size),
+        **({} if page.n_frames is None else {"n_frames": page.n_frames}),
     }
 
 
@@ -79,7 +80,8 @@ def _turn(turn: Turn, pages: list[ChatPage]) -> dict[str, Any]:
 
 
 def load(path: Path, read_page: ReadPage) -> Loaded:
-    """The conversation of a file that `save` wrote. `read_page(path, number)` reads a page, and raises Granite4vError.
+    """The conversation of a file that `save` wrote. `read_page(path, number)` reads a page, with `n_frames=` that many
+    frames of a video, and raises Granite4vError.
 
     A page that cannot be read is left out, with a note; one whose file changed is taken as it is now, with a note.
     Raises ChatError for a file that is something else.
@@ -90,8 +92,9 @@ def load(path: Path, read_page: ReadPage) -> Loaded:
     try:
         for page in content["pages"]:
             saved_path, number = _text(page["path"]), _whole(page["number"])
+            of_video = {"n_frames": _whole(page["n_frames"])} if "n_frames" in page else {}
             try:
-                found = read_page(saved_path, number)
+                found = read_page(saved_path, number, **of_video)
             except Granite4vError as error:
                 read.append(None)
                 notes.append(f"{error} The page is left out; what was said about it stays.")

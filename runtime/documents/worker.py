@@ -25,6 +25,7 @@ import PIL.Image
 from granite4v.clip_projector.images import open_rgb
 from granite4v.errors import DocumentError, ImageError, ImageWarning
 from granite4v.families.base import tiling_from
+from granite4v.memory import limit_address_space
 from granite4v.runtime.documents.content import open_page_source, readable
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import PageSource
@@ -46,7 +47,7 @@ def main(setup: str) -> None:
     options = json.loads(setup)
     limits = Limits(**options["limits"])
     PIL.Image.MAX_IMAGE_PIXELS = options["max_image_pixels"]
-    _limit_resources(limits)
+    limit_address_space(2 * limits.memory_bytes)  # `_watch_memory`, which can say why, is first
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
     busy = threading.Event()
@@ -143,22 +144,6 @@ def _receive(stream: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
         requests.put((json.loads(header), content))
         del content
     os._exit(0)  # the owner is gone, or done
-
-
-def _limit_resources(limits: Limits) -> None:
-    """Forbids core files and limits address space; macOS has no such limit, so there `_watch_memory` is all."""
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        address_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (OSError, ValueError):
-        return
-    with contextlib.suppress(OSError, ValueError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        # twice the limit, so that `_watch_memory`, which can say why, is first
-        wanted = address_bytes + 2 * limits.memory_bytes
-        limit = min(value for value in (wanted, soft, hard) if value != resource.RLIM_INFINITY)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _limit_cpu(seconds: float) -> None:

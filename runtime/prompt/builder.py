@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.errors import PromptError
-from granite4v.families.base import TilingConfig
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import VideoOf, normalize
@@ -120,8 +119,7 @@ class PromptBuilder:
             return []
         config = self._files.vision_config
         assert config is not None
-        takes_video = isinstance(config.tiling, TilingConfig) and config.tiling.video_pooling is not None
-        if not takes_video and any(isinstance(source, VideoOf) for source in sources):
+        if not config.takes_video and any(isinstance(source, VideoOf) for source in sources):
             raise PromptError("this model takes no video, only images; ask about single frames, or use another model.")
         return clip_projector.views_of([_opened(source) for source in sources], config)
 

@@ -24,8 +24,9 @@ MAX_DEPTH = 64  # of nested values beside the content, such as the arguments of 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
-_VIDEO_TYPES = ("video",)
-_VIDEO_KEYS = ("video", "path")
+_VIDEO_TYPES = ("video", "video_url", "input_video")
+_VIDEO_KEYS = ("video", "video_url", "url", "path", "base64")
+_A = {"image": "an image", "video": "a video"}
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
@@ -141,10 +142,10 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
     if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _IMAGE_TYPES:
-        found.append(_image_of(part, number))
+        found.append(_source_of(part, _IMAGE_KEYS, "image", number))
         return {"type": "image"}
     if kind in _VIDEO_TYPES:
-        found.append(VideoOf(next((part[key] for key in _VIDEO_KEYS if part.get(key) is not None), None)))
+        found.append(VideoOf(_source_of(part, _VIDEO_KEYS, "video", number)))
         return {"type": "video"}
     raise PromptError(
         f"message {number} has a content part {_shown(part)}; expected {{'type': 'text', 'text': ...}} or "
@@ -152,16 +153,17 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
     )
 
 
-def _image_of(part: Mapping[str, Any], number: int) -> Any:
-    """The image of a part, as `load_image` takes it; None for a part without one."""
-    key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), "")
+def _source_of(part: Mapping[str, Any], names: Sequence[str], kind: str, number: int) -> Any:
+    """The image or video of a part, as `load_image` or `load_video` takes it, under one of `names`; None for a part
+    without one."""
+    key = next((key for key in names if part.get(key) is not None), "")
     value: Any = part.get(key)
     if isinstance(value, Mapping):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
         value = value.get("url")
     if not isinstance(value, str):
         return value
     if key == "base64":
-        return _decode(value, number)
+        return _decode(value, kind, number)
     try:
         scheme = urlparse(value).scheme.lower()
     except ValueError:  # 'http://[', which may also be a path
@@ -170,23 +172,23 @@ def _image_of(part: Mapping[str, Any], number: int) -> Any:
         head, _, data = value.partition(",")
         if not head.endswith(";base64"):
             raise PromptError(
-                f"message {number} has a data URL that is not base64; expected 'data:image/png;base64,...'."
+                f"message {number} has a data URL that is not base64; expected 'data:{kind}/...;base64,...'."
             )
-        return _decode(data, number)
+        return _decode(data, kind, number)
     if scheme in ("http", "https", "ftp"):
         raise PromptError(
-            f"message {number} has an image at '{value:.80}'; granite4v works offline and fetches nothing. "
+            f"message {number} has {_A[kind]} at '{value:.80}'; granite4v works offline and fetches nothing. "
             "Give a local path or a data URL."
         )
     return Path(unquote(urlparse(value).path)) if scheme == "file" else Path(value)
 
 
-def _decode(data: str, number: int) -> bytes:
+def _decode(data: str, kind: str, number: int) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise PromptError(
-            f"message {number} has an image with invalid base64 data; encode the file's bytes again."
+            f"message {number} has {_A[kind]} with invalid base64 data; encode the file's bytes again."
         ) from None
 
 

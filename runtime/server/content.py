@@ -1,4 +1,4 @@
-"""Content parts of a request to messages: texts, and the images and documents that are still to be opened.
+"""Content parts of a request to messages: texts, and the images, documents and videos that are still to be opened.
 
 Nothing is decoded here but base64; no file is opened and nothing fetched.
 """
@@ -16,12 +16,34 @@ from urllib.parse import unquote, urlparse
 
 from granite4v.runtime.documents import PageRanges, SelectionError, parse_pages
 from granite4v.runtime.server.errors import invalid
-from granite4v.runtime.server.requests import Content, FileContent, ImagePart, InputFilePart, Message, Part, TextPart
+from granite4v.runtime.server.requests import (
+    Content,
+    FileContent,
+    ImagePart,
+    InputFilePart,
+    Message,
+    Part,
+    TextPart,
+    VideoFields,
+    VideoPart,
+    VideoUrlPart,
+)
+
+_JPEGS = "data:video/jpeg;base64,"  # followed by frames, as vLLM takes them
+
+
+@dataclass(frozen=True)
+class VideoChoice:
+    """Which frames of a video are taken, as `load_video` has it; or the images that are `given` as its frames."""
+
+    frames: int | None = None
+    fps: float | None = None
+    given: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """An image, or with `is_document` a document of any number of pages, encoded or by path.
+    """An image, with `is_document` a document of any number of pages, with `video` a video; encoded or by path.
 
     `param`: where it stands in the request. `name`: what messages call it.
     """
@@ -33,6 +55,7 @@ class Attachment:
     is_document: bool = False
     pages: PageRanges | None = None
     password: str | None = None
+    video: VideoChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,11 @@ class ContentReader:
         if isinstance(part, ImagePart):
             url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
             return self._image(url, f"{param}.image_url")
+        if isinstance(part, VideoUrlPart):
+            url = part.video_url if isinstance(part.video_url, str) else part.video_url.url
+            return self._video(url, part, f"{param}.video_url")
+        if isinstance(part, VideoPart):
+            return self._video(part.video, part, f"{param}.video")
         if isinstance(part, InputFilePart):
             return self._file(part, f"{param}.file_data")
         return self._file(part.file, f"{param}.file.file_data")
@@ -86,6 +114,20 @@ class ContentReader:
         if url[:5].lower() == "data:":
             return Attachment(param, name, content=_data(url, param))
         return Attachment(param, name, path=self._path(url, param))
+
+    def _video(self, source: str | list[str], part: VideoFields, param: str) -> Attachment:
+        if part.frames is not None and part.fps is not None:
+            raise invalid("'frames' and 'fps' are both given; send one of them.", param, "invalid_sampling")
+        name = f"the video at '{param}'"
+        if isinstance(source, str) and source[: len(_JPEGS)].lower() == _JPEGS:
+            source = [f"data:image/jpeg;base64,{frame}" for frame in source[len(_JPEGS) :].split(",")]
+        if not isinstance(source, str):
+            given = tuple(self._image(url, f"{param}[{i}]") for i, url in enumerate(source))
+            return Attachment(param, name, video=VideoChoice(given=given))
+        choice = VideoChoice(part.frames, part.fps)
+        if source[:5].lower() == "data:":
+            return Attachment(param, name, content=_data(source, param, "video/mp4"), video=choice)
+        return Attachment(param, name, path=self._path(source, param, "video", "video/mp4"), video=choice)
 
     def _file(self, file: FileContent, param: str) -> Attachment:
         name = f"the document at '{param}'" if not file.filename else f"'{file.filename:.80}'"
@@ -101,9 +143,9 @@ class ContentReader:
         content = _data(data, param) if data[:5].lower() == "data:" else _decoded(data, param)
         return Attachment(param, name, content=content, is_document=True, pages=ranges, password=file.password)
 
-    def _path(self, url: str, param: str) -> Path:
+    def _path(self, url: str, param: str, what: str = "image", kind: str = "image/png") -> Path:
         """A file that the server's user allows. Raises ApiError for everything else."""
-        advice = "send the image itself, as a data URL (data:image/png;base64,...)"
+        advice = f"send the {what} itself, as a data URL (data:{kind};base64,...)"
         try:
             parsed = urlparse(url)
         except ValueError:
@@ -121,10 +163,10 @@ class ContentReader:
         raise invalid(f"'{url:.80}' {allowed}; {advice}, or start the server with --media-path.", param, "no_path")
 
 
-def _data(url: str, param: str) -> bytes:
+def _data(url: str, param: str, kind: str = "image/png") -> bytes:
     head, _, data = url.partition(",")
     if not head.lower().endswith(";base64"):
-        raise invalid("a data URL that is not base64; expected 'data:image/png;base64,...'.", param, "invalid_data_url")
+        raise invalid(f"a data URL that is not base64; expected 'data:{kind};base64,...'.", param, "invalid_data_url")
     return _decoded(data, param)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from granite4v import gguf_keys as keys
+from granite4v.clip_projector import Image, Video
 from granite4v.runtime.model import Model
 from granite4v.runtime.options import GenerationOptions
 from granite4v.runtime.prompt.spans import Prompt, TextSpan
@@ -146,7 +147,7 @@ class Dispatcher:
         news = News()
         return await self.in_thread(_submitted, self.model, ask, images, news)
 
-    async def _images(self, ask: Ask) -> list[list[Any]]:
+    async def _images(self, ask: Ask) -> Sequence[Sequence[Image | Video]]:
         model, attachments, limits = self.model, ask.attachments, self.options.limits
         if not attachments:
             return []
@@ -154,15 +155,18 @@ class Dispatcher:
             raise invalid(
                 "this model has no vision file, so it takes no images and documents.", attachments[0].param, "no_vision"
             )
+        config, video = model.files.vision_config, next((one for one in attachments if one.video is not None), None)
+        if video is not None and config is not None and not config.takes_video:
+            raise invalid("this model takes no videos, only images and documents.", video.param, "no_video")
         if len(attachments) > limits.n_images:
             raise invalid(
-                f"the request has {len(attachments)} images and documents, but the server takes {limits.n_images}; "
-                "send fewer.",
+                f"the request has {len(attachments)} images, documents and videos, but the server takes "
+                f"{limits.n_images}; send fewer.",
                 attachments[limits.n_images].param,
                 "too_many_images",
             )
         assert self._media is not None
-        return list(await self._media.open(attachments))
+        return await self._media.open(attachments)
 
     async def in_thread(self, function: Any, *arguments: Any) -> Any:
         """What a function returns, called in a thread. A generation that nobody waits for any more is cancelled."""
@@ -179,7 +183,7 @@ def _give_up(future: Future[Any] | asyncio.Future[Any]) -> None:
         future.result().cancel()
 
 
-def _prompt(model: Model, ask: Ask, images: list[list[Any]]) -> Prompt:
+def _prompt(model: Model, ask: Ask, images: Sequence[Sequence[Image | Video]]) -> Prompt:
     if isinstance(ask.plain, str):
         prompt = model.prompts.plain(ask.plain)
     elif ask.plain is not None:
@@ -200,10 +204,13 @@ def _prompt(model: Model, ask: Ask, images: list[list[Any]]) -> Prompt:
     return prompt
 
 
-def _content(part: str | Attachment, opened: Iterator[list[Any]]) -> list[dict[str, Any]]:
+def _content(part: str | Attachment, opened: Iterator[Sequence[Image | Video]]) -> list[dict[str, Any]]:
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
-    return [{"type": "image", "image": image} for image in next(opened)]
+    return [
+        {"type": "video", "video": item} if isinstance(item, Video) else {"type": "image", "image": item}
+        for item in next(opened)
+    ]
 
 
 def _of_tokens(model: Model, tokens: Sequence[int]) -> Prompt:
@@ -214,7 +221,7 @@ def _of_tokens(model: Model, tokens: Sequence[int]) -> Prompt:
     return Prompt("", (TextSpan(tuple(tokens)),), ())
 
 
-def _submitted(model: Model, ask: Ask, images: list[list[Any]], news: News) -> Generation:
+def _submitted(model: Model, ask: Ask, images: Sequence[Sequence[Image | Video]], news: News) -> Generation:
     if ask.fields.get("lora") and not model.has_lora:
         raise invalid("this model has no separate adapter to apply; leave 'lora' out.", "lora", "no_adapter")
     prompt = _prompt(model, ask, images)

@@ -1,4 +1,4 @@
-"""Images and PDF pages of requests, opened in processes of their own, which a damaged file may end."""
+"""Images, PDF pages and videos of requests, opened in processes of their own, which a damaged file may end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from granite4v.clip_projector import Image
+from granite4v.clip_projector import Image, Video
+from granite4v.clip_projector.video import VideoLimits, read_video
 from granite4v.errors import DocumentError, ImageError
 from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import LIMITS
 from granite4v.runtime.documents.reader import RawPage, Reader, RemoteDocument
-from granite4v.runtime.server.content import Attachment
+from granite4v.runtime.server.content import Attachment, VideoChoice
 from granite4v.runtime.server.errors import ApiError, invalid
 from granite4v.runtime.server.options import Limits
 
@@ -48,8 +49,8 @@ class MediaOpener:
         for _ in range(N_READERS):
             self._desks.put(_Desk())
 
-    async def open(self, attachments: Sequence[Attachment]) -> list[list[Image]]:
-        """The images of each attachment: one, or the pages of a document. Raises ApiError, DeviceError.
+    async def open(self, attachments: Sequence[Attachment]) -> Sequence[Sequence[Image | Video]]:
+        """What each attachment holds: an image or a video, or the pages of a document. Raises ApiError, DeviceError.
 
         When this is cancelled, the process that is at work is ended within half a second.
         """
@@ -67,12 +68,12 @@ class MediaOpener:
                 continue
             return
 
-    def _open_all(self, attachments: Sequence[Attachment], gone: threading.Event) -> list[list[Image]]:
+    def _open_all(self, attachments: Sequence[Attachment], gone: threading.Event) -> list[list[Image | Video]]:
         desk = self._desks.get()
         desk.gone = gone
         try:
             budget = _Budget(self._limits)
-            return [self._opened(desk.reader, one, budget) for one in attachments if not gone.is_set()]
+            return [self._opened(desk, one, budget) for one in attachments if not gone.is_set()]
         except ApiError:
             raise
         except BaseException:
@@ -81,14 +82,41 @@ class MediaOpener:
         finally:
             self._desks.put(desk)
 
-    def _opened(self, reader: Reader, attachment: Attachment, budget: _Budget) -> list[Image]:
+    def _opened(self, desk: _Desk, attachment: Attachment, budget: _Budget) -> list[Image | Video]:
         try:
-            return list(self._open(reader, attachment, budget))
+            if attachment.video is not None:
+                return [self._video(desk, attachment, attachment.video, budget)]
+            return list(self._open(desk.reader, attachment, budget))
         except (DocumentError, ImageError) as error:
             code = "invalid_image" if isinstance(error, ImageError) else "invalid_document"
+            code = code if attachment.video is None else "invalid_video"
             raise invalid(str(error), attachment.param, code) from None
 
-    def _open(self, reader: Reader, attachment: Attachment, budget: _Budget) -> Iterator[Image]:
+    def _video(self, desk: _Desk, attachment: Attachment, choice: VideoChoice, budget: _Budget) -> Video:
+        n_wanted = len(choice.given) or choice.frames or 1
+        if n_wanted > budget.n_frames:
+            raise budget.too_many_frames(attachment)
+        if choice.given:
+            images = [next(self._open(desk.reader, frame, budget, is_frame=True)) for frame in choice.given]
+            return Video(tuple(images))
+        most = self._limits.n_frames
+        bounds = VideoLimits(most, max(0, budget.n_pixels), LIMITS.memory_bytes, self._limits.video_s)
+        source = attachment.path if attachment.content is None else attachment.content
+        assert source is not None
+        video, _ = read_video(
+            source,
+            frames=choice.frames,
+            fps=choice.fps,
+            name=attachment.name,
+            limits=bounds,
+            stop=desk.gone.is_set,
+        )
+        budget.take_video(video, attachment)
+        return video
+
+    def _open(
+        self, reader: Reader, attachment: Attachment, budget: _Budget, *, is_frame: bool = False
+    ) -> Iterator[Image]:
         document = RemoteDocument(
             reader,
             attachment.name,
@@ -99,7 +127,7 @@ class MediaOpener:
             password=attachment.password,
         )
         if not attachment.is_document:
-            yield budget.take(document.load(), attachment)
+            yield budget.take(document.load(), attachment, is_frame=is_frame)
             return
         document.begin_open()
         document.finish_open()
@@ -107,7 +135,7 @@ class MediaOpener:
             raise DocumentError(document.damage)
         for number in self._chosen(document.n_pages, attachment, budget):
             document.begin_render(number, None, self._tiling)
-            yield budget.take(document.finish_render(), attachment)
+            yield budget.take(document.finish_render(), attachment, is_frame=False)
 
     def _chosen(self, n_pages: int, attachment: Attachment, budget: _Budget) -> list[int]:
         """The pages to render. Raises ApiError for too many, or one that is not there."""
@@ -132,23 +160,39 @@ class MediaOpener:
 
 
 class _Budget:
-    """Images and pixels that a request may still have."""
+    """Images, frames of videos, and pixels that a request may still have."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.n_images, self._n_pixels = limits.n_images, limits.n_pixels
+        self.n_images, self.n_frames, self.n_pixels = limits.n_images, limits.n_frames, limits.n_pixels
 
-    def take(self, page: RawPage, attachment: Attachment) -> Image:
+    def take_video(self, video: Video, attachment: Attachment) -> None:
+        """Raises ApiError where it has more frames than are left."""
+        self.n_frames -= len(video.frames)
+        if self.n_frames < 0:
+            raise self.too_many_frames(attachment)
+        self.n_pixels -= sum(frame.size[0] * frame.size[1] for frame in video.frames)
+
+    def too_many_frames(self, attachment: Attachment) -> ApiError:
+        return invalid(
+            f"the videos of the request have more than {self._limits.n_frames} frames, the server's limit; take fewer "
+            "with 'frames' or 'fps'.",
+            attachment.param,
+            "too_many_frames",
+        )
+
+    def take(self, page: RawPage, attachment: Attachment, *, is_frame: bool) -> Image:
         width, height = page.size
-        self.n_images -= 1
-        self._n_pixels -= width * height
+        self.n_frames -= is_frame
+        self.n_images -= not is_frame
+        self.n_pixels -= width * height
         if self.n_images < 0:
             raise invalid(
                 f"the request has more than {self._limits.n_images} images and pages, the server's limit; send fewer.",
                 attachment.param,
                 "too_many_images",
             )
-        if self._n_pixels < 0:
+        if self.n_pixels < 0:
             raise invalid(
                 f"the images have more than {self._limits.n_pixels:,} pixels together, the server's limit; scale them "
                 "down, or send fewer.",

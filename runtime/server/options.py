@@ -11,7 +11,8 @@ class Limits:
     """Bounds of one request, and of what is in flight. A request beyond one is refused with a message that names it.
 
     `body_bytes`: of a request. `n_images`: images and PDF pages of a request, and `n_pixels` of all of them together.
-    `n_pages`: of one PDF. `n_choices`: answers to one request. `n_waiting`: requests that wait for their turn.
+    `n_pages`: of one PDF. `n_frames`: of all videos of a request, whose pixels `n_pixels` counts, too. `video_s`: to
+    decode one video. `n_choices`: answers to one request. `n_waiting`: requests that wait for their turn.
     `time_s`: from the arrival of a request to the end of its answer.
     """
 
@@ -19,6 +20,8 @@ class Limits:
     n_images: int = 16
     n_pixels: int = 100_000_000
     n_pages: int = 16
+    n_frames: int = 64
+    video_s: float = 60.0
     n_choices: int = 8
     n_waiting: int = 32
     time_s: float = 3600.0

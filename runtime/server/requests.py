@@ -57,6 +57,34 @@ class ImagePart(Body):
     ]
 
 
+class VideoFields(Body):
+    """Of our own: `frames` of the video are taken, or `fps` a second, evenly spread; 32 frames by default."""
+
+    frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+
+
+class VideoUrlPart(VideoFields):
+    """`video_url`: a data URL, alone or as `{"url": ...}`; or a file below a directory that the server allows.
+    'data:video/jpeg;base64,A,B' has the frames themselves, as JPEGs."""
+
+    type: Literal["video_url", "input_video"]
+    video_url: Annotated[
+        Annotated[ImageUrl, Tag("object")] | Annotated[str, Tag("text")],
+        _one_of("a data URL, alone or as {'url': ...}"),
+    ]
+
+
+class VideoPart(VideoFields):
+    """`video`: as `video_url`, or a list of images that are the frames, each as `image_url` has it."""
+
+    type: Literal["video"]
+    video: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[str], Field(min_length=1), Tag("list")],
+        _one_of("a data URL, or a list of those of the frames"),
+    ]
+
+
 class FileContent(Body):
     """`file_data`: a PDF or an image as a data URL, or its base64 alone. `pages`: such as '1-3,7'; all by default."""
 
@@ -75,7 +103,9 @@ class InputFilePart(FileContent):
     type: Literal["input_file"]
 
 
-Part: TypeAlias = Annotated[TextPart | ImagePart | FilePart | InputFilePart, Field(discriminator="type")]
+Part: TypeAlias = Annotated[
+    TextPart | ImagePart | FilePart | InputFilePart | VideoUrlPart | VideoPart, Field(discriminator="type")
+]
 
 
 Content: TypeAlias = Annotated[

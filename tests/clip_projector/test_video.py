@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
-from granite4v.clip_projector import Image, Video, load_video
+from granite4v.clip_projector import Image, Video, load_image, load_video
+from granite4v.clip_projector.files import is_video
+from granite4v.clip_projector.video import VideoLimits, read_video
 from granite4v.clip_projector.video_decoding import spread
 from granite4v.errors import ImageError, ImageWarning
 from tests.helpers.pictures import noise_picture
@@ -88,6 +92,71 @@ def test_what_is_no_video_is_said(tmp_path: Path, file: Path) -> None:
         load_video(tmp_path, fps=1)
     with pytest.raises(ImageError, match="has 0 frames; expected 1 to 1,024"):
         load_video([])
+
+
+def test_encoded_videos_are_read(file: Path) -> None:
+    assert numbers(load_video(file.read_bytes(), frames=4)) == [0, 10, 20, 30]
+    with pytest.raises(ImageError, match=r"^the video \(3 bytes\) cannot be read as a video"):
+        load_video(b"abc")
+
+
+def test_videos_are_known_by_their_frames(file: Path) -> None:
+    few, many = load_video(file, frames=2), load_video(file, frames=3)
+    assert few.digest == load_video(file, frames=2).digest != many.digest
+    assert few.digest not in {frame.digest for frame in few.frames}
+
+
+def test_files_that_name_other_files_are_not_followed(tmp_path: Path) -> None:
+    """A playlist or a script of FFmpeg's would have it open whatever file, or address, stands in it."""
+    write_video(tmp_path / "private.ts", 10, RATE)
+    (tmp_path / "script.mp4").write_text("ffconcat version 1.0\nfile private.ts\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nprivate.ts\n#EXT-X-ENDLIST\n")
+    with av.open(str(tmp_path / "script.mp4")) as followed:  # what FFmpeg does if nobody forbids it
+        assert sum(1 for _ in followed.decode(video=0)) == 10
+    for name in ("script.mp4", "list.m3u8"):
+        with pytest.raises(ImageError, match="cannot be read as a video: it is of another kind"):
+            load_video(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"n_pixels": 5 * 64 * 48 - 1}, "has frames of 64x48 pixels, of which 5 have more than 15,359 pixels together"),
+        ({"memory_bytes": 1 << 20}, "decoder ended|GiB of memory"),
+        ({"time_s": 0.01}, "its decoder ended after a timeout"),
+    ],
+)
+def test_what_exceeds_a_limit_is_given_up(file: Path, limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        read_video(file, frames=5, limits=VideoLimits(**limits))
+
+
+def test_the_number_of_frames_is_limited(file: Path) -> None:
+    limits = VideoLimits(n_frames=5)
+    assert len(read_video(file, limits=limits)[0].frames) == 5
+    with pytest.raises(ValueError, match="frames is 6; expected 1 to 5"):
+        read_video(file, frames=6, limits=limits)
+    with pytest.raises(ImageError, match="has 8 frames at that rate; expected at most 5"):
+        read_video(file, fps=2, limits=limits)
+
+
+def test_decoding_stops_when_nobody_waits(file: Path) -> None:
+    with pytest.raises(ImageError, match="its decoder ended"):
+        read_video(file, stop=lambda: True)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".ts", ".mpg", ".3gp"])
+def test_videos_are_recognized_by_their_content(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"film{suffix}", 30, 25)
+    assert is_video(path.read_bytes()[:1024])
+    with pytest.raises(ImageError, match="is a video, not an image; 'granite4v ask --video' takes videos"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".gif", ".bmp", ".avif"])
+def test_images_are_not_taken_for_videos(tmp_path: Path, suffix: str) -> None:
+    noise_picture((40, 30)).save(tmp_path / f"a{suffix}")
+    assert not is_video((tmp_path / f"a{suffix}").read_bytes()[:1024])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def strict(tiny_model: granite4v.Model) -> Iterator[Served]:
         ([text("A")], {"temperature": "0"}, 400, "float_type", "temperature"),
         ([text("A")], {"response_format": {"type": "json_schema"}}, 400, "missing_schema", "response_format"),
         ([text("A")], {"format": {"type": "nonsense"}}, 400, "invalid_schema", None),
-        ([text("A"), {"type": "video"}], {}, 400, "union_tag_invalid", None),
+        ([text("A"), {"type": "audio"}], {}, 400, "union_tag_invalid", None),
+        ([{"type": "video_url", "video_url": data_url(b"?", "video/mp4")}], {}, 400, "no_video",
+         "messages[0].content[0].video_url"),
         ([text("<image>")], {}, 400, "invalid_prompt", None),
     ],
 )  # fmt: skip
