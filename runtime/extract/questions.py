@@ -12,7 +12,7 @@ from granite4v.runtime.formats import TASKS
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
 from granite4v.runtime.grammar.grammar import Grammar
-from granite4v.runtime.known_tasks import Prepares, is_known
+from granite4v.runtime.known_tasks import Prepares, is_known, words_for
 from granite4v.runtime.prompt.template import TAG
 
 
@@ -105,14 +105,14 @@ def questions(
             f"{', '.join(known)}, and any model takes a question by 'prompt' (--prompt)."
         )
     return tuple(
-        _question(task, prompt or "", schema if task.takes_schema else None, unconstrained=unconstrained)
+        _question(model, task, prompt or "", schema if task.takes_schema else None, unconstrained=unconstrained)
         for task in asked
     )
 
 
-def _question(task: Task, prompt: str, schema: Schema | None, *, unconstrained: bool) -> Question:
-    schema = schema if task.takes_schema else None
-    text = prompt if task is QUESTION else task.question(None if schema is None else schema.content)
+def _question(model: Prepares, task: Task, prompt: str, schema: Schema | None, *, unconstrained: bool) -> Question:
+    words = words_for(model, task) if schema is None else task.question(schema.content)
+    text = prompt if task is QUESTION else words
     return Question(task.name, text, schema, None if unconstrained else _grammar(task.name, schema))
 
 

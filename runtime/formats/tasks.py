@@ -29,7 +29,15 @@ from granite4v.runtime.formats.tables_json import (
     tables_json_places,
 )
 from granite4v.runtime.formats.tables_json_grammar import CELLS
-from granite4v.runtime.formats.text import read_code, read_prose, salvage_code, salvage_prose
+from granite4v.runtime.formats.text import (
+    PAGE_PROMPT,
+    read_code,
+    read_page,
+    read_prose,
+    salvage_code,
+    salvage_page,
+    salvage_prose,
+)
 from granite4v.runtime.grammar.automaton import Rule
 
 # what `read` gives: a list of Table, a Table of chart data, a dict or list, or text
@@ -96,6 +104,7 @@ TASKS = {
             places=tables_json_places,
         ),
         Task("tables_otsl", "tables", "otsl", read_otsl, salvage_otsl, rule=OTSL, rows=OTSL_ROWS, places=otsl_places),
+        Task("page_md", "prose", "md", read_page, salvage_page, prompt=PAGE_PROMPT),
         Task(
             "kvp",
             "fields",

@@ -1,9 +1,15 @@
-"""Prose, and the code of a chart. Neither has a grammar."""
+"""Prose, pages as Markdown, and the code of a chart. None has a grammar."""
 
 from __future__ import annotations
 
+import re
+
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.wrapping import unfence
+
+# word for word docling's prompt for models that write pages as Markdown (its vlm_model_specs)
+PAGE_PROMPT = "Convert this page to markdown. Do not miss any text and only output the bare markdown!"
+_PAGE_FENCE = re.compile(r"\s*```(markdown|md)[ \t]*\r?\n", re.IGNORECASE)
 
 
 def read_prose(text: str) -> str:
@@ -28,3 +34,19 @@ def salvage_code(text: str) -> tuple[str | None, bool]:
     body = unfence(text, "python")
     lines = body.text if body.closed else body.text[: body.text.rfind("\n") + 1]
     return lines.strip() or None, body.closed
+
+
+def read_page(text: str) -> str:
+    """The Markdown, without a fence around all of it; code blocks of the page stay. Raises AnswerError for an empty
+    one."""
+    return read_prose(_page(text))
+
+
+def salvage_page(text: str) -> tuple[str | None, bool]:
+    """As `salvage_prose`."""
+    return salvage_prose(_page(text))
+
+
+def _page(text: str) -> str:
+    opening = _PAGE_FENCE.match(text)
+    return text if opening is None else text[opening.end() :].rstrip().removesuffix("```")

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from granite4v.runtime.formats.tasks import TASKS
-from granite4v.runtime.known_tasks import is_known
+from granite4v.runtime.known_tasks import is_known, words_for
 from granite4v.runtime.model import Model
 from granite4v.runtime.server import chat, completions, errors, responses
 from granite4v.runtime.server.bodies import BodyReader
@@ -167,7 +167,12 @@ class Endpoints:
         if self._known_tasks is None:
             known = [task for task in TASKS.values() if is_known(model, task)] if model.has_vision else []
             self._known_tasks = [
-                {"name": task.name, "tag": task.tag, "kind": task.kind, "takes_schema": task.takes_schema}
+                {
+                    "name": task.name,
+                    "tag": None if task.takes_schema else words_for(model, task),
+                    "kind": task.kind,
+                    "takes_schema": task.takes_schema,
+                }
                 for task in known
             ]
         return self._known_tasks

@@ -189,7 +189,8 @@ def test_what_is_asked(model: FakeModel, scans: Path) -> None:
     list(run(model, scans / "c.png", ["<chart2csv>", "kvp", "chart2csv"], prompt="How bright?"))
     prompts = [prompt for prompt, _, _ in model.asked]
     assert prompts == ["<chart2csv>", KVP_PROMPT.format(schema=json.dumps(SCHEMA, indent=2)), "How bright?"]
-    with pytest.raises(PromptError, match="does not know the task 'tables_otsl'; it knows chart2csv, tables_html, kvp"):
+    known = "it knows chart2csv, tables_html, page_md, kvp"
+    with pytest.raises(PromptError, match=f"does not know the task 'tables_otsl'; {known}"):
         run(model, scans, ["chart2csv", "tables_otsl"])
 
 
@@ -216,7 +217,7 @@ def test_tasks_that_cannot_be_asked(tasks: list[str], prompt: str | None, has_sc
         ({"resume": True}, ArgumentError, "'resume' needs a directory"),
         ({"report": True}, ArgumentError, "'report' needs a directory"),
         ({"formats": ["docling"]}, ArgumentError, "the format 'docling' needs a directory"),
-        ({"formats": ["xlsx"]}, ArgumentError, "there is no format 'xlsx'; known are csv"),
+        ({"formats": ["xls"]}, ArgumentError, "there is no format 'xls'; known are csv"),
         ({"max_tokens": 0}, ArgumentError, "max_tokens is 0"),
         ({"max_tokens": "9"}, ArgumentError, "max_tokens is '9'; expected an integer"),
         ({"pages": "x"}, SelectionError, "the pages 'x'"),
@@ -362,3 +363,13 @@ def test_files_that_were_left_out_and_documents_that_take_long_are_told(
     list(run(model, scans, ("chart2csv",), say=remarks.append, watch=watch))
     assert seen[0] == (0, "x.pdf", None, 2.5) and seen[1] == (0, "a.pdf", 7, 3.5) and seen[2] == (1, "a.pdf", 1, 0.0)
     assert remarks == ["2 files were left out"]
+
+
+def test_a_page_is_asked_for_in_the_words_of_docling_or_by_a_tag(model: FakeModel, scans: Path) -> None:
+    prompt = "Convert this page to markdown. Do not miss any text and only output the bare markdown!"
+    model.answers[prompt] = model.answers["<page_md>"] = "```markdown\n# {shade}\n```"
+    for known, asked in (((), prompt), (("page_md",), "<page_md>")):
+        model.known, model.asked = known, []
+        (record,) = run(model, [scans / "c.png"], ("page_md",))
+        assert (record.value, record.valid, record.task) == ("# 20", True, "page_md")
+        assert [one[0] for one in model.asked] == [asked]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from granite4v.errors import AnswerError
 from granite4v.runtime.formats import TASKS, read, read_fields, salvage
 from tests.helpers.tables import assert_error
 
@@ -36,3 +37,16 @@ def test_cut_code_keeps_complete_lines_and_cut_prose_everything() -> None:
     assert salvage("chart2summary", " ") is None
     for task in TASKS:
         assert salvage(task, "") is None
+
+
+def test_a_page_loses_the_fence_around_it_alone() -> None:
+    page = "# Title\n\n```python\nprint(1)\n```\n\nEnd."
+    assert read("page_md", page) == page
+    for name in ("markdown", "md", "Markdown"):
+        assert read("page_md", f"```{name}\n{page}\n```\n") == page
+    code = "```python\nprint(1)\n```"
+    assert read("page_md", code) == code
+    with pytest.raises(AnswerError, match="the answer is empty"):
+        read("page_md", "```markdown\n\n```")
+    found = salvage("page_md", "```markdown\n# Title\n\nSome te")
+    assert found is not None and (found.value, found.cut) == ("# Title\n\nSome te", True)
