@@ -38,6 +38,9 @@ NODES_PER_LAYER, NODES_PER_PIECE = 48, 12
 KEYS_AT_ONCE = 512  # of an image's keys and values: bounds what one graph needs
 ROWS_AT_ONCE = 32  # whose scores are computed together
 MULTIPLE = 64  # of keys, with masked ones: ggml's matrix products with half-precision values are twice as fast then
+# Thousands of keys have weights of about 1e-4, which half precision holds inexactly, and so do the scales of eight-bit
+# blocks; and a product with them takes up to ten times as long. A power of two changes no bit of float32.
+SCALE_OF_WEIGHTS = 4096.0
 Product = Callable[[Tensor], Tensor]
 MAX_GRAPHS = 8  # for different numbers of rows, at each place
 
@@ -190,14 +193,14 @@ class CrossLayers:
             q = graph.reshape(ask(self._normalized(graph, x, i, "attn_norm")), dim, n_heads, n)
             mixed = self._attended(graph, i, self._normalized(graph, q, i, "attn_q_norm"))
             gates = [math.tanh(float(self._few.array(_name(i, part), 1)[0])) for part in keys.GATES]
-            x = graph.add(x, graph.scale(out(mixed), gates[0]))
+            x = graph.add(x, graph.scale(out(mixed), gates[0] / SCALE_OF_WEIGHTS))
             if with_mlp:
                 x = graph.add(x, graph.scale(self._mlp(graph, i, x), gates[1]))
         graph.output("rows", x)
 
     def _attended(self, graph: Graph, i: int, q: Tensor) -> Tensor:
-        """Attention of q `[head_dim, heads, n]` over all keys: `[heads * head_dim, n]`. Heads that share keys are rows
-        of one product, which reads these once; flash attention reads them for each head."""
+        """Attention of q `[head_dim, heads, n]` over all keys, times `SCALE_OF_WEIGHTS`: `[heads * head_dim, n]`. Heads
+        that share keys are rows of one product, which reads these once; flash attention reads them for each head."""
         dim, n_heads, n = q.ne[:3]
         n_kv = self._config.num_key_value_heads
         group, parts = n_heads // n_kv, []
@@ -205,8 +208,9 @@ class CrossLayers:
             m = min(ROWS_AT_ONCE, n - start)
             part = graph.view(q, (dim, group, n_kv, m), (q.nb[1], group * q.nb[1], q.nb[2]), start * q.nb[2])
             rows = graph.reshape(graph.cont(graph.permute(part, 0, 1, 3, 2)), dim, group * m, n_kv)
-            scores = graph.softmax_(graph.matmul(self._keys[i], rows), self._mask, 1 / math.sqrt(dim))
-            mixed = graph.reshape(graph.matmul(self._values[i], scores), dim, group, m, n_kv)
+            weights = graph.softmax_(graph.matmul(self._keys[i], rows), self._mask, 1 / math.sqrt(dim))
+            weights = graph.scale_(weights, SCALE_OF_WEIGHTS)
+            mixed = graph.reshape(graph.matmul(self._values[i], weights), dim, group, m, n_kv)
             parts.append(graph.reshape(graph.cont(graph.permute(mixed, 0, 1, 3, 2)), dim * n_heads, m))
         return graph.join(parts, axis=1)
 
