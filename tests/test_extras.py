@@ -14,6 +14,7 @@ import granite4v
 from granite4v.default_model import on_ray
 from granite4v.errors import Granite4vError
 from granite4v.extras import check_installed
+from granite4v.runtime.documents.urls import find_remote
 from granite4v.runtime.extract import ExtractOptions
 from granite4v.runtime.extract.arguments import checked
 from granite4v.runtime.extract.record import Record, encode
@@ -34,6 +35,7 @@ USES: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("docling", "docling-core", extract_as("docling")),
     ("parquet", "pyarrow", lambda folder: granite4v.export_results(folder, "parquet")),
     ("xlsx", "openpyxl", lambda folder: granite4v.export_results(folder, "xlsx")),
+    ("fsspec", "fsspec", lambda folder: find_remote(f"file://{folder}/results.jsonl", ())),
     ("ray", "ray", lambda folder: on_ray("nano", folder, "local")),
     ("docling", "docling-core", lambda folder: granite4v.export_results(folder, "docling")),
 ]

@@ -205,7 +205,9 @@ AnswerTokensOption = Annotated[
 InputsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT...", help="Images, PDFs, directories or globs; '-' reads one file from standard input."
+        metavar="INPUT...",
+        help="Images, PDFs, directories, globs, or URLs such as s3://bucket/scans/ (extra 'fsspec'); "
+        "'-' reads one file from standard input.",
     ),
 ]
 TasksOption = Annotated[

@@ -15,6 +15,7 @@ class Limits:
     page_s: float = 60  # to render one page; a letter page takes 0.1 s
     memory_bytes: int = 3 << 30  # of the process that reads: the largest image that Pillow opens needs half of it
     file_bytes: int = MAX_FILE_BYTES  # of a single-page image, standard input or a pipe, which are read into memory
+    url_bytes: int = 4 << 30  # of what is fetched from a URL
     pipe_s: float = PIPE_S  # without a byte from a named pipe
     n_pages: int = 20_000  # of a document
     n_objects: int = 1_000_000  # on a page of a PDF

@@ -22,6 +22,7 @@ from granite4v.runtime.documents.sources import (
     is_read_once,
     read_once,
 )
+from granite4v.runtime.documents.urls import RemoteFile
 
 Inputs = Sequence[str | os.PathLike[str]]
 Wanted = Callable[[str, int, str | None], bool]  # (source, number, file_state): whether to render the page
@@ -84,7 +85,7 @@ class PageSkipped:
 class Totals:
     """How much there is to read, as `count_pages` found it.
 
-    `pages` is None when that cannot be known beforehand (standard input, pipes). `notes`: lines for a person, for
+    `pages` is None when that cannot be known beforehand (standard input, pipes, URLs). `notes`: lines for a person, for
     instance about files of a folder that were left out.
     """
 
@@ -145,7 +146,7 @@ def open_pages(
     Files are opened and rendered by a process of their own (see `worker`), within `limits`: one that ends it, takes too
     long or too much memory is a PageFailure like any other, and the next page goes on.
 
-    `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, '-' for standard input; see
+    `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, URLs, '-' for standard input; see
     `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
     `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will look at the pages, which
     decides how large those of a PDF are rendered (see `resolution`); without one at 200 dpi. `wanted`: called before a
@@ -233,7 +234,7 @@ def _count(item: Document | NotFound, request: _Request, reader: Reader, counted
     """The pages of one document; None for what can be read only once. `counted` gets what else was found out."""
     if isinstance(item, NotFound):
         return 1
-    if is_read_once(item):
+    if is_read_once(item) or item.remote is not None:  # fetched once, when it is read
         return None
     state = file_state(item)
     earlier = None if request.earlier_error is None else request.earlier_error(item.source, None, state)
@@ -303,6 +304,9 @@ def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | 
         if known is not None and known.error is not None and known.state == state:
             yield PageFailure(item.source, None, known.error, state)
             continue
+        if item.remote is not None:
+            yield from _fetched(item, item.remote, state, request, reader)
+            continue
         if is_read_once(item):
             yield None
             try:
@@ -312,14 +316,36 @@ def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | 
                 continue
         index = known.index if known is not None and known.state == state else None
         remote = _remote(item, state, content, request, reader, index)
-        remote.begin_open()
-        yield None
+        yield from _opened(remote, item, state, request, reader)
+
+
+def _fetched(
+    document: Document, file: RemoteFile, state: str | None, request: _Request, reader: Reader
+) -> Iterator[Item | None]:
+    """Pages of what a URL stands for, from a local copy, which is there as long as the document is read."""
+    yield None
+    with contextlib.ExitStack() as held:
         try:
-            remote.finish_open()
-        except (DocumentError, ImageError) as error:
-            yield PageFailure(item.source, None, error, state)
-            continue
-        yield from _pages_of(remote, item, state, request, reader.limits)
+            path = held.enter_context(file.fetched(reader.limits.url_bytes))
+        except DocumentError as error:
+            yield PageFailure(document.source, None, error, state)
+            return
+        here = replace(document, path=path, remote=None)
+        remote = _remote(here, file_state(here), None, request, reader, None)
+        yield from _opened(remote, document, state, request, reader)
+
+
+def _opened(
+    remote: RemoteDocument, document: Document, state: str | None, request: _Request, reader: Reader
+) -> Iterator[Item | None]:
+    remote.begin_open()
+    yield None
+    try:
+        remote.finish_open()
+    except (DocumentError, ImageError) as error:
+        yield PageFailure(document.source, None, error, state)
+        return
+    yield from _pages_of(remote, document, state, request, reader.limits)
 
 
 def _pages_of(

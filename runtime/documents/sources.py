@@ -22,6 +22,7 @@ from PIL import features
 from granite4v.clip_projector.files import printable, read_whole, shown, url_in
 from granite4v.errors import DocumentError
 from granite4v.runtime.documents.limits import Limits
+from granite4v.runtime.documents.urls import RemoteFile, find_remote
 
 STDIN = "-"
 # what is taken from a directory; elsewhere the content decides
@@ -39,15 +40,17 @@ EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
 
 @dataclass(frozen=True)
 class Document:
-    """One thing to open. `source` is what records call it: its path as given, or '-'. `path`: None for stdin."""
+    """One thing to open. `source` is what records call it: its path or URL as given, or '-'. `path`: None for stdin,
+    and for what is `remote` until it is fetched."""
 
     source: str
     path: Path | None
+    remote: RemoteFile | None = None
 
     @property
     def name(self) -> str:
         """What messages call it: in quotes, without characters that would move a terminal's cursor."""
-        return "standard input" if self.path is None else f"'{shown(self.source)}'"
+        return "standard input" if self.path is None and self.remote is None else f"'{shown(self.source)}'"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
     elif errors:
         yield _unreadable(errors[0], given)
     elif (url := url_in(given)) is not None:
-        yield _not_found(given, f"'{shown(url)}' is a URL, which is not supported; download it.")
+        yield from _at_url(url)
     elif glob.has_magic(given):
         matches = sorted(set(glob_matches(given, errors)), key=_natural)
         errors = [error for error in errors if not isinstance(error, _NOT_THERE)]
@@ -119,6 +122,16 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
             yield from _in_directory(match, note) if os.path.isdir(match) else [_document(match)]
     else:
         yield _not_found(given, f"there is no file or directory '{shown(given)}'.")
+
+
+def _at_url(url: str) -> Iterator[Document | NotFound]:
+    try:
+        found = find_remote(url, _suffixes())
+    except DocumentError as error:
+        yield NotFound(printable(url), error)
+        return
+    for file in sorted(found, key=lambda file: _natural(file.url)):
+        yield Document(printable(file.url), None, file)
 
 
 def _is_there(path: str, errors: list[OSError]) -> bool:
@@ -301,7 +314,10 @@ def why_missing(document: Document, error: OSError) -> DocumentError:
 
 
 def file_state(document: Document) -> str | None:
-    """'size:mtime_ns' of the document's file; None for what is not a file, or not there."""
+    """'size:mtime_ns' of the document's file, or what its file system knows of it; None for what is not a file, or not
+    there."""
+    if document.remote is not None:
+        return document.remote.state
     return None if document.path is None else state_of(document.path)
 
 
@@ -317,7 +333,7 @@ def state_of(path: Path) -> str | None:
 def is_read_once(document: Document) -> bool:
     """Whether looking into it takes its content away: standard input or a pipe."""
     if document.path is None:
-        return True
+        return document.remote is None
     try:
         return stat.S_ISFIFO(os.stat(document.path).st_mode)
     except OSError:

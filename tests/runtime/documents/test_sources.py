@@ -141,8 +141,8 @@ def test_files_that_look_readable_and_are_not_are_told(folder: Path) -> None:
 
 
 def test_a_url_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="'https://x.org/a.pdf' is a URL, which is not supported; download"):
-        open_pages(["https://x.org/a.pdf"])
+    with pytest.raises(DocumentError, match="'gopher://x.org/a.pdf' cannot be read .ValueError: Protocol not known"):
+        open_pages(["gopher://x.org/a.pdf"])
 
 
 def test_pipes_in_a_directory_are_left_alone_and_one_that_is_named_is_read(folder: Path) -> None:
