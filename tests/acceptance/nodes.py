@@ -176,11 +176,12 @@ class Check:
         result.figures["poisonous"] = expected.count("ProcessDied")
 
     def timings(self) -> Result:
-        """Pages an hour of each way, in turns."""
+        """Pages an hour of each way, the better of two runs."""
         result = Result("nodes_timings", {"pages": self.options.pages})
         rates: dict[str, list[float]] = {"process": [], "one": [], "two": []}
-        for place, (way, n_nodes) in enumerate([("process", 0), ("one", 1), ("two", 2)]):
-            while n_nodes and self.nodes.n_nodes < n_nodes:
+        order = [("process", 0), ("one", 1), ("process", 0), ("one", 1), ("two", 2), ("two", 2)]
+        for place, (way, n_nodes) in enumerate(order):
+            while self.nodes.n_nodes < n_nodes:
                 self.nodes.add()
             rates[way].append(self._rate(f"{way}{place}", None if way == "process" else self.nodes.address))
             tell(f"{way}: {rates[way][-1]:.0f} pages an hour")
@@ -215,7 +216,7 @@ def find_deadly(name: str | Path | None, report: Callable[[str], None]) -> str |
             os.kill(os.getpid(), signal.SIGKILL)
         return question(self, page, asked)
 
-    ModelAsker.question = deadly  # type: ignore[method-assign]
+    ModelAsker.question = deadly  # type: ignore[method-assign, assignment]
     return find_model(None, report)
 
 
