@@ -246,7 +246,8 @@ def convert(side: str, folder: Path, n_pdfs: int, crops: Path | None) -> dict[st
                 name = f"{i}-{page.page_no - 1}-{number}"
                 tables[name] = otsl_of(table)
                 if crops is not None:
-                    page.get_image(scale=1.0, cropbox=table.cluster.bbox).save(crops / f"{name}.png")
+                    sheet = page.get_image(scale=1.0)  # all of it, whatever one asks for: the PDF is closed
+                    sheet.crop(table.cluster.bbox.as_tuple()).save(crops / f"{name}.png")
         errors += [error.error_message for error in result.errors]
         rss.append(process.memory_info().rss / 1e6)
         del result

@@ -49,7 +49,7 @@ OTHERS_PRIVATES = {
     *("_replace", "_exit", "_shutdown", "_run_exitfuncs"),
     *("_Element", "_attn_implementation", "_get_number_of_features", "_set_vocab_sentencepiece"),
     "_build_extraction_prompt",
-    "_backend",  # of a docling page
+    *("_backend", "_conversion_deadline"),  # of docling's pages and results
 }
 
 

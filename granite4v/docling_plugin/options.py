@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from docling.datamodel.pipeline_options import BaseTableStructureOptions, PictureDescriptionBaseOptions
@@ -17,7 +18,7 @@ class ModelOptions(BaseModel):
     """Which model is asked, and how. Stages of a process with the same options share one, so set them alike."""
 
     model: Annotated[
-        str | None,
+        str | Path | None,
         Field(
             description=(
                 "Directory made by `granite4v convert`, text GGUF file, or model of the Hugging Face hub "
@@ -26,7 +27,9 @@ class ModelOptions(BaseModel):
             )
         ),
     ] = None
-    mmproj: Annotated[str | None, Field(description="Vision file of a text GGUF file that has none beside it.")] = None
+    mmproj: Annotated[
+        str | Path | None, Field(description="Vision file of a text GGUF file that has none beside it.")
+    ] = None
     n_ctx: Annotated[int | None, Field(description="Context size in tokens, prompt and answer together.")] = None
     n_threads: Annotated[
         int | None,

@@ -17,7 +17,7 @@ from docling.models.picture_description_base_model import PictureDescriptionBase
 from docling_core.types.doc import DoclingDocument, NodeItem, PictureItem, PictureMeta
 
 from granite4v.docling_plugin.options import Granite4vPictureOptions
-from granite4v.docling_plugin.questions import Asker
+from granite4v.docling_plugin.questions import Asker, Question
 from granite4v.docling_plugin.shared_model import shared_model
 from granite4v.runtime.formats.docling_ import CREATED_BY, chart_field
 from granite4v.runtime.formats.tasks import find_task
@@ -72,7 +72,7 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
     ) -> Iterable[NodeItem]:
         """The items of a batch that were described; the charts among its items have their data at the end."""
         elements = list(element_batch)
-        charts = [(one.item, self._charting.ask(one.image)) for one in elements if self._is_chart(one.item)]
+        charts = [(one.item, Question(self._charting, one.image)) for one in elements if self._is_chart(one.item)]
         for item in super().__call__(doc, elements):
             if self.enabled and not item.meta.description.text:  # nothing was said, which is worth no entry
                 item.meta.description = None
@@ -86,7 +86,7 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
                 item.meta.tabular_chart = chart_field(reply.value, reply.confidence)
 
     def _annotate_images(self, images: Iterable[PIL.Image.Image]) -> Iterable[str]:
-        questions = [self._describing.ask(image) for image in images]
+        questions = [Question(self._describing, image) for image in images]
         for question in questions:
             reply = question.reply()
             _report(reply.problem)

@@ -13,7 +13,7 @@ from granite4v.errors import AnswerError, Granite4vError
 from granite4v.runtime.answer import STOP, Answer
 from granite4v.runtime.confidence import confidence
 from granite4v.runtime.engine.draft import DraftSource
-from granite4v.runtime.engine.stream import Stream
+from granite4v.runtime.engine.stream import Cancel, Stream
 from granite4v.runtime.formats import read, salvage
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import QUESTION, find_task
@@ -40,12 +40,16 @@ class Question:
     """One image and a task, or a question in words; asked when it is made. It never raises what one image alone can
     cause, so that no other one suffers from it."""
 
-    def __init__(self, asker: Asker, image: PIL.Image.Image, texts: Iterable[str]) -> None:
+    def __init__(
+        self, asker: Asker, image: PIL.Image.Image, texts: Iterable[str] = (), cancel: Cancel | None = None
+    ) -> None:
+        """`texts`: pieces of text that the answer may repeat. `cancel`: polled while the answer is waited for; when it
+        returns true, the answer ends where it is."""
         self._asker = asker
         self._stream: Stream | None = None
         self._problem: str | None = None
         try:
-            self._stream = asker.submit(image, texts)
+            self._stream = asker.submit(image, texts, cancel)
         except Exception as error:  # of any kind: images come from other people's files
             self._problem = _described(error)
 
@@ -74,11 +78,7 @@ class Asker:
         self._max_tokens = max_tokens
         self._answers = DraftSource()
 
-    def ask(self, image: PIL.Image.Image, texts: Iterable[str] = ()) -> Question:
-        """`texts`: pieces of text that the answer may repeat."""
-        return Question(self, image, texts)
-
-    def submit(self, image: PIL.Image.Image, texts: Iterable[str]) -> Stream:
+    def submit(self, image: PIL.Image.Image, texts: Iterable[str], cancel: Cancel | None) -> Stream:
         """Raises what `Model.prepare` and `Model.submit` raise."""
         prompt = self.model.prepare(self._prompt, [image])
         most = max(1, min(MAX_TOKENS, self.model.n_ctx - prompt.n_tokens))
@@ -95,7 +95,7 @@ class Asker:
             for piece in pieces:
                 on_page.add(tokenizer.encode_plain(piece))
             sources.append(on_page)
-        stream = self.model.submit(prompt, options, drafts=sources)
+        stream = self.model.submit(prompt, options, cancel=cancel, drafts=sources)
         stream.let_run()
         return stream
 

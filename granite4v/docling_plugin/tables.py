@@ -7,6 +7,7 @@ leaves an error in the result, and neither the page nor other tables suffer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from granite4v.docling_plugin.options import Granite4vTableOptions
 from granite4v.docling_plugin.questions import Asker, Question, Reply
 from granite4v.docling_plugin.shared_model import shared_model
 from granite4v.errors import PromptError
+from granite4v.runtime.engine.stream import Cancel
 from granite4v.runtime.formats.docling_ import docling_cells
 from granite4v.runtime.formats.otsl import otsl_tags
 from granite4v.runtime.formats.table import stacked
@@ -69,23 +71,24 @@ class Granite4vTableModel(BaseTableStructureModel):
     def predict_tables(self, conv_res: ConversionResult, pages: Sequence[Page]) -> list[TableStructurePrediction]:
         """A prediction for each page; also kept in the page."""
         with TimeRecorder(conv_res, "table_structure"):
-            asked = [self._ask(page) for page in pages]
+            cancel = _past_deadline(conv_res)
+            asked = [self._ask(page, cancel) for page in pages]
             return [self._predict(conv_res, page, questions) for page, questions in zip(pages, asked, strict=True)]
 
-    def _ask(self, page: Page) -> list[tuple[Cluster, Question | Reply]]:
+    def _ask(self, page: Page, cancel: Cancel | None) -> list[tuple[Cluster, Question | Reply]]:
         """The tables of a page, and the questions about them."""
         if not self.enabled or page._backend is None or not page._backend.is_valid() or not page.predictions.layout:
             return []
-        return [(one, self._ask_about(page, one)) for one in page.predictions.layout.clusters if _is_table(one)]
+        return [(one, self._ask_about(page, one, cancel)) for one in page.predictions.layout.clusters if _is_table(one)]
 
-    def _ask_about(self, page: Page, cluster: Cluster) -> Question | Reply:
+    def _ask_about(self, page: Page, cluster: Cluster, cancel: Cancel | None) -> Question | Reply:
         try:
             image = page.get_image(scale=self.options.scale, cropbox=cluster.bbox)
         except Exception as error:  # of PDFium, of Pillow, or of another backend
             return Reply(problem=f"its page cannot be drawn ({error})")
         if image is None or not all(image.size):
             return Reply(problem="there is no image of it")
-        return self._asker.ask(image, [cell.text.strip() for cell in cluster.cells])
+        return Question(self._asker, image, [cell.text.strip() for cell in cluster.cells], cancel)
 
     def _predict(
         self, conv_res: ConversionResult, page: Page, questions: list[tuple[Cluster, Question | Reply]]
@@ -102,6 +105,12 @@ class Granite4vTableModel(BaseTableStructureModel):
         if scores:
             conv_res.confidence.pages[page.page_no].table_score = sum(scores) / len(scores)
         return prediction
+
+
+def _past_deadline(conv_res: ConversionResult) -> Cancel | None:
+    """Tells whether docling has given the document up: it abandons this thread then, which had better end soon."""
+    deadline: float | None = getattr(conv_res, "_conversion_deadline", None)
+    return None if deadline is None else lambda: time.monotonic() > deadline
 
 
 def _is_table(cluster: Cluster) -> bool:

@@ -23,7 +23,7 @@ MEMINFO, OWN_CGROUP, CGROUPS = Path("/proc/meminfo"), OWN, MOUNT
 LITTLE_MEMORY = 4e9  # bytes; the smallest real models take about this, with weights of 4 bits
 NO_LIMIT = 1 << 60  # version 1 of control groups says so by a number near 2^63
 EXTRAS = {  # what each is for
-    "docling": "'granite4v extract --format docling'",
+    "docling": "a plugin of docling, and 'granite4v extract --format docling'",
     "fonts": "typefaces for the documents that the demo draws",
     "onednn": "faster image encoding on CPUs with AVX-512 or AMX",
     "verify": "'granite4v verify', comparison with the checkpoint",

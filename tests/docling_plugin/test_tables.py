@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,14 @@ def test_what_does_not_fit_into_the_context_is_an_error(tmp_path: Path) -> None:
     result = result_for(tmp_path / "a.pdf")
     (prediction,) = stage(n_ctx=64).predict_tables(result, [page_of(1, [picture(0)])])
     assert not prediction.table_map and "context" in result.errors[0].error_message
+
+
+def test_a_document_that_docling_has_given_up_is_not_read_on(reads: Granite4vTableModel, tmp_path: Path) -> None:
+    result = result_for(tmp_path / "a.pdf")
+    result._conversion_deadline = time.monotonic() - 1
+    (prediction,) = reads.predict_tables(result, [page_of(1, [picture(0)] * (N_PARALLEL + 1))])
+    assert not prediction.table_map and len(result.errors) == N_PARALLEL + 1
+    assert all("(cancelled)" in error.error_message for error in result.errors)
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
