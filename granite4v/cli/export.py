@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,12 +16,22 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 
+ResultsArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Results folder: what 'granite4v extract' was given by --out.")
+]
+ExportOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Another directory for the files.", show_default="the folder itself"
+    ),
+]
+
 
 def export(
     *,
-    folder: options.ResultsArgument,
+    folder: ResultsArgument,
     formats: options.FormatsOption = None,
-    out: options.ExportOutOption = None,
+    out: ExportOutOption = None,
     csv_safe: options.CsvSafeOption = False,
 ) -> None:
     """Write the results of 'granite4v extract' in another format, without reading a page again.

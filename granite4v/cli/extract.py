@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from granite4v.cli import options
-from granite4v.cli.extract_output import Printer, RunProgress, kept, summary
+from granite4v.cli.extract_output import Printer, RunProgress, print_records, summary
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import PipeClosed
-from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
     from granite4v.runtime.extract import Extraction, ExtractOptions
@@ -28,6 +28,16 @@ RayOption = Annotated[
         "this machine, or on one that is started for this run. A worker has all cores of its node, or --threads of "
         "them, and --parallel answers at once. Needs the extra 'ray'.",
         show_default="in this process",
+    ),
+]
+WatchOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--watch",
+        metavar="DIR",
+        help="Read the files of DIR and those that come into it, each when it is complete, until Ctrl-C; in place of "
+        "INPUT. Needs --out, outside of DIR.",
+        show_default=False,
     ),
 ]
 _ADDRESS = re.compile(r"auto|local|ray://.+|(\[[\da-f:.]+\]|[\w.-]+):\d+", re.IGNORECASE)
@@ -47,7 +57,7 @@ def with_ray_address(arguments: list[str]) -> list[str]:
 
 def extract(
     *,
-    inputs: options.InputsArgument,
+    inputs: options.ExtractedArgument = None,
     model: options.ModelOption = None,
     task: options.TasksOption = None,
     schema: options.SchemaOption = None,
@@ -61,6 +71,7 @@ def extract(
     report: options.ReportOption = False,
     confidence: options.ConfidenceOption = False,
     as_json: options.JsonLinesOption = False,
+    watch: WatchOption = None,
     resume: options.ResumeOption = False,
     retry_failed: options.RetryFailedOption = False,
     unconstrained: options.UnconstrainedOption = False,
@@ -115,8 +126,14 @@ def extract(
     with Progress() as progress:
         shown = RunProgress(progress)
         printer = Printer(as_json=as_json, out=out, table_format=formats[0] if formats else None, say=progress.say)
-        with _begin(inputs, chosen, model, ray, shown) as run:
-            _print_records(run, printer, shown)
+        if watch is not None:
+            from granite4v.cli.extract_watch import follow
+
+            if ray is not None:
+                raise typer.BadParameter("it goes without --ray.", param_hint="--watch")
+            follow(watch, inputs or [], chosen, model, printer, shown)
+        with _begin(inputs or [], chosen, model, ray, shown) as run:
+            print_records(run, printer, shown)
         progress.say(summary(run.state, time.monotonic() - run.state.began))
     printer.list_files(run.state)
     if isinstance(printer.failure, PipeClosed):
@@ -139,19 +156,3 @@ def _begin(
         return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.progress.say)
     except (ArgumentError, SelectionError) as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def _print_records(run: Extraction, printer: Printer, shown: RunProgress) -> None:
-    for warning in run.model.warnings:
-        shown.progress.say(f"warning: {warning}")
-    run.progress = shown.stage
-    try:
-        for record in run:
-            shown.report(record)
-            printer.print(record)
-        printer.finish()
-    except BaseException as error:
-        says_what_is_kept = isinstance(error, OutputError)
-        if isinstance(error, KeyboardInterrupt) or (printer.out is not None and not says_what_is_kept):
-            shown.progress.say(kept(run.state, printer.out))
-        raise

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from granite4v.cli.progress import Activity, Progress, duration, model_activity, plural
 from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
+from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
-    from granite4v.runtime.extract import Record, State
+    from granite4v.runtime.extract import Extraction, Record, State
 
 
 class Printer:
@@ -129,6 +130,23 @@ class RunProgress:
         if text not in self._reported:
             self._reported.add(text)
             self.progress.say(text)
+
+
+def print_records(run: Extraction, printer: Printer, shown: RunProgress) -> None:
+    """Prints the records of a run as they come, and what is kept when it ends early."""
+    for warning in run.model.warnings:
+        shown.progress.say(f"warning: {warning}")
+    run.progress = shown.stage
+    try:
+        for record in run:
+            shown.report(record)
+            printer.print(record)
+        printer.finish()
+    except BaseException as error:
+        says_what_is_kept = isinstance(error, OutputError)
+        if isinstance(error, KeyboardInterrupt) or (printer.out is not None and not says_what_is_kept):
+            shown.progress.say(kept(run.state, printer.out))
+        raise
 
 
 def kept(state: State, out: Path | None) -> str:

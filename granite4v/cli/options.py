@@ -36,6 +36,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
+        "-m",
         metavar="DIR|HUB_ID",
         help="Model directory written by 'granite4v convert', a text GGUF file, or a model of the Hugging Face hub "
         "such as 'owner/name:Q4_K_M', which is downloaded on first use.",
@@ -202,8 +203,8 @@ AnswerTokensOption = Annotated[
 
 # --- extraction ---
 
-InputsArgument = Annotated[
-    list[str],
+ExtractedArgument = Annotated[
+    list[str] | None,
     typer.Argument(
         metavar="INPUT...",
         help="Images, PDFs, directories, globs, or URLs such as s3://bucket/scans/ (extra 'fsspec'); "
@@ -243,7 +244,7 @@ CropOption = Annotated[
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Directory for results.jsonl and the files of each document."),
+    typer.Option("--out", "-o", metavar="DIR", help="Directory for results.jsonl and the files of each document."),
 ]
 FormatsOption = Annotated[
     list[str] | None,
@@ -252,15 +253,6 @@ FormatsOption = Annotated[
         metavar="FORMAT",
         help=f"Format of the files: {', '.join(get_args(Format))}. May be repeated.",
         show_default="the task's own",
-    ),
-]
-ResultsArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Results folder: what 'granite4v extract' was given by --out.")
-]
-ExportOutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", "-o", metavar="DIR", help="Another directory for the files.", show_default="the folder itself"
     ),
 ]
 CsvSafeOption = Annotated[
@@ -389,7 +381,11 @@ JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSO
 CheckedModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="DIR|HUB_ID", help="Model whose needs are compared with the memory.", show_default=False
+        "--model",
+        "-m",
+        metavar="DIR|HUB_ID",
+        help="Model whose needs are compared with the memory.",
+        show_default=False,
     ),
 ]
 

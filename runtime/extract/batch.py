@@ -35,7 +35,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`.
+    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`; `named`: the
+    inputs, or the folder that stands for them.
     `asker`: who answers, which is that model, or asks it elsewhere."""
 
     model: Model | RayModel
@@ -44,6 +45,7 @@ class Job:
     questions: tuple[Question, ...]
     options: ExtractOptions
     inputs: tuple[str, ...]
+    named: tuple[str, ...]
     totals: Totals
 
 
@@ -65,7 +67,7 @@ class Extraction:
         self._job, self._folder, self._log = job, folder, log
         self._watch, self._say, self._opened = watch, say, opened
         self.progress: Progress | None = None  # told of what comes before an answer
-        self._names = Names(job.inputs, log.sources())
+        self._names = Names(job.named, log.sources())
         self._tasks = [question.task for question in job.questions]
         self._form = Form(job.options.formats, job.options.csv_safe)
         has_image = None if folder is None or not job.options.report else folder.has_image

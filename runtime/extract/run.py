@@ -76,8 +76,10 @@ def begin(
     model: Model | OnRay | str | Path,
     watch: Watch | None = None,
     say: Say | None = None,
+    within: str | Path | None = None,
 ) -> Extraction:
-    """As `extract`, with its options in one."""
+    """As `extract`, with its options in one. `within`: a folder that stands for the inputs, which are files in it or
+    below it: `run.json` names it, and their files keep their folders below it."""
     paths, options = checked(inputs, options)
     if not isinstance(model, str | Path | OnRay) and not hasattr(model, "prepare"):
         raise ArgumentError(f"the model is {model!r:.60}; expected a path, or what granite4v.load returns.")
@@ -85,7 +87,7 @@ def begin(
     schema = None if options.schema is None else load_schema(options.schema, say)
     opened = contextlib.ExitStack()
     try:
-        return _open(paths, options, schema, model, watch or _nothing, say, opened)
+        return _open(paths, options, schema, model, watch or _nothing, say, opened, within)
     except BaseException:
         opened.close()
         raise
@@ -99,9 +101,11 @@ def _open(
     watch: Watch,
     say: Say,
     opened: contextlib.ExitStack,
+    within: str | Path | None,
 ) -> Extraction:
     """`opened` gets what must be closed, in the order in which it was opened."""
     state, directory, log = State(), None, None
+    named = paths if within is None else (str(within),)
     if options.out is not None:
         directory = OutputDirectory.claim(Path(options.out), resume=options.resume)
         opened.callback(directory.release)
@@ -134,7 +138,7 @@ def _open(
     if loaded.vision_note is not None:
         say(f"note: {loaded.vision_note}")
     if directory is not None:
-        for remark in directory.begin(_manifest(paths, asked, hashes, options, loaded, asker)):
+        for remark in directory.begin(_manifest(named, asked, hashes, options, loaded, asker)):
             say(remark)
     if log is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
         log = opened.enter_context(ResultsLog.open(None if directory is None else directory.results))
@@ -142,7 +146,7 @@ def _open(
     keeps = directory is not None and not isinstance(loaded, RayModel)
     attempts = Attempts(directory.path / ATTEMPTS if directory is not None and keeps else None)
     opened.callback(attempts.close)
-    job = Job(loaded, asker, hashes, asked, options, paths, totals)
+    job = Job(loaded, asker, hashes, asked, options, paths, named, totals)
     return Extraction(job, directory, log, attempts, state, watch, say, opened)
 
 
@@ -158,8 +162,13 @@ def _load(
         return opened.enter_context(RayModel(model, options))
     if not isinstance(model, str | Path):
         return model
-    loaded = Model.load(
-        model,
+    return opened.enter_context(load_model(model, options, n_questions, say))
+
+
+def load_model(path: str | Path, options: ExtractOptions, n_questions: int | None, say: Say) -> Model:
+    """A model for runs with these options. `n_questions`: as many as it will be asked, None if that is unknown."""
+    return Model.load(
+        path,
         n_ctx=options.n_ctx,
         n_threads=options.n_threads,
         device=options.device,
@@ -170,7 +179,6 @@ def _load(
         n_parallel=options.parallel,
         workload=Workload(n_questions, options.max_tokens, lambda: say(_MEASURING)),
     )
-    return opened.enter_context(loaded)
 
 
 def _manifest(

@@ -1,0 +1,52 @@
+"""The files of a folder as they come: each is handed out when it has stayed as it is for a while."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from granite4v.errors import DocumentError
+from granite4v.runtime.documents.sources import Document, file_state, find_documents
+
+SETTLED_S = 2.0  # a file that did not change for so long is complete
+POLL_S = 0.5
+
+
+def arrivals(folder: str | Path, *, settled_s: float = SETTLED_S, poll_s: float = POLL_S) -> Iterator[list[str]]:
+    """Paths of documents in a folder and below it, once each is complete, and again whenever its file has changed.
+
+    Never ends. Those that are there at the beginning come, too. An empty file is not complete. Raises DocumentError
+    when the folder is not there (any more).
+    """
+    seen: dict[str, tuple[str, float]] = {}  # source: its state, and since when it has been so
+    handed: dict[str, str] = {}
+    while True:
+        now, states = time.monotonic(), _states(folder)
+        seen = {
+            source: seen[source] if source in seen and seen[source][0] == state else (state, now)
+            for source, state in states.items()
+        }
+        complete = [
+            source
+            for source, (state, since) in seen.items()
+            if now - since >= settled_s and handed.get(source) != state
+        ]
+        handed.update({source: states[source] for source in complete})
+        if complete:
+            yield complete
+        else:
+            time.sleep(poll_s)
+
+
+def _states(folder: str | Path) -> dict[str, str]:
+    """The state of each file that is not empty."""
+    if not os.path.isdir(folder):
+        raise DocumentError(f"there is no directory '{folder}' to watch.")
+    try:
+        found = find_documents([folder])
+    except DocumentError:  # nothing in it yet
+        return {}
+    states = {item.source: file_state(item) for item in found if isinstance(item, Document)}
+    return {source: state for source, state in states.items() if state is not None and not state.startswith("0:")}
