@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.toy.language import build_tokenizer, write_language_files
+from tests.toy.language import ToyTokenizer, build_tokenizer, write_language_files
 from tests.toy.llama4 import TEMPLATE as LLAMA4_TEMPLATE
 from tests.toy.llama4 import llama4_tensors, llama4_tokenizer
 from tests.toy.llava_next import TEMPLATES
@@ -54,6 +54,7 @@ __all__ = [
     "stored_tensors",
     "write_adapter",
     "write_checkpoint",
+    "write_configuration",
 ]
 
 CHUNK = 1 << 22  # values drawn at once
@@ -74,6 +75,13 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     """Writes a whole model directory and returns it. Sizes and spellings come from `spec`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = write_configuration(directory, spec)
+    _write_shards(directory, stored_tensors(spec, tokenizer.n_vocab + spec.unused_rows), spec)
+    return directory
+
+
+def write_configuration(directory: Path, spec: CheckpointSpec) -> ToyTokenizer:
+    """Everything of a model directory but its weights; returns the tokenizer."""
     video = VIDEO if spec.family == "llava_onevision" else None
     tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary, video)
     template = {"llava_next": TEMPLATES.get(spec.text_type), "llava_onevision": TEMPLATE}.get(spec.family)
@@ -86,8 +94,7 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
     _write_json(directory / "preprocessor_config.json", preprocessor_config(spec))
     _write_json(directory / "processor_config.json", processor_config(spec))
     _write_json(directory / "generation_config.json", {"do_sample": False, "eos_token_id": tokenizer.end_of_text_id})
-    _write_shards(directory, stored_tensors(spec, tokenizer.n_vocab + spec.unused_rows), spec)
-    return directory
+    return tokenizer
 
 
 def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterSpec) -> Path:

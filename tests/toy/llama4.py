@@ -85,6 +85,23 @@ LLAMA4: dict[str, Json] = {
     "tiny-llama4-maverick": {**SIZES, "experts": 128, "qk_norm": False, "rope_scaling": ()},
     # widths that are multiples of 256, so that K-quants apply
     "tiny-llama4-wide": {**SIZES, "text_hidden": 256, "text_ffn": 512, "dense_ffn": 768},
+    # four of Scout's 48 layers, at its widths: 22 GB
+    "full-llama4-4-layers": {
+        **SIZES,
+        "text_layers": 4,
+        "moe_step": 1,
+        "text_hidden": 5120,
+        "text_heads": 40,
+        "text_kv_heads": 8,
+        "text_ffn": 8192,
+        "dense_ffn": 16384,
+        "experts": 16,
+        "n_bpe": 202026,
+        "rope_scaling": (*STEP[:-1], ("original_max_position_embeddings", 8192)),
+        "context": 131072,
+        "naming": "old",
+        "dtype": "bfloat16",
+    },
 }
 
 

@@ -1,0 +1,177 @@
+"""Converts a model of many experts from sparse files, and has it answer where its weights do not fit into memory.
+
+    python -m tests.acceptance.many_experts FOLDER [--layers 4] [--text-type Q4_0] [--limit-mb 3000]
+
+The checkpoint has the widths of a published one and 22 GB with four layers, all but 0.2 GB of them holes; the converted
+model takes 6.5 GB in Q4_0, and both are removed. Conversion is compared with what it cannot do without: reading the
+checkpoint, writing a file as large as the result, and quantizing as many numbers in memory, on as many threads.
+
+Then `granite4v ask` runs in a control group whose memory, pages of mapped files included, is limited (Linux, as root;
+version 1 or 2). Embeddings and routers are random, so that tokens go to all the experts. The last line is one JSON
+object; exit status 1 says that conversion took more than 3 GB or 1.2 times that time, or that there was no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from granite4v.converter.policy import BASE
+from granite4v.converter.stream import CHUNK_ELEMENTS, n_cores
+from granite4v.ggml.quantize import quantize_rows
+from tests.toy.checkpoint import PRESETS, CheckpointSpec, stored_tensors, write_configuration
+
+MOST_BYTES, MOST_TIME = 3e9, 1.2
+BYTES = 2  # of a bfloat16
+SMALL = 1_000_000  # values: norms and routers
+EMBEDDED = 4096  # tokens at both ends of the vocabulary
+COPIED = 1 << 24
+WIDTH = 5120
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def write_holes(folder: Path, spec: CheckpointSpec) -> int:
+    """A checkpoint whose matrices are holes; how many bytes they stand for."""
+    tokenizer = write_configuration(folder, spec)
+    tensors = [(name, parts[0].shape) for name, parts in stored_tensors(spec, tokenizer.n_vocab)]
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in tensors:
+        end = offset + BYTES * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    start, rng = 8 + len(text), np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(start + offset)
+        for name, shape in tensors:
+            for first, count in _filled(name, shape):
+                file.seek(start + header[name]["data_offsets"][0] + BYTES * first)
+                file.write(rng.uniform(0.5, 1.5, count).astype(ml_dtypes.bfloat16).tobytes())
+    return offset
+
+
+def _filled(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Where a tensor has values: first one and number."""
+    n = math.prod(shape)
+    if n <= SMALL:
+        yield 0, n
+    elif "embed_tokens" in name:
+        yield 0, EMBEDDED * shape[1]
+        yield n - EMBEDDED * shape[1], EMBEDDED * shape[1]
+
+
+def least_seconds(source: Path, scratch: Path, n_written: int, n_values: int, text_type: str) -> float:
+    """Of reading the checkpoint, of writing so many bytes, and of quantizing so many numbers, one after the other."""
+    began = time.perf_counter()
+    buffer = bytearray(COPIED)
+    with (source / "model.safetensors").open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    with scratch.open("wb", buffering=0) as file:
+        for _ in range(0, n_written, COPIED):
+            file.write(buffer)
+    scratch.unlink()
+    copied = time.perf_counter() - began
+    rows = np.zeros((CHUNK_ELEMENTS // WIDTH, WIDTH), ml_dtypes.bfloat16)
+    n_chunks = min(n_values // rows.size, 400)
+
+    def quantize(_: int) -> None:
+        quantize_rows(rows.astype(np.float32), BASE[text_type], n_threads=1)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(n_cores()) as pool:
+        list(pool.map(quantize, range(n_chunks)))
+    return copied + (time.perf_counter() - began) * n_values / (n_chunks * rows.size)
+
+
+def limited_group(n_bytes: int) -> Path:
+    """A new control group with so much memory; its path ends in what processes are written to."""
+    old = GROUPS / "memory"
+    group = (old if old.is_dir() else GROUPS) / f"granite4v-{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(n_bytes))
+    return group
+
+
+def ask(model: Path, limit: int) -> dict[str, Any]:
+    """An answer in a control group: seconds, and how often memory was short there."""
+    group = limited_group(limit)
+    command = [sys.executable, "-m", "granite4v", "ask", "What is in the table, and what do its rows add up to?"]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [*command, "--model", model, "--max-tokens", "4", "--ctx-size", "512"],
+            preexec_fn=lambda: (group / "cgroup.procs").write_text("0"),
+            capture_output=True,
+            text=True,
+        )
+        peak = next(path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists())
+        return {
+            "status": done.returncode,
+            "seconds": round(time.perf_counter() - began, 1),
+            "limit_bytes": limit,
+            "peak_bytes": int(peak.read_text()),
+            "said": done.stderr.splitlines()[-1:],
+        }
+    finally:
+        group.rmdir()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where there are 8 GB of room")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--text-type", default="Q4_0")
+    parser.add_argument("--limit-mb", type=int, default=3000)
+    parser.add_argument("--no-answer", action="store_true", help="only convert")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        source, out = work / "source", work / "out"
+        source.mkdir()
+        n_source = write_holes(source, replace(PRESETS["full-llama4-4-layers"], text_layers=args.layers))
+        options = ("--text-type", args.text_type, "--vision-type", "F16")
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "granite4v", "convert", source, out, *options])
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        n_model = sum(path.stat().st_size for path in out.glob("*.gguf"))
+        least = least_seconds(source, work / "copy", n_model, n_source // BYTES, args.text_type)
+        found: dict[str, Any] = {
+            "status": done.returncode,
+            "source_bytes": n_source,
+            "model_bytes": n_model,
+            "peak_bytes": peak,
+            "seconds": round(seconds, 1),
+            "ratio": round(seconds / least, 3),
+        }
+        if done.returncode == 0 and not args.no_answer:
+            found["answer"] = ask(out, args.limit_mb * 1_000_000)
+    finally:
+        shutil.rmtree(work)
+    print(json.dumps(found))
+    answered = args.no_answer or found.get("answer", {}).get("status") == 0
+    return int(done.returncode or not answered or peak > MOST_BYTES or found["ratio"] > MOST_TIME)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
