@@ -11,10 +11,10 @@ from granite4v.lazy import exports
 
 if TYPE_CHECKING:
     from granite4v.clip_projector.encoder import ImageFeatures, VisionEncoder
-    from granite4v.clip_projector.grid_anyres import Layout, count_tokens
+    from granite4v.clip_projector.grid_anyres import Layout
     from granite4v.clip_projector.images import Image, ImageSource, load_image
     from granite4v.clip_projector.video import VideoSource, load_video
-    from granite4v.clip_projector.views import Video, View, views_of
+    from granite4v.clip_projector.views import Video, View, count_tokens, views_of
 
 __all__ = [
     "Image",
@@ -35,9 +35,9 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "encoder": ("ImageFeatures", "VisionEncoder"),
-        "grid_anyres": ("Layout", "count_tokens"),
+        "grid_anyres": ("Layout",),
         "images": ("Image", "ImageSource", "load_image"),
         "video": ("VideoSource", "load_video"),
-        "views": ("Video", "View", "views_of"),
+        "views": ("Video", "View", "count_tokens", "views_of"),
     },
 )

@@ -19,13 +19,14 @@ import numpy as np
 from granite4v import gguf_keys as keys
 from granite4v.choices import VisionCompute
 from granite4v.clip_projector.cross_features import STATES, CrossFeatures, canvas_inputs, fill_states, max_nodes
-from granite4v.clip_projector.grid_anyres import Layout, VideoLayout
+from granite4v.clip_projector.grid_canvas import FramedLayout
 from granite4v.clip_projector.images import Image
 from granite4v.clip_projector.pixels import normalize, patches
 from granite4v.clip_projector.projectors import project
 from granite4v.clip_projector.tiles_anyres import cut_view, pack
-from granite4v.clip_projector.tower import hidden_states
-from granite4v.clip_projector.views import View
+from granite4v.clip_projector.tiles_canvas import cut_canvas
+from granite4v.clip_projector.tower import hidden_states, places
+from granite4v.clip_projector.views import TilesLayout, View
 from granite4v.clip_projector.weights import FLOATS, Weights
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.families.base import TiledTowerConfig, VisionConfig
@@ -52,12 +53,13 @@ class ImageFeatures:
 
     `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
     `layers`: the decoder layer before which each stream is added, ascending.
-    `layout`: the tile grid and the window of its tokens that remains without padding, or a video's frames.
+    `layout`: the tile grid and the window of its tokens that remains without padding, or a video's frames; or tiles
+    whose tokens follow one another.
     """
 
     rows: np.ndarray
     layers: list[int]
-    layout: Layout | VideoLayout
+    layout: TilesLayout
 
     @property
     def streams(self) -> np.ndarray:
@@ -147,7 +149,8 @@ class VisionEncoder:
         views = [image if isinstance(image, View) else View((image,)) for image in images]
         if isinstance(self.config.tower, TiledTowerConfig):
             return [self._encode_canvas(view, n, len(views), progress) for n, view in enumerate(views)]
-        cuts = [cut_view(view, self.config.tiling) for view in views]
+        layouts = [view.tiles(self.config) for view in views]
+        cuts = [self._cut(view, where) for view, where in zip(views, layouts, strict=True)]
         # blank margins make equal tiles within a page
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
@@ -161,13 +164,17 @@ class VisionEncoder:
                     tiles.append(tile)
                 place.append(unique[digest])
             places.append(place)
-        layouts = [view.tiles(self.config) for view in views]
         embeddings = self._encode_tiles(tiles, progress)
         layers = [stream.text_layer for stream in self.config.streams]
         return [
             ImageFeatures(self._pack(embeddings, place, where), layers, where)
             for place, where in zip(places, layouts, strict=True)
         ]
+
+    def _cut(self, view: View, where: TilesLayout) -> np.ndarray:
+        if isinstance(where, FramedLayout):
+            return cut_canvas(view.images[0].pillow, where.canvas, self.config.tiling)
+        return cut_view(view, self.config.tiling)
 
     def _encode_canvas(
         self, view: View, n_done: int, n_images: int, progress: Callable[[int, int], None] | None
@@ -190,7 +197,8 @@ class VisionEncoder:
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
             pixels = patches(normalize(batch, self.config.tiling), self.config.tower.patch_size)
             graph = self._graph(len(batch))
-            outputs = graph.run(self._between_parts(progress, len(done), len(batch), len(tiles)), pixels=pixels)
+            between = self._between_parts(progress, len(done), len(batch), len(tiles))
+            outputs = graph.run(between, pixels=pixels, **places(self.config.tower))
             self._check_finite(outputs)
             graph.release()  # the outputs are copies, and the text weights may be read next
             streams = [
@@ -263,12 +271,17 @@ class VisionEncoder:
         for p, embeddings in enumerate(project(graph, self._weights, config, states)):
             graph.output(f"stream.{p}", embeddings)
 
-    def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: Layout | VideoLayout) -> np.ndarray:
+    def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: TilesLayout) -> np.ndarray:
         """The rows of one image, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
         n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
-        rows = np.empty((where.n_tokens, n_streams, n_embd), dtype=np.float32)
+        n_rows = where.n_rows if isinstance(where, FramedLayout) else where.n_tokens
+        rows = np.empty((n_rows, n_streams, n_embd), dtype=np.float32)
         for s in range(n_streams):
-            pack([embeddings[t][s] for t in place], self._newline, where, rows[:, s])
+            tiles = [embeddings[t][s] for t in place]
+            if isinstance(where, FramedLayout):
+                np.concatenate(tiles, out=rows[:, s])
+            else:
+                pack(tiles, self._newline, where, rows[:, s])
         return rows
 
     def release(self) -> None:

@@ -129,8 +129,3 @@ def video_layout(n_frames: int, config: VisionConfig) -> VideoLayout:
     assert config.tiling.video_pooling is not None
     pooled = math.ceil(config.tokens_side / config.tiling.video_pooling)
     return VideoLayout(n_frames, config.tokens_side, pooled, int(config.newline))
-
-
-def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
-    """Image tokens of an image of `size` (width, height) that is alone in its prompt, newlines included."""
-    return layout(size, config.tiling, config.tokens_side, newline=config.newline).n_tokens

@@ -1,15 +1,18 @@
 """Sizes of the tiling by canvas: which canvas of tiles an image gets, and how large it is on it. Needs no pixels.
 
-Same geometry as transformers 5.24 (`get_optimal_tiled_canvas`, `get_image_size_fit_to_canvas`), in
-Python floats, to the last bit. Imports no NumPy.
+Same geometry as transformers 5.24, to the last bit: `get_optimal_tiled_canvas` and `get_image_size_fit_to_canvas` in
+Python floats, or `get_best_fit` and `get_max_res_without_distortion` in torch's. Imports no NumPy.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 
-from granite4v.families.base import CanvasConfig
+from granite4v.families.base import CanvasConfig, VisionConfig
+
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,68 @@ class CanvasLayout:
         return 1
 
 
-def canvas_layout(size: tuple[int, int], tiling: CanvasConfig) -> CanvasLayout:
+@dataclass(frozen=True)
+class FramedLayout:
+    """An image that is several runs of image tokens, one for each tile, with tokens of the vocabulary around them.
+
+    `parts`: what stands in the prompt, the text of a token or a number of image tokens. `has_overview`: a tile of the
+    whole image after those of the canvas.
+    """
+
+    canvas: CanvasLayout
+    has_overview: bool
+    parts: tuple[str | int, ...]
+
+    @property
+    def n_tiles(self) -> int:
+        return self.canvas.n_tiles + self.has_overview
+
+    @property
+    def n_rows(self) -> int:
+        """Image tokens: the positions that get embeddings."""
+        return sum(part for part in self.parts if isinstance(part, int))
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions in the prompt, those of the vocabulary's tokens too."""
+        return sum(part if isinstance(part, int) else 1 for part in self.parts)
+
+
+def canvas_layout(size: Size, tiling: CanvasConfig) -> CanvasLayout:
     """The canvas for an image of `size` (width, height).
 
     The one that enlarges it least, else the one that shrinks it least; of equals the smallest, then the first.
     """
     width, height = size
-    side = tiling.tile_px
-    scales = [min(rows * side / height, columns * side / width) for rows, columns in tiling.supported_aspect_ratios]
+    side, rounded = tiling.tile_px, _float32 if tiling.low_precision else float
+    scales = [
+        min(rounded(rows * side / height), rounded(columns * side / width))
+        for rows, columns in tiling.supported_aspect_ratios
+    ]
     best = min((scale for scale in scales if scale >= 1), default=max(scales))
     equal = [i for i, scale in enumerate(scales) if scale == best]
     index = min(equal, key=lambda i: math.prod(tiling.supported_aspect_ratios[i]))
     rows, columns = tiling.supported_aspect_ratios[index]
-    return CanvasLayout(rows, columns, *fit_canvas(size, (columns * side, rows * side), side), index + 1)
+    fit = _fit_tensor if tiling.low_precision else fit_canvas
+    return CanvasLayout(rows, columns, *fit(size, (columns * side, rows * side), side), index + 1)
 
 
-def fit_canvas(size: tuple[int, int], canvas: tuple[int, int], tile_px: int) -> tuple[int, int]:
+def framed_layout(size: Size, config: VisionConfig) -> FramedLayout:
+    """The tiles and tokens of an image of `size` (width, height), for a model with tokens around them.
+
+    For a canvas of 2 x 2: start, tile, x, tile, y, tile, x, tile, y, image, overview, end. A canvas of one tile has no
+    overview, and that tile stands in its place.
+    """
+    frame, n_each = config.frame, config.tokens_per_tile
+    assert frame is not None
+    canvas = canvas_layout(size, config.tiling)
+    is_cut = canvas.n_tiles > 1
+    row = (n_each, *(frame.tile_x, n_each) * (canvas.columns - 1), frame.tile_y)
+    tiles = row * canvas.rows if is_cut else ()
+    return FramedLayout(canvas, is_cut, (frame.start, *tiles, frame.image, n_each, frame.end))
+
+
+def fit_canvas(size: Size, canvas: Size, tile_px: int) -> Size:
     """The size (width, height) to which an image is scaled on a canvas (width, height): each side at least a tile's and
     at most the canvas's, as far as the aspect ratio, which is kept, lets both."""
     width, height = size
@@ -61,3 +110,25 @@ def fit_canvas(size: tuple[int, int], canvas: tuple[int, int], tile_px: int) -> 
     if scale_width < scale_height:
         return wanted_width, min(math.floor(height * scale_width) or 1, wanted_height)
     return min(math.floor(width * scale_height) or 1, wanted_width), wanted_height
+
+
+def _fit_tensor(size: Size, canvas: Size, tile_px: int) -> Size:
+    """`fit_canvas` where the canvas is a torch tensor: a side that it limits is one, too, and so are the quotients of
+    that side and what is multiplied by them, in float32."""
+    wanted = [max(side, tile_px) for side in size]
+    is_tensor = [most < side for side, most in zip(wanted, canvas, strict=True)]
+    width, height = (min(side, most) for side, most in zip(wanted, canvas, strict=True))
+    scales = [width / size[0], height / size[1]]
+    compared = map(_float32, scales) if any(is_tensor) else iter(scales)
+    is_wide = next(compared) < next(compared)
+    first = 0 if is_wide else 1
+    scale = _float32(scales[first]) if is_tensor[first] else scales[first]
+    other = size[1 - first] * scale
+    fitted = max(1, math.floor(_float32(other) if is_tensor[first] else other))
+    return (width, min(fitted, height)) if is_wide else (min(fitted, width), height)
+
+
+def _float32(value: float) -> float:
+    """The nearest float32."""
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(rounded)

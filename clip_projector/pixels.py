@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from granite4v.families.base import CanvasConfig, TilingConfig
+from granite4v.families.base import CanvasConfig, Tiling
 
 PREPROCESSING = 1  # to be raised when the same image and model give other tiles or numbers: stored pages are read anew
 
 
-def normalize(tiles: np.ndarray, tiling: TilingConfig | CanvasConfig) -> np.ndarray:
+def normalize(tiles: np.ndarray, tiling: Tiling) -> np.ndarray:
     """uint8 tiles as the tower takes them, float32, same shape: (value * rescale_factor - mean) / std.
 
     A table of the 256 values of each channel, since a tile holds nothing else.
     """
-    values = (np.arange(256, dtype=np.float64) * tiling.rescale_factor).astype(np.float32)[:, None]
     mean, std = np.array(tiling.image_mean, dtype=np.float32), np.array(tiling.image_std, dtype=np.float32)
-    table = (values - mean) / std
+    if isinstance(tiling, CanvasConfig) and tiling.low_precision:  # each step is rounded in the reference
+        values = _bfloat16(np.arange(256, dtype=np.float32) * np.float32(tiling.rescale_factor))[:, None]
+        table = _bfloat16(_bfloat16(values - _bfloat16(mean)) / _bfloat16(std))
+    else:
+        values = (np.arange(256, dtype=np.float64) * tiling.rescale_factor).astype(np.float32)[:, None]
+        table = (values - mean) / std
     return np.stack([table[:, channel][tiles[..., channel]] for channel in range(3)], axis=-1)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """The nearest values that bfloat16 has, ties to even, as float32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def patches(tiles: np.ndarray, patch_size: int) -> np.ndarray:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from granite4v.clip_projector import mlp, qformer
+from granite4v.clip_projector import mlp, pixel_shuffle, qformer
 from granite4v.clip_projector.weights import Weights
-from granite4v.families.base import MlpConfig, VisionConfig, WindowQFormerConfig
+from granite4v.families.base import MlpConfig, PixelShuffleMlpConfig, VisionConfig, WindowQFormerConfig
 from granite4v.ggml.graph import Graph, Tensor
 
 States = Mapping[int, list[Tensor]]
 Project = Callable[[Graph, Weights, VisionConfig, States], list[Tensor]]
 
-KINDS: dict[type, Project] = {WindowQFormerConfig: qformer.project, MlpConfig: mlp.project}
+KINDS: dict[type, Project] = {
+    WindowQFormerConfig: qformer.project,
+    MlpConfig: mlp.project,
+    PixelShuffleMlpConfig: pixel_shuffle.project,
+}
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: States) -> list[Tensor]:

@@ -6,6 +6,10 @@ layer's weights are widened once and the tiles follow one another. A GPU takes a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from granite4v import gguf_keys as keys
 from granite4v.clip_projector.blocks import attention, layer_norm, linear
 from granite4v.clip_projector.weights import Weights
@@ -19,23 +23,41 @@ def hidden_states(
     """The wanted hidden states (0 = input of the first layer, k = output of layer k-1) of patches
     `[values, patches, tiles]`.
 
-    Each as a list of `[hidden, patches, group]` tensors: one tile a group, or all tiles in one if `together`.
+    Each as a list of `[hidden, patches, group]` tensors: one tile a group, or all tiles in one if `together`. The graph
+    has the inputs of `places`, too.
     """
     groups = [pixels] if together else _tiles(graph, pixels)
+    turns = [graph.input(name, "I32", len(values)) for name, values in places(config).items()]
     states = _embed(graph, weights, config, groups)
     found = {0: states} if 0 in wanted else {}
     for i in range(max(wanted)):
-        states = _layer(graph, weights, config, i, states, keep=i in wanted)
+        states = _layer(graph, weights, config, i, states, turns, keep=i in wanted)
         if i + 1 in wanted:
             found[i + 1] = states
+    last = config.num_hidden_layers
+    if config.post_norm and last in found:
+        found[last] = [
+            graph.expand(layer_norm(graph, weights, keys.POST_LN, x, config.layer_norm_eps)) for x in found[last]
+        ]
     if config.class_token:
-        return {k: [_without_first(graph, x) for x in states] for k, states in found.items()}
+        first = 0 if config.class_token_last else 1
+        return {k: [_patches(graph, x, first) for x in states] for k, states in found.items()}
     return found
 
 
-def _without_first(graph: Graph, x: Tensor) -> Tensor:
-    """`[hidden, n, tiles]` without its first position."""
-    view = graph.view(x, (x.ne[0], x.ne[1] - 1, x.ne[2]), (x.nb[1], x.nb[2], x.nb[3]), x.nb[1])
+def places(config: TowerConfig) -> dict[str, np.ndarray]:
+    """By what the queries and keys of each position are turned, as inputs of the graph: the column and the row of its
+    patch, from 1; 0 for a class token behind them. None for a tower without such positions."""
+    if config.rope_theta is None:
+        return {}
+    patch, rest = np.arange(config.grid_side**2), np.zeros(int(config.class_token), dtype=np.int64)
+    found = {"columns": patch % config.grid_side + 1, "rows": patch // config.grid_side + 1}
+    return {name: np.concatenate([values, rest]).astype(np.int32) for name, values in found.items()}
+
+
+def _patches(graph: Graph, x: Tensor, first: int) -> Tensor:
+    """`[hidden, n, tiles]` without its class token; `first`: the position of the first patch."""
+    view = graph.view(x, (x.ne[0], x.ne[1] - 1, x.ne[2]), (x.nb[1], x.nb[2], x.nb[3]), first * x.nb[1])
     return graph.cont(view)
 
 
@@ -55,8 +77,8 @@ def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Ten
         if bias is not None:
             h = graph.add_(h, bias)
         if config.class_token:
-            first = graph.repeat(weights.vector(keys.CLASS_EMBD, width), width, 1, x.ne[2])
-            h = graph.concat(first, h, axis=1)
+            token = graph.repeat(weights.vector(keys.CLASS_EMBD, width), width, 1, x.ne[2])
+            h = graph.concat(h, token, axis=1) if config.class_token_last else graph.concat(token, h, axis=1)
         h = graph.add_(h, positions)
         return layer_norm(graph, weights, keys.PRE_LN, h, config.layer_norm_eps) if config.pre_norm else h
 
@@ -64,7 +86,14 @@ def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Ten
 
 
 def _layer(
-    graph: Graph, weights: Weights, config: TowerConfig, i: int, states: list[Tensor], *, keep: bool
+    graph: Graph,
+    weights: Weights,
+    config: TowerConfig,
+    i: int,
+    states: list[Tensor],
+    turns: list[Tensor],
+    *,
+    keep: bool,
 ) -> list[Tensor]:
     """One encoder layer on every group. The input is overwritten unless it is to be kept (`keep`)."""
     dim, wide, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
@@ -73,7 +102,14 @@ def _layer(
         return keys.BLOCK.format(i=i, part=part)
 
     to_product = weights.attention.arithmetic is not None
-    q, k, v = (linear(graph, weights, name(f"attn_{part}"), dim, dim, to_product=to_product) for part in "qkv")
+
+    def project(part: str) -> Callable[[Tensor], Tensor]:
+        if not turns or part == "v":
+            return linear(graph, weights, name(f"attn_{part}"), dim, dim, to_product=to_product)
+        exact = linear(graph, weights, name(f"attn_{part}"), dim, dim)
+        return lambda x: _turned(graph, exact(x), config, turns)
+
+    q, k, v = map(project, "qkv")
     out = linear(graph, weights, name("attn_out"), dim, dim)
     up = linear(graph, weights, name("ffn_up"), dim, wide, config.hidden_act, to_product=True)
     down = linear(graph, weights, name("ffn_down"), wide, dim)
@@ -87,3 +123,15 @@ def _layer(
         return graph.add_(x, down(up(h)))
 
     return [graph.expand(run(x)) for x in states]
+
+
+def _turned(graph: Graph, x: Tensor, config: TowerConfig, turns: list[Tensor]) -> Tensor:
+    """Queries or keys `[dim, n, tiles]`: of each head the first half of its pairs turned by the patch's column, the
+    second by its row. Overwrites x."""
+    assert config.rope_theta is not None
+    half = config.head_dim // 2
+    heads = graph.reshape(x, config.head_dim, config.num_attention_heads, x.ne[1], x.ne[2])
+    for i, positions in enumerate(turns):
+        part = graph.view(heads, (half, *heads.ne[1:]), heads.nb[1:], i * half * heads.nb[0])
+        graph.expand(graph.rotate_(part, positions, config.rope_theta))
+    return x

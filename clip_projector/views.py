@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from granite4v.clip_projector.grid_anyres import Layout, VideoLayout, layout, square_layout, video_layout
-from granite4v.clip_projector.grid_canvas import CanvasLayout, canvas_layout
+from granite4v.clip_projector.grid_canvas import CanvasLayout, FramedLayout, canvas_layout, framed_layout
 from granite4v.clip_projector.images import Image
 from granite4v.families.base import CanvasConfig, VisionConfig
 
 Form = Literal["tiles", "square", "video"]
+TilesLayout = Layout | VideoLayout | FramedLayout
+AnyLayout = TilesLayout | CanvasLayout
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,36 @@ class View:
             digest.update(image.digest)
         return digest.digest()
 
-    def layout(self, config: VisionConfig) -> Layout | VideoLayout | CanvasLayout:
+    def layout(self, config: VisionConfig) -> AnyLayout:
         """Its tiles and tokens; needs no pixels."""
-        if isinstance(config.tiling, CanvasConfig):
+        if isinstance(config.tiling, CanvasConfig) and config.frame is None:
             return canvas_layout(self.images[0].size, config.tiling)
         return self.tiles(config)
 
-    def tiles(self, config: VisionConfig) -> Layout | VideoLayout:
+    def parts(self, config: VisionConfig) -> tuple[str | int, ...]:
+        """What stands in the prompt for it, in order: a number of image tokens, or the text of a token between them."""
+        where = self.layout(config)
+        return where.parts if isinstance(where, FramedLayout) else (where.n_tokens,)
+
+    def tiles(self, config: VisionConfig) -> TilesLayout:
         """The layout of a model whose tower sees each tile alone."""
         if self.form == "video":
             return video_layout(len(self.images), config)
         if self.form == "square":
             return square_layout(config)
-        return layout(self.images[0].size, config.tiling, config.tokens_side, newline=config.newline)
+        return _tiles_alone(self.images[0].size, config)
+
+
+def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
+    """Positions in the prompt of an image of `size` (width, height) that is alone in it; for a decoder whose input they
+    are."""
+    return _tiles_alone(size, config).n_tokens
+
+
+def _tiles_alone(size: tuple[int, int], config: VisionConfig) -> TilesLayout:
+    if config.frame is not None:
+        return framed_layout(size, config)
+    return layout(size, config.tiling, config.tokens_side, newline=config.newline)
 
 
 def views_of(items: Sequence[Image | Video], config: VisionConfig) -> list[View]:

@@ -10,9 +10,10 @@ from typing import Any
 from granite4v import gguf_keys as keys
 from granite4v.errors import ModelFileError
 from granite4v.families.base import (
+    CanvasConfig,
     CrossAttentionConfig,
     TiledTowerConfig,
-    TilingConfig,
+    Tiling,
     VisionConfig,
     WindowQFormerConfig,
 )
@@ -115,7 +116,6 @@ def _vision(file: GgufFile) -> dict[str, Any]:
     tower, tiling, cross = config.tower, config.tiling, config.cross_attention
     if cross is not None:
         return {"family": family.name, **_cross(config, cross)}
-    assert isinstance(tiling, TilingConfig)
     seeded = isinstance(config.projector, WindowQFormerConfig)  # by a corner of each block, or by its mean
     return {
         "family": family.name,
@@ -125,7 +125,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
             "heads": tower.num_attention_heads,
             "tile": f"{tiling.tile_px} px",
             "patch": f"{tower.patch_size} px",
-            "grids": len(tiling.image_grid_pinpoints),
+            **_grids(tiling),
             "tokens a tile": config.tokens_per_tile,
             **_limits(tiling),
             "projector": config.projector.label,
@@ -141,8 +141,16 @@ def _vision(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _limits(tiling: TilingConfig) -> dict[str, Any]:
+def _grids(tiling: Tiling) -> dict[str, Any]:
+    if isinstance(tiling, CanvasConfig):
+        return {"tiles": max(math.prod(canvas) for canvas in tiling.supported_aspect_ratios), "overview": "last"}
+    return {"grids": len(tiling.image_grid_pinpoints)}
+
+
+def _limits(tiling: Tiling) -> dict[str, Any]:
     """What not every model has: a limit on an image's tokens, another form for several images, videos."""
+    if isinstance(tiling, CanvasConfig):
+        return {}
     found = {
         "tokens of at most": None if tiling.max_tiles_of_tokens is None else f"{tiling.max_tiles_of_tokens} tiles",
         "several images": "one square tile each" if tiling.square_if_several else None,

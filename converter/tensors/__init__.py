@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from granite4v.converter.tensors.granite4_vision import granite4_vision_tensors
-from granite4v.converter.tensors.llama4_vision import llama4_vision_tensors
+from granite4v.converter.tensors.llama4 import llama4_vision_tensors
 from granite4v.converter.tensors.llava_next import llava_next_tensors
 from granite4v.converter.tensors.llava_onevision import llava_onevision_tensors
 from granite4v.converter.tensors.mllama import mllama_tensors

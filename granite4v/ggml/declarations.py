@@ -137,6 +137,24 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_mul_mat", TensorP, ContextP, TensorP, TensorP),
     # (ctx, a, mask, scale, max_bias)
     _base("ggml_soft_max_ext_inplace", TensorP, ContextP, TensorP, TensorP, _float, _float),
+    # (ctx, a, positions, factors, n_dims, mode, n_ctx_orig, base, scale, ext_factor, attn_factor, beta_fast, beta_slow)
+    _base(
+        "ggml_rope_ext_inplace",
+        TensorP,
+        ContextP,
+        TensorP,
+        TensorP,
+        TensorP,
+        _int,
+        _int,
+        _int,
+        _float,
+        _float,
+        _float,
+        _float,
+        _float,
+        _float,
+    ),
     _base("ggml_scale", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_inplace", TensorP, ContextP, TensorP, _float),
     _base("ggml_scale_bias_inplace", TensorP, ContextP, TensorP, _float, _float),  # (ctx, a, s, b)

@@ -260,6 +260,13 @@ class Graph:
             raise ShapeError(f"cannot mask {x!r} by {mask!r}")
         return Tensor(lib().ggml_soft_max_ext_inplace(self._ctx, x.ptr, mask.ptr, scale, 0.0))
 
+    def rotate_(self, x: Tensor, positions: Tensor, theta: float) -> Tensor:
+        """Turns the pairs (2j, 2j+1) of `x` `[dim, heads, n, b]` by positions `[n]` (I32) * theta^(-2j/dim)."""
+        dim, places = x.ne[0], positions.ptr
+        if dim % 2 or positions.type_name != "I32" or positions.ne != (x.ne[2], 1, 1, 1):
+            raise ShapeError(f"cannot turn {x!r} by {positions!r}")
+        return Tensor(lib().ggml_rope_ext_inplace(self._ctx, x.ptr, places, None, dim, 0, 0, theta, 1, 0, 1, 0, 0))
+
     def unary_(self, kind: str, x: Tensor) -> Tensor:
         """'gelu_erf' or 'silu'."""
         return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))

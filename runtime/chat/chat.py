@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from granite4v.clip_projector.files import shown
-from granite4v.clip_projector.grid_anyres import Layout, VideoLayout
-from granite4v.clip_projector.grid_canvas import CanvasLayout
-from granite4v.clip_projector.views import views_of
+from granite4v.clip_projector.views import AnyLayout, views_of
 from granite4v.errors import ContextOverflowError, DocumentError, PromptError
 from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Stats, Turn
 from granite4v.runtime.chat.pages import ChatPage, FileSpec, FrameSampling, file_spec, read_pages, regular_file
@@ -154,12 +152,12 @@ class Chat:
         """Tokens that a page takes of the context, beside the pages that are attached."""
         return 0 if self.model.files.vision_config is None else self.layout(page).n_tokens
 
-    def layout(self, page: ChatPage) -> Layout | VideoLayout | CanvasLayout:
+    def layout(self, page: ChatPage) -> AnyLayout:
         """How the model sees a page beside those that are attached: its tiles. Raises ModelFileError for a model
         without a vision file."""
         return self._layouts([page, *(other for other in self.conversation.pages if other is not page)])[0]
 
-    def _layouts(self, pages: list[ChatPage]) -> list[Layout | VideoLayout | CanvasLayout]:
+    def _layouts(self, pages: list[ChatPage]) -> list[AnyLayout]:
         """How the model sees these pages in one prompt."""
         self.model.files.need_vision()
         config = self.model.files.vision_config

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from granite4v.clip_projector.files import shown
 from granite4v.clip_projector.grid_anyres import Layout
-from granite4v.clip_projector.grid_canvas import CanvasLayout
+from granite4v.clip_projector.grid_canvas import CanvasLayout, FramedLayout
 from granite4v.paths import atomic_text_file
 from granite4v.runtime.chat import session_file
 from granite4v.runtime.chat.chat import REGEN_TEMPERATURE, Chat, Reply
@@ -161,6 +161,8 @@ def _seen(chat: Chat, page: ChatPage) -> str:
         grid += f" (overview, {tiles.rows}x{tiles.columns})"
     elif isinstance(tiles, CanvasLayout) and tiles.n_tiles > 1:
         grid += f" ({tiles.rows}x{tiles.columns})"
+    elif isinstance(tiles, FramedLayout) and tiles.has_overview:
+        grid += f" ({tiles.canvas.rows}x{tiles.canvas.columns}, overview)"
     return f"{_size(page)}{dpi}, {grid}, {chat.n_tokens(page):,} tokens"
 
 

@@ -63,7 +63,7 @@ def _fitted(size: Size, tiling: Tiling) -> Size:
 
 def shrunk(image: Image, tiling: Tiling | None) -> Image:
     """The image as large as the model will see it: resized as the model's preprocessing does, or as it is."""
-    if tiling is None:
+    if tiling is None or (isinstance(tiling, CanvasConfig) and tiling.low_precision):  # whose filter is not Pillow's
         return image
     size = _fitted(image.size, tiling)
     if size[0] >= image.width or size[1] >= image.height:

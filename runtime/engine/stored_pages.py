@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -206,12 +207,14 @@ class StoredPages:
 def image_ends(plan: Sequence[Batch]) -> list[int]:
     """How many batches each image of a plan ends after.
 
-    For example, batches of template, image 1, image 1, text, image 2, question: [3, 5].
+    For example, batches of template, image 1, image 1, text, image 2, question: [3, 5]. An image may go on behind
+    tokens: of batches of template, tile of image 1, token, tile of image 1, question it is [4].
     """
-    ends = []
-    for i, batch in enumerate(plan):
-        last = batch.keys[-1]
-        following = plan[i + 1].keys[0] if i + 1 < len(plan) else None
-        if isinstance(last, tuple) and following != (last[0], last[1] + 1):
-            ends.append(i + 1)
-    return ends
+    images = [(i + 1, batch.keys) for i, batch in enumerate(plan) if isinstance(batch.keys[-1], tuple)]
+    following = itertools.chain((keys[0] for _, keys in images[1:]), [None])
+    return [end for (end, keys), other in zip(images, following, strict=False) if other != _next(keys[-1])]
+
+
+def _next(position: Any) -> tuple[bytes, int]:
+    digest, place = position
+    return digest, place + 1

@@ -85,7 +85,7 @@ def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
         for start in range(0, span.n_tokens, n_ubatch):
             stop = min(start + n_ubatch, span.n_tokens)
             if isinstance(span, ImageSpan):
-                batch = Batch(tuple((span.digest, i) for i in range(start, stop)))
+                batch = Batch(tuple((span.digest, span.start + i) for i in range(start, stop)))
             else:
                 batch = Batch(span.tokens[start:stop])
             chunks.append(Chunk(batch, span, start))
@@ -114,7 +114,7 @@ class Task:
         self.planned: list[Chunk] = []  # of the prompt
         self.chunks: deque[Chunk] = deque()  # those that are not computed yet, once it runs
         self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
-        self.rows: tuple[Span, Rows] | None = None  # of the image that is being prefilled
+        self.rows: tuple[bytes, Rows] | None = None  # of the image that is being prefilled, by its digest
         self.last_step = 0
         self.was_started = False  # perhaps more than once, where its sequence was lost or given to another
 

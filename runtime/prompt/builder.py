@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.errors import PromptError
+from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import VideoOf, normalize
@@ -27,7 +27,7 @@ from granite4v.runtime.prompt.spans import (
     video_token,
 )
 from granite4v.runtime.prompt.template import ChatTemplate
-from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens
+from granite4v.runtime.prompt.tokenizer import Tokenizer, load_tokenizer, special_tokens, stop_tokens, token_id
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import Image, ImageSource, Video, View
@@ -40,7 +40,10 @@ class PromptBuilder:
         """`check(report)` raises where the files cannot be used, and calls `report` when that takes a while."""
         self._files, self._n_ctx, self._check = files, n_ctx, check
         self._lock = threading.RLock()
-        self.placeholder = image_token(files.text, files.vision)
+        config = files.vision_config
+        framed = None if config is None else config.frame
+        # of an image with tokens around its tiles, templates write one of those
+        self.placeholder = token_id(files.text, framed.image) if framed else image_token(files.text, files.vision)
         self.video_placeholder = video_token(files.text)
         self._placeholder_text = image_token_text(files.text, self.placeholder)
         self.stop_tokens = stop_tokens(files.text)
@@ -96,7 +99,7 @@ class PromptBuilder:
                 self.template(),
                 tokenizer,
                 {"image": self.placeholder, "video": self.video_placeholder},
-                self._count,
+                self._parts,
                 self._check_length,
                 **variables,
             )
@@ -123,11 +126,21 @@ class PromptBuilder:
             raise PromptError("this model takes no video, only images; ask about single frames, or use another model.")
         return clip_projector.views_of([_opened(source) for source in sources], config)
 
-    def _count(self, view: View) -> int:
-        """Tokens of an image or a video."""
+    def _parts(self, view: View) -> list[int | tuple[int, ...]]:
+        """Numbers of embeddings of an image or a video, and tokens between them."""
         config = self._files.vision_config
         assert config is not None
-        return view.layout(config).n_tokens
+        return [part if isinstance(part, int) else (self._token(part),) for part in view.parts(config)]
+
+    def _token(self, text: str) -> int:
+        """A token that stands around an image's tiles."""
+        found = token_id(self._files.text, text)
+        if found is None:
+            raise ModelFileError(
+                f"the text file's vocabulary has no token '{text}', which stands around images; use the text file that "
+                "belongs to the vision file."
+            )
+        return found
 
     def _check_length(self, text: str) -> None:
         """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""

@@ -1,11 +1,12 @@
 """Messages and images -> spans for the decoder: runs of token ids, and runs of image positions between them.
 
 The chat template leaves one placeholder token for each image. transformers repeats it as often as the image has
-embeddings; here a span of that length takes its place.
+embeddings; here a span of that length takes its place, or several with tokens between them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,16 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """`n_tokens` positions of the image or video `index`; `digest` is `View.digest`."""
+    """`n_tokens` positions of the image or video `index`, from its embedding `start` on; `digest` is `View.digest`.
+
+    `is_last`: of the image's spans.
+    """
 
     index: int
     n_tokens: int
     digest: bytes
+    start: int = 0
+    is_last: bool = True
 
 
 Span = TextSpan | ImageSpan
@@ -98,7 +104,7 @@ def build_prompt(
     template: ChatTemplate,
     tokenizer: Tokenizer,
     placeholders: Mapping[str, int | None],
-    count_tokens: Callable[[View], int],
+    parts_of: Callable[[View], Sequence[int | tuple[int, ...]]],
     check_text: Callable[[str], None] | None = None,
     /,
     **variables: Any,
@@ -106,9 +112,9 @@ def build_prompt(
     """The prompt of a conversation with these `images` (opened, in reading order, videos among them).
 
     `placeholders`: the tokens of the vocabulary that stand for an 'image' and for a 'video', if any.
-    `count_tokens` gives the number of embeddings of a view. `check_text` gets the text before it is rendered and again
-    before it is tokenized, and may raise. `variables` go to the template. Raises PromptError when the template leaves
-    more or fewer placeholders than there are images.
+    `parts_of` gives what takes the place of a view's placeholder: numbers of embeddings, and tokens between them.
+    `check_text` gets the text before it is rendered and again before it is tokenized, and may raise. `variables` go to
+    the template. Raises PromptError when the template leaves more or fewer placeholders than there are images.
     """
     if check_text is not None:
         check_text("".join(written(conversation)))
@@ -119,13 +125,30 @@ def build_prompt(
     spans: list[Span] = []
     start = 0
     for place, index in _places(tokens, images, placeholders, conversation):
-        if place > start:
-            spans.append(TextSpan(tuple(tokens[start:place])))
-        spans.append(ImageSpan(index, count_tokens(images[index]), images[index].digest))
+        spans += [TextSpan(tuple(tokens[start:place])), *_image_spans(index, images[index], parts_of(images[index]))]
         start = place + 1
-    if start < len(tokens):
-        spans.append(TextSpan(tuple(tokens[start:])))
-    return Prompt(text, tuple(spans), tuple(images))
+    spans.append(TextSpan(tuple(tokens[start:])))
+    return Prompt(text, tuple(_joined(spans)), tuple(images))
+
+
+def _image_spans(index: int, view: View, parts: Sequence[int | tuple[int, ...]]) -> Iterator[Span]:
+    n_all = sum(part for part in parts if isinstance(part, int))
+    start = 0
+    for part in parts:
+        if isinstance(part, int):
+            yield ImageSpan(index, part, view.digest, start, start + part == n_all)
+            start += part
+        else:
+            yield TextSpan(part)
+
+
+def _joined(spans: Sequence[Span]) -> Iterator[Span]:
+    """Spans of text that follow one another become one; empty ones are left out."""
+    for is_text, run in itertools.groupby(spans, lambda span: isinstance(span, TextSpan)):
+        if not is_text:
+            yield from run
+        elif tokens := tuple(token for span in run if isinstance(span, TextSpan) for token in span.tokens):
+            yield TextSpan(tokens)
 
 
 def _places(
