@@ -17,7 +17,7 @@ from granite4v.lazy import exports
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import Image, ImageFeatures, Video, load_image, load_video
-    from granite4v.default_model import extract, load
+    from granite4v.default_model import DocumentReader, extract, load
     from granite4v.errors import (
         AnswerError,
         CheckpointError,
@@ -55,6 +55,7 @@ __all__ = [
     "ContextOverflowError",
     "DeviceError",
     "DocumentError",
+    "DocumentReader",
     "GenerationOptions",
     "Granite4vError",
     "HubError",
@@ -91,7 +92,7 @@ _find, _ = exports(
     __name__,
     {
         "clip_projector": ("Image", "ImageFeatures", "Video", "load_image", "load_video"),
-        "default_model": ("extract", "load"),
+        "default_model": ("DocumentReader", "extract", "load"),
         "errors": (
             "AnswerError",
             "CheckpointError",

@@ -17,9 +17,9 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import granite4v
 from granite4v.errors import CheckpointError, HubError, ModelFileError, OutputError
@@ -131,6 +131,62 @@ def extract(
     if ray is not None:
         raise ArgumentError("with 'ray', every node loads a model of its own; give its path or name.")
     return run_extract(inputs, tasks, model=model, watch=watch, say=say, **options)
+
+
+class DocumentReader:
+    """Batches of documents in, records out: a class for `map_batches` of a Ray Dataset, or for any other pipeline.
+
+        import granite4v, ray
+
+        paths = ray.data.from_items([{"path": "s3://scans/a.pdf"}, {"path": "s3://scans/b.pdf"}])
+        records = paths.map_batches(
+            granite4v.DocumentReader, fn_constructor_args=("tables_html",), concurrency=2, num_cpus=4, batch_size=16
+        )
+
+    A batch has a column `path`, of paths or URLs, each read once; or `bytes`, the contents of files, with their names
+    in `path` if it is there. The result is a pyarrow.Table like that of `read_results(..., arrow=True)`: a row for each
+    page and task; what fails is a row with its `error`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | str = (),
+        *,
+        model: str | Path | None = None,
+        **options: Unpack[ExtractFields],
+    ) -> None:
+        """Loads the model, once for each worker. `options` as `extract` takes them, without those about files that it
+        writes; `n_threads` is by default what Ray leaves the worker. Raises ArgumentError, and what `load` raises."""
+        from granite4v.runtime.engine.parallel import Workload
+        from granite4v.runtime.extract import ArgumentError, ExtractOptions
+        from granite4v.runtime.extract.arguments import checked
+        from granite4v.runtime.extract.document_batches import PATHS, cores
+
+        _, self._options = checked(PATHS, ExtractOptions(tasks=tasks, **options))
+        if self._options.out is not None:
+            raise ArgumentError("a pipeline writes its records itself; leave 'out' away.")
+        chosen = self._options
+        self._model = load(
+            model,
+            n_ctx=chosen.n_ctx,
+            n_threads=chosen.n_threads or cores(),
+            n_parallel=chosen.parallel,
+            device=chosen.device,
+            mmproj=chosen.mmproj,
+            vision_compute=chosen.vision_compute,
+            workload=Workload(None, chosen.max_tokens),
+            page_store=chosen.page_store,
+            cache_type=chosen.cache_type,
+        )
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
+        """The records of one batch. Raises ArgumentError for one with neither column."""
+        from granite4v.runtime.extract.document_batches import answered
+
+        return answered(batch, self._options, self._model)
+
+    def close(self) -> None:
+        self._model.close()
 
 
 def on_ray(name: str | Path | None, path: str | Path, address: str | None) -> OnRay | str | Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,21 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
     check_installed("read_results", *(("pyarrow", "arrow") if arrow else ("pandas", "pandas")))
     with ResultsLog.open_to_read(Path(folder)) as log:
         records = list(log)
-    columns = list(Record.__dataclass_fields__)
-    if not arrow:
-        import pandas
+    if arrow:
+        return arrow_table(records)
+    import pandas
 
-        return pandas.DataFrame(
-            {name: pandas.Series([getattr(one, name) for one in records], dtype=_DTYPES.get(name)) for name in columns}
-        )
+    columns = list(Record.__dataclass_fields__)
+    return pandas.DataFrame(
+        {name: pandas.Series([getattr(one, name) for one in records], dtype=_DTYPES.get(name)) for name in columns}
+    )
+
+
+def arrow_table(records: Iterable[Record]) -> Any:
+    """A pyarrow.Table with a row for each record, as `read_results` has it."""
     import pyarrow
 
+    columns = list(Record.__dataclass_fields__)
     rows = [{name: _plain(value) for name, value in one.as_dict().items()} for one in records]
     return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema([(name, _arrow_type(name)) for name in columns]))
 

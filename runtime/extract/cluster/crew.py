@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -155,6 +156,8 @@ def _counted(n: int, what: str) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The reason, which Ray puts behind a traceback or a list of facts."""
+    """The reason, which Ray puts behind a traceback or a list of facts, and before its advice."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")[:300]
+    found = lines[-1] if lines else type(error).__name__
+    found = found.partition("Worker exit detail: ")[2] or found
+    return re.split(r"\. (?=Some common causes|The task may)", found)[0].rstrip(".")[:300]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import ray.data
 
+import granite4v
 from granite4v.clip_projector.images import Image
 from granite4v.errors import ModelFileError
 from granite4v.runtime.extract import ArgumentError, State, extract
@@ -186,8 +188,20 @@ class _Page:
         self.image, self.digest = image, image.digest.hex()
 
 
-def test_a_loaded_model_cannot_travel(scans: Path) -> None:
-    import granite4v
+def test_a_dataset_is_read(cluster: None, folder: Path, scans: Path, whole: list[dict[str, Any]]) -> None:
+    paths = ray.data.from_items([{"path": str(path)} for path in sorted(scans.iterdir())])
+    read = paths.map_batches(
+        granite4v.DocumentReader,
+        fn_constructor_args=(TASKS,),
+        fn_constructor_kwargs={"model": folder, **SETTINGS},
+        concurrency=1,
+        num_cpus=1,
+        batch_size=2,
+    )
+    found = sorted((row["source"], row["page"] or 0, row["task"], row["text"]) for row in read.take_all())
+    assert found == sorted((line["source"], line["page"] or 0, line["task"], line["text"]) for line in whole)
 
+
+def test_a_loaded_model_cannot_travel(scans: Path) -> None:
     with pytest.raises(ArgumentError, match="every node loads a model of its own"):
         granite4v.extract(scans, TASKS, model=object(), ray="auto")  # type: ignore[arg-type]
