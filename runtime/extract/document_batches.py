@@ -50,8 +50,8 @@ def _records(paths: list[str], options: ExtractOptions, model: Model) -> list[Re
     except DocumentError as error:  # none of the files is there, which is no reason to end a pipeline
         if len(paths) > 1:
             return [record for path in paths for record in _records([path], options, model)]
-        why = {"error": str(error), "error_type": type(error).__name__}
-        return [Record(paths[0], None, None, task, **why) for task in options.tasks]
+        kind = type(error).__name__
+        return [Record(paths[0], None, None, task, error=str(error), error_type=kind) for task in options.tasks]
     with run:
         return list(run)
 
