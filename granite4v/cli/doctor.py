@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from granite4v.doctor import Report, Section
 
 WIDTH, INDENT = 80, 9
+CheckedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR|HUB_ID",
+        help="Model whose needs are compared with the memory.",
+        show_default=False,
+    ),
+]
 
 
-def doctor(model: options.CheckedModelOption = None, as_json: options.JsonOption = False) -> None:
+def doctor(model: CheckedModelOption = None, as_json: options.JsonOption = False) -> None:
     """Examine this machine, and say what would make it faster.
 
     Measures each kernel for each weight type, about ten seconds. Exit status 1 if something is broken, or costs half

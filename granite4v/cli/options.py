@@ -378,17 +378,6 @@ TogetherOption = Annotated[
 ]
 JsonOnlyOption = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
 
-CheckedModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="DIR|HUB_ID",
-        help="Model whose needs are compared with the memory.",
-        show_default=False,
-    ),
-]
-
 # --- comparison with the reference ---
 
 ReferenceOption = Annotated[
