@@ -29,6 +29,9 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SUBFILE_TYPE = 258, 262, 254  # TIFF tags
 _WHITE_IS_ZERO = 0
 _SHORT = 3  # EXIF type of two bytes
 NOT_A_PAGE = 0b101  # of a TIFF frame's subfile type: a smaller copy of another page, or a mask
+# To scale a side, Pillow takes 32 bytes a pixel of it: gigabytes for a line of 80 million pixels, which its own limit
+# allows.
+MAX_SIDE_PX = 1_000_000
 _MOST_PAGES = 1000  # that are counted in a TIFF of which only the first is read
 
 
@@ -120,7 +123,7 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
     Warns (ImageWarning) of a TIFF with more pages than the first, of a guessed range, and of values cut off.
 
     Raises ImageError for what is missing, empty, not an image, cut short, larger than MAX_FILE_BYTES, or so many
-    pixels that it is probably a decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`).
+    pixels that it is probably a decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`, and MAX_SIDE_PX).
     """
     name = name or _describe(source)
     head = b""
@@ -208,6 +211,11 @@ def _open(source: ImageSource, name: str) -> PIL.Image.Image:
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise PIL.Image.DecompressionBombError
+    if max(image.size) > MAX_SIDE_PX:
+        raise ImageError(
+            f"{name} has {image.width:,}x{image.height:,} pixels, and a side may have {MAX_SIDE_PX:,}; scale it down, "
+            "or cut it into pages."
+        )
     return image
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from granite4v.clip_projector import Image, load_image
 from granite4v.clip_projector.files import read_whole
+from granite4v.clip_projector.images import MAX_SIDE_PX
 from granite4v.errors import ImageError, ImageWarning
 from tests.helpers.pictures import noise_picture
 
@@ -211,6 +212,8 @@ BAD = [
     pytest.param(b"hello, I am text", "holds text, which Pillow cannot read here; give a PNG", id="text"),
     pytest.param(encoded(PIL.Image.fromarray(GRADIENT))[:50], "cannot be read as an image", id="cut short"),
     pytest.param(bomb(), "decompression bomb", id="bomb"),
+    pytest.param(encoded(PIL.Image.new("1", (1_000_001, 1))), "has 1,000,001x1 pixels, and a side may", id="a line"),
+    pytest.param(PIL.Image.new("RGB", (1, 2_000_000)), "has 1x2,000,000 pixels, and a side may", id="a column"),
     pytest.param(np.zeros((0, 5, 3), np.uint8), "is empty (shape (0, 5, 3))", id="empty array"),
     pytest.param(np.zeros((4, 5, 3), np.float32), "expected uint8", id="float array"),
     pytest.param(b"\x89\x01\xfe" * 99, "is not an image that Pillow can read; give a PNG", id="noise"),
@@ -218,6 +221,10 @@ BAD = [
     pytest.param(b"\0\0\0\x18ftypheic" + bytes(99), "holds a HEIC (HEIF) image, which Pillow cannot", id="HEIC"),
     pytest.param(12, "is not an image; give a path", id="number"),
 ]
+
+
+def test_a_long_strip_is_an_image() -> None:
+    assert load_image(PIL.Image.new("L", (MAX_SIDE_PX, 1))).size == (MAX_SIDE_PX, 1)
 
 
 @pytest.mark.parametrize("source, message", BAD)
