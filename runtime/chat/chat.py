@@ -188,18 +188,18 @@ class Chat:
         usage = self.usage()
         return ContextFull(
             f"no room for {what}: {n_needed:,} tokens with an answer, but {usage.left:,} of {usage.n_ctx:,} are left. "
-            f"{self._droppable()}"
+            f"{self._droppable(usage.used + n_needed)}"
         )
 
-    def _droppable(self) -> str:
-        """What a person can do about a full context."""
+    def _droppable(self, n_needed: int = 0) -> str:
+        """What a person can do about a context that is full, or has less than `n_needed` tokens."""
         ways = [
             f"/detach {number} ({page.name}, {self.n_tokens(page):,} tokens)"
             for number, page in enumerate(self.conversation.pages, 1)
         ][:3]
         if self.conversation.turns:
             ways += ["/undo (the last question)", "/clear (all questions, pages stay)"]
-        ways.append(f"restart with --ctx-size {2 * self.model.n_ctx}")
+        ways.append(f"restart with --ctx-size {max(2 * self.model.n_ctx, n_needed)}")
         return f"To make room: {', '.join(ways)}."
 
     # --- questions ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,17 @@ def test_a_full_context_is_told_before_it_happens(small: Chat) -> None:
     assert used > small.n_tokens(page) and small.usage().left == 700 - used
     with pytest.raises(ContextFull) as found:
         small.ask(Question("word " * 600))
-    assert "/detach 1 (invoice.png" in str(found.value) and "--ctx-size 1400" in str(found.value)
+    (needed,) = re.findall(r"question: ([\d,]+) tokens with an answer", str(found.value))
+    enough = small.usage().used + int(needed.replace(",", ""))
+    assert enough > 1400 and f"--ctx-size {enough}." in str(found.value)
+    assert "/detach 1 (invoice.png" in str(found.value)
     assert small.conversation.turns == [] and len(small.conversation.waiting) == 1
     n_asked = 0
     while small.shortage() is None:
         asked(small, "word " * 20)
         n_asked += 1
-    assert n_asked and "/undo" in str(small.shortage()) and "/clear" in str(small.shortage())
+    assert n_asked and "--ctx-size 1400" in str(small.shortage())
+    assert "/undo" in str(small.shortage()) and "/clear" in str(small.shortage())
     with pytest.raises(ContextFull, match="no room for this question"):
         small.ask(Question("word " * 200))
     assert len(small.conversation.turns) == n_asked
