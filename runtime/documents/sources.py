@@ -41,7 +41,8 @@ EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
 @dataclass(frozen=True)
 class Document:
     """One thing to open. `source` is what records call it: its path or URL as given, or '-'. `path`: None for stdin,
-    and for what is `remote` until it is fetched."""
+    for what is `remote` until it is fetched, and for what was sent to a server, whose `source` is words for messages.
+    """
 
     source: str
     path: Path | None
@@ -50,7 +51,9 @@ class Document:
     @property
     def name(self) -> str:
         """What messages call it: in quotes, without characters that would move a terminal's cursor."""
-        return "standard input" if self.path is None and self.remote is None else f"'{shown(self.source)}'"
+        if self.path is not None or self.remote is not None:
+            return f"'{shown(self.source)}'"
+        return "standard input" if self.source == "-" else self.source
 
 
 @dataclass(frozen=True)

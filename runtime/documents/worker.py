@@ -80,7 +80,8 @@ class RequestHandler:
         name = request["about"]
         try:
             if request["op"] == "load":
-                return load(request["document"]["path"] or content)
+                path = request["document"]["path"]
+                return load(path or content, None if path else name)
             if request["op"] == "open":
                 source = self._open(request, content)
                 return {"n_pages": source.n_pages, "damage": source.damage, "index": source.index}, b""
@@ -120,11 +121,11 @@ class RequestHandler:
         return {"size": page.image.size, "dpi": page.dpi, "warnings": page.warnings}, page.image.tobytes()
 
 
-def load(source: str | bytes) -> tuple[dict[str, Any], bytes]:
-    """The reply to `load`: an image opened as `load_image` does."""
+def load(source: str | bytes, name: str | None = None) -> tuple[dict[str, Any], bytes]:
+    """The reply to `load`: an image opened as `load_image` does. `name`: what messages call bytes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = open_rgb(source)
+        image = open_rgb(source, name)
     said = [str(one.message) for one in caught if issubclass(one.category, ImageWarning)]
     return {"size": image.size, "dpi": None, "warnings": said}, image.tobytes()
 

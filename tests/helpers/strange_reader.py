@@ -65,10 +65,10 @@ def main(setup: str) -> None:
 
     loaded = worker.load
 
-    def load(source: str | bytes) -> Any:
+    def load(source: str | bytes, *rest: Any) -> Any:
         if isinstance(source, str) and source.endswith(".strange"):
             StrangeDocument(Path(source))
-        return loaded(source)
+        return loaded(source, *rest)
 
     worker.open_page_source = open_page_source  # type: ignore[assignment]
     worker.load = load  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import granite4v
 from granite4v.runtime.server.bodies import N_BODIES
@@ -71,6 +72,21 @@ def test_what_is_too_much_or_makes_no_sense(
     assert param is None or reply.error["param"] == param
     assert reply.error["type"] == "invalid_request_error" and len(reply.error["message"]) > 20
     strict.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (image(b"hello there"), "the image at 'messages[0].content[0].image_url' holds text, "),
+        (image(PICTURE[:-30]), "the image at 'messages[0].content[0].image_url' cannot be read as an image: "),
+        (image(png(Image.new("1", (1, 1_000_001)))), "image_url' has 1x1,000,001 pixels, and a side may have "),
+        ({"type": "file", "file": {"file_data": data_url(bytes(99))}}, "the document at 'messages[0].content[0].file."),
+        ({"type": "file", "file": {"file_data": data_url(b"%PDF-1.7"), "filename": "a.pdf"}}, "'a.pdf' is cut short: "),
+    ],
+)  # fmt: skip
+def test_files_that_are_none_are_called_by_their_places(strict: Served, part: Any, message: str) -> None:
+    reply = strict.chat(part, text("A"))
+    assert reply.status == 400 and message in reply.error["message"], reply.body
 
 
 CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/completions"
