@@ -3,7 +3,7 @@
 Every chunk of rows is one job in a thread pool; jobs run a few chunks ahead across tensors, so reading, computing and
 writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
 own source rows only (the rows of one head, where they are reordered). Where matrices are transposed, a row depends on
-all rows of one of them: three are in memory at most.
+all rows of one of them: four are in memory at most.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
 JOBS_AHEAD = 3  # chunks in flight for each thread
 CACHED_MATRICES = 4  # lora_A of the modules that the threads work on
-CACHED_TRANSPOSED = 3  # the one before, which threads may still be at, the present one, and the next, read ahead
+READ_AHEAD = 2  # matrices that are transposed, at once: types that are quantized fast would wait for one
+CACHED_TRANSPOSED = 2 + READ_AHEAD  # the one before, which threads may still be at, and the present one
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,20 @@ class SharedMatrices:
         self._lock = threading.Lock()
         self._matrices: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._transposed: OrderedDict[tuple[str, int], Future[np.ndarray]] = OrderedDict()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="granite4v-read")
+        self._reader = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="granite4v-read")
 
     def close(self) -> None:
         """Stops reading ahead."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def transposed(self, chunk: Chunk) -> np.ndarray:
-        """The chunk's rows, in the type of the checkpoint's file. The matrix after theirs is read meanwhile."""
+        """The chunk's rows, in the type of the checkpoint's file. The matrices after theirs are read meanwhile."""
         tensor, columns = chunk.tensor, chunk.tensor.rule.transposed
         assert tensor.source is not None and columns is not None
         n_matrices, n_rows = tensor.shape[:2]
         index, first = divmod(chunk.first, n_rows)
         with self._lock:
-            for i in range(index, min(index + 2, n_matrices)):
+            for i in range(index, min(index + 1 + READ_AHEAD, n_matrices)):
                 if (tensor.name, i) not in self._transposed:
                     self._transposed[tensor.name, i] = self._reader.submit(read_transposed, tensor.source, i, *columns)
                     if len(self._transposed) > CACHED_TRANSPOSED:
