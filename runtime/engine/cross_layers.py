@@ -207,11 +207,13 @@ class CrossLayers:
         for start in range(0, n, ROWS_AT_ONCE):
             m = min(ROWS_AT_ONCE, n - start)
             part = graph.view(q, (dim, group, n_kv, m), (q.nb[1], group * q.nb[1], q.nb[2]), start * q.nb[2])
-            rows = graph.reshape(graph.cont(graph.permute(part, 0, 1, 3, 2)), dim, group * m, n_kv)
+            part = part if m == 1 else graph.cont(graph.permute(part, 0, 1, 3, 2))
+            rows = graph.reshape(part, dim, group * m, n_kv)
             weights = graph.softmax_(graph.matmul(self._keys[i], rows), self._mask, 1 / math.sqrt(dim))
             weights = graph.scale_(weights, SCALE_OF_WEIGHTS)
             mixed = graph.reshape(graph.matmul(self._values[i], weights), dim, group, m, n_kv)
-            parts.append(graph.reshape(graph.cont(graph.permute(mixed, 0, 1, 3, 2)), dim * n_heads, m))
+            mixed = mixed if m == 1 else graph.cont(graph.permute(mixed, 0, 1, 3, 2))
+            parts.append(graph.reshape(mixed, dim * n_heads, m))
         return graph.join(parts, axis=1)
 
     def _mlp(self, graph: Graph, i: int, x: Tensor) -> Tensor:
