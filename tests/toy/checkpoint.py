@@ -315,19 +315,19 @@ def _write_shards(directory: Path, entries: Iterator[Stored], spec: CheckpointSp
         size += n_bytes
         total += n_bytes
     if len(shards) == 1:
-        _write_safetensors(directory / "model.safetensors", shards[0], spec.dtype, spec.seed)
+        _write_safetensors(directory / "model.safetensors", shards[0], spec.dtype, spec.seed, holes=spec.holes)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(directory / file_name, shard, spec.dtype, spec.seed)
+        _write_safetensors(directory / file_name, shard, spec.dtype, spec.seed, holes=spec.holes)
         weight_map |= {name: file_name for name, _ in shard}
     _write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
 
 
-def _write_safetensors(path: Path, entries: list[Stored], dtype: str, seed: int) -> None:
+def _write_safetensors(path: Path, entries: list[Stored], dtype: str, seed: int, *, holes: bool = False) -> None:
     code = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     np_dtype = _numpy_dtype(dtype)
     header: Json = {"__metadata__": {"format": "pt"}}
@@ -341,6 +341,9 @@ def _write_safetensors(path: Path, entries: list[Stored], dtype: str, seed: int)
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
+        if holes:
+            file.truncate(file.tell() + offset)
+            return
         for chunk in _in_order(pool, _chunk_jobs(entries, np_dtype, seed), ahead=2 * (os.cpu_count() or 1)):
             file.write(chunk.view(np.uint8).data)
 
@@ -385,6 +388,7 @@ def main() -> None:
     parser.add_argument("--text-type", choices=("granite", "granitemoehybrid"), help="text backbone (4.1's or 4.0's)")
     parser.add_argument("--naming", choices=("v5", "v4", "old"), help="how tensors and config fields are spelled")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--holes", action="store_true", help="zeros that take no room on disk instead of weights")
     parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embeddings")
     parser.add_argument("--shard-bytes", type=int, help="largest shard; one file if it all fits")
     parser.add_argument("--adapter-rank", type=int, help="also write a LoRA adapter of this rank into the directory")
@@ -395,6 +399,7 @@ def main() -> None:
         "dtype": args.dtype,
         "tied": False if args.untied else None,
         "max_shard_bytes": args.shard_bytes,
+        "holes": args.holes or None,
     }
     changes = {field: value for field, value in given.items() if value is not None}
     spec = replace(PRESETS[args.preset], seed=args.seed, **changes)

@@ -74,6 +74,25 @@ ONEVISION: dict[str, Json] = {
         "dtype": "bfloat16",
     },
 }
+# The larger ones: the same tower, other text sizes, and a head of their own.
+ONEVISION["full-onevision-7b"] = {
+    **ONEVISION["full-onevision-0.5b"],
+    "text_hidden": 3584,
+    "text_layers": 28,
+    "text_heads": 28,
+    "text_kv_heads": 4,
+    "text_ffn": 18944,
+    "unused_rows": 480,
+    "tied": False,
+}
+ONEVISION["full-onevision-72b"] = {
+    **ONEVISION["full-onevision-7b"],
+    "text_hidden": 8192,
+    "text_layers": 80,
+    "text_heads": 64,
+    "text_kv_heads": 8,
+    "text_ffn": 29568,
+}
 
 
 def llava_onevision_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Json) -> Json:

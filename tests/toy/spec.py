@@ -89,6 +89,7 @@ class CheckpointSpec:
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
     max_shard_bytes: int | None = None
+    holes: bool = False  # weights are zeros that take no room on disk
     template_in_config: bool = False
     template_file: str = "chat_template.jinja"  # or 'chat_template.json'
     seed: int = 0

@@ -1,0 +1,127 @@
+"""LLaVA-OneVision's checkpoints: published sizes and fields, and adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import granite4v
+from granite4v import gguf_keys as keys
+from granite4v.clip_projector import load_video
+from granite4v.converter import Options, convert, plan_conversion
+from tests.helpers.pictures import noise_picture
+from tests.peers.onevision import OnevisionReference
+from tests.peers.reference import relative_l2, user_turn
+from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint
+
+TINY = PRESETS["tiny-onevision"]
+LOGITS = 1e-4
+# Billions of weights of the decoder with its embeddings, and of the tower with the projector, as they are published.
+SIZES = {
+    "full-onevision-0.5b": (0.494, 0.400),
+    "full-onevision-7b": (7.617, 0.415),
+    "full-onevision-72b": (72.71, 0.475),
+}
+
+
+# --- published sizes ---
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_published_sizes(preset: str, tmp_path: Path) -> None:
+    """Checkpoints of holes: every tensor is found, and all have the shapes that the configuration says."""
+    full = PRESETS[preset]
+    n_vocab = full.n_bpe + full.unused_rows
+    spec = replace(full, holes=True, n_bpe=TINY.n_bpe, unused_rows=n_vocab - TINY.n_bpe, max_shard_bytes=5_000_000_000)
+    plan = plan_conversion(write_checkpoint(tmp_path / "source", spec), Options("Q4_K_M", "Q8_0"))
+    assert plan.warnings == () and all("post_layernorm" in name for name, _ in plan.dropped)
+    text, vision = plan.files
+    assert text.metadata["qwen2.embedding_length"] == spec.text_hidden
+    assert text.metadata["qwen2.attention.head_count_kv"] == spec.text_kv_heads
+    for file, billions in zip(plan.files, SIZES[preset], strict=True):
+        n_weights = sum(int(np.prod(tensor.shape)) for tensor in file.tensors)
+        assert n_weights / 1e9 == pytest.approx(billions, rel=0.01)
+    assert ("output.weight" in {tensor.name for tensor in text.tensors}) == (not spec.tied)
+    assert vision.data_bytes < text.data_bytes * 1.5
+
+
+# --- published fields ---
+
+# What the files of the hub look like: roles end in a blank, texts begin with a line break, and the assistant's words
+# are marked for training. In chat_template.json; config.json leaves out what transformers 4.45 had defaults for.
+PUBLISHED_TEMPLATE = """\
+{%- for message in messages %}{{ '<|start_of_role|>' + message['role'] + ' ' }}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ '\\n' + part['text'] }}{% endgeneration %}
+{%- else %}{{ '\\n' + part['text'] }}{% endif %}{% endfor %}{{ '<|end_of_role|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_of_role|>assistant\\n' }}{% endif %}"""
+LEFT_OUT = ("vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied as 0.5b", "untied as 7b"])
+def test_the_fields_of_published_checkpoints(tied: bool, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", replace(TINY, naming="old", tied=tied))
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (source / name).unlink(missing_ok=True)
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": PUBLISHED_TEMPLATE}))
+    config = json.loads((source / "config.json").read_text())
+    for key in LEFT_OUT:
+        config.pop(key, None)
+    config |= {"ignore_index": -100, "use_image_newline_parameter": True, "transformers_version": "4.45.0.dev0"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert(source, tmp_path / "out", Options("F32", "F32")).plan.warnings == ()
+    reference = OnevisionReference(source)
+    reference.processor.tokenizer.chat_template = PUBLISHED_TEMPLATE
+    picture, frames = noise_picture((100, 60)), [noise_picture((70, 50), seed) for seed in range(2)]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        user_turn("Why?"),
+    ]
+    with granite4v.load(tmp_path / "out", device="cpu") as model:
+        prompt = model.prepare(messages, [load_video(frames), picture])
+        assert prompt.text == reference.prompt_text(messages)
+        logits, tokens = reference.answer(messages, [picture], [frames])
+        assert relative_l2(model.logits(prompt), logits) <= LOGITS
+        answer = model.generate(prompt, max_tokens=32)
+    assert answer.tokens == [token for token in tokens if token not in model.prompts.stop_tokens]
+
+
+# --- adapters ---
+
+
+def test_adapters_merged_and_separate(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """With an image, and with a video; a separate one is applied where there is one, unless somebody says otherwise."""
+    adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec())
+    picture, frames = noise_picture((100, 60)), [noise_picture((70, 50), seed) for seed in range(2)]
+    image_turn = user_turn("What is it?", 1)
+    video_turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}
+    reference = OnevisionReference(make_checkpoint(TINY), adapter)
+    expected = [
+        reference.answer([image_turn], [picture], n=1)[0],
+        reference.answer([video_turn], videos=[frames], n=1)[0],
+    ]
+    for mode in ("merge", "separate", "ignore"):
+        convert(make_checkpoint(TINY), tmp_path / mode, Options("F32", "F32", lora=mode, adapter=str(adapter)))
+        with granite4v.load(tmp_path / mode, device="cpu") as model:
+            found = [model.logits([image_turn], [picture]), model.logits([video_turn], [load_video(frames)])]
+            errors = [relative_l2(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
+            assert all((error <= LOGITS) == (mode != "ignore") for error in errors), (mode, errors)
+            if mode == "separate":
+                off = model.logits([image_turn], [picture], lora=False)
+                assert relative_l2(off, expected[0]) > 100 * LOGITS
+
+
+def test_a_file_says_that_it_takes_videos(make_model: Callable[..., Path]) -> None:
+    with granite4v.load(make_model(TINY), device="cpu") as model:
+        config = model.files.vision_config
+        assert config is not None and config.takes_video
+        assert keys.VIDEO_TOKEN_ID in model.files.text
