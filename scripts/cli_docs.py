@@ -28,6 +28,7 @@ stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints
 ENVIRONMENT = {
     "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
     "stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
+    "GRANITE4V_MODEL, GRANITE4V_THREADS": "What --model and --threads are where they are not given.",
     "GRANITE4V_MODELS": "Directory for models of the hub. Default: `models` in the user's data directory.",
     "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps the downloads of `convert` and its access token "
     "for gated repositories, that token itself, and the server that it downloads from.",

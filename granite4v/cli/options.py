@@ -38,6 +38,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="DIR|HUB_ID",
+        envvar="GRANITE4V_MODEL",
         help="Model directory written by 'granite4v convert', a text GGUF file, or a model of the Hugging Face hub "
         "such as 'owner/name:Q4_K_M', which is downloaded on first use.",
         show_default="the embedded 'nano'",
@@ -72,7 +73,13 @@ VisionComputeOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, max=MAX_THREADS, help="Number of CPU threads.", show_default="one per core"
+        "--threads",
+        metavar="N",
+        min=1,
+        max=MAX_THREADS,
+        envvar="GRANITE4V_THREADS",
+        help="Number of CPU threads.",
+        show_default="one per core",
     ),
 ]
 ContextOption = Annotated[
@@ -111,10 +118,7 @@ StorePagesOption = Annotated[
 
 ImagesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="IMAGE...",
-        help="Images, and PDFs with the pages that are meant: scan.pdf#3; '-' reads an image from standard input.",
-    ),
+    typer.Argument(metavar="IMAGE...", help="Images, and PDF pages: scan.pdf#3; '-' reads one from standard input."),
 ]
 VideosOption = Annotated[
     list[str] | None,

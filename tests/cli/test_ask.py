@@ -208,3 +208,15 @@ def test_ctrl_c_ends_cleanly(make_model: Callable[..., Path], tmp_path: Path) ->
         assert time.monotonic() - start < 30
     assert process.returncode == 130, errors
     assert b"interrupted" in errors and b"Traceback" not in errors
+
+
+def test_the_environment_gives_defaults_that_options_replace(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRANITE4V_MODEL", str(folder))
+    assert run("ask", "Hello", "--max-tokens", 2).exit_code == 0
+    gone = run("ask", "Hello", "--model", tmp_path / "gone")
+    assert gone.exit_code == 1 and "gone" in gone.stderr
+    monkeypatch.setenv("GRANITE4V_THREADS", "none")
+    wrong = run("ask", "Hello", "--max-tokens", 2)
+    assert wrong.exit_code == 2 and "GRANITE4V_THREADS" in wrong.stderr
