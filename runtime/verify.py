@@ -18,7 +18,11 @@ import numpy as np
 from PIL.Image import Image
 
 from granite4v.clip_projector.cross_features import CrossFeatures
-from granite4v.clip_projector.images import open_rgb
+from granite4v.clip_projector.grid_canvas import canvas_layout
+from granite4v.clip_projector.images import load_image, open_rgb
+from granite4v.clip_projector.pixels import normalize
+from granite4v.clip_projector.tiles_canvas import cut_canvas
+from granite4v.clip_projector.views import View
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
 from granite4v.families.registry import Family, family_named
 from granite4v.runtime.model import Model
@@ -95,7 +99,7 @@ def verify(
     opened: list[tuple[str | None, Image | None]] = [(str(path), open_rgb(path, as_reference=True)) for path in images]
     say(f"reference: {reference} in {dtype}")
     model.engine.follow("transformers")
-    runner = _Reference(reference, dtype, adapter, _family(model))
+    runner = _reference(model, reference, dtype, adapter)
     expected = []
     for name, image in [*opened, (None, None)]:
         say(f"reference: {name or 'text only'}")
@@ -108,6 +112,13 @@ def verify(
         say(f"ours: {item.name or 'text only'}")
         results.append(_compare(model, item, prompt, lora=True if with_adapter and model.has_lora else None))
     return results
+
+
+def _reference(model: Model, directory: Path, dtype: str, adapter: Path | None) -> _Reference:
+    config = model.files.vision_config
+    if config is not None and config.frame is not None:
+        return _PartsReference(directory, dtype, adapter, _family(model), config)
+    return _Reference(directory, dtype, adapter, _family(model))
 
 
 def _family(model: Model) -> Family | None:
@@ -189,10 +200,7 @@ class _Reference:
         self._where = f"'{directory}'"
         with self.transformers("load"):
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(directory, **options)
-            try:
-                self._processor = transformers.AutoProcessor.from_pretrained(directory)
-            except ImportError:  # torchvision, for videos, which are not compared
-                self._processor = _ImageProcessor(directory, model)
+            self._processor = self._open_processor(directory, model)
         self.has_adapter = adapter is not None or (directory / "adapter_config.json").is_file()
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if "lora_" not in str(name)]
         if lost:
@@ -211,12 +219,23 @@ class _Reference:
         takes = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._divisor = 1.0 if family is None else family.reference_logits_divisor(model.config.to_dict())
-        self._complete_processor()
         text = model.config.text_config
         self._cross_layers: list[int] = sorted(getattr(text, "cross_attention_layers", None) or [])
-        self._placeholder: int = (
-            model.config.image_token_index if self._cross_layers else self._processor.image_token_id
-        )
+        self._prepare()
+
+    def _open_processor(self, directory: Path, model: Any) -> Any:
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(directory)
+        except ImportError:  # torchvision, for videos, which are not compared
+            return _ImageProcessor(directory, model)
+
+    def _prepare(self) -> None:
+        """Once model and processor are there."""
+        self._complete_processor()
+        is_cross = bool(self._cross_layers)
+        self._placeholder: int = self._model.config.image_token_index if is_cross else self._processor.image_token_id
 
     def _complete_processor(self) -> None:
         """What processors saved by older versions leave to the model."""
@@ -282,7 +301,7 @@ class _Reference:
         from transformers import DynamicCache
 
         torch, rows, answer = self._torch, [], []
-        cache = DynamicCache(config=self._model.config.text_config)  # not every model makes one by itself
+        cache = DynamicCache(config=self._model.config.get_text_config())  # not every model makes one by itself
         kept = {self._cache_name: cache, "use_cache": True}
         if 0 in self._cross_layers:
             kept = {"use_cache": False}
@@ -303,6 +322,61 @@ class _Reference:
             else:
                 more = {} if mask is None else {"cross_attention_mask": mask[:, -1:]}
                 out = self._model(token, **more, **kept)
+
+
+class _PartsReference(_Reference):
+    """A checkpoint whose images are several runs of tokens, put together from its parts: transformers 5.24's model of
+    that kind raises on every input. Its image processor needs torchvision, so pixels are ours, which tests hold to its
+    bits."""
+
+    def __init__(self, directory: Path, dtype: str, adapter: Path | None, family: Family | None, config: Any) -> None:
+        """`config`: the VisionConfig."""
+        self._config = config
+        super().__init__(directory, dtype, adapter, family)
+
+    def _open_processor(self, directory: Path, model: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory)
+
+    def _prepare(self) -> None:
+        self._whole, self._model = self._model, self._model.language_model
+        takes = inspect.signature(type(self._model).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
+
+    def run(self, name: str | None, image: Image | None, prompt: str, n_positions: int) -> _Expected:
+        torch, tokenizer, patch = self._torch, self._processor, self._whole.config.image_token_index
+        said: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
+        messages = [{"role": "user", "content": [*said, {"type": "text", "text": prompt}]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        streams: dict[int, np.ndarray] = {}
+        with torch.inference_mode():
+            if image is not None:
+                view = View((load_image(image),))
+                place = ids.index(tokenizer.convert_tokens_to_ids(self._config.frame.image))
+                ids[place : place + 1] = self._tokens(view, patch)
+                embeddings = self._embeddings(view)
+                streams = {0: embeddings.float().numpy()}
+            rows = self._model.get_input_embeddings()(torch.tensor([ids]))
+            if image is not None:
+                rows[0, [i for i, token in enumerate(ids) if token == patch]] = embeddings
+            answer, logits = self._greedy({"inputs_embeds": rows}, n_positions)
+        text_ids = [token for token in ids if token != patch]
+        return _Expected(name, image, text_ids, ids.count(patch), streams, answer, logits)
+
+    def _tokens(self, view: View, patch: int) -> list[int]:
+        """What an image is in a prompt, `patch` for each embedding."""
+        found: list[int] = []
+        for part in view.parts(self._config):
+            found += [patch] * part if isinstance(part, int) else [self._processor.convert_tokens_to_ids(part)]
+        return found
+
+    def _embeddings(self, view: View) -> Any:
+        tiling, picture = self._config.tiling, view.images[0]
+        tiles = cut_canvas(picture.pillow, canvas_layout(picture.size, tiling), tiling)
+        pixels = self._torch.from_numpy(normalize(tiles, tiling)).permute(0, 3, 1, 2).to(self._model.dtype)
+        return self._whole.multi_modal_projector(self._whole.vision_model(pixels).last_hidden_state).flatten(0, 1)
 
 
 class _ImageProcessor:
