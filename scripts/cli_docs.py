@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "PYTHONIOENCODING": "Encoding of standard output where that is not a terminal. Default: UTF-8.",
     "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "How threads of OpenMP wait for each other. Default: they sleep if the machine "
     "is busy when a model is loaded, and spin otherwise.",
+    "OMP_NUM_THREADS": "Number of CPU threads of a `DocumentReader` in a pipeline, which Ray sets for its workers.",
     "RAY_ADDRESS, RAY_USAGE_STATS_ENABLED": "Ray's own: the cluster of `--ray` without an address; whether a cluster "
     "reports usage statistics, which one that `extract` starts never does.",
 }
