@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 import pikepdf
 import psutil
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -285,11 +286,15 @@ def _save_merged(folder: Path) -> None:
         checkpoint, config=transformers.AutoConfig.from_pretrained(checkpoint), dtype=torch.float32
     )
     merged = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload()
-    merged._hf_peft_config_loaded = False  # peft leaves it as it was, and transformers would look for the adapter
-    merged.save_pretrained(folder)
+    folder.mkdir()
     for path in checkpoint.iterdir():
-        if path.suffix in (".json", ".jinja") and path.name not in ("config.json", "adapter_config.json"):
+        if path.suffix in (".json", ".jinja") and path.name != "adapter_config.json":
             shutil.copy(path, folder)
+    # not by save_pretrained, which gives the tensors the names of an adapter's
+    tensors = {name: tensor.clone().contiguous() for name, tensor in merged.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "tokenizer_config.json"  # docling's stage asks about all tables of a page in one batch
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
 
 
 # --- figures ---
