@@ -68,7 +68,8 @@ sys.modules["torchvision.transforms"] = sys.modules["torchvision"].transforms = 
 def test_the_lines_of_the_documentation_convert_a_pdf(tmp_path: Path) -> None:
     """In docling's own pipeline; its layout and classification models cannot be had here, so its stage for images of
     tables takes the place of the first."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "docling.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "granite4v.docling_plugin" in block)
     changes = {
         '"out/"': "None",
         "do_picture_classification=True": (
