@@ -82,6 +82,8 @@ class Granite4vTableModel(BaseTableStructureModel):
         return [(one, self._ask_about(page, one, cancel)) for one in page.predictions.layout.clusters if _is_table(one)]
 
     def _ask_about(self, page: Page, cluster: Cluster, cancel: Cancel | None) -> Question | Reply:
+        if cancel is not None and cancel():
+            return Reply(problem="it is not read, since the document's time is over")
         try:
             image = page.get_image(scale=self.options.scale, cropbox=cluster.bbox)
         except Exception as error:  # of PDFium, of Pillow, or of another backend
