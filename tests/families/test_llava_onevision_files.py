@@ -1,8 +1,9 @@
-"""LLaVA-OneVision's checkpoints: published sizes and fields, and adapters."""
+"""LLaVA-OneVision's checkpoints: published sizes and fields, adapters, and all types of weights in every command."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import granite4v
 from granite4v import gguf_keys as keys
+from granite4v.cli.main import app
 from granite4v.clip_projector import load_video
-from granite4v.converter import Options, convert, plan_conversion
+from granite4v.converter import Options, convert, plan_conversion, policy
 from tests.helpers.pictures import noise_picture
 from tests.peers.onevision import OnevisionReference
 from tests.peers.reference import relative_l2, user_turn
 from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint
 
 TINY = PRESETS["tiny-onevision"]
+WIDE = replace(TINY, text_hidden=256, text_ffn=512, vision_hidden=256, vision_ffn=512)  # so that K-quants apply
 LOGITS = 1e-4
 # Billions of weights of the decoder with its embeddings, and of the tower with the projector, as they are published.
 SIZES = {
@@ -118,6 +122,60 @@ def test_adapters_merged_and_separate(make_checkpoint: Callable[..., Path], tmp_
             if mode == "separate":
                 off = model.logits([image_turn], [picture], lora=False)
                 assert relative_l2(off, expected[0]) > 100 * LOGITS
+
+
+# --- types of weights ---
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "source", WIDE)
+
+
+@pytest.mark.parametrize(("text_type", "vision_type"), list(zip(policy.TEXT_TYPES, policy.VISION_TYPES, strict=True)))
+def test_every_type_in_every_command(text_type: str, vision_type: str, wide: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    done = run("convert", wide, model, "--text-type", text_type, "--vision-type", vision_type)
+    assert done.exit_code == 0, done.stderr
+    for i in range(2):
+        noise_picture((70, 50), i).save(tmp_path / f"{i}.png")
+    (tmp_path / "frames").mkdir()
+    for i in range(2):
+        shutil.copy(tmp_path / f"{i}.png", tmp_path / "frames")
+    asked = ("ask", "--model", model, "--max-tokens", 2, "--json", "--no-page-store")
+    pages = json.loads(run(*asked, tmp_path / "0.png", tmp_path / "1.png", "What?").stdout)
+    film = json.loads(run(*asked, "--video", tmp_path / "frames", "What?").stdout)
+    assert (pages["timings"]["n_image"], film["timings"]["n_image"]) == (2 * 10, 2 * 4 + 1)
+    described = json.loads(run("inspect", model, "--json").stdout)
+    assert vision_type in json.dumps(described) and "llava_onevision" in json.dumps(described)
+    benched = run("bench", "--model", model, "--image", tmp_path / "0.png", "--max-tokens", 2, "--json")
+    assert json.loads(benched.stdout.splitlines()[-1])["decode_tok_s"] > 0
+    out = tmp_path / "out"
+    read = run(
+        "extract",
+        tmp_path / "0.png",
+        tmp_path / "1.png",
+        "--model",
+        model,
+        "--prompt",
+        "What?",
+        "--max-tokens",
+        3,
+        "--out",
+        out,
+    )
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(record["text"] for record in records), read.stderr
+    compared = run("verify", model, "--reference", wide, "--image", tmp_path / "0.png", "--json")
+    assert compared.exit_code == 0, compared.stderr
+    comparison = next(one for one in json.loads(compared.stdout)["comparisons"] if one["n_image_tokens"])
+    limit = 1e-4 if (text_type, vision_type) == ("F32", "F32") else 0.5
+    assert comparison["same_prompt_tokens"] and comparison["logits_relative_l2"] < limit
+    assert all(stream["relative_l2"] < limit for stream in comparison["streams"])
 
 
 def test_a_file_says_that_it_takes_videos(make_model: Callable[..., Path]) -> None:
