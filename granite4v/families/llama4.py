@@ -31,6 +31,7 @@ from granite4v.families.towers import N_CHANNELS
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 HALVES = (0.5, 0.5, 0.5)
+BILINEAR = FILTERS.index("bilinear")
 NORM_EPS = 1e-5  # torch's default, which the tower's norms have whatever `norm_eps` says
 MAX_CANVAS_TILES = 16
 THETA = 10000.0
@@ -86,7 +87,7 @@ class Llama4:
             image_mean=tuple(map(short, metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL))),
             image_std=tuple(map(short, metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL))),
             rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
-            resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bilinear")),
+            resample=metadata.integer(keys.RESAMPLE, BILINEAR, BILINEAR),
             overview=True,
             low_precision=True,
         )
@@ -225,10 +226,13 @@ def _canvas(preprocessor: Fields, tower: TowerConfig) -> CanvasConfig:
             raise preprocessor.error(key, "true, as the published models have it")
     if preprocessor.flag("resize_to_max_canvas", False):
         raise preprocessor.error("resize_to_max_canvas", "false, as the published models have it")
+    scaling = pixel_scaling(preprocessor, HALVES, HALVES, "bilinear")
+    if scaling["resample"] != BILINEAR:
+        raise preprocessor.error("resample", f"{BILINEAR} (bilinear), as the published models have it")
     return CanvasConfig(
         tile_px=tower.image_size,
         supported_aspect_ratios=canvases(preprocessor.integer("max_patches", 1, MAX_TILES, MAX_CANVAS_TILES)),
-        **pixel_scaling(preprocessor, HALVES, HALVES, "bilinear"),
+        **scaling,
         overview=True,
         low_precision=True,
     )

@@ -117,6 +117,7 @@ def test_canvases_are_in_the_order_of_the_reference() -> None:
         ("preprocessor", {"size": {"height": 336, "width": 336}}, "height and width 56, which the tower takes"),
         ("preprocessor", {"do_normalize": False}, "'do_normalize' is false; expected true"),
         ("preprocessor", {"resize_to_max_canvas": True}, "'resize_to_max_canvas' is true; expected false"),
+        ("preprocessor", {"resample": 3}, "'resample' is 3; expected 2 (bilinear)"),
         ("preprocessor", {"max_patches": 0}, "an integer from 1 to 256"),
     ],
 )
