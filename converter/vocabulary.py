@@ -62,6 +62,7 @@ SPECIAL_TOKENS = {  # by tokenizer_config.json's and config.json's name
     "pad": keys.PADDING_TOKEN_ID,
     "mask": keys.MASK_TOKEN_ID,
 }
+FURTHER_ENDS = (keys.EOT_TOKEN_ID, keys.EOM_TOKEN_ID)
 
 
 def vocabulary_metadata(
@@ -97,11 +98,18 @@ def vocabulary_metadata(
     if added:
         text = json.dumps(tokenizer, ensure_ascii=False)
     check_loads(text, path)
+    special = _special_ids(tokenizer, settings, (text_config, config), n_vocab)
+    ends = _further_ends(special.get(keys.EOS_TOKEN_ID), (_generation(folder), text_config, config), n_vocab)
+    for key, end in zip(FURTHER_ENDS, ends, strict=False):
+        special[key] = end
+    if len(ends) > len(FURTHER_ENDS):
+        left_out = ", ".join(map(str, ends[len(FURTHER_ENDS) :]))
+        warnings.append(f"answers do not end at the tokens {left_out}: a GGUF file has room for three that end one")
     metadata: dict[str, Any] = {
         **kind,
         keys.TOKENS: tokens,
         keys.TOKEN_TYPES: types,
-        **_special_ids(tokenizer, settings, (text_config, config), n_vocab),
+        **special,
         keys.ADD_BOS_TOKEN: _adds_bos(tokenizer, settings),
         keys.TOKENIZER_HF_JSON: text,
     }
@@ -349,6 +357,21 @@ def _special_ids(tokenizer: Json, settings: Json, configs: tuple[Json, ...], n_v
                 found[key] = value
                 break
     return found
+
+
+def _generation(folder: Path) -> Json:
+    return _optional(folder / "generation_config.json")
+
+
+def _further_ends(end: int | None, configs: tuple[Json, ...], n_vocab: int) -> list[int]:
+    """The tokens beside `end` that end an answer, of the first of these configurations that has any: transformers'
+    `generate` takes generation_config.json's."""
+    for config in configs:
+        value: Any = config.get("eos_token_id")
+        found: list[int] = [token for token in (value if isinstance(value, list) else [value]) if is_integer(token)]
+        if found:
+            return [token for token in dict.fromkeys(found) if token != end and 0 <= token < n_vocab]
+    return []
 
 
 def _adds_bos(tokenizer: Json, settings: Json) -> bool:

@@ -121,6 +121,37 @@ def test_special_ids_come_from_tokenizer_config_then_from_config(folder: Path) -
 
 
 @pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (["end", 1, 3], None, {"eot": 1, "eom": 3}),
+        ([1, "end"], [4, 5], {"eot": 1}),  # generation_config.json is what counts
+        (None, ["end", 5], {"eot": 5}),
+        ("end", [4, 5], {}),
+        (["end", 9999, True], None, {}),
+    ],
+)
+def test_all_tokens_that_end_an_answer_are_written(
+    generation: Any, config: Any, expected: dict[str, int], folder: Path
+) -> None:
+    end = metadata(folder)[0]["tokenizer.ggml.eos_token_id"]
+
+    def ids(value: Any) -> Any:
+        return json.loads(json.dumps(value).replace('"end"', str(end)))
+
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids(generation)}))
+    found, warnings = metadata(folder, eos_token_id=ids(config))
+    ends = {name: found.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")}
+    assert {name: token for name, token in ends.items() if token is not None} == expected
+    assert warnings == [] and found["tokenizer.ggml.eos_token_id"] == end
+
+
+def test_more_ends_than_a_file_has_room_for_are_named(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3, 4, 5]}))
+    _, warnings = metadata(folder)
+    assert "answers do not end at the tokens" in warnings[0] and "room for three" in warnings[0]
+
+
+@pytest.mark.parametrize(
     ("post_processor", "setting", "expected"),
     [
         (None, False, False),
