@@ -167,7 +167,7 @@ def _answer(rng: random.Random, task: str) -> str:
     table = Table(n_rows, n_cols, rng.randint(0, 1), tuple(grid))
     if task == "chart2csv":
         return write(table, "csv")
-    form = task.removeprefix("tables_")
+    form = "markdown" if task == "page_md" else task.removeprefix("tables_")
     text = write([table] * rng.randint(1, 2), form) if rng.random() < 0.3 else write(table, form)
     if form == "json" and rng.random() < 0.5:
         return edits.dump_json(edits.edit_json(rng, json.loads(text))[0]).decode("utf-8", "surrogatepass")
