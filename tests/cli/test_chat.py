@@ -75,7 +75,7 @@ def test_options_reach_the_model(folder: Path) -> None:
         ([], "<tables_html>", 1, "none is attached"),
         ([], "/nothing", 1, "there is no command '/nothing'"),
         ([], "/copy", 1, "there is no answer yet"),
-        (["--ctx-size", "64"], "word " * 100, 1, "To make room: restart with --ctx-size 128"),
+        (["--ctx-size", "64"], "word " * 100, 1, "To make room: restart with --ctx-size 448"),
         (["{page}", "--ctx-size", "64"], "x", 1, "no room for 1 page of 'page.png'"),
         (["--lora"], "x", 1, "no separate LoRA to apply"),
         (["--max-tokens", "0"], "x", 2, "--max-tokens"),

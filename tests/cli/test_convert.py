@@ -108,8 +108,8 @@ def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
         (("--text-type", "Q1"), "unknown quantization type 'Q1' for --text-type; known: F32, F16,"),
         (("--vision-type", "Q4_K_M"), "unknown quantization type 'Q4_K_M' for --vision-type; known: F32, F16,"),
         (("--lora", "apply"), "unknown adapter mode 'apply'; known: merge, separate, ignore"),
-        (("--threads", "0"), "'--threads': 0 is not in the range"),
-        (("--threads", "9999999"), "'--threads': 9999999 is not in the range"),
+        (("--threads", "0"), "'--threads' (env var: 'GRANITE4V_THREADS'): 0 is not in the range"),
+        (("--threads", "9999999"), "'--threads' (env var: 'GRANITE4V_THREADS'): 9999999 is not in the range"),
     ],
 )
 def test_wrong_usage_is_status_2(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

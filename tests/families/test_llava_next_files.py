@@ -103,7 +103,9 @@ def test_ask_bench_and_extract(make_model: Callable[..., Path], page: Path) -> N
 def test_task_tags_are_offered_only_where_the_template_knows_them(make_model: Callable[..., Path], page: Path) -> None:
     result = run("extract", page, "--task", "tables_json", "--model", make_model(GRANITE))
     assert result.exit_code == 1
-    assert "does not know the task 'tables_json'; it knows kvp, and any model takes a question" in result.stderr
+    assert (
+        "does not know the task 'tables_json'; it knows page_md, kvp, and any model takes a question" in result.stderr
+    )
 
 
 def test_inspect_shows_the_joined_hidden_states(make_model: Callable[..., Path]) -> None:
