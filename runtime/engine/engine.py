@@ -25,7 +25,7 @@ from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
 from granite4v.runtime.engine.page_identity import PageIdentity
 from granite4v.runtime.engine.page_store import PageStore
-from granite4v.runtime.engine.parallel import Workload, most_cells, n_sequences
+from granite4v.runtime.engine.parallel import Workload, most_cells, n_sequences, needs_flash
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stored_pages import StoredPages, StoredPrefix
@@ -87,6 +87,10 @@ class Engine:
         self._thread = EngineThread("granite4v", self._abort)
         self._has_workload = workload is not None
         self._is_batch = workload is not None and self.n_parallel > 1
+        # a batch gives the memory of cells back, which transposed values prevent, unless it shares pages with others
+        flash = self._has_workload and page_store is None
+        flash = not exact and (flash or needs_flash(files, n_ctx, self.n_ubatch, device, cache_type))
+        self._attention = {"cache_type": "f32" if exact else cache_type, "flash_attention": flash}
         self._cache = KvCache(
             self._open_context,
             self.n_ctx,
@@ -113,15 +117,8 @@ class Engine:
 
     def _open_pages(self, store: PageStore) -> StoredPages:
         path = self.files.text.path.absolute()
-        identity = PageIdentity(
-            self.files,
-            self._vision,
-            self._text,
-            self._cross,
-            device=self.device,
-            n_threads=self.n_threads,
-            cache_type="f32" if self.exact else self.cache_type,
-        )
+        parts = (self.files, self._vision, self._text, self._cross)
+        identity = PageIdentity(*parts, device=self.device, n_threads=self.n_threads, attention=self._attention)
         return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
 
     # --- what is known ---
@@ -136,7 +133,7 @@ class Engine:
             "n_parallel": self.n_parallel,
             "n_ubatch": self.n_ubatch,
             "n_ctx": self._cache.n_cells,
-            "cache_type": "f32" if self.exact else self.cache_type,
+            **self._attention,
             "text_buffer_types": self._text.placement.n_copies,
             "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
@@ -443,6 +440,7 @@ class Engine:
             self.n_threads,
             n_seq_max=n_sequences,
             exact=self.exact,
+            flash=bool(self._attention["flash_attention"]),
             cache_type=self.cache_type,
             abort=self._abort,
             hook=None if self._cross is None else self._cross.hook,

@@ -41,14 +41,14 @@ class PageIdentity:
         *,
         device: str,
         n_threads: int,
-        cache_type: str,
+        attention: Json,
     ) -> None:
-        """`cross`: of a decoder that attends to images. `cache_type`: of the KV cache, 'f32' for one without flash
-        attention. Raises ModelFileError."""
+        """`cross`: of a decoder that attends to images. `attention`: how the text model's is computed, and what its KV
+        cache holds. Raises ModelFileError."""
         self._unchanged = UnchangedFiles(files)
         self._cross = cross
         self._files, self._vision, self._text = files, vision, text
-        self._device, self._n_threads, self._cache_type = device, n_threads, cache_type
+        self._device, self._n_threads, self._attention = device, n_threads, attention
         self._hashes: dict[str, str] | None = None
         # by whether the encoder is open, which knows its kernels for certain, and whether there are batches of few rows
         self._known: dict[tuple[bool, bool], Json] = {}
@@ -89,7 +89,7 @@ class PageIdentity:
             "granite4v": version("granite4v"),
             "llama_cpp_python": [installed_version(), build_id(), llama().LLAMA_STATE_SEQ_VERSION],
             "images": self._images(),
-            "text": {"cache_type": self._cache_type, "weights": hashlib.sha256(arithmetic.encode()).hexdigest()},
+            "text": {**self._attention, "weights": hashlib.sha256(arithmetic.encode()).hexdigest()},
             "machine": self._machine(),
             **({} if self._cross is None else {"cross_attention": self._cross.identity()}),
         }

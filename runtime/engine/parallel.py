@@ -31,6 +31,9 @@ TEXT_TOKENS = 256  # of a question and the template
 # so many times that where prompts or answers are longer than was expected. That is room for 16 sequences of a 4B model
 # in Q4_K_M, 2.35 GB; on Linux only what they hold is in memory.
 WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.15, 256 << 20, 1.3
+# Without flash attention the scores of a batch take memory: its rows x cells x heads x 4 bytes. 0.15 GB of a 4B model
+# with a page of 1,800 cells, 0.67 GB with 8,192.
+MOST_SCORES = 1 << 30  # bytes
 _VALUE_BYTES: dict[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of the KV cache; Q8_0 has blocks of 32
 
 
@@ -80,6 +83,18 @@ def n_sequences(
     if workload is not None and workload.n_questions:
         n = min(n, workload.n_questions)
     return (1 if exact else n), width
+
+
+def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cache_type: CacheType) -> bool:
+    """Whether attention is to be computed by flash attention, where it is for one conversation or for a few.
+
+    On a CPU it takes up to a half longer, since it goes through the keys row by row where two matrix products take
+    rows together. A GPU is as it should be, a quantized cache has no other way, and a large context no memory for it.
+    """
+    if not is_cpu(find_device(device)) or cache_type != "f16":
+        return True
+    n_layers = files.text.integer(files.text_key(keys.BLOCK_COUNT), 1, MAX_COUNT)
+    return 4 * n_ubatch * n_cells * max(_per_layer(files, keys.HEAD_COUNT, n_layers, [0])) > MOST_SCORES
 
 
 def choose_width(

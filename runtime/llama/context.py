@@ -78,6 +78,7 @@ class LlamaContext(Owner):
         *,
         n_seq_max: int = 1,
         exact: bool = False,
+        flash: bool = True,
         cache_type: CacheType = "f16",
         abort: AbortFlag | None = None,
         node_callback: Any = None,
@@ -85,7 +86,8 @@ class LlamaContext(Owner):
         free_threads: FreeThreads | None = None,
     ) -> None:
         """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
-        comparing values rather than for speed; otherwise the cache has `cache_type`. `node_callback`: a
+        comparing values rather than for speed; otherwise the cache has `cache_type`. `flash`: flash attention, where
+        the device has it; a quantized cache needs it. Without, values are stored transposed. `node_callback`: a
         `ggml_backend_sched_eval_callback`, which is asked about every node of a graph. `hook`: computes between layers.
         `free_threads`: asked before each batch how many of the threads to use; None: all.
 
@@ -100,7 +102,7 @@ class LlamaContext(Owner):
         params.n_outputs_max = self.max_outputs = min(max(_N_OUTPUTS, n_seq_max), n_ubatch)
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = _TYPES["f32" if exact else cache_type]
-        params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
+        params.flash_attn_type = _FLASH_AUTO if flash and not exact else _FLASH_OFF
         params.offload_kqv = params.op_offload = not model.on_cpu
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)

@@ -113,6 +113,9 @@ def test_other_weights_or_another_way_to_compute_never_hits(
     ]
     for other, options in others:
         assert n_stored(other, store, **options) == 0, options
+    monkeypatch.setattr("granite4v.runtime.engine.parallel.MOST_SCORES", 0)  # flash attention
+    assert n_stored(path, store) == 0
+    monkeypatch.undo()
     monkeypatch.setattr("granite4v.runtime.engine.engine.N_UBATCH", 64)  # other batches
     assert n_stored(path, store) == 0
     monkeypatch.undo()

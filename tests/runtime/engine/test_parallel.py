@@ -12,6 +12,7 @@ from granite4v.clip_projector import count_tokens
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
 from granite4v.runtime.engine.parallel import (
     MEASURED_FROM,
+    MOST_SCORES,
     PAGE_PX,
     TEXT_TOKENS,
     USUAL_PARALLEL,
@@ -20,6 +21,7 @@ from granite4v.runtime.engine.parallel import (
     fastest,
     kv_bytes_per_token,
     most_cells,
+    needs_flash,
 )
 from granite4v.runtime.llama.files import ModelFiles
 from tests.toy.checkpoint import PRESETS
@@ -113,3 +115,13 @@ def test_a_quantized_cache_has_room_for_more(files: ModelFiles) -> None:
     for cache_type, expected in (("f16", 8), ("q8_0", 15)):
         assert choose_width(files, Workload(None, 100), N_CTX, unknown, cache_type, available).n == expected
     assert most_cells(files, available, "q8_0") == pytest.approx(most_cells(files, available) * 64 / 34, rel=1e-3)
+
+
+def test_flash_attention_where_scores_take_too_much_memory(make_model: Callable[..., Path]) -> None:
+    spec = PRESETS["tiny"]
+    n_cells = MOST_SCORES // (4 * 512 * spec.text_heads)
+    with ModelFiles.open(make_model(spec)) as files:
+        assert not needs_flash(files, n_cells, 512, "cpu", "f16")
+        assert needs_flash(files, n_cells + 1, 512, "cpu", "f16")
+        assert not needs_flash(files, n_cells + 1, 256, "cpu", "f16")
+        assert needs_flash(files, n_cells, 512, "cpu", "q8_0")
