@@ -173,7 +173,7 @@ class PageStore:
 
     def _check_folder(self) -> None:
         """Closes the folder to other users, who could read pages, or put files into it. Raises OSError."""
-        folder = self.folder.resolve(strict=True)
+        folder = Path(os.path.realpath(self.folder, strict=True))  # `Path.resolve` has an error of its own for loops
         if not is_private(folder):
             folder.chmod(0o700)
             if not is_private(folder):
@@ -209,17 +209,21 @@ class PageStore:
         return len(removed), sum(entry.n_bytes for entry in removed)
 
     def verify(self) -> Iterator[tuple[Entry, str | None]]:
-        """Every file and what is wrong with it; None for a sound one. Damaged files are removed. Raises OSError."""
+        """Every file and what is wrong with it; None for a sound one. Damaged files are removed, unless the store can
+        only be read. Raises OSError."""
         for entry in self._files():
             try:
                 state_file.read(entry.path, entry.key)
             except FileNotFoundError:
                 continue
             except DamagedState as damage:
-                entry.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    entry.path.unlink(missing_ok=True)
                 yield entry, str(damage)
             except OSError as error:
                 yield entry, f"it cannot be read: {error.strerror or error}"
+            except MemoryError:
+                yield entry, "there is no memory to read it"
             else:
                 yield entry, None
 

@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -59,14 +59,21 @@ def write(file: FileIO, description: Description, state: np.ndarray, is_stopped:
     text = json.dumps(asdict(description)).encode()
     digest = hashlib.sha256()
     for content in (_HEAD.pack(MAGIC, FORMAT, len(text), len(state)), text, state.data):
-        left = memoryview(content)
-        while left:
-            if is_stopped():
-                raise Stopped
-            piece = left[: file.write(left[:PIECE])]
+        for piece in _written(file, content, is_stopped):
             digest.update(piece)
-            left = left[len(piece) :]
-    file.write(digest.digest())
+    for _ in _written(file, digest.digest(), is_stopped):
+        pass
+
+
+def _written(file: FileIO, content: bytes | memoryview, is_stopped: Callable[[], bool]) -> Iterator[memoryview]:
+    """Writes all of it, piece by piece: a disk that is nearly full takes less than it is given."""
+    left = memoryview(content)
+    while left:
+        if is_stopped():
+            raise Stopped
+        piece = left[: file.write(left[:PIECE])]
+        yield piece
+        left = left[len(piece) :]
 
 
 def size(description: Description, state: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -107,6 +108,18 @@ def test_verify_names_removes_and_fails_for_damaged_pages(store: PageStore) -> N
     assert result.exit_code == 1 and result.stdout == f"'{path}': its checksum is wrong; removed\n"
     assert result.stderr == "1 page sound, 1 damaged\n" and not path.exists()
     assert run("cache", "verify").exit_code == 0
+
+
+def test_verify_goes_on_where_nothing_can_be_removed(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for entry in store.entries():
+        entry.path.write_bytes(b"something else")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    result = run("cache", "verify")
+    assert result.exit_code == 1 and result.stdout.count("; left where it is") == 2
+    assert result.stderr == "0 pages sound, 2 damaged\n"
 
 
 # --- the store in use ---

@@ -267,6 +267,16 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) -> None:
     assert store.load(key(1)) is None and store.entries() == [] and store.clear() == (0, 0)
 
 
+def test_a_folder_that_is_a_link_to_itself_costs_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "pages").symlink_to("pages")
+    store = PageStore(tmp_path / "pages")
+    assert not store.holds(key(1))
+    with pytest.warns(PageStoreWarning, match="pages cannot be read from"):
+        assert store.load(key(1)) is None
+    with pytest.warns(PageStoreWarning, match="pages cannot be stored in"):
+        assert not store.save(about(1), state(1))
+
+
 def test_giving_up_leaves_nothing_and_says_nothing(store: PageStore) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,6 +6,7 @@ import os
 import struct
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_it_is_read_as_it_was_written(path: Path) -> None:
     assert path.stat().st_size == size(ABOUT, STATE)
     head = path.read_bytes()[:24]
     assert head[:8] == MAGIC and struct.unpack("<IIQ", head[8:])[::2] == (FORMAT, len(STATE))
+
+
+class Reluctant(FileIO):
+    """Takes at most seven bytes at a time, as a disk that is nearly full may."""
+
+    def write(self, data: Any) -> int:
+        return super().write(memoryview(data)[:7])
+
+
+def test_a_disk_that_takes_little_at_a_time(tmp_path: Path) -> None:
+    with Reluctant(tmp_path / "state", "wb") as file:
+        write(file, ABOUT, STATE[:1000], lambda: False)
+    np.testing.assert_array_equal(read(tmp_path / "state", KEY), STATE[:1000])
 
 
 def test_an_empty_state_too(tmp_path: Path) -> None:
