@@ -6,10 +6,11 @@ Imported only by the command's body: it imports `prompt_toolkit` and the runtime
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -32,7 +33,7 @@ from granite4v.cli.signals import Interrupted
 from granite4v.cli.streams import Messages, PipeClosed, Results, ResultsLost
 from granite4v.cli.terminal import clean
 from granite4v.paths import cache_folder, new_file
-from granite4v.runtime.chat import Chat, Reply, complete, handle
+from granite4v.runtime.chat import Chat, Reply, attach, complete, handle
 
 HISTORY = "chat-history"
 MAX_HISTORY_BYTES = 1 << 20  # when it is longer, the older half goes
@@ -46,7 +47,7 @@ def converse(chat: Chat, files: list[str]) -> None:
         display = TerminalDisplay(interrupts.stopping)
         display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
         for file in files:
-            _do(chat, f"/attach {_quoted(file)}", display)
+            _do(chat, display, functools.partial(attach, chat, file, display))
         session = _session(chat)
         n_refused = 0  # Ctrl-C at an empty prompt, in a row
         while n_refused < 2 and not chat.model.closed:
@@ -62,14 +63,14 @@ def converse(chat: Chat, files: list[str]) -> None:
                 n_refused += 1
                 continue
             n_refused = 0
-            if not _do(chat, text, display):
+            if not _do(chat, display, functools.partial(handle, chat, text, display)):
                 return
 
 
-def _do(chat: Chat, text: str, display: TerminalDisplay) -> bool:
+def _do(chat: Chat, display: TerminalDisplay, step: Callable[[], bool | None]) -> bool:
     """Does what a line says; False when the chat is to end. Failures are one message each."""
     try:
-        return handle(chat, text, display)
+        return step() is not False
     except (ResultsLost, PipeClosed, Interrupted):  # nobody reads any more, or SIGTERM
         raise
     except KeyboardInterrupt:
@@ -214,8 +215,3 @@ def _halve(path: Path) -> None:
     kept = content[content.find(b"\n\n", len(content) // 2) + 1 :]
     os.close(new_file(path, 0o600))
     path.write_bytes(kept)
-
-
-def _quoted(path: str) -> str:
-    """A path as one word of a line."""
-    return "".join(f"\\{character}" if character in " \t\n\"'\\" else character for character in path)

@@ -4,7 +4,7 @@ Knows nothing of terminals: a `Display` shows what happens.
 """
 
 from granite4v.runtime.chat.chat import Chat, ContextFull, Reply
-from granite4v.runtime.chat.commands import Display, handle
+from granite4v.runtime.chat.commands import Display, attach, handle
 from granite4v.runtime.chat.completion import Completion, complete
 from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Turn
 from granite4v.runtime.chat.pages import ChatPage
@@ -21,6 +21,7 @@ __all__ = [
     "Question",
     "Reply",
     "Turn",
+    "attach",
     "complete",
     "handle",
     "tables_in",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,6 +107,7 @@ class Chat:
         notes: list[str] = []
         again: ChatPage | None = None
         room = self.usage(progress).left - MIN_ANSWER
+        n_before, n_tokens = self._n_tokens_of(self.conversation.pages), 0
         for page in read_pages(spec, self.model.files.vision_config, self._password, self._sampling):
             if isinstance(page, DocumentError):
                 notes.append(str(page))
@@ -118,6 +119,10 @@ class Chat:
                 continue
             notes += page.warnings
             found.append(page)
+            # an attached page may take another number of tokens beside others than it takes now
+            n_tokens = self._n_tokens_of([*self.conversation.pages, *found]) - n_before
+            if n_tokens > room:
+                raise self._no_room(spec, found, n_tokens)  # before a thousand more are read
             if spec.pages is None and page.n_pages > 1:
                 n_each = self._layouts([page, page])[0].n_tokens  # beside others
                 if page.n_pages * n_each > room:
@@ -126,13 +131,7 @@ class Chat:
             if progress is not None:
                 progress("read", page.number, page.n_pages)
         if not found and again is None:
-            raise DocumentError(notes[0] if notes else f"'{spec.path.name}' has no pages.")
-        # an attached page may take another number of tokens beside others than it takes now
-        n_tokens = self._n_tokens_of([*self.conversation.pages, *found]) - self._n_tokens_of(self.conversation.pages)
-        if n_tokens > room:
-            n_frames = found[0].n_frames
-            what = counted(len(found), "page") if n_frames is None else counted(n_frames, "frame")
-            raise self._full(f"{what} of '{spec.path.name}'", n_tokens + MIN_ANSWER)
+            raise DocumentError(notes[0] if notes else f"'{shown(spec.path.name)}' has no pages.")
         for page in found:
             self.conversation.attach(page)
         if not found:
@@ -183,6 +182,14 @@ class Chat:
         if usage.left >= min(NEARLY_FULL, self.model.n_ctx // 4):
             return None
         return f"the context is nearly full ({usage.left:,} of {usage.n_ctx:,} tokens left). {self._droppable()}"
+
+    def _no_room(self, spec: FileSpec, found: Sequence[ChatPage], n_tokens: int) -> ContextFull:
+        """For the pages that `spec` names, of which those that are `found` take so many tokens."""
+        n_frames, n_pages = found[0].n_frames, found[0].n_pages
+        n_wanted = max(len(found), n_pages if spec.pages is None else spec.pages.count(n_pages))
+        what = counted(n_wanted, "page") if n_frames is None else counted(n_frames, "frame")
+        n_needed = n_tokens * n_wanted // len(found) + MIN_ANSWER
+        return self._full(f"{what} of '{shown(spec.path.name)}'", n_needed)
 
     def _full(self, what: str, n_needed: int) -> ContextFull:
         usage = self.usage()
@@ -283,8 +290,8 @@ class Chat:
         return prompt
 
     def again(self, progress: Progress | None = None, temperature: float | None = None) -> Reply:
-        """Another answer to the last question, in place of the one there was; a greedy chat samples it at
-        REGEN_TEMPERATURE. Raises ChatError without turns, and for a task whose page was detached."""
+        """Another answer to the last question, which takes the place of the one there is when it ends; a greedy chat
+        samples it at REGEN_TEMPERATURE. Raises ChatError without turns, and for a task whose page was detached."""
         conversation = self.conversation
         if not conversation.turns:
             raise ChatError("there is no question to answer again.")
@@ -296,11 +303,9 @@ class Chat:
         conversation.turns, conversation.waiting = conversation.turns[:-1], list(turn.pages)
         try:
             reply = self.ask(turn.question, progress, about=turn.about, temperature=temperature)
-        except BaseException:
+        finally:
             conversation.turns, conversation.waiting = [*conversation.turns, turn], others
-            raise
-        conversation.waiting = [*turn.pages, *others]
-        reply.instead_of = turn
+        reply.replaces_last = True
         return reply
 
 
@@ -318,13 +323,13 @@ class Reply:
     """An answer that is being generated: iterate over its text. The turn joins the conversation when the answer ends,
     however that happens; without a single token there is none, and the pages wait on.
 
-    `instead_of`: the turn that comes back in that case.
+    `replaces_last`: it joins in place of the last one.
     """
 
     def __init__(self, conversation: Conversation, turn: Turn, stream: Stream, stop: _Flag, began: float) -> None:
         """`turn`: without its answer. `stop` is what the stream polls. `began`: as of time.perf_counter."""
         self.question = turn.question
-        self.instead_of: Turn | None = None
+        self.replaces_last = False
         self.turn: Turn | None = None
         self._conversation, self._begun, self._stream, self._stop = conversation, turn, stream, stop
         self._began, self._first_s = began, 0.0
@@ -360,8 +365,6 @@ class Reply:
     def _record(self) -> None:
         answer = self._stream.answer
         if not answer.text:
-            if self.instead_of is not None:
-                self._conversation.add(self.instead_of)
             return
         timings = answer.timings
         stats = Stats(
@@ -379,6 +382,8 @@ class Reply:
         )
         finish_reason = answer.finish_reason or "cancelled"
         self.turn = replace(self._begun, answer=answer.text, finish_reason=finish_reason, stats=stats)
+        if self.replaces_last:
+            self._conversation.undo()
         self._conversation.add(self.turn)
 
 
@@ -394,5 +399,6 @@ def schema_question(content: Mapping[str, Any], checked: JsonSchema | None = Non
 
 
 def _first_alone(spec: FileSpec, n_pages: int, n_fitting: int) -> str:
-    advice = f"'/attach {spec.path.name}#2'" if n_fitting < 3 else f"'/attach {spec.path.name}#2-{n_fitting}'"
-    return f"'{spec.path.name}' has {n_pages:,} pages, too many for the context; attached page 1. {advice} for others."
+    name = shown(spec.path.name)
+    advice = f"'/attach {name}#2'" if n_fitting < 3 else f"'/attach {name}#2-{n_fitting}'"
+    return f"'{name}' has {n_pages:,} pages, too many for the context; attached page 1. {advice} for others."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def handle(chat: Chat, text: str, display: Display) -> bool:
         return find_command(name, text).run(chat, rest, display) is not False
     line = split_files(text)
     for file in line.files:
-        _attach_file(chat, file, display)
+        attach(chat, file, display)
     if line.text:
         _answer(chat, chat.ask(chat.question(line.text), display.progress), display)
     return True
@@ -133,10 +134,11 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def _attach(chat: Chat, text: str, display: Display) -> None:
-    _attach_file(chat, _needed(argument(text), "attach"), display)
+    attach(chat, _needed(argument(text), "attach"), display)
 
 
-def _attach_file(chat: Chat, file: str, display: Display) -> None:
+def attach(chat: Chat, file: str, display: Display) -> None:
+    """Attaches what 'FILE' or 'FILE#PAGES' names, and says what that is. Raises as `Chat.attach` does."""
     pages, notes = chat.attach(file, display.progress)
     for note in notes:
         display.say(note)
@@ -203,7 +205,7 @@ def _page(chat: Chat, text: str) -> ChatPage:
 
 
 def _schema(chat: Chat, text: str, display: Display) -> None:
-    question, warnings = chat.fields_question(_needed(argument(text), "schema"))
+    question, warnings = chat.fields_question(os.path.expanduser(_needed(argument(text), "schema")))
     for warning in warnings:
         display.say(f"warning: {warning}")
     _answer(chat, chat.ask(question, display.progress), display)
@@ -295,7 +297,7 @@ def _save(chat: Chat, text: str, display: Display) -> None:
 
 
 def _load(chat: Chat, text: str, display: Display) -> None:
-    path = Path(_needed(argument(text), "load")).expanduser().absolute()
+    path = _path(_needed(argument(text), "load"))
     loaded = session_file.load(path, chat.read_page)
     chat.conversation, chat.saved_as = loaded.conversation, path
     for note in loaded.notes:
@@ -310,13 +312,21 @@ def _load(chat: Chat, text: str, display: Display) -> None:
 
 def _new_file(name: str, own: Path | None) -> Path:
     """Where to write; a file that is there already is replaced only if it is `own`. Raises ChatError."""
-    path = Path(name).expanduser().absolute()
+    path = _path(name)
     try:
-        if path.exists() and path != own:
-            raise ChatError(f"'{shown(name)}' exists already; give another name.")
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
         raise ChatError(f"'{shown(name)}' cannot be the name of a file.") from None
+    if path != own:
+        raise ChatError(f"'{shown(name)}' exists already; give another name.")
     return path
+
+
+def _path(name: str) -> Path:
+    """Absolute; `~` of a user that there is none of stays as it is, which `Path.expanduser` refuses."""
+    return Path(os.path.expanduser(name)).absolute()
 
 
 def _needed(text: str, name: str) -> str:

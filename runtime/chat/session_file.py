@@ -23,6 +23,7 @@ from granite4v.runtime.formats.tasks import find_task
 FORMAT = "granite4v-chat"
 VERSION = 1
 MAX_BYTES = 64 << 20
+MAX_PAGES = 500  # each of some megabytes; no context has room for more
 _REASONS = ("stop", "length", "repetition", "cancelled")
 ReadPage = Callable[..., ChatPage]
 
@@ -90,8 +91,10 @@ def load(path: Path, read_page: ReadPage) -> Loaded:
     read: list[ChatPage | None] = []
     notes: list[str] = []
     try:
+        if len(content["pages"]) > MAX_PAGES:
+            raise ChatError(f"'{shown(str(path))}' has {len(content['pages']):,} pages; expected at most {MAX_PAGES}.")
         for page in content["pages"]:
-            saved_path, number = _text(page["path"]), _whole(page["number"])
+            saved_path, number = _text(page["path"]), _whole(page["number"], least=1)
             of_video = {"n_frames": _whole(page["n_frames"])} if "n_frames" in page else {}
             try:
                 found = read_page(saved_path, number, **of_video)
@@ -160,8 +163,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _whole(value: Any) -> int:
-    """An index or a page number."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+def _whole(value: Any, least: int = 0) -> int:
+    """An index or, with `least` 1, a page number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise TypeError(value)
     return value

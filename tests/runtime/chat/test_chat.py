@@ -12,7 +12,9 @@ from PIL import Image
 
 import granite4v
 from granite4v.errors import DocumentError, PromptError
-from granite4v.runtime.chat import Chat, ChatError, ContextFull, Question, Turn
+from granite4v.runtime.chat import Chat, ChatError, ChatPage, ContextFull, Question, Turn
+from granite4v.runtime.chat.chat import MIN_ANSWER
+from granite4v.runtime.chat.pages import read_pages
 from granite4v.runtime.engine.page_store import PageStore
 from tests.helpers.chats import INVOICE
 from tests.helpers.pdfs import scan_pdf, text_pdf, write
@@ -166,6 +168,8 @@ def test_an_answer_that_is_stopped_before_its_first_token_never_was(chat: Chat) 
     reply.cancel()
     list(reply)
     assert chat.conversation.turns == [turn] and chat.conversation.waiting == []
+    chat.again()  # Ctrl-C came before it was read
+    assert chat.conversation.turns == [turn] and chat.conversation.waiting == []
 
 
 def test_a_full_context_is_told_before_it_happens(small: Chat) -> None:
@@ -201,6 +205,25 @@ def test_pages_that_do_not_fit_are_refused_or_left_out(small: Chat, tmp_path: Pa
     with pytest.raises(ContextFull, match=r"no room for 2 pages of 'three.pdf'"):
         small.attach(f"{three}#2-3")
     assert small.conversation.pages == pages
+
+
+def test_no_more_pages_are_read_than_there_is_room_for(
+    small: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Image.open(INVOICE).convert("RGB")
+    many = write(tmp_path / "many.pdf", scan_pdf(*[page] * 9))
+    read: list[ChatPage | DocumentError] = []
+
+    def noting(*arguments: Any) -> Iterator[ChatPage | DocumentError]:
+        for found in read_pages(*arguments):
+            read.append(found)
+            yield found
+
+    monkeypatch.setattr("granite4v.runtime.chat.chat.read_pages", noting)
+    with pytest.raises(ContextFull, match=r"no room for 9 pages of 'many.pdf'"):
+        small.attach(f"{many}#1-9")
+    n_each = small.n_tokens(next(found for found in read if isinstance(found, ChatPage)))
+    assert len(read) == (700 - MIN_ANSWER) // n_each + 1 < 9
 
 
 def test_pages_of_a_pdf(chat: Chat, tmp_path: Path) -> None:

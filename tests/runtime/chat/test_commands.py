@@ -11,7 +11,7 @@ import pytest
 import granite4v
 from granite4v.converter import Options, convert
 from granite4v.default_model import checkpoint_folder
-from granite4v.runtime.chat import Chat, ChatError, handle
+from granite4v.runtime.chat import Chat, ChatError, Question, Turn, handle
 from granite4v.runtime.extract.schema import load_schema
 from granite4v.runtime.formats import TASKS, read_csv, read_html
 from tests.helpers.chats import INVOICE, Kept, ask
@@ -181,6 +181,8 @@ def test_quit_ends_and_beginnings_are_enough(chat: Chat) -> None:
         ("/save", "nothing to save yet"),
         ("/load none.json", "there is no file"),
         ("/load", "a file is missing: /load FILE"),
+        ("/load ~nobody-of-that-name/x.json", "there is no file"),
+        ("/load nul\0.json", "there is no file"),
         ("/adapter on", "no separate adapter"),
         ("<tables_html>", "none is attached"),
     ],
@@ -190,6 +192,40 @@ def test_what_is_wrong_is_one_line(chat: Chat, line: str, message: str) -> None:
         ask(chat, line)
     assert message in str(found.value) and "\n" not in str(found.value)
     assert chat.conversation.turns == [] and chat.conversation.pages == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nul\0.json", "'nul\\x00.json' cannot be the name of a file"),
+        ("x" * 300, "x' cannot be the name of a file"),
+        ("folder", "'folder' exists already"),
+        ("link", "'link' exists already"),
+        ("/dev/null", "'/dev/null' exists already"),
+        ("~nobody-of-that-name/x.json", "cannot write"),
+        ("none/x.json", "cannot write"),
+        ("file/x.json", "cannot write"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(chat: Chat, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    chat.conversation.turns.append(Turn(Question("?"), (), "|a|\n|-|\n|1|"))
+    for line in (f"/save {name}", f"/copy csv {name}"):
+        with pytest.raises(granite4v.Granite4vError) as found:
+            ask(chat, line)
+        assert message in str(found.value) and "\n" not in str(found.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_home_is_the_users(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "schema.json").write_text(json.dumps(SCHEMA))
+    ask(chat, f"/attach {INVOICE}", "/schema ~/schema.json", "/save ~/chat.json", "/load ~/chat.json")
+    assert chat.saved_as == tmp_path / "home" / "chat.json" and len(chat.conversation.turns) == 1
 
 
 def test_wrong_arguments_of_regen_and_copy(chat: Chat) -> None:

@@ -124,6 +124,8 @@ def damaged(path: Path, change: Any) -> None:
         (lambda content: content["turns"][1].update(schema="x"), "damaged"),
         (lambda content: content["pages"][0].update(path=3), "damaged"),
         (lambda content: content["pages"][0].update(number=True), "damaged"),
+        (lambda content: content["pages"][0].update(number=0), "damaged"),
+        (lambda content: content.update(pages=content["pages"] * 200), "has 600 pages; expected at most 500"),
         (lambda content: content.update(system=3), "damaged"),
         (lambda content: content.update(chosen=9), "damaged"),
         (lambda content: content.update(waiting=["x"]), "damaged"),
