@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from granite4v.child import run_main
 from granite4v.clip_projector import video_decoding
@@ -48,7 +48,7 @@ def load_video(source: VideoSource, *, frames: int | None = None, fps: float | N
     is returned as it is.
 
     Warns (ImageWarning) of a file with fewer frames than it says. Raises ImageError for what cannot be read as a video,
-    DeviceError without PyAV, ValueError for a number of frames that is out of range.
+    DeviceError without PyAV or room for temporary files, ValueError for a number of frames that is out of range.
     """
     video, said = read_video(source, frames=frames, fps=fps)
     for message in said:
@@ -73,9 +73,7 @@ def read_video(
         return source, ()
     check_sampling(frames, fps, limits)
     if isinstance(source, bytes):
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(source)
-            file.flush()
+        with _scratch_file(source) as file:
             name = name or f"the video ({len(source):,} bytes)"
             return _of_file(Path(file.name), name, _choice(frames, fps, limits), limits, stop)
     if not isinstance(source, str | Path):
@@ -85,6 +83,20 @@ def read_video(
     if path.is_dir():
         return _of_directory(path, name, frames, fps, limits), ()
     return _of_file(path, name, _choice(frames, fps, limits), limits, stop)
+
+
+def _scratch_file(content: bytes = b"") -> IO[bytes]:
+    """A file with a name, gone when it is closed. Raises DeviceError where it cannot be written."""
+    try:
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115  # the caller's
+        file.write(content)
+        file.flush()
+    except OSError as error:
+        raise DeviceError(
+            f"a video needs temporary files, and none can be written: {error.strerror or error}; make room, or name "
+            "another directory in TMPDIR."
+        ) from None
+    return file
 
 
 def check_sampling(frames: int | None, fps: float | None, limits: VideoLimits = LIMITS) -> None:
@@ -127,7 +139,7 @@ def _of_file(
         )
     if not path.is_file():
         raise ImageError(f"{name} cannot be read as a video: there is no such file.")
-    with tempfile.NamedTemporaryFile() as pixels:
+    with _scratch_file() as pixels:
         bounds = {
             "max_frames": limits.n_frames,
             "max_pixels": limits.n_pixels,

@@ -40,6 +40,10 @@ class DocumentError(Granite4vError):
     """A document that is missing, damaged, encrypted or of an unknown type, or that lacks a requested page."""
 
 
+class PasswordError(DocumentError):
+    """An encrypted document without its password, or with a wrong one."""
+
+
 class PromptError(Granite4vError):
     """Messages that the chat template cannot render, or would render without some of their content."""
 

@@ -24,7 +24,7 @@ from PIL import Jpeg2KImagePlugin
 from PIL.Image import Image
 
 from granite4v.clip_projector.files import shown
-from granite4v.errors import DocumentError
+from granite4v.errors import DocumentError, PasswordError
 from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import RenderedPage, limited_pages, whole_pixels
@@ -70,7 +70,7 @@ class PdfFile:
         if not handle and self._password and pdfium.FPDF_GetLastError() == pdfium.FPDF_ERR_PASSWORD:
             handle = self._handle(None)  # a password meant for other files of a folder must not lock this one out
         if not handle:
-            raise DocumentError(self._why_closed(pdfium.FPDF_GetLastError()))
+            raise self._why_closed(pdfium.FPDF_GetLastError())
         pdf = pypdfium2.PdfDocument(handle)
         with _no_log(), contextlib.suppress(pypdfium2.PdfiumError):  # without its form fields rather than not at all
             pdf.init_forms()
@@ -84,17 +84,22 @@ class PdfFile:
             return pdfium.FPDF_LoadMemDocument64(self._content, len(self._content), password)
         return pdfium.FPDF_LoadDocument(os.fsencode(self._content), password)
 
-    def _why_closed(self, code: int) -> str:
+    def _why_closed(self, code: int) -> DocumentError:
+        name = self._name
         if code == pdfium.FPDF_ERR_PASSWORD:
             if self._password:
-                return f"{self._name} is encrypted, and the given password does not open it; check '--password'."
-            return f"{self._name} is encrypted; give its password with '--password'."
+                return PasswordError(
+                    f"{name} is encrypted, and the given password does not open it; check '--password'."
+                )
+            return PasswordError(f"{name} is encrypted; give its password with '--password'.")
         if code == pdfium.FPDF_ERR_FILE:
-            return f"{self._name} cannot be read; is it still there?"
+            return DocumentError(f"{name} cannot be read; is it still there?")
         if code == pdfium.FPDF_ERR_SECURITY:
-            return f"{self._name} uses an encryption method that PDFium does not support; save it without encryption."
+            return DocumentError(
+                f"{name} uses an encryption method that PDFium does not support; save it without encryption."
+            )
         what = "is cut short" if self._is_cut() else "is damaged"
-        return f"{self._name} {what}: PDFium finds no document in it; get a complete copy."
+        return DocumentError(f"{name} {what}: PDFium finds no document in it; get a complete copy.")
 
     def _is_cut(self) -> bool:
         """Whether there is no end mark near the end, but for zero bytes and some junk after it."""

@@ -16,12 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import PIL.Image
 
 from granite4v.clip_projector.files import shown
-from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError
+from granite4v.errors import DeviceError, DocumentError, Granite4vError, ImageError, PasswordError
 from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import LIMITS, Limits
 from granite4v.runtime.documents.protocol import PREFIX, packed
@@ -113,7 +113,7 @@ class Reader:
             "limits": asdict(self.limits),
             "max_image_pixels": PIL.Image.MAX_IMAGE_PIXELS,
         }
-        with tempfile.TemporaryFile() as errors:
+        with _scratch_file() as errors:
             try:
                 self._process = subprocess.Popen(
                     [sys.executable or "", "-c", _BOOT, WORKER, json.dumps(setup), *map(str, sys.path)],
@@ -282,7 +282,7 @@ class RemoteDocument:
         return header, payload
 
 
-_ERRORS: dict[str, type[Granite4vError]] = {"ImageError": ImageError, "DocumentError": DocumentError}
+_ERRORS: dict[str, type[Granite4vError]] = {kind.__name__: kind for kind in (ImageError, DocumentError, PasswordError)}
 
 
 def _why(died: _Died, op: str, about: str) -> str:
@@ -292,6 +292,15 @@ def _why(died: _Died, op: str, about: str) -> str:
             f"the page reader {died.why} while {op}ing {about}, twice; the file is damaged or not supported. {advice}"
         )
     return f"{about} {died.why} to {op}, twice; it is damaged or unusually large. {advice}"
+
+
+def _scratch_file() -> IO[bytes]:
+    """One without a name; what is written is lost where there is no place for it, as in a container that is read only:
+    pages are read there as well."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def _widen(pipe: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import PIL.Image
 
 from granite4v.clip_projector.images import open_rgb
-from granite4v.errors import DocumentError, ImageError, ImageWarning
+from granite4v.errors import DocumentError, ImageError, ImageWarning, PasswordError
 from granite4v.families.base import tiling_from
 from granite4v.memory import limit_address_space
 from granite4v.runtime.documents.content import open_page_source, readable
@@ -88,7 +88,7 @@ class RequestHandler:
             return self._render(request, content)
         except Exception as error:
             known = readable(error, name)
-            kind = ImageError if isinstance(known, ImageError) else DocumentError
+            kind = next((kind for kind in (PasswordError, ImageError) if isinstance(known, kind)), DocumentError)
             return {"error": kind.__name__, "message": str(known)}, b""
 
     def _open(self, request: dict[str, Any], content: bytes) -> PageSource:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from granite4v.clip_projector import Image, Video
+from granite4v.clip_projector.files import is_pdf
 from granite4v.clip_projector.video import VideoLimits, read_video
-from granite4v.errors import DocumentError, ImageError
+from granite4v.errors import DocumentError, ImageError, PasswordError
 from granite4v.families.base import Tiling
 from granite4v.runtime.documents.limits import LIMITS
 from granite4v.runtime.documents.reader import RawPage, Reader, RemoteDocument
@@ -87,6 +88,13 @@ class MediaOpener:
             if attachment.video is not None:
                 return [self._video(desk, attachment, attachment.video, budget)]
             return list(self._open(desk.reader, attachment, budget))
+        except PasswordError:
+            what = (
+                "is encrypted" if attachment.password is None else "is encrypted, and its 'password' does not open it"
+            )
+            advice = "send its password as 'password', beside 'file_data'"
+            param = attachment.param.replace("file_data", "password")
+            raise invalid(f"{attachment.name} {what}; {advice}.", param, "invalid_password") from None
         except (DocumentError, ImageError) as error:
             code = "invalid_image" if isinstance(error, ImageError) else "invalid_document"
             code = code if attachment.video is None else "invalid_video"
@@ -127,6 +135,12 @@ class MediaOpener:
             password=attachment.password,
         )
         if not attachment.is_document:
+            if is_pdf(attachment.content or b""):
+                raise invalid(
+                    f"{attachment.name} is a PDF, not an image; send it as a part of the type 'file'.",
+                    attachment.param,
+                    "invalid_image",
+                )
             yield budget.take(document.load(), attachment, is_frame=is_frame)
             return
         document.begin_open()

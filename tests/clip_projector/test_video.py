@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from granite4v.clip_projector import Image, Video, load_image, load_video
 from granite4v.clip_projector.files import is_video
 from granite4v.clip_projector.video import VideoLimits, read_video
 from granite4v.clip_projector.video_decoding import spread
-from granite4v.errors import ImageError, ImageWarning
+from granite4v.errors import DeviceError, ImageError, ImageWarning
 from tests.helpers.pictures import noise_picture
 from tests.helpers.videos import numbers, write_video
 
@@ -47,6 +49,16 @@ def test_frames_are_spread_as_the_reference_does() -> None:
         for n in range(1, n_total + 1, 5):
             expected = default_sample_indices_fn(VideoMetadata(total_num_frames=n_total), num_frames=n)
             assert spread(n_total, n) == expected.tolist()
+
+
+def test_no_room_for_temporary_files(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    for source in (file, file.read_bytes()):
+        with pytest.raises(DeviceError, match=r"none can be written: No space left on device; make room"):
+            load_video(source)
 
 
 def test_a_directory_and_a_list_are_videos_too(tmp_path: Path) -> None:

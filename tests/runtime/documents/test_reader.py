@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -203,6 +204,14 @@ def test_a_reader_that_cannot_be_started_is_an_error_of_the_machine(
     with pytest.raises(DeviceError) as caught:
         list(open_pages([GOOD]))
     assert message in str(caught.value)
+
+
+def test_pages_are_read_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert one(GOOD).digest == load_image(GOOD).digest
 
 
 def test_threads_read_at_the_same_time() -> None:
