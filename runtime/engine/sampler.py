@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_LARGEST = float(np.finfo(np.float32).max)  # infinities differ by no number, so none could be drawn among them
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,7 +63,9 @@ class Sampler:
             logits = logits.copy()
             seen = np.unique(np.asarray(history[-s.repeat_last_n :]))
             scores = logits[seen]
-            logits[seen] = np.where(scores > 0, scores / s.repeat_penalty, scores * s.repeat_penalty)
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                penalized = np.where(scores > 0, scores / s.repeat_penalty, scores * s.repeat_penalty)
+            logits[seen] = np.where(np.isfinite(scores), np.clip(penalized, -_LARGEST, _LARGEST), scores)
         if s.temperature == 0.0:
             return int(logits.argmax())
         ids, scores = self._candidates(logits)

@@ -83,7 +83,7 @@ def number_leaf(node: Schema, trials: Trials, *, integral: bool, close_ranges: b
     if step is not None:  # llguidance may find no number in a range whose ends are not multiples
         lower = lower and (_next_multiple(lower, step), False)
         upper = upper and (-_next_multiple((-upper[0], upper[1]), step), False)
-        _check_range(lower, upper, f"multiple of {float(step):g}")
+        _check_range(lower, upper, f"multiple of {_json_number(step)!s:.40}")
     lower = _held(leaf, lower, 1, "minimum")
     upper = _held(leaf, upper, -1, "maximum")
     if integral or not close_ranges:

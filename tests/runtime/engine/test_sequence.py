@@ -150,6 +150,15 @@ def test_repeat_penalty_makes_negative_logits_more_so() -> None:
     assert Sampler(Sampling(repeat_penalty=2.0)).pick(np.float32([-1.0, -1.5]), [0]) == 1
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-42, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_penalty_beyond_what_floats_hold_still_gives_a_token(penalty: float, temperature: float) -> None:
+    sampler = Sampler(Sampling(repeat_penalty=penalty, temperature=temperature, seed=0))
+    for logits in ([3.0, 2.0, 0.0, -1.0], [-3.0, -2.0, -4.0, -1.0]):
+        found = sampler.pick(np.float32([*logits, -np.inf]), [0, 1, 2, 3, 4], np.array([True] * 3 + [False] * 2))
+        assert found in (range(2) if penalty < 1 and logits[0] > 0 else range(3))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

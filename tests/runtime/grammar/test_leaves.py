@@ -50,6 +50,12 @@ def test_bounds_with_no_multiple_between_them_are_refused() -> None:
         kvp(of(["a"], a=schema))
 
 
+def test_a_step_beyond_the_largest_float() -> None:
+    assert json.loads(generated("toy", kvp(of(["a"], a={"type": "integer", "multipleOf": 10**350})), 0).text)
+    with pytest.raises(ConstraintError, match=r"'\$\.a': no multiple of 10{39} is at least its minimum"):
+        kvp(of(["a"], a={"type": "number", "multipleOf": 10**350, "minimum": 1, "maximum": 2}))
+
+
 def test_dates_are_real_dates() -> None:
     grammar = kvp({"type": "string", "format": "date"})
     rng = random.Random(1)
