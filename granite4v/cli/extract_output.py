@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from granite4v.cli.progress import Activity, Progress, duration, model_activity, plural
 from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
+from granite4v.cli.terminal import clean
 from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Printer:
             self._say(f"standard output is no longer writable; all results are in '{self.out}'")
 
     def _print_text(self, record: Record) -> None:
-        text = f"== {record.source}, page {record.page}, {record.task}\n{self._text(record)}"
+        text = f"== {clean(record.source, keep='')}, page {record.page}, {record.task}\n{self._text(record)}"
         if self._first is None and not self._are_several:
             self._first = text
             return
@@ -116,7 +117,8 @@ class RunProgress:
             self._say_once(record.source, f"warning: {warning}")
         if not record.failed and not record.salvaged:
             return
-        where = record.source if record.page is None else f"{record.source}, page {record.page}"
+        source = clean(record.source, keep="")
+        where = source if record.page is None else f"{source}, page {record.page}"
         if record.error is None:
             what = "invalid" if record.failed else f"truncated, kept {record.kept}"
             self.progress.say(f"{where}, {record.task}: {what}: {record.validity_error}")

@@ -78,6 +78,19 @@ def test_what_concerns_a_page_is_reported_once_for_all_tasks() -> None:
     assert stream.getvalue().splitlines() == ["warning: grey", "a.pdf, page 1: the page is broken", "'b.pdf' is broken"]
 
 
+def test_a_name_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file name may hold line feeds and what moves a cursor, also to look like another record."""
+    source = "a\n== b.pdf, page 1, kvp\x1b[2J\u202e.pdf"
+    printer = Printer(as_json=False, out=None, table_format=None, say=print)
+    for _ in range(2):
+        printer.print(a_record(source=source, value="x", text="x"))
+    stream = io.StringIO()
+    RunProgress(Progress(stream)).report(a_record(source=source, error="the page is broken"))
+    expected = "a\\n== b.pdf, page 1, kvp\\x1b[2J\\u202e.pdf, page 1"
+    assert capsys.readouterr().out.splitlines() == [f"== {expected}, prompt", "x"] * 2
+    assert stream.getvalue() == f"{expected}: the page is broken\n"
+
+
 def test_records_survive_a_reader_that_stops_only_where_they_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
