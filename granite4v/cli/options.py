@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,24 +9,12 @@ from typing import Annotated, Any, get_args
 import typer
 
 from granite4v.choices import MAX_THREADS, CacheType, Device, Format, VisionCompute
+from granite4v.cli.values import finite, given_finite, unicode_text
 
 NO_MODEL = (
     "no --model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
     "--model DIR"
 )
-
-
-def finite(value: float) -> float:
-    """A callback of float options: 'nan' passes every comparison with a limit."""
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
-def given_finite(value: float | None) -> float | None:
-    """As `finite`, of an option that may be left out."""
-    return value if value is None else finite(value)
-
 
 # --- the model and the machine ---
 
@@ -236,7 +223,10 @@ PagesOption = Annotated[
         "--pages", metavar="RANGES", help="Pages to read of each document, such as 1-3,7,10-.", show_default="all"
     ),
 ]
-PasswordOption = Annotated[str | None, typer.Option("--password", metavar="TEXT", help="Password of encrypted PDFs.")]
+PasswordOption = Annotated[
+    str | None,
+    typer.Option("--password", metavar="TEXT", callback=unicode_text, help="Password of encrypted PDFs."),
+]
 CropOption = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ import typer
 
 from granite4v.cli import options
 from granite4v.cli.progress import Progress
+from granite4v.cli.values import finite, unicode_text
 
 if TYPE_CHECKING:
     from granite4v.runtime.model import Model
@@ -28,6 +29,7 @@ ApiKeyOption = Annotated[
         "--api-key",
         metavar="KEY",
         envvar="GRANITE4V_API_KEY",
+        callback=unicode_text,
         help="Key that clients must send.",
         show_default=False,
     ),
@@ -80,7 +82,7 @@ MaxFramesOption = Annotated[
 ]
 TimeOption = Annotated[
     float,
-    typer.Option("--max-time", metavar="SECONDS", min=1, callback=options.finite, help="Longest time of a request."),
+    typer.Option("--max-time", metavar="SECONDS", min=1, callback=finite, help="Longest time of a request."),
 ]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print a line for each request, without what it contains.")
@@ -157,7 +159,7 @@ def serve(
             model_name=served_name or Path(model or "nano").name,
             api_key=api_key or None,
             cors_origins=tuple(cors_origin or ()),
-            hosts=_hosts(host, allowed_host or []),
+            hosts=_hosts(listening.getsockname()[0], host, allowed_host or []),
             media_paths=tuple(media_path or ()),
             limits=limits,
         )
@@ -165,13 +167,15 @@ def serve(
         run(create_app(load, chosen), listening, lambda address: progress.say(f"listening at {address}"))
 
 
-def _hosts(host: str, others: list[str]) -> tuple[str, ...]:
-    """The names of a server at a loopback address: under another one, a web page anywhere may have its browser ask."""
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    return tuple({"localhost", "127.0.0.1", "::1", host, *(name.lower() for name in others)}) if is_local else ()
+def _hosts(address: str, host: str, others: list[str]) -> tuple[str, ...]:
+    """The names of a server at a loopback address: under another one, a web page anywhere may have its browser ask.
+
+    `address`: where it listens; `host` may be any spelling of it, such as '127.1', or a name.
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(found, "ipv4_mapped", None)  # '::ffff:127.0.0.1'
+    names = {"localhost", "127.0.0.1", "::1", *(name.lower() for name in (host, *others))}
+    return tuple(names) if (mapped or found).is_loopback else ()
 
 
 def _log(verbose: bool) -> None:

@@ -20,6 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from granite4v.clip_projector.files import shown
 from granite4v.errors import Granite4vError
 from granite4v.runtime.model import Model
 from granite4v.runtime.server import errors, openapi
@@ -100,8 +101,9 @@ def create_app(model: Model | Callable[[], Model], options: ServerOptions | None
 
 
 def _named(model: Model, options: ServerOptions, created: int) -> Named:
-    path = model.files.text.path
-    return Named(options.model_name or path.parent.name, path.stem, created)
+    path = model.files.text.path.absolute()
+    # names of files may hold bytes that are not UTF-8, which no reply can carry
+    return Named(shown(options.model_name or path.parent.name), shown(path.stem), created)
 
 
 @contextlib.asynccontextmanager

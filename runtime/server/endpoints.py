@@ -18,7 +18,7 @@ from granite4v.runtime.server import chat, completions, errors, responses
 from granite4v.runtime.server.bodies import BodyReader
 from granite4v.runtime.server.content import ContentReader
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
-from granite4v.runtime.server.errors import ApiError
+from granite4v.runtime.server.errors import ApiError, invalid
 from granite4v.runtime.server.live_response import JSON, LiveResponse, Pace
 from granite4v.runtime.server.openapi import Operation
 from granite4v.runtime.server.parsing import parsed
@@ -43,6 +43,10 @@ from granite4v.runtime.server.requests import (
     ResponseRequest,
     TokenizeRequest,
 )
+
+# A value may take a thousand times its own length: as data, and as one of the errors that are collected for a body.
+MAX_VALUES = 250_000
+_BEFORE_VALUES = (b",", b"[", b"{")
 
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[[Request], Awaitable[Response]]
@@ -192,6 +196,12 @@ class Endpoints:
         if given != JSON:  # also what keeps pages of other origins from asking without a preflight request
             raise ApiError(415, f"the body has the type {given!r:.60}; send JSON with 'Content-Type: {JSON}'.")
         content = await self._bodies.read(request)
+        if sum(map(content.count, _BEFORE_VALUES)) > MAX_VALUES:
+            raise invalid(
+                f"the body holds more than {MAX_VALUES:,} commas and brackets, which no context has room for; send "
+                "less.",
+                code="too_many_values",
+            )
         try:
             return kind.model_validate_json(content, strict=True)
         except ValidationError as error:

@@ -20,6 +20,7 @@ from granite4v.errors import (
 )
 
 LOG = logging.getLogger("granite4v.server")
+_MOST_SHOWN = 200  # characters of the place of a problem: keys are as long as a client likes
 # Errors of ours that a request can cause, with the code that names them; others are the server's own.
 _OF_REQUESTS: dict[type[Granite4vError], str] = {
     ContextOverflowError: "context_length_exceeded",
@@ -131,7 +132,7 @@ def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> 
             where, body = f"{where}.{part}", body[part]
         elif is_missing and i == len(location) - 1:
             where = f"{where}.{part}"
-    return where.lstrip(".")
+    return where.lstrip(".")[:_MOST_SHOWN]
 
 
 def of(error: BaseException) -> ApiError:

@@ -12,6 +12,8 @@ _INT64 = 1 << 63
 Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 StopText = Annotated[str, Field(min_length=1)]
+# what waits for no turn: any number of these may be in memory
+LongText = Annotated[str, Field(max_length=1_000_000)]
 
 
 class Body(BaseModel):
@@ -281,13 +283,13 @@ class ParseRequest(Body):
     `ended`: whether the answer ended by itself; of any other, what is complete is read."""
 
     task: str
-    text: str
+    text: LongText
     ended: bool = True
 
 
 class TokenizeRequest(Body):
     """`add_special`: also the tokens that the tokenizer puts around a text. `with_pieces`: the text of each token."""
 
-    content: str
+    content: LongText
     add_special: bool = False
     with_pieces: bool = False

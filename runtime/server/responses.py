@@ -75,7 +75,7 @@ class ResponseWriter:
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
         spell = dispatcher.model.token_bytes
         async with dispatcher.answering(ask) as generation:
-            begun = self._response("in_progress").model_dump()
+            begun = self._response("in_progress").model_dump(mode="json")  # a schema may hold NaN, which JSON lacks
             yield self._event("response.created", response=begun)
             yield self._event("response.in_progress", response=begun)
             item = OutputMessage(id=self._message_id, status="in_progress", content=[]).model_dump()
@@ -95,7 +95,7 @@ class ResponseWriter:
             )
             yield self._event("response.content_part.done", **self._place(), part=text.model_dump())
             yield self._event("response.output_item.done", output_index=0, item=whole.output[0].model_dump())
-            yield self._event(f"response.{whole.status}", response=whole.model_dump())
+            yield self._event(f"response.{whole.status}", response=whole.model_dump(mode="json"))
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._message_id, "output_index": 0, "content_index": 0}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
@@ -23,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
         why = getattr(error, "strerror", None) or error
         raise DeviceError(
             f"the server cannot listen at {host}, port {port}: {why}; choose another one with --host and --port."
@@ -31,7 +34,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(app: Application, listening: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM, which is raised again once what was in flight is answered or refused.
+    """Serves until SIGINT, SIGTERM or SIGHUP, which is raised again once what was in flight is answered or refused.
 
     `announce` gets the address when the server listens. Raises what kept the model from being loaded.
     """
@@ -93,6 +96,21 @@ class _Server(uvicorn.Server):
                 (transport.abort if transport.is_closing() else transport.close)()
                 since = now
             self._idle[connection] = (connection.cycle, since)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """SIGHUP, as of a terminal that is closed, ends it as SIGTERM does; uvicorn knows nothing of it."""
+        number = getattr(signal, "SIGHUP", None)  # Windows has none
+        with super().capture_signals():
+            is_main = threading.current_thread() is threading.main_thread()
+            if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:  # as nohup arranges
+                yield
+                return
+            before = signal.signal(number, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(number, before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         dispatcher = self._app.dispatcher

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pikepdf
 import pytest
 from PIL import Image
 
 import granite4v
 from granite4v.runtime.server.bodies import N_BODIES
+from granite4v.runtime.server.endpoints import MAX_VALUES
 from granite4v.runtime.server.options import Limits, ServerOptions
 from tests.helpers.pdfs import pdf_bytes, text_pdf
 from tests.helpers.pictures import text_picture
@@ -25,6 +27,8 @@ from tests.helpers.served import Served, data_url, image, png, served, text
 
 PICTURE = png(text_picture((60, 40)))
 PDF = data_url(pdf_bytes(text_pdf("one", "two", "three")), "application/pdf")
+LOCK = pikepdf.Encryption(owner="boss", user="hush")
+LOCKED = data_url(pdf_bytes(text_pdf("one", "two", "three"), encryption=LOCK), "application/pdf")
 
 
 def pdf(**fields: str) -> dict[str, Any]:
@@ -89,6 +93,31 @@ def test_files_that_are_none_are_called_by_their_places(strict: Served, part: An
     assert reply.status == 400 and message in reply.error["message"], reply.body
 
 
+@pytest.mark.parametrize(
+    ("part", "code", "place", "message"),
+    [
+        ({"file_data": LOCKED}, "invalid_password", "password", "is encrypted; send its password as 'password', "),
+        ({"file_data": LOCKED, "password": "no"}, "invalid_password", "password", "and its 'password' does not open "),
+        (PDF, "invalid_image", "", "is a PDF, not an image; send it as a part of the type 'file'"),
+    ],
+)  # fmt: skip
+def test_advice_is_for_clients(strict: Served, part: Any, code: str, place: str, message: str) -> None:
+    is_image = isinstance(part, str)
+    sent = {"type": "image_url", "image_url": part} if is_image else {"type": "file", "file": part}
+    reply = strict.chat(sent, text("A"))
+    where = "messages[0].content[0]." + ("image_url" if is_image else f"file.{place}")
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, code, where)
+    assert message in reply.error["message"] and "--" not in reply.error["message"]
+
+
+def test_the_password_of_a_document(tiny: Served) -> None:
+    pages = [{"type": "file", "file": {"file_data": LOCKED, "password": "hush", "pages": "1"}}, pdf(pages="1")]
+    answers = [tiny.chat(page, text("A"), max_tokens=4) for page in pages]
+    assert [answer.status for answer in answers] == [200, 200]
+    first, second = (answer.json["choices"][0]["message"]["content"] for answer in answers)
+    assert first == second
+
+
 CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/completions"
 
 
@@ -116,6 +145,8 @@ CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/com
         (RESPONSES, {"input": [{"role": "user"}]}, "input[0].content", "Field required"),
         (COMPLETIONS, {"prompt": {}}, "prompt", "expected a text, or a list of tokens"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt[1]", "Input should be a valid integer"),
+        ("/parse", {"task": "kvp", "text": "x" * 1_000_001}, "text", "at most 1000000 characters"),
+        ("/tokenize", {"content": "x" * 1_000_001}, "content", "at most 1000000 characters"),
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_type(tiny: Served, path: str, fields: dict[str, Any], param: str, expected: str) -> None:
@@ -181,6 +212,42 @@ def test_bodies_that_are_none(strict: Served) -> None:
             connection.request("POST", "/tokenize", parts, headers, encode_chunked=True)
         with contextlib.suppress(ConnectionResetError):
             assert connection.getresponse().status == 413
+
+
+def test_a_body_of_very_many_values(tiny: Served) -> None:
+    """As data, and as errors, they would take a thousand times the memory of the body."""
+    for values in (b"1," * (MAX_VALUES + 1), b"[" * 100 + b"]" * 100 + b",{}" * MAX_VALUES):
+        reply = tiny.post("/v1/chat/completions", b'{"messages": [' + values.strip(b",") + b"]}")
+        assert (reply.status, reply.error["code"]) == (400, "too_many_values"), reply.body[:200]
+    few = b'{"messages": [' + b",".join([b"1"] * 1000) + b"]}"
+    assert "(999 more problems)" in tiny.post("/v1/chat/completions", few).error["message"]
+
+
+def test_the_place_of_a_problem_is_cut(tiny: Served) -> None:
+    reply = tiny.post("/v1/responses", {"input": "A", "metadata": {"k" * 100_000: 1}})
+    assert reply.status == 400 and reply.error["param"] == "metadata." + "k" * 191 and len(reply.body) < 1000
+
+
+def test_names_that_no_reply_can_carry(tiny_model: granite4v.Model) -> None:
+    """Names of directories hold any bytes."""
+    with served(tiny_model, ServerOptions(model_name="caf\udce9\x1b")) as server:
+        for fields in ({}, {"stream": True}):
+            reply = server.chat(text("A"), max_tokens=1, **fields)
+            assert reply.status == 200 and rb"caf\\xe9\\x1b" in reply.body
+        assert server.get("/v1/models").json["data"][0]["id"] == r"caf\xe9\x1b"
+
+
+def test_numbers_that_json_lacks_are_sent_to_nobody(tiny: Served) -> None:
+    """Where a schema comes twice, the second is not looked at, but shown."""
+    form = b'{"type": "json_schema", "schema": {"type": "object"}, "json_schema": {"schema": {"x": NaN}}}'
+    body = b'{"input": "A", "max_output_tokens": 2, "stream": true, "text": {"format": ' + form + b"}}"
+    reply = tiny.post("/v1/responses", body)
+    assert reply.status == 200 and b'"x": null' in reply.body and b"NaN" not in reply.body
+
+
+def test_a_penalty_beyond_what_floats_hold(tiny: Served) -> None:
+    reply = tiny.chat(text("A"), max_tokens=8, repeat_penalty=1e-300, temperature=1.0, ignore_eos=True)
+    assert reply.status == 200 and reply.json["usage"]["completion_tokens"] == 8
 
 
 def test_other_paths_and_methods(strict: Served) -> None:
