@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from granite4v.errors import DocumentError, ImageError
+from granite4v.cli.progress import plural
+from granite4v.errors import ContextOverflowError, DocumentError, ImageError
 
 if TYPE_CHECKING:
     from granite4v.runtime import Model
@@ -26,8 +27,7 @@ def open_images(given: Sequence[str]) -> list[Any]:
         raise typer.BadParameter("'-' means standard input and may be given only once.", param_hint="IMAGE")
     if not given:
         return []
-    from PIL import Image
-
+    from granite4v.clip_projector import Image
     from granite4v.runtime.documents.reader import load_apart
 
     found: list[Any] = [_pages_named(text) for text in given]
@@ -35,22 +35,39 @@ def open_images(given: Sequence[str]) -> list[Any]:
     sources = [_from_stdin() if given[at] == "-" else given[at] for at in alone]
     for at, loaded in zip(alone, load_apart(sources) if sources else [], strict=True):
         _tell(loaded.warnings)
-        found[at] = Image.frombytes("RGB", loaded.size, bytes(loaded.pixels))
+        found[at] = Image.from_pixels(loaded.size, loaded.pixels)
     return found
 
 
 def render_pages(given: Sequence[Any], model: Model, password: str | None) -> list[Any]:
     """What `open_images` found, with pages as large as the model looks at them in place of their names.
 
-    Raises DocumentError for a page that cannot be read, and for a PDF of several without a word about which is meant.
+    Raises DocumentError for a page that cannot be read, and for a PDF of several without a word about which is meant;
+    ContextOverflowError once there are too many, so that a thousand others are not read.
     """
     from granite4v.runtime.chat.pages import FileSpec
 
-    return [
-        picture
-        for one in given
-        for picture in (_rendered(one, model, password) if isinstance(one, FileSpec) else [one])
-    ]
+    pictures: list[Any] = []
+    for one in given:
+        if not isinstance(one, FileSpec):
+            pictures.append(one)
+            continue
+        for picture in _rendered(one, model, password):
+            pictures.append(picture)
+            _check_room(pictures, model)
+    return pictures
+
+
+def _check_room(pictures: Sequence[Any], model: Model) -> None:
+    from granite4v.clip_projector.views import views_of
+
+    config = model.files.vision_config
+    n_tokens = 0 if config is None else sum(view.layout(config).n_tokens for view in views_of(pictures, config))
+    if n_tokens > model.n_ctx:
+        raise ContextOverflowError(
+            f"{n_tokens:,} tokens for {plural(len(pictures), 'picture')} already, but the context size is "
+            f"{model.n_ctx:,}; name fewer pages, or raise it (--ctx-size)."
+        )
 
 
 def _pages_named(text: str) -> FileSpec | None:
@@ -76,6 +93,7 @@ def _is_pdf(path: str) -> bool:
 
 
 def _rendered(spec: FileSpec, model: Model, password: str | None) -> Iterator[Any]:
+    from granite4v.clip_projector.files import shown
     from granite4v.runtime.documents import Page, PageFailure, open_pages
 
     view = model.files.vision_config
@@ -85,9 +103,10 @@ def _rendered(spec: FileSpec, model: Model, password: str | None) -> Iterator[An
                 raise page.error
             assert isinstance(page, Page)
             if spec.pages is None and page.n_pages > 1:
+                name = shown(spec.path.name)
                 raise DocumentError(
-                    f"'{spec.path}' has {page.n_pages:,} pages; name those that are meant, such as "
-                    f"'{spec.path.name}#1' or '{spec.path.name}#2-3'."
+                    f"'{shown(str(spec.path))}' has {page.n_pages:,} pages; name those that are meant, such as "
+                    f"'{name}#1' or '{name}#2-3'."
                 )
             _tell(page.warnings)
             yield page.image
@@ -101,10 +120,14 @@ def _tell(warnings: Sequence[str]) -> None:
 def _from_stdin() -> bytes:
     if sys.stdin.isatty():
         raise ImageError("'-' reads an image from standard input, but that is a terminal; pipe an image into it.")
+    from granite4v.clip_projector.files import MAX_FILE_BYTES
+
     try:
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ImageError(f"standard input cannot be read: {error.strerror or error}.") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"standard input holds more than {MAX_FILE_BYTES:,} bytes; save it again as PNG or JPEG.")
     if not data:
         raise ImageError("'-' reads an image from standard input, but that is empty or closed; pipe an image into it.")
     return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,18 @@ def test_pages_that_are_not_there(folder: Path, pdf: Path, given: str, message: 
     assert message in result.stderr.replace("\n", " ") and "Traceback" not in result.stderr
 
 
+def test_no_more_pages_are_read_than_there_is_room_for(folder: Path, pdf: Path) -> None:
+    result = run("ask", f"{pdf}#1-3", "Hm?", "--model", folder, "--ctx-size", 64)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.search(r"granite4v: \d+ tokens for 1 picture already, but the context size is 64; name", result.stderr)
+
+
+def test_more_than_an_image_on_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("granite4v.clip_projector.files.MAX_FILE_BYTES", 1000)
+    result = run("ask", "-", "Hm?", stdin=bytes(1001))
+    assert result.exit_code == 1 and "standard input holds more than 1,000 bytes" in result.stderr
+
+
 def test_a_page_of_an_encrypted_pdf(folder: Path, pdf: Path, tmp_path: Path) -> None:
     with pikepdf.open(pdf) as opened:
         opened.save(tmp_path / "locked.pdf", encryption=pikepdf.Encryption(owner="o", user="secret"))
@@ -170,6 +183,7 @@ def test_the_vision_file_by_option(folder: Path, page: Path, tmp_path: Path, ans
         (["{page}", "x", "--max-tokens", "9" * 30], 1, "for the answer), but the context size is"),
         (["{page}", "x", "--ctx-size", "-5"], 2, "--ctx"),
         (["{page}", "x", "--threads", "0"], 2, "--threads"),
+        (["{page}", "x", "--password", "caf\udce9"], 2, "it holds bytes that are not UTF-8"),
         (["{page}", "x", "--threads", "-1"], 2, "--threads"),
         (["{page}", "x", "--threads", "1000000000"], 2, "--threads"),
         (["{page}", "caf\udce9"], 1, "the prompt holds '\\udce9', which is not valid Unicode"),

@@ -79,6 +79,8 @@ def test_options_reach_the_model(folder: Path) -> None:
         (["{page}", "--ctx-size", "64"], "x", 1, "no room for 1 page of 'page.png'"),
         (["--lora"], "x", 1, "no separate LoRA to apply"),
         (["--max-tokens", "0"], "x", 2, "--max-tokens"),
+        (["--password", "caf\udce9"], "x", 2, "it holds bytes that are not UTF-8"),
+        ([], "/save nul\0.json", 1, "nothing to save yet"),
         (["--temperature", "nan"], "x", 2, "nan is not a finite number"),
     ],
 )
