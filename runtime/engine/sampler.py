@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LARGEST = float(np.finfo(np.float32).max)  # infinities differ by no number, so none could be drawn among them
+# Infinities differ by no number, so none could be drawn among them.
+_LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class Sampler:
             logits = logits.copy()
             seen = np.unique(np.asarray(history[-s.repeat_last_n :]))
             scores = logits[seen]
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                penalized = np.where(scores > 0, scores / s.repeat_penalty, scores * s.repeat_penalty)
+            penalty = min(max(s.repeat_penalty, _LEAST), _LARGEST)
+            with np.errstate(over="ignore"):
+                penalized = np.where(scores > 0, scores / penalty, scores * penalty)
             logits[seen] = np.where(np.isfinite(scores), np.clip(penalized, -_LARGEST, _LARGEST), scores)
         if s.temperature == 0.0:
             return int(logits.argmax())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
-from granite4v.errors import ModelFileError, PromptError
+from granite4v.errors import ContextOverflowError, ModelFileError, PromptError
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.prompt.messages import Prompt as PromptLike
 from granite4v.runtime.prompt.messages import VideoOf, normalize
@@ -89,6 +89,11 @@ class PromptBuilder:
         with self._lock:
             conversation = normalize(prompt, images, self._placeholder_text)
             _check_unicode(conversation.messages)
+            if len(conversation.messages) > self._n_ctx:  # a template takes seconds for thousands
+                raise ContextOverflowError(
+                    f"the prompt has {len(conversation.messages):,} messages, each of a token or more, but the context "
+                    f"size is {self._n_ctx:,}; raise it (--ctx-size, n_ctx), or leave messages out."
+                )
             if conversation.images:
                 self._files.need_vision()
             views = self._views(conversation.images)

@@ -121,6 +121,15 @@ def test_a_text_that_must_overflow_is_refused_before_it_is_split(
         model.generate(letter * (20_000_000 // len(letter)) + "!" * 100)
 
 
+def test_messages_that_must_overflow_are_refused_before_they_are_rendered(
+    model: granite4v.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.prompts.template(), "render", lambda *_, **__: pytest.fail("they were rendered"))
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")] * model.n_ctx
+    with pytest.raises(ContextOverflowError, match=rf"has {2 * model.n_ctx:,} messages, each of a token or more"):
+        model.generate(turns)
+
+
 def test_overflow_is_refused_before_any_work(make_model: Callable[..., Path]) -> None:
     with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", n_ctx=100) as small:
         with pytest.raises(ContextOverflowError, match="the context size is 100"):
