@@ -9,7 +9,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.base import TilingConfig, TowerConfig
+from granite4v.families.base import CanvasConfig, TilingConfig, TowerConfig
 from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_PINPOINTS, MAX_PIXELS, Fields, is_integer, is_number, shown
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
@@ -66,6 +66,26 @@ def pixel_scaling(preprocessor: Fields, mean: Triple, std: Triple, resample: str
         "image_std": _channels(preprocessor, "image_std", std, positive=True) if normalize else (1.0, 1.0, 1.0),
         "rescale_factor": preprocessor.number("rescale_factor", 0, 1, 1 / 255, positive=True) if rescale else 1.0,
         "resample": _resample(preprocessor, resample),
+    }
+
+
+def scaling_from_gguf(metadata: GgufMetadata, resample: str = "bicubic") -> dict[str, Any]:
+    """The same from a vision file. `resample`: of files that do not say. Raises ModelFileError."""
+    return {
+        "image_mean": tuple(short(value) for value in metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL)),
+        "image_std": tuple(short(value) for value in metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL)),
+        "rescale_factor": metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
+        "resample": metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index(resample)),
+    }
+
+
+def scaling_metadata(tiling: TilingConfig | CanvasConfig) -> dict[str, Any]:
+    """What `scaling_from_gguf` reads back."""
+    return {
+        keys.IMAGE_MEAN: list(tiling.image_mean),
+        keys.IMAGE_STD: list(tiling.image_std),
+        keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would move pixels by a last bit
+        keys.RESAMPLE: tiling.resample,
     }
 
 
@@ -149,10 +169,7 @@ def tiling_from_gguf(metadata: GgufMetadata, tower: TowerConfig, *, height_first
     return TilingConfig(
         tile_px=tile_px,
         image_grid_pinpoints=tuple(pairs if height_first else [(h, w) for w, h in pairs]),
-        image_mean=tuple(short(value) for value in metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL)),
-        image_std=tuple(short(value) for value in metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL)),
-        rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
-        resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bicubic")),
+        **scaling_from_gguf(metadata),
         max_tiles_of_tokens=_optional(metadata, keys.MAX_TILES_OF_TOKENS, MAX_TILES),
         square_if_several=metadata.flag(keys.SQUARE_IF_SEVERAL, False),
         video_pooling=_optional(metadata, keys.VIDEO_POOLING, tower.grid_side),
@@ -172,10 +189,7 @@ def tiling_metadata(tiling: TilingConfig) -> dict[str, Any]:
     }
     return {
         keys.PREPROC_IMAGE_SIZE: tiling.tile_px,
-        keys.IMAGE_MEAN: list(tiling.image_mean),
-        keys.IMAGE_STD: list(tiling.image_std),
-        keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would move pixels by a last bit
-        keys.RESAMPLE: tiling.resample,
+        **scaling_metadata(tiling),
         keys.IMAGE_GRID_PINPOINTS: [px for h, w in tiling.image_grid_pinpoints for px in (w, h)],
         **{key: value for key, value in optional.items() if value is not None},
     }

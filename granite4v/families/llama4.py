@@ -13,7 +13,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.anyres import FILTERS, MAX_CHANNEL, MAX_TILES, MIN_STD, pixel_scaling
+from granite4v.families.anyres import FILTERS, MAX_TILES, pixel_scaling, scaling_from_gguf, scaling_metadata
 from granite4v.families.base import (
     CanvasConfig,
     ImageFrame,
@@ -27,7 +27,7 @@ from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_FACTOR, MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json
 from granite4v.families.rope import MIN_THETA
 from granite4v.families.text import text_section
-from granite4v.families.towers import N_CHANNELS
+from granite4v.families.towers import check_channels, sizes_from_gguf, sizes_metadata
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 HALVES = (0.5, 0.5, 0.5)
@@ -65,12 +65,7 @@ class Llama4:
     def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError."""
         tower = TowerConfig(
-            hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
-            intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
-            num_hidden_layers=metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS),
-            num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
-            image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
-            patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
+            **sizes_from_gguf(metadata),
             rope_theta=short(metadata.number(keys.VISION_ROPE_FREQ_BASE, MIN_THETA, MAX_FACTOR)),
             **_FIXED,
         )
@@ -84,10 +79,7 @@ class Llama4:
         canvas = CanvasConfig(
             tile_px=tower.image_size,
             supported_aspect_ratios=canvases(metadata.integer(keys.MAX_TILES, 1, MAX_TILES)),
-            image_mean=tuple(map(short, metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL))),
-            image_std=tuple(map(short, metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL))),
-            rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
-            resample=metadata.integer(keys.RESAMPLE, BILINEAR, BILINEAR),
+            **{**scaling_from_gguf(metadata), "resample": metadata.integer(keys.RESAMPLE, BILINEAR, BILINEAR)},
             overview=True,
             low_precision=True,
         )
@@ -103,20 +95,10 @@ class Llama4:
         assert isinstance(canvas, CanvasConfig) and isinstance(projector, PixelShuffleMlpConfig)
         return {
             keys.PROJECTOR_TYPE: self.projector_type,
-            keys.HAS_VISION_ENCODER: True,
-            keys.IMAGE_SIZE: tower.image_size,
-            keys.PATCH_SIZE: tower.patch_size,
-            keys.VISION_EMBEDDING_LENGTH: tower.hidden_size,
-            keys.VISION_FEED_FORWARD_LENGTH: tower.intermediate_size,
-            keys.VISION_BLOCK_COUNT: tower.num_hidden_layers,
-            keys.VISION_HEAD_COUNT: tower.num_attention_heads,
-            keys.VISION_LAYER_NORM_EPS: tower.layer_norm_eps,
+            **sizes_metadata(tower),
             keys.VISION_ROPE_FREQ_BASE: tower.rope_theta,
             keys.MAX_TILES: max(h * w for h, w in canvas.supported_aspect_ratios),
-            keys.IMAGE_MEAN: list(canvas.image_mean),
-            keys.IMAGE_STD: list(canvas.image_std),
-            keys.RESCALE_FACTOR: repr(canvas.rescale_factor),  # as text: float32 would move pixels by a last bit
-            keys.RESAMPLE: canvas.resample,
+            **scaling_metadata(canvas),
             keys.PROJECTOR_SCALE_FACTOR: projector.block_side,
             keys.PROJECTOR_WIDTH: projector.width,
             keys.VISION_PROJECTION_DIM: config.text_hidden_size,
@@ -175,8 +157,7 @@ def _vision_config(
 
 def _tower(vision: Fields) -> TowerConfig:
     """The tower of a vision_config, transformers' defaults filled in; raises CheckpointError."""
-    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
-        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
+    check_channels(vision)
     rope = vision.section("rope_parameters", {})
     if rope.get("rope_type", "default") != "default":
         raise rope.error("rope_type", "'default', which the tower computes")

@@ -16,7 +16,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.anyres import FILTERS, MAX_CHANNEL, MAX_TILES, MIN_STD, pixel_scaling
+from granite4v.families.anyres import MAX_TILES, pixel_scaling, scaling_from_gguf, scaling_metadata
 from granite4v.families.base import (
     ACTIVATIONS,
     CanvasConfig,
@@ -30,13 +30,13 @@ from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields, Json
 from granite4v.families.text import cross_attention_layers, text_section
 from granite4v.families.text_config import n_text_layers
+from granite4v.families.towers import check_channels, sizes_from_gguf, sizes_metadata
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 RULE = "original"
 HALVES = (0.5, 0.5, 0.5)
 NORM_EPS = 1e-5
 INTERMEDIATE_LAYERS = (3, 7, 15, 23, 30)
-N_CHANNELS = 3
 
 
 class Mllama:
@@ -79,10 +79,7 @@ class Mllama:
             tiling=CanvasConfig(
                 tile_px=tower.image_size,
                 supported_aspect_ratios=tower.supported_aspect_ratios,
-                image_mean=tuple(map(short, metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL))),
-                image_std=tuple(map(short, metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL))),
-                rescale_factor=metadata.number(keys.RESCALE_FACTOR, 1e-12, 1, 1 / 255),
-                resample=metadata.integer(keys.RESAMPLE, 0, len(FILTERS) - 1, FILTERS.index("bilinear")),
+                **scaling_from_gguf(metadata, "bilinear"),
             ),
             projector=LinearConfig(),
             streams=(),
@@ -109,23 +106,13 @@ class Mllama:
         assert isinstance(tower, TiledTowerConfig) and isinstance(canvas, CanvasConfig) and cross is not None
         return {
             keys.PROJECTOR_TYPE: self.projector_type,
-            keys.HAS_VISION_ENCODER: True,
-            keys.IMAGE_SIZE: tower.image_size,
-            keys.PATCH_SIZE: tower.patch_size,
-            keys.VISION_EMBEDDING_LENGTH: tower.hidden_size,
-            keys.VISION_FEED_FORWARD_LENGTH: tower.intermediate_size,
-            keys.VISION_BLOCK_COUNT: tower.num_hidden_layers,
+            **sizes_metadata(tower),
             keys.GLOBAL_BLOCK_COUNT: tower.num_global_layers,
-            keys.VISION_HEAD_COUNT: tower.num_attention_heads,
-            keys.VISION_LAYER_NORM_EPS: tower.layer_norm_eps,
             keys.HIDDEN_ACT: tower.hidden_act,
             keys.MAX_TILES: tower.max_num_tiles,
             keys.ASPECT_RATIOS: [side for ratio in tower.supported_aspect_ratios for side in ratio],
             keys.INTERMEDIATE_STATES: list(tower.intermediate_states),
-            keys.IMAGE_MEAN: list(canvas.image_mean),
-            keys.IMAGE_STD: list(canvas.image_std),
-            keys.RESCALE_FACTOR: repr(canvas.rescale_factor),  # as text: float32 would move pixels by a last bit
-            keys.RESAMPLE: canvas.resample,
+            **scaling_metadata(canvas),
             keys.VISION_PROJECTION_DIM: config.text_hidden_size,
             keys.CROSS_LAYERS: list(cross.layers),
             keys.CROSS_FEED_FORWARD_LENGTH: cross.intermediate_size,
@@ -150,8 +137,7 @@ class Mllama:
 
 def _tower(vision: Fields) -> TiledTowerConfig:
     """The tower of a vision_config, transformers' defaults filled in; raises CheckpointError."""
-    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
-        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
+    check_channels(vision)
     eps = vision.number("norm_eps", 0, 1, NORM_EPS)
     if eps != NORM_EPS:
         raise vision.error("norm_eps", f"{NORM_EPS:g}, which the norms before and after the layers have")
@@ -226,21 +212,18 @@ def _canvas(preprocessor: Fields, tower: TiledTowerConfig) -> CanvasConfig:
 
 def _tower_from_gguf(metadata: GgufMetadata) -> TiledTowerConfig:
     most = metadata.integer(keys.MAX_TILES, 1, MAX_TILES)
-    n_layers = metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS)
+    sizes = sizes_from_gguf(metadata)
     flat = metadata.integers(keys.ASPECT_RATIOS, 1, most, max_length=2 * MAX_TILES**2)
     tower = TiledTowerConfig(
-        hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
-        intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
-        num_hidden_layers=n_layers,
+        **sizes,
         num_global_layers=metadata.integer(keys.GLOBAL_BLOCK_COUNT, 0, MAX_LAYERS),
-        num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
-        image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
-        patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
         hidden_act=metadata.text(keys.HIDDEN_ACT, "gelu", ACTIVATIONS),
         layer_norm_eps=short(metadata.number(keys.VISION_LAYER_NORM_EPS, 0, 1)),
         max_num_tiles=most,
         supported_aspect_ratios=tuple(zip(flat[::2], flat[1::2], strict=False)),
-        intermediate_states=tuple(metadata.integers(keys.INTERMEDIATE_STATES, 0, n_layers, max_length=MAX_LAYERS)),
+        intermediate_states=tuple(
+            metadata.integers(keys.INTERMEDIATE_STATES, 0, sizes["num_hidden_layers"], max_length=MAX_LAYERS)
+        ),
     )
     problem = _problem(tower) or ("aspect ratios that are no pairs" if len(flat) % 2 else "")
     if problem:

@@ -11,7 +11,7 @@ from typing import Any
 
 from granite4v import gguf_keys as keys
 from granite4v.errors import CheckpointError, ModelFileError
-from granite4v.families.base import ACTIVATIONS, TowerConfig
+from granite4v.families.base import ACTIVATIONS, TiledTowerConfig, TowerConfig
 from granite4v.families.fields import short
 from granite4v.families.hf_fields import MAX_HEADS, MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, Fields
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
@@ -82,8 +82,7 @@ def tower_from_hf(vision: Fields, kind: TowerKind) -> TowerConfig:
     def size(key: str, high: int) -> int:
         return vision.integer(key, 1, high, default[key])
 
-    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
-        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
+    check_channels(vision)
     tower = TowerConfig(
         hidden_size=size("hidden_size", MAX_WIDTH),
         intermediate_size=size("intermediate_size", MAX_WIDTH),
@@ -101,6 +100,12 @@ def tower_from_hf(vision: Fields, kind: TowerKind) -> TowerConfig:
     if problem:
         raise CheckpointError(f"vision_config has {problem}.")
     return tower
+
+
+def check_channels(vision: Fields) -> None:
+    """Raises CheckpointError unless a vision_config takes RGB images."""
+    if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
+        raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
 
 
 def check_strategy(config: Fields, tower: TowerConfig) -> None:
@@ -125,12 +130,7 @@ def check_strategy(config: Fields, tower: TowerConfig) -> None:
 def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
     """The tower of a vision file; `hidden_act`: for files without our key. Raises ModelFileError."""
     tower = TowerConfig(
-        hidden_size=metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
-        intermediate_size=metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
-        num_hidden_layers=metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS),
-        num_attention_heads=metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
-        image_size=metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
-        patch_size=metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
+        **sizes_from_gguf(metadata),
         hidden_act=metadata.text(keys.HIDDEN_ACT, hidden_act, ACTIVATIONS),
         layer_norm_eps=short(metadata.number(keys.VISION_LAYER_NORM_EPS, 0, 1)),
         class_token=kind.class_token,
@@ -143,11 +143,22 @@ def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) ->
     return tower
 
 
-def tower_metadata(tower: TowerConfig) -> dict[str, Any]:
-    """What `tower_from_gguf` reads back."""
+def sizes_from_gguf(metadata: GgufMetadata) -> dict[str, Any]:
+    """The fields that every tower's configuration has, from a vision file; raises ModelFileError."""
+    return {
+        "hidden_size": metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
+        "intermediate_size": metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
+        "num_hidden_layers": metadata.integer(keys.VISION_BLOCK_COUNT, 1, MAX_LAYERS),
+        "num_attention_heads": metadata.integer(keys.VISION_HEAD_COUNT, 1, MAX_HEADS),
+        "image_size": metadata.integer(keys.IMAGE_SIZE, 1, MAX_PIXELS),
+        "patch_size": metadata.integer(keys.PATCH_SIZE, 1, MAX_PIXELS),
+    }
+
+
+def sizes_metadata(tower: TowerConfig | TiledTowerConfig) -> dict[str, Any]:
+    """What `sizes_from_gguf` reads back, and what llama.cpp reads of every tower."""
     return {
         keys.HAS_VISION_ENCODER: True,
-        keys.USE_GELU: tower.hidden_act != "quick_gelu",  # libmtmd's other choice
         keys.IMAGE_SIZE: tower.image_size,
         keys.PATCH_SIZE: tower.patch_size,
         keys.VISION_EMBEDDING_LENGTH: tower.hidden_size,
@@ -155,6 +166,14 @@ def tower_metadata(tower: TowerConfig) -> dict[str, Any]:
         keys.VISION_BLOCK_COUNT: tower.num_hidden_layers,
         keys.VISION_HEAD_COUNT: tower.num_attention_heads,
         keys.VISION_LAYER_NORM_EPS: tower.layer_norm_eps,
+    }
+
+
+def tower_metadata(tower: TowerConfig) -> dict[str, Any]:
+    """What `tower_from_gguf` reads back."""
+    return {
+        **sizes_metadata(tower),
+        keys.USE_GELU: tower.hidden_act != "quick_gelu",  # libmtmd's other choice
         keys.HIDDEN_ACT: tower.hidden_act,
     }
 
