@@ -10,14 +10,13 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tests.toy.llama3 import SCALED, Drawn, Json, feed_forward, layer_norm, linear, matrix, template
 
 if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
     from tests.toy.spec import CheckpointSpec
-
-Json = dict[str, Any]
-Drawn = tuple[str, tuple[int, ...], float, str]  # name, shape, deviation, how it is drawn
 
 # What a published vocabulary has in place of the toy's.
 RENAMED = {
@@ -35,27 +34,7 @@ SPLIT_PATTERN = (
     "" + LETTERS + r"+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>\\n\\n' }}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<|image|>' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|end_of_text|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_of_role|>assistant<|end_of_role|>\\n\\n' }}{%- endif -%}
-"""
-SCALED = (
-    ("rope_type", "llama3"),
-    ("factor", 8.0),
-    ("low_freq_factor", 1.0),
-    ("high_freq_factor", 4.0),
-    ("original_max_position_embeddings", 64),
-)
+TEMPLATE = template(r"\n\n")
 STEP = tuple((key, 1.0 if "freq" in key else value) for key, value in SCALED)  # as the published one has it
 SIZES: Json = {
     "text_type": "llama4_text",
@@ -188,16 +167,7 @@ def llama4_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
     """Every tensor under its name in files."""
     yield from _text(spec, n_vocab)
     yield from _tower(spec)
-    yield _matrix("multi_modal_projector.linear_1.weight", spec.text_hidden, spec.projector_width)
-
-
-def _matrix(name: str, n_out: int, n_in: int) -> Drawn:
-    return name, (n_out, n_in), 1.2 / math.sqrt(n_in), "normal"
-
-
-def _linear(name: str, n_out: int, n_in: int) -> Iterator[Drawn]:
-    yield _matrix(f"{name}.weight", n_out, n_in)
-    yield f"{name}.bias", (n_out,), 0.3, "normal"
+    yield matrix("multi_modal_projector.linear_1.weight", spec.text_hidden, spec.projector_width)
 
 
 def _text(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
@@ -208,41 +178,33 @@ def _text(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
         layer = f"{text}layers.{i}."
         yield f"{layer}input_layernorm.weight", (width,), 0.0, "norm"
         for part, n_out in (("q", width), ("k", kv), ("v", kv), ("o", width)):
-            yield _matrix(f"{layer}self_attn.{part}_proj.weight", n_out, width)
+            yield matrix(f"{layer}self_attn.{part}_proj.weight", n_out, width)
         yield f"{layer}post_attention_layernorm.weight", (width,), 0.0, "norm"
         if (i + 1) % spec.moe_step:
-            yield from _mlp(f"{layer}feed_forward.", spec.dense_ffn, width)
+            yield from feed_forward(f"{layer}feed_forward.", spec.dense_ffn, width)
             continue
-        yield _matrix(f"{layer}feed_forward.router.weight", n, width)
+        yield matrix(f"{layer}feed_forward.router.weight", n, width)
         for part, n_in, n_out in (("gate_up_proj", width, 2 * ffn), ("down_proj", ffn, width)):
             yield f"{layer}feed_forward.experts.{part}", (n, n_in, n_out), 1.2 / math.sqrt(n_in), "normal"
-        yield from _mlp(f"{layer}feed_forward.shared_expert.", ffn, width)
+        yield from feed_forward(f"{layer}feed_forward.shared_expert.", ffn, width)
     yield f"{text}norm.weight", (width,), 0.0, "norm"
     yield "language_model.lm_head.weight", (n_vocab, width), spec.embedding_std, "normal"
 
 
-def _mlp(prefix: str, ffn: int, width: int) -> Iterator[Drawn]:
-    for part in ("gate", "up"):
-        yield _matrix(f"{prefix}{part}_proj.weight", ffn, width)
-    yield _matrix(f"{prefix}down_proj.weight", width, ffn)
-
-
 def _tower(spec: CheckpointSpec) -> Iterator[Drawn]:
     width, ffn, px, tower = spec.vision_hidden, spec.vision_ffn, spec.patch_px, "vision_model."
-    yield _matrix(f"{tower}patch_embedding.linear.weight", width, 3 * px * px)
+    yield matrix(f"{tower}patch_embedding.linear.weight", width, 3 * px * px)
     yield f"{tower}class_embedding", (width,), 1.0, "normal"
     yield f"{tower}positional_embedding_vlm", ((spec.tile_px // px) ** 2 + 1, width), 0.7, "normal"
     for which in ("pre", "post"):
-        yield f"{tower}layernorm_{which}.weight", (width,), 0.0, "norm"
-        yield f"{tower}layernorm_{which}.bias", (width,), 0.3, "normal"
+        yield from layer_norm(f"{tower}layernorm_{which}", width)
     for i in range(spec.vision_layers):
         layer = f"{tower}model.layers.{i}."
         for part in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{layer}{part}.weight", (width,), 0.0, "norm"
-            yield f"{layer}{part}.bias", (width,), 0.3, "normal"
+            yield from layer_norm(f"{layer}{part}", width)
         for part in ("q", "k", "v", "o"):
-            yield from _linear(f"{layer}self_attn.{part}_proj", width, width)
-        yield from _linear(f"{layer}mlp.fc1", ffn, width)
-        yield from _linear(f"{layer}mlp.fc2", width, ffn)
-    yield _matrix(f"{tower}vision_adapter.mlp.fc1.weight", spec.projector_width, 4 * width)
-    yield _matrix(f"{tower}vision_adapter.mlp.fc2.weight", spec.projector_width, spec.projector_width)
+            yield from linear(f"{layer}self_attn.{part}_proj", width, width)
+        yield from linear(f"{layer}mlp.fc1", ffn, width)
+        yield from linear(f"{layer}mlp.fc2", width, ffn)
+    yield matrix(f"{tower}vision_adapter.mlp.fc1.weight", spec.projector_width, 4 * width)
+    yield matrix(f"{tower}vision_adapter.mlp.fc2.weight", spec.projector_width, spec.projector_width)

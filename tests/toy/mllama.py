@@ -10,40 +10,19 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tests.toy.llama3 import SCALED, Drawn, Json, feed_forward, layer_norm, linear, matrix, template
 
 if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
     from tests.toy.spec import CheckpointSpec
 
-Json = dict[str, Any]
-Drawn = tuple[str, tuple[int, ...], float, str]  # name, shape, deviation, how it is drawn
-
 IMAGE = "<|image|>"
 MORE_ROWS = 8  # of the embedding, beyond the vocabulary
 MAX_TILES = 4
 RATIOS = [[h, w] for h in range(1, 5) for w in range(1, 5) if h * w <= MAX_TILES]
-TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' }}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<|image|>' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|end_of_text|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif -%}
-"""
-SCALED = (
-    ("rope_type", "llama3"),
-    ("factor", 8.0),
-    ("low_freq_factor", 1.0),
-    ("high_freq_factor", 4.0),
-    ("original_max_position_embeddings", 64),
-)
+TEMPLATE = template("")
 SIZES: Json = {
     "text_type": "mllama_text_model",
     "text_ffn": 96,
@@ -168,12 +147,8 @@ def mllama_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
     yield from _text(spec, n_vocab)
     yield from _tower(spec)
     n_in = spec.vision_hidden * (1 + len(spec.intermediate_layers))
-    yield _matrix("model.multi_modal_projector.weight", spec.text_hidden, n_in)
+    yield matrix("model.multi_modal_projector.weight", spec.text_hidden, n_in)
     yield "model.multi_modal_projector.bias", (spec.text_hidden,), 0.3, "normal"
-
-
-def _matrix(name: str, n_out: int, n_in: int) -> Drawn:
-    return name, (n_out, n_in), 1.2 / math.sqrt(n_in), "normal"
 
 
 def _text(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
@@ -186,16 +161,14 @@ def _text(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
         kind = "cross_attn" if cross else "self_attn"
         yield f"{layer}input_layernorm.weight", (width,), 0.0, "norm"
         for part, n_out in (("q", width), ("k", kv), ("v", kv), ("o", width)):
-            yield _matrix(f"{layer}{kind}.{part}_proj.weight", n_out, width)
+            yield matrix(f"{layer}{kind}.{part}_proj.weight", n_out, width)
         if cross:
             for part in ("q", "k"):
                 yield f"{layer}cross_attn.{part}_norm.weight", (spec.head_dim,), 0.0, "norm"
             for part in ("attn", "mlp"):
                 yield f"{layer}cross_attn_{part}_gate", (1,), 0.0, "gate"
         yield f"{layer}post_attention_layernorm.weight", (width,), 0.0, "norm"
-        for part in ("gate", "up"):
-            yield _matrix(f"{layer}mlp.{part}_proj.weight", ffn, width)
-        yield _matrix(f"{layer}mlp.down_proj.weight", width, ffn)
+        yield from feed_forward(f"{layer}mlp.", ffn, width)
     yield f"{text}norm.weight", (width,), 0.0, "norm"
     yield "lm_head.weight", (n_vocab, width), spec.embedding_std, "normal"
 
@@ -213,19 +186,16 @@ def _tower(spec: CheckpointSpec) -> Iterator[Drawn]:
         yield f"{tower}{which}_tile_positional_embedding.gate", (1,), 0.0, "gate"
         shape = (n_ids, MAX_TILES * width)
         yield f"{tower}{which}_tile_positional_embedding.embedding.weight", shape, 0.7, "normal"
-        yield f"{tower}layernorm_{which}.weight", (width,), 0.0, "norm"
-        yield f"{tower}layernorm_{which}.bias", (width,), 0.3, "normal"
+        yield from layer_norm(f"{tower}layernorm_{which}", width)
     for room, n_layers in (("transformer", spec.vision_layers), ("global_transformer", spec.global_layers)):
         for i in range(n_layers):
             layer = f"{tower}{room}.layers.{i}."
             for part in ("input_layernorm", "post_attention_layernorm"):
-                yield f"{layer}{part}.weight", (width,), 0.0, "norm"
-                yield f"{layer}{part}.bias", (width,), 0.3, "normal"
+                yield from layer_norm(f"{layer}{part}", width)
             for part in ("q", "k", "v", "o"):
-                yield _matrix(f"{layer}self_attn.{part}_proj.weight", width, width)
-            for part, n_out, n_in in (("fc1", ffn, width), ("fc2", width, ffn)):
-                yield _matrix(f"{layer}mlp.{part}.weight", n_out, n_in)
-                yield f"{layer}mlp.{part}.bias", (n_out,), 0.3, "normal"
+                yield matrix(f"{layer}self_attn.{part}_proj.weight", width, width)
+            yield from linear(f"{layer}mlp.fc1", ffn, width)
+            yield from linear(f"{layer}mlp.fc2", width, ffn)
             if room == "global_transformer":
                 yield f"{layer}gate_attn", (1,), 0.0, "gate"
                 yield f"{layer}gate_ffn", (1,), 0.0, "gate"
