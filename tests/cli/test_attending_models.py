@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from granite4v.cli.main import app
-from granite4v.runtime.model import Model
-from tests.helpers.pictures import noise_picture
-from tests.helpers.served import events, image, served, text
+from tests.helpers.commands import check_ask_and_chat, check_extract, check_serve, run, write_pages
 from tests.toy.checkpoint import PRESETS
 
 SPEC = PRESETS["tiny-mllama-wide"]
@@ -28,65 +22,20 @@ def folder(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> P
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    paths = [tmp_path_factory.mktemp("pictures") / f"{name}.png" for name in "ab"]
-    for path, size in zip(paths, [(110, 100), (160, 40)], strict=True):
-        noise_picture(size).save(path)
-    return paths
-
-
-def run(*arguments: Any, status: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.stderr
-    return result
+    return write_pages(tmp_path_factory.mktemp("pictures"), (110, 100), (160, 40))
 
 
 def test_ask_and_chat(folder: Path, pages: list[Path]) -> None:
-    with Model.load(folder) as model:
-        expected = model.generate("What is this?", pages, max_tokens=8)
-    asked = run("ask", *pages, "What is this?", "--model", folder, "--max-tokens", 8)
-    assert asked.stdout == expected.text + "\n"
-    assert "(2 of images)" in asked.stderr
-    chat = CliRunner().invoke(
-        app, ["chat", *map(str, pages), "--model", str(folder), "--max-tokens", "8"], input="What is this?"
-    )
-    assert chat.stdout == expected.text + "\n"
+    assert "(2 of images)" in check_ask_and_chat(folder, pages)
 
 
 def test_extract_by_a_prompt_and_not_by_a_task_of_another_template(folder: Path, pages: list[Path]) -> None:
-    with Model.load(folder) as model:
-        expected = {page.name: model.generate("What?", [page], max_tokens=4).text for page in pages}
-    done = run("extract", *pages, "--model", folder, "--prompt", "What?", "--max-tokens", 4, "--json", status=1)
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {Path(record["source"]).name: record["text"] for record in records} == expected
-    assert {record["finish_reason"] for record in records} == {"length"}  # which is why the status is 1
-    refused = run("extract", pages[0], "--model", folder, "--task", "tables_html", status=1)
-    assert "does not know the task 'tables_html'" in refused.stderr and not refused.stdout
+    check_extract(folder, pages)
 
 
 def test_serve(folder: Path, pages: list[Path]) -> None:
     """Requests at once are answered one after the other, each as it is alone."""
-    pictures = [image(page.read_bytes()) for page in pages]
-    asked = {
-        "first": ([pictures[0]], [pages[0]]),
-        "second": ([pictures[1]], [pages[1]]),
-        "none": ([], []),
-        "both": (pictures, pages),
-    }
-    with Model.load(folder) as model:
-        expected = {name: model.generate("What?", paths, max_tokens=8).text for name, (_, paths) in asked.items()}
-    with Model.load(folder) as model, served(model) as server, ThreadPoolExecutor(8) as pool:
-        futures = [
-            (name, pool.submit(server.chat, *parts, text("What?"), max_tokens=8))
-            for _ in range(2)
-            for name, (parts, _) in asked.items()
-        ]
-        found = [(name, future.result().json["choices"][0]["message"]["content"]) for name, future in futures]
-        assert found == [(name, expected[name]) for name, _ in found]
-        streamed = events(server.chat(*pictures, text("What?"), max_tokens=8, stream=True).body)
-        pieces = [choice["delta"].get("content") or "" for event in streamed[:-1] for choice in event["choices"]]
-        assert "".join(pieces) == expected["both"]
-        refused = server.chat(text("What is <|image|> this?"))
-        assert refused.status == 400 and "placeholder" in refused.error["message"]
+    check_serve(folder, pages, n_at_once=8)
 
 
 def test_bench_and_inspect(folder: Path, pages: list[Path]) -> None:

@@ -1,21 +1,20 @@
-"""The commands with a model whose images are several runs of tokens, in quantized files."""
+"""The commands with a model whose images have tokens between their tiles, in quantized files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from granite4v.cli.main import app
-from granite4v.runtime.model import Model
-from tests.helpers.pictures import noise_picture
+from tests.helpers.commands import check_ask_and_chat, check_extract, check_serve, run, write_pages
 from tests.toy.checkpoint import PRESETS
 
-SPEC = PRESETS["tiny-llama4-wide"]
+# A token goes to all the experts: where it goes to one, quantizing sends it to another now and then, which no bound on
+# the damage could tell from a mistake. `test_llama4_text.py` has quantized files that choose.
+SPEC = replace(PRESETS["tiny-llama4-wide"], experts_used=PRESETS["tiny-llama4-wide"].experts)
 TYPES = [("Q8_0", "Q8_0"), ("Q4_K_M", "Q8_0"), ("Q4_0", "Q4_0")]
 
 
@@ -27,39 +26,19 @@ def folder(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> P
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of seven tiles and of one."""
-    paths = [tmp_path_factory.mktemp("pictures") / f"{name}.png" for name in "ab"]
-    for path, size in zip(paths, [(100, 150), (50, 40)], strict=True):
-        noise_picture(size).save(path)
-    return paths
-
-
-def run(*arguments: Any, status: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.stderr
-    return result
+    return write_pages(tmp_path_factory.mktemp("pictures"), (100, 150), (50, 40))
 
 
 def test_ask_and_chat(folder: Path, pages: list[Path]) -> None:
-    with Model.load(folder) as model:
-        expected = model.generate("What is this?", pages, max_tokens=8)
-    asked = run("ask", *pages, "What is this?", "--model", folder, "--max-tokens", 8)
-    assert asked.stdout == expected.text + "\n"
-    assert "(32 of images)" in asked.stderr
-    chat = CliRunner().invoke(
-        app, ["chat", *map(str, pages), "--model", str(folder), "--max-tokens", "8"], input="What is this?"
-    )
-    assert chat.stdout == expected.text + "\n"
+    assert "(32 of images)" in check_ask_and_chat(folder, pages)
 
 
 def test_extract_by_a_prompt_and_not_by_a_task_of_another_template(folder: Path, pages: list[Path]) -> None:
-    done = CliRunner().invoke(
-        app,
-        ["extract", *map(str, pages), "--model", str(folder), "--prompt", "What?", "--max-tokens", "4", "--json"],
-    )
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [Path(record["source"]).name for record in records] == ["a.png", "b.png"]
-    refused = run("extract", pages[0], "--model", folder, "--task", "tables_html", status=1)
-    assert "does not know the task 'tables_html'" in refused.stderr and not refused.stdout
+    check_extract(folder, pages)
+
+
+def test_serve(pages: list[Path], make_model: Callable[..., Path]) -> None:
+    check_serve(make_model(SPEC, *TYPES[1]), pages, n_at_once=1)
 
 
 def test_bench_and_inspect(folder: Path, pages: list[Path]) -> None:
@@ -73,8 +52,7 @@ def test_verify_tells_the_damage(folder: Path, pages: list[Path], make_checkpoin
     images = [argument for page in pages for argument in ("--image", page)]
     arguments = ("--reference", make_checkpoint(SPEC), *images, "--positions", 4, "--json")
     *with_images, text = json.loads(run("verify", folder, *arguments).stdout)["comparisons"]
-    # a token that is routed to another expert differs much, whatever the type
-    most = 0.4 if "Q8_0" in next(folder.glob("text-*")).name else 1.2
+    most = 0.1 if "Q8_0" in next(folder.glob("text-*")).name else 0.7
     for found, n_tokens in zip(with_images, (28, 4), strict=True):
         assert found["same_prompt_tokens"] and found["n_image_tokens"] == found["n_image_tokens_reference"] == n_tokens
         assert [stream["layer"] for stream in found["streams"]] == [0]
@@ -83,9 +61,10 @@ def test_verify_tells_the_damage(folder: Path, pages: list[Path], make_checkpoin
     assert all(1e-4 < value < most for value in damage), damage
 
 
-def test_verify_finds_no_damage_in_float32(pages: list[Path], make_model: Any, make_checkpoint: Any) -> None:
-    folder = make_model(SPEC)
+def test_verify_finds_no_damage_in_float32(
+    pages: list[Path], make_model: Callable[..., Path], make_checkpoint: Callable[..., Path]
+) -> None:
     arguments = ("--reference", make_checkpoint(SPEC), "--image", pages[0], "--positions", 8, "--json")
-    for found in json.loads(run("verify", folder, *arguments).stdout)["comparisons"]:
+    for found in json.loads(run("verify", make_model(SPEC), *arguments).stdout)["comparisons"]:
         assert found["same_prompt_tokens"] and found["same_top"] == 1 and found["logits_max"] < 1e-3
         assert all(stream["relative_l2"] < 2e-5 for stream in found["streams"])
