@@ -3,7 +3,7 @@
 Every chunk of rows is one job in a thread pool; jobs run a few chunks ahead across tensors, so reading, computing and
 writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
 own source rows only (the rows of one head, where they are reordered). Where matrices are transposed, a row depends on
-all rows of one of them: four are in memory at most.
+all rows of one of them, so one matrix is one job.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from granite4v.converter.plan import PlannedTensor
-from granite4v.converter.safetensors_file import SourceTensor, read_rows, read_transposed
+from granite4v.converter.safetensors_file import COLUMN_ROWS, SourceTensor, read_columns, read_rows
 from granite4v.converter.tensors.rules import TensorRule
 from granite4v.errors import CheckpointError
 from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
 JOBS_AHEAD = 3  # chunks in flight for each thread
+BYTES_AHEAD = 1 << 29  # of their results: matrices that are transposed are large
 CACHED_MATRICES = 4  # lora_A of the modules that the threads work on
-READ_AHEAD = 2  # matrices that are transposed, at once: types that are quantized fast would wait for one
-CACHED_TRANSPOSED = 2 + READ_AHEAD  # the one before, which threads may still be at, and the present one
+TURNED_COLUMNS = (
+    1024  # with `COLUMN_ROWS`: 1 MB as float32, which stays in the cache from being read to being quantized
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Chunk:
     def is_end(self) -> bool:
         """Whether it is the tensor's last one."""
         return self.last == _as_matrix(self.tensor)[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the result."""
+        return self.tensor.n_bytes * (self.last - self.first) // _as_matrix(self.tensor)[0]
 
 
 def n_cores() -> int:
@@ -62,7 +70,7 @@ def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[
         for tensor in tensors:
             for chunk in chunks_of(tensor):
                 waiting.append((chunk, pool.submit(compute, chunk, cache)))
-                if len(waiting) >= JOBS_AHEAD * n_threads:
+                while len(waiting) >= JOBS_AHEAD * n_threads or sum(job.n_bytes for job, _ in waiting) > BYTES_AHEAD:
                     done, future = waiting.popleft()
                     yield done, future.result()
         while waiting:
@@ -70,19 +78,16 @@ def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[
             yield done, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        cache.close()
 
 
 def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
-    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece, and no piece
-    is of two matrices that are transposed."""
+    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece, and so does a
+    matrix that is transposed."""
     n_rows, n_cols = _as_matrix(tensor)
     unit = n_rows // tensor.rule.rope_heads if tensor.rule.rope_heads else 1
-    step = max(1, CHUNK_ELEMENTS // (n_cols * unit)) * unit
-    whole = tensor.shape[1] if tensor.rule.transposed else n_rows
-    for start in range(0, n_rows, whole):
-        for first in range(start, start + whole, step):
-            yield Chunk(tensor, first, min(start + whole, first + step))
+    step = tensor.shape[1] if tensor.rule.transposed else max(1, CHUNK_ELEMENTS // (n_cols * unit)) * unit
+    for first in range(0, n_rows, step):
+        yield Chunk(tensor, first, min(n_rows, first + step))
 
 
 def compute(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
@@ -94,8 +99,10 @@ def compute(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
         return quantize_rows(values.reshape(-1, 1), tensor.type_name, n_threads=1).reshape(-1)
     if _is_copied(tensor):
         return read_rows(_packed(tensor.source), *_source_span(chunk)).reshape(-1)
-    rows = _source_rows(tensor.source, *_source_span(chunk)) if not tensor.rule.transposed else cache.transposed(chunk)
     same = tensor.source.dtype == tensor.type_name and block_size(tensor.type_name) == 1
+    if tensor.rule.transposed:
+        return _transposed(chunk, unchanged=same)
+    rows = _source_rows(tensor.source, *_source_span(chunk))
     unchanged = same and tensor.lora is None and tensor.factor == 1.0
     if not unchanged:
         rows = rows.astype(np.float32, copy=False)
@@ -121,27 +128,6 @@ class SharedMatrices:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._matrices: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
-        self._transposed: OrderedDict[tuple[str, int], Future[np.ndarray]] = OrderedDict()
-        self._reader = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="granite4v-read")
-
-    def close(self) -> None:
-        """Stops reading ahead."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
-
-    def transposed(self, chunk: Chunk) -> np.ndarray:
-        """The chunk's rows, in the type of the checkpoint's file. The matrices after theirs are read meanwhile."""
-        tensor, columns = chunk.tensor, chunk.tensor.rule.transposed
-        assert tensor.source is not None and columns is not None
-        n_matrices, n_rows = tensor.shape[:2]
-        index, first = divmod(chunk.first, n_rows)
-        with self._lock:
-            for i in range(index, min(index + 1 + READ_AHEAD, n_matrices)):
-                if (tensor.name, i) not in self._transposed:
-                    self._transposed[tensor.name, i] = self._reader.submit(read_transposed, tensor.source, i, *columns)
-                    if len(self._transposed) > CACHED_TRANSPOSED:
-                        self._transposed.popitem(last=False)
-            found = self._transposed[tensor.name, index]
-        return found.result()[first : first + chunk.last - chunk.first]
 
     def get(self, tensor: SourceTensor) -> np.ndarray:
         key = (str(tensor.path), tensor.offset_bytes)
@@ -160,6 +146,39 @@ def _as_matrix(tensor: PlannedTensor) -> tuple[int, int]:
     if tensor.rule.transposed:
         return shape[0] * shape[1], shape[2]
     return shape[0], math.prod(shape[1:])
+
+
+def _transposed(chunk: Chunk, *, unchanged: bool) -> np.ndarray:
+    """The bytes of one matrix. Some rows of the source are as many columns here, whole blocks of every type, so they
+    are quantized by themselves: no matrix is in memory but the result."""
+    tensor, columns = chunk.tensor, chunk.tensor.rule.transposed
+    assert tensor.source is not None and columns is not None and tensor.lora is None and tensor.factor == 1.0
+    n_rows, n_cols = tensor.shape[1:]
+    found = np.empty((n_rows, row_bytes(tensor.type_name, n_cols)), dtype=np.uint8)
+    room = np.zeros((TURNED_COLUMNS, COLUMN_ROWS), dtype=np.float32)
+    for n_done, block in read_columns(tensor.source, chunk.first // n_rows, *columns):
+        start, end = (row_bytes(tensor.type_name, n) for n in (n_done, n_done + len(block)))
+        for first in range(0, n_rows, TURNED_COLUMNS):
+            part = block[:, first : first + TURNED_COLUMNS].T
+            if unchanged:
+                packed = np.ascontiguousarray(part).view(np.uint8)
+            else:
+                values = _as_float32(part, room)
+                _check_finite(tensor.source, values)
+                packed = quantize_rows(values, tensor.type_name, n_threads=1)
+            found[first : first + len(part), start:end] = packed
+    return found.reshape(-1)
+
+
+def _as_float32(values: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """The values in a corner of `room`, float32 and zero where nothing was put before. Those of bfloat16 are the upper
+    halves of float32's."""
+    n_rows, n_cols = values.shape
+    if values.dtype == ml_dtypes.bfloat16:
+        room.view(np.uint16)[:n_rows, 1 : 2 * n_cols : 2] = values.view(np.uint16)
+    else:
+        room[:n_rows, :n_cols] = values
+    return room[:n_rows, :n_cols]
 
 
 def _source_span(chunk: Chunk) -> tuple[int, int]:
