@@ -26,7 +26,6 @@ from granite4v.clip_projector.views import View
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
 from granite4v.families.registry import Family, family_named
 from granite4v.runtime.model import Model
-from granite4v.runtime.prompt.spans import TextSpan
 
 Report = Callable[[str], None]
 INSTALL = "Install what 'verify' needs with \"pip install 'granite4v[verify]'\"."
@@ -133,7 +132,7 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
     n_image = prepared.n_image_tokens
     result = Comparison(
         image=expected.name,
-        same_prompt_tokens=_without_images(expected, prepared.spans),
+        same_prompt_tokens=list(prepared.text_tokens) == expected.ids,
         n_image_tokens=n_image,
         n_image_tokens_reference=expected.n_image,
         n_positions=len(expected.answer),
@@ -163,12 +162,6 @@ def _streams(model: Model, image: Image) -> dict[int, np.ndarray]:
         assert config is not None and config.cross_attention is not None
         return {config.cross_attention.layers[0]: features.states}
     return dict(zip(features.layers, features.streams, strict=True))
-
-
-def _without_images(expected: _Expected, spans: Sequence[Any]) -> bool:
-    """Whether the text around the images becomes the same tokens, in the same order."""
-    ours = [token for span in spans if isinstance(span, TextSpan) for token in span.tokens]
-    return ours == expected.ids
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:

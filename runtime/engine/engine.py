@@ -407,10 +407,9 @@ class Engine:
     def rows(self, task: Task, span: ImageSpan) -> Rows:
         if self._cross is not None:
             return self._cross.token_row
-        assert self.files.injection is not None
         features = self._encode(task, span)
         self._vision.release()
-        return EmbeddingRows(cast("ImageFeatures", features), self.files.injection)
+        return EmbeddingRows(cast("ImageFeatures", features), span, self.files)
 
     def n_arriving(self) -> int:
         return len(self._inbox)

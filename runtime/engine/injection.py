@@ -1,4 +1,5 @@
-"""How image embeddings reach the decoder: one batch row per image token, which contains every stream.
+"""How image embeddings reach the decoder: one batch row per image token, which contains every stream, and one for each
+token of the vocabulary that stands between them.
 
 llama.cpp takes rows of `llama_model_n_embd_inp()` values: `n_slots` slots of `n_embd` side by side, each added to the
 hidden state before one decoder layer.
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from granite4v.runtime.llama.files import Injection
+from granite4v.runtime.llama.files import ModelFiles
+from granite4v.runtime.llama.token_rows import token_rows
+from granite4v.runtime.prompt.spans import ImageSpan
 
 if TYPE_CHECKING:
     from granite4v.clip_projector import ImageFeatures
@@ -19,8 +22,15 @@ if TYPE_CHECKING:
 class EmbeddingRows:
     """An image's streams as llama.cpp takes them; rows are put together when they are asked for (0.1 MB each)."""
 
-    def __init__(self, features: ImageFeatures, injection: Injection) -> None:
-        self._rows, self._slots, self._n_slots = features.rows, injection.slots, injection.n_slots
+    def __init__(self, features: ImageFeatures, span: ImageSpan, files: ModelFiles) -> None:
+        """Raises ModelFileError where tokens stand between the embeddings and cannot be read."""
+        assert files.injection is not None
+        self._rows, self._slots, self._n_slots = features.rows, files.injection.slots, files.injection.n_slots
+        if span.between:
+            assert self._slots == (0,)  # a token has but one stream
+            between = token_rows(files.text, span.tokens)
+            places = [place - i for i, (place, _) in enumerate(span.between)]  # of embeddings that are behind a token
+            self._rows = np.insert(features.rows, places, between[:, None], axis=0)
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """float32 `(n, n_slots * n_embd)`; a slot that no stream feeds is zero."""

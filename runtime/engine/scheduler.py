@@ -260,7 +260,7 @@ class Scheduler:
         task.chunks.popleft()
         self.counters.n_prefilled += n
         task.channel.report("prefill", sequence.n_tokens, sum(batch.n_tokens for batch in sequence.plan))
-        if isinstance(chunk.span, ImageSpan) and chunk.span.is_last and chunk.start + n == chunk.span.n_tokens:
+        if isinstance(chunk.span, ImageSpan) and chunk.start + n == chunk.span.n_tokens:
             self._resources.store(task)
         if not is_last:
             return None
@@ -274,8 +274,7 @@ class Scheduler:
             return np.asarray(chunk.batch.keys, dtype=np.int32)
         if task.rows is None or task.rows[0] != span.digest:
             task.rows = (span.digest, self._resources.rows(task, span))
-        first = span.start + chunk.start
-        return task.rows[1][first : first + chunk.batch.n_tokens]
+        return task.rows[1][chunk.start : chunk.start + chunk.batch.n_tokens]
 
     def _decode(self) -> bool:
         """One step of every answer that can go on and has the adapter of the one that waits longest."""

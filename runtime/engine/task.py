@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """An image's embedding rows, put together when they are asked for."""
+    """The rows of an image's span, put together when they are asked for."""
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """float32 `(n, n_embd_inp)`"""
@@ -53,7 +53,7 @@ class Resources(Protocol):
         ...
 
     def rows(self, task: Task, span: ImageSpan) -> Rows:
-        """An image's embeddings, computed if need be. May raise Aborted, ModelFileError."""
+        """The rows of an image, its embeddings computed if need be. May raise Aborted, ModelFileError."""
         ...
 
     def n_arriving(self) -> int:
@@ -85,7 +85,7 @@ def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
         for start in range(0, span.n_tokens, n_ubatch):
             stop = min(start + n_ubatch, span.n_tokens)
             if isinstance(span, ImageSpan):
-                batch = Batch(tuple((span.digest, span.start + i) for i in range(start, stop)))
+                batch = Batch(tuple((span.digest, i) for i in range(start, stop)))
             else:
                 batch = Batch(span.tokens[start:stop])
             chunks.append(Chunk(batch, span, start))

@@ -1,7 +1,8 @@
 """Messages and images -> spans for the decoder: runs of token ids, and runs of image positions between them.
 
 The chat template leaves one placeholder token for each image. transformers repeats it as often as the image has
-embeddings; here a span of that length takes its place, or several with tokens between them.
+embeddings; here a span of that length takes its place. Where the model's own tokens stand between them, they are
+positions of that span, so that an image is decoded in large batches.
 """
 
 from __future__ import annotations
@@ -36,16 +37,24 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """`n_tokens` positions of the image or video `index`, from its embedding `start` on; `digest` is `View.digest`.
+    """`n_tokens` positions of the image or video `index`; `digest` is `View.digest`.
 
-    `is_last`: of the image's spans.
+    `between`: the tokens that stand between its embeddings, each with its place in the span, ascending.
     """
 
     index: int
     n_tokens: int
     digest: bytes
-    start: int = 0
-    is_last: bool = True
+    between: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Those between its embeddings."""
+        return tuple(token for _, token in self.between)
+
+    @property
+    def n_embeddings(self) -> int:
+        return self.n_tokens - len(self.between)
 
 
 Span = TextSpan | ImageSpan
@@ -65,12 +74,12 @@ class Prompt:
 
     @property
     def text_tokens(self) -> tuple[int, ...]:
-        """The tokens of all text spans."""
-        return tuple(token for span in self.spans if isinstance(span, TextSpan) for token in span.tokens)
+        """All but the embeddings."""
+        return tuple(token for span in self.spans for token in span.tokens)
 
     @property
     def n_image_tokens(self) -> int:
-        return sum(span.n_tokens for span in self.spans if isinstance(span, ImageSpan))
+        return sum(span.n_embeddings for span in self.spans if isinstance(span, ImageSpan))
 
 
 def image_token(metadata: GgufMetadata, vision: GgufMetadata | None = None) -> int | None:
@@ -132,14 +141,19 @@ def build_prompt(
 
 
 def _image_spans(index: int, view: View, parts: Sequence[int | tuple[int, ...]]) -> Iterator[Span]:
-    n_all = sum(part for part in parts if isinstance(part, int))
-    start = 0
-    for part in parts:
+    """Tokens before the first embedding and behind the last are text."""
+    numbers = [i for i, part in enumerate(parts) if isinstance(part, int)]
+    first, behind = numbers[0], numbers[-1] + 1
+    n_tokens, between = 0, list[tuple[int, int]]()
+    for part in parts[first:behind]:
         if isinstance(part, int):
-            yield ImageSpan(index, part, view.digest, start, start + part == n_all)
-            start += part
+            n_tokens += part
         else:
-            yield TextSpan(part)
+            between += enumerate(part, n_tokens)
+            n_tokens += len(part)
+    yield from (TextSpan(part) for part in parts[:first] if isinstance(part, tuple))
+    yield ImageSpan(index, n_tokens, view.digest, tuple(between))
+    yield from (TextSpan(part) for part in parts[behind:] if isinstance(part, tuple))
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[Span]:

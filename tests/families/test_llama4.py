@@ -15,10 +15,14 @@ from PIL.Image import Image
 
 from granite4v.clip_projector.encoder import ImageFeatures
 from granite4v.errors import PromptError
+from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.engine.page_store import PageStore
+from granite4v.runtime.engine.task import plan_prefill
+from granite4v.runtime.llama.token_rows import token_rows
 from granite4v.runtime.model import Model
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt, TextSpan
 from tests.helpers.pictures import noise_picture
+from tests.peers.llama import LlamaPeer
 from tests.peers.llama4 import Llama4Reference
 from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
@@ -61,11 +65,14 @@ def prepared(model: Model, case: str) -> Prompt:
 
 def ids_of(prompt: Prompt, patch: int) -> list[int]:
     """Every position, `patch` for each embedding."""
-    return [
-        token
-        for span in prompt.spans
-        for token in ([patch] * span.n_tokens if isinstance(span, ImageSpan) else span.tokens)
-    ]
+    ids: list[int] = []
+    for span in prompt.spans:
+        if isinstance(span, ImageSpan):
+            between = dict(span.between)
+            ids += [between.get(i, patch) for i in range(span.n_tokens)]
+        else:
+            ids += span.tokens
+    return ids
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +122,25 @@ def test_answers_are_transformers(
             assert list(generated.tokens) == answer, case
 
 
-def test_an_image_is_several_spans(model: Model) -> None:
+def test_an_image_is_one_span_with_its_separators(model: Model) -> None:
+    """Tokens before the first tile and behind the last are text; several tiles are one batch."""
     prompt = prepared(model, "two")
     images = [span for span in prompt.spans if isinstance(span, ImageSpan)]
-    assert [span.index for span in images] == [0] * 7 + [1]
-    assert [span.start for span in images] == [*range(0, 28, 4), 0]
-    assert [span.is_last for span in images] == [False] * 6 + [True, True]
-    kinds = [isinstance(span, TextSpan) for span in prompt.spans]
-    assert kinds == [True, False] * 8 + [True]
+    assert [(span.index, span.n_tokens, span.n_embeddings) for span in images] == [(0, 35, 28), (1, 4, 4)]
+    assert [place for place, _ in images[0].between] == [*range(4, 30, 5), 30]
+    assert [isinstance(span, TextSpan) for span in prompt.spans] == [True, False] * 2 + [True]
+    assert len(plan_prefill(prompt.spans, 512)) == 5
+
+
+@pytest.mark.parametrize("text_type", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M", "Q4_0", "IQ4_NL"])
+def test_rows_of_tokens_are_those_that_llama_cpp_looks_up(text_type: str, make_model: Callable[..., Path]) -> None:
+    """Logits have the same bits, whether tokens are decoded or their rows."""
+    path = make_model(WIDE, text_type) / f"text-{text_type}.gguf"
+    tokens = [5, 300, 17, 399, 0]
+    with GgufFile.open(path) as file, LlamaPeer(path) as peer:
+        rows = token_rows(file, tokens)
+        assert rows.dtype == np.float32
+        assert np.array_equal(peer.logits(rows), peer.logits(tokens))
 
 
 @pytest.mark.parametrize("exact", [True, False])

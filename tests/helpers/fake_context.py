@@ -168,8 +168,7 @@ class FakeEngine:
 
     def rows(self, task: Task, span: ImageSpan) -> np.ndarray:
         self.n_encoded += 1
-        whole = max(s.start + s.n_tokens for s in task.spans if isinstance(s, ImageSpan) and s.digest == span.digest)
-        return np.full((whole, 1), span.digest[0], dtype=np.float32)
+        return np.full((span.n_tokens, 1), span.digest[0], dtype=np.float32)
 
     def n_arriving(self) -> int:
         return 0

@@ -49,16 +49,21 @@ class LlamaPeer:
     def adds_bos(self) -> bool:
         return bool(lc.llama_vocab_get_add_bos(self.vocab))
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 (n_tokens, n_vocab), from an empty context."""
+    def logits(self, given: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 (n_tokens, n_vocab), from an empty context. `given`: tokens, or their rows, float32 (n, n_embd)."""
         lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
-        batch = lc.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+        ids, rows = (given, None) if not isinstance(given, np.ndarray) else ((), given)
+        batch = lc.llama_batch_init(len(given), 0 if rows is None else rows.shape[1], 1)
+        batch.n_tokens = len(given)
+        for i in range(len(given)):
+            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = i, 1, 1
             batch.seq_id[i][0] = 0
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+        if rows is not None:
+            ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
         assert lc.llama_decode(self.context, batch) == 0
-        found = np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape=(len(ids), self.n_vocab)).copy()
+        found = np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape=(len(given), self.n_vocab)).copy()
         lc.llama_batch_free(batch)
         return found
 

@@ -124,18 +124,6 @@ def test_of_several_images_the_first_and_all_are_stored(engine: Callable[..., Fa
     assert ask(engine(), START, PAGE, OTHER, TextSpan((6,))).n_stored == 83  # stored by the request before
 
 
-def test_an_image_in_several_spans_ends_behind_the_last(engine: Callable[..., FakeEngine], folder: Path) -> None:
-    def spans(*behind: Any) -> tuple[Any, ...]:
-        tiles = [ImageSpan(0, 20, b"a page", start, start == 20) for start in (0, 20)]
-        return (START, tiles[0], TextSpan((9,)), tiles[1], *behind)
-
-    ask(engine(), *spans(OTHER, TextSpan((7, 8))))
-    engine()
-    found = sorted((entry.description.n_tokens, entry.description.n_images) for entry in PageStore(folder).entries())
-    assert found == [(44, 1), (84, 2)]
-    assert ask(engine(), *spans(TextSpan((5,)))).n_stored == 44
-
-
 def test_a_prompt_that_ends_with_its_image_computes_its_last_position(engine: Callable[..., FakeEngine]) -> None:
     ask(engine(), START, PAGE)
     later = engine()
