@@ -107,7 +107,8 @@ class Together:
 def _answer_together(model: Model, prompt: str, image: Path, n: int, wanted: dict[str, Any]) -> Together:
     before = model.counters
     prepared = model.prepare(prompt, [image])
-    streams = [model.stream(prepared, **wanted) for _ in range(n)]
+    # submitted between two steps: from this thread, the first could be far ahead of the last
+    streams = model.engine.call(lambda _: [model.stream(prepared, **wanted) for _ in range(n)])
     for stream in streams:
         stream.let_run()
     answers = tuple(stream.result().timings for stream in streams)

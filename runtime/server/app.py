@@ -23,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 from granite4v.clip_projector.files import shown
 from granite4v.errors import Granite4vError
 from granite4v.runtime.model import Model
+from granite4v.runtime.options import GenerationOptions
 from granite4v.runtime.server import errors, openapi
 from granite4v.runtime.server.dispatcher import Dispatcher
 from granite4v.runtime.server.endpoints import Endpoints, Named
@@ -156,7 +157,10 @@ class _Loader(threading.Thread):
 def _warm_up(model: Model) -> None:
     """Reads the weights. Two questions at once, so that the context has all its sequences from now on: with one,
     clients that take turns would take each other's pages out of the cache."""
-    streams = [model.stream(text, max_tokens=1) for text in ("Hello.", "Good morning.")]
+    prompts = [model.prepare(text) for text in ("Hello.", "Good morning.")]
+    options = GenerationOptions(max_tokens=1)
+    # submitted between two steps: from this thread, the first could be answered before the second comes
+    streams = model.engine.call(lambda _: [model.submit(prompt, options) for prompt in prompts])
     for stream in streams:
         stream.result()
 

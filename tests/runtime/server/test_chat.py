@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -129,15 +131,25 @@ def test_the_same_page_again_is_cached(tiny: Served) -> None:
 
 
 def test_clients_that_take_turns_keep_their_pages(tiny_model: granite4v.Model) -> None:
-    """A context of one sequence, as a model has it before two requests meet, would hold the latest page alone."""
+    """A context of one sequence, as a model has it before two requests meet, would hold the latest page alone. So the
+    questions that a server begins with meet, also where a thread that is not scheduled for a while asks them."""
     files = tiny_model.files
 
     def load() -> granite4v.Model:
-        return granite4v.load(files.text.path, mmproj=files.vision.path, device="cpu", exact=False)
+        model = granite4v.load(files.text.path, mmproj=files.vision.path, device="cpu", exact=False)
+        submit, pauses = model.submit, iter([0.3])
+
+        def submit_and_pause_once(*arguments: Any, **options: Any) -> granite4v.Stream:
+            stream = submit(*arguments, **options)
+            time.sleep(next(pauses, 0))
+            return stream
+
+        model.submit = submit_and_pause_once  # type: ignore[method-assign]
+        return model
 
     with served(load) as server:
         while server.get("/health").status == 503:
-            pass
+            time.sleep(0.02)
         pages = [png(text_picture((200, 150), seed)) for seed in range(3)]
         for asked in ("How much?", "How many?"):
             for page in pages:
