@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -19,21 +21,28 @@ from tests.acceptance.pages import Batch
 
 
 @pytest.fixture(scope="module")
-def killed(side_by_side: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a check left: 'batch', 'whole' and 'broken'."""
+def check(side_by_side: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """What a check left, 'batch', 'whole' and 'broken', and what it said."""
     work = tmp_path_factory.mktemp("kill") / "work"
     arguments = ("--pages", "4", "--kills", "3", "--max-tokens", "40", "--threads", "1")
-    assert kills.main(["--model", str(side_by_side), "--work", str(work), *arguments]) == 0
-    return work
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = kills.main(["--model", str(side_by_side), "--work", str(work), *arguments])
+    return work, (status, json.loads(out.getvalue().splitlines()[-1]), err.getvalue())
+
+
+@pytest.fixture
+def killed(check: tuple[Path, Ran]) -> Path:
+    return check[0]
 
 
 @pytest.mark.slow
-def test_it_says_what_it_saw(side_by_side: Path, run: Callable[..., Ran]) -> None:
-    status, told, err = run(kills.main, "--model", side_by_side, "--pages", 2, "--kills", 2, "--max-tokens", 8)
+def test_it_says_what_it_saw(check: tuple[Path, Ran]) -> None:
+    status, told, err = check[1]
     assert (status, told["check"], told["ok"], told["broken"]) == (0, "kills", True, [])
-    assert (told["pages"], told["records"], told["kills"], told["status"]) == (2, 9, 2, 1)
-    assert sum(told["stages"].values()) == len(told["records_at_kills"]) == len(told["suspects_at_kills"]) == 2
-    assert "kills: 9 records of 2 pages after 2 kills" in err and "kills: ok" in err
+    assert (told["pages"], told["records"], told["kills"], told["status"]) == (4, 15, 3, 1)
+    assert sum(told["stages"].values()) == len(told["records_at_kills"]) == len(told["suspects_at_kills"]) == 3
+    assert "kills: 15 records of 4 pages after 3 kills" in err and "kills: ok" in err
 
 
 def keys_of(work: Path) -> list[tuple[str, int | None, str]]:

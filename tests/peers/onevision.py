@@ -90,18 +90,9 @@ class OnevisionReference(Reference):
         self, messages: Messages, pictures: Frames = (), videos: Sequence[Frames] = (), n: int = 32
     ) -> tuple[np.ndarray, list[int]]:
         """Logits of the first token of the answer, and the likeliest tokens; the end-of-text token ends them."""
-        from transformers import DynamicCache
-
         inputs: dict[str, Any] = {"input_ids": torch.tensor([self.ids(messages, pictures, videos)])}
         if pictures:
             inputs |= self.pixels_of(pictures)
         if videos:
             inputs["pixel_values_videos"] = torch.cat([self.frames_of(video) for video in videos])
-        cache = DynamicCache()
-        out = self.model(**inputs, past_key_values=cache, use_cache=True)
-        first, tokens = out.logits[0, -1].numpy(), []
-        while True:
-            tokens.append(int(out.logits[0, -1].argmax()))
-            if len(tokens) == n or tokens[-1] == self.processor.tokenizer.eos_token_id:
-                return first, tokens
-            out = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
+        return self._answer(inputs, n)

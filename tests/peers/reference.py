@@ -66,6 +66,7 @@ class Reference:
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         self.model = model.eval()
         self.processor = self._load_processor()
+        self._last_pixels: tuple[Any, Any] = (None, None)  # a test asks several things about a picture
         if self.processor.patch_size is None:  # older checkpoints leave it to the model
             self.processor.patch_size = model.config.vision_config.patch_size
             self.processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
@@ -126,13 +127,13 @@ class Reference:
     @torch.inference_mode()
     def logits_after(self, ids: list[int], pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_vocab,) for the token after `ids`, which hold the pictures' placeholders."""
-        logits = self._forward(ids, pictures).logits[0, -1].numpy()
+        logits = self.model(**self._inputs(ids, pictures)).logits[0, -1].numpy()
         return logits / self.logits_divisor
 
     @torch.inference_mode()
     def all_logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
         """float32 (n_prompt_tokens, n_vocab)."""
-        logits = self._forward(self.prompt_ids(prompt, pictures), pictures).logits[0].numpy()
+        logits = self.model(**self._inputs(self.prompt_ids(prompt, pictures), pictures)).logits[0].numpy()
         return logits / self.logits_divisor
 
     @property
@@ -144,22 +145,32 @@ class Reference:
         config = self.model.config
         return getattr(config.text_config, "logits_scaling", 1.0) if config.model_type == "llava_next" else 1.0
 
-    @torch.inference_mode()
     def greedy(self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32) -> list[int]:
         """The next `n` tokens, always the likeliest; ends early after the end-of-text token."""
+        return self.logits_and_greedy(prompt, pictures, n)[1]
+
+    def logits_and_greedy(
+        self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32
+    ) -> tuple[np.ndarray, list[int]]:
+        """What `logits` and `greedy` return, for one computation of the prompt."""
+        first, tokens = self._answer(self._inputs(self.prompt_ids(prompt, pictures), pictures), n)
+        return first / self.logits_divisor, tokens
+
+    @torch.inference_mode()
+    def _answer(self, inputs: dict[str, Any], n: int) -> tuple[np.ndarray, list[int]]:
         from transformers import DynamicCache
 
         cache = DynamicCache()  # the model makes none by itself: without one each step would forget the prompt
-        out = self._forward(self.prompt_ids(prompt, pictures), pictures, past_key_values=cache, use_cache=True)
-        tokens: list[int] = []
+        out = self.model(**inputs, past_key_values=cache, use_cache=True)
+        first, tokens = out.logits[0, -1].numpy(), []
         while True:
             tokens.append(int(out.logits[0, -1].argmax()))
             if len(tokens) == n or tokens[-1] == self.processor.tokenizer.eos_token_id:
-                return tokens
+                return first, tokens
             out = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
 
-    def _forward(self, ids: list[int], pictures: Sequence[Image.Image], **options: Any) -> Any:
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), **options}
+    def _inputs(self, ids: list[int], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
         if pictures:
             found = [self.pixels(picture) for picture in pictures]
             n_most = max(pixels.shape[1] for pixels, _ in found)
@@ -167,7 +178,7 @@ class Reference:
                 [torch.nn.functional.pad(pixels, (0,) * 7 + (n_most - pixels.shape[1],)) for pixels, _ in found]
             )
             inputs["image_sizes"] = torch.cat([size for _, size in found])
-        return self.model(**inputs)
+        return inputs
 
     def pixels(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """(1, n_tiles, 3, px, px) float32 and (1, 2) height and width.
@@ -175,6 +186,10 @@ class Reference:
         The picture is turned upright first, as our loader does. Which axis holds the channels is said
         outright: by itself the processor takes a picture of 3 rows for one with its channels first.
         """
-        upright = ImageOps.exif_transpose(picture)
-        out = self.processor.image_processor([upright], return_tensors="pt", input_data_format="channels_last")
-        return out["pixel_values"], out["image_sizes"]
+        last, known = self._last_pixels
+        if last is not picture:
+            upright = ImageOps.exif_transpose(picture)
+            out = self.processor.image_processor([upright], return_tensors="pt", input_data_format="channels_last")
+            known = out["pixel_values"], out["image_sizes"]
+            self._last_pixels = picture, known
+        return known

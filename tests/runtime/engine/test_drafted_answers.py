@@ -13,6 +13,7 @@ from granite4v.runtime.engine.draft import Draft, Drafter, DraftSource
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.engine.sequence import Scoring
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
+from granite4v.runtime.grammar.grammar_state import GrammarState
 from tests.helpers.constrained import Noise, compiler, end_of_text, generated, tokenizer
 from tests.helpers.drive import verify
 from tests.helpers.grammars import TASKS, task_grammar
@@ -37,20 +38,21 @@ def drafted(kind: str, task: str, seed: int, source: DraftSource, *, most: int =
     noise = Noise(kind, seed, task, patience=30)
     sequence = sequence_of(kind, task, Drafter((), [source]), seed=seed, **options)  # type: ignore[arg-type]
     step, answer = sequence.advance(noise.first()), sequence.answer
+    known, n_known = compiler(kind).begin(task_grammar(task)), 0  # by the grammar alone
     while not step.finish:
         draft = sequence.draft(most)
-        check(kind, task, answer.tokens, draft)
+        for token in answer.tokens[n_known:]:
+            known.accept(token)
+        n_known = len(answer.tokens)
+        check(known.copy(), draft)
         rows = [noise.next([*answer.tokens, *draft.tokens[:n]]) for n in range(len(draft.tokens) + 1)]
         answer.timings.n_steps += 1
         step = verify(sequence, draft, rows)
     return answer
 
 
-def check(kind: str, task: str, answer: Sequence[int], draft: Draft) -> None:
+def check(state: GrammarState, draft: Draft) -> None:
     """Every token of the draft is among those that the grammar allows there."""
-    state = compiler(kind).begin(task_grammar(task))
-    for token in answer:
-        state.accept(token)
     for token in draft.tokens:
         assert state.allowed()[token]
         state.accept(token)
