@@ -14,6 +14,7 @@ HELPER = """
 import os, sys, time
 def main(does, *rest):
     print(does, os.getpid(), os.getsid(0) == os.getpid(), flush=True)
+    open("said", "w").close()
     if does == "sleep":
         time.sleep(60)
     if does == "abort":
@@ -25,6 +26,7 @@ def main(does, *rest):
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "child_helper.py").write_text(HELPER)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return "child_helper"
 
 
@@ -36,14 +38,14 @@ def test_what_it_prints_and_how_it_ends(module: str) -> None:
 
 def test_a_child_is_killed_when_its_time_is_over(module: str) -> None:
     announced: list[int] = []
-    ended = run_main(module, ["sleep"], 1.5, lambda: announced.append(1))
+    ended = run_main(module, ["sleep"], 3, lambda: announced.append(1))
     assert ended.status is None and ended.stdout.startswith("sleep ") and announced == [1]
     assert_gone(ended.stdout)
 
 
 def test_a_child_is_killed_when_it_is_not_wanted_any_more(module: str) -> None:
     start = time.monotonic()
-    ended = run_main(module, ["sleep"], 50, stop=lambda: time.monotonic() > start + 0.7)
+    ended = run_main(module, ["sleep"], 50, stop=Path("said").exists)
     assert ended.status is None and time.monotonic() < start + 30  # it would sleep for 60 seconds
     assert_gone(ended.stdout)
 

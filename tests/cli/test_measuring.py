@@ -76,7 +76,7 @@ def test_a_slow_measurement_is_reported_to_the_caller(
     monkeypatch.setenv("FAULTY_KERNELS", json.dumps({PLAIN: 1.0, FLOAT32: "hang"}))
     monkeypatch.setenv("FAULTY_KERNELS_LOG", str(tmp_path / "children"))
     monkeypatch.setattr(autotune, "SMALL", 0)
-    monkeypatch.setattr(autotune, "BUDGET_S", 2.0)
+    monkeypatch.setattr(autotune, "BUDGET_S", 4.0)
     monkeypatch.setattr(autotune, "kernel_timing", SimpleNamespace(__name__=faulty_kernels.__name__))
     stages: list[str] = []
     with Model.load(make_model(PRESETS["tiny"], "F16", "F16"), device="cpu") as model:

@@ -106,15 +106,16 @@ def app():
 main.app = app
 entry()
 """
+# the line is drawn ten times a second; what must have been drawn stays for several times that long
 REPORTING = """
 for done in range(5):
     progress.show(Activity("encoding", done, 4, detail="a[red]\x1b[31m.png"))
-    time.sleep(0.15)
+    time.sleep(0.4 if done == 4 else 0.05)
 print("a result", flush=True)
 progress.show(Activity("encoding", 4, 4))
 progress.say("a remark")
 progress.show(Activity("generating", n_tokens=7, tokens_per_s=3.5))
-time.sleep(0.15)
+time.sleep(0.4)
 """
 HANGING = """
 progress.show(Activity("encoding", 1, 4))
@@ -204,7 +205,7 @@ def test_a_long_title_has_the_room_of_the_bar() -> None:
     body = f"""
 for done in range(4):
     progress.show(Activity("", done, 4, detail="{title}", tokens_per_s=28.0, left_s=300.0))
-    time.sleep(0.15)
+    time.sleep(0.4 if done == 3 else 0.05)
 """
     drawn = [line.rstrip() for line in re.split(r"[\r\n]", ESCAPE.sub("", on_terminal(body)))]
     assert any(re.fullmatch(f"{title} +75%, 5 min left, 28.0 tokens/s", line) for line in drawn), drawn

@@ -352,19 +352,19 @@ def test_requests_that_are_not_http(tiny: Served) -> None:
 def test_a_body_that_stops_is_refused(tiny_model: granite4v.Model, sent: bytes) -> None:
     """The client is told so, and takes no turn; what goes on, however slowly, is answered."""
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
-    with served(tiny_model, ServerOptions(stall_s=0.3)) as server:
+    with served(tiny_model, ServerOptions(stall_s=1.0)) as server:
         with contextlib.closing(server.connect()) as connection:
             _begin(connection, len(body))
             connection.send(sent)
             response = connection.getresponse()
             told = json.loads(response.read())["error"]
         assert (response.status, told["code"], response.getheader("connection")) == (408, "body_timeout", "close")
-        assert f"nothing came for 0.3 s; {len(sent)} bytes had come" in told["message"]
+        assert f"nothing came for 1 s; {len(sent)} bytes had come" in told["message"]
         with contextlib.closing(server.connect()) as connection:
             _begin(connection, len(body))
             for start in range(0, len(body), 10):
                 connection.send(body[start : start + 10])
-                time.sleep(0.1)
+                time.sleep(0.15)
             assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] == 2
         server.wait_until_idle()
 

@@ -146,7 +146,7 @@ import time
 from granite4v.runtime.server import ServerOptions, create_app, run
 from granite4v.runtime.server.serving import listen
 
-options = ServerOptions(stall_s=0.5)
+options = ServerOptions(stall_s=1.0)
 run(create_app(lambda: time.sleep(1000), options), listen("127.0.0.1", 0), lambda address: print(address, flush=True))
 """
 
@@ -166,9 +166,10 @@ def test_connections_without_a_request_are_closed() -> None:
         def connect() -> socket.socket:
             return opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
 
-        for begun in (b"", b"GET", asked, asked + b"\r\n" + asked):
-            connection = connect()
+        waiting = [(begun, connect()) for begun in (b"", b"GET", asked, asked + b"\r\n" + asked)]
+        for begun, connection in waiting:
             connection.sendall(begun)
+        for begun, connection in waiting:
             answer = connection.makefile("rb").read()  # to its end
             assert answer.count(b"HTTP/1.1 503") == begun.count(b"\r\n\r\n")
         patient = opened.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)))
