@@ -1,6 +1,7 @@
 """Texts as sheets of an .xlsx workbook, through openpyxl (the extra 'xlsx').
 
-Every cell says what the same table says as CSV. No cell is a formula, a date or an error, whatever its text looks like.
+Every cell says what the same table says as CSV. No cell is a formula, a date or an error, whatever its text looks like,
+and what begins with '=', '+', '-' or '@' is text, negative numbers too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from granite4v.runtime.formats.json_values import replace_surrogates
 MAX_ROWS, MAX_COLUMNS, MAX_CELL, MAX_SHEET_NAME = 1 << 20, 1 << 14, (1 << 15) - 1, 31  # Excel's own
 _NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _LINE_BREAK = re.compile("\r\n?")
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
+_NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
 MAX_NUMBER = 11  # characters that a cell without a number format shows, before it rounds
 
 
@@ -60,7 +61,7 @@ class Workbook:
 
 
 def number_of(text: str) -> float | int | None:
-    """The number that a cell shows with exactly this text; None for text, such as '007', '1.50', '+5' or '1,000'."""
+    """The number that a cell shows with exactly this text; None for text, such as '007', '1.50', '-5' or '1,000'."""
     if len(text) > MAX_NUMBER or not _NUMBER.fullmatch(text):
         return None
     number = float(text) if "." in text else int(text)

@@ -99,6 +99,7 @@ def check_openpyxl(folder: Path, tables: dict[str, list[list[str]]], tally: Tall
                 tally.n_cells += 1
                 tally.n_numbers += cell.data_type == "n" and cell.value is not None
                 tally.n_formulas += cell.data_type in "fe"
+                tally.n_formulas += cell.data_type != "s" and str(cell.value).startswith(("=", "+", "-", "@"))
 
 
 def check_libreoffice(folder: Path, tables: dict[str, list[list[str]]], tally: Tally) -> None:

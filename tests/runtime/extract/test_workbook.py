@@ -20,6 +20,8 @@ TEXTS = (
     "1.50",
     "1,234",
     "+5",
+    "-5",
+    "-0.25",
     "1e5",
     "123456789012",
     "true",
@@ -28,7 +30,7 @@ TEXTS = (
     "a\nb",
     "é𝔘",
 )
-NUMBERS = ("0", "5", "-5", "12.5", "-0.25", "0.0001", "99999999999")
+NUMBERS = ("0", "5", "12.5", "0.0001", "99999999999")
 
 
 def read_back(path: Path) -> dict[str, list[list[object]]]:
@@ -64,7 +66,7 @@ def test_what_another_text_would_be_shown_for_is_no_number(text: str) -> None:
 
 def test_a_number_is_shown_as_it_was_written() -> None:
     rng = random.Random(1)
-    many = [f"{rng.uniform(-1, 1) * 10 ** rng.randint(-6, 12):.{rng.randint(0, 6)}f}" for _ in range(500)]
+    many = [f"{rng.random() * 10 ** rng.randint(-6, 12):.{rng.randint(0, 6)}f}" for _ in range(500)]
     for text in (*NUMBERS, *many):
         number = number_of(text)
         assert f"{number:.11g}" == text if number is not None else text not in NUMBERS
