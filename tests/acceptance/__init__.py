@@ -7,6 +7,7 @@
     python -m tests.acceptance.forced_tokens         forced text is not sampled, which changes no value
     python -m tests.acceptance.requests              a server under load answers right and leaks nothing
     python -m tests.acceptance.openapi               a server does what its OpenAPI document says
+    python -m tests.acceptance.extras                each extra installs alone, and is all that its option needs
     python -m tests.acceptance.mutation              no input ends in a traceback, a signal or a hang
 
 The tests beside them run each with small numbers, and with a promise broken on purpose.
