@@ -1,4 +1,5 @@
-"""The cache folder, JSON caches in it, private temporary folders, and files that are complete or absent.
+"""The cache folder, JSON caches in it, where the config file is, private temporary folders, and files that are complete
+or absent.
 
 Every file is written under a temporary name beside its target and renamed over it, so a reader, and the next process
 after a kill or a power cut, finds the old content or the new one. Nothing here follows a symbolic link at the end of
@@ -53,6 +54,18 @@ def cache_folder() -> Path:
         return Path(platformdirs.user_cache_dir("granite4v"))
     except RuntimeError:  # no HOME, and no entry in the password database: containers and services
         return _shared_temporary_folder()
+
+
+def config_file() -> Path | None:
+    """Where defaults of the command line's options may be: GRANITE4V_CONFIG, or a file in the user's config folder,
+    which need not be there. None for a user without a home."""
+    named = os.environ.get("GRANITE4V_CONFIG")
+    if named:
+        return Path(named).absolute()
+    try:
+        return Path(platformdirs.user_config_dir("granite4v"), "config.toml")
+    except RuntimeError:
+        return None
 
 
 def read_json_cache(name: str) -> dict[str, Any]:

@@ -22,12 +22,44 @@ Written by `python -m scripts.cli_docs` from the commands' own help texts; edit 
 
 Results go to standard output, alone; progress, warnings, timings and errors go to standard error. On a terminal,
 progress is one live line; elsewhere it is a plain line at the beginning of a stage and every ten seconds. Options may
-stand before or after the arguments. `granite4v COMMAND --help` (or `-h`) prints what is listed here."""
+stand before or after the arguments; `--quiet` and `--verbose`, which every command has, before its name as well.
+`granite4v COMMAND --help` (or `-h`) prints what is listed here."""
+
+CONFIG_FILE = """\
+## Config file
+
+Defaults of options, in TOML, in the file that `granite4v doctor` names: `granite4v/config.toml` in the user's config
+directory, or `GRANITE4V_CONFIG`. The command line has precedence, then environment variables, then this file. A key is
+an option without its dashes; an option like `--no-drafting` is `drafting = false`.
+
+```toml
+model = "~/models/granite"  # at the top: for every command that has the option and takes such a value
+threads = 8
+
+[extract]  # for one command
+parallel = 4
+format = ["csv", "xlsx"]  # of an option that may be repeated, a list
+
+[models.list]
+json = true
+```
+
+Paths are relative to the file's directory, and `~` is the home directory. What may also be something else, such as a
+hub id, is a path if it begins with `~`, `./` or `../`, or if that file exists.
+
+An unknown key, or a value of a kind that no such option takes, ends every command with status 1, so that none runs with
+other settings than are meant; a value that only its option can judge, such as a number out of range, ends those that
+have the option. A flag that the file turns on cannot be turned off on the command line unless it has a `--no-` form,
+except that `--quiet` and `--verbose` replace each other."""
+
+ON_EVERY_COMMAND = ("quiet", "verbose")
 
 # Variables that the program reads, or that the libraries it calls read.
 ENVIRONMENT = {
     "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
     "stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
+    "GRANITE4V_CONFIG": "The config file. Default: `config.toml` in `granite4v` in the user's config directory, "
+    "which is `~/.config` on Linux; `granite4v doctor` tells which file it is.",
     "GRANITE4V_MODEL, GRANITE4V_THREADS": "What --model and --threads are where they are not given.",
     "GRANITE4V_MODELS": "Directory for models of the hub. Default: `models` in the user's data directory.",
     "HF_HOME, HF_TOKEN, HF_ENDPOINT": "Where `huggingface_hub` keeps the downloads of `convert` and its access token "
@@ -52,6 +84,7 @@ def document() -> str:
     sections = [INTRODUCTION, "\n".join(_contents(commands)), _options(group.params)]
     sections += [_command(name, command) for name, command in commands.items()]
     sections += [
+        CONFIG_FILE,
         "## Exit statuses",
         _table(("Status", "Meaning"), ((str(status), meaning) for status, meaning in EXIT_STATUSES.items())),
         "A second signal during the clean-up after the first one is announced and ignored; a third ends the process "
@@ -74,13 +107,18 @@ def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _contents(commands: dict[str, Any]) -> Iterator[str]:
     for name, command in commands.items():
         yield f"- [`granite4v {name}`](#granite4v-{name.replace(' ', '-')}): {_paragraphs(command)[0]}"
+    yield "- [Config file](#config-file)"
     yield "- [Exit statuses](#exit-statuses) and [environment variables](#environment-variables)"
 
 
 def _command(name: str, command: Any) -> str:
     fill_in_tasks(command.params)
     arguments = [param for param in command.params if param.param_type_name == "argument"]
-    options = [param for param in command.params if param.param_type_name == "option" and not param.hidden]
+    options = [
+        param
+        for param in command.params
+        if param.param_type_name == "option" and not param.hidden and param.name not in ON_EVERY_COMMAND
+    ]
     required = [_spelling(option) for option in options if option.required]
     usage = " ".join(["granite4v", name, *map(_placeholder, arguments), *required, "[OPTIONS]"])
     parts = [f"## granite4v {name}", f"```\n{usage}\n```", *map(_text, _paragraphs(command))]

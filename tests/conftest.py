@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.peers.reference import Reference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+os.environ["GRANITE4V_CONFIG"] = os.devnull  # the user's own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

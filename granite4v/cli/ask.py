@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from granite4v.cli import options
 from granite4v.cli.ask_images import open_images, render_pages
+from granite4v.cli.loading import ModelOptions, SamplingOptions, grouped
 from granite4v.cli.progress import Progress, plural
 from granite4v.cli.streams import to_json
+from granite4v.cli.verbosity import note, show_timings
 from granite4v.errors import ImageWarning
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from granite4v.runtime import Answer
 
 
+@grouped
 def ask(
     *,
     images: options.ImagesArgument = None,
@@ -27,20 +31,11 @@ def ask(
     frames: options.FramesOption = None,
     fps: options.FpsOption = None,
     prompt: options.PromptArgument,
-    model: options.ModelOption = None,
-    mmproj: options.MmprojOption = None,
+    loading: ModelOptions,
     lora: options.LoraOption = None,
     system: options.SystemOption = None,
     max_tokens: options.MaxTokensOption = 512,
-    temperature: options.TemperatureOption = 0.0,
-    top_k: options.TopKOption = 0,
-    top_p: options.TopPOption = 1.0,
-    seed: options.SeedOption = None,
-    ctx_size: options.ContextOption = None,
-    threads: options.ThreadsOption = None,
-    device: options.DeviceOption = "auto",
-    vision_compute: options.VisionComputeOption = "file",
-    cache_type: options.CacheTypeOption = None,
+    sampling: SamplingOptions,
     page_store: options.PageStoreOption = True,
     password: options.PasswordOption = None,
     no_stream: options.NoStreamOption = False,
@@ -51,37 +46,18 @@ def ask(
     Only the answer goes to stdout; progress, timings and warnings go to stderr. What the decoder has read of the images
     is kept on disk, private to the user, so that the next question about them is answered without reading them again.
     """
-    from granite4v.runtime import Model
-
     if not images and os.path.isfile(prompt):
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
     is_streamed = not as_json and not no_stream
     with Progress() as progress:
         given, frames_of = open_images(images or []), _open_videos(videos or [], frames, fps)
-        path = options.model_path(model)
-        with Model.load(
-            path,
-            n_ctx=ctx_size,
-            n_threads=threads,
-            device=device,
-            mmproj=mmproj,
-            vision_compute=vision_compute,
-            cache_type=cache_type,
-            page_store=page_store,
-        ) as loaded:
-            if loaded.vision_note is not None:
-                progress.say(f"note: {loaded.vision_note}")
-            for warning in loaded.warnings:
-                progress.say(f"warning: {warning}")
+        with loading.load(loading.find(), progress, page_store=page_store) as loaded:
             pictures = render_pages(given, loaded, password)
             stream = loaded.stream(
                 _messages(prompt, len(pictures), len(frames_of), system),
                 [*pictures, *frames_of],
                 max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
+                **asdict(sampling),
                 lora=lora,
                 progress=progress.stage,
             )
@@ -130,10 +106,10 @@ def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
             file=sys.stderr,
         )
     stored = f", {timings.n_stored:,} from stored pages" if timings.n_stored else ""
-    print(
+    note(
         f"{plural(timings.n_prompt, 'prompt token')} ({timings.n_image:,} of images{stored}): "
         f"images {timings.encode_s:.1f} s, prompt {timings.prefill_s:.1f} s; "
         f"{plural(timings.n_generated, 'token')} generated in {timings.decode_s:.1f} s "
-        f"({timings.decode_tok_s:.1f} tokens/s)",
-        file=sys.stderr,
+        f"({timings.decode_tok_s:.1f} tokens/s)"
     )
+    show_timings("timings", asdict(timings))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from granite4v.cli import options
+from granite4v.cli.loading import ModelOptions, grouped
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
+from granite4v.cli.verbosity import show_timings
 
 if TYPE_CHECKING:
     from granite4v.runtime import Model, Timings
@@ -19,20 +21,15 @@ if TYPE_CHECKING:
 PROMPT = "What does this page say?"
 
 
+@grouped
 def bench(
     *,
-    model: options.ModelOption = None,
+    loading: ModelOptions,
     image: options.ImageOption,
-    mmproj: options.MmprojOption = None,
     prompt: options.BenchPromptOption = PROMPT,
     max_tokens: options.DecodedTokensOption = 32,
     repeat: options.RepeatOption = 1,
-    ctx_size: options.ContextOption = None,
     parallel: options.TogetherOption = 1,
-    threads: options.ThreadsOption = None,
-    device: options.DeviceOption = "auto",
-    vision_compute: options.VisionComputeOption = "file",
-    cache_type: options.CacheTypeOption = None,
     as_json: options.JsonOnlyOption = False,
 ) -> None:
     """Measure the speed of image encoding, prefill and decoding.
@@ -46,40 +43,28 @@ def bench(
     one answer that is, and their decode steps.
     """
     from granite4v.ggml.build import installed_build
-    from granite4v.runtime import Model
     from granite4v.runtime.engine.parallel import Workload
 
     runs: list[Timings] = []
     together: list[Together] = []
     wanted: dict[str, Any] = {"max_tokens": max_tokens + 1, "ignore_eos": True}
-    path = options.model_path(model, quiet=as_json)
-    with (
-        Progress() as progress,
-        Model.load(
-            path,
-            n_ctx=ctx_size,
-            n_threads=threads,
-            device=device,
-            mmproj=mmproj,
-            vision_compute=vision_compute,
-            n_parallel=parallel if parallel > 1 else None,
-            workload=Workload(parallel, max_tokens + 1) if parallel > 1 else None,
-            cache_type=cache_type,
-        ) as loaded,
-    ):
-        if loaded.vision_note is not None:
-            progress.say(f"note: {loaded.vision_note}")
+    together_options: dict[str, Any] = {}
+    if parallel > 1:
+        together_options = {"n_parallel": parallel, "workload": Workload(parallel, max_tokens + 1)}
+    path = loading.find(quiet=as_json)
+    with Progress() as progress, loading.load(path, progress, **together_options) as loaded:
         stage = None if as_json else progress.stage
         for _ in range(repeat):
             loaded.clear_cache()
             answer = loaded.generate(prompt, [image], **wanted, progress=stage)
             runs.append(answer.timings)
             if not as_json:
-                progress.say(_line(answer.timings))
+                progress.note(_line(answer.timings))
+            show_timings("timings", dataclasses.asdict(answer.timings))
             if parallel > 1:
                 together.append(_answer_together(loaded, prompt, image, parallel, wanted))
                 if not as_json:
-                    progress.say(together[-1].line(answer.timings.decode_tok_s))
+                    progress.note(together[-1].line(answer.timings.decode_tok_s))
         settings = loaded.settings
     print(to_json({**report(runs, settings, together), "build": dataclasses.asdict(installed_build())}))
 

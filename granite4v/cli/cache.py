@@ -11,6 +11,7 @@ from granite4v.cli import options
 from granite4v.cli.progress import plural
 from granite4v.cli.streams import to_json
 from granite4v.cli.terminal import clean, date
+from granite4v.cli.verbosity import note
 
 if TYPE_CHECKING:
     from granite4v.runtime.engine.page_store import Entry
@@ -54,7 +55,7 @@ def list_pages(as_json: options.JsonOption = False) -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         typer.echo(clean("  ".join(cells), keep=""))
-    typer.echo(clean(f"{plural(len(entries), 'page')}, {_size(n_bytes)}, in '{store.folder}'", keep=""), err=True)
+    note(f"{plural(len(entries), 'page')}, {_size(n_bytes)}, in '{store.folder}'")
 
 
 def clear_pages(older_than: OlderThanOption = None) -> None:
@@ -62,7 +63,7 @@ def clear_pages(older_than: OlderThanOption = None) -> None:
     from granite4v.runtime.engine.page_store import PageStore
 
     n_pages, n_bytes = PageStore().clear(older_than or 0.0)
-    typer.echo(f"removed {plural(n_pages, 'page')}: {_size(n_bytes)} freed", err=True)
+    note(f"removed {plural(n_pages, 'page')}: {_size(n_bytes)} freed")
 
 
 def verify_pages() -> None:
@@ -80,7 +81,7 @@ def verify_pages() -> None:
             n_bad += 1
             what = "left where it is" if entry.path.exists() else "removed"
             typer.echo(clean(f"'{entry.path}': {problem}; {what}", keep=""))
-    typer.echo(f"{plural(n_sound, 'page')} sound, {n_bad:,} damaged", err=True)
+    note(f"{plural(n_sound, 'page')} sound, {n_bad:,} damaged")
     if n_bad:
         raise typer.Exit(1)
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 from granite4v.cli import options
+from granite4v.cli.loading import ModelOptions, SamplingOptions, grouped
 from granite4v.cli.progress import Progress
 
 
+@grouped
 def chat(
     *,
     files: options.ChatFilesArgument = None,
-    model: options.ModelOption = None,
-    mmproj: options.MmprojOption = None,
+    loading: ModelOptions,
     lora: options.LoraOption = None,
     system: options.SystemOption = None,
     max_tokens: options.AnswerTokensOption = None,
-    temperature: options.TemperatureOption = 0.0,
-    top_k: options.TopKOption = 0,
-    top_p: options.TopPOption = 1.0,
-    seed: options.SeedOption = None,
-    ctx_size: options.ContextOption = None,
-    threads: options.ThreadsOption = None,
-    device: options.DeviceOption = "auto",
-    vision_compute: options.VisionComputeOption = "file",
-    cache_type: options.CacheTypeOption = None,
+    sampling: SamplingOptions,
     page_store: options.PageStoreOption = True,
     password: options.PasswordOption = None,
     frames: options.FramesOption = None,
@@ -40,35 +34,21 @@ def chat(
     With standard input from a pipe or a file, that is the question, and the answer alone goes to stdout.
     """
     from granite4v.cli import chat_display
-    from granite4v.runtime import GenerationOptions, Model
+    from granite4v.runtime import GenerationOptions
     from granite4v.runtime.chat import Chat, handle
     from granite4v.runtime.extract.schema import load_schema
 
     options.check_sampling(frames, fps)
     is_interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     question = "" if is_interactive else chat_display.question_from_stdin()
-    sampling = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, lora=lora)
-    path = options.model_path(model)
+    path = loading.find()
     with Progress() as progress:
-        loaded = Model.load(
-            path,
-            n_ctx=ctx_size,
-            n_threads=threads,
-            device=device,
-            mmproj=mmproj,
-            vision_compute=vision_compute,
-            cache_type=cache_type,
-            page_store=page_store,
-        )
-        if loaded.vision_note is not None:
-            progress.say(f"note: {loaded.vision_note}")
-        for warning in loaded.warnings:
-            progress.say(f"warning: {warning}")
+        loaded = loading.load(path, progress, page_store=page_store)
     with loaded:
         talk = Chat(
             loaded,
             system=system,
-            options=sampling,
+            options=GenerationOptions(**asdict(sampling), lora=lora),
             max_tokens=max_tokens,
             password=password,
             load_schema=lambda source: load_schema(source, lambda line: print(line, file=sys.stderr)),

@@ -26,6 +26,7 @@ from granite4v.cli.live import CursorConsole
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import Messages, Results
 from granite4v.cli.terminal import clean
+from granite4v.cli.verbosity import is_quiet
 from granite4v.errors import PromptError
 from granite4v.runtime.chat import Chat, ChatError, Reply, value_of
 from granite4v.runtime.formats import Table
@@ -60,6 +61,10 @@ class PlainDisplay:
     def say(self, text: str) -> None:
         self.end_progress()
         print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if not is_quiet():
+            self.say(text)
 
     def listing(self, rows: list[tuple[str, str]]) -> None:
         self.say("\n".join(f"{name}: {about}" for name, about in rows))

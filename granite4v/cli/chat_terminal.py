@@ -45,7 +45,7 @@ def converse(chat: Chat, files: list[str]) -> None:
     """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
     with Interrupts() as interrupts, create_app_session(output=_output()):
         display = TerminalDisplay(interrupts.stopping)
-        display.say("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
+        display.note("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
         for file in files:
             _do(chat, display, functools.partial(attach, chat, file, display))
         session = _session(chat)

@@ -8,6 +8,7 @@ import typer
 
 from granite4v.cli import options
 from granite4v.cli.progress import Progress
+from granite4v.cli.verbosity import note
 
 if TYPE_CHECKING:
     from granite4v.converter import Summary
@@ -45,9 +46,9 @@ def convert(
         source = str(default_model.checkpoint_folder())
     with Progress(delay_s=0.5) as progress:
         if dry_run:
-            typer.echo(converter.describe(converter.plan_conversion(source, settings, progress.say)))
+            typer.echo(converter.describe(converter.plan_conversion(source, settings, progress.note)))
             return
-        summary = converter.convert(source, out, settings, progress.written, progress.say)
+        summary = converter.convert(source, out, settings, progress.written, progress.note)
     for path in summary.paths:
         typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     _remark(summary)
@@ -60,7 +61,7 @@ def _remark(summary: Summary) -> None:
     for warning in summary.plan.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if summary.plan.adapter is not None:
-        typer.echo(f"note: the adapter '{summary.plan.adapter}' was {ADAPTER_USES[summary.plan.adapter_use]}", err=True)
+        note(f"note: the adapter '{summary.plan.adapter}' was {ADAPTER_USES[summary.plan.adapter_use]}")
     for file in summary.plan.files:
         forced: dict[tuple[str, str], int] = {}
         for tensor in file.tensors:
@@ -69,6 +70,6 @@ def _remark(summary: Summary) -> None:
                 forced[key] = forced.get(key, 0) + 1
         for (type_name, reason), count in forced.items():
             are = "tensor is" if count == 1 else "tensors are"
-            typer.echo(f"note: {file.name}: {count} {are} {type_name}, for {reason}", err=True)
+            note(f"note: {file.name}: {count} {are} {type_name}, for {reason}")
     files = counted(len(summary.paths), "file")
-    typer.echo(f"converted in {summary.seconds:.1f} s: {files}, {size(summary.file_bytes)} on disk", err=True)
+    note(f"converted in {summary.seconds:.1f} s: {files}, {size(summary.file_bytes)} on disk")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from granite4v.cli import options
-from granite4v.cli.extract_output import list_paths
+from granite4v.cli.extract_output import list_paths, tell
 from granite4v.cli.progress import Progress, plural
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def export(
 
     Tables become files as --format of 'granite4v extract' writes them, in Parquet and CSV one for each table and in
     xlsx one for each document. Fields of all documents become one table, with a row for each page, in csv, parquet and
-    xlsx. The exit status is 1 if a file could not be written.
+    xlsx. Cells that begin with =, +, - or @ are text in xlsx, negative numbers too. The exit status is 1 if a file
+    could not be written.
     """
     from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract.export import export_results
@@ -47,11 +49,15 @@ def export(
     with Progress() as progress:
         try:
             written = export_results(
-                folder, cast("list[Format]", formats or []), out=out, csv_safe=csv_safe, say=progress.say
+                folder,
+                cast("list[Format]", formats or []),
+                out=out,
+                csv_safe=csv_safe,
+                say=functools.partial(tell, progress),
             )
         except ArgumentError as error:
             raise typer.BadParameter(str(error)) from None
-        progress.say(f"{plural(len(written.paths), 'file')} written")
+        progress.note(f"{plural(len(written.paths), 'file')} written")
     list_paths(written.paths[:MAX_PATHS], max(0, len(written.paths) - MAX_PATHS), out or folder)
     if written.n_failed:
         raise typer.Exit(EXIT_FAILURE)

@@ -11,6 +11,7 @@ import typer
 
 from granite4v.cli import options
 from granite4v.cli.extract_output import Printer, RunProgress, print_records, summary
+from granite4v.cli.loading import ModelOptions, grouped
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import PipeClosed
 
@@ -55,10 +56,11 @@ def with_ray_address(arguments: list[str]) -> list[str]:
     return found
 
 
+@grouped
 def extract(
     *,
     inputs: options.ExtractedArgument = None,
-    model: options.ModelOption = None,
+    loading: ModelOptions,
     task: options.TasksOption = None,
     schema: options.SchemaOption = None,
     prompt: options.QuestionOption = None,
@@ -76,13 +78,7 @@ def extract(
     retry_failed: options.RetryFailedOption = False,
     unconstrained: options.UnconstrainedOption = False,
     max_tokens: options.AnswerTokensOption = None,
-    mmproj: options.MmprojOption = None,
     lora: options.LoraOption = None,
-    ctx_size: options.ContextOption = None,
-    threads: options.ThreadsOption = None,
-    device: options.DeviceOption = "auto",
-    vision_compute: options.VisionComputeOption = "file",
-    cache_type: options.CacheTypeOption = None,
     page_store: options.StorePagesOption = False,
     parallel: options.ParallelOption = None,
     ray: RayOption = None,
@@ -112,12 +108,7 @@ def extract(
         confidence=confidence,
         csv_safe=csv_safe,
         retry_failed=retry_failed,
-        n_ctx=ctx_size,
-        n_threads=threads,
-        device=device,
-        mmproj=mmproj,
-        vision_compute=vision_compute,
-        cache_type=cache_type,
+        **loading.settings(),
         page_store=page_store,
         lora=lora,
         parallel=parallel,
@@ -131,10 +122,10 @@ def extract(
 
             if ray is not None:
                 raise typer.BadParameter("it goes without --ray.", param_hint="--watch")
-            follow(watch, inputs or [], chosen, model, printer, shown)
-        with _begin(inputs or [], chosen, model, ray, shown) as run:
+            follow(watch, inputs or [], chosen, loading.model, printer, shown)
+        with _begin(inputs or [], chosen, loading.model, ray, shown) as run:
             print_records(run, printer, shown)
-        progress.say(summary(run.state, time.monotonic() - run.state.began))
+        progress.note(summary(run.state, time.monotonic() - run.state.began))
     printer.list_files(run.state)
     if isinstance(printer.failure, PipeClosed):
         raise printer.failure
@@ -153,6 +144,6 @@ def _begin(
     try:
         checked(inputs, chosen)  # wrong usage is reported before the embedded model is converted
         found = on_ray(model, options.model_path(model), ray)
-        return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.progress.say)
+        return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.say)
     except (ArgumentError, SelectionError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from granite4v.cli.progress import Activity, Progress, duration, model_activity, plural
 from granite4v.cli.streams import PipeClosed, ResultsLost, to_json
 from granite4v.cli.terminal import clean
+from granite4v.cli.verbosity import show_timings
 from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class RunProgress:
         self._activity = Activity("")
         self._source, self._reported = "", set[str]()  # lines about the document at hand
 
+    def say(self, text: str) -> None:
+        """What a run says beside its records."""
+        tell(self.progress, text)
+
     def watch(self, state: State) -> None:
         self._activity = activity(state, time.monotonic())
         self.progress.show(self._activity)
@@ -113,6 +118,8 @@ class RunProgress:
 
         What concerns a whole page or document is printed once, whatever the number of tasks.
         """
+        if record.timings:
+            show_timings(f"{record.source}, page {record.page}, {record.task}", record.timings)
         for warning in record.warnings:
             self._say_once(record.source, f"warning: {warning}")
         if not record.failed and not record.salvaged:
@@ -134,10 +141,17 @@ class RunProgress:
             self.progress.say(text)
 
 
+def tell(progress: Progress, text: str) -> None:
+    """A line of a run or an export, which is a note unless it concerns a result."""
+    from granite4v.runtime.extract.document_files import AboutResult
+
+    (progress.say if isinstance(text, AboutResult) else progress.note)(text)
+
+
 def print_records(run: Extraction, printer: Printer, shown: RunProgress) -> None:
     """Prints the records of a run as they come, and what is kept when it ends early."""
     for warning in run.model.warnings:
-        shown.progress.say(f"warning: {warning}")
+        shown.progress.note(f"warning: {warning}")
     run.progress = shown.stage
     try:
         for record in run:

@@ -32,20 +32,19 @@ def follow(
     assert chosen.out is not None
     directory = OutputDirectory.claim(Path(chosen.out), resume=chosen.resume)  # told now, not with the first file
     directory.release()
-    say = shown.progress.say
     with contextlib.ExitStack() as opened:
-        loaded = opened.enter_context(load_model(options.model_path(model), chosen, None, say))
-        say(f"watching '{folder}'; Ctrl-C ends it")
+        loaded = opened.enter_context(load_model(options.model_path(model), chosen, None, shown.say))
+        shown.progress.note(f"watching '{folder}'; Ctrl-C ends it")
         for paths in arrivals(folder):
             began = time.monotonic()
             try:
-                run = begin(paths, chosen, model=loaded, watch=shown.watch, say=say, within=folder)
+                run = begin(paths, chosen, model=loaded, watch=shown.watch, say=shown.say, within=folder)
             except DocumentError as error:  # removed since
-                say(str(error))
+                shown.progress.say(str(error))
                 continue
             with run:
                 print_records(run, printer, shown)
-            say(summary(run.state, time.monotonic() - began))
+            shown.progress.note(summary(run.state, time.monotonic() - began))
             chosen = replace(chosen, resume=True)
             if printer.failure is not None:
                 raise printer.failure

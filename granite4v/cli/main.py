@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from granite4v.cli import config_file, verbosity
 from granite4v.cli.ask import ask
 from granite4v.cli.bench import bench
 from granite4v.cli.cache import clear_pages, list_pages, verify_pages
@@ -40,7 +41,26 @@ def _concluding() -> Iterator[None]:
         raise typer.Exit(conclude(error)) from None
 
 
-class ExtractCommand(TyperCommand):
+class Command(TyperCommand):
+    """A command that takes --quiet and --verbose, and defaults of its options from the config file."""
+
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.params += verbosity.verbosity_options()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        config_file.check(ctx, self.params)
+        rest = super().parse_args(ctx, args)
+        verbosity.set_verbosity(verbosity.take(ctx))
+        ctx.call_on_close(lambda: verbosity.set_verbosity(verbosity.Verbosity.NORMAL))
+        return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        config_file.show(ctx, self.params)
+        super().format_options(ctx, formatter)
+
+
+class ExtractCommand(Command):
     """The command whose help lists the tasks, and whose `--ray` may stand without an address."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -54,12 +74,22 @@ class ExtractCommand(TyperCommand):
 class Commands(TyperGroup):
     """The group of all commands, and the one place where their exceptions become exit statuses."""
 
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.params += verbosity.verbosity_options()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        verbosity.take_before_command(ctx)
+        return rest
+
     def make_context(self, *args: Any, **extra: Any) -> Any:
         with _concluding():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         with _concluding():
+            config_file.apply(ctx, self)
             return super().invoke(ctx)
 
 
@@ -100,19 +130,19 @@ def common(
 models_app = typer.Typer(
     help="Fetch, list and remove models of the Hugging Face hub.", no_args_is_help=True, rich_markup_mode=None
 )
-models_app.command("list")(list_models)
-models_app.command("pull")(pull)
-models_app.command("rm")(remove)
-models_app.command("path")(path)
+models_app.command("list", cls=Command)(list_models)
+models_app.command("pull", cls=Command)(pull)
+models_app.command("rm", cls=Command)(remove)
+models_app.command("path", cls=Command)(path)
 
 cache_app = typer.Typer(
     help="List, remove and check the pages that are kept on disk.", no_args_is_help=True, rich_markup_mode=None
 )
-cache_app.command("list")(list_pages)
-cache_app.command("clear")(clear_pages)
-cache_app.command("verify")(verify_pages)
+cache_app.command("list", cls=Command)(list_pages)
+cache_app.command("clear", cls=Command)(clear_pages)
+cache_app.command("verify", cls=Command)(verify_pages)
 
 for command in (convert, requantize, ask, chat, serve, extract, export, inspect, verify, bench, doctor):
-    app.command(cls=ExtractCommand if command is extract else TyperCommand)(command)
+    app.command(cls=ExtractCommand if command is extract else Command)(command)
 app.add_typer(cache_app, name="cache")
 app.add_typer(models_app, name="models")

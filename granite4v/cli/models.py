@@ -10,6 +10,7 @@ from granite4v.cli import options
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
 from granite4v.cli.terminal import clean, date
+from granite4v.cli.verbosity import note
 
 if TYPE_CHECKING:
     from granite4v.models import HubName, Installed
@@ -38,12 +39,9 @@ def list_models(as_json: options.JsonOption = False) -> None:
         name, size, *rest = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         typer.echo(clean("  ".join([name, size.strip().rjust(widths[1]), *rest]).rstrip(), keep=""))
     if not found:
-        typer.echo(
-            f"there are no models in '{models.models_folder()}'; 'granite4v models pull HUB_ID' fetches one", err=True
-        )
+        note(f"there are no models in '{models.models_folder()}'; 'granite4v models pull HUB_ID' fetches one")
     for name, n_bytes in begun.items():
-        line = f"incomplete: {models.size(n_bytes)} of '{name}'; 'models pull' goes on with it, 'models rm' removes it"
-        typer.echo(clean(line, keep=""), err=True)
+        note(f"incomplete: {models.size(n_bytes)} of '{name}'; 'models pull' goes on with it, 'models rm' removes it")
 
 
 def pull(names: options.HubNamesArgument, revision: options.RevisionOption = None) -> None:
@@ -57,7 +55,7 @@ def pull(names: options.HubNamesArgument, revision: options.RevisionOption = Non
     wanted = [default_model.hub_name(name) for name in names]
     with Progress(delay_s=0.5) as progress:
         for name in wanted:
-            model = default_model.pull_model(name, progress.say, progress.written, progress.pulled, revision=revision)
+            model = default_model.pull_model(name, progress.note, progress.written, progress.pulled, revision=revision)
             progress.clear()
             typer.echo(f"{model.name}  {models.size(model.manifest.n_bytes)}  {model.path}")
 
@@ -76,7 +74,7 @@ def remove(names: options.PulledNamesArgument) -> None:
             freed = 0
         if begun:
             freed += models.discard_downloads(name)
-        typer.echo(f"removed {text}: {models.size(freed)} freed", err=True)
+        note(f"removed {text}: {models.size(freed)} freed")
 
 
 def path(name: options.HubNameArgument) -> None:

@@ -323,7 +323,7 @@ AdapterOption = Annotated[
     str | None,
     typer.Option(
         "--adapter",
-        metavar="PATH",
+        metavar="DIR|HUB_ID",
         help="PEFT adapter: a directory or a hub id.",
         show_default="the one in SRC, if any",
     ),
@@ -417,7 +417,7 @@ def fastest_vision_type(threads: int | None) -> str:
 
     with Progress(delay_s=0.5) as progress:
         found = converter.fastest_vision_type(threads, lambda: progress.stage("measure", 0, 1))
-        progress.say(f"note: {found}")
+        progress.note(f"note: {found}")
     return found.type_name
 
 
@@ -434,5 +434,5 @@ def model_path(model: str | None, *, quiet: bool = False) -> str | Path:
         return default_model.find_model(model, lambda line: None)
     with Progress(delay_s=0.5) as progress:
         if model is None:
-            progress.say(NO_MODEL)
-        return default_model.find_model(model, progress.say, progress.written, progress.pulled)
+            progress.note(NO_MODEL)
+        return default_model.find_model(model, progress.note, progress.written, progress.pulled)

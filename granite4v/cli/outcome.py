@@ -13,7 +13,8 @@ from typing import TextIO
 from granite4v.cli import streams
 from granite4v.cli.signals import Interrupted
 from granite4v.cli.terminal import clean
-from granite4v.errors import Granite4vError
+from granite4v.cli.verbosity import is_quiet
+from granite4v.errors import Granite4vError, ImageWarning
 
 EXIT_FAILURE = 1
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -68,8 +69,10 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning as one line, without the place in the code that Python would add."""
-    print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
+    """Prints a warning as one line, without the place in the code that Python would add. What it says of an image
+    concerns the result."""
+    if issubclass(category, ImageWarning) or not is_quiet():
+        print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
 
 
 def conclude(error: BaseException) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
 from granite4v.cli.streams import Messages, Results
 from granite4v.cli.terminal import clean
+from granite4v.cli.verbosity import is_quiet
 
 if TYPE_CHECKING:
     from granite4v.converter import Progress as Written
@@ -107,7 +108,7 @@ class Progress:
             if is_new:
                 self._first, self._began = activity, now
             self.activity = activity
-            if self._is_closed or now < self._not_before:
+            if self._is_closed or now < self._not_before or is_quiet():
                 return
             if self._is_terminal:
                 self._show_live()
@@ -127,6 +128,11 @@ class Progress:
     def pulled(self, progress: PullProgress) -> None:
         """A download's progress callback."""
         self.show(Activity(progress.stage, progress.done_bytes, progress.total_bytes, progress.file))
+
+    def note(self, text: str) -> None:
+        """As `say`, of what a user may do without."""
+        if not is_quiet():
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Prints a line, or several, which stay."""

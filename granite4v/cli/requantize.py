@@ -11,6 +11,7 @@ import typer
 
 from granite4v.cli import options
 from granite4v.cli.progress import Progress
+from granite4v.cli.verbosity import note
 
 
 def requantize(
@@ -53,8 +54,8 @@ def requantize(
     with Progress(delay_s=0.5) as progress:
         path = converter.requantize(source, vision_type, out, force=force, n_threads=threads, progress=progress.written)
     typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
-    typer.echo(f"quantized in {time.perf_counter() - began:.1f} s", err=True)
+    note(f"quantized in {time.perf_counter() - began:.1f} s")
     with contextlib.suppress(Granite4vError):  # of a damaged neighbour: this file is written
         others = [file.name for file in without_sources(vision_files(path.parent)) if file.name != path.name]
         if others:
-            typer.echo(f"note: '{path.parent}' also has {', '.join(others)}; choose one with --mmproj", err=True)
+            note(f"note: '{path.parent}' also has {', '.join(others)}; choose one with --mmproj")

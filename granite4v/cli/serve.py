@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from granite4v.cli import options
+from granite4v.cli.loading import ModelOptions, grouped
 from granite4v.cli.progress import Progress
 from granite4v.cli.values import finite, unicode_text
+from granite4v.cli.verbosity import is_verbose
 
 if TYPE_CHECKING:
     from granite4v.runtime.model import Model
@@ -84,14 +86,12 @@ TimeOption = Annotated[
     float,
     typer.Option("--max-time", metavar="SECONDS", min=1, callback=finite, help="Longest time of a request."),
 ]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print a line for each request, without what it contains.")
-]
 
 
+@grouped
 def serve(
     *,
-    model: options.ModelOption = None,
+    loading: ModelOptions,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8080,
     api_key: ApiKeyOption = None,
@@ -105,14 +105,7 @@ def serve(
     max_images: MaxImagesOption = 16,
     max_frames: MaxFramesOption = 64,
     max_time: TimeOption = 3600.0,
-    verbose: VerboseOption = False,
-    mmproj: options.MmprojOption = None,
     lora: options.LoraOption = None,
-    ctx_size: options.ContextOption = None,
-    threads: options.ThreadsOption = None,
-    device: options.DeviceOption = "auto",
-    vision_compute: options.VisionComputeOption = "file",
-    cache_type: options.CacheTypeOption = None,
     page_store: options.PageStoreOption = True,
 ) -> None:
     """Serve a model to programs that speak OpenAI's protocol, and a page at '/'.
@@ -120,32 +113,18 @@ def serve(
     Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
     /tokenize, /health, /metrics, /openapi.json. Images and videos come as data URLs, PDFs as file parts; the server
     fetches nothing. What the decoder has read of images is kept on disk, private to the user who runs the server. Ends
-    with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way.
+    with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way. --verbose prints a line for each
+    request, without what it contains.
     """
-    from granite4v.runtime import Model
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
     from granite4v.runtime.server.serving import listen
 
     listening = listen(host, port)
-    path = options.model_path(model)
+    path = loading.find()
     with Progress() as progress:
 
         def load() -> Model:
-            loaded = Model.load(
-                path,
-                n_ctx=ctx_size,
-                n_threads=threads,
-                n_parallel=parallel,
-                device=device,
-                mmproj=mmproj,
-                vision_compute=vision_compute,
-                lora=lora,
-                cache_type=cache_type,
-                page_store=page_store,
-            )
-            for warning in loaded.warnings:
-                progress.say(f"warning: {warning}")
-            return loaded
+            return loading.load(path, progress, n_parallel=parallel, lora=lora, page_store=page_store)
 
         limits = Limits(
             body_bytes=max_body * _MEGABYTE,
@@ -156,14 +135,14 @@ def serve(
             time_s=max_time,
         )
         chosen = ServerOptions(
-            model_name=served_name or Path(model or "nano").name,
+            model_name=served_name or Path(loading.model or "nano").name,
             api_key=api_key or None,
             cors_origins=tuple(cors_origin or ()),
             hosts=_hosts(listening.getsockname()[0], host, allowed_host or []),
             media_paths=tuple(media_path or ()),
             limits=limits,
         )
-        _log(verbose)
+        _log()
         run(create_app(load, chosen), listening, lambda address: progress.say(f"listening at {address}"))
 
 
@@ -178,10 +157,13 @@ def _hosts(address: str, host: str, others: list[str]) -> tuple[str, ...]:
     return tuple(names) if (mapped or found).is_loopback else ()
 
 
-def _log(verbose: bool) -> None:
+def _log() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name, level in (("granite4v.server", logging.INFO if verbose else logging.WARNING), ("uvicorn", logging.ERROR)):
+    for name, level in (
+        ("granite4v.server", logging.INFO if is_verbose() else logging.WARNING),
+        ("uvicorn", logging.ERROR),
+    ):
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.addHandler(handler)

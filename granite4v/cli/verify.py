@@ -60,7 +60,7 @@ def verify(
             n_positions=positions,
             dtype=dtype.value,
             adapter=adapter,
-            report=progress.say,
+            report=progress.note,
         )
     if as_json:
         comparisons = [result.as_dict() for result in results]

@@ -17,16 +17,23 @@ from granite4v.doctor.section import Problem, Section
 from granite4v.ggml.control_groups import MOUNT, OWN, group_folders
 from granite4v.ggml.cpu import cpu_quota, default_threads
 from granite4v.ggml.cpu_features import cpu_features, cpu_name, in_words, told_by_sysctl
-from granite4v.paths import cache_folder, new_file
+from granite4v.paths import cache_folder, config_file, new_file
 
 MEMINFO, OWN_CGROUP, CGROUPS = Path("/proc/meminfo"), OWN, MOUNT
 LITTLE_MEMORY = 4e9  # bytes; the smallest real models take about this, with weights of 4 bits
 NO_LIMIT = 1 << 60  # version 1 of control groups says so by a number near 2^63
 EXTRAS = {  # what each is for
+    "arrow": "results as a table of Arrow",
     "docling": "a plugin of docling, and 'granite4v extract --format docling'",
     "fonts": "typefaces for the documents that the demo draws",
+    "fsspec": "documents by URL",
     "onednn": "faster image encoding on CPUs with AVX-512 or AMX",
+    "pandas": "results as a data frame",
+    "parquet": "--format parquet",
+    "ray": "'granite4v extract --ray'",
     "verify": "'granite4v verify', comparison with the checkpoint",
+    "video": "videos from files",
+    "xlsx": "--format xlsx",
 }
 
 
@@ -161,6 +168,14 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except OSError:
         return 0
+
+
+def config() -> Section:
+    """Defaults of the command line's options; a file that is wrong has ended the command before."""
+    path = config_file()
+    is_there = path is not None and path.exists()
+    line = f"{path}: {'defaults of options' if is_there else 'not there'}"
+    return Section("config", [line], {"file": None if path is None else str(path), "exists": is_there})
 
 
 def extras() -> Section:

@@ -57,6 +57,7 @@ def _sections(model: str | Path | None, step: Callable[[str], None]) -> Iterator
     yield machine.threads()
     yield machine.memory()
     yield machine.cache()
+    yield machine.config()
     yield machine.extras()
     if model is not None:
         yield check_model(model)

@@ -30,7 +30,11 @@ class Display(Protocol):
     """What shows a chat to a person."""
 
     def say(self, text: str) -> None:
-        """A note, of one line or several."""
+        """What a command or an answer has come to, in one line or several."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line that a person may do without."""
         ...
 
     def listing(self, rows: list[tuple[str, str]]) -> None:
@@ -99,7 +103,7 @@ def _answer(chat: Chat, reply: Reply, display: Display) -> None:
     if reply.turn is None:
         display.say("stopped before the first word; nothing was added.")
         return
-    display.say(summary(chat, reply.turn))
+    display.note(summary(chat, reply.turn))
     if reply.turn.finish_reason == "repetition":
         display.say("the answer began to repeat itself and was stopped.")
     elif reply.turn.finish_reason == "length":
@@ -143,7 +147,7 @@ def attach(chat: Chat, file: str, display: Display) -> None:
     for note in notes:
         display.say(note)
     for page in pages:
-        display.say(f"attached {page.name}: {_size(page)}, {chat.n_tokens(page):,} tokens")
+        display.note(f"attached {page.name}: {_size(page)}, {chat.n_tokens(page):,} tokens")
 
 
 def _size(page: ChatPage) -> str:

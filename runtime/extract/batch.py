@@ -14,7 +14,14 @@ from granite4v.runtime.engine.stream import Progress
 from granite4v.runtime.extract.asking import Asker
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.cluster.model import RayModel
-from granite4v.runtime.extract.document_files import Form, Written, remove_stale, write_document, write_fields
+from granite4v.runtime.extract.document_files import (
+    AboutResult,
+    Form,
+    Written,
+    remove_stale,
+    write_document,
+    write_fields,
+)
 from granite4v.runtime.extract.earlier import Earlier, Seen, earlier_error
 from granite4v.runtime.extract.names import Names
 from granite4v.runtime.extract.options import ExtractOptions
@@ -212,7 +219,7 @@ class Extraction:
                 self._append(record)
             self._log.arrange(self._job.totals.sources, self._tasks)
         except OutputError as error:  # a disk that is full has ended the run already, or is told here
-            self._say(str(error))
+            self._say(AboutResult(error))
 
     def _refresh(self, key: Key, item: Page | PageFailure) -> bool:
         """Notes the present state of the file in a record that holds, so that the next run need not render the page.

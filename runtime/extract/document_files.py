@@ -43,6 +43,10 @@ _FRAMES = {
 Say = Callable[[str], None]
 
 
+class AboutResult(str):
+    """What `say` is told of a result that is missing, or not what was asked for. Its other lines are notes."""
+
+
 def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
     """Suffixes of a document's files of a task: the formats that were asked for if it gives tables, else that of its
     answers."""
@@ -90,7 +94,7 @@ class Written:
             if isinstance(error, OutputError) and not isinstance(error, FileOutputError):
                 raise
             self.n_failed += 1
-            say(f"{failed}: {described(error)}")
+            say(AboutResult(f"{failed}: {described(error)}"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
         return
     except AnswerError as error:
         if record is not None:
-            say(f"{record.source}, page {record.page}: {record.task} has no .{place.suffix}: {error}")
+            say(AboutResult(f"{record.source}, page {record.page}: {record.task} has no .{place.suffix}: {error}"))
             return
         problem: Exception = error
     except Exception as error:
@@ -180,7 +184,7 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
         problem = error
     place.failed = True
     place.files.__exit__(type(problem), problem, None)
-    say(f"'{place.stem}.{place.suffix}' is not written: {described(problem)}")
+    say(AboutResult(f"'{place.stem}.{place.suffix}' is not written: {described(problem)}"))
 
 
 def remove_stale(root: Path, stem: str, keep: Iterable[Path], formats: Sequence[str] = FORMATS) -> None:

@@ -19,6 +19,7 @@ from granite4v.runtime.extract.attempts import FILE as ATTEMPTS
 from granite4v.runtime.extract.attempts import Attempts
 from granite4v.runtime.extract.batch import REPORT, Extraction, Job, Say
 from granite4v.runtime.extract.cluster import OnRay, RayModel
+from granite4v.runtime.extract.document_files import AboutResult
 from granite4v.runtime.extract.earlier import earlier_error, earlier_source
 from granite4v.runtime.extract.options import ExtractFields, ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
@@ -128,7 +129,7 @@ def _open(
     loaded = _load(model, options, n_questions, say, opened)
     asked = questions(loaded, options.tasks, options.prompt, schema, unconstrained=options.unconstrained)
     for warning in schema_warnings(asked):
-        say(f"warning: {warning}")
+        say(AboutResult(f"warning: {warning}"))
     hashes = model_hashes(loaded.files, say)
     asker: Asker
     if isinstance(loaded, RayModel):

@@ -33,7 +33,18 @@ def test_the_report_of_this_machine_as_json() -> None:
     assert (found["content"], result.exit_code) == (not serious, 1 if serious else 0) and result.stderr == ""
     assert found["build"]["compiler"] == installed_build().compiler
     assert found["kernels"]["gflop_s"]["Q4_0"]["plain"] > 0
-    assert [*found][:-1] == ["content", "cpu", "build", "kernels", "gpu", "threads", "memory", "cache", "extras"]
+    assert [*found][:-1] == [
+        "content",
+        "cpu",
+        "build",
+        "kernels",
+        "gpu",
+        "threads",
+        "memory",
+        "cache",
+        "config",
+        "extras",
+    ]
 
 
 def test_progress_goes_to_stderr() -> None:

@@ -23,6 +23,9 @@ class Kept:
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
     def listing(self, rows: list[tuple[str, str]]) -> None:
         self.listed = rows
 

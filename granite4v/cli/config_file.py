@@ -1,0 +1,251 @@
+"""The config file: defaults of options, in TOML, for all commands or for one.
+
+A key is an option's name without its dashes. At the top of the file it is for every command that has the option and
+takes such a value for it; in a table named after a command, or a group of commands, for that one. Environment variables
+and the command line have precedence. Keys and kinds of values are checked for all commands, whichever runs, and what
+only an option itself can tell of a value when its command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from granite4v.errors import Granite4vError
+from granite4v.paths import config_file
+
+MAX_BYTES = 1 << 16  # all options of all commands take a tenth of it
+PATHS = {"DIR", "FILE", "HF_DIR", "PATH"}  # what a metavar says of a path
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
+Place = tuple[str, ...]  # the keys that lead to a value in the file
+_META = "granite4v.config"  # in the meta data that contexts share
+
+
+class ConfigError(Granite4vError):
+    """A config file that cannot be read, or that says what no option takes."""
+
+
+def apply(ctx: Any, group: Any) -> None:
+    """Makes what the config file says the defaults of the commands of `group`, whose context this is. Raises
+    ConfigError."""
+    config = read()
+    if config is not None:
+        ctx.meta[_META] = config
+        ctx.default_map = config.defaults(group)
+
+
+def check(ctx: Any, options: Iterable[Any]) -> None:
+    """Raises ConfigError if an option of this context's command does not take its value in the config file."""
+    config = ctx.meta.get(_META)
+    for option in options if config is not None else ():
+        if option.name in (ctx.default_map or {}):
+            try:
+                option.process_value(ctx, ctx.default_map[option.name])
+            except typer.BadParameter as error:
+                config.refuse(_path_of(ctx, option), f"{error.message.rstrip('.')}; correct it.")
+
+
+def show(ctx: Any, options: Iterable[Any]) -> None:
+    """Has help texts say which defaults come from the config file."""
+    for option in options:
+        value = (ctx.default_map or {}).get(option.name)
+        if value is not None and option.show_default is not False:
+            spelled = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            option.show_default = f"{spelled.lower() if option.is_flag else spelled}, from '{ctx.meta[_META].path}'"
+
+
+def read() -> ConfigFile | None:
+    """None where there is no file. Raises ConfigError for one that cannot be read, and for one that GRANITE4V_CONFIG
+    names but that is not there."""
+    path = config_file()
+    is_named = bool(os.environ.get("GRANITE4V_CONFIG"))
+    if path is None or not (is_named or _is_there(path)):
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"'{path}' has more than {MAX_BYTES:,} bytes, which is no config file; name another one.")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        return ConfigFile(path, text, parse(text))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        what = "is not valid TOML" if isinstance(error, ValueError) else "cannot be read"
+        why = getattr(error, "strerror", None) or error
+        advice = "correct it, or set GRANITE4V_CONFIG to the path of another one" + (
+            "" if is_named else ", or remove it"
+        )
+        raise ConfigError(f"the config file '{path}' {what}: {why}; {advice}.") from None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is not TOML, which says where."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+class ConfigFile:
+    def __init__(self, path: Path, text: str, tables: dict[str, Any]) -> None:
+        self.path, self._text, self._tables = path, text, tables
+        self._places: dict[tuple[str, ...], Place] = {}  # of values, by the names of the command and of the option
+
+    def defaults(self, group: Any) -> dict[str, Any]:
+        """Values by parameter, for each command, as the contexts of commands take them. Raises ConfigError."""
+        return self._of_group(group, self._tables, {}, ())
+
+    def refuse(self, command_and_option: tuple[str, ...], problem: str) -> NoReturn:
+        """Raises ConfigError about the value that an option has here."""
+        place = self._places[command_and_option]
+        raise self._error(place, f"'{place[-1]}': {problem}")
+
+    def _of_group(self, group: Any, table: dict[str, Any], outer: dict[str, Place], place: Place) -> dict[str, Any]:
+        """`place`: of this group's table; `outer`: of keys further out that are for this group as well."""
+        commands = group.commands
+        known = [found for command in commands.values() for found in _options(command)]
+        own = {key: (*place, key) for key in table if key not in commands}
+        for key, where in own.items():
+            self._check(key, table[key], where, known, [*commands])
+        defaults = {}
+        for name, command in commands.items():
+            inner = table.get(name, {})
+            if not isinstance(inner, dict):
+                raise self._error((*place, name), f"'{name}' is a command, whose options stand in a table: [{name}].")
+            of_this = self._of_group if hasattr(command, "commands") else self._of_command
+            defaults[name] = of_this(command, inner, {**outer, **own}, (*place, name))
+        return defaults
+
+    def _of_command(self, command: Any, table: dict[str, Any], outer: dict[str, Place], place: Place) -> dict[str, Any]:
+        options = _options(command)
+        for key, value in table.items():
+            self._check(key, value, (*place, key), options, [])
+        defaults = {}
+        for key, option in options:
+            where = (*place, key) if key in table else outer.get(key)
+            if where is not None and _fits(option, self._value(where)):
+                defaults[option.name] = self._located(option, self._value(where))
+                of_option = (*place, option.name)
+                self._places[of_option] = where
+        return defaults
+
+    def _check(self, key: str, value: Any, place: Place, known: list[tuple[str, Any]], commands: list[str]) -> None:
+        """Raises ConfigError unless some option has this name and takes such a value."""
+        options = [option for name, option in known if name == key]
+        if any(_fits(option, value) for option in options):
+            return
+        if options:
+            kinds = " or ".join(dict.fromkeys(map(_kind, options)))
+            raise self._error(place, f"'{key}' is {_spelled(value)}; expected {kinds}.")
+        is_table = isinstance(value, dict) and bool(commands)
+        near = difflib.get_close_matches(
+            key.replace("_", "-"), commands if is_table else [name for name, _ in known], 1
+        )
+        advice = f"did you mean '{near[0]}'?" if near else "'granite4v COMMAND --help' lists them."
+        if is_table:
+            what = "is no command"
+        else:
+            what = f"is no option of {' '.join(('granite4v', *place[:-1])) if place[1:] else 'any command'}"
+        raise self._error(place, f"'{key}' {what}; {advice}")
+
+    def _value(self, place: Place) -> Any:
+        found: Any = self._tables
+        for key in place:
+            found = found[key]
+        return found
+
+    def _located(self, option: Any, value: Any) -> Any:
+        """Paths from the folder of the file. What may be a path or something else is one if it begins as one, or if
+        there is such a file."""
+        if isinstance(value, list):
+            return [self._located(option, one) for one in value]
+        words = set((option.metavar or "").split("|"))
+        if not isinstance(value, str) or not words & PATHS:
+            return value
+        path = str(self.path.parent / os.path.expanduser(value))
+        is_path = words <= PATHS or value.startswith(("~", "./", "../")) or os.path.exists(path)
+        return path if is_path else value
+
+    def _error(self, place: Place, problem: str) -> ConfigError:
+        line = line_of(self._text, place)
+        table = f" [{'.'.join(place[:-1])}]" if len(place) > 1 else ""
+        return ConfigError(f"the config file '{self.path}'{'' if line is None else f', line {line}'}:{table} {problem}")
+
+
+def line_of(text: str, place: Place) -> int | None:
+    """The line on which a value of a TOML file begins, counted from 1: the shortest beginning of the file that has it
+    ends with it."""
+    lines, before = text.split("\n"), 0
+    for n in range(1, len(lines) + 1):
+        try:
+            found: Any = parse("\n".join(lines[:n]))
+        except ValueError:  # in the middle of a value
+            continue
+        for key in place:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            return before + 1
+        before = n
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    """False as well where a folder on the way is closed to this user."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _options(command: Any) -> list[tuple[str, Any]]:
+    """The options of a command, or of all commands of a group, with their keys."""
+    if hasattr(command, "commands"):
+        return [found for inner in command.commands.values() for found in _options(inner)]
+    return [(_key(param), param) for param in command.params if param.param_type_name == "option" and not param.hidden]
+
+
+def _key(option: Any) -> str:
+    """'threads' of --threads, 'lora' of --lora/--no-lora, 'drafting' of --no-drafting."""
+    names = [name for name in option.opts if name.startswith("--")]
+    return re.sub("^--", "", names[0]) if names else re.sub("^--no-", "", option.secondary_opts[0])
+
+
+def _type(option: Any) -> type:
+    name = "boolean" if option.is_flag else option.type.name
+    return {"boolean": bool, "integer": int, "float": float}.get(name.split()[0], str)
+
+
+def _fits(option: Any, value: Any) -> bool:
+    if option.multiple:
+        return isinstance(value, list) and all(_is_of(_type(option), one) for one in value)
+    return _is_of(_type(option), value)
+
+
+def _is_of(wanted: type, value: Any) -> bool:
+    return type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def _kind(option: Any) -> str:
+    return f"a list, each of it {_KINDS[_type(option)]}" if option.multiple else _KINDS[_type(option)]
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    spelled = str(value).lower() if isinstance(value, bool) else repr(value)
+    return spelled if len(spelled) <= 60 else f"{spelled[:57]}..."
+
+
+def _path_of(ctx: Any, option: Any) -> tuple[str, ...]:
+    names: tuple[str, ...] = (option.name,)
+    while ctx.parent is not None:
+        names, ctx = (ctx.info_name, *names), ctx.parent
+    return names
