@@ -8,6 +8,7 @@ from dataclasses import asdict
 from granite4v.cli import options
 from granite4v.cli.loading import ModelOptions, SamplingOptions, grouped
 from granite4v.cli.progress import Progress
+from granite4v.cli.verbosity import note
 
 
 @grouped
@@ -51,7 +52,7 @@ def chat(
             options=GenerationOptions(**asdict(sampling), lora=lora),
             max_tokens=max_tokens,
             password=password,
-            load_schema=lambda source: load_schema(source, lambda line: print(line, file=sys.stderr)),
+            load_schema=lambda source: load_schema(source, note),
             frames=frames,
             fps=fps,
         )
