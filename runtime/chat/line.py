@@ -107,4 +107,6 @@ def _path(value: str) -> str:
     except ValueError:
         return value
     pages = f"#{parts.fragment}" if parts.fragment else ""
-    return unquote(parts.path) + pages if parts.netloc in ("", "localhost") else value
+    # bytes that are not UTF-8 stand in paths as Python has them there
+    path = unquote(parts.path, errors="surrogateescape")
+    return path + pages if parts.netloc in ("", "localhost") else value

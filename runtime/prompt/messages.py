@@ -180,7 +180,7 @@ def _source_of(part: Mapping[str, Any], names: Sequence[str], kind: str, number:
             f"message {number} has {_A[kind]} at '{value:.80}'; granite4v works offline and fetches nothing. "
             "Give a local path or a data URL."
         )
-    return Path(unquote(urlparse(value).path)) if scheme == "file" else Path(value)
+    return Path(unquote(urlparse(value).path, errors="surrogateescape")) if scheme == "file" else Path(value)
 
 
 def _decode(data: str, kind: str, number: int) -> bytes:

@@ -154,7 +154,7 @@ class ContentReader:
             raise invalid(
                 f"'{url:.80}' is not a data URL, and the server fetches nothing; {advice}.", param, "no_fetch"
             )
-        name = unquote(parsed.path) if parsed.scheme else url
+        name = unquote(parsed.path, errors="surrogateescape") if parsed.scheme else url
         if self._roots and "\0" not in name:
             path = Path(os.path.realpath(name))
             if any(path.is_relative_to(root) for root in self._roots):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from granite4v.runtime.chat.line import Line, argument, split_files, starts_with_file, words
+from granite4v.runtime.prompt.messages import normalize
+from granite4v.runtime.server.content import Attachment, ContentReader
+from granite4v.runtime.server.requests import ImagePart
 
 
 @pytest.fixture
@@ -52,6 +55,18 @@ def test_a_dropped_file_is_attached_and_taken_out(page: Path) -> None:
         for text in (f"{spelled} what is the total?", f"what is the total? {spelled}"):
             line = split_files(text)
             assert (line.text, line.files) == ("what is the total?", (str(page),)), spelled
+
+
+def test_a_name_may_hold_any_bytes(tmp_path: Path) -> None:
+    """In URLs too: those of dropped files, and those that clients of a server send."""
+    path = tmp_path / "caf\udce9.png"
+    path.touch()
+    url = f"file://{tmp_path}/caf%E9.png"
+    assert split_files(f"{url} ?").files == (str(path),)
+    (found,) = ContentReader([tmp_path]).parts([ImagePart(type="image_url", image_url=url)], "content")
+    assert isinstance(found, Attachment) and found.path == path
+    conversation = normalize([{"role": "user", "content": [{"type": "image", "url": url}]}])
+    assert conversation.images == [path]
 
 
 def test_a_file_alone_asks_nothing(page: Path) -> None:
