@@ -195,7 +195,6 @@ DECLARATIONS: tuple[Declaration, ...] = (
     # ggml-alloc.h
     _base("ggml_gallocr_new", AllocatorP, BufferTypeP),
     _base("ggml_gallocr_free", None, AllocatorP),
-    _base("ggml_gallocr_reserve", c.c_bool, AllocatorP, GraphP),
     _base("ggml_gallocr_alloc_graph", c.c_bool, AllocatorP, GraphP),
     _base("ggml_backend_alloc_ctx_tensors_from_buft", BufferP, ContextP, BufferTypeP),
     # ggml-backend.h

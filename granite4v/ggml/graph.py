@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Arena, Backend, get_data, release_pages, set_data
+from granite4v.ggml.backend import Arena, Backend, get_data, host_array, release_pages, set_data
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
@@ -112,7 +113,7 @@ class Graph:
 
     def reshape(self, x: Tensor, *ne: int) -> Tensor:
         sizes = (*ne, *(1,) * (4 - len(ne)))
-        if _product(sizes) != _product(x.ne) or not x.is_contiguous:
+        if math.prod(sizes) != math.prod(x.ne) or not x.is_contiguous:
             raise ShapeError(f"cannot reshape {x!r} (contiguous: {x.is_contiguous}) to {list(ne)}")
         return Tensor(lib().ggml_reshape_4d(self._ctx, x.ptr, *sizes))
 
@@ -360,15 +361,12 @@ class Graph:
         """
         if set(arrays) != set(self._inputs):
             raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
-        ggml = lib()
         if self._allocator is None:
-            self._allocator = ggml.ggml_gallocr_new(self.backend.buffer_type)
-            if not ggml.ggml_gallocr_reserve(self._allocator, self._graph):
-                raise DeviceError(
-                    f"device '{self.backend.name}' has not enough memory for the graph's intermediate results."
-                )
-        if not ggml.ggml_gallocr_alloc_graph(self._allocator, self._graph):
-            raise DeviceError(f"device '{self.backend.name}' could not place the graph's tensors.")
+            self._allocator = lib().ggml_gallocr_new(self.backend.buffer_type)
+        if not lib().ggml_gallocr_alloc_graph(self._allocator, self._graph):
+            raise DeviceError(
+                f"device '{self.backend.name}' has not enough memory for the graph's intermediate results."
+            )
         for name, array in arrays.items():
             set_data(self._inputs[name].ptr, array)
         steps = self._in_steps(small=progress is not None)
@@ -380,6 +378,16 @@ class Graph:
             if progress and (number % every == 0 or number == len(steps)):
                 progress(number, len(steps))
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
+
+    def in_place(self, given: str, found: str) -> tuple[np.ndarray, np.ndarray]:
+        """A float32 input and an output as flat arrays over the graph's own memory, after a run on the CPU; `compute`
+        reads the one and writes the other. They end with the graph."""
+        return host_array(self._inputs[given].ptr), host_array(self._outputs[found].ptr)
+
+    def compute(self) -> None:
+        """Computes with what is in the memory of the inputs."""
+        for step in self._in_steps(small=False):
+            step()
 
     def _in_steps(self, small: bool) -> list[Callable[[], None]]:
         """The complete graph as one step where it can be; in parts where oneDNN or a progress display comes between.
@@ -440,10 +448,3 @@ def _parts(nodes: list[Any], alone: Container[int], longest: int) -> Iterator[li
             part = []
     if part:
         yield part
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for n in sizes:
-        total *= n
-    return total

@@ -91,3 +91,22 @@ def test_keys_and_values_of_quantized_layers_have_eight_bits(path: Path, backend
     found, exact = computed(path, backend), computed(path, backend, exact=True)
     errors = [relative_l2(a, b) for a, b in zip(found, exact, strict=True)]
     assert 1e-4 < max(errors) < 0.02
+
+
+def test_rows_that_come_again_and_others_between(path: Path, backend: Backend) -> None:
+    """A few rows are computed in the memory of a graph that stays; what it gave before is not overwritten."""
+    rows, others = ROWS[3], -2 * ROWS[3]
+    with GgufFile.open(path) as file:
+        config = read_vision(file)[1].cross_attention
+        assert config is not None
+        layers = CrossLayers(file, config, backend, exact=False)
+    try:
+        layers.look_at(STATES)
+        i = config.layers[0]
+        first, between, again = (layers.run((i,), x, 2) for x in (rows, others, rows))
+        layers.look_at(STATES)  # new graphs
+        anew = layers.run((i,), others, 2)
+    finally:
+        layers.close()
+    assert np.array_equal(again, first) and np.array_equal(between, anew)
+    assert first.shape == rows.shape and not np.array_equal(first, between)
