@@ -12,10 +12,10 @@ import logging
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperOption
+import typer.main
 
 from granite4v.cli.terminal import clean
 from granite4v.errors import Granite4vError
@@ -27,10 +27,7 @@ class Verbosity(Enum):
     VERBOSE = "verbose"
 
 
-_HELP = {
-    "quiet": "Only results, and what is wrong with them: no progress, notes and timings.",
-    "verbose": "Also more timings, and the log of llama.cpp.",
-}
+_NAMES = ("quiet", "verbose")
 _BEFORE_COMMAND = "granite4v.verbosity"  # in the meta data that contexts share: what stands before the command's name
 _LOGGER = logging.getLogger("granite4v")
 _current, _handler = Verbosity.NORMAL, logging.StreamHandler()
@@ -73,12 +70,25 @@ def show_timings(what: str, timings: Mapping[str, float]) -> None:
 # --- the options ---
 
 
-def verbosity_options() -> list[TyperOption]:
+def _options(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Only results, and what is wrong with them: no progress, notes and timings."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also more timings, and the log of llama.cpp.")
+    ] = False,
+) -> None:
+    """Declares them: classes of options differ between versions of typer."""
+
+
+def verbosity_options() -> list[Any]:
     """`--quiet` and `--verbose`, for a command or a group."""
-    return [
-        TyperOption(param_decls=[name, f"--{name}", f"-{name[0]}"], is_flag=True, default=False, help=text)
-        for name, text in _HELP.items()
-    ]
+    holder = typer.Typer(add_completion=False)
+    holder.command()(_options)
+    return typer.main.get_command(holder).params
 
 
 def take_before_command(ctx: Any) -> None:
@@ -100,6 +110,6 @@ def take(ctx: Any) -> Verbosity:
 
 def _taken(ctx: Any) -> tuple[frozenset[str], frozenset[str]]:
     """What stands on the command line, and what else is set."""
-    chosen = frozenset(name for name in _HELP if ctx.params.pop(name))
+    chosen = frozenset(name for name in _NAMES if ctx.params.pop(name))
     typed = frozenset(name for name in chosen if ctx.get_parameter_source(name).name == "COMMANDLINE")
     return typed, chosen - typed
