@@ -36,7 +36,7 @@ for module in pkgutil.walk_packages(granite4v.__path__, "granite4v."):
     if not module.name.endswith("__main__") and (sys.argv[1] == "docling" or "docling_plugin." not in module.name):
         importlib.import_module(module.name)
 """
-DOCLING = "import granite4v.docling_plugin as p; print(p.table_structure_engines(), p.picture_description())"
+DOCLING = "from granite4v.docling_plugin import Granite4vPictureModel, Granite4vTableModel"
 FONTS = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts' / 'nano')!r}); import drawing; drawing.held_out_font()"
 TABLE = "from granite4v.runtime.formats import Cell, Table; Table(1, 1, 0, (Cell(0, 0, ''),)).to_pandas()"
 
@@ -59,7 +59,7 @@ class Use:
         return [str(python), "-m", "granite4v", *(word.format(**places) for word in self.arguments.split())]
 
 
-READ = "extract page.png --task tables_html --max-tokens 20 --out {out}"
+READ = "extract page.png --task tables_html --out {out}"
 USES = (
     Use("pandas", "pandas", code="import granite4v; print(granite4v.read_results('results'))"),
     Use("pandas", "pandas", code=TABLE),
@@ -72,7 +72,7 @@ USES = (
     Use("docling", "docling.document_converter", code=DOCLING),
     Use("onednn", "granite4v.ggml.onednn", "ask page.png Hm? --vision-compute BF16 --max-tokens 2"),
     Use("ray", "ray", f"{READ} --ray local", writes="results.jsonl"),
-    Use("fsspec", "fsspec", "extract {page} --task tables_html --max-tokens 20 --out {out}", writes="results.jsonl"),
+    Use("fsspec", "fsspec", "extract {page} --task tables_html --out {out}", writes="results.jsonl"),
     Use("video", "av", "ask --video video.mp4 Hm? --frames 2 --max-tokens 2 --model videos"),
     Use("fonts", "matplotlib", code=FONTS, advice="pip install font-hanken-grotesk"),
     Use("verify", "peft", "verify model --reference checkpoint --image page.png --positions 2"),
@@ -102,7 +102,7 @@ class Check:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(base)], check=True)
         self._install(base, str(wheel))
         self._expect(base, "no extra", [python_of(base), "-c", IMPORT_ALL, ""])
-        results = ["extract", "page.png", "--task", "tables_html", "--max-tokens", "20", "--out", "results"]
+        results = ["extract", "page.png", "--task", "tables_html", "--out", "results"]
         self._expect(base, "no extra", [python_of(base), "-m", "granite4v", *results])
         for use in self._uses(self._extras):
             self._refuse(base, use)
