@@ -275,8 +275,10 @@ class Drafter:
         """At most `most` tokens after those of `answer`, which has only grown since the last call."""
         for token in answer[len(self._history.tokens) :]:
             self._move(token)
-        drafts = (self._from(cursor, most) for cursor in self._cursors)
-        return max(drafts, key=lambda draft: sum(draft.chances))
+        best = Draft()
+        for cursor in self._cursors:
+            best = self._from(cursor, most, best)
+        return best
 
     def _move(self, token: int) -> None:
         for cursor in self._cursors:
@@ -289,8 +291,9 @@ class Drafter:
             cursor.move(recent)
         self._history.extend((token,))
 
-    def _from(self, cursor: _Cursor, most: int) -> Draft:
-        tokens, chances, chance = list[int](), list[float](), 1.0
+    def _from(self, cursor: _Cursor, most: int, best: Draft) -> Draft:
+        """What the text of a cursor says, as long as it can bring more tokens than `best`; otherwise that."""
+        tokens, chances, chance, n_right, n_best = list[int](), list[float](), 1.0, 0.0, sum(best.chances)
         n_known = len(cursor.text.tokens) - cursor.place
         for i in range(most if cursor.is_placed else 0):
             # where the answer repeats itself, it may do so again and again: what is drafted goes on with its beginning
@@ -301,6 +304,9 @@ class Drafter:
             chance *= self._chances.of(cursor.kind, cursor.n_alike + len(tokens), token)
             if chance < _LEAST_CHANCE:
                 break
+            if n_right + chance * (most - i) <= n_best:
+                return best
             tokens.append(token)
             chances.append(chance)
-        return Draft(tuple(tokens), tuple(chances))
+            n_right += chance
+        return Draft(tuple(tokens), tuple(chances)) if n_right > n_best else best

@@ -58,16 +58,6 @@ class Part:
     def draft(self) -> tuple[int, ...]:
         return self.tokens[len(self.pending) :]
 
-    def rows(self) -> BatchRows:
-        n, start = self.n_rows, self.sequence.n_tokens
-        data = np.zeros(n, dtype=np.int32)
-        data[: len(self.tokens)] = self.tokens
-        outputs = np.zeros(n, dtype=bool)
-        if self.is_complete:
-            outputs[len(self.pending) - 1 : len(self.tokens)] = True
-        positions = np.arange(start, start + n, dtype=np.int32)
-        return BatchRows(data, positions, np.full(n, self.sequence.id, dtype=np.int32), outputs)
-
 
 def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: StepCosts, limits: Limits) -> list[Part]:
     """The parts of a step, by the number of their sequence.
@@ -99,12 +89,22 @@ def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: S
 
 def joined(parts: Sequence[Part], least: int) -> tuple[BatchRows, list[int]]:
     """The rows of all parts, and where those of each part begin. At least `least` rows of logits, if there are any."""
-    rows = BatchRows.joined([part.rows() for part in parts])
-    n_missing = least - int(rows.outputs.sum())
+    # as lists first: a step has few rows, of which each array would cost more than they do
+    data, positions, sequences, outputs, starts = list[int](), list[int](), list[int](), list[bool](), list[int]()
+    for part in parts:
+        n, n_held, n_given = part.n_rows, part.sequence.n_tokens, len(part.tokens)
+        first_output = n_given - part.n_drafted - 1 if part.is_complete else n
+        starts.append(len(data))
+        data += (*part.tokens, *(n - n_given) * (0,))
+        positions += range(n_held, n_held + n)
+        sequences += n * (part.sequence.id,)
+        outputs += (first_output <= row < n_given for row in range(n))
+    wanted = np.array(outputs, dtype=bool)
+    n_missing = least - int(wanted.sum())
     if 0 < n_missing < least:
-        rows.outputs[np.flatnonzero(~rows.outputs)[:n_missing]] = True
-    starts = itertools.accumulate((part.n_rows for part in parts), initial=0)
-    return rows, list(starts)[:-1]
+        wanted[np.flatnonzero(~wanted)[:n_missing]] = True
+    tokens, places, numbers = (np.array(values, dtype=np.int32) for values in (data, positions, sequences))
+    return BatchRows(tokens, places, numbers, wanted), starts
 
 
 def _uncut(ready: Sequence[Task], limits: Limits) -> list[Part]:
@@ -122,14 +122,16 @@ def _choose(
     ready: Sequence[Task], drafts: Sequence[Draft], costs: StepCosts, n_sequences: int, most: int, limits: Limits
 ) -> int:
     """The rows of each sequence with which a second brings the most tokens."""
-    longest_draft = max(task.n_pending + len(draft.tokens) for task, draft in zip(ready, drafts, strict=True))
+    drafted = [*zip(ready, drafts, strict=True)]
+    longest_draft = max(task.n_pending + len(draft.tokens) for task, draft in drafted)
     least = 1 if n_sequences >= limits.least else min(limits.least, most)
     numbers = {*range(1, min(longest_draft, TILE) + 1), *(task.n_pending for task in ready), longest_draft, least}
+    expected = [(task.n_pending, [*itertools.accumulate(draft.chances, initial=0.0)]) for task, draft in drafted]
     best, best_rate = least, 0.0
     for n in sorted({_filled(number, most) for number in numbers if least <= number <= most}):
-        if _n_outputs(ready, drafts, n) > limits.outputs:
+        if n * len(ready) > limits.outputs and _n_outputs(ready, drafts, n) > limits.outputs:
             continue
-        n_kept = sum(_n_kept(task, draft, n) for task, draft in zip(ready, drafts, strict=True))
+        n_kept = sum(_n_kept(n_pending, chances, n) for n_pending, chances in expected)
         rate = n_kept / costs.seconds(n * n_sequences)
         if rate > best_rate:
             best, best_rate = n, rate
@@ -141,9 +143,9 @@ def _filled(n_rows: int, most: int) -> int:
     return TILE if TILE // 2 < n_rows < TILE <= most else n_rows
 
 
-def _n_kept(task: Task, draft: Draft, n_rows: int) -> float:
-    """Tokens that a task is expected to be ahead after a step."""
-    return min(task.n_pending, n_rows) + sum(draft.chances[: max(0, n_rows - task.n_pending)])
+def _n_kept(n_pending: int, chances: Sequence[float], n_rows: int) -> float:
+    """Tokens that a task is expected to be ahead after a step. `chances`: those of its draft, added up."""
+    return min(n_pending, n_rows) + chances[min(max(0, n_rows - n_pending), len(chances) - 1)]
 
 
 def _n_outputs(ready: Sequence[Task], drafts: Sequence[Draft], n_rows: int) -> int:

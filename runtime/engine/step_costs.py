@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ _HOPE = 0.25
 @dataclass
 class _Measured:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=N_KEPT))
+    median: float = 0.0
     noted_at: int = 0
 
 
@@ -28,36 +30,38 @@ class StepCosts:
     def __init__(self) -> None:
         self._measured: dict[int, _Measured] = {}
         self._n_noted = 0
+        # what is known, rising: a step asks for many estimates, so it is put in order once a step
+        self._numbers: list[int] = []
+        self._seconds: list[float] = []
 
     def note(self, n_rows: int, seconds: float) -> None:
         """Takes account of a step."""
         self._n_noted += 1
         measured = self._measured.setdefault(n_rows, _Measured())
         measured.seconds.append(seconds)
+        measured.median = statistics.median(measured.seconds)
         measured.noted_at = self._n_noted
+        self._order()
 
     def seconds(self, n_rows: int) -> float:
         """Estimated seconds of a step; relative ones before the first was measured."""
-        known = self._known()
-        below = max((n for n in known if n <= n_rows), default=None)
-        above = min((n for n in known if n >= n_rows), default=None)
-        if below is None and above is None:
+        numbers, seconds = self._numbers, self._seconds
+        if not numbers:
             return 1 + _HOPE * (n_rows - 1)
-        if below is None:
-            assert above is not None
-            return known[above] * (1 + _HOPE * (n_rows - 1)) / (1 + _HOPE * (above - 1))
-        if above is None:
-            return known[below] * (1 + _HOPE * (n_rows - below) / below)
-        if above == below:
-            return known[below]
-        share = (n_rows - below) / (above - below)
-        return known[below] + share * (known[above] - known[below])
+        i = bisect_left(numbers, n_rows)
+        if i == len(numbers):
+            return seconds[-1] * (1 + _HOPE * (n_rows - numbers[-1]) / numbers[-1])
+        if i == 0:
+            return seconds[0] * (1 + _HOPE * (n_rows - 1)) / (1 + _HOPE * (numbers[0] - 1))
+        share = (n_rows - numbers[i - 1]) / (numbers[i] - numbers[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
-    def _known(self) -> dict[int, float]:
-        """Seconds by numbers of rows, rising: fewer rows could be filled up to more."""
-        known: dict[int, float] = {}
-        least = float("inf")
+    def _order(self) -> None:
+        """Seconds by numbers of rows, without what is forgotten. Fewer rows could be filled up to more."""
+        numbers, seconds, least = list[int](), list[float](), float("inf")
         for n, measured in sorted(self._measured.items(), reverse=True):
             if self._n_noted - measured.noted_at < AGE_EACH * len(measured.seconds):
-                known[n] = least = min(least, statistics.median(measured.seconds))
-        return known
+                least = min(least, measured.median)
+                numbers.append(n)
+                seconds.append(least)
+        self._numbers, self._seconds = numbers[::-1], seconds[::-1]
