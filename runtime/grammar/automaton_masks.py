@@ -37,12 +37,13 @@ class AutomatonMasks:
     def at(self, position: Position) -> np.ndarray:
         """bool `(n_vocab,)`, not to be written to"""
         key = (position.rule, position.partial, position.held, position.is_initial)
-        if key not in self._kept:
-            self._kept[key] = self._in_text(position) if position.in_text else self._in_literals(position)
+        mask = self._kept.get(key)
+        if mask is None:
+            mask = self._kept[key] = self._in_text(position) if position.in_text else self._in_literals(position)
             while len(self._kept) > _MAX_MASKS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return mask
 
     def _in_literals(self, position: Position) -> np.ndarray:
         mask = np.zeros(self.index.n_vocab, dtype=bool)

@@ -1,19 +1,19 @@
 """Tracks an answer in an automaton.
 
-The automaton decides about bytes, not about characters: half a character is text like any other. llguidance, which
-knows the vocabulary as a trie of bytes, tracks beside it that text is UTF-8 without control characters. That is all it
-is used for here: its grammars cannot count columns.
+The automaton decides about bytes, not about characters: half a character is text like any other. `Characters` tracks
+beside it that text is UTF-8 without control characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from granite4v.runtime.grammar.automaton import Position, advance, ending, forced_text, next_bytes
 from granite4v.runtime.grammar.automaton_masks import AutomatonMasks
-from granite4v.runtime.grammar.matcher import Matcher
+from granite4v.runtime.grammar.characters import Characters
+from granite4v.runtime.grammar.token_index import TokenIndex
 
 _MAX_FORCED_BYTES = 4096  # of one run; an automaton can force text without end
 _MAX_REST = 3  # bytes of a character after its first one
@@ -22,31 +22,32 @@ _MAX_REST = 3  # bytes of a character after its first one
 class AutomatonTracker:
     has_quick_endings = True
 
-    def __init__(self, position: Position, masks: AutomatonMasks, characters: Matcher) -> None:
+    def __init__(self, position: Position, masks: AutomatonMasks, characters: Characters) -> None:
         self._position, self._masks, self._characters = position, masks, characters
-        # the ending from one position, which is asked for at every token: text leaves the position as it was
-        self._ending: tuple[Position, list[bytes]] | None = None
+        # the ending from one position (None: not to be spelled), which is asked for at every token: text leaves the
+        # position as it was
+        self._ending: tuple[Position, list[int] | None] | None = None
 
     @property
     def is_accepting(self) -> bool:
-        return self._position.is_accepting and self._characters.is_accepting
+        return self._position.is_accepting and self._characters.is_complete
 
     @property
     def is_final(self) -> bool:
         return self._position.is_final
 
     def copy(self) -> AutomatonTracker:
-        return AutomatonTracker(self._position, self._masks, self._characters.copy())
+        return AutomatonTracker(self._position, self._masks, self._characters)
 
     def mask(self) -> np.ndarray:
-        return self._masks.at(self._position) & self._characters.mask()
+        return self._masks.at(self._position) & self._characters.mask
 
     def accept(self, token: int) -> None:
         piece = self._masks.index.pieces[token]
         following = advance(self._position, piece)
         if following is None or not piece:
             raise ValueError(f"token {token} ({piece!r}) is not allowed here")
-        self._characters.accept(token)
+        self._characters = self._characters.after(token)
         self._position = following
 
     def forced_text(self) -> bytes:
@@ -64,8 +65,7 @@ class AutomatonTracker:
         if token is not None:
             following = advance(position, index.pieces[token])
             assert following is not None
-            position, characters = following, characters.copy()
-            characters.accept(token)
+            position, characters = following, characters.after(token)
         completed = _complete_character(position, characters, self._masks)
         if completed is None:
             return None
@@ -74,26 +74,30 @@ class AutomatonTracker:
             pieces = ending(position, most)
             if pieces is None:
                 return None
-            self._ending = position, pieces
-        spelled = [index.spell(piece) for piece in (*rest, *self._ending[1])]
-        tokens = [token for piece in spelled for token in piece]
-        return tokens if all(spelled) and len(tokens) <= most else None
+            self._ending = position, _spelled(pieces, index)
+        spelled, begun = self._ending[1], _spelled(rest, index)
+        if spelled is None or begun is None or len(begun) + len(spelled) > most:
+            return None
+        return begun + spelled
+
+
+def _spelled(pieces: Sequence[bytes], index: TokenIndex) -> list[int] | None:
+    """The tokens of all pieces; None where the vocabulary cannot spell one."""
+    spelled = [index.spell(piece) for piece in pieces]
+    return [token for piece in spelled for token in piece] if all(spelled) else None
 
 
 def _complete_character(
-    position: Position, characters: Matcher, masks: AutomatonMasks
+    position: Position, characters: Characters, masks: AutomatonMasks
 ) -> tuple[list[bytes], Position] | None:
     """Bytes that complete the character an answer was cut in, and the position after them; None if there are none."""
     index, rest = masks.index, list[bytes]()
-    if not characters.is_accepting:
-        characters = characters.copy()
-    while not characters.is_accepting:
-        mask = characters.mask()
-        byte = next((byte for byte, token in index.byte_tokens.items() if mask[token]), None)
+    while not characters.is_complete:
+        byte = next((byte for byte, token in index.byte_tokens.items() if characters.mask[token]), None)
         following = None if byte is None else advance(position, bytes((byte,)))
         if byte is None or following is None or len(rest) == _MAX_REST:
             return None
-        characters.accept(index.byte_tokens[byte])
+        characters = characters.after(index.byte_tokens[byte])
         rest.append(bytes((byte,)))
         position = following
     return rest, position

@@ -16,6 +16,7 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.grammar.automaton import Rule, start
 from granite4v.runtime.grammar.automaton_masks import AutomatonMasks
 from granite4v.runtime.grammar.automaton_tracker import AutomatonTracker
+from granite4v.runtime.grammar.characters import Characters
 from granite4v.runtime.grammar.forced_tokens import forced_tokens
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.grammar.matcher import MatcherFactory
@@ -110,6 +111,7 @@ class Compiler:
         # llguidance needs to know one end token; masks leave it out, and `allowed` adds all stop tokens
         self._matchers = MatcherFactory(self.index, self.encode, min(stop_tokens))
         self._masks: dict[Rule, AutomatonMasks] = {}
+        self._characters: Characters | None = None
 
     def begin(self, grammar: Grammar) -> GrammarState:
         """The state at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
@@ -120,7 +122,9 @@ class Compiler:
             matcher = self._matchers.of_schema(grammar.schema)
             return SchemaTracker(matcher, self.index, self._matchers)
         masks = self._masks.setdefault(grammar.rule, AutomatonMasks(self.index))
-        return AutomatonTracker(start(grammar.rule), masks, self._matchers.of_text())
+        if self._characters is None:
+            self._characters = Characters(self._matchers.of_text(), self.index.pieces)
+        return AutomatonTracker(start(grammar.rule), masks, self._characters)
 
 
 def _complete_characters(text: bytes) -> bytes:
