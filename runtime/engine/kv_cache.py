@@ -233,12 +233,18 @@ class KvCache:
         """Where the request goes: on in the sequence that it continues, or into an empty one, or into the one that was
         used longest ago. A sequence of which it takes only a little is left to those who continue it.
 
-        Of empty ones it takes the first: llama.cpp computes sequences together only if their numbers are neighbours.
+        Of empty ones it takes the first: llama.cpp computes sequences together only if their numbers are neighbours. So
+        in a batch of questions it takes one among those in use or beside them, but none of the latest, whose pages may
+        be asked about again.
         """
         if source is not None and not source.in_use and 2 * n_reused >= n_plan:
             return source
-        idle = [sequence for sequence in self._sequences if not sequence.in_use]
-        return min(idle, key=lambda s: (bool(s.batches), s is source, s.last_used if s.batches else 0, s.id))
+        idle = sorted((one for one in self._sequences if not one.in_use), key=lambda s: s.last_used if s.batches else 0)
+        if self._opens_all:
+            idle = idle[: max(1, len(idle) - len(self._sequences) // 4)]
+        in_use = [sequence.id for sequence in self._sequences if sequence.in_use and self._opens_all]
+        first, last = (min(in_use), max(in_use)) if in_use else (0, len(self._sequences))
+        return min(idle, key=lambda s: (bool(s.batches), s is source, max(first - s.id, s.id - last, 0)))
 
     def _restored(self, stored: StoredPrefix, plan: Sequence[Batch], adapter: bool) -> CachedSequence | None:
         """An idle sequence with what is stored; None where the cache has as much, or the state cannot be used."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from granite4v.runtime.engine import kv_cache
-from granite4v.runtime.engine.cached_sequence import Batch
+from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP, KvCache
 from granite4v.runtime.engine.moved_states import MovedStates
 from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
@@ -65,6 +65,23 @@ def test_the_answers_of_late_tell_how_much_room_is_made() -> None:
     cache.close()
     assert cache.acquire(plan, 5000, adapter=False, n_wanted=2) is not None
     assert cache.n_cells == -(-(10 + 1250) // SEQUENCE_STEP) * SEQUENCE_STEP
+
+
+def test_questions_of_a_batch_stay_beside_each_other() -> None:
+    """But for the two of eight sequences that were used last."""
+    cache = KvCache(FakeContext, 4096, 8, opens_all=True)
+
+    def ask(key: int) -> CachedSequence:
+        sequence = cache.acquire((Batch((key,)),), 10, adapter=False)
+        assert sequence is not None
+        cache.append(sequence, Batch((key,)))
+        return sequence
+
+    sequences = [ask(key) for key in range(8)]
+    assert [sequence.id for sequence in sequences] == list(range(8))
+    for number in (5, 1, 0, 2, 7, 6, 4):
+        cache.release(sequences[number])
+    assert [ask(10 + i).id for i in range(7)] == [2, 1, 0, 5, 7, 6, 4]
 
 
 def test_an_answer_that_needs_more_room_gets_it_and_nothing_is_computed_again(small_steps: None) -> None:
