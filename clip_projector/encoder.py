@@ -42,7 +42,8 @@ from granite4v.ggml.metadata import AGAIN
 from granite4v.ggml.slow_weights import warn_if_slow
 
 MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
-MAX_GRAPHS = 2  # graphs kept for other numbers of tiles
+MAX_GRAPHS = 2  # graphs kept for other numbers of tiles while images are encoded
+SMALL_NBYTES = 64 << 20  # of intermediate results of graphs that are kept in any case: to build one takes milliseconds
 NODES_PER_TILE_AND_LAYER = 64
 NODES_PER_PROJECTOR = 200
 
@@ -237,8 +238,7 @@ class VisionEncoder:
             return self._graphs[n_tiles]
         graph = self._build(n_tiles)
         self._graphs[n_tiles] = graph
-        if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)[1].close()
+        self._drop_graphs(MAX_GRAPHS)
         return graph
 
     def _build(self, n_tiles: int) -> Graph:
@@ -284,14 +284,21 @@ class VisionEncoder:
                 pack(tiles, self._newline, where, rows[:, s])
         return rows
 
-    def release(self) -> None:
-        """Returns the memory of intermediate results; the next image takes it again."""
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+    def release(self) -> bool:
+        """Returns the memory of intermediate results, if they are large, and whether they were; the next image takes it
+        again."""
+        return self._drop_graphs(0)
+
+    def _drop_graphs(self, n_kept: int) -> bool:
+        """Closes the graphs that were used longest ago, but for so many and for small ones. Whether there were any."""
+        n_before = len(self._graphs)
+        while len(self._graphs) > n_kept and sum(graph.nbytes for graph in self._graphs.values()) > SMALL_NBYTES:
+            self._graphs.popitem(last=False)[1].close()
+        return len(self._graphs) < n_before
 
     def close(self) -> None:
-        self.release()
+        while self._graphs:
+            self._graphs.popitem()[1].close()
         for part in ("_weights", "backend"):
             if hasattr(self, part):
                 getattr(self, part).close()

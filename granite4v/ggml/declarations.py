@@ -196,6 +196,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_gallocr_new", AllocatorP, BufferTypeP),
     _base("ggml_gallocr_free", None, AllocatorP),
     _base("ggml_gallocr_alloc_graph", c.c_bool, AllocatorP, GraphP),
+    _base("ggml_gallocr_get_buffer_size", _size, AllocatorP, _int),
     _base("ggml_backend_alloc_ctx_tensors_from_buft", BufferP, ContextP, BufferTypeP),
     # ggml-backend.h
     _base("ggml_backend_buft_name", _str, BufferTypeP),

@@ -144,10 +144,8 @@ class Graph:
         return Tensor(lib().ggml_get_rows(self._ctx, x.ptr, index.ptr))
 
     def concat(self, a: Tensor, b: Tensor, axis: int) -> Tensor:
-        if (
-            any(n != m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis)
-            or a.type_name != b.type_name
-        ):
+        fits = all(n == m for d, (n, m) in enumerate(zip(a.ne, b.ne, strict=True)) if d != axis)
+        if not fits or a.type_name != b.type_name:
             raise ShapeError(f"cannot join {a!r} and {b!r} along axis {axis}")
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
 
@@ -303,11 +301,8 @@ class Graph:
         `onednn.ACTIVATIONS`.
         """
         n_in, n_out, rows = x.ne[0], weight.ne[1], x.ne[1] * x.ne[2] * x.ne[3]
-        if (
-            n_in > weight.ne[0]
-            or (bias is not None and bias.ne[0] != n_out)
-            or not (x.is_contiguous and weight.is_contiguous)
-        ):
+        fits = n_in <= weight.ne[0] and (bias is None or bias.ne[0] == n_out)
+        if not (fits and x.is_contiguous and weight.is_contiguous):
             raise ShapeError(f"cannot multiply {weight!r} with {x!r} and add {bias!r}")
         x = x if x.type_name == arithmetic else self.cast(x, arithmetic)
         made = self.backend.onednn.product(
@@ -421,6 +416,11 @@ class Graph:
         tensors = (*self._inputs.values(), *self._outputs.values())
         for buffer in {x.ptr.contents.buffer.value: x.ptr.contents.buffer for x in tensors}.values():
             release_pages(buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of intermediate results; 0 before the first run."""
+        return int(lib().ggml_gallocr_get_buffer_size(self._allocator, 0)) if self._allocator else 0
 
     def close(self) -> None:
         allocator, self._allocator = getattr(self, "_allocator", None), None

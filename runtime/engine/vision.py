@@ -160,8 +160,7 @@ class Vision:
 
     def release(self) -> None:
         """Before text is decoded on the CPU: gives back the memory of intermediate results (0.25 GB a page)."""
-        if self._encoder is not None and self._encoder.backend.is_cpu:
-            self._encoder.release()
+        if self._encoder is not None and self._encoder.backend.is_cpu and self._encoder.release():
             _trim_heap()
 
     def clear(self) -> None:

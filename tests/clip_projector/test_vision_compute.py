@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from granite4v.clip_projector import VisionEncoder, load_image
+from granite4v.clip_projector import encoder as encoder_module
 from granite4v.clip_projector.encoder import quantized_in_memory
 from granite4v.converter import requantize
 from granite4v.errors import DeviceError
@@ -146,3 +147,27 @@ def test_a_closed_encoder_says_so(make_model: Callable[..., Path]) -> None:
         encoder.encode([load_image(PICTURE)])
     encoder.release()
     encoder.close()
+
+
+@pytest.mark.usefixtures("plain")
+def test_small_graphs_stay_and_large_ones_go_with_the_same_features(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[object] = []
+    hidden_states = encoder_module.hidden_states
+
+    def counted(graph: Any, *rest: Any, **options: Any) -> Any:
+        built.append(graph)
+        return hidden_states(graph, *rest, **options)
+
+    monkeypatch.setattr(encoder_module, "hidden_states", counted)
+    with VisionEncoder(make_model(TINY, "F32", "F16") / "mmproj-F16.gguf", "cpu", 2) as encoder:
+        built.clear()  # the first is built to check the file
+        features = []
+        for least in (encoder_module.SMALL_NBYTES, encoder_module.SMALL_NBYTES, 0, 0):
+            monkeypatch.setattr(encoder_module, "SMALL_NBYTES", least)
+            features.append(encoder.encode([load_image(PICTURE)])[0].rows)
+            assert encoder.release() == (least == 0)
+    assert len(built) == 2
+    for others in features[1:]:
+        np.testing.assert_array_equal(others, features[0])
