@@ -53,8 +53,17 @@ class Question:
         except Exception as error:  # of any kind: images come from other people's files
             self._problem = _described(error)
 
+    @property
+    def is_answered(self) -> bool:
+        return self._stream is None or self._stream.is_done
+
+    def cancel(self) -> None:
+        """Ends the answer where it is, soon; from any thread."""
+        if self._stream is not None:
+            self._stream.cancel()
+
     def reply(self) -> Reply:
-        """Waits for the answer."""
+        """Waits for the answer. Once."""
         if self._stream is None:
             return Reply(problem=self._problem)
         try:

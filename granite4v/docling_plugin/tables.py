@@ -1,13 +1,18 @@
 """docling's table structure stage: every table of its pages is read from its image.
 
-The layout stage says where tables are. Their images, cut out of the page, are put to the model together, whichever
-pages they stand on; answers are OTSL, held to its grammar, and become docling's cells. A table that cannot be read
-leaves an error in the result, and neither the page nor other tables suffer.
+The layout stage says where tables are. Their images, cut out of the page, are put to the model; answers are OTSL, held
+to its grammar, and become docling's cells. A table that cannot be read leaves an error in the result, and neither the
+page nor other tables suffer.
+
+A page is handed on before its tables are read, and docling waits for them where it puts the page together. Meanwhile
+further pages come, so that the tables of all of them are read side by side.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from docling.datamodel.document import ConversionResult
 from docling.models.base_layout_model import TABLE_LABELS
 from docling.models.base_table_model import BaseTableStructureModel
 from docling.utils.profiling import TimeRecorder
+from pydantic import PrivateAttr
 
 from granite4v.docling_plugin.options import Granite4vTableOptions
 from granite4v.docling_plugin.questions import Asker, Question, Reply
@@ -39,6 +45,7 @@ from granite4v.runtime.formats.tasks import find_task
 from granite4v.runtime.known_tasks import is_known
 
 TASK = "tables_otsl"
+AHEAD = 2  # tables on their way at most, for each that the model reads at once: pages must not pile up in memory
 
 
 class Granite4vTableModel(BaseTableStructureModel):
@@ -55,6 +62,8 @@ class Granite4vTableModel(BaseTableStructureModel):
         """Loads the model if `enabled`. `artifacts_path` and `enable_remote_services` are of no use to it. Raises what
         `granite4v.load` raises, and PromptError for a model that does not know the task."""
         self.enabled, self.options = enabled, options
+        self._pending: list[weakref.ref[_Reading]] = []  # of all conversions, oldest first
+        self._adding = threading.Lock()
         if enabled:
             model = shared_model(options, accelerator_options)
             if not is_known(model, find_task(TASK)):
@@ -63,23 +72,60 @@ class Granite4vTableModel(BaseTableStructureModel):
                     "that reads tables."
                 )
             self._asker = Asker(model, TASK, max_tokens=options.max_tokens)
+            self._most_ahead = AHEAD * model.n_parallel
 
     @classmethod
     def get_options_type(cls) -> type[Granite4vTableOptions]:
         return Granite4vTableOptions
 
     def predict_tables(self, conv_res: ConversionResult, pages: Sequence[Page]) -> list[TableStructurePrediction]:
-        """A prediction for each page; also kept in the page."""
-        with TimeRecorder(conv_res, "table_structure"):
-            cancel = _past_deadline(conv_res)
-            asked = [self._ask(page, cancel) for page in pages]
-            return [self._predict(conv_res, page, questions) for page, questions in zip(pages, asked, strict=True)]
+        """A prediction for each page, also kept in the page. Whoever looks at its tables waits for them."""
+        predictions = []
+        for page in pages:
+            prediction = page.predictions.tablestructure or TableStructurePrediction()
+            if clusters := self._tables_of(page):
+                with TimeRecorder(conv_res, "table_structure"), self._adding:
+                    self._wait_for_room()
+                    cancel = self._past_deadline(conv_res)
+                    asked = [(cluster, self._ask_about(page, cluster, cancel)) for cluster in clusters]
+                    reading = _Reading(conv_res, page, asked)
+                    self._pending.append(weakref.ref(reading))
+                prediction = _Coming(table_map=prediction.table_map)
+                prediction._reading = reading
+            page.predictions.tablestructure = prediction
+            predictions.append(prediction)
+        return predictions
 
-    def _ask(self, page: Page, cancel: Cancel | None) -> list[tuple[Cluster, Question | Reply]]:
-        """The tables of a page, and the questions about them."""
+    def _tables_of(self, page: Page) -> list[Cluster]:
         if not self.enabled or page._backend is None or not page._backend.is_valid() or not page.predictions.layout:
             return []
-        return [(one, self._ask_about(page, one, cancel)) for one in page.predictions.layout.clusters if _is_table(one)]
+        return [cluster for cluster in page.predictions.layout.clusters if cluster.label in TABLE_LABELS]
+
+    def _wait_for_room(self) -> None:
+        """Reads the oldest pages until few tables are on their way."""
+        while True:
+            waiting = [reading for reading in self._readings() if reading.n_unanswered]
+            self._pending = [weakref.ref(reading) for reading in waiting]
+            if sum(reading.n_unanswered for reading in waiting) <= self._most_ahead:
+                return
+            waiting[0].replies()
+
+    def _readings(self) -> list[_Reading]:
+        return [reading for reference in self._pending if (reading := reference()) is not None]
+
+    def _past_deadline(self, conv_res: ConversionResult) -> Cancel | None:
+        """Tells whether docling has given the document up, and then gives all of its tables up: nobody asks for them
+        any more, and whoever still waits had better end soon."""
+        deadline: float | None = getattr(conv_res, "_conversion_deadline", None)
+
+        def is_past() -> bool:
+            if deadline is None or time.monotonic() <= deadline:
+                return False
+            for reading in self._readings():
+                reading.cancel(conv_res)
+            return True
+
+        return None if deadline is None else is_past
 
     def _ask_about(self, page: Page, cluster: Cluster, cancel: Cancel | None) -> Question | Reply:
         if cancel is not None and cancel():
@@ -92,31 +138,65 @@ class Granite4vTableModel(BaseTableStructureModel):
             return Reply(problem="there is no image of it")
         return Question(self._asker, image, [cell.text.strip() for cell in cluster.cells], cancel)
 
-    def _predict(
-        self, conv_res: ConversionResult, page: Page, questions: list[tuple[Cluster, Question | Reply]]
-    ) -> TableStructurePrediction:
-        prediction = page.predictions.tablestructure = page.predictions.tablestructure or TableStructurePrediction()
-        scores: list[float] = []
-        for cluster, question in questions:
-            reply = question.reply() if isinstance(question, Question) else question
-            if reply.value:
-                prediction.table_map[cluster.id] = _as_docling(page, cluster, reply.value)
-            if reply.problem is not None:
-                conv_res.errors.append(_error(page, reply))
-            scores += [0.0] if not reply.value else [] if reply.confidence is None else [reply.confidence]
-        if scores:
-            conv_res.confidence.pages[page.page_no].table_score = sum(scores) / len(scores)
-        return prediction
+
+class _Reading:
+    """The tables of a page that the model was asked about. For any number of threads."""
+
+    def __init__(self, result: ConversionResult, page: Page, asked: Sequence[tuple[Cluster, Question | Reply]]) -> None:
+        self._result, self._page, self._asked = result, page, asked
+        self._lock = threading.RLock()
+        self._replies: list[tuple[Cluster, Reply]] | None = None
+        self._tables: dict[int, Table] | None = None
+
+    @property
+    def n_unanswered(self) -> int:
+        return sum(isinstance(question, Question) and not question.is_answered for _, question in self._asked)
+
+    def cancel(self, result: ConversionResult) -> None:
+        """Gives the answers up, if they are for this result."""
+        for _, question in self._asked if result is self._result else ():
+            if isinstance(question, Question):
+                question.cancel()
+
+    def replies(self) -> list[tuple[Cluster, Reply]]:
+        """Waits for all answers."""
+        with self._lock:
+            if self._replies is None:
+                with TimeRecorder(self._result, "table_structure"):
+                    self._replies = [
+                        (cluster, question.reply() if isinstance(question, Question) else question)
+                        for cluster, question in self._asked
+                    ]
+            return self._replies
+
+    def tables(self) -> dict[int, Table]:
+        """The tables by cluster. Waits for them, and adds to the result what is wrong with them, once."""
+        with self._lock:
+            if self._tables is None:
+                self._tables = self._read(self.replies())
+            return self._tables
+
+    def _read(self, replies: Sequence[tuple[Cluster, Reply]]) -> dict[int, Table]:
+        result, page = self._result, self._page
+        tables = {cluster.id: _as_docling(page, cluster, reply.value) for cluster, reply in replies if reply.value}
+        result.errors += [_error(page, reply) for _, reply in replies if reply.problem is not None]
+        scores = [reply.confidence if reply.value else 0.0 for _, reply in replies]
+        known = [score for score in scores if score is not None]
+        if known:
+            result.confidence.pages[page.page_no].table_score = sum(known) / len(known)
+        return tables
 
 
-def _past_deadline(conv_res: ConversionResult) -> Cancel | None:
-    """Tells whether docling has given the document up: it abandons this thread then, which had better end soon."""
-    deadline: float | None = getattr(conv_res, "_conversion_deadline", None)
-    return None if deadline is None else lambda: time.monotonic() > deadline
+class _Coming(TableStructurePrediction):
+    """A prediction that is there before its tables are."""
 
+    _reading: _Reading | None = PrivateAttr(default=None)
 
-def _is_table(cluster: Cluster) -> bool:
-    return cluster.label in TABLE_LABELS
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("table_map", "__dict__") and (reading := self._reading) is not None:
+            super().__getattribute__("__dict__")["table_map"].update(reading.tables())
+            self._reading = None
+        return super().__getattribute__(name)
 
 
 def _as_docling(page: Page, cluster: Cluster, tables: Any) -> Table:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from docling.datamodel.accelerator_options import AcceleratorOptions
@@ -14,8 +18,11 @@ from docling_core.types.doc import DocItemLabel
 from PIL import Image
 
 import granite4v
-from granite4v.docling_plugin import Granite4vTableModel, Granite4vTableOptions
+from granite4v.docling_plugin import Granite4vTableModel, Granite4vTableOptions, tables
+from granite4v.docling_plugin.shared_model import shared_model
+from granite4v.docling_plugin.tables import AHEAD
 from granite4v.errors import PromptError
+from granite4v.runtime.engine.engine import Engine
 from granite4v.runtime.formats import Table, read_otsl, write_otsl
 from granite4v.runtime.formats.docling_ import docling_cells
 from granite4v.runtime.formats.otsl import otsl_tags
@@ -125,6 +132,95 @@ def test_a_document_that_docling_has_given_up_is_not_read_on(reads: Granite4vTab
     (prediction,) = reads.predict_tables(result, [page_of(1, [picture(0)] * (N_PARALLEL + 1))])
     assert not prediction.table_map and len(result.errors) == N_PARALLEL + 1
     assert all("the document's time is over" in error.error_message for error in result.errors)
+
+
+def engine_of(table_stage: Granite4vTableModel) -> Engine:
+    return shared_model(table_stage.options, AcceleratorOptions(device="cpu")).engine
+
+
+@contextlib.contextmanager
+def held(table_stage: Granite4vTableModel) -> Iterator[None]:
+    """The model answers nothing meanwhile."""
+    is_held, go = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        is_held.set()
+        go.wait()
+
+    thread = threading.Thread(target=engine_of(table_stage).call, args=(hold,))
+    thread.start()
+    is_held.wait()
+    try:
+        yield
+    finally:
+        go.set()
+        thread.join()
+
+
+def predicting(table_stage: Granite4vTableModel, result: object, page: Page) -> threading.Thread:
+    thread = threading.Thread(target=table_stage.predict_tables, args=(result, [page]))
+    thread.start()
+    return thread
+
+
+def test_pages_are_handed_on_before_their_tables_are_read(reads: Granite4vTableModel, tmp_path: Path) -> None:
+    result = result_for(tmp_path / "a.pdf")
+    pages = [page_of(1, [picture(0)]), page_of(2, [picture(1)])]
+    with held(reads):
+        for page in pages:
+            thread = predicting(reads, result, page)
+            thread.join(60)
+            assert not thread.is_alive()
+        assert not result.confidence.pages
+    found = [texts(page.predictions.tablestructure, 0) for page in reversed(pages)]
+    assert found == [asked_alone(picture(1)), asked_alone(picture(0))]
+    assert sorted(result.confidence.pages) == [1, 2]
+    copy = pages[0].predictions.model_copy(deep=True)
+    assert copy.tablestructure.model_dump() == pages[0].predictions.tablestructure.model_dump()
+
+
+def test_pages_wait_where_many_tables_are_on_their_way(reads: Granite4vTableModel, tmp_path: Path) -> None:
+    result = result_for(tmp_path / "a.pdf")
+    many, one = page_of(1, [picture(0)] * (AHEAD * N_PARALLEL + 1)), page_of(2, [picture(1)])
+    with held(reads):
+        predicting(reads, result, many).join()
+        waiting = predicting(reads, result, one)
+        waiting.join(0.2)
+        assert waiting.is_alive() and one.predictions.tablestructure is None
+    waiting.join()
+    assert len(many.predictions.tablestructure.table_map) == AHEAD * N_PARALLEL + 1
+    assert texts(one.predictions.tablestructure, 0) == asked_alone(picture(1))
+
+
+def test_all_tables_of_a_document_that_docling_gives_up_are_given_up(
+    reads: Granite4vTableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that nobody waits for yet."""
+    is_over, was_noticed = threading.Event(), threading.Event()
+
+    def now() -> float:
+        if is_over.is_set():
+            was_noticed.set()
+        return 2.0 * is_over.is_set()
+
+    monkeypatch.setattr(tables, "time", SimpleNamespace(monotonic=now))
+    result = result_for(tmp_path / "a.pdf")
+    result._conversion_deadline = 1.0
+    engine = engine_of(reads)
+    n_decoded = engine.counters.n_decoded
+    with held(reads):
+        (first,), (second,) = (reads.predict_tables(result, [page_of(i, [picture(i)])]) for i in (1, 2))
+        looking = threading.Thread(target=lambda: first.table_map)
+        looking.start()
+        is_over.set()
+        assert was_noticed.wait(60)
+    looking.join()
+    engine.call(lambda _: None)
+    assert engine.n_sequences_in_use == 0 and engine.counters.n_decoded == n_decoded
+    assert not first.table_map and not second.table_map
+    assert [error.error_message for error in result.errors] == [
+        f"a table on page {i}: the answer did not end by itself (cancelled)" for i in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
