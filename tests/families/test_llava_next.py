@@ -27,6 +27,7 @@ from granite4v.families.text import DEFAULTS
 from granite4v.families.towers import KINDS
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile
+from granite4v.runtime.prompt.spans import TextSpan
 from tests.helpers.gguf_edit import tensor_bytes
 from tests.helpers.parity import REAL_SIZES
 from tests.helpers.pictures import SIZES, noise_picture
@@ -180,7 +181,7 @@ def test_prompts_are_the_references(pair: Callable[..., Pair], spec: CheckpointS
     assert prompt.text == reference.prompt_text(messages)
     found: list[int] = []
     for span in prompt.spans:
-        found += getattr(span, "tokens", (model.prompts.placeholder,) * span.n_tokens)
+        found += span.tokens if isinstance(span, TextSpan) else (model.prompts.placeholder,) * span.n_tokens
     assert found == reference.prompt_ids(messages, pictures)
 
 

@@ -27,6 +27,7 @@ from granite4v.errors import CheckpointError, PromptError
 from granite4v.families.llava_onevision import DEFAULTS
 from granite4v.runtime.chat import Chat
 from granite4v.runtime.engine.page_store import PageStore
+from granite4v.runtime.prompt.spans import TextSpan
 from tests.helpers.chats import ask
 from tests.helpers.pictures import SIZES, noise_picture
 from tests.helpers.served import data_url, png, served
@@ -100,8 +101,9 @@ def check_answer(
     placeholders = {"video": reference.model.config.video_token_index}
     found: list[int] = []
     for span in prompt.spans:
-        found += getattr(span, "tokens", ())
-        if not hasattr(span, "tokens"):
+        if isinstance(span, TextSpan):
+            found += span.tokens
+        else:
             form = prompt.images[span.index].form
             found += [placeholders.get(form, model.prompts.placeholder)] * span.n_tokens
     assert found == reference.ids(messages, images, videos)
