@@ -38,13 +38,20 @@ for module in pkgutil.walk_packages(granite4v.__path__, "granite4v."):
 """
 DOCLING = "from granite4v.docling_plugin import Granite4vPictureModel, Granite4vTableModel"
 FONTS = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts' / 'nano')!r}); import drawing; drawing.held_out_font()"
+FSSPEC = """
+import fsspec, granite4v
+with open("page.png", "rb") as page:
+    fsspec.filesystem("memory").pipe("/page.png", page.read())
+with granite4v.extract(["memory://page.png"], ["tables_html"]) as run:
+    [record] = run
+assert record.error is None, record.error
+"""
 TABLE = "from granite4v.runtime.formats import Cell, Table; Table(1, 1, 0, (Cell(0, 0, ''),)).to_pandas()"
 
 
 @dataclass(frozen=True)
 class Use:
-    """What needs an extra: arguments of `granite4v`, or `code`. {out}: a directory, in which it `writes` such files;
-    {page}: the URL of a page."""
+    """What needs an extra: arguments of `granite4v`, or `code`. {out}: a directory, in which it `writes` such files."""
 
     extra: str
     imports: str
@@ -53,10 +60,10 @@ class Use:
     writes: str = ""
     advice: str = ""  # in what is said without it
 
-    def command(self, python: Path, **places: str) -> list[str]:
+    def command(self, python: Path, out: Path) -> list[str]:
         if self.code:
             return [str(python), "-c", self.code]
-        return [str(python), "-m", "granite4v", *(word.format(**places) for word in self.arguments.split())]
+        return [str(python), "-m", "granite4v", *(word.format(out=out) for word in self.arguments.split())]
 
 
 READ = "extract page.png --task tables_html --out {out}"
@@ -72,7 +79,7 @@ USES = (
     Use("docling", "docling.document_converter", code=DOCLING),
     Use("onednn", "granite4v.ggml.onednn", "ask page.png Hm? --vision-compute BF16 --max-tokens 2"),
     Use("ray", "ray", f"{READ} --ray local", writes="results.jsonl"),
-    Use("fsspec", "fsspec", "extract {page} --task tables_html --out {out}", writes="results.jsonl"),
+    Use("fsspec", "fsspec", code=FSSPEC),
     Use("video", "av", "ask --video video.mp4 Hm? --frames 2 --max-tokens 2 --model videos"),
     Use("fonts", "matplotlib", code=FONTS, advice="pip install font-hanken-grotesk"),
     Use("verify", "peft", "verify model --reference checkpoint --image page.png --positions 2"),
@@ -134,13 +141,10 @@ class Check:
         for number, use in enumerate(self._uses([extra])):
             self._expect(environment, extra, [python_of(environment), "-c", f"import {use.imports}"])
             out = self._work / f"out-{extra}-{number}"
-            self._expect(environment, extra, self._command(use, environment, out))
+            self._expect(environment, extra, use.command(python_of(environment), out))
             if use.writes and not list(out.glob(use.writes)):
                 self._result.broken.append(f"{extra}: no {use.writes} in {out}")
         shutil.rmtree(environment)
-
-    def _command(self, use: Use, environment: Path, out: Path) -> list[str]:
-        return use.command(python_of(environment), out=str(out), page=(self._files / "page.png").as_uri())
 
     def _expect(self, environment: Path, extra: str, command: Sequence[object]) -> None:
         done = self._run(command)
@@ -148,9 +152,12 @@ class Check:
             self._result.broken.append(f"{extra}: {shown(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
     def _refuse(self, base: Path, use: Use) -> None:
-        """Without the extra: one message, which names it, and nothing begun."""
+        """Without the extra: one message, which names it, and nothing begun; unless another package brings the same."""
+        if not self._run([python_of(base), "-c", f"import {use.imports}"]).returncode:
+            self._result.lines.append(f"{use.imports}: there without {use.extra}")
+            return
         out = self._work / f"refused-{use.extra}"
-        command = self._command(use, base, out)
+        command = use.command(python_of(base), out)
         done = self._run(command)
         advice = use.advice or f"granite4v[{use.extra}]"
         last = (done.stderr.strip().splitlines() or [""])[-1]
