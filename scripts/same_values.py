@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of how pages are put into files")
     parser.add_argument("--parallel", type=int, help="answers at once (what extract chooses)")
-    parser.add_argument("--rounding", type=float, default=0.02, help="of a logit of F16 files (0.02)")
+    parser.add_argument("--rounding", type=float, default=0.05, help="of a logit of F16 files (0.05)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, help="keep documents and results in this directory")
     options = parser.parse_args()
