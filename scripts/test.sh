@@ -21,5 +21,8 @@ ruff check .
 stage "types"
 mypy
 
+# Two processes, each with a file at a time, in the order of the folders: what fixtures of a file or a folder make is made
+# once. Threads that wait sleep, since the core may be the other process's.
 stage "$which"
-python -m pytest ${marked[@]+"${marked[@]}"} "$@"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-passive}"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder ${marked[@]+"${marked[@]}"} "$@"
