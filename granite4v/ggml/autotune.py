@@ -10,7 +10,7 @@ The two sides choose from the same times by different rules. The image side mult
 its file and copies what another buffer type takes; it takes the fastest kernel, the more exact of equals. The text
 model is opened by llama.cpp, which knows no widened weights. Prompts and decoding may use two forms of a weight, the
 mapped one and one copy (`runtime.llama.weight_copies`), so a kernel is chosen for many rows and one for a few; between
-several buffer types for the copy, a typical page decides (`PAGE`).
+several buffer types for the copy, a typical page decides (`PAGE`). A small model may have widened copies for prompts.
 
 A small file is not measured: what it could gain is less than the measurement takes. It is multiplied as it is even
 where the times are known, so that its results are the same on the first run and on all others.
@@ -42,6 +42,7 @@ from granite4v.ggml.kernels import (
     Kernel,
     available_kernels,
     n_in,
+    prompt_kernels,
 )
 from granite4v.paths import read_json_cache, write_json_cache
 
@@ -60,6 +61,9 @@ WORTH = 0.93
 # Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
 # of them alone, half beside three others.
 PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
+MOST_WIDENED = (
+    2 << 30
+)  # bytes of the copies that are widened for prompts: a larger model is not to take thrice its file
 INT8_TYPES = ("Q8_0", "Q6_K")  # of about eight bits, and multiplied with activations rounded to as many
 EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless that is asked for
 # How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.
@@ -124,7 +128,7 @@ def int8_kernel(
         (kind, kernel.name): kernel
         for kind in type_names
         for kernel in available_kernels(backend, kind).values()
-        if not kernel.as_float32 and kernel.arithmetic is None
+        if kernel.widened is None and kernel.arithmetic is None
     }
     measured = times(backend, [Trial(*key, MANY) for key in kernels], BUDGET_S, announce)
     seconds = {key: measured[key[0]].get(key[1], {}).get(MANY, math.inf) for key in kernels}
@@ -136,15 +140,25 @@ def text_kernels(
     backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None
 ) -> dict[str, tuple[Kernel, Kernel]]:
     """The kernels for many rows and for a few, for each weight type of a text file that gains by another buffer type
-    for one of them or both; the others are multiplied in the mapped file.
+    for one of them or both, or by being widened for many; the others are multiplied in the mapped file.
 
     Arguments and errors as those of `vision_kernels`.
     """
     types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
-    kernels = {kind: available_kernels(backend, kind) for kind in types}
-    extra = {kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type] for kind in types}
+    widened = {kind: prompt_kernels(kind) if may_widen(n_weights) else {} for kind in types}
+    kernels = {kind: {**available_kernels(backend, kind), **widened[kind]} for kind in types}
+    extra = {
+        kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type or name in widened[kind]]
+        for kind in types
+    }
     types = [kind for kind in types if extra[kind]]
-    wanted = [Trial(kind, name, n) for n in PAGE for kind in types for name in (PLAIN, *extra[kind])]
+    wanted = [
+        Trial(kind, name, n)
+        for n in PAGE
+        for kind in types
+        for name in (PLAIN, *extra[kind])
+        if n == MANY or name not in widened[kind]
+    ]
     measured = times(backend, wanted, BUDGET_S, announce)
     found = {kind: fastest_pair(measured[kind], extra[kind]) for kind in types}
     return {
@@ -154,13 +168,20 @@ def text_kernels(
     }
 
 
+def may_widen(n_weights: Mapping[str, int]) -> bool:
+    """Whether a text file is so small that its weights may be copied in bfloat16 for prompts."""
+    return 2 * sum(n_weights.values()) <= MOST_WIDENED
+
+
 def rates(
     backend: Backend, type_names: Iterable[str], budget_s: float = 60.0, announce: Announce | None = None
 ) -> dict[str, dict[str, float | None]]:
     """GFLOP/s of a product of many rows, by weight type and kernel, measured now. None: the kernel crashed. One that
     was not measured within the budget is missing. Errors as those of `vision_kernels`."""
     types = list(dict.fromkeys(type_names))
-    wanted = [Trial(kind, name, MANY) for kind in types for name in available_kernels(backend, kind)]
+    wanted = [
+        Trial(kind, name, MANY) for kind in types for name in (*available_kernels(backend, kind), *prompt_kernels(kind))
+    ]
     measured = times(backend, wanted, budget_s, announce, anew=True)
     return {
         kind: {name: None if math.isinf(rows[MANY]) else gflop(kind) / rows[MANY] for name, rows in by_kernel.items()}
@@ -197,9 +218,9 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
     return PLAIN
 
 
-def fastest_pair(measured: Times, buffer_types: Collection[str]) -> tuple[str, str]:
-    """The kernels to take for many rows and for a few: both plain, unless a buffer type is clearly faster for one or
-    both. There is one copy, so they are never two buffer types.
+def fastest_pair(measured: Times, others: Collection[str]) -> tuple[str, str]:
+    """The kernels to take for many rows and for a few: both plain, unless another is clearly faster for one or both.
+    There is one copy, so they are never two buffer types.
 
     Many rows and few are judged apart: what else the machine did while one of them was measured must not hide a gain of
     the other.
@@ -211,7 +232,7 @@ def fastest_pair(measured: Times, buffer_types: Collection[str]) -> tuple[str, s
         plain = _page_part(measured, PLAIN, many=many)
         return name if _page_part(measured, name, many=many) < WORTH * plain else PLAIN
 
-    pairs = [(PLAIN, PLAIN), *((better(name, many=True), better(name, many=False)) for name in buffer_types)]
+    pairs = [(PLAIN, PLAIN), *((better(name, many=True), better(name, many=False)) for name in others)]
     return min(pairs, key=lambda pair: page_seconds(measured, *pair))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.kernels import ATTENTION, N_IN, N_OUT, Kernel, available_kernels, n_in
+from granite4v.ggml.kernels import ATTENTION, N_IN, N_OUT, Kernel, available_kernels, n_in, prompt_kernels
 from granite4v.ggml.quantize import quantize_rows
 
 MANY = 512  # rows of a small prefill, or of a tile
@@ -43,7 +43,7 @@ def measure(trial: Trial, n_threads: int) -> float:
     backend = Backend("cpu", n_threads)
     graph = Graph(backend, MAX_NODES)
     try:
-        kernel = available_kernels(backend, trial.type_name)[trial.kernel]
+        kernel = {**available_kernels(backend, trial.type_name), **prompt_kernels(trial.type_name)}[trial.kernel]
         measured = _attention if trial.type_name == ATTENTION else _product
         return measured(graph, kernel, trial)
     finally:

@@ -1,4 +1,4 @@
-"""The ways to multiply weights of a type here: as they are, widened to float32, rearranged, or by oneDNN."""
+"""The ways to multiply weights of a type here: as they are, widened, rearranged, or by oneDNN."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
 
-PLAIN, FLOAT32 = "plain", "float32"  # kernels that need no buffer type; the others are called as theirs
+# Kernels that need no buffer type; the others are called as theirs.
+PLAIN, FLOAT32, BFLOAT16 = "plain", "float32", "bfloat16"
 ONEDNN, ONEDNN_BF16 = "onednn", "onednn bf16"
 ATTENTION = "attention"  # stands for a weight type where the kernels of attention are meant
 N_OUT = 4352  # a vision FFN's width
@@ -19,21 +21,25 @@ N_IN, N_IN_OF_256 = 1152, 1280  # a vision tower's width, and the next multiple 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How weights of one type are multiplied: as they are, widened to float32, from another buffer type, or by oneDNN.
+    """How weights of one type are multiplied: as they are, widened, from another buffer type, or by oneDNN.
 
-    `arithmetic`: by oneDNN, whose factors are rounded to 'F32' or 'BF16'; None: by ggml.
+    `widened`: 'F32' or 'BF16', the type that the weights are converted to. `arithmetic`: by oneDNN, whose factors are
+    rounded to 'F32' or 'BF16'; None: by ggml.
     """
 
     name: str
-    as_float32: bool = False
+    widened: str | None = None
     buffer_type: Any = None
     arithmetic: str | None = None
 
     def matrix(self, graph: Graph, weight: Tensor) -> Tensor:
         """Weights `[n_in, n_out]`, kept in this kernel's buffer type, in the form that `product` takes."""
-        if self.arithmetic is None:
-            return graph.cast(weight, "F32") if self.as_float32 else weight
-        return weight if weight.type_name in ("F32", self.arithmetic) else graph.cast(weight, "F32")
+        if self.arithmetic is not None:
+            return weight if weight.type_name in ("F32", self.arithmetic) else graph.cast(weight, "F32")
+        if self.widened is None:
+            return weight
+        values = graph.cast(weight, "F32")  # ggml casts quantized weights to nothing else
+        return values if self.widened == "F32" else graph.cast(values, self.widened)
 
     def product(
         self,
@@ -68,7 +74,7 @@ def available_kernels(backend: Backend, type_name: str) -> dict[str, Kernel]:
     """
     found = [Kernel(PLAIN)]
     if type_name != ATTENTION:
-        found += [Kernel(FLOAT32, as_float32=True)] if type_name != "F32" else []
+        found += [Kernel(FLOAT32, widened="F32")] if type_name != "F32" else []
         found += [
             Kernel(buffer_type_name(buffer_type), buffer_type=buffer_type)
             for buffer_type in backend.extra_buffer_types()
@@ -79,6 +85,17 @@ def available_kernels(backend: Backend, type_name: str) -> dict[str, Kernel]:
     if onednn.multiplies_bfloat16():
         found.append(Kernel(ONEDNN_BF16, arithmetic="BF16"))
     return {kernel.name: kernel for kernel in found}
+
+
+def prompt_kernels(type_name: str) -> dict[str, Kernel]:
+    """Further ways to multiply a text model's weights with the rows of a prompt, by copies of twice the size.
+
+    ggml multiplies Q8_0 row by row, and bfloat16 in tiles where the CPU has instructions for that. Both factors have
+    then eight significant bits, where Q8_0 rounds the rows of the prompt to 8-bit integers of one scale for 32.
+    """
+    if type_name == "Q8_0" and "avx512_bf16" in cpu_features():
+        return {BFLOAT16: Kernel(BFLOAT16, widened="BF16")}
+    return {}
 
 
 def n_in(type_name: str) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from granite4v.errors import SpeedWarning
-from granite4v.ggml.autotune import EXACT_TYPES, INT8_TYPES, SMALL, Times, gflop, times
+from granite4v.ggml.autotune import EXACT_TYPES, INT8_TYPES, SMALL, Times, gflop, may_widen, times
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.kernel_timing import MANY, Trial
-from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernels
+from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernels, prompt_kernels
 
 SLOW = 0.5
 BUDGET_S = 1.0
@@ -42,9 +42,12 @@ def warn_if_slow(path: Path, side: Side, n_weights: Mapping[str, int], backend: 
     main = max(n_weights, key=n_weights.__getitem__)
     kernels = {
         kind: [
-            kernel.name
-            for kernel in available_kernels(backend, kind).values()
-            if (side == "vision" and kind == main) or (kernel.arithmetic is None and not kernel.as_float32)
+            *(
+                kernel.name
+                for kernel in available_kernels(backend, kind).values()
+                if (side == "vision" and kind == main) or (kernel.arithmetic is None and kernel.widened is None)
+            ),
+            *(prompt_kernels(kind) if side == "text" and may_widen(n_weights) else ()),
         ]
         for kind in (main, *INT8_TYPES)
     }

@@ -8,8 +8,9 @@ hundreds of rows of a prompt and for the few of a decode step apart; types that 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from granite4v import gguf_keys as keys
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import TensorInfo, n_weights
-from granite4v.ggml.kernels import Kernel
+from granite4v.ggml.kernels import PLAIN, Kernel
+from granite4v.ggml.types import row_bytes
 from granite4v.memory import available_bytes, has_large_pages
 
 N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
@@ -30,7 +32,8 @@ _BLOCK_WEIGHT = keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=r"\d+", part=r"\w
 @dataclass(frozen=True)
 class Copy:
     """A weight, by its name, that is copied to a buffer type: for batches of many rows, of a few, or both. `is_plain`:
-    it is multiplied as in the mapped file."""
+    it is multiplied as in the mapped file. `widened`: the type of the copy, where that is another; it is for prompts
+    alone, and may come after another copy of the same weight."""
 
     name: str
     kernel: str
@@ -38,6 +41,7 @@ class Copy:
     many: bool = True
     few: bool = True
     is_plain: bool = False
+    widened: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,19 @@ def choose_placement(
     Block weights go to the buffer types that gain; a buffer type may refuse single shapes (repacking takes rows by the
     eight). Those that remain, and the output head, are copied as they are where the system has large pages: with all
     of them there, decoding is 10% to 14% faster than from a mapped file. A copy needs as much memory as the weights,
-    and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none.
+    and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A small
+    model's may also be copied in bfloat16, for prompts alone.
 
-    `for_many`: decode steps have many rows as well, so nothing is copied for steps of a few.
+    `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few.
     """
     if not backend.is_cpu or sum(n_weights(tensors.values()).values()) < autotune.SMALL:
         return Placement()
     blocks = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
     kernels = autotune.text_kernels(backend, n_weights(blocks), announce)
     if for_many:
-        kernels = {name: (many, many) for name, (many, _) in kernels.items()}
+        kernels = {name: (many, Kernel(PLAIN) if many.widened else many) for name, (many, _) in kernels.items()}
     faster = _faster_copies(blocks, backend, kernels)
+    widened = _widened_copies(blocks, backend, kernels)
     head = tensors.get(keys.OUTPUT, tensors.get(keys.TOKEN_EMBD))
     copied = {copy.name for copy in faster}
     plain = [
@@ -91,8 +97,8 @@ def choose_placement(
         for info in (*blocks, *([head] if head else []))
         if info.name not in copied
     ]
-    available = available_bytes()
-    for copies in ((*faster, *plain) if has_large_pages() else faster, faster):
+    available, usual = available_bytes(), (*faster, *(plain if has_large_pages() else ()))
+    for copies in ((*usual, *widened), usual, faster):
         if available is None or bytes_needed(tensors, copies) + SPARE_BYTES <= available:
             return Placement(tuple(copies))
     return Placement()
@@ -120,8 +126,23 @@ def _faster_copies(
     return tuple(copies)
 
 
-def bytes_needed(tensors: Mapping[str, TensorInfo], copies: Iterable[Copy]) -> int:
+def _widened_copies(
+    weights: Sequence[TensorInfo], backend: Backend, kernels: Mapping[str, tuple[Kernel, Kernel]]
+) -> tuple[Copy, ...]:
+    """The copies of another type, for kernels of many rows by type."""
+    found = [(info.name, kernels[info.type_name][0]) for info in weights if info.type_name in kernels]
+    return tuple(
+        Copy(name, kernel.name, backend.buffer_type, few=False, widened=kernel.widened)
+        for name, kernel in found
+        if kernel.widened
+    )
+
+
+def bytes_needed(tensors: Mapping[str, TensorInfo], copies: Sequence[Copy]) -> int:
     """Bytes of the copies, and of the weights that are read from the mapped file."""
-    found = {copy.name: copy for copy in copies}
-    mapped = [info for name, info in tensors.items() if name not in found or not (found[name].many and found[name].few)]
-    return sum(tensors[name].nbytes for name in found) + sum(info.nbytes for info in mapped)
+    mapped = tensors.keys() - ({copy.name for copy in copies if copy.many} & {copy.name for copy in copies if copy.few})
+    return sum(_copy_bytes(copy, tensors[copy.name]) for copy in copies) + sum(tensors[name].nbytes for name in mapped)
+
+
+def _copy_bytes(copy: Copy, info: TensorInfo) -> int:
+    return info.nbytes if copy.widened is None else row_bytes(copy.widened, math.prod(info.shape))

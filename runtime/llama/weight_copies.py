@@ -6,6 +6,9 @@ and 185 (two cores with AVX-512). So the model is opened with all its weights ma
 by it, and before each batch the tensors are pointed at the form that multiplies its number of rows fastest. Where a
 tensor's data is, `struct ggml_tensor` says in three fields that ggml reads anew for every graph: data, buffer, extra.
 
+A copy may be of another type, which llama.cpp does not see either: it builds graphs of tensors of any type, and ggml
+asks for the type when it computes. Then the type and its strides change with the place.
+
 A mapped weight whose copy is used takes no memory: its pages are returned, and read again from the system's cache of
 the file. In a prefill of mapped weights they are returned while it runs, a fifth of a second after they were used, so
 that the copies and the complete file are never in this process's memory at once.
@@ -24,13 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib as ggml
-from granite4v.ggml.types import type_name
+from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.types import row_bytes, type_name
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.library import capture_log, llama
@@ -43,7 +48,8 @@ from granite4v.runtime.llama.placement import Copy, Placement
 MAX_FEW_ROWS = 24
 RETURN_EVERY_S = 0.2
 _OP_NONE = 0  # enum ggml_op: of a tensor that no operation computes
-_FIELDS = ("data", "buffer", "extra")
+_FIELDS = ("data", "buffer", "extra", "type", "nb")
+WIDENED_AT_ONCE = 1 << 22  # weights, which take four bytes each meanwhile
 
 
 def open_model(path: Path, placement: Placement, *, device: str = "cpu", n_threads: int = 1) -> LlamaModel:
@@ -77,8 +83,8 @@ class WeightCopies:
         except BaseException:
             self.close()
             raise
-        self._is_many: bool | None = None
-        self._needs_mapped = any(not copy.many for copy in found)
+        self._used: tuple[bool, bool] | None = None  # of many rows, and of a prompt of many
+        self._needs_mapped = bool({copy.name for copy in found} - {copy.name for copy in found if copy.many})
 
     def _copy(self, copies: Sequence[Copy], tensors: dict[str, Any]) -> None:
         arena = Arena(len(copies))
@@ -87,7 +93,7 @@ class WeightCopies:
         targets = []
         for copy in copies:
             header = tensors[copy.name].contents
-            targets.append(arena.tensor(type_name(header.type), *header.ne, name=copy.name))
+            targets.append(arena.tensor(copy.widened or type_name(header.type), *header.ne, name=copy.name))
         arena.allocate(copies[0].buffer_type, weights=True)
         use_large_pages(arena.buffer)
         sources = [tensors[copy.name] for copy in copies]
@@ -97,29 +103,39 @@ class WeightCopies:
         self._forms += [_Forms(*place) for place in places]
 
     def _fill(self, source: Any, target: Any) -> None:
-        ggml().ggml_backend_tensor_set(target, source.contents.data, 0, ggml().ggml_nbytes(source))
+        if target.contents.type == source.contents.type:
+            ggml().ggml_backend_tensor_set(target, source.contents.data, 0, ggml().ggml_nbytes(source))
+        else:
+            _widen(source, target)
         self._mapped.give_back()
 
     @contextlib.contextmanager
     def used_for(self, n_rows: int, *, is_prompt: bool = False) -> Iterator[None]:
-        """Around the computation of a batch of so many rows. A decode step, however many rows it has, returns no mapped
-        pages: the next one follows at once and reads the same."""
+        """Around the computation of a batch of so many rows. A decode step, however many rows it has, uses no widened
+        copies, so that values do not depend on what else it computes, and returns no mapped pages: the next one follows
+        at once and reads the same."""
         is_many = n_rows > MAX_FEW_ROWS
-        if is_many != self._is_many:
-            self._is_many = None  # neither, should this be interrupted
+        used = is_many, is_many and is_prompt
+        if used != self._used:
+            self._used = None  # unknown, should this be interrupted
+            self._point_at_file()
             for forms in self._forms:
-                forms.point(is_copy=forms.copy.many if is_many else forms.copy.few)
-            self._is_many = is_many
+                if (forms.copy.many if is_many else forms.copy.few) and (is_prompt or forms.copy.widened is None):
+                    forms.point(is_copy=True)
+            self._used = used
         if is_prompt and is_many and self._needs_mapped:
             with self._mapped.given_back_meanwhile():
                 yield
         else:
             yield
 
-    def close(self) -> None:
-        """Frees the copies. No tensor points at them any more."""
+    def _point_at_file(self) -> None:
         for forms in self._forms:
             forms.point(is_copy=False)
+
+    def close(self) -> None:
+        """Frees the copies. No tensor points at them any more."""
+        self._point_at_file()
         while self._arenas:
             self._arenas.pop().close()
 
@@ -140,9 +156,28 @@ class _Forms:
 
 
 def _where(tensor: Any) -> tuple[Any, ...]:
-    """Its fields as they are now; a field that is a pointer object would follow later changes."""
-    values = (getattr(tensor.contents, name) for name in _FIELDS)
-    return tuple(type(value)(value.value) if isinstance(value, ctypes.c_void_p) else value for value in values)
+    """Its fields as they are now; one that is an object of ctypes would follow later changes."""
+    return tuple(_value(getattr(tensor.contents, name)) for name in _FIELDS)
+
+
+def _value(field: Any) -> Any:
+    if isinstance(field, ctypes.c_void_p):
+        return type(field)(field.value)
+    return type(field)(*field) if isinstance(field, ctypes.Array) else field
+
+
+def _widen(source: Any, target: Any) -> None:
+    """Copies a tensor of a quantized type to one of another type."""
+    kind, wide = type_name(source.contents.type), type_name(target.contents.type)
+    n_in, n_rows = source.contents.ne[0], source.contents.ne[1]
+    row, start = row_bytes(kind, n_in), source.contents.data
+    step = max(1, WIDENED_AT_ONCE // n_in)
+    for first in range(0, n_rows, step):
+        n = min(step, n_rows - first)
+        packed = np.ctypeslib.as_array((ctypes.c_uint8 * (n * row)).from_address(start + first * row)).reshape(n, row)
+        values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])
+        rows = quantize_rows(values, wide, 1)
+        ggml().ggml_backend_tensor_set(target, rows.ctypes.data, first * rows.shape[1], rows.nbytes)
 
 
 class _Pages:

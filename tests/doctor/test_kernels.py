@@ -94,6 +94,7 @@ def test_a_kernel_that_ends_its_process_is_found_by_measuring(tmp_path: Path, mo
 def test_what_there_was_no_time_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     monkeypatch.setattr(kernels, "available_kernels", lambda backend, kind: {PLAIN: None, "AMX": None})
+    monkeypatch.setattr(kernels, "prompt_kernels", lambda kind: {})
     monkeypatch.setattr(kernels, "TYPES", ("F32", "Q8_0", "Q4_0"))
     measured = {"F32": {PLAIN: 100.0, "AMX": 400.0}, "Q8_0": {PLAIN: 80.0}, "Q4_0": {}}
     monkeypatch.setattr(kernels.autotune, "rates", lambda backend, types: measured)

@@ -20,7 +20,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.autotune import SMALL, WORTH, cache_key, fastest_kernel, fastest_pair, page_seconds, times
 from granite4v.ggml.backend import Aborted, Backend
 from granite4v.ggml.kernel_timing import MANY, Trial
-from granite4v.ggml.kernels import ATTENTION, FLOAT32, N_OUT, ONEDNN, ONEDNN_BF16, PLAIN, Kernel, n_in
+from granite4v.ggml.kernels import ATTENTION, BFLOAT16, FLOAT32, N_OUT, ONEDNN, ONEDNN_BF16, PLAIN, Kernel, n_in
 from granite4v.ggml.types import NO_WEIGHTS, TYPES, block_size
 from granite4v.runtime.llama.abort import AbortFlag
 from tests.helpers import faulty_kernels
@@ -47,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ggml with two special buffer types, whatever this CPU has."""
     offered = {name: Kernel(name, buffer_type=f"type of {name}") for name in (REPACK, "AMX")}
-    offered = {PLAIN: Kernel(PLAIN), FLOAT32: Kernel(FLOAT32, as_float32=True), **offered}
+    offered = {PLAIN: Kernel(PLAIN), FLOAT32: Kernel(FLOAT32, widened="F32"), **offered}
     monkeypatch.setattr(autotune, "available_kernels", lambda backend, kind: offered)
 
 
@@ -132,7 +132,7 @@ def test_both_sides_choose_from_the_same_times(backend: Backend, monkeypatch: py
     vision, text = autotune.vision_kernels(backend, n_weights), autotune.text_kernels(backend, n_weights)
     assert {kind: kernel.name for kind, kernel in vision.items()} == {"Q4_0": REPACK, "F16": FLOAT32, "Q8_0": REPACK}
     assert {kind: (many.name, few.name) for kind, (many, few) in text.items()} == {"Q4_0": (REPACK, REPACK)}
-    assert vision["F16"].as_float32 and vision["F16"].buffer_type is None
+    assert vision["F16"].widened == "F32" and vision["F16"].buffer_type is None
     assert text["Q4_0"][0].buffer_type == f"type of {REPACK}"
 
 
@@ -142,6 +142,25 @@ def test_prefill_and_decoding_may_use_two_kernels(backend: Backend, monkeypatch:
     monkeypatch.setattr(autotune, "times", lambda *_, **__: by_rows)
     many, few = autotune.text_kernels(backend, {"Q4_K": BIG})["Q4_K"]
     assert (many.name, many.buffer_type, few.name, few.buffer_type) == (PLAIN, None, REPACK, f"type of {REPACK}")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_small_model_is_widened_for_prompts_alone(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "prompt_kernels", lambda _: {BFLOAT16: Kernel(BFLOAT16, widened="BF16")})
+    asked: list[Trial] = []
+    measured = {"Q8_0": {PLAIN: 1.0, BFLOAT16: 0.5, FLOAT32: 0.1, REPACK: 1.0}}
+
+    def fake(backend: Backend, wanted: Sequence[Trial], *rest: Any) -> Any:
+        asked.extend(wanted)
+        return times_of(measured)(backend, wanted)
+
+    monkeypatch.setattr(autotune, "times", fake)
+    many, few = autotune.text_kernels(backend, {"Q8_0": BIG})["Q8_0"]
+    assert (many.name, many.widened, few.name) == (BFLOAT16, "BF16", PLAIN)
+    assert [trial.n_rows for trial in asked if trial.kernel == BFLOAT16] == [MANY]
+    asked.clear()
+    assert autotune.text_kernels(backend, {"Q8_0": autotune.MOST_WIDENED // 2 + 1}) == {}
+    assert BFLOAT16 not in {trial.kernel for trial in asked} and asked
 
 
 @pytest.mark.usefixtures("kernels")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import gguf
 import numpy as np
 import pytest
 
 from granite4v.ggml import kernel_timing
+from granite4v.ggml import kernels as ggml_kernels
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernel_timing import MANY, ROUNDS, Trial
-from granite4v.ggml.kernels import ATTENTION, FLOAT32, ONEDNN, ONEDNN_BF16, PLAIN, available_kernels
+from granite4v.ggml.kernels import (
+    ATTENTION,
+    BFLOAT16,
+    FLOAT32,
+    ONEDNN,
+    ONEDNN_BF16,
+    PLAIN,
+    available_kernels,
+    prompt_kernels,
+)
+from granite4v.ggml.quantize import quantize_rows
 
 
 @pytest.fixture
@@ -54,6 +66,25 @@ def test_every_kernel_computes_what_numpy_does(backend: Backend) -> None:
         found = graph.run(matrix=halves, x=rows)["y"]
         graph.close()
         assert np.abs(found - rows @ halves.astype(np.float32).T).max() < tolerance * 8, name
+
+
+def test_widening_for_a_prompt_is_more_exact_than_what_ggml_does(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ggml_kernels, "cpu_features", lambda: frozenset({"avx512_bf16"}))
+    assert prompt_kernels("Q8_0").keys() == {BFLOAT16} and not prompt_kernels("F16")
+    rng = np.random.default_rng(4)
+    packed = quantize_rows(rng.standard_normal((40, 256), dtype=np.float32), "Q8_0", 1)
+    rows = rng.standard_normal((30, 256), dtype=np.float32)
+    expected = rows.astype(np.float64) @ gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0).T
+    errors = {}
+    for kernel in (available_kernels(backend, "Q8_0")[PLAIN], prompt_kernels("Q8_0")[BFLOAT16]):
+        graph = Graph(backend, 16)
+        matrix, x = graph.input("matrix", "Q8_0", 256, 40), graph.input("x", "F32", 256, 30)
+        graph.output("y", kernel.product(graph, kernel.matrix(graph, Tensor(matrix.ptr)), x))
+        errors[kernel.name] = np.linalg.norm(graph.run(matrix=packed, x=rows)["y"] - expected)
+        graph.close()
+    assert 0 < errors[BFLOAT16] < errors[PLAIN] < 0.02 * np.linalg.norm(expected)
 
 
 def test_attention_is_measured_for_each_kernel(backend: Backend) -> None:

@@ -69,7 +69,7 @@ def test_padded_rows_compute_what_their_dequantized_values_do(
     for spec in (TINY, CLIP):
         path, exact = (mmproj(make_model(spec, "F32", name)) for name in (kind, "F32"))
         expected = streams(dequantized(path, exact, tmp_path / "exact.gguf"))
-        monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: {kind: Kernel("float32", as_float32=True)})
+        monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: {kind: Kernel("float32", widened="F32")})
         assert relative_l2(streams(path), expected) < STREAMS_F32
         monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: {})
         assert STREAMS_F32 < relative_l2(streams(path), expected) < 2e-2

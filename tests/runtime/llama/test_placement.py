@@ -15,7 +15,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.kernel_timing import Trial
-from granite4v.ggml.kernels import PLAIN, Kernel
+from granite4v.ggml.kernels import BFLOAT16, PLAIN, Kernel
 from granite4v.runtime.llama import placement
 from granite4v.runtime.llama.placement import Copy, Placement, bytes_needed, choose_placement
 from tests.helpers.pictures import text_picture
@@ -145,6 +145,26 @@ def test_what_memory_allows_is_copied(backend: Backend, monkeypatch: pytest.Monk
     ):
         monkeypatch.setattr(placement, "available_bytes", lambda available=available: available)
         assert choose_placement(every, backend).n_copies == expected, available
+
+
+def test_a_small_model_is_widened_for_prompts_if_memory_allows(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {"Q8_0": (Kernel(BFLOAT16, widened="BF16"), Kernel(PLAIN))}
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    monkeypatch.setattr(autotune, "text_kernels", lambda *_: kernels)
+    monkeypatch.setattr(placement, "has_large_pages", lambda: True)
+    name, plain = "blk.0.attn_q.weight", buffer_type_name(backend.buffer_type)
+    every = {name: TensorInfo(name, (256, 256), "Q8_0", 0, 256 * 256 * 34 // 32)}
+    needed = every[name].nbytes + 2 * 256 * 256  # nothing is read from the file
+    for spare, expected in ((needed, {BFLOAT16: 1, plain: 1}), (needed - 1, {plain: 1})):
+        monkeypatch.setattr(placement, "available_bytes", lambda spare=spare: placement.SPARE_BYTES + spare)
+        for for_many in (False, True):
+            found = choose_placement(every, backend, for_many=for_many)
+            assert found.n_copies == expected
+    monkeypatch.setattr(placement, "available_bytes", lambda: None)
+    copies = choose_placement(every, backend).copies
+    assert [copy.widened for copy in copies] == [None, "BF16"] and not copies[1].few
 
 
 @pytest.mark.slow

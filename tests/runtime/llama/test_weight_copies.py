@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -100,6 +101,37 @@ def test_rearranged_copies_of_a_few_rows_leave_the_prompt_as_it_is(path: Path, b
         mixed = logits(model)
     assert (mixed[0] == plain[0]).all()
     assert np.linalg.norm(mixed[1:] - plain[1:]) < 0.1 * np.linalg.norm(plain[1:])  # wrong weights give 140%
+
+
+def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[..., Path], backend: Backend) -> None:
+    """Q8_0 rounds the rows of a prompt to 8-bit integers, bfloat16 rounds them and the weights to eight bits each."""
+    path = make_model(PRESETS["tiny-wide"], "Q8_0", "F32") / "text-Q8_0.gguf"
+    copies = tuple(
+        Copy(name, kernel, backend.buffer_type, few=widened is None, is_plain=widened is None, widened=widened)
+        for kernel, widened in (("CPU", None), ("bfloat16", "BF16"))
+        for name in blocks(path)
+    )
+
+    tokens = np.random.default_rng(1).integers(0, 200, MANY).astype(np.int32)
+    one, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY))
+    step = dataclasses.replace(prompt, outputs=np.ones(MANY, dtype=bool))  # drafts, of which all logits are wanted
+
+    def run(placement: Placement) -> np.ndarray:
+        with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 64, 32, 1) as context:
+            found = []
+            for _ in range(2):  # there and back again
+                for rows in (one, step, prompt):
+                    context.decode(rows)
+                    found.append(context.logits(-1))
+                    context.truncate(0, 0)
+            assert all((found[i] == found[i + 3]).all() for i in range(3))
+            return np.stack(found[:3])
+
+    exact = Placement(tuple(Copy(name, "float32", backend.buffer_type, widened="F32") for name in blocks(path)))
+    plain, widened, (_, _, expected) = run(Placement()), run(Placement(copies)), run(exact)
+    assert (plain[:2] == widened[:2]).all()  # a single row, and a decode step of many
+    errors = [float(np.linalg.norm(found[2] - expected)) for found in (plain, widened)]
+    assert 0 < errors[1] < errors[0] < 0.1 * np.linalg.norm(expected)
 
 
 def test_a_weight_that_llama_cpp_does_not_multiply_is_left_alone(path: Path, backend: Backend) -> None:
