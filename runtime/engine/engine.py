@@ -17,7 +17,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from granite4v.choices import CacheType, VisionCompute
-from granite4v.ggml.backend import Aborted, check_threads, find_device
+from granite4v.ggml.backend import Aborted, check_threads, find_device, is_cpu
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.cross_attention import CrossAttention, CrossRule
@@ -103,7 +103,8 @@ class Engine:
         )
         same_from_two = {info.type_name for info in files.text.tensors.values()} <= SAME_FROM_TWO_ROWS
         least_rows = 2 if self._is_batch and same_from_two else 1
-        self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows)
+        fills = flash and self._is_batch and is_cpu(find_device(device))
+        self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows, fills_questions=fills)
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
         self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)

@@ -19,7 +19,7 @@ from granite4v.ggml.backend import Aborted
 from granite4v.runtime.engine.cached_sequence import Batch, CachedSequence
 from granite4v.runtime.engine.kv_cache import KvCache
 from granite4v.runtime.engine.sequence import Step
-from granite4v.runtime.engine.step import Limits, Part, joined, plan_step
+from granite4v.runtime.engine.step import Limits, Part, filled, joined, plan_step
 from granite4v.runtime.engine.step_costs import StepCosts
 from granite4v.runtime.engine.stored_pages import StoredPrefix
 from granite4v.runtime.engine.task import Chunk, Resources, Task, chunks_after, n_alike, plan_prefill
@@ -52,13 +52,16 @@ class Scheduler:
         n_ubatch: int,
         *,
         least_rows: int = 1,
+        fills_questions: bool = False,
         costs: StepCosts | None = None,
     ) -> None:
         """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait.
         `least_rows`: of a decode step among several sequences; 2 where the values of a row depend on whether it is
-        alone. `costs`: what is known of steps beforehand."""
+        alone. `fills_questions`: whether text at the end of a prompt gets rows that are cut off again, where attention
+        takes so many rows in less time. `costs`: what is known of steps beforehand."""
         self._cache, self._resources, self._n_ubatch, self._least_rows = cache, resources, n_ubatch, least_rows
         self.costs = costs or StepCosts()
+        self._fills_questions = fills_questions
         self._waiting: list[Task] = []
         self._running: list[Task] = []
         self.counters = Counters()
@@ -248,15 +251,22 @@ class Scheduler:
         sequence, chunk = task.held, task.chunks[0]
         n, is_last = chunk.batch.n_tokens, len(task.chunks) == 1
         data = self._data(task, chunk)
+        n_rows = self._n_filled(sequence, n) if is_last and isinstance(chunk.span, TextSpan) else n
         self._resources.look([task])
         timings, start = task.answer.timings, time.perf_counter()
-        self._compute(BatchRows.of(data, sequence.n_tokens, sequence.id, output=is_last), [task])
+        rows = BatchRows.of(
+            np.resize(data, n_rows) if n_rows > n else data, sequence.n_tokens, sequence.id, output=False
+        )
+        rows.outputs[n - 1] = is_last
+        self._compute(rows, [task])
         elapsed = time.perf_counter() - start
         if isinstance(chunk.span, ImageSpan):
             timings.prefill_image_s += elapsed
         else:
             timings.prefill_text_s += elapsed
         self._cache.append(sequence, Batch(chunk.batch.keys))
+        if n_rows > n:
+            self._cache.truncate(sequence)
         task.chunks.popleft()
         self.counters.n_prefilled += n
         task.channel.report("prefill", sequence.n_tokens, sum(batch.n_tokens for batch in sequence.plan))
@@ -267,6 +277,11 @@ class Scheduler:
         task.rows = None  # 0.1 GB of a page, which many answers would hold until they end
         sequence.logits = self._cache.context.logits(n - 1)
         return sequence.logits.copy()
+
+    def _n_filled(self, sequence: CachedSequence, n: int) -> int:
+        if not (self._fills_questions and self._cache.can_cut):
+            return n
+        return filled(n, min(self._n_ubatch, self._cache.context.n_cells - sequence.n_tokens))
 
     def _data(self, task: Task, chunk: Chunk) -> np.ndarray:
         span = chunk.span

@@ -128,7 +128,7 @@ def _choose(
     numbers = {*range(1, min(longest_draft, TILE) + 1), *(task.n_pending for task in ready), longest_draft, least}
     expected = [(task.n_pending, [*itertools.accumulate(draft.chances, initial=0.0)]) for task, draft in drafted]
     best, best_rate = least, 0.0
-    for n in sorted({_filled(number, most) for number in numbers if least <= number <= most}):
+    for n in sorted({filled(number, most) for number in numbers if least <= number <= most}):
         if n * len(ready) > limits.outputs and _n_outputs(ready, drafts, n) > limits.outputs:
             continue
         n_kept = sum(_n_kept(n_pending, chances, n) for n_pending, chances in expected)
@@ -138,7 +138,7 @@ def _choose(
     return best
 
 
-def _filled(n_rows: int, most: int) -> int:
+def filled(n_rows: int, most: int) -> int:
     """So many rows, or more where that takes no longer."""
     return TILE if TILE // 2 < n_rows < TILE <= most else n_rows
 

@@ -50,8 +50,8 @@ def text_of(tokens: Sequence[int]) -> str:
 class FakeContext:
     """Checks what llama.cpp checks, and what it would end the process over."""
 
-    def __init__(self, n_cells: int, n_seq_max: int) -> None:
-        self.n_cells, self.n_seq_max, self.max_outputs = n_cells, n_seq_max, MAX_OUTPUTS
+    def __init__(self, n_cells: int, n_seq_max: int, n_ubatch: int = N_UBATCH) -> None:
+        self.n_cells, self.n_seq_max, self.n_ubatch, self.max_outputs = n_cells, n_seq_max, n_ubatch, MAX_OUTPUTS
         self.content: list[list[Any]] = [[] for _ in range(n_seq_max)]
         self.copies: set[int] = set()
         self.batches: list[BatchRows] = []
@@ -62,7 +62,7 @@ class FakeContext:
         self.adapter = on
 
     def decode(self, rows: BatchRows) -> None:
-        assert not self.closed and 0 < len(rows) <= N_UBATCH
+        assert not self.closed and 0 < len(rows) <= self.n_ubatch
         assert rows.outputs.sum() <= MAX_OUTPUTS
         numbers = rows.sequences.tolist()
         assert numbers == sorted(numbers)
@@ -113,20 +113,22 @@ class FakeEngine:
         most_cells: int = 1 << 20,
         budget: int | None = None,
         pages: StoredPages | None = None,
+        n_ubatch: int = N_UBATCH,
+        fills_questions: bool = False,
     ) -> None:
         """`most_cells`: what fits into memory. `budget`: what the cache is told that several sequences may take."""
-        self.pages = pages
+        self.pages, self.n_ubatch = pages, n_ubatch
         self.contexts: list[FakeContext] = []
         self.most_cells = most_cells
         self.n_encoded = 0
         self.cache = KvCache(self._open, n_ctx, n_seq_max, most_cells=budget)
-        self.scheduler = Scheduler(self.cache, self, N_UBATCH)
+        self.scheduler = Scheduler(self.cache, self, n_ubatch, fills_questions=fills_questions)
 
     def _open(self, n_cells: int, n_sequences: int) -> FakeContext:
         assert not self.contexts or self.contexts[-1].closed  # never two at once
         if n_cells * n_sequences > self.most_cells:
             raise DeviceError(f"no memory for {n_sequences} x {n_cells} tokens")
-        self.contexts.append(FakeContext(n_cells, n_sequences))
+        self.contexts.append(FakeContext(n_cells, n_sequences, self.n_ubatch))
         return self.contexts[-1]
 
     def submit(

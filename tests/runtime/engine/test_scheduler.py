@@ -34,6 +34,21 @@ def test_one_request_runs_in_one_sequence_and_in_its_own_chunks() -> None:
     assert (timings.n_reused, timings.n_steps) == (0, len(sizes) - 5)
 
 
+@pytest.mark.parametrize(
+    ("n_question", "n_ctx", "n_rows"),
+    [(40, 256, 64), (63, 256, 64), (32, 256, 32), (64, 256, 64), (70, 256, 70), (40, 100, 40)],  # the last has no room
+)
+def test_a_question_is_filled_up_where_more_rows_take_less_time(n_question: int, n_ctx: int, n_rows: int) -> None:
+    spans = asked(*(i % 60 for i in range(n_question)), page=(TextSpan(tuple(range(45))),))
+    for fills in (True, False):
+        engine = FakeEngine(n_ctx=n_ctx, n_ubatch=128, fills_questions=fills)
+        channel = engine.submit(*spans, max_tokens=5)
+        engine.run()
+        assert read(channel) == expected(spans, 5)
+        assert [len(rows) for rows in engine.contexts[0].batches][:2] == [45, n_rows if fills else n_question]
+        assert engine.scheduler.counters.n_prefilled == 45 + n_question
+
+
 def test_requests_side_by_side_are_decoded_in_one_batch() -> None:
     engine = FakeEngine()
     requests = [asked(7, i) for i in range(4)]
