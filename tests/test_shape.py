@@ -29,6 +29,7 @@ OPTIONAL = {
     "docling_core",
     "fsspec",
     "llama_cpp",
+    "llvmlite",
     "openpyxl",
     "pandas",
     "peft",

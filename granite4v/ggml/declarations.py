@@ -112,6 +112,7 @@ DECLARATIONS: tuple[Declaration, ...] = (
     _base("ggml_type_size", _size, _int),
     _base("ggml_row_size", _size, _int, _i64),  # (enum ggml_type, int64_t ne)
     _base("ggml_type_name", _str, _int),
+    _base("ggml_op_name", _str, _int),
     _base("ggml_tensor_overhead", _size),
     _base("ggml_init", ContextP, InitParams),
     _base("ggml_free", None, ContextP),

@@ -17,15 +17,16 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from granite4v.choices import CacheType, VisionCompute
-from granite4v.ggml.backend import Aborted, check_threads, find_device, is_cpu
+from granite4v.ggml.backend import Aborted, check_threads, find_device
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.runtime.answer import Answer
+from granite4v.runtime.engine.attention import Attention
 from granite4v.runtime.engine.cross_attention import CrossAttention, CrossRule
 from granite4v.runtime.engine.injection import EmbeddingRows
 from granite4v.runtime.engine.kv_cache import Context, KvCache
 from granite4v.runtime.engine.page_identity import PageIdentity
 from granite4v.runtime.engine.page_store import PageStore
-from granite4v.runtime.engine.parallel import Workload, most_cells, n_sequences, needs_flash
+from granite4v.runtime.engine.parallel import Workload, most_cells, n_sequences
 from granite4v.runtime.engine.scheduler import Counters, Scheduler
 from granite4v.runtime.engine.sequence import Advances
 from granite4v.runtime.engine.stored_pages import StoredPages, StoredPrefix
@@ -87,10 +88,9 @@ class Engine:
         self._thread = EngineThread("granite4v", self._abort)
         self._has_workload = workload is not None
         self._is_batch = workload is not None and self.n_parallel > 1
-        # a batch gives the memory of cells back, which transposed values prevent, unless it shares pages with others
-        flash = self._has_workload and page_store is None
-        flash = not exact and (flash or needs_flash(files, n_ctx, self.n_ubatch, device, cache_type))
-        self._attention = {"cache_type": "f32" if exact else cache_type, "flash_attention": flash}
+        # stored pages are shared with conversations, which have none; exact attention neither
+        prefers_flash = None if exact else self._has_workload and page_store is None
+        self._attention = Attention.chosen(files, device, cache_type, n_ctx, self.n_ubatch, prefers_flash)
         self._cache = KvCache(
             self._open_context,
             self.n_ctx,
@@ -103,7 +103,7 @@ class Engine:
         )
         same_from_two = {info.type_name for info in files.text.tensors.values()} <= SAME_FROM_TWO_ROWS
         least_rows = 2 if self._is_batch and same_from_two else 1
-        fills = flash and self._is_batch and is_cpu(find_device(device))
+        fills = self._is_batch and self._attention.has_tiles
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows, fills_questions=fills)
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, for_many=self._is_batch)
         self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
@@ -117,9 +117,9 @@ class Engine:
         self.is_closed = False
 
     def _open_pages(self, store: PageStore) -> StoredPages:
-        path = self.files.text.path.absolute()
+        path, chosen = self.files.text.path.absolute(), self._attention.settings
         parts = (self.files, self._vision, self._text, self._cross)
-        identity = PageIdentity(*parts, device=self.device, n_threads=self.n_threads, attention=self._attention)
+        identity = PageIdentity(*parts, device=self.device, n_threads=self.n_threads, attention=chosen)
         return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
 
     # --- what is known ---
@@ -134,7 +134,7 @@ class Engine:
             "n_parallel": self.n_parallel,
             "n_ubatch": self.n_ubatch,
             "n_ctx": self._cache.n_cells,
-            **self._attention,
+            **self._attention.settings,
             "text_buffer_types": self._text.placement.n_copies,
             "vision_compute": self._vision.compute,
             "vision_kernels": {kind: kernel.name for kind, kernel in kernels.items()},
@@ -440,7 +440,8 @@ class Engine:
             self.n_threads,
             n_seq_max=n_sequences,
             exact=self.exact,
-            flash=bool(self._attention["flash_attention"]),
+            flash=self._attention.flash,
+            node_callback=self._attention.node_callback,
             cache_type=self.cache_type,
             abort=self._abort,
             hook=None if self._cross is None else self._cross.hook,

@@ -11,6 +11,7 @@ from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.choices import CacheType, whole_number
 from granite4v.families.hf_fields import MAX_WIDTH
+from granite4v.ggml import few_rows_attention
 from granite4v.ggml.backend import find_device, is_cpu
 from granite4v.memory import available_bytes
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
@@ -76,7 +77,8 @@ def n_sequences(
         on_cpu = is_cpu(find_device(device))  # a GPU reads its weights as fast as it multiplies few rows
 
         def seconds(most: int) -> dict[int, float]:
-            return step_seconds(files, n_threads, most, workload.announce) if on_cpu else {}
+            kernel = attention_kernel(files, device, cache_type)
+            return step_seconds(files, n_threads, most, workload.announce, kernel) if on_cpu else {}
 
         width = choose_width(files, workload, n_ctx, seconds, cache_type)
         n = width.n
@@ -95,6 +97,20 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
         return True
     n_layers = files.text.integer(files.text_key(keys.BLOCK_COUNT), 1, MAX_COUNT)
     return 4 * n_ubatch * n_cells * max(_per_layer(files, keys.HEAD_COUNT, n_layers, [0])) > MOST_SCORES
+
+
+def attention_kernel(files: ModelFiles, device: str, cache_type: CacheType) -> tuple[int, int] | None:
+    """The numbers of a head and the heads that share keys, where flash attention of a few rows is computed by a kernel
+    that is compiled for them (`few_rows_attention`)."""
+    if files.is_cross_attending or cache_type != "f16" or not is_cpu(find_device(device)):
+        return None
+    heads, kv_heads, lengths = _attention_sizes(files)
+    if len({*heads}) != 1 or len({*kv_heads}) != 1 or lengths[0] != lengths[1]:
+        return None
+    if kv_heads[0] < 1 or heads[0] % kv_heads[0]:
+        return None
+    group = heads[0] // kv_heads[0]
+    return (lengths[0], group) if few_rows_attention.is_available(lengths[0], group) else None
 
 
 def choose_width(
@@ -164,15 +180,20 @@ def _budget_tokens(files: ModelFiles, available: int | None, cache_type: CacheTy
 
 def kv_bytes_per_token(files: ModelFiles, cache_type: CacheType = "f16") -> int:
     """Bytes of the KV cache that one token of one sequence takes."""
+    _, kv_heads, lengths = _attention_sizes(files)
+    return int(sum(kv_heads) * sum(lengths) * _VALUE_BYTES[cache_type])
+
+
+def _attention_sizes(files: ModelFiles) -> tuple[list[int], list[int], tuple[int, int]]:
+    """Heads and heads of keys, by layer, and the numbers of a key and of a value."""
     text, key = files.text, files.text_key
     width = text.integer(key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)
     n_layers = text.integer(key(keys.BLOCK_COUNT), 1, MAX_COUNT)
     heads = _per_layer(files, keys.HEAD_COUNT, n_layers, [0])
     kv_heads = _per_layer(files, keys.HEAD_COUNT_KV, n_layers, heads)
     head_dim = width // max(1, *heads)
-    length = text.integer(key(keys.KEY_LENGTH), 0, MAX_WIDTH, head_dim)
-    length += text.integer(key(keys.VALUE_LENGTH), 0, MAX_WIDTH, head_dim)
-    return int(sum(kv_heads) * length * _VALUE_BYTES[cache_type])
+    lengths = (text.integer(key(name), 0, MAX_WIDTH, head_dim) for name in (keys.KEY_LENGTH, keys.VALUE_LENGTH))
+    return heads, kv_heads, (next(lengths), next(lengths))
 
 
 def _per_layer(files: ModelFiles, key: str, n_layers: int, default: list[int]) -> list[int]:

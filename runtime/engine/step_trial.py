@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from granite4v.child import run_main
-from granite4v.ggml import autotune
+from granite4v.ggml import autotune, few_rows_attention
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.gguf_file import GgufFile, n_weights
 from granite4v.paths import read_json_cache, write_json_cache
-from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.context import BatchRows, LlamaContext, attention_callback
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.placement import N_UBATCH, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
@@ -36,18 +36,23 @@ TIMEOUT_S = 120.0  # of the child, which reads the weights first
 
 
 def step_seconds(
-    files: ModelFiles, n_threads: int, most: int, announce: Callable[[], None] | None = None
+    files: ModelFiles,
+    n_threads: int,
+    most: int,
+    announce: Callable[[], None] | None = None,
+    kernel: tuple[int, int] | None = None,
 ) -> dict[int, float]:
     """Seconds of a decode step of one row each, by the number of sequences, rising, up to the first number that is no
     less than `most`. Empty for a small model, where measuring takes longer than what it could gain, and where a
     measurement failed.
 
     Measured by the first call on a machine; `announce` is called before. Takes `N_CELLS` cells for each sequence.
+    `kernel`: of attention, by its sizes.
     """
     if sum(n_weights(files.text.tensors.values()).values()) < autotune.SMALL:
         return {}
     numbers = [n for n, before in zip(NUMBERS, (0, *NUMBERS), strict=False) if before < most]
-    key = _cache_key(files, n_threads)
+    key = _cache_key(files, n_threads, kernel)
     known = _read_cache(key)
     if known is not None and max(numbers) <= known[0]:
         return known[1]
@@ -55,9 +60,8 @@ def step_seconds(
         announce()
     adapter = str(files.adapter.path) if files.adapter else ""
     try:
-        ended = run_main(
-            __name__, [str(files.text.path), adapter, str(n_threads), json.dumps(numbers)], TIMEOUT_S, None
-        )
+        arguments = [str(files.text.path), adapter, str(n_threads), json.dumps(numbers), json.dumps(kernel)]
+        ended = run_main(__name__, arguments, TIMEOUT_S, None)
     except OSError:  # no memory for another process
         return {}
     found = _read_lines(ended.stdout)
@@ -65,11 +69,12 @@ def step_seconds(
     return found
 
 
-def _cache_key(files: ModelFiles, n_threads: int) -> str:
+def _cache_key(files: ModelFiles, n_threads: int, kernel: tuple[int, int] | None) -> str:
     """What measurements depend on: the machine and the build, and the sizes of the model."""
     weights = n_weights(files.text.tensors.values())
     kinds = ", ".join(f"{weights[kind]} {kind}" for kind in sorted(weights))
-    return f"{VERSION}|{autotune.cache_key(n_threads)}|{kinds}{', adapter' if files.adapter else ''}"
+    attention = "" if kernel is None else f"|attention {few_rows_attention.version()}"
+    return f"{VERSION}|{autotune.cache_key(n_threads)}|{kinds}{', adapter' if files.adapter else ''}{attention}"
 
 
 def _read_cache(key: str) -> tuple[int, dict[int, float]] | None:
@@ -103,9 +108,10 @@ def _read_lines(printed: str) -> dict[int, float]:
 # --- in the child ---
 
 
-def main(text: str, adapter: str, n_threads: str, numbers: str) -> None:
+def main(text: str, adapter: str, n_threads: str, numbers: str, kernel: str) -> None:
     """Runs in the child process: prints lines `[number of sequences, seconds]`."""
     path, threads, counts = Path(text), int(n_threads), list(map(int, json.loads(numbers)))
+    callback = None if kernel == "null" else attention_callback(*json.loads(kernel))
     backend = Backend("cpu", threads)
     with GgufFile.open(path) as file:
         placement = choose_placement(file.tensors, backend, for_many=True)
@@ -113,7 +119,8 @@ def main(text: str, adapter: str, n_threads: str, numbers: str) -> None:
     with open_model(path, placement, n_threads=threads) as model:
         if adapter:
             model.load_adapter(Path(adapter))
-        with LlamaContext(model, N_CELLS, min(N_UBATCH, N_CELLS), threads, n_seq_max=max(counts)) as context:
+        n_ubatch = min(N_UBATCH, N_CELLS)
+        with LlamaContext(model, N_CELLS, n_ubatch, threads, n_seq_max=max(counts), node_callback=callback) as context:
             context.set_adapter(bool(adapter))
             _measure(context, counts)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
+from granite4v.ggml import few_rows_attention
 from granite4v.ggml.backend import Aborted
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.memory import large_buffer
@@ -60,6 +61,11 @@ class BatchRows:
 
     def __len__(self) -> int:
         return len(self.data)
+
+
+def attention_callback(head: int, group: int) -> Any:
+    """The `node_callback` of a context whose flash attention of a few rows is compiled (see `few_rows_attention`)."""
+    return llama().ggml_backend_sched_eval_callback(few_rows_attention.callback(head, group))
 
 
 class LlamaContext(Owner):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import granite4v
+from granite4v.ggml import few_rows_attention
 from granite4v.runtime import GenerationOptions, Stream
 from granite4v.runtime.engine.parallel import Workload
 from tests.helpers.pictures import noise_picture
@@ -67,6 +68,26 @@ def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[
     for found in logits:
         np.testing.assert_allclose(found, logits[1], rtol=0, atol=0.1)
     assert not np.array_equal(logits[0], logits[2])
+
+
+@pytest.mark.skipif(not few_rows_attention.is_available(64, 2), reason="needs llvmlite and AVX-512")
+def test_batches_are_decoded_with_the_compiled_attention(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are those of float32 but for the rounding of keys and values."""
+    path, found = make_model(PRESETS["tiny-wide"]), {}
+    for name in ("exact", "compiled", "ggml"):
+        if name == "ggml":
+            monkeypatch.setattr(few_rows_attention, "is_available", lambda head, group: False)
+        options: dict[str, Any] = {"exact": True} if name == "exact" else {"exact": False, "workload": Workload(4)}
+        with granite4v.load(path, device="cpu", n_threads=2, **options) as model:
+            kernel = model.settings.get("attention_kernel")
+            assert kernel == (few_rows_attention.version() if name == "compiled" else None)
+            streams = [model.stream("What?", [picture], logprobs=0, **LONG) for picture in PICTURES]
+            entries = [stream.result().logprobs for stream in streams]
+        found[name] = np.array([[entry.logprob for entry in each or ()] for each in entries])
+    assert 0 < np.abs(found["compiled"] - found["exact"]).max() < 0.02
+    assert not np.array_equal(found["compiled"], found["ggml"])
 
 
 def test_answers_outgrow_their_sequences_together(
