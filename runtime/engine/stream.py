@@ -207,13 +207,15 @@ class Stream:
         can so follow many streams, each submitted with a `listener` that tells when to look."""
         if self._check is not None:
             self._check()
-        try:
-            _, progress = self._channel.take(0)
-        except StopIteration:
-            return True
-        if progress is not None and self._progress is not None:
-            _called(self._progress, *progress)
-        return False
+        while True:  # the end may stand behind progress, and the listener is called for it once
+            try:
+                piece, progress = self._channel.take(0)
+            except StopIteration:
+                return True
+            if progress is not None and self._progress is not None:
+                _called(self._progress, *progress)
+            if piece is None and progress is None:
+                return False
 
     def cancel(self) -> None:
         """Stops the answer soon, from any thread; pieces that are already generated can still be read."""

@@ -168,6 +168,18 @@ def test_a_result_is_waited_for_without_keeping_pieces() -> None:
     thread.join()
 
 
+def test_an_end_that_came_with_progress_is_seen_at_once() -> None:
+    """Who is told once of both looks once."""
+    told: list[tuple[str, int, int]] = []
+    channel, _ = made()
+    stream = Stream(channel, progress=lambda *progress: told.append(progress))
+    stream.let_run()
+    channel.report("prefill", 1, 2)
+    channel.put("a piece")
+    channel.finish()
+    assert stream.poll() and told == [("prefill", 1, 2)]
+
+
 def test_one_thread_follows_several_answers() -> None:
     news, told = threading.Event(), list[tuple[str, int, int]]()
     channels = [Channel(Answer(), Wakes(), size=1, listener=news.set) for _ in range(3)]
