@@ -106,7 +106,7 @@ def test_its_values_are_those_of_attention(
 ) -> None:
     arrays = drawn(head, group, n_heads, n_rows, n_cells, n_streams)
     found = computed(backend, arrays, head, group, scale=head**-0.5)
-    assert np.abs(found - expected(arrays, group, head**-0.5)).max() < 5e-6  # ggml's own: 2e-3
+    assert np.abs(found - expected(arrays, group, head**-0.5)).max() < 5e-6  # ggml's own: up to 8e-3
 
 
 @needs_kernel
