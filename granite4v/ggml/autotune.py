@@ -8,7 +8,7 @@ others. The times are kept in the user's cache for each CPU, build of ggml and n
 
 The two sides choose from the same times by different rules. The image side multiplies hundreds of rows at once, maps
 its file and copies what another buffer type takes; it takes the fastest kernel, the more exact of equals. The text
-model is opened by llama.cpp, which knows no widened weights. Prompts and decoding may use two forms of a weight, the
+model is opened by llama.cpp, which widens no weights. Prompts and decoding may use two forms of a weight, the
 mapped one and one copy (`runtime.llama.weight_copies`), so a kernel is chosen for many rows and one for a few; between
 several buffer types for the copy, a typical page decides (`PAGE`). A small model may have widened copies for prompts.
 
@@ -61,9 +61,8 @@ WORTH = 0.93
 # Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
 # of them alone, half beside three others.
 PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
-MOST_WIDENED = (
-    2 << 30
-)  # bytes of the copies that are widened for prompts: a larger model is not to take thrice its file
+# Bytes of the copies that are widened for prompts: a larger model is not to take thrice its file.
+MOST_WIDENED = 2 << 30
 INT8_TYPES = ("Q8_0", "Q6_K")  # of about eight bits, and multiplied with activations rounded to as many
 EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless that is asked for
 # How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.

@@ -52,7 +52,7 @@ def version() -> str:
 @functools.cache
 def callback(head: int, group: int) -> int:
     """The address of the compiled `ggml_backend_sched_eval_callback`, to be given without data. It lives as long as the
-    process. Only where `is_available`; takes half a second the first time."""
+    process. Only where `is_available`; takes some tenths of a second the first time."""
     return int(_compiled(head, group).get_function_address("see"))
 
 
@@ -63,7 +63,7 @@ def llvm() -> Any:
         from llvmlite import binding
     except (ImportError, OSError):
         return None
-    if not hasattr(binding, "create_pass_builder"):  # before 0.45, which another package may have brought
+    if not hasattr(binding, "create_pass_builder"):  # an older one, which another package has brought
         return None
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
