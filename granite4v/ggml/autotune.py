@@ -33,6 +33,7 @@ from granite4v.ggml.cpu_features import cpu_name
 from granite4v.ggml.kernel_timing import MANY, Trial
 from granite4v.ggml.kernels import (
     ATTENTION,
+    COMPILED,
     FLOAT32,
     N_IN,
     N_OUT,
@@ -41,6 +42,7 @@ from granite4v.ggml.kernels import (
     PLAIN,
     Kernel,
     available_kernels,
+    few_kernels,
     n_in,
     prompt_kernels,
 )
@@ -136,12 +138,13 @@ def int8_kernel(
 
 
 def text_kernels(
-    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None
+    backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None, *, compiled: bool = False
 ) -> dict[str, tuple[Kernel, Kernel]]:
     """The kernels for many rows and for a few, for each weight type of a text file that gains by another buffer type
     for one of them or both, or by being widened for many; the others are multiplied in the mapped file.
 
-    Arguments and errors as those of `vision_kernels`.
+    `compiled`: whether weights in the mapped file are multiplied with a few rows by a compiled kernel. Other arguments
+    and errors as those of `vision_kernels`.
     """
     types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
     widened = {kind: prompt_kernels(kind) if may_widen(n_weights) else {} for kind in types}
@@ -151,14 +154,17 @@ def text_kernels(
         for kind in types
     }
     types = [kind for kind in types if extra[kind]]
+    few = {kind: next(iter(few_kernels(kind)), PLAIN) if compiled else PLAIN for kind in types}
     wanted = [
         Trial(kind, name, n)
         for n in PAGE
         for kind in types
-        for name in (PLAIN, *extra[kind])
+        for name in (PLAIN if n == MANY else few[kind], *extra[kind])
         if n == MANY or name not in widened[kind]
     ]
     measured = times(backend, wanted, BUDGET_S, announce)
+    for by_kernel in measured.values():
+        by_kernel.setdefault(PLAIN, {}).update(by_kernel.pop(COMPILED, {}))
     found = {kind: fastest_pair(measured[kind], extra[kind]) for kind in types}
     return {
         kind: (kernels[kind][many], kernels[kind][few])

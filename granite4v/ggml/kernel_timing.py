@@ -15,8 +15,19 @@ from typing import NamedTuple
 import numpy as np
 
 from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
+from granite4v.ggml.compiled.nodes import NodeKernels, replace
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.kernels import ATTENTION, N_IN, N_OUT, Kernel, available_kernels, n_in, prompt_kernels
+from granite4v.ggml.kernels import (
+    ATTENTION,
+    COMPILED,
+    N_IN,
+    N_OUT,
+    Kernel,
+    available_kernels,
+    few_kernels,
+    n_in,
+    prompt_kernels,
+)
 from granite4v.ggml.quantize import quantize_rows
 
 MANY = 512  # rows of a small prefill, or of a tile
@@ -43,7 +54,8 @@ def measure(trial: Trial, n_threads: int) -> float:
     backend = Backend("cpu", n_threads)
     graph = Graph(backend, MAX_NODES)
     try:
-        kernel = {**available_kernels(backend, trial.type_name), **prompt_kernels(trial.type_name)}[trial.kernel]
+        kind = trial.type_name
+        kernel = {**available_kernels(backend, kind), **prompt_kernels(kind), **few_kernels(kind)}[trial.kernel]
         measured = _attention if trial.type_name == ATTENTION else _product
         return measured(graph, kernel, trial)
     finally:
@@ -67,6 +79,9 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
         x = graph.input("x", "F32", length, trial.n_rows)
         matrices = [kernel.matrix(graph, Tensor(weight)) for weight in weights] * (TILES if many else 1)
         products = [graph.expand(kernel.product(graph, matrix, x)) for matrix in matrices]
+        if trial.kernel == COMPILED:
+            for product in products:
+                replace(product.ptr, NodeKernels(products=True))
         graph.output("y", graph.scale(products[-1], 1.0))
         return _best(graph, x=_values()[: trial.n_rows, :length].copy()) / len(products)
     finally:

@@ -7,12 +7,14 @@ from typing import Any
 
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.ggml.compiled.nodes import NodeKernels
+from granite4v.ggml.compiled.products import KINDS
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
 
 # Kernels that need no buffer type; the others are called as theirs.
-PLAIN, FLOAT32, BFLOAT16 = "plain", "float32", "bfloat16"
+PLAIN, FLOAT32, BFLOAT16, COMPILED = "plain", "float32", "bfloat16", "compiled"
 ONEDNN, ONEDNN_BF16 = "onednn", "onednn bf16"
 ATTENTION = "attention"  # stands for a weight type where the kernels of attention are meant
 N_OUT = 4352  # a vision FFN's width
@@ -96,6 +98,12 @@ def prompt_kernels(type_name: str) -> dict[str, Kernel]:
     if type_name == "Q8_0" and "avx512_bf16" in cpu_features():
         return {BFLOAT16: Kernel(BFLOAT16, widened="BF16")}
     return {}
+
+
+def few_kernels(type_name: str) -> dict[str, Kernel]:
+    """A further way to multiply a text model's weights with a few rows, which needs no copy: for one that is plain
+    otherwise."""
+    return {COMPILED: Kernel(COMPILED)} if type_name in KINDS and NodeKernels.available().products else {}
 
 
 def n_in(type_name: str) -> int:

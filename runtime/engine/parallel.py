@@ -11,8 +11,8 @@ from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.choices import CacheType, whole_number
 from granite4v.families.hf_fields import MAX_WIDTH
-from granite4v.ggml import few_rows_attention
 from granite4v.ggml.backend import find_device, is_cpu
+from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels
 from granite4v.memory import available_bytes
 from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
 from granite4v.runtime.engine.step_trial import step_seconds
@@ -77,8 +77,8 @@ def n_sequences(
         on_cpu = is_cpu(find_device(device))  # a GPU reads its weights as fast as it multiplies few rows
 
         def seconds(most: int) -> dict[int, float]:
-            kernel = attention_kernel(files, device, cache_type)
-            return step_seconds(files, n_threads, most, workload.announce, kernel) if on_cpu else {}
+            kernels = node_kernels(files, device, cache_type)
+            return step_seconds(files, n_threads, most, workload.announce, kernels) if on_cpu else {}
 
         width = choose_width(files, workload, n_ctx, seconds, cache_type)
         n = width.n
@@ -99,18 +99,14 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
     return 4 * n_ubatch * n_cells * max(_per_layer(files, keys.HEAD_COUNT, n_layers, [0])) > MOST_SCORES
 
 
-def attention_kernel(files: ModelFiles, device: str, cache_type: CacheType) -> tuple[int, int] | None:
-    """The numbers of a head and the heads that share keys, where flash attention of a few rows is computed by a kernel
-    that is compiled for them (`few_rows_attention`)."""
-    if files.is_cross_attending or cache_type != "f16" or not is_cpu(find_device(device)):
-        return None
+def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeKernels:
+    """What of a decode step is computed by compiled kernels."""
+    if files.is_cross_attending or not is_cpu(find_device(device)):
+        return NO_KERNELS
     heads, kv_heads, lengths = _attention_sizes(files)
-    if len({*heads}) != 1 or len({*kv_heads}) != 1 or lengths[0] != lengths[1]:
-        return None
-    if kv_heads[0] < 1 or heads[0] % kv_heads[0]:
-        return None
-    group = heads[0] // kv_heads[0]
-    return (lengths[0], group) if few_rows_attention.is_available(lengths[0], group) else None
+    is_uniform = len({*heads}) == 1 and len({*kv_heads}) == 1 and lengths[0] == lengths[1]
+    fits = cache_type == "f16" and is_uniform and kv_heads[0] > 0 and heads[0] % kv_heads[0] == 0
+    return NodeKernels.available((lengths[0], heads[0] // kv_heads[0]) if fits else None)
 
 
 def choose_width(

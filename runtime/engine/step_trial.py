@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from granite4v.child import run_main
-from granite4v.ggml import autotune, few_rows_attention
+from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend
+from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels
 from granite4v.ggml.gguf_file import GgufFile, n_weights
 from granite4v.paths import read_json_cache, write_json_cache
-from granite4v.runtime.llama.context import BatchRows, LlamaContext, attention_callback
+from granite4v.runtime.llama.context import BatchRows, LlamaContext, node_callback
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.placement import N_UBATCH, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
@@ -40,19 +41,19 @@ def step_seconds(
     n_threads: int,
     most: int,
     announce: Callable[[], None] | None = None,
-    kernel: tuple[int, int] | None = None,
+    kernels: NodeKernels = NO_KERNELS,
 ) -> dict[int, float]:
     """Seconds of a decode step of one row each, by the number of sequences, rising, up to the first number that is no
     less than `most`. Empty for a small model, where measuring takes longer than what it could gain, and where a
     measurement failed.
 
     Measured by the first call on a machine; `announce` is called before. Takes `N_CELLS` cells for each sequence.
-    `kernel`: of attention, by its sizes.
+    `kernels`: those of the engine.
     """
     if sum(n_weights(files.text.tensors.values()).values()) < autotune.SMALL:
         return {}
     numbers = [n for n, before in zip(NUMBERS, (0, *NUMBERS), strict=False) if before < most]
-    key = _cache_key(files, n_threads, kernel)
+    key = _cache_key(files, n_threads, kernels)
     known = _read_cache(key)
     if known is not None and max(numbers) <= known[0]:
         return known[1]
@@ -60,7 +61,7 @@ def step_seconds(
         announce()
     adapter = str(files.adapter.path) if files.adapter else ""
     try:
-        arguments = [str(files.text.path), adapter, str(n_threads), json.dumps(numbers), json.dumps(kernel)]
+        arguments = [str(files.text.path), adapter, str(n_threads), json.dumps(numbers), kernels.to_json()]
         ended = run_main(__name__, arguments, TIMEOUT_S, None)
     except OSError:  # no memory for another process
         return {}
@@ -69,12 +70,12 @@ def step_seconds(
     return found
 
 
-def _cache_key(files: ModelFiles, n_threads: int, kernel: tuple[int, int] | None) -> str:
+def _cache_key(files: ModelFiles, n_threads: int, kernels: NodeKernels) -> str:
     """What measurements depend on: the machine and the build, and the sizes of the model."""
     weights = n_weights(files.text.tensors.values())
     kinds = ", ".join(f"{weights[kind]} {kind}" for kind in sorted(weights))
-    attention = "" if kernel is None else f"|attention {few_rows_attention.version()}"
-    return f"{VERSION}|{autotune.cache_key(n_threads)}|{kinds}{', adapter' if files.adapter else ''}{attention}"
+    compiled = f"|{kernels.description}" if kernels else ""
+    return f"{VERSION}|{autotune.cache_key(n_threads)}|{kinds}{', adapter' if files.adapter else ''}{compiled}"
 
 
 def _read_cache(key: str) -> tuple[int, dict[int, float]] | None:
@@ -108,19 +109,20 @@ def _read_lines(printed: str) -> dict[int, float]:
 # --- in the child ---
 
 
-def main(text: str, adapter: str, n_threads: str, numbers: str, kernel: str) -> None:
+def main(text: str, adapter: str, n_threads: str, numbers: str, compiled: str) -> None:
     """Runs in the child process: prints lines `[number of sequences, seconds]`."""
     path, threads, counts = Path(text), int(n_threads), list(map(int, json.loads(numbers)))
-    callback = None if kernel == "null" else attention_callback(*json.loads(kernel))
+    kernels = NodeKernels.from_json(compiled)
     backend = Backend("cpu", threads)
     with GgufFile.open(path) as file:
-        placement = choose_placement(file.tensors, backend, for_many=True)
+        placement = choose_placement(file.tensors, backend, for_many=True, compiled=kernels.products)
     backend.close()
     with open_model(path, placement, n_threads=threads) as model:
         if adapter:
             model.load_adapter(Path(adapter))
         n_ubatch = min(N_UBATCH, N_CELLS)
-        with LlamaContext(model, N_CELLS, n_ubatch, threads, n_seq_max=max(counts), node_callback=callback) as context:
+        callback, n_seq_max = node_callback(kernels), max(counts)
+        with LlamaContext(model, N_CELLS, n_ubatch, threads, n_seq_max=n_seq_max, node_callback=callback) as context:
             context.set_adapter(bool(adapter))
             _measure(context, counts)
 

@@ -33,11 +33,11 @@ class TextModel:
     """Opened when it is first needed. Not for several threads at once."""
 
     def __init__(
-        self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool, for_many: bool
+        self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool, **way: bool
     ) -> None:
-        """`exact`: no copies of weights, for comparing values; `for_many`: see `choose_placement`."""
+        """`exact`: no copies of weights, for comparing values; `way`: see `choose_placement`."""
         self._files, self._device, self._n_threads, self._abort = files, device, n_threads, abort
-        self._exact, self._for_many = exact, for_many
+        self._exact, self._way = exact, way
         self._model: LlamaModel | None = None
         self.placement = Placement()
 
@@ -59,7 +59,7 @@ class TextModel:
         backend = Backend(self._device, self._n_threads, (self._abort.callback_address, self._abort.data_address))
         try:
             tensors = self._files.text.tensors
-            self.placement = choose_placement(tensors, backend, announce, for_many=self._for_many)
+            self.placement = choose_placement(tensors, backend, announce, **self._way)
             warn_if_slow(self._files.text.path, "text", n_weights(tensors.values()), backend)
         finally:
             backend.close()

@@ -12,8 +12,8 @@ import numpy as np
 
 from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
-from granite4v.ggml import few_rows_attention
 from granite4v.ggml.backend import Aborted
+from granite4v.ggml.compiled.nodes import NodeKernels, callback
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.memory import large_buffer
 from granite4v.runtime.llama.abort import AbortFlag
@@ -63,9 +63,9 @@ class BatchRows:
         return len(self.data)
 
 
-def attention_callback(head: int, group: int) -> Any:
-    """The `node_callback` of a context whose flash attention of a few rows is compiled (see `few_rows_attention`)."""
-    return llama().ggml_backend_sched_eval_callback(few_rows_attention.callback(head, group))
+def node_callback(kernels: NodeKernels) -> Any:
+    """The argument of that name for a context some of whose nodes are computed by compiled kernels; None for none."""
+    return llama().ggml_backend_sched_eval_callback(callback(kernels)) if kernels else None
 
 
 class LlamaContext(Owner):

@@ -71,6 +71,7 @@ def choose_placement(
     announce: Callable[[], None] | None = None,
     *,
     for_many: bool = False,
+    compiled: bool = False,
 ) -> Placement:
     """Where each weight of a text file goes on the CPU. Measures on the first call on a machine (see `text_kernels`).
 
@@ -80,12 +81,13 @@ def choose_placement(
     and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A small
     model's may also be copied in bfloat16, for prompts alone.
 
-    `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few.
+    `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few. `compiled`: see
+    `text_kernels`.
     """
     if not backend.is_cpu or sum(n_weights(tensors.values()).values()) < autotune.SMALL:
         return Placement()
     blocks = [info for info in tensors.values() if _BLOCK_WEIGHT.fullmatch(info.name) and len(info.shape) == 2]
-    kernels = autotune.text_kernels(backend, n_weights(blocks), announce)
+    kernels = autotune.text_kernels(backend, n_weights(blocks), announce, compiled=compiled)
     if for_many:
         kernels = {name: (many, Kernel(PLAIN) if many.widened else many) for name, (many, _) in kernels.items()}
     faster = _faster_copies(blocks, backend, kernels)

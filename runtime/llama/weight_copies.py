@@ -32,6 +32,7 @@ import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
+from granite4v.ggml.compiled.products import MOST_ROWS
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib as ggml
 from granite4v.ggml.quantize import quantize_rows
@@ -111,16 +112,20 @@ class WeightCopies:
 
     @contextlib.contextmanager
     def used_for(self, n_rows: int, *, is_prompt: bool = False) -> Iterator[None]:
-        """Around the computation of a batch of so many rows. A decode step, however many rows it has, uses no widened
-        copies, so that values do not depend on what else it computes, and returns no mapped pages: the next one follows
-        at once and reads the same."""
-        is_many = n_rows > MAX_FEW_ROWS
-        used = is_many, is_many and is_prompt
+        """Around the computation of a batch of so many rows.
+
+        A decode step, however many rows it has, uses no widened copies, so that values do not depend on what else it
+        computes, and returns no mapped pages: the next one follows at once and reads the same. Nor does a prompt of so
+        few rows that a compiled kernel may take it: that stays in llama.cpp's graph, which is used again, and knows one
+        type.
+        """
+        is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_ROWS
+        used = is_many, widens
         if used != self._used:
             self._used = None  # unknown, should this be interrupted
             self._point_at_file()
             for forms in self._forms:
-                if (forms.copy.many if is_many else forms.copy.few) and (is_prompt or forms.copy.widened is None):
+                if (forms.copy.many if is_many else forms.copy.few) and (widens or forms.copy.widened is None):
                     forms.point(is_copy=True)
             self._used = used
         if is_prompt and is_many and self._needs_mapped:

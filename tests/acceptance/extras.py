@@ -77,7 +77,7 @@ USES = (
     Use("xlsx", "openpyxl", "export results --format xlsx --out {out}", writes="*.xlsx"),
     Use("docling", "docling_core", f"{READ} --format docling", writes="*.docling.json"),
     Use("docling", "docling.document_converter", code=DOCLING),
-    Use("llvm", "granite4v.ggml.few_rows_attention", f"{READ} --parallel 2", writes="results.jsonl"),
+    Use("llvm", "granite4v.ggml.compiled.nodes", f"{READ} --parallel 2", writes="results.jsonl"),
     Use("onednn", "granite4v.ggml.onednn", "ask page.png Hm? --vision-compute BF16 --max-tokens 2"),
     Use("ray", "ray", f"{READ} --ray local", writes="results.jsonl"),
     Use("fsspec", "fsspec", code=FSSPEC),

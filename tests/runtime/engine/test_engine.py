@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import granite4v
-from granite4v.ggml import few_rows_attention
+from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.runtime import GenerationOptions, Stream
 from granite4v.runtime.engine.parallel import Workload
 from tests.helpers.pictures import noise_picture
@@ -48,6 +48,12 @@ def test_four_streams_at_once_share_their_steps(model: granite4v.Model) -> None:
     assert model.counters.n_steps - before.n_steps < 2 * 39  # 156 one by one
 
 
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("granite4v.ggml.compiled.nodes.llvm", lambda: None)
+
+
+@pytest.mark.usefixtures("no_kernels")
 def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Both ways give the logits of float32 attention, up to the rounding of float16: 0.01 without, 0.05 with it."""
     path = make_model(PRESETS["tiny"])
@@ -70,19 +76,20 @@ def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[
     assert not np.array_equal(logits[0], logits[2])
 
 
-@pytest.mark.skipif(not few_rows_attention.is_available(64, 2), reason="needs llvmlite and AVX-512")
-def test_batches_are_decoded_with_the_compiled_attention(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(not NodeKernels.available((64, 2)).attention, reason="needs llvmlite and AVX-512")
+@pytest.mark.parametrize("workload", [Workload(4), None])
+def test_answers_are_decoded_with_compiled_attention(
+    make_model: Callable[..., Path], request: pytest.FixtureRequest, workload: Workload | None
 ) -> None:
-    """Its answers are those of float32 but for the rounding of keys and values."""
+    """They are those of float32 but for the rounding of keys and values."""
     path, found = make_model(PRESETS["tiny-wide"]), {}
     for name in ("exact", "compiled", "ggml"):
         if name == "ggml":
-            monkeypatch.setattr(few_rows_attention, "is_available", lambda head, group: False)
-        options: dict[str, Any] = {"exact": True} if name == "exact" else {"exact": False, "workload": Workload(4)}
+            request.getfixturevalue("no_kernels")
+        options: dict[str, Any] = {"exact": True} if name == "exact" else {"exact": False, "workload": workload}
         with granite4v.load(path, device="cpu", n_threads=2, **options) as model:
-            kernel = model.settings.get("attention_kernel")
-            assert kernel == (few_rows_attention.version() if name == "compiled" else None)
+            expected = NodeKernels.available((64, 2)).description if name == "compiled" else None
+            assert model.settings.get("compiled") == expected
             streams = [model.stream("What?", [picture], logprobs=0, **LONG) for picture in PICTURES]
             entries = [stream.result().logprobs for stream in streams]
         found[name] = np.array([[entry.logprob for entry in each or ()] for each in entries])

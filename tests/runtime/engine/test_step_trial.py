@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from granite4v.child import Ended, run_main
-from granite4v.ggml import autotune, few_rows_attention
+from granite4v.ggml import autotune
+from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels
 from granite4v.paths import cache_folder
 from granite4v.runtime.engine import step_trial
 from granite4v.runtime.engine.step_trial import NUMBERS, step_seconds
@@ -101,8 +102,9 @@ def test_a_damaged_cache_is_measured_again(files: ModelFiles, children: list[lis
     assert len(children) == 2 and json.loads(children[1][3]) == [n for n in NUMBERS if n <= 2]
 
 
-@pytest.mark.skipif(not few_rows_attention.is_available(16, 2), reason="needs llvmlite and AVX-512")
-def test_steps_with_compiled_attention_are_measured_apart(files: ModelFiles, children: list[list[str]]) -> None:
-    for kernel in (None, (16, 2), None, (16, 2)):
-        assert list(step_seconds(files, 1, 1, kernel=kernel)) == [1]
-    assert [child[4] for child in children] == ["null", "[16, 2]"]
+@pytest.mark.skipif(not NodeKernels.available((16, 2)), reason="needs llvmlite and AVX-512")
+def test_steps_with_compiled_kernels_are_measured_apart(files: ModelFiles, children: list[list[str]]) -> None:
+    compiled = NodeKernels.available((16, 2))
+    for kernels in (NO_KERNELS, compiled, NO_KERNELS, compiled):
+        assert list(step_seconds(files, 1, 1, kernels=kernels)) == [1]
+    assert [NodeKernels.from_json(child[4]) for child in children] == [NO_KERNELS, compiled]

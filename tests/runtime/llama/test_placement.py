@@ -82,7 +82,7 @@ def test_copies_for_a_few_rows_alone_are_not_made_where_steps_have_many(
     monkeypatch.setattr(autotune, "SMALL", 0)
     monkeypatch.setattr(placement, "has_large_pages", lambda: False)
     for many, expected in ((repack, {REPACK: 1}), (plain, {})):
-        monkeypatch.setattr(autotune, "text_kernels", lambda *_, many=many: {"Q4_0": (many, repack)})
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, many=many, **__: {"Q4_0": (many, repack)})
         assert choose_placement(WEIGHTS, backend).n_copies == {REPACK: 1}
         assert choose_placement(WEIGHTS, backend, for_many=True).n_copies == expected
     monkeypatch.setattr(placement, "has_large_pages", lambda: True)
@@ -152,7 +152,7 @@ def test_a_small_model_is_widened_for_prompts_if_memory_allows(
 ) -> None:
     kernels = {"Q8_0": (Kernel(BFLOAT16, widened="BF16"), Kernel(PLAIN))}
     monkeypatch.setattr(autotune, "SMALL", 0)
-    monkeypatch.setattr(autotune, "text_kernels", lambda *_: kernels)
+    monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: kernels)
     monkeypatch.setattr(placement, "has_large_pages", lambda: True)
     name, plain = "blk.0.attn_q.weight", buffer_type_name(backend.buffer_type)
     every = {name: TensorInfo(name, (256, 256), "Q8_0", 0, 256 * 256 * 34 // 32)}

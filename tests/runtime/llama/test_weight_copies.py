@@ -14,6 +14,7 @@ import pytest
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, buffer_type_name
+from granite4v.ggml.compiled.products import MOST_ROWS
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
@@ -48,7 +49,7 @@ def plain_copies(path: Path, backend: Backend, **forms: bool) -> Placement:
 def logits(model: LlamaModel) -> np.ndarray:
     """Of a prompt of many rows, and of two single rows after it."""
     rng, found = np.random.default_rng(0), []
-    with LlamaContext(model, 64, 32, 1) as context:
+    with LlamaContext(model, 256, 128, 1) as context:
         position = 0
         for n in (MANY, 1, 1):
             tokens = rng.integers(0, model.n_vocab, n).astype(np.int32)
@@ -112,25 +113,25 @@ def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[...,
         for name in blocks(path)
     )
 
-    tokens = np.random.default_rng(1).integers(0, 200, MANY).astype(np.int32)
-    one, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY))
-    step = dataclasses.replace(prompt, outputs=np.ones(MANY, dtype=bool))  # drafts, of which all logits are wanted
+    tokens = np.random.default_rng(1).integers(0, 200, MOST_ROWS + 1).astype(np.int32)
+    one, short, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY, MOST_ROWS + 1))
+    step = dataclasses.replace(short, outputs=np.ones(MANY, dtype=bool))  # drafts, of which all logits are wanted
 
     def run(placement: Placement) -> np.ndarray:
-        with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 64, 32, 1) as context:
+        with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 256, 128, 1) as context:
             found = []
             for _ in range(2):  # there and back again
-                for rows in (one, step, prompt):
+                for rows in (one, short, step, prompt):
                     context.decode(rows)
                     found.append(context.logits(-1))
                     context.truncate(0, 0)
-            assert all((found[i] == found[i + 3]).all() for i in range(3))
-            return np.stack(found[:3])
+            assert all((found[i] == found[i + 4]).all() for i in range(4))
+            return np.stack(found[:4])
 
     exact = Placement(tuple(Copy(name, "float32", backend.buffer_type, widened="F32") for name in blocks(path)))
-    plain, widened, (_, _, expected) = run(Placement()), run(Placement(copies)), run(exact)
-    assert (plain[:2] == widened[:2]).all()  # a single row, and a decode step of many
-    errors = [float(np.linalg.norm(found[2] - expected)) for found in (plain, widened)]
+    plain, widened, (*_, expected) = run(Placement()), run(Placement(copies)), run(exact)
+    assert (plain[:3] == widened[:3]).all()  # a single row, a short prompt, and a decode step of many
+    errors = [float(np.linalg.norm(found[3] - expected)) for found in (plain, widened)]
     assert 0 < errors[1] < errors[0] < 0.1 * np.linalg.norm(expected)
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from granite4v.ggml import few_rows_attention
 from granite4v.ggml.backend import Arena, Backend
-from granite4v.ggml.few_rows_attention import FEW, OP_CUSTOM, OP_FLASH_ATTN_EXT, callback, is_available
+from granite4v.ggml.compiled.attention import FEW, is_available
+from granite4v.ggml.compiled.nodes import OP_CUSTOM, OP_FLASH_ATTN_EXT, OP_MUL_MAT, NodeKernels, callback
+from granite4v.ggml.compiled.writer import llvm, version
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.library import lib
 
-needs_kernel = pytest.mark.skipif(not is_available(64, 5), reason="needs llvmlite and AVX-512")
+needs_kernel = pytest.mark.skipif(not NodeKernels.available((64, 5)).attention, reason="needs llvmlite and AVX-512")
 SEE = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +57,7 @@ def node_of(
 
 def is_taken(node: Any, head: int, group: int) -> bool:
     """Shows a node to the callback, which never asks to see its result."""
-    see = SEE(callback(head, group))
+    see = SEE(callback(NodeKernels((head, group))))
     assert see(ctypes.addressof(node.contents), True, None) is False
     assert see(ctypes.addressof(node.contents), False, None) is True
     return bool(node.contents.op == OP_CUSTOM)
@@ -83,6 +86,7 @@ def expected(arrays: Arrays, group: int, scale: float) -> np.ndarray:
 
 def test_the_numbers_of_the_operations_are_those_of_the_library() -> None:
     assert lib().ggml_op_name(OP_FLASH_ATTN_EXT) == b"FLASH_ATTN_EXT"
+    assert lib().ggml_op_name(OP_MUL_MAT) == b"MUL_MAT"
     assert lib().ggml_op_name(OP_CUSTOM) == b"CUSTOM"
 
 
@@ -170,11 +174,19 @@ def test_what_it_cannot_compute_is_left_to_ggml(backend: Backend) -> None:
 
 
 def test_without_llvmlite_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows_attention, "llvm", lambda: None)
-    assert not is_available(64, 5)
-    few_rows_attention.version.cache_clear()
-    assert few_rows_attention.version() == ""
-    few_rows_attention.version.cache_clear()
+    for module in ("nodes", "writer"):
+        monkeypatch.setattr(f"granite4v.ggml.compiled.{module}.llvm", lambda: None)
+    assert not NodeKernels.available((64, 5))
+    version.cache_clear()
+    assert version() == ""
+    version.cache_clear()
+
+
+def test_an_llvmlite_without_what_is_needed_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    llvm.cache_clear()
+    monkeypatch.setitem(sys.modules, "llvmlite", types.SimpleNamespace(binding=types.SimpleNamespace()))
+    assert llvm() is None
+    llvm.cache_clear()
 
 
 def test_heads_of_other_sizes_have_none() -> None:

@@ -1,0 +1,177 @@
+"""Puts compiled operations in the place of nodes of llama.cpp's graphs.
+
+llama.cpp knows nothing of it. `callback` is what it asks about every node of a graph before it computes any; that is
+compiled, too, and turns each node that a compiled operation can compute into ggml's custom operation, in place: the
+operation's number and its parameters change, its sources stay. The scale of attention's scores, which stands where ggml
+now keeps the custom operation's function, moves behind it. ggml's threads call the operation themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from granite4v.ggml.compiled import attention, products
+from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
+from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, MOST_VALUES, Products
+from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
+from granite4v.ggml.declarations import TensorStruct
+from granite4v.ggml.types import TYPE_IDS, TYPES
+
+OP_MUL_MAT, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 74, 95  # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
+_ALL_THREADS = -1  # GGML_N_TASKS_MAX
+
+
+@dataclass(frozen=True)
+class NodeKernels:
+    """What is computed by compiled operations. `attention`: the numbers of a head and the heads that share keys, None:
+    none is; `products`: those of a few rows."""
+
+    attention: tuple[int, int] | None = None
+    products: bool = False
+
+    @classmethod
+    def available(cls, heads: tuple[int, int] | None = None) -> NodeKernels:
+        """On this machine, for a model with such heads; None: attention is not to be computed by them."""
+        if llvm() is None:
+            return NO_KERNELS
+        found = heads if heads is not None and attention.is_available(*heads) else None
+        return cls(found, products.is_available())
+
+    def __bool__(self) -> bool:
+        return self.attention is not None or self.products
+
+    @property
+    def description(self) -> str:
+        """What decides values: 'attention, products by LLVM 20.1.8'; empty where nothing is compiled."""
+        parts = [*(["attention"] if self.attention else []), *(["products"] if self.products else [])]
+        return f"{', '.join(parts)} by LLVM {version()}" if parts else ""
+
+    def to_json(self) -> str:
+        return json.dumps([self.attention, self.products])
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeKernels:
+        heads, multiplies = json.loads(text)
+        return cls(heads and (int(heads[0]), int(heads[1])), bool(multiplies))
+
+
+NO_KERNELS = NodeKernels()
+
+
+@functools.cache
+def callback(kernels: NodeKernels) -> int:
+    """The address of the compiled `ggml_backend_sched_eval_callback`, to be given without data. It lives as long as the
+    process. Takes a second the first time."""
+    return int(_compiled(kernels).get_function_address("see"))
+
+
+def replace(node: Any, kernels: NodeKernels) -> bool:
+    """Does with one node of a graph what llama.cpp's are done with. Whether a compiled operation computes it now."""
+    see = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(callback(kernels))
+    see(ctypes.addressof(node.contents), True, None)
+    return bool(node.contents.op == OP_CUSTOM)
+
+
+@functools.cache
+def _compiled(kernels: NodeKernels) -> Any:
+    return compiled(_Callback(Writer(), kernels).text())
+
+
+class _Callback:
+    """Writes it, and the operations."""
+
+    def __init__(self, writer: Writer, kernels: NodeKernels) -> None:
+        self.w, self.kernels = writer, kernels
+
+    def text(self) -> str:
+        """bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data)"""
+        w = self.w
+        cases: list[tuple[int, Callable[..., None], Any]] = []
+        if self.kernels.attention is not None:
+            operation = FewRowsAttention(w, *self.kernels.attention).write()
+            cases.append((OP_FLASH_ATTN_EXT, self._require_attention, operation))
+        if self.kernels.products:
+            writer = Products(w)
+            for kind in KINDS:
+                cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), writer.write(kind)))
+        function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
+        node, asks, _ = function.args
+        b = w.b
+        leave = function.append_basic_block()
+        for number, require_all, operation in cases:
+            other = function.append_basic_block()
+
+            def needed(condition: Any, other: Any = other) -> None:
+                more = function.append_basic_block()
+                b.cbranch(condition, more, other)
+                b.position_at_end(more)
+
+            needed(self._equal(w.field(node, "op", kind=w.i32), number))
+            require_all(node, needed)
+            self._replace(node, operation)
+            b.branch(leave)
+            b.position_at_end(other)
+        b.branch(leave)
+        b.position_at_end(leave)
+        b.ret(b.zext(b.icmp_unsigned("==", asks, w.integer(0, w.i8)), w.i8))  # asked about a node: not wanted
+        return str(w.module)
+
+    def _equal(self, value: Any, expected: int | Any) -> Any:
+        expected = self.w.integer(expected, value.type) if isinstance(expected, int) else expected
+        return self.w.b.icmp_signed("==", value, expected)
+
+    def _require_attention(self, node: Any, require: Callable[[Any], None]) -> None:
+        assert self.kernels.attention is not None
+        w, b, equal = self.w, self.w.b, self._equal
+        head, group = self.kernels.attention
+        sources = [w.field(node, "src", i, w.bytes) for i in range(5)]
+        none = w.ir.Constant(w.bytes, None)
+        require(b.icmp_unsigned("!=", sources[3], none))  # a mask
+        require(b.icmp_unsigned("==", sources[4], none))  # and no sinks
+        q, k, v, mask = sources[:4]
+        for tensor, kind, size in ((q, "F32", 4), (k, "F16", 2), (v, "F16", 2), (mask, "F16", 2)):
+            require(equal(w.field(tensor, "type", kind=w.i32), TYPE_IDS[kind]))
+            require(equal(w.field(tensor, "nb", 0), size))
+        for tensor in (q, k, v):
+            require(equal(w.field(tensor, "ne", 0), head))
+        require(equal(w.field(q, "ne", 2), b.mul(w.field(k, "ne", 2), w.integer(group))))
+        require(equal(w.field(v, "ne", 2), w.field(k, "ne", 2)))
+        require(equal(w.field(mask, "ne", 2), 1))
+        require(b.icmp_signed("<", w.field(q, "ne", 1), w.integer(FEW)))
+        require(equal(b.srem(w.field(k, "ne", 1), w.integer(CELLS)), 0))
+        for i in (1, 2):  # biases by distance, and a cap of scores
+            require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))
+
+    def _require_product(self, kind: str, node: Any, require: Callable[[Any], None]) -> None:
+        w, b, equal = self.w, self.w.b, self._equal
+        weights, x = (w.field(node, "src", i, w.bytes) for i in range(2))
+        require(equal(w.field(weights, "type", kind=w.i32), TYPE_IDS[kind]))
+        require(equal(w.field(x, "type", kind=w.i32), TYPE_IDS["F32"]))
+        require(equal(w.field(weights, "extra"), 0))  # else a buffer type has rearranged them
+        require(equal(w.field(node, "op_params", kind=w.i32), 0))  # GGML_PREC_DEFAULT
+        for tensor in (weights, x):
+            require(equal(w.field(tensor, "ne", 2), 1))
+            require(equal(w.field(tensor, "ne", 3), 1))
+        block, n_bytes = TYPES[kind].block, TYPES[kind].nbytes
+        n_in, n_rows = w.field(weights, "ne", 0), w.field(x, "ne", 1)
+        require(equal(b.srem(n_in, w.integer(products.step(kind))), 0))
+        require(equal(w.field(weights, "nb", 0), n_bytes))
+        require(equal(w.field(weights, "nb", 1), b.mul(b.sdiv(n_in, w.integer(block)), w.integer(n_bytes))))
+        require(equal(w.field(x, "nb", 0), 4))
+        require(equal(w.field(node, "nb", 0), 4))
+        require(b.icmp_signed("<=", n_rows, w.integer(MOST_ROWS)))
+        require(b.icmp_signed("<=", b.mul(n_in, n_rows), w.integer(MOST_VALUES)))
+
+    def _replace(self, node: Any, operation: Any) -> None:
+        w = self.w
+        parameters = TensorStruct.op_params.offset
+        w.store(w.field(node, "op_params", 0, w.f32), node, w.integer(parameters + SCALE_PLACE))
+        w.store(w.b.ptrtoint(operation, w.i64), node, w.integer(parameters))
+        w.store(w.integer(_ALL_THREADS, w.i32), node, w.integer(parameters + 8))
+        w.store(w.integer(0), node, w.integer(parameters + 16))
+        w.store(w.integer(OP_CUSTOM, w.i32), node, w.integer(TensorStruct.op.offset))

@@ -1,0 +1,184 @@
+"""Writes functions in LLVM's language for ggml's tensors, and compiles them for this CPU (the extra 'llvm')."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from granite4v.ggml.declarations import TensorStruct
+
+LANES = 16  # of float32 in a register of AVX-512, of which there are 32
+SCALE_PLACE = 32  # where a node's first parameter moves: struct ggml_custom_op_params takes 24 of 64 bytes
+
+
+@functools.cache
+def llvm() -> Any:
+    """llvmlite's modules, ready to compile for this machine; None without them."""
+    try:
+        from llvmlite import binding
+    except (ImportError, OSError):
+        return None
+    if not hasattr(binding, "create_pass_builder"):  # an older one, which another package has brought
+        return None
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    return binding
+
+
+@functools.cache
+def version() -> str:
+    """LLVM's version, '20.1.8'; empty where it is not installed."""
+    binding = llvm()
+    return "" if binding is None else ".".join(map(str, binding.llvm_version_info))
+
+
+def compiled(text: str) -> Any:
+    """LLVM's execution engine with the functions of a module, whose addresses are good as long as it lives."""
+    binding = llvm()
+    features = binding.get_host_cpu_features()
+    features["prefer-256-bit"] = False
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3
+    )
+    module = binding.parse_assembly(text)
+    module.verify()
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
+
+
+class Writer:
+    """Numbers, memory and loops. Values in registers of `LANES` float32 are called vectors."""
+
+    def __init__(self) -> None:
+        from llvmlite import ir
+
+        self.ir = ir
+        self.i1, self.i8, self.i16, self.i32, self.i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+        self.f32, self.half = ir.FloatType(), ir.HalfType()
+        self.vector, self.whole = ir.VectorType(self.f32, LANES), ir.VectorType(self.i32, LANES)
+        self.bytes = self.i8.as_pointer()
+        self.module = ir.Module("granite4v")
+        self.b: Any = ir.IRBuilder()
+        self._declared: dict[str, Any] = {}
+
+    def declare(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of this module, or one of LLVM's own."""
+        if name not in self._declared:
+            self._declared[name] = self.ir.Function(self.module, self.ir.FunctionType(result, arguments), name)
+        return self._declared[name]
+
+    def begin(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function whose instructions are written from now on."""
+        function = self.declare(name, result, *arguments)
+        self.b = self.ir.IRBuilder(function.append_basic_block())
+        return function
+
+    # --- numbers ---
+
+    def integer(self, value: int, kind: Any = None) -> Any:
+        return self.ir.Constant(kind or self.i64, value)
+
+    def number(self, value: float) -> Any:
+        return self.ir.Constant(self.f32, ctypes.c_float(value).value)
+
+    def all(self, value: float) -> Any:
+        return self.ir.Constant(self.vector, [self.number(value)] * LANES)
+
+    def integers(self, values: Sequence[int], kind: Any) -> Any:
+        return self.ir.Constant(self.ir.VectorType(kind, len(values)), list(values))
+
+    def spread(self, value: Any, n: int = LANES) -> Any:
+        """A vector of one number."""
+        empty = self.ir.Constant(self.ir.VectorType(value.type, n), self.ir.Undefined)
+        one = self.b.insert_element(empty, value, self.integer(0, self.i32))
+        return self.picked(one, [0] * n)
+
+    def picked(self, vector: Any, places: Sequence[int], other: Any = None) -> Any:
+        """Elements of a vector, or of two one after the other, by their places."""
+        if other is None:
+            other = self.ir.Constant(vector.type, self.ir.Undefined)
+        return self.b.shuffle_vector(vector, other, self.integers(places, self.i32))
+
+    def fma(self, a: Any, x: Any, y: Any) -> Any:
+        """Of vectors: a * x + y, rounded once."""
+        v = self.vector
+        return self.b.call(self.declare("llvm.fma.v16f32", v, v, v, v), [a, x, y])
+
+    def rounded(self, vector: Any) -> Any:
+        """To the nearest whole number, to an even one where two are as near."""
+        return self.b.call(self.declare("llvm.rint.v16f32", self.vector, self.vector), [vector])
+
+    def larger(self, a: Any, b: Any) -> Any:
+        name = "llvm.maxnum.f32" if a.type == self.f32 else "llvm.maxnum.v16f32"
+        return self.b.call(self.declare(name, a.type, a.type, a.type), [a, b])
+
+    def largest(self, vector: Any) -> Any:
+        return self.b.call(self.declare("llvm.vector.reduce.fmax.v16f32", self.f32, self.vector), [vector])
+
+    def total(self, vector: Any) -> Any:
+        function = self.declare("llvm.vector.reduce.fadd.v16f32", self.f32, self.f32, self.vector)
+        return self.b.call(function, [self.number(-0.0), vector], fastmath=("reassoc",))
+
+    # --- memory ---
+
+    def load(self, base: Any, n_bytes: Any, kind: Any, align: int = 4) -> Any:
+        value = self.b.load(self.b.bitcast(self.b.gep(base, [n_bytes]), kind.as_pointer()))
+        value.align = align
+        return value
+
+    def store(self, value: Any, base: Any, n_bytes: Any, align: int = 4) -> None:
+        self.b.store(value, self.b.bitcast(self.b.gep(base, [n_bytes]), value.type.as_pointer())).align = align
+
+    def prefetch(self, base: Any, n_bytes: int) -> None:
+        """Asks for lines of memory."""
+        function = self.declare("llvm.prefetch.p0", self.ir.VoidType(), self.bytes, self.i32, self.i32, self.i32)
+        to_read, keep, data = (self.integer(value, self.i32) for value in (0, 3, 1))
+        for place in range(0, n_bytes, 64):
+            self.b.call(function, [self.b.gep(base, [self.integer(place)]), to_read, keep, data])
+
+    def halves(self, base: Any, n_bytes: Any) -> Any:
+        """A vector from numbers in half precision."""
+        return self.b.fpext(self.load(base, n_bytes, self.ir.VectorType(self.half, LANES), 2), self.vector)
+
+    def field(self, tensor: Any, name: str, index: int = 0, kind: Any = None) -> Any:
+        """Of a `struct ggml_tensor`."""
+        kind = kind or self.i64
+        size = {self.i64: 8, self.bytes: 8, self.i32: 4, self.f32: 4}[kind]
+        offset = getattr(TensorStruct, name).offset + size * index
+        return self.load(tensor, self.integer(offset), kind, size)
+
+    def at(self, tensor: Any, *places: tuple[int, Any]) -> Any:
+        """Where in a tensor's data these places by dimension are."""
+        b, address = self.b, self.field(tensor, "data", kind=self.bytes)
+        for dimension, place in places:
+            address = b.gep(address, [b.mul(place, self.field(tensor, "nb", dimension))])
+        return address
+
+    @contextmanager
+    def loop(self, start: Any, end: Any, step: Any, values: Sequence[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
+        """`for i in range(start, end, step)`: the block gets `i` and the values before its turn, whose list it replaces
+        by those after it. At the end the list holds what the last turn left."""
+        b, function = self.b, self.b.function
+        before, head, body, after = b.block, *(function.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(start.type)
+        i.add_incoming(start, before)
+        phis = [b.phi(value.type) for value in values]
+        for phi, value in zip(phis, values, strict=True):
+            phi.add_incoming(value, before)
+        b.cbranch(b.icmp_signed("<", i, end), body, after)
+        b.position_at_end(body)
+        turn = list(phis)
+        yield i, turn
+        for phi, value in zip((i, *phis), (b.add(i, step), *turn), strict=True):
+            phi.add_incoming(value, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        turn[:] = phis

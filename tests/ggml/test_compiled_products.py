@@ -1,0 +1,194 @@
+"""Products of a few rows by the compiled kernels, by value, and the nodes that they leave to ggml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import numpy as np
+import pytest
+
+from granite4v.ggml.backend import Arena, Backend, set_data
+from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
+from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, MOST_VALUES, at_once, step
+from granite4v.ggml.graph import Graph, Tensor
+from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.types import TYPES
+
+needs_kernel = pytest.mark.skipif(not NodeKernels.available().products, reason="needs llvmlite and AVX-512 VNNI")
+PRODUCTS = NodeKernels(products=True)
+GGML_DIFFERS = {"Q8_0": 3e-4, "Q4_0": 3e-4, "F16": 3e-4}  # it rounds scales of rows, or rows
+
+
+@pytest.fixture(params=[1, 3])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    backend = Backend("cpu", request.param)
+    yield backend
+    backend.close()
+
+
+def packed_weights(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray:
+    """Every bit of a block occurs: integers from end to end, scales of both signs where a type has them."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((n_out, n_in), dtype=np.float32) * rng.uniform(0.1, 4, (n_out, n_in // 32, 1)).repeat(
+        32, axis=2
+    ).reshape(n_out, n_in).astype(np.float32)
+    return quantize_rows(values + rng.standard_normal((n_out, 1), dtype=np.float32), kind, 1)
+
+
+def products(backend: Backend, kind: str, packed: np.ndarray, rows: np.ndarray, *, by_ggml: bool = False) -> np.ndarray:
+    graph, arena = Graph(backend, 16), Arena(1)
+    try:
+        weights = arena.tensor(kind, rows.shape[1], len(packed))
+        arena.allocate(backend.buffer_type, weights=True)
+        set_data(weights, packed)
+        y = graph.matmul(Tensor(weights), graph.input("x", "F32", *reversed(rows.shape)))
+        assert by_ggml or replace(y.ptr, PRODUCTS)
+        graph.output("y", graph.scale(y, 1.0))
+        return graph.run(x=rows)["y"]
+    finally:
+        graph.close()
+        arena.close()
+
+
+def rounded(rows: np.ndarray, kind: str) -> np.ndarray:
+    """Rows as they are beside F16, otherwise as 8-bit integers times their scales: one for 256 numbers
+    beside K-quants, for 32 beside the others."""
+    if kind == "F16":
+        return rows.astype(np.float64)
+    blocks = rows.astype(np.float64).reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
+    scales = np.abs(blocks).max(-1, keepdims=True) / 127
+    return (np.rint(blocks / np.where(scales, scales, 1)) * scales).reshape(rows.shape)
+
+
+def unpacked(kind: str, packed: np.ndarray) -> np.ndarray:
+    return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind]).astype(np.float64)
+
+
+def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return rounded(rows, kind) @ unpacked(kind, packed).T
+
+
+def drawn_rows(n_rows: int, n_in: int) -> np.ndarray:
+    """No number is near the middle between two integers, which float32 and float64 may see on different sides."""
+    rng = np.random.default_rng(1)
+    values = rng.integers(-126, 127, (n_rows, n_in // 32, 32)) + rng.uniform(-0.4, 0.4, (n_rows, n_in // 32, 32))
+    values[..., 5] = rng.choice([-127, 127], values.shape[:2])
+    scales = rng.uniform(0.0001, 0.03, (n_rows, n_in // 256, 1))
+    return (values.reshape(n_rows, -1, 256) * scales).reshape(n_rows, n_in).astype(np.float32)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "n_rows"), [(256, 1, 1), (256, 8, 2), (1280, 7, 3), (768, 33, 17), (2560, 64, MOST_ROWS)]
+)
+def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in: int, n_out: int, n_rows: int) -> None:
+    packed, rows = packed_weights(kind, n_out, n_in), drawn_rows(n_rows, n_in)
+    found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
+    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # which may cancel out
+    assert (np.abs(found - wanted) / terms).max() < 3e-7
+    by_ggml = products(backend, kind, packed, rows, by_ggml=True)
+    assert (np.abs(found - by_ggml) / terms).max() < GGML_DIFFERS.get(kind, 3e-7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "F16"])
+def test_integers_at_their_ends(kind: str) -> None:
+    """Sums of products reach neither end of the integers that hold them."""
+    n_in, backend = 512, Backend("cpu", 1)
+    packed = np.full((4, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
+    blocks = packed.reshape(4, -1, TYPES[kind].nbytes)
+    for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
+        blocks[..., place : place + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    if kind == "Q6_K":
+        blocks[1, :, 192:208], blocks[2, :, 192:208] = 0x7F, 0x80  # its signed scales
+    if kind == "Q8_0":
+        blocks[1, :, 2:], blocks[2, :, 2:] = 0x7F, 0x80
+    rows = np.stack([np.ones(n_in), -np.ones(n_in), np.zeros(n_in), np.tile([1.0, -1.0], n_in // 2)]).astype(np.float32)
+    try:
+        found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
+    finally:
+        backend.close()
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-3)
+    assert np.abs(wanted).max() > 100 and (found[2] == 0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_depends_on_nothing_beside_it(kind: str) -> None:
+    """Neither on other rows nor on the number of threads: to the bit."""
+    packed, rows = packed_weights(kind, 21, 768), drawn_rows(MOST_ROWS, 768)
+    found = []
+    for n_threads in (1, 3):
+        backend = Backend("cpu", n_threads)
+        found.append(products(backend, kind, packed, rows))
+        for n_rows in (1, 2, 5):
+            some = products(backend, kind, packed, np.ascontiguousarray(rows[7 : 7 + n_rows]))
+            assert (some == found[0][7 : 7 + n_rows]).all()
+        backend.close()
+    assert all((each == found[0]).all() for each in found)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["Q4_K", "F16"])
+def test_any_number_of_rows_of_weights_and_threads(kind: str) -> None:
+    rows = drawn_rows(2, 256)
+    for n_threads in (1, 5):
+        backend = Backend("cpu", n_threads)
+        try:
+            for n_out in range(1, 2 * at_once(kind) + 2):
+                packed = packed_weights(kind, n_out, 256)
+                found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
+                np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-4)
+        finally:
+            backend.close()
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_they_cannot_compute_is_left_to_ggml(kind: str) -> None:
+    def taken(n_in: int, n_rows: int, *, batches: int = 1, weights: str = kind) -> bool:
+        backend = Backend("cpu", 1)
+        graph = Graph(backend, 16)
+        try:
+            y = graph.matmul(graph.input("w", weights, n_in, 2), graph.input("x", "F32", n_in, n_rows, batches))
+            is_taken = replace(y.ptr, PRODUCTS)
+            assert is_taken != (y.ptr.contents.op == OP_MUL_MAT)
+            return is_taken
+        finally:
+            graph.close()
+            backend.close()
+
+    assert taken(256, 1) and taken(256, MOST_ROWS) and taken(MOST_VALUES // MOST_ROWS, MOST_ROWS)
+    assert not taken(256, MOST_ROWS + 1) and not taken(2 * MOST_VALUES // MOST_ROWS, MOST_ROWS)
+    assert not taken(256, 1, batches=2)
+    assert not taken(256, 1, weights="F32") and not taken(256, 1, weights="Q4_1")
+    assert step(kind) == 256 or not taken(256 + 32, 1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_rearranged_weights_are_left_to_ggml(kind: str) -> None:
+    backend = Backend("cpu", 1)
+    graph, arena = Graph(backend, 16), Arena(1)
+    try:
+        weights = arena.tensor(kind, 256, 8)
+        arena.allocate(backend.buffer_type, weights=True)
+        y = graph.matmul(Tensor(weights), graph.input("x", "F32", 256, 1))
+        weights.contents.extra = 1  # as buffer types mark them
+        assert not replace(y.ptr, PRODUCTS)
+        weights.contents.extra = None
+        assert replace(y.ptr, PRODUCTS)
+    finally:
+        graph.close()
+        arena.close()
+        backend.close()
+
+
+@needs_kernel
+def test_kernels_survive_their_way_to_a_child_process() -> None:
+    for kernels in (NodeKernels(), PRODUCTS, NodeKernels((64, 5), products=True)):
+        assert NodeKernels.from_json(kernels.to_json()) == kernels
+    assert not NodeKernels() and NodeKernels().description == ""
+    assert PRODUCTS.description.startswith("products by LLVM ")
