@@ -17,7 +17,7 @@ from typing import Any
 
 from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
-from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, MOST_VALUES, Products
+from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
@@ -165,7 +165,6 @@ class _Callback:
         require(equal(w.field(x, "nb", 0), 4))
         require(equal(w.field(node, "nb", 0), 4))
         require(b.icmp_signed("<=", n_rows, w.integer(MOST_ROWS)))
-        require(b.icmp_signed("<=", b.mul(n_in, n_rows), w.integer(MOST_VALUES)))
 
     def _replace(self, node: Any, operation: Any) -> None:
         w = self.w

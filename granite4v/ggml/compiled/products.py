@@ -22,7 +22,6 @@ from granite4v.ggml.types import TYPES
 
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "F16")  # of weights
 MOST_ROWS = 64  # a multiple of the lanes
-MOST_VALUES = 1 << 19  # of all rows together; their integers and sums lie on the stack of each thread
 AHEAD = 12 << 10  # bytes, or the rows of weights after those that are multiplied: what is fetched from memory
 OFFSETS = {"Q8_0": -128, "Q4_0": -8}  # of weights as unsigned integers
 REGISTER = 64  # bytes
@@ -112,13 +111,12 @@ class Products:
         function = w.begin(f"multiply_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, _ = function.args
         b, task = w.b, _Task(kind, target, w.field(target, "src", 0, w.bytes), w.field(target, "src", 1, w.bytes))
-        task.rounded = self._room(MOST_VALUES // step(kind) * task.row_bytes)
-        task.scales = self._room(MOST_VALUES // BLOCK * 4 + REGISTER)  # read by registers
         n = at_once(kind)
-        task.sums, task.factors = self._room(n * MOST_ROWS * REGISTER), self._room(n * MOST_ROWS * 4)
+        task.sums, task.factors = self._on_stack(n * MOST_ROWS * REGISTER), self._on_stack(n * MOST_ROWS * 4)
         n_out, task.n_rows = w.field(task.weights, "ne", 1), w.field(task.x, "ne", 1)
         task.n_blocks = b.sdiv(w.field(task.x, "ne", 0), w.integer(step(kind)))
         if not task.is_float:
+            room = self._allocate(task)
             self._round_rows(task)
         groups = b.sdiv(b.add(n_out, w.integer(n - 1)), w.integer(n))
 
@@ -132,12 +130,26 @@ class Products:
             self._multiply(task, [b.add(i, w.integer(p)) for p in range(n)])
         with w.loop(complete, b.select(has_rest, n_out, complete), w.integer(1)) as (i, _turn):
             self._multiply(task, [i])
+        if not task.is_float:
+            b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
         b.ret_void()
         return function
 
-    def _room(self, n_bytes: int) -> Any:
+    def _on_stack(self, n_bytes: int) -> Any:
         room = self.w.b.alloca(self.w.i8, self.w.integer(n_bytes))
         room.align = REGISTER
+        return room
+
+    def _allocate(self, task: _Task) -> Any:
+        """Memory for the rows as integers, up to some megabytes, which stacks of threads may not have."""
+        w, b = self.w, self.w.b
+        n = b.mul(task.n_blocks, task.n_rows)
+        n_bytes = b.mul(n, w.integer(task.row_bytes))
+        n_scales = b.add(b.mul(n, w.integer(4)), w.integer(REGISTER))  # which are read by registers
+        room = b.call(w.declare("malloc", w.bytes, w.i64), [b.add(b.add(n_bytes, n_scales), w.integer(REGISTER))])
+        past = b.and_(b.ptrtoint(room, w.i64), w.integer(REGISTER - 1))
+        task.rounded = b.gep(room, [b.sub(w.integer(REGISTER), past)])
+        task.scales = b.gep(task.rounded, [n_bytes])
         return room
 
     def _multiply(self, task: _Task, numbers: Sequence[Any]) -> None:
