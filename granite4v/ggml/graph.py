@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,11 @@ import numpy as np
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, get_data, host_array, release_pages, set_data
 from granite4v.ggml.declarations import TensorP
+from granite4v.ggml.graph_parts import MAX_PARTS, graph_parts
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
 Progress = Callable[[int, int], None]
-
-MAX_PARTS, MIN_NODES_PER_PART = 50, 64  # of a graph that reports progress
 
 
 class ShapeError(ValueError):
@@ -395,10 +394,8 @@ class Graph:
         if not self._external and not (small and self.backend.is_cpu):
             return [lambda: compute(self._graph)]
         if not self._steps:
-            ggml = lib()
-            nodes = [ggml.ggml_graph_node(self._graph, i) for i in range(ggml.ggml_graph_n_nodes(self._graph))]
-            longest = max(MIN_NODES_PER_PART, -(-len(nodes) // MAX_PARTS))
-            for part in _parts(nodes, self._external, longest):
+            ggml, nodes = lib(), self.nodes
+            for part in graph_parts(nodes, self._external):
                 external = self._external.get(ctypes.addressof(part[0].contents))
                 if external:
                     self._steps.append(external)
@@ -410,6 +407,10 @@ class Graph:
                     ggml.ggml_graph_add_node(subgraph, node)
                 self._steps.append(functools.partial(compute, subgraph))
         return self._steps
+
+    @property
+    def nodes(self) -> list[Any]:
+        return [lib().ggml_graph_node(self._graph, i) for i in range(lib().ggml_graph_n_nodes(self._graph))]
 
     def release(self) -> None:
         """Returns the memory of intermediate results to the system until the next run."""
@@ -432,19 +433,3 @@ class Graph:
             self._arenas.pop().close()
         if hasattr(self, "_arena"):
             self._arena.close()
-
-
-def _parts(nodes: list[Any], alone: Container[int], longest: int) -> Iterator[list[Any]]:
-    """The nodes in order, in lists of at most `longest`; a node whose address is in `alone` is a list of its own."""
-    part: list[Any] = []
-    for node in nodes:
-        is_alone = ctypes.addressof(node.contents) in alone
-        if part and (is_alone or len(part) == longest):
-            yield part
-            part = []
-        part.append(node)
-        if is_alone:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -23,6 +23,7 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
+from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.metadata import AGAIN
 from granite4v.runtime.engine.cross_layers import CrossLayers, cross_kernels, kv_type
@@ -139,7 +140,13 @@ class CrossAttention:
         """What the values of rows depend on beside the files and the image, as JSON data. May measure, as `look`."""
         kernels = {} if self._exact else cross_kernels(self._file, self._started())
         named = {kind: [many.name, few.name] for kind, (many, few) in sorted(kernels.items())}
-        return {"rule": self.rule, "kernels": named, "kv": kv_type(self._file, self._config, exact=self._exact)}
+        compiled = "" if self._exact else NodeKernels.available().description
+        return {
+            "rule": self.rule,
+            "kernels": named,
+            "compiled": compiled,
+            "kv": kv_type(self._file, self._config, exact=self._exact),
+        }
 
     @property
     def token_row(self) -> np.ndarray:

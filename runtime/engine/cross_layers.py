@@ -24,6 +24,7 @@ from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Arena, Backend, buffer_type_name, set_data, use_large_pages
+from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels, replace
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
 from granite4v.ggml.kernels import Kernel
@@ -37,7 +38,9 @@ from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 NODES_PER_LAYER, NODES_PER_PIECE = 48, 12
 KEYS_AT_ONCE = 512  # of an image's keys and values: bounds what one graph needs
 ROWS_AT_ONCE = 32  # whose scores are computed together
-MULTIPLE = 64  # of keys, with masked ones: ggml's matrix products with half-precision values are twice as fast then
+# Of keys, with masked ones: ggml's matrix products with half-precision values are twice as fast with a multiple of 64,
+# and compiled ones take eight-bit values by 128.
+MULTIPLE = 128
 # Thousands of keys have weights of about 1e-4, which half precision holds inexactly, and so do the scales of eight-bit
 # blocks; and a product with them takes up to ten times as long. A power of two changes no bit of float32.
 SCALE_OF_WEIGHTS = 4096.0
@@ -61,6 +64,7 @@ class CrossLayers:
         that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = kv_type(file, config, exact=exact)
+        self._kernels = NO_KERNELS if exact or not backend.is_cpu else NodeKernels.available()
         capture_log()  # repacking reports every tensor
         infos = _infos(file)
         many, few = ({}, {}) if exact else choose_copies(file, backend, announce)
@@ -170,6 +174,9 @@ class CrossLayers:
                     f"'{self._path}' has tensors that do not fit together: {error}; {AGAIN}."
                 ) from None
             raise
+        if self._kernels:
+            for node in graph.nodes:
+                replace(node, self._kernels)
         return graph
 
     def _fill_keys(self, graph: Graph, i: int, n: int) -> None:
@@ -274,7 +281,7 @@ def cross_kernels(
     file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
 ) -> dict[str, tuple[Kernel, Kernel]]:
     """How a vision file's layers are multiplied: see `text_kernels`."""
-    return autotune.text_kernels(backend, n_weights(_matrices(file)), announce)
+    return autotune.text_kernels(backend, n_weights(_matrices(file)), announce, compiled=True)
 
 
 def choose_copies(

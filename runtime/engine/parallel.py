@@ -101,7 +101,7 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
 
 def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeKernels:
     """What of a decode step is computed by compiled kernels."""
-    if files.is_cross_attending or not is_cpu(find_device(device)):
+    if not is_cpu(find_device(device)):
         return NO_KERNELS
     heads, kv_heads, lengths = _attention_sizes(files)
     is_uniform = len({*heads}) == 1 and len({*kv_heads}) == 1 and lengths[0] == lengths[1]

@@ -116,6 +116,27 @@ def test_integers_at_their_ends(kind: str) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
+def test_several_products_in_one_operation(backend: Backend, kind: str) -> None:
+    packed = np.stack([packed_weights(kind, 9, 256, seed) for seed in range(3)])
+    rows = drawn_rows(6, 256).reshape(3, 2, 256)
+    graph, arena = Graph(backend, 16), Arena(1)
+    try:
+        weights = arena.tensor(kind, 256, 9, 3)
+        arena.allocate(backend.buffer_type, weights=True)
+        set_data(weights, packed)
+        y = graph.matmul(Tensor(weights), graph.input("x", "F32", 256, 2, 3))
+        assert replace(y.ptr, PRODUCTS)
+        graph.output("y", graph.scale(y, 1.0))
+        found = graph.run(x=rows)["y"].reshape(3, 2, 9)
+    finally:
+        graph.close()
+        arena.close()
+    for i in range(3):
+        np.testing.assert_allclose(found[i], expected(kind, packed[i], rows[i]), rtol=1e-6, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_nothing_beside_it(kind: str) -> None:
     """Neither on other rows nor on the number of threads: to the bit."""
     packed, rows = packed_weights(kind, 21, 768), drawn_rows(MOST_ROWS, 768)
@@ -161,7 +182,7 @@ def test_what_they_cannot_compute_is_left_to_ggml(kind: str) -> None:
             backend.close()
 
     assert taken(256, 1) and taken(256, MOST_ROWS) and not taken(256, MOST_ROWS + 1)
-    assert not taken(256, 1, batches=2)
+    assert not taken(256, 1, batches=2)  # of one matrix
     assert not taken(256, 1, weights="F32") and not taken(256, 1, weights="Q4_1")
     assert step(kind) == 256 or not taken(256 + 32, 1)
 

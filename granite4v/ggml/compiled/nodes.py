@@ -65,8 +65,9 @@ NO_KERNELS = NodeKernels()
 
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
-    """The address of the compiled `ggml_backend_sched_eval_callback`, to be given without data. It lives as long as the
-    process. Takes a second the first time."""
+    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or another such callback's
+    address, which is asked about every node after it. It lives as long as the process. Takes a second the first time.
+    """
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -100,9 +101,12 @@ class _Callback:
             for kind in KINDS:
                 cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), writer.write(kind)))
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
-        node, asks, _ = function.args
+        node, asks, data = function.args
         b = w.b
-        leave = function.append_basic_block()
+        leave, begin = function.append_basic_block(), function.append_basic_block()
+        is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
+        b.cbranch(is_asked, begin, leave)
+        b.position_at_end(begin)
         for number, require_all, operation in cases:
             other = function.append_basic_block()
 
@@ -118,7 +122,13 @@ class _Callback:
             b.position_at_end(other)
         b.branch(leave)
         b.position_at_end(leave)
-        b.ret(b.zext(b.icmp_unsigned("==", asks, w.integer(0, w.i8)), w.i8))  # asked about a node: not wanted
+        alone, chained = function.append_basic_block(), function.append_basic_block()
+        b.cbranch(b.icmp_unsigned("==", data, w.ir.Constant(w.bytes, None)), alone, chained)
+        b.position_at_end(alone)
+        b.ret(b.zext(b.not_(is_asked), w.i8))  # a node that is asked about is not wanted
+        b.position_at_end(chained)
+        other_callback = b.bitcast(data, function.function_type.as_pointer())
+        b.ret(b.call(other_callback, [node, asks, w.ir.Constant(w.bytes, None)]))
         return str(w.module)
 
     def _equal(self, value: Any, expected: int | Any) -> Any:
@@ -154,8 +164,8 @@ class _Callback:
         require(equal(w.field(x, "type", kind=w.i32), TYPE_IDS["F32"]))
         require(equal(w.field(weights, "extra"), 0))  # else a buffer type has rearranged them
         require(equal(w.field(node, "op_params", kind=w.i32), 0))  # GGML_PREC_DEFAULT
+        require(equal(w.field(weights, "ne", 2), w.field(x, "ne", 2)))
         for tensor in (weights, x):
-            require(equal(w.field(tensor, "ne", 2), 1))
             require(equal(w.field(tensor, "ne", 3), 1))
         block, n_bytes = TYPES[kind].block, TYPES[kind].nbytes
         n_in, n_rows = w.field(weights, "ne", 0), w.field(x, "ne", 1)

@@ -12,48 +12,36 @@ whatever is beside it, and for every number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from granite4v.ggml.compiled.weights import KINDS, REGISTER, WIDENED, Unpacked, Unpackers
 from granite4v.ggml.compiled.writer import LANES, Writer
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.types import TYPES
 
-KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "F16")  # of weights
+__all__ = ["KINDS", "MOST_ROWS", "Products", "at_once", "is_available", "step"]
+
 MOST_ROWS = 64  # a multiple of the lanes
 AHEAD = 12 << 10  # bytes, or the rows of weights after those that are multiplied: what is fetched from memory
 OFFSETS = {"Q8_0": -128, "Q4_0": -8}  # of weights as unsigned integers
-REGISTER = 64  # bytes
 BLOCK = 256  # numbers of K-quants that have one scale of the rows they are multiplied with
 PAIR = 2 * 32  # numbers in two blocks of other types
 K_BYTES = BLOCK + REGISTER  # of a row's integers and the sums of sixteen of them each
 PAIR_BYTES = 3 * REGISTER  # of a row's integers, what the weights' offset adds to their products, and the scales
 
 
-@dataclass(frozen=True)
-class Unpacked:
-    """Some numbers of a row of weights: as vectors of float32 for F16, otherwise as unsigned integers, by 64.
-
-    For K-quants, further: the scales of their products with the rows, integers of 16 bits, `offset`, to be multiplied
-    with the rows' sums, and the scale of all. For other integers: the scales by 64 numbers.
-    """
-
-    numbers: list[Any]
-    scales: list[Any] = field(default_factory=list)
-    offset: Any = None
-    scale: Any = None
-
-
 @dataclass
 class _Task:
-    """One call's tensors, its numbers of blocks and rows, and the places of the rows as integers, of their scales, of
-    sums, and of products of scales."""
+    """One call: its tensors, which of its products is computed, numbers of blocks and rows, and places: of the rows as
+    integers, of their scales, of sums, and of products of scales."""
 
     kind: str
     target: Any
     weights: Any
     x: Any
+    batch: Any = None
     n_blocks: Any = None
     n_rows: Any = None
     rounded: Any = None
@@ -82,7 +70,7 @@ def is_available() -> bool:
 
 def step(kind: str) -> int:
     """Numbers of a row of weights of a type that are taken together."""
-    return BLOCK if kind.endswith("_K") else PAIR if kind == "F16" else 2 * PAIR
+    return BLOCK if kind.endswith("_K") else WIDENED if kind == "F16" else 2 * PAIR
 
 
 def at_once(kind: str) -> int:
@@ -96,14 +84,7 @@ class Products:
     def __init__(self, writer: Writer) -> None:
         self.w = writer
         self.words = writer.ir.VectorType(writer.i16, 2 * LANES)
-        self.unpackers: dict[str, Callable[[Any], Unpacked]] = {
-            "Q4_K": self._unpack_q4_k,
-            "Q5_K": self._unpack_q5_k,
-            "Q6_K": self._unpack_q6_k,
-            "Q8_0": self._unpack_q8_0,
-            "Q4_0": self._unpack_q4_0,
-            "F16": self._widen_f16,
-        }
+        self.unpackers = Unpackers(writer)
 
     def write(self, kind: str) -> Any:
         """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
@@ -117,7 +98,6 @@ class Products:
         task.n_blocks = b.sdiv(w.field(task.x, "ne", 0), w.integer(step(kind)))
         if not task.is_float:
             room = self._allocate(task)
-            self._round_rows(task)
         groups = b.sdiv(b.add(n_out, w.integer(n - 1)), w.integer(n))
 
         def share(i: Any) -> Any:
@@ -126,10 +106,13 @@ class Products:
         first, end = share(ith), share(b.add(ith, w.integer(1, w.i32)))
         has_rest = b.icmp_signed("<", n_out, end)
         complete = b.select(has_rest, b.sub(end, w.integer(n)), end)
-        with w.loop(first, complete, w.integer(n)) as (i, _turn):
-            self._multiply(task, [b.add(i, w.integer(p)) for p in range(n)])
-        with w.loop(complete, b.select(has_rest, n_out, complete), w.integer(1)) as (i, _turn):
-            self._multiply(task, [i])
+        with w.loop(w.integer(0), w.field(task.x, "ne", 2), w.integer(1)) as (task.batch, _turn):
+            if not task.is_float:
+                self._round_rows(task)
+            with w.loop(first, complete, w.integer(n)) as (i, _turn):
+                self._multiply(task, [b.add(i, w.integer(p)) for p in range(n)])
+            with w.loop(complete, b.select(has_rest, n_out, complete), w.integer(1)) as (i, _turn):
+                self._multiply(task, [i])
         if not task.is_float:
             b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
         b.ret_void()
@@ -156,7 +139,7 @@ class Products:
         """Rows of weights, by their numbers, with all rows, whose sums stay in memory: with these in registers, there
         are too few to unpack the next weights meanwhile."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
-        at = [w.at(task.weights, (1, number)) for number in numbers]
+        at = [w.at(task.weights, (1, number), (2, task.batch)) for number in numbers]
         n_bytes = step(task.kind) // TYPES[task.kind].block * TYPES[task.kind].nbytes
 
         group = b.mul(w.field(task.weights, "nb", 1), w.integer(at_once(task.kind)))
@@ -173,7 +156,7 @@ class Products:
             blocks = [b.gep(start, [b.mul(block, w.integer(n_bytes))]) for start in at]
             for each in blocks:
                 w.prefetch(b.gep(each, [next_ones]), n_bytes)
-            found = [self.unpackers[task.kind](each) for each in blocks]
+            found = [self.unpackers.unpack(task.kind, each) for each in blocks]
             if task.is_k:
                 self._write_factors(task, block, found)
             with w.loop(zero, task.n_rows, one) as (row, _turn):
@@ -188,7 +171,7 @@ class Products:
                         after = added(before, weights, x)
                     w.store(after, task.sums, at_sum, REGISTER)
         with w.loop(zero, task.n_rows, one) as (row, _turn):
-            out = w.at(task.target, (1, row))
+            out = w.at(task.target, (1, row), (2, task.batch))
             for place, number in zip(places(row), numbers, strict=True):
                 total = w.total(w.load(task.sums, place, w.vector, REGISTER))
                 w.store(total, out, b.mul(number, w.integer(4)))
@@ -197,7 +180,7 @@ class Products:
         """Where the numbers of a row are that a block of weights is multiplied with."""
         w, b = self.w, self.w.b
         if task.is_float:
-            return b.gep(w.at(task.x, (1, row)), [b.mul(block, w.integer(4 * step(task.kind)))])
+            return b.gep(w.at(task.x, (1, row), (2, task.batch)), [b.mul(block, w.integer(4 * step(task.kind)))])
         place = b.add(b.mul(block, task.n_rows), row)
         return b.gep(task.rounded, [b.mul(place, w.integer(task.row_bytes))])
 
@@ -260,7 +243,7 @@ class Products:
     def _round_rows(self, task: _Task) -> None:
         w, b = self.w, self.w.b
         with w.loop(w.integer(0), task.n_rows, w.integer(1)) as (row, _turn):
-            source = w.at(task.x, (1, row))
+            source = w.at(task.x, (1, row), (2, task.batch))
             with w.loop(w.integer(0), task.n_blocks, w.integer(1)) as (block, _turn):
                 at = b.gep(source, [b.mul(block, w.integer(4 * step(task.kind)))])
                 rounded = self._row_block(task, row, block)
@@ -330,116 +313,3 @@ class Products:
     def _whole_total(self, integers: Any) -> Any:
         w = self.w
         return w.b.call(w.declare("llvm.vector.reduce.add.v16i32", w.i32, w.whole), [integers])
-
-    # --- weights as integers; layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3 ---
-
-    def _half(self, block: Any, n_bytes: int) -> Any:
-        return self.w.b.fpext(self.w.load(block, self.w.integer(n_bytes), self.w.half, 2), self.w.f32)
-
-    def _twice(self, block: Any, n_bytes: int) -> Any:
-        """32 bytes, two times, as 16-bit integers."""
-        w = self.w
-        loaded = w.load(block, w.integer(n_bytes), w.ir.VectorType(w.i8, 32), 1)
-        return w.b.bitcast(w.picked(loaded, [*range(32)] * 2), self.words)
-
-    def _shifted(self, value: Any, low: int, high: int, mask: int) -> Any:
-        """Bits of 16-bit integers, moved left by `low` in the first half, by `high` in the other one, or right where
-        that is negative, and masked byte by byte."""
-        w, b = self.w, self.w.b
-        n = len(range(value.type.count)) // 2
-        left, right = ([max(0, sign * one) for one in (low, high)] for sign in (1, -1))
-        for move, by in ((b.shl, left), (b.lshr, right)):
-            if any(by):
-                value = move(value, w.integers([by[0]] * n + [by[1]] * n, w.i16))
-        as_bytes = b.bitcast(value, w.ir.VectorType(w.i8, REGISTER))
-        return b.and_(as_bytes, w.integers([mask] * REGISTER, w.i8))
-
-    def _six_bits(self, block: Any, n_bytes: int) -> tuple[Any, Any]:
-        """The scales and the offsets of the eight parts of a block of Q4_K or Q5_K, as 8-bit integers."""
-        w, b = self.w, self.w.b
-        words = [w.load(block, w.integer(n_bytes + 4 * i), w.i32) for i in range(3)]
-
-        def masked(value: Any, right: int, mask: int) -> Any:
-            moved = b.lshr(value, w.integer(right, w.i32)) if right else value
-            return b.and_(moved, w.integer(mask, w.i32))
-
-        def joined(low: Any, high: Any) -> Any:
-            both = b.or_(b.zext(low, w.i64), b.shl(b.zext(high, w.i64), w.integer(32)))
-            return b.bitcast(both, w.ir.VectorType(w.i8, 8))
-
-        six, four, two = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030
-        scales = joined(masked(words[0], 0, six), b.or_(masked(words[2], 0, four), masked(words[0], 2, two)))
-        offsets = joined(masked(words[1], 0, six), b.or_(masked(words[2], 4, four), masked(words[1], 2, two)))
-        return scales, offsets
-
-    def _k_parts(self, block: Any, integers: list[Any]) -> Unpacked:
-        """Of Q4_K and Q5_K, which begin with the scale, that of the offsets, and both of each part."""
-        w, b = self.w, self.w.b
-        scales, offsets = self._six_bits(block, 4)
-        wide = b.zext(scales, w.ir.VectorType(w.i16, 8))
-        by_64 = [w.picked(wide, [2 * j] * 16 + [2 * j + 1] * 16) for j in range(4)]
-        of_16 = b.uitofp(b.zext(w.picked(offsets, [i // 2 for i in range(16)]), w.whole), w.vector)
-        least = b.fsub(w.number(-0.0), self._half(block, 2))
-        return Unpacked(integers, by_64, b.fmul(of_16, w.spread(least)), w.spread(self._half(block, 0)))
-
-    def _unpack_q4_k(self, block: Any) -> Unpacked:
-        return self._k_parts(block, [self._shifted(self._twice(block, 16 + 32 * j), 0, -4, 0x0F) for j in range(4)])
-
-    def _unpack_q5_k(self, block: Any) -> Unpacked:
-        high = self._twice(block, 16)
-        integers = [
-            self.w.b.or_(
-                self._shifted(self._twice(block, 48 + 32 * j), 0, -4, 0x0F),
-                self._shifted(high, 4 - 2 * j, 3 - 2 * j, 0x10),
-            )
-            for j in range(4)
-        ]
-        return self._k_parts(block, integers)
-
-    def _unpack_q6_k(self, block: Any) -> Unpacked:
-        w, b = self.w, self.w.b
-        integers = []
-        for i in range(2):
-            low = w.load(block, w.integer(64 * i), self.words, 1)
-            high = self._twice(block, 128 + 32 * i)
-            integers.append(b.or_(self._shifted(low, 0, 0, 0x0F), self._shifted(high, 4, 2, 0x30)))
-            integers.append(b.or_(self._shifted(low, -4, -4, 0x0F), self._shifted(high, 0, -2, 0x30)))
-        scales = w.load(block, w.integer(192), w.ir.VectorType(w.i8, 16), 1)
-        wide = b.sext(scales, w.ir.VectorType(w.i16, 16))
-        by_64 = [w.picked(wide, [4 * j + i // 8 for i in range(32)]) for j in range(4)]
-        scale = self._half(block, 208)
-        offset = b.fmul(b.sitofp(wide, w.vector), w.spread(b.fmul(scale, w.number(-32.0))))
-        return Unpacked(integers, by_64, offset, w.spread(scale))
-
-    def _pair_scales(self, block: Any, n_bytes: int, j: int) -> Any:
-        w = self.w
-        both = [w.spread(self._half(block, n_bytes * (2 * j + i)), 8) for i in range(2)]
-        return w.picked(both[0], range(16), both[1])
-
-    def _unpack_q8_0(self, block: Any) -> Unpacked:
-        """Signed integers: 128 more makes them unsigned."""
-        w, b = self.w, self.w.b
-        integers = []
-        for j in range(2):
-            kind = w.ir.VectorType(w.i8, 32)
-            both = [w.load(block, w.integer(34 * (2 * j + i) + 2), kind, 1) for i in range(2)]
-            integers.append(b.xor(w.picked(both[0], range(64), both[1]), w.integers([-128] * REGISTER, w.i8)))
-        return Unpacked(integers, [self._pair_scales(block, 34, j) for j in range(2)])
-
-    def _unpack_q4_0(self, block: Any) -> Unpacked:
-        """The low halves of sixteen bytes are the first sixteen numbers of a block, 8 too large."""
-        w, b = self.w, self.w.b
-        integers = []
-        for j in range(2):
-            kind = w.ir.VectorType(w.i8, 16)
-            both = [w.load(block, w.integer(18 * (2 * j + i) + 2), kind, 1) for i in range(2)]
-            places = [*range(16), *range(16), *range(16, 32), *range(16, 32)]
-            as_words = b.bitcast(w.picked(both[0], places, both[1]), self.words)
-            by = w.integers(([0] * 8 + [4] * 8) * 2, w.i16)
-            as_bytes = b.bitcast(b.lshr(as_words, by), w.ir.VectorType(w.i8, REGISTER))
-            integers.append(b.and_(as_bytes, w.integers([0x0F] * REGISTER, w.i8)))
-        return Unpacked(integers, [self._pair_scales(block, 18, j) for j in range(2)])
-
-    def _widen_f16(self, block: Any) -> Unpacked:
-        w = self.w
-        return Unpacked([w.halves(block, w.integer(2 * LANES * j)) for j in range(PAIR // LANES)])

@@ -64,7 +64,7 @@ def test_copies_change_no_value(path: Path, backend: Backend, repack: Kernel, mo
     plain = Kernel(PLAIN)
     for pair in ((repack, repack), (plain, repack), (repack, plain), None):
         chosen = {"Q4_0": pair} if pair else {}
-        monkeypatch.setattr(autotune, "text_kernels", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, chosen=chosen, **__: chosen)
         for large in (True, False):
             monkeypatch.setattr(cross_layers, "has_large_pages", lambda large=large: large)
             for found, values in zip(computed(path, backend), expected, strict=True):
@@ -77,9 +77,9 @@ def test_what_is_copied(path: Path, backend: Backend, repack: Kernel, monkeypatc
         assert choose_copies(file, backend) == ({}, {})  # a small file stays mapped
         monkeypatch.setattr(autotune, "SMALL", 0)
         monkeypatch.setattr(cross_layers, "has_large_pages", lambda: True)
-        monkeypatch.setattr(autotune, "text_kernels", lambda *_: {"Q4_0": (Kernel(PLAIN), repack)})
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: {"Q4_0": (Kernel(PLAIN), repack)})
         assert choose_copies(file, backend) == ({}, {"Q4_0": repack})
-        monkeypatch.setattr(autotune, "text_kernels", lambda *_: {})
+        monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: {})
         many, few = choose_copies(file, backend)
         assert many == few and many.keys() == {"Q4_0"} and many["Q4_0"].name == buffer_type_name(backend.buffer_type)
         monkeypatch.setattr(cross_layers, "available_bytes", lambda: cross_layers.SPARE_BYTES)

@@ -14,6 +14,7 @@ import pytest
 import granite4v
 from granite4v import PageStore
 from granite4v.converter import Options, convert
+from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.runtime.engine import page_identity
 from tests.helpers.pictures import noise_picture
 from tests.toy.checkpoint import AdapterSpec, write_adapter
@@ -113,6 +114,9 @@ def test_other_weights_or_another_way_to_compute_never_hits(
     ]
     for other, options in others:
         assert n_stored(other, store, **options) == 0, options
+    is_compiled = bool(NodeKernels.available((16, 2)))
+    monkeypatch.setattr("granite4v.ggml.compiled.nodes.llvm", lambda: None)
+    assert (n_stored(path, store) == 0) == is_compiled
     monkeypatch.setattr("granite4v.runtime.engine.parallel.MOST_SCORES", 0)  # flash attention
     assert n_stored(path, store) == 0
     monkeypatch.undo()
