@@ -6,8 +6,8 @@ Makes a text file and a vision file of random weights (1.4 GB with the sizes of 
 self-attention and 2 of cross-attention), unless they are there, and decodes tokens in four ways, one after the other,
 with the same weights, each after 64 tokens of context:
 
-    plain      no callback
-    asked      a callback that wants nothing, as for texts without an image
+    plain      no hook
+    asked      a hook that wants nothing, as for texts without an image
     hooked     rows are read and written back at both places, unchanged
     attending  the layers of cross-attention are computed
 
@@ -31,11 +31,12 @@ import numpy as np
 from granite4v import gguf_keys as keys
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
+from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.types import block_size, row_bytes
 from granite4v.runtime.engine.cross_attention import layers_by_place
 from granite4v.runtime.engine.cross_layers import CrossLayers
-from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.context import BatchRows, LlamaContext, node_callback
 from granite4v.runtime.llama.layer_hook import LayerHook
 from granite4v.runtime.llama.placement import choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
@@ -158,8 +159,9 @@ def finish(writer: gguf.GGUFWriter) -> None:
 def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a token in each way, round by round."""
     config, backend = config_of(options), Backend("cpu", options.threads)
+    kernels = NodeKernels.available((config.head_dim, options.heads // options.kv_heads))
     with GgufFile.open(text) as file:
-        placement = choose_placement(file.tensors, backend)
+        placement = choose_placement(file.tensors, backend, compiled=kernels.products)
     with GgufFile.open(vision) as file:
         layers = CrossLayers(file, config, backend, exact=False)
     states = np.random.default_rng(2).standard_normal((options.keys, options.width), np.float32)
@@ -177,7 +179,8 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
     unchanged.is_wanted = attending.is_wanted = True
     ways = {"plain": None, "asked": idle, "hooked": unchanged, "attending": attending}
     model = open_model(text, placement, n_threads=options.threads)
-    contexts = {name: LlamaContext(model, 512, 64, options.threads, hook=hook) for name, hook in ways.items()}
+    shared: dict[str, Any] = {"node_callback": node_callback(kernels)}
+    contexts = {name: LlamaContext(model, 512, 64, options.threads, hook=hook, **shared) for name, hook in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):  # the first warms up
         for name in list(ways) if number % 2 else list(ways)[::-1]:
