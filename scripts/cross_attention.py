@@ -159,9 +159,9 @@ def finish(writer: gguf.GGUFWriter) -> None:
 def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a token in each way, round by round."""
     config, backend = config_of(options), Backend("cpu", options.threads)
-    kernels = NodeKernels.available((config.head_dim, options.heads // options.kv_heads))
+    kernels = NodeKernels.available((config.head_dim, options.heads // options.kv_heads), [options.type])
     with GgufFile.open(text) as file:
-        placement = choose_placement(file.tensors, backend, compiled=kernels.products)
+        placement = choose_placement(file.tensors, backend, compiled=bool(kernels.products))
     with GgufFile.open(vision) as file:
         layers = CrossLayers(file, config, backend, exact=False)
     states = np.random.default_rng(2).standard_normal((options.keys, options.width), np.float32)

@@ -81,7 +81,7 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
         products = [graph.expand(kernel.product(graph, matrix, x)) for matrix in matrices]
         if trial.kernel == COMPILED:
             for product in products:
-                replace(product.ptr, NodeKernels(products=True))
+                replace(product.ptr, NodeKernels(products=(trial.type_name,)))
         graph.output("y", graph.scale(products[-1], 1.0))
         return _best(graph, x=_values()[: trial.n_rows, :length].copy()) / len(products)
     finally:

@@ -8,7 +8,6 @@ from typing import Any
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.compiled.nodes import NodeKernels
-from granite4v.ggml.compiled.products import KINDS
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
@@ -103,7 +102,7 @@ def prompt_kernels(type_name: str) -> dict[str, Kernel]:
 def few_kernels(type_name: str) -> dict[str, Kernel]:
     """A further way to multiply a text model's weights with a few rows, which needs no copy: for one that is plain
     otherwise."""
-    return {COMPILED: Kernel(COMPILED)} if type_name in KINDS and NodeKernels.available().products else {}
+    return {COMPILED: Kernel(COMPILED)} if NodeKernels.available(kinds=[type_name]) else {}
 
 
 def n_in(type_name: str) -> int:

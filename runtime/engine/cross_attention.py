@@ -23,10 +23,9 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
-from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.metadata import AGAIN
-from granite4v.runtime.engine.cross_layers import CrossLayers, cross_kernels, kv_type
+from granite4v.runtime.engine.cross_layers import CrossLayers, cross_kernels, cross_node_kernels, kv_type
 from granite4v.runtime.llama.abort import AbortFlag
 from granite4v.runtime.llama.files import MAX_LAYERS, ModelFiles
 from granite4v.runtime.llama.layer_hook import LayerHook
@@ -140,7 +139,7 @@ class CrossAttention:
         """What the values of rows depend on beside the files and the image, as JSON data. May measure, as `look`."""
         kernels = {} if self._exact else cross_kernels(self._file, self._started())
         named = {kind: [many.name, few.name] for kind, (many, few) in sorted(kernels.items())}
-        compiled = "" if self._exact else NodeKernels.available().description
+        compiled = cross_node_kernels(self._file, self._config, self._started(), exact=self._exact).description
         return {
             "rule": self.rule,
             "kernels": named,

@@ -64,7 +64,7 @@ class CrossLayers:
         that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = kv_type(file, config, exact=exact)
-        self._kernels = NO_KERNELS if exact or not backend.is_cpu else NodeKernels.available()
+        self._kernels = cross_node_kernels(file, config, backend, exact=exact)
         capture_log()  # repacking reports every tensor
         infos = _infos(file)
         many, few = ({}, {}) if exact else choose_copies(file, backend, announce)
@@ -304,6 +304,14 @@ def choose_copies(
         if available is None or needed + SPARE_BYTES <= available:
             return {**many, **more}, {**few, **more}
     return {}, {}
+
+
+def cross_node_kernels(file: GgufFile, config: CrossAttentionConfig, backend: Backend, *, exact: bool) -> NodeKernels:
+    """What is computed by compiled kernels: products with weights, and with keys and values, of a few rows."""
+    if exact or not backend.is_cpu:
+        return NO_KERNELS
+    kinds = {info.type_name for info in _matrices(file)}
+    return NodeKernels.available(kinds={*kinds, kv_type(file, config, exact=exact)})
 
 
 def kv_type(file: GgufFile, config: CrossAttentionConfig, *, exact: bool) -> str:

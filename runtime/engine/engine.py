@@ -105,7 +105,7 @@ class Engine:
         least_rows = 2 if self._is_batch and same_from_two else 1
         fills = self._is_batch and self._attention.has_tiles
         self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows, fills_questions=fills)
-        way = {"for_many": self._is_batch, "compiled": self._attention.kernels.products}
+        way = {"for_many": self._is_batch, "compiled": bool(self._attention.kernels.products)}
         self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, **way)
         self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)

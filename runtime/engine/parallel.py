@@ -106,7 +106,8 @@ def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeK
     heads, kv_heads, lengths = _attention_sizes(files)
     is_uniform = len({*heads}) == 1 and len({*kv_heads}) == 1 and lengths[0] == lengths[1]
     fits = cache_type == "f16" and is_uniform and kv_heads[0] > 0 and heads[0] % kv_heads[0] == 0
-    return NodeKernels.available((lengths[0], heads[0] // kv_heads[0]) if fits else None)
+    kinds = {info.type_name for info in files.text.tensors.values() if len(info.shape) == 2}
+    return NodeKernels.available((lengths[0], heads[0] // kv_heads[0]) if fits else None, kinds)
 
 
 def choose_width(

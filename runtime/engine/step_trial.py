@@ -115,7 +115,7 @@ def main(text: str, adapter: str, n_threads: str, numbers: str, compiled: str) -
     kernels = NodeKernels.from_json(compiled)
     backend = Backend("cpu", threads)
     with GgufFile.open(path) as file:
-        placement = choose_placement(file.tensors, backend, for_many=True, compiled=kernels.products)
+        placement = choose_placement(file.tensors, backend, for_many=True, compiled=bool(kernels.products))
     backend.close()
     with open_model(path, placement, n_threads=threads) as model:
         if adapter:

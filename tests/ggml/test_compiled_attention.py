@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from granite4v.errors import SpeedWarning
 from granite4v.ggml.backend import Arena, Backend
+from granite4v.ggml.compiled import nodes
 from granite4v.ggml.compiled.attention import FEW, is_available
 from granite4v.ggml.compiled.nodes import OP_CUSTOM, OP_FLASH_ATTN_EXT, OP_MUL_MAT, NodeKernels, callback
 from granite4v.ggml.compiled.writer import llvm, version
@@ -187,6 +189,18 @@ def test_an_llvmlite_without_what_is_needed_counts_as_none(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "llvmlite", types.SimpleNamespace(binding=types.SimpleNamespace()))
     assert llvm() is None
     llvm.cache_clear()
+
+
+@needs_kernel
+def test_where_llvm_fails_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise RuntimeError("expected type\nvec")
+
+    monkeypatch.setattr(nodes, "compiled", fail)
+    heads = (112, 3)  # of no other test, whose kernels stay
+    with pytest.warns(SpeedWarning, match=r"LLVM \d.* cannot compile kernels \(expected type\), so"):
+        assert not NodeKernels.available(heads, ["Q4_K"])
+    assert not NodeKernels.available(heads, ["Q4_K"])  # without another warning
 
 
 def test_heads_of_other_sizes_have_none() -> None:

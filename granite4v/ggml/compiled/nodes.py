@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from granite4v.errors import SpeedWarning
 from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
@@ -29,21 +31,23 @@ _ALL_THREADS = -1  # GGML_N_TASKS_MAX
 @dataclass(frozen=True)
 class NodeKernels:
     """What is computed by compiled operations. `attention`: the numbers of a head and the heads that share keys, None:
-    none is; `products`: those of a few rows."""
+    none is; `products`: the types of weights that are multiplied with a few rows."""
 
     attention: tuple[int, int] | None = None
-    products: bool = False
+    products: tuple[str, ...] = ()
 
     @classmethod
-    def available(cls, heads: tuple[int, int] | None = None) -> NodeKernels:
-        """On this machine, for a model with such heads; None: attention is not to be computed by them."""
+    def available(cls, heads: tuple[int, int] | None = None, kinds: Iterable[str] = ()) -> NodeKernels:
+        """On this machine, for a model with such heads, or None where attention is to be left alone, and with weights
+        of these types, others among them. Gives a SpeedWarning, once, where LLVM fails."""
         if llvm() is None:
             return NO_KERNELS
         found = heads if heads is not None and attention.is_available(*heads) else None
-        return cls(found, products.is_available())
+        kernels = cls(found, tuple(sorted({*kinds} & {*KINDS})) if products.is_available() else ())
+        return kernels if not kernels or _is_compiled(kernels) else NO_KERNELS
 
     def __bool__(self) -> bool:
-        return self.attention is not None or self.products
+        return self.attention is not None or bool(self.products)
 
     @property
     def description(self) -> str:
@@ -56,8 +60,8 @@ class NodeKernels:
 
     @classmethod
     def from_json(cls, text: str) -> NodeKernels:
-        heads, multiplies = json.loads(text)
-        return cls(heads and (int(heads[0]), int(heads[1])), bool(multiplies))
+        heads, kinds = json.loads(text)
+        return cls(heads and (int(heads[0]), int(heads[1])), tuple(map(str, kinds)))
 
 
 NO_KERNELS = NodeKernels()
@@ -66,8 +70,8 @@ NO_KERNELS = NodeKernels()
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
     """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or another such callback's
-    address, which is asked about every node after it. It lives as long as the process. Takes a second the first time.
-    """
+    address, which is asked about every node after it. It lives as long as the process. Takes some tenths of a second
+    the first time."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -76,6 +80,18 @@ def replace(node: Any, kernels: NodeKernels) -> bool:
     see = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(callback(kernels))
     see(ctypes.addressof(node.contents), True, None)
     return bool(node.contents.op == OP_CUSTOM)
+
+
+@functools.cache
+def _is_compiled(kernels: NodeKernels) -> bool:
+    try:
+        callback(kernels)
+    except RuntimeError as error:  # LLVM's, of a version with another language, or without this CPU
+        reason = str(error).strip().splitlines()[0]
+        message = f"LLVM {version()} cannot compile kernels ({reason:.200}), so decoding is slower than it could be; "
+        warnings.warn(f"{message}install another version of llvmlite.", SpeedWarning, stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache
@@ -98,7 +114,7 @@ class _Callback:
             cases.append((OP_FLASH_ATTN_EXT, self._require_attention, operation))
         if self.kernels.products:
             writer = Products(w)
-            for kind in KINDS:
+            for kind in self.kernels.products:
                 cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), writer.write(kind)))
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
         node, asks, data = function.args
