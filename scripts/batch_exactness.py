@@ -4,7 +4,8 @@
     python -m scripts.batch_exactness --types F16 Q4_K_M --threads 2 --lengths 40 700
 
 A small text model with random weights is converted to each weight type. For each type, each kernel (weights in plain
-buffers, or in each special buffer type of this CPU that multiplies the type), number of threads, flash attention on
+buffers, those with the engine's compiled kernels for a few rows, or weights in each special buffer type of this CPU
+that multiplies the type), number of threads, flash attention on
 and off, and unified and separate KV buffers, one sequence is decoded alone in a context of one sequence, which is the
 reference, and again in the ways below. A figure is the largest difference of its logits from the reference; 0 means the
 same bits. Cache figures compare the sequence's saved state byte by byte and count differing bytes.
@@ -35,7 +36,10 @@ from granite4v.converter.policy import TEXT_TYPES
 from granite4v.default_model import embedded_model
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.ggml.kernels import PLAIN
+from granite4v.ggml.kernels import COMPILED, PLAIN
+from granite4v.runtime.engine.parallel import node_kernels
+from granite4v.runtime.llama.context import node_callback
+from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.llama.library import capture_log, llama, log
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
@@ -83,6 +87,7 @@ class Context:
         n_ctx: int,
         n_ubatch: int = N_UBATCH,
         n_outputs_max: int = 64,
+        callback: Any = None,
     ) -> None:
         lib = llama()
         self.model, self.n_seq_max, self.unified = model, n_seq_max, setting.unified
@@ -99,6 +104,8 @@ class Context:
         params.flash_attn_type = 1 if setting.flash else 0
         params.offload_kqv = params.op_offload = False
         params.kv_unified = setting.unified
+        if callback is not None:
+            params.cb_eval = callback
         capture_log()
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
@@ -175,9 +182,9 @@ class Context:
 class Case:
     """The prompts of one setting, the reference, and the ways in which the first sequence is decoded again."""
 
-    def __init__(self, model: LlamaModel, setting: Setting) -> None:
+    def __init__(self, model: LlamaModel, setting: Setting, callback: Any) -> None:
         rng = np.random.default_rng(7)
-        self.model, self.setting = model, setting
+        self.model, self.setting, self.callback = model, setting, callback
         n_vocab = min(model.n_vocab, 380)  # without the special tokens of the toy vocabularies
         lengths = [setting.length, *(setting.length // 4 + 11 * i for i in range(1, N_SEQUENCES))]
         self.prompts = [rng.integers(0, n_vocab, n).tolist() for n in lengths]
@@ -193,7 +200,12 @@ class Case:
     @contextlib.contextmanager
     def context(self, n_seq_max: int, n_ubatch: int = N_UBATCH) -> Iterator[Context]:
         context = Context(
-            self.model, self.setting, n_seq_max=n_seq_max, n_ctx=self.n_ctx * n_seq_max, n_ubatch=n_ubatch
+            self.model,
+            self.setting,
+            n_seq_max=n_seq_max,
+            n_ctx=self.n_ctx * n_seq_max,
+            n_ubatch=n_ubatch,
+            callback=self.callback,
         )
         try:
             yield context
@@ -344,8 +356,9 @@ def differing(expected: np.ndarray, found: np.ndarray) -> int:
 
 
 def kernels(path: Path) -> Iterator[tuple[str, Placement]]:
-    """Plain weights, and each special buffer type with all block weights that it can multiply."""
+    """Plain weights, twice, and each special buffer type with all block weights that it can multiply."""
     yield PLAIN, Placement()
+    yield COMPILED, Placement()
     backend = Backend("cpu", 1)
     try:
         with GgufFile.open(path) as file:
@@ -360,13 +373,18 @@ def kernels(path: Path) -> Iterator[tuple[str, Placement]]:
 
 
 def measure(path: Path, weights: str, options: argparse.Namespace) -> Iterator[tuple[Setting, dict[str, float]]]:
+    with ModelFiles.open(path) as files:
+        compiled = node_callback(node_kernels(files, "cpu", "f16"))
     for kernel, placement in kernels(path):
+        if kernel == COMPILED and compiled is None:
+            continue
+        callback = compiled if kernel == COMPILED else None
         with open_model(path, placement) as model:
             for length, threads, flash, unified in itertools.product(
                 options.lengths, options.threads, (True, False), (True, False)
             ):
                 setting = Setting(weights, kernel, threads, flash, unified, length)
-                yield setting, figures(Case(model, setting))
+                yield setting, figures(Case(model, setting, callback))
 
 
 def text_files(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,33 @@ def test_answers_are_decoded_with_compiled_attention(
             request.getfixturevalue("no_kernels")
         options: dict[str, Any] = {"exact": True} if name == "exact" else {"exact": False, "workload": workload}
         with granite4v.load(path, device="cpu", n_threads=2, **options) as model:
-            expected = NodeKernels.available((64, 2), ["F16"]).description if name == "compiled" else None
+            expected = NodeKernels.available((64, 2)).description if name == "compiled" else None
             assert model.settings.get("compiled") == expected
             streams = [model.stream("What?", [picture], logprobs=0, **LONG) for picture in PICTURES]
             entries = [stream.result().logprobs for stream in streams]
         found[name] = np.array([[entry.logprob for entry in each or ()] for each in entries])
     assert 0 < np.abs(found["compiled"] - found["exact"]).max() < 0.02
     assert not np.array_equal(found["compiled"], found["ggml"])
+
+
+@pytest.mark.skipif(not NodeKernels.available((64, 2), ["F16"]).products, reason="needs llvmlite and AVX-512 VNNI")
+@pytest.mark.parametrize("text_type", ["F16", "Q8_0", "Q4_K_M"])
+def test_compiled_answers_have_the_same_bits_beside_others(make_model: Callable[..., Path], text_type: str) -> None:
+    def logprobs(streams: Sequence[Stream]) -> list[list[float]]:
+        return [[entry.logprob for entry in stream.result().logprobs or ()] for stream in streams]
+
+    path = make_model(PRESETS["tiny-wide"], text_type)
+    with granite4v.load(path, device="cpu", n_threads=2, exact=False, workload=Workload(4)) as model:
+
+        def ask(picture: Any) -> Stream:
+            return model.stream("What?", [picture], logprobs=0, **LONG)
+
+        alone = [logprobs([ask(picture)])[0] for picture in PICTURES]
+        model.clear_cache()
+        before = model.counters
+        streams = model.engine.call(lambda _: [ask(picture) for picture in PICTURES])
+        assert logprobs(streams) == alone
+        assert model.counters.n_steps - before.n_steps < 2 * 39
 
 
 def test_answers_outgrow_their_sequences_together(
