@@ -22,6 +22,7 @@ from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
 Progress = Callable[[int, int], None]
+ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
 class ShapeError(ValueError):
@@ -339,12 +340,22 @@ class Graph:
 
         ggml sees a custom operation, so that it plans the memory of its arguments, and never computes it.
         """
-        sizes = (*ne, *(1,) * (4 - len(ne)))
-        sources = (TensorP * max(1, len(inputs)))(*(x.ptr for x in inputs))
-        node = Tensor(lib().ggml_custom_4d(self._ctx, TYPE_IDS[kind], *sizes, sources, len(inputs), None, 1, None))
+        node = self._custom_node(kind, ne, inputs, None, 1, None)
         headers = [x.ptr.contents for x in (*inputs, node)]
         self._external[ctypes.addressof(node.ptr.contents)] = lambda: call(*(header.data for header in headers))
         return node
+
+    def custom(self, function: int, data: int, ne: tuple[int, ...], *inputs: Tensor) -> Tensor:
+        """Float32 that all threads compute by a `ggml_custom_op_t` with its data."""
+        return self._custom_node("F32", ne, inputs, function, ALL_THREADS, data)
+
+    def _custom_node(
+        self, kind: str, ne: tuple[int, ...], inputs: tuple[Tensor, ...], function: Any, n_tasks: int, data: Any
+    ) -> Tensor:
+        sizes = (*ne, *(1,) * (4 - len(ne)))
+        sources = (TensorP * max(1, len(inputs)))(*(x.ptr for x in inputs))
+        arguments = (TYPE_IDS[kind], *sizes, sources, len(inputs), function, n_tasks, data)
+        return Tensor(lib().ggml_custom_4d(self._ctx, *arguments))
 
     # --- execution ---
 

@@ -1,7 +1,8 @@
 """A decoder's layers of cross-attention as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
 
 Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: in half precision,
-in eight bits beside quantized weights, or float32 for comparing values. Every row of a call sees all of them. There is
+in eight bits beside quantized weights, packed for the compiled kernel where there is one, or float32 for comparing
+values. Every row of a call sees all of them. There is
 a graph for each place between llama.cpp's layers and each number of rows; those of a few rows, which decode steps have,
 are kept.
 
@@ -24,6 +25,7 @@ from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Arena, Backend, buffer_type_name, set_data, use_large_pages
+from granite4v.ggml.compiled import image_attention
 from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels, replace
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
@@ -65,6 +67,10 @@ class CrossLayers:
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = kv_type(file, config, exact=exact)
         self._kernels = cross_node_kernels(file, config, backend, exact=exact)
+        group = config.num_attention_heads // config.num_key_value_heads
+        is_fast = self._kv_type == "Q8_0" and image_attention.is_available(config.head_dim, group)
+        self._packs = bool(self._kernels) and is_fast
+        self._n = 0  # positions of the image
         capture_log()  # repacking reports every tensor
         infos = _infos(file)
         many, few = ({}, {}) if exact else choose_copies(file, backend, announce)
@@ -83,10 +89,15 @@ class CrossLayers:
         self._look_away()
         config, n = self._config, len(states)
         n_padded, dim, n_heads = -(-n // MULTIPLE) * MULTIPLE, config.head_dim, config.num_key_value_heads
-        arena = self._arena = Arena(2 * len(config.layers) + 1)
+        arena, self._n = Arena(2 * len(config.layers) + 1), n
+        self._arena = arena
         for i in config.layers:
-            self._keys[i] = Tensor(arena.tensor(self._kv_type, dim, n_padded, n_heads))
-            self._values[i] = Tensor(arena.tensor(self._kv_type, n_padded, dim, n_heads))
+            if self._packs:
+                self._keys[i] = Tensor(arena.tensor("I8", 17 * dim, n_padded // 16, n_heads))
+                self._values[i] = Tensor(arena.tensor("I8", 34 * dim, n_padded // 32, n_heads))
+            else:
+                self._keys[i] = Tensor(arena.tensor(self._kv_type, dim, n_padded, n_heads))
+                self._values[i] = Tensor(arena.tensor(self._kv_type, n_padded, dim, n_heads))
         group = config.num_attention_heads // n_heads
         self._mask = Tensor(arena.tensor("F32", n_padded, group * ROWS_AT_ONCE))
         arena.allocate(self._backend.buffer_type, weights=False)
@@ -96,8 +107,13 @@ class CrossLayers:
         set_data(self._mask.ptr, mask)
         for i in config.layers:
             keys_of, values_of = (np.pad(x, ((0, n_padded - n), (0, 0), (0, 0))) for x in self._projected(i, states))
-            set_data(self._keys[i].ptr, self._stored(keys_of.transpose(1, 0, 2)))
-            set_data(self._values[i].ptr, self._stored(values_of.transpose(1, 2, 0)))
+            keys_of, values_of = keys_of.transpose(1, 0, 2), values_of.transpose(1, 0, 2)
+            if self._packs:
+                set_data(self._keys[i].ptr, image_attention.packed_keys(keys_of))
+                set_data(self._values[i].ptr, image_attention.packed_values(values_of))
+            else:
+                set_data(self._keys[i].ptr, self._stored(keys_of))
+                set_data(self._values[i].ptr, self._stored(values_of.transpose(0, 2, 1)))
         self._release()
 
     def _projected(self, i: int, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -211,6 +227,10 @@ class CrossLayers:
         dim, n_heads, n = q.ne[:3]
         n_kv = self._config.num_key_value_heads
         group, parts = n_heads // n_kv, []
+        if self._packs:
+            attend = image_attention.operation(dim, group)
+            mixed = graph.custom(attend, self._n, (dim * n_heads, n), q, self._keys[i], self._values[i])
+            return graph.scale_(mixed, SCALE_OF_WEIGHTS)
         for start in range(0, n, ROWS_AT_ONCE):
             m = min(ROWS_AT_ONCE, n - start)
             part = graph.view(q, (dim, group, n_kv, m), (q.nb[1], group * q.nb[1], q.nb[2]), start * q.nb[2])

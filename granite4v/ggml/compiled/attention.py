@@ -20,7 +20,6 @@ MAX_HEAD, MAX_GROUP = 128, 16
 SUMS = 20  # registers for sums of values; others hold keys, values and weights
 CELLS = 64  # whose scores are computed before their values are added up; llama.cpp's caches have multiples of 256
 _NEVER = 0xFC00  # minus infinity in half precision: a cell that a row does not see
-_LEAST = -86.0  # of an exponent; the exponential of less is zero here
 _LOWEST = -1e30  # below every score
 
 
@@ -144,29 +143,9 @@ class FewRowsAttention:
         new_top = w.larger(top, w.largest(largest))
         spread_top, added = w.spread(new_top), w.all(0.0)
         for place, one in zip(places, found, strict=True):
-            weight = self._exponential(b.fsub(one, spread_top))
+            weight = w.exponential(b.fsub(one, spread_top))
             w.store(weight, scores, place)
             added = b.fadd(added, weight)
-        scaled = self._exponential(w.spread(b.fsub(top, new_top)))
+        scaled = w.exponential(w.spread(b.fsub(top, new_top)))
         one_scaled = b.extract_element(scaled, w.integer(0, w.i32))
         return new_top, b.fadd(b.fmul(total, one_scaled), w.total(added)), scaled
-
-    def _exponential(self, x: Any) -> Any:
-        """Of numbers up to 0, within two units in the last place; 0 below `_LEAST`.
-
-        2**n times a polynomial of degree 6 on the rest, up to half of log(2): the minimax coefficients of Cephes's expf
-        (S. Moshier).
-        """
-        w, b = self.w, self.w.b
-        is_small = b.fcmp_ordered("<", x, w.all(_LEAST))
-        x = b.select(is_small, w.all(_LEAST), x)
-        n = w.rounded(b.fmul(x, w.all(1.44269504088896341)))
-        r = w.fma(n, w.all(-0.693359375), x)  # log(2) in two parts, so that the difference is exact
-        r = w.fma(n, w.all(2.12194440e-4), r)
-        y = w.all(1.9875691500e-4)
-        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            y = w.fma(y, r, w.all(coefficient))
-        y = b.fadd(w.fma(y, b.fmul(r, r), r), w.all(1.0))
-        biased = b.add(b.fptosi(n, w.whole), w.integers([127] * LANES, w.i32))
-        power = b.bitcast(b.shl(biased, w.integers([23] * LANES, w.i32)), w.vector)
-        return b.select(is_small, w.all(0.0), b.fmul(y, power))

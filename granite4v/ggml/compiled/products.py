@@ -211,7 +211,7 @@ class Products:
         for j, (integers, scales) in enumerate(zip(weights.numbers, weights.scales, strict=True)):
             row, offset = (w.load(rounded, w.integer(PAIR_BYTES * j + REGISTER * i), w.whole, REGISTER) for i in (0, 1))
             row_scales = w.load(rounded, w.integer(PAIR_BYTES * j + 2 * REGISTER), w.vector, REGISTER)
-            values = b.sitofp(self._fours_added(offset, integers, row), w.vector)
+            values = b.sitofp(w.fours_added(offset, integers, row), w.vector)
             before = w.fma(b.fmul(values, scales), row_scales, before)
         return before
 
@@ -231,12 +231,6 @@ class Products:
         w = self.w
         function = w.declare("llvm.x86.avx512.vpdpwssd.512", w.whole, w.whole, w.whole, w.whole)
         return w.b.call(function, [to, w.b.bitcast(x, w.whole), w.b.bitcast(y, w.whole)])
-
-    def _fours_added(self, to: Any, unsigned: Any, signed: Any) -> Any:
-        """Products of 8-bit integers, four neighbours added up."""
-        w = self.w
-        function = w.declare("llvm.x86.avx512.vpdpbusd.512", w.whole, w.whole, w.whole, w.whole)
-        return w.b.call(function, [to, w.b.bitcast(unsigned, w.whole), signed])
 
     # --- rows as integers ---
 
@@ -269,7 +263,7 @@ class Products:
         for i, value in enumerate(values):
             integers = self._to_integers(value, factor)
             w.store(b.trunc(integers, w.ir.VectorType(w.i8, LANES)), target, w.integer(LANES * i), LANES)
-            total = self._whole_total(integers)
+            total = w.whole_total(integers)
             totals = b.insert_element(totals, b.sitofp(total, w.f32), w.integer(i, w.i32))
         w.store(b.fmul(totals, w.spread(scale)), target, w.integer(BLOCK), REGISTER)
         w.store(scale, scale_at, w.integer(0))
@@ -281,7 +275,7 @@ class Products:
         scales = []
         for i, value in enumerate(values):
             if i % 2 == 0:
-                furthest = w.largest(self._folded([self._absolute(each) for each in values[i : i + 2]]))
+                furthest = w.largest(self._folded([w.absolute(each) for each in values[i : i + 2]]))
                 scale = b.fdiv(furthest, w.number(127.0))
                 is_zero = b.fcmp_ordered("==", scale, w.number(0.0))
                 factor = b.select(is_zero, w.number(0.0), b.fdiv(w.number(1.0), scale))
@@ -290,7 +284,7 @@ class Products:
             w.store(b.trunc(integers, w.ir.VectorType(w.i8, LANES)), target, w.integer(LANES * i), LANES)
         stored = w.load(target, w.integer(0), w.whole, REGISTER)
         zero = w.integers([0] * LANES, w.i32)
-        totals = self._fours_added(zero, w.integers([-offset] * REGISTER, w.i8), stored)
+        totals = w.fours_added(zero, w.integers([-offset] * REGISTER, w.i8), stored)
         w.store(b.sub(zero, totals), target, w.integer(REGISTER), REGISTER)
         both = b.shuffle_vector(w.spread(scales[0], 8), w.spread(scales[1], 8), w.integers(range(16), w.i32))
         w.store(both, target, w.integer(2 * REGISTER), REGISTER)
@@ -305,11 +299,3 @@ class Products:
         for value in values[1:]:
             found = self.w.larger(found, value)
         return found
-
-    def _absolute(self, value: Any) -> Any:
-        v = self.w.vector
-        return self.w.b.call(self.w.declare("llvm.fabs.v16f32", v, v), [value])
-
-    def _whole_total(self, integers: Any) -> Any:
-        w = self.w
-        return w.b.call(w.declare("llvm.vector.reduce.add.v16i32", w.i32, w.whole), [integers])

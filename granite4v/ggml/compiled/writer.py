@@ -11,6 +11,7 @@ from typing import Any
 from granite4v.ggml.declarations import TensorStruct
 
 LANES = 16  # of float32 in a register of AVX-512, of which there are 32
+LEAST = -86.0  # of an exponent; the exponential of less is zero here
 SCALE_PLACE = 32  # where a node's first parameter moves: struct ggml_custom_op_params takes 24 of 64 bytes
 
 
@@ -124,6 +125,37 @@ class Writer:
     def total(self, vector: Any) -> Any:
         function = self.declare("llvm.vector.reduce.fadd.v16f32", self.f32, self.f32, self.vector)
         return self.b.call(function, [self.number(-0.0), vector], fastmath=("reassoc",))
+
+    def absolute(self, vector: Any) -> Any:
+        return self.b.call(self.declare("llvm.fabs.v16f32", self.vector, self.vector), [vector])
+
+    def whole_total(self, integers: Any) -> Any:
+        return self.b.call(self.declare("llvm.vector.reduce.add.v16i32", self.i32, self.whole), [integers])
+
+    def fours_added(self, to: Any, unsigned: Any, signed: Any) -> Any:
+        """Products of 8-bit integers, four neighbours added up, to integers of 32 bits."""
+        function = self.declare("llvm.x86.avx512.vpdpbusd.512", self.whole, self.whole, self.whole, self.whole)
+        return self.b.call(function, [to, self.b.bitcast(unsigned, self.whole), signed])
+
+    def exponential(self, x: Any) -> Any:
+        """Of numbers up to 0, within two units in the last place; 0 below `LEAST`.
+
+        2**n times a polynomial of degree 6 on the rest, up to half of log(2): the minimax coefficients of Cephes's expf
+        (S. Moshier).
+        """
+        b = self.b
+        is_small = b.fcmp_ordered("<", x, self.all(LEAST))
+        x = b.select(is_small, self.all(LEAST), x)
+        n = self.rounded(b.fmul(x, self.all(1.44269504088896341)))
+        r = self.fma(n, self.all(-0.693359375), x)  # log(2) in two parts, so that the difference is exact
+        r = self.fma(n, self.all(2.12194440e-4), r)
+        y = self.all(1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            y = self.fma(y, r, self.all(coefficient))
+        y = b.fadd(self.fma(y, b.fmul(r, r), r), self.all(1.0))
+        biased = b.add(b.fptosi(n, self.whole), self.integers([127] * LANES, self.i32))
+        power = b.bitcast(b.shl(biased, self.integers([23] * LANES, self.i32)), self.vector)
+        return b.select(is_small, self.all(0.0), b.fmul(y, power))
 
     # --- memory ---
 
