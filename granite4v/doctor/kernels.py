@@ -13,7 +13,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.build import Build
 from granite4v.ggml.cpu_features import cpu_features
-from granite4v.ggml.kernels import ATTENTION, BFLOAT16, FLOAT32, PLAIN, available_kernels, prompt_kernels
+from granite4v.ggml.kernels import ATTENTION, BFLOAT16, FLOAT32, PACKED, PLAIN, available_kernels, prompt_kernels
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
 BUSY = 0.5  # load from which rates are lower than they could be
@@ -49,7 +49,7 @@ def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collectio
     """A table of rates, the fastest of each type marked, and what is wrong with them. `buffer_types`: ggml's special
     ones, by name."""
     found = {name for by_kernel in rates.values() for name in by_kernel}
-    first = (PLAIN, FLOAT32, BFLOAT16)
+    first = (PLAIN, FLOAT32, BFLOAT16, PACKED)
     names = [*(name for name in first if name in found), *sorted(found.difference(first))]
     rows: list[str | list[str]] = [["", *names]]
     for kind, by_kernel in rates.items():

@@ -39,6 +39,7 @@ from granite4v.ggml.kernels import (
     N_OUT,
     ONEDNN,
     ONEDNN_BF16,
+    PACKED,
     PLAIN,
     Kernel,
     available_kernels,
@@ -148,6 +149,9 @@ def text_kernels(
     """
     types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
     widened = {kind: prompt_kernels(kind) if may_widen(n_weights) else {} for kind in types}
+    for by_name in widened.values():
+        if not compiled:
+            by_name.pop(PACKED, None)
     kernels = {kind: {**available_kernels(backend, kind), **widened[kind]} for kind in types}
     extra = {
         kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type or name in widened[kind]]

@@ -16,12 +16,14 @@ import numpy as np
 
 from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
 from granite4v.ggml.compiled.nodes import NodeKernels, replace
+from granite4v.ggml.compiled.prompt_products import PACKED_MARK, packed
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernels import (
     ATTENTION,
     COMPILED,
     N_IN,
     N_OUT,
+    PACKED,
     Kernel,
     available_kernels,
     few_kernels,
@@ -75,11 +77,12 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
         if not many:  # as the weights that decode are (see runtime/llama/weight_copies)
             use_large_pages(arena.buffer)
         for weight in weights:
-            set_data(weight, data)
+            set_data(weight, packed(data) if trial.kernel == PACKED else data)
+            weight.contents.extra = PACKED_MARK if trial.kernel == PACKED else None
         x = graph.input("x", "F32", length, trial.n_rows)
         matrices = [kernel.matrix(graph, Tensor(weight)) for weight in weights] * (TILES if many else 1)
         products = [graph.expand(kernel.product(graph, matrix, x)) for matrix in matrices]
-        if trial.kernel == COMPILED:
+        if trial.kernel in (COMPILED, PACKED):
             for product in products:
                 replace(product.ptr, NodeKernels(products=(trial.type_name,)))
         graph.output("y", graph.scale(products[-1], 1.0))

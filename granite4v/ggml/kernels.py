@@ -13,7 +13,8 @@ from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
 
 # Kernels that need no buffer type; the others are called as theirs.
-PLAIN, FLOAT32, BFLOAT16, COMPILED = "plain", "float32", "bfloat16", "compiled"
+PLAIN, FLOAT32, BFLOAT16 = "plain", "float32", "bfloat16"
+COMPILED, PACKED = "compiled", "packed"
 ONEDNN, ONEDNN_BF16 = "onednn", "onednn bf16"
 ATTENTION = "attention"  # stands for a weight type where the kernels of attention are meant
 N_OUT = 4352  # a vision FFN's width
@@ -24,8 +25,8 @@ N_IN, N_IN_OF_256 = 1152, 1280  # a vision tower's width, and the next multiple 
 class Kernel:
     """How weights of one type are multiplied: as they are, widened, from another buffer type, or by oneDNN.
 
-    `widened`: 'F32' or 'BF16', the type that the weights are converted to. `arithmetic`: by oneDNN, whose factors are
-    rounded to 'F32' or 'BF16'; None: by ggml.
+    `widened`: the type that the weights are converted to, which may be their own, packed. `arithmetic`: by oneDNN,
+    whose factors are rounded to 'F32' or 'BF16'; None: by ggml.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Kernel:
         """Weights `[n_in, n_out]`, kept in this kernel's buffer type, in the form that `product` takes."""
         if self.arithmetic is not None:
             return weight if weight.type_name in ("F32", self.arithmetic) else graph.cast(weight, "F32")
-        if self.widened is None:
+        if self.widened in (None, weight.type_name):
             return weight
         values = graph.cast(weight, "F32")  # ggml casts quantized weights to nothing else
         return values if self.widened == "F32" else graph.cast(values, self.widened)
@@ -89,14 +90,17 @@ def available_kernels(backend: Backend, type_name: str) -> dict[str, Kernel]:
 
 
 def prompt_kernels(type_name: str) -> dict[str, Kernel]:
-    """Further ways to multiply a text model's weights with the rows of a prompt, by copies of twice the size.
+    """Further ways to multiply a text model's weights with the rows of a prompt, by copies.
 
-    ggml multiplies Q8_0 row by row, and bfloat16 in tiles where the CPU has instructions for that. Both factors have
-    then eight significant bits, where Q8_0 rounds the rows of the prompt to 8-bit integers of one scale for 32.
+    ggml multiplies Q8_0 row by row, and bfloat16, of twice the size, in tiles where the CPU has instructions for that:
+    both factors have then eight significant bits, where Q8_0 rounds the rows of the prompt to 8-bit integers of one
+    scale for 32. A compiled kernel takes weights that are packed for it, which is as exact as Q8_0.
     """
-    if type_name == "Q8_0" and "avx512_bf16" in cpu_features():
-        return {BFLOAT16: Kernel(BFLOAT16, widened="BF16")}
-    return {}
+    if type_name != "Q8_0":
+        return {}
+    found = [Kernel(BFLOAT16, widened="BF16")] if "avx512_bf16" in cpu_features() else []
+    found += [Kernel(PACKED, widened="Q8_0")] if NodeKernels.available(kinds=["Q8_0"]) else []
+    return {kernel.name: kernel for kernel in found}
 
 
 def few_kernels(type_name: str) -> dict[str, Kernel]:

@@ -17,8 +17,9 @@ from typing import Any
 from granite4v import gguf_keys as keys
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
+from granite4v.ggml.compiled.prompt_products import can_be_packed
 from granite4v.ggml.gguf_file import TensorInfo, n_weights
-from granite4v.ggml.kernels import PLAIN, Kernel
+from granite4v.ggml.kernels import PACKED, PLAIN, Kernel
 from granite4v.ggml.types import row_bytes
 from granite4v.memory import available_bytes, has_large_pages
 
@@ -32,8 +33,8 @@ _BLOCK_WEIGHT = keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=r"\d+", part=r"\w
 @dataclass(frozen=True)
 class Copy:
     """A weight, by its name, that is copied to a buffer type: for batches of many rows, of a few, or both. `is_plain`:
-    it is multiplied as in the mapped file. `widened`: the type of the copy, where that is another; it is for prompts
-    alone, and may come after another copy of the same weight."""
+    it is multiplied as in the mapped file. `widened`: the type of a copy that is for prompts alone, and may come after
+    another copy of the same weight."""
 
     name: str
     kernel: str
@@ -79,7 +80,7 @@ def choose_placement(
     eight). Those that remain, and the output head, are copied as they are where the system has large pages: with all
     of them there, decoding is 10% to 14% faster than from a mapped file. A copy needs as much memory as the weights,
     and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A small
-    model's may also be copied in bfloat16, for prompts alone.
+    model's may also be copied in bfloat16, or packed, for prompts alone.
 
     `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few. `compiled`: see
     `text_kernels`.
@@ -132,11 +133,11 @@ def _widened_copies(
     weights: Sequence[TensorInfo], backend: Backend, kernels: Mapping[str, tuple[Kernel, Kernel]]
 ) -> tuple[Copy, ...]:
     """The copies of another type, for kernels of many rows by type."""
-    found = [(info.name, kernels[info.type_name][0]) for info in weights if info.type_name in kernels]
+    found = [(info, kernels[info.type_name][0]) for info in weights if info.type_name in kernels]
     return tuple(
-        Copy(name, kernel.name, backend.buffer_type, few=False, widened=kernel.widened)
-        for name, kernel in found
-        if kernel.widened
+        Copy(info.name, kernel.name, backend.buffer_type, few=False, widened=kernel.widened)
+        for info, kernel in found
+        if kernel.widened and (kernel.name != PACKED or can_be_packed(*reversed(info.shape)))
     )
 
 

@@ -33,7 +33,9 @@ import numpy as np
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
 from granite4v.ggml.compiled.products import MOST_ROWS
+from granite4v.ggml.compiled.prompt_products import PACKED_MARK, packed
 from granite4v.ggml.declarations import TensorP
+from granite4v.ggml.kernels import PACKED
 from granite4v.ggml.library import lib as ggml
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.ggml.types import row_bytes, type_name
@@ -99,12 +101,14 @@ class WeightCopies:
         use_large_pages(arena.buffer)
         sources = [tensors[copy.name] for copy in copies]
         with ThreadPoolExecutor(self._n_threads) as pool:
-            list(pool.map(self._fill, sources, targets))
+            list(pool.map(self._fill, copies, sources, targets))
         places = zip(copies, sources, map(_where, sources), map(_where, targets), strict=True)
         self._forms += [_Forms(*place) for place in places]
 
-    def _fill(self, source: Any, target: Any) -> None:
-        if target.contents.type == source.contents.type:
+    def _fill(self, copy: Copy, source: Any, target: Any) -> None:
+        if copy.kernel == PACKED:
+            _pack(source, target)
+        elif target.contents.type == source.contents.type:
             ggml().ggml_backend_tensor_set(target, source.contents.data, 0, ggml().ggml_nbytes(source))
         else:
             _widen(source, target)
@@ -183,6 +187,14 @@ def _widen(source: Any, target: Any) -> None:
         values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])
         rows = quantize_rows(values, wide, 1)
         ggml().ggml_backend_tensor_set(target, rows.ctypes.data, first * rows.shape[1], rows.nbytes)
+
+
+def _pack(source: Any, target: Any) -> None:
+    n, n_bytes = source.contents.ne[1], source.contents.nb[1]
+    rows = np.ctypeslib.as_array((ctypes.c_uint8 * (n * n_bytes)).from_address(source.contents.data))
+    found = packed(rows.reshape(n, n_bytes))
+    ggml().ggml_backend_tensor_set(target, found.ctypes.data, 0, found.nbytes)
+    target.contents.extra = PACKED_MARK
 
 
 class _Pages:

@@ -72,7 +72,7 @@ def test_widening_for_a_prompt_is_more_exact_than_what_ggml_does(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ggml_kernels, "cpu_features", lambda: frozenset({"avx512_bf16"}))
-    assert prompt_kernels("Q8_0").keys() == {BFLOAT16} and not prompt_kernels("F16")
+    assert BFLOAT16 in prompt_kernels("Q8_0") and not prompt_kernels("F16")
     rng = np.random.default_rng(4)
     packed = quantize_rows(rng.standard_normal((40, 256), dtype=np.float32), "Q8_0", 1)
     rows = rng.standard_normal((30, 256), dtype=np.float32)

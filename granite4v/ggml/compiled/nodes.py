@@ -12,7 +12,7 @@ import ctypes
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from granite4v.errors import SpeedWarning
 from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
+from granite4v.ggml.compiled.prompt_products import KIND, PACKED_MARK, PromptProducts
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
@@ -112,6 +113,9 @@ class _Callback:
         if self.kernels.attention is not None:
             operation = FewRowsAttention(w, *self.kernels.attention).write()
             cases.append((OP_FLASH_ATTN_EXT, self._require_attention, operation))
+        if KIND in self.kernels.products:
+            operation = PromptProducts(w).write()
+            cases.append((OP_MUL_MAT, self._require_packed, operation))
         if self.kernels.products:
             writer = Products(w)
             for kind in self.kernels.products:
@@ -123,6 +127,7 @@ class _Callback:
         is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
         b.cbranch(is_asked, begin, leave)
         b.position_at_end(begin)
+        self._restore(node, [operation for number, _, operation in cases if number == OP_MUL_MAT])
         for number, require_all, operation in cases:
             other = function.append_basic_block()
 
@@ -191,6 +196,28 @@ class _Callback:
         require(equal(w.field(x, "nb", 0), 4))
         require(equal(w.field(node, "nb", 0), 4))
         require(b.icmp_signed("<=", n_rows, w.integer(MOST_ROWS)))
+
+    def _require_packed(self, node: Any, require: Callable[[Any], None]) -> None:
+        """Nothing else: whoever packs weights, sees to it that their products fit."""
+        weights = self.w.field(node, "src", 0, self.w.bytes)
+        require(self._equal(self.w.field(weights, "extra"), PACKED_MARK))
+
+    def _restore(self, node: Any, operations: Sequence[Any]) -> None:
+        """A product of a graph that is used again is what llama.cpp has made it: its weights may be in another form."""
+        w, b = self.w, self.w.b
+        other = b.function.append_basic_block()
+        is_custom = self._equal(w.field(node, "op", kind=w.i32), OP_CUSTOM)
+        function = w.field(node, "op_params", kind=w.i64)
+        is_ours = w.integer(0, w.i1)
+        for operation in operations:
+            is_ours = b.or_(is_ours, b.icmp_unsigned("==", function, b.ptrtoint(operation, w.i64)))
+        restored = b.function.append_basic_block()
+        b.cbranch(b.and_(is_custom, is_ours), restored, other)
+        b.position_at_end(restored)
+        w.store(w.integer(0), node, w.integer(TensorStruct.op_params.offset))
+        w.store(w.integer(OP_MUL_MAT, w.i32), node, w.integer(TensorStruct.op.offset))
+        b.branch(other)
+        b.position_at_end(other)
 
     def _replace(self, node: Any, operation: Any) -> None:
         w = self.w
