@@ -98,16 +98,16 @@ class Engine:
             opens_all=self._is_batch,
             most_cells=most_cells(files, cache_type=cache_type) if self._is_batch else None,
         )
-        self._vision = Vision(
-            files, device, self.n_threads, self._abort, lambda digest: self._cache.holds((digest, 0)), vision_compute
-        )
+        parts = (files, device, self.n_threads, self._abort)
+        self._vision = Vision(*parts, lambda digest: self._cache.holds((digest, 0)), vision_compute)
         same_from_two = {info.type_name for info in files.text.tensors.values()} <= SAME_FROM_TWO_ROWS
         least_rows = 2 if self._is_batch and same_from_two else 1
         fills = self._is_batch and self._attention.has_tiles
-        self._scheduler = Scheduler(self._cache, self, self.n_ubatch, least_rows=least_rows, fills_questions=fills)
-        way = {"for_many": self._is_batch, "compiled": bool(self._attention.kernels.products)}
-        self._text = TextModel(files, device, self.n_threads, self._abort, exact=exact, **way)
-        self._cross = CrossAttention.of(files, device, self.n_threads, self._abort, exact=exact)
+        rows: dict[str, Any] = {"least_rows": least_rows, "most_rows": self._attention.kernels.most_rows}
+        self._scheduler = Scheduler(self._cache, self, self.n_ubatch, fills_questions=fills, **rows)
+        is_compiled = bool(self._attention.kernels.products)
+        self._text = TextModel(*parts, exact=exact, for_many=self._is_batch, compiled=is_compiled)
+        self._cross = CrossAttention.of(*parts, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)
         self._vision.stored = self._pages if files.is_cross_attending else None
         self._changed = threading.Condition()  # guards all below

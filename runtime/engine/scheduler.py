@@ -53,13 +53,16 @@ class Scheduler:
         *,
         least_rows: int = 1,
         fills_questions: bool = False,
+        most_rows: int | None = None,
         costs: StepCosts | None = None,
     ) -> None:
         """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait.
         `least_rows`: of a decode step among several sequences; 2 where the values of a row depend on whether it is
         alone. `fills_questions`: whether text at the end of a prompt gets rows that are cut off again, where attention
-        takes so many rows in less time. `costs`: what is known of steps beforehand."""
+        takes so many rows in less time. `most_rows`: of a decode step, beyond which the values of a row would
+        depend on their number. `costs`: what is known of steps beforehand."""
         self._cache, self._resources, self._n_ubatch, self._least_rows = cache, resources, n_ubatch, least_rows
+        self._most_rows = min(n_ubatch, most_rows or n_ubatch)
         self.costs = costs or StepCosts()
         self._fills_questions = fills_questions
         self._waiting: list[Task] = []
@@ -331,14 +334,14 @@ class Scheduler:
     def _limits(self) -> Limits:
         context = self._cache.context
         least = self._least_rows if self._cache.n_sequences > 1 else 1
-        return Limits(self._n_ubatch, context.max_outputs, context.n_cells, least, self._cache.can_cut)
+        return Limits(self._most_rows, context.max_outputs, context.n_cells, least, self._cache.can_cut)
 
     def _make_room(self, ready: SequenceOf[Task]) -> bool:
         """Room in the cache for the pending tokens of these tasks. False where tasks lost their sequences for it: they
         wait again."""
         for task in ready:
             try:
-                n_rows = max(self._least_rows, min(task.n_pending, self._n_ubatch))
+                n_rows = max(self._least_rows, min(task.n_pending, self._most_rows))
                 if self._cache.ensure_room(task.held, n_rows):
                     continue
             except Exception as error:  # no memory for this one alone

@@ -51,6 +51,11 @@ class NodeKernels:
         return self.attention is not None or bool(self.products)
 
     @property
+    def most_rows(self) -> int | None:
+        """Of a step whose rows all have the values of these kernels; None: of any."""
+        return min(FEW - 1, MOST_ROWS) if self else None
+
+    @property
     def description(self) -> str:
         """What decides values: 'attention, products by LLVM 20.1.8'; empty where nothing is compiled."""
         parts = [*(["attention"] if self.attention else []), *(["products"] if self.products else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import random
 import subprocess
@@ -20,6 +21,7 @@ import granite4v
 from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.runtime import GenerationOptions, Stream
 from granite4v.runtime.engine.parallel import Workload
+from granite4v.runtime.grammar.grammar import Grammar
 from tests.helpers.pictures import noise_picture
 from tests.toy.spec import PRESETS
 
@@ -98,8 +100,17 @@ def test_answers_are_decoded_with_compiled_attention(
 
 
 @pytest.mark.skipif(not NodeKernels.available((64, 2), ["F16"]).products, reason="needs llvmlite and AVX-512 VNNI")
+@pytest.mark.parametrize("is_forced", [False, True])
 @pytest.mark.parametrize("text_type", ["F16", "Q8_0", "Q4_K_M"])
-def test_compiled_answers_have_the_same_bits_beside_others(make_model: Callable[..., Path], text_type: str) -> None:
+def test_compiled_answers_have_the_same_bits_beside_others(
+    make_model: Callable[..., Path], text_type: str, is_forced: bool
+) -> None:
+    """Forced tokens are as many rows of a step as all answers together may have."""
+    fields = {"a": {"const": "0123456789" * 12}, "b": {"type": "string"}}
+    schema = json.dumps({"type": "object", "properties": fields, "required": ["a", "b"]})
+    options: dict[str, Any] = {**LONG, "max_tokens": 160} if is_forced else LONG
+    constraint = Grammar("kvp", schema=schema) if is_forced else None
+
     def logprobs(streams: Sequence[Stream]) -> list[list[float]]:
         return [[entry.logprob for entry in stream.result().logprobs or ()] for stream in streams]
 
@@ -107,14 +118,14 @@ def test_compiled_answers_have_the_same_bits_beside_others(make_model: Callable[
     with granite4v.load(path, device="cpu", n_threads=2, exact=False, workload=Workload(4)) as model:
 
         def ask(picture: Any) -> Stream:
-            return model.stream("What?", [picture], logprobs=0, **LONG)
+            return model.stream("What?", [picture], logprobs=0, constraint=constraint, **options)
 
         alone = [logprobs([ask(picture)])[0] for picture in PICTURES]
         model.clear_cache()
         before = model.counters
         streams = model.engine.call(lambda _: [ask(picture) for picture in PICTURES])
         assert logprobs(streams) == alone
-        assert model.counters.n_steps - before.n_steps < 2 * 39
+        assert model.counters.n_steps - before.n_steps < 2 * options["max_tokens"]
 
 
 def test_answers_outgrow_their_sequences_together(
