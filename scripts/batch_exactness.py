@@ -182,7 +182,7 @@ class Context:
 class Case:
     """The prompts of one setting, the reference, and the ways in which the first sequence is decoded again."""
 
-    def __init__(self, model: LlamaModel, setting: Setting, callback: Any) -> None:
+    def __init__(self, model: LlamaModel, setting: Setting, callback: Any = None) -> None:
         rng = np.random.default_rng(7)
         self.model, self.setting, self.callback = model, setting, callback
         n_vocab = min(model.n_vocab, 380)  # without the special tokens of the toy vocabularies
