@@ -15,6 +15,7 @@ from granite4v.cli.loading import ModelOptions, grouped
 from granite4v.cli.progress import Progress
 from granite4v.cli.values import finite, unicode_text
 from granite4v.cli.verbosity import is_verbose
+from granite4v.memory import give_back_freed
 
 if TYPE_CHECKING:
     from granite4v.runtime.model import Model
@@ -119,6 +120,7 @@ def serve(
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
     from granite4v.runtime.server.serving import listen
 
+    give_back_freed()
     listening = listen(host, port)
     path = loading.find()
     with Progress() as progress:
