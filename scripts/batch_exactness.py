@@ -5,10 +5,10 @@
 
 A small text model with random weights is converted to each weight type. For each type, each kernel (weights in plain
 buffers, those with the engine's compiled kernels for a few rows, or weights in each special buffer type of this CPU
-that multiplies the type), number of threads, flash attention on
-and off, and unified and separate KV buffers, one sequence is decoded alone in a context of one sequence, which is the
-reference, and again in the ways below. A figure is the largest difference of its logits from the reference; 0 means the
-same bits. Cache figures compare the sequence's saved state byte by byte and count differing bytes.
+that multiplies the type), number of threads, flash attention on and off, and unified and separate KV buffers, one
+sequence is decoded alone in a context of one sequence, which is the reference, and again in the ways below. A figure is
+the largest difference of its logits from the reference; 0 means the same bits. Cache figures compare the sequence's
+saved state byte by byte and count differing bytes.
 
 `--model` names a text GGUF (or 'nano' for the embedded model) to measure in place of the random one. The table on
 stderr is one line a setting; the last line on stdout is one JSON object.

@@ -16,13 +16,12 @@ import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, get_data, host_array, release_pages, set_data
-from granite4v.ggml.declarations import TensorP
+from granite4v.ggml.declarations import ALL_THREADS, TensorP
 from granite4v.ggml.graph_parts import MAX_PARTS, graph_parts
 from granite4v.ggml.library import lib
 from granite4v.ggml.types import TYPE_IDS, type_name
 
 Progress = Callable[[int, int], None]
-ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
 class ShapeError(ValueError):

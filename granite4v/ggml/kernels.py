@@ -7,7 +7,7 @@ from typing import Any
 
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
-from granite4v.ggml.compiled.nodes import NodeKernels
+from granite4v.ggml.compiled.products import multiplies
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
@@ -99,14 +99,14 @@ def prompt_kernels(type_name: str) -> dict[str, Kernel]:
     if type_name != "Q8_0":
         return {}
     found = [Kernel(BFLOAT16, widened="BF16")] if "avx512_bf16" in cpu_features() else []
-    found += [Kernel(PACKED, widened="Q8_0")] if NodeKernels.available(kinds=["Q8_0"]) else []
+    found += [Kernel(PACKED, widened="Q8_0")] if multiplies("Q8_0") else []
     return {kernel.name: kernel for kernel in found}
 
 
 def few_kernels(type_name: str) -> dict[str, Kernel]:
     """A further way to multiply a text model's weights with a few rows, which needs no copy: for one that is plain
     otherwise."""
-    return {COMPILED: Kernel(COMPILED)} if NodeKernels.available(kinds=[type_name]) else {}
+    return {COMPILED: Kernel(COMPILED)} if multiplies(type_name) else {}
 
 
 def n_in(type_name: str) -> int:

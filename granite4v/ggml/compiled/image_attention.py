@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from granite4v.ggml.compiled.nodes import NodeKernels
+from granite4v.ggml.compiled.products import multiplies
 from granite4v.ggml.compiled.writer import LANES, Writer, compiled
 
 BLOCK = 32  # numbers, or positions, that share a scale
@@ -29,7 +28,7 @@ OFFSET = 128  # makes keys and values unsigned
 def is_available(head: int, group: int) -> bool:
     """For heads of `head` numbers, `group` of which share their keys, on this machine."""
     fits = head % BLOCK == 0 and head <= MAX_HEAD and 1 <= group <= MAX_GROUP
-    return fits and bool(NodeKernels.available(kinds=["Q8_0"]))
+    return fits and multiplies("Q8_0")
 
 
 def packed_keys(keys: np.ndarray) -> np.ndarray:
@@ -118,9 +117,8 @@ class _Operation:
         """Memory for scores, weights, their scales and sums, of all positions and the heads of one task."""
         w, b = self.w, self.w.b
         self.head_scores = b.mul(self.n_padded, w.integer(4))
-        n_scales = b.sdiv(self.n_padded, w.integer(BLOCK // 4))  # bytes of a head's
-        self.head_scales = n_scales
-        sizes = [self.head_scores, self.n_padded, n_scales, n_scales]
+        self.head_scales = b.sdiv(self.n_padded, w.integer(BLOCK // 4))  # bytes of a head's
+        sizes = [self.head_scores, self.n_padded, self.head_scales, self.head_scales]
         places = [w.integer(0)]
         for size in sizes:
             places.append(b.add(places[-1], b.mul(size, w.integer(self.group))))
@@ -138,29 +136,15 @@ class _Operation:
         w, b = self.w, self.w.b
         for block in range(self.n_blocks):
             values = [w.load(query, w.integer(4 * (BLOCK * block + LANES * i)), w.vector) for i in range(2)]
-            largest = w.largest(w.larger(*(w.absolute(value) for value in values)))
-            integers, scale = self._rounded(values, largest)
+            integers, scale, total = w.as_integers(values)
             for i, each in enumerate(integers):
                 at = w.integer(self.head * g + BLOCK * block + LANES * i)
                 w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), self.queries, at, 1)
             place = w.integer(4 * (self.n_blocks * g + block))
             w.store(b.fmul(scale, w.number(1 / math.sqrt(self.head))), self.query_scales, place)
-            w.store(self._offset(integers), self.query_sums, place)
+            w.store(b.mul(total, w.integer(-OFFSET, w.i32)), self.query_sums, place)
         for j in range(self.head // LANES):
             w.store(w.all(0.0), self.sums, self._sum_place(g, j))
-
-    def _rounded(self, values: Sequence[Any], largest: Any) -> tuple[list[Any], Any]:
-        """The integers of 32 numbers, of which the largest becomes 127, and their scale."""
-        w, b = self.w, self.w.b
-        is_zero = b.fcmp_ordered("<", largest, w.number(1e-30))
-        factor = w.spread(b.select(is_zero, w.number(0.0), b.fdiv(w.number(127.0), largest)))
-        integers = [b.fptosi(w.rounded(b.fmul(value, factor)), w.whole) for value in values]
-        return integers, b.fdiv(largest, w.number(127.0))
-
-    def _offset(self, integers: Sequence[Any]) -> Any:
-        w, b = self.w, self.w.b
-        total = w.whole_total(b.add(*integers))
-        return b.mul(total, w.integer(-OFFSET, w.i32))
 
     # --- positions ---
 
@@ -178,9 +162,7 @@ class _Operation:
                 for g in range(self.group):
                     place = w.integer(4 * (self.n_blocks * g + block))
                     start = w.load(self.query_sums, place, w.i32)
-                    found = self._products(
-                        start, quads, b.gep(self.queries, [w.integer(self.head * g + BLOCK * block)])
-                    )
+                    found = w.quads_added(start, quads, b.gep(self.queries, [w.integer(self.head * g + BLOCK * block)]))
                     scale = b.fmul(key_scales, w.spread(w.load(self.query_scales, place, w.f32)))
                     scores[g] = w.fma(b.sitofp(found, w.vector), scale, scores[g])
             for g, score in enumerate(scores):
@@ -204,13 +186,13 @@ class _Operation:
             values = [w.exponential(b.fsub(w.load(scores, each, w.vector), top)) for each in at]
             for value in values:
                 turn[0] = b.fadd(turn[0], value)
-            integers, scale = self._rounded(values, w.largest(w.larger(*values)))
+            integers, scale, total = w.as_integers(values)
             for k, each in enumerate(integers):
                 place = b.add(i, w.integer(LANES * k))
                 w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), weights, place, 1)
             place = b.sdiv(i, w.integer(BLOCK // 4))
             w.store(scale, scales, place)
-            w.store(self._offset(integers), sums, place)
+            w.store(b.mul(total, w.integer(-OFFSET, w.i32)), sums, place)
         return w.total(turn[0])
 
     def _add_values(self, values: Any, n_blocks: Any, stride: Any) -> None:
@@ -229,7 +211,7 @@ class _Operation:
                 quads = [self._quad(base, QUADS * j + k) for k in range(QUADS)]
                 value_scales = w.halves(base, w.integer(BLOCK * self.head + 2 * LANES * j))
                 for g in range(self.group):
-                    found = b.sitofp(self._products(sums[g], quads, weights[g]), w.vector)
+                    found = b.sitofp(w.quads_added(sums[g], quads, weights[g]), w.vector)
                     scale = b.fmul(value_scales, w.spread(scales[g]))
                     before = w.load(self.sums, self._sum_place(g, j), w.vector)
                     w.store(w.fma(found, scale, before), self.sums, self._sum_place(g, j))
@@ -239,12 +221,3 @@ class _Operation:
 
     def _quad(self, base: Any, number: int) -> Any:
         return self.w.load(base, self.w.integer(REGISTER * number), self.w.whole, 1)
-
-    def _products(self, start: Any, quads: Sequence[Any], others: Any) -> Any:
-        """Of unsigned quads with 32 signed integers, four of which meet each quad, added to a number in all lanes."""
-        w = self.w
-        found = w.spread(start)
-        for k, quad in enumerate(quads):
-            four = w.spread(w.load(others, w.integer(4 * k), w.i32, 1))
-            found = w.fours_added(found, quad, four)
-        return found

@@ -22,11 +22,10 @@ from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.prompt_products import KIND, PACKED_MARK, PromptProducts
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
-from granite4v.ggml.declarations import TensorStruct
+from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
 
 OP_MUL_MAT, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 74, 95  # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
-_ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
 @dataclass(frozen=True)
@@ -229,6 +228,6 @@ class _Callback:
         parameters = TensorStruct.op_params.offset
         w.store(w.field(node, "op_params", 0, w.f32), node, w.integer(parameters + SCALE_PLACE))
         w.store(w.b.ptrtoint(operation, w.i64), node, w.integer(parameters))
-        w.store(w.integer(_ALL_THREADS, w.i32), node, w.integer(parameters + 8))
+        w.store(w.integer(ALL_THREADS, w.i32), node, w.integer(parameters + 8))
         w.store(w.integer(0), node, w.integer(parameters + 16))
         w.store(w.integer(OP_CUSTOM, w.i32), node, w.integer(TensorStruct.op.offset))

@@ -2,7 +2,7 @@
 
 ggml multiplies the weights of the mapped file row by row, or in tiles of sixteen however few rows there are: a decode
 step of four answers of a 4B model takes it 3.4 times as long as one of a single answer. Here weights are unpacked once
-for all rows, so that up to about eight rows take the time in which memory brings the weights.
+for all rows, and fetched ahead of time, so that four rows take little longer than one.
 
 As in ggml the rows are rounded to 8-bit integers first where weights are quantized, of one scale for 256 numbers or for
 32, and products of integers are exact; only the order in which their scaled sums are added up, in float32, differs.
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from granite4v.ggml.compiled.weights import KINDS, REGISTER, WIDENED, Unpacked, Unpackers
-from granite4v.ggml.compiled.writer import LANES, Writer
+from granite4v.ggml.compiled.writer import LANES, Writer, llvm
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.types import TYPES
 
-__all__ = ["KINDS", "MOST_ROWS", "Products", "at_once", "is_available", "step"]
+__all__ = ["KINDS", "MOST_ROWS", "Products", "at_once", "is_available", "multiplies", "step"]
 
 MOST_ROWS = 64  # a multiple of the lanes
 AHEAD = 12 << 10  # bytes, or the rows of weights after those that are multiplied: what is fetched from memory
@@ -66,6 +66,11 @@ class _Task:
 def is_available() -> bool:
     """Whether this CPU has the instructions."""
     return {"avx512", "avx512_vnni"} <= {*cpu_features()}
+
+
+def multiplies(kind: str) -> bool:
+    """Whether weights of a type are multiplied here, as far as that is known before anything is compiled."""
+    return kind in KINDS and is_available() and llvm() is not None
 
 
 def step(kind: str) -> int:

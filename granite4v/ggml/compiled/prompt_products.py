@@ -7,7 +7,6 @@ integers of one scale for 32, as ggml does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,17 +80,13 @@ class PromptProducts:
         with w.loop(w.integer(0), self.n_blocks, w.integer(1)) as (block, _turn):
             at = b.gep(source, [b.mul(block, w.integer(4 * BLOCK))])
             values = [w.load(at, w.integer(REGISTER * i), w.vector) for i in range(2)]
-            largest = w.largest(w.larger(*(w.absolute(value) for value in values)))
-            is_zero = b.fcmp_ordered("<", largest, w.number(1e-30))
-            factor = w.spread(b.select(is_zero, w.number(0.0), b.fdiv(w.number(127.0), largest)))
+            integers, scale, total = w.as_integers(values)
             place = b.add(b.mul(row, self.n_blocks), block)
-            integers = [b.fptosi(w.rounded(b.fmul(value, factor)), w.whole) for value in values]
             for i, each in enumerate(integers):
                 target = b.add(b.mul(place, w.integer(BLOCK)), w.integer(LANES * i))
                 w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), self.integers, target, 1)
-            total = b.mul(w.whole_total(b.add(*integers)), w.integer(-OFFSET, w.i32))
-            w.store(total, self.scales, b.mul(place, w.integer(8)))
-            w.store(b.fdiv(largest, w.number(127.0)), self.scales, b.add(b.mul(place, w.integer(8)), w.integer(4)))
+            w.store(b.mul(total, w.integer(-OFFSET, w.i32)), self.scales, b.mul(place, w.integer(8)))
+            w.store(scale, self.scales, b.add(b.mul(place, w.integer(8)), w.integer(4)))
 
     def _multiply(self, group: Any, start: Any, first: Any, size: int) -> None:
         """Sixteen rows of weights with `size` rows of the prompt."""
@@ -107,16 +102,9 @@ class PromptProducts:
             for r in range(size):
                 numbers = b.gep(rows[r], [b.mul(block, w.integer(BLOCK))])
                 of_row = b.gep(scales[r], [b.mul(block, w.integer(8))])
-                found = self._products(w.load(of_row, w.integer(0), w.i32), quads, numbers)
+                found = w.quads_added(w.load(of_row, w.integer(0), w.i32), quads, numbers)
                 scale = b.fmul(weight_scales, w.spread(w.load(of_row, w.integer(4), w.f32)))
                 sums[r] = w.fma(b.sitofp(found, w.vector), scale, sums[r])
         for r, total in enumerate(sums):
             out = w.at(self.target, (1, b.add(start, b.add(first, w.integer(r)))))
             w.store(total, out, b.mul(group, w.integer(REGISTER)))
-
-    def _products(self, offset: Any, quads: Sequence[Any], numbers: Any) -> Any:
-        w = self.w
-        found = w.spread(offset)
-        for i, quad in enumerate(quads):
-            found = w.fours_added(found, quad, w.spread(w.load(numbers, w.integer(4 * i), w.i32, 1)))
-        return found

@@ -58,7 +58,7 @@ class Unpackers:
         """Bits of 16-bit integers, moved left by `low` in the first half, by `high` in the other one, or right where
         that is negative, and masked byte by byte."""
         w, b = self.w, self.w.b
-        n = len(range(value.type.count)) // 2
+        n = value.type.count // 2
         left, right = ([max(0, sign * one) for one in (low, high)] for sign in (1, -1))
         for move, by in ((b.shl, left), (b.lshr, right)):
             if any(by):

@@ -157,6 +157,24 @@ class Writer:
         power = b.bitcast(b.shl(biased, self.integers([23] * LANES, self.i32)), self.vector)
         return b.select(is_small, self.all(0.0), b.fmul(y, power))
 
+    def as_integers(self, values: Sequence[Any]) -> tuple[list[Any], Any, Any]:
+        """Two vectors as 8-bit integers, of which the one furthest from zero becomes 127 or -127; their scale, and
+        their total."""
+        b = self.b
+        largest = self.largest(self.larger(*(self.absolute(value) for value in values)))
+        is_zero = b.fcmp_ordered("<", largest, self.number(1e-30))
+        factor = self.spread(b.select(is_zero, self.number(0.0), b.fdiv(self.number(127.0), largest)))
+        integers = [b.fptosi(self.rounded(b.fmul(value, factor)), self.whole) for value in values]
+        return integers, b.fdiv(largest, self.number(127.0)), self.whole_total(b.add(*integers))
+
+    def quads_added(self, start: Any, quads: Sequence[Any], signed: Any) -> Any:
+        """Products of registers of unsigned quads with as many quads of signed integers in memory, each of which meets
+        all of a register, added to a number in all lanes."""
+        found = self.spread(start)
+        for i, quad in enumerate(quads):
+            found = self.fours_added(found, quad, self.spread(self.load(signed, self.integer(4 * i), self.i32, 1)))
+        return found
+
     # --- memory ---
 
     def load(self, base: Any, n_bytes: Any, kind: Any, align: int = 4) -> Any:
