@@ -11,8 +11,9 @@ with the same weights, each after 64 tokens of context:
     hooked     rows are read and written back at both places, unchanged
     attending  the layers of cross-attention are computed
 
-Printed are the medians of the ratios to 'plain' of the same round, milliseconds, and what a layer of cross-attention
-takes in layers of self-attention. The last line is one JSON object.
+Printed are the medians of the ratios to 'plain' of the same turn, since a shared machine's memory is faster in one
+second than in the next, milliseconds, and what a layer of cross-attention takes in layers of self-attention. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--type", default="Q4_0", choices=sorted(BLOCK))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8, help="decoded in each way and round")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     name = f"{options.type}-{options.width}-{options.self_layers}-{'-'.join(map(str, options.cross_layers))}"
@@ -157,7 +158,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a token in each way, round by round."""
+    """Seconds of a token in each way, turn by turn."""
     config, backend = config_of(options), Backend("cpu", options.threads)
     kernels = NodeKernels.available((config.head_dim, options.heads // options.kv_heads), [options.type])
     with GgufFile.open(text) as file:
@@ -183,10 +184,15 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
     contexts = {name: LlamaContext(model, 512, 64, options.threads, hook=hook, **shared) for name, hook in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):  # the first warms up
-        for name in list(ways) if number % 2 else list(ways)[::-1]:
-            found = decode(contexts[name], options.tokens)
-            if number:
-                seconds[name].append(found)
+        order = list(ways)[:: 1 if number % 2 else -1]
+        for context in contexts.values():
+            context.truncate(0, 0)
+            context.decode(BatchRows.of(np.arange(N_BEFORE, dtype=np.int32), 0, 0, output=False))
+        for i in range(options.tokens):
+            for name in order:
+                found = decode(contexts[name], i)
+                if number:
+                    seconds[name].append(found)
     for context in contexts.values():
         context.close()
     layers.close()
@@ -195,31 +201,29 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
     return seconds
 
 
-def decode(context: LlamaContext, n: int) -> float:
-    """The median seconds of a token."""
-    context.truncate(0, 0)
-    context.decode(BatchRows.of(np.arange(N_BEFORE, dtype=np.int32), 0, 0, output=False))
-    found = []
-    for i in range(n):
-        start = time.perf_counter()
-        context.decode(BatchRows.of(np.array([i], np.int32), N_BEFORE + i, 0, output=True))
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+def decode(context: LlamaContext, i: int) -> float:
+    """The seconds of the token behind `i` others."""
+    start = time.perf_counter()
+    context.decode(BatchRows.of(np.array([i], np.int32), N_BEFORE + i, 0, output=True))
+    return time.perf_counter() - start
+
+
+def ratio(values: list[float], to: list[float]) -> float:
+    """The median of those of each turn."""
+    return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 
 def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
-    plain = seconds["plain"]
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(values, plain, strict=True)) for name, values in seconds.items()
-    }
-    added = ratios["attending"] - ratios["hooked"]
+    ratios = {name: ratio(values, seconds["plain"]) for name, values in seconds.items()}
+    added = [attending - hooked for attending, hooked in zip(seconds["attending"], seconds["hooked"], strict=True)]
+    layers = ratio(added, seconds["plain"]) / len(options.cross_layers) * options.self_layers
     found: dict[str, Any] = {
         "ms": {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()},
-        "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "self_layers_of_a_cross_layer": round(added / len(options.cross_layers) * options.self_layers, 3),
+        "ratio": {name: round(value, 3) for name, value in ratios.items()},
+        "self_layers_of_a_cross_layer": round(layers, 3),
     }
-    for name, ratio in found["ratio"].items():
-        print(f"{name:10} {found['ms'][name]:8.2f} ms a token  {ratio:.3f}")
+    for name, value in found["ratio"].items():
+        print(f"{name:10} {found['ms'][name]:8.2f} ms a token  {value:.3f}")
     print(json.dumps({"sizes": {key: value for key, value in vars(options).items() if key != "work"}, **found}))
 
 

@@ -100,14 +100,14 @@ class Backend:
         self.device = find_device(device)
         self.name = str(ggml.ggml_backend_dev_name(self.device).decode())
         self.is_cpu = is_cpu(self.device)
-        self.n_threads = check_threads(n_threads)
+        n_threads, self.n_threads = check_threads(n_threads), 0
         self.handle: Any = ggml.ggml_backend_dev_init(self.device, None)
         if not self.handle:
             raise DeviceError(
                 f"ggml_backend_dev_init could not start device '{self.name}'; is it in use or out of memory?"
             )
         self._set_threads = self._registry_function("ggml_backend_set_n_threads", None, type(self.handle), ctypes.c_int)
-        self.use_threads(self.n_threads)
+        self.use_threads(n_threads)
 
         self._abort = abort
         if abort is not None:
@@ -119,6 +119,8 @@ class Backend:
 
     def use_threads(self, n_threads: int) -> None:
         """For graphs that are computed from now on."""
+        if n_threads == self.n_threads:
+            return
         self.n_threads = n_threads
         if self._set_threads:
             self._set_threads(self.handle, n_threads)

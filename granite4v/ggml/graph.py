@@ -383,15 +383,17 @@ class Graph:
                 progress(number, len(steps))
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
 
-    def in_place(self, given: str, found: str) -> tuple[np.ndarray, np.ndarray]:
-        """A float32 input and an output as flat arrays over the graph's own memory, after a run on the CPU; `compute`
-        reads the one and writes the other. They end with the graph."""
-        return host_array(self._inputs[given].ptr), host_array(self._outputs[found].ptr)
+    def in_place(self, given: str, found: str) -> tuple[np.ndarray, np.ndarray, Callable[[], None]]:
+        """A float32 input and an output as flat arrays over the graph's own memory, and what computes the one from the
+        other, after a run on the CPU. They end with the graph."""
+        steps = self._in_steps(small=False)
 
-    def compute(self) -> None:
-        """Computes with what is in the memory of the inputs."""
-        for step in self._in_steps(small=False):
-            step()
+        def compute() -> None:
+            for step in steps:
+                step()
+
+        only = steps[0] if len(steps) == 1 else compute
+        return host_array(self._inputs[given].ptr), host_array(self._outputs[found].ptr), only
 
     def _in_steps(self, small: bool) -> list[Callable[[], None]]:
         """The complete graph as one step where it can be; in parts where oneDNN or a progress display comes between.
@@ -402,7 +404,7 @@ class Graph:
         compute = self.backend.compute
         # a GPU is quick, and may fuse nodes that parts would separate
         if not self._external and not (small and self.backend.is_cpu):
-            return [lambda: compute(self._graph)]
+            return [functools.partial(compute, self._graph)]
         if not self._steps:
             ggml, nodes = lib(), self.nodes
             for part in graph_parts(nodes, self._external):

@@ -13,7 +13,6 @@ head, no rotation.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -47,6 +46,7 @@ MULTIPLE = 128
 # blocks; and a product with them takes up to ten times as long. A power of two changes no bit of float32.
 SCALE_OF_WEIGHTS = 4096.0
 Product = Callable[[Tensor], Tensor]
+MOST_IN_DOT = 8192  # values whose squares are added up by one thread
 MAX_GRAPHS = 8  # for different numbers of rows, at each place
 
 
@@ -82,7 +82,7 @@ class CrossLayers:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._mask: Tensor
-        self._graphs: dict[tuple[int, ...], OrderedDict[tuple[int, bool], _Kept]] = {}
+        self._graphs: dict[tuple[tuple[int, ...], int, bool], _Kept] = {}
 
     def look_at(self, states: np.ndarray) -> None:
         """Computes keys and values of an image's states, float32 `(n, hidden_size)`. Raises Aborted, ModelFileError."""
@@ -142,28 +142,37 @@ class CrossLayers:
     def run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int, *, with_mlp: bool = True) -> np.ndarray:
         """Some layers that follow each other, for rows float32 `(n, hidden_size)`; after `look_at`."""
         self._backend.use_threads(n_threads)
-        n = len(rows)
-        graphs = self._graphs.setdefault(layers, OrderedDict())
-        kept = graphs.pop((n, with_mlp), None)
+        key = layers, len(rows), with_mlp
+        kept = self._graphs.get(key)
         if kept is None:
-            kept = _Kept(self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp)))
+            kept = self._kept(*key)
         try:
             found = self._finite(kept.run(rows))
         except BaseException:
+            self._graphs.pop(key, None)
             kept.graph.close()
             raise
-        if n > MAX_FEW_ROWS:  # its intermediate results take too much memory for each place to keep them
+        if key not in self._graphs:
             kept.graph.close()
             self._release()
-        else:
-            graphs[n, with_mlp] = kept
-            if len(graphs) > MAX_GRAPHS:
-                graphs.popitem(last=False)[1].graph.close()
         return found.reshape(rows.shape)
+
+    def _kept(self, layers: tuple[int, ...], n: int, with_mlp: bool) -> _Kept:
+        """A new graph. One of many rows is not kept: its intermediate results take too much memory for each place."""
+        kept = _Kept(self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp)))
+        if n <= MAX_FEW_ROWS:
+            others = [key for key in self._graphs if key[0] == layers]
+            if len(others) == MAX_GRAPHS:
+                self._graphs.pop(others[0]).graph.close()
+            self._graphs[layers, n, with_mlp] = kept
+        return kept
 
     def _finite(self, values: np.ndarray) -> np.ndarray:
         """Checked before they come into cells of the decoder, where they would stay."""
-        if not np.isfinite(values).all():
+        flat = values.reshape(-1)
+        if flat.size <= MOST_IN_DOT and math.isfinite(flat.dot(flat)):  # in half the time
+            return values
+        if not np.isfinite(flat).all():
             raise ModelFileError(
                 f"'{self._path}' has layers of cross-attention that give numbers which are not finite, so its weights "
                 f"or those of the text file are damaged; {AGAIN}."
@@ -214,23 +223,22 @@ class CrossLayers:
             ask = self._linear(graph, i, "attn_q", width, n_heads * dim, n)
             out = self._linear(graph, i, "attn_output", n_heads * dim, width, n)
             q = graph.reshape(ask(self._normalized(graph, x, i, "attn_norm")), dim, n_heads, n)
-            mixed = self._attended(graph, i, self._normalized(graph, q, i, "attn_q_norm"))
+            mixed, scale = self._attended(graph, i, self._normalized(graph, q, i, "attn_q_norm"))
             gates = [math.tanh(float(self._few.array(_name(i, part), 1)[0])) for part in keys.GATES]
-            x = graph.add(x, graph.scale(out(mixed), gates[0] / SCALE_OF_WEIGHTS))
+            x = graph.add(x, graph.scale(out(mixed), gates[0] / scale))
             if with_mlp:
                 x = graph.add(x, graph.scale(self._mlp(graph, i, x), gates[1]))
         graph.output("rows", x)
 
-    def _attended(self, graph: Graph, i: int, q: Tensor) -> Tensor:
-        """Attention of q `[head_dim, heads, n]` over all keys, times `SCALE_OF_WEIGHTS`: `[heads * head_dim, n]`. Heads
+    def _attended(self, graph: Graph, i: int, q: Tensor) -> tuple[Tensor, float]:
+        """Attention of q `[head_dim, heads, n]` over all keys, `[heads * head_dim, n]`, times a scale, and that. Heads
         that share keys are rows of one product, which reads these once; flash attention reads them for each head."""
         dim, n_heads, n = q.ne[:3]
         n_kv = self._config.num_key_value_heads
         group, parts = n_heads // n_kv, []
         if self._packs:
             attend = image_attention.operation(dim, group)
-            mixed = graph.custom(attend, self._n, (dim * n_heads, n), q, self._keys[i], self._values[i])
-            return graph.scale_(mixed, SCALE_OF_WEIGHTS)
+            return graph.custom(attend, self._n, (dim * n_heads, n), q, self._keys[i], self._values[i]), 1.0
         for start in range(0, n, ROWS_AT_ONCE):
             m = min(ROWS_AT_ONCE, n - start)
             part = graph.view(q, (dim, group, n_kv, m), (q.nb[1], group * q.nb[1], q.nb[2]), start * q.nb[2])
@@ -241,7 +249,7 @@ class CrossLayers:
             mixed = graph.reshape(graph.matmul(self._values[i], weights), dim, group, m, n_kv)
             mixed = mixed if m == 1 else graph.cont(graph.permute(mixed, 0, 1, 3, 2))
             parts.append(graph.reshape(mixed, dim * n_heads, m))
-        return graph.join(parts, axis=1)
+        return graph.join(parts, axis=1), SCALE_OF_WEIGHTS
 
     def _mlp(self, graph: Graph, i: int, x: Tensor) -> Tensor:
         width, wide, n = self._config.hidden_size, self._config.intermediate_size, x.ne[1]
@@ -262,10 +270,8 @@ class CrossLayers:
     # --- its end ---
 
     def _look_away(self) -> None:
-        for graphs in self._graphs.values():
-            while graphs:
-                graphs.popitem()[1].graph.close()
-        self._graphs.clear()
+        while self._graphs:
+            self._graphs.popitem()[1].graph.close()
         arena, self._arena = self._arena, None
         if arena is not None:
             arena.close()
@@ -282,18 +288,18 @@ class _Kept:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._memory: tuple[np.ndarray, np.ndarray] | None = None
+        self._in_place: tuple[np.ndarray, np.ndarray, Callable[[], None]] | None = None
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         """Float32 `(n, hidden_size)`; a new array of as many values."""
-        if self._memory is None:
+        if self._in_place is None:
             found = self.graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"]
             if self.graph.backend.is_cpu:
-                self._memory = self.graph.in_place("rows", "rows")
+                self._in_place = self.graph.in_place("rows", "rows")
             return found
-        given, written = self._memory
+        given, written, compute = self._in_place
         given[:] = rows.reshape(-1)
-        self.graph.compute()
+        compute()
         return written.copy()
 
 
@@ -317,12 +323,16 @@ def choose_copies(
     many = {kind: pair[0] for kind, pair in pairs.items() if pair[0].buffer_type}
     few = {kind: pair[1] for kind, pair in pairs.items() if pair[1].buffer_type}
     plain = Kernel(buffer_type_name(backend.buffer_type), buffer_type=backend.buffer_type)
-    copied = {kind: plain for kind in types if kind not in many and kind not in few} if has_large_pages() else {}
+    copied = dict.fromkeys(types, plain) if has_large_pages() else {}
     available = available_bytes()
     for more in (copied, {}):
-        needed = sum(info.nbytes for info in infos if info.type_name in {*many, *few, *more})
+        for_few = {**more, **few}
+        for_many = {kind: for_few[kind] for kind in more if kind not in few} | many  # what there is for a few anyway
+        names = [{each[kind].name for each in (for_many, for_few) if kind in each} for kind in types]
+        n_copies = dict(zip(types, map(len, names), strict=True))
+        needed = sum(n_copies[info.type_name] * info.nbytes for info in infos)
         if available is None or needed + SPARE_BYTES <= available:
-            return {**many, **more}, {**few, **more}
+            return for_many, for_few
     return {}, {}
 
 

@@ -77,10 +77,10 @@ def choose_placement(
     """Where each weight of a text file goes on the CPU. Measures on the first call on a machine (see `text_kernels`).
 
     Block weights go to the buffer types that gain; a buffer type may refuse single shapes (repacking takes rows by the
-    eight). Those that remain, and the output head, are copied as they are where the system has large pages: with all
-    of them there, decoding is 10% to 14% faster than from a mapped file. A copy needs as much memory as the weights,
-    and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A small
-    model's may also be copied in bfloat16, or packed, for prompts alone.
+    eight). Those that decode steps would read in the mapped file, and the output head, are copied as they are where the
+    system has large pages: with all of them there, decoding is 10% to 50% faster. A copy needs as much memory as the
+    weights, and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A
+    small model's may also be copied in bfloat16, or packed, for prompts alone.
 
     `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few. `compiled`: see
     `text_kernels`.
@@ -94,12 +94,7 @@ def choose_placement(
     faster = _faster_copies(blocks, backend, kernels)
     widened = _widened_copies(blocks, backend, kernels)
     head = tensors.get(keys.OUTPUT, tensors.get(keys.TOKEN_EMBD))
-    copied = {copy.name for copy in faster}
-    plain = [
-        Copy(info.name, buffer_type_name(backend.buffer_type), backend.buffer_type, is_plain=True)
-        for info in (*blocks, *([head] if head else []))
-        if info.name not in copied
-    ]
+    plain = _plain_copies([*blocks, *([head] if head else [])], backend, faster)
     available, usual = available_bytes(), (*faster, *(plain if has_large_pages() else ()))
     for copies in ((*usual, *widened), usual, faster):
         if available is None or bytes_needed(tensors, copies) + SPARE_BYTES <= available:
@@ -127,6 +122,18 @@ def _faster_copies(
         if supported[form]:
             copies.append(Copy(info.name, kernel.name, kernel.buffer_type, many=many == kernel, few=few == kernel))
     return tuple(copies)
+
+
+def _plain_copies(weights: Sequence[TensorInfo], backend: Backend, others: Sequence[Copy]) -> tuple[Copy, ...]:
+    """The copies of weights as they are, for steps of a few rows that no other copy is for, and for all rows where
+    there is none. Many rows read a weight once for all of them, so they gain nothing by large pages."""
+    many, few = ({copy.name for copy in others if getattr(copy, rows)} for rows in ("many", "few"))
+    name, buffer_type = buffer_type_name(backend.buffer_type), backend.buffer_type
+    return tuple(
+        Copy(info.name, name, buffer_type, many=info.name not in many, is_plain=True)
+        for info in weights
+        if info.name not in few
+    )
 
 
 def _widened_copies(

@@ -59,15 +59,22 @@ def rounded(x: np.ndarray, axis: int, *, half: bool) -> np.ndarray:
     return np.moveaxis(found.reshape(*x.shape[:-1], -1)[..., :n], -1, axis)
 
 
+def rounded_weights(weights: np.ndarray) -> np.ndarray:
+    """To whole numbers up to 255, which the largest of 32 positions has."""
+    n = weights.shape[-1]
+    blocks = np.pad(weights, [(0, 0)] * 3 + [(0, -n % 32)]).reshape(*weights.shape[:-1], -1, 32)
+    units = np.maximum(blocks.max(-1, keepdims=True), 1e-300) / 255
+    return (np.rint(blocks / units) * units).reshape(*weights.shape[:-1], -1)[..., :n]
+
+
 def expected(arrays: Arrays, *, is_rounded: bool) -> np.ndarray:
     q, k, v = arrays
     if is_rounded:
         q, k, v = rounded(q, -1, half=False), rounded(k, -1, half=True), rounded(v, 1, half=True)
     scores = np.einsum("rhgd,hnd->rhgn", q.astype(np.float64), k.astype(np.float64)) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)
-    weights = rounded(weights, -1, half=False) if is_rounded else weights
-    return np.einsum("rhgn,hnd->rhgd", weights / total, v.astype(np.float64))
+    weights = rounded_weights(weights) if is_rounded else weights
+    return np.einsum("rhgn,hnd->rhgd", weights / weights.sum(-1, keepdims=True), v.astype(np.float64))
 
 
 def apart(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -43,7 +43,7 @@ class FewRowsAttention:
         target, ith, nth, _ = function.args
         b = w.b
         per_pass = max(1, min(self.group, SUMS // self.n_vectors))
-        scores = b.alloca(w.i8, w.integer(4 * per_pass * CELLS))
+        scores = w.on_stack(4 * per_pass * CELLS)
         q, k, v, mask = (w.field(target, "src", i, w.bytes) for i in range(4))
         scale = w.spread(w.load(target, w.integer(TensorStruct.op_params.offset + SCALE_PLACE), w.f32))
         n_rows, n_heads = w.field(q, "ne", 1), w.field(k, "ne", 2)

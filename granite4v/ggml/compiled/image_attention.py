@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ QUADS = BLOCK // 4  # four bytes are what an instruction adds up
 REGISTER = 64  # bytes
 MAX_HEAD, MAX_GROUP = 256, 16
 AHEAD = 8 << 10  # bytes from which keys and values are fetched from memory
-OFFSET = 128  # makes keys and values unsigned
+OFFSET = 128  # makes keys unsigned
+WEIGHT = 255.0  # of the likeliest of 32 positions
+NOWHERE = -1e30  # the score of a position behind the last
+HEADS_AT_ONCE = 2  # whose weights are in registers while values are added
 
 
 def is_available(head: int, group: int) -> bool:
@@ -35,6 +39,7 @@ def packed_keys(keys: np.ndarray) -> np.ndarray:
     """Float32 `(heads, n, head)`, n a multiple of 32, as bytes `(heads, n / 16, 17 * head)`."""
     n_heads, n, head = keys.shape
     integers, scales = _rounded(keys.reshape(n_heads, n // LANES, LANES, head // BLOCK, BLOCK), axis=-1)
+    integers = (integers + OFFSET).astype(np.uint8)
     quads = integers.reshape(n_heads, n // LANES, LANES, head // BLOCK, QUADS, 4).transpose(0, 1, 3, 4, 2, 5)
     scales = np.ascontiguousarray(scales[..., 0].transpose(0, 1, 3, 2))
     return _joined(quads, scales, (n_heads, n // LANES))
@@ -44,17 +49,21 @@ def packed_values(values: np.ndarray) -> np.ndarray:
     """Float32 `(heads, n, head)`, n a multiple of 32, as bytes `(heads, n / 32, 34 * head)`."""
     n_heads, n, head = values.shape
     integers, scales = _rounded(values.reshape(n_heads, n // BLOCK, BLOCK, head), axis=2)
-    quads = integers.reshape(n_heads, n // BLOCK, QUADS, 4, head // LANES, LANES).transpose(0, 1, 4, 2, 5, 3)
+    quads = (
+        integers.astype(np.int8)
+        .reshape(n_heads, n // BLOCK, QUADS, 4, head // LANES, LANES)
+        .transpose(0, 1, 4, 2, 5, 3)
+    )
     return _joined(quads, scales, (n_heads, n // BLOCK))
 
 
 def _rounded(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unsigned integers, and scales in half precision, along an axis of 32."""
+    """Integers from -127 to 127, as float32, and scales in half precision, along an axis of 32."""
     scales = (np.abs(x).max(axis, keepdims=True) / 127).astype(np.float16)
     factors = scales.astype(np.float32)
     with np.errstate(divide="ignore"):
         factors = np.where(factors > 0, 1 / factors, 0)
-    return (np.clip(np.rint(x * factors), -127, 127) + OFFSET).astype(np.uint8), scales
+    return np.clip(np.rint(x * factors), -127, 127), scales
 
 
 def _joined(integers: np.ndarray, scales: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -77,7 +86,11 @@ def _engine(head: int, group: int) -> Any:
 
 
 class _Operation:
-    """Writes it: scores of all positions, their weights, and sums of the values, for each row and head of keys."""
+    """Writes it: weights of all positions, 32 at once, then sums of the values, for each row and head of keys.
+
+    The weights of 32 positions are rounded relative to their own largest, so that nothing has to wait for the scores of
+    all positions, and memory is read without a pause.
+    """
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group
@@ -90,20 +103,22 @@ class _Operation:
         target, ith, nth, data = function.args
         b = w.b
         q, keys, values = (w.field(target, "src", i, w.bytes) for i in range(3))
-        self.n, self.n_padded = b.ptrtoint(data, w.i64), b.mul(w.field(keys, "ne", 1), w.integer(LANES))
+        self.n = b.ptrtoint(data, w.i64)
+        n_blocks = b.sdiv(b.add(self.n, w.integer(BLOCK - 1)), w.integer(BLOCK))
+        self.n_padded = b.mul(n_blocks, w.integer(BLOCK))
         n_heads, n_rows = w.field(keys, "ne", 2), w.field(q, "ne", 2)
-        self.queries = b.alloca(w.i8, w.integer(self.group * self.head))
-        self.query_scales, self.query_sums = (b.alloca(w.i8, w.integer(4 * self.group * self.n_blocks)) for _ in "ab")
-        self.sums = b.alloca(w.i8, w.integer(4 * self.group * self.head))
+        self.queries = w.on_stack(self.group * self.head)
+        self.query_scales, self.query_sums = (w.on_stack(4 * self.group * self.n_blocks) for _ in "ab")
+        self.sums = w.on_stack(4 * self.group * self.head)
         room = self._allocate()
         with w.loop(b.sext(ith, w.i64), b.mul(n_rows, n_heads), b.sext(nth, w.i64)) as (task, _turn):
             number, row = b.srem(task, n_heads), b.sdiv(task, n_heads)
             first = b.mul(number, w.integer(self.group))
             for g in range(self.group):
                 self._round_query(g, w.at(q, (1, b.add(first, w.integer(g))), (2, row)))
-            self._score(w.at(keys, (2, number)), w.field(keys, "ne", 1), w.field(keys, "nb", 1))
-            totals = [self._weigh(g) for g in range(self.group)]
-            self._add_values(w.at(values, (2, number)), w.field(values, "ne", 1), w.field(values, "nb", 1))
+            self._weigh(w.at(keys, (2, number)), n_blocks, w.field(keys, "nb", 1))
+            totals = [self._scale(g) for g in range(self.group)]
+            self._add_values(w.at(values, (2, number)), n_blocks, w.field(values, "nb", 1))
             for g, total in enumerate(totals):
                 out = b.gep(w.at(target, (1, row)), [b.mul(b.add(first, w.integer(g)), w.integer(4 * self.head))])
                 for j in range(self.head // LANES):
@@ -114,16 +129,15 @@ class _Operation:
         return str(w.module)
 
     def _allocate(self) -> Any:
-        """Memory for scores, weights, their scales and sums, of all positions and the heads of one task."""
+        """Memory for the weights, their scales and sums, of all positions and the heads of one task."""
         w, b = self.w, self.w.b
-        self.head_scores = b.mul(self.n_padded, w.integer(4))
-        self.head_scales = b.sdiv(self.n_padded, w.integer(BLOCK // 4))  # bytes of a head's
-        sizes = [self.head_scores, self.n_padded, self.head_scales, self.head_scales]
+        n_registers = b.sdiv(b.add(self.n_padded, w.integer(BLOCK * LANES - 1)), w.integer(BLOCK * LANES))
+        self.head_scales = b.mul(n_registers, w.integer(REGISTER))  # bytes of a head's
         places = [w.integer(0)]
-        for size in sizes:
+        for size in (self.n_padded, self.head_scales, self.head_scales):
             places.append(b.add(places[-1], b.mul(size, w.integer(self.group))))
         room = b.call(w.declare("malloc", w.bytes, w.i64), [places[-1]])
-        self.scores, self.weights, self.weight_scales, self.weight_sums = (b.gep(room, [p]) for p in places[:-1])
+        self.weights, self.scales, self.weight_sums = (b.gep(room, [place]) for place in places[:-1])
         return room
 
     def _sum_place(self, g: int, j: int) -> Any:
@@ -148,51 +162,63 @@ class _Operation:
 
     # --- positions ---
 
-    def _score(self, keys: Any, n_blocks: Any, stride: Any) -> None:
-        """Products of all queries with the keys, 16 positions at once."""
+    def _weigh(self, keys: Any, n_blocks: Any, stride: Any) -> None:
+        """Weights of all positions as integers, the largest of 32 of them 255, and the scores of these."""
         w, b = self.w, self.w.b
+        for g in range(self.group):  # of scales behind the last
+            last = b.sub(self.head_scales, w.integer(REGISTER))
+            w.store(w.all(NOWHERE), self._of_head(self.scales, self.head_scales, g), last)
+        lanes = [w.integers(range(LANES * k, LANES * (k + 1)), w.i32) for k in range(2)]
         with w.loop(w.integer(0), n_blocks, w.integer(1)) as (i, _turn):
-            base = b.gep(keys, [b.mul(i, stride)])
-            w.prefetch(b.gep(base, [w.integer(AHEAD)]), 17 * self.head)
-            scores = [w.all(0.0)] * self.group
-            for block in range(self.n_blocks):
-                at = w.integer(LANES * self.head + 2 * LANES * block)
-                key_scales = w.halves(base, at)
-                quads = [self._quad(base, QUADS * block + j) for j in range(QUADS)]
-                for g in range(self.group):
-                    place = w.integer(4 * (self.n_blocks * g + block))
-                    start = w.load(self.query_sums, place, w.i32)
-                    found = w.quads_added(start, quads, b.gep(self.queries, [w.integer(self.head * g + BLOCK * block)]))
-                    scale = b.fmul(key_scales, w.spread(w.load(self.query_scales, place, w.f32)))
-                    scores[g] = w.fma(b.sitofp(found, w.vector), scale, scores[g])
-            for g, score in enumerate(scores):
-                w.store(score, self._of_head(self.scores, self.head_scores, g), b.mul(i, w.integer(REGISTER)))
-        for g in range(self.group):
-            with w.loop(self.n, self.n_padded, w.integer(1)) as (i, _turn):
-                place = b.mul(i, w.integer(4))
-                w.store(w.number(float("-inf")), self._of_head(self.scores, self.head_scores, g), place)
+            halves = [b.gep(keys, [b.mul(b.add(b.mul(i, w.integer(2)), w.integer(k)), stride)]) for k in range(2)]
+            scores = self._scores(halves)
+            left = b.trunc(b.sub(self.n, b.mul(i, w.integer(BLOCK))), w.i32)
+            is_there = [b.icmp_signed("<", lane, w.spread(left)) for lane in lanes]
+            place, start = b.mul(i, w.integer(4)), b.mul(i, w.integer(BLOCK))
+            for g in range(self.group):
+                found = [b.select(is_there[k], scores[g][k], w.all(NOWHERE)) for k in range(2)]
+                largest = w.largest(w.larger(*found))
+                w.store(largest, self._of_head(self.scales, self.head_scales, g), place)
+                exponents = [b.fsub(each, w.spread(largest)) for each in found]
+                integers = [b.fptosi(w.rounded(b.fmul(w.exponential(x), w.all(WEIGHT))), w.whole) for x in exponents]
+                weights = b.gep(self._of_head(self.weights, self.n_padded, g), [start])
+                for k, each in enumerate(integers):
+                    w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), weights, w.integer(LANES * k), 1)
+                w.store(w.whole_total(b.add(*integers)), self._of_head(self.weight_sums, self.head_scales, g), place)
 
-    def _weigh(self, g: int) -> Any:
-        """Turns a head's scores into weights, integers with a scale for 32 of them; the sum of all weights."""
-        w, b, zero = self.w, self.w.b, self.w.integer(0)
-        scores = self._of_head(self.scores, self.head_scores, g)
-        weights = self._of_head(self.weights, self.n_padded, g)
-        scales, sums = (self._of_head(each, self.head_scales, g) for each in (self.weight_scales, self.weight_sums))
-        with w.loop(zero, self.head_scores, w.integer(REGISTER), [w.all(-1e30)]) as (at, turn):
-            turn[0] = w.larger(turn[0], w.load(scores, at, w.vector))
+    def _scores(self, halves: Sequence[Any]) -> list[list[Any]]:
+        """Of all queries with the keys of 16 positions each."""
+        w, b = self.w, self.w.b
+        scores = [[w.all(0.0) for _ in halves] for _ in range(self.group)]
+        for block in range(self.n_blocks):
+            key_scales = [w.halves(half, w.integer(LANES * self.head + 2 * LANES * block)) for half in halves]
+            quads = [[self._quad(half, QUADS * block + j) for j in range(QUADS)] for half in halves]
+            for g in range(self.group):
+                place = w.integer(4 * (self.n_blocks * g + block))
+                sums = [w.spread(w.load(self.query_sums, place, w.i32)) for _ in halves]
+                for j in range(QUADS):
+                    if g == j * self.group // QUADS:
+                        self._fetch(halves, REGISTER * (QUADS * block + j))
+                    query = w.integer(self.head * g + BLOCK * block + 4 * j)
+                    signed = w.spread(w.load(self.queries, query, w.i32))
+                    sums = [w.fours_added(found, quads[k][j], signed) for k, found in enumerate(sums)]
+                scale = w.spread(w.load(self.query_scales, place, w.f32))
+                for k, found in enumerate(sums):
+                    scores[g][k] = w.fma(b.sitofp(found, w.vector), b.fmul(key_scales[k], scale), scores[g][k])
+        return scores
+
+    def _scale(self, g: int) -> Any:
+        """Turns the largest scores of a head into the scales of its weights; the sum of all its weights."""
+        w, b = self.w, self.w.b
+        scales, sums = (self._of_head(each, self.head_scales, g) for each in (self.scales, self.weight_sums))
+        zero, step = w.integer(0), w.integer(REGISTER)
+        with w.loop(zero, self.head_scales, step, [w.all(NOWHERE)]) as (at, turn):
+            turn[0] = w.larger(turn[0], w.load(scales, at, w.vector))
         top = w.spread(w.largest(turn[0]))
-        with w.loop(zero, self.n_padded, w.integer(BLOCK), [w.all(0.0)]) as (i, turn):
-            at = [b.mul(b.add(i, w.integer(LANES * k)), w.integer(4)) for k in range(2)]
-            values = [w.exponential(b.fsub(w.load(scores, each, w.vector), top)) for each in at]
-            for value in values:
-                turn[0] = b.fadd(turn[0], value)
-            integers, scale, total = w.as_integers(values)
-            for k, each in enumerate(integers):
-                place = b.add(i, w.integer(LANES * k))
-                w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), weights, place, 1)
-            place = b.sdiv(i, w.integer(BLOCK // 4))
-            w.store(scale, scales, place)
-            w.store(b.mul(total, w.integer(-OFFSET, w.i32)), sums, place)
+        with w.loop(zero, self.head_scales, step, [w.all(0.0)]) as (at, turn):
+            found = w.exponential(b.fsub(w.load(scales, at, w.vector), top))
+            w.store(found, scales, at)
+            turn[0] = w.fma(b.sitofp(w.load(sums, at, w.whole), w.vector), found, turn[0])
         return w.total(turn[0])
 
     def _add_values(self, values: Any, n_blocks: Any, stride: Any) -> None:
@@ -200,21 +226,36 @@ class _Operation:
         w, b = self.w, self.w.b
         with w.loop(w.integer(0), n_blocks, w.integer(1)) as (i, _turn):
             base = b.gep(values, [b.mul(i, stride)])
-            w.prefetch(b.gep(base, [w.integer(AHEAD)]), 34 * self.head)
             place, start = b.mul(i, w.integer(4)), b.mul(i, w.integer(BLOCK))
-            scales, sums, weights = [], [], []
-            for g in range(self.group):
-                scales.append(w.load(self._of_head(self.weight_scales, self.head_scales, g), place, w.f32))
-                sums.append(w.load(self._of_head(self.weight_sums, self.head_scales, g), place, w.i32))
-                weights.append(b.gep(self._of_head(self.weights, self.n_padded, g), [start]))
-            for j in range(self.head // LANES):
-                quads = [self._quad(base, QUADS * j + k) for k in range(QUADS)]
-                value_scales = w.halves(base, w.integer(BLOCK * self.head + 2 * LANES * j))
-                for g in range(self.group):
-                    found = b.sitofp(w.quads_added(sums[g], quads, weights[g]), w.vector)
-                    scale = b.fmul(value_scales, w.spread(scales[g]))
-                    before = w.load(self.sums, self._sum_place(g, j), w.vector)
-                    w.store(w.fma(found, scale, before), self.sums, self._sum_place(g, j))
+            turns = [range(self.group)[g : g + HEADS_AT_ONCE] for g in range(0, self.group, HEADS_AT_ONCE)]
+            for turn, heads in enumerate(turns):
+                scales = [
+                    w.spread(w.load(self._of_head(self.scales, self.head_scales, h), place, w.f32)) for h in heads
+                ]
+                weights = [
+                    self._spread_weights(b.gep(self._of_head(self.weights, self.n_padded, h), [start])) for h in heads
+                ]
+                for j in range(self.head // LANES):
+                    value_scales = w.halves(base, w.integer(BLOCK * self.head + 2 * LANES * j))
+                    sums = [w.integers([0] * LANES, w.i32) for _ in heads]
+                    for k in range(QUADS):
+                        if turn == k * len(turns) // QUADS:
+                            self._fetch([base], REGISTER * (QUADS * j + k))
+                        quad = self._quad(base, QUADS * j + k)
+                        sums = [w.fours_added(found, weights[h][k], quad) for h, found in enumerate(sums)]
+                    for h, found, scale in zip(heads, sums, scales, strict=True):
+                        before = w.load(self.sums, self._sum_place(h, j), w.vector)
+                        after = w.fma(b.sitofp(found, w.vector), b.fmul(value_scales, scale), before)
+                        w.store(after, self.sums, self._sum_place(h, j))
+
+    def _fetch(self, places: Sequence[Any], n_bytes: int) -> None:
+        """One line each of what comes next. Asked for one by one between products: a CPU takes few at once, and where
+        all came at the head of a loop, its products would wait for memory as long as if nothing had been asked for."""
+        for place in places:
+            self.w.prefetch(self.w.b.gep(place, [self.w.integer(AHEAD + n_bytes)]), 1)
+
+    def _spread_weights(self, weights: Any) -> list[Any]:
+        return [self.w.spread(self.w.load(weights, self.w.integer(4 * k), self.w.i32, 1)) for k in range(QUADS)]
 
     def _of_head(self, base: Any, size: Any, g: int) -> Any:
         return self.w.b.gep(base, [self.w.b.mul(size, self.w.integer(g))])

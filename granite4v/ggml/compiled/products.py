@@ -98,7 +98,7 @@ class Products:
         target, ith, nth, _ = function.args
         b, task = w.b, _Task(kind, target, w.field(target, "src", 0, w.bytes), w.field(target, "src", 1, w.bytes))
         n = at_once(kind)
-        task.sums, task.factors = self._on_stack(n * MOST_ROWS * REGISTER), self._on_stack(n * MOST_ROWS * 4)
+        task.sums, task.factors = w.on_stack(n * MOST_ROWS * REGISTER), w.on_stack(n * MOST_ROWS * 4)
         n_out, task.n_rows = w.field(task.weights, "ne", 1), w.field(task.x, "ne", 1)
         task.n_blocks = b.sdiv(w.field(task.x, "ne", 0), w.integer(step(kind)))
         if not task.is_float:
@@ -122,11 +122,6 @@ class Products:
             b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
         b.ret_void()
         return function
-
-    def _on_stack(self, n_bytes: int) -> Any:
-        room = self.w.b.alloca(self.w.i8, self.w.integer(n_bytes))
-        room.align = REGISTER
-        return room
 
     def _allocate(self, task: _Task) -> Any:
         """Memory for the rows as integers, up to some megabytes, which stacks of threads may not have."""

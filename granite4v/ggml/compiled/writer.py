@@ -77,6 +77,8 @@ class Writer:
     def begin(self, name: str, result: Any, *arguments: Any) -> Any:
         """A function whose instructions are written from now on."""
         function = self.declare(name, result, *arguments)
+        function.attributes.add("nounwind")  # llvmlite leaves out the next one where there is no other
+        function.attributes.alignstack = 4 * LANES  # otherwise registers that are kept there cross lines of the cache
         self.b = self.ir.IRBuilder(function.append_basic_block())
         return function
 
@@ -116,11 +118,13 @@ class Writer:
         return self.b.call(self.declare("llvm.rint.v16f32", self.vector, self.vector), [vector])
 
     def larger(self, a: Any, b: Any) -> Any:
-        name = "llvm.maxnum.f32" if a.type == self.f32 else "llvm.maxnum.v16f32"
-        return self.b.call(self.declare(name, a.type, a.type, a.type), [a, b])
+        """Of numbers; LLVM's own maximum of two looks for NaNs, too, and that of a vector goes from lane to lane."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def largest(self, vector: Any) -> Any:
-        return self.b.call(self.declare("llvm.vector.reduce.fmax.v16f32", self.f32, self.vector), [vector])
+        for distance in (8, 4, 2, 1):
+            vector = self.larger(vector, self.picked(vector, [lane ^ distance for lane in range(LANES)]))
+        return self.b.extract_element(vector, self.integer(0, self.i32))
 
     def total(self, vector: Any) -> Any:
         function = self.declare("llvm.vector.reduce.fadd.v16f32", self.f32, self.f32, self.vector)
@@ -177,6 +181,12 @@ class Writer:
 
     # --- memory ---
 
+    def on_stack(self, n_bytes: int) -> Any:
+        """Memory until the function returns."""
+        room = self.b.alloca(self.i8, self.integer(n_bytes))
+        room.align = 4 * LANES
+        return room
+
     def load(self, base: Any, n_bytes: Any, kind: Any, align: int = 4) -> Any:
         value = self.b.load(self.b.bitcast(self.b.gep(base, [n_bytes]), kind.as_pointer()))
         value.align = align
@@ -191,6 +201,7 @@ class Writer:
         to_read, keep, data = (self.integer(value, self.i32) for value in (0, 3, 1))
         for place in range(0, n_bytes, 64):
             self.b.call(function, [self.b.gep(base, [self.integer(place)]), to_read, keep, data])
+        self.b.asm(self.ir.FunctionType(self.ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     def halves(self, base: Any, n_bytes: Any) -> Any:
         """A vector from numbers in half precision."""
