@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -30,6 +31,11 @@ from granite4v.families.vision_layout import row_padded
 from granite4v.ggml.quantize import row_bytes
 
 ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
+
+
+def aligned(n_bytes: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,14 @@ class PlannedFile:
     tensors: tuple[PlannedTensor, ...]
 
     @property
+    def offsets_bytes(self) -> list[int]:
+        """Where tensors begin, from the first one on."""
+        return [0, *itertools.accumulate(aligned(tensor.n_bytes) for tensor in self.tensors)][:-1]
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of all tensors, each padded to the alignment."""
-        return sum(-(-tensor.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in self.tensors)
+        return sum(aligned(tensor.n_bytes) for tensor in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ all rows of one of them, so one matrix is one job.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -44,9 +45,9 @@ class Chunk:
     last: int
 
     @property
-    def is_end(self) -> bool:
-        """Whether it is the tensor's last one."""
-        return self.last == _as_matrix(self.tensor)[0]
+    def offset_bytes(self) -> int:
+        """Of the result in the tensor's bytes."""
+        return self.tensor.n_bytes * self.first // _as_matrix(self.tensor)[0]
 
     @property
     def n_bytes(self) -> int:
@@ -62,17 +63,17 @@ def n_cores() -> int:
 
 
 def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[Chunk, np.ndarray], None, None]:
-    """Every chunk of every tensor in order, with its bytes (uint8). Closing the generator stops the work."""
+    """Every chunk of every tensor, with its bytes (uint8); those of a tensor in order. Closing the generator stops the
+    work."""
     cache = SharedMatrices()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="granite4v-convert")
     waiting: deque[tuple[Chunk, Future[np.ndarray]]] = deque()
     try:
-        for tensor in tensors:
-            for chunk in chunks_of(tensor):
-                waiting.append((chunk, pool.submit(compute, chunk, cache)))
-                while len(waiting) >= JOBS_AHEAD * n_threads or sum(job.n_bytes for job, _ in waiting) > BYTES_AHEAD:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
+        for chunk in _all_chunks(tensors):
+            waiting.append((chunk, pool.submit(compute, chunk, cache)))
+            while len(waiting) >= JOBS_AHEAD * n_threads or sum(job.n_bytes for job, _ in waiting) > BYTES_AHEAD:
+                done, future = waiting.popleft()
+                yield done, future.result()
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
@@ -80,7 +81,19 @@ def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
+def _all_chunks(tensors: Iterable[PlannedTensor]) -> Iterator[Chunk]:
+    """In the order in which they are computed: tensors that are cut from the same matrices take turns, so that each
+    matrix is in the system's memory for all of them, of which a checkpoint may have more than fits there."""
+
+    def matrices(tensor: PlannedTensor) -> object:
+        return tensor.source if tensor.rule.transposed else tensor.name
+
+    for _, group in itertools.groupby(tensors, matrices):
+        for chunks in zip(*map(_chunks_of, group), strict=True):
+            yield from chunks
+
+
+def _chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
     """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece, and so does a
     matrix that is transposed."""
     n_rows, n_cols = _as_matrix(tensor)

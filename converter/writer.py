@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from granite4v.converter.plan import ALIGNMENT_BYTES, PlannedFile
+from granite4v.converter.plan import PlannedFile, aligned
 from granite4v.converter.stream import stream
 
 Advance = Callable[[int, str], None]
@@ -32,13 +32,14 @@ def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) 
     Raises CheckpointError when a source cannot be read, OSError when the target cannot be written.
     """
     write_header(file, path)
-    with path.open("ab") as out, closing(stream(file.tensors, n_threads)) as pieces:
-        _align(out)
+    start = aligned(path.stat().st_size)
+    places = dict(zip((tensor.name for tensor in file.tensors), file.offsets_bytes, strict=True))
+    with path.open("r+b") as out, closing(stream(file.tensors, n_threads)) as pieces:
         for chunk, data in pieces:
+            out.seek(start + places[chunk.tensor.name] + chunk.offset_bytes)
             out.write(data.data)
-            if chunk.is_end:
-                _align(out)
             advance(data.nbytes, chunk.tensor.name)
+        out.truncate(start + file.data_bytes)
 
 
 def write_header(file: PlannedFile, path: Path) -> None:
@@ -82,7 +83,3 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
     else:
         raise TypeError(f"metadata '{key}' has type {type(value).__name__}")
-
-
-def _align(out: Any) -> None:
-    out.write(b"\0" * (-out.tell() % ALIGNMENT_BYTES))

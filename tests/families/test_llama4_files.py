@@ -192,15 +192,20 @@ def test_matrices_are_transposed_in_pieces_of_every_size(dtype: str, tmp_path: P
     values = np.random.default_rng(0).normal(size=(5, 1031, 1200)).astype(kind)
     path = tmp_path / "values"
     path.write_bytes(b"header" + values.tobytes())
-    rule = TensorRule("values", "values", values.shape, transposed=(100, 1150))
     source = SourceTensor("values", path, dtype, values.shape, 6)
-    planned = PlannedTensor("values", rule.target_shape, Choice("F32", ""), source, rule)
-    expected = values[:, :, 100:1150].astype(np.float32).swapaxes(1, 2)
+    columns = {"all": (0, 1200), "first": (0, 40), "last": (100, 1150)}
+    rules = {name: TensorRule("values", name, values.shape, transposed=span) for name, span in columns.items()}
+    planned = [PlannedTensor(name, rule.target_shape, Choice("F32", ""), source, rule) for name, rule in rules.items()]
     for n_threads in (1, 3):
-        pieces = list(stream([planned, planned], n_threads))
-        assert [chunk.is_end for chunk, _ in pieces].count(True) == 2
-        found = np.concatenate([data for _, data in pieces]).view(np.float32).reshape(2, *expected.shape)
-        assert np.array_equal(found[0], expected) and np.array_equal(found[1], expected)
+        found = {tensor.name: np.empty(tensor.n_bytes, np.uint8) for tensor in planned}
+        order = []
+        for chunk, data in stream(planned, n_threads):
+            found[chunk.tensor.name][chunk.offset_bytes :][: data.nbytes] = data
+            order.append(chunk.tensor.name)
+        assert order == [*columns] * 5  # tensors of the same matrix take turns
+        for name, (first, last) in columns.items():
+            expected = values[:, :, first:last].astype(np.float32).swapaxes(1, 2)
+            assert np.array_equal(found[name].view(np.float32).reshape(expected.shape), expected)
 
 
 def test_a_checkpoint_cut_short_while_experts_are_read_leaves_nothing(
