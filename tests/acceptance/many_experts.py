@@ -3,9 +3,10 @@
     python -m tests.acceptance.many_experts FOLDER [--layers 4] [--text-type Q4_0] [--limit-mb 3000]
 
 The checkpoint has the widths of a published one and 22 GB with four layers, all but 0.2 GB of them holes; the converted
-model takes 6.5 GB in Q4_0, and both are removed. Conversion is compared with what it cannot do without: reading the
-checkpoint, writing a file as large as the result, and quantizing as many numbers into the same types in memory, on as
-many threads, one after the other. Both begin with a checkpoint of which nothing is in the system's memory.
+model takes 6.5 GB in Q4_0, and both are removed. Conversion is compared with a plain copy of the checkpoint and, after
+it, quantizing as many numbers into the same types in memory, on as many threads; and, as `ratio_to_least`, with what it
+cannot do without, which writes no more than the result. All begin with a checkpoint of which nothing is in the system's
+memory. The copy takes 22 GB for as long.
 
 Then `granite4v ask` runs in a control group whose memory, pages of mapped files included, is limited (Linux, as root;
 version 1 or 2). Embeddings and routers are random, so that tokens go to all the experts. The last line is one JSON
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -100,24 +101,42 @@ def read_all(path: Path) -> None:
             pass
 
 
-def least_seconds(source: Path, model: Path, scratch: Path, other: Path) -> dict[str, float]:
-    """Of reading the checkpoint's file, of writing one as large as the model, and of quantizing as many numbers."""
+def other_seconds(source: Path, model: Path, scratch: Path, other: Path) -> dict[str, float]:
+    """Of copying the checkpoint's file, of only reading it, of writing one as large as the model, and of quantizing as
+    many numbers as that has."""
     forget(source, other)
-    began = time.perf_counter()
-    read_all(source)
-    read = time.perf_counter() - began
-    began, zeros = time.perf_counter(), bytes(COPIED)
-    with scratch.open("wb", buffering=0) as file:
-        for _ in range(0, sum(path.stat().st_size for path in model.glob("*.gguf")), COPIED):
-            file.write(zeros)
-    written = time.perf_counter() - began
+    read = timed(lambda: read_all(source))
+    write = timed(lambda: write_zeros(scratch, sum(path.stat().st_size for path in model.glob("*.gguf"))))
+    forget(source, other)
+    copied = timed(lambda: copy(source, scratch))
     scratch.unlink()
     n_values: Counter[str] = Counter()
     for path in model.glob("*.gguf"):
         with GgufFile.open(path) as gguf:
             for tensor in gguf.tensors.values():
                 n_values[tensor.type_name] += math.prod(tensor.shape)
-    return {"read": read, "write": written, "quantize": sum(map(quantizing_seconds, n_values, n_values.values()))}
+    quantize = sum(map(quantizing_seconds, n_values, n_values.values()))
+    return {"copy": copied, "read": read, "write": write, "quantize": quantize}
+
+
+def timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def copy(source: Path, target: Path) -> None:
+    """Holes as zeros, which is what they are read as."""
+    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
+        while piece := read.read(COPIED):
+            write.write(piece)
+
+
+def write_zeros(target: Path, n_bytes: int) -> None:
+    zeros = bytes(COPIED)
+    with target.open("wb", buffering=0) as file:
+        for _ in range(0, n_bytes, COPIED):
+            file.write(zeros)
 
 
 def quantizing_seconds(type_name: str, n_values: int) -> float:
@@ -169,7 +188,7 @@ def ask(model: Path, limit: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where there are 8 GB of room")
+    parser.add_argument("folder", type=Path, help="where there are 24 GB of room")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--text-type", default="Q4_0")
     parser.add_argument("--limit-mb", type=int, default=3000)
@@ -189,15 +208,16 @@ def main() -> int:
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         n_model = sum(path.stat().st_size for path in out.glob("*.gguf"))
-        least = least_seconds(weights, out, work / "copy", other)
+        others = other_seconds(weights, out, work / "copy", other)
         found: dict[str, Any] = {
             "status": done.returncode,
             "source_bytes": n_source,
             "model_bytes": n_model,
             "peak_bytes": peak,
             "seconds": round(seconds, 1),
-            "least_seconds": {name: round(value, 1) for name, value in least.items()},
-            "ratio": round(seconds / sum(least.values()), 3),
+            "other_seconds": {name: round(value, 1) for name, value in others.items()},
+            "ratio": round(seconds / (others["copy"] + others["quantize"]), 3),
+            "ratio_to_least": round(seconds / (others["read"] + others["write"] + others["quantize"]), 3),
         }
         if done.returncode == 0 and not args.no_answer:
             found["answer"] = ask(out, args.limit_mb * 1_000_000)
