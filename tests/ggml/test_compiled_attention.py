@@ -1,4 +1,4 @@
-"""Attention of a few rows by the compiled kernel, by value, and the nodes that it leaves to ggml."""
+"""Attention of a few rows and of a prompt's by compiled kernels, by value, and the nodes that they leave to ggml."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def test_the_numbers_of_the_operations_are_those_of_the_library() -> None:
         (128, 4, 2, 1, 1280, 2),
         (128, 1, 2, 5, 256, 1),
         (128, 5, 3, 63, 256, 1),
+        (64, 5, 2, 64, 256, 2),
+        (16, 3, 1, 131, 128, 1),
+        (48, 1, 2, 385, 512, 1),
+        (80, 7, 1, 70, 192, 2),
+        (128, 16, 2, 65, 320, 1),
     ],
 )
 def test_its_values_are_those_of_attention(
@@ -116,8 +121,9 @@ def test_its_values_are_those_of_attention(
 
 
 @needs_kernel
-def test_large_scores_and_rows_that_see_one_cell_or_none(backend: Backend) -> None:
-    arrays = drawn(64, 2, 2, 3, 256, 2)
+@pytest.mark.parametrize("n_rows", [3, 100])
+def test_large_scores_and_rows_that_see_one_cell_or_none(backend: Backend, n_rows: int) -> None:
+    arrays = drawn(64, 2, 2, n_rows, 256, 2)
     arrays["q"] *= 100  # the exponential of most differences is zero
     arrays["mask"][0, 0, 1] = -np.inf
     arrays["mask"][1, 0, 1] = -np.inf
@@ -130,8 +136,10 @@ def test_large_scores_and_rows_that_see_one_cell_or_none(backend: Backend) -> No
 
 
 @needs_kernel
-def test_hidden_cells_may_hold_anything(backend: Backend) -> None:
-    arrays = drawn(64, 5, 2, 1, 256, 2)
+@pytest.mark.parametrize("n_rows", [1, 66])
+def test_hidden_cells_may_hold_anything(backend: Backend, n_rows: int) -> None:
+    arrays = drawn(64, 5, 2, n_rows, 256, 2)
+    arrays["mask"][:] = arrays["mask"][:, :, :1]
     before = computed(backend, arrays, 64, 5, scale=0.125)
     hidden = np.isneginf(arrays["mask"][:, 0, 0])
     arrays["k"][hidden] = np.nan
@@ -156,6 +164,21 @@ def test_a_row_depends_on_nothing_beside_it() -> None:
 
 
 @needs_kernel
+def test_a_row_of_a_prompt_depends_on_no_other() -> None:
+    """Wherever it stands, and though others see more cells."""
+    arrays = drawn(64, 7, 2, 200, 512, 1)
+    arrays["mask"][0, 0, 90, 100:] = -np.inf
+    backends = [Backend("cpu", n_threads) for n_threads in (1, 2)]
+    found = [computed(backend, arrays, 64, 7, scale=0.125) for backend in backends]
+    part = {**arrays, "q": arrays["q"][:, 29:100].copy(), "mask": arrays["mask"][:, :, 29:100].copy()}
+    alone = computed(backends[0], part, 64, 7, scale=0.125)
+    for backend in backends:
+        backend.close()
+    assert (found[0] == found[1]).all()
+    assert (alone.reshape(71, -1) == found[0].reshape(200, -1)[29:100]).all()
+
+
+@needs_kernel
 def test_what_it_cannot_compute_is_left_to_ggml(backend: Backend) -> None:
     def taken(**changes: Any) -> bool:
         sizes = {"head": 64, "group": 5, "n_heads": 2, "n_rows": 1, "n_cells": 256, "n_streams": 1}
@@ -169,10 +192,11 @@ def test_what_it_cannot_compute_is_left_to_ggml(backend: Backend) -> None:
             graph.close()
             arena.close()
 
-    assert taken() and taken(n_rows=FEW - 1)
-    assert not taken(n_rows=FEW)
+    assert taken() and taken(n_rows=FEW - 1) and taken(n_rows=FEW)
     assert not taken(n_cells=250) and not taken(head=128) and not taken(group=4)
-    assert not taken(softcap=30.0) and not taken(kind="F32") and not taken(without="mask")
+    for n_rows in (1, FEW):
+        assert not taken(softcap=30.0, n_rows=n_rows) and not taken(kind="F32", n_rows=n_rows)
+    assert not taken(without="mask")
 
 
 def test_without_llvmlite_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

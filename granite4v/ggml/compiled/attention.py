@@ -3,7 +3,7 @@
 ggml's own takes the rows of a decode step head by head, converts every key and value once for each head, and adds
 values up in half precision: 15 ms for each answer of a 4B model behind 1,400 tokens, which is half of a step of 16
 answers. Here heads that share keys are computed together, in float32, with all sums in registers. Rows of 64 and more
-are left to ggml, which takes those in tiles.
+are a prompt's (`prompt_attention`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,36 @@ from granite4v.ggml.compiled.writer import LANES, SCALE_PLACE, Writer
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.declarations import TensorStruct
 
-FEW = 64  # GGML_FA_TILE_Q, ggml-cpu/ops.cpp of ggml 0.25.3: rows from which on ggml takes tiles
+FEW = 64  # rows from which on they are a prompt's
 MAX_HEAD, MAX_GROUP = 128, 16
 SUMS = 20  # registers for sums of values; others hold keys, values and weights
 CELLS = 64  # whose scores are computed before their values are added up; llama.cpp's caches have multiples of 256
 _NEVER = 0xFC00  # minus infinity in half precision: a cell that a row does not see
-_LOWEST = -1e30  # below every score
+LOWEST = -1e30  # below every score
 
 
 def is_available(head: int, group: int) -> bool:
     """Whether heads of `head` numbers, `group` of which share their keys, can be computed on this CPU."""
     fits = head % LANES == 0 and LANES <= head <= MAX_HEAD and 1 <= group <= MAX_GROUP
     return fits and "avx512" in cpu_features()
+
+
+def n_seen(w: Writer, seen: Any, n_cells: Any) -> Any:
+    """Cells up to the last one that a row of a mask shows, in multiples of `CELLS`."""
+    b, kind = w.b, w.ir.VectorType(w.i16, CELLS)
+    never = w.ir.Constant(kind, [_NEVER] * CELLS)
+    with w.loop(w.integer(0), n_cells, w.integer(CELLS), [w.integer(0)]) as (i, turn):
+        some = b.icmp_unsigned("!=", w.load(seen, b.mul(i, w.integer(2)), kind, 2), never)
+        is_seen = b.icmp_unsigned("!=", b.bitcast(some, w.ir.IntType(CELLS)), w.integer(0, w.ir.IntType(CELLS)))
+        turn[0] = b.select(is_seen, b.add(i, w.integer(CELLS)), turn[0])
+    return turn[0]
+
+
+def masked(w: Writer, seen: Any, at: Any, scores: Any) -> Any:
+    """A vector of scores with what a row of a mask has at a place."""
+    mask = w.halves(seen, at)
+    is_hidden = w.b.fcmp_ordered("<", mask, w.all(LOWEST))
+    return w.b.select(is_hidden, w.all(float("-inf")), w.b.fadd(scores, mask))
 
 
 class FewRowsAttention:
@@ -54,7 +72,7 @@ class FewRowsAttention:
             stream_of_mask = b.srem(stream, w.field(mask, "ne", 3))
             seen = w.at(mask, (1, row), (3, stream_of_mask))
             keys, values = (w.at(tensor, (2, head), (3, stream)) for tensor in (k, v))
-            n_cells = self._n_seen(seen, w.field(k, "ne", 1))
+            n_cells = n_seen(w, seen, w.field(k, "ne", 1))
             strides = w.field(k, "nb", 1), w.field(v, "nb", 1)
             for first in range(0, self.group, per_pass):
                 heads = [
@@ -66,17 +84,6 @@ class FewRowsAttention:
                 self._heads(queries, keys, values, strides, seen, n_cells, scale, targets, scores)
         b.ret_void()
         return function
-
-    def _n_seen(self, seen: Any, n_cells: Any) -> Any:
-        """Cells up to the last one that a row sees, in multiples of `CELLS`."""
-        w, b = self.w, self.w.b
-        kind = w.ir.VectorType(w.i16, CELLS)
-        never = w.ir.Constant(kind, [_NEVER] * CELLS)
-        with w.loop(w.integer(0), n_cells, w.integer(CELLS), [w.integer(0)]) as (i, turn):
-            some = b.icmp_unsigned("!=", w.load(seen, b.mul(i, w.integer(2)), kind, 2), never)
-            is_seen = b.icmp_unsigned("!=", b.bitcast(some, w.ir.IntType(CELLS)), w.integer(0, w.ir.IntType(CELLS)))
-            turn[0] = b.select(is_seen, b.add(i, w.integer(CELLS)), turn[0])
-        return turn[0]
 
     def _heads(
         self,
@@ -94,7 +101,7 @@ class FewRowsAttention:
         comes."""
         w, b, n, vectors = self.w, self.w.b, len(queries), range(self.n_vectors)
         query = [[b.fmul(w.load(one, w.integer(64 * j), w.vector), scale) for j in vectors] for one in queries]
-        state = [*n * [w.number(_LOWEST)], *n * [w.number(0.0)], *n * self.n_vectors * [w.all(0.0)]]
+        state = [*n * [w.number(LOWEST)], *n * [w.number(0.0)], *n * self.n_vectors * [w.all(0.0)]]
         with w.loop(w.integer(0), n_cells, w.integer(CELLS), state) as (first, turn):
             tops, totals, sums = turn[:n], turn[n : 2 * n], turn[2 * n :]
             with w.loop(w.integer(0), w.integer(CELLS), w.integer(1)) as (i, _turn):
@@ -134,9 +141,8 @@ class FewRowsAttention:
         places = [w.integer(4 * (CELLS * g + LANES * i)) for i in range(CELLS // LANES)]
         found = []
         for i, place in enumerate(places):
-            mask = w.halves(seen, b.mul(b.add(first, w.integer(LANES * i)), w.integer(2)))
-            is_hidden = b.fcmp_ordered("<", mask, w.all(_LOWEST))
-            found.append(b.select(is_hidden, w.all(float("-inf")), b.fadd(w.load(scores, place, w.vector), mask)))
+            at = b.mul(b.add(first, w.integer(LANES * i)), w.integer(2))
+            found.append(masked(w, seen, at, w.load(scores, place, w.vector)))
         largest = found[0]
         for one in found[1:]:
             largest = w.larger(largest, one)

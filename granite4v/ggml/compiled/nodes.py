@@ -21,12 +21,14 @@ from granite4v.errors import SpeedWarning
 from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
+from granite4v.ggml.compiled.prompt_attention import PromptAttention
 from granite4v.ggml.compiled.prompt_products import KIND, PACKED_MARK, PromptProducts
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
 
 OP_MUL_MAT, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 74, 95  # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
+REVISION = 2  # of what the kernels compute: whoever changes a bit of it counts on
 BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand between decoder layers
 
 
@@ -58,9 +60,9 @@ class NodeKernels:
 
     @property
     def description(self) -> str:
-        """What decides values: 'attention, products by LLVM 20.1.8'; empty where nothing is compiled."""
+        """What decides values: 'attention, products by LLVM 20.1.8, revision 2'; empty where nothing is compiled."""
         parts = [*(["attention"] if self.attention else []), *(["products"] if self.products else [])]
-        return f"{', '.join(parts)} by LLVM {version()}" if parts else ""
+        return f"{', '.join(parts)} by LLVM {version()}, revision {REVISION}" if parts else ""
 
     def to_json(self) -> str:
         return json.dumps([self.attention, self.products])
@@ -117,15 +119,16 @@ class _Callback:
         w = self.w
         cases: list[tuple[int, Callable[..., None], Any]] = []
         if self.kernels.attention is not None:
-            operation = FewRowsAttention(w, *self.kernels.attention).write()
-            cases.append((OP_FLASH_ATTN_EXT, self._require_attention, operation))
+            for is_prompt, writer in ((False, FewRowsAttention), (True, PromptAttention)):
+                require = functools.partial(self._require_attention, is_prompt)
+                cases.append((OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
         if KIND in self.kernels.products:
             operation = PromptProducts(w).write()
             cases.append((OP_MUL_MAT, self._require_packed, operation))
         if self.kernels.products:
-            writer = Products(w)
+            products_writer = Products(w)
             for kind in self.kernels.products:
-                cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), writer.write(kind)))
+                cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), products_writer.write(kind)))
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
         node, asks, data = function.args
         b = w.b
@@ -166,7 +169,7 @@ class _Callback:
         expected = self.w.integer(expected, value.type) if isinstance(expected, int) else expected
         return self.w.b.icmp_signed("==", value, expected)
 
-    def _require_attention(self, node: Any, require: Callable[[Any], None]) -> None:
+    def _require_attention(self, is_prompt: bool, node: Any, require: Callable[[Any], None]) -> None:
         assert self.kernels.attention is not None
         w, b, equal = self.w, self.w.b, self._equal
         head, group = self.kernels.attention
@@ -183,7 +186,7 @@ class _Callback:
         require(equal(w.field(q, "ne", 2), b.mul(w.field(k, "ne", 2), w.integer(group))))
         require(equal(w.field(v, "ne", 2), w.field(k, "ne", 2)))
         require(equal(w.field(mask, "ne", 2), 1))
-        require(b.icmp_signed("<", w.field(q, "ne", 1), w.integer(FEW)))
+        require(b.icmp_signed(">=" if is_prompt else "<", w.field(q, "ne", 1), w.integer(FEW)))
         require(equal(b.srem(w.field(k, "ne", 1), w.integer(CELLS)), 0))
         for i in (1, 2):  # biases by distance, and a cap of scores
             require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))

@@ -108,6 +108,18 @@ class Writer:
             other = self.ir.Constant(vector.type, self.ir.Undefined)
         return self.b.shuffle_vector(vector, other, self.integers(places, self.i32))
 
+    def turned(self, rows: Sequence[Any]) -> list[Any]:
+        """As many vectors as lanes, with rows and columns exchanged: blocks of half the size, then of a quarter."""
+        rows, lanes = list(rows), range(LANES)
+        for distance in (8, 4, 2, 1):
+            low = [lane if not lane & distance else LANES + (lane ^ distance) for lane in lanes]
+            high = [lane | distance if not lane & distance else LANES + lane for lane in lanes]
+            for i in lanes:
+                if not i & distance:
+                    pair = rows[i], rows[i + distance]
+                    rows[i], rows[i + distance] = (self.picked(pair[0], places, pair[1]) for places in (low, high))
+        return rows
+
     def fma(self, a: Any, x: Any, y: Any) -> Any:
         """Of vectors: a * x + y, rounded once."""
         v = self.vector
