@@ -40,11 +40,26 @@ def n_seen(w: Writer, seen: Any, n_cells: Any) -> Any:
     return turn[0]
 
 
-def masked(w: Writer, seen: Any, at: Any, scores: Any) -> Any:
-    """A vector of scores with what a row of a mask has at a place."""
-    mask = w.halves(seen, at)
-    is_hidden = w.b.fcmp_ordered("<", mask, w.all(LOWEST))
-    return w.b.select(is_hidden, w.all(float("-inf")), w.b.fadd(scores, mask))
+def weigh(w: Writer, seen: Any, scores: Any, places: Sequence[Any], top: Any, total: Any) -> tuple[Any, Any, Any]:
+    """Turns a row's scores of some cells into weights, in place. The largest score, the sum of all weights, and what
+    earlier sums are to be multiplied with, a vector. `seen`: what the row of a mask has for these cells."""
+    b, found = w.b, []
+    for i, place in enumerate(places):
+        mask = w.halves(seen, w.integer(2 * LANES * i))
+        is_hidden = b.fcmp_ordered("<", mask, w.all(LOWEST))
+        found.append(b.select(is_hidden, w.all(float("-inf")), b.fadd(w.load(scores, place, w.vector), mask)))
+    largest = found[0]
+    for one in found[1:]:
+        largest = w.larger(largest, one)
+    new_top = w.larger(top, w.largest(largest))
+    spread_top, added = w.spread(new_top), w.all(0.0)
+    for place, one in zip(places, found, strict=True):
+        weight = w.exponential(b.fsub(one, spread_top))
+        w.store(weight, scores, place)
+        added = b.fadd(added, weight)
+    scaled = w.exponential(w.spread(b.fsub(top, new_top)))
+    one_scaled = b.extract_element(scaled, w.integer(0, w.i32))
+    return new_top, b.fadd(b.fmul(total, one_scaled), w.total(added)), scaled
 
 
 class FewRowsAttention:
@@ -114,7 +129,9 @@ class FewRowsAttention:
                     place = b.add(b.mul(i, w.integer(4)), w.integer(4 * CELLS * g))
                     w.store(w.total(product), scores, place)
             for g in range(n):
-                tops[g], totals[g], scaled = self._weights(scores, g, seen, first, tops[g], totals[g])
+                places = [w.integer(4 * (CELLS * g + LANES * i)) for i in range(CELLS // LANES)]
+                mask = b.gep(seen, [b.mul(first, w.integer(2))])
+                tops[g], totals[g], scaled = weigh(w, mask, scores, places, tops[g], totals[g])
                 for j in vectors:
                     sums[g * self.n_vectors + j] = b.fmul(sums[g * self.n_vectors + j], scaled)
             with w.loop(w.integer(0), w.integer(CELLS), w.integer(1), sums) as (i, added):
@@ -133,25 +150,3 @@ class FewRowsAttention:
             factor = w.spread(b.select(is_empty, w.number(0.0), b.fdiv(w.number(1.0), total)))
             for j in vectors:
                 w.store(b.fmul(turn[2 * n + g * self.n_vectors + j], factor), targets[g], w.integer(64 * j))
-
-    def _weights(self, scores: Any, g: int, seen: Any, first: Any, top: Any, total: Any) -> tuple[Any, Any, Any]:
-        """Turns the scores of a block into weights. The largest score, the sum of all weights, and what earlier sums
-        are to be multiplied with, a vector."""
-        w, b = self.w, self.w.b
-        places = [w.integer(4 * (CELLS * g + LANES * i)) for i in range(CELLS // LANES)]
-        found = []
-        for i, place in enumerate(places):
-            at = b.mul(b.add(first, w.integer(LANES * i)), w.integer(2))
-            found.append(masked(w, seen, at, w.load(scores, place, w.vector)))
-        largest = found[0]
-        for one in found[1:]:
-            largest = w.larger(largest, one)
-        new_top = w.larger(top, w.largest(largest))
-        spread_top, added = w.spread(new_top), w.all(0.0)
-        for place, one in zip(places, found, strict=True):
-            weight = w.exponential(b.fsub(one, spread_top))
-            w.store(weight, scores, place)
-            added = b.fadd(added, weight)
-        scaled = w.exponential(w.spread(b.fsub(top, new_top)))
-        one_scaled = b.extract_element(scaled, w.integer(0, w.i32))
-        return new_top, b.fadd(b.fmul(total, one_scaled), w.total(added)), scaled

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from granite4v.ggml.compiled.attention import CELLS, LOWEST, masked, n_seen
+from granite4v.ggml.compiled.attention import CELLS, LOWEST, n_seen, weigh
 from granite4v.ggml.compiled.writer import LANES, SCALE_PLACE, Writer
 from granite4v.ggml.declarations import TensorStruct
 
@@ -160,26 +160,12 @@ class PromptAttention:
         i, start = b.add(query, r), b.mul(r, w.integer(FLOAT * CELLS))
         mask = b.gep(self._mask_row(self._row_and_head(i)[0]), [b.mul(cell, w.integer(2))])
         places = [b.add(start, w.integer(REGISTER * j)) for j in range(WIDE)]
-        found = [
-            masked(w, mask, w.integer(2 * LANES * j), w.load(self.scores, place, w.vector, REGISTER))
-            for j, place in enumerate(places)
-        ]
         at = b.mul(i, w.integer(FLOAT))
         top, total = (w.load(each, at, w.f32) for each in (self.tops, self.totals))
-        largest = found[0]
-        for one in found[1:]:
-            largest = w.larger(largest, one)
-        new_top = w.larger(top, w.largest(largest))
-        spread_top, added = w.spread(new_top), w.all(0.0)
-        for place, one in zip(places, found, strict=True):
-            weight = w.exponential(b.fsub(one, spread_top))
-            w.store(weight, self.scores, place, REGISTER)
-            added = b.fadd(added, weight)
-        scaled = w.exponential(w.spread(b.fsub(top, new_top)))
+        top, total, scaled = weigh(w, mask, self.scores, places, top, total)
+        w.store(top, self.tops, at)
+        w.store(total, self.totals, at)
         w.store(scaled, self.scaled, b.mul(r, w.integer(REGISTER)), REGISTER)
-        w.store(new_top, self.tops, at)
-        one_scaled = b.extract_element(scaled, w.integer(0, w.i32))
-        w.store(b.fadd(b.fmul(total, one_scaled), w.total(added)), self.totals, at)
 
     def _add_values(self, query: Any, values: Any) -> None:
         w, b, stride = self.w, self.w.b, self.w.field(self.v, "nb", 1)
