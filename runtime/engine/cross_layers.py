@@ -45,6 +45,7 @@ MULTIPLE = 128
 # Thousands of keys have weights of about 1e-4, which half precision holds inexactly, and so do the scales of eight-bit
 # blocks; and a product with them takes up to ten times as long. A power of two changes no bit of float32.
 SCALE_OF_WEIGHTS = 4096.0
+HALF_MAX = float(np.finfo(np.float16).max)
 Product = Callable[[Tensor], Tensor]
 MOST_IN_DOT = 8192  # values whose squares are added up by one thread
 MAX_GRAPHS = 8  # for different numbers of rows, at each place
@@ -87,6 +88,7 @@ class CrossLayers:
     def look_at(self, states: np.ndarray) -> None:
         """Computes keys and values of an image's states, float32 `(n, hidden_size)`. Raises Aborted, ModelFileError."""
         self._look_away()
+        self._finite(states)
         config, n = self._config, len(states)
         n_padded, dim, n_heads = -(-n // MULTIPLE) * MULTIPLE, config.head_dim, config.num_key_value_heads
         arena, self._n = Arena(2 * len(config.layers) + 1), n
@@ -108,6 +110,7 @@ class CrossLayers:
         for i in config.layers:
             keys_of, values_of = (np.pad(x, ((0, n_padded - n), (0, 0), (0, 0))) for x in self._projected(i, states))
             keys_of, values_of = keys_of.transpose(1, 0, 2), values_of.transpose(1, 0, 2)
+            self._check_kept(keys_of, values_of)
             if self._packs:
                 set_data(self._keys[i].ptr, image_attention.packed_keys(keys_of))
                 set_data(self._values[i].ptr, image_attention.packed_values(values_of))
@@ -167,17 +170,29 @@ class CrossLayers:
             self._graphs[layers, n, with_mlp] = kept
         return kept
 
+    def _check_kept(self, *arrays: np.ndarray) -> None:
+        """Whether keys and values have a form in the type that they are kept in: a NaN among eight-bit ones would be
+        a number for whoever attends to them."""
+        most = {"F32": np.inf, "F16": HALF_MAX}.get(
+            self._kv_type, 127 * HALF_MAX
+        )  # others have scales in half precision
+        if not all(np.abs(x).max() < most for x in arrays):
+            raise self._damaged()
+
     def _finite(self, values: np.ndarray) -> np.ndarray:
-        """Checked before they come into cells of the decoder, where they would stay."""
+        """Checked before they come into cells of the decoder, where they would stay, or are rounded to integers."""
         flat = values.reshape(-1)
         if flat.size <= MOST_IN_DOT and math.isfinite(flat.dot(flat)):  # in half the time
             return values
         if not np.isfinite(flat).all():
-            raise ModelFileError(
-                f"'{self._path}' has layers of cross-attention that give numbers which are not finite, so its weights "
-                f"or those of the text file are damaged; {AGAIN}."
-            )
+            raise self._damaged()
         return values
+
+    def _damaged(self) -> ModelFileError:
+        return ModelFileError(
+            f"'{self._path}' has layers of cross-attention that give numbers which are not finite, so its weights "
+            f"or those of the text file are damaged; {AGAIN}."
+        )
 
     # --- graphs ---
 
@@ -325,7 +340,7 @@ def choose_copies(
     plain = Kernel(buffer_type_name(backend.buffer_type), buffer_type=backend.buffer_type)
     copied = dict.fromkeys(types, plain) if has_large_pages() else {}
     available = available_bytes()
-    for more in (copied, {}):
+    for more in (copied, {kind: plain for kind in copied if kind not in many}, {}):
         for_few = {**more, **few}
         for_many = {kind: for_few[kind] for kind in more if kind not in few} | many  # what there is for a few anyway
         names = [{each[kind].name for each in (for_many, for_few) if kind in each} for kind in types]

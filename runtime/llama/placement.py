@@ -95,9 +95,12 @@ def choose_placement(
     widened = _widened_copies(blocks, backend, kernels)
     head = tensors.get(keys.OUTPUT, tensors.get(keys.TOKEN_EMBD))
     plain = _plain_copies([*blocks, *([head] if head else [])], backend, faster)
-    available, usual = available_bytes(), (*faster, *(plain if has_large_pages() else ()))
-    for copies in ((*usual, *widened), usual, faster):
-        if available is None or bytes_needed(tensors, copies) + SPARE_BYTES <= available:
+    plain = plain if has_large_pages() else ()
+    available, single = available_bytes(), (*faster, *(copy for copy in plain if copy.many))
+    for copies in ((*faster, *plain, *widened), (*faster, *plain), (*single, *widened), single, faster):
+        # what is in the mapped file as well could be dropped, other than a second copy
+        spare = SPARE_BYTES * (1 if all(copy.many for copy in copies if copy.is_plain) else 2)
+        if available is None or bytes_needed(tensors, copies) + spare <= available:
             return Placement(tuple(copies))
     return Placement()
 

@@ -16,7 +16,8 @@ from granite4v.ggml.declarations import TensorStruct
 
 ROWS = 6  # multiplied together: with four registers of cells or values each, 24 sums are in registers
 WIDE = CELLS // LANES  # registers of a row's sums
-QUERIES = 384  # of a task, at least: those for which keys are turned once
+QUERIES = 384  # of a task, about: those for which keys are turned once
+LEAST_ROWS, TASKS = 8, 4  # of a task; for each thread, where there are many
 FLOAT, REGISTER = 4, 4 * LANES  # bytes
 
 
@@ -25,8 +26,8 @@ class PromptAttention:
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group
-        self.rows = -(-QUERIES // group)  # of the batch, in a task
-        self.n_padded = -(-self.rows * group // ROWS) * ROWS  # queries of a task
+        self.most_rows = -(-QUERIES // group)  # of the batch, in a task
+        self.n_padded = -(-self.most_rows * group // ROWS) * ROWS  # queries of a task
 
     def write(self) -> Any:
         """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
@@ -42,15 +43,18 @@ class PromptAttention:
         self.scores, self.scaled = w.on_stack(FLOAT * ROWS * CELLS), w.on_stack(FLOAT * LANES * ROWS)
         self.turned = w.on_stack(FLOAT * self.head * CELLS)
         room = self._allocate()
-        n_rows, n_heads = w.field(self.q, "ne", 1), w.field(self.k, "ne", 2)
-        n_blocks = b.sdiv(b.add(n_rows, w.integer(self.rows - 1)), w.integer(self.rows))
-        n_tasks = b.mul(b.mul(n_blocks, n_heads), w.field(self.q, "ne", 3))
-        with w.loop(b.sext(ith, w.i64), n_tasks, b.sext(nth, w.i64)) as (task, _turn):
+        n_rows, n_heads, n_threads = w.field(self.q, "ne", 1), w.field(self.k, "ne", 2), b.sext(nth, w.i64)
+        n_parts = b.mul(n_heads, w.field(self.q, "ne", 3))
+        share = b.sdiv(b.mul(n_rows, n_parts), b.mul(n_threads, w.integer(TASKS)))
+        share = b.select(b.icmp_signed("<", share, w.integer(LEAST_ROWS)), w.integer(LEAST_ROWS), share)
+        is_large = b.icmp_signed(">", share, w.integer(self.most_rows))
+        rows = b.select(is_large, w.integer(self.most_rows), share)
+        n_blocks = b.sdiv(b.add(n_rows, b.sub(rows, w.integer(1))), rows)
+        with w.loop(b.sext(ith, w.i64), b.mul(n_blocks, n_parts), n_threads) as (task, _turn):
             self.number, rest = b.srem(task, n_heads), b.sdiv(task, n_heads)
-            self.first, self.stream = b.mul(b.srem(rest, n_blocks), w.integer(self.rows)), b.sdiv(rest, n_blocks)
+            self.first, self.stream = b.mul(b.srem(rest, n_blocks), rows), b.sdiv(rest, n_blocks)
             left = b.sub(n_rows, self.first)
-            is_last = b.icmp_signed("<", left, w.integer(self.rows))
-            self.n_rows = b.select(is_last, left, w.integer(self.rows))
+            self.n_rows = b.select(b.icmp_signed("<", left, rows), left, rows)
             self._attend()
         b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
         b.ret_void()

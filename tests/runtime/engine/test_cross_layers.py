@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from granite4v.errors import ModelFileError
 from granite4v.families.registry import read_vision
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
@@ -91,6 +92,43 @@ def test_keys_and_values_of_quantized_layers_have_eight_bits(path: Path, backend
     found, exact = computed(path, backend), computed(path, backend, exact=True)
     errors = [relative_l2(a, b) for a, b in zip(found, exact, strict=True)]
     assert 1e-4 < max(errors) < 0.02
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e36])
+def test_keys_that_eight_bits_cannot_hold_are_refused(path: Path, backend: Backend, value: float) -> None:
+    """Among others: as integers they would be numbers like any."""
+    states = STATES.copy()
+    states[1, 3] = value
+    with GgufFile.open(path) as file:
+        config = read_vision(file)[1].cross_attention
+        assert config is not None
+        layers = CrossLayers(file, config, backend, exact=False)
+    try:
+        with pytest.raises(ModelFileError, match="not finite"):
+            layers.look_at(states)
+        layers.look_at(STATES)
+        assert np.isfinite(layers.run(config.layers[:1], ROWS[1], 2)).all()
+    finally:
+        layers.close()
+
+
+def test_what_is_copied_where_prompts_gain_by_another_form(
+    path: Path, backend: Backend, repack: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a few rows read a plain copy then, in large pages, if there is memory for two."""
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    monkeypatch.setattr(cross_layers, "has_large_pages", lambda: True)
+    monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: {"Q4_0": (repack, Kernel(PLAIN))})
+    with GgufFile.open(path) as file:
+        many, few = choose_copies(file, backend)
+        assert many == {"Q4_0": repack} and few["Q4_0"].name == buffer_type_name(backend.buffer_type)
+        n_bytes = sum(
+            info.nbytes for name, info in file.tensors.items() if name.startswith("xattn.") and len(info.shape) > 1
+        )
+        for available, has_second in ((2 * n_bytes, True), (2 * n_bytes - 1, False)):
+            monkeypatch.setattr(cross_layers, "available_bytes", lambda n=available: cross_layers.SPARE_BYTES + n)
+            many, few = choose_copies(file, backend)
+            assert many == {"Q4_0": repack} and ("Q4_0" in few) == has_second
 
 
 def test_rows_that_come_again_and_others_between(path: Path, backend: Backend) -> None:

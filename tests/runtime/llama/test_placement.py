@@ -167,6 +167,35 @@ def test_a_small_model_is_widened_for_prompts_if_memory_allows(
     assert [copy.widened for copy in copies] == [None, "BF16"] and not copies[1].few
 
 
+def test_weights_rearranged_for_prompts_alone_are_in_large_pages_for_steps(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second copy, which nothing can drop: only where there is memory to spare. Those of one copy go before it."""
+    repack = next((kind for kind in backend.extra_buffer_types() if buffer_type_name(kind) == REPACK), None)
+    if repack is None:
+        pytest.skip("this ggml has no repack buffer type")
+    kernels = {"Q4_0": (Kernel(REPACK, buffer_type=repack), Kernel(PLAIN))}
+    monkeypatch.setattr(autotune, "SMALL", 0)
+    monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: kernels)
+    monkeypatch.setattr(placement, "has_large_pages", lambda: True)
+    every = {
+        name: TensorInfo(name, (256, 256), kind, 0, nbytes)
+        for name, kind, nbytes in (("blk.0.attn_q.weight", "Q4_0", 100), ("blk.0.attn_k.weight", "F16", 1000))
+    }
+    spare = placement.SPARE_BYTES
+    for available, expected in (
+        (None, [("Q4_0", True, False), ("Q4_0", False, True), ("F16", True, True)]),
+        (2 * spare + 1200, [("Q4_0", True, False), ("Q4_0", False, True), ("F16", True, True)]),
+        (2 * spare + 1199, [("Q4_0", True, False), ("F16", True, True)]),
+        (spare + 1200, [("Q4_0", True, False), ("F16", True, True)]),
+        (spare + 1199, []),
+    ):
+        monkeypatch.setattr(placement, "available_bytes", lambda available=available: available)
+        copies = choose_placement(every, backend).copies
+        assert [(every[copy.name].type_name, copy.many, copy.few) for copy in copies] == expected, available
+        assert all(copy.is_plain == (copy.kernel != REPACK) for copy in copies)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "Q4_K_M"])
 def test_rearranged_weights_give_the_same_answers(
