@@ -1,9 +1,9 @@
 """Flash attention of many rows, for CPUs with AVX-512.
 
-The arithmetic is that of `attention`, float32 throughout, for a prompt's rows: keys of some cells are turned, so that
-lanes are cells and a query's number meets 64 of them at once, and a few rows are multiplied together, so that each
-register of keys or values that is loaded is used for all of them. A row's values do not depend on what other rows there
-are.
+The arithmetic is that of `attention`, float32 throughout, for a prompt's rows: the keys of some cells are transposed,
+so that lanes are cells and a query's number meets 64 of them at once, and a few rows are multiplied together, so that
+each register of keys or values that is loaded is used for all of them. A row's values do not depend on what other rows
+there are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from granite4v.ggml.declarations import TensorStruct
 
 ROWS = 6  # multiplied together: with four registers of cells or values each, 24 sums are in registers
 WIDE = CELLS // LANES  # registers of a row's sums
-QUERIES = 384  # of a task, about: those for which keys are turned once
+QUERIES = 384  # of a task, about: those for which keys are transposed once
 LEAST_ROWS, TASKS = 8, 4  # of a task; for each thread, where there are many
 FLOAT, REGISTER = 4, 4 * LANES  # bytes
 
@@ -35,13 +35,11 @@ class PromptAttention:
         function = w.begin("attend_prompt", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, _ = function.args
         b = w.b
-        self.target, (self.q, self.k, self.v, self.mask) = (
-            target,
-            (w.field(target, "src", i, w.bytes) for i in range(4)),
-        )
+        self.target = target
+        self.q, self.k, self.v, self.mask = (w.field(target, "src", i, w.bytes) for i in range(4))
         self.factor = w.spread(w.load(target, w.integer(TensorStruct.op_params.offset + SCALE_PLACE), w.f32))
         self.scores, self.scaled = w.on_stack(FLOAT * ROWS * CELLS), w.on_stack(FLOAT * LANES * ROWS)
-        self.turned = w.on_stack(FLOAT * self.head * CELLS)
+        self.transposed = w.on_stack(FLOAT * self.head * CELLS)
         room = self._allocate()
         n_rows, n_heads, n_threads = w.field(self.q, "ne", 1), w.field(self.k, "ne", 2), b.sext(nth, w.i64)
         n_parts = b.mul(n_heads, w.field(self.q, "ne", 3))
@@ -84,7 +82,7 @@ class PromptAttention:
             turn[0] = b.select(b.icmp_signed(">", seen, turn[0]), seen, turn[0])
         keys, values = (w.at(tensor, (2, self.number), (3, self.stream)) for tensor in (self.k, self.v))
         with w.loop(zero, turn[0], w.integer(CELLS)) as (cell, _turn):
-            self._turn(b.gep(keys, [b.mul(cell, w.field(self.k, "nb", 1))]))
+            self._transpose(b.gep(keys, [b.mul(cell, w.field(self.k, "nb", 1))]))
             at = b.gep(values, [b.mul(cell, w.field(self.v, "nb", 1))])
             with w.loop(zero, n_padded, w.integer(ROWS)) as (query, _turn):
                 self._score(query)
@@ -131,7 +129,7 @@ class PromptAttention:
             found = w.load(self.sums, b.add(start, w.integer(REGISTER * j)), w.vector, REGISTER)
             w.store(b.fmul(found, factor), out, w.integer(REGISTER * j))
 
-    def _turn(self, keys: Any) -> None:
+    def _transpose(self, keys: Any) -> None:
         """Keys of some cells: the first numbers of all of them, then the second ones."""
         w, b, stride = self.w, self.w.b, self.w.field(self.k, "nb", 1)
         n_blocks = self.head // LANES
@@ -140,8 +138,8 @@ class PromptAttention:
             at = b.add(b.mul(cells, b.mul(stride, w.integer(LANES))), b.mul(j, w.integer(2 * LANES)))
             vectors = [w.halves(keys, b.add(at, b.mul(stride, w.integer(i)))) for i in range(LANES)]
             start = b.add(b.mul(cells, w.integer(REGISTER)), b.mul(j, w.integer(FLOAT * CELLS * LANES)))
-            for i, vector in enumerate(w.turned(vectors)):
-                w.store(vector, self.turned, b.add(start, w.integer(FLOAT * CELLS * i)), REGISTER)
+            for i, vector in enumerate(w.transposed(vectors)):
+                w.store(vector, self.transposed, b.add(start, w.integer(FLOAT * CELLS * i)), REGISTER)
 
     def _score(self, query: Any) -> None:
         w, b = self.w, self.w.b
@@ -150,7 +148,9 @@ class PromptAttention:
         ]
         with w.loop(w.integer(0), w.integer(self.head), w.integer(1), [w.all(0.0)] * ROWS * WIDE) as (i, sums):
             place = b.mul(i, w.integer(FLOAT * CELLS))
-            keys = [w.load(self.turned, b.add(place, w.integer(REGISTER * j)), w.vector, REGISTER) for j in range(WIDE)]
+            keys = [
+                w.load(self.transposed, b.add(place, w.integer(REGISTER * j)), w.vector, REGISTER) for j in range(WIDE)
+            ]
             for r in range(ROWS):
                 number = w.spread(w.load(at[r], b.mul(i, w.integer(FLOAT)), w.f32))
                 for j in range(WIDE):

@@ -108,7 +108,7 @@ class Writer:
             other = self.ir.Constant(vector.type, self.ir.Undefined)
         return self.b.shuffle_vector(vector, other, self.integers(places, self.i32))
 
-    def turned(self, rows: Sequence[Any]) -> list[Any]:
+    def transposed(self, rows: Sequence[Any]) -> list[Any]:
         """As many vectors as lanes, with rows and columns exchanged: blocks of half the size, then of a quarter."""
         rows, lanes = list(rows), range(LANES)
         for distance in (8, 4, 2, 1):
