@@ -229,7 +229,8 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
 
 def fastest_pair(measured: Times, others: Collection[str]) -> tuple[str, str]:
     """The kernels to take for many rows and for a few: both plain, unless another is clearly faster for one or both.
-    There is one copy, so they are never two buffer types.
+    There is one copy, so they are never two buffer types. A copy for one of them alone leaves two forms of the weights
+    in memory: it must be as clearly faster than one for both.
 
     Many rows and few are judged apart: what else the machine did while one of them was measured must not hide a gain of
     the other.
@@ -241,7 +242,12 @@ def fastest_pair(measured: Times, others: Collection[str]) -> tuple[str, str]:
         plain = _page_part(measured, PLAIN, many=many)
         return name if _page_part(measured, name, many=many) < WORTH * plain else PLAIN
 
-    pairs = [(PLAIN, PLAIN), *((better(name, many=True), better(name, many=False)) for name in others)]
+    def pair(name: str) -> tuple[str, str]:
+        found = better(name, many=True), better(name, many=False)
+        is_worth = page_seconds(measured, *found) < WORTH * page_seconds(measured, name, name)
+        return found if len({*found}) == 1 or is_worth else (name, name)
+
+    pairs = [(PLAIN, PLAIN), *map(pair, others)]
     return min(pairs, key=lambda pair: page_seconds(measured, *pair))
 
 

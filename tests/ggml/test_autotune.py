@@ -366,3 +366,11 @@ def test_new_times_replace_old_ones_on_request(backend: Backend, cache: Path, fa
 def test_rows_are_whole_blocks_of_every_type() -> None:
     for name in TYPES.keys() - NO_WEIGHTS:
         assert n_in(name) % block_size(name) == 0, name
+
+
+def test_a_second_form_in_memory_must_be_worth_it() -> None:
+    """Plain weights for steps of a few rows, beside others for prompts, only where one form for both is slower."""
+    measured = {"plain": {512: 200.0, 1: 1.0, 4: 1.0}, "other": {512: 100.0, 1: 1.02, 4: 1.02}}
+    assert fastest_pair(measured, ["other"]) == ("other", "other")
+    measured["other"].update({1: 1.4, 4: 1.4})
+    assert fastest_pair(measured, ["other"]) == ("other", "plain")
