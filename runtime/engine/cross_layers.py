@@ -173,9 +173,8 @@ class CrossLayers:
     def _check_kept(self, *arrays: np.ndarray) -> None:
         """Whether keys and values have a form in the type that they are kept in: a NaN among eight-bit ones would be
         a number for whoever attends to them."""
-        most = {"F32": np.inf, "F16": HALF_MAX}.get(
-            self._kv_type, 127 * HALF_MAX
-        )  # others have scales in half precision
+        scaled = 127 * HALF_MAX  # eight-bit integers with scales in half precision
+        most = {"F32": np.inf, "F16": HALF_MAX}.get(self._kv_type, scaled)
         if not all(np.abs(x).max() < most for x in arrays):
             raise self._damaged()
 
@@ -329,7 +328,7 @@ def choose_copies(
     file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
 ) -> tuple[dict[str, Kernel], dict[str, Kernel]]:
     """The types whose weights leave the mapped file, as a text model's do (`choose_placement`): for products of many
-    rows, and of a few. A type has one copy at most."""
+    rows, and of a few: one copy of a type, or two where only many rows gain by another form."""
     infos = _matrices(file)
     types = n_weights(infos)
     if not backend.is_cpu or sum(types.values()) < autotune.SMALL:

@@ -78,7 +78,7 @@ def choose_placement(
 
     Block weights go to the buffer types that gain; a buffer type may refuse single shapes (repacking takes rows by the
     eight). Those that decode steps would read in the mapped file, and the output head, are copied as they are where the
-    system has large pages: with all of them there, decoding is 10% to 50% faster. A copy needs as much memory as the
+    system has large pages: with all of them there, decoding is 10% to 14% faster. A copy needs as much memory as the
     weights, and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A
     small model's may also be copied in bfloat16, or packed, for prompts alone.
 

@@ -208,7 +208,8 @@ class Writer:
         self.b.store(value, self.b.bitcast(self.b.gep(base, [n_bytes]), value.type.as_pointer())).align = align
 
     def prefetch(self, base: Any, n_bytes: int) -> None:
-        """Asks for lines of memory."""
+        """Asks for lines of memory. Between what stands before it and behind it: LLVM would otherwise move all requests
+        of a loop to its head."""
         function = self.declare("llvm.prefetch.p0", self.ir.VoidType(), self.bytes, self.i32, self.i32, self.i32)
         to_read, keep, data = (self.integer(value, self.i32) for value in (0, 3, 1))
         for place in range(0, n_bytes, 64):
