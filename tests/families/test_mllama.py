@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from granite4v.converter import Options, convert
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.engine.page_store import PageStore
+from granite4v.runtime.engine.stream import Channel
 from granite4v.runtime.model import Model
 from granite4v.runtime.prompt.spans import Prompt
 from tests.helpers.gguf_edit import tensor_bytes
@@ -116,20 +117,23 @@ def test_a_context_that_grows_keeps_the_image(model: Model, make_model: Callable
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill"])
-def test_a_cancelled_request_leaves_nothing_behind(stage: str, model: Model, make_model: Callable[..., Path]) -> None:
+def test_a_cancelled_request_leaves_nothing_behind(
+    stage: str, model: Model, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Model.load(make_model(SPEC), n_threads=1) as other:
         expected = other.logits(prepared(other, "in chunks"))
-    seen: list[str] = []
-    model.clear_cache()  # or there may be nothing to encode
-    stream = model.stream(
-        CASES["in chunks"],
-        PICTURES[:1],
-        max_tokens=1500,  # so many that it cannot be over before it is cancelled
-        ignore_eos=True,
-        progress=lambda now, done, total: seen.append(now) if done else None,
-        cancel=lambda: stage in seen,
-    )
-    assert stream.result().finish_reason == "cancelled"
+    report = Channel.report
+
+    def report_and_cancel(channel: Channel, now: str, done: int, total: int) -> None:
+        report(channel, now, done, total)
+        if now == stage and done:
+            channel.cancel()
+
+    with monkeypatch.context() as patch:  # a reader of progress may see a short stage too late, or not at all
+        patch.setattr(Channel, "report", report_and_cancel)
+        stream = model.stream(CASES["in chunks"], PICTURES[:1], max_tokens=1500, ignore_eos=True)
+        assert stream.result().finish_reason == "cancelled"
+    assert stream.answer.timings.n_encoded == 1 and stream.answer.timings.n_generated == 0
     assert np.array_equal(model.logits(prepared(model, "in chunks")), expected)
 
 
