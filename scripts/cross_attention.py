@@ -32,8 +32,10 @@ import numpy as np
 from granite4v import gguf_keys as keys
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
+from granite4v.ggml.compiled.between_layers import InPlace
 from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.ggml.gguf_file import GgufFile
+from granite4v.ggml.graph import Graph
 from granite4v.ggml.types import block_size, row_bytes
 from granite4v.runtime.engine.cross_attention import layers_by_place
 from granite4v.runtime.engine.cross_layers import CrossLayers
@@ -174,8 +176,15 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
     def attend(place: int) -> Callable[[np.ndarray, int], np.ndarray]:
         return lambda rows, n_threads: layers.run(places[place], rows, n_threads)
 
-    unchanged = LayerHook(options.self_layers, {place: lambda rows, _: rows for place in places})
-    attending = LayerHook(options.self_layers, {place: attend(place) for place in places})
+    same = same_rows(backend, options.width)
+    unchanged = LayerHook(
+        options.self_layers, {place: lambda rows, _: rows for place in places}, lambda *_: same.in_place("rows", "rows")
+    )
+
+    def find_graph(place: int, n_rows: int, n_threads: int) -> InPlace | None:
+        return layers.in_place(places[place], n_rows, n_threads, with_mlp=True)
+
+    attending = LayerHook(options.self_layers, {place: attend(place) for place in places}, find_graph)
     idle = LayerHook(options.self_layers, {place: attend(place) for place in places})
     unchanged.is_wanted = attending.is_wanted = True
     ways = {"plain": None, "asked": idle, "hooked": unchanged, "attending": attending}
@@ -195,10 +204,19 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
                     seconds[name].append(found)
     for context in contexts.values():
         context.close()
+    same.close()
     layers.close()
     model.close()
     backend.close()
     return seconds
+
+
+def same_rows(backend: Backend, width: int) -> Graph:
+    """A graph that gives a row back."""
+    graph = Graph(backend, 4)
+    graph.output("rows", graph.scale(graph.input("rows", "F32", width, 1), 1.0))
+    graph.run(rows=np.zeros((1, width), np.float32))
+    return graph
 
 
 def decode(context: LlamaContext, i: int) -> float:

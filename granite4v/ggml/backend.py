@@ -310,12 +310,3 @@ def get_data(tensor: Any) -> np.ndarray:
     out = np.empty(shape, dtype=np.float32)
     lib().ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
     return out
-
-
-def host_array(tensor: Any) -> np.ndarray:
-    """A float32 tensor's data as a flat array over its memory, which is the CPU's and must outlive the array."""
-    header = tensor.contents
-    if header.type != TYPE_IDS["F32"] or not lib().ggml_backend_buffer_is_host(header.buffer):
-        raise ValueError("host_array is for float32 tensors in the memory of this process")
-    n = lib().ggml_nbytes(tensor) // np.dtype(np.float32).itemsize
-    return np.ctypeslib.as_array((ctypes.c_float * n).from_address(header.data))

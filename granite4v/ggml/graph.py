@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Arena, Backend, get_data, host_array, release_pages, set_data
+from granite4v.ggml.backend import Arena, Backend, get_data, release_pages, set_data
+from granite4v.ggml.compiled.between_layers import InPlace
 from granite4v.ggml.declarations import ALL_THREADS, TensorP
 from granite4v.ggml.graph_parts import MAX_PARTS, graph_parts
 from granite4v.ggml.library import lib
@@ -383,17 +384,15 @@ class Graph:
                 progress(number, len(steps))
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
 
-    def in_place(self, given: str, found: str) -> tuple[np.ndarray, np.ndarray, Callable[[], None]]:
-        """A float32 input and an output as flat arrays over the graph's own memory, and what computes the one from the
-        other, after a run on the CPU. They end with the graph."""
-        steps = self._in_steps(small=False)
-
-        def compute() -> None:
-            for step in steps:
-                step()
-
-        only = steps[0] if len(steps) == 1 else compute
-        return host_array(self._inputs[given].ptr), host_array(self._outputs[found].ptr), only
+    def in_place(self, given: str, found: str) -> InPlace | None:
+        """How a float32 output is computed from an input of as many values without `run`, while the graph exists. None
+        where that cannot be: on a device, or with parts that ggml does not compute."""
+        tensors = [named[name].ptr for named, name in ((self._inputs, given), (self._outputs, found))]
+        n_bytes = {int(lib().ggml_nbytes(tensor)) for tensor in tensors}
+        if not self.backend.is_cpu or self._external or len(n_bytes) != 1:
+            return None
+        source, target = (int(tensor.contents.data) for tensor in tensors)
+        return InPlace(self.backend.open_handle, self._graph, source, target, n_bytes.pop() // 4)
 
     def _in_steps(self, small: bool) -> list[Callable[[], None]]:
         """The complete graph as one step where it can be; in parts where oneDNN or a progress display comes between.

@@ -23,6 +23,7 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.errors import ModelFileError
 from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml.backend import Backend
+from granite4v.ggml.compiled.between_layers import InPlace
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.ggml.metadata import AGAIN
 from granite4v.runtime.engine.cross_layers import CrossLayers, cross_kernels, cross_node_kernels, kv_type
@@ -86,9 +87,10 @@ class CrossAttention:
         self._key: object = None
         self._before_first = False
         self._row: np.ndarray | None = None
-        places = layers_by_place(config)
+        self._places = layers_by_place(config)
         n_layers = files.text.integer(files.text_key(keys.BLOCK_COUNT), 1, MAX_LAYERS)
-        self.hook = LayerHook(n_layers, {place: partial(self._run, layers) for place, layers in places.items()})
+        computes = {place: partial(self._run, layers) for place, layers in self._places.items()}
+        self.hook = LayerHook(n_layers, computes, self._in_place)
 
     @classmethod
     def of(
@@ -165,6 +167,10 @@ class CrossAttention:
 
     def _run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int) -> np.ndarray:
         return self._opened().run(layers, rows, n_threads, with_mlp=not self._before_first)
+
+    def _in_place(self, place: int, n_rows: int, n_threads: int) -> InPlace | None:
+        with_mlp = not self._before_first
+        return self._opened().in_place(self._places[place], n_rows, n_threads, with_mlp=with_mlp)
 
     def close(self) -> None:
         layers, self._layers = self._layers, None

@@ -25,6 +25,7 @@ from granite4v.families.base import CrossAttentionConfig
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Arena, Backend, buffer_type_name, set_data, use_large_pages
 from granite4v.ggml.compiled import image_attention
+from granite4v.ggml.compiled.between_layers import InPlace
 from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels, replace
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo, n_weights
 from granite4v.ggml.graph import Graph, ShapeError, Tensor
@@ -47,6 +48,7 @@ MULTIPLE = 128
 SCALE_OF_WEIGHTS = 4096.0
 HALF_MAX = float(np.finfo(np.float16).max)
 Product = Callable[[Tensor], Tensor]
+_Key = tuple[tuple[int, ...], int, bool]  # layers, number of rows, whether with the MLP
 MOST_IN_DOT = 8192  # values whose squares are added up by one thread
 MAX_GRAPHS = 8  # for different numbers of rows, at each place
 
@@ -83,7 +85,7 @@ class CrossLayers:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._mask: Tensor
-        self._graphs: dict[tuple[tuple[int, ...], int, bool], _Kept] = {}
+        self._graphs: dict[_Key, Graph] = {}
 
     def look_at(self, states: np.ndarray) -> None:
         """Computes keys and values of an image's states, float32 `(n, hidden_size)`. Raises Aborted, ModelFileError."""
@@ -146,29 +148,33 @@ class CrossLayers:
         """Some layers that follow each other, for rows float32 `(n, hidden_size)`; after `look_at`."""
         self._backend.use_threads(n_threads)
         key = layers, len(rows), with_mlp
-        kept = self._graphs.get(key)
-        if kept is None:
-            kept = self._kept(*key)
+        graph = self._graphs.get(key) or self._kept(*key)
         try:
-            found = self._finite(kept.run(rows))
+            found = self._finite(graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"])
         except BaseException:
             self._graphs.pop(key, None)
-            kept.graph.close()
+            graph.close()
             raise
         if key not in self._graphs:
-            kept.graph.close()
+            graph.close()
             self._release()
         return found.reshape(rows.shape)
 
-    def _kept(self, layers: tuple[int, ...], n: int, with_mlp: bool) -> _Kept:
+    def in_place(self, layers: tuple[int, ...], n: int, n_threads: int, *, with_mlp: bool) -> InPlace | None:
+        """What computes `run` for `n` rows without Python until the next call, if it has run for as many before."""
+        self._backend.use_threads(n_threads)
+        graph = self._graphs.get((layers, n, with_mlp))
+        return None if graph is None else graph.in_place("rows", "rows")
+
+    def _kept(self, layers: tuple[int, ...], n: int, with_mlp: bool) -> Graph:
         """A new graph. One of many rows is not kept: its intermediate results take too much memory for each place."""
-        kept = _Kept(self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp)))
+        graph = self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp))
         if n <= MAX_FEW_ROWS:
             others = [key for key in self._graphs if key[0] == layers]
             if len(others) == MAX_GRAPHS:
-                self._graphs.pop(others[0]).graph.close()
-            self._graphs[layers, n, with_mlp] = kept
-        return kept
+                self._graphs.pop(others[0]).close()
+            self._graphs[layers, n, with_mlp] = graph
+        return graph
 
     def _check_kept(self, *arrays: np.ndarray) -> None:
         """Whether keys and values have a form in the type that they are kept in: a NaN among eight-bit ones would be
@@ -285,7 +291,7 @@ class CrossLayers:
 
     def _look_away(self) -> None:
         while self._graphs:
-            self._graphs.popitem()[1].graph.close()
+            self._graphs.popitem()[1].close()
         arena, self._arena = self._arena, None
         if arena is not None:
             arena.close()
@@ -294,27 +300,6 @@ class CrossLayers:
         self._look_away()
         self._few.close()
         self._many.close()
-
-
-class _Kept:
-    """A graph for rows, and where it reads and writes them. Between layers of a hundred megabytes nothing of Python is
-    left in the processor's caches, and what `Graph.run` looks up for every call takes 0.06 ms more, 1.3% of a layer."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._in_place: tuple[np.ndarray, np.ndarray, Callable[[], None]] | None = None
-
-    def run(self, rows: np.ndarray) -> np.ndarray:
-        """Float32 `(n, hidden_size)`; a new array of as many values."""
-        if self._in_place is None:
-            found = self.graph.run(rows=np.ascontiguousarray(rows, dtype=np.float32))["rows"]
-            if self.graph.backend.is_cpu:
-                self._in_place = self.graph.in_place("rows", "rows")
-            return found
-        given, written, compute = self._in_place
-        given[:] = rows.reshape(-1)
-        compute()
-        return written.copy()
 
 
 def cross_kernels(

@@ -68,13 +68,11 @@ def node_callback(kernels: NodeKernels) -> Any:
     return llama().ggml_backend_sched_eval_callback(callback(kernels)) if kernels else None
 
 
-def _set_callbacks(params: Any, callbacks: Sequence[Any]) -> None:
-    """Those that there are: the first one is asked about nodes, and asks the other one."""
-    first, *others = [callback for callback in callbacks if callback is not None] or [None]
-    if first is not None:
-        params.cb_eval = first
-    if others:
-        params.cb_eval_user_data = ctypes.cast(others[0], ctypes.c_void_p)
+def _set_callbacks(params: Any, node_callback: Any, hook: LayerHook | None) -> None:
+    if hook is not None:
+        hook.enter(params)
+    if node_callback is not None:
+        params.cb_eval = node_callback
 
 
 class LlamaContext(Owner):
@@ -104,7 +102,7 @@ class LlamaContext(Owner):
         comparing values rather than for speed; otherwise the cache has `cache_type`. `flash`: flash attention, where
         the device has it; a quantized cache needs it. Without, values are stored transposed. `node_callback`: a
         `ggml_backend_sched_eval_callback`, which is asked about every node of a graph; with a `hook`, which computes
-        between layers, it is given the hook's as data, to be asked after it.
+        between layers, it asks that one's callback.
         `free_threads`: asked before each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
@@ -123,7 +121,7 @@ class LlamaContext(Owner):
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
             params.abort_callback_data = abort.data_address
-        _set_callbacks(params, [node_callback, hook and hook.callback])
+        _set_callbacks(params, node_callback, hook)
         capture_log()
         n_layers = int(lib.llama_model_n_layer(model.handle))
         n_padded = -(-n_cells // PADDING) * PADDING

@@ -5,54 +5,59 @@ computes up to there and calls again; what the callback writes into the node's t
 output of layer k is called 'l_out-k'; before layer 0 stands 'embd', but not for a batch of embeddings, whose rows are
 an input of the graph and are computed beforehand. The last layer's output has only the rows whose logits are wanted.
 
-No exception may pass through C: it is kept, all further nodes are left alone, and it is raised after `llama_decode`.
+Where LLVM is there, a compiled callback is asked, and runs graphs that have run for as many rows before; the others,
+and those that fail, are left to Python. No exception may pass through C: it is kept, all further nodes are left alone,
+and it is raised after `llama_decode`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import host_array
-from granite4v.ggml.declarations import TensorP, TensorStruct
+from granite4v.ggml.compiled.between_layers import InPlace, state_for
+from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib
 from granite4v.runtime.llama.library import llama
 
 Compute = Callable[[np.ndarray, int], np.ndarray]  # rows float32 (n, n_embd) and a number of threads -> rows alike
-MAX_PLACES = 64  # of rows in memory, by address and number
-_NAME = TensorStruct.name.offset
-_FIRST, _BETWEEN = b"embd", b"l_out-%d"
+FindGraph = Callable[[int, int, int], InPlace | None]  # by layers before, number of rows, number of threads
 
 
 class LayerHook:
     """What is computed before which layer of one model, for as long as `is_wanted`."""
 
-    def __init__(self, n_layers: int, computes: Mapping[int, Compute]) -> None:
-        """`computes`: by the number of decoder layers before it, from 0 to `n_layers`, the model's own."""
-        self._n_layers, self._computes = n_layers, dict(computes)
-        self._names = {_FIRST if point == 0 else _BETWEEN % (point - 1): point for point in computes}
-        # the beginnings of their names: what is asked about a thousand times a token reads no more
-        self._starts = {int.from_bytes(name[:4], sys.byteorder) for name in self._names}
+    def __init__(self, n_layers: int, computes: Mapping[int, Compute], find_graph: FindGraph | None = None) -> None:
+        """`computes`: by the number of decoder layers before it, from 0 to `n_layers`, the model's own. `find_graph`:
+        for one of these numbers, what computes the same during the next `llama_decode`, if there is such a graph."""
+        self._n_layers, self._computes, self._find_graph = n_layers, dict(computes), find_graph
+        self._names = {_name(point): index for index, point in enumerate(self._computes)}
         self._error: BaseException | None = None
-        self._seen: set[int] = set()
         self._n_threads = 1
-        # Where rows are that were seen: between layers of a hundred megabytes nothing of Python is in the processor's
-        # caches, and finding them anew takes 2% of a layer.
-        self._in_place: dict[tuple[int, int], np.ndarray] = {}
         self.is_wanted = False
-        self.callback: Any = llama().ggml_backend_sched_eval_callback(self._see)
+        self._python: Any = llama().ggml_backend_sched_eval_callback(self._see)
+        self._state = state_for(list(self._names), ctypes.cast(self._python, ctypes.c_void_p).value or 0)
+        self._places = self._state.places[: len(self._names)]
+
+    def enter(self, params: Any) -> None:
+        """Into the parameters of a context: the callback, and its data, which another callback can ask it by."""
+        params.cb_eval = llama().ggml_backend_sched_eval_callback(self._state.callback)
+        params.cb_eval_user_data = ctypes.addressof(self._state)
 
     def begin(self, data: np.ndarray, n_threads: int) -> np.ndarray:
         """Before `llama_decode` of tokens int32 `(n,)` or embeddings float32 `(n, n_embd)`: what it is given."""
-        self._error, self._seen, self._n_threads = None, set(), n_threads
-        if self.is_wanted and data.ndim == 2 and 0 in self._computes:
-            self._seen.add(0)
-            return self._computes[0](data, n_threads)
+        self._error, self._n_threads, self._state.is_wanted = None, n_threads, self.is_wanted
+        if not self.is_wanted:
+            return data
+        for place, point in zip(self._places, self._computes, strict=True):
+            found = None if self._find_graph is None else self._find_graph(point, len(data), n_threads)
+            place.use(found, len(data))
+            if point == 0 and data.ndim == 2:
+                place.is_seen, data = True, self._computes[0](data, n_threads)
         return data
 
     def end(self, *, is_complete: bool, has_outputs: bool) -> None:
@@ -61,50 +66,39 @@ class LayerHook:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        expected = set(self._computes) - (set() if has_outputs else {self._n_layers})
-        missing = sorted(expected - self._seen) if self.is_wanted and is_complete else []
-        if missing:
-            raise DeviceError(
-                f"llama.cpp computed no tensor {_name(missing[0])!r}, after which an image is attended to; install the "
-                "llama-cpp-python that granite4v asks for."
-            )
+        if not (self.is_wanted and is_complete):
+            return
+        for place, point in zip(self._places, self._computes, strict=True):
+            if not place.is_seen and (has_outputs or point < self._n_layers):
+                raise DeviceError(
+                    f"llama.cpp computed no tensor {_name(point).decode()!r}, after which an image is attended to; "
+                    "install the llama-cpp-python that granite4v asks for."
+                )
 
     def _see(self, node: int, asks: bool, _data: int) -> bool:
         """llama.cpp's callback: whether a node is wanted; and once it is computed, whether to go on."""
-        if not self.is_wanted or self._error is not None:
+        if not self._state.is_wanted:
             return False
         try:
-            if ctypes.c_uint32.from_address(node + _NAME).value not in self._starts:
-                return not asks
-            point = self._names.get(TensorStruct.from_address(node).name)
-            if asks:
-                return point is not None and point not in self._seen
-            if point is not None:
-                self._compute(point, ctypes.cast(node, TensorP))
+            tensor = ctypes.cast(node, TensorP)
+            index = self._names.get(tensor.contents.name)
+            if asks or index is None:
+                return index is not None and not self._places[index].is_seen if asks else True
+            self._places[index].is_seen = True
+            self._compute(list(self._computes.values())[index], tensor)
             return True
         except BaseException as error:
-            self._error = error
+            self._error, self._state.is_wanted = error, False
             return False
 
-    def _compute(self, point: int, tensor: Any) -> None:
-        self._seen.add(point)
-        header = tensor.contents
-        n_embd, n_rows = header.ne[0], header.ne[1]
-        if n_rows == 0:
-            return
-        rows = self._in_place.get((header.data, n_rows))
-        if rows is not None:
-            rows[:] = self._computes[point](rows, self._n_threads)
-            return
-        if lib().ggml_backend_buffer_is_host(header.buffer):
-            if len(self._in_place) == MAX_PLACES:
-                self._in_place.clear()
-            self._in_place[header.data, n_rows] = host_array(tensor).reshape(n_rows, n_embd)
-        rows = np.empty((n_rows, n_embd), dtype=np.float32)
-        lib().ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
-        rows = np.ascontiguousarray(self._computes[point](rows, self._n_threads), dtype=np.float32)
-        lib().ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
+    def _compute(self, compute: Compute, tensor: Any) -> None:
+        rows = np.empty(tensor.contents.ne[1::-1], dtype=np.float32)
+        if len(rows):
+            lib().ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
+            rows = np.ascontiguousarray(compute(rows, self._n_threads), dtype=np.float32)
+            lib().ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
 
 
-def _name(point: int) -> str:
-    return (_FIRST if point == 0 else _BETWEEN % (point - 1)).decode()
+def _name(n_layers_before: int) -> bytes:
+    """Of the node that is what comes out of so many layers."""
+    return b"l_out-%d" % (n_layers_before - 1) if n_layers_before else b"embd"

@@ -78,9 +78,9 @@ NO_KERNELS = NodeKernels()
 
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
-    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or another such callback's
-    address, which is asked about nodes `BETWEEN_LAYERS` after it; a callback in Python about all of them would take a
-    hundredth of a decode step. It lives as long as the process. Takes some tenths of a second the first time."""
+    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or that of another such
+    callback, which begins with its address and is asked about nodes `BETWEEN_LAYERS` (`between_layers.State`). It lives
+    as long as the process. Takes some tenths of a second the first time."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -161,8 +161,8 @@ class _Callback:
         b.position_at_end(alone)
         b.ret(b.zext(b.not_(is_asked), w.i8))  # a node that is asked about is not wanted
         b.position_at_end(chained)
-        other_callback = b.bitcast(data, function.function_type.as_pointer())
-        b.ret(b.call(other_callback, [node, asks, w.ir.Constant(w.bytes, None)]))
+        other_callback = b.bitcast(w.load(data, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
+        b.ret(b.call(other_callback, [node, asks, data]))
         return str(w.module)
 
     def _equal(self, value: Any, expected: int | Any) -> Any:

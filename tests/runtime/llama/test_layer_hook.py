@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from granite4v.errors import DeviceError
-from granite4v.ggml.backend import Aborted
+from granite4v.ggml.backend import Aborted, Backend
+from granite4v.ggml.compiled import between_layers
+from granite4v.ggml.compiled.between_layers import InPlace
+from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels
+from granite4v.ggml.graph import Graph
 from granite4v.runtime.llama.abort import AbortFlag
-from granite4v.runtime.llama.context import BatchRows, LlamaContext
+from granite4v.runtime.llama.context import BatchRows, LlamaContext, node_callback
 from granite4v.runtime.llama.layer_hook import LayerHook
 from granite4v.runtime.llama.model import LlamaModel
 from tests.toy.checkpoint import PRESETS
@@ -98,6 +102,113 @@ def test_a_batch_without_outputs_has_no_rows_after_the_last_layer(text: LlamaMod
     with context(text, seen.hook) as hooked:
         hooked.decode(BatchRows.of(TOKENS, 0, 0, output=False))
     assert set(seen.rows) == {1}
+
+
+class Scaled:
+    """Rows times a factor after layer 1, by a graph for `n_rows` of them or, said in `by_python`, by Python."""
+
+    def __init__(self, width: int, n_rows: int, factor: float, abort: AbortFlag | None = None) -> None:
+        addresses = None if abort is None else (abort.callback_address, abort.data_address)
+        self.backend, self.factor, self.n_rows = Backend("cpu", 1, addresses), factor, n_rows
+        self.graph = Graph(self.backend, 4)
+        self.graph.output("rows", self.graph.scale(self.graph.input("rows", "F32", width, n_rows), factor))
+        self.graph.run(rows=np.zeros((n_rows, width), np.float32))
+        self.by_python: list[int] = []
+        self.hook = LayerHook(N_LAYERS, {2: self.compute}, self.find)
+        self.hook.is_wanted = True
+
+    def find(self, n_layers_before: int, n_rows: int, n_threads: int) -> InPlace | None:
+        assert (n_layers_before, n_threads) == (2, 1)
+        return self.graph.in_place("rows", "rows")
+
+    def compute(self, rows: np.ndarray, _: int) -> np.ndarray:
+        self.by_python.append(len(rows))
+        found = rows * np.float32(self.factor)
+        if not np.isfinite(found).all():
+            raise ValueError("not finite")
+        return found
+
+    def close(self) -> None:
+        self.graph.close()
+        self.backend.close()
+
+
+@pytest.fixture
+def scaled(text: LlamaModel) -> Iterator[Callable[..., Scaled]]:
+    made: list[Scaled] = []
+
+    def make(n_rows: int = len(TOKENS), factor: float = 3.0, abort: AbortFlag | None = None) -> Scaled:
+        made.append(Scaled(text.n_embd, n_rows, factor, abort))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("kernels", [NodeKernels.available((16, 1), ["Q4_0"]), NO_KERNELS], ids=["compiled", "ggml"])
+def test_graphs_are_computed_without_python(
+    kernels: NodeKernels, text: LlamaModel, scaled: Callable[..., Scaled]
+) -> None:
+    by_graph, by_python = scaled(), Seen({2: 3.0})
+    callback = {"node_callback": node_callback(kernels)}
+    with context(text, by_python.hook, **callback) as slow, context(text, by_graph.hook, **callback) as fast:
+        for _ in range(3):
+            assert np.array_equal(logits(fast), logits(slow))
+    assert not by_graph.by_python and by_python.rows
+
+
+def test_graphs_for_other_rows_are_left_to_python(text: LlamaModel, scaled: Callable[..., Scaled]) -> None:
+    one, reference = scaled(n_rows=4), Seen({2: 3.0})
+    with context(text, reference.hook) as slow, context(text, one.hook) as fast:
+        assert np.array_equal(logits(fast), logits(slow))
+        assert one.by_python == [len(TOKENS)]
+        assert np.array_equal(logits(fast, TOKENS[:4]), logits(slow, TOKENS[:4]))
+    assert one.by_python == [len(TOKENS)]
+
+
+@pytest.mark.parametrize("factor", [np.inf, np.nan, -np.inf])
+def test_numbers_that_are_not_finite_are_left_to_python(
+    factor: float, text: LlamaModel, scaled: Callable[..., Scaled]
+) -> None:
+    one = scaled(factor=factor)
+    with context(text, one.hook) as hooked:
+        with pytest.raises(ValueError, match="not finite"):
+            logits(hooked)
+        assert one.by_python == [len(TOKENS)]
+        one.hook.is_wanted = False
+        with context(text, None) as plain:
+            assert np.array_equal(logits(hooked), logits(plain))
+
+
+def test_large_numbers_are_looked_at_by_python(text: LlamaModel, scaled: Callable[..., Scaled]) -> None:
+    """Their squares are not finite, they are."""
+    one, reference = scaled(factor=1e30), Seen({2: 1e30})
+    with context(text, one.hook) as fast, context(text, reference.hook) as slow:
+        assert np.array_equal(logits(fast), logits(slow), equal_nan=True)
+    assert one.by_python == [len(TOKENS)]
+
+
+def test_graphs_that_are_aborted_are_left_to_python(text: LlamaModel, scaled: Callable[..., Scaled]) -> None:
+    flag = AbortFlag()
+    one = scaled(abort=flag)
+    flag.raise_()
+    with context(text, one.hook) as hooked:  # which is not aborted itself
+        logits(hooked)
+    assert one.by_python == [len(TOKENS)]
+
+
+def test_without_llvm_python_computes(
+    text: LlamaModel, scaled: Callable[..., Scaled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(between_layers, "llvm", lambda: None)
+    between_layers.address.cache_clear()
+    one, reference = scaled(), Seen({2: 3.0})
+    between_layers.address.cache_clear()
+    monkeypatch.undo()
+    with context(text, one.hook) as fast, context(text, reference.hook) as slow:
+        assert np.array_equal(logits(fast), logits(slow))
+    assert one.by_python == [len(TOKENS)]
 
 
 @pytest.mark.parametrize("error", [ValueError("between"), Aborted(), KeyboardInterrupt()])
