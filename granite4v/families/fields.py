@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 
 from granite4v.errors import CheckpointError
+
+
+def single(value: float) -> float:
+    """The nearest float32. Of a sum, difference, product or quotient of two float32: the one that float32 gives."""
+    return ctypes.c_float(value).value
 
 
 def short(value: float) -> float:
@@ -12,10 +17,9 @@ def short(value: float) -> float:
 
     GGUF keeps numbers in float32; Hugging Face's JSON has the decimal. Nine digits tell any two float32 apart.
     """
-    stored = struct.pack("<f", value)
-    (exact,) = struct.unpack("<f", stored)
+    exact = single(value)
     decimals = (float(f"{exact:.{n_digits}g}") for n_digits in range(1, 10))
-    return next(decimal for decimal in decimals if struct.pack("<f", decimal) == stored)
+    return next(decimal for decimal in decimals if single(decimal) == exact)
 
 
 def hidden_state_index(index: int, n_layers: int) -> int:

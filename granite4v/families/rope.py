@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from granite4v.errors import CheckpointError
+from granite4v.families.fields import single
 from granite4v.families.hf_fields import MAX_FACTOR, Fields
 
 MIN_THETA = 1e-3
@@ -39,8 +40,9 @@ class Rope:
 def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
     """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
 
-    Without a slope, where both bounds are equal, a wave exactly there is divided by 1.
-    transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`.
+    Without a slope, where both bounds are equal, a wave exactly there is divided by 1. transformers 5.23,
+    `modeling_rope_utils._compute_llama3_parameters`, with its float32: far positions tell frequencies apart whose last
+    bits differ.
     """
     factor, context = (
         rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
@@ -48,10 +50,18 @@ def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, .
     low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
     if low > high:
         raise rope.error("high_freq_factor", f"at least 'low_freq_factor' ({low:g})")
+    shortest, longest = (single(context / bound) if bound else math.inf for bound in (high, low))  # waves on the slope
     factors = []
     for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / head_dim)
-        turns = context / wavelength
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0) if low < high else float(turns >= low)
-        factors.append(1 / ((1 - smooth) / factor + smooth))
+        frequency = single(1 / single(theta ** single(i / head_dim)))
+        wavelength = single(single(2 * math.pi) * single(1 / frequency))
+        if wavelength > longest:
+            factors.append(factor)
+        elif wavelength < shortest or not single(high - low):
+            factors.append(1.0)
+        else:
+            turns = single(single(context) * single(1 / wavelength))
+            smooth = single(single(turns - single(low)) / single(high - low))
+            scaled = single(single(single(1 - smooth) * frequency) / single(factor))
+            factors.append(frequency / single(scaled + single(smooth * frequency)))
     return tuple(factors)
