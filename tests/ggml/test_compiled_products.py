@@ -208,7 +208,7 @@ def test_rearranged_weights_are_left_to_ggml(kind: str) -> None:
 
 @needs_kernel
 def test_kernels_survive_their_way_to_a_child_process() -> None:
-    for kernels in (NodeKernels(), PRODUCTS, NodeKernels((64, 5), ("Q4_K",))):
+    for kernels in (NodeKernels(), PRODUCTS, NodeKernels((64, 5), ("Q4_K",)), NodeKernels(rotary=True)):
         assert NodeKernels.from_json(kernels.to_json()) == kernels
     assert not NodeKernels() and NodeKernels().description == ""
     assert PRODUCTS.description.startswith("products by LLVM ")

@@ -2,8 +2,9 @@
 
 llama.cpp knows nothing of it. `callback` is what it asks about every node of a graph before it computes any; that is
 compiled, too, and turns each node that a compiled operation can compute into ggml's custom operation, in place: the
-operation's number and its parameters change, its sources stay. The scale of attention's scores, which stands where ggml
-now keeps the custom operation's function, moves behind it. ggml's threads call the operation themselves.
+operation's number and its parameters change, its sources stay. Parameters that stand where ggml now keeps the custom
+operation's function, such as the scale of attention's scores, move behind it. ggml's threads call the operation
+themselves.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from granite4v.errors import SpeedWarning
 from granite4v.ggml.compiled import attention, products
+from granite4v.ggml.compiled import rotary as rotary_embedding
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
 from granite4v.ggml.compiled.prompt_products import KIND, PACKED_MARK, PromptProducts
+from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
 
-OP_MUL_MAT, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 74, 95  # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
+# enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
+OP_MUL_MAT, OP_ROPE, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 48, 74, 95
 REVISION = 2  # of what the kernels compute: whoever changes a bit of it counts on
 BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand between decoder layers
 
@@ -35,42 +40,53 @@ BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand betwe
 @dataclass(frozen=True)
 class NodeKernels:
     """What is computed by compiled operations. `attention`: the numbers of a head and the heads that share keys, None:
-    none is; `products`: the types of weights that are multiplied with a few rows."""
+    none is; `products`: the types of weights that are multiplied with a few rows; `rotary`: the rotary embedding with
+    transformers' angles, for comparing values with it."""
 
     attention: tuple[int, int] | None = None
     products: tuple[str, ...] = ()
+    rotary: bool = False
 
     @classmethod
-    def available(cls, heads: tuple[int, int] | None = None, kinds: Iterable[str] = ()) -> NodeKernels:
+    def available(
+        cls, heads: tuple[int, int] | None = None, kinds: Iterable[str] = (), *, rotary: bool = False
+    ) -> NodeKernels:
         """On this machine, for a model with such heads, or None where attention is to be left alone, and with weights
-        of these types, others among them. Gives a SpeedWarning, once, where LLVM fails."""
+        of these types, others among them. `rotary`: where it is wanted. Warns, once, where LLVM fails."""
         if llvm() is None:
             return NO_KERNELS
         found = heads if heads is not None and attention.is_available(*heads) else None
-        kernels = cls(found, tuple(sorted({*kinds} & {*KINDS})) if products.is_available() else ())
+        fitting = tuple(sorted({*kinds} & {*KINDS})) if products.is_available() else ()
+        kernels = cls(found, fitting, rotary and rotary_embedding.is_available())
         return kernels if not kernels or _is_compiled(kernels) else NO_KERNELS
 
     def __bool__(self) -> bool:
+        return self.is_for_speed or self.rotary
+
+    @property
+    def is_for_speed(self) -> bool:
+        """Whether anything is computed by them that ggml computes as well, but slower."""
         return self.attention is not None or bool(self.products)
 
     @property
     def most_rows(self) -> int | None:
         """Of a step whose rows all have the values of these kernels; None: of any."""
-        return min(FEW - 1, MOST_ROWS) if self else None
+        return min(FEW - 1, MOST_ROWS) if self.is_for_speed else None
 
     @property
     def description(self) -> str:
         """What decides values: 'attention, products by LLVM 20.1.8, revision 2'; empty where nothing is compiled."""
-        parts = [*(["attention"] if self.attention else []), *(["products"] if self.products else [])]
+        has = {"attention": self.attention, "products": self.products, "rotary embedding": self.rotary}
+        parts = [name for name, kernel in has.items() if kernel]
         return f"{', '.join(parts)} by LLVM {version()}, revision {REVISION}" if parts else ""
 
     def to_json(self) -> str:
-        return json.dumps([self.attention, self.products])
+        return json.dumps([self.attention, self.products, self.rotary])
 
     @classmethod
     def from_json(cls, text: str) -> NodeKernels:
-        heads, kinds = json.loads(text)
-        return cls(heads and (int(heads[0]), int(heads[1])), tuple(map(str, kinds)))
+        heads, kinds, rotary = json.loads(text)
+        return cls(heads and (int(heads[0]), int(heads[1])), tuple(map(str, kinds)), bool(rotary))
 
 
 NO_KERNELS = NodeKernels()
@@ -97,8 +113,11 @@ def _is_compiled(kernels: NodeKernels) -> bool:
         callback(kernels)
     except RuntimeError as error:  # LLVM's, of a version with another language, or without this CPU
         reason = str(error).strip().splitlines()[0]
-        message = f"LLVM {version()} cannot compile kernels ({reason:.200}), so decoding is slower than it could be; "
-        warnings.warn(f"{message}install another version of llvmlite.", SpeedWarning, stacklevel=2)
+        lost, category = "far positions differ more from transformers'", UserWarning
+        if kernels.is_for_speed:
+            lost, category = "decoding is slower than it could be", SpeedWarning
+        message = f"LLVM {version()} cannot compile kernels ({reason:.200}), so {lost}; "
+        warnings.warn(f"{message}install another version of llvmlite.", category, stacklevel=2)
         return False
     return True
 
@@ -106,6 +125,17 @@ def _is_compiled(kernels: NodeKernels) -> bool:
 @functools.cache
 def _compiled(kernels: NodeKernels) -> Any:
     return compiled(_Callback(Writer(), kernels).text())
+
+
+class _Case(NamedTuple):
+    """Nodes that a compiled operation takes the place of. `op`: ggml's number of theirs; `require` gets a node and what
+    is to be called with each condition; `moved`: where the parameters move that the operation reads, in bytes by the
+    numbers that they have in ggml's operation."""
+
+    op: int
+    require: Callable[[Any, Callable[[Any], None]], None]
+    operation: Any
+    moved: Mapping[int, int] = MappingProxyType({0: SCALE_PLACE})
 
 
 class _Callback:
@@ -116,19 +146,7 @@ class _Callback:
 
     def text(self) -> str:
         """bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data)"""
-        w = self.w
-        cases: list[tuple[int, Callable[..., None], Any]] = []
-        if self.kernels.attention is not None:
-            for is_prompt, writer in ((False, FewRowsAttention), (True, PromptAttention)):
-                require = functools.partial(self._require_attention, is_prompt)
-                cases.append((OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
-        if KIND in self.kernels.products:
-            operation = PromptProducts(w).write()
-            cases.append((OP_MUL_MAT, self._require_packed, operation))
-        if self.kernels.products:
-            products_writer = Products(w)
-            for kind in self.kernels.products:
-                cases.append((OP_MUL_MAT, functools.partial(self._require_product, kind), products_writer.write(kind)))
+        w, cases = self.w, self._cases()
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
         node, asks, data = function.args
         b = w.b
@@ -136,8 +154,8 @@ class _Callback:
         is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
         b.cbranch(is_asked, begin, leave)
         b.position_at_end(begin)
-        self._restore(node, [operation for number, _, operation in cases if number == OP_MUL_MAT])
-        for number, require_all, operation in cases:
+        self._restore(node, [case.operation for case in cases if case.op == OP_MUL_MAT])
+        for case in cases:
             other = function.append_basic_block()
 
             def needed(condition: Any, other: Any = other) -> None:
@@ -145,9 +163,9 @@ class _Callback:
                 b.cbranch(condition, more, other)
                 b.position_at_end(more)
 
-            needed(self._equal(w.field(node, "op", kind=w.i32), number))
-            require_all(node, needed)
-            self._replace(node, operation)
+            needed(self._equal(w.field(node, "op", kind=w.i32), case.op))
+            case.require(node, needed)
+            self._replace(node, case)
             b.branch(leave)
             b.position_at_end(other)
         b.branch(leave)
@@ -164,6 +182,23 @@ class _Callback:
         other_callback = b.bitcast(w.load(data, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
         b.ret(b.call(other_callback, [node, asks, data]))
         return str(w.module)
+
+    def _cases(self) -> list[_Case]:
+        w, cases = self.w, []
+        if self.kernels.attention is not None:
+            for is_prompt, writer in ((False, FewRowsAttention), (True, PromptAttention)):
+                require = functools.partial(self._require_attention, is_prompt)
+                cases.append(_Case(OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
+        if KIND in self.kernels.products:
+            cases.append(_Case(OP_MUL_MAT, self._require_packed, PromptProducts(w).write()))
+        if self.kernels.products:
+            products_writer = Products(w)
+            for kind in self.kernels.products:
+                require = functools.partial(self._require_product, kind)
+                cases.append(_Case(OP_MUL_MAT, require, products_writer.write(kind)))
+        if self.kernels.rotary:
+            cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
+        return cases
 
     def _equal(self, value: Any, expected: int | Any) -> Any:
         expected = self.w.integer(expected, value.type) if isinstance(expected, int) else expected
@@ -210,6 +245,23 @@ class _Callback:
         require(equal(w.field(node, "nb", 0), 4))
         require(b.icmp_signed("<=", n_rows, w.integer(MOST_ROWS)))
 
+    def _require_rotary(self, node: Any, require: Callable[[Any], None]) -> None:
+        """ggml has seen to it that positions are whole numbers, factors float32, and turned numbers even in number."""
+        w, b, equal = self.w, self.w.b, self._equal
+
+        def parameter(slot: int, kind: Any) -> Any:
+            return w.field(node, "op_params", slot, kind)
+
+        for tensor in (node, w.field(node, "src", 0, w.bytes)):
+            require(equal(w.field(tensor, "type", kind=w.i32), TYPE_IDS["F32"]))
+            require(equal(w.field(tensor, "nb", 0), 4))
+        mode = parameter(rotary_embedding.MODE, w.i32)
+        require(b.or_(equal(mode, rotary_embedding.NEIGHBOURS), equal(mode, rotary_embedding.HALVES)))
+        n_dims = parameter(rotary_embedding.N_DIMS, w.i32)
+        require(b.icmp_signed("<=", n_dims, w.integer(rotary_embedding.MAX_NUMBERS, w.i32)))
+        for slot, plain in ((rotary_embedding.EXTENSION, 0.0), (rotary_embedding.MAGNITUDE, 1.0)):  # YaRN's
+            require(b.fcmp_ordered("==", parameter(slot, w.f32), w.number(plain)))
+
     def _require_packed(self, node: Any, require: Callable[[Any], None]) -> None:
         """Nothing else: whoever packs weights, sees to it that their products fit."""
         weights = self.w.field(node, "src", 0, self.w.bytes)
@@ -232,11 +284,12 @@ class _Callback:
         b.branch(other)
         b.position_at_end(other)
 
-    def _replace(self, node: Any, operation: Any) -> None:
+    def _replace(self, node: Any, case: _Case) -> None:
         w = self.w
         parameters = TensorStruct.op_params.offset
-        w.store(w.field(node, "op_params", 0, w.f32), node, w.integer(parameters + SCALE_PLACE))
-        w.store(w.b.ptrtoint(operation, w.i64), node, w.integer(parameters))
+        for slot, place in case.moved.items():
+            w.store(w.field(node, "op_params", slot, w.i32), node, w.integer(parameters + place))
+        w.store(w.b.ptrtoint(case.operation, w.i64), node, w.integer(parameters))
         w.store(w.integer(ALL_THREADS, w.i32), node, w.integer(parameters + 8))
         w.store(w.integer(0), node, w.integer(parameters + 16))
         w.store(w.integer(OP_CUSTOM, w.i32), node, w.integer(TensorStruct.op.offset))
