@@ -81,19 +81,19 @@ class Model:
         that is smaller. `n_threads`: one per core by default. `n_parallel`: maximum number of concurrent requests, 4 by
         default; each takes KV cache memory for its own tokens while it runs. `device`: 'cpu', 'cuda', 'metal' or 'auto'
         (a GPU if there is one). `lora`: when a separate LoRA is applied: None for requests with images only, True
-        always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention and one
-        request at a time, for comparing values with a reference; None means only for float32 files, which are made for
-        that purpose. `vision_compute`: 'file' multiplies the vision file's matrices in their own type; 'BF16'
-        rounds those in F32 or F16, and what they are multiplied with, to bfloat16; 'int8' quantizes those in F32, F16
-        or BF16 in memory, at the first image, to Q8_0 or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K'
-        to that type. `workload`, a `runtime.engine.parallel.Workload`: many questions that are asked side by side. Then
-        `n_parallel` is chosen by their number, by the memory there is, and by the gain, which for a long batch is
-        measured once on a machine, in some seconds; and the sequences are there from the beginning. On a CPU, with
-        files of F32, F16, BF16 and Q8_0, an answer then has the same bits whatever is computed beside it, as long as
-        `n_parallel` is more than 1. `page_store`: where the state of the decoder after a prompt's images is kept on
-        disk, so that a page is encoded and prefilled once, in this process and in others; True for the user's own
-        (`PageStore()`). `cache_type`: of the KV cache; 'q8_0' takes about half of the memory and disk of 'f16', the
-        default, and changes answers a little.
+        always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention, one
+        request at a time, and on a CPU, with the extra 'llvm', transformers' angles of rotary embedding, for comparing
+        values with a reference; None means only for float32 files, which are made for that. `vision_compute`: 'file'
+        multiplies the vision file's matrices in their own type; 'BF16' rounds those in F32 or F16, and what they are
+        multiplied with, to bfloat16; 'int8' quantizes those in F32, F16 or BF16 in memory, at the first image, to Q8_0
+        or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K' to that type. `workload`, a
+        `runtime.engine.parallel.Workload`: many questions that are asked side by side. Then `n_parallel` is chosen by
+        their number, by the memory there is, and by the gain, which for a long batch is measured once on a machine, in
+        some seconds; and the sequences are there from the beginning. On a CPU, with files of F32, F16, BF16 and Q8_0,
+        an answer then has the same bits whatever is computed beside it, as long as `n_parallel` is more than 1.
+        `page_store`: where the state of the decoder after a prompt's images is kept on disk, so that a page is encoded
+        and prefilled once, in this process and in others; True for the user's own (`PageStore()`). `cache_type`: of the
+        KV cache; 'q8_0' takes about half of the memory and disk of 'f16', the default, and changes answers a little.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device,
         ValueError for a `cache_type` with `exact`.

@@ -7,8 +7,8 @@ from typing import Any
 
 from granite4v.choices import CacheType
 from granite4v.ggml.backend import find_device, is_cpu
-from granite4v.ggml.compiled.nodes import NO_KERNELS, NodeKernels
-from granite4v.runtime.engine.parallel import needs_flash, node_kernels
+from granite4v.ggml.compiled.nodes import NodeKernels
+from granite4v.runtime.engine.parallel import exact_kernels, needs_flash, node_kernels
 from granite4v.runtime.llama.context import node_callback
 from granite4v.runtime.llama.files import ModelFiles
 
@@ -34,9 +34,9 @@ class Attention:
         prefers_flash: bool | None,
     ) -> Attention:
         """`prefers_flash`: for a batch, which gives the memory of cells back; transposed values prevent that. None: in
-        float32, without it and with nothing that is compiled."""
+        float32 and without it, for comparing values with transformers."""
         if prefers_flash is None:
-            return cls("f32", flash=False, kernels=NO_KERNELS, has_tiles=False)
+            return cls("f32", flash=False, kernels=exact_kernels(device), has_tiles=False)
         kernels = node_kernels(files, device, cache_type)
         has_kernel = kernels.attention is not None
         flash = prefers_flash or has_kernel or needs_flash(files, n_cells, n_ubatch, device, cache_type)

@@ -110,6 +110,11 @@ def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeK
     return NodeKernels.available((lengths[0], heads[0] // kv_heads[0]) if fits else None, kinds)
 
 
+def exact_kernels(device: str) -> NodeKernels:
+    """What is compiled where values are compared with transformers': nothing but what brings them nearer."""
+    return NodeKernels.available(rotary=True) if is_cpu(find_device(device)) else NO_KERNELS
+
+
 def choose_width(
     files: ModelFiles,
     workload: Workload,

@@ -114,9 +114,12 @@ def test_other_weights_or_another_way_to_compute_never_hits(
     ]
     for other, options in others:
         assert n_stored(other, store, **options) == 0, options
+    assert n_stored(path, store, exact=True) > 0
     is_compiled = bool(NodeKernels.available((16, 2), ["F16"]))
+    has_angles = bool(NodeKernels.available(rotary=True))
     monkeypatch.setattr("granite4v.ggml.compiled.nodes.llvm", lambda: None)
     assert (n_stored(path, store) == 0) == is_compiled
+    assert (n_stored(path, store, exact=True) == 0) == has_angles
     monkeypatch.setattr("granite4v.runtime.engine.parallel.MOST_SCORES", 0)  # flash attention
     assert n_stored(path, store) == 0
     monkeypatch.undo()
