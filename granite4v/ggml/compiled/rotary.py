@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 from granite4v.ggml.compiled.writer import Writer
@@ -32,7 +33,7 @@ def is_available() -> bool:
 @functools.cache
 def _addresses() -> dict[str, int]:
     """Of those functions that are there. LLVM ends the process when it does not find one by its name."""
-    process = ctypes.CDLL(None)
+    process = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
     found = {name: getattr(process, name) for name in LIBRARY if hasattr(process, name)}
     return {name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in found.items()}
 
