@@ -217,7 +217,7 @@ def test_an_llvmlite_without_what_is_needed_counts_as_none(monkeypatch: pytest.M
 
 @needs_kernel
 def test_where_llvm_fails_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("expected type\nvec")
 
     monkeypatch.setattr(nodes, "compiled", fail)

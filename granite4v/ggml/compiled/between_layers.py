@@ -91,7 +91,7 @@ def address() -> int | None:
 
 @functools.cache
 def _compiled() -> Any:
-    return compiled(_text())
+    return compiled(_text, "between layers")
 
 
 def _text() -> str:

@@ -82,7 +82,7 @@ def operation(head: int, group: int) -> int:
 
 @functools.cache
 def _engine(head: int, group: int) -> Any:
-    return compiled(_Operation(Writer(), head, group).text())
+    return compiled(lambda: _Operation(Writer(), head, group).text(), f"image attention {head} {group}")
 
 
 class _Operation:

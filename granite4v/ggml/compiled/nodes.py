@@ -124,7 +124,9 @@ def _is_compiled(kernels: NodeKernels) -> bool:
 
 @functools.cache
 def _compiled(kernels: NodeKernels) -> Any:
-    return compiled(_Callback(Writer(), kernels).text())
+    # the addresses of C's functions in the rotary embedding hold in this process
+    what = None if kernels.rotary else f"nodes {kernels.to_json()}"
+    return compiled(lambda: _Callback(Writer(), kernels).text(), what)
 
 
 class _Case(NamedTuple):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from granite4v.ggml.compiled import object_cache
 from granite4v.ggml.declarations import TensorStruct
 
 LANES = 16  # of float32 in a register of AVX-512, of which there are 32
@@ -36,21 +41,44 @@ def version() -> str:
     return "" if binding is None else ".".join(map(str, binding.llvm_version_info))
 
 
-def compiled(text: str) -> Any:
-    """LLVM's execution engine with the functions of a module, whose addresses are good as long as it lives."""
+def compiled(write: Callable[[], str], what: str | None) -> Any:
+    """LLVM's execution engine with the functions of a module, whose addresses are good as long as it lives.
+
+    `write` gives the module's text. `what`: all that it depends on beside this package's sources, so that it need not
+    be written and compiled again in another process; None: something that only holds in this one. Raises RuntimeError
+    where LLVM fails.
+    """
     binding = llvm()
     features = binding.get_host_cpu_features()
     features["prefer-256-bit"] = False
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3
-    )
-    module = binding.parse_assembly(text)
-    module.verify()
-    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
-    engine = binding.create_mcjit_compiler(module, machine)
+    cpu = binding.get_host_cpu_name(), features.flatten()
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu[0], features=cpu[1], opt=3)
+    key = None if what is None else _key(what, *cpu)
+    code = None if key is None else object_cache.find(key)
+    if code is None:
+        module = binding.parse_assembly(write())
+        module.verify()
+        builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+        builder.getModulePassManager().run(module, builder)
+        code = machine.emit_object(module)
+        if key is not None:
+            object_cache.keep(key, code)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine
+
+
+def _key(*what: str) -> str | None:
+    """A name for code that is the same wherever these are; None where the sources cannot be read."""
+    digest = hashlib.sha256(json.dumps([importlib.metadata.version("llvmlite"), version(), *what]).encode())
+    here = Path(__file__).parent
+    try:
+        for path in [*sorted(here.glob("*.py")), here.parent / "declarations.py", here.parent / "types.py"]:
+            digest.update(path.read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 class Writer:
