@@ -57,7 +57,7 @@ ON_EVERY_COMMAND = ("quiet", "verbose")
 # Variables that the program reads, or that the libraries it calls read.
 ENVIRONMENT = {
     "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
-    "stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
+    "compiled kernels, stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
     "GRANITE4V_CONFIG": "The config file. Default: `config.toml` in `granite4v` in the user's config directory, "
     "which is `~/.config` on Linux; `granite4v doctor` tells which file it is.",
     "GRANITE4V_MODEL, GRANITE4V_THREADS": "What --model and --threads are where they are not given.",

@@ -13,7 +13,17 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.build import Build
 from granite4v.ggml.cpu_features import cpu_features
-from granite4v.ggml.kernels import ATTENTION, BFLOAT16, FLOAT32, PACKED, PLAIN, available_kernels, prompt_kernels
+from granite4v.ggml.kernel_timing import MANY
+from granite4v.ggml.kernels import (
+    ATTENTION,
+    BFLOAT16,
+    COMPILED,
+    FLOAT32,
+    PLAIN,
+    available_kernels,
+    compiled_kernels,
+    prompt_kernels,
+)
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
 BUSY = 0.5  # load from which rates are lower than they could be
@@ -28,7 +38,10 @@ def measure(build: Build) -> Section:
         backend = Backend("cpu")
         try:
             offered = {buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()}
-            wanted = {kind: [*available_kernels(backend, kind), *prompt_kernels(kind)] for kind in TYPES}
+            wanted = {
+                kind: [*available_kernels(backend, kind), *prompt_kernels(kind), *compiled_kernels(kind, MANY)]
+                for kind in TYPES
+            }
             n_threads, rates = backend.n_threads, autotune.rates(backend, TYPES)
         finally:
             backend.close()
@@ -49,7 +62,7 @@ def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collectio
     """A table of rates, the fastest of each type marked, and what is wrong with them. `buffer_types`: ggml's special
     ones, by name."""
     found = {name for by_kernel in rates.values() for name in by_kernel}
-    first = (PLAIN, FLOAT32, BFLOAT16, PACKED)
+    first = (PLAIN, FLOAT32, BFLOAT16, COMPILED)
     names = [*(name for name in first if name in found), *sorted(found.difference(first))]
     rows: list[str | list[str]] = [["", *names]]
     for kind, by_kernel in rates.items():

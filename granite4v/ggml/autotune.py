@@ -39,11 +39,10 @@ from granite4v.ggml.kernels import (
     N_OUT,
     ONEDNN,
     ONEDNN_BF16,
-    PACKED,
     PLAIN,
     Kernel,
     available_kernels,
-    few_kernels,
+    compiled_kernels,
     n_in,
     prompt_kernels,
 )
@@ -144,26 +143,23 @@ def text_kernels(
     """The kernels for many rows and for a few, for each weight type of a text file that gains by another buffer type
     for one of them or both, or by being widened for many; the others are multiplied in the mapped file.
 
-    `compiled`: whether weights in the mapped file are multiplied with a few rows by a compiled kernel. Other arguments
-    and errors as those of `vision_kernels`.
+    `compiled`: whether weights in the mapped file are multiplied by compiled kernels. Other arguments and errors as
+    those of `vision_kernels`.
     """
     types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
     widened = {kind: prompt_kernels(kind) if may_widen(n_weights) else {} for kind in types}
-    for by_name in widened.values():
-        if not compiled:
-            by_name.pop(PACKED, None)
     kernels = {kind: {**available_kernels(backend, kind), **widened[kind]} for kind in types}
     extra = {
         kind: [name for name, kernel in kernels[kind].items() if kernel.buffer_type or name in widened[kind]]
         for kind in types
     }
     types = [kind for kind in types if extra[kind]]
-    few = {kind: next(iter(few_kernels(kind)), PLAIN) if compiled else PLAIN for kind in types}
+    known = {(kind, n): compiled_kernels(kind, n) if compiled else {} for kind in types for n in PAGE}
     wanted = [
         Trial(kind, name, n)
         for n in PAGE
         for kind in types
-        for name in (PLAIN if n == MANY else few[kind], *extra[kind])
+        for name in (*(known[kind, n] or [PLAIN]), *extra[kind])
         if n == MANY or name not in widened[kind]
     ]
     measured = times(backend, wanted, BUDGET_S, announce)
@@ -189,7 +185,9 @@ def rates(
     was not measured within the budget is missing. Errors as those of `vision_kernels`."""
     types = list(dict.fromkeys(type_names))
     wanted = [
-        Trial(kind, name, MANY) for kind in types for name in (*available_kernels(backend, kind), *prompt_kernels(kind))
+        Trial(kind, name, MANY)
+        for kind in types
+        for name in (*available_kernels(backend, kind), *prompt_kernels(kind), *compiled_kernels(kind, MANY))
     ]
     measured = times(backend, wanted, budget_s, announce, anew=True)
     return {

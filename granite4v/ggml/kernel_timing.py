@@ -16,17 +16,15 @@ import numpy as np
 
 from granite4v.ggml.backend import Arena, Backend, set_data, use_large_pages
 from granite4v.ggml.compiled.nodes import NodeKernels, replace
-from granite4v.ggml.compiled.prompt_products import PACKED_MARK, packed
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.kernels import (
     ATTENTION,
     COMPILED,
     N_IN,
     N_OUT,
-    PACKED,
     Kernel,
     available_kernels,
-    few_kernels,
+    compiled_kernels,
     n_in,
     prompt_kernels,
 )
@@ -35,7 +33,7 @@ from granite4v.ggml.quantize import quantize_rows
 MANY = 512  # rows of a small prefill, or of a tile
 ROUNDS = 2  # the kernels take turns, so that what else the machine does for a moment falls on all of them
 FEW_ROWS_BYTES = 64 << 20  # of weights for a few rows: more than most caches
-TILES = 4  # that are multiplied with one matrix, which is widened or packed once for all
+TILES = 4  # that are multiplied with one matrix, which is widened once for all
 MAX_NODES = 1000
 # Enough runs that one is undisturbed: when another program takes a core for a few milliseconds, all kernels seem equal.
 MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 2, 60, 0.15
@@ -57,7 +55,8 @@ def measure(trial: Trial, n_threads: int) -> float:
     graph = Graph(backend, MAX_NODES)
     try:
         kind = trial.type_name
-        kernel = {**available_kernels(backend, kind), **prompt_kernels(kind), **few_kernels(kind)}[trial.kernel]
+        kernels = available_kernels(backend, kind) | prompt_kernels(kind) | compiled_kernels(kind, trial.n_rows)
+        kernel = kernels[trial.kernel]
         measured = _attention if trial.type_name == ATTENTION else _product
         return measured(graph, kernel, trial)
     finally:
@@ -77,12 +76,11 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
         if not many:  # as the weights that decode are (see runtime/llama/weight_copies)
             use_large_pages(arena.buffer)
         for weight in weights:
-            set_data(weight, packed(data) if trial.kernel == PACKED else data)
-            weight.contents.extra = PACKED_MARK if trial.kernel == PACKED else None
+            set_data(weight, data)
         x = graph.input("x", "F32", length, trial.n_rows)
         matrices = [kernel.matrix(graph, Tensor(weight)) for weight in weights] * (TILES if many else 1)
         products = [graph.expand(kernel.product(graph, matrix, x)) for matrix in matrices]
-        if trial.kernel in (COMPILED, PACKED):
+        if trial.kernel == COMPILED:
             for product in products:
                 replace(product.ptr, NodeKernels(products=(trial.type_name,)))
         graph.output("y", graph.scale(products[-1], 1.0))

@@ -7,14 +7,15 @@ from typing import Any
 
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
-from granite4v.ggml.compiled.products import multiplies
+from granite4v.ggml.compiled import prompt_products
+from granite4v.ggml.compiled.products import MOST_ROWS, multiplies
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
 
 # Kernels that need no buffer type; the others are called as theirs.
 PLAIN, FLOAT32, BFLOAT16 = "plain", "float32", "bfloat16"
-COMPILED, PACKED = "compiled", "packed"
+COMPILED = "compiled"
 ONEDNN, ONEDNN_BF16 = "onednn", "onednn bf16"
 ATTENTION = "attention"  # stands for a weight type where the kernels of attention are meant
 N_OUT = 4352  # a vision FFN's width
@@ -25,7 +26,7 @@ N_IN, N_IN_OF_256 = 1152, 1280  # a vision tower's width, and the next multiple 
 class Kernel:
     """How weights of one type are multiplied: as they are, widened, from another buffer type, or by oneDNN.
 
-    `widened`: the type that the weights are converted to, which may be their own, packed. `arithmetic`: by oneDNN,
+    `widened`: the type that the weights are converted to. `arithmetic`: by oneDNN,
     whose factors are rounded to 'F32' or 'BF16'; None: by ggml.
     """
 
@@ -94,19 +95,17 @@ def prompt_kernels(type_name: str) -> dict[str, Kernel]:
 
     ggml multiplies Q8_0 row by row, and bfloat16, of twice the size, in tiles where the CPU has instructions for that:
     both factors have then eight significant bits, where Q8_0 rounds the rows of the prompt to 8-bit integers of one
-    scale for 32. A compiled kernel takes weights that are packed for it, which is as exact as Q8_0.
+    scale for 32.
     """
-    if type_name != "Q8_0":
-        return {}
-    found = [Kernel(BFLOAT16, widened="BF16")] if "avx512_bf16" in cpu_features() else []
-    found += [Kernel(PACKED, widened="Q8_0")] if multiplies("Q8_0") else []
-    return {kernel.name: kernel for kernel in found}
+    is_faster = type_name == "Q8_0" and "avx512_bf16" in cpu_features()
+    return {BFLOAT16: Kernel(BFLOAT16, widened="BF16")} if is_faster else {}
 
 
-def few_kernels(type_name: str) -> dict[str, Kernel]:
-    """A further way to multiply a text model's weights with a few rows, which needs no copy: for one that is plain
-    otherwise."""
-    return {COMPILED: Kernel(COMPILED)} if multiplies(type_name) else {}
+def compiled_kernels(type_name: str, n_rows: int) -> dict[str, Kernel]:
+    """A further way to multiply a text model's weights with so many rows, which needs no copy: what is plain otherwise
+    is multiplied so."""
+    is_known = n_rows <= MOST_ROWS or type_name in prompt_products.KINDS
+    return {COMPILED: Kernel(COMPILED)} if is_known and multiplies(type_name) else {}
 
 
 def n_in(type_name: str) -> int:

@@ -17,9 +17,8 @@ from typing import Any
 from granite4v import gguf_keys as keys
 from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
-from granite4v.ggml.compiled.prompt_products import can_be_packed
 from granite4v.ggml.gguf_file import TensorInfo, n_weights
-from granite4v.ggml.kernels import PACKED, PLAIN, Kernel
+from granite4v.ggml.kernels import PLAIN, Kernel
 from granite4v.ggml.types import row_bytes
 from granite4v.memory import available_bytes, has_large_pages
 
@@ -80,7 +79,7 @@ def choose_placement(
     eight). Those that decode steps would read in the mapped file, and the output head, are copied as they are where the
     system has large pages: with all of them there, decoding is 10% to 14% faster. A copy needs as much memory as the
     weights, and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A
-    small model's may also be copied in bfloat16, or packed, for prompts alone.
+    small model's may also be copied in bfloat16 for prompts alone.
 
     `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few. `compiled`: see
     `text_kernels`.
@@ -147,7 +146,7 @@ def _widened_copies(
     return tuple(
         Copy(info.name, kernel.name, backend.buffer_type, few=False, widened=kernel.widened)
         for info, kernel in found
-        if kernel.widened and (kernel.name != PACKED or can_be_packed(*reversed(info.shape)))
+        if kernel.widened
     )
 
 

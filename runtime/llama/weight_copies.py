@@ -2,9 +2,10 @@
 
 llama.cpp has one tensor for each weight, in one buffer, so its prefill and its decoding use the same kernel. None is
 best at both: 512 rows are multiplied with Q4_K weights at 945 GFLOP/s as they are and at 470 repacked, one row at 120
-and 185 (two cores with AVX-512). So the model is opened with all its weights mapped, copies are made of those that gain
-by it, and before each batch the tensors are pointed at the form that multiplies its number of rows fastest. Where a
-tensor's data is, `struct ggml_tensor` says in three fields that ggml reads anew for every graph: data, buffer, extra.
+and 185 (two cores with AVX-512, ggml's kernels). So the model is opened with all its weights mapped, copies are made
+of those that gain by it, and before each batch the tensors are pointed at the form that multiplies its number of rows
+fastest. Where a tensor's data is, `struct ggml_tensor` says in three fields that ggml reads anew for every graph:
+data, buffer, extra.
 
 A copy may be of another type, which llama.cpp does not see either: it builds graphs of tensors of any type, and ggml
 asks for the type when it computes. Then the type and its strides change with the place.
@@ -33,9 +34,7 @@ import numpy as np
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
 from granite4v.ggml.compiled.products import MOST_ROWS
-from granite4v.ggml.compiled.prompt_products import PACKED_MARK, packed
 from granite4v.ggml.declarations import TensorP
-from granite4v.ggml.kernels import PACKED
 from granite4v.ggml.library import lib as ggml
 from granite4v.ggml.quantize import quantize_rows
 from granite4v.ggml.types import row_bytes, type_name
@@ -106,9 +105,7 @@ class WeightCopies:
         self._forms += [_Forms(*place) for place in places]
 
     def _fill(self, copy: Copy, source: Any, target: Any) -> None:
-        if copy.kernel == PACKED:
-            _pack(source, target)
-        elif target.contents.type == source.contents.type:
+        if target.contents.type == source.contents.type:
             ggml().ggml_backend_tensor_set(target, source.contents.data, 0, ggml().ggml_nbytes(source))
         else:
             _widen(source, target)
@@ -187,14 +184,6 @@ def _widen(source: Any, target: Any) -> None:
         values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])
         rows = quantize_rows(values, wide, 1)
         ggml().ggml_backend_tensor_set(target, rows.ctypes.data, first * rows.shape[1], rows.nbytes)
-
-
-def _pack(source: Any, target: Any) -> None:
-    n, n_bytes = source.contents.ne[1], source.contents.nb[1]
-    rows = np.ctypeslib.as_array((ctypes.c_uint8 * (n * n_bytes)).from_address(source.contents.data))
-    found = packed(rows.reshape(n, n_bytes))
-    ggml().ggml_backend_tensor_set(target, found.ctypes.data, 0, found.nbytes)
-    target.contents.extra = PACKED_MARK
 
 
 class _Pages:

@@ -95,6 +95,7 @@ def test_what_there_was_no_time_for_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     monkeypatch.setattr(kernels, "available_kernels", lambda backend, kind: {PLAIN: None, "AMX": None})
     monkeypatch.setattr(kernels, "prompt_kernels", lambda kind: {})
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda kind, n_rows: {})
     monkeypatch.setattr(kernels, "TYPES", ("F32", "Q8_0", "Q4_0"))
     measured = {"F32": {PLAIN: 100.0, "AMX": 400.0}, "Q8_0": {PLAIN: 80.0}, "Q4_0": {}}
     monkeypatch.setattr(kernels.autotune, "rates", lambda backend, types: measured)

@@ -1,21 +1,22 @@
-"""Products of packed weights with the rows of a prompt, by value, and where they take a node's place."""
+"""Products with the rows of a prompt by the compiled kernels, by value, and the nodes that they take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import gguf
 import numpy as np
 import pytest
 
-from granite4v.ggml.backend import Arena, Backend, set_data
+from granite4v.ggml.backend import Arena, Backend
 from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
-from granite4v.ggml.compiled.prompt_products import AT_ONCE, PACKED_MARK, can_be_packed, packed
+from granite4v.ggml.compiled.products import MOST_ROWS, step
+from granite4v.ggml.compiled.prompt_products import KINDS, TOP_ROWS
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.types import TYPES
+from tests.helpers.quantized_products import PRODUCTS, drawn_rows, packed_weights, products, unpacked
 
-KERNELS = NodeKernels.available(kinds=["Q8_0"])
-needs_kernel = pytest.mark.skipif(not KERNELS, reason="needs llvmlite and AVX-512 VNNI")
+needs_kernel = pytest.mark.skipif(not NodeKernels.available(kinds=KINDS), reason="needs llvmlite and AVX-512 VNNI")
+LEAST = MOST_ROWS + 1  # rows of a prompt
 
 
 @pytest.fixture(params=[1, 3])
@@ -25,58 +26,76 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     backend.close()
 
 
-def weights(n_out: int, n_in: int) -> np.ndarray:
-    return quantize_rows(np.random.default_rng(2).standard_normal((n_out, n_in), dtype=np.float32), "Q8_0", 1)
-
-
-def drawn_rows(n_rows: int, n_in: int) -> np.ndarray:
-    """No number is near the middle between two integers, which float32 and float64 may see on different sides."""
-    rng = np.random.default_rng(3)
-    values = rng.integers(-126, 127, (n_rows, n_in // 32, 32)) + rng.uniform(-0.4, 0.4, (n_rows, n_in // 32, 32))
-    values[..., 9] = rng.choice([-127, 127], values.shape[:2])
-    return (values * rng.uniform(0.0001, 0.03, (n_rows, n_in // 32, 1))).reshape(n_rows, n_in).astype(np.float32)
-
-
-def expected(quantized: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Of rows as 8-bit integers times their scales, one for 32 numbers."""
     blocks = rows.astype(np.float64).reshape(len(rows), -1, 32)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
-    rounded = (np.rint(blocks / np.where(scales, scales, 1)) * scales).reshape(rows.shape)
-    return rounded @ gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0).astype(np.float64).T
+    return (np.rint(blocks / np.where(scales, scales, 1)) * scales).reshape(rows.shape) @ unpacked(kind, packed).T
 
 
-def computed(backend: Backend, quantized: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    graph, arena = Graph(backend, 8), Arena(1)
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "n_rows"),
+    [(256, 32, LEAST), (768, 96, 72), (2560, 128, TOP_ROWS), (512, 32, 2 * TOP_ROWS + 1), (9728, 64, 100)],
+)
+def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in: int, n_out: int, n_rows: int) -> None:
+    packed, rows = packed_weights(kind, n_out, n_in), drawn_rows(n_rows, n_in)
+    found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
+    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # which may cancel out
+    assert (np.abs(found - wanted) / terms).max() < 5e-7
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_at_their_ends(kind: str) -> None:
+    """Every bit set, and the largest and the least scales, with rows of the largest numbers of both signs."""
+    n_in, n_out, backend = step(kind), 32, Backend("cpu", 1)
+    packed = np.full((n_out, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
+    blocks = packed.reshape(n_out, -1, TYPES[kind].nbytes)
+    for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
+        blocks[..., place : place + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    if kind == "Q6_K":
+        blocks[1, :, 192:208], blocks[2, :, 192:208] = 0x7F, 0x80  # its signed scales
+    if kind == "Q8_0":
+        blocks[1, :, 2:], blocks[2, :, 2:] = 0x7F, 0x80
+    rows = np.ones((LEAST, n_in), np.float32)
+    rows[1], rows[2], rows[3] = -1, 0, np.tile([1.0, -1.0], n_in // 2)
     try:
-        tensor = arena.tensor("Q8_0", rows.shape[1], len(quantized))
+        found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
+    finally:
+        backend.close()
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-3)
+    assert np.abs(wanted).max() > 100 and (found[2] == 0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_depends_on_nothing_beside_it(backend: Backend, kind: str) -> None:
+    """Nor on how many others there are, which decides what is computed together."""
+    packed, rows = packed_weights(kind, 96, 1280), drawn_rows(TOP_ROWS + 7, 1280)
+    found = products(backend, kind, packed, rows)
+    for part in (slice(100, 100 + LEAST), slice(TOP_ROWS + 7 - 71, None)):
+        assert (products(backend, kind, packed, rows[part].copy()) == found[part]).all()
+    assert (products(backend, kind, packed, np.zeros_like(rows)) == 0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_cannot_compute_is_left_to_ggml(kind: str) -> None:
+    backend = Backend("cpu", 1)
+    graph, arena = Graph(backend, 32), Arena(4)
+    try:
+        shapes = [(512, 32, 1), (512, 48, 1), (512, 32, 2)]
+        tensors = [Tensor(arena.tensor(kind, *shape)) for shape in shapes]
         arena.allocate(backend.buffer_type, weights=True)
-        set_data(tensor, packed(quantized))
-        tensor.contents.extra = PACKED_MARK
-        y = graph.matmul(Tensor(tensor), graph.input("x", "F32", *reversed(rows.shape)))
-        assert replace(y.ptr, KERNELS)
-        graph.output("y", graph.scale(y, 1.0))
-        return graph.run(x=rows)["y"]
+        for number, (tensor, (n_in, _, n)) in enumerate(zip(tensors, shapes, strict=True)):
+            y = graph.matmul(tensor, graph.input(f"x{number}", "F32", n_in, LEAST, n))
+            assert replace(y.ptr, PRODUCTS) == (number == 0)
     finally:
         graph.close()
         arena.close()
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("n_in", "n_out", "n_rows"), [(32, 16, 1), (64, 48, 12), (896, 16, 17), (256, 80, AT_ONCE + 29), (2560, 64, 512)]
-)
-def test_values_are_those_of_the_rounded_rows(backend: Backend, n_in: int, n_out: int, n_rows: int) -> None:
-    quantized, rows = weights(n_out, n_in), drawn_rows(n_rows, n_in)
-    wanted = expected(quantized, rows)
-    terms = np.abs(rows) @ np.abs(gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0)).T
-    assert (np.abs(computed(backend, quantized, rows) - wanted) / terms).max() < 5e-7
-
-
-@needs_kernel
-def test_a_row_depends_on_nothing_beside_it(backend: Backend) -> None:
-    quantized, rows = weights(48, 320), drawn_rows(200, 320)
-    found = computed(backend, quantized, rows)
-    assert (computed(backend, quantized, rows[150:153].copy()) == found[150:153]).all()
-    assert (computed(backend, quantized, np.zeros_like(rows)) == 0).all()
+        backend.close()
 
 
 @needs_kernel
@@ -84,17 +103,13 @@ def test_a_node_is_what_it_was_when_its_weights_are(backend: Backend) -> None:
     """A graph that is used again finds weights in another form."""
     graph, arena = Graph(backend, 8), Arena(1)
     try:
-        tensor = arena.tensor("Q8_0", 256, 16)
+        tensor = arena.tensor("Q8_0", 256, 32)
         arena.allocate(backend.buffer_type, weights=True)
         few, many = (graph.matmul(Tensor(tensor), graph.input(f"x{n}", "F32", 256, n)) for n in (3, 300))
-        for mark, taken in ((None, (True, False)), (PACKED_MARK, (True, True)), (None, (True, False))):
-            tensor.contents.extra = mark
-            assert (replace(few.ptr, KERNELS), replace(many.ptr, KERNELS)) == taken
+        for rearranged, taken in ((None, True), (1, False), (None, True), (1, False)):
+            tensor.contents.extra = rearranged
+            assert {replace(few.ptr, PRODUCTS), replace(many.ptr, PRODUCTS)} == {taken}
         assert many.ptr.contents.op == OP_MUL_MAT and many.ptr.contents.op_params[0] == 0
     finally:
         graph.close()
         arena.close()
-
-
-def test_what_can_be_packed() -> None:
-    assert can_be_packed(896, 128) and not can_be_packed(896, 130) and not can_be_packed(40, 16)

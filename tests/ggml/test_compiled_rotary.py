@@ -261,7 +261,7 @@ FAILS = """
 import warnings
 from granite4v.ggml.compiled import nodes
 
-def fail(_):
+def fail(*_):
     raise RuntimeError("no {such} CPU")
 
 nodes.compiled = fail

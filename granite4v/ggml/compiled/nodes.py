@@ -20,12 +20,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from granite4v.errors import SpeedWarning
-from granite4v.ggml.compiled import attention, products
+from granite4v.ggml.compiled import attention, products, prompt_products
 from granite4v.ggml.compiled import rotary as rotary_embedding
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
-from granite4v.ggml.compiled.prompt_products import KIND, PACKED_MARK, PromptProducts
+from granite4v.ggml.compiled.prompt_products import OUTPUTS, PromptProducts
 from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
@@ -33,15 +33,15 @@ from granite4v.ggml.types import TYPE_IDS, TYPES
 
 # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
 OP_MUL_MAT, OP_ROPE, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 48, 74, 95
-REVISION = 2  # of what the kernels compute: whoever changes a bit of it counts on
+REVISION = 3  # of what the kernels compute: whoever changes a bit of it counts on
 BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand between decoder layers
 
 
 @dataclass(frozen=True)
 class NodeKernels:
     """What is computed by compiled operations. `attention`: the numbers of a head and the heads that share keys, None:
-    none is; `products`: the types of weights that are multiplied with a few rows; `rotary`: the rotary embedding with
-    transformers' angles, for comparing values with it."""
+    none is; `products`: the types of weights that are multiplied, F16 with a few rows only; `rotary`: the rotary
+    embedding with transformers' angles, for comparing values with it."""
 
     attention: tuple[int, int] | None = None
     products: tuple[str, ...] = ()
@@ -191,13 +191,12 @@ class _Callback:
             for is_prompt, writer in ((False, FewRowsAttention), (True, PromptAttention)):
                 require = functools.partial(self._require_attention, is_prompt)
                 cases.append(_Case(OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
-        if KIND in self.kernels.products:
-            cases.append(_Case(OP_MUL_MAT, self._require_packed, PromptProducts(w).write()))
-        if self.kernels.products:
-            products_writer = Products(w)
-            for kind in self.kernels.products:
-                require = functools.partial(self._require_product, kind)
-                cases.append(_Case(OP_MUL_MAT, require, products_writer.write(kind)))
+        for kind in self.kernels.products:
+            require = functools.partial(self._require_product, kind, self._require_few)
+            cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
+            if kind in prompt_products.KINDS:
+                require = functools.partial(self._require_product, kind, self._require_many)
+                cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind)))
         if self.kernels.rotary:
             cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
         return cases
@@ -228,7 +227,9 @@ class _Callback:
         for i in (1, 2):  # biases by distance, and a cap of scores
             require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))
 
-    def _require_product(self, kind: str, node: Any, require: Callable[[Any], None]) -> None:
+    def _require_product(
+        self, kind: str, require_rows: Callable[..., None], node: Any, require: Callable[[Any], None]
+    ) -> None:
         w, b, equal = self.w, self.w.b, self._equal
         weights, x = (w.field(node, "src", i, w.bytes) for i in range(2))
         require(equal(w.field(weights, "type", kind=w.i32), TYPE_IDS[kind]))
@@ -239,13 +240,22 @@ class _Callback:
         for tensor in (weights, x):
             require(equal(w.field(tensor, "ne", 3), 1))
         block, n_bytes = TYPES[kind].block, TYPES[kind].nbytes
-        n_in, n_rows = w.field(weights, "ne", 0), w.field(x, "ne", 1)
+        n_in = w.field(weights, "ne", 0)
         require(equal(b.srem(n_in, w.integer(products.step(kind))), 0))
         require(equal(w.field(weights, "nb", 0), n_bytes))
         require(equal(w.field(weights, "nb", 1), b.mul(b.sdiv(n_in, w.integer(block)), w.integer(n_bytes))))
         require(equal(w.field(x, "nb", 0), 4))
         require(equal(w.field(node, "nb", 0), 4))
-        require(b.icmp_signed("<=", n_rows, w.integer(MOST_ROWS)))
+        require_rows(weights, x, require)
+
+    def _require_few(self, _: Any, x: Any, require: Callable[[Any], None]) -> None:
+        require(self.w.b.icmp_signed("<=", self.w.field(x, "ne", 1), self.w.integer(MOST_ROWS)))
+
+    def _require_many(self, weights: Any, x: Any, require: Callable[[Any], None]) -> None:
+        w, b = self.w, self.w.b
+        require(b.icmp_signed(">", w.field(x, "ne", 1), w.integer(MOST_ROWS)))
+        require(self._equal(w.field(x, "ne", 2), 1))
+        require(self._equal(b.srem(w.field(weights, "ne", 1), w.integer(OUTPUTS)), 0))
 
     def _require_rotary(self, node: Any, require: Callable[[Any], None]) -> None:
         """ggml has seen to it that positions are whole numbers, factors float32, and turned numbers even in number."""
@@ -263,11 +273,6 @@ class _Callback:
         require(b.icmp_signed("<=", n_dims, w.integer(rotary_embedding.MAX_NUMBERS, w.i32)))
         for slot, plain in ((rotary_embedding.EXTENSION, 0.0), (rotary_embedding.MAGNITUDE, 1.0)):  # YaRN's
             require(b.fcmp_ordered("==", parameter(slot, w.f32), w.number(plain)))
-
-    def _require_packed(self, node: Any, require: Callable[[Any], None]) -> None:
-        """Nothing else: whoever packs weights, sees to it that their products fit."""
-        weights = self.w.field(node, "src", 0, self.w.bytes)
-        require(self._equal(self.w.field(weights, "extra"), PACKED_MARK))
 
     def _restore(self, node: Any, operations: Sequence[Any]) -> None:
         """A product of a graph that is used again is what llama.cpp has made it: its weights may be in another form."""

@@ -1,79 +1,92 @@
-"""Products of packed Q8_0 weights with the rows of a prompt, for CPUs with AVX-512 VNNI.
+"""Products of weights with the rows of a prompt, for CPUs with AVX-512 VNNI.
 
-Sixteen rows of weights lie together, quads of their integers side by side, so that products with a row of the prompt
-are sums in sixteen separate lanes, and weights that are loaded once serve a dozen rows. Rows are rounded to 8-bit
-integers of one scale for 32, as ggml does.
+32 rows of weights are unpacked together, some hundred numbers of each: quads of their integers side by side, so that
+products with a row of the prompt are sums in separate lanes. They stay in the mapped file as they are, and are unpacked
+anew for some hundred rows each time, which takes a twentieth of the products. Five rows of the prompt at once, with 32
+of weights, take half of the loads that ten with 16 would, and a core can do no more loads than multiplications.
+
+Rows are rounded to 8-bit integers of one scale for 32, more finely than ggml does for K-quants (256), and products of
+integers are exact. The values of a row are the same to the bit whatever is beside it, and for every number of threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from granite4v.ggml.compiled.products import OFFSETS, step
+from granite4v.ggml.compiled.weights import REGISTER, Unpacked, Unpackers
 from granite4v.ggml.compiled.writer import LANES, Writer
 from granite4v.ggml.types import TYPES
 
-KIND = "Q8_0"
-BLOCK = 32  # numbers that share a scale
+KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0")
+BLOCK = 32  # numbers of a row of the prompt that share a scale
 QUADS = BLOCK // 4
-REGISTER = 64  # bytes
-PACKED = LANES * TYPES[KIND].nbytes  # bytes of a block of sixteen rows
-ROWS, SOME = 12, 4  # that are multiplied with weights in registers
-AT_ONCE = 96  # rows whose integers stay in a core's cache while all weights pass
-OFFSET = 128  # makes weights unsigned
-PACKED_MARK = 0x67347630  # the `extra` of a tensor whose weights are packed
-
-
-def can_be_packed(n_in: int, n_out: int) -> bool:
-    return n_in % BLOCK == 0 and n_out % LANES == 0
-
-
-def packed(weights: np.ndarray) -> np.ndarray:
-    """Rows of Q8_0, bytes `(n, row)` with n a multiple of 16, as packed bytes `(n, row)`."""
-    n, n_bytes = weights.shape
-    blocks = weights.reshape(n // LANES, LANES, -1, TYPES[KIND].nbytes)
-    scales = blocks[..., :2].transpose(0, 2, 1, 3)
-    integers = (blocks[..., 2:] ^ OFFSET).reshape(n // LANES, LANES, -1, QUADS, 4).transpose(0, 2, 3, 1, 4)
-    parts = [np.ascontiguousarray(part).reshape(n // LANES, -1, size) for part, size in ((scales, 32), (integers, 512))]
-    return np.concatenate(parts, axis=-1).reshape(n, n_bytes)
+OUTPUTS = 2 * LANES  # rows of weights that are unpacked together
+ROWS = 5  # of the prompt that are multiplied with them at once: with more, LLVM keeps sums in memory
+CHUNK = 512  # numbers of rows of weights that are unpacked at once, and stay in the first cache of a core
+CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
+LEAST_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # that are taken at once
+# What is kept of a block of a row beside its integers: its scale, what it adds up to, and what the weights' offset adds
+# to the products of the complete block, or of its halves.
+SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
+UNSIGNED = {**OFFSETS, "Q6_K": -32}  # offsets of weights as unsigned integers; others have one for each part
 
 
 class PromptProducts:
-    """Writes the operation."""
+    """Writes the operations, one for each type of weights."""
 
     def __init__(self, writer: Writer) -> None:
-        self.w = writer
+        self.w, self.unpackers = writer, Unpackers(writer)
 
-    def write(self) -> Any:
+    def write(self, kind: str) -> Any:
         """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
         w = self.w
-        function = w.begin("multiply_packed", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
+        self.kind, self.n_parts = kind, 2 if kind == "Q6_K" else 1  # of a block, with a scale of the weights each
+        self.has_least = kind not in UNSIGNED
+        # of each row of unpacked weights: of integers, of scales, and of what is subtracted
+        self.n_registers = step(kind) // REGISTER + 1 + self.has_least
+        function = w.begin(f"multiply_prompt_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         self.target, ith, nth, _ = function.args
         b, zero, one = w.b, w.integer(0), w.integer(1)
         self.weights, self.x = (w.field(self.target, "src", i, w.bytes) for i in range(2))
         n_in, n_out, n_rows = w.field(self.x, "ne", 0), w.field(self.weights, "ne", 1), w.field(self.x, "ne", 1)
-        self.n_blocks, groups = b.sdiv(n_in, w.integer(BLOCK)), b.sdiv(n_out, w.integer(LANES))
-        ith, nth = b.sext(ith, w.i64), b.sext(nth, w.i64)
+        self.n_blocks, n_steps = b.sdiv(n_in, w.integer(BLOCK)), b.sdiv(n_in, w.integer(step(kind)))
+        groups, ith, nth = b.sdiv(n_out, w.integer(OUTPUTS)), b.sext(ith, w.i64), b.sext(nth, w.i64)
         first, end = (b.sdiv(b.mul(groups, i), nth) for i in (ith, b.add(ith, one)))
-        self.integers = b.call(w.declare("malloc", w.bytes, w.i64), [b.mul(n_in, w.integer(AT_ONCE))])
-        self.scales = b.call(w.declare("malloc", w.bytes, w.i64), [b.mul(self.n_blocks, w.integer(8 * AT_ONCE))])
-        with w.loop(zero, n_rows, w.integer(AT_ONCE)) as (start, _turn):
-            left = b.sub(n_rows, start)
-            n = b.select(b.icmp_signed("<", left, w.integer(AT_ONCE)), left, w.integer(AT_ONCE))
+        at_once = self._rows_at_once(n_in)
+        room = self._allocate(n_in, at_once)
+        with w.loop(zero, n_rows, at_once) as (begin, _turn):
+            # with the rows before them, those at the end fill a pass
+            start = self._least(begin, b.sub(n_rows, w.integer(ROWS)))
+            n = self._least(b.sub(n_rows, start), at_once)
             with w.loop(zero, n, one) as (row, _turn):
                 self._round_row(w.at(self.x, (1, b.add(start, row))), row)
             with w.loop(first, end, one) as (group, _turn):
-                done = zero
-                for size in (ROWS, SOME, 1):
-                    until = b.add(done, b.mul(b.sdiv(b.sub(n, done), w.integer(size)), w.integer(size)))
-                    with w.loop(done, until, w.integer(size)) as (row, _turn):
-                        self._multiply(group, start, row, size)
-                    done = until
-        for room in (self.integers, self.scales):
-            b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
+                self._multiply_group(group, start, n, n_steps)
+        b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
         b.ret_void()
         return function
+
+    def _least(self, x: Any, y: Any) -> Any:
+        return self.w.b.select(self.w.b.icmp_signed("<", x, y), x, y)
+
+    def _rows_at_once(self, n_in: Any) -> Any:
+        w, b = self.w, self.w.b
+        found = b.mul(b.sdiv(w.integer(CACHED), b.mul(n_in, w.integer(ROWS))), w.integer(ROWS))
+        found = self._least(found, w.integer(TOP_ROWS))
+        return b.select(b.icmp_signed("<", found, w.integer(LEAST_ROWS)), w.integer(LEAST_ROWS), found)
+
+    def _allocate(self, n_in: Any, n_rows: Any) -> Any:
+        """Memory for weights, on the stack, and for rows of the prompt."""
+        w, b = self.w, self.w.b
+        self.unpacked = w.on_stack(self.n_registers * LANES * REGISTER)
+        self.columns = w.on_stack(2 * CHUNK // step(self.kind) * self.n_registers * LANES * REGISTER)
+        self.sums = w.on_stack(TOP_ROWS * 2 * REGISTER)
+        n_integers, n_about = b.mul(n_in, n_rows), b.mul(b.mul(self.n_blocks, w.integer(ABOUT)), n_rows)
+        room = b.call(w.declare("malloc", w.bytes, w.i64), [b.add(n_integers, n_about)])
+        self.integers, self.about = room, b.gep(room, [n_integers])
+        return room
 
     def _round_row(self, source: Any, row: Any) -> None:
         w, b = self.w, self.w.b
@@ -85,26 +98,132 @@ class PromptProducts:
             for i, each in enumerate(integers):
                 target = b.add(b.mul(place, w.integer(BLOCK)), w.integer(LANES * i))
                 w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), self.integers, target, 1)
-            w.store(b.mul(total, w.integer(-OFFSET, w.i32)), self.scales, b.mul(place, w.integer(8)))
-            w.store(scale, self.scales, b.add(b.mul(place, w.integer(8)), w.integer(4)))
+            about = b.gep(self.about, [b.mul(place, w.integer(ABOUT))])
+            w.store(scale, about, w.integer(SCALE))
+            w.store(b.fmul(b.sitofp(total, w.f32), scale), about, w.integer(SUM))
+            offset = w.integer(UNSIGNED.get(self.kind, 0), w.i32)
+            totals = [w.whole_total(each) for each in integers] if self.n_parts == 2 else [total]
+            for i, each in enumerate(totals):
+                w.store(b.mul(each, offset), about, w.integer(STARTS + 4 * i))
 
-    def _multiply(self, group: Any, start: Any, first: Any, size: int) -> None:
-        """Sixteen rows of weights with `size` rows of the prompt."""
+    def _multiply_group(self, group: Any, start: Any, n_rows: Any, n_steps: Any) -> None:
+        """Rows of weights with all rows of the prompt, whose sums stay in memory from chunk to chunk."""
+        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
+        per_chunk = w.integer(CHUNK // step(self.kind))
+        n_passes = b.sdiv(b.add(n_rows, w.integer(ROWS - 1)), w.integer(ROWS))
+
+        def first_of(number: Any) -> Any:
+            return self._least(b.mul(number, w.integer(ROWS)), b.sub(n_rows, w.integer(ROWS)))
+
+        def sums_of(number: Any) -> Any:
+            return b.gep(self.sums, [b.mul(number, w.integer(ROWS * 2 * REGISTER))])
+
+        with w.loop(zero, n_steps, per_chunk) as (first_step, _turn):
+            n = self._least(b.sub(n_steps, first_step), per_chunk)
+            for half in range(2):
+                with w.loop(zero, n, one) as (i, _turn):
+                    self._unpack(group, half, b.add(first_step, i), i)
+            is_first = b.icmp_signed("==", first_step, zero)
+            with w.loop(zero, n_passes, one) as (number, _turn):
+                self._multiply(first_of(number), first_step, n, sums_of(number), is_first)
+        with w.loop(zero, n_passes, one) as (number, _turn):
+            for r in range(ROWS):
+                out = w.at(self.target, (1, b.add(start, b.add(first_of(number), w.integer(r)))))
+                for half in range(2):
+                    value = w.load(sums_of(number), w.integer(REGISTER * (2 * r + half)), w.vector, REGISTER)
+                    place = b.add(b.mul(group, w.integer(4 * OUTPUTS)), w.integer(REGISTER * half))
+                    w.store(value, out, place)
+
+    # --- weights ---
+
+    def _unpack(self, group: Any, half: int, i: Any, to: Any) -> None:
+        """Some blocks of sixteen rows of weights: the registers of each row, then as columns, whose lanes are the rows:
+        quads of integers, and the scales of sixteen numbers each. `i`: where they are in the rows, `to`: in a chunk."""
         w, b = self.w, self.w.b
-        base = w.at(self.weights, (1, b.mul(group, w.integer(LANES))))
-        places = [b.mul(b.add(first, w.integer(r)), self.n_blocks) for r in range(size)]
+        n_bytes = step(self.kind) // TYPES[self.kind].block * TYPES[self.kind].nbytes
+        number = b.add(b.mul(group, w.integer(OUTPUTS)), w.integer(LANES * half))
+        base = b.gep(w.at(self.weights, (1, number)), [b.mul(i, w.integer(n_bytes))])
+        row_bytes, width = w.field(self.weights, "nb", 1), self.n_registers * REGISTER
+        with w.loop(w.integer(0), w.integer(LANES), w.integer(1)) as (row, _turn):
+            at = b.gep(base, [b.mul(row, row_bytes)])
+            w.prefetch(b.gep(at, [b.mul(row_bytes, w.integer(OUTPUTS))]), n_bytes)
+            found = self.unpackers.unpack(self.kind, at)
+            least = [found.offset] if self.has_least else []
+            for j, vector in enumerate([*found.numbers, self._scales(found), *least]):
+                place = b.add(b.mul(row, w.integer(width)), w.integer(REGISTER * j))
+                w.store(vector, self.unpacked, place, REGISTER)
+        target = b.gep(self.columns, [b.mul(to, w.integer(2 * width * LANES))])
+        with w.loop(w.integer(0), w.integer(self.n_registers), w.integer(1)) as (j, _turn):
+            at = b.gep(self.unpacked, [b.mul(j, w.integer(REGISTER))])
+            rows = [w.load(at, w.integer(width * r), w.vector, REGISTER) for r in range(LANES)]
+            for lane, column in enumerate(w.transposed(rows)):
+                place = b.mul(b.add(b.mul(j, w.integer(LANES)), w.integer(lane)), w.integer(2 * REGISTER))
+                w.store(column, target, b.add(place, w.integer(REGISTER * half)), REGISTER)
+
+    def _scales(self, found: Unpacked) -> Any:
+        """Of a row of weights, as a vector: for each sixteen numbers, one after the other."""
+        w, b = self.w, self.w.b
+        is_k = found.scale is not None
+        fours = [w.picked(each, [0, 8, 16, 24] if is_k else [0, 0, 8, 8]) for each in found.scales]
+        halves = [w.picked(fours[i], range(8), fours[i + 1]) for i in range(0, len(fours), 2)]
+        both = w.picked(halves[0], range(16), halves[-1])
+        return b.fmul(b.sitofp(b.sext(both, w.whole), w.vector), found.scale) if is_k else both
+
+    # --- products ---
+
+    def _multiply(self, first: Any, first_step: Any, n_steps: Any, sums_at: Any, is_first: Any) -> None:
+        """A chunk of `OUTPUTS` rows of weights with `ROWS` of the prompt."""
+        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
+        n_blocks = w.integer(step(self.kind) // BLOCK)
+        begin = b.mul(first_step, n_blocks)
+        places = [b.add(b.mul(b.add(first, w.integer(r)), self.n_blocks), begin) for r in range(ROWS)]
         rows = [b.gep(self.integers, [b.mul(place, w.integer(BLOCK))]) for place in places]
-        scales = [b.gep(self.scales, [b.mul(place, w.integer(8))]) for place in places]
-        with w.loop(w.integer(0), self.n_blocks, w.integer(1), [w.all(0.0)] * size) as (block, sums):
-            at = b.gep(base, [b.mul(block, w.integer(PACKED))])
-            weight_scales = w.halves(at, w.integer(0))
-            quads = [w.load(at, w.integer(2 * LANES + REGISTER * i), w.whole, 1) for i in range(QUADS)]
-            for r in range(size):
-                numbers = b.gep(rows[r], [b.mul(block, w.integer(BLOCK))])
-                of_row = b.gep(scales[r], [b.mul(block, w.integer(8))])
-                found = w.quads_added(w.load(of_row, w.integer(0), w.i32), quads, numbers)
-                scale = b.fmul(weight_scales, w.spread(w.load(of_row, w.integer(4), w.f32)))
-                sums[r] = w.fma(b.sitofp(found, w.vector), scale, sums[r])
-        for r, total in enumerate(sums):
-            out = w.at(self.target, (1, b.add(start, b.add(first, w.integer(r)))))
-            w.store(total, out, b.mul(group, w.integer(REGISTER)))
+        abouts = [b.gep(self.about, [b.mul(place, w.integer(ABOUT))]) for place in places]
+        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(2 * ROWS)]
+        before = [b.select(is_first, w.all(0.0), each) for each in before]
+        scales_at = w.integer(2 * LANES * step(self.kind))
+        with w.loop(zero, n_steps, one, before) as (i, sums):
+            at_step = b.gep(self.columns, [b.mul(i, w.integer(2 * self.n_registers * LANES * REGISTER))])
+            with w.loop(zero, n_blocks, one, sums) as (j, added):
+                block = b.add(b.mul(i, n_blocks), j)
+                at = b.gep(at_step, [b.mul(j, w.integer(2 * QUADS * REGISTER))])
+                scales = b.gep(at_step, [b.add(b.mul(j, w.integer(4 * REGISTER)), scales_at)])
+                numbers = [b.gep(row, [b.mul(block, w.integer(BLOCK))]) for row in rows]
+                about = [b.gep(each, [b.mul(block, w.integer(ABOUT))]) for each in abouts]
+                added[:] = self._added(added, at, scales, numbers, about)
+            sums[:] = added
+        for i, total in enumerate(sums):
+            w.store(total, sums_at, w.integer(REGISTER * i), REGISTER)
+
+    def _added(
+        self, before: Sequence[Any], quads: Any, scales: Any, numbers: Sequence[Any], about: Sequence[Any]
+    ) -> list[Any]:
+        """What a block of all rows adds to their sums."""
+        w, b = self.w, self.w.b
+        n = QUADS // self.n_parts
+        products: list[Any] = []
+        for part in range(self.n_parts):
+            found = [w.spread(w.load(each, w.integer(STARTS + 4 * part), w.i32)) for each in about for _ in range(2)]
+            for quad in range(n * part, n * (part + 1)):
+                weights = self._both(quads, 2 * quad, w.whole)
+                for r, at in enumerate(numbers):
+                    of_row = w.spread(w.load(at, w.integer(4 * quad), w.i32, 1))
+                    for half in range(2):
+                        found[2 * r + half] = w.fours_added(found[2 * r + half], weights[half], of_row)
+            scale = self._both(scales, 2 * part, w.vector)
+            values = [b.sitofp(each, w.vector) for each in found]
+            if part == 0:
+                products = [b.fmul(value, scale[i % 2]) for i, value in enumerate(values)]
+            else:
+                products = [w.fma(value, scale[i % 2], products[i]) for i, value in enumerate(values)]
+        of_rows = [w.spread(w.load(each, w.integer(SCALE), w.f32)) for each in about]
+        added = [w.fma(product, of_rows[i // 2], before[i]) for i, product in enumerate(products)]
+        if self.has_least:
+            least = self._both(scales, 2 * LANES, w.vector)
+            totals = [w.spread(w.load(each, w.integer(SUM), w.f32)) for each in about]
+            added = [w.fma(least[i % 2], totals[i // 2], each) for i, each in enumerate(added)]
+        return added
+
+    def _both(self, columns: Any, number: int, kind: Any) -> list[Any]:
+        """A column of the first sixteen rows of weights, and that of the others."""
+        return [self.w.load(columns, self.w.integer(REGISTER * (number + half)), kind, REGISTER) for half in range(2)]

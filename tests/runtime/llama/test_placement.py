@@ -15,7 +15,7 @@ from granite4v.ggml import autotune
 from granite4v.ggml.backend import Backend, buffer_type_name
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.ggml.kernel_timing import Trial
-from granite4v.ggml.kernels import BFLOAT16, PLAIN, Kernel
+from granite4v.ggml.kernels import BFLOAT16, COMPILED, PLAIN, Kernel
 from granite4v.runtime.llama import placement
 from granite4v.runtime.llama.placement import Copy, Placement, bytes_needed, choose_placement
 from tests.helpers.pictures import text_picture
@@ -36,12 +36,12 @@ def tensors(*infos: tuple[str, tuple[int, ...], str]) -> dict[str, TensorInfo]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, repack_s: dict[str, float]) -> None:
-    """Lets small files be measured, with these seconds of CPU_REPACK for each type; plain kernels take one."""
+    """Lets small files be measured, with these seconds of CPU_REPACK for each type; weights as they are take one."""
 
     def times(backend: Backend, wanted: list[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
         found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
         for kind, name, n in wanted:
-            found[kind].setdefault(name, {})[n] = 1.0 if name == PLAIN else repack_s.get(kind, math.inf)
+            found[kind].setdefault(name, {})[n] = 1.0 if name in (PLAIN, COMPILED) else repack_s.get(kind, math.inf)
         return found
 
     monkeypatch.setattr(autotune, "SMALL", 0)

@@ -17,8 +17,7 @@ from granite4v.ggml.backend import Arena, Backend, buffer_type_name
 from granite4v.ggml.compiled.nodes import NodeKernels
 from granite4v.ggml.compiled.products import MOST_ROWS
 from granite4v.ggml.gguf_file import GgufFile
-from granite4v.ggml.kernels import PACKED
-from granite4v.runtime.llama.context import BatchRows, LlamaContext, node_callback
+from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS, open_model, weight_tensors
@@ -136,31 +135,6 @@ def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[...,
     assert (plain[:3] == widened[:3]).all()  # a single row, a short prompt, and a decode step of many
     errors = [float(np.linalg.norm(found[3] - expected)) for found in (plain, widened)]
     assert 0 < errors[1] < errors[0] < 0.1 * np.linalg.norm(expected)
-
-
-@pytest.mark.skipif(not KERNELS.products, reason="needs llvmlite and AVX-512 VNNI")
-def test_packed_copies_are_for_prompts(make_model: Callable[..., Path], backend: Backend) -> None:
-    path = make_model(PRESETS["tiny-wide"], "Q8_0", "F32") / "text-Q8_0.gguf"
-    copies = tuple(Copy(name, PACKED, backend.buffer_type, few=False, widened="Q8_0") for name in blocks(path))
-    tokens = np.random.default_rng(1).integers(0, 200, 100).astype(np.int32)
-    prompt, short = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (100, MOST_ROWS))
-    several = dataclasses.replace(prompt, outputs=np.arange(100) >= 98)  # as forced tokens and a draft are
-
-    def run(placement: Placement) -> np.ndarray:
-        options: dict[str, Any] = {"node_callback": node_callback(KERNELS)}
-        with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 256, 128, 2, **options) as context:
-            found = []
-            for rows in (short, several, prompt, several, short, prompt):
-                context.decode(rows)
-                found.append(context.logits(-1))
-                context.truncate(0, 0)
-            return np.stack(found)
-
-    exact = Placement(tuple(Copy(name, "float32", backend.buffer_type, widened="F32") for name in blocks(path)))
-    plain, packed, expected = run(Placement()), run(Placement(copies)), run(exact)[2]
-    assert (plain[[0, 1, 3, 4]] == packed[[0, 1, 3, 4]]).all() and (packed[2] == packed[5]).all()
-    errors = [float(np.linalg.norm(found[2] - expected)) for found in (plain, packed)]
-    assert 0 < errors[1] < 1.3 * errors[0] < 0.1 * np.linalg.norm(expected) and errors[0] != errors[1]
 
 
 def test_a_weight_that_llama_cpp_does_not_multiply_is_left_alone(path: Path, backend: Backend) -> None:
