@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
+import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from granite4v.ggml.compiled import object_cache
+from granite4v.ggml.compiled import object_cache, writer
 from granite4v.ggml.compiled.writer import Writer, compiled, llvm
 
 needs_llvm = pytest.mark.skipif(llvm() is None, reason="needs llvmlite")
@@ -55,21 +58,66 @@ def test_what_holds_in_one_process_is_not_kept(folder: Path) -> None:
     assert not folder.exists()
 
 
+@needs_llvm
+def test_threads_compile_at_the_same_time(folder: Path) -> None:
+    """And what one has compiled is good, whoever else has compiled the same meanwhile."""
+    writes = [Counted(41) for _ in range(4)]
+    with ThreadPoolExecutor(len(writes)) as pool:
+        assert list(pool.map(lambda write: [write.called("threads") for _ in range(5)], writes)) == [[42] * 5] * 4
+    assert sum(write.n_written for write in writes) == 1
+
+
+@needs_llvm
+@pytest.mark.parametrize("n_threads", [2, 4])
+def test_threads_ask_for_the_same_kernels_first(n_threads: int, tmp_path: Path) -> None:
+    """In a process of its own, which a use of freed code would end."""
+    code = f"""
+import ctypes, threading
+from concurrent.futures import ThreadPoolExecutor
+from granite4v.ggml.compiled import between_layers, image_attention, nodes
+barrier = threading.Barrier({n_threads})
+def ask(_):
+    barrier.wait()
+    found = nodes.callback(nodes.NodeKernels(rotary=True)), between_layers.address()
+    see = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(found[0])
+    node = (ctypes.c_char * 4096)()
+    return [see(ctypes.addressof(node), True, None) for _ in range(100)]
+with ThreadPoolExecutor({n_threads}) as pool:
+    assert list(pool.map(ask, range({n_threads}))) == [[False] * 100] * {n_threads}
+"""
+    environment = {**os.environ, "GRANITE4V_CACHE": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@needs_llvm
+def test_a_folder_that_is_only_read_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    Counted(1).called()
+    monkeypatch.setattr(object_cache.os, "utime", refuse)
+    write = Counted(1)
+    assert write.called() == 2 and write.n_written == 0
+
+
 def other_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(llvm(), "get_host_cpu_name", lambda: "x86-64-v3")
 
 
 def other_llvm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(importlib.metadata, "version", lambda _: "0.1")
+    patch.setattr("llvmlite.__version__", "0.1")
+
+
+def other_system(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(llvm(), "get_default_triple", lambda: "x86_64-pc-windows-msvc")
 
 
 def other_sources(patch: pytest.MonkeyPatch) -> None:
-    read = Path.read_bytes
-    patch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.suffix == ".py" else b""))
+    patch.setattr(writer, "SOURCES", "other")
 
 
 @needs_llvm
-@pytest.mark.parametrize("change", [other_cpu, other_llvm, other_sources])
+@pytest.mark.parametrize("change", [other_cpu, other_llvm, other_system, other_sources])
 def test_code_for_something_else_is_not_used(
     folder: Path, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

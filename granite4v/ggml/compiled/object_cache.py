@@ -1,7 +1,8 @@
 """Machine code that this user's earlier processes have compiled, in a private folder of the cache.
 
 Writing and compiling kernels takes most of a second, loading them a thousandth of that. What is loaded is executed, so
-the folder must belong to this user and be closed to all others; and a file that was damaged is not used.
+the folder must belong to this user and be closed to all others, as far as the system has owners and modes for that; and
+a file that was damaged is not used.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def find(key: str) -> bytes | None:
         digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if digest != hashlib.sha256(code).digest():
             return None
-        os.utime(path)
     except (OSError, ValueError):
         return None
+    with contextlib.suppress(OSError):  # of a folder that is only read
+        os.utime(path)
     return code
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ def version() -> str:
 
 
 def compiled(write: Callable[[], str], what: str | None) -> Any:
-    """LLVM's execution engine with the functions of a module, whose addresses are good as long as it lives.
+    """LLVM's execution engine with the functions of a module, whose addresses are good until the process ends.
 
     `write` gives the module's text. `what`: all that it depends on beside this package's sources, so that it need not
     be written and compiled again in another process; None: something that only holds in this one. Raises RuntimeError
@@ -50,35 +50,49 @@ def compiled(write: Callable[[], str], what: str | None) -> Any:
     """
     binding = llvm()
     features = binding.get_host_cpu_features()
-    features["prefer-256-bit"] = False
+    if "prefer-256-bit" in features:
+        features["prefer-256-bit"] = False
     cpu = binding.get_host_cpu_name(), features.flatten()
-    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu[0], features=cpu[1], opt=3)
-    key = None if what is None else _key(what, *cpu)
-    code = None if key is None else object_cache.find(key)
-    if code is None:
-        module = binding.parse_assembly(write())
-        module.verify()
-        builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
-        builder.getModulePassManager().run(module, builder)
-        code = machine.emit_object(module)
-        if key is not None:
-            object_cache.keep(key, code)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-    engine.add_object_file(binding.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    with _LOCK:
+        machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu[0], features=cpu[1], opt=3)
+        key = None if what is None or SOURCES is None else _key(SOURCES, binding.get_default_triple(), *cpu, what)
+        code = None if key is None else object_cache.find(key)
+        if code is None:
+            module = binding.parse_assembly(write())
+            module.verify()
+            builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+            builder.getModulePassManager().run(module, builder)
+            code = machine.emit_object(module)
+            if key is not None:
+                object_cache.keep(key, code)
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _ENGINES.append(engine)
     return engine
 
 
-def _key(*what: str) -> str | None:
-    """A name for code that is the same wherever these are; None where the sources cannot be read."""
-    digest = hashlib.sha256(json.dumps([importlib.metadata.version("llvmlite"), version(), *what]).encode())
-    here = Path(__file__).parent
+def _key(*what: str) -> str:
+    """A name for code that is the same wherever these are."""
+    import llvmlite
+
+    return hashlib.sha256(json.dumps([llvmlite.__version__, version(), *what]).encode()).hexdigest()
+
+
+def _sources_digest() -> str | None:
+    """Of what writes kernels; None where it cannot be read."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
     try:
         for path in [*sorted(here.glob("*.py")), here.parent / "declarations.py", here.parent / "types.py"]:
             digest.update(path.read_bytes())
     except OSError:
         return None
     return digest.hexdigest()
+
+
+SOURCES = _sources_digest()  # as they are imported: a process may outlive them
+_LOCK = threading.Lock()
+_ENGINES: list[Any] = []  # code that nobody frees, since addresses are kept in many places
 
 
 class Writer:
@@ -210,14 +224,6 @@ class Writer:
         factor = self.spread(b.select(is_zero, self.number(0.0), b.fdiv(self.number(127.0), largest)))
         integers = [b.fptosi(self.rounded(b.fmul(value, factor)), self.whole) for value in values]
         return integers, b.fdiv(largest, self.number(127.0)), self.whole_total(b.add(*integers))
-
-    def quads_added(self, start: Any, quads: Sequence[Any], signed: Any) -> Any:
-        """Products of registers of unsigned quads with as many quads of signed integers in memory, each of which meets
-        all of a register, added to a number in all lanes."""
-        found = self.spread(start)
-        for i, quad in enumerate(quads):
-            found = self.fours_added(found, quad, self.spread(self.load(signed, self.integer(4 * i), self.i32, 1)))
-        return found
 
     # --- memory ---
 
