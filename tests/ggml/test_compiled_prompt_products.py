@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from granite4v.ggml.backend import Arena, Backend
+from granite4v.ggml.backend import Arena, Backend, set_data
+from granite4v.ggml.compiled.meeting import NEXT, ROOM
 from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
 from granite4v.ggml.compiled.products import MOST_ROWS, step
 from granite4v.ggml.compiled.prompt_products import KINDS, TOP_ROWS
@@ -110,6 +112,44 @@ def test_a_node_is_what_it_was_when_its_weights_are(backend: Backend) -> None:
             tensor.contents.extra = rearranged
             assert {replace(few.ptr, PRODUCTS), replace(many.ptr, PRODUCTS)} == {taken}
         assert many.ptr.contents.op == OP_MUL_MAT and many.ptr.contents.op_params[0] == 0
+    finally:
+        graph.close()
+        arena.close()
+
+
+@needs_kernel
+def test_graphs_at_the_same_time_do_not_disturb_each_other() -> None:
+    """The memory for rows is taken from the same place, by more threads than there are cores."""
+
+    def repeated(kind: str, n_rows: int) -> None:
+        backend = Backend("cpu", 4)
+        try:
+            packed, rows = packed_weights(kind, 64, 512), drawn_rows(n_rows, 512)
+            wanted = products(backend, kind, packed, rows)
+            for _ in range(20):
+                assert (products(backend, kind, packed, rows) == wanted).all()
+        finally:
+            backend.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(repeated, ("Q4_K", "Q8_0", "Q4_K"), (LEAST, 400, 300)))
+
+
+@needs_kernel
+def test_a_node_is_computed_again_and_again(backend: Backend) -> None:
+    """What the threads know of each other is gone after each time."""
+    packed, rows = packed_weights("Q4_K", 64, 512), drawn_rows(LEAST, 512)
+    graph, arena = Graph(backend, 8), Arena(1)
+    try:
+        weights = arena.tensor("Q4_K", 512, 64)
+        arena.allocate(backend.buffer_type, weights=True)
+        set_data(weights, packed)
+        y = graph.matmul(Tensor(weights), graph.input("x", "F32", 512, LEAST))
+        assert replace(y.ptr, PRODUCTS)
+        graph.output("y", graph.scale(y, 1.0))
+        found = [graph.run(x=rows)["y"] for _ in range(5)]
+        assert all((one == found[0]).all() for one in found) and np.abs(found[0]).max() > 0
+        assert not any(bytes(y.ptr.contents.op_params)[ROOM : NEXT + 4])
     finally:
         graph.close()
         arena.close()

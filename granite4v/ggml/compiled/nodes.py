@@ -23,6 +23,7 @@ from granite4v.errors import SpeedWarning
 from granite4v.ggml.compiled import attention, products, prompt_products
 from granite4v.ggml.compiled import rotary as rotary_embedding
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
+from granite4v.ggml.compiled.meeting import STATE
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
 from granite4v.ggml.compiled.prompt_products import OUTPUTS, PromptProducts
@@ -132,12 +133,13 @@ def _compiled(kernels: NodeKernels) -> Any:
 class _Case(NamedTuple):
     """Nodes that a compiled operation takes the place of. `op`: ggml's number of theirs; `require` gets a node and what
     is to be called with each condition; `moved`: where the parameters move that the operation reads, in bytes by the
-    numbers that they have in ggml's operation."""
+    numbers that they have in ggml's operation; `cleared`: which four bytes become zero."""
 
     op: int
     require: Callable[[Any, Callable[[Any], None]], None]
     operation: Any
     moved: Mapping[int, int] = MappingProxyType({0: SCALE_PLACE})
+    cleared: Sequence[int] = ()
 
 
 class _Callback:
@@ -196,7 +198,7 @@ class _Callback:
             cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
             if kind in prompt_products.KINDS:
                 require = functools.partial(self._require_product, kind, self._require_many)
-                cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind)))
+                cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind), cleared=STATE))
         if self.kernels.rotary:
             cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
         return cases
@@ -296,6 +298,8 @@ class _Callback:
         parameters = TensorStruct.op_params.offset
         for slot, place in case.moved.items():
             w.store(w.field(node, "op_params", slot, w.i32), node, w.integer(parameters + place))
+        for place in case.cleared:
+            w.store(w.integer(0, w.i32), node, w.integer(parameters + place))
         w.store(w.b.ptrtoint(case.operation, w.i64), node, w.integer(parameters))
         w.store(w.integer(ALL_THREADS, w.i32), node, w.integer(parameters + 8))
         w.store(w.integer(0), node, w.integer(parameters + 16))

@@ -6,7 +6,8 @@ anew for some hundred rows each time, which takes a twentieth of the products. F
 of weights, take half of the loads that ten with 16 would, and a core can do no more loads than multiplications.
 
 Rows are rounded to 8-bit integers of one scale for 32, more finely than ggml does for K-quants (256), and products of
-integers are exact. The values of a row are the same to the bit whatever is beside it, and for every number of threads.
+integers are exact. The values of a row are the same to the bit whatever is beside it, and for every number of threads,
+which take shares of the products one after the other, so that a slower one takes fewer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from granite4v.ggml.compiled.meeting import Meeting
 from granite4v.ggml.compiled.products import OFFSETS, step
 from granite4v.ggml.compiled.weights import REGISTER, Unpacked, Unpackers
 from granite4v.ggml.compiled.writer import LANES, Writer
@@ -27,6 +29,7 @@ ROWS = 5  # of the prompt that are multiplied with them at once: with more, LLVM
 CHUNK = 512  # numbers of rows of weights that are unpacked at once, and stay in the first cache of a core
 CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
 LEAST_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # that are taken at once
+SHARES = 4  # of each thread, at least, where there are rows enough
 # What is kept of a block of a row beside its integers: its scale, what it adds up to, and what the weights' offset adds
 # to the products of the complete block, or of its halves.
 SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
@@ -48,45 +51,42 @@ class PromptProducts:
         self.n_registers = step(kind) // REGISTER + 1 + self.has_least
         function = w.begin(f"multiply_prompt_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         self.target, ith, nth, _ = function.args
-        b, zero, one = w.b, w.integer(0), w.integer(1)
+        b, one = w.b, w.integer(1)
         self.weights, self.x = (w.field(self.target, "src", i, w.bytes) for i in range(2))
         n_in, n_out, n_rows = w.field(self.x, "ne", 0), w.field(self.weights, "ne", 1), w.field(self.x, "ne", 1)
         self.n_blocks, n_steps = b.sdiv(n_in, w.integer(BLOCK)), b.sdiv(n_in, w.integer(step(kind)))
-        groups, ith, nth = b.sdiv(n_out, w.integer(OUTPUTS)), b.sext(ith, w.i64), b.sext(nth, w.i64)
-        first, end = (b.sdiv(b.mul(groups, i), nth) for i in (ith, b.add(ith, one)))
-        at_once = self._rows_at_once(n_in)
-        room = self._allocate(n_in, at_once)
-        with w.loop(zero, n_rows, at_once) as (begin, _turn):
+        ith, nth = b.sext(ith, w.i64), b.sext(nth, w.i64)
+        self.unpacked = w.on_stack(self.n_registers * LANES * REGISTER)
+        self.columns = w.on_stack(2 * CHUNK // step(self.kind) * self.n_registers * LANES * REGISTER)
+        self.sums = w.on_stack(TOP_ROWS * 2 * REGISTER)
+        n_integers = b.mul(n_rows, n_in)
+        meeting = Meeting(w, self.target, ith, nth)
+        self.integers = meeting.room(b.add(n_integers, b.mul(b.mul(n_rows, self.n_blocks), w.integer(ABOUT))))
+        self.about = b.gep(self.integers, [n_integers])
+        with w.loop(ith, n_rows, nth) as (row, _turn):
+            self._round_row(w.at(self.x, (1, row)), row)
+        meeting.wait_for_all()
+        groups = b.sdiv(n_out, w.integer(OUTPUTS))
+        at_once = self._rows_at_once(n_in, n_rows, groups, nth)
+        n_parts = b.sdiv(b.add(n_rows, b.sub(at_once, one)), at_once)
+        with meeting.shares(b.mul(groups, n_parts)) as share:
             # with the rows before them, those at the end fill a pass
-            start = self._least(begin, b.sub(n_rows, w.integer(ROWS)))
-            n = self._least(b.sub(n_rows, start), at_once)
-            with w.loop(zero, n, one) as (row, _turn):
-                self._round_row(w.at(self.x, (1, b.add(start, row))), row)
-            with w.loop(first, end, one) as (group, _turn):
-                self._multiply_group(group, start, n, n_steps)
-        b.call(w.declare("free", w.ir.VoidType(), w.bytes), [room])
+            start = self._least(b.mul(b.sdiv(share, groups), at_once), b.sub(n_rows, w.integer(ROWS)))
+            self._multiply_group(b.srem(share, groups), start, self._least(b.sub(n_rows, start), at_once), n_steps)
+        meeting.leave()
         b.ret_void()
         return function
 
     def _least(self, x: Any, y: Any) -> Any:
         return self.w.b.select(self.w.b.icmp_signed("<", x, y), x, y)
 
-    def _rows_at_once(self, n_in: Any) -> Any:
+    def _rows_at_once(self, n_in: Any, n_rows: Any, groups: Any, n_threads: Any) -> Any:
+        """As many as stay in a core's cache, or fewer, so that every thread has some shares."""
         w, b = self.w, self.w.b
-        found = b.mul(b.sdiv(w.integer(CACHED), b.mul(n_in, w.integer(ROWS))), w.integer(ROWS))
-        found = self._least(found, w.integer(TOP_ROWS))
-        return b.select(b.icmp_signed("<", found, w.integer(LEAST_ROWS)), w.integer(LEAST_ROWS), found)
-
-    def _allocate(self, n_in: Any, n_rows: Any) -> Any:
-        """Memory for weights, on the stack, and for rows of the prompt."""
-        w, b = self.w, self.w.b
-        self.unpacked = w.on_stack(self.n_registers * LANES * REGISTER)
-        self.columns = w.on_stack(2 * CHUNK // step(self.kind) * self.n_registers * LANES * REGISTER)
-        self.sums = w.on_stack(TOP_ROWS * 2 * REGISTER)
-        n_integers, n_about = b.mul(n_in, n_rows), b.mul(b.mul(self.n_blocks, w.integer(ABOUT)), n_rows)
-        room = b.call(w.declare("malloc", w.bytes, w.i64), [b.add(n_integers, n_about)])
-        self.integers, self.about = room, b.gep(room, [n_integers])
-        return room
+        most = self._least(b.sdiv(w.integer(CACHED), n_in), w.integer(TOP_ROWS))
+        most = self._least(most, b.sdiv(b.mul(n_rows, groups), b.mul(n_threads, w.integer(SHARES))))
+        whole = b.mul(b.sdiv(most, w.integer(ROWS)), w.integer(ROWS))
+        return b.select(b.icmp_signed("<", whole, w.integer(LEAST_ROWS)), w.integer(LEAST_ROWS), whole)
 
     def _round_row(self, source: Any, row: Any) -> None:
         w, b = self.w, self.w.b
@@ -125,7 +125,7 @@ class PromptProducts:
                     self._unpack(group, half, b.add(first_step, i), i)
             is_first = b.icmp_signed("==", first_step, zero)
             with w.loop(zero, n_passes, one) as (number, _turn):
-                self._multiply(first_of(number), first_step, n, sums_of(number), is_first)
+                self._multiply(b.add(start, first_of(number)), first_step, n, sums_of(number), is_first)
         with w.loop(zero, n_passes, one) as (number, _turn):
             for r in range(ROWS):
                 out = w.at(self.target, (1, b.add(start, b.add(first_of(number), w.integer(r)))))

@@ -1,0 +1,145 @@
+"""How the threads that compute one node work together: in memory that they share, and by shares of the work.
+
+ggml calls an operation once in each of its threads, all at the same time, and has them wait for each other after it.
+What they need to know of each other stands in the node, behind the parameters of ggml's custom operation, and is zero
+before and after.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from granite4v.ggml.compiled.writer import Writer
+from granite4v.ggml.declarations import TensorStruct
+
+# Bytes in the node's parameters: the address of the memory, how many threads have met and how many have left, and the
+# next share.
+ROOM, MET, LEFT, NEXT = 44, 52, 56, 60
+STATE = (ROOM, ROOM + 4, MET, LEFT, NEXT)  # by four bytes
+ALIGNED = 64  # bytes; the size of the memory stands before it
+MOST_KEPT = 32 << 20  # bytes
+SPINS = 1 << 12  # before a thread that waits lets others run
+
+
+class Meeting:
+    """Of the threads of one call. Memory of the last one is kept for the next: taking some anew from the system for
+    each product costs up to a fourth of it where a process gives memory back at once, as a server does."""
+
+    def __init__(self, writer: Writer, node: Any, ith: Any, nth: Any) -> None:
+        self.w, self.nth, self.is_first = writer, nth, writer.b.icmp_signed("==", ith, writer.integer(0))
+        self.parameters = writer.b.gep(node, [writer.integer(TensorStruct.op_params.offset)])
+
+    def room(self, n_bytes: Any) -> Any:
+        """Memory for all threads, aligned to 64 bytes, taken by the first one."""
+        w, b = self.w, self.w.b
+        with b.if_then(self.is_first):
+            b.store_atomic(self._taken(b.add(n_bytes, w.integer(2 * ALIGNED))), self._at(ROOM, w.i64), "release", 8)
+        self._wait(lambda: b.icmp_signed("!=", b.load_atomic(self._at(ROOM, w.i64), "acquire", 8), w.integer(0)))
+        room = b.load_atomic(self._at(ROOM, w.i64), "acquire", 8)
+        return b.inttoptr(b.and_(b.add(room, w.integer(2 * ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
+
+    def wait_for_all(self) -> None:
+        """Until every thread has come here."""
+        w, b = self.w, self.w.b
+        b.atomic_rmw("add", self._at(MET, w.i32), w.integer(1, w.i32), "acq_rel")
+        n = b.trunc(self.nth, w.i32)
+        self._wait(lambda: b.icmp_signed("==", b.load_atomic(self._at(MET, w.i32), "acquire", 4), n))
+
+    @contextmanager
+    def shares(self, n: Any) -> Iterator[Any]:
+        """`for share in range(n)`, each in one thread."""
+        w, b = self.w, self.w.b
+        head, body, after = (b.function.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        share = b.sext(b.atomic_rmw("add", self._at(NEXT, w.i32), w.integer(1, w.i32), "monotonic"), w.i64)
+        b.cbranch(b.icmp_signed("<", share, n), body, after)
+        b.position_at_end(body)
+        yield share
+        b.branch(head)
+        b.position_at_end(after)
+
+    def leave(self) -> None:
+        """The last one leaves everything as it was."""
+        w, b = self.w, self.w.b
+        n_left = b.atomic_rmw("add", self._at(LEFT, w.i32), w.integer(1, w.i32), "acq_rel")
+        with b.if_then(b.icmp_signed("==", b.add(n_left, w.integer(1, w.i32)), b.trunc(self.nth, w.i32))):
+            self._give_back(b.load_atomic(self._at(ROOM, w.i64), "acquire", 8))
+            b.store_atomic(w.integer(0), self._at(ROOM, w.i64), "release", 8)
+            for place in (MET, LEFT, NEXT):
+                b.store_atomic(w.integer(0, w.i32), self._at(place, w.i32), "release", 4)
+
+    def _at(self, place: int, kind: Any) -> Any:
+        return self.w.b.bitcast(self.w.b.gep(self.parameters, [self.w.integer(place)]), kind.as_pointer())
+
+    def _wait(self, is_over: Any) -> None:
+        w, b = self.w, self.w.b
+        pause = w.declare("llvm.x86.sse2.pause", w.ir.VoidType())
+        before, head, again, after = b.block, *(b.function.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        n = b.phi(w.i32)
+        n.add_incoming(w.integer(1, w.i32), before)
+        b.cbranch(is_over(), after, again)
+        b.position_at_end(again)
+        b.call(pause, [])
+        if os.name == "posix":
+            is_long = b.icmp_signed("==", b.and_(n, w.integer(SPINS - 1, w.i32)), w.integer(0, w.i32))
+            with b.if_then(is_long, likely=False):
+                b.call(w.declare("sched_yield", w.i32), [])
+        n.add_incoming(b.add(n, w.integer(1, w.i32)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    # --- memory ---
+
+    def _kept(self) -> Any:
+        """The address of what is kept: one piece of memory, for whichever call comes first."""
+        if "kept" not in self.w.module.globals:
+            kept = self.w.ir.GlobalVariable(self.w.module, self.w.i64, "kept")
+            kept.initializer, kept.linkage, kept.align = self.w.integer(0), "internal", 8
+        return self.w.module.globals["kept"]
+
+    def _taken(self, n_bytes: Any) -> Any:
+        """The address of memory of at least as many bytes."""
+        w, b = self.w, self.w.b
+        kept = b.atomic_rmw("xchg", self._kept(), w.integer(0), "acq_rel")
+        none, is_kept, new, done = (b.function.append_basic_block() for _ in range(4))
+        b.cbranch(b.icmp_signed("==", kept, w.integer(0)), new, is_kept)
+        b.position_at_end(is_kept)
+        size = w.load(b.inttoptr(kept, w.bytes), w.integer(0), w.i64, 8)
+        b.cbranch(b.icmp_signed(">=", size, n_bytes), done, none)
+        b.position_at_end(none)
+        self._free(kept)
+        b.branch(new)
+        b.position_at_end(new)
+        room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
+        with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
+            b.call(w.declare("abort", w.ir.VoidType()), [])  # as ggml does
+        w.store(n_bytes, room, w.integer(0), 8)
+        found = b.ptrtoint(room, w.i64)
+        b.branch(done)
+        last = b.block
+        b.position_at_end(done)
+        taken = b.phi(w.i64)
+        taken.add_incoming(kept, is_kept)
+        taken.add_incoming(found, last)
+        return taken
+
+    def _give_back(self, room: Any) -> None:
+        w, b = self.w, self.w.b
+        size = w.load(b.inttoptr(room, w.bytes), w.integer(0), w.i64, 8)
+        with b.if_else(b.icmp_signed("<=", size, w.integer(MOST_KEPT))) as (is_small, is_large):
+            with is_small:
+                other = b.atomic_rmw("xchg", self._kept(), room, "acq_rel")
+                with b.if_then(b.icmp_signed("!=", other, w.integer(0))):
+                    self._free(other)
+            with is_large:
+                self._free(room)
+
+    def _free(self, room: Any) -> None:
+        w = self.w
+        w.b.call(w.declare("free", w.ir.VoidType(), w.bytes), [w.b.inttoptr(room, w.bytes)])
