@@ -39,7 +39,7 @@ class Kernel:
         """Weights `[n_in, n_out]`, kept in this kernel's buffer type, in the form that `product` takes."""
         if self.arithmetic is not None:
             return weight if weight.type_name in ("F32", self.arithmetic) else graph.cast(weight, "F32")
-        if self.widened in (None, weight.type_name):
+        if self.widened is None:
             return weight
         values = graph.cast(weight, "F32")  # ggml casts quantized weights to nothing else
         return values if self.widened == "F32" else graph.cast(values, self.widened)

@@ -17,7 +17,7 @@ from granite4v.errors import SpeedWarning
 from granite4v.ggml.autotune import EXACT_TYPES, INT8_TYPES, SMALL, Times, gflop, may_widen, times
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.kernel_timing import MANY, Trial
-from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernels, prompt_kernels
+from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernels, compiled_kernels, prompt_kernels
 
 SLOW = 0.5
 BUDGET_S = 1.0
@@ -42,15 +42,17 @@ def warn_if_slow(path: Path, side: Side, n_weights: Mapping[str, int], backend: 
     main = max(n_weights, key=n_weights.__getitem__)
     kernels = {
         kind: [
-            *(
-                kernel.name
-                for kernel in available_kernels(backend, kind).values()
-                if (side == "vision" and kind == main) or (kernel.arithmetic is None and kernel.widened is None)
-            ),
-            *(prompt_kernels(kind) if side == "text" and may_widen(n_weights) else ()),
+            kernel.name
+            for kernel in available_kernels(backend, kind).values()
+            if (side == "vision" and kind == main) or (kernel.arithmetic is None and kernel.widened is None)
         ]
         for kind in (main, *INT8_TYPES)
     }
+    if side == "text":
+        for kind, names in kernels.items():
+            compiled = compiled_kernels(kind, MANY)
+            names[:] = [*(name for name in names if name != PLAIN or not compiled), *compiled]
+            names += prompt_kernels(kind) if may_widen(n_weights) else ()
     for kind in EXACT_TYPES & kernels.keys():
         kernels[kind] = [name for name in kernels[kind] if name != ONEDNN_BF16]
     wanted = [Trial(kind, name, MANY) for kind, names in kernels.items() for name in names]

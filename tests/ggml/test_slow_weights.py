@@ -15,7 +15,7 @@ from granite4v.ggml import slow_weights
 from granite4v.ggml.autotune import SMALL, gflop
 from granite4v.ggml.backend import Backend
 from granite4v.ggml.kernel_timing import MANY
-from granite4v.ggml.kernels import FLOAT32, PLAIN
+from granite4v.ggml.kernels import COMPILED, FLOAT32, PLAIN, Kernel
 from granite4v.ggml.slow_weights import Slow, judge, message, warn_if_slow
 
 
@@ -97,3 +97,17 @@ def test_what_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp
     warn_if_slow(tmp_path / "x.gguf", "vision", {"F16": SMALL}, backend)
     assert {trial.type_name for trial in asked[0]} == {"F16", "Q8_0", "Q6_K"}
     assert ("F16", FLOAT32, MANY) in asked[1] and FLOAT32 not in {trial.kernel for trial in asked[0]}
+
+
+def test_compiled_kernels_are_what_is_compared_where_they_are(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ggml's slowness with a type does not matter to a text model that it does not multiply."""
+    asked: list[Any] = []
+    monkeypatch.setattr(slow_weights, "times", lambda backend, wanted, budget: asked.append(wanted) or times(Q8_0={}))
+    monkeypatch.setattr(slow_weights, "compiled_kernels", lambda kind, n_rows: {COMPILED: Kernel(COMPILED)})
+    for side in ("text", "vision"):
+        warn_if_slow(tmp_path / "x.gguf", side, {"Q8_0": SMALL}, backend)
+    text, vision = ({trial.kernel for trial in each if trial.type_name == "Q8_0"} for each in asked)
+    assert COMPILED in text and PLAIN not in text
+    assert PLAIN in vision and COMPILED not in vision
