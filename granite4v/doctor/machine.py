@@ -27,7 +27,7 @@ EXTRAS = {  # what each is for
     "docling": "a plugin of docling, and 'granite4v extract --format docling'",
     "fonts": "typefaces for the documents that the demo draws",
     "fsspec": "documents by URL",
-    "llvm": "faster decoding on CPUs with AVX-512",
+    "llvm": "faster prompts and decoding on CPUs with AVX-512",
     "onednn": "faster image encoding on CPUs with AVX-512 or AMX",
     "pandas": "results as a data frame",
     "parquet": "--format parquet",

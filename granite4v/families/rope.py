@@ -10,6 +10,7 @@ from granite4v.families.fields import single
 from granite4v.families.hf_fields import MAX_FACTOR, Fields
 
 MIN_THETA = 1e-3
+MIN_FACTOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, .
     `modeling_rope_utils._compute_llama3_parameters`, with its float32: far positions tell frequencies apart whose last
     bits differ.
     """
-    factor, context = (
-        rope.number(key, 0, MAX_FACTOR, positive=True) for key in ("factor", "original_max_position_embeddings")
-    )
+    factor = rope.number("factor", MIN_FACTOR, MAX_FACTOR)
+    context = rope.number("original_max_position_embeddings", 0, MAX_FACTOR, positive=True)
     low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
     if low > high:
         raise rope.error("high_freq_factor", f"at least 'low_freq_factor' ({low:g})")

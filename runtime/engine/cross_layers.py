@@ -336,7 +336,7 @@ def choose_copies(
 
 
 def cross_node_kernels(file: GgufFile, config: CrossAttentionConfig, backend: Backend, *, exact: bool) -> NodeKernels:
-    """What is computed by compiled kernels: products with weights, and with keys and values, of a few rows."""
+    """What is computed by compiled kernels: products with weights, and with keys and values."""
     if exact or not backend.is_cpu:
         return NO_KERNELS
     kinds = {info.type_name for info in _matrices(file)}

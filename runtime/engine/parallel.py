@@ -100,7 +100,7 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
 
 
 def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeKernels:
-    """What of a decode step is computed by compiled kernels."""
+    """What of the decoder is computed by compiled kernels."""
     if not is_cpu(find_device(device)):
         return NO_KERNELS
     heads, kv_heads, lengths = _attention_sizes(files)

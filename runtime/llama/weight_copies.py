@@ -116,9 +116,8 @@ class WeightCopies:
         """Around the computation of a batch of so many rows.
 
         A decode step, however many rows it has, uses no widened copies, so that values do not depend on what else it
-        computes, and returns no mapped pages: the next one follows at once and reads the same. Nor does a prompt of so
-        few rows that a compiled kernel may take it: that stays in llama.cpp's graph, which is used again, and knows one
-        type.
+        computes, and returns no mapped pages: the next one follows at once and reads the same. Nor does a prompt of
+        as few rows as a step may have: that stays in llama.cpp's graph, which is used again, and knows one type.
         """
         is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_ROWS
         used = is_many, widens
