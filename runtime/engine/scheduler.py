@@ -261,7 +261,7 @@ class Scheduler:
             np.resize(data, n_rows) if n_rows > n else data, sequence.n_tokens, sequence.id, output=False
         )
         rows.outputs[n - 1] = is_last
-        self._compute(rows, [task])
+        self._compute(rows, [task], is_prompt=True)
         elapsed = time.perf_counter() - start
         if isinstance(chunk.span, ImageSpan):
             timings.prefill_image_s += elapsed
@@ -310,7 +310,7 @@ class Scheduler:
         try:
             self._resources.look(tasks)
             start = time.perf_counter()
-            self._compute(rows, tasks)
+            self._compute(rows, tasks, is_prompt=False)
         except Aborted:
             return True
         except Exception as error:
@@ -396,13 +396,13 @@ class Scheduler:
                 counters.n_accepted += n_accepted
         return error, finished, n_accepted
 
-    def _compute(self, rows: BatchRows, tasks: SequenceOf[Task]) -> None:
+    def _compute(self, rows: BatchRows, tasks: SequenceOf[Task], *, is_prompt: bool) -> None:
         """Decodes rows; on failure the sequences are what they were before."""
         context = self._cache.context
         try:
             with self._resources.computing(tasks):
                 context.set_adapter(tasks[0].adapter)
-                context.decode(rows)
+                context.decode(rows, is_prompt=is_prompt)
         except BaseException:
             for task in tasks:
                 self._cache.truncate(task.held)

@@ -13,7 +13,7 @@ import numpy as np
 from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
-from granite4v.ggml.compiled.nodes import NodeKernels, callback
+from granite4v.ggml.compiled.nodes import NodeKernels, NodeState, callback
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.memory import large_buffer
 from granite4v.runtime.llama.abort import AbortFlag
@@ -68,11 +68,11 @@ def node_callback(kernels: NodeKernels) -> Any:
     return llama().ggml_backend_sched_eval_callback(callback(kernels)) if kernels else None
 
 
-def _set_callbacks(params: Any, node_callback: Any, hook: LayerHook | None) -> None:
-    if hook is not None:
-        hook.enter(params)
+def _set_callback(params: Any, node_callback: Any, state: NodeState, hook: LayerHook | None) -> None:
     if node_callback is not None:
-        params.cb_eval = node_callback
+        params.cb_eval, params.cb_eval_user_data = node_callback, ctypes.addressof(state)
+    elif hook is not None:
+        params.cb_eval, params.cb_eval_user_data = hook.callback, hook.data
 
 
 class LlamaContext(Owner):
@@ -102,7 +102,7 @@ class LlamaContext(Owner):
         comparing values rather than for speed; otherwise the cache has `cache_type`. `flash`: flash attention, where
         the device has it; a quantized cache needs it. Without, values are stored transposed. `node_callback`: a
         `ggml_backend_sched_eval_callback`, which is asked about every node of a graph; with a `hook`, which computes
-        between layers, it asks that one's callback.
+        between layers, it asks that one's callback. Its data is a `NodeState`.
         `free_threads`: asked before each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
@@ -121,7 +121,8 @@ class LlamaContext(Owner):
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
             params.abort_callback_data = abort.data_address
-        _set_callbacks(params, node_callback, hook)
+        self._nodes = NodeState(None if hook is None else hook.data, 0)
+        _set_callback(params, node_callback, self._nodes, hook)
         capture_log()
         n_layers = int(lib.llama_model_n_layer(model.handle))
         n_padded = -(-n_cells // PADDING) * PADDING
@@ -133,7 +134,7 @@ class LlamaContext(Owner):
                 f"llama.cpp cannot make a context of {n_seq_max} x {n_cells} tokens: {log().reason()}. Use a smaller "
                 "context (--ctx-size, n_ctx)."
             )
-        self._own(handle, lib.llama_free, model, abort, node_callback)
+        self._own(handle, lib.llama_free, model, abort, node_callback, self._nodes, hook)
         self._memory = lib.llama_get_memory(handle)
         n_made = int(lib.llama_n_ctx_seq(handle))
         pages = KvPages.among(buffers, n_layers, n_seq_max, n_made) if model.on_cpu else None
@@ -159,9 +160,10 @@ class LlamaContext(Owner):
             self._n_threads = n_threads
             llama().llama_set_n_threads(self.handle, n_threads, n_threads)
 
-    def decode(self, rows: BatchRows) -> None:
+    def decode(self, rows: BatchRows, *, is_prompt: bool = False) -> None:
         """Appends rows to their sequences. Rows of several sequences are computed together where the numbers of the
-        sequences follow each other in rising order without a gap, otherwise in one pass for each such run.
+        sequences follow each other in rising order without a gap, otherwise in one pass for each such run. `is_prompt`:
+        they are a part of one, and need not have the bits that they would have in decode steps.
 
         Raises Aborted when the abort flag is raised. Part of the rows may then be in the cache, as after any other
         error: `truncate` the sequences.
@@ -187,8 +189,8 @@ class LlamaContext(Owner):
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         capture_log()
         self._room.will_write(rows.sequences, rows.positions)
-        # a step of answers asks for logits of every sequence, a part of a prompt for those of its end alone
-        with self.model.multiplying(n, is_prompt=int(rows.outputs.sum()) <= 1):
+        self._nodes.is_prompt = is_prompt
+        with self.model.multiplying(n, is_prompt=is_prompt):
             status = int(lib.llama_decode(self.handle, batch))
             lib.llama_synchronize(self.handle)
         self._room.has_written()

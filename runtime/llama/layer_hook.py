@@ -42,11 +42,8 @@ class LayerHook:
         self._python: Any = llama().ggml_backend_sched_eval_callback(self._see)
         self._state = state_for(list(self._names), ctypes.cast(self._python, ctypes.c_void_p).value or 0)
         self._places = self._state.places[: len(self._names)]
-
-    def enter(self, params: Any) -> None:
-        """Into the parameters of a context: the callback, and its data, which another callback can ask it by."""
-        params.cb_eval = llama().ggml_backend_sched_eval_callback(self._state.callback)
-        params.cb_eval_user_data = ctypes.addressof(self._state)
+        self.callback: Any = llama().ggml_backend_sched_eval_callback(self._state.callback)
+        self.data = ctypes.addressof(self._state)  # of this callback; another one can ask it by its data
 
     def begin(self, data: np.ndarray, n_threads: int) -> np.ndarray:
         """Before `llama_decode` of tokens int32 `(n,)` or embeddings float32 `(n, n_embd)`: what it is given."""

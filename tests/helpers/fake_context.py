@@ -61,7 +61,7 @@ class FakeContext:
     def set_adapter(self, on: bool) -> None:
         self.adapter = on
 
-    def decode(self, rows: BatchRows) -> None:
+    def decode(self, rows: BatchRows, *, is_prompt: bool = False) -> None:
         assert not self.closed and 0 < len(rows) <= self.n_ubatch
         assert rows.outputs.sum() <= MAX_OUTPUTS
         numbers = rows.sequences.tolist()

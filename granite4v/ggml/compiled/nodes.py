@@ -26,7 +26,7 @@ from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
 from granite4v.ggml.compiled.meeting import STATE
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
-from granite4v.ggml.compiled.prompt_products import OUTPUTS, PromptProducts
+from granite4v.ggml.compiled.prompt_products import LEAST_ROWS, OUTPUTS, PromptProducts
 from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
@@ -93,11 +93,19 @@ class NodeKernels:
 NO_KERNELS = NodeKernels()
 
 
+class NodeState(ctypes.Structure):
+    """The callback's data, where it is given any. `hook`: the data of another callback, which begins with its address
+    (`between_layers.State`), and is asked about nodes `BETWEEN_LAYERS`. `is_prompt`: whether rows are a prompt's, not a
+    decode step's, which have the same bits however many they are: those of a prompt are multiplied as such from
+    `LEAST_ROWS` on."""
+
+    _fields_ = [("hook", ctypes.c_void_p), ("is_prompt", ctypes.c_int64)]
+
+
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
-    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or that of another such
-    callback, which begins with its address and is asked about nodes `BETWEEN_LAYERS` (`between_layers.State`). It lives
-    as long as the process. Takes some tenths of a second the first time."""
+    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or a `NodeState`. It lives as
+    long as the process. Takes some tenths of a second the first time on a machine."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -154,6 +162,7 @@ class _Callback:
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
         node, asks, data = function.args
         b = w.b
+        hook = self._state(data)
         leave, begin = function.append_basic_block(), function.append_basic_block()
         is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
         b.cbranch(is_asked, begin, leave)
@@ -178,14 +187,33 @@ class _Callback:
         is_between, name = w.integer(0, w.i1), w.field(node, "name", kind=w.i32)
         for start in BETWEEN_LAYERS:
             is_between = b.or_(is_between, self._equal(name, int.from_bytes(start, sys.byteorder)))
-        has_other = b.icmp_unsigned("!=", data, w.ir.Constant(w.bytes, None))
-        b.cbranch(b.and_(has_other, is_between), chained, alone)
+        has_hook = b.icmp_unsigned("!=", hook, w.ir.Constant(w.bytes, None))
+        b.cbranch(b.and_(has_hook, is_between), chained, alone)
         b.position_at_end(alone)
         b.ret(b.zext(b.not_(is_asked), w.i8))  # a node that is asked about is not wanted
         b.position_at_end(chained)
-        other_callback = b.bitcast(w.load(data, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
-        b.ret(b.call(other_callback, [node, asks, data]))
+        other_callback = b.bitcast(w.load(hook, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
+        b.ret(b.call(other_callback, [node, asks, hook]))
         return str(w.module)
+
+    def _state(self, data: Any) -> Any:
+        """Reads what the callback is given: the hook's data, which it returns, and whether rows are a prompt's."""
+        w, b, none = self.w, self.w.b, self.w.ir.Constant(self.w.bytes, None)
+        before, given, after = b.block, b.function.append_basic_block(), b.function.append_basic_block()
+        b.cbranch(b.icmp_unsigned("!=", data, none), given, after)
+        b.position_at_end(given)
+        fields = [(NodeState.hook, w.bytes, none), (NodeState.is_prompt, w.i64, w.integer(0))]
+        loaded = [w.load(data, w.integer(field.offset), kind, 8) for field, kind, _ in fields]
+        b.branch(after)
+        b.position_at_end(after)
+        found = []
+        for value, (_, kind, default) in zip(loaded, fields, strict=True):
+            found.append(b.phi(kind))
+            found[-1].add_incoming(default, before)
+            found[-1].add_incoming(value, given)
+        hook, is_prompt = found
+        self.is_prompt = b.icmp_signed("!=", is_prompt, w.integer(0))
+        return hook
 
     def _cases(self) -> list[_Case]:
         w, cases = self.w, []
@@ -194,11 +222,11 @@ class _Callback:
                 require = functools.partial(self._require_attention, is_prompt)
                 cases.append(_Case(OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
         for kind in self.kernels.products:
-            require = functools.partial(self._require_product, kind, self._require_few)
-            cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
             if kind in prompt_products.KINDS:
                 require = functools.partial(self._require_product, kind, self._require_many)
                 cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind), cleared=STATE))
+            require = functools.partial(self._require_product, kind, self._require_few)
+            cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
         if self.kernels.rotary:
             cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
         return cases
@@ -255,7 +283,8 @@ class _Callback:
 
     def _require_many(self, weights: Any, x: Any, require: Callable[[Any], None]) -> None:
         w, b = self.w, self.w.b
-        require(b.icmp_signed(">", w.field(x, "ne", 1), w.integer(MOST_ROWS)))
+        least = b.select(self.is_prompt, w.integer(LEAST_ROWS), w.integer(MOST_ROWS + 1))
+        require(b.icmp_signed(">=", w.field(x, "ne", 1), least))
         require(self._equal(w.field(x, "ne", 2), 1))
         require(self._equal(b.srem(w.field(weights, "ne", 1), w.integer(OUTPUTS)), 0))
 

@@ -55,7 +55,7 @@ def logits(model: LlamaModel) -> np.ndarray:
         position = 0
         for n in (MANY, 1, 1):
             tokens = rng.integers(0, model.n_vocab, n).astype(np.int32)
-            context.decode(BatchRows.of(tokens, position, 0, output=True))
+            context.decode(BatchRows.of(tokens, position, 0, output=True), is_prompt=n > 1)
             found.append(context.logits(-1))
             position += n
     return np.stack(found)
@@ -124,7 +124,7 @@ def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[...,
             found = []
             for _ in range(2):  # there and back again
                 for rows in (one, short, step, prompt):
-                    context.decode(rows)
+                    context.decode(rows, is_prompt=rows is not step)
                     found.append(context.logits(-1))
                     context.truncate(0, 0)
             assert all((found[i] == found[i + 4]).all() for i in range(4))
@@ -203,7 +203,7 @@ def test_a_step_of_many_answers_leaves_the_pages_that_the_next_one_reads(path: P
         GgufFile.open(path) as file,
     ):
         copied = sum(file.tensors[name].nbytes for name in blocks(path))
-        context.decode(BatchRows.of(np.arange(n, dtype=np.int32), 0, 0, output=True))
+        context.decode(BatchRows.of(np.arange(n, dtype=np.int32), 0, 0, output=True), is_prompt=True)
         after_prompt = resident(path)
         context.truncate(0, 0)
         rows = [BatchRows.of(np.array([7], np.int32), 0, number, output=True) for number in range(n)]
