@@ -146,9 +146,9 @@ def test_a_failed_request_leaves_a_sound_cache(model: granite4v.Model, monkeypat
     decode = LlamaContext.decode
     calls = 0
 
-    def failing(self: LlamaContext, rows: BatchRows) -> None:
+    def failing(self: LlamaContext, rows: BatchRows, *, is_prompt: bool) -> None:
         nonlocal calls
-        decode(self, rows)
+        decode(self, rows, is_prompt=is_prompt)
         calls += 1
         if calls == 2:
             raise DeviceError("no such luck")
