@@ -42,7 +42,8 @@ def context_of(model: LlamaModel, exact: bool = False) -> LlamaContext:
 
 
 def anonymous_mb() -> float:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    # as its page tables have it: the counters of /proc/self/status may lag behind
+    found = re.search(r"\nAnonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     assert found is not None
     return int(found[1]) * 1024 / 1e6
 
