@@ -26,8 +26,8 @@ N_IN, N_IN_OF_256 = 1152, 1280  # a vision tower's width, and the next multiple 
 class Kernel:
     """How weights of one type are multiplied: as they are, widened, from another buffer type, or by oneDNN.
 
-    `widened`: the type that the weights are converted to. `arithmetic`: by oneDNN,
-    whose factors are rounded to 'F32' or 'BF16'; None: by ggml.
+    `widened`: the type that the weights are converted to. `arithmetic`: by oneDNN, whose factors are rounded to 'F32'
+    or 'BF16'; None: by ggml.
     """
 
     name: str

@@ -11,8 +11,7 @@ from granite4v.ggml.backend import Arena, Backend, set_data
 from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
 from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, at_once, step
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.types import TYPES
-from tests.helpers.quantized_products import PRODUCTS, drawn_rows, packed_weights, products, unpacked
+from tests.helpers.quantized_products import PRODUCTS, drawn_rows, extreme_weights, packed_weights, products, unpacked
 
 needs_kernel = pytest.mark.skipif(not NodeKernels.available(kinds=KINDS), reason="needs llvmlite and AVX-512 VNNI")
 GGML_DIFFERS = {"Q8_0": 3e-4, "Q4_0": 3e-4, "F16": 3e-4}  # it rounds scales of rows, or rows
@@ -58,14 +57,7 @@ def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in:
 def test_integers_at_their_ends(kind: str) -> None:
     """Sums of products reach neither end of the integers that hold them."""
     n_in, backend = 512, Backend("cpu", 1)
-    packed = np.full((4, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
-    blocks = packed.reshape(4, -1, TYPES[kind].nbytes)
-    for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
-        blocks[..., place : place + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    if kind == "Q6_K":
-        blocks[1, :, 192:208], blocks[2, :, 192:208] = 0x7F, 0x80  # its signed scales
-    if kind == "Q8_0":
-        blocks[1, :, 2:], blocks[2, :, 2:] = 0x7F, 0x80
+    packed = extreme_weights(kind, 4, n_in)
     rows = np.stack([np.ones(n_in), -np.ones(n_in), np.zeros(n_in), np.tile([1.0, -1.0], n_in // 2)]).astype(np.float32)
     try:
         found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)

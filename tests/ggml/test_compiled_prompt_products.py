@@ -14,8 +14,7 @@ from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
 from granite4v.ggml.compiled.products import MOST_ROWS, step
 from granite4v.ggml.compiled.prompt_products import KINDS, TOP_ROWS
 from granite4v.ggml.graph import Graph, Tensor
-from granite4v.ggml.types import TYPES
-from tests.helpers.quantized_products import PRODUCTS, drawn_rows, packed_weights, products, unpacked
+from tests.helpers.quantized_products import PRODUCTS, drawn_rows, extreme_weights, packed_weights, products, unpacked
 
 needs_kernel = pytest.mark.skipif(not NodeKernels.available(kinds=KINDS), reason="needs llvmlite and AVX-512 VNNI")
 LEAST = MOST_ROWS + 1  # rows of a prompt
@@ -53,14 +52,7 @@ def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in:
 def test_integers_at_their_ends(kind: str) -> None:
     """Every bit set, and the largest and the least scales, with rows of the largest numbers of both signs."""
     n_in, n_out, backend = step(kind), 32, Backend("cpu", 1)
-    packed = np.full((n_out, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
-    blocks = packed.reshape(n_out, -1, TYPES[kind].nbytes)
-    for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
-        blocks[..., place : place + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    if kind == "Q6_K":
-        blocks[1, :, 192:208], blocks[2, :, 192:208] = 0x7F, 0x80  # its signed scales
-    if kind == "Q8_0":
-        blocks[1, :, 2:], blocks[2, :, 2:] = 0x7F, 0x80
+    packed = extreme_weights(kind, n_out, n_in)
     rows = np.ones((LEAST, n_in), np.float32)
     rows[1], rows[2], rows[3] = -1, 0, np.tile([1.0, -1.0], n_in // 2)
     try:

@@ -105,7 +105,7 @@ def other_cpu(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_llvm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("llvmlite.__version__", "0.1")
+    patch.setattr(writer, "version", lambda: "0.1")
 
 
 def other_system(patch: pytest.MonkeyPatch) -> None:

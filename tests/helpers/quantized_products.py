@@ -10,6 +10,7 @@ from granite4v.ggml.compiled.nodes import NodeKernels, replace
 from granite4v.ggml.compiled.products import KINDS
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.quantize import quantize_rows
+from granite4v.ggml.types import TYPES
 
 PRODUCTS = NodeKernels(products=KINDS)
 
@@ -21,6 +22,19 @@ def packed_weights(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarra
         32, axis=2
     ).reshape(n_out, n_in).astype(np.float32)
     return quantize_rows(values + rng.standard_normal((n_out, 1), dtype=np.float32), kind, 1)
+
+
+def extreme_weights(kind: str, n_out: int, n_in: int) -> np.ndarray:
+    """Every bit set but in scales of blocks, which are 0.5; in two rows the largest and the least signed numbers."""
+    packed = np.full((n_out, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
+    blocks = packed.reshape(n_out, -1, TYPES[kind].nbytes)
+    for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
+        blocks[..., place : place + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    if kind == "Q6_K":
+        blocks[1, :, 192:208], blocks[2, :, 192:208] = 0x7F, 0x80  # its signed scales
+    if kind == "Q8_0":
+        blocks[1, :, 2:], blocks[2, :, 2:] = 0x7F, 0x80
+    return packed
 
 
 def products(backend: Backend, kind: str, packed: np.ndarray, rows: np.ndarray, *, by_ggml: bool = False) -> np.ndarray:

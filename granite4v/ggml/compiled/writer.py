@@ -73,10 +73,8 @@ def compiled(write: Callable[[], str], what: str | None) -> Any:
 
 
 def _key(*what: str) -> str:
-    """A name for code that is the same wherever these are."""
-    import llvmlite
-
-    return hashlib.sha256(json.dumps([llvmlite.__version__, version(), *what]).encode()).hexdigest()
+    """A name for code that is the same wherever these are, by the same LLVM."""
+    return hashlib.sha256(json.dumps([version(), *what]).encode()).hexdigest()
 
 
 def _sources_digest() -> str | None:
