@@ -3,7 +3,8 @@
 `<fcel>` starts a cell, `<ecel>` an empty one, `<ched>`, `<rhed>` and `<srow>` the header of a column, a row and a
 section. `<lcel>` continues the cell on its left, `<ucel>` the one above, `<xcel>` both (Lysak et al., 2023,
 arXiv 2305.03393). docling writes `<xcel>` for every slot but the first of a cell that spans rows and columns; that is
-parsed as well: the cell reaches down as far as the `<xcel>` do.
+parsed as well: the cell reaches down as far as the `<xcel>` do. So are tags that are closed after their text or at once
+(`<fcel>text</fcel>`, `<ecel/>`), which docling 2.143 reads, too; nothing here writes them.
 
 Only these tags are markup. Everything else is text, `<` and `&` included.
 """
@@ -22,10 +23,10 @@ from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import Cell, Table, as_many_as_fit, bounded, check_size, place, with_header_rows
 from granite4v.runtime.formats.wrapping import joined, unfence
 
-_TAG = re.compile(r"<(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl|/otsl)>")
+_TAG = re.compile(r"<(/?)(fcel|ecel|ched|rhed|srow|lcel|ucel|xcel|nl|otsl)(\s*/)?>")
 _STARTS = ("fcel", "ecel", "ched", "rhed", "srow")
 _HEADERS = ("ched", "rhed", "srow")
-OTSL_ROWS = Rows("<nl>", re.compile(r"</?(?:otsl|[eflux]cel|ched|rhed|srow)>|\s+"))
+OTSL_ROWS = Rows("<nl>", re.compile(r"</?(?:otsl|[eflux]cel|ched|rhed|srow)\s*/?>|\s+"))
 _BETWEEN = re.compile(r"[\s\[\],\"'`]*")  # list syntax around tables
 
 
@@ -35,6 +36,7 @@ class _Slot:
     offset: int
     text: str = ""
     end: int = 0  # of its text
+    closed: bool = False
 
 
 @dataclass
@@ -135,8 +137,18 @@ class _Reader:
         at = 0
         for found in _TAG.finditer(self.text):
             self._take_text(at, found.start())
-            self._take_tag(found[1], found.start(), found.end())
+            closes, tag, at_once = found.groups()
             at = found.end()
+            if tag == "otsl" and closes:
+                self._end_table(found.start(), at)
+            elif tag == "otsl":
+                self._begin_table(found.start())
+            elif closes:
+                self._close(tag, found.start())
+            elif tag == "nl":
+                self._take_row_end(found.start(), at)
+            else:
+                self._begin_slot(_Slot(tag, found.start(), end=at, closed=bool(at_once)))
         self._take_text(at, len(self.text))
 
     def finish(self) -> None:
@@ -150,43 +162,49 @@ class _Reader:
         self._end_row(len(self.text))
 
     def _take_text(self, start: int, end: int) -> None:
-        text = self.text[start:end].strip()
-        if self.row and self.row[-1].tag in _STARTS and not self.row[-1].text:
-            self.row[-1].text, self.row[-1].end = text, end
-            if text and self.row[-1].tag == "ecel":
+        text, slot = self.text[start:end].strip(), self.row[-1] if self.row else None
+        if slot is not None and slot.tag in _STARTS and not slot.closed:
+            slot.text, slot.end = text, end
+            if text and slot.tag == "ecel":
                 raise AnswerError(f"{text!r:.60} at character {start} follows <ecel>, an empty cell; expected a tag.")
         elif text and (self.inside or not _BETWEEN.fullmatch(text)):
             raise AnswerError(f"{text!r:.60} at character {start} is not in a cell; expected an OTSL tag before it.")
 
-    def _take_tag(self, tag: str, start: int, end: int) -> None:
-        if tag == "otsl":
-            if self.inside:
-                raise AnswerError(f"<otsl> at character {start} is inside a table; expected '</otsl>' before it.")
-            self.inside = self.tagged = True
-            self.tables.append(_Rows())
-            return
-        if tag == "/otsl":
-            if not self.inside:
-                raise AnswerError(f"</otsl> at character {start} does not end a table; expected '<otsl>' before it.")
-            self._end_row(end)
-            if not self.tables[-1].n_rows:
-                raise AnswerError(f"</otsl> at character {start} ends a table without rows; expected a cell before it.")
-            self.inside = self.tagged = False
-            self.end = end
-            return
+    def _begin_table(self, start: int) -> None:
+        if self.inside:
+            raise AnswerError(f"<otsl> at character {start} is inside a table; expected '</otsl>' before it.")
+        self.inside = self.tagged = True
+        self.tables.append(_Rows())
+
+    def _end_table(self, start: int, end: int) -> None:
+        if not self.inside:
+            raise AnswerError(f"</otsl> at character {start} does not end a table; expected '<otsl>' before it.")
+        self._end_row(end)
+        if not self.tables[-1].n_rows:
+            raise AnswerError(f"</otsl> at character {start} ends a table without rows; expected a cell before it.")
+        self.inside = self.tagged = False
+        self.end = end
+
+    def _begin_slot(self, slot: _Slot) -> None:
         if not self.inside:
             self.inside = True
             self.tables.append(_Rows())
-        if tag != "nl":
-            self.row.append(_Slot(tag, start))
-        elif self.row:
-            self._end_row(end)
-        else:
-            raise AnswerError(
-                f"<nl> at character {start} ends row {self.tables[-1].n_rows + 1}, which has no cells; expected one."
-            )
+        self.row.append(slot)
+
+    def _take_row_end(self, start: int, end: int) -> None:
+        if not self.row:
+            n_rows = self.tables[-1].n_rows if self.inside else 0
+            raise AnswerError(f"<nl> at character {start} ends row {n_rows + 1}, which has no cells; expected one.")
+        self._end_row(end)
+
+    def _close(self, tag: str, start: int) -> None:
+        slot = self.row[-1] if self.row else None
+        if slot is None or slot.tag != tag or slot.closed:
+            raise AnswerError(f"</{tag}> at character {start} closes nothing; expected '<{tag}>' before it.")
+        slot.closed = True
 
     def _end_row(self, end: int) -> None:
+        """Ends the last row of a table, even without <nl>."""
         if self.row:
             self.tables[-1].add(self.row)
             self.row = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,8 @@ from granite4v.errors import AnswerError
 from granite4v.runtime.formats import Cell, Table, read, read_otsl, write, write_otsl
 from tests.helpers.docling import docling_item
 from tests.helpers.tables import PLAIN_TEXTS, SMALL, SMALL_OTSL, assert_error, random_table, shape
+
+CELL = re.compile(r"<([ef]cel|[cr]hed|srow)>((?:(?!<[a-z/]).)*)")
 
 
 def test_docling_reads_our_otsl_as_we_do() -> None:
@@ -62,6 +65,10 @@ def test_we_read_doclings_otsl_as_it_was_meant() -> None:
         json.dumps([SMALL_OTSL]),
         SMALL_OTSL.replace("<nl>", "<nl>\n").replace("<ched>", "<ched> "),
         SMALL_OTSL.replace("<nl></otsl>", "</otsl>"),
+        CELL.sub(r"<\1>\2</\1>", SMALL_OTSL),
+        CELL.sub(r"<\1> \2 </\1>\n", SMALL_OTSL),
+        re.sub(r"<((?:[elux]cel|nl))>", r"<\1/>", SMALL_OTSL),
+        SMALL_OTSL.replace("<nl>", "<nl />"),
     ],
 )
 def test_otsl_in_the_wrappings_that_models_use(text: str) -> None:
@@ -116,6 +123,14 @@ def test_otsl_spans(rows: str, spans: list[tuple[int, int]]) -> None:
         ("<otsl><fcel>a<lcel><nl><ucel><fcel>b<nl></otsl>",
          "<ucel> in row 2, column 1, at character 23, continues the cell of row 1, column 1, but not over all its 2 "
          "columns; expected a rectangle."),
+        ("<otsl><fcel>a</ched><nl></otsl>",
+         "</ched> at character 13 closes nothing; expected '<ched>' before it."),
+        ("<otsl><fcel>a</fcel></fcel><nl></otsl>",
+         "</fcel> at character 20 closes nothing; expected '<fcel>' before it."),
+        ("<otsl><fcel>a</fcel>b<nl></otsl>",
+         "'b' at character 20 is not in a cell; expected an OTSL tag before it."),
+        ("<otsl><fcel/>b<nl></otsl>",
+         "'b' at character 13 is not in a cell; expected an OTSL tag before it."),
         ("<otsl><ecel>a<nl></otsl>",
          "'a' at character 12 follows <ecel>, an empty cell; expected a tag."),
         ("<otsl><nl></otsl>", "<nl> at character 6 ends row 1, which has no cells; expected one."),
@@ -135,6 +150,20 @@ def test_an_invalid_answer_gives_what_was_found_where_and_what_was_expected(text
     assert_error("tables_otsl", text, message)
 
 
-def test_a_text_with_a_tag_cannot_be_written() -> None:
-    with pytest.raises(AnswerError, match=r"^the text of row 1, column 1 contains '<nl>', which OTSL cannot hold\.$"):
-        write(Table(1, 1, 0, (Cell(0, 0, "a<nl>"),)), "otsl")
+@pytest.mark.parametrize("tag", ["<nl>", "</fcel>", "<ecel/>", "<nl />"])
+def test_a_text_with_a_tag_cannot_be_written(tag: str) -> None:
+    message = f"^the text of row 1, column 1 contains '{tag}', which OTSL cannot hold\\.$"
+    with pytest.raises(AnswerError, match=message):
+        write(Table(1, 1, 0, (Cell(0, 0, "a" + tag),)), "otsl")
+
+
+def test_doclings_granite_vision_stage_reads_closed_tags_as_we_do() -> None:
+    from docling.utils.otsl import parse_otsl_output
+
+    for seed in range(200):
+        text = CELL.sub(r"<\1>\2</\1>" if seed % 2 else r"<\1>\2", write_otsl(random_table(seed, PLAIN_TEXTS)))
+        _, cells, n_rows, n_cols = parse_otsl_output(text)
+        [table] = read_otsl(text)
+        assert (n_rows, n_cols) == (table.n_rows, table.n_cols)
+        found = {(c.start_row_offset_idx, c.start_col_offset_idx): c.text for c in cells}
+        assert found == {(c.row, c.col): c.text for c in table.cells}
