@@ -21,12 +21,12 @@ from granite4v.runtime.engine.engine import Engine
 from granite4v.runtime.engine.logprobs import Logprobs
 from granite4v.runtime.engine.page_store import PageStore
 from granite4v.runtime.engine.parallel import Workload
-from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.scheduler import Counters
 from granite4v.runtime.engine.sequence import Advances, Scoring
 from granite4v.runtime.engine.sequence import Sequence as AnswerSequence
 from granite4v.runtime.engine.stream import Cancel, Progress, Stream
 from granite4v.runtime.engine.trial import try_once
+from granite4v.runtime.formats.repetition import Repetition
 from granite4v.runtime.llama.files import ModelFiles
 from granite4v.runtime.options import GenerationOptions
 from granite4v.runtime.prompt.builder import PromptBuilder

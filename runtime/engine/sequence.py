@@ -17,8 +17,8 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.answer import CANCELLED, LENGTH, REPETITION, STOP, Answer, Timings
 from granite4v.runtime.engine.draft import Draft, Drafter
 from granite4v.runtime.engine.logprobs import Logprobs
-from granite4v.runtime.engine.repetition import Repetition
 from granite4v.runtime.engine.sampler import Sampler, Sampling
+from granite4v.runtime.formats.repetition import Repetition
 from granite4v.runtime.prompt.detokenizer import TextStream
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from granite4v.runtime.formats.json_values import replace_surrogates
 from granite4v.runtime.formats.otsl import OTSL_ROWS, otsl_places, read_otsl, salvage_otsl
 from granite4v.runtime.formats.otsl_grammar import OTSL
 from granite4v.runtime.formats.place import Place, whole
+from granite4v.runtime.formats.repetition import without_loop
 from granite4v.runtime.formats.rows import LINES, Rows
 from granite4v.runtime.formats.table import Table
 from granite4v.runtime.formats.tables_json import (
@@ -156,10 +157,11 @@ def read(task: str, text: str) -> Any:
 def salvage(task: str, text: str) -> Salvaged | None:
     """What `read` would give for the complete rows (tables, CSV), fields (kvp) or lines (code) of a cut answer.
 
-    A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there.
-    None when nothing is complete.
+    A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there, and
+    one that loops up to the end of the first round. None when nothing is complete.
     """
-    value, complete = find_task(task).salvage(replace_surrogates(text))
+    found = find_task(task)
+    value, complete = found.salvage(without_loop(replace_surrogates(text), found.rows))
     return Salvaged(value, not complete) if value or complete else None
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import granite4v
 from granite4v.cli.main import app
 from granite4v.errors import AnswerError
-from granite4v.runtime.engine.repetition import MOST_ROWS, Repetition
 from granite4v.runtime.extract.record import decode, encode
 from granite4v.runtime.formats import TASKS, Cell, Table, Task, read, salvage
+from granite4v.runtime.formats.repetition import MOST_ROWS, Repetition
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.table import with_header_rows
 from granite4v.runtime.formats.tasks import task_or_question

@@ -12,6 +12,8 @@ A loop is reported after
   one line long, at most about 150.
 
 A loop that counts (a row number that goes up) is not detected: each of its rows is new.
+
+Of an answer that loops, the first round is kept: nothing tells whether it is the last real row or made up already.
 """
 
 from __future__ import annotations
@@ -33,41 +35,60 @@ class Repetition:
         self._text = ""  # of the part that is not complete yet
         self._n_checked = 0
         self._row, self._group = "", ""
+        self._row_length = 0  # characters of the row that is not complete yet, in its complete parts
         self._past: list[str] = []
         self._equal = [0] * (LONGEST_CYCLE + 1)  # [n]: how many of the last rows equal the row n before them
+        self._equal_length = [0] * (LONGEST_CYCLE + 1)  # [n]: the characters of those rows
         self._n_blank = 0  # the last rows without content
 
     def push(self, piece: str) -> bool:
         """Adds a piece to the answer; True if the answer loops."""
         self._text += piece
         while self._rows.end in self._text:
-            part, _, self._text = self._text.partition(self._rows.end)
+            part, end, self._text = self._text.partition(self._rows.end)
             self._n_checked = 0
-            if self._end_part(part):
+            if self._end_part(part, len(part) + len(end)):
                 return True
         if len(self._text) - self._n_checked < _CHECKED_EVERY:
             return False
         self._n_checked = len(self._text)
-        return is_periodic(self._text[-MOST_CHARACTERS:])
+        return period(self._text[-MOST_CHARACTERS:]) is not None
 
-    def _end_part(self, part: str) -> bool:
+    @property
+    def n_repeated(self) -> int:
+        """Of an answer that loops: its last characters that follow the first round."""
+        for cycle in range(1, LONGEST_CYCLE + 1):
+            if self._is_endless(cycle):
+                return self._equal_length[cycle] + self._row_length + len(self._text)
+        shortest = period(self._text[-MOST_CHARACTERS:])
+        if shortest is None:
+            return 0
+        start = len(self._text) - shortest
+        while start and self._text[start - 1] == self._text[start - 1 + shortest]:
+            start -= 1
+        return len(self._text) - shortest - start
+
+    def _end_part(self, part: str, length: int) -> bool:
         if self._rows.group is None:
-            return self._end_row(part)
+            return self._end_row(part, length)
         found = self._rows.group.search(part)
         group = found[1] if found else ""
         if group == self._group:
             self._row += part
+            self._row_length += length
             return False
         row, self._row, self._group = self._row, part, group
-        return self._end_row(row)
+        row_length, self._row_length = self._row_length, length
+        return self._end_row(row, row_length)
 
-    def _end_row(self, row: str) -> bool:
+    def _end_row(self, row: str, length: int) -> bool:
         self._n_blank = 0 if self._rows.blank.sub("", row) else self._n_blank + 1
         if self._rows.position is not None:
             row = self._rows.position.sub("", row)
         for cycle in range(1, LONGEST_CYCLE + 1):
             equal = len(self._past) >= cycle and self._past[-cycle] == row
             self._equal[cycle] = self._equal[cycle] + 1 if equal else 0
+            self._equal_length[cycle] = self._equal_length[cycle] + length if equal else 0
         self._past = [*self._past[1 - LONGEST_CYCLE :], row]
         return any(self._is_endless(cycle) for cycle in range(1, LONGEST_CYCLE + 1))
 
@@ -77,11 +98,17 @@ class Repetition:
         return self._equal[cycle] > 0 and n_rows >= max(most, MOST_ROUNDS * cycle)
 
 
-def is_periodic(text: str) -> bool:
-    """Whether a text of at least `MOST_CHARACTERS` is `MOST_ROUNDS` or more rounds of a shorter text."""
+def without_loop(text: str, rows: Rows) -> str:
+    """An answer that ended for looping, up to the end of the first round; other texts as they are."""
+    watch = Repetition(rows)
+    return text[: len(text) - watch.n_repeated] if watch.push(text) else text
+
+
+def period(text: str) -> int | None:
+    """The length of the shortest text of which a text of at least `MOST_CHARACTERS` is `MOST_ROUNDS` or more rounds."""
     n = len(text)
     if n < MOST_CHARACTERS:
-        return False
+        return None
     # border[i]: the length of the longest proper prefix of text[:i + 1] that is also its suffix (Knuth, Morris, Pratt);
     # n - border[-1] is the shortest period
     border = [0] * n
@@ -91,4 +118,5 @@ def is_periodic(text: str) -> bool:
             length = border[length - 1]
         length += text[i] == text[length]
         border[i] = length
-    return (n - border[-1]) * MOST_ROUNDS <= n
+    shortest = n - border[-1]
+    return shortest if shortest * MOST_ROUNDS <= n else None

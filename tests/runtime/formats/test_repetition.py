@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from granite4v.runtime.answer import Answer
-from granite4v.runtime.engine.repetition import (
+from granite4v.runtime.engine.sampler import Sampling
+from granite4v.runtime.formats import TASKS, Cell, Table, salvage, write
+from granite4v.runtime.formats.repetition import (
     LONGEST_CYCLE,
     MOST_BLANK_ROWS,
     MOST_CHARACTERS,
     MOST_ROUNDS,
     MOST_ROWS,
     Repetition,
-    is_periodic,
+    period,
+    without_loop,
 )
-from granite4v.runtime.engine.sampler import Sampling
-from granite4v.runtime.formats import TASKS, Cell, Table, write
+from granite4v.runtime.formats.rows import LINES
 from granite4v.runtime.formats.tasks import task_or_question
 from scripts.nano import formats
 from scripts.nano.contents import random_chart, random_form, random_table
@@ -165,15 +167,60 @@ def test_leaders_blanks_and_lists_are_not_loops(text: str) -> None:
     assert not any(says(task, text) for task in ROWS)
 
 
-@pytest.mark.parametrize("period", [1, 2, 7, 50])
-def test_a_period_is_found(period: int) -> None:
-    rng = random.Random(period)
-    part = "".join(rng.choice("abcdefgh") for _ in range(period))
+@pytest.mark.parametrize("length", [1, 2, 7, 50])
+def test_a_period_is_found(length: int) -> None:
+    rng = random.Random(length)
+    part = "".join(rng.choice("abcdefgh") for _ in range(length))
     text = (part * MOST_CHARACTERS)[:MOST_CHARACTERS]
-    assert is_periodic(text) and not is_periodic(text[1:])
-    assert not is_periodic(text[:300] + "X" + text[301:])
+    assert period(text) == period_by_trying(text) and period(text[1:]) is None
+    assert period(text[:300] + "X" + text[301:]) is None
     long = "".join(chr(200 + i) for i in range(MOST_CHARACTERS // MOST_ROUNDS + 1))
-    assert not is_periodic((long * MOST_ROUNDS)[:MOST_CHARACTERS])
+    assert period((long * MOST_ROUNDS)[:MOST_CHARACTERS]) is None
+
+
+def period_by_trying(text: str) -> int:
+    return next(n for n in range(1, len(text) + 1) if text[n:] == text[:-n])
+
+
+@pytest.mark.parametrize("cycle", [1, 3, LONGEST_CYCLE])
+@pytest.mark.parametrize("n_before", [1, 5])
+@pytest.mark.parametrize("task", list(ROWS))
+def test_of_a_loop_the_first_round_is_kept(task: str, n_before: int, cycle: int) -> None:
+    def row(i: int) -> str:
+        return ROWS[task](i, [f"own {i}" if i < n_before else f"item {(i - n_before) % cycle}", "x", "y"])
+
+    rows = task_or_question(task).rows
+    text = "".join(row(i) for i in range(n_before + 2 * MOST_ROUNDS * LONGEST_CYCLE))
+    first_round = "".join(row(i) for i in range(n_before + cycle))
+    for piece in (1, 5, 1000):
+        watch = Repetition(rows)
+        end = next(at for at in range(piece, len(text), piece) if watch.push(text[at - piece : at]))
+        kept = without_loop(text[:end], rows)
+        assert kept.rstrip(", ") == first_round.rstrip(", ")
+        assert end - watch.n_repeated == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("It says: " + "so it goes, " * 60, "It says: so it goes,"),
+        ("a,b\n1," + "0" * 700, "a,b\n1,0"),
+        ("", ""),
+        ("one\ntwo\n" * 17, "one\ntwo\n" * 17),
+    ],
+)
+def test_of_a_row_that_loops_the_first_round_is_kept(text: str, kept: str) -> None:
+    assert without_loop(text, LINES) == kept
+
+
+def test_a_table_has_the_rows_of_the_first_round() -> None:
+    begun = "<otsl><ched>Name<ched>Value<nl><fcel>Foo<fcel>42<nl>"
+    found = salvage("tables_otsl", begun + "<fcel>x<fcel>y<nl>" * MOST_ROWS)
+    assert found is not None and found.cut
+    [table] = found.value
+    assert [cell.text for cell in table.cells] == ["Name", "Value", "Foo", "42", "x", "y"]
+    found = salvage("tables_otsl", begun + "<fcel>x<fcel>y<nl>" * (MOST_ROWS - 1))
+    assert found is not None and found.value[0].n_rows == MOST_ROWS + 1
 
 
 def test_its_memory_does_not_grow() -> None:
