@@ -45,6 +45,7 @@ def converse(chat: Chat, files: list[str]) -> None:
     """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
     with Interrupts() as interrupts, create_app_session(output=_output()):
         display = TerminalDisplay(interrupts.stopping)
+        chat.ask_password = functools.partial(_password, display)
         display.note("/help lists the commands; Alt-Enter or \\ at the end: another line; Ctrl-D leaves")
         for file in files:
             _do(chat, display, functools.partial(attach, chat, file, display))
@@ -116,6 +117,15 @@ class Interrupts:
 
 
 # --- the line editor ---
+
+
+def _password(display: TerminalDisplay, name: str) -> str | None:
+    """A password that is typed unseen. None: an empty line, or Ctrl-D."""
+    display.end_progress()
+    try:
+        return PromptSession[str](is_password=True).prompt(f"Password of {clean(name, keep='')}: ") or None
+    except EOFError:
+        return None
 
 
 def _output() -> Output:

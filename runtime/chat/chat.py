@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from granite4v.clip_projector.files import shown
 from granite4v.clip_projector.views import AnyLayout, views_of
-from granite4v.errors import ContextOverflowError, DocumentError, PromptError
+from granite4v.errors import ContextOverflowError, DocumentError, PasswordError, PromptError
 from granite4v.runtime.chat.conversation import ChatError, Conversation, Question, Stats, Turn
 from granite4v.runtime.chat.pages import ChatPage, FileSpec, FrameSampling, file_spec, read_pages, regular_file
 from granite4v.runtime.documents import PageRanges
@@ -61,7 +61,7 @@ class Chat:
 
     `options`: for every answer; their `max_tokens` counts only if `max_tokens` is given here, otherwise an answer gets
     what is left, up to MAX_TOKENS. `load_schema` reads what '/schema' names. `frames` or `fps`: how many frames of
-    each video, as `load_video` has it.
+    each video, as `load_video` has it. `password`: of encrypted PDFs.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class Chat:
         self.conversation = Conversation(system)
         self.options = options or GenerationOptions()
         self.saved_as: Path | None = None  # the file that the conversation was saved to, or loaded from
+        # asks for the password of an encrypted PDF, given its name; None: without the right `password` it is an error
+        self.ask_password: Callable[[str], str | None] | None = None
         self._max_tokens, self._password, self._load_schema = max_tokens, password, load_schema
         self._sampling = FrameSampling(frames, fps)
 
@@ -108,7 +110,7 @@ class Chat:
         again: ChatPage | None = None
         room = self.usage(progress).left - MIN_ANSWER
         n_before, n_tokens = self._n_tokens_of(self.conversation.pages), 0
-        for page in read_pages(spec, self.model.files.vision_config, self._password, self._sampling):
+        for page in self._read(spec, self._sampling):
             if isinstance(page, DocumentError):
                 notes.append(str(page))
                 continue
@@ -141,11 +143,26 @@ class Chat:
     def read_page(self, path: str, number: int, n_frames: int | None = None) -> ChatPage:
         """One page of a file, or so many frames of a video, not attached. Raises DocumentError, ImageError."""
         spec = FileSpec(regular_file(path), PageRanges(((number, number),)))
-        for page in read_pages(spec, self.model.files.vision_config, self._password, FrameSampling(n_frames)):
+        for page in self._read(spec, FrameSampling(n_frames)):
             if isinstance(page, DocumentError):
                 raise page
             return page
         raise DocumentError(f"'{shown(path)}' has no page {number}.")
+
+    def _read(self, spec: FileSpec, sampling: FrameSampling) -> Iterator[ChatPage | DocumentError]:
+        """As `read_pages`. Asks for the password of an encrypted PDF until it is right or none is given; the last right
+        one is tried first on the next PDF."""
+        password = self._password
+        while True:
+            try:
+                for page in read_pages(spec, self.model.files.vision_config, password, sampling):
+                    self._password = password
+                    yield page
+                return
+            except PasswordError:
+                password = None if self.ask_password is None else self.ask_password(shown(spec.path.name))
+                if not password:
+                    raise
 
     def n_tokens(self, page: ChatPage) -> int:
         """Tokens that a page takes of the context, beside the pages that are attached."""

@@ -28,8 +28,9 @@ from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 _N_UNCERTAIN = 50
-# characters that neither HTML nor XML can carry
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+# characters that neither HTML nor XML can carry, other control characters, and the embeddings and overrides with which
+# a file name reverses the text after it
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pikepdf
 import pytest
 from PIL import Image
 
@@ -212,6 +213,27 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(start: Start, tmp_path: Path
         assert message in shown and len(shown.strip().splitlines()) == 1, shown
     assert "there is no file 'missing.png'." in chat.text and "Traceback" not in chat.text
     assert "first after" in chat.ask("Hello?")
+
+
+def test_a_password_is_asked_for_and_not_shown(start: Start, document: Path) -> None:
+    with pikepdf.open(document) as opened:
+        opened.save(document.with_name("locked.pdf"), encryption=pikepdf.Encryption(owner="o", user="secret"))
+    chat = start("locked.pdf#2")
+    chat.wait_for("Password of locked.pdf:")
+    chat.send("secre\r")
+    chat.wait(lambda: chat.text.count("Password of locked.pdf:") == 2)
+    chat.send("secret\r")
+    chat.wait(lambda: chat.is_at_prompt)
+    assert "attached locked.pdf#2" in chat.text and "secre" not in chat.text
+    chat.send("\x04")
+    assert chat.end() == 0
+    chat = start("locked.pdf#2")
+    chat.wait_for("Password of locked.pdf:")
+    chat.send("\x04")
+    chat.wait(lambda: chat.is_at_prompt)
+    assert "encrypted" in chat.text
+    chat.send("\x04")
+    assert chat.end() == 0
 
 
 def test_text_alone_with_the_adapter_off(start: Start, tmp_path: Path) -> None:

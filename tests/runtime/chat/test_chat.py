@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pikepdf
 import pytest
 from PIL import Image
 
 import granite4v
-from granite4v.errors import DocumentError, PromptError
+from granite4v.errors import DocumentError, PasswordError, PromptError
 from granite4v.runtime.chat import Chat, ChatError, ChatPage, ContextFull, Question, Turn
 from granite4v.runtime.chat.chat import MIN_ANSWER
 from granite4v.runtime.chat.pages import read_pages
@@ -265,6 +266,39 @@ def test_what_cannot_be_attached_is_said(chat: Chat, tmp_path: Path, name: str, 
     with pytest.raises(granite4v.Granite4vError, match=message):
         chat.attach(name.format(folder=tmp_path))
     assert chat.conversation.pages == []
+
+
+def test_the_password_of_a_pdf_is_asked_for(chat: Chat, tmp_path: Path) -> None:
+    lock = pikepdf.Encryption(owner="o", user="secret")
+    locked = write(tmp_path / "locked.pdf", text_pdf("Total 5"), encryption=lock)
+    other = write(tmp_path / "other.pdf", text_pdf("Total 7"), encryption=lock)
+    [plain], _ = chat.attach(str(write(tmp_path / "plain.pdf", text_pdf("Total 5"))))
+    chat.conversation.detach(plain)
+    with pytest.raises(PasswordError):
+        chat.attach(str(locked))
+    for nothing in ("", None):
+        names: list[str] = []
+        chat.ask_password = answering(names, nothing)
+        with pytest.raises(PasswordError):
+            chat.attach(str(locked))
+        assert names == ["locked.pdf"] and not chat.conversation.pages
+    chat.ask_password = answering(names, "wrong", "secret")
+    [page], _ = chat.attach(str(locked))
+    [again], _ = chat.attach(str(other))  # opened with what opened the first
+    assert chat.conversation.pages == [page, again]
+    assert page.digest == plain.digest != again.digest
+    assert names == ["locked.pdf"] * 3
+
+
+def answering(names: list[str], *passwords: str | None) -> Callable[[str], str | None]:
+    """Gives these passwords, one after the other, and keeps what was asked about."""
+    left = iter(passwords)
+
+    def ask(name: str) -> str | None:
+        names.append(name)
+        return next(left)
+
+    return ask
 
 
 def test_questions_that_cannot_be_asked(chat: Chat) -> None:
