@@ -45,7 +45,7 @@ from granite4v.runtime.formats.tasks import find_task
 from granite4v.runtime.known_tasks import is_known
 
 TASK = "tables_otsl"
-AHEAD = 2  # pending tables per parallel sequence of the model that let another page start; bounds the pages in memory
+AHEAD = 2  # a new page waits while more tables per parallel sequence are pending; bounds the pages in memory
 
 
 class Granite4vTableModel(BaseTableStructureModel):

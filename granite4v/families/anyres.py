@@ -16,9 +16,9 @@ from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 Triple = tuple[float, float, float]
 
-MAX_TILES = 256  # of a grid
+MAX_TILES = 256  # most tiles of a grid
 MAX_GRID_PX = MAX_PIXELS * MAX_TILES
-MAX_CANVAS_PX = 1 << 27  # pixels of a grid that are held at once: 0.4 GB as RGB
+MAX_CANVAS_PX = 1 << 27  # most pixels of a grid, which is in memory at once: 0.4 GB as RGB
 MAX_CHANNEL = 1e6  # of a mean or standard deviation
 MIN_STD = 1e-6
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # the index is the PIL.Image.Resampling value
