@@ -1,6 +1,6 @@
-"""Images to embeddings: tiles, a ViT tower and its projectors as ggml graphs, packing.
+"""Turns images into embeddings: cuts tiles, runs a ViT tower and its projectors as ggml graphs, packs the tokens.
 
-Nothing is imported until a name is used: opening images needs no graphs.
+Each public name is imported on first use: opening images needs no graphs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Graph pieces that towers and projectors share: linear, LayerNorm, activation, attention.
+"""Graph building blocks that towers and projectors share: linear, LayerNorm, activation, attention.
 
-Shapes in square brackets are ggml's, fastest first; `tokens` may be split over axes 1 to 3.
+Shapes in square brackets are in ggml's order, fastest axis first; `tokens` may be split over axes 1 to 3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def linear(
     to_product: bool = False,
     has_bias: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    """x `[n_in, tokens]` -> act(x.W^T + b) `[n_out, tokens]`. The weight is widened or packed once for all calls.
+    """Returns a function x `[n_in, tokens]` -> act(x.W^T + b) `[n_out, tokens]`. The weight is widened or packed once
+    for all calls.
 
     `act`: the activation by Hugging Face's name. `to_product`: see `Kernel.product`.
     """
@@ -51,8 +52,10 @@ def layer_norm(graph: Graph, weights: Weights, name: str, x: Tensor, eps: float)
 
 
 def activation(graph: Graph, kind: str, x: Tensor) -> Tensor:
-    """`kind` is Hugging Face's name. ggml's own gelu and gelu_quick look values up in a half-precision table;
-    written with silu, which ggml computes in vectors, both are exact and (on AVX-512) faster than the table.
+    """Applies an activation; `kind` is Hugging Face's name. Raises ModelFileError for an unknown one.
+
+    ggml's own gelu and gelu_quick look values up in a half-precision table. Written with silu, which ggml computes with
+    vector instructions, both are exact and (on AVX-512) faster than the table.
     """
     if kind == "gelu_pytorch_tanh":
         # x * sigmoid(x * c) = silu(x * c) / c with c = 2 * sqrt(2/pi) * (1 + 0.044715 x^2)
@@ -69,9 +72,9 @@ def activation(graph: Graph, kind: str, x: Tensor) -> Tensor:
 def attention(graph: Graph, weights: Weights, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
     """Full attention within each of `b` groups: q `[dim, n, b]`, k and v `[dim, m, b]` -> `[dim, n, b]`.
 
-    oneDNN's products where they are faster, and else ggml's flash attention on float32 keys and values: on the CPU it
-    keeps the scores in cache and computes in float32; with half-precision keys, as llama.cpp's tools use it, it is
-    slower there and less exact.
+    Uses oneDNN's products where they are faster, else ggml's flash attention with float32 keys and values. On the CPU
+    that keeps the scores in cache and computes in float32; with half-precision keys, as in llama.cpp's tools, it is
+    slower and less exact.
     """
     dim, n, b = q.ne[0], q.ne[1], q.ne[2]
     head = dim // n_heads

@@ -1,4 +1,4 @@
-"""What a decoder with cross-attention takes of an image: the projected states of every position of every tile."""
+"""Computes the image input of a decoder with cross-attention: the projected states of every position of every tile."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from granite4v.families.towers import N_CHANNELS
 from granite4v.ggml.graph import Graph
 
 NODES_PER_TILE_AND_LAYER = 64
-NODES_PER_PIECE = 8  # of the queries
+NODES_PER_PIECE = 8  # per piece of at most QUERIES_AT_ONCE queries
 STATES = "states"  # the name of the graph's output
 
 
 @dataclass(frozen=True)
 class CrossFeatures:
-    """One image, for the cross-attention layers of a decoder.
+    """The features of one image for the cross-attention layers of a decoder.
 
-    `states`: float32 `(max_num_tiles, positions_per_tile, text_hidden_size)`, the class token's first in each tile;
-    the tiles from `n_tiles` on are those that the image lacks. `layout`: the canvas.
+    `states`: float32 `(max_num_tiles, positions_per_tile, text_hidden_size)`, with the class token first in each tile;
+    tiles from index `n_tiles` on are missing in the image. `layout`: the canvas.
     """
 
     states: np.ndarray
@@ -47,14 +47,15 @@ class CrossFeatures:
 
 
 def max_nodes(config: TiledTowerConfig) -> int:
-    """Nodes that the graph of `fill_states` has at most."""
+    """An upper bound for the number of nodes in the graph of `fill_states`."""
     n_layers = config.num_hidden_layers + config.num_global_layers + 2
     n_pieces = 2 + config.max_num_tiles * config.n_positions // QUERIES_AT_ONCE
     return n_layers * (NODES_PER_TILE_AND_LAYER * (config.max_num_tiles + 1) + NODES_PER_PIECE * n_pieces)
 
 
 def fill_states(graph: Graph, weights: Weights, config: TiledTowerConfig, text_hidden_size: int, n_tiles: int) -> None:
-    """Tower and projector for images of `n_tiles` tiles; `canvas_inputs` are its inputs, `STATES` its output."""
+    """Builds the graph of tower and projector for images of `n_tiles` tiles. `canvas_inputs` returns its inputs; its
+    output is named `STATES`."""
     tiles, n_values = config.max_num_tiles, N_CHANNELS * config.patch_size**2
     pixels = graph.input("pixels", "F32", n_values, config.grid_side**2, tiles)
     zeros = graph.input("padding", "F32", config.hidden_size, tiles * n_padding(config))
@@ -67,7 +68,7 @@ def fill_states(graph: Graph, weights: Weights, config: TiledTowerConfig, text_h
 def canvas_inputs(
     image: Image, config: TiledTowerConfig, tiling: CanvasConfig
 ) -> tuple[CanvasLayout, dict[str, np.ndarray]]:
-    """The canvas of an RGB image, and the inputs of a graph for as many tiles."""
+    """Computes the canvas of an RGB image, and the inputs of the graph for that number of tiles."""
     where = canvas_layout(image.size, tiling)
     tiles, n_zeros = config.max_num_tiles, config.max_num_tiles * n_padding(config)
     return where, {

@@ -1,6 +1,6 @@
-"""From images to embeddings: tiles, the tower and its projectors on a device, packing.
+"""Encodes images to embeddings: cuts tiles, runs the tower and its projectors on a device, packs the tokens.
 
-Knows the configuration's parts (tiling, tower, projector, streams), never which family they came from.
+Depends on the parts of the configuration (tiling, tower, projector, streams), never on the family.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from granite4v.ggml.kernels import Kernel
 from granite4v.ggml.metadata import AGAIN
 from granite4v.ggml.slow_weights import warn_if_slow
 
-MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page of the widest published grid has 11
-MAX_GRAPHS = 2  # graphs kept for other numbers of tiles while images are encoded
-SMALL_NBYTES = 64 << 20  # of intermediate results of graphs that are kept in any case: to build one takes milliseconds
+MAX_TILES_AT_ONCE = 12  # tiles in one graph: bounds its memory; a page on the largest published grid has 11
+MAX_GRAPHS = 2  # graphs, each for its number of tiles, that are kept while images are encoded
+# graphs whose intermediate results take no more than this together are always kept: building one takes milliseconds
+SMALL_NBYTES = 64 << 20
 NODES_PER_TILE_AND_LAYER = 64
 NODES_PER_PROJECTOR = 200
 
@@ -54,8 +55,8 @@ class ImageFeatures:
 
     `rows`: float32 `(n_tokens, n_streams, n_embd)`, contiguous, as llama.cpp takes it.
     `layers`: the decoder layer before which each stream is added, ascending.
-    `layout`: the tile grid and the window of its tokens that remains without padding, or a video's frames; or tiles
-    whose tokens follow one another.
+    `layout`: the tile grid and the window of its tokens without padding (Layout), the frames of a video (VideoLayout),
+    or tiles with one run of image tokens each (FramedLayout).
     """
 
     rows: np.ndarray
@@ -77,7 +78,7 @@ class ImageFeatures:
 
 
 class VisionEncoder:
-    """The image side of a model, from an mmproj GGUF. Not for use by several threads at once."""
+    """The image side of a model, from an mmproj GGUF. Not thread-safe."""
 
     def __init__(
         self,
@@ -92,11 +93,11 @@ class VisionEncoder:
     ) -> None:
         """Opens the file and starts the device; weights are read with the first image.
 
-        `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called when this CPU is
-        measured first, and that takes longer than a second. `vision_compute`: other than 'file' and 'BF16',
-        matrices of float types are quantized in memory now, which takes seconds; see `quantized_in_memory`.
-        `states_after`: a tower over all tiles gives its intermediate states one layer later than the file says, as
-        transformers does from 4.46 on. Raises ModelFileError, DeviceError, and Aborted.
+        `device`: 'cpu', 'cuda', 'metal' or 'auto'. `abort`: see `Backend`. `announce` is called if this CPU is measured
+        for the first time and that takes longer than a second. `vision_compute`: for values other than 'file' and
+        'BF16', matrices of float types are quantized in memory now, which takes seconds; see `quantized_in_memory`.
+        `states_after`: a tower that attends over all tiles takes its intermediate states one layer later than the file
+        says, as transformers does from 4.46 on. Raises ModelFileError, DeviceError and Aborted.
         """
         self.path = Path(path)
         self._graphs: OrderedDict[int, Graph] = OrderedDict()
@@ -131,20 +132,21 @@ class VisionEncoder:
                 matrices = [info for info in own_tensors(file) if len(info.shape) > 1]
                 warn_if_slow(self.path, "vision", n_weights(matrices), self.backend)
             self._weights = Weights(file, self.backend, self.kernels, names, self.quantized_as, infos=own_tensors(file))
-        if self.quantized_as is not None:  # which may have padded the feed-forward widths
+        if self.quantized_as is not None:  # quantizing may have padded the feed-forward widths
             n_ffn = self._weights.n_rows(f"{keys.BLOCK.format(i=0, part='ffn_up')}.weight")
             self.config = replace(self.config, tower=replace(self.config.tower, intermediate_size=n_ffn))
         width = self.config.text_hidden_size
         self._newline = self._weights.array(keys.IMAGE_NEWLINE, width) if self.config.newline else None
-        self._build(1).close()  # raises for the first tensor that is missing or has another shape or type
+        self._build(1).close()  # raises for the first tensor that is missing or has a wrong shape or type
 
     def encode(
         self, images: Sequence[Image | View], progress: Callable[[int, int], None] | None = None
     ) -> list[ImageFeatures | CrossFeatures]:
-        """The features of each image, as it is seen alone, or of each view: CrossFeatures for a decoder with
-        cross-attention. Equal tiles, in one image or in several, are computed once, where a tower sees each alone.
+        """Returns the features of each image or view: CrossFeatures for a decoder with cross-attention, else
+        ImageFeatures. An Image gets the view it has when it is alone in a prompt. Unless the tower attends over all
+        tiles, equal tiles, of one image or several, are computed once.
 
-        `progress` is called now and then with (done, 100), in hundredths of the work. Raises Aborted when the abort
+        `progress` is called repeatedly with (done, 100), in hundredths of the work. Raises Aborted when the abort
         callback asks for it.
         """
         views = [image if isinstance(image, View) else View((image,)) for image in images]
@@ -152,7 +154,7 @@ class VisionEncoder:
             return [self._encode_canvas(view, n, len(views), progress) for n, view in enumerate(views)]
         layouts = [view.tiles(self.config) for view in views]
         cuts = [self._cut(view, where) for view, where in zip(views, layouts, strict=True)]
-        # blank margins make equal tiles within a page
+        # pages with blank margins have equal tiles
         unique: dict[bytes, int] = {}
         tiles: list[np.ndarray] = []
         places: list[list[int]] = []
@@ -180,7 +182,7 @@ class VisionEncoder:
     def _encode_canvas(
         self, view: View, n_done: int, n_images: int, progress: Callable[[int, int], None] | None
     ) -> CrossFeatures:
-        """All tiles of one image at once."""
+        """Computes all tiles of one image in one graph."""
         where, inputs = canvas_inputs(view.images[0].pillow, self.config.tower, self.config.tiling)
         graph = self._graph(where.n_tiles)
         outputs = graph.run(self._between_parts(progress, n_done, 1, n_images), **inputs)
@@ -192,7 +194,7 @@ class VisionEncoder:
     def _encode_tiles(
         self, tiles: list[np.ndarray], progress: Callable[[int, int], None] | None
     ) -> list[list[np.ndarray]]:
-        """For each tile, each stream's embeddings `(tokens_per_tile, n_embd)`."""
+        """Returns, for each tile, the embeddings `(tokens_per_tile, n_embd)` of each stream."""
         done: list[list[np.ndarray]] = []
         for first in range(0, len(tiles), MAX_TILES_AT_ONCE):
             batch = np.stack(tiles[first : first + MAX_TILES_AT_ONCE])
@@ -213,8 +215,9 @@ class VisionEncoder:
     def _between_parts(
         self, progress: Callable[[int, int], None] | None, n_done: int, n_now: int, n_tiles: int
     ) -> Callable[[int, int], None]:
-        """What is done between the parts of the graph for the next `n_now` tiles of `n_tiles`: reports progress, in
-        hundredths of all, and lets go of the weights that were read, so that they never are in memory all at once."""
+        """Returns the callback between the parts of the graph that computes the next `n_now` of `n_tiles` tiles. It
+        reports progress in hundredths of the whole work, and releases the weights read so far, so that all weights are
+        never in memory at once."""
 
         def between(part: int, n_parts: int) -> None:
             self._weights.release()
@@ -232,7 +235,7 @@ class VisionEncoder:
                 )
 
     def _graph(self, n_tiles: int) -> Graph:
-        """The graph for a number of tiles, built once and kept for the next images."""
+        """Returns the graph for a number of tiles; keeps it for later images."""
         if n_tiles in self._graphs:
             self._graphs.move_to_end(n_tiles)
             return self._graphs[n_tiles]
@@ -272,7 +275,8 @@ class VisionEncoder:
             graph.output(f"stream.{p}", embeddings)
 
     def _pack(self, embeddings: list[list[np.ndarray]], place: list[int], where: TilesLayout) -> np.ndarray:
-        """The rows of one image, `(n_tokens, n_streams, n_embd)`, written stream by stream."""
+        """Packs the rows `(n_tokens, n_streams, n_embd)` of one image, stream by stream. `place`: the index in
+        `embeddings` of each of its tiles."""
         n_streams, n_embd = len(self.config.streams), self.config.text_hidden_size
         n_rows = where.n_rows if isinstance(where, FramedLayout) else where.n_tokens
         rows = np.empty((n_rows, n_streams, n_embd), dtype=np.float32)
@@ -285,12 +289,13 @@ class VisionEncoder:
         return rows
 
     def release(self) -> bool:
-        """Returns the memory of intermediate results, if they are large, and whether they were; the next image takes it
-        again."""
+        """Frees the memory of intermediate results if they are large, until the next image. Returns whether it freed
+        any."""
         return self._drop_graphs(0)
 
     def _drop_graphs(self, n_kept: int) -> bool:
-        """Closes the graphs that were used longest ago, but for so many and for small ones. Whether there were any."""
+        """Closes least recently used graphs until `n_kept` are left, or the rest takes at most SMALL_NBYTES. Returns
+        whether it closed any."""
         n_before = len(self._graphs)
         while len(self._graphs) > n_kept and sum(graph.nbytes for graph in self._graphs.values()) > SMALL_NBYTES:
             self._graphs.popitem(last=False)[1].close()
@@ -315,8 +320,8 @@ class VisionEncoder:
 def choose_kernels(
     file: GgufFile, backend: Backend, vision_compute: VisionCompute, announce: Callable[[], None] | None = None
 ) -> tuple[str | None, dict[str, Kernel]]:
-    """The type into which matrices are quantized in memory (see `quantized_in_memory`), and the kernel for each weight
-    type that is not multiplied plainly. Reads headers only; measures on the first call on a machine."""
+    """Returns the type to which matrices are quantized in memory (see `quantized_in_memory`), and the kernel for each
+    weight type that does not use the plain one. Reads headers only; measures kernels on the first call on a machine."""
     quantized_as = quantized_in_memory(file, backend, vision_compute, announce)
     matrices = [info for info in own_tensors(file) if len(info.shape) > 1]
     if quantized_as is not None:
@@ -331,11 +336,12 @@ def choose_kernels(
 def quantized_in_memory(
     file: GgufFile, backend: Backend, vision_compute: VisionCompute, announce: Callable[[], None] | None = None
 ) -> str | None:
-    """The type into which matrices of float types are quantized: the one named, or for 'int8' the faster one here.
+    """Returns the type to which matrices of float types are quantized: `vision_compute` itself, or for 'int8' the
+    fastest 8-bit type on this machine.
 
-    None for 'file' and 'BF16', to which factors are rounded as they are multiplied, and for a file without such
-    matrices. `announce`: as for `VisionEncoder`. Raises DeviceError for a GPU, which multiplies in kernels of its own,
-    and for a CPU that cannot multiply so; ValueError for what `VisionCompute` does not list.
+    None for 'file', for 'BF16' (factors are rounded to it during multiplication), and for a file without matrices of
+    float types. `announce`: as for `VisionEncoder`. Raises DeviceError for a GPU, which has its own kernels, and for a
+    CPU without support; ValueError for a value that `VisionCompute` does not list.
     """
     if vision_compute not in get_args(VisionCompute):
         raise ValueError(f"vision_compute is {vision_compute!r:.40}; expected one of {get_args(VisionCompute)}.")
@@ -359,7 +365,7 @@ def quantized_in_memory(
 
 
 def own_tensors(file: GgufFile) -> list[TensorInfo]:
-    """Those of the image side: a vision file may also hold layers of the decoder."""
+    """The tensors of the image side; a vision file may also contain decoder layers."""
     return [info for name, info in file.tensors.items() if not name.startswith(keys.CROSS_PREFIX)]
 
 

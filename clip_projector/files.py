@@ -1,4 +1,4 @@
-"""Reads complete files and pipes within limits, and identifies the contents of files that are not images."""
+"""Reads complete files and pipes up to a size limit, and identifies the contents of files that are not images."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import stat
 import time
 from pathlib import Path
 
-MAX_FILE_BYTES = 1 << 30  # that are read at once: twice the largest image that Pillow opens, uncompressed
-PIPE_S = 60.0  # without a byte from a pipe
-_NO_WRITER_S = 0.02  # between two reads of a pipe that no process has opened for writing
+MAX_FILE_BYTES = 1 << 30  # largest file that is read: twice the largest image that Pillow opens, uncompressed
+PIPE_S = 60.0  # longest wait for a byte from a pipe
+_NO_WRITER_S = 0.02  # wait between two reads of a pipe that no process has opened for writing
 _PIECE_BYTES = 1 << 20
 
 
 def read_whole(path: Path, limit_bytes: int = MAX_FILE_BYTES, pipe_s: float = PIPE_S) -> bytes:
-    """The content of a file or pipe, up to a limit.
+    """Reads a complete file or pipe of at most `limit_bytes`. `pipe_s`: longest wait for a byte from a pipe.
 
-    Raises OSError with the reason, also for too many bytes and for devices.
+    Raises OSError with the reason, also for a file over the limit and for devices.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISFIFO(mode):
@@ -27,14 +27,14 @@ def read_whole(path: Path, limit_bytes: int = MAX_FILE_BYTES, pipe_s: float = PI
         raise OSError("it is a device or a socket")
     with path.open("rb") as file:  # raises for a directory
         n_bytes = os.fstat(file.fileno()).st_size
-        data = b"" if n_bytes > limit_bytes else file.read(limit_bytes + 1)  # the kernel's own files report no size
+        data = b"" if n_bytes > limit_bytes else file.read(limit_bytes + 1)  # kernel files such as /proc report size 0
     if max(n_bytes, len(data)) > limit_bytes:
         raise OSError(f"it has {max(n_bytes, len(data)):,} bytes, and at most {limit_bytes:,} are read")
     return data
 
 
 def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
-    """What is written until the writer closes it. Opened without waiting for a writer, which may never come."""
+    """Reads until the writer closes the pipe. Opens it without blocking, since a writer may never come."""
     data = bytearray()
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
         poll = select.poll()
@@ -45,7 +45,7 @@ def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
                 raise OSError(f"it is a pipe into which nothing came for {pipe_s:g} s")
             piece = pipe.read(_PIECE_BYTES)
             if piece is None or (not piece and not data and time.monotonic() < deadline):
-                time.sleep(_NO_WRITER_S)  # no writer yet: some systems report the end at once
+                time.sleep(_NO_WRITER_S)  # no writer yet: some systems report end of file at once
             elif not piece:
                 return bytes(data)
             else:
@@ -55,19 +55,19 @@ def _from_pipe(path: Path, limit_bytes: int, pipe_s: float) -> bytes:
 
 
 def printable(path: str) -> str:
-    """The path as text that can be written anywhere; bytes that are not UTF-8 become `\\xNN`."""
+    """Converts a path to text that can be written anywhere; bytes that are not UTF-8 become `\\xNN`."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # text that no file system can hold
+    except UnicodeEncodeError:  # text that no file name can contain
         return path.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(path: str) -> str:
-    """The path in a message: printable, and without characters that would move a terminal's cursor."""
+    """Formats a path for a message: printable, and without characters that would move a terminal's cursor."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in printable(path))
 
 
-_HEIF = rb"heic|heix|heim|heis|hevc|mif1|msf1"  # brands of images in the container that MP4 is
+_HEIF = rb"heic|heix|heim|heis|hevc|mif1|msf1"  # brands of HEIF images, which use the same container as MP4
 _VIDEO = re.compile(
     rb".{4}ftyp(?!avi[fs]|" + _HEIF + rb")|\0.{3}(?:moov|mdat|wide|free)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|OggS|"
     rb"\0\0\x01[\xba\xb3]|\x30\x26\xb2\x75\x8e\x66\xcf\x11|G.{187}G.{187}G",
@@ -96,12 +96,13 @@ def is_pdf(head: bytes) -> bool:
 
 
 def is_video(head: bytes) -> bool:
-    """Whether a file that begins with `head` probably is a video, of one of the usual containers."""
+    """Whether a file that begins with `head` is probably a video in one of the common containers."""
     return _VIDEO.match(head) is not None
 
 
 def what_it_holds(head: bytes) -> str | None:
-    """What a file that begins with `head` probably is, to follow 'holds' in a message; None when unknown."""
+    """Names what a file that begins with `head` probably contains, as the object of 'holds' in a message; None if
+    unknown."""
     for pattern, what in _OTHERS:
         if pattern.match(head):
             return what
@@ -116,6 +117,7 @@ _URL = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+(?=[^/])", re.IGNORECASE)
 
 
 def url_in(text: str) -> str | None:
-    """The URL that was meant by what was taken for a path, which may have lost one of its slashes; None for others."""
+    """Recovers the URL from a text that was treated as a path, which may have dropped one of its slashes; None for
+    other texts."""
     match = _URL.match(text)
     return None if match is None else f"{match[1]}://{text[match.end() :]}"

@@ -1,10 +1,11 @@
-"""Sizes of the 'anyres' tiling: which grid an image is cut into, and how many tokens it becomes. Needs no pixels.
+"""Computes the sizes of 'anyres' tiling: the grid that an image is cut into, and its number of tokens. Needs no pixels.
 
-Same geometry as transformers 5.23 (`image_processing_utils.select_best_resolution` and, of the model that began with
-it, `get_image_patches` and `unpad_image`), in Python floats, to the last bit. Sizes are (width, height) as in Pillow
-unless a name says otherwise; pinpoints are (height, width).
+Same geometry as transformers 5.23 (`image_processing_utils.select_best_resolution`, and LLaVA-NeXT's
+`get_image_patches` and `unpad_image`), in Python floats, to the last bit. Sizes are (width, height) as in Pillow unless
+a name says otherwise; pinpoints are (height, width).
 
-Imports no NumPy: the process that reads pages asks here how large to render them. `tiles_anyres` cuts and packs.
+Imports no NumPy: the page reader process uses this module to decide how large to render pages. `tiles_anyres` cuts and
+packs.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from dataclasses import dataclass
 
 from granite4v.families.base import TilingConfig, VisionConfig
 
-REDUCE_FROM = 1.1  # times the side of what `TilingConfig.max_tiles_of_tokens` allows; transformers' number
+REDUCE_FROM = 1.1  # tokens are reduced above this times the side that `max_tiles_of_tokens` allows; from transformers
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an image's tokens come from.
+    """The tiles of an image, and the tokens that are kept.
 
-    The overview tile first, then a grid of `rows` x `columns` tiles; of the grid's tokens only the window
-    `top:bottom`, `left:right` remains once padding is taken off, and a newline ends each of its rows (none where
-    `newlines` is 0). Of a window with too many tokens, `reduced` (height, width) is what they are resized to, before
-    the newlines are added.
+    The overview tile comes first, then a grid of `rows` x `columns` tiles. Of the grid's tokens, only the window
+    `top:bottom`, `left:right` is kept, which leaves out padding. A newline ends each row of the window (none if
+    `newlines` is 0). A window with too many tokens is resized to `reduced` (height, width) before the newlines are
+    added.
     """
 
     rows: int
@@ -43,7 +44,7 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) of the grid's tokens, without newlines."""
+        """(height, width) of the kept grid tokens, without newlines."""
         return self.reduced or (self.bottom - self.top, self.right - self.left)
 
     @property
@@ -54,8 +55,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """Where a video's tokens come from: of each frame, `tokens_side`^2 tokens become `pooled_side`^2, row by row; one
-    newline ends them all (none where `newlines` is 0)."""
+    """The tokens of a video: the `tokens_side`^2 tokens of each frame are pooled to `pooled_side`^2, row by row; one
+    newline follows the last frame (none if `newlines` is 0)."""
 
     n_frames: int
     tokens_side: int
@@ -72,7 +73,8 @@ class VideoLayout:
 
 
 def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the image's pixels, then wastes least; the first of equals."""
+    """Picks the (height, width) that keeps the most pixels of the image and then wastes the fewest; the first of
+    equals."""
     width, height = size
     best, most, least_waste = pinpoints[0], 0, math.inf
     for grid_height, grid_width in pinpoints:
@@ -85,7 +87,7 @@ def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...
 
 
 def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """The size (width, height) an image is resized to inside `resolution`, its aspect ratio kept."""
+    """The size (width, height) that an image is resized to inside `resolution`, with its aspect ratio kept."""
     width, height = size
     grid_height, grid_width = resolution
     scale_width, scale_height = grid_width / width, grid_height / height
@@ -95,7 +97,12 @@ def fit_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, i
 
 
 def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, newline: bool = True) -> Layout:
-    """The grid and the token window for an image of `size` (width, height); needs no pixels."""
+    """Computes the grid and the token window for an image of `size` (width, height); needs no pixels.
+
+    For example, an image of 1000x600 px on 2 rows x 3 columns of tiles with 12 tokens a side covers the width of the
+    24 rows x 36 columns of tokens, and int(600 * 36 / 1000) = 21 rows. (24 - 21) // 2 = 1 row of padding is removed at
+    the top and at the bottom, so the window is 1:23, 0:36.
+    """
     grid_height, grid_width = best_resolution(size, tiling.image_grid_pinpoints)
     rows, columns = grid_height // tiling.tile_px, grid_width // tiling.tile_px
     width, height = size
@@ -114,18 +121,19 @@ def layout(size: tuple[int, int], tiling: TilingConfig, tokens_side: int, *, new
 
 
 def _reduced(height: int, width: int, tokens_side: int, max_tiles: int | None) -> tuple[int, int] | None:
-    """The size that tokens of a grid are resized to where they are those of many more than `max_tiles` tiles."""
+    """The (height, width) that grid tokens are resized to if they exceed those of `max_tiles` tiles by more than a
+    factor of REDUCE_FROM along a side; else None."""
     ratio = 0.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * tokens_side**2))
     return (max(1, int(height // ratio)), max(1, int(width // ratio))) if ratio > REDUCE_FROM else None
 
 
 def square_layout(config: VisionConfig) -> Layout:
-    """Of an image that is one tile: the overview, then as its only row a newline."""
+    """The layout of an image that is one tile: the overview, then a single row with only a newline."""
     return Layout(0, 0, config.tokens_side, top=0, bottom=1, left=0, right=0, newlines=int(config.newline))
 
 
 def video_layout(n_frames: int, config: VisionConfig) -> VideoLayout:
-    """Of a video with so many frames, for a model that takes videos."""
+    """The layout of a video with `n_frames` frames, for a model that takes videos."""
     assert config.tiling.video_pooling is not None
     pooled = math.ceil(config.tokens_side / config.tiling.video_pooling)
     return VideoLayout(n_frames, config.tokens_side, pooled, int(config.newline))

@@ -1,4 +1,4 @@
-"""Sizes of the tiling by canvas: which canvas of tiles an image gets, and how large it is on it. Needs no pixels.
+"""Computes the sizes of canvas tiling: the canvas of tiles for an image, and the image's size on it. Needs no pixels.
 
 Same geometry as transformers 5.24, to the last bit: `get_optimal_tiled_canvas` and `get_image_size_fit_to_canvas` in
 Python floats, or `get_best_fit` and `get_max_res_without_distortion` in torch's. Imports no NumPy.
@@ -17,10 +17,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class CanvasLayout:
-    """What the tower sees of an image: `rows` x `columns` tiles, and the image in their top left corner.
+    """A canvas of `rows` x `columns` tiles with an image in its top left corner.
 
-    `width`, `height`: of the image on the canvas, in pixels. `aspect_ratio_id`: of the canvas, 1 for the first that is
-    supported.
+    `width`, `height`: size of the image on the canvas, in pixels. `aspect_ratio_id`: id of the canvas, 1 for the first
+    supported aspect ratio.
     """
 
     rows: int
@@ -35,16 +35,16 @@ class CanvasLayout:
 
     @property
     def n_tokens(self) -> int:
-        """Positions in the prompt: the image is one token there."""
+        """Positions in the prompt: the image is a single token."""
         return 1
 
 
 @dataclass(frozen=True)
 class FramedLayout:
-    """An image that is several runs of image tokens, one for each tile, with tokens of the vocabulary around them.
+    """An image that is several runs of image tokens, one per tile, with vocabulary tokens around them.
 
-    `parts`: what stands in the prompt, the text of a token or a number of image tokens. `has_overview`: a tile of the
-    whole image after those of the canvas.
+    `parts`: the image's part of the prompt; each item is the text of a token or a number of image tokens.
+    `has_overview`: a tile with the whole image follows those of the canvas.
     """
 
     canvas: CanvasLayout
@@ -57,19 +57,20 @@ class FramedLayout:
 
     @property
     def n_rows(self) -> int:
-        """Image tokens: the positions that get embeddings."""
+        """The number of image tokens: the positions that get image embeddings."""
         return sum(part for part in self.parts if isinstance(part, int))
 
     @property
     def n_tokens(self) -> int:
-        """Positions in the prompt, those of the vocabulary's tokens too."""
+        """Positions in the prompt, including those of vocabulary tokens."""
         return sum(part if isinstance(part, int) else 1 for part in self.parts)
 
 
 def canvas_layout(size: Size, tiling: CanvasConfig) -> CanvasLayout:
-    """The canvas for an image of `size` (width, height).
+    """Chooses the canvas for an image of `size` (width, height).
 
-    The one that enlarges it least, else the one that shrinks it least; of equals the smallest, then the first.
+    This is the canvas that enlarges the image least, or if none enlarges it, the one that shrinks it least; of equals
+    the one with the fewest tiles, then the first.
     """
     width, height = size
     side, rounded = tiling.tile_px, _float32 if tiling.low_precision else float
@@ -86,10 +87,10 @@ def canvas_layout(size: Size, tiling: CanvasConfig) -> CanvasLayout:
 
 
 def framed_layout(size: Size, config: VisionConfig) -> FramedLayout:
-    """The tiles and tokens of an image of `size` (width, height), for a model with tokens around them.
+    """The tiles and tokens of an image of `size` (width, height), for a model with vocabulary tokens around tiles.
 
-    For a canvas of 2 x 2: start, tile, x, tile, y, tile, x, tile, y, image, overview, end. A canvas of one tile has no
-    overview, and that tile stands in its place.
+    For a canvas of 2x2 tiles: start, tile, tile_x, tile, tile_y, tile, tile_x, tile, tile_y, image, overview, end. A
+    canvas of one tile has no overview; the tile takes its place: start, image, tile, end.
     """
     frame, n_each = config.frame, config.tokens_per_tile
     assert frame is not None
@@ -101,8 +102,8 @@ def framed_layout(size: Size, config: VisionConfig) -> FramedLayout:
 
 
 def fit_canvas(size: Size, canvas: Size, tile_px: int) -> Size:
-    """The size (width, height) to which an image is scaled on a canvas (width, height): each side at least a tile's and
-    at most the canvas's, as far as the aspect ratio, which is kept, lets both."""
+    """The size (width, height) to which an image is scaled on a canvas (width, height), with its aspect ratio kept. As
+    far as that allows, each side is at least that of a tile and at most that of the canvas."""
     width, height = size
     wanted_width = min(max(width, tile_px), canvas[0])
     wanted_height = min(max(height, tile_px), canvas[1])
@@ -113,8 +114,8 @@ def fit_canvas(size: Size, canvas: Size, tile_px: int) -> Size:
 
 
 def _fit_tensor(size: Size, canvas: Size, tile_px: int) -> Size:
-    """`fit_canvas` where the canvas is a torch tensor: a side that it limits is one, too, and so are the quotients of
-    that side and what is multiplied by them, in float32."""
+    """`fit_canvas` as the reference computes it with the canvas as a torch tensor: a side that the canvas limits is a
+    float32 tensor, and so are its quotient and the product with that quotient."""
     wanted = [max(side, tile_px) for side in size]
     is_tensor = [most < side for side, most in zip(wanted, canvas, strict=True)]
     width, height = (min(side, most) for side, most in zip(wanted, canvas, strict=True))

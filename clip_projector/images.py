@@ -1,7 +1,7 @@
 """Opens images from any source (path, bytes, file, Pillow image, array) as upright RGB images.
 
-Knows nothing of tiles or models. The process that reads pages imports this, so NumPy, which it can mostly do without,
-is imported where it is needed.
+Independent of tiles and models. The page reader process imports this module and rarely needs NumPy, so NumPy is
+imported inside functions.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ ORIENTATION = 0x0112  # EXIF and TIFF tag
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SUBFILE_TYPE = 258, 262, 254  # TIFF tags
 _WHITE_IS_ZERO = 0
 _SHORT = 3  # EXIF type of two bytes
-NOT_A_PAGE = 0b101  # of a TIFF frame's subfile type: a smaller copy of another page, or a mask
-# To scale a side, Pillow takes 32 bytes a pixel of it: gigabytes for a line of 80 million pixels, which its own limit
-# allows.
+NOT_A_PAGE = 0b101  # bits of a TIFF frame's subfile type: a smaller copy of another page, or a mask
+# Pillow needs 32 bytes per pixel of a side that it scales: gigabytes for a line of 80 million pixels, which its own
+# limit allows.
 MAX_SIDE_PX = 1_000_000
-_MOST_PAGES = 1000  # that are counted in a TIFF of which only the first is read
+_MOST_PAGES = 1000  # largest count of pages in a TIFF of which only the first is read
 
 
 class Image:
     """An opened image: upright RGB pixels, and the digest that identifies them in every cache and record.
 
-    Made once and passed along, so that a page is opened and hashed once however many questions are asked about it.
-    Immutable; may be shared between threads.
+    Created once and passed along, so that a page is opened and hashed once for any number of questions. Immutable and
+    thread-safe.
     """
 
     __slots__ = ("_digest", "_lock", "_pillow")
 
     def __init__(self, pillow: PIL.Image.Image, digest: bytes | None = None) -> None:
-        """`pillow`: RGB; must not be modified afterwards. `digest`: if already known."""
+        """`pillow`: RGB, must not be modified afterwards; raises ValueError for another mode. `digest`: if already
+        known."""
         if pillow.mode != MODE:
             raise ValueError(f"the image has mode {pillow.mode}; expected {MODE}, as load_image gives it.")
         self._pillow, self._digest = pillow, digest
@@ -53,15 +54,15 @@ class Image:
 
     @classmethod
     def from_pixels(cls, size: tuple[int, int], pixels: Buffer) -> Image:
-        """From RGB, 3 bytes a pixel, row by row. Hashed at once, since a Pillow image would have to be copied for it.
+        """Creates an image from RGB pixels, 3 bytes each, row by row. `size`: (width, height).
 
-        `size`: (width, height).
+        The pixels are hashed here, since hashing the Pillow image later would need a copy of them.
         """
         return cls(PIL.Image.frombytes(MODE, size, pixels), _hash(size, pixels))
 
     @property
     def pillow(self) -> PIL.Image.Image:
-        """As a Pillow image, RGB; must not be modified."""
+        """The RGB Pillow image; must not be modified."""
         return self._pillow
 
     @property
@@ -71,7 +72,7 @@ class Image:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the size and the pixels: equal for equal pixels whatever file they came from. Computed once."""
+        """SHA-256 of the size and the pixels: equal for equal pixels from any file. Computed once."""
         with self._lock:
             if self._digest is None:
                 self._digest = _hash(self.size, self._pillow.tobytes())
@@ -79,14 +80,14 @@ class Image:
 
     @property
     def __array_interface__(self) -> Any:
-        """For `np.asarray`: uint8 `(height, width, 3)`."""
+        """Lets `np.asarray` read the pixels as uint8 `(height, width, 3)`."""
         return self._pillow.__array_interface__
 
     def __repr__(self) -> str:
         return f"Image({self.size[0]}x{self.size[1]})"
 
     def __reduce__(self) -> Any:
-        """Copies and pickles without the lock."""
+        """Supports copy and pickle, without the lock."""
         return Image, (self._pillow, self._digest)
 
 
@@ -100,7 +101,7 @@ def _hash(size: tuple[int, int], pixels: Buffer) -> bytes:
 
 
 def load_image(source: ImageSource, name: str | None = None, *, as_reference: bool = False) -> Image:
-    """The image that `open_rgb` opens; what is an Image already is returned as it is.
+    """Opens an image with `open_rgb`; returns an Image unchanged.
 
     Raises and warns as `open_rgb` does.
     """
@@ -108,22 +109,23 @@ def load_image(source: ImageSource, name: str | None = None, *, as_reference: bo
 
 
 def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool = False) -> PIL.Image.Image:
-    """A Pillow image of its own, RGB, uint8, turned upright by its EXIF orientation, transparency on white.
+    """Opens an image as a new 8-bit RGB Pillow image, upright by its EXIF orientation, with transparency on white.
 
     `source`: a path, encoded bytes, a binary file object, a Pillow image, or a uint8 array `(h, w)`,
-    `(h, w, 3)` or `(h, w, 4)`. Of a file with several frames the first is taken. Colours are converted as
-    Hugging Face's image processors do, so that tiles come out equal. `name`: what messages call the image;
-    its path, in quotes, when it is not given.
+    `(h, w, 3)` or `(h, w, 4)`. The first frame of a file with several frames is used. Colours are converted as in
+    Hugging Face's image processors, so that tiles come out equal. `name`: what messages call the image;
+    by default its path in quotes.
 
-    Greyscale of more than 8 bits is scaled to 8: from 0 to 65535 (4095 for a TIFF of 12 bits), or as it is where no
-    value exceeds 255; 32-bit integers and floats from the narrowest of 0 to 1, 255, 65535 that holds all values, or
-    else from their least to their greatest. `as_reference` cuts values above 255 to white instead, as Pillow and
-    transformers do: for comparing with these.
+    Greyscale with more than 8 bits is scaled to 8. 16-bit values are scaled from 0..65535 (0..4095 for a 12-bit TIFF),
+    or kept if none exceeds 255. 32-bit integers and floats are scaled from the narrowest of 0..1, 0..255 and 0..65535
+    that contains all values, or else from their minimum to their maximum. `as_reference` clips values above 255 to
+    white instead, as Pillow and transformers do, for comparison with them.
 
-    Warns (ImageWarning) of a TIFF with more pages than the first, of a guessed range, and of values cut off.
+    Warns (ImageWarning) about a TIFF with more than one page, a guessed range, and clipped values.
 
-    Raises ImageError for what is missing, empty, not an image, cut short, larger than MAX_FILE_BYTES, or so many
-    pixels that it is probably a decompression bomb (Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`, and MAX_SIDE_PX).
+    Raises ImageError for an image that is missing, empty, not an image, cut short or larger than MAX_FILE_BYTES, or has
+    so many pixels that it is probably a decompression bomb (limits: `PIL.Image.MAX_IMAGE_PIXELS`, and MAX_SIDE_PX for a
+    side).
     """
     name = name or _describe(source)
     head = b""
@@ -153,7 +155,7 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
         raise ImageError(_why_missing(source, name, error)) from None
     except OSError as error:
         raise ImageError(f"{name} cannot be read as an image: {error.strerror or error}.") from None
-    except Exception as error:  # decoders raise whatever they meet in damaged files: struct.error, KeyError, zlib.error
+    except Exception as error:  # decoders raise anything on damaged files: struct.error, KeyError, zlib.error
         what = str(error) or type(error).__name__
         raise ImageError(f"{name} is damaged: {what}.") from None
 
@@ -185,7 +187,7 @@ def _why_missing(source: ImageSource, name: str, error: OSError) -> str:
 
 
 def _content(source: ImageSource, name: str) -> bytes | Any:
-    """The bytes of a path or file; an array as it is."""
+    """Reads the bytes of a path or file; returns other sources, such as arrays, unchanged."""
     if isinstance(source, str | Path):
         source = read_whole(Path(source))
     elif hasattr(source, "read"):
@@ -234,7 +236,8 @@ def _from_array(array: Any, name: str) -> PIL.Image.Image:
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """As `PIL.ImageOps.exif_transpose` has it, which also writes all other EXIF values anew, and fails on odd ones."""
+    """Turns an image upright, as `PIL.ImageOps.exif_transpose` does; but that also rewrites all other EXIF values, and
+    fails on unusual ones."""
     turns: dict[float, Transpose] = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -246,7 +249,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     }
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # Pillow parses the entire block, and raises whatever is wrong in it
+    except Exception:  # Pillow parses the entire block, and raises on damage anywhere in it
         orientation = None
     if orientation is None:
         orientation = _orientation_in(image.info.get("exif", b""))
@@ -255,12 +258,12 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _orientation_in(exif: bytes) -> int:
-    """The orientation in an EXIF block that is damaged elsewhere; 1, upright, where there is none."""
+    """Reads the orientation from an EXIF block that may be damaged elsewhere; 1 (upright) if there is none."""
     tiff = exif[6:] if exif.startswith(b"Exif\0\0") else exif
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 8:
         return 1
-    start = struct.unpack_from(order + "I", tiff, 4)[0] + 2  # after the number of entries
+    start = struct.unpack_from(order + "I", tiff, 4)[0] + 2  # first entry, after the 2-byte number of entries
     for entry in range(start, len(tiff) - 9, 12):
         tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
         if tag >= ORIENTATION:  # tags ascend
@@ -269,7 +272,8 @@ def _orientation_in(exif: bytes) -> int:
 
 
 def _warn_of_more_pages(data: bytes, name: str) -> None:
-    """Frames of other formats are steps of an animation, or sizes of one image."""
+    """Warns about a TIFF with more than one page. In other formats, frames are steps of an animation or sizes of one
+    image, so those are not checked."""
     n_pages = count_tiff_pages(data, _MOST_PAGES + 1)
     if n_pages > 1:
         found = f"{n_pages:,} pages" if n_pages <= _MOST_PAGES else f"more than {_MOST_PAGES:,} pages"
@@ -281,7 +285,7 @@ def _warn_of_more_pages(data: bytes, name: str) -> None:
 
 
 def count_tiff_pages(data: bytes, enough: int) -> int:
-    """Frames of a TIFF that are pages of their own, counted up to `enough`."""
+    """Counts the frames of a TIFF that are pages, up to `enough`."""
     n_pages = 0
     with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:
         warnings.simplefilter("ignore")
@@ -292,13 +296,13 @@ def count_tiff_pages(data: bytes, enough: int) -> int:
                 n_pages += not (isinstance(kind, int) and kind & NOT_A_PAGE)
                 if n_pages == enough:
                     break
-        except Exception:  # the end, or damage, which matters to whoever reads these pages
+        except Exception:  # the end, or damage, which is reported when these pages are read
             pass
     return n_pages
 
 
 def _to_rgb(image: PIL.Image.Image, opened: PIL.Image.Image, name: str, *, as_reference: bool) -> PIL.Image.Image:
-    """`opened`: as it came from its file, with that file's tags."""
+    """Converts an image to 8-bit RGB. `opened`: the image before it was turned, which still has its file's tags."""
     if image.mode.startswith(("I", "F")):
         if not as_reference:
             return _scaled(image, opened, name).convert("RGB")
@@ -311,7 +315,7 @@ def _to_rgb(image: PIL.Image.Image, opened: PIL.Image.Image, name: str, *, as_re
 
 
 def _scaled(image: PIL.Image.Image, opened: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Greyscale of more than 8 bits as 8 bits."""
+    """Scales greyscale with more than 8 bits to 8 bits; see `open_rgb` for the ranges."""
     import numpy as np
 
     values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
@@ -334,7 +338,7 @@ def _scaled(image: PIL.Image.Image, opened: PIL.Image.Image, name: str) -> PIL.I
     scaled -= low
     scaled *= 255 / ((high - low) or 1)
     grey = np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts up to 8 bits alone
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow itself inverts only up to 8 bits
         grey = 255 - grey
     clear = image.info.get("transparency")
     if isinstance(clear, int):

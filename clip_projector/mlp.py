@@ -1,7 +1,7 @@
-"""The two-layer projector: hidden states side by side, a linear layer, an activation, a linear layer.
+"""The two-layer projector: joined hidden states, a linear layer, an activation, a linear layer.
 
-Each patch becomes one token (transformers 5.23, `MultiModalProjector` of several models). Tiles go through one after
-the other as they do through the tower, so that the joined hidden states of one tile are all that is held at a time.
+Each patch becomes one token (transformers 5.23, `MultiModalProjector` of several models). Tiles are computed one after
+the other, as in the tower, so that the joined hidden states of only one tile are in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from granite4v.ggml.graph import Graph, Tensor
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:
-    """Groups of hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, patches, tiles]` for the one stream."""
+    """Projects groups of hidden states `[dim, patches, tiles]` to the embeddings `[n_embd, patches, tiles]` of the one
+    stream."""
     projector, width = config.projector, config.text_hidden_size
     assert isinstance(projector, MlpConfig)
     (stream,) = config.streams

@@ -1,12 +1,12 @@
-"""The projector that makes one token of a block of patches: the patches side by side, then three linear layers.
+"""The projector that makes one token from each block of patches: joins the patches, then applies three linear layers.
 
-As transformers 5.24 computes it (`pixel_shuffle`, and what follows). The values of a block are in the order (row in it,
-column in it, value). For 24x24 patches of `dim` values and blocks of 2x2, [fastest axis first]:
+As transformers 5.24 computes it (`pixel_shuffle` and the layers after it). The values of a block are in the order
+(row in block, column in block, value). For 24x24 patches of `dim` values and blocks of 2x2, [fastest axis first]:
 
     raster    [dim, 576, tiles]              patch = 24 * row + column
-    reshaped  [2 * dim, 12, 2, 12 * tiles]   the patches of a row of a block; its column; row in it; its row, tile
-    swapped   [2 * dim, 2, 12, 12 * tiles]   both rows of a block are neighbours now
-    joined    [4 * dim, 144, tiles]
+    reshaped  [2 * dim, 12, 2, 12 * tiles]   2 patches of a block row; block column; row in block; block row and tile
+    swapped   [2 * dim, 2, 12, 12 * tiles]   the 2 rows of a block are now adjacent
+    joined    [4 * dim, 144, tiles]          token = 12 * block row + block column
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from granite4v.ggml.graph import Graph, Tensor
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:
-    """Groups of hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` for the one
-    stream."""
+    """Projects groups of hidden states `[dim, patches, tiles]` to the embeddings `[n_embd, tokens_per_tile, tiles]` of
+    the one stream."""
     projector = config.projector
     assert isinstance(projector, PixelShuffleMlpConfig)
     (stream,) = config.streams

@@ -1,4 +1,4 @@
-"""From the tower's hidden states to every stream's embeddings, by the kind of projector a configuration names."""
+"""Projects the tower's hidden states to the embeddings of every stream, with the projector that is configured."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ KINDS: dict[type, Project] = {
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: States) -> list[Tensor]:
-    """For every stream its embeddings `[n_embd, tokens_per_tile, tiles]`, from hidden states by index, each in groups
-    `[dim, patches, tiles of the group]`."""
+    """Returns the embeddings `[n_embd, tokens_per_tile, tiles]` of every stream. `states`: hidden states by index, each
+    as a list of groups `[dim, patches, tiles of the group]`."""
     return KINDS[type(config.projector)](graph, weights, config, states)

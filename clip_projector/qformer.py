@@ -1,16 +1,18 @@
 """The window Q-Former: one BLIP-2 layer over windows of patches, 16 queries for 64 patches.
 
 The layer is BLIP-2's (transformers 5.23, `Blip2QFormerLayer`). Attention runs within each window, so windows are the
-batch axis. Windowing is a transposition of a four-axis view, so nothing is gathered by index. For a grid of 24x24
+batch axis. Windowing is a transposition of a four-axis view, so no gather by index is needed. For a grid of 24x24
 patches and windows of 8x8 patches, [fastest axis first]:
 
-    raster     [dim, 576, tiles]         patch = 24 * row + column
-    reshaped   [dim * 8, 3, 8, 3 * tiles]  8 patches of a row of a window; window column; row in it; window row, tile
-    swapped    [dim * 8, 8, 3, 3 * tiles]  the 8 rows of a window are neighbours now
-    windows    [dim, 64, 9 * tiles]      64 patches a window, 9 windows a tile
+    raster     [dim, 576, tiles]           patch = 24 * row + column
+    reshaped   [dim * 8, 3, 8, 3 * tiles]  8 patches of a window row; window column; row in window; window row and tile
+    swapped    [dim * 8, 8, 3, 3 * tiles]  the 8 rows of a window are now adjacent
+    windows    [dim, 64, 9 * tiles]        64 patches per window, 9 windows per tile
+
+For instance, the patch in row 9 and column 17 becomes patch 8 * 1 + 1 = 9 of window 3 * 1 + 2 = 5.
 
 The queries are windowed in the same way at half the side: a raster of 12x12 in windows of 4x4, so that query window i
-is the same part of the tile as patch window i. `_raster` is the inverse.
+covers the same part of the tile as patch window i. `_raster` is the inverse.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from granite4v.ggml.graph import Graph, Tensor
 
 
 def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mapping[int, list[Tensor]]) -> list[Tensor]:
-    """Groups of hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` a stream.
+    """Projects groups of hidden states `[dim, patches, tiles]` to the embeddings `[n_embd, tokens_per_tile, tiles]` of
+    each stream.
 
-    All tiles go through a projector at once: its products are small.
+    All tiles pass through a projector at once, since its products are small.
     """
     joined = {k: graph.join(groups, axis=2) for k, groups in states.items()}
     found = []
@@ -38,7 +41,7 @@ def project(graph: Graph, weights: Weights, config: VisionConfig, states: Mappin
 
 
 def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, stream: Stream, features: Tensor) -> Tensor:
-    """Hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]` of projector `p`."""
+    """Applies projector `p`: hidden states `[dim, patches, tiles]` -> embeddings `[n_embd, tokens_per_tile, tiles]`."""
     projector, side = config.projector, config.tower.grid_side
     assert isinstance(projector, WindowQFormerConfig)
     dim, n_tiles, eps = features.ne[0], features.ne[2], projector.layer_norm_eps
@@ -49,7 +52,7 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
         return keys.PROJ.format(p=p, part=part)
 
     def apply(part: str, x: Tensor, n_out: int = dim, act: str | None = None) -> Tensor:
-        """A linear layer on `[n, tokens, windows]`; as one large product over all tokens of all windows."""
+        """Applies a linear layer to `[n, tokens, windows]`, as one large product over all tokens of all windows."""
         flat = graph.reshape(x, x.ne[0], x.ne[1] * x.ne[2])
         return graph.reshape(linear(graph, weights, name(part), x.ne[0], n_out, act)(flat), n_out, x.ne[1], x.ne[2])
 
@@ -78,7 +81,8 @@ def _project(graph: Graph, weights: Weights, config: VisionConfig, p: int, strea
 
 
 def _halve(graph: Graph, x: Tensor, side: int, offset: int | None) -> Tensor:
-    """A `side` x `side` raster at half its side: the mean of every 2x2 block, or one corner of it."""
+    """Halves the side of a `side` x `side` raster: takes the mean of every 2x2 block, or its corner `offset` (0 top
+    left, 1 top right, 2 bottom left, 3 bottom right)."""
     dim, row, n_tiles = x.ne[0], x.nb[1], x.ne[2]
 
     def corner(i: int) -> Tensor:
@@ -88,19 +92,19 @@ def _halve(graph: Graph, x: Tensor, side: int, offset: int | None) -> Tensor:
 
     if offset is not None:
         return graph.cont(corner(offset))
-    # the mean is what area interpolation to half the side computes
+    # area interpolation to half the side is this mean
     total = graph.add(corner(0), corner(1))
     return graph.scale_(graph.add_(graph.add_(total, corner(2)), corner(3)), 0.25)
 
 
 def _windows(graph: Graph, x: Tensor, side: int, window: int) -> Tensor:
-    """Raster order `[dim, side * side, tiles]` to window order, as the module describes."""
+    """Converts raster order `[dim, side * side, tiles]` to window order, as described in the module docstring."""
     n, dim, tiles = side // window, x.ne[0], _count(x) // (side * side)
     return graph.cont(graph.permute(graph.reshape(x, dim * window, n, window, n * tiles), 0, 2, 1, 3))
 
 
 def _raster(graph: Graph, x: Tensor, side: int, window: int, n_tiles: int) -> Tensor:
-    """Window order back to raster order, `[dim, side * side, tiles]`."""
+    """Converts window order back to raster order, `[dim, side * side, tiles]`."""
     n, dim = side // window, x.ne[0]
     swapped = graph.permute(graph.reshape(x, dim * window, window, n, n * n_tiles), 0, 2, 1, 3)
     return graph.reshape(graph.cont(swapped), dim, side * side, n_tiles)

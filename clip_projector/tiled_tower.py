@@ -1,13 +1,16 @@
-"""The ViT that attends over all tiles of an image: patches to the states that its projector takes.
+"""The ViT that attends over all tiles of an image: turns patches into the states that its projector takes.
 
-As transformers 5.24 computes it. Each tile's positions are filled up with zeros to a multiple of 8, and tiles
-that the image lacks are computed, too. The reference masks padding and lacking tiles (together: the idle positions)
-for each other and for nobody else, so these are no zeros soon, and all positions see them.
+As transformers 5.24 computes it. Each tile's positions are padded with zeros to a multiple of 8, and tiles that the
+image lacks are computed, too. Padding and missing tiles are the idle positions, all others the busy ones. The
+reference's mask only keeps idle positions from attending to each other. So idle positions become nonzero in the first
+layer, and busy positions attend to them.
 
-Attention asks for no order of the positions. Here the busy ones come first (class token and patches of the tiles that
-there are), then those of lacking tiles, then all padding: so busy positions see all, idle ones the first few, and no
-mask is needed. The rows of one tensor are overwritten piece by piece, so that only keys, values and queries exist for
-all positions at once.
+Attention does not depend on the order of positions. Here the busy ones come first (class token and patches of the
+existing tiles), then those of missing tiles, then all padding. So busy positions attend to all positions, idle ones to
+the first `n_busy`, and no mask is needed. For example, with 10 positions per tile, 4 tiles of which the image has 3,
+and 6 positions of padding per tile, positions 0 to 29 are busy and attend to all 64; positions 30 to 39 (the missing
+tile) and 40 to 63 (padding) attend to 0 to 29. The rows of one tensor are overwritten piece by piece, so that only
+keys, values and queries exist for all positions at once.
 """
 
 from __future__ import annotations
@@ -21,24 +24,24 @@ from granite4v.clip_projector.weights import Weights
 from granite4v.families.base import TiledTowerConfig
 from granite4v.ggml.graph import Graph, Tensor
 
-MULTIPLE = 8  # of a tile's positions, with padding
-Name = Callable[[str], str]  # a layer's tensor name, of its part
-QUERIES_AT_ONCE = 256  # of products' attention: bounds the scores of one head
+MULTIPLE = 8  # a tile's positions are padded to a multiple of this
+Name = Callable[[str], str]  # from a part of a layer to its tensor name
+QUERIES_AT_ONCE = 256  # for attention with oneDNN's products: bounds the scores of one head
 
 
 def n_padding(config: TiledTowerConfig) -> int:
-    """Positions of zeros that a tile gets."""
+    """The number of padding positions of a tile."""
     return -config.n_positions % MULTIPLE
 
 
 def output_states(
     graph: Graph, weights: Weights, config: TiledTowerConfig, pixels: Tensor, zeros: Tensor, ratio: Tensor, n_tiles: int
 ) -> list[Tensor]:
-    """Patches `[values, patches, max_num_tiles]` -> for each tile what the projector takes,
-    `[hidden * (1 + intermediate states), positions]`: the final state, then value by value the intermediate ones.
+    """Computes the projector's input for each tile, `[hidden * (1 + intermediate states), positions]`, from patches
+    `[values, patches, max_num_tiles]`: the final state, then the intermediate ones, interleaved value by value.
 
     `zeros` `[hidden, padding of all tiles]` and `ratio` `[1]`, the id of the image's aspect ratio, are inputs;
-    `n_tiles` is how many tiles the image has.
+    `n_tiles` is the number of tiles that the image has.
     """
     tower = _Tower(graph, weights, config, n_tiles)
     x = tower.embed(pixels, zeros, ratio)
@@ -46,7 +49,7 @@ def output_states(
     for i in range(config.num_hidden_layers + 1):
         if i in config.intermediate_states:
             taken[i] = x
-            x = graph.expand(graph.cont(x))  # layers overwrite their input
+            x = graph.expand(graph.cont(x))  # a copy, since layers overwrite their input
         if i < config.num_hidden_layers:
             tower.layer(x, _named(keys.BLOCK, i), gated=False)
     x = tower.add_tiles(layer_norm(graph, weights, keys.POST_LN, x, config.layer_norm_eps), ratio)
@@ -61,7 +64,7 @@ def _named(block: str, i: int) -> Name:
 
 
 class _Tower:
-    """The steps of one graph."""
+    """Builds the steps of one graph."""
 
     def __init__(self, graph: Graph, weights: Weights, config: TiledTowerConfig, n_tiles: int) -> None:
         self.graph, self.weights, self.config = graph, weights, config
@@ -73,7 +76,7 @@ class _Tower:
         return math.tanh(float(self.weights.array(name, 1)[0]))
 
     def tile_vectors(self, name: str, ratio: Tensor, n: int) -> Tensor:
-        """What is added to `n` positions of each tile, `[hidden, n, tiles]`, before its gate."""
+        """The embeddings `[hidden, n, tiles]` that are added to `n` positions of each tile, scaled by their gate."""
         dim, tiles, ids = (
             self.config.hidden_size,
             self.config.max_num_tiles,
@@ -83,7 +86,7 @@ class _Tower:
         return self.graph.scale(self.graph.reshape(found, dim, n, tiles), self.gate(keys.TILE_GATE.format(name=name)))
 
     def embed(self, pixels: Tensor, zeros: Tensor, ratio: Tensor) -> Tensor:
-        """What the first layer takes, `[hidden, positions of all tiles]`."""
+        """Computes the input of the first layer, `[hidden, positions of all tiles]`."""
         graph, weights, config = self.graph, self.weights, self.config
         dim, n = config.hidden_size, config.n_positions
         h = graph.matmul(weights.matrix(graph, keys.PATCH_EMBD_WEIGHT, pixels.ne[0], dim), pixels)
@@ -97,7 +100,7 @@ class _Tower:
         return graph.expand(graph.concat(graph.reshape(h, dim, self.n_real), zeros, axis=1))
 
     def add_tiles(self, x: Tensor, ratio: Tensor) -> Tensor:
-        """Each tile's own vector added to its positions, those of its padding too."""
+        """Adds each tile's embedding to its positions, including its padding. Overwrites `x`."""
         graph, dim, tiles = self.graph, self.config.hidden_size, self.config.max_num_tiles
         vectors = self.tile_vectors(keys.POST_TILE_EMBD, ratio, 1)
         for first, n in ((0, self.n_real), (self.n_real, self.n_padding)):
@@ -105,7 +108,7 @@ class _Tower:
         return x
 
     def layer(self, x: Tensor, name: Name, *, gated: bool) -> None:
-        """One encoder layer; overwrites `x`."""
+        """Applies one encoder layer; overwrites `x`."""
         graph, weights, config = self.graph, self.weights, self.config
         dim, wide, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         to_product = weights.attention.arithmetic is not None
@@ -120,7 +123,7 @@ class _Tower:
 
         h = layer_norm(graph, weights, name("ln1"), x, eps)
         mixed = self.attend(q(h), k(h), v(h))
-        n = x.ne[1] // config.max_num_tiles  # rows at a time, about a tile's
+        n = x.ne[1] // config.max_num_tiles  # rows per piece: as many as a tile has with its padding
         for first in range(0, x.ne[1], n):
             part = self.rows(x, first, n)
             part = graph.add_(part, self.scaled(out(self.rows(mixed, first, n)), gates[0]))
@@ -128,11 +131,11 @@ class _Tower:
             graph.expand(graph.add_(part, self.scaled(down(up(h)), gates[1])))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of busy positions over all, and of idle ones over the busy ones; overwrites q."""
+        """Lets busy positions attend to all positions, and idle ones to the busy ones; overwrites `q`."""
         graph, n_busy, n_all = self.graph, self.n_busy, q.ne[1]
         n_heads, arithmetic = self.config.num_attention_heads, self.weights.attention.arithmetic
         at_once = n_all if arithmetic is None else QUERIES_AT_ONCE
-        if arithmetic is not None:  # once, and not with each piece of the queries
+        if arithmetic is not None:  # cast once instead of for each piece of the queries
             q, k, v = (x if x.type_name == arithmetic else graph.cast(x, arithmetic) for x in (q, k, v))
         for first, end, n_seen in ((0, n_busy, n_all), (n_busy, n_all, n_busy)):
             keys_seen, values_seen = (graph.expand(self.rows(x, 0, n_seen)) for x in (k, v))
@@ -143,7 +146,8 @@ class _Tower:
         return q
 
     def interleaved(self, x: Tensor, states: list[Tensor], tile: int) -> Tensor:
-        """A tile's final state, and after it the first value of each of `states`, the second of each, and so on."""
+        """Concatenates a tile's final state with `states`, interleaved: the first value of each, the second of each,
+        and so on."""
         graph, dim, n = self.graph, self.config.hidden_size, self.config.n_positions
         first = tile * n
         joined = graph.join([self.rows(state, first, n) for state in states], axis=2)

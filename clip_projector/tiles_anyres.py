@@ -1,7 +1,7 @@
-"""Cutting an image into square tiles by 'anyres', and packing the tiles' tokens; Pillow and NumPy only.
+"""Cuts an image into square tiles by 'anyres', and packs the tiles' tokens. Needs only Pillow and NumPy.
 
 Same pixels as transformers 5.24, to the last bit (`get_image_patches`, `pad_to_square`, `pack_image_features`).
-`grid_anyres` has the sizes.
+`grid_anyres` computes the sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from granite4v.families.base import TilingConfig
 
 
 def cut_view(view: View, tiling: TilingConfig) -> np.ndarray:
-    """The tiles of a view, uint8 `(tiles, tile_px, tile_px, 3)`, in the order in which `pack` takes their tokens."""
+    """Cuts a view into tiles, uint8 `(tiles, tile_px, tile_px, 3)`, in the order in which `pack` takes their tokens."""
     images = [image.pillow for image in view.images]
     if view.form == "tiles":
         return cut(images[0], tiling)
@@ -28,7 +28,7 @@ def cut_view(view: View, tiling: TilingConfig) -> np.ndarray:
 
 
 def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
-    """The tiles of an RGB image, uint8 `(tiles, tile_px, tile_px, 3)`: overview, then the grid row by row."""
+    """Cuts an RGB image into tiles, uint8 `(tiles, tile_px, tile_px, 3)`: the overview, then the grid row by row."""
     side = tiling.tile_px
     grid_height, grid_width = best_resolution(image.size, tiling.image_grid_pinpoints)
     width, height = fit_size(image.size, (grid_height, grid_width))
@@ -43,12 +43,12 @@ def cut(image: Image, tiling: TilingConfig) -> np.ndarray:
 
 
 def _resized(image: Image, tiling: TilingConfig) -> np.ndarray:
-    """All of an image as one tile, its aspect ratio given up."""
+    """Resizes the whole image to one tile, without keeping its aspect ratio."""
     return np.asarray(image.resize((tiling.tile_px, tiling.tile_px), Resampling(tiling.resample)))
 
 
 def _squared(image: Image, tiling: TilingConfig) -> Image:
-    """The image in the middle of a square of the mean colour."""
+    """Pads the image to a square with the mean colour, centered."""
     side = max(image.size)
     red, green, blue = (int(255 * mean) for mean in tiling.image_mean)
     square = pillow.new("RGB", (side, side), (red, green, blue))
@@ -59,9 +59,9 @@ def _squared(image: Image, tiling: TilingConfig) -> Image:
 def pack(tiles: Sequence[np.ndarray], newline: np.ndarray | None, where: Layout | VideoLayout, out: np.ndarray) -> None:
     """Writes the tokens of an image or a video in order into `out` `(n_tokens, n_embd)`.
 
-    `tiles`: for each tile its tokens `(tokens_per_tile, n_embd)`. Of an image the overview comes first, then the
-    unpadded grid row by row, each row ended by `newline` `(n_embd,)` if there is one; of a video the frames, and one
-    newline at the end.
+    `tiles`: the tokens `(tokens_per_tile, n_embd)` of each tile. For an image, writes the overview, then the unpadded
+    grid row by row, each row followed by `newline` `(n_embd,)` if there is one. For a video, writes the frames, then
+    one newline.
     """
     if isinstance(where, VideoLayout):
         _pack_frames(tiles, newline, where, out)
@@ -93,9 +93,9 @@ def _place(tiles: Sequence[np.ndarray], where: Layout, grid: np.ndarray) -> None
 
 
 def _reduce(tiles: Sequence[np.ndarray], where: Layout, out: np.ndarray) -> None:
-    """Writes the window of the grid's tokens, resized, into `out` `(height, width, n_embd)`.
+    """Resizes the window of the grid's tokens into `out` `(height, width, n_embd)`.
 
-    Two rows of the window are put together at a time, since all of it would take hundreds of megabytes.
+    Assembles only two rows of the window at a time, since the whole window would take hundreds of megabytes.
     """
     side, columns = where.tokens_side, where.columns
 
@@ -124,9 +124,10 @@ def _pack_frames(frames: Sequence[np.ndarray], newline: np.ndarray | None, where
 
 
 def bilinear_weights(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `n_out` positions the two of `n_in` that it lies between, and its distance from the first, 0 to 1.
+    """Returns, for each of `n_out` positions, the two of `n_in` positions that it lies between, and its distance from
+    the first, 0 to 1.
 
-    As torch's `interpolate(mode="bilinear")`: corners are not aligned, and nothing is averaged beyond these two.
+    Same as torch's `interpolate(mode="bilinear")`: corners are not aligned, and only these two positions are averaged.
     """
     place = np.maximum((np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * np.float32(n_in / n_out) - 0.5, 0)
     first = place.astype(np.int64)
@@ -134,7 +135,7 @@ def bilinear_weights(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _mixed_columns(rows: np.ndarray, weights: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-    """Positions along the first axis, resampled."""
+    """Resamples the first axis with the result of `bilinear_weights`."""
     first, second, share = weights
     return _between(rows[first], rows[second], share.reshape(-1, *[1] * (rows.ndim - 1)))
 

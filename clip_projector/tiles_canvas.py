@@ -1,7 +1,7 @@
-"""Cutting a canvas with an image in its top left corner into tiles; Pillow and NumPy only.
+"""Cuts a canvas with an image in its top left corner into tiles. Needs only Pillow and NumPy.
 
-Same pixels as transformers 5.24, to the last bit: with its PIL backend, or, of a tiling in low precision, with its
-torchvision backend, the only one that it has then. `grid_canvas` has the sizes.
+Same pixels as transformers 5.24, to the last bit: as its PIL backend, or for a tiling in low precision as its
+torchvision backend, the only one it has there. `grid_canvas` computes the sizes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from granite4v.families.base import CanvasConfig
 
 
 def cut_canvas(image: Image, where: CanvasLayout, tiling: CanvasConfig) -> np.ndarray:
-    """The tiles of an RGB image row by row, uint8 `(tiles, tile_px, tile_px, 3)`; black beside the image. Of several,
-    an overview comes last if the tiling has one."""
+    """Cuts an RGB image into tiles row by row, uint8 `(tiles, tile_px, tile_px, 3)`; the rest of the canvas is black.
+    If there are several tiles and the tiling has an overview, the overview comes last."""
     side = tiling.tile_px
     canvas = np.zeros((where.rows * side, where.columns * side, 3), dtype=np.uint8)
     canvas[: where.height, : where.width] = _resized(image, (where.width, where.height), tiling)
@@ -34,8 +34,8 @@ def _resized(image: Image, size: tuple[int, int], tiling: CanvasConfig) -> np.nd
 
 
 def canvas_patches(tiles: np.ndarray, tiling: CanvasConfig, patch_size: int, n_tiles: int) -> np.ndarray:
-    """The tower's input, float32 `(n_tiles, patches, values)`: black becomes a number by normalizing, while tiles that
-    the image lacks are zeros afterwards."""
+    """Computes the tower's input, float32 `(n_tiles, patches, values)`. Missing tiles are zeros after normalization,
+    not normalized black like the rest of the canvas."""
     found = patches(normalize(tiles, tiling), patch_size)
     absent = np.zeros((n_tiles - len(found), *found.shape[1:]), dtype=np.float32)
     return np.concatenate([found, absent])

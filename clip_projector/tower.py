@@ -1,7 +1,8 @@
-"""The ViT: pixels to hidden states. One loop over layers; each tile passes through a layer on its own.
+"""The ViT, from pixels to hidden states. One loop over layers; attention stays within a tile.
 
-On a CPU one tile's activations fit its caches and the products are as fast for 576 rows as for 5,760, so a
-layer's weights are widened once and the tiles follow one another. A GPU takes all tiles at once.
+On a CPU, the activations of one tile fit in its caches, and products are as fast for 576 rows as for 5,760. So a
+layer's weights are widened once, and the tiles pass through the layer one after the other. A GPU computes all tiles at
+once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from granite4v.ggml.graph import Graph, Tensor
 def hidden_states(
     graph: Graph, weights: Weights, config: TowerConfig, pixels: Tensor, wanted: set[int], *, together: bool
 ) -> dict[int, list[Tensor]]:
-    """The wanted hidden states (0 = input of the first layer, k = output of layer k-1) of patches
+    """Computes the wanted hidden states (0 = input of the first layer, k = output of layer k-1) of patches
     `[values, patches, tiles]`.
 
-    Each as a list of `[hidden, patches, group]` tensors: one tile a group, or all tiles in one if `together`. The graph
-    has the inputs of `places`, too.
+    Each is a list of `[hidden, patches, group]` tensors: one tile per group, or one group of all tiles if `together`.
+    The graph also gets the inputs of `places`.
     """
     groups = [pixels] if together else _tiles(graph, pixels)
     turns = [graph.input(name, "I32", len(values)) for name, values in places(config).items()]
@@ -46,8 +47,8 @@ def hidden_states(
 
 
 def places(config: TowerConfig) -> dict[str, np.ndarray]:
-    """By what the queries and keys of each position are turned, as inputs of the graph: the column and the row of its
-    patch, from 1; 0 for a class token behind them. None for a tower without such positions."""
+    """The 2D RoPE positions of queries and keys, as inputs of the graph: the column and the row of each patch, from 1,
+    and 0 for a class token after the patches. Empty for a tower without 2D RoPE."""
     if config.rope_theta is None:
         return {}
     patch, rest = np.arange(config.grid_side**2), np.zeros(int(config.class_token), dtype=np.int64)
@@ -56,7 +57,7 @@ def places(config: TowerConfig) -> dict[str, np.ndarray]:
 
 
 def _patches(graph: Graph, x: Tensor, first: int) -> Tensor:
-    """`[hidden, n, tiles]` without its class token; `first`: the position of the first patch."""
+    """Drops the class token from `[hidden, n, tiles]`; `first`: the position of the first patch."""
     view = graph.view(x, (x.ne[0], x.ne[1] - 1, x.ne[2]), (x.nb[1], x.nb[2], x.nb[3]), first * x.nb[1])
     return graph.cont(view)
 
@@ -66,7 +67,7 @@ def _tiles(graph: Graph, x: Tensor) -> list[Tensor]:
 
 
 def _embed(graph: Graph, weights: Weights, config: TowerConfig, groups: list[Tensor]) -> list[Tensor]:
-    """Patches `[values, patches, group]` -> `[hidden, positions, group]`, what the first layer takes."""
+    """Embeds patches `[values, patches, group]` as the input of the first layer, `[hidden, positions, group]`."""
     n_values, width = groups[0].ne[0], config.hidden_size
     kernel = weights.matrix(graph, keys.PATCH_EMBD_WEIGHT, n_values, width)
     bias = weights.vector(keys.PATCH_EMBD_BIAS, width) if config.patch_bias else None
@@ -95,7 +96,7 @@ def _layer(
     *,
     keep: bool,
 ) -> list[Tensor]:
-    """One encoder layer on every group. The input is overwritten unless it is to be kept (`keep`)."""
+    """Applies one encoder layer to every group. Overwrites the input unless `keep`."""
     dim, wide, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
 
     def name(part: str) -> str:
@@ -126,8 +127,8 @@ def _layer(
 
 
 def _turned(graph: Graph, x: Tensor, config: TowerConfig, turns: list[Tensor]) -> Tensor:
-    """Queries or keys `[dim, n, tiles]`: of each head the first half of its pairs turned by the patch's column, the
-    second by its row. Overwrites x."""
+    """Applies 2D RoPE to queries or keys `[dim, n, tiles]`: rotates the pairs in the first half of each head by the
+    patch's column, those in the second half by its row. Overwrites `x`."""
     assert config.rope_theta is not None
     half = config.head_dim // 2
     heads = graph.reshape(x, config.head_dim, config.num_attention_heads, x.ne[1], x.ne[2])

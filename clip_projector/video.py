@@ -1,6 +1,6 @@
-"""Videos from files, directories of frames and lists of images.
+"""Loads videos from files, directories of frames and lists of images.
 
-Files are decoded in a process of their own (`video_decoding`), since a damaged one may end its decoder.
+Files are decoded in a child process (`video_decoding`), since a damaged file may crash the decoder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from granite4v.errors import DeviceError, ImageError, ImageWarning
 
 VideoSource: TypeAlias = "Video | str | Path | bytes | Sequence[ImageSource]"
 
-DEFAULT_FRAMES = 32  # of a file, where nothing else is asked for
+DEFAULT_FRAMES = 32  # of a file or a directory, if neither frames nor fps is given
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of frames in a directory
 
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """Bounds of one video. `n_frames` that are taken of it, and `n_pixels` of all of them: each frame is an image in
-    memory, and hundreds of tokens. `memory_bytes` and `time_s`: of the process that decodes it."""
+    """Limits for one video. `n_frames`: frames taken from it; `n_pixels`: pixels of all these frames together. Each
+    frame is an image in memory and hundreds of tokens. `memory_bytes`, `time_s`: of the child process that decodes
+    it."""
 
     n_frames: int = 1024
     n_pixels: int = 1 << 30
@@ -43,12 +44,15 @@ LIMITS = VideoLimits()
 
 
 def load_video(source: VideoSource, *, frames: int | None = None, fps: float | None = None) -> Video:
-    """The frames of a video: of a file (its path, or its bytes), `frames` of them or `fps` a second, spread evenly, 32
-    by default; of a directory, `frames` of the images in it, by name; of a list of images, all. What is a Video already
-    is returned as it is.
+    """Loads the frames of a video.
 
-    Warns (ImageWarning) of a file with fewer frames than it says. Raises ImageError for what cannot be read as a video,
-    DeviceError without PyAV or room for temporary files, ValueError for a number of frames that is out of range.
+    From a file (its path or bytes): `frames` frames, or `fps` per second, evenly spread; 32 by default. From a
+    directory: `frames` of its images, evenly spread in name order; 32 by default. From a list of images: all. Returns a
+    Video unchanged.
+
+    Warns (ImageWarning) about a file with fewer frames than it declares. Raises ImageError for a source that cannot be
+    read as a video, DeviceError if PyAV or space for temporary files is missing, ValueError for a number of frames that
+    is out of range.
     """
     video, said = read_video(source, frames=frames, fps=fps)
     for message in said:
@@ -65,9 +69,10 @@ def read_video(
     limits: VideoLimits = LIMITS,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[Video, tuple[str, ...]]:
-    """What `load_video` gives, and its warnings.
+    """Like `load_video`, but returns the warnings together with the video.
 
-    `name`: what messages call the video. `stop` is asked now and then whether to give up. Raises as `load_video`.
+    `name`: what messages call the video. `stop` is polled while a file is decoded; when it returns true, decoding ends.
+    Raises what `load_video` raises.
     """
     if isinstance(source, Video):
         return source, ()
@@ -86,9 +91,9 @@ def read_video(
 
 
 def _scratch_file(content: bytes = b"") -> IO[bytes]:
-    """A file with a name, gone when it is closed. Raises DeviceError where it cannot be written."""
+    """Creates a named temporary file, removed when it is closed. Raises DeviceError if it cannot be written."""
     try:
-        file = tempfile.NamedTemporaryFile()  # noqa: SIM115  # the caller's
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115  # the caller closes it
         file.write(content)
         file.flush()
     except OSError as error:
@@ -100,7 +105,7 @@ def _scratch_file(content: bytes = b"") -> IO[bytes]:
 
 
 def check_sampling(frames: int | None, fps: float | None, limits: VideoLimits = LIMITS) -> None:
-    """Raises ValueError for a number of frames that makes no sense."""
+    """Raises ValueError for invalid `frames` or `fps`, or if both are given."""
     if frames is not None and fps is not None:
         raise ValueError("give the number of frames or frames a second, not both.")
     if frames is not None and not 1 <= frames <= limits.n_frames:

@@ -1,6 +1,7 @@
-"""Decodes the frames of a video file, in a child process with bounds, through PyAV (the extra 'video').
+"""Decodes the frames of a video file with PyAV (the extra 'video'), in a child process with limits.
 
-Frames are converted to RGB by FFmpeg's rules for the file's own colour space; sizes and tiles are not decided here.
+Frames are converted to RGB by FFmpeg's rules for the file's own colour space; this module does not decide sizes or
+tiles.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 from granite4v.memory import limit_address_space
 
-MAX_FRAMES_IN_FILE = 1_000_000  # that are counted, where a file does not say how many it has
-DEFAULT_FPS = 25.0  # of a file that does not say it
-# Containers of FFmpeg's that hold a video themselves: no playlist, script or device, which would name other files.
+MAX_FRAMES_IN_FILE = 1_000_000  # most frames that are decoded, also to count those of a file without a frame count
+DEFAULT_FPS = 25.0  # for a file without a frame rate
+# FFmpeg's containers that hold a video themselves: no playlists, scripts or devices, which would name other files.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,nut,ivf,dv,"
     "h264,hevc,av1,obu,m4v,mjpeg,h263,h261,vvc,rm,swf,yuv4mpegpipe"
@@ -22,28 +23,31 @@ OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
 
 
 def spread(n_total: int, n: int) -> list[int]:
-    """Which of `n_total` frames are taken: `n`, evenly spread from the first on, or all where there are fewer.
+    """Chooses `n` of `n_total` frames, evenly spread from the first on; all if there are fewer. For 10 frames and 4:
+    [0, 2, 5, 7].
 
-    As transformers 5.24 (`video_utils.default_sample_indices_fn`).
+    Same as transformers 5.24 (`video_utils.default_sample_indices_fn`).
     """
     n = min(n, n_total)
     return [i * n_total // n for i in range(n)]
 
 
 def main(request: str) -> None:
-    """`request`: JSON with the `path` of the video, the file that gets the `pixels`, `frames` or `fps`, and the bounds
-    `max_frames`, `max_pixels` (of all frames) and `memory_bytes`. Prints the sizes of the frames, or what is wrong with
-    the file, as JSON."""
+    """Decodes a video in the child process and prints JSON: the sizes of the frames, or what is wrong with the file.
+
+    `request`: JSON with the `path` of the video, the file that gets the `pixels`, `frames` or `fps`, and the limits
+    `max_frames`, `max_pixels` (of all frames) and `memory_bytes`.
+    """
     import av
 
-    av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is raised, too
+    av.logging.set_level(av.logging.PANIC)  # errors of a file are raised anyway
     asked = json.loads(request)
     limit_address_space(asked["memory_bytes"])
     try:
         reply = _read(av, asked)
-    except MemoryError:  # FFmpeg's own among them
+    except MemoryError:  # also from FFmpeg
         reply = {"error": f"needs more than {asked['memory_bytes'] / (1 << 30):g} GiB of memory to decode"}
-    except av.error.ArgumentError:  # not one of the containers
+    except av.error.ArgumentError:  # not one of CONTAINERS
         reply = {"error": "cannot be read as a video: it is of another kind"}
     except av.error.FFmpegError as error:
         reply = {"error": f"cannot be read as a video: {error.strerror or error}"}
@@ -56,7 +60,7 @@ def _read(av: Any, asked: dict[str, Any]) -> dict[str, Any]:
             return {"error": "has no video in it; give a file with a video stream"}
         stream = container.streams.video[0]
         n_total, fps = stream.frames, float(stream.average_rate or stream.base_rate or DEFAULT_FPS)
-    if n_total <= 0:  # not every kind of file says it
+    if n_total <= 0:  # not all containers have a frame count
         n_total = sum(1 for _ in _decoded(av, asked["path"]))
     n = min(n_total, asked["frames"] or max(1, int(n_total / fps * asked["fps"])))
     if n > asked["max_frames"]:
@@ -75,8 +79,8 @@ def _read(av: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(av: Any, asked: dict[str, Any], wanted: set[int]) -> tuple[list[tuple[int, int]], bool]:
-    """Writes the pixels of the wanted frames, as far as the file can be decoded; their sizes, and whether they have
-    too many pixels."""
+    """Writes the pixels of the wanted frames, as far as the file can be decoded. Returns the sizes of the frames, and
+    whether they have too many pixels."""
     sizes: list[tuple[int, int]] = []
     last, n_left = max(wanted, default=-1), asked["max_pixels"]
     with open(asked["pixels"], "wb") as out:

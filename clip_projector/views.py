@@ -1,7 +1,7 @@
-"""How a prompt shows its images and videos to the model: what is cut into tiles, what becomes one tile.
+"""Decides how each image and video of a prompt is shown to the model: cut into tiles, or as one tile.
 
-That may depend on the other images of the prompt, so an image is known to caches by its view, not by its pixels
-alone. Which rules a model has, its configuration says; a new one is another form here, with its tiles and layout in
+This may depend on the other images of the prompt, so caches identify an image by its view, not only by its pixels. The
+model's configuration decides which rules apply. A new rule is another form here, with its tiles and layout in
 `tiles_anyres` and `grid_anyres`. Imports no NumPy.
 """
 
@@ -25,7 +25,7 @@ AnyLayout = TilesLayout | CanvasLayout
 
 @dataclass(frozen=True)
 class Video:
-    """The frames of a video, in order: as many as the model is to see."""
+    """The frames of a video that the model sees, in order."""
 
     frames: tuple[Image, ...]
 
@@ -40,16 +40,15 @@ class Video:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Identifies its frames, all pixels of them."""
+        """Identifies all pixels of all frames."""
         return View(self.frames, "video").digest
 
 
 @dataclass(frozen=True)
 class View:
-    """One image, or the frames of one video, in the form in which a prompt shows it.
+    """One image, or the frames of one video, in the form that the model sees.
 
-    'tiles': an overview and a grid; 'square': one tile, padded to a square; 'video': one tile a frame, its tokens
-    reduced.
+    'tiles': cut into tiles; 'square': one tile, padded to a square; 'video': one tile per frame, with fewer tokens.
     """
 
     images: tuple[Image, ...]
@@ -57,8 +56,8 @@ class View:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Identifies what the decoder gets for it, given the model: pixels and form. That of the image where the form
-        is the usual one."""
+        """Identifies the decoder's input for this view, for a given model, by pixels and form. For the form 'tiles' it
+        is the digest of the image."""
         if self.form == "tiles":
             return self.images[0].digest
         digest = hashlib.sha256(self.form.encode())
@@ -67,18 +66,18 @@ class View:
         return digest.digest()
 
     def layout(self, config: VisionConfig) -> AnyLayout:
-        """Its tiles and tokens; needs no pixels."""
+        """The tiles and tokens of this view; needs no pixels."""
         if isinstance(config.tiling, CanvasConfig) and config.frame is None:
             return canvas_layout(self.images[0].size, config.tiling)
         return self.tiles(config)
 
     def parts(self, config: VisionConfig) -> tuple[str | int, ...]:
-        """What stands in the prompt for it, in order: a number of image tokens, or the text of a token between them."""
+        """This view's part of the prompt, in order: each item is a number of image tokens or the text of a token."""
         where = self.layout(config)
         return where.parts if isinstance(where, FramedLayout) else (where.n_tokens,)
 
     def tiles(self, config: VisionConfig) -> TilesLayout:
-        """The layout of a model whose tower sees each tile alone."""
+        """The layout for a model whose tower encodes each tile separately."""
         if self.form == "video":
             return video_layout(len(self.images), config)
         if self.form == "square":
@@ -87,8 +86,8 @@ class View:
 
 
 def count_tokens(size: tuple[int, int], config: VisionConfig) -> int:
-    """Positions in the prompt of an image of `size` (width, height) that is alone in it; for a decoder whose input they
-    are."""
+    """The number of prompt positions of an image of `size` (width, height) that is the only one in its prompt. Not for
+    decoders with cross-attention."""
     return _tiles_alone(size, config).n_tokens
 
 
@@ -99,7 +98,8 @@ def _tiles_alone(size: tuple[int, int], config: VisionConfig) -> TilesLayout:
 
 
 def views_of(items: Sequence[Image | Video], config: VisionConfig) -> list[View]:
-    """The view of each image and video of one prompt, in reading order; videos only for a model that takes them."""
+    """Returns the view of each image and video of one prompt, in reading order. Pass videos only for a model that takes
+    them."""
     several = sum(isinstance(item, Image) for item in items) > 1
     is_square = several and not isinstance(config.tiling, CanvasConfig) and config.tiling.square_if_several
     form: Form = "square" if is_square else "tiles"

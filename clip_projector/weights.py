@@ -1,8 +1,8 @@
-"""The tensors of an mmproj file, placed where a graph can use them, and the matrix products with them.
+"""Loads the tensors of an mmproj file where a graph can use them, and chooses the kernels for products with them.
 
-On the CPU the file is mapped: weights stay on disk until they are touched, and their pages can be released after
-the images. Weights of a type that multiplies faster in another buffer type (CPU repack) or on a GPU are
-copied there once.
+On the CPU the file is memory-mapped: weights stay on disk until they are touched, and their pages can be released
+after the images are encoded. Weights of a type that multiplies faster in another buffer type (CPU repack), and all
+weights for a GPU, are copied there once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from granite4v.ggml.types import NO_WEIGHTS, TYPES, row_bytes
 
 _PLAIN = Kernel(PLAIN)
 FLOATS = ("F32", "F16", "BF16")
-ALIGNMENT = 32  # bytes; tensors of a file with a smaller one are copied
+ALIGNMENT = 32  # bytes; tensors that are aligned to less are copied
 
 
 class Weights:
-    """Tensors by their GGUF name; `matrix` gives one in the form in which it multiplies fastest."""
+    """Tensors by their GGUF name; `matrix` returns a weight in the form that multiplies fastest."""
 
     def __init__(
         self,
@@ -43,16 +43,17 @@ class Weights:
         *,
         infos: Iterable[TensorInfo] | None = None,
     ) -> None:
-        """`kernels`: how each weight type is multiplied; types without an entry are used as they are.
+        """Maps or copies the tensors.
 
-        `names`: of tensors that this file calls otherwise, our name -> the file's. `quantized_as`: the type into which
-        matrices of float types are quantized now, in memory, which takes seconds. `infos`: the tensors of the file that
-        are wanted; None for all. Raises Aborted.
+        `kernels`: how each weight type is multiplied; types without an entry use the plain kernel. `names`: our name ->
+        the file's, for tensors that the file names differently. `quantized_as`: the type to which matrices of float
+        types are quantized now, in memory, which takes seconds. `infos`: the wanted tensors of the file; None for all.
+        Raises ModelFileError, DeviceError and Aborted.
         """
         ours = {theirs: our for our, theirs in (names or {}).items()}
         named = (replace(info, name=ours.get(info.name, info.name)) for info in infos or file.tensors.values())
         self._infos = {info.name: info for info in named}
-        self._sources: dict[str, TensorInfo] = {}  # in the file, of tensors that are another in memory
+        self._sources: dict[str, TensorInfo] = {}  # as in the file, of tensors with another type or shape in memory
         if quantized_as is not None:
             self._plan_quantizing(quantized_as)
         self._kernels = kernels
@@ -65,8 +66,8 @@ class Weights:
             self._map.close()
             self._file.close()
             raise ModelFileError(f"'{file.path}' has become shorter since its header was read; open it again.")
-        # a NumPy view of the mapping: its address is what ggml's host buffer points to, and closing the mapping
-        # while the view lives is an error, so `close` deletes the view first
+        # ggml's host buffer points to the address of this NumPy view of the mapping. Closing the mapping while the
+        # view exists is an error, so `close` deletes the view first.
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         elsewhere: dict[Any, list[TensorInfo]] = {}
         mapped: list[TensorInfo] = []
@@ -92,8 +93,8 @@ class Weights:
         return self._kernels.get(info.type_name, _PLAIN) if len(info.shape) > 1 else _PLAIN
 
     def _plan_quantizing(self, type_name: str) -> None:
-        """Puts the tensors that are to be in memory in the place of the file's. Feed-forward widths are padded on both
-        sides, as in a converted file, unless another type than a float's stands on one of them."""
+        """Replaces the file's tensors by those that will be in memory. Feed-forward widths are padded in both of their
+        matrices, as in a converted file, unless any matrix has a type that is not a float type."""
         block = ffn_block(type_name)
         kinds = {name: tensor_kind(name, info.shape) for name, info in self._infos.items()}
         matrices = [info for name, info in self._infos.items() if kinds[name] == "matrix"]
@@ -111,7 +112,7 @@ class Weights:
                 self._infos[name] = TensorInfo(name, shape, kind, info.offset, nbytes)
 
     def _data(self, info: TensorInfo, backend: Backend) -> np.ndarray:
-        """A tensor's bytes, from the file or quantized from what is there."""
+        """The bytes of a tensor, from the file or quantized from the file's tensor. Raises Aborted."""
         source = self._sources.get(info.name, info)
         data = self._bytes[source.offset : source.offset + source.nbytes]
         if source is info:
@@ -120,7 +121,7 @@ class Weights:
             raise Aborted
         values = np.zeros(info.shape, dtype=np.float32)
         values[tuple(map(slice, source.shape))] = _as_float32(data, source.type_name).reshape(source.shape)
-        self.release()  # what was read, before more is
+        self.release()  # drops the pages just read before quantizing allocates more
         return quantize_rows(values.reshape(-1, info.shape[-1]), info.type_name, backend.n_threads)
 
     def _copy(self, backend: Backend, infos: list[TensorInfo], buffer_type: Any) -> None:
@@ -133,13 +134,13 @@ class Weights:
             data = self._data(info, backend)
             lib().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, info.nbytes)
             self._tensors[info.name] = Tensor(tensor)
-            self.release()  # or copies and what they were made of are in memory together
+            self.release()  # else all copies and their sources would be in memory together
 
     def _map_in_place(self, infos: list[TensorInfo], backend: Backend) -> None:
         arena = Arena(len(infos))
         self._arenas.append(arena)
         base = self._bytes.ctypes.data
-        # the buffer covers the complete file; a tensor lies in it where its data lies in the file, nothing is copied
+        # the buffer covers the complete file; each tensor points to its data in the mapping, nothing is copied
         arena.buffer = lib().ggml_backend_dev_buffer_from_host_ptr(
             backend.device, base, self._bytes.nbytes, self._bytes.nbytes
         )
@@ -151,7 +152,7 @@ class Weights:
             self._tensors[info.name] = Tensor(tensor)
 
     def vector(self, name: str, n: int) -> Tensor:
-        """A float32 tensor of `n` values; raises ModelFileError when it is missing or has another shape."""
+        """A float32 tensor of `n` values; raises ModelFileError if it is missing or has another type or size."""
         info = self._info(name)
         if info.type_name != "F32" or info.nbytes != 4 * n:
             raise ModelFileError(
@@ -160,7 +161,8 @@ class Weights:
         return self._tensors[name]
 
     def table(self, graph: Graph, name: str, width: int, n_rows: int) -> Tensor:
-        """Vectors `[width, n_rows]` to be added, float32; half-precision ones are widened."""
+        """Vectors `[width, n_rows]` as float32, for addition; half-precision ones are widened. Raises
+        ModelFileError."""
         info = self._info(name)
         if info.type_name not in ("F32", "F16", "BF16") or _flat(info.shape) != (n_rows, width):
             raise ModelFileError(
@@ -171,7 +173,7 @@ class Weights:
         return tensor if info.type_name == "F32" else graph.cast(tensor, "F32")
 
     def lookup(self, graph: Graph, name: str, index: Tensor, width: int, n_rows: int) -> Tensor:
-        """The vector `[width]` that the I32 input `index` `[1]` picks of `n_rows`, float32; no other is read."""
+        """The float32 vector `[width]` that the I32 input `index` `[1]` picks from `n_rows`; no other row is read."""
         info = self._info(name)
         if info.type_name not in FLOATS or _flat(info.shape) != (n_rows, width):
             raise ModelFileError(
@@ -181,16 +183,17 @@ class Weights:
         return graph.rows(graph.reshape(self._tensors[name], width, n_rows), index)
 
     def array(self, name: str, *shape: int) -> np.ndarray:
-        """A float32 tensor as a NumPy copy of the given shape."""
+        """Copies a float32 tensor to a NumPy array of the given shape."""
         n = int(np.prod(shape))
         self.vector(name, n)
         info = self._infos[name]
         return self._bytes[info.offset : info.offset + info.nbytes].view(np.float32).reshape(shape).copy()
 
     def matrix(self, graph: Graph, name: str, n_in: int, n_out: int) -> Tensor:
-        """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster.
+        """A weight matrix `[n_in, n_out]` ready for `graph.matmul`, widened to float32 where that is faster. Raises
+        ModelFileError if it is missing or has an unsuitable type or shape.
 
-        In a K-quant its rows may be longer: filled up with zeros to whole blocks, `n_in` to the next multiple of 256.
+        K-quant rows may be longer: padded with zeros to whole blocks, `n_in` to the next multiple of 256.
         """
         info = self._info(name)
         if info.type_name in NO_WEIGHTS:
@@ -199,7 +202,7 @@ class Weights:
                 "in, such as F16 or Q8_0; convert it again with 'granite4v convert'."
             )
         block = TYPES[info.type_name].block
-        shapes = dict.fromkeys(((n_out, n_in), (n_out, -(-n_in // block) * block)))  # one, or two that differ
+        shapes = dict.fromkeys(((n_out, n_in), (n_out, -(-n_in // block) * block)))  # plain and padded, if they differ
         if _flat(info.shape) not in shapes:
             raise ModelFileError(
                 f"'{self._path}' has tensor '{name}' with shape {info.shape}, expected "
@@ -211,16 +214,16 @@ class Weights:
         return kernel.matrix(graph, tensor)
 
     def kernel(self, name: str) -> Kernel:
-        """How products with this weight are computed."""
+        """The kernel for products with this weight."""
         return self._kernel(self._info(name))
 
     @property
     def attention(self) -> Kernel:
-        """How attention is computed."""
+        """The kernel for attention."""
         return self._kernels.get(ATTENTION, _PLAIN)
 
     def n_rows(self, name: str) -> int:
-        """Outputs of a weight matrix."""
+        """The number of outputs of a weight matrix."""
         return _flat(self._info(name).shape)[0]
 
     def _info(self, name: str) -> TensorInfo:
@@ -231,7 +234,7 @@ class Weights:
         return self._infos[name]
 
     def release(self) -> None:
-        """Lets the system drop the mapped pages; they are read from the file again when touched."""
+        """Lets the system drop the mapped pages; touching them reads them from the file again."""
         if hasattr(mmap, "MADV_DONTNEED") and not self._file.closed:
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -247,7 +250,7 @@ class Weights:
 
 
 def _takes(backend: Backend, kernel: Kernel, info: TensorInfo) -> bool:
-    """Whether a kernel has a buffer type of its own, in which it multiplies tensors of this shape."""
+    """Whether a kernel has its own buffer type and can multiply a tensor of this type and shape in it."""
     n_out, n_in = _flat(info.shape)
     return kernel.buffer_type is not None and backend.multiplies(kernel.buffer_type, info.type_name, n_in, n_out)
 
@@ -259,7 +262,8 @@ def _as_float32(data: np.ndarray, type_name: str) -> np.ndarray:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(n_out, n_in) of a matrix; of a convolution kernel (out, channels, height, width) one row an output."""
+    """(n_out, n_in) of a matrix. A convolution kernel (out, channels, height, width) is flattened to one row per
+    output."""
     if len(shape) == 1:
         return (1, shape[0])
     n_in = 1

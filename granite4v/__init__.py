@@ -6,7 +6,7 @@
         answer = model.generate("<tables_json>", images=["page.png"])
         print(answer.text)
 
-Nothing is imported until a name is used.
+Each public name is imported on first use.
 """
 
 from __future__ import annotations

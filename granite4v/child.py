@@ -1,4 +1,4 @@
-"""Runs a module's `main` in a separate Python process, for native code that may abort or hang."""
+"""Runs a module's `main` in a child process, so that native code may abort or hang without ending this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 ANNOUNCE_AFTER_S = 1.0
 STOP_EVERY_S = 0.1
-# Not `python -m`, which would also find modules in the current folder: the child gets this process's module path.
+# Not `python -m`, which would also search the current folder for modules: the child gets this process's `sys.path`.
 _START = (
     "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); "
     "import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[2:])"
@@ -35,7 +35,7 @@ class Ended:
 
     @property
     def how(self) -> str:
-        """In words: 'by SIGABRT', 'with status 3', 'after a timeout'."""
+        """The ending in words: 'by SIGABRT', 'with status 3', 'after a timeout'."""
         if self.status is None:
             return "after a timeout"
         if self.status < 0:
@@ -46,10 +46,10 @@ class Ended:
 
     @property
     def reason(self) -> str:
-        """The first line on stderr that names a fault, else the last line; empty if there is none."""
+        """The first stderr line that names a fault, else the last line; empty if there is none."""
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
         line = next(filter(_FAULT.search, lines), lines[-1] if lines else "")
-        return re.sub(r"^\S*/(\S+:\d+: )", r"\1", line)  # without the path of the library's sources
+        return re.sub(r"^\S*/(\S+:\d+: )", r"\1", line)  # drops the directory of the library's source file
 
     @property
     def lacked_memory(self) -> bool:
@@ -65,10 +65,11 @@ def run_main(
 ) -> Ended:
     """Calls `module.main(*arguments)` in a child process, which is killed after `timeout_s`.
 
-    `announce` is called if that takes longer than a second. `stop` is asked ten times a second whether to kill the
-    child at once, which then does not hear of Ctrl-C by itself. Raises OSError if no Python can be started.
+    `announce` is called if that takes longer than a second. `stop` is polled ten times a second; the child is killed
+    at once when it returns true. A child with `stop` runs in its own session, so Ctrl-C in the terminal does not reach
+    it. Raises OSError if no Python can be started.
     """
-    if not sys.executable or getattr(sys, "frozen", False):  # frozen: the executable is an application
+    if not sys.executable or getattr(sys, "frozen", False):  # frozen: sys.executable is the application, not Python
         raise OSError("no Python interpreter is known that could run a child process")
     command = [sys.executable, "-c", _START, "\n".join(sys.path), module, *arguments]
     with subprocess.Popen(
@@ -77,7 +78,7 @@ def run_main(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         errors="replace",
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger, and bury the reason in its output
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else ggml starts a debugger, whose output buries the reason
         start_new_session=stop is not None,
     ) as child:
         try:
@@ -96,7 +97,7 @@ def run_main(
 
 
 def _wait(child: subprocess.Popen[str], timeout_s: float, stop: Callable[[], bool] | None) -> tuple[str, str] | None:
-    """What a child wrote until its end; None when it goes on after `timeout_s`, or when `stop` says so."""
+    """Returns the child's stdout and stderr when it ends; None after `timeout_s`, or when `stop` returns true."""
     end = time.monotonic() + timeout_s
     while (left_s := end - time.monotonic()) > 0 and not (stop is not None and stop()):
         with contextlib.suppress(subprocess.TimeoutExpired):

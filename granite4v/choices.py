@@ -1,6 +1,7 @@
-"""The allowed values of arguments, as types, so that type checkers and the command line catch misspellings.
+"""Allowed argument values as Literal types, so that type checkers and the command line catch misspellings.
 
-Each is defined by a table elsewhere; a test compares the two. Tasks have no type: they are listed only in their table.
+Each type repeats a table that is defined elsewhere; a test compares the two. Tasks have no type: only their table lists
+them.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ import operator
 from typing import Any, Literal, TypeAlias
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
-# How matrices of a vision file in F32, F16 or BF16 are multiplied: as they are, rounded to bfloat16, as 8-bit integers
-# in the type that is the fastest here, or in one of these types.
+# How the F32, F16 and BF16 matrices of a vision file are multiplied: 'file' as stored, 'BF16' rounded to bfloat16,
+# 'int8' in the 8-bit type that is fastest on this machine, or in the named quantization type.
 VisionCompute: TypeAlias = Literal["file", "BF16", "int8", "Q8_0", "Q6_K"]
-# How numbers in the KV cache are stored; q8_0 takes about half of the memory, and of the disk in the page store.
+# The type of the KV cache; q8_0 takes about half the memory of f16, and half the disk space in the page store.
 CacheType: TypeAlias = Literal["f16", "q8_0"]
 Format: TypeAlias = Literal["csv", "html", "json", "otsl", "md", "parquet", "xlsx", "docling"]
 
-MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process
+MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; ggml aborts the process on more
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """The value as an int, from Python's or NumPy's integers. Raises TypeError for anything else (True and 2.0 too),
-    ValueError for an integer below `least`."""
+    """Returns a Python or NumPy integer as an int. Raises TypeError for anything else (True and 2.0 too), ValueError
+    for an integer below `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -1,9 +1,9 @@
-"""What the name of a model stands for; and the embedded model `nano`, used where no other one is chosen.
+"""Resolves model names to paths, and provides the embedded model `nano`, the default.
 
 The embedded model is a small checkpoint inside the package. It is converted on first use, to F16 with its adapter
-merged, and kept in the cache, in a folder whose name changes with the checkpoint, the version of the package and
-`FORMAT`. A file lock allows one process at a time to convert. The folder is created atomically. It contains a record of
-sizes and checksums, by which damage is detected and repaired by converting again.
+merged, and kept in the cache, in a folder whose name depends on the checkpoint, the package version and `FORMAT`. A
+file lock lets one process at a time convert. The folder is created atomically. It contains a record of sizes and
+checksums; a folder that does not match its record is converted again.
 
 The converter and the runtime are imported inside functions: the converter is needed once, and commands that only look
 up the path need neither.
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     Report = Callable[[str], None]
 
 NAME = "nano"
-FORMAT = 1  # to be raised when the converter writes different files for the same checkpoint
+FORMAT = 1  # increment when the converter writes different files for the same checkpoint
 TEXT_TYPE = VISION_TYPE = "F16"
 RECORD = "files.json"  # {file name: [bytes, crc32]}
-LOCK_TIMEOUT_S = 120.0  # a conversion takes seconds; a process that holds the lock for longer hangs
+LOCK_TIMEOUT_S = 120.0  # a conversion takes seconds; a process that holds the lock for longer is hung
 READ_BYTES = 1 << 20
 
 
@@ -68,10 +68,10 @@ def load(
     page_store: PageStore | bool | None = None,
     cache_type: CacheType | None = None,
 ) -> Model:
-    """Loads a model (see `Model.load`), by its path or its name (see `find_model`); without one, the embedded model.
+    """Loads a model (see `Model.load`) by path or name (see `find_model`); the embedded model by default.
 
-    The embedded model is small and was trained on synthetic documents; real ones need a real model. Its conversion on
-    first use, and the download of a model from the hub, are logged by the logger 'granite4v', at level INFO. Raises
+    The embedded model is small and was trained on synthetic documents; real documents need a real model. Its conversion
+    on first use, and the download of a model from the hub, are logged by the logger 'granite4v' at level INFO. Raises
     what `find_model` and `Model.load` raise.
     """
     from granite4v.runtime import Model
@@ -104,9 +104,9 @@ def extract(
 ) -> Extraction:
     """Extracts records from documents (see `runtime.extract.extract`), with the embedded model unless one is given.
 
-    `ray`: the address of a Ray cluster whose nodes read the pages ('auto' for the one of this machine, or for one that
-    is started for this run). The model is then given by its path or name, and every node must have it, or find it by
-    that name. Workers have all cores of their node, or `n_threads` of them each; `parallel` is that of one worker.
+    `ray`: the address of a Ray cluster whose nodes read the pages; 'auto' uses the cluster of this machine, or starts
+    one for this run. `model` must then be a path or name, and every node must have the model or find it by that name.
+    A worker uses all cores of its node, or `n_threads` of them; `parallel` applies to each worker.
 
     For instance:
 
@@ -134,7 +134,7 @@ def extract(
 
 
 class DocumentReader:
-    """Batches of documents in, records out: a class for `map_batches` of a Ray Dataset, or for any other pipeline.
+    """Turns batches of documents into records, for `map_batches` of a Ray Dataset or any other pipeline.
 
         import granite4v, ray
 
@@ -143,9 +143,9 @@ class DocumentReader:
             granite4v.DocumentReader, fn_constructor_args=("tables_html",), concurrency=2, num_cpus=4, batch_size=16
         )
 
-    A batch has a column `path`, of paths or URLs, each read once; or `bytes`, the contents of files, with their names
-    in `path` if it is there. The result is a pyarrow.Table like that of `read_results(..., arrow=True)`: a row for each
-    page and task; what fails is a row with its `error`.
+    A batch has a column `path` (paths or URLs, each read once), or a column `bytes` (file contents) with the names of
+    the files in an optional `path`. The result is a pyarrow.Table like that of `read_results(..., arrow=True)`: one row
+    per page and task; a failure is a row with its `error`.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class DocumentReader:
         model: str | Path | None = None,
         **options: Unpack[ExtractFields],
     ) -> None:
-        """Loads the model, once for each worker. `options` as `extract` takes them, without those about files that it
-        writes; `n_threads` is by default what Ray leaves the worker. Raises ArgumentError, and what `load` raises."""
+        """Loads the model, once for each worker. `options` are those of `extract`, except those about output files;
+        `n_threads` defaults to the cores that Ray gives the worker. Raises ArgumentError, and what `load` raises."""
         from granite4v.runtime.engine.parallel import Workload
         from granite4v.runtime.extract import ArgumentError, ExtractOptions
         from granite4v.runtime.extract.arguments import checked
@@ -180,7 +180,7 @@ class DocumentReader:
         )
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
-        """The records of one batch. Raises ArgumentError for one with neither column."""
+        """Returns the records of one batch. Raises ArgumentError for a batch with neither column."""
         from granite4v.runtime.extract.document_batches import answered
 
         return answered(batch, self._options, self._model)
@@ -190,8 +190,9 @@ class DocumentReader:
 
 
 def on_ray(name: str | Path | None, path: str | Path, address: str | None) -> OnRay | str | Path:
-    """For `extract`: the model that `find_model` found here by `name`, to be loaded by the nodes of a Ray cluster;
-    `path` alone without an address. Raises Granite4vError without the package `ray`."""
+    """Wraps the model for `extract`, so that the nodes of a Ray cluster load it; returns `path` as it is without an
+    address. `path` is what `find_model` returned for `name` on this machine. Raises Granite4vError if the package `ray`
+    is not installed."""
     if address is None:
         return path
     from granite4v.runtime.extract.cluster import OnRay
@@ -203,12 +204,12 @@ def on_ray(name: str | Path | None, path: str | Path, address: str | None) -> On
 def find_model(
     name: str | Path | None, report: Report, written: OnProgress | None = None, pulled: OnPull | None = None
 ) -> str | Path:
-    """The path of the model that a name stands for: the embedded one for none and for 'nano', what exists under that
-    path, or else a model of the Hugging Face hub ('owner/name', 'owner/name:Q4_K_M'), fetched on first use.
+    """Resolves a model name to a path: the embedded model for None and 'nano', an existing path, or else a model of
+    the Hugging Face hub ('owner/name', 'owner/name:Q4_K_M'), downloaded on first use.
 
-    A `Path` is never a name on the hub. `report` gets a line about each step that takes time; `written` and `pulled`
-    follow conversions and downloads. Raises HubError for a name that the hub does not have or cannot be asked for,
-    ModelFileError for one that is no hub id either, CheckpointError and OutputError.
+    A `Path` is never a hub name. `report` gets a line about each step that takes time; `written` and `pulled` follow
+    the progress of conversions and downloads. Raises HubError for a name that the hub does not have or cannot be asked
+    for, ModelFileError for a name that is neither a path nor a hub id, CheckpointError and OutputError.
     """
     if name is None or is_embedded(name):
         return embedded_model(report, written)
@@ -228,7 +229,7 @@ def find_model(
 
 
 def hub_name(text: str) -> HubName:
-    """A name on the hub. Raises HubError for a web address, ModelFileError for what cannot be such a name."""
+    """Parses a hub name. Raises HubError for a web address, ModelFileError for any other text that is no hub name."""
     from granite4v.models.names import HUB_URL, parse
 
     if url := HUB_URL.fullmatch(text):
@@ -250,8 +251,8 @@ def pull_model(
     *,
     revision: str | None = None,
 ) -> Installed:
-    """Fetches a model from the hub into the models folder (see `models.pull`); a checkpoint is converted as by
-    `granite4v convert`."""
+    """Downloads a model from the hub into the models folder (see `models.pull`); converts a checkpoint as
+    `granite4v convert` does."""
     from granite4v import models
 
     return models.pull(
@@ -276,7 +277,8 @@ def _conversion(report: Report, written: OnProgress | None) -> Conversion:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name is that of a file or folder, or can be nothing else: the loader says what is wrong with it."""
+    """Whether a name is an existing file or folder, or can only be meant as a path; the loader reports what is wrong
+    with it."""
     try:
         return name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).exists()
     except (OSError, ValueError):  # too long, not readable, or with a NUL
@@ -284,7 +286,7 @@ def _is_path(name: str) -> bool:
 
 
 def is_embedded(name: str | Path) -> bool:
-    """Whether a model's name means the embedded one: it is 'nano', and no file or folder has that name."""
+    """Whether a model name means the embedded model: it is 'nano', and no file or folder has that name."""
     return name == NAME and not Path(NAME).exists()
 
 
@@ -300,12 +302,12 @@ def checkpoint_folder() -> Path:
 
 
 def embedded_model(report: Report, progress: OnProgress | None = None) -> Path:
-    """The model directory of the embedded model; converts it unless the cache has it.
+    """Returns the model directory of the embedded model; converts it unless the cache has it.
 
-    `report` gets a line about each step that takes time or fails. Where the cache cannot be written, as in containers
-    with a read-only home, the model is converted in a temporary folder that is removed when the process ends, and
-    `report` gets a line that says how to avoid that. Raises CheckpointError if the package lacks the model, OutputError
-    if the temporary folder cannot be written either.
+    `report` gets a line about each step that takes time or fails. If the cache cannot be written, as in containers with
+    a read-only home, the model is converted in a temporary folder that is removed when the process ends, and `report`
+    gets a line that says how to avoid that. Raises CheckpointError if the package lacks the model, OutputError if the
+    temporary folder cannot be written either.
     """
     checkpoint = checkpoint_folder()
     target = cache_folder() / _folder_name(checkpoint)
@@ -328,7 +330,7 @@ def embedded_model(report: Report, progress: OnProgress | None = None) -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a folder holds exactly the model files of its record, with their sizes and checksums."""
+    """Whether a folder holds exactly the GGUF files of its record, with the recorded sizes and checksums."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         names = {path.name for path in folder.glob("*.gguf")}
@@ -338,7 +340,8 @@ def is_intact(folder: Path) -> bool:
 
 
 def _folder_name(checkpoint: Path) -> str:
-    """A name that changes with the checkpoint's content, the package and `FORMAT`. Reads 20 MB: 8 ms of CPU."""
+    """Returns a folder name that changes with the checkpoint's content, the package version and `FORMAT`. Reads 20 MB
+    in 8 ms of CPU time."""
     package = importlib.metadata.version("granite4v")
     try:
         files = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
@@ -358,8 +361,9 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _make_once(checkpoint: Path, target: Path, report: Report, progress: OnProgress | None) -> Path:
-    """Converts to `target`, unless another process is doing so. Raises OSError, OutputError."""
-    # not at the top: it takes 25 ms to import, and a model in the cache needs no lock
+    """Converts to `target`; if another process is converting, waits for it and uses its result. Raises OSError,
+    OutputError."""
+    # not at the top: the import takes 25 ms, and a model in the cache needs no lock
     from filelock import FileLock, Timeout
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -372,7 +376,7 @@ def _make_once(checkpoint: Path, target: Path, report: Report, progress: OnProgr
     with held:
         if is_intact(target):
             return target
-        for left_over in target.parent.glob(f".{NAME}-*-partial-*"):  # by a process that was killed
+        for left_over in target.parent.glob(f".{NAME}-*-partial-*"):  # of a killed process
             shutil.rmtree(left_over, ignore_errors=True)
         if target.exists():
             report(f"the embedded model in '{target}' is damaged; converting it again ...")
@@ -384,7 +388,7 @@ def _make_once(checkpoint: Path, target: Path, report: Report, progress: OnProgr
 
 
 def _make(checkpoint: Path, target: Path, progress: OnProgress | None) -> None:
-    """Converts to a new folder and adds the record; the folder appears complete or not at all."""
+    """Converts to `target` and adds the record; the folder appears complete or not at all."""
     from granite4v.converter import Options, convert
     from granite4v.converter.output import files_in_place
 

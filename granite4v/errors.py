@@ -1,11 +1,11 @@
-"""The errors that callers can expect. They share one base class, so that one `except` catches them all.
+"""The errors that callers can expect, with one base class, so that one `except` catches them all.
 
 Every message says what was found, what was expected and what to do next.
 """
 
 
 class Granite4vError(Exception):
-    """Base class of every error that a user, a file or the machine can cause."""
+    """Base class of all errors that a user, a file or the machine can cause."""
 
 
 class CheckpointError(Granite4vError):
@@ -13,7 +13,7 @@ class CheckpointError(Granite4vError):
 
 
 class HubError(Granite4vError):
-    """A model that the Hugging Face hub does not have, does not let us have, or that cannot be fetched from it."""
+    """A model that the Hugging Face hub does not have or refuses, or whose download fails."""
 
 
 class ModelFileError(Granite4vError):
@@ -25,15 +25,15 @@ class ImageError(Granite4vError):
 
 
 class ImageWarning(UserWarning):
-    """An image that is read, but differently from what its author may expect."""
+    """An image that is read, but not as its author may expect."""
 
 
 class SpeedWarning(UserWarning):
-    """A model that runs much slower than this machine could run it, and what to do about that."""
+    """A model that runs much slower than this machine could run it; the message says what to do about it."""
 
 
 class PageStoreWarning(UserWarning):
-    """A stored page that is damaged, or one that cannot be stored: it is computed again, as without a store."""
+    """A stored page that is damaged, or a page that cannot be stored; it is computed again, as without a store."""
 
 
 class DocumentError(Granite4vError):
@@ -45,7 +45,7 @@ class PasswordError(DocumentError):
 
 
 class PromptError(Granite4vError):
-    """Messages that the chat template cannot render, or would render without some of their content."""
+    """Messages that the chat template cannot render, or renders without some of their content."""
 
 
 class ContextOverflowError(PromptError):
@@ -53,11 +53,11 @@ class ContextOverflowError(PromptError):
 
 
 class AnswerError(Granite4vError):
-    """An answer that is not in the format of its task, or a table that a format cannot represent."""
+    """An answer that does not match the format of its task, or a table that a format cannot represent."""
 
 
 class SchemaError(Granite4vError):
-    """A schema of fields to extract that is invalid, or that no answer could satisfy."""
+    """An extraction schema that is invalid, or that no answer can satisfy."""
 
 
 class ConstraintError(Granite4vError):

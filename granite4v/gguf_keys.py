@@ -1,8 +1,8 @@
-"""Every GGUF metadata key and tensor name, for the writer and the readers; no other module contains one literally.
+"""All GGUF metadata keys and tensor names, for the writer and the readers; no other module spells one out.
 
 Names are llama.cpp's (tools/mtmd/clip-impl.h, src/llama-arch.cpp and src/llama-vocab.cpp as of llama-cpp-python
-0.3.36, ggml 0.25.3). Keys that start with `granite4v.` are ours and are ignored by llama.cpp. Tensor names stand
-without `.weight` or `.bias` where a tensor has both.
+0.3.36, ggml 0.25.3). Keys that start with `granite4v.` are ours; llama.cpp ignores them. Tensor names omit `.weight`
+and `.bias` where a tensor has both.
 """
 
 import re
@@ -71,7 +71,7 @@ OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FREQS = "rope_freqs.weight"
 TEXT_BLOCK = "blk.{i}.{part}"
-ROUTER = "ffn_gate_inp.weight"  # parts of a block with experts; {part}: gate, up or down
+ROUTER = "ffn_gate_inp.weight"  # this and the next two: parts of a block with experts; {part}: gate, up or down
 EXPERTS = "ffn_{part}_exps.weight"
 SHARED_EXPERT = "ffn_{part}_shexp.weight"
 LORA_A, LORA_B = "{name}.lora_a", "{name}.lora_b"  # {name}: the tensor they are added to
@@ -105,9 +105,9 @@ PROJECTOR_WINDOW_SIDE = "clip.vision.projector.window_side"
 PROJECTOR_SCALE_FACTOR = "clip.vision.projector.scale_factor"  # of pixel shuffle: the side of a block of patches
 PROJECTOR_SPATIAL_OFFSETS = "clip.vision.projector.spatial_offsets"
 
-# --- ours, mmproj file: what llama.cpp's keys have no word for ---
+# --- ours, mmproj file: what no llama.cpp key covers ---
 TEXT_LAYERS = "granite4v.vision.text_layers"
-HAS_NEWLINE = "granite4v.vision.has_newline"  # false where no learned embedding ends the rows of a grid
+HAS_NEWLINE = "granite4v.vision.has_newline"  # false if no learned newline embedding ends the rows of a grid
 HIDDEN_ACT = "granite4v.vision.hidden_act"
 MAX_TILES_OF_TOKENS = "granite4v.vision.max_tiles_of_tokens"
 SQUARE_IF_SEVERAL = "granite4v.vision.square_if_several"
@@ -118,36 +118,36 @@ PROJECTOR_HEAD_COUNT = "granite4v.vision.projector.head_count"
 PROJECTOR_LAYER_NORM_EPS = "granite4v.vision.projector.layer_norm_epsilon"
 PROJECTOR_HIDDEN_ACT = "granite4v.vision.projector.hidden_act"
 
-# --- ours, mmproj file of a model with canvases of tiles ---
+# --- ours, mmproj file of a model that scales images into canvases of tiles ---
 MAX_TILES = "granite4v.vision.max_tiles"
 VISION_ROPE_FREQ_BASE = "granite4v.vision.rope_freq_base"
-PROJECTOR_WIDTH = "granite4v.vision.projector.width"  # between its layers
+PROJECTOR_WIDTH = "granite4v.vision.projector.width"  # hidden width between the projector's layers
 
 # --- ours, mmproj file of a model whose decoder attends to images ---
 GLOBAL_BLOCK_COUNT = "granite4v.vision.global_block_count"
-ASPECT_RATIOS = "granite4v.vision.aspect_ratios"  # (height, width) in tiles, flat; ids are places in it, from 1
+ASPECT_RATIOS = "granite4v.vision.aspect_ratios"  # flat (height, width) pairs in tiles; a pair's id is its index + 1
 INTERMEDIATE_STATES = "granite4v.vision.intermediate_states"  # hidden states, 0 = input of the first local layer
-CROSS_LAYERS = "granite4v.cross_attention.layers"  # among all decoder layers
+CROSS_LAYERS = "granite4v.cross_attention.layers"  # indices among all decoder layers
 CROSS_FEED_FORWARD_LENGTH = "granite4v.cross_attention.feed_forward_length"
 CROSS_HEAD_COUNT = "granite4v.cross_attention.head_count"
 CROSS_HEAD_COUNT_KV = "granite4v.cross_attention.head_count_kv"
 CROSS_KEY_LENGTH = "granite4v.cross_attention.key_length"
 CROSS_RMS_EPS = "granite4v.cross_attention.layer_norm_rms_epsilon"
-CROSS_RULE = "granite4v.cross_attention.rule"  # what rows before the first image get: nothing ('original')
+CROSS_RULE = "granite4v.cross_attention.rule"  # 'original': rows before the first image get no cross-attention
 
-# --- ours, every file: where it came from ---
+# --- ours, every file: provenance ---
 PROVENANCE_VERSION = "granite4v.version"
 PROVENANCE_SOURCE = "granite4v.source"
 PROVENANCE_REVISION = "granite4v.revision"
 PROVENANCE_POLICY = "granite4v.quantization_policy"
 PROVENANCE_ADAPTER = "granite4v.adapter"  # 'merged', 'separate', 'ignored' or 'none'
 PROVENANCE_ADAPTER_SOURCE = "granite4v.adapter_source"
-# of a vision file made by requantizing another: its file name, and the type of most of its weights
+# in a vision file made by requantizing another: the source's file name, and the type of most of the source's weights
 REQUANTIZED_FROM = "granite4v.requantized_from"
 REQUANTIZED_FROM_TYPE = "granite4v.requantized_from_type"
 IMAGE_TOKEN_ID = "granite4v.image_token_id"
 VIDEO_TOKEN_ID = "granite4v.video_token_id"
-PAIR_ID = "granite4v.pair_id"  # the same in the text, mmproj and adapter files of one conversion
+PAIR_ID = "granite4v.pair_id"  # identical in the text, mmproj and adapter files of one conversion
 
 # --- mmproj tensors; {i} is the encoder layer, {p} the projector ---
 PATCH_EMBD_WEIGHT = "v.patch_embd.weight"
@@ -157,30 +157,31 @@ CLASS_EMBD = "v.class_embd"
 PRE_LN = "v.pre_ln"
 POST_LN = "v.post_ln"
 IMAGE_NEWLINE = "v.image_newline"
-IMAGE_NEWLINE_OLDER = "model.image_newline"  # in files of llama.cpp's older converter
+IMAGE_NEWLINE_OLDER = "model.image_newline"  # in files of llama.cpp's legacy converter
 BLOCK = "v.blk.{i}.{part}"
-GLOBAL_BLOCK = "v.global_blk.{i}.{part}"  # of towers over all tiles, after the other blocks
-GATES = ("attn_gate", "ffn_gate_scale")  # parts of a global block; tanh is not applied
-PRE_TILE_EMBD = "v.pre_tile_embd"  # (ids, tiles * width); ids are those of aspect ratios
+GLOBAL_BLOCK = "v.global_blk.{i}.{part}"  # after the other blocks, in towers that attend over all tiles
+GATES = ("attn_gate", "ffn_gate_scale")  # parts of a global block; stored before tanh
+PRE_TILE_EMBD = "v.pre_tile_embd"  # (ids, tiles * width); ids are those of the aspect ratios
 POST_TILE_EMBD = "v.post_tile_embd"
 TILE_POSITION_EMBD = "v.tile_position_embd"  # (ids, tiles * positions * width)
-TILE_GATE = "{name}.gate"  # of the three; tanh is not applied
-IMAGE_TOKEN_EMBD = "v.image_token_embd"  # (1, width): of an image token beyond the text file's vocabulary
+TILE_GATE = "{name}.gate"  # {name}: one of the three above; stored before tanh
+IMAGE_TOKEN_EMBD = "v.image_token_embd"  # (1, width), for an image token beyond the text file's vocabulary
 CROSS_PREFIX = "xattn."
-CROSS_BLOCK = "xattn.blk.{i}.{part}"  # {i}: the index among all decoder layers; parts as of a text block, and GATES
+CROSS_BLOCK = "xattn.blk.{i}.{part}"  # {i}: the index among all decoder layers; parts of a text block, plus GATES
 PROJ_IMG_POS = "v.proj_blk.{p}.img_pos"
 PROJ_QUERY = "v.proj_blk.{p}.query"
 PROJ = "v.proj_blk.{p}.{part}"
 MLP = "mm.{layer}"
-MLP_FIRST, MLP_SECOND, MLP_THIRD = 0, 2, 4  # numbered with the activations between them
+MLP_FIRST, MLP_SECOND, MLP_THIRD = 0, 2, 4  # 1 and 3 are the activations between the layers
 
 
 def pattern_of(name: str, **fields: str) -> re.Pattern[str]:
-    """A regular expression for tensor names of this form; `fields` gives an expression for each placeholder."""
-    parts = re.split(r"\{(\w+)\}", name)  # text and placeholders by turns
+    """Compiles a regular expression that matches tensor names of this form; `fields` gives the expression for each
+    placeholder, which becomes a group."""
+    parts = re.split(r"\{(\w+)\}", name)  # text at even indices, placeholders at odd ones
     return re.compile("".join(f"({fields[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
 
 def text_key(key: str, architecture: str) -> str:
-    """The key of a text file with this `general.architecture`: 'granite.block_count' for BLOCK_COUNT."""
+    """Fills in the `general.architecture` of a text file: BLOCK_COUNT gives 'granite.block_count' for 'granite'."""
     return key.replace("{arch}", architecture)

@@ -1,4 +1,4 @@
-"""Which GGUF files a folder contains, and which part of a model each one is, by metadata and never by file name."""
+"""Lists the GGUF files of a folder and tells which part of a model each one is, by metadata and never by file name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_MODEL = ("imatrix", "dataset", "vocab", "template", "kv_cache")
 
 
 def role(file: GgufFile) -> str:
-    """'text', 'vision', 'adapter', or 'other' for an importance matrix, a bare vocabulary and the like."""
+    """Returns 'text', 'vision', 'adapter', or 'other' (an importance matrix, a bare vocabulary and the like)."""
     kind, architecture = file.get(keys.GENERAL_TYPE), file.get(keys.GENERAL_ARCHITECTURE)
     if kind == keys.TYPE_ADAPTER:
         return "adapter"
@@ -27,26 +27,26 @@ def role(file: GgufFile) -> str:
         return "vision"
     if kind in _NO_MODEL or keys.GENERAL_ARCHITECTURE not in file:
         return "other"
-    if not file.tensors and keys.SPLIT_COUNT not in file:  # the first part of a split file may hold metadata alone
+    if not file.tensors and keys.SPLIT_COUNT not in file:  # the first part of a split file may hold only metadata
         return "other"
     return "text"
 
 
 def requantized(path: Path) -> str | None:
-    """The name of the file that a vision file was requantized from; None for others. Raises ModelFileError."""
+    """The name of the file that a vision file was requantized from; None if it was not. Raises ModelFileError."""
     with GgufFile.open(path) as file:
         return file.text(keys.REQUANTIZED_FROM, "") or None
 
 
 def without_sources(files: list[Path]) -> list[Path]:
-    """Vision files of one folder but for those that another of them was requantized from."""
+    """Drops the vision files of one folder from which another of them was requantized."""
     sources = {requantized(file) for file in files} if len(files) > 1 else set()
     return [file for file in files if file.name not in sources]
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, sorted by name, without hidden ones: macOS writes '._name' beside each file on
-    foreign disks, and some downloads begin as '.name'. Raises ModelFileError when the folder cannot be read.
+    """The GGUF files of a folder, sorted by name, without hidden ones: macOS writes '._name' next to each file on
+    foreign disks, and some downloads start as '.name'. Raises ModelFileError when the folder cannot be read.
     """
     try:
         found = sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""Summary of a GGUF file, as plain data for display and for programs. Reads headers only."""
+"""Summarizes a GGUF file as plain data, for display and for programs. Reads headers only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from granite4v.families.registry import read_vision
 from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import role
 
-_MAX_SHOWN = 512  # values of a list: one for each layer of the deepest models
+_MAX_SHOWN = 512  # longest list that is shown: one value per layer of the deepest models
 _TEXT_SIZES = {
     "layers": keys.BLOCK_COUNT,
     "width": keys.EMBEDDING_LENGTH,
@@ -43,9 +43,9 @@ _PROVENANCE = {
 
 
 def summarize(path: Path | str) -> dict[str, Any]:
-    """Architecture, sizes, tensor types, tokenizer, streams and provenance of one GGUF file.
+    """Returns architecture, sizes, tensor types, tokenizer, streams and provenance of one GGUF file.
 
-    Every value is JSON-ready; what the file does not give is left out or None. `kind` is 'text', 'vision', 'adapter' or
+    Every value is JSON-ready; values that the file lacks are left out or None. `kind` is 'text', 'vision', 'adapter' or
     'other'. Raises ModelFileError for an invalid or incomplete GGUF file.
     """
     with GgufFile.open(path) as file:
@@ -70,7 +70,7 @@ def summarize(path: Path | str) -> dict[str, Any]:
 
 
 def tensor_types(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, int]]:
-    """{type name: {'tensors': count, 'bytes': size}}, the largest share first."""
+    """Returns {type name: {'tensors': count, 'bytes': size}}, the type with the most bytes first."""
     types: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
         entry = types.setdefault(tensor.type_name, {"tensors": 0, "bytes": 0})
@@ -80,7 +80,7 @@ def tensor_types(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, int]]
 
 
 def _shown(value: Any) -> Any:
-    """A value as JSON can hold it, whatever its type in the file: NaN is written as text, a long list as its length."""
+    """Makes a metadata value of any type JSON-ready: NaN and infinities become text, a long list its length."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, list) and len(value) > _MAX_SHOWN:
@@ -96,7 +96,7 @@ def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
         injected = [layer for layer, slot in enumerate(mapping) if isinstance(slot, int) and slot >= 0]
     return {
         "text": sizes,
-        "injected_layers": injected,  # besides layer 0, whose stream is the input embedding itself
+        "injected_layers": injected,  # in addition to layer 0, whose stream is the input embedding itself
         "tokenizer": {
             "model": _shown(file.get(keys.TOKENIZER_MODEL)),
             "split": _shown(file.get(keys.TOKENIZER_PRE)),
@@ -110,13 +110,13 @@ def _text(file: GgufFile, architecture: str) -> dict[str, Any]:
 def _vision(file: GgufFile) -> dict[str, Any]:
     try:
         family, config = read_vision(file)
-    except ModelFileError as error:  # still worth showing: other families' files, files of other programs
+    except ModelFileError as error:  # other families' files and other programs' files are still worth showing
         return {"family": None, "note": str(error)}
-    layers_known = keys.TEXT_LAYERS in file or len(config.streams) == 1  # a single stream is the input itself
+    layers_known = keys.TEXT_LAYERS in file or len(config.streams) == 1  # a single stream is the input embedding
     tower, tiling, cross = config.tower, config.tiling, config.cross_attention
     if cross is not None:
         return {"family": family.name, **_cross(config, cross)}
-    seeded = isinstance(config.projector, WindowQFormerConfig)  # by a corner of each block, or by its mean
+    seeded = isinstance(config.projector, WindowQFormerConfig)  # queries start from a corner or the mean of each block
     return {
         "family": family.name,
         "vision": {
@@ -148,7 +148,7 @@ def _grids(tiling: Tiling) -> dict[str, Any]:
 
 
 def _limits(tiling: Tiling) -> dict[str, Any]:
-    """What not every model has: a limit on an image's tokens, another form for several images, videos."""
+    """The optional features of a tiling: a token limit per image, square tiles for several images, video."""
     if isinstance(tiling, CanvasConfig):
         return {}
     found = {

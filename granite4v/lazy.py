@@ -1,4 +1,4 @@
-"""Lazy package exports: a public name is imported on first use (PEP 562)."""
+"""Lazy package exports: imports a public name on first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def exports(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose public names live in modules below it.
+    """Returns `__getattr__` and `__dir__` for a package whose public names live in modules below it.
 
-    `homes`: the names of each module, which is relative to the package.
+    `homes` maps each module, relative to the package, to its public names.
     """
     modules = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""How much memory a process can still take, of the machine and of the container it runs in, and in what pages."""
+"""Measures and limits the memory a process can take from its machine and container, and allocates large pages."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import resource
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")  # the control group at the root of what this process sees, as containers have it
+CGROUP = Path("/sys/fs/cgroup")  # the root control group that this process sees; in a container, the container's own
 _M_TRIM_THRESHOLD, _M_ARENA_MAX = -1, -8  # malloc.h of glibc 2.36
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
-    """Bytes that can be taken without swapping, pages of files that can be dropped included; None if the system does
-    not tell (on others than Linux)."""
+    """Bytes that can be allocated without swapping, including droppable file pages; None if unknown (on systems other
+    than Linux)."""
     known = [n for n in (_of_machine(meminfo), _of_container(cgroup)) if n is not None]
     return min(known, default=None)
 
 
 def limit_address_space(n_bytes: int) -> None:
-    """From now on this process gets at most so many more bytes of address space, and writes no core file when it ends.
-    macOS has no such limit."""
+    """Limits this process to `n_bytes` more of address space, and turns core files off. macOS has no such limit."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -38,8 +37,8 @@ def limit_address_space(n_bytes: int) -> None:
 
 
 def give_back_freed() -> None:
-    """Has glibc return what is freed to the system, for a process that runs for long: otherwise each thread keeps some
-    megabytes of its largest moment. Elsewhere nothing happens."""
+    """Makes glibc return freed memory to the system, for long-running processes: otherwise each thread keeps some
+    megabytes from its peak. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_ARENA_MAX, 2)
@@ -47,7 +46,7 @@ def give_back_freed() -> None:
 
 
 def has_large_pages(setting: Path = LARGE_PAGES) -> bool:
-    """Whether memory that asks for large pages gets them (Linux's transparent huge pages)."""
+    """Whether memory that requests large pages gets them (Linux's transparent huge pages)."""
     try:
         return bool(re.search(r"\[(always|madvise)\]", setting.read_text()))
     except OSError:
@@ -55,14 +54,14 @@ def has_large_pages(setting: Path = LARGE_PAGES) -> bool:
 
 
 def large_buffer(n_bytes: int) -> mmap.mmap:
-    """Memory for states of a hundred megabytes, in large pages where the system has them: touched for the first time
-    in small ones, it costs four times as much as reading such a state and checking it. Raises MemoryError."""
+    """Allocates memory for states of a hundred megabytes, in large pages where the system has them. With small pages,
+    first touching the memory costs four times as much as reading and checking such a state. Raises MemoryError."""
     try:
         buffer = mmap.mmap(-1, max(n_bytes, 1))
     except OSError:
         raise MemoryError from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel that was built without them
+        with contextlib.suppress(OSError):  # a kernel built without large pages
             buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
 
@@ -76,10 +75,10 @@ def _of_machine(meminfo: Path) -> int | None:
 
 
 def _of_container(cgroup: Path) -> int | None:
-    """Of a control group, version 2."""
+    """Free bytes of the container's control group (version 2): limit minus use, plus file pages."""
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
         files = re.search(r"^file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
         return int(limit) - int(used) + (int(files[1]) if files else 0)
-    except (OSError, ValueError):  # another version, no limit ('max'), or none of it
+    except (OSError, ValueError):  # version 1, no limit ('max'), or no control group
         return None

@@ -1,9 +1,9 @@
-"""The cache folder, JSON caches in it, where the config file is, private temporary folders, and files that are complete
-or absent.
+"""Finds the cache folder, config file and private temporary folder; reads and writes JSON caches; writes files
+atomically.
 
-Every file is written under a temporary name beside its target and renamed over it, so a reader, and the next process
-after a kill or a power cut, finds the old content or the new one. Nothing here follows a symbolic link at the end of
-a path that it writes.
+Every file is written under a temporary name next to its target and renamed over it, so a reader, and the next process
+after a kill or a power cut, finds either the old or the new content. Nothing here follows a symbolic link in the last
+component of a path that it writes.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ import platformdirs
 
 from granite4v.errors import OutputError
 
-OWN_PREFIX = ".granite4v"  # of every file of ours in a directory that others use as well
+OWN_PREFIX = ".granite4v"  # of every file of ours in a directory shared with other programs
 PARTIAL_PREFIX = f"{OWN_PREFIX}-partial-"
-MAX_CACHE_BYTES = 1 << 24  # a cache file of ours has a few kilobytes
-SPARE_BYTES = 64 << 20  # headers and vocabulary, and room for the file system's own
+MAX_CACHE_BYTES = 1 << 24  # our cache files have a few kilobytes
+SPARE_BYTES = 64 << 20  # for headers and vocabulary, and for the file system itself
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# after these every other file on the same disk would fail, too
+# errors after which every other file on the same disk would fail, too
 _FATAL = (*DISK_FULL, errno.EROFS, errno.EIO)
 _OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class FileOutputError(OutputError):
-    """One file that cannot be written where others can."""
+    """A file that cannot be written although others on the same disk can."""
 
 
-# --- the cache: none of it may stop a command, since a cache that cannot be read or written costs time alone ---
+# --- the cache: failures here never stop a command, since a cache that cannot be read or written only costs time ---
 
 
 def cache_folder() -> Path:
-    """GRANITE4V_CACHE, or the user's cache folder, or a private folder below the temporary one for a user without a
-    home."""
+    """GRANITE4V_CACHE, or the user's cache folder, or for a user without a home a private folder below the temporary
+    folder."""
     named = os.environ.get("GRANITE4V_CACHE")
     if named:
         return Path(named)
     try:
         return Path(platformdirs.user_cache_dir("granite4v"))
-    except RuntimeError:  # no HOME, and no entry in the password database: containers and services
+    except RuntimeError:  # no HOME and no password database entry, as in containers and services
         return _shared_temporary_folder()
 
 
 def config_file() -> Path | None:
-    """Where defaults of the command line's options may be: GRANITE4V_CONFIG, or a file in the user's config folder,
-    which need not be there. None for a user without a home."""
+    """The file with defaults for command-line options: GRANITE4V_CONFIG, or a file in the user's config folder. It need
+    not exist. None for a user without a home."""
     named = os.environ.get("GRANITE4V_CONFIG")
     if named:
         return Path(named).absolute()
@@ -69,11 +69,11 @@ def config_file() -> Path | None:
 
 
 def read_json_cache(name: str) -> dict[str, Any]:
-    """The object in a cache file; empty when there is none, or when it is damaged. Its values are not checked."""
+    """Reads the JSON object in a cache file; {} when the file is missing or damaged. Does not check the values."""
     try:
         path = cache_folder() / name
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CACHE_BYTES:  # reading a FIFO could block for ever
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CACHE_BYTES:  # reading a FIFO could block forever
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -82,7 +82,7 @@ def read_json_cache(name: str) -> dict[str, Any]:
 
 
 def write_json_cache(name: str, content: dict[str, Any]) -> None:
-    """Replaces a cache file, or leaves it as it is where that fails."""
+    """Replaces a cache file; leaves it unchanged if that fails."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the folder's name
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def write_json_cache(name: str, content: dict[str, Any]) -> None:
 
 
 def _shared_temporary_folder() -> Path:
-    """A folder below the temporary one that every process of this user finds. Its name can be guessed, so one that
-    another user made, or that others may write to, is not used: this process then has one of its own."""
+    """A folder below the temporary folder, shared by all processes of this user. Its name can be guessed, so a folder
+    that is not private to this user is not used; this process then gets a folder of its own."""
     with contextlib.suppress(OSError):
         folder = Path(tempfile.gettempdir()) / f"granite4v-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -99,12 +99,12 @@ def _shared_temporary_folder() -> Path:
             return folder
     try:
         return temporary_folder()
-    except OSError:  # nowhere to write: who writes to the cache finds that out, and goes on without
+    except OSError:  # nowhere to write: cache writes fail below /dev/null, and their callers continue without a cache
         return Path(os.devnull) / "granite4v"
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a folder is a real one, not a link, that belongs to this user and is closed to all others."""
+    """Whether a folder is a real folder, not a link, owned by this user and closed to all others."""
     status = folder.lstat()
     if not hasattr(os, "getuid"):
         return stat.S_ISDIR(status.st_mode)
@@ -113,7 +113,7 @@ def is_private(folder: Path) -> bool:
 
 @functools.cache
 def temporary_folder() -> Path:
-    """One private folder for this process, removed when it ends. Raises OSError."""
+    """The private temporary folder of this process, removed when it ends. Raises OSError."""
     folder = Path(tempfile.mkdtemp(prefix="granite4v-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -124,22 +124,22 @@ def temporary_folder() -> Path:
 
 @contextlib.contextmanager
 def atomic_text_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name, over an older one, when the block ends well, and is on the disk then; after an
-    error or an interrupt nothing of it stays.
+    """Opens a text file that replaces `path`, synced to disk, when the block succeeds; after an error or an interrupt,
+    removes it.
 
-    A file with the same content is left untouched. Raises OutputError for a disk that is full or cannot be written,
-    and FileOutputError where that concerns this file alone.
+    An existing file with the same content is left untouched. Raises OutputError for a disk that is full or cannot be
+    written, and FileOutputError if only this file is affected.
     """
     partial = partial_path(path)
     with disk_errors(path):
         try:
-            # a lone surrogate, which JSON can spell, is written as the escape it came from
+            # a lone surrogate, which JSON can contain, is written as a backslash escape
             with open(new_file(partial), "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
                 file.flush()
                 unchanged = is_regular_file(path) and filecmp.cmp(partial, path, shallow=False)
                 if not unchanged:
-                    os.fsync(file.fileno())  # before the rename, which may otherwise reach the disk first
+                    os.fsync(file.fileno())  # before the rename, which could otherwise reach the disk first
             if unchanged:
                 partial.unlink()
                 return
@@ -152,10 +152,10 @@ def atomic_text_file(path: Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
-    """As `atomic_text_file`, but unbuffered and for bytes, always written anew, and left open for reading and writing
-    when the block ends well. Raises OSError."""
+    """Like `atomic_text_file`, but unbuffered and for bytes; always replaces an existing file, and leaves the file open
+    for reading and writing when the block succeeds. Raises OSError."""
     partial = partial_path(path)
-    file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115  # the caller's, once it is in place
+    file = open(new_file(partial), "r+b", buffering=0)  # noqa: SIM115  # the caller closes it, once it is in place
     try:
         yield file
         os.fsync(file.fileno())
@@ -169,8 +169,8 @@ def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """The path to write a large file to, which takes its own name when the block ends well; after an error or an
-    interrupt nothing of it stays. Raises OutputError for what the system says against it."""
+    """Yields the temporary path to write a large file to; renames it to `path` when the block succeeds, and removes it
+    after an error or an interrupt. Raises OutputError when the system refuses."""
     partial = partial_path(path)
     with disk_errors(path):
         try:
@@ -185,7 +185,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Writes a file that may be lost in a power cut, but is never found incomplete. Raises OSError."""
+    """Writes a file atomically, without syncing it to disk: a power cut may lose it. Raises OSError."""
     partial = partial_path(path)
     try:
         with open(new_file(partial, mode), "wb") as file:
@@ -197,14 +197,14 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it takes its name: another place for each process and thread, so that two that
-    write the same cache file do not mix."""
+    """The temporary path of a file that is being written. It differs for each process and thread, so that two writers
+    of the same cache file do not mix."""
     return path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{threading.get_native_id()}-{path.name}")
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes unfinished files of killed processes from a folder and those below it, which nobody else may be writing
-    to. Raises OSError."""
+    """Removes the partial files of killed processes from a folder and the folders below it. No other process may be
+    writing there. Raises OSError."""
     for where, _, names in os.walk(folder):
         for name in names:
             if name.startswith(PARTIAL_PREFIX):
@@ -212,13 +212,15 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def new_file(path: Path, mode: int = 0o666) -> int:
-    """A descriptor, for reading and writing, of a file that was not there before: no link of this name is followed."""
+    """Creates a new file, in place of an existing one, and returns a descriptor for reading and writing. Does not
+    follow a link of this name."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, mode)
 
 
 def open_in_place(path: Path) -> BinaryIO:
-    """A file opened unbuffered for reading and writing, made if need be; a symbolic link is refused. Raises OSError."""
+    """Opens a file unbuffered for reading and writing; creates it if needed. Refuses a symbolic link. Raises
+    OSError."""
     is_new = not path.exists()
     file = open(os.open(path, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o666), "r+b", buffering=0)  # noqa: SIM115
     if is_new:
@@ -227,7 +229,7 @@ def open_in_place(path: Path) -> BinaryIO:
 
 
 def is_regular_file(path: Path) -> bool:
-    """Whether this is a file itself, not a link to one."""
+    """Whether this is a regular file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -235,8 +237,8 @@ def is_regular_file(path: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes new names in a folder survive a power cut: a file's own fsync does not cover its entry there."""
-    if os.name == "nt":  # folders cannot be opened there
+    """Makes new names in a folder survive a power cut: fsync of a file does not cover its directory entry."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -246,14 +248,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):  # what went wrong before is what matters
+    with contextlib.suppress(OSError, ValueError):  # the earlier error is the one to report
         partial.unlink(missing_ok=True)
 
 
 def check_space(
     target: Path, needed_bytes: int, advice: str = "Free up space, or choose a smaller type or another directory."
 ) -> None:
-    """Raises OutputError when the disk of a path, which need not exist, has not room for so many bytes."""
+    """Raises OutputError when the disk of `target` has less than `needed_bytes` plus SPARE_BYTES free. `target` need
+    not exist."""
     needed_bytes += SPARE_BYTES
     with disk_errors(target):
         place = target.absolute()
@@ -266,7 +269,7 @@ def check_space(
         )
 
 
-# --- errors of the disk as messages ---
+# --- disk errors as messages ---
 
 
 @contextlib.contextmanager
@@ -279,7 +282,7 @@ def disk_errors(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def output_error(error: OSError, path: Path, advice: str = "") -> OutputError:
-    """The same failure as a message; `advice` is a sentence for its end."""
+    """Converts an OSError to an OutputError about `path`; `advice` is a sentence added to the message."""
     if error.errno in DISK_FULL:
         text = f"no space left for '{path}' ({error.strerror}); make room and try again."
     else:

@@ -1,11 +1,11 @@
-"""A plugin of docling (the extra 'docling'): its tables and pictures read by a model of granite4v.
+"""A docling plugin (the extra 'docling') that reads docling's tables and pictures with a model of granite4v.
 
-docling finds it through the entry point group 'docling' and asks the two functions below, where
-`allow_external_plugins` is on. The options choose it:
+docling finds it through the entry point group 'docling' and calls the two functions below if `allow_external_plugins`
+is on. A pipeline selects the plugin by its options:
 
     from granite4v.docling_plugin import Granite4vPictureOptions, Granite4vTableOptions
 
-Nothing is imported until a name is used.
+Each public name is imported on first use.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _find, _ = exports(
 
 
 def table_structure_engines() -> dict[str, list[type[Granite4vTableModel]]]:
-    """What docling's factory of table models registers."""
+    """Returns the table model that docling's factory registers."""
     return {"table_structure_engines": [_find("Granite4vTableModel")]}
 
 
 def picture_description() -> dict[str, list[type[Granite4vPictureModel]]]:
-    """What docling's factory of picture description models registers."""
+    """Returns the picture description model that docling's factory registers."""
     return {"picture_description": [_find("Granite4vPictureModel")]}
 
 

@@ -1,4 +1,4 @@
-"""The options of docling stages that ask a model of granite4v."""
+"""Options of the docling stages that use a model of granite4v."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Charts = Literal["classified", "all", "none"]
 
 
 class ModelOptions(BaseModel):
-    """Which model is asked, and how. Stages of a process with the same options share one, so set them alike."""
+    """The model to use, and how to run it. Stages of a process that have equal options share one loaded model."""
 
     model: Annotated[
         str | Path | None,
@@ -48,7 +48,7 @@ class ModelOptions(BaseModel):
 
 
 class Granite4vTableOptions(ModelOptions, BaseTableStructureOptions):
-    """Tables read by granite4v, from an image of each."""
+    """Options of the stage that reads each table from its image."""
 
     kind: ClassVar[str] = "granite4v_table"
 
@@ -58,7 +58,7 @@ class Granite4vTableOptions(ModelOptions, BaseTableStructureOptions):
 
 
 class Granite4vPictureOptions(ModelOptions, PictureDescriptionBaseOptions):
-    """Pictures described by granite4v, and charts read as tables."""
+    """Options of the stage that describes pictures and reads charts as tables."""
 
     kind: ClassVar[str] = "granite4v_picture"
 

@@ -1,6 +1,6 @@
-"""docling's picture description stage: pictures are described, and charts are read as tables.
+"""docling's picture description stage: describes pictures, and reads charts as tables.
 
-Charts get the field that docling's own chart stage fills in, so that one is not needed.
+Chart data goes into the field that docling's own chart stage fills in, so that stage is not needed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CHART_TASK = "chart2csv"
 
 
 class Granite4vPictureModel(PictureDescriptionBaseModel):
-    """Made by docling's pipeline, from `Granite4vPictureOptions`.
+    """The picture description model, created by docling's pipeline from `Granite4vPictureOptions`.
 
-    The options that leave pictures out (their area, their class) do so with descriptions alone.
+    The options that skip pictures (by area or class) skip descriptions only; charts are read in any case.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
     def __call__(
         self, doc: DoclingDocument, element_batch: Iterable[ItemAndImageEnrichmentElement]
     ) -> Iterable[NodeItem]:
-        """The items of a batch that were described; the charts among its items have their data at the end."""
+        """Yields the described items of a batch. Chart data is added after the last description."""
         elements = list(element_batch)
         charts = [(one.item, Question(self._charting, one.image)) for one in elements if self._is_chart(one.item)]
         for item in super().__call__(doc, elements):
-            if self.enabled and not item.meta.description.text:  # nothing was said, which is worth no entry
+            if self.enabled and not item.meta.description.text:  # an empty description is dropped
                 item.meta.description = None
                 item.annotations = [one for one in item.annotations if getattr(one, "text", None) != ""]
             yield item
@@ -102,6 +102,6 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
 
 
 def _report(problem: str | None) -> None:
-    """docling hands this stage no result to put errors into."""
+    """Logs a problem, since docling gives this stage no result to put errors into."""
     if problem is not None:
         logging.getLogger("granite4v").warning("a picture: %s", problem)

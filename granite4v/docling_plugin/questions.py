@@ -1,4 +1,4 @@
-"""Images of a document put to the model, all of them before the first answer is waited for."""
+"""Asks the model about the images of a document. All questions are submitted before the first answer is awaited."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from granite4v.runtime.formats.tasks import QUESTION, find_task
 from granite4v.runtime.model import Model
 from granite4v.runtime.options import GenerationOptions
 
-MAX_TOKENS = 4096  # of an answer, as `granite4v extract` has it
+MAX_TOKENS = 4096  # of an answer, as in `granite4v extract`
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered about an image.
+    """The model's answer about an image.
 
-    `value`: what the answer says, as `formats.read` gives it; None if nothing. `confidence`: the mean token probability
-    of its cells, or of its text; None where that is not known. `problem`: why the value is missing or not complete.
+    `value`: the parsed answer, as `formats.read` returns it; None if there is none. `confidence`: the mean token
+    probability of its cells, or of its text; None if unknown. `problem`: why the value is missing or incomplete.
     """
 
     value: Any = None
@@ -37,20 +37,20 @@ class Reply:
 
 
 class Question:
-    """One image and a task, or a question in words; asked when it is made. It never raises what one image alone can
-    cause, so that no other one suffers from it."""
+    """A task, or a question in words, about one image; submitted on construction. An error of one image never raises,
+    so that other images are not affected."""
 
     def __init__(
         self, asker: Asker, image: PIL.Image.Image, texts: Iterable[str] = (), cancel: Cancel | None = None
     ) -> None:
-        """`texts`: pieces of text that the answer may repeat. `cancel`: polled while the answer is waited for; when it
-        returns true, the answer ends where it is."""
+        """`texts`: pieces of text that the answer may repeat. `cancel`: polled while the answer is pending; when it
+        returns true, the answer is cut off at that point."""
         self._asker = asker
         self._stream: Stream | None = None
         self._problem: str | None = None
         try:
             self._stream = asker.submit(image, texts, cancel)
-        except Exception as error:  # of any kind: images come from other people's files
+        except Exception as error:  # of any kind: images come from untrusted files
             self._problem = _described(error)
 
     @property
@@ -58,12 +58,12 @@ class Question:
         return self._stream is None or self._stream.is_done
 
     def cancel(self) -> None:
-        """Ends the answer where it is, soon; from any thread."""
+        """Cuts the answer off soon. Callable from any thread."""
         if self._stream is not None:
             self._stream.cancel()
 
     def reply(self) -> Reply:
-        """Waits for the answer. Once."""
+        """Waits for the answer and parses it. Call once."""
         if self._stream is None:
             return Reply(problem=self._problem)
         try:
@@ -73,14 +73,15 @@ class Question:
 
 
 class Asker:
-    """Asks one model about images; for any number of threads.
+    """Asks one model about images. Thread-safe.
 
-    What a table says often stands in the text of its page or in other tables of the document. Both are given to the
-    model as drafts, which change no answer, only the time that it takes.
+    The contents of a table often repeat the text of its page or earlier answers. Both are draft sources: they change
+    no answer, only the time it takes.
     """
 
     def __init__(self, model: Model, task: str, *, prompt: str = "", max_tokens: int | None = None) -> None:
-        """`task`: of `formats.TASKS`; or 'prompt', with a question in words. `max_tokens`: None for `MAX_TOKENS`."""
+        """`task`: one of `formats.TASKS`, or 'prompt' for the question in `prompt`. `max_tokens`: None for
+        `MAX_TOKENS`."""
         self.model, self._task = model, find_task(task)
         self._prompt = prompt if self._task is QUESTION else self._task.question()
         self._grammar = None if self._task is QUESTION else grammar_for(task)
@@ -88,7 +89,7 @@ class Asker:
         self._answers = DraftSource()
 
     def submit(self, image: PIL.Image.Image, texts: Iterable[str], cancel: Cancel | None) -> Stream:
-        """Raises what `Model.prepare` and `Model.submit` raise."""
+        """Starts the answer about an image. Raises what `Model.prepare` and `Model.submit` raise."""
         prompt = self.model.prepare(self._prompt, [image])
         most = max(1, min(MAX_TOKENS, self.model.n_ctx - prompt.n_tokens))
         options = GenerationOptions(
@@ -109,7 +110,7 @@ class Asker:
         return stream
 
     def read(self, answer: Answer) -> Reply:
-        """What is complete of an answer."""
+        """Parses an answer, or the complete part of one that was cut off."""
         if answer.finish_reason == STOP:
             self._answers.add_answer(answer.tokens)
         text, task = answer.text.removesuffix(answer.closing or ""), self._task.name

@@ -1,4 +1,4 @@
-"""One loaded model for all stages of a process that have the same options."""
+"""Shares one loaded model among all stages of a process that have the same options."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from granite4v.docling_plugin.options import ModelOptions
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.model import Model
 
-# a model lives as long as a stage that uses it; a forked process has copies of these, and cannot use them
+# a model lives as long as a stage that uses it; the key contains the process id, since a forked process cannot use the
+# models that it inherits
 _models: weakref.WeakValueDictionary[tuple[Any, ...], Model] = weakref.WeakValueDictionary()
 _loading = threading.Lock()
 
 
 def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Model:
-    """The model of these options, loaded unless a stage of this process uses it already. Never close it: it is freed
-    with the last stage that refers to it. Raises what `granite4v.load` raises, and ValueError for a device that
-    granite4v has not."""
+    """Returns the model for these options; loads it unless a stage of this process uses it already. Never close it: it
+    is freed with the last stage that refers to it. Raises what `granite4v.load` raises, and ValueError for a device
+    that granite4v does not support."""
     settings: dict[str, Any] = {
         "path": options.model,
         "mmproj": options.mmproj,
@@ -43,12 +44,13 @@ def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Mode
 
 
 def _chosen_threads(accelerator: AcceleratorOptions) -> int | None:
-    """What somebody chose, by argument or environment: docling's default is four, whatever the machine has."""
+    """The number of threads set by argument or environment; None for docling's default, which is four on any
+    machine."""
     return accelerator.num_threads if "num_threads" in accelerator.model_fields_set else None
 
 
 def _device(name: str) -> Device:
-    """docling's device, which may be an enum of texts, as granite4v's."""
+    """Converts docling's device, a string or string enum, to granite4v's. Raises ValueError for any other device."""
     if name.startswith("cuda"):
         return "cuda"
     devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "mps": "metal"}

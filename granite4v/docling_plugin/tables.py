@@ -1,11 +1,11 @@
-"""docling's table structure stage: every table of its pages is read from its image.
+"""docling's table structure stage: reads every table of a page from its image.
 
-The layout stage says where tables are. Their images, cut out of the page, are put to the model; answers are OTSL, held
-to its grammar, and become docling's cells. A table that cannot be read leaves an error in the result, and neither the
-page nor other tables suffer.
+The layout stage finds the tables. Each table is cropped from the page and sent to the model. The answer is OTSL,
+constrained by its grammar, and is converted to docling's cells. A table that cannot be read adds an error to the
+result; the page and other tables are not affected.
 
-A page is handed on before its tables are read, and docling waits for them where it puts the page together. Meanwhile
-further pages come, so that the tables of all of them are read side by side.
+A page is passed on before its tables are read; docling waits for them when it assembles the page. Meanwhile more pages
+arrive, so the tables of several pages are read in parallel.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from granite4v.runtime.formats.tasks import find_task
 from granite4v.runtime.known_tasks import is_known
 
 TASK = "tables_otsl"
-AHEAD = 2  # tables on their way at most, for each that the model reads at once: pages must not pile up in memory
+AHEAD = 2  # a new page waits while more tables per parallel sequence are pending; bounds the pages in memory
 
 
 class Granite4vTableModel(BaseTableStructureModel):
-    """Made by docling's pipeline, from `Granite4vTableOptions`."""
+    """The table model, created by docling's pipeline from `Granite4vTableOptions`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Granite4vTableModel(BaseTableStructureModel):
         accelerator_options: AcceleratorOptions,
         enable_remote_services: bool = False,
     ) -> None:
-        """Loads the model if `enabled`. `artifacts_path` and `enable_remote_services` are of no use to it. Raises what
+        """Loads the model if `enabled`. `artifacts_path` and `enable_remote_services` are ignored. Raises what
         `granite4v.load` raises, and PromptError for a model that does not know the task."""
         self.enabled, self.options = enabled, options
         self._pending: list[weakref.ref[_Reading]] = []  # of all conversions, oldest first
@@ -79,7 +79,8 @@ class Granite4vTableModel(BaseTableStructureModel):
         return Granite4vTableOptions
 
     def predict_tables(self, conv_res: ConversionResult, pages: Sequence[Page]) -> list[TableStructurePrediction]:
-        """A prediction for each page, also kept in the page. Whoever looks at its tables waits for them."""
+        """Returns a prediction for each page, also stored in the page. Access to its `table_map` waits for the
+        tables."""
         predictions = []
         for page in pages:
             prediction = page.predictions.tablestructure or TableStructurePrediction()
@@ -102,7 +103,7 @@ class Granite4vTableModel(BaseTableStructureModel):
         return [cluster for cluster in page.predictions.layout.clusters if cluster.label in TABLE_LABELS]
 
     def _wait_for_room(self) -> None:
-        """Reads the oldest pages until few tables are on their way."""
+        """Waits for the oldest pages until at most `_most_ahead` tables are pending."""
         while True:
             waiting = [reading for reading in self._readings() if reading.n_unanswered]
             self._pending = [weakref.ref(reading) for reading in waiting]
@@ -114,8 +115,9 @@ class Granite4vTableModel(BaseTableStructureModel):
         return [reading for reference in self._pending if (reading := reference()) is not None]
 
     def _past_deadline(self, conv_res: ConversionResult) -> Cancel | None:
-        """Tells whether docling has given the document up, and then gives all of its tables up: nobody asks for them
-        any more, and whoever still waits had better end soon."""
+        """Returns a function that says whether the document's deadline has passed, and then cancels all of its tables:
+        docling no longer needs them, and a thread that still waits for them should return soon. None without a
+        deadline."""
         deadline: float | None = getattr(conv_res, "_conversion_deadline", None)
 
         def is_past() -> bool:
@@ -140,7 +142,7 @@ class Granite4vTableModel(BaseTableStructureModel):
 
 
 class _Reading:
-    """The tables of a page that the model was asked about. For any number of threads."""
+    """The tables of a page that the model was asked about. Thread-safe."""
 
     def __init__(self, result: ConversionResult, page: Page, asked: Sequence[tuple[Cluster, Question | Reply]]) -> None:
         self._result, self._page, self._asked = result, page, asked
@@ -153,7 +155,7 @@ class _Reading:
         return sum(isinstance(question, Question) and not question.is_answered for _, question in self._asked)
 
     def cancel(self, result: ConversionResult) -> None:
-        """Gives the answers up, if they are for this result."""
+        """Cancels the pending answers if they belong to this result."""
         for _, question in self._asked if result is self._result else ():
             if isinstance(question, Question):
                 question.cancel()
@@ -170,7 +172,7 @@ class _Reading:
             return self._replies
 
     def tables(self) -> dict[int, Table]:
-        """The tables by cluster. Waits for them, and adds to the result what is wrong with them, once."""
+        """Waits for the tables and returns them by cluster id. Adds their errors to the result, once."""
         with self._lock:
             if self._tables is None:
                 self._tables = self._read(self.replies())
@@ -188,7 +190,7 @@ class _Reading:
 
 
 class _Coming(TableStructurePrediction):
-    """A prediction that is there before its tables are."""
+    """A prediction whose tables are still pending; the first access to `table_map` waits for them."""
 
     _reading: _Reading | None = PrivateAttr(default=None)
 
@@ -200,7 +202,7 @@ class _Coming(TableStructurePrediction):
 
 
 def _as_docling(page: Page, cluster: Cluster, tables: Any) -> Table:
-    """One table, since it stood in one place."""
+    """Stacks the tables of an answer into one docling table, since they come from one region of the page."""
     table = stacked(tables)
     return Table(
         label=cluster.label,

@@ -1,6 +1,7 @@
-"""What this machine offers, what the installed llama-cpp-python makes of it, and what to do about the difference.
+"""Reports what this machine offers, how much of it the installed llama-cpp-python uses, and how to get the rest.
 
-A check never raises: what it finds is a section of the report. Native code that may end its process runs in a child.
+A check never raises; its findings are a section of the report. Native code that may end its process runs in a child
+process.
 """
 
 from granite4v.doctor.report import Problem, Report, Section, examine

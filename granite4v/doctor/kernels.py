@@ -1,4 +1,4 @@
-"""The measured speed of every kernel for every weight type, and those that end their process."""
+"""Measures the speed of every kernel for every weight type, and finds the kernels that end their process."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from granite4v.ggml.kernels import (
 )
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", ATTENTION)
-BUSY = 0.5  # load from which rates are lower than they could be
+BUSY = 0.5  # load average from which other programs lower the measured rates
 AMX = "AMX"  # ggml's buffer type
 Rates = Mapping[str, Mapping[str, float | None]]  # GFLOP/s by type and kernel; None: the kernel ends its process
 
 
 def measure(build: Build) -> Section:
-    """Measures now, whatever the cache knows."""
+    """Measures all kernels again, without using the cache."""
     load = _load()
     try:
         backend = Backend("cpu")
@@ -59,8 +59,8 @@ def measure(build: Build) -> Section:
 
 
 def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collection[str]) -> Section:
-    """A table of rates, the fastest of each type marked, and what is wrong with them. `buffer_types`: ggml's special
-    ones, by name."""
+    """Formats the rates as a table that marks the fastest kernel of each type, and lists the problems. `buffer_types`:
+    the names of ggml's extra buffer types."""
     found = {name for by_kernel in rates.values() for name in by_kernel}
     first = (PLAIN, FLOAT32, BFLOAT16, COMPILED)
     names = [*(name for name in first if name in found), *sorted(found.difference(first))]
@@ -74,7 +74,7 @@ def describe(rates: Rates, n_threads: int, build: Build, buffer_types: Collectio
 
 
 def _load() -> float:
-    """Processes that were running or waiting in the last minute; 0 where the system does not tell."""
+    """The load average of the last minute: processes running or waiting to run. 0 if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -107,7 +107,7 @@ def _problems(rates: Rates, build: Build, has_amx_buffers: bool) -> list[Problem
 
 
 def _unmeasured(rates: Rates, wanted: Mapping[str, Collection[str]]) -> list[Problem]:
-    """What the time did not suffice for: on a machine that is busy or slow, or because a kernel hangs."""
+    """Reports the kernels that there was no time to measure: the machine is busy or slow, or a kernel hangs."""
     missing = [f"{kind} {name}" for kind, names in wanted.items() for name in names if name not in rates.get(kind, {})]
     if not missing:
         return []

@@ -1,4 +1,4 @@
-"""What the machine gives: CPU, threads, memory, cache folder, optional packages."""
+"""Report sections about the machine: CPU, threads, memory, cache folder, config file, optional packages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from granite4v.ggml.cpu_features import cpu_features, cpu_name, in_words, told_b
 from granite4v.paths import cache_folder, config_file, new_file
 
 MEMINFO, OWN_CGROUP, CGROUPS = Path("/proc/meminfo"), OWN, MOUNT
-LITTLE_MEMORY = 4e9  # bytes; the smallest real models take about this, with weights of 4 bits
-NO_LIMIT = 1 << 60  # version 1 of control groups says so by a number near 2^63
-EXTRAS = {  # what each is for
+LITTLE_MEMORY = 4e9  # bytes; about what the smallest real models take with 4-bit weights
+NO_LIMIT = 1 << 60  # control groups version 1 report no limit as a number near 2^63
+EXTRAS = {  # the purpose of each
     "arrow": "results as a table of Arrow",
     "docling": "a plugin of docling, and 'granite4v extract --format docling'",
     "fonts": "typefaces for the documents that the demo draws",
@@ -73,7 +73,7 @@ def memory() -> Section:
 
 
 def total_memory() -> int | None:
-    """Bytes of the machine; None where the system does not tell."""
+    """Memory of the machine in bytes; None if the system does not report it."""
     value = _meminfo().get("MemTotal")
     if value is None and told_by_sysctl().get("hw.memsize", "").isdigit():
         value = int(told_by_sysctl()["hw.memsize"])
@@ -81,13 +81,14 @@ def total_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still get, within its container's limit; None where the system does not tell."""
+    """Bytes that this process can still allocate, within its container's limit; None if the system does not report
+    it."""
     free, room = _meminfo().get("MemAvailable"), _room_in_group()
     return min((n for n in (free, room) if n is not None), default=None)
 
 
 def memory_limit() -> int | None:
-    """The smallest limit of a control group that this process is in; None without one."""
+    """The smallest memory limit, in bytes, of the control groups that contain this process; None without a limit."""
     limits = [limit for folder, _, limit_file, _ in _groups() if (limit := _number(folder / limit_file)) is not None]
     return min(limits, default=None)
 
@@ -97,13 +98,13 @@ def _room_in_group() -> int | None:
     for folder, used_file, limit_file, cached in _groups():
         limit, used = _number(folder / limit_file), _number(folder / used_file)
         if limit is not None and used is not None:
-            rooms.append(max(0, limit - used + _stat(folder, cached)))  # cached files make room when it is needed
+            rooms.append(max(0, limit - used + _stat(folder, cached)))  # cached files are dropped when memory is needed
     return min(rooms, default=None)
 
 
 def _groups() -> list[tuple[Path, str, str, str]]:
-    """This process's control groups and those around them: folder, names of the files with use and limit, and what the
-    share of cached files is called."""
+    """The control groups of this process and their ancestors, each as (folder, name of the usage file, name of the
+    limit file, name of the cached-files entry in memory.stat)."""
     files = {
         1: ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
         2: ("memory.current", "memory.max", "inactive_file"),
@@ -112,7 +113,7 @@ def _groups() -> list[tuple[Path, str, str, str]]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None without one, for 'max', and for what stands for no limit."""
+    """The number in a file; None without a file, for 'max', and for a number that means no limit."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -172,7 +173,7 @@ def _size(path: Path) -> int:
 
 
 def config() -> Section:
-    """Defaults of the command line's options; a file that is wrong has ended the command before."""
+    """The file with defaults for command-line options. An invalid file has already ended the command."""
     path = config_file()
     is_there = path is not None and path.exists()
     line = f"{path}: {'defaults of options' if is_there else 'not there'}"
@@ -180,7 +181,7 @@ def config() -> Section:
 
 
 def extras() -> Section:
-    """Optional packages, as this package's own metadata lists them."""
+    """Optional packages, as listed in this package's metadata."""
     data, lines, problems = {}, [], []
     pip_install = f"{shlex.quote(sys.executable or 'python3')} -m pip install"
     for name, packages in sorted(_extras().items()):
@@ -197,7 +198,7 @@ def extras() -> Section:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The packages of each extra that are meant for this machine."""
+    """The packages of each extra whose markers apply to this machine."""
     try:
         wanted = [Requirement(line) for line in importlib.metadata.requires("granite4v") or []]
     except importlib.metadata.PackageNotFoundError:

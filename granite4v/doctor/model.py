@@ -1,4 +1,4 @@
-"""How much memory a model takes, and the longest context that fits."""
+"""Computes how much memory a model takes and the longest context that fits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from granite4v.runtime.engine.parallel import kv_bytes_per_token
 from granite4v.runtime.engine.text_model import DEFAULT_CONTEXT
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
-WORKING_BYTES = 500_000_000  # the graphs of images and of text, beside weights and KV cache
+WORKING_BYTES = 500_000_000  # for the vision and text graphs, in addition to weights and KV cache
 
 
 def check_model(path: str | Path) -> Section:
-    """Files are mapped, and the pages of their weights are shared with other processes; they are counted in full."""
+    """Compares the memory needs of a model with the available memory. Weights count in full, although their files are
+    memory-mapped and their pages shared with other processes."""
     try:
         with ModelFiles.open(path) as files:
             return _describe(files)

@@ -1,4 +1,4 @@
-"""llama-cpp-python: whether it loads, what it was compiled with and for, and which GPUs it sees."""
+"""Examines llama-cpp-python: whether it loads, its compiler and target CPU features, and the GPUs it sees."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from granite4v.ggml.build import Build
 from granite4v.ggml.cpu_features import cpu_features, in_words
 from granite4v.ggml.library import TESTED_VERSION
 
-TIMEOUT_S = 60.0  # drivers of GPUs start slowly
-# Features without which a build runs at half speed or less on a CPU that has them. bfloat16 (avx512_bf16), the byte
-# permutations (avx512_vbmi) and the scalable vectors (sve) are used by few kernels.
+TIMEOUT_S = 60.0  # GPU drivers start slowly
+# Features without which a build runs at half speed or less on a CPU that has them. bfloat16 (avx512_bf16), byte
+# permutations (avx512_vbmi) and scalable vectors (sve) are left out: few kernels use them.
 COSTLY = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "amx_int8", "dotprod", "matmul_int8")
 NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a child process found by loading llama-cpp-python; `error` is why it could not."""
+    """What a child process found by loading llama-cpp-python; `error` says why loading failed."""
 
     build: Build | None = None
     devices: tuple[dict[str, Any], ...] = ()
@@ -41,7 +41,7 @@ class Probe:
 
 
 def probe() -> Probe:
-    """Loads llama-cpp-python in a child process, which a broken build may end."""
+    """Loads llama-cpp-python in a child process, since a broken build may end its process."""
     try:
         ended = run_main(installed.__name__, [], TIMEOUT_S)
     except OSError as error:
@@ -58,7 +58,7 @@ def probe() -> Probe:
 
 
 def build(found: Probe) -> Section:
-    """The build, against what the CPU offers."""
+    """Compares the features of the build with those of the CPU."""
     if found.build is None:
         command = install_command()
         is_missing = installed.installed_version() == installed.UNKNOWN
@@ -105,7 +105,7 @@ def build(found: Probe) -> Section:
 
 
 def gpu(found: Probe) -> Section:
-    """GPUs that ggml sees, and those that it could use if it were built for them."""
+    """Lists the GPUs that ggml sees, and reports a GPU that the build does not support."""
     gpus = [device for device in found.devices if device["kind"] in ("gpu", "igpu")]
     lines = [f"{device['name']}: {device['description']}" for device in gpus] or ["none that ggml can use"]
     problems = []
@@ -122,7 +122,7 @@ def gpu(found: Probe) -> Section:
 
 
 def install_command(cmake_option: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """The shell command that compiles llama-cpp-python for this machine and installs it in place of any other build."""
+    """Returns the shell command that compiles llama-cpp-python for this machine and replaces any installed build."""
     set_by_user = os.environ if environment is None else environment
     variables = {}
     if sys.platform == "linux" and platform.machine() == "x86_64" and "amx_int8" in cpu_features():
@@ -136,7 +136,7 @@ def install_command(cmake_option: str = "", environment: Mapping[str, str] | Non
     else:
         words.append(f"{python} -m pip install --no-cache-dir --force-reinstall")
     version = installed.installed_version()
-    if version == installed.UNKNOWN:  # with what it needs
+    if version == installed.UNKNOWN:  # not installed: its dependencies are needed, too
         words.append(f"--no-binary llama-cpp-python {shlex.quote(_requirement())}")
     else:
         words.append(f"--no-deps --no-binary llama-cpp-python llama-cpp-python=={version}")
@@ -144,7 +144,7 @@ def install_command(cmake_option: str = "", environment: Mapping[str, str] | Non
 
 
 def _requirement() -> str:
-    """What this package asks for, for instance 'llama-cpp-python>=0.3.36'."""
+    """This package's requirement, for instance 'llama-cpp-python>=0.3.36'."""
     try:
         wanted = importlib.metadata.requires("granite4v") or []
     except importlib.metadata.PackageNotFoundError:  # run from its sources

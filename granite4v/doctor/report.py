@@ -1,4 +1,4 @@
-"""The report: sections in order, and the problems in them."""
+"""Builds the report: all sections in order, and their problems."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Problem", "Report", "Section", "examine"]
 
 
 class Report:
-    """What was found. `is_content`: nothing breaks, and nothing costs half of the speed or more."""
+    """All findings. `is_content`: nothing is broken, and nothing costs half of the speed or more."""
 
     def __init__(self, sections: list[Section]) -> None:
         self.sections = sections
 
     @property
     def problems(self) -> list[Problem]:
-        """The serious ones first."""
+        """All problems, the serious ones first."""
         found = [problem for section in self.sections for problem in section.problems]
         return sorted(found, key=lambda problem: not problem.is_serious)
 
@@ -38,9 +38,9 @@ class Report:
 
 
 def examine(model: str | Path | None = None, step: Callable[[str], None] | None = None) -> Report:
-    """Examines this machine, and a model's needs if one is given. `step` is told what is being examined.
+    """Examines this machine, and the memory needs of `model` if given. `step` gets the name of each slow step.
 
-    Takes some ten seconds, since kernels are measured anew. Raises nothing that a machine or a file can cause.
+    Takes some ten seconds, since kernels are measured again. No error of the machine or of a file is raised.
     """
     return Report(list(_sections(model, step or (lambda _: None))))
 

@@ -1,4 +1,4 @@
-"""One section of the report, as text and as data, and what is wrong in it."""
+"""One section of the report: text, data and problems."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that could be better. `is_serious`: it breaks something, or costs half of the speed or more.
+    """A problem that the report names. `is_serious`: it breaks something, or costs half of the speed or more.
 
-    `command`: the one shell command that mends it; empty where there is none.
+    `command`: the one shell command that fixes it; empty if there is none.
     """
 
     text: str
@@ -24,7 +24,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Section:
-    """`lines`: for people; a list of strings among them is a row of a table whose first row is the heading."""
+    """A section of the report. `lines`: the text for people; an item that is a list of strings is a table row, and the
+    first such row is the heading. `data`: the same facts as JSON data."""
 
     name: str
     lines: Sequence[str | list[str]]

@@ -1,1 +1,1 @@
-"""The model families, one file each, their shared code, and `registry`, which finds a model's family."""
+"""The model families, one module each, their shared code, and `registry`, which finds the family of a model."""

@@ -1,4 +1,4 @@
-"""Tiling by 'anyres' in config.json, preprocessor_config.json and GGUF: for every family that tiles images this way.
+"""Reads and writes 'anyres' tiling in config.json, preprocessor_config.json and GGUF, for every family that uses it.
 
 GGUF keys are llama.cpp's, which lists grids as (width, height); here and in Hugging Face they are (height, width).
 """
@@ -16,21 +16,21 @@ from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 Triple = tuple[float, float, float]
 
-MAX_TILES = 256  # of a grid
+MAX_TILES = 256  # most tiles of a grid
 MAX_GRID_PX = MAX_PIXELS * MAX_TILES
-MAX_CANVAS_PX = 1 << 27  # pixels of a grid that are held at once: 0.4 GB as RGB
-MAX_CHANNEL = 1e6  # of a mean or a deviation
+MAX_CANVAS_PX = 1 << 27  # most pixels of a grid, which is in memory at once: 0.4 GB as RGB
+MAX_CHANNEL = 1e6  # of a mean or standard deviation
 MIN_STD = 1e-6
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by number
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # the index is the PIL.Image.Resampling value
 
 
 def tiling_from_hf(
     config: Fields, preprocessor: Fields, tower: TowerConfig, mean: Triple, std: Triple, default: Any = None
 ) -> TilingConfig:
-    """The tiling of a checkpoint; `default`: its grids where neither file gives any.
+    """Reads the tiling of a checkpoint. `default`: the grids if neither file gives any. `mean`, `std`: used if the
+    processor gives none.
 
-    `mean`, `std`: where the processor gives none. Raises CheckpointError when the processor's tiles are not the
-    tower's, or its grids not the model's.
+    Raises CheckpointError if the tile sizes of processor and tower differ, or the grids of processor and model.
     """
     tile_px = _tile_px(preprocessor, tower)
     given = [
@@ -59,7 +59,8 @@ def tiling_from_hf(
 
 
 def pixel_scaling(preprocessor: Fields, mean: Triple, std: Triple, resample: str = "bicubic") -> dict[str, Any]:
-    """How pixels become numbers, as a TilingConfig's fields: what is switched off leaves them as they are."""
+    """Reads the rescaling, normalization and resampling of pixels, as fields of a TilingConfig. A step that the
+    processor turns off gets values that change nothing. `resample`: the filter if the processor gives none."""
     normalize, rescale = preprocessor.flag("do_normalize", True), preprocessor.flag("do_rescale", True)
     return {
         "image_mean": _channels(preprocessor, "image_mean", mean) if normalize else (0.0, 0.0, 0.0),
@@ -70,7 +71,8 @@ def pixel_scaling(preprocessor: Fields, mean: Triple, std: Triple, resample: str
 
 
 def scaling_from_gguf(metadata: GgufMetadata, resample: str = "bicubic") -> dict[str, Any]:
-    """The same from a vision file. `resample`: of files that do not say. Raises ModelFileError."""
+    """Reads the fields of `pixel_scaling` from a vision file. `resample`: the filter of files that give none. Raises
+    ModelFileError."""
     return {
         "image_mean": tuple(short(value) for value in metadata.numbers(keys.IMAGE_MEAN, 3, -MAX_CHANNEL, MAX_CHANNEL)),
         "image_std": tuple(short(value) for value in metadata.numbers(keys.IMAGE_STD, 3, MIN_STD, MAX_CHANNEL)),
@@ -80,17 +82,17 @@ def scaling_from_gguf(metadata: GgufMetadata, resample: str = "bicubic") -> dict
 
 
 def scaling_metadata(tiling: TilingConfig | CanvasConfig) -> dict[str, Any]:
-    """What `scaling_from_gguf` reads back."""
+    """The metadata that `scaling_from_gguf` reads back."""
     return {
         keys.IMAGE_MEAN: list(tiling.image_mean),
         keys.IMAGE_STD: list(tiling.image_std),
-        keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would move pixels by a last bit
+        keys.RESCALE_FACTOR: repr(tiling.rescale_factor),  # as text: float32 would change the last bit of pixel values
         keys.RESAMPLE: tiling.resample,
     }
 
 
 def _channels(preprocessor: Fields, key: str, default: Triple, *, positive: bool = False) -> Triple:
-    """A number for each channel."""
+    """Reads one number per channel."""
     value = preprocessor.get(key, default)
     low = MIN_STD if positive else -MAX_CHANNEL
     if (
@@ -104,7 +106,7 @@ def _channels(preprocessor: Fields, key: str, default: Triple, *, positive: bool
 
 
 def _resample(preprocessor: Fields, default: str) -> int:
-    """The filter by Pillow's number; some files have its name."""
+    """Reads the resampling filter and returns Pillow's number for it; some files give its name."""
     value = preprocessor.get("resample", FILTERS.index(default))
     if isinstance(value, str) and value.lower() in FILTERS:
         return FILTERS.index(value.lower())
@@ -114,7 +116,8 @@ def _resample(preprocessor: Fields, default: str) -> int:
 
 
 def _tile_px(preprocessor: Fields, tower: TowerConfig) -> int:
-    """The side of the processor's tiles: of its size, and of the crop that may follow, as all sides must be.
+    """Reads the tile side of the processor. All sides of `size` and of the optional `crop_size` must be the tower's;
+    raises CheckpointError otherwise.
 
     Older files give an integer, which transformers reads as the shortest edge of the size and the side of the crop,
     or a list of height and width (`get_size_dict`).
@@ -132,7 +135,7 @@ def _tile_px(preprocessor: Fields, tower: TowerConfig) -> int:
 
 
 def _size(preprocessor: Fields, key: str, names: tuple[str, ...]) -> list[int]:
-    """The sides that a size gives, in any of its forms; none when there is no such field."""
+    """The sides in a size field of any form: integer, list or object; empty if the field is missing."""
     value = preprocessor.get(key, {})
     if isinstance(value, dict):
         sides = [value[name] for name in names if value.get(name) is not None]
@@ -146,7 +149,8 @@ def _size(preprocessor: Fields, key: str, names: tuple[str, ...]) -> list[int]:
 
 
 def tiling_from_gguf(metadata: GgufMetadata, tower: TowerConfig, *, height_first: bool = False) -> TilingConfig:
-    """The tiling of a vision file. `height_first`: its grids are listed (height, width). Raises ModelFileError."""
+    """Reads the tiling of a vision file. `height_first`: the file lists grids as (height, width). Raises
+    ModelFileError."""
     flat = metadata.integers(keys.IMAGE_GRID_PINPOINTS, 1, MAX_GRID_PX, max_length=2 * MAX_PINPOINTS)
     if len(flat) % 2:
         raise ModelFileError(
@@ -181,7 +185,7 @@ def _optional(metadata: GgufMetadata, key: str, high: int) -> int | None:
 
 
 def tiling_metadata(tiling: TilingConfig) -> dict[str, Any]:
-    """What `tiling_from_gguf` reads back."""
+    """The metadata that `tiling_from_gguf` reads back."""
     optional = {
         keys.MAX_TILES_OF_TOKENS: tiling.max_tiles_of_tokens,
         keys.SQUARE_IF_SEVERAL: tiling.square_if_several or None,

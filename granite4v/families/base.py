@@ -1,8 +1,8 @@
 """The configuration of a vision-language model, as plain frozen data.
 
-A family file builds a `VisionConfig` from Hugging Face JSON or from GGUF metadata; both give the same value. Shared
-code reads the parts of a `VisionConfig` and never asks which family it came from. Imports nothing, so that the page
-reader process can use it to compute the tiling.
+A family module builds a `VisionConfig` from Hugging Face JSON or from GGUF metadata; both give the same value. Shared
+code reads the parts of a `VisionConfig` and never depends on the family. Imports only the standard library, so that the
+page reader process can use it to compute the tiling.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "quick_gelu")  # of towers and projectors, by Hugging Face's names
-Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, NumPy's order, slowest dimension first
+Shapes = Mapping[str, tuple[int, ...]]  # tensor shapes by name, in NumPy's order: slowest dimension first
 
 
 @dataclass(frozen=True)
 class TowerConfig:
     """A ViT image encoder. Field names are Hugging Face's.
 
-    `num_hidden_layers`: as many layers as are computed, which may be fewer than the checkpoint has.
-    `class_token`: a learned position before the patches, or after them where it is `class_token_last`; projectors
-    never see it. `pre_norm`: a LayerNorm before the first layer, after which hidden state 0 is taken. `patch_bias`:
-    patch embedding has a bias. `post_norm`: a LayerNorm after the last layer, which the last hidden state has passed.
-    `rope_theta`: queries and keys are rotated by rows and columns of the grid with this base; the class token is not.
+    `num_hidden_layers`: the number of layers that are computed, which may be fewer than the checkpoint has.
+    `class_token`: a learned position before the patches, or after them if `class_token_last`; projectors never see it.
+    `pre_norm`: a LayerNorm before the first layer; hidden state 0 is taken after it. `patch_bias`: patch embedding has
+    a bias. `post_norm`: a LayerNorm after the last layer, applied to the last hidden state. `rope_theta`: the base of
+    2D RoPE, which rotates queries and keys by grid row and column, except those of the class token.
     """
 
     hidden_size: int
@@ -48,7 +48,7 @@ class TowerConfig:
 
     @property
     def n_positions(self) -> int:
-        """Positions that pass through the layers: the patches, and the class token beside them."""
+        """Positions that pass through the layers: the patches, plus the class token if there is one."""
         return self.grid_side**2 + self.class_token
 
     @property
@@ -60,10 +60,10 @@ class TowerConfig:
 class TiledTowerConfig:
     """A ViT image encoder whose layers attend over all tiles of an image at once. Field names are Hugging Face's.
 
-    `num_hidden_layers` local layers, then `num_global_layers` with a gate on each residual. An image is always
-    `max_num_tiles` tiles; those that it lacks are computed, too. `supported_aspect_ratios`: (height, width) in tiles;
-    an image's id is the index plus one. `intermediate_states`: the hidden states that are put beside the final one; 0
-    is the input of the first local layer and k the output of layer k-1.
+    `num_hidden_layers` local layers are followed by `num_global_layers` with a gate on each residual. An image always
+    has `max_num_tiles` tiles; missing ones are computed, too. `supported_aspect_ratios`: (height, width) in tiles; the
+    id of an image's aspect ratio is its index plus one. `intermediate_states`: the hidden states that are concatenated
+    with the final one; 0 is the input of the first local layer and k the output of layer k-1.
     """
 
     hidden_size: int
@@ -86,7 +86,7 @@ class TiledTowerConfig:
 
     @property
     def n_positions(self) -> int:
-        """Positions of a tile that pass through the layers: the class token, and the patches after it."""
+        """Positions of a tile that pass through the layers: the class token, followed by the patches."""
         return self.grid_side**2 + 1
 
     @property
@@ -95,21 +95,18 @@ class TiledTowerConfig:
 
     @property
     def output_size(self) -> int:
-        """Values of a position that the projector takes: the final state and the intermediate ones."""
+        """Values per position that the projector takes: the final state and the intermediate ones."""
         return self.hidden_size * (1 + len(self.intermediate_states))
 
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How an image is cut into square tiles by 'anyres': a grid of them, and an overview.
+    """How 'anyres' cuts an image into square tiles: an overview tile, then the grid row by row.
 
-    `image_grid_pinpoints` holds (height, width) pairs in pixels. The overview tile comes first, then
-    the grid row by row.
-
-    `max_tiles_of_tokens`: where a grid has tokens of many more tiles than this, they are resized to about as many.
-    `square_if_several`: where a prompt has several images, each is one tile, padded to a square, and is not cut.
-    `video_pooling`: the tokens of a video's frame are reduced by this along each side; None where the model takes no
-    video.
+    `image_grid_pinpoints`: the possible grids, as (height, width) pairs in pixels. `max_tiles_of_tokens`: if the grid's
+    tokens are many more than those of this number of tiles, they are resized to about that many. `square_if_several`:
+    if a prompt has several images, each is padded to a square and becomes one tile. `video_pooling`: divides the tokens
+    of a video frame along each side; None if the model takes no video.
     """
 
     tile_px: int
@@ -125,11 +122,11 @@ class TilingConfig:
 
 @dataclass(frozen=True)
 class CanvasConfig:
-    """How an image is scaled, its aspect ratio kept, into the top left corner of a canvas of square tiles.
+    """How an image is scaled into the top left corner of a canvas of square tiles, with its aspect ratio kept.
 
-    `supported_aspect_ratios`: (height, width) of canvases in tiles. `overview`: where there are several tiles, the
-    whole image as one more, the last, its aspect ratio not kept. `low_precision`: scales are compared in float32, and
-    pixels become numbers step by step in bfloat16.
+    `supported_aspect_ratios`: (height, width) of the canvases in tiles. `overview`: if the canvas has several tiles, an
+    additional last tile holds the whole image, with its aspect ratio not kept. `low_precision`: scales are compared in
+    float32, and each step of pixel normalization is rounded to bfloat16.
     """
 
     tile_px: int
@@ -146,7 +143,7 @@ Tiling = TilingConfig | CanvasConfig
 
 
 def tiling_from(values: Mapping[str, Any]) -> Tiling:
-    """What `dataclasses.asdict` gave for one, perhaps through JSON."""
+    """Restores a tiling from the dict that `dataclasses.asdict` returned, possibly after a round trip through JSON."""
     name = "image_grid_pinpoints" if "image_grid_pinpoints" in values else "supported_aspect_ratios"
     made = TilingConfig if name == "image_grid_pinpoints" else CanvasConfig
     return made(**{**values, name: tuple(map(tuple, values[name]))})
@@ -154,7 +151,7 @@ def tiling_from(values: Mapping[str, Any]) -> Tiling:
 
 @dataclass(frozen=True)
 class WindowQFormerConfig:
-    """One BLIP-2 Q-Former layer over windows of patches: `query_side`^2 tokens for `window_side`^2 patches."""
+    """One BLIP-2 Q-Former layer over windows of patches: `query_side`^2 tokens per `window_side`^2 patches."""
 
     query_side: int
     window_side: int
@@ -172,7 +169,7 @@ class WindowQFormerConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """Two linear layers with an activation between, patch by patch: a token for every patch."""
+    """Two linear layers with an activation between them, applied to each patch: one token per patch."""
 
     hidden_act: str = "gelu"
 
@@ -185,7 +182,8 @@ class MlpConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """One linear layer, position by position, to keys and values of cross-attention: the image is a single token."""
+    """One linear layer, applied to each position, whose output feeds the keys and values of cross-attention. The image
+    is a single token in the prompt."""
 
     hidden_act: str = ""
 
@@ -198,8 +196,8 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class PixelShuffleMlpConfig:
-    """Blocks of `block_side`^2 patches joined along their width, three linear layers without biases, an activation
-    after the first and the second. `width`: of what these two give."""
+    """Joins each block of `block_side`^2 patches along their width; then three linear layers without biases, with an
+    activation after the first and the second. `width`: the output width of those two."""
 
     block_side: int
     width: int
@@ -217,11 +215,11 @@ ProjectorConfig = WindowQFormerConfig | MlpConfig | LinearConfig | PixelShuffleM
 
 @dataclass(frozen=True)
 class ImageFrame:
-    """The tokens that stand around an image's tiles in a prompt, by their text.
+    """The text of the vocabulary tokens around an image's tiles in a prompt.
 
-    `start`; of several tiles, row by row, each as `patch` for every image token, `tile_x` between the tiles of a row
-    and `tile_y` after every row; `image`, the overview or only tile, `end`. `image` alone is what a chat template
-    writes for an image.
+    The order is: `start`; if there are several tiles, these row by row, with `tile_x` between the tiles of a row and
+    `tile_y` after every row; `image`; the overview or only tile; `end`. A tile is one `patch` per image token. A chat
+    template writes only `image` for an image.
     """
 
     start: str
@@ -234,9 +232,9 @@ class ImageFrame:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Decoder layers that attend to an image instead of to the tokens before. Field names are Hugging Face's.
+    """Decoder layers that attend to an image instead of the preceding tokens. Field names are Hugging Face's.
 
-    `layers`: their indices among all decoder layers, ascending; the text file has the others, renumbered.
+    `layers`: their indices among all decoder layers, ascending; the text file has the other layers, renumbered.
     """
 
     layers: tuple[int, ...]
@@ -251,16 +249,16 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class Stream:
-    """One set of image embeddings and where it goes.
+    """One set of image embeddings, and the decoder layer it is added at.
 
-    `hidden_states`: the hidden states of the tower it is made from, joined in this order along their width;
+    `hidden_states`: the tower's hidden states that it is computed from, joined in this order along their width;
     0 is the input of the first encoder layer and k the output of layer k-1 (Hugging Face's numbering,
     negative indices resolved).
     `text_layer`: the decoder layer before which it is added to the hidden state.
-    `spatial_offset`: of a window Q-Former, the corner of every 2x2 block that seeds the queries (0 top left,
+    `spatial_offset`: for a window Q-Former, the corner of every 2x2 block that seeds the queries (0 top left,
     1 top right, 2 bottom left, 3 bottom right); None for area interpolation.
-    `source`: the projector's name in the checkpoint, for instance `layerwise_projectors.0`; None when
-    the configuration was read from GGUF, where projectors are numbered as the streams are.
+    `source`: the projector's name in the checkpoint, for instance `layerwise_projectors.0`; None if the
+    configuration was read from GGUF, where projectors have the numbers of their streams.
     """
 
     hidden_states: tuple[int, ...]
@@ -271,12 +269,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image side of one model. `streams` is sorted by `text_layer`, one projector a stream.
+    """The image side of one model. `streams` is sorted by `text_layer`, with one projector per stream.
 
     `newline`: a learned embedding ends each row of the grid.
-    `frame`: tokens that stand around an image's tiles; an image is several runs of image tokens then.
-    `cross_attention`: the image goes to these layers instead; there are no streams then, and the tower and the tiling
-    are those of all tiles.
+    `frame`: the tokens around an image's tiles; with it, an image is several runs of image tokens.
+    `cross_attention`: the decoder layers that attend to the image; with them there are no streams, `tower` is a
+    TiledTowerConfig and `tiling` a CanvasConfig.
     `tower`: a TowerConfig or TiledTowerConfig; `tiling`: a TilingConfig or CanvasConfig. A family has one kind of each.
     """
 

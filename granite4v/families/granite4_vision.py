@@ -2,8 +2,9 @@
 
 Formats: transformers 5.23 `models/granite4_vision`, and llama.cpp's `conversion/granite.py` and
 `tools/mtmd/clip.cpp` as shipped with llama-cpp-python 0.3.36. Conventions are resolved here: hidden
-states count from 0 = embedding output, streams are sorted by decoder layer, a decoder layer named twice
-keeps the last projector (as transformers does), a decoder layer outside the model gets none.
+state 0 is the embedding output, streams are sorted by decoder layer, a decoder layer named twice
+keeps the last projector (as in transformers), and projectors for a decoder layer outside the model
+are left out.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from granite4v.families.towers import (
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 QFORMER_HEAD_DIM = 64  # transformers' Granite4VisionConfig sets num_attention_heads to hidden_size // 64
-N_SPATIAL_PROJECTORS = N_CORNERS = 4  # a projector for each corner of a 2x2 block
+N_SPATIAL_PROJECTORS = N_CORNERS = 4  # one projector per corner of a 2x2 block
 SPATIAL_STRIDE = 2
 SPATIAL_TARGET_LAYERS = (12, 15, 18, 21)
 DOWNSAMPLE_RATE = re.compile(r"(\d{1,4})/(\d{1,4})")
 
-# How checkpoints from before the family was in transformers spell fields.
+# Field names in checkpoints from before transformers had the family -> today's names.
 OLDER_NAMES = {
     "vision_layer_to_llm_layer": "deepstack_layer_map",
     "use_checkerboard_sampling": "use_spatial_sampling",
@@ -64,7 +65,7 @@ class Granite4Vision:
         """The configuration from config.json and the image processor's settings; raises CheckpointError."""
         fields, text = Fields(renamed(config)), text_section(config)
         vision = fields.section("vision_config")
-        # a SigLIP2 of fixed size is a SigLIP; one of another kind has patches of another shape
+        # a fixed-size SigLIP2 is a SigLIP; other kinds of SigLIP2 have patches of another shape
         is_siglip = str(vision.get("model_type", "siglip")).startswith("siglip")
         tower = tower_from_hf(vision, SIGLIP if is_siglip else tower_kind(vision))
         check_strategy(fields, tower)
@@ -81,8 +82,8 @@ class Granite4Vision:
     def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata; raises ModelFileError.
 
-        Files without our keys do not name decoder layers: each stream then has its own index as text_layer, and the
-        text file's deepstack_mapping gives the layers.
+        Files without our keys do not name decoder layers. Each stream then gets its own index as text_layer; the text
+        file's deepstack_mapping gives the real layers.
         """
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
         tower = tower_from_gguf(metadata, kind, str(dict(kind.defaults)["hidden_act"]))
@@ -141,10 +142,11 @@ class Granite4Vision:
         }
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """`deepstack_mapping`: for each decoder layer the stream added before it, -1 for none.
+        """`deepstack_mapping`: for each decoder layer the slot of the stream added before it, -1 for none.
 
-        Slot 0 of the embedding row is the input of layer 0 and is named nowhere. A model that adds
-        nothing there keeps that slot, filled with zeros, so its streams are numbered from 1.
+        Slot 0 of the embedding row is the input of layer 0 and does not appear in the mapping. A model without a
+        stream at layer 0 keeps that slot, filled with zeros, so its streams are numbered from 1. With 6 decoder layers,
+        streams at layers 0, 2, 4 give [-1, -1, 1, -1, 2, -1]; streams at layers 2 and 4 give the same.
         """
         mapping = [-1] * n_text_layers
         first = 0 if config.streams[0].text_layer == 0 else 1
@@ -154,18 +156,19 @@ class Granite4Vision:
         return {keys.DEEPSTACK_MAPPING: mapping}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one image; layers outside the model included."""
+        """The streams that transformers' `get_image_features` returned for one image, including those for layers
+        outside the model."""
         return {layer: packed[0] for layer, packed in output.deepstack_features}
 
     def reference_logits_divisor(self, config: Json) -> float:
-        """transformers divides by `logits_scaling` itself."""
+        """1: transformers itself divides by `logits_scaling`."""
         return 1.0
 
 
 def renamed(config: Json) -> Json:
-    """A config.json in today's field names; raises CheckpointError when it gives both names different values.
+    """Renames the fields of a config.json to today's names. Raises CheckpointError if both names have different values.
 
-    transformers knows today's names; vLLM reads both.
+    transformers reads only today's names; vLLM reads both.
     """
     fields, today = Fields(config), dict(config)
     for old, new in OLDER_NAMES.items():
@@ -243,7 +246,7 @@ def layer_map(config: Fields) -> list[tuple[int, int]]:
 
 
 def has_spatial(config: Fields) -> bool:
-    """Whether the model has spatial projectors; transformers knows no model without."""
+    """Whether the model has spatial projectors; transformers supports no model without them."""
     if not config.flag("use_spatial_sampling", True):
         return False
     if config.integer("spatial_stride", 1, MAX_PIXELS, SPATIAL_STRIDE) != SPATIAL_STRIDE:
@@ -252,7 +255,7 @@ def has_spatial(config: Fields) -> bool:
 
 
 def _streams_from_hf(config: Fields, n_vision_layers: int, n_text_layers: int) -> tuple[Stream, ...]:
-    """Every projector's stream, by decoder layer; see the module for the conventions."""
+    """The streams of all projectors, sorted by decoder layer; see the module docstring for the conventions."""
 
     def hidden_state(index: int) -> tuple[int, ...]:
         return (hidden_state_index(index, n_vision_layers),)

@@ -1,7 +1,7 @@
-"""Typed, bounded reads of Hugging Face JSON: config.json and its sections, and the files beside it.
+"""Typed, bounds-checked reads of Hugging Face JSON: config.json with its sections, and the files next to it.
 
-The one place that rejects wrong types and absurd numbers, so that no other code needs to check for them. Every message
-names the file and the field, what was found and what was expected.
+Only this module rejects wrong types and absurd numbers, so other code need not check for them. Every message names the
+file and the field, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from granite4v.errors import CheckpointError
 
 Json = Mapping[str, Any]  # an object of a Hugging Face file
 
-# Bounds that no published model is near, and that keep every later product within what can be counted and stored.
+# Far above any published model, and small enough that no product of them overflows or exhausts storage later.
 MAX_LAYERS = 512
 MAX_HEADS = 4096
 MAX_WIDTH = 1 << 18
@@ -32,26 +32,26 @@ class Fields:
     """One JSON object of a file. A field that is null counts as absent, as in transformers."""
 
     def __init__(self, values: Json, file: str = "config.json", path: str = "") -> None:
-        """`path`: where in the file the object stands, for instance 'text_config'; empty for the file itself."""
+        """`path`: the object's location in the file, for instance 'text_config'; empty for the top level."""
         self.values, self.file, self.path = values, file, path
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it is, of any type."""
+        """The unchecked value, of any type."""
         value = self.values.get(key)
         return default if value is None else value
 
     def error(self, key: str, expected: str) -> CheckpointError:
-        """The error for a field whose value is not what was expected."""
+        """Makes the error for a field that is missing or whose value is not the expected one."""
         name = f"{self.path}.{key}" if self.path else key
         if key not in self.values:
             return CheckpointError(f"'{self.file}' has no '{name}'; expected {expected}.")
         return CheckpointError(f"'{self.file}': '{name}' is {shown(self.values[key])}; expected {expected}.")
 
     def section(self, key: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
-        """An object inside this one."""
+        """The JSON object in a field of this one."""
         value = self.get(key, default)
         if not isinstance(value, Mapping):
             raise self.error(key, "a section (a JSON object)")
@@ -64,7 +64,7 @@ class Fields:
         return int(value)
 
     def number(self, key: str, low: float, high: float, default: float = _REQUIRED, *, positive: bool = False) -> float:
-        """A finite number in the bounds, which is not `low` itself where it must be `positive`."""
+        """A finite number within the bounds, and above 0 if `positive`."""
         value = self.get(key, default)
         if not is_number(value) or not low <= value <= high or (positive and value <= 0):
             raise self.error(
@@ -87,7 +87,7 @@ class Fields:
     def integers(
         self, key: str, low: int, high: int, default: Iterable[int] = _REQUIRED, *, most: int = MAX_LAYERS
     ) -> list[int]:
-        """A list of integers in the bounds, `most` of them at most."""
+        """A list of at most `most` integers within the bounds."""
         expected = f"an integer from {low} to {high}"
         items = self._items(key, default, most, expected)
         for i, item in enumerate(items):
@@ -96,7 +96,7 @@ class Fields:
         return items
 
     def pairs(self, key: str, low: int, high: int, default: Any = _REQUIRED, *, most: int) -> list[tuple[int, int]]:
-        """A list of pairs of integers in the bounds, `most` pairs at most."""
+        """A list of at most `most` pairs of integers within the bounds."""
         expected = f"a pair of integers from {low} to {high}"
         items = self._items(key, default, most, expected)
         for i, item in enumerate(items):
@@ -121,12 +121,13 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; an integer of any size counts, and is to be compared before it is made a float."""
+    """Whether a value is a finite number. Integers of any size count, so compare a value before converting it to
+    float."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def shown(value: Any) -> str:
-    """A value for a message: as JSON or Python writes it, cut to a readable length."""
+    """Formats a value for a message, as JSON or Python writes it, cut to a readable length."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,8 +1,8 @@
-"""Llama 4, Scout and Maverick: tiles on a canvas and the whole image, each with tokens around it, 2D rotary tower.
+"""Llama 4, Scout and Maverick: a canvas of tiles plus an overview, with tokens around each, and a tower with 2D RoPE.
 
-Format: transformers 5.23 `models/llama4`. llama.cpp's libmtmd has a `llama4` of its own, with other pixels, other
-tokens around them and a tile's tokens transposed, so the file names a projector that it does not know, and refuses.
-The text model is in `llama4_text.py`.
+Format: transformers 5.23 `models/llama4`. llama.cpp's libmtmd has its own `llama4`, with other pixels, other tokens
+around the tiles and each tile's tokens transposed. So the file names a projector type that libmtmd does not know, and
+libmtmd refuses the file. The text model is in `llama4_text.py`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
 HALVES = (0.5, 0.5, 0.5)
 BILINEAR = FILTERS.index("bilinear")
-NORM_EPS = 1e-5  # torch's default, which the tower's norms have whatever `norm_eps` says
+NORM_EPS = 1e-5  # torch's default; the tower's norms ignore `norm_eps`
 MAX_CANVAS_TILES = 16
 THETA = 10000.0
-# `Llama4Processor._prompt_split_image`, where the texts are no settings
+# hard-coded in `Llama4Processor._prompt_split_image`
 FRAME = ImageFrame(
     start="<|image_start|>",
     end="<|image_end|>",
@@ -86,7 +86,7 @@ class Llama4:
         return _vision_config(tower, canvas, projector, metadata.integer(keys.VISION_PROJECTION_DIM, 1, MAX_WIDTH))
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """None: files of other converters are not read."""
+        """Empty: files of other converters are not read."""
         return {}
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -105,11 +105,11 @@ class Llama4:
         }
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """Nothing: image tokens are the input of the first layer."""
+        """Empty: image tokens are the input of the first layer."""
         return {}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """The embeddings of all tiles in the order of the prompt."""
+        """The embeddings of all tiles, in prompt order."""
         return {0: output}
 
     def reference_logits_divisor(self, config: Json) -> float:
@@ -117,8 +117,12 @@ class Llama4:
 
 
 def canvases(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) in tiles of every canvas of so many at most, in the order of the reference, which decides among
-    equals: by the aspect ratio's first occurrence, counted down from the largest (`find_supported_resolutions`)."""
+    """Lists (height, width) in tiles of every canvas of at most `max_tiles` tiles, in the order of the reference
+    (`find_supported_resolutions`), since the order breaks ties.
+
+    Tile counts descend, and all canvases of an aspect ratio follow its first one. For 4 tiles: (1, 4), (2, 2), (1, 1),
+    (4, 1), (1, 3), (3, 1), (1, 2), (2, 1).
+    """
     by_ratio: dict[float, list[tuple[int, int]]] = defaultdict(list)
     for n_tiles in range(max_tiles, 0, -1):
         for height in range(1, n_tiles + 1):
@@ -128,9 +132,9 @@ def canvases(max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(canvas for found in by_ratio.values() for canvas in found)
 
 
-# What every such tower has.
+# The same in every Llama 4 tower.
 _FIXED: dict[str, Any] = {
-    "hidden_act": "gelu",  # whatever `hidden_act` says
+    "hidden_act": "gelu",  # the config's `hidden_act` is ignored
     "layer_norm_eps": NORM_EPS,
     "class_token": True,
     "class_token_last": True,
@@ -156,7 +160,7 @@ def _vision_config(
 
 
 def _tower(vision: Fields) -> TowerConfig:
-    """The tower of a vision_config, transformers' defaults filled in; raises CheckpointError."""
+    """Reads the tower of a vision_config, with transformers' defaults. Raises CheckpointError."""
     check_channels(vision)
     rope = vision.section("rope_parameters", {})
     if rope.get("rope_type", "default") != "default":
@@ -198,7 +202,8 @@ def _projector(vision: Fields, tower: TowerConfig) -> PixelShuffleMlpConfig:
 
 
 def _canvas(preprocessor: Fields, tower: TowerConfig) -> CanvasConfig:
-    """The canvases of a checkpoint; raises CheckpointError when the processor's tiles are not the tower's."""
+    """Reads the canvases of a checkpoint. Raises CheckpointError if the tile sizes of processor and tower differ, or
+    for settings that no published model has."""
     size = preprocessor.section("size", {"height": 336, "width": 336})
     if any(size.integer(side, 1, MAX_PIXELS) != tower.image_size for side in ("height", "width")):
         raise preprocessor.error("size", f"height and width {tower.image_size}, which the tower takes")
@@ -220,7 +225,7 @@ def _canvas(preprocessor: Fields, tower: TowerConfig) -> CanvasConfig:
 
 
 def _problem(tower: TowerConfig, projector: PixelShuffleMlpConfig) -> str:
-    """What no such model can compute, in words; empty when there is nothing wrong."""
+    """Describes the first setting that cannot be computed; empty if there is none."""
     hidden, heads = tower.hidden_size, tower.num_attention_heads
     if hidden % (4 * heads):
         return (

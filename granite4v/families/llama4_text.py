@@ -1,9 +1,9 @@
-"""The decoder of Llama 4: experts, and attention whose constants llama.cpp has built in.
+"""The decoder of Llama 4: a mixture of experts, and attention whose constants are hard-coded in llama.cpp.
 
-transformers 5.23 `models/llama4`; llama.cpp's `src/models/llama4.cpp`. llama.cpp has no keys for how attention works:
-on three layers of four tokens see their own chunk of 8192, queries and keys are rotated and then normalized, unless
-there are exactly 128 experts; every fourth layer sees everything, rotates nothing and scales queries by their position.
-A checkpoint with other numbers would convert and answer nonsense, so it is refused.
+transformers 5.23 `models/llama4`; llama.cpp's `src/models/llama4.cpp`. llama.cpp has no keys for these constants. In
+three of four layers, tokens attend within their chunk of 8192, and queries and keys are rotated and then normalized
+(not normalized with exactly 128 experts). Every fourth layer attends to all tokens, has no rotary embedding and scales
+queries by position. A checkpoint with other constants would convert but answer nonsense, so it is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from granite4v.errors import CheckpointError
 from granite4v.families.hf_fields import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, Fields
 from granite4v.families.text_config import ExpertsConfig, TextConfig, common_metadata, n_text_layers, sizes
 
-# What a text_config may leave out.
+# Defaults of fields that a text_config may leave out.
 LLAMA4_DEFAULTS: dict[str, Any] = {
     "vocab_size": 202048,
     "hidden_size": 5120,
@@ -33,20 +33,20 @@ LLAMA4_DEFAULTS: dict[str, Any] = {
 CHUNK = 8192
 NOPE_EVERY = 4
 ATTENTION_SCALE = 0.1
-WITHOUT_QK_NORM = 128  # experts
+WITHOUT_QK_NORM = 128  # the number of experts with which llama.cpp leaves the QK norm out
 MAX_EXPERTS = 512  # llama.cpp's LLAMA_MAX_EXPERTS
 _BUILT_IN = "which llama.cpp has built in for this model"
 
 
 def llama4_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
-    """Sizes of a `llama4_text`; raises CheckpointError where it is not what llama.cpp computes."""
+    """Reads the sizes of a `llama4_text`. Raises CheckpointError if it differs from what llama.cpp computes."""
     experts = _experts(text)
     _check_attention(text, experts.count)
     if text.flag("attention_bias", False):
         raise text.error("attention_bias", "false; llama.cpp's 'llama4' has no such biases")
     return TextConfig(
         **sizes(text, "intermediate_size_mlp"),
-        rope_pairs=False,  # transformers turns pairs, too
+        rope_pairs=False,  # transformers rotates adjacent pairs, too
         rotary=True,
         attention_bias=False,
         mlp_bias=False,
@@ -78,7 +78,7 @@ def _experts(text: Fields) -> ExpertsConfig:
 
 
 def _step(text: Fields) -> int:
-    """Every how many layers there are experts. `moe_layers`, which may list them, wins, as in transformers."""
+    """Reads the step between layers with experts. A list in `moe_layers` takes precedence, as in transformers."""
     n_layers = n_text_layers(text)
     step = text.integer("interleave_moe_layer_step", 1, n_layers, 1)
     if text.get("moe_layers") is None:
@@ -91,7 +91,7 @@ def _step(text: Fields) -> int:
 
 
 def _check_attention(text: Fields, n_experts: int) -> None:
-    """Raises CheckpointError where attention differs from what llama.cpp has built in."""
+    """Raises CheckpointError if attention differs from the constants hard-coded in llama.cpp."""
     for key, wanted in (("attention_chunk_size", CHUNK), ("floor_scale", CHUNK)):
         if text.integer(key, 1, MAX_POSITIONS, wanted) != wanted:
             raise text.error(key, f"{wanted}, {_BUILT_IN}")

@@ -1,12 +1,12 @@
 """LLaVA-NeXT, including Granite Vision 3.x: SigLIP or CLIP tower, two-layer projector, one stream.
 
 Formats: transformers 5.23 `models/llava_next`, and llama.cpp's `tools/mtmd/legacy-models` and `tools/mtmd/clip.cpp`
-as shipped with llama-cpp-python 0.3.36. The one stream is the decoder's input itself, so a text model that scales
+as shipped with llama-cpp-python 0.3.36. The one stream is the decoder's input embedding, so a text model that scales
 its input embeddings scales it too: transformers and llama.cpp (for a text file without `deepstack_mapping`) agree.
 
-Conventions are resolved here: hidden states count from 0 = input of the first encoder layer; several of them are
-joined in ascending order, since libmtmd knows no other, and the projector's columns are reordered to that; encoder
-layers after the last hidden state that is taken, and the norm after the last layer, are left out.
+Conventions are resolved here: hidden state 0 is the input of the first encoder layer; several hidden states are joined
+in ascending order, the only order that libmtmd supports, and the projector's columns are reordered to match; encoder
+layers after the last hidden state in use, and the norm after the last layer, are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from granite4v.families.towers import (
 )
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
-# What config.json and preprocessor_config.json may leave out (transformers' defaults).
+# Defaults of fields that config.json and preprocessor_config.json may leave out (transformers').
 FEATURE_LAYER = -2
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MAX_STATES = 64
@@ -65,9 +65,10 @@ class LlavaNext:
     def config_from_gguf(self, metadata: GgufMetadata, shapes: Shapes) -> VisionConfig:
         """The configuration from an mmproj file's metadata and tensor shapes; raises ModelFileError.
 
-        Files of llama.cpp's older converter list grids as Hugging Face does, do not give the width of the text model,
-        and have one flag for the tower's activation: whether config.json calls it 'gelu'. For a SigLIP tower, whose
-        config.json names the tanh form, the flag is false; libmtmd then computes quick gelu, we the tanh form.
+        Files of llama.cpp's legacy converter list grids as (height, width), as Hugging Face does, lack the width of the
+        text model, and have a single flag for the tower's activation: whether config.json calls it 'gelu'. For a SigLIP
+        tower, whose config.json names the tanh form, the flag is false; libmtmd then computes quick gelu, we compute
+        the tanh form.
         """
         ours = keys.HIDDEN_ACT in metadata
         kind = CLIP if keys.CLASS_EMBD in shapes else SIGLIP
@@ -80,7 +81,8 @@ class LlavaNext:
             pre_norm=f"{keys.PRE_LN}.weight" in shapes,
             patch_bias=keys.PATCH_EMBD_BIAS in shapes,
         )
-        # a file that names none was made of a checkpoint with -2, without the last layer; libmtmd takes one state less
+        # a file that names no state comes from a checkpoint with -2 and lacks the last layer, so its last state is the
+        # right one; libmtmd takes the state before it
         most = tower.num_hidden_layers
         states = metadata.integers(keys.FEATURE_LAYER, 0, most, [most], max_length=most + 1)
         return VisionConfig(
@@ -93,7 +95,7 @@ class LlavaNext:
         )
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """Names in files of llama.cpp's older converter, which swaps the two layers of a feed-forward network."""
+        """The names in files of llama.cpp's legacy converter, which swaps the two layers of a feed-forward network."""
         names = {}
         if keys.IMAGE_NEWLINE not in shapes and keys.IMAGE_NEWLINE_OLDER in shapes:
             names[keys.IMAGE_NEWLINE] = keys.IMAGE_NEWLINE_OLDER
@@ -108,7 +110,7 @@ class LlavaNext:
         return names
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
-        """The mmproj metadata that `config_from_gguf` reads back, and what else libmtmd's readers look for."""
+        """The mmproj metadata that `config_from_gguf` reads back, plus keys that only libmtmd reads."""
         (stream,) = config.streams
         return {
             keys.PROJECTOR_TYPE: self.projector_type,
@@ -124,25 +126,26 @@ class LlavaNext:
         }
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """Nothing: the one stream is the decoder's input."""
+        """Empty: the one stream is the decoder's input."""
         return {}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one image."""
+        """The stream that transformers' `get_image_features` returned for one image."""
         return {0: output.pooler_output[0]}
 
     def reference_logits_divisor(self, config: Json) -> float:
-        """transformers 5 gives this family a head of its own, which leaves out a Granite decoder's `logits_scaling`.
+        """`logits_scaling` of a Granite decoder, else 1: in transformers 5 this family has its own head, which leaves
+        the division out.
 
-        Such models were trained, published and quantized with it, and llama.cpp divides, so we do. The likeliest token
-        is the same; what is sampled at a temperature is not.
+        The models were trained, published and quantized with the division, and llama.cpp divides, so we do, too. The
+        most likely token is the same either way; sampling at a temperature is not.
         """
         text = text_section(config)
         return logits_scaling(text) if text.get("model_type") == "granite" else 1.0
 
 
 def taken_states(config: Fields, n_layers: int) -> list[int]:
-    """`vision_feature_layer` as hidden states, in the order in which the checkpoint joins them."""
+    """Reads `vision_feature_layer` as hidden states, in the order in which the checkpoint joins them."""
     given = config.get("vision_feature_layer", FEATURE_LAYER)
     indices = [given] if is_integer(given) else given
     if not isinstance(indices, list) or not 0 < len(indices) <= MAX_STATES or not all(map(is_integer, indices)):
@@ -151,7 +154,7 @@ def taken_states(config: Fields, n_layers: int) -> list[int]:
 
 
 def _projected_width(metadata: GgufMetadata, shapes: Shapes) -> int:
-    """The width of the text model: what the projector's last layer makes."""
+    """The width of the text model: the output width of the projector's last layer."""
     name = keys.MLP.format(layer=keys.MLP_SECOND) + ".weight"
     shape = shapes.get(name, ())
     if len(shape) != 2:

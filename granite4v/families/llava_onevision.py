@@ -1,7 +1,8 @@
-"""LLaVA-OneVision: LLaVA-NeXT's image side with a limit on tokens, several images a prompt, and video.
+"""LLaVA-OneVision: LLaVA-NeXT's image side plus a token limit, several images per prompt, and video.
 
-Format: transformers 5.24 `models/llava_onevision`. llama.cpp has no such model: its libmtmd would take the image side
-for LLaVA-NeXT's and give other tokens, so the file names a projector that it does not know, and refuses.
+Format: transformers 5.24 `models/llava_onevision`. llama.cpp does not support this model: libmtmd would treat the image
+side as LLaVA-NeXT's and produce other tokens. So the file names a projector type that libmtmd does not know, and
+libmtmd refuses the file.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from granite4v.families.base import VisionConfig
 from granite4v.families.hf_fields import Fields, Json
 from granite4v.families.llava_next import LlavaNext
 
-# What config.json may leave out (transformers' defaults).
+# Defaults of fields that config.json may leave out (transformers').
 DEFAULTS: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
     "vision_aspect_ratio": "anyres_max_9",
     "image_grid_pinpoints": [[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)],
 }
-VIDEO_POOLING = 2  # `apply_pooling`, where it is no setting
+VIDEO_POOLING = 2  # hard-coded in transformers' `apply_pooling`
 _ASPECT_RATIO = re.compile(r"anyres_max_(\d{1,3})")
 
 
@@ -44,7 +45,7 @@ class LlavaOnevision(LlavaNext):
 
 
 def with_defaults(config: Json) -> dict[str, Any]:
-    """A config.json with what it leaves out, or has as null."""
+    """Fills in the defaults of fields that a config.json leaves out or has as null."""
     return {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
 
 

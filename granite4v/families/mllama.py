@@ -1,12 +1,12 @@
-"""Mllama, which is Llama 3.2 Vision: a tower over all tiles, and decoder layers that attend to what it makes.
+"""Mllama (Llama 3.2 Vision): a tower that attends over all tiles, and decoder layers that cross-attend to its output.
 
 Formats: transformers 5.24 `models/mllama`, and Meta's `llama-models` (`models/llama3/multimodal`), whose rules the
 weights were trained with. Conventions are resolved here: `intermediate_layers_indices` names layers BEFORE which states
-are taken (transformers from 4.46 on takes them after), so they are hidden states already, 0 = input of the first local
-layer; aspect ratios are (height, width) in tiles; rows before the first image get nothing of cross-attention.
+are taken (transformers from 4.46 on takes them after), so the indices are hidden states, 0 = input of the first local
+layer; aspect ratios are (height, width) in tiles; rows before the first image get no cross-attention.
 
-The text file is the decoder without its layers of cross-attention, which is how the model computes texts without
-images; those layers stand in the vision file, under their numbers among all decoder layers.
+The text file is the decoder without its cross-attention layers, which is how the model computes text without images.
+The cross-attention layers are in the vision file, under their indices among all decoder layers.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Mllama:
         )
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """No other converter writes such files."""
+        """Empty: no other converter writes such files."""
         return {}
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -124,11 +124,11 @@ class Mllama:
         }
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """Nothing: the text file is a plain llama."""
+        """Empty: the text file is a plain llama."""
         return {}
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """None: images reach the decoder by cross-attention."""
+        """Empty: images reach the decoder by cross-attention."""
         return {}
 
     def reference_logits_divisor(self, config: Json) -> float:
@@ -136,7 +136,7 @@ class Mllama:
 
 
 def _tower(vision: Fields) -> TiledTowerConfig:
-    """The tower of a vision_config, transformers' defaults filled in; raises CheckpointError."""
+    """Reads the tower of a vision_config, with transformers' defaults. Raises CheckpointError."""
     check_channels(vision)
     eps = vision.number("norm_eps", 0, 1, NORM_EPS)
     if eps != NORM_EPS:
@@ -169,7 +169,7 @@ def _tower(vision: Fields) -> TiledTowerConfig:
 
 
 def aspect_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of every canvas of so many tiles at most, in the order of their ids."""
+    """Lists (height, width) of every canvas of at most `max_tiles` tiles, in the order of their ids."""
     sides = range(1, max_tiles + 1)
     return tuple((h, w) for h in sides for w in sides if h * w <= max_tiles)
 
@@ -194,7 +194,7 @@ def _cross(text: Fields) -> CrossAttentionConfig:
 
 
 def _canvas(preprocessor: Fields, tower: TiledTowerConfig) -> CanvasConfig:
-    """The canvases of a checkpoint; raises CheckpointError when the processor's are not the tower's."""
+    """Reads the canvases of a checkpoint. Raises CheckpointError if those of processor and tower differ."""
     size = preprocessor.section("size", {"height": tower.image_size, "width": tower.image_size})
     if any(size.integer(side, 1, MAX_PIXELS) != tower.image_size for side in ("height", "width")):
         raise preprocessor.error("size", f"height and width {tower.image_size}, which the tower takes")
@@ -232,7 +232,7 @@ def _tower_from_gguf(metadata: GgufMetadata) -> TiledTowerConfig:
 
 
 def _problem(tower: TiledTowerConfig) -> str:
-    """What no such tower can compute, in words; empty when there is nothing wrong."""
+    """Describes the first setting that cannot be computed; empty if there is none."""
     if tower.hidden_size % tower.num_attention_heads:
         return f"a width of {tower.hidden_size} with {tower.num_attention_heads} heads; it must be a multiple of them"
     if tower.grid_side < 1:

@@ -1,4 +1,4 @@
-"""What a family provides, the families there are, and how to find the one a checkpoint or a GGUF file belongs to."""
+"""Defines the interface of a family, lists all families, and finds the family of a checkpoint or GGUF file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from granite4v.ggml.metadata import GgufMetadata
 
 
 class Family(Protocol):
-    """What a family file provides."""
+    """The interface that a family module implements."""
 
     name: str
     hf_model_types: tuple[str, ...]
@@ -34,7 +34,7 @@ class Family(Protocol):
         ...
 
     def gguf_names(self, config: VisionConfig, shapes: Shapes) -> Mapping[str, str]:
-        """Our tensor name -> the file's, for tensors of an mmproj file that other converters name differently."""
+        """Maps our tensor names to the file's, for tensors of an mmproj file that other converters name differently."""
         ...
 
     def vision_metadata(self, config: VisionConfig) -> dict[str, Any]:
@@ -42,15 +42,16 @@ class Family(Protocol):
         ...
 
     def text_metadata(self, config: VisionConfig, n_text_layers: int) -> dict[str, Any]:
-        """The text GGUF's metadata on injection, `{arch}` in the keys."""
+        """The text file's metadata about the injection of streams, with `{arch}` in the keys."""
         ...
 
     def reference_streams(self, output: Any) -> dict[int, Any]:
-        """What transformers' `get_image_features` gave for one image: decoder layer -> packed embeddings (torch)."""
+        """Maps each decoder layer to the packed embeddings (torch) in the output of transformers' `get_image_features`
+        for one image."""
         ...
 
     def reference_logits_divisor(self, config: Json) -> float:
-        """What transformers' logits are to be divided by to be those of the text model in config.json; mostly 1."""
+        """The divisor that turns transformers' logits into those of the text model in config.json; mostly 1."""
         ...
 
 
@@ -58,7 +59,7 @@ FAMILIES: tuple[Family, ...] = (Granite4Vision(), LlavaNext(), LlavaOnevision(),
 
 
 def family_of_checkpoint(config: Json) -> Family:
-    """The family of a Hugging Face config.json; raises CheckpointError when none matches."""
+    """The family of a Hugging Face config.json; raises CheckpointError if none matches."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.hf_model_types:
@@ -71,7 +72,7 @@ def family_of_checkpoint(config: Json) -> Family:
 
 
 def family_of_gguf(metadata: GgufMetadata) -> Family:
-    """The family of an mmproj file's metadata; raises ModelFileError when none matches."""
+    """The family of an mmproj file's metadata; raises ModelFileError if none matches."""
     projector_type = metadata.text(keys.PROJECTOR_TYPE)
     for family in FAMILIES:
         if projector_type == family.projector_type:
@@ -84,11 +85,11 @@ def family_of_gguf(metadata: GgufMetadata) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family of a `VisionConfig.family`."""
+    """The family with the name in `VisionConfig.family`."""
     return next(family for family in FAMILIES if family.name == name)
 
 
 def read_vision(file: GgufFile) -> tuple[Family, VisionConfig]:
-    """The family and the configuration of an opened vision file; raises ModelFileError."""
+    """Reads the family and the configuration of an open vision file; raises ModelFileError."""
     family = family_of_gguf(file)
     return family, family.config_from_gguf(file, {name: info.shape for name, info in file.tensors.items()})

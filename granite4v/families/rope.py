@@ -1,4 +1,4 @@
-"""The rotary embedding of a decoder, from a checkpoint's `text_config`."""
+"""Reads the rotary embedding of a decoder from a checkpoint's `text_config`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Rope:
 
     @classmethod
     def read(cls, text: Fields, head_dim: int) -> Rope:
-        """The rotary embedding of a `text_config`, in today's spelling or an older one; raises CheckpointError."""
+        """Reads the rotary embedding of a `text_config`, in today's field names or the older ones. Raises
+        CheckpointError."""
         old, new = (text.section(key, {}) for key in ("rope_scaling", "rope_parameters"))
         rope = Fields({**old.values, **new.values}, text.file, new.path if new.values else old.path)
         at = rope if "rope_theta" in rope else text
@@ -39,18 +40,19 @@ class Rope:
 
 
 def _llama3_factors(rope: Fields, theta: float, head_dim: int) -> tuple[float, ...]:
-    """What the frequency of each pair is divided by: long waves by `factor`, short ones by 1, a slope between.
+    """The divisor of each pair's frequency: `factor` for long wavelengths, 1 for short ones, interpolated between.
 
-    Without a slope, where both bounds are equal, a wave exactly there is divided by 1. transformers 5.23,
-    `modeling_rope_utils._compute_llama3_parameters`, with its float32: far positions tell frequencies apart whose last
-    bits differ.
+    If both bounds are equal, there is no interpolation, and a wavelength exactly at the bound is divided by 1. Same as
+    transformers 5.23, `modeling_rope_utils._compute_llama3_parameters`, including its float32 rounding: at distant
+    positions, even a difference in the last bit of a frequency matters.
     """
     factor = rope.number("factor", MIN_FACTOR, MAX_FACTOR)
     context = rope.number("original_max_position_embeddings", 0, MAX_FACTOR, positive=True)
     low, high = (rope.number(key, 0, MAX_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
     if low > high:
         raise rope.error("high_freq_factor", f"at least 'low_freq_factor' ({low:g})")
-    shortest, longest = (single(context / bound) if bound else math.inf for bound in (high, low))  # waves on the slope
+    # the range of wavelengths that are interpolated
+    shortest, longest = (single(context / bound) if bound else math.inf for bound in (high, low))
     factors = []
     for i in range(0, head_dim, 2):
         frequency = single(1 / single(theta ** single(i / head_dim)))

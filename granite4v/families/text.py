@@ -1,9 +1,10 @@
-"""Decoder architectures: from a checkpoint's `text_config` to the GGUF architecture that llama.cpp computes.
+"""Maps a checkpoint's `text_config` to the GGUF architecture that llama.cpp computes.
 
-`text_config.py` has what they share, `llama4_text.py` the one with experts.
+`text_config.py` has the code that all decoders share, `llama4_text.py` the decoder with experts.
 
-One `TextArchitecture` for each GGUF architecture. Names and defaults: transformers 5.23 `models/granite*`, `llama`,
-`mistral` and `qwen2`; llama.cpp's `src/models`, `src/llama-arch.cpp` and the `gguf` package.
+There is one `TextArchitecture` per GGUF architecture and way to read its configuration. Names and defaults:
+transformers 5.23 `models/granite*`, `llama`, `mistral` and `qwen2`; llama.cpp's `src/models`, `src/llama-arch.cpp` and
+the `gguf` package.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from granite4v.families.hf_fields import MAX_FACTOR, MAX_POSITIONS, MAX_WIDTH, F
 from granite4v.families.llama4_text import LLAMA4_DEFAULTS, llama4_config, llama4_metadata
 from granite4v.families.text_config import TextArchitecture, TextConfig, common_metadata, n_text_layers, sizes
 
-# What a text_config may leave out, as published checkpoints do, by its model_type.
+# Defaults of fields that a text_config may leave out, as published checkpoints do, by its model_type.
 _LLAMA_DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -63,18 +64,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-# The text model of a config.json that does not name it, by the whole's `model_type`.
+# model_type of the text model, by the outer `model_type`, for a config.json whose text_config names none.
 UNNAMED = {"llava_next": "llama", "mllama": "mllama_text_model", "llava_onevision": "qwen2", "llama4": "llama4_text"}
 MLLAMA_EMBEDDING_ROWS = 8  # beyond the vocabulary: transformers 5.24, `MllamaTextModel.embed_tokens`
 TIED_BY_EITHER = ("llava_onevision",)
-# Fields that a granitemoehybrid has and a granite has not.
+# Fields that granitemoehybrid has and granite lacks.
 _HYBRID_FIELDS = ("shared_intermediate_size", "layer_types", "layers_block_type")
 
 
 def text_section(config: Json) -> Fields:
-    """The `text_config` of a config.json with what it leaves out filled in, `model_type` included.
+    """The `text_config` of a config.json with defaults filled in, including `model_type`.
 
-    Raises CheckpointError without one.
+    Raises CheckpointError if there is none.
     """
     given = Fields(config).section("text_config")
     model_type = given.get("model_type")
@@ -89,7 +90,7 @@ def text_section(config: Json) -> Fields:
 
 
 def text_architecture(text: Fields) -> TextArchitecture:
-    """The architecture of a `text_config`; raises CheckpointError when none is known."""
+    """The architecture of a `text_config`; raises CheckpointError if none is known."""
     model_type = text.get("model_type")
     for architecture in ARCHITECTURES:
         if model_type in architecture.hf_model_types:
@@ -102,9 +103,9 @@ def text_architecture(text: Fields) -> TextArchitecture:
 
 
 def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
-    """Sizes of a `granite`, or of a `granitemoehybrid` whose layers are all attention and dense.
+    """Reads the sizes of a `granite`, or of a `granitemoehybrid` whose layers are all dense attention layers.
 
-    Whether gate and up are fused is a fact of the checkpoint: see its tensor names.
+    Only the checkpoint's tensor names show whether gate and up projections are fused.
     """
     hybrid = text.get("model_type") == "granitemoehybrid"
     names = list(tensor_names)
@@ -113,7 +114,7 @@ def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
     bias = text.flag("attention_bias", False)
     return TextConfig(
         **sizes(text, "shared_intermediate_size" if hybrid else "intermediate_size"),
-        # granitemoehybrid turns the rotary embedding on by name; granite always has it
+        # granitemoehybrid has a rotary embedding only if position_embedding_type is 'rope'; granite always has one
         rotary=not hybrid or text.get("position_embedding_type") == "rope",
         attention_bias=bias,
         output_bias=bias,
@@ -125,22 +126,22 @@ def _granite_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
 def _granite_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return {
         **common_metadata(config),
-        # llama.cpp divides the logits by logit_scale and multiplies by the others, as transformers does
+        # as in transformers, llama.cpp divides the logits by logit_scale and multiplies by the other scales
         keys.ATTENTION_SCALE: text.number("attention_multiplier", 0, MAX_FACTOR, 1.0),
         keys.EMBEDDING_SCALE: text.number("embedding_multiplier", 0, MAX_FACTOR, 1.0),
         keys.RESIDUAL_SCALE: text.number("residual_multiplier", 0, MAX_FACTOR, 1.0),
         keys.LOGIT_SCALE: logits_scaling(text),
-        # granite uses this key as the switch of the rotary embedding
+        # llama.cpp's granite uses this key to turn the rotary embedding on or off
         keys.ROPE_SCALING_FINETUNED: config.rotary,
     }
 
 
 def logits_scaling(text: Fields) -> float:
-    """What a granite divides its logits by."""
+    """The divisor of a granite's logits."""
     return text.number("logits_scaling", 0, MAX_FACTOR, 1.0, positive=True)
 
 
-# --- llama, which mistral is too, and qwen2 ---
+# --- llama (also mistral) and qwen2 ---
 
 
 def _llama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
@@ -149,7 +150,8 @@ def _llama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
 
 
 def _mllama_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
-    """The layers of self-attention, which alone are a llama; the embedding has rows for image tokens, the head none."""
+    """Reads the self-attention layers, which by themselves are a llama. The embedding has extra rows for image tokens,
+    the output head has none."""
     cross = cross_attention_layers(text)
     own = tuple(i for i in range(n_text_layers(text)) if i not in cross)
     if not own:
@@ -167,7 +169,8 @@ def cross_attention_layers(text: Fields) -> tuple[int, ...]:
 
 
 def _qwen2_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
-    """Query, key and value always have a bias, the output never; the rotary embedding turns halves."""
+    """Reads the sizes of a qwen2: query, key and value always have a bias, the output never, and the rotary embedding
+    rotates the two halves of a head."""
     window = _window(text) if text.flag("use_sliding_window", False) else None
     config = _plain_config(text, window, bias=True, output_bias=False, rope_pairs=False)
     if config.rope_factors is not None:
@@ -178,14 +181,15 @@ def _qwen2_config(text: Fields, tensor_names: Iterable[str]) -> TextConfig:
 
 
 def _window(text: Fields) -> int | None:
-    """How many tokens each one sees; None for all."""
+    """The number of tokens that each token attends to; None for all."""
     return text.integer("sliding_window", 1, MAX_POSITIONS) if text.get("sliding_window") else None
 
 
 def _plain_config(
     text: Fields, window: int | None, *, bias: bool, output_bias: bool, rope_pairs: bool = True
 ) -> TextConfig:
-    """`window`: each token sees so many. llama.cpp's architectures see all, so the context ends where that differs."""
+    """Reads the sizes of a plain decoder. `window`: the number of tokens that each token attends to. In llama.cpp's
+    architectures a token attends to all, so the context is limited to the window."""
     found = sizes(text, "intermediate_size")
     if window:
         found["max_position_embeddings"] = min(found["max_position_embeddings"], window)
@@ -203,13 +207,13 @@ def _plain_metadata(config: TextConfig, text: Fields) -> dict[str, Any]:
     return common_metadata(config)
 
 
-# --- what config.json says beside the sizes ---
+# --- what config.json says in addition to the sizes ---
 
 
 def is_tied(config: Json, text: Fields) -> bool:
-    """Whether config.json says that the output head is the token embedding.
+    """Whether config.json ties the output head to the token embedding.
 
-    The outer configuration decides, as in transformers, then text_config; for some types either may say so.
+    As in transformers, the outer configuration takes precedence over text_config; for some types either suffices.
     """
     inner = text.flag("tie_word_embeddings", False)
     outer = Fields(config).flag("tie_word_embeddings", inner)
@@ -219,8 +223,8 @@ def is_tied(config: Json, text: Fields) -> bool:
 def _check_dense_attention(text: Fields, tensor_names: Collection[str]) -> None:
     """Raises CheckpointError for layers that are not attention, and for experts.
 
-    What the configuration leaves out, the tensors show: transformers' defaults (eight experts, no attention) are
-    those of another model than one that has neither.
+    Tensor names replace missing fields: transformers' defaults (eight experts, no attention layers) describe another
+    model than a checkpoint that leaves the fields out and has neither Mamba layers nor experts.
     """
     name = "layer_types" if "layer_types" in text else "layers_block_type"
     layers = text.get(name)

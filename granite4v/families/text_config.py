@@ -1,4 +1,4 @@
-"""What every decoder architecture has in its configuration: sizes, and the GGUF keys that hold them."""
+"""The configuration that every decoder architecture has: its sizes, and the GGUF keys that hold them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from granite4v.families.rope import Rope
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Feed-forward networks of which a router chooses some for each token, beside one that every token passes.
+    """A mixture of experts: a router chooses `used` of `count` feed-forward networks for each token, in addition to a
+    shared expert.
 
-    `every`: of the layers, every so many have them, counted from the first; the others have one dense network.
-    `intermediate_size`: of each, the shared one too.
+    `every`: the step between layers with experts; with 2, layers 1, 3, 5, ... have them. The other layers have one
+    dense network. `intermediate_size`: of each expert, including the shared one.
     """
 
     count: int
@@ -26,21 +27,21 @@ class ExpertsConfig:
     intermediate_size: int
 
     def at(self, layer: int) -> bool:
-        """Whether this layer has them."""
+        """Whether this layer has experts."""
         return (layer + 1) % self.every == 0
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The sizes of a decoder, read from `text_config` once, defaults filled in.
+    """The sizes of a decoder, read from `text_config` once, with defaults filled in.
 
-    `rope_linear_factor`, `rope_factors`: positions divided by one number, or the frequency of each pair by its own.
-    `rope_pairs`: the rotary embedding of this GGUF architecture turns neighbouring rows, where transformers turns the
-    halves of a head.
-    `attention_bias` is that of query, key and value.
-    `layers`: the checkpoint's numbers of the layers, where others stand between them; they are not counted in
-    `num_hidden_layers`. `embedding_rows`: rows of the checkpoint's token embedding beyond the vocabulary, which are
-    left out. `experts`: what some layers have instead of one feed-forward network.
+    `rope_linear_factor`: a divisor of all positions. `rope_factors`: a divisor for the frequency of each pair.
+    `rope_pairs`: the rotary embedding of this GGUF architecture rotates pairs of adjacent rows, while transformers
+    rotates the two halves of a head.
+    `attention_bias`: query, key and value have a bias.
+    `layers`: the checkpoint's indices of these layers if there are other layers between them, which
+    `num_hidden_layers` does not count. `embedding_rows`: rows of the checkpoint's token embedding beyond the
+    vocabulary, which are left out. `experts`: replace the single feed-forward network in some layers.
     """
 
     vocab_size: int
@@ -67,13 +68,14 @@ class TextConfig:
 
     @property
     def n_gqa(self) -> int:
-        """Query heads for each key-value head."""
+        """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """`arch`: the GGUF architecture. `metadata` gives values by key, `{arch}` in the keys."""
+    """One GGUF architecture, `arch`, and how to read and write it. `config` reads a text_config, given the checkpoint's
+    tensor names. `metadata` returns GGUF values by key, with `{arch}` in the keys."""
 
     arch: str
     hf_model_types: tuple[str, ...]
@@ -82,7 +84,8 @@ class TextArchitecture:
 
 
 def sizes(text: Fields, ffn: str) -> dict[str, Any]:
-    """The fields of a TextConfig that every architecture reads alike. `ffn`: what its feed-forward width is called."""
+    """Reads the fields of a TextConfig that all architectures share. `ffn`: the name of the feed-forward width. Raises
+    CheckpointError."""
     if text.get("hidden_act", "silu") not in ("silu", "swish"):
         raise text.error("hidden_act", "'silu', which this architecture computes")
     heads = text.integer("num_attention_heads", 1, MAX_HEADS)

@@ -1,7 +1,7 @@
-"""Vision towers in config.json and GGUF: SigLIP and CLIP, which differ in four ways.
+"""Reads and writes vision towers in config.json and GGUF: SigLIP and CLIP, which differ in four ways.
 
-CLIP has a class token, a LayerNorm before its layers, no bias at its patches, and other defaults. Which values a
-config.json leaves out is transformers 5.23's `models/siglip` and `models/clip` (a test compares them).
+CLIP has a class token, a LayerNorm before its layers, no bias in patch embedding, and other defaults. The defaults are
+those of transformers 5.23's `models/siglip` and `models/clip` (a test compares them).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ N_CHANNELS = 3
 
 @dataclass(frozen=True)
 class TowerKind:
-    """One kind of tower. `defaults`: what its vision_config may leave out."""
+    """One kind of tower. `defaults`: values of the fields that its vision_config may leave out."""
 
     hf_model_type: str
     class_token: bool
@@ -66,7 +66,7 @@ KINDS = (SIGLIP, CLIP)
 
 
 def tower_kind(vision: Fields) -> TowerKind:
-    """The kind that a vision_config names; raises CheckpointError for one that is not known."""
+    """The kind that a vision_config names; raises CheckpointError for an unknown kind."""
     model_type = vision.get("model_type")
     for kind in KINDS:
         if kind.hf_model_type == model_type:
@@ -76,7 +76,7 @@ def tower_kind(vision: Fields) -> TowerKind:
 
 
 def tower_from_hf(vision: Fields, kind: TowerKind) -> TowerConfig:
-    """The tower of a vision_config, defaults filled in; raises CheckpointError."""
+    """Reads the tower of a vision_config, with defaults filled in. Raises CheckpointError."""
     default = dict(kind.defaults)
 
     def size(key: str, high: int) -> int:
@@ -103,15 +103,15 @@ def tower_from_hf(vision: Fields, kind: TowerKind) -> TowerConfig:
 
 
 def check_channels(vision: Fields) -> None:
-    """Raises CheckpointError unless a vision_config takes RGB images."""
+    """Raises CheckpointError unless the tower takes RGB images."""
     if vision.integer("num_channels", 1, MAX_WIDTH, N_CHANNELS) != N_CHANNELS:
         raise vision.error("num_channels", f"{N_CHANNELS}, the channels of an RGB image")
 
 
 def check_strategy(config: Fields, tower: TowerConfig) -> None:
-    """Raises CheckpointError unless `vision_feature_select_strategy` leaves the patches and nothing else.
+    """Raises CheckpointError unless `vision_feature_select_strategy` keeps exactly the patches.
 
-    `default` drops the first position and `full` keeps all; only the patches fit the grid that is unpadded.
+    `default` drops the first position, `full` keeps all; only the patches fit the grid that is unpadded.
     """
     strategy = config.text("vision_feature_select_strategy", "default", ("default", "full"))
     if tower.class_token and strategy == "full":
@@ -128,7 +128,8 @@ def check_strategy(config: Fields, tower: TowerConfig) -> None:
 
 
 def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) -> TowerConfig:
-    """The tower of a vision file; `hidden_act`: for files without our key. Raises ModelFileError."""
+    """Reads the tower of a vision file. `hidden_act`: the activation of files without our key. Raises
+    ModelFileError."""
     tower = TowerConfig(
         **sizes_from_gguf(metadata),
         hidden_act=metadata.text(keys.HIDDEN_ACT, hidden_act, ACTIVATIONS),
@@ -144,7 +145,7 @@ def tower_from_gguf(metadata: GgufMetadata, kind: TowerKind, hidden_act: str) ->
 
 
 def sizes_from_gguf(metadata: GgufMetadata) -> dict[str, Any]:
-    """The fields that every tower's configuration has, from a vision file; raises ModelFileError."""
+    """Reads the fields that all tower configurations share from a vision file. Raises ModelFileError."""
     return {
         "hidden_size": metadata.integer(keys.VISION_EMBEDDING_LENGTH, 1, MAX_WIDTH),
         "intermediate_size": metadata.integer(keys.VISION_FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
@@ -156,7 +157,7 @@ def sizes_from_gguf(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def sizes_metadata(tower: TowerConfig | TiledTowerConfig) -> dict[str, Any]:
-    """What `sizes_from_gguf` reads back, and what llama.cpp reads of every tower."""
+    """The metadata that `sizes_from_gguf` reads back, plus what llama.cpp reads for every tower."""
     return {
         keys.HAS_VISION_ENCODER: True,
         keys.IMAGE_SIZE: tower.image_size,
@@ -170,16 +171,16 @@ def sizes_metadata(tower: TowerConfig | TiledTowerConfig) -> dict[str, Any]:
 
 
 def tower_metadata(tower: TowerConfig) -> dict[str, Any]:
-    """What `tower_from_gguf` reads back."""
+    """The metadata that `tower_from_gguf` reads back, plus libmtmd's flag for the activation."""
     return {
         **sizes_metadata(tower),
-        keys.USE_GELU: tower.hidden_act != "quick_gelu",  # libmtmd's other choice
+        keys.USE_GELU: tower.hidden_act != "quick_gelu",  # libmtmd computes quick gelu without the flag
         keys.HIDDEN_ACT: tower.hidden_act,
     }
 
 
 def _problem(tower: TowerConfig) -> str:
-    """What no tower can compute, in words; empty when there is nothing wrong."""
+    """Describes the first setting that cannot be computed; empty if there is none."""
     if tower.hidden_size <= 0 or tower.num_attention_heads <= 0 or tower.hidden_size % tower.num_attention_heads:
         return f"a width of {tower.hidden_size} with {tower.num_attention_heads} heads; it must be a multiple of them"
     if tower.patch_size <= 0 or tower.grid_side <= 0:

@@ -1,7 +1,7 @@
-"""How the tensors of a vision file are stored: which of them are matrices, and which widths are filled up with zeros.
+"""Decides how the tensors of a vision file are stored: which are matrices, and which widths are padded with zeros.
 
-For the converter, which writes files, and for the encoder, which can quantize a file's matrices in memory. Shapes are
-NumPy's order.
+Used by the converter, which writes files, and by the encoder, which can quantize a file's matrices in memory. Shapes
+are in NumPy's order.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from granite4v.ggml.types import block_size
 
 Shape = tuple[int, ...]
 
-BLOCK = 32  # elements in the smallest quantized block; a width that is a multiple never falls back to F16
+BLOCK = 32  # elements of the smallest quantized block; a width that is a multiple of it never falls back to F16
 
 
 def tensor_kind(name: str, shape: Shape) -> str:
-    """'patch', 'vector' (norms, positions and queries too: they are only added), or 'matrix'."""
+    """Returns 'patch', 'vector' or 'matrix'. Vectors include norms, positions and queries, which are never multiplied
+    as matrices."""
     if name == keys.PATCH_EMBD_WEIGHT:
         return "patch"
     return "vector" if len(shape) < 2 or not name.endswith(".weight") or name == keys.POSITION_EMBD else "matrix"
 
 
 def padded_width(width: int, block: int) -> int:
-    """The next multiple of a block."""
+    """Rounds a width up to a multiple of the block size."""
     return -(-width // block) * block
 
 
 def ffn_block(type_name: str) -> int:
-    """Feed-forward widths become a multiple of this, where matrices get this type."""
+    """The multiple to which feed-forward widths are padded if matrices get this type."""
     return max(BLOCK, block_size(type_name))
 
 
 def ffn_padded(name: str, shape: Shape, block: int) -> Shape:
-    """The shape with a feed-forward width that is a multiple of `block`.
+    """Pads the feed-forward width of a shape to a multiple of `block`; returns other shapes unchanged.
 
-    The first matrix and its bias get rows of zeros, and act(0) = 0 meets the second one's columns of zeros, so the
+    The first matrix and its bias get rows of zeros. Since act(0) = 0, and the second matrix gets columns of zeros, the
     result is exactly the same.
     """
-    if name.startswith(keys.CROSS_PREFIX):  # a decoder's layer: its gate is not padded
+    if name.startswith(keys.CROSS_PREFIX):  # a decoder layer, whose gate matrix would not be padded
         return shape
     part, _, suffix = name.rpartition(".")
     if part.endswith(".ffn_up"):
@@ -48,10 +49,10 @@ def ffn_padded(name: str, shape: Shape, block: int) -> Shape:
 
 
 def row_padded(shape: Shape, type_name: str) -> Shape:
-    """The shape in which a tensor is stored in this type: in K-quants, rows are filled up with zeros to whole blocks.
+    """The stored shape of a tensor of this type: for K-quants, rows are padded with zeros to whole blocks.
 
-    The tower's width, 1152 in so400m, is no multiple of 256. Our runtime multiplies such rows with activations that it
-    fills up alike; llama.cpp's libmtmd takes rows of the model's width only.
+    The tower's width, 1152 in so400m, is no multiple of 256. Our runtime pads the activations in the same way;
+    llama.cpp's libmtmd accepts only rows of the model's width.
     """
     block = block_size(type_name)
     return (*shape[:-1], padded_width(shape[-1], block)) if block > BLOCK else shape

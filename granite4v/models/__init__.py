@@ -1,6 +1,6 @@
-"""Models by name: what the Hugging Face hub has, and the folder that models are kept in.
+"""Models by name: downloads from the Hugging Face hub, and the folder that models are kept in.
 
-What is in the folder is found without huggingface_hub and without a connection; only `pull` needs both.
+Models in the folder are found without huggingface_hub and without a connection; only `pull` needs both.
 """
 
 from __future__ import annotations

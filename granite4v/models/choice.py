@@ -1,6 +1,6 @@
-"""Which files of a repository make up the model that was asked for: GGUF files by their names, or a checkpoint.
+"""Chooses the files of a repository that make up the requested model: GGUF files by name, or a checkpoint.
 
-File names only choose what is downloaded; what a file is, its metadata say afterwards. Names that are met:
+File names only decide what to download; afterwards the metadata of each file say what it is. Names found in practice:
 
     granite-vision-4.1-4b-Q4_K_M.gguf    mmproj-model-f16.gguf           a publisher's pair
     text-Q4_K_M.gguf                     mmproj-F16.gguf                 made by 'granite4v convert'
@@ -19,7 +19,7 @@ from granite4v.models.names import HubName, preferred
 from granite4v.models.repository import HubFile, Repository
 
 VISION_ORDER = ("F16", "BF16", "Q8_0", "F32")
-_NO_TEXT = ("mmproj", "imatrix", "lora", "mtp-", "eagle3", "dflash", "draft")  # in names of what is not a text model
+_NO_TEXT = ("mmproj", "imatrix", "lora", "mtp-", "eagle3", "dflash", "draft")  # in file names: not a text model
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*|NVFP4))$", re.IGNORECASE)
 _CHECKPOINT = re.compile(r"[^/]+\.(?:json|jinja|safetensors)")
@@ -27,7 +27,7 @@ _CHECKPOINT = re.compile(r"[^/]+\.(?:json|jinja|safetensors)")
 
 @dataclass(frozen=True)
 class Choice:
-    """The files of one model. `variant` names it within its repository; `is_checkpoint`: it has to be converted."""
+    """The files of one model. `variant` names it within its repository; `is_checkpoint`: it must be converted."""
 
     variant: str
     files: tuple[HubFile, ...]
@@ -39,9 +39,9 @@ class Choice:
 
 
 def choose(repository: Repository, name: HubName, default_type: str) -> Choice:
-    """The model that `name` means in its repository. Raises HubError, which lists what there is.
+    """Chooses the model that `name` means in its repository. Raises HubError if there is none, or no single one.
 
-    `default_type`: the text type of a checkpoint's conversion, where the name has none.
+    `default_type`: the text type that a checkpoint is converted to if `name` has no variant.
     """
     texts = text_models(repository.files)
     if texts:
@@ -55,7 +55,8 @@ def choose(repository: Repository, name: HubName, default_type: str) -> Choice:
 
 
 def text_models(files: Iterable[HubFile]) -> dict[str, list[list[HubFile]]]:
-    """Text models by quantization (a file's stem where its name has none); each is a file, or all parts of one."""
+    """Groups text models by quantization (by file stem if the name has none). Each model is one file, or all parts of
+    a split file; incomplete split files are left out."""
     parts: dict[str, list[HubFile]] = {}
     for file in files:
         if file.path.endswith(".gguf") and not any(mark in file.name.lower() for mark in _NO_TEXT):
@@ -71,7 +72,7 @@ def text_models(files: Iterable[HubFile]) -> dict[str, list[list[HubFile]]]:
 
 
 def quantization(stem: str) -> str | None:
-    """The quantization at the end of a file's name, in capitals: 'mmproj-model-f16' gives F16."""
+    """The quantization at the end of a file name, in capitals: 'mmproj-model-f16' gives F16; None if there is none."""
     match = _QUANTIZATION.search(stem)
     return match[1].upper() if match else None
 
@@ -81,7 +82,7 @@ def _pair(repository: Repository, name: HubName, texts: dict[str, list[list[HubF
         named = [(variant, files) for variant, models in texts.items() for files in models if _has(files, name.variant)]
         if not named:
             raise HubError(f"'{name.repository}' has no text model '{name.variant}'; it has: {_listed(texts)}.")
-        # the file's own name, so that two files of one quantization get folders of their own
+        # the file name as the variant, so that two files of one quantization get different folders
         variant, files = (str(name.variant), named[0][1])
     else:
         by_upper = {variant.upper(): variant for variant in texts}
@@ -113,7 +114,8 @@ def _listed(texts: dict[str, list[list[HubFile]]]) -> str:
 
 
 def _companion(found: list[HubFile], text: HubFile) -> list[HubFile]:
-    """The vision file (or adapter) for a text model: one in its folder rather than elsewhere, F16 before others."""
+    """Picks the vision file (or adapter) for a text model: first one in the same folder, then by VISION_ORDER, then
+    the smallest. Returns a list of one file, or an empty one."""
 
     def order(file: HubFile) -> tuple[bool, int, int]:
         kind = quantization(file.name.removesuffix(".gguf"))

@@ -1,7 +1,7 @@
-"""The models folder: one directory a model, complete or absent, each with a manifest of where it came from.
+"""The models folder: one directory per model, complete or absent, each with a manifest of where it came from.
 
     <models>/ibm-granite--granite-vision-4.1-4b-GGUF--Q4_K_M/    granite4v-model.json, *.gguf
-    <models>/.downloads/ibm-granite--granite-vision-4.1-4b-GGUF/ what is being downloaded, by checksum (see `pull`)
+    <models>/.downloads/ibm-granite--granite-vision-4.1-4b-GGUF/ downloads in progress, by checksum (see `pull`)
 
 GRANITE4V_MODELS names the folder; by default it is in the user's data folder.
 """
@@ -29,7 +29,7 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of a model. `sha256`: what the hub said, and was checked; None for files made here."""
+    """A file of a model. `sha256`: the hub's checksum, which was verified; None for converted files."""
 
     name: str
     n_bytes: int
@@ -38,7 +38,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a model in the folder. `pulled`: seconds since the epoch."""
+    """Origin and files of a model in the folder. `pulled`: when, in seconds since the epoch."""
 
     repository: str
     commit: str
@@ -67,29 +67,29 @@ class Installed:
 
 
 def models_folder() -> Path:
-    """GRANITE4V_MODELS, or a folder for this user's data. It need not exist."""
+    """GRANITE4V_MODELS, or a folder in this user's data folder. It need not exist."""
     named = os.environ.get("GRANITE4V_MODELS")
     if named:
         return Path(named).absolute()
     try:
         return Path(platformdirs.user_data_dir("granite4v")) / "models"
-    except RuntimeError:  # no home: containers and services
+    except RuntimeError:  # no home, as in containers and services
         return cache_folder() / "models"
 
 
 def installed(folder: Path | None = None) -> list[Installed]:
-    """All complete models, by name. What is damaged or was not made here is left out."""
+    """All complete models, sorted by name. Skips directories that are damaged or were not made by `pull`."""
     folder = folder or models_folder()
     try:
         paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError:  # not there yet, or not ours to read
+    except OSError:  # missing, or not readable
         return []
     found = [model for path in sorted(paths) if (model := read(path)) is not None]
     return sorted(found, key=lambda model: str(model.name))
 
 
 def read(path: Path) -> Installed | None:
-    """The model in one directory; None unless every file of its manifest is there with its size."""
+    """Reads the model in one directory; None unless its manifest is valid and every file in it exists with its size."""
     try:
         status = (path / MANIFEST).stat()
         if status.st_size > MAX_MANIFEST_BYTES:
@@ -109,7 +109,8 @@ def read(path: Path) -> Installed | None:
 
 
 def find(name: HubName, folder: Path | None = None) -> Installed | None:
-    """The installed model that a name means: its variant, or the preferred one where it names none."""
+    """Finds the installed model that a name means: its variant, or the preferred one if it names none; None if there
+    is no such model."""
     found = {model.manifest.variant: model for model in installed(folder) if model.name.repository == name.repository}
     if name.variant is not None:
         return next((model for variant, model in found.items() if variant.upper() == name.variant.upper()), None)
@@ -117,35 +118,35 @@ def find(name: HubName, folder: Path | None = None) -> Installed | None:
 
 
 def mark_used(model: Installed) -> None:
-    """Remembers that a model was used just now, where the folder can be written."""
+    """Records that a model was used just now, if the folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(model.path / MANIFEST)
 
 
 def remove(model: Installed) -> int:
-    """Removes a model, at once and completely for others. Returns how many bytes that frees. Raises OutputError."""
+    """Removes a model; other processes never see it incomplete. Returns the number of bytes freed. Raises
+    OutputError."""
     if model.path.is_symlink():
         raise OutputError(f"'{model.path}' is a link, not a model in the models folder; remove it by hand.")
     with disk_errors(model.path):
-        # files that another model has as well (see `pull`) free nothing
+        # files that are hard-linked into another model (see `pull`) free nothing
         freed = folder_bytes(model.path)
         discard(model.path)
     return freed
 
 
 def discard(path: Path) -> None:
-    """Removes a directory of the models folder, which loses its name before the first of its files goes. Raises
-    OSError."""
+    """Removes a directory of the models folder: renames it first, then deletes its files. Raises OSError."""
     shutil.rmtree(_set_aside(path))
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Gives a complete directory its name, in place of an earlier one. Raises OSError."""
+    """Renames a complete directory to `path`, and replaces an earlier one. Raises OSError."""
     earlier = _set_aside(path) if path.exists() else None
     new.rename(path)
     sync_folder(path.parent)
     if earlier is not None:
-        shutil.rmtree(earlier, ignore_errors=True)  # `remove_leftovers` does it otherwise
+        shutil.rmtree(earlier, ignore_errors=True)  # if that fails, `remove_leftovers` does it later
 
 
 def _set_aside(path: Path) -> Path:
@@ -153,18 +154,18 @@ def _set_aside(path: Path) -> Path:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes what processes that were killed in `discard` left of a model."""
+    """Removes renamed directories of a model that `discard` or `put_in_place` left when their process was killed."""
     for trash in target.parent.glob(f"{PARTIAL_PREFIX}*-{target.name}"):
         shutil.rmtree(trash, ignore_errors=True)
 
 
 def downloads_folder(name: HubName) -> Path:
-    """Where a repository's downloads are kept until they are complete."""
+    """The folder that keeps a repository's downloads until its model is in place."""
     return models_folder() / DOWNLOADS / name.folder_prefix
 
 
 def incomplete() -> dict[str, int]:
-    """What interrupted pulls left: repositories, and how many bytes of each are there."""
+    """Leftovers of interrupted pulls: {repository: bytes on disk}."""
     try:
         paths = sorted(path for path in (models_folder() / DOWNLOADS).iterdir() if path.is_dir())
     except OSError:
@@ -174,13 +175,13 @@ def incomplete() -> dict[str, int]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The bytes of files that no other name holds. Raises OSError."""
+    """Total bytes of the files in a folder that have no other hard link. Raises OSError."""
     statuses = [path.lstat() for path in folder.rglob("*") if not path.is_dir()]
     return sum(status.st_size for status in statuses if status.st_nlink == 1)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Makes a directory a model. Raises OutputError."""
+    """Writes the manifest, which makes a directory a model. Raises OutputError."""
     with disk_errors(path):
         write_bytes(path / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 

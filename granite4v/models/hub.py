@@ -1,8 +1,8 @@
-"""What the Hugging Face hub says about a repository, and downloads that go on where they stopped.
+"""Lists repositories of the Hugging Face hub, and downloads their files; interrupted downloads are resumed.
 
-huggingface_hub knows the endpoint, the token, proxies, and whether it may go online (HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_OFFLINE). It does not continue a file that an earlier process began (as of 2.4 it removes such files), so that
-part is done here, with its HTTP session.
+huggingface_hub handles the endpoint, the token, proxies and offline mode (HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_OFFLINE). It does not resume a file that an earlier process began (as of 2.4 it removes such files), so that is
+done here, with its HTTP session.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from granite4v.models.repository import HubFile, Repository
 from granite4v.paths import disk_errors
 
 PIECE_BYTES = 1 << 18
-WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts that brought nothing
+WAITS_S = (0.5, 1.0, 2.0, 4.0)  # waits after consecutive attempts without progress
 MAX_RETRY_AFTER_S = 20.0
-_KEY = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256, or SHA-1 of git
-_PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt
+_KEY = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256, or git's SHA-1
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth a retry
 
 
 class _PassingError(HubError):
-    """A failure that may be gone at the next attempt. `wait_s`: what the server asked for."""
+    """A failure that is worth a retry. `wait_s`: how long the server asked to wait."""
 
     wait_s: float | None = None
 
@@ -47,7 +47,7 @@ def endpoint() -> str:
 
 
 def list_repository(name: str, revision: str | None = None) -> Repository:
-    """The files of a repository at a branch, tag or commit ('main' by default). Raises HubError."""
+    """Lists the files of a repository at a branch, tag or commit ('main' by default). Raises HubError."""
     info = _attempt(
         lambda: HfApi().model_info(
             name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -64,8 +64,8 @@ def list_repository(name: str, revision: str | None = None) -> Repository:
 
 
 def _hub_file(sibling: Any) -> HubFile | None:
-    """A file of a listing; None for one without what downloads need. Names and checksums become names of files here,
-    and a mirror may be anybody's."""
+    """Converts an entry of a listing; None if it lacks what a download needs. Names and checksums become local file
+    names, and a mirror is not trusted, so they are checked."""
     path, n_bytes, sha256 = sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None
     file = HubFile(path, n_bytes, sha256, sibling.blob_id)
     is_known = isinstance(n_bytes, int) and n_bytes >= 0 and isinstance(file.key, str)
@@ -73,10 +73,11 @@ def _hub_file(sibling: Any) -> HubFile | None:
 
 
 def download(repository: Repository, file: HubFile, path: Path, advance: Callable[[int], None]) -> None:
-    """Downloads a file to `path`, after the bytes that are there from an earlier attempt.
+    """Downloads a file to `path`, and resumes after the bytes that an earlier attempt left there.
 
-    `advance` gets the number of bytes of each piece; a negative one when the server begins anew. Transfers that break
-    off are continued; raises HubError when nothing more comes, OutputError for the disk. What came stays in `path`.
+    `advance` gets the number of bytes of each piece, and a negative number when the server restarts from the beginning.
+    Interrupted transfers are resumed. Raises HubError when nothing more arrives, OutputError for disk errors. Received
+    bytes stay in `path`.
     """
     url = hf_hub_url(repository.name, file.path, revision=repository.commit)
     waits = list(WAITS_S)
@@ -91,11 +92,12 @@ def download(repository: Repository, file: HubFile, path: Path, advance: Callabl
                         advance(-have)
                         continue
                     target.write(piece)
-                    target.flush()  # what is downloaded outlives this process
+                    target.flush()  # keeps the bytes if this process is killed
                     advance(len(piece))
-                    if target.tell() > furthest:  # not where a server begins anew each time, and breaks off each time
+                    # only new bytes reset the waits: a server that always restarts and breaks off makes no progress
+                    if target.tell() > furthest:
                         furthest, waits = target.tell(), list(WAITS_S)
-                    if target.tell() >= file.n_bytes:  # more than that is noticed by the checksum
+                    if target.tell() >= file.n_bytes:  # the checksum detects excess bytes
                         break
                 if target.tell() <= have:
                     raise _PassingError(f"{constants.ENDPOINT} sent nothing of '{file.path}'; try again later.")
@@ -108,7 +110,7 @@ def _attempt(ask: Callable[[], Any], name: str, revision: str | None) -> Any:
     while True:
         try:
             return ask()
-        except Exception as error:  # what its transport raises is another library's, and changes with its version
+        except Exception as error:  # huggingface_hub's HTTP library decides what it raises, which changes with versions
             said = _as_hub_error(error, name, revision)
             if not isinstance(said, _PassingError):
                 raise said from None
@@ -116,14 +118,16 @@ def _attempt(ask: Callable[[], Any], name: str, revision: str | None) -> Any:
 
 
 def _wait(waits: list[float], error: _PassingError) -> None:
-    """Waits for the next attempt. Raises the error after the last one, or when the server wants us to wait long."""
+    """Waits before the next attempt. Raises HubError after the last one, or if the server asks to wait longer than
+    MAX_RETRY_AFTER_S."""
     if not waits or (error.wait_s or 0) > MAX_RETRY_AFTER_S:
         raise HubError(str(error)) from None
     time.sleep(max(waits.pop(0), error.wait_s or 0))
 
 
 def _pieces(url: str, start: int, name: str) -> Iterator[bytes | None]:
-    """The bytes of a file from `start` on; None first if they come from the beginning instead. Raises HubError."""
+    """Yields the bytes of a file from `start` on. If the server sends them from the beginning instead, yields None
+    first. Raises HubError."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -146,7 +150,7 @@ def _pieces(url: str, start: int, name: str) -> Iterator[bytes | None]:
 
 
 def _as_hub_error(error: Exception, name: str, revision: str | None = None) -> HubError:
-    """What happened, and what to do about it."""
+    """Converts an error to a HubError that says what happened and what to do about it."""
     here = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(

@@ -1,9 +1,9 @@
-"""Brings a model from the hub into the models folder: complete or absent, and continued where it was interrupted.
+"""Pulls a model from the hub into the models folder: complete or absent, and resumed after an interruption.
 
-Downloads of one repository share the folder `.downloads/<owner>--<name>/`: `<checksum>.partial` grows until it is
-complete and has been checked, and is `<checksum>` then; so it does not matter which variant, revision or process
-began it. Then the model's directory is put together beside them, and takes its name. One process at a time works on a
-repository; the others wait, and find what it made.
+Downloads of one repository share the folder `.downloads/<owner>--<name>/`. A file grows as `<checksum>.partial`; when
+it is complete and its checksum is verified, it is renamed to `<checksum>`. So any variant, revision or process can
+finish a download that another one began. Then the model's directory is assembled in the same folder and renamed into
+the models folder. One process at a time works on a repository; the others wait, and find its result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PullProgress:
-    """How far a pull is: `stage` is 'downloading' or 'checking', of `file`."""
+    """Progress of a pull: `stage` is 'downloading' or 'checking', of `file`."""
 
     stage: str
     file: str
@@ -48,7 +48,7 @@ class PullProgress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A downloaded checkpoint, to be converted to a model with this text type."""
+    """A downloaded checkpoint that is to be converted with this text type."""
 
     folder: Path
     repository: str
@@ -58,8 +58,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How checkpoints become models. `check` raises Granite4vError for a text type that there is not; `run` writes a
-    new directory."""
+    """How checkpoints are converted. `check` raises Granite4vError for an unknown text type; `run` converts a
+    checkpoint to a new directory."""
 
     default_type: str
     check: Callable[[str], None]
@@ -74,11 +74,11 @@ def pull(
     say: Say = lambda line: None,
     progress: Callable[[PullProgress], None] = lambda activity: None,
 ) -> Installed:
-    """The model in the models folder, as the hub has it at `revision` ('main' by default).
+    """Downloads a model into the models folder, as the hub has it at `revision` ('main' by default).
 
-    What is there already, also of other models with the same files, is not downloaded again. `say` gets a line about
-    what is done. Raises HubError for what the hub has not or does not give, OutputError for the disk, and what the
-    conversion raises. An interrupt leaves what was downloaded for the next time.
+    Files that are present already, also in other models, are not downloaded again. `say` gets a line about each step.
+    Raises HubError for a model that the hub does not have or refuses, OutputError for disk errors, and what the
+    conversion raises. After an interrupt, the downloaded bytes are kept for the next pull.
     """
     repository = hub.list_repository(name.repository, revision)
     choice = choose(repository, name, conversion.default_type)
@@ -91,7 +91,7 @@ def pull(
     with _alone(downloads, say):
         models.remove_leftovers(target)
         with disk_errors(folder, WHERE):
-            downloads.mkdir(exist_ok=True)  # `discard_downloads` may have been quicker
+            downloads.mkdir(exist_ok=True)  # `discard_downloads` may have removed it before the lock was acquired
         there = models.read(target)
         if there is not None and there.manifest.commit == repository.commit:
             return there
@@ -107,9 +107,9 @@ def pull(
 
 
 def discard_downloads(name: HubName) -> int:
-    """Removes what an interrupted pull left of a repository. Returns how many bytes that frees.
+    """Removes the downloads that an interrupted pull of a repository left. Returns the number of bytes freed.
 
-    Raises OutputError while a process is pulling from it.
+    Raises OutputError while another process is pulling from the repository.
     """
     downloads = models.downloads_folder(name)
     if not downloads.is_dir():
@@ -126,7 +126,8 @@ def discard_downloads(name: HubName) -> int:
 
 @contextlib.contextmanager
 def _alone(downloads: Path, say: Say) -> Iterator[None]:
-    """Waits until no other process works on the repository. The system lets go of the lock of a killed one."""
+    """Holds the lock of the repository, and waits for it if another process has it. The system releases the lock of a
+    killed process."""
     lock = FileLock(downloads.with_name(f"{downloads.name}.lock"))
     try:
         try:
@@ -144,7 +145,7 @@ def _alone(downloads: Path, say: Say) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Work:
-    """One model on its way into the folder, with the lock held."""
+    """Pulls one model while the lock is held."""
 
     repository: Repository
     choice: Choice
@@ -153,13 +154,13 @@ class _Work:
     progress: Callable[[PullProgress], None]
 
     def make(self, target: Path, conversion: Conversion) -> None:
-        """Downloads, checks, converts, and moves into place. Raises as `pull` does."""
+        """Downloads, checks, converts, and moves into place. Raises what `pull` raises."""
         missing = [file for file in self.choice.files if not self._have(file)]
         self._announce(missing, target)
         self._fetch(missing)
         new = self.downloads / target.name
         with disk_errors(self.downloads):
-            shutil.rmtree(new, ignore_errors=True)  # half-made by a killed process
+            shutil.rmtree(new, ignore_errors=True)  # left incomplete by a killed process
         try:
             if self.choice.is_checkpoint:
                 self._convert(new, conversion)
@@ -181,11 +182,12 @@ class _Work:
             f"pulling '{self.repository.name}' ({self.choice.variant}, {files}, {size(whole)}{here}) from "
             f"{hub.endpoint()} to '{target}'"
         )
-        # what is made of a checkpoint is at most about as large as its weights
+        # a converted model is at most about as large as its checkpoint
         check_space(self.downloads, left + (whole if self.choice.is_checkpoint else 0), WHERE)
 
     def _have(self, file: HubFile) -> bool:
-        """Whether a file is complete and checked; one that another model has is checked again, and linked."""
+        """Whether a file is complete and verified. A file that another installed model has is verified again and
+        hard-linked."""
         path = self._complete(file)
         if path.is_file() and _size(path) == file.n_bytes:
             return True
@@ -193,7 +195,7 @@ class _Work:
             for model in models.installed(self.downloads.parent.parent):
                 for other in model.manifest.files:
                     if other.sha256 == file.sha256 and self._is_sound(model.path / other.name, file):
-                        with contextlib.suppress(OSError):  # a file system without links
+                        with contextlib.suppress(OSError):  # a file system without hard links
                             path.unlink(missing_ok=True)
                             os.link(model.path / other.name, path)
                             return True
@@ -226,7 +228,7 @@ class _Work:
                 partial.replace(self._complete(file))
 
     def _fetch_one(self, file: HubFile, partial: Path, before: int, total: int) -> None:
-        """Completes a partial file and checks it; one that is damaged is empty then."""
+        """Completes a partial file and verifies it; truncates a damaged one to nothing."""
         if _size(partial) > file.n_bytes:
             partial.unlink()
         done = _size(partial)
@@ -244,13 +246,13 @@ class _Work:
                 content.truncate(0)
 
     def _collect(self, new: Path) -> None:
-        """The chosen files under their own names, in a new directory."""
+        """Links the chosen files, under their own names, into a new directory."""
         with disk_errors(new):
             new.mkdir()
             for file in self.choice.files:
                 try:
                     os.link(self._complete(file), new / file.name)
-                except OSError:  # no links here: nothing is lost unless this process is killed before the end
+                except OSError:  # no hard links here: move it; if the pull fails later, it is downloaded again
                     self._complete(file).replace(new / file.name)
 
     def _convert(self, new: Path, conversion: Conversion) -> None:
@@ -266,7 +268,7 @@ class _Work:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _finish(self, new: Path, target: Path) -> None:
-        """Gives the directory its manifest and its place, and removes downloads that nothing needs any more."""
+        """Writes the manifest, moves the directory into place, and removes downloads that are no longer needed."""
         checked = {file.name: file.sha256 for file in self.choice.files}
         with disk_errors(target):
             files = tuple(
@@ -299,7 +301,8 @@ class _Work:
 
 
 def _check_roles(new: Path) -> None:
-    """Raises HubError unless there is a text model: the files were chosen by their names. Raises ModelFileError."""
+    """Raises HubError unless one of the files, which were chosen by name, is a text model. Raises ModelFileError for an
+    invalid GGUF file."""
     roles = {}
     for path in new.glob("*.gguf"):
         with GgufFile.open(path) as file:
@@ -310,7 +313,7 @@ def _check_roles(new: Path) -> None:
 
 
 def _matches(content: BinaryIO, file: HubFile, check: Callable[[int], None]) -> bool:
-    """Whether a file has the checksum that the hub lists: SHA-256, or git's for small files."""
+    """Whether a file has the checksum that the hub lists: SHA-256, or git's SHA-1 for small files."""
     wanted = file.sha256 or file.blob_id
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.n_bytes}\0".encode(), usedforsecurity=False)
     n_bytes = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository. `sha256` is known for large files (LFS), `blob_id` is git's own hash."""
+    """A file of a repository. `sha256` is known for large files (LFS); `blob_id` is git's hash."""
 
     path: str
     n_bytes: int
@@ -20,7 +20,7 @@ class HubFile:
 
     @property
     def key(self) -> str:
-        """Changes with the content."""
+        """The checksum that identifies the content."""
         return self.sha256 or self.blob_id or ""
 
 
@@ -34,5 +34,5 @@ class Repository:
 
 
 def size(n_bytes: float) -> str:
-    """'2.10 GB', '15.0 MB'."""
+    """Formats a number of bytes: '2.10 GB', '15.0 MB'."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
