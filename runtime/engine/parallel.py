@@ -38,7 +38,7 @@ WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.15, 256 << 20, 1.3
 # Without flash attention the attention scores of a batch take rows x cells x heads x 4 bytes: 0.15 GB for a 4B model
 # with a page of 1,800 cells, 0.67 GB with 8,192 cells.
 MOST_SCORES = 1 << 30  # bytes
-# per value of the KV cache; Q8_0 has blocks of 32 values
+# bytes per KV value; Q8_0 has blocks of 32
 _VALUE_BYTES: dict[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}
 
 
@@ -95,8 +95,8 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
     """Whether to use flash attention even for one conversation or a few.
 
     On a CPU it takes up to half as long again, because it goes through the keys row by row where two matrix products
-    handle many rows together. It is needed on a GPU, for which it is the default, for a quantized cache, which has no
-    alternative, and for a large context, where the scores would take more than `MOST_SCORES` bytes.
+    handle many rows together. So a CPU uses it only for a quantized cache, which has no alternative, and for a large
+    context, whose scores would take more than `MOST_SCORES` bytes. Other devices always use it.
     """
     if not is_cpu(find_device(device)) or cache_type != "f16":
         return True

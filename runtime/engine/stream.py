@@ -162,7 +162,7 @@ class Stream:
         check: Callable[[], None] | None = None,
     ) -> None:
         """`cancel` and `progress` are called in the reading thread. `check` is called before each
-        read, and may raise."""
+        read and may raise."""
         self._channel, self._cancel, self._progress, self._check = channel, cancel, progress, check
         self._finalizer = weakref.finalize(self, channel.abandon)
         self._finalizer.atexit = False  # the engine is stopped at exit anyway
@@ -201,8 +201,7 @@ class Stream:
             raise
 
     def let_run(self) -> None:
-        """Lets the answer grow without a reader: its pieces are discarded, only `answer` is kept.
-        For use with `poll`."""
+        """Lets the answer grow without a reader: pieces are discarded, only `answer` is kept. For use with `poll`."""
         self._channel.take_all()
 
     def poll(self) -> bool:
@@ -210,7 +209,7 @@ class Stream:
         One thread can follow many streams this way, if each is submitted with a `listener` that says when to poll."""
         if self._check is not None:
             self._check()
-        while True:  # the end may follow a progress report, and the listener is called for both only once
+        while True:  # the end may follow a progress report, and the listener is called for it only once
             try:
                 piece, progress = self._channel.take(0)
             except StopIteration:

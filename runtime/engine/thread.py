@@ -84,7 +84,8 @@ def _owners() -> weakref.WeakSet[_Closes]:
     """The owners to close at exit.
 
     `atexit` runs callbacks in reverse order of registration. weakref registers its own, which frees native objects,
-    with the first finalizer: at the latest here, before ours. So ours runs first, and the threads end before that.
+    with the first finalizer: here at the latest, before ours. So ours runs first, and threads end before their objects
+    are freed.
     """
     owners: weakref.WeakSet[_Closes] = weakref.WeakSet()
     weakref.finalize(owners, int)
