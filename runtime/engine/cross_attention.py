@@ -42,8 +42,8 @@ CrossRule = Literal["original", "transformers"]
 
 @dataclass(frozen=True)
 class Sight:
-    """What rows attend to: images, identified by their digests. `before_first`: under transformers' rule, rows before
-    the first image, which also see absent tiles."""
+    """What rows attend to: images, identified by their digests. `before_first`: the rows lie before the first image;
+    under transformers' rule they see all images and absent tiles."""
 
     images: tuple[ImageSpan, ...]
     before_first: bool = False

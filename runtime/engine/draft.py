@@ -231,8 +231,7 @@ def _places_behind(token: int, tokens: list[int], start: int, end: int) -> Itera
             yield place
 
 
-# class for 0, 1, 2, ... agreeing tokens; the last is for all higher numbers
-_CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)
+_CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)  # class by number of tokens that agree; the last is for all above
 # initial chance of the next token by class
 _PRIORS: dict[Kind, tuple[float, ...]] = {
     "own":       (0.01, 0.1, 0.4, 0.5, 0.6, 0.75, 0.85),

@@ -29,8 +29,7 @@ class EmbeddingRows:
         if span.between:
             assert self._slots == (0,)  # a token has only one stream
             between = token_rows(files.text, span.tokens)
-            # embeddings that follow a token
-            places = [place - i for i, (place, _) in enumerate(span.between)]
+            places = [place - i for i, (place, _) in enumerate(span.between)]  # embeddings that follow a token
             self._rows = np.insert(features.rows, places, between[:, None], axis=0)
 
     def __getitem__(self, part: slice) -> np.ndarray:

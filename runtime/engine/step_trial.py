@@ -30,8 +30,7 @@ from granite4v.runtime.llama.weight_copies import open_model
 CACHE = "steps.json"
 VERSION = 1  # increment when something else is measured
 NUMBERS = (1, 2, 4, 8, 12, 16, 32)
-# contents of each sequence: this many tokens, or fewer if slow
-PREFIX_TOKENS, PREFIX_S = 512, 4.0
+PREFIX_TOKENS, PREFIX_S = 512, 4.0  # contents of each sequence: this many tokens, or fewer if slow
 N_CELLS = PREFIX_TOKENS + 256  # per sequence
 ROUNDS, ROUNDS_S = 3, 6.0  # rounds over all numbers of sequences; no more after this many seconds
 TIMEOUT_S = 120.0  # for the child, which also reads the weights

@@ -232,7 +232,7 @@ class LlamaContext(Owner):
         """Returns a copy of the logits of a row of the last batch, float32 `(n_vocab,)`; -1 is the last row that has
         logits.
 
-        Raises ModelFileError if they are not finite.
+        Raises ModelFileError if there are NaNs among them, ValueError if the batch asked for no logits of this row.
         """
         pointer = llama().llama_get_logits_ith(self.handle, row)
         if not pointer:
