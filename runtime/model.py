@@ -119,7 +119,7 @@ class Model:
             files.close()
             raise
 
-    # --- what it can do ---
+    # --- properties ---
 
     @property
     def files(self) -> ModelFiles:
@@ -178,7 +178,7 @@ class Model:
         """Whether there is a separate adapter to switch on and off."""
         return self.files.adapter is not None
 
-    # --- asking ---
+    # --- requests ---
 
     def encode_image(self, source: ImageSource, *, progress: Progress | None = None) -> ImageFeatures | CrossFeatures:
         """Encodes an image. The result has `streams`, float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the
@@ -394,7 +394,7 @@ class Model:
             )
         return wanted
 
-    # --- its end ---
+    # --- closing ---
 
     def clear_cache(self) -> None:
         """Forgets all images and prompts: the next request is computed anew, or taken from the page store."""

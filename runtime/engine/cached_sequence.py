@@ -37,7 +37,7 @@ class CachedSequence:
     in_use: bool = False
     is_lost: bool = False  # its cells are gone while it is in use
     last_used: int = 0
-    n_prompt: int = 0  # of the request that uses it
+    n_prompt: int = 0  # prompt tokens of the request that uses it
     n_most: int = 0  # the most tokens that this request can have, prompt included
     # batches of the last prefill and the logits after it, so that repeating the request costs nothing
     plan: tuple[Batch, ...] = ()

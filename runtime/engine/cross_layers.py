@@ -163,7 +163,7 @@ class CrossLayers:
 
     def in_place(self, layers: tuple[int, ...], n: int, n_threads: int, *, with_mlp: bool) -> InPlace | None:
         """Returns what computes `run` for `n` rows without Python, valid until the next call; None if `run` has not
-        kept a graph for as many rows."""
+        kept a graph for this number of rows."""
         self._backend.use_threads(n_threads)
         graph = self._graphs.get((layers, n, with_mlp))
         return None if graph is None else graph.in_place("rows", "rows")
@@ -292,7 +292,7 @@ class CrossLayers:
         if self._many is not self._few:
             self._many.release()
 
-    # --- its end ---
+    # --- closing ---
 
     def _look_away(self) -> None:
         while self._graphs:
@@ -351,9 +351,9 @@ def cross_node_kernels(file: GgufFile, config: CrossAttentionConfig, backend: Ba
 
 
 def kv_type(file: GgufFile, config: CrossAttentionConfig, *, exact: bool) -> str:
-    """The type of an image's keys and values. With quantized weights it is eight bits: in half precision, those of four
-    tiles of 560 px would be a fifth of what a four-bit layer reads for a row. Attention of one row over them takes 1.1
-    ms in eight bits, 2.7 in half precision, 2.9 in bfloat16 (two cores with AVX-512 BF16)."""
+    """The type of an image's keys and values. With quantized weights it is eight bits: in half precision, the keys and
+    values of four tiles of 560 px would be a fifth of the bytes that a four-bit layer reads for a row. Attention of one
+    row over them takes 1.1 ms in eight bits, 2.7 in half precision, 2.9 in bfloat16 (two cores with AVX-512 BF16)."""
     if exact:
         return "F32"
     is_quantized = all(info.type_name not in FLOATS for info in _matrices(file))

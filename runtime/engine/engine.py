@@ -123,7 +123,7 @@ class Engine:
         identity = PageIdentity(*parts, device=self.device, n_threads=self.n_threads, attention=chosen)
         return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
 
-    # --- what is known ---
+    # --- state ---
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Engine:
         if self.is_closed:
             raise ValueError("the model is closed")
 
-    # --- any thread ---
+    # --- called from any thread ---
 
     def submit(
         self,
@@ -347,7 +347,7 @@ class Engine:
             with self._changed:
                 self._computing = ()
 
-    # --- Resources of the scheduler ---
+    # --- resources for the scheduler ---
 
     def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
         return self._computing_for(tuple(task.channel for task in tasks))

@@ -1,5 +1,5 @@
 """Prepares image embeddings for the decoder: one batch row per image token, which contains every stream, and one for
-each vocabulary token that stands between them.
+each vocabulary token between them.
 
 llama.cpp takes rows of `llama_model_n_embd_inp()` values: `n_slots` slots of `n_embd` side by side, each added to the
 hidden state before one decoder layer.

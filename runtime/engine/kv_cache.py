@@ -76,7 +76,7 @@ class KvCache:
         self._sequences = [CachedSequence(0)]
         self._copied: list[CachedSequence] = []  # targets of copies that llama.cpp makes at the next decode
         self._clock = itertools.count(1)
-        self._lengths: deque[int] = deque(maxlen=N_LATELY)  # of answers
+        self._lengths: deque[int] = deque(maxlen=N_LATELY)  # lengths of recent answers
         self.can_cut = True  # whether the end of a sequence can be cut off; True until that fails
 
     @property
@@ -115,7 +115,7 @@ class KvCache:
         """How many positions of a plan need not be computed."""
         return self._best_source(plan, adapter)[1]
 
-    # --- lending ---
+    # --- acquiring and releasing ---
 
     def acquire(
         self,
@@ -215,7 +215,7 @@ class KvCache:
         if context is not None:
             context.close()
 
-    # --- choosing ---
+    # --- choosing sequences ---
 
     def _best_source(self, plan: Sequence[Batch], adapter: bool) -> tuple[CachedSequence | None, int]:
         """Returns the sequence with the longest reusable prefix of the plan, and its length; among equals an idle one,
@@ -297,7 +297,7 @@ class KvCache:
         sequence.hold([])
         sequence.plan, sequence.logits = (), None
 
-    # --- room ---
+    # --- memory ---
 
     def _prepare(self, n_plan: int, n_new: int, n_wanted: int) -> bool:
         """Makes sure there is an idle sequence with room for a request. Returns False if those in use leave no memory

@@ -1,6 +1,4 @@
-"""Chooses how many answers a batch of questions generates concurrently, by the speed gained and the
-available memory.
-"""
+"""Chooses how many answers a batch of questions generates at once, by the speed gained and the memory available."""
 
 from __future__ import annotations
 
@@ -105,8 +103,8 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
 
 
 def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeKernels:
-    """Returns the compiled kernels for a decoder: attention if its heads are uniform, and products
-    of its weight types."""
+    """Returns a decoder's compiled kernels: attention (f16 cache and uniform heads only), and products of its weight
+    types."""
     if not is_cpu(find_device(device)):
         return NO_KERNELS
     heads, kv_heads, lengths = _attention_sizes(files)
@@ -117,8 +115,7 @@ def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeK
 
 
 def exact_kernels(device: str) -> NodeKernels:
-    """Returns the compiled kernels for comparing values with transformers': only the one that brings them closer
-    (rotary)."""
+    """Returns the compiled kernels for comparing values with transformers': only rotary, which brings them closer."""
     return NodeKernels.available(rotary=True) if is_cpu(find_device(device)) else NO_KERNELS
 
 

@@ -61,8 +61,8 @@ class Sequence:
 
     Text is held back while it could be the beginning of a stop string or of an unfinished character. With a `grammar`
     only allowed tokens are sampled, and the answer ends only where it is valid; with `fast_forward` tokens that the
-    grammar forces are not sampled. Enough of `max_tokens` is reserved for closing the structure that the answer is
-    valid even when it reaches the limit.
+    grammar forces are not sampled. Part of `max_tokens` is reserved for closing the structure, so an answer that
+    reaches the limit is valid, too.
     """
 
     def __init__(

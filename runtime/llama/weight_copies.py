@@ -45,8 +45,8 @@ from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
 
 # Batches of more rows count as prompts, batches of at most this many as decode steps. With Q4_K and two cores with
-# AVX-512, repacked weights take 0.75 times as long as plain ones for 17 rows, as a question after a page has, and as
-# long from 28 rows on.
+# AVX-512, repacked weights take 0.75 times as long as plain ones for 17 rows, as a question after a page has, and just
+# as long from 28 rows on.
 MAX_FEW_ROWS = 24
 RETURN_EVERY_S = 0.2
 _OP_NONE = 0  # enum ggml_op: a tensor that no operation computes
