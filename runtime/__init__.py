@@ -1,7 +1,7 @@
-"""From messages and images to answers: chat template, tokens, llama.cpp's decode loop, sampling.
+"""Turns messages and images into answers: chat template, tokens, llama.cpp's decode loop, sampling.
 
-Importing this package loads no library and reads no file, and nothing is imported until a name is used: the page reader
-process imports it too.
+Importing this package loads no library and reads no file. Each name is imported on first use, because the page reader
+process imports the package too.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ STOP, LENGTH, CANCELLED, REPETITION = "stop", "length", "cancelled", "repetition
 class Timings:
     """Timings of one answer in seconds, and token counts.
 
-    `load_s`: reading weights, which only the first request does, and stored pages; `encode_s`: images to embeddings;
-    `prefill_image_s` and `prefill_text_s`: the prompt; `decode_s`: the batches that this answer was part of, which may
-    be shared with other answers; `constraint_s`: the grammar's masks and forced tokens. `n_reused` prompt tokens came
-    from the prefix cache, and `n_stored` others from the page store; `n_encoded` images were in neither. `n_forced`
-    tokens of the answer were the only ones that the grammar allowed, and were not sampled. `n_decoded` tokens of the
-    answer were decoded in `decode_s`, all but those that nothing followed. `n_drafted` tokens were decoded before they
-    were sampled; `n_accepted` of them were right.
+    `load_s`: reading weights and choosing kernels for them, which only the first request does, and finding and reading
+    stored pages; `encode_s`: images to embeddings; `prefill_image_s` and `prefill_text_s`: the prompt; `decode_s`: the
+    batches that this answer was part of, which may be shared with other answers; `constraint_s`: the grammar's masks
+    and forced tokens. `n_reused` prompt tokens came from the prefix cache, and `n_stored` others from the page store;
+    `n_encoded` images were in neither. `n_forced` tokens of the answer were the only ones that the grammar allowed, and
+    were not sampled. `n_decoded` tokens of the answer were decoded in `decode_s`: all except the last ones, which
+    nothing followed. `n_drafted` tokens were decoded before they were sampled; `n_accepted` of them were right.
     """
 
     load_s: float = 0.0
@@ -51,14 +51,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of a token's probability.
+    """The natural log-probability of one token of an answer.
 
-    `logprob`: by the model's own distribution over its whole vocabulary, before temperature, filters, repeat penalty
-    and grammar. `top`: the likeliest tokens of that distribution with theirs, best first. `forced`: the model had no
-    choice, since a grammar allowed this token alone, forced its text, or closed the answer at its limit; `logprob` is
-    0.0 then, and `top` is empty. `utf8`: what the token writes, perhaps a part of a character; the name of a special
-    token, which writes nothing. `end`: characters of the answer's text up to and including the token's; with a stop
-    string that spans several tokens, more than there are.
+    `logprob`: under the model's own distribution over its whole vocabulary, before temperature, filters, repeat penalty
+    and grammar. `top`: the most likely tokens of that distribution with their log-probabilities, best first. `forced`:
+    the model had no choice, because a grammar allowed only this token or forced its text, or because the token closes
+    the answer at its limit; `logprob` is then 0.0 and `top` is empty. `utf8`: the bytes that the token writes, possibly
+    part of a character; for a special token, which writes nothing, its name. `end`: the length of the answer's text up
+    to and including this token, in characters; with a stop string that spans several tokens it may exceed the length of
+    the text.
     """
 
     token: int
@@ -70,7 +71,7 @@ class TokenLogprob:
 
     @property
     def text(self) -> str:
-        """The token alone as text, with U+FFFD in place of parts of characters."""
+        """The token on its own as text, with U+FFFD in place of partial characters."""
         return self.utf8.decode("utf-8", "replace")
 
     def as_dict(self) -> dict[str, Any]:

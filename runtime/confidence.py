@@ -1,4 +1,4 @@
-"""How sure the model was of each cell or field of an answer, from the probabilities of the tokens that wrote it."""
+"""Computes how sure the model was of each cell or field of an answer, from the probabilities of its tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from granite4v.runtime.formats.tasks import places, read, salvage
 
 @dataclass(frozen=True)
 class Confidence:
-    """The `mean` and the `least` probability of the `n_tokens` that a cell or a field was written with.
+    """The mean and the lowest (`least`) probability of the `n_tokens` tokens that a cell or a field was written with.
 
-    Probabilities are the model's own (`TokenLogprob.logprob`), from 0 to 1.
+    Probabilities are the model's own (`TokenLogprob.logprob`), from 0 to 1. Tokens that a grammar forced are left out.
     """
 
     mean: float
@@ -27,13 +27,14 @@ class Confidence:
 
 
 def confidence(answer: Answer, task: str) -> dict[Key, Confidence]:
-    """The confidence of each cell or field of an answer to a task, in the order of its text.
+    """Returns the confidence of each cell or field of an answer to a task, in the order of its text.
 
-    The keys: for tables and charts (table, row, column) from 0, of a cell's top left slot; for fields ('kvp') the JSON
-    pointer of each text, number, literal and empty container; for code and prose '', all of the answer. A cell's tokens
-    are those that overlap its text, and the one that ends it, so that an empty cell has a confidence, too. Tokens that
-    a grammar forced do not count, and a cell or field has no entry that all tokens were forced of, such as what closed
-    the answer at its limit. An answer that was cut has entries for what `formats.salvage` finds in it.
+    Keys: for tables and charts (table, row, column), counted from 0, of a cell's top left slot; for fields ('kvp') the
+    JSON pointer of each text, number, literal and empty container; for code and prose '', which stands for the whole
+    answer. A cell's tokens are those that overlap its text, plus the one that ends it, so an empty cell has a
+    confidence, too. Tokens that a grammar forced do not count. A cell or field whose tokens were all forced has no
+    entry, such as text that closed the answer at its limit. A truncated answer has entries for what `formats.salvage`
+    finds in it.
 
     Raises ValueError for an answer without log-probabilities (see `GenerationOptions.logprobs`) and for an unknown
     task.
@@ -53,7 +54,8 @@ def confidence(answer: Answer, task: str) -> dict[Key, Confidence]:
 
 
 def confidence_as_json(found: Mapping[Key, Confidence]) -> dict[str, dict[str, float]]:
-    """Confidences as JSON data: `mean` and `least` by the JSON pointer of a field, or 'table/row/column' of a cell."""
+    """Converts confidences to JSON data: `mean` and `least` by the JSON pointer of a field, or 'table/row/column' of a
+    cell."""
     return {
         key if isinstance(key, str) else "/".join(map(str, key)): {"mean": one.mean, "least": one.least}
         for key, one in found.items()
@@ -65,17 +67,21 @@ def _value(answer: Answer, task: str) -> Any:
         try:
             return read(task, answer.text)
         except AnswerError:
-            pass  # what is complete of it is left
+            pass  # salvage its complete part below
     saved = salvage(task, answer.text)
     return saved.value if saved is not None else None
 
 
 class _Spans:
-    """Where tokens stand in the text. A token that writes a part of a character stands where that character does."""
+    """Maps a range of an answer's text to the tokens that wrote it.
+
+    A token that writes only part of a character gets the span of that character. For example, of the tokens 'a', first
+    half of 'é', second half of 'é', with `end` 1, 1 and 2, the spans are [0, 1), [1, 2) and [1, 2).
+    """
 
     def __init__(self, entries: Sequence[TokenLogprob]) -> None:
         self._entries = entries
-        self._starts: list[int] = []  # both rise; [start, end) is never empty but at the end of the text
+        self._starts: list[int] = []  # both non-decreasing; [start, end) is empty only at the end of the text
         self._ends: list[int] = []
         at = 0
         for entry in entries:

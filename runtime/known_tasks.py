@@ -1,4 +1,4 @@
-"""Which tasks a model's chat template knows, and how a model is asked for them."""
+"""Finds out which tasks a model's chat template knows, and which words ask a model for a task."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from granite4v.runtime.prompt.spans import Prompt
 
 
 class Prepares(Protocol):
-    """What can make a prompt, as a Model does."""
+    """Anything that can prepare a prompt, such as a `Model`."""
 
     def prepare(self, prompt: str, images: Sequence[ImageSource]) -> Prompt: ...
 
 
 def is_known(model: Prepares, task: Task) -> bool:
-    """Whether the model's template replaces the task's tag by words; one that does not know it leaves it as it is."""
+    """Whether the model's template replaces the task's tag with words. A template that does not know a tag leaves it as
+    is.
+
+    True for a task without a tag.
+    """
     return task.tag is None or _replaces(model, task.tag)
 
 
 def words_for(model: Prepares, task: Task) -> str:
-    """What to ask a model with: the task's tag, also in place of the task's own prompt where the template knows one."""
+    """Returns what to ask a model with: the task's tag, or its own prompt if it has no tag.
+
+    A task with its own prompt is also asked for by its tag if the template knows one.
+    """
     tag = f"<{task.name}>"
     if task.tag is None and not task.takes_schema and task is not QUESTION and _replaces(model, tag):
         return tag

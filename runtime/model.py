@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A loaded model; `granite4v.load` or `Model.load` makes one.
+    """A loaded model, made by `granite4v.load` or `Model.load`.
 
     Any number of threads may submit requests at the same time. Up to `n_parallel` requests run concurrently; the others
     are queued.
     """
 
     def __init__(self, engine: Engine, lora: bool | None = None) -> None:
-        """`lora`: when a separate adapter is applied; None for requests with images."""
+        """`lora`: True always applies a separate adapter, False never; None applies it to requests with images."""
         self.engine = engine
         self._lora = lora
         self.prompts = PromptBuilder(engine.files, engine.n_ctx, self._check)
@@ -75,7 +75,7 @@ class Model:
         page_store: PageStore | bool | None = None,
         cache_type: CacheType | None = None,
     ) -> Model:
-        """The model in a directory made by `granite4v convert`, or of a text GGUF (with `mmproj`, its vision file).
+        """Loads the model in a directory made by `granite4v convert`, or a text GGUF (with `mmproj`, its vision file).
 
         `n_ctx`: context size in tokens, prompt and answer together; 8192 by default, or the model's training context if
         that is smaller. `n_threads`: one per core by default. `n_parallel`: maximum number of concurrent requests, 4 by
@@ -83,17 +83,17 @@ class Model:
         (a GPU if there is one). `lora`: when a separate LoRA is applied: None for requests with images only, True
         always, False never; a path names another adapter file. `exact`: float32 KV cache, no flash attention, one
         request at a time, and on a CPU, with the extra 'llvm', transformers' angles of rotary embedding, for comparing
-        values with a reference; None means only for float32 files, which are made for that. `vision_compute`: 'file'
-        multiplies the vision file's matrices in their own type; 'BF16' rounds those in F32 or F16, and what they are
-        multiplied with, to bfloat16; 'int8' quantizes those in F32, F16 or BF16 in memory, at the first image, to Q8_0
-        or Q6_K, whichever is faster on this CPU, and 'Q8_0' and 'Q6_K' to that type. `workload`, a
-        `runtime.engine.parallel.Workload`: many questions that are asked side by side. Then `n_parallel` is chosen by
-        their number, by the memory there is, and by the gain, which for a long batch is measured once on a machine, in
-        some seconds; and the sequences are there from the beginning. On a CPU, with files of F32, F16, BF16 and Q8_0,
-        an answer then has the same bits whatever is computed beside it, as long as `n_parallel` is more than 1.
-        `page_store`: where the state of the decoder after a prompt's images is kept on disk, so that a page is encoded
-        and prefilled once, in this process and in others; True for the user's own (`PageStore()`). `cache_type`: of the
-        KV cache; 'q8_0' takes about half of the memory and disk of 'f16', the default, and changes answers a little.
+        values with a reference; None means only for float32 files without a `cache_type`. `vision_compute`: 'file'
+        multiplies the vision file's matrices in their own type; 'BF16' rounds those in F32 or F16, and their
+        activations, to bfloat16; 'int8' quantizes those in F32, F16 or BF16 in memory, at the first image, to Q8_0 or
+        Q6_K, whichever is faster on this CPU; 'Q8_0' and 'Q6_K' quantize to that type. `workload`, a
+        `runtime.engine.parallel.Workload`: many questions asked concurrently. `n_parallel` is then chosen by their
+        number, the available memory and the speed-up, which for a long batch is measured once per machine, in some
+        seconds; all sequences exist from the start. On a CPU, with files of F32, F16, BF16 and Q8_0, an answer then has
+        the same bits whatever is computed next to it, as long as `n_parallel` is more than 1. `page_store`: where the
+        decoder's state after a prompt's images is kept on disk, so that a page is encoded and prefilled only once, in
+        this process and in others; True for the user's own (`PageStore()`). `cache_type`: of the KV cache; 'q8_0' takes
+        about half the memory and disk space of 'f16', the default, and changes answers a little.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device,
         ValueError for a `cache_type` with `exact`.
@@ -119,7 +119,7 @@ class Model:
             files.close()
             raise
 
-    # --- what it can do ---
+    # --- properties ---
 
     @property
     def files(self) -> ModelFiles:
@@ -142,17 +142,17 @@ class Model:
 
     @property
     def parallel_note(self) -> str | None:
-        """Why there are that many requests at once, in a few words; None where it was not chosen for a workload."""
+        """Why `n_parallel` has its value, in a few words; None where it was not chosen automatically."""
         return None if self.engine.width is None else self.engine.width.reason
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen for this machine, as plain data."""
+        """The settings chosen for this machine, as plain data."""
         return self.engine.settings
 
     @property
     def vision_note(self) -> str | None:
-        """That the vision file's weights are rounded or quantized in memory, in a sentence; None where they are not."""
+        """A sentence on how the vision file's weights are rounded or quantized in memory; None where they are not."""
         kind = self.settings["vision_compute"]
         if kind == "file":
             return None
@@ -178,12 +178,12 @@ class Model:
         """Whether there is a separate adapter to switch on and off."""
         return self.files.adapter is not None
 
-    # --- asking ---
+    # --- requests ---
 
     def encode_image(self, source: ImageSource, *, progress: Progress | None = None) -> ImageFeatures | CrossFeatures:
-        """The image's embeddings: `streams` float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the decoder
-        layer before which each stream is added; of a decoder with cross-attention, the `states` that it attends to.
-        `progress` is called with ('encode', done, total). Raises ImageError, ModelFileError."""
+        """Encodes an image. The result has `streams`, float32 (n_streams, n_tokens, n_embd), and `layers`, sorted, the
+        decoder layer before which each stream is added; for a decoder with cross-attention, the `states` that it
+        attends to. `progress` is called with ('encode', done, total). Raises ImageError, ModelFileError."""
         self.engine.check_usable()
         self.files.need_vision()
         return self.engine.encode(clip_projector.load_image(source), progress)
@@ -204,11 +204,11 @@ class Model:
     ) -> np.ndarray:
         """Logits before each of `tokens`, which are forced as the answer: float32 `(len(tokens), n_vocab)`.
 
-        Raises ValueError or TypeError for what is not a token of the model.
+        Raises ValueError or TypeError for anything that is not a token of the model.
         """
         n_vocab = self.files.text.n_texts(keys.TOKENS)
         tokens = [whole_number("a token", token, 0) for token in tokens]
-        if max(tokens, default=0) >= n_vocab:  # now, since in a batch it would end every request of the batch
+        if max(tokens, default=0) >= n_vocab:  # checked here: inside a batch it would fail every request of the batch
             raise ValueError(f"token {max(tokens)} is not in the vocabulary; expected 0 to {n_vocab - 1}.")
         return np.stack(self._score(prompt, images, tokens, lora))
 
@@ -318,8 +318,9 @@ class Model:
         progress: Progress | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt as the decoder gets it (text, token and image spans), without computing anything. Every method
-        that takes a prompt takes this one too. Raises PromptError, ImageError, ContextOverflowError, ModelFileError."""
+        """Builds the prompt as the decoder gets it (text, token and image spans), without computing anything. All
+        methods that take a prompt take this one too. Raises PromptError, ImageError, ContextOverflowError,
+        ModelFileError."""
         if isinstance(prompt, Prompt):
             if _as_list(images) or template_variables:
                 raise PromptError("a prepared prompt already contains its images and variables; leave them out.")
@@ -332,8 +333,8 @@ class Model:
         return self.prompts.build(prompt, _as_list(images), template_variables or {}, report)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token writes, UTF-8, perhaps a part of a character; a special token's name. Raises IndexError for what
-        is no token of the model."""
+        """The bytes that a token writes: UTF-8, possibly part of a character; a special token's name. Raises IndexError
+        for an id that is not in the vocabulary."""
         return self.prompts.token_pieces()[whole_number("a token", token, 0)]
 
     def _submit(
@@ -361,7 +362,7 @@ class Model:
         )
 
     def _check(self, report: Callable[[], None]) -> None:
-        """Before a tokenizer is made of the files: native code takes them as they are."""
+        """Tries the files in a child process before native code builds a tokenizer from them unchecked."""
         self.engine.check_usable()
         try_once(self.files, report)
 
@@ -393,15 +394,14 @@ class Model:
             )
         return wanted
 
-    # --- its end ---
+    # --- closing ---
 
     def clear_cache(self) -> None:
-        """Forgets all images and prompts, so that the next request is computed from its beginning, or from what the
-        page store has."""
+        """Forgets all images and prompts: the next request is computed anew, or taken from the page store."""
         self.engine.clear()
 
     def close(self) -> None:
-        """Frees everything; a second call does nothing, nor does one in a forked process. Streams that are not
+        """Frees everything. A second call does nothing, nor does a call in a forked process. Streams that are not
         complete end with ValueError."""
         if self.engine.close():
             self.prompts.close()
@@ -433,7 +433,7 @@ def _is_exact(files: ModelFiles, exact: bool | None, cache_type: CacheType | Non
 
 
 def _warnings(files: ModelFiles) -> list[str]:
-    """What is not as one would expect of a model's files."""
+    """Warnings about a model's files: ignored files, and a missing tokenizer.json."""
     warnings = [f"a file in the model's directory is ignored: {str(error).rstrip('.')}" for error in files.left_out]
     if keys.TOKENIZER_HF_JSON not in files.text:
         warnings.append(
@@ -444,7 +444,7 @@ def _warnings(files: ModelFiles) -> list[str]:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """A single image may be given without a list around it."""
+    """Wraps a single image, which may be given without a list around it."""
     if isinstance(images, list | tuple):
         return list(images)
     return [images]

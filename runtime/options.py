@@ -15,18 +15,18 @@ from granite4v.runtime.grammar.grammar import Grammar
 
 @dataclass(frozen=True)
 class GenerationOptions(Sampling):
-    """How an answer is generated; the defaults are greedy. Sampling has its own fields (`Sampling`).
+    """How an answer is generated; the defaults are greedy. The sampling options are fields of `Sampling`.
 
     `max_tokens`: the most tokens the answer may have. `stop`: texts that end the answer and are not part of it.
     `ignore_eos`: generate `max_tokens` tokens regardless of end-of-text tokens (for benchmarks). `constraint`: a
     grammar from `granite4v.grammar_for`; the answer follows it and can end only where it is valid. `fast_forward`:
-    tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `drafting`: text
-    that the answer may repeat is decoded ahead where that is likely to save time; it changes an answer no more than
-    other requests beside it do (docs/benchmarks.md).
-    `repetition`: whether an answer that repeats the same rows endlessly is stopped; a task name defines what a row is
-    if there is no constraint. `logprobs`: whether `Answer.logprobs` has the log-probability of each token, and with how
-    many of the likeliest alternatives, 0 to 20; None is off. `lora`: whether a separate adapter is applied; None
-    follows the model's policy. Raises ValueError or TypeError for a value out of range.
+    tokens that the grammar forces are decoded in one batch instead of being sampled one by one. `drafting`: text that
+    the answer may repeat is decoded ahead (speculatively) where that is likely to save time; it changes an answer no
+    more than concurrent requests do (docs/benchmarks.md). `repetition`: whether an answer that repeats the same rows
+    endlessly is stopped; a task name defines what a row is if there is no constraint. `logprobs`: whether
+    `Answer.logprobs` has the log-probability of each token, and with how many of the likeliest alternatives, 0 to 20;
+    None is off. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises ValueError or
+    TypeError for a value out of range.
     """
 
     max_tokens: int = 512
@@ -51,7 +51,7 @@ class GenerationOptions(Sampling):
 
     @classmethod
     def of(cls, options: GenerationOptions | None, changes: Any) -> GenerationOptions:
-        """`options`, or the defaults, with some fields changed. Raises TypeError for a field that is unknown."""
+        """Returns `options`, or the defaults, with some fields changed. Raises TypeError for an unknown field."""
         return cls(**changes) if options is None else dataclasses.replace(options, **changes)
 
 

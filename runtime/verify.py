@@ -1,6 +1,6 @@
 """Compares a model's results with those of the checkpoint it was converted from, computed by transformers.
 
-The reference runs first and is freed before our files are loaded, so that the two never share the memory. Needs
+The reference runs first and is freed before our files are loaded, so that the two are never in memory together. Needs
 torch and transformers (the `verify` extra), which nothing else in the product imports.
 """
 
@@ -33,7 +33,8 @@ INSTALL = "Install what 'verify' needs with \"pip install 'granite4v[verify]'\".
 
 @dataclass
 class StreamDifference:
-    """One stream of image embeddings: the decoder layer it is added before, |ours - reference| / |reference|."""
+    """Difference of one stream of image embeddings: the decoder layer it is added before, |ours - reference| /
+    |reference|."""
 
     layer: int
     relative_l2: float
@@ -41,10 +42,11 @@ class StreamDifference:
 
 @dataclass
 class Comparison:
-    """One image (None: text only) through both. Positions are those of the reference's own greedy answer.
+    """Comparison of one image (None: text only) at the positions of the reference's own greedy answer.
 
-    `kl`: of the reference's distribution from ours in nats, mean and largest over the positions. `same_top`: share of
-    the positions where both put the same token first. `logits_max`: the largest difference of any logit.
+    `kl`: divergence of our distribution from the reference's, KL(reference || ours), in nats, mean and maximum over the
+    positions. `same_top`: fraction of the positions where both rank the same token first. `logits_max`: the largest
+    absolute difference of any logit.
     """
 
     image: str | None
@@ -87,9 +89,9 @@ def verify(
     adapter: Path | None = None,
     report: Report | None = None,
 ) -> list[Comparison]:
-    """Differences for every image, then for the prompt alone.
+    """Measures the differences for every image, then for the prompt alone.
 
-    `model` should be freshly loaded: it reads its weights at its first request, after the reference is gone.
+    `model` should be freshly loaded: it reads its weights at its first request, after the reference is freed.
     `adapter`: a PEFT adapter that the reference merges into itself; a separate adapter on our side is then applied to
     text-only requests too. Raises DeviceError without the `verify` extra, CheckpointError for a checkpoint that
     transformers cannot read completely.
@@ -121,7 +123,7 @@ def _reference(model: Model, directory: Path, dtype: str, adapter: Path | None) 
 
 
 def _family(model: Model) -> Family | None:
-    """The family of the model's vision file; None for a text model alone."""
+    """The family of the model's vision file; None for a text-only model."""
     config = model.files.vision_config
     return None if config is None else family_named(config.family)
 
@@ -156,7 +158,8 @@ def _compare(model: Model, expected: _Expected, prompt: str, *, lora: bool | Non
 
 
 def _streams(model: Model, image: Image) -> dict[int, np.ndarray]:
-    """Image embeddings by the decoder layer before which they are added, or which is the first that attends to them."""
+    """Encodes an image. Returns its embeddings by the decoder layer before which they are added; for a decoder with
+    cross-attention, the states it attends to, under the first layer that does."""
     features, config = model.encode_image(image), model.files.vision_config
     if isinstance(features, CrossFeatures):
         assert config is not None and config.cross_attention is not None
@@ -182,7 +185,7 @@ def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 class _Reference:
-    """The checkpoint in transformers, eager attention."""
+    """The checkpoint in transformers, with eager attention."""
 
     def __init__(self, directory: Path, dtype: str, adapter: Path | None, family: Family | None) -> None:
         self._family = family
@@ -208,7 +211,7 @@ class _Reference:
                 model = _merged(model, adapter)
             self._where = f"'{directory}'"
         self._model = model.eval()
-        # what transformers 5.24 calls it; both names work until 5.40
+        # transformers 5.24 calls it 'cache'; both names work until 5.40
         takes = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._divisor = 1.0 if family is None else family.reference_logits_divisor(model.config.to_dict())
@@ -221,29 +224,29 @@ class _Reference:
 
         try:
             return AutoProcessor.from_pretrained(directory)
-        except ImportError:  # torchvision, for videos, which are not compared
+        except ImportError:  # torchvision is missing; it is needed for videos, which are not compared
             return _ImageProcessor(directory, model)
 
     def _prepare(self) -> None:
-        """Once model and processor are there."""
+        """Completes the set-up once model and processor are loaded."""
         self._complete_processor()
         is_cross = bool(self._cross_layers)
         self._placeholder: int = self._model.config.image_token_index if is_cross else self._processor.image_token_id
 
     def _complete_processor(self) -> None:
-        """What processors saved by older versions leave to the model."""
+        """Fills in what processors saved by older versions leave to the model."""
         processor, config = self._processor, self._model.config
         if getattr(processor, "patch_size", 0) is None:
             processor.patch_size = config.vision_config.patch_size
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-            # 'default' drops a position that must have been counted
+            # 'default' drops a position, which must therefore be counted
             processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
         if processor.chat_template is None:
             processor.chat_template = processor.tokenizer.chat_template
 
     @contextlib.contextmanager
     def transformers(self, verb: str) -> Iterator[None]:
-        """Turns whatever transformers, which is not ours, raises on a checkpoint into an error that names it."""
+        """Turns any exception that transformers raises on a checkpoint into an error that names the checkpoint."""
         try:
             yield
         except Granite4vError:
@@ -262,7 +265,7 @@ class _Reference:
         parts: list[dict[str, Any]] = [] if image is None else [{"type": "image"}]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
-        # explicit, since the processor would take an image of 3 rows for one with its channels first
+        # explicit: the processor would take an image that is 3 pixels high for one with channels first
         given = {} if image is None else {"images": [image], "input_data_format": "channels_last"}
         inputs = self._processor(text=text, return_tensors="pt", **given)
         placeholder = self._placeholder
@@ -283,7 +286,8 @@ class _Reference:
         return _Expected(name, image, [i for i in ids if i != placeholder], n_image, streams, answer, logits)
 
     def _attended(self, inputs: Any) -> np.ndarray:
-        """What the decoder attends to of an image, `(tiles, positions, width)`, which replaces its pixels."""
+        """Computes what the decoder attends to of an image, `(tiles, positions, width)`, and replaces its pixels in
+        `inputs`."""
         whole = self._model.model
         pixels = {name: inputs.pop(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
         states = whole.multi_modal_projector(whole.vision_model(**pixels).last_hidden_state)[0, 0]
@@ -294,7 +298,7 @@ class _Reference:
         from transformers import DynamicCache
 
         torch, rows, answer = self._torch, [], []
-        cache = DynamicCache(config=self._model.config.get_text_config())  # not every model makes one by itself
+        cache = DynamicCache(config=self._model.config.get_text_config())  # not every model creates one itself
         kept = {self._cache_name: cache, "use_cache": True}
         if 0 in self._cross_layers:
             kept = {"use_cache": False}
@@ -318,12 +322,14 @@ class _Reference:
 
 
 class _PartsReference(_Reference):
-    """A checkpoint whose images are several runs of tokens, put together from its parts: transformers 5.24's model of
-    that kind raises on every input. Its image processor needs torchvision, so pixels are ours, which tests hold to its
-    bits."""
+    """A checkpoint whose images are several runs of tokens, assembled from its parts because transformers 5.24's model
+    of that kind raises on every input.
+
+    Its image processor needs torchvision, so our own pixels are used; tests check that they are bit-identical.
+    """
 
     def __init__(self, directory: Path, dtype: str, adapter: Path | None, family: Family | None, config: Any) -> None:
-        """`config`: the VisionConfig."""
+        """`config`: the model's VisionConfig."""
         self._config = config
         super().__init__(directory, dtype, adapter, family)
 
@@ -359,7 +365,7 @@ class _PartsReference(_Reference):
         return _Expected(name, image, text_ids, ids.count(patch), streams, answer, logits)
 
     def _tokens(self, view: View, patch: int) -> list[int]:
-        """What an image is in a prompt, `patch` for each embedding."""
+        """The tokens of an image in a prompt, with `patch` in place of each embedding."""
         found: list[int] = []
         for part in view.parts(self._config):
             found += [patch] * part if isinstance(part, int) else [self._processor.convert_tokens_to_ids(part)]
@@ -373,8 +379,11 @@ class _PartsReference(_Reference):
 
 
 class _ImageProcessor:
-    """A checkpoint's processor put together from its parts, for one image a prompt: of the image, transformers' image
-    processor; in the text, its placeholder as often as the model makes features of it."""
+    """A checkpoint's processor assembled from its parts, for one image per prompt.
+
+    The image goes through transformers' image processor. In the text, the image placeholder is repeated once for each
+    feature that the model computes for the image.
+    """
 
     def __init__(self, directory: Path, model: Any) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin

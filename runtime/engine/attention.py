@@ -1,4 +1,4 @@
-"""How attention and decode steps are computed: with flash attention or without, and by whose kernels."""
+"""Chooses how attention and decode steps are computed: with flash attention or without, and by which kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from granite4v.runtime.llama.files import ModelFiles
 
 @dataclass(frozen=True)
 class Attention:
-    """Of one model. `kernels`: what is compiled; the rest is computed by ggml. `has_tiles`: whether ggml takes many
-    rows of attention in tiles, and few of them slowly."""
+    """How one model's attention is computed. `kernels`: the compiled kernels; ggml computes the rest. `has_tiles`:
+    whether ggml computes many rows of attention in tiles, and few rows slowly."""
 
     cache_type: str
     flash: bool
@@ -33,8 +33,9 @@ class Attention:
         n_ubatch: int,
         prefers_flash: bool | None,
     ) -> Attention:
-        """`prefers_flash`: for a batch, which gives the memory of cells back; transposed values prevent that. None: in
-        float32 and without it, for comparing values with transformers."""
+        """Chooses for a model. `prefers_flash`: set for a batch, where the memory of empty cells is given back, which
+        the transposed values of attention without flash prevent. None: float32 without flash attention, for comparing
+        values with transformers."""
         if prefers_flash is None:
             return cls("f32", flash=False, kernels=exact_kernels(device), has_tiles=False)
         kernels = node_kernels(files, device, cache_type)
@@ -44,11 +45,11 @@ class Attention:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen, as plain data; all of it changes values."""
+        """The choice as plain data; each entry changes values."""
         found: dict[str, Any] = {"cache_type": self.cache_type, "flash_attention": self.flash}
         return {**found, "compiled": self.kernels.description} if self.kernels else found
 
     @property
     def node_callback(self) -> Any:
-        """What a context is given for the kernels."""
+        """The context's node callback for the compiled kernels."""
         return node_callback(self.kernels)

@@ -1,6 +1,6 @@
-"""What one sequence of the KV cache holds, and what of it a prompt can go on from.
+"""Records what one sequence of the KV cache holds, and how much of a prompt it can be reused for.
 
-A position is known by what was put there: a token id, or the digest of an image and an index into it. Two positions are
+A position is identified by its contents: a token id, or the digest of an image and an index into it. Two positions are
 equal only if everything before them is equal too, so the cells of one image are never reused for another.
 """
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# A repeated request should give the same logits to the last bit, which needs the same batches. So a request starts
-# again at the batch where it first differs, unless that would compute more than this many known tokens anew.
+# A repeated request should give bit-identical logits, which needs the same batches. So a request is recomputed from the
+# batch where it first differs, unless that would compute more than this many known tokens again.
 MAX_RECOMPUTED = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Positions that were or will be computed in one call, and what they hold."""
+    """Positions that were or will be computed in one call, and their contents."""
 
     keys: tuple[Hashable, ...]
 
@@ -29,20 +29,20 @@ class Batch:
 
 @dataclass(eq=False)
 class CachedSequence:
-    """What one sequence of the context holds, batch by batch, from position 0 on."""
+    """The contents of one sequence of the context, batch by batch, from position 0 on."""
 
     id: int
     batches: list[Batch] = field(default_factory=list)
     adapter: bool = False  # whether a LoRA was applied to it
     in_use: bool = False
-    is_lost: bool = False  # its cells are gone although it is in use
+    is_lost: bool = False  # its cells are gone while it is in use
     last_used: int = 0
-    n_prompt: int = 0  # of the request that uses it
-    n_most: int = 0  # tokens that this request can come to, its prompt included
-    # the last prefill and the logits at its end, so that the same request again costs nothing
+    n_prompt: int = 0  # prompt tokens of the request that uses it
+    n_most: int = 0  # the most tokens that this request can have, prompt included
+    # batches of the last prefill and the logits after it, so that repeating the request costs nothing
     plan: tuple[Batch, ...] = ()
     logits: np.ndarray | None = None
-    # of `batches`, counted along: every decoded token makes a batch and asks for the sum
+    # running total of `batches`: every decoded token adds a batch and asks for the total
     n_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,11 +53,11 @@ class CachedSequence:
         self.n_tokens += batch.n_tokens
 
     def hold(self, batches: list[Batch]) -> None:
-        """Replaces what it holds."""
+        """Replaces its contents."""
         self.batches, self.n_tokens = batches, total(batches)
 
     def prefix(self, n_tokens: int) -> list[Batch]:
-        """The first `n_tokens`; a batch that is cut through is there with its first part."""
+        """Returns the batches of the first `n_tokens` positions; a batch that is cut keeps its first part."""
         kept: list[Batch] = []
         room = n_tokens
         for batch in self.batches:
@@ -70,7 +70,10 @@ class CachedSequence:
     def reusable(self, plan: Sequence[Batch]) -> int:
         """How many positions of the plan need not be computed; the plan's last position always is.
 
-        The complete batches that were computed alike; or, where that leaves much to do, all equal positions.
+        Counts the leading batches that are equal as a whole; or, where that would recompute more than `MAX_RECOMPUTED`
+        known positions, all equal positions. For example, batches of 512 and 300 are held and batches of 512 and 310
+        are planned. If the first 812 positions are equal, all 812 are reused, since 512 would recompute 300; if the
+        first 612 are, 512 are.
         """
         alike = 0
         for mine, planned in zip(self.batches, plan, strict=False):
@@ -91,10 +94,10 @@ class CachedSequence:
         return alike if equal - alike <= MAX_RECOMPUTED else equal
 
     def known_logits(self, plan: Sequence[Batch]) -> np.ndarray | None:
-        """The logits at the end of a plan that this sequence begins with and was prefilled by, if it was the last."""
+        """The logits at the end of a plan, if this plan was the sequence's last prefill and its logits are kept."""
         return self.logits.copy() if self.logits is not None and self.plan == tuple(plan) else None
 
 
 def total(batches: Sequence[Batch]) -> int:
-    """Their positions."""
+    """Number of positions in the batches."""
     return sum(batch.n_tokens for batch in batches)

@@ -1,11 +1,13 @@
-"""Which images the rows of a request attend to, for a decoder with layers of cross-attention.
+"""Decides which images the rows of a request attend to, for a decoder with cross-attention layers.
 
-A row sees the last image at or before it, and images that stand right before that one; what was said about earlier
-images is in the cells of the decoder's own layers. So what a sequence sees follows from its prompt and its length,
-whatever happened to its cells meanwhile; keys and values are those of one view, and are computed anew for another.
+A row sees the last image at or before it, plus the images directly before that one without text in between. What was
+said about earlier images is in the cells of the decoder's own layers. So what a sequence sees follows from its prompt
+and its length alone, even if its cells were moved or restored. Keys and values are kept for one view only, and
+recomputed for another.
 
-Rows before the first image see nothing, and the layers leave them as they are: the rule that published weights were
-trained with ('original'). transformers lets them attend to all images, absent tiles too, without the MLP.
+Rows before the first image see nothing, and the cross-attention layers leave them unchanged: the rule that published
+weights were trained with ('original'). transformers lets them attend to all images, including absent tiles, and skips
+the MLP.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ CrossRule = Literal["original", "transformers"]
 
 @dataclass(frozen=True)
 class Sight:
-    """What rows attend to: images by their digests, and whether absent tiles are among what they see."""
+    """What rows attend to: images, identified by their digests. `before_first`: the rows lie before the first image;
+    under transformers' rule they see all images and absent tiles."""
 
     images: tuple[ImageSpan, ...]
     before_first: bool = False
@@ -51,10 +54,11 @@ class Sight:
 
 
 def sight(spans: Sequence[Span], position: int, rule: CrossRule = "original") -> Sight:
-    """What the row at a position of a prompt and its answer attends to; the rows behind it too, up to the next image.
+    """Returns what the row at a position of a prompt and its answer attends to; the following rows see the same up to
+    the next image.
 
-    For example, image, image, text, image: row 0 sees the first, rows of the text both, what follows the last one it
-    alone.
+    For example, with image, image, text, image: row 0 sees the first image, text rows see both, and rows after the last
+    image see only that one.
     """
     seen: list[ImageSpan] = []
     start, is_run = 0, False
@@ -71,10 +75,10 @@ def sight(spans: Sequence[Span], position: int, rule: CrossRule = "original") ->
 
 
 class CrossAttention:
-    """The layers of one engine, and what its rows attend to now. Not for several threads at once."""
+    """The cross-attention layers of one engine, and what its rows attend to now. Not thread-safe."""
 
     def __init__(self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool) -> None:
-        """Of a model whose vision file has such layers. `exact`: float32, for comparing values."""
+        """Requires a model whose vision file has cross-attention layers. `exact`: float32, for comparing values."""
         assert files.vision is not None and files.vision_config is not None
         config = files.vision_config.cross_attention
         assert config is not None
@@ -96,7 +100,7 @@ class CrossAttention:
     def of(
         cls, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool
     ) -> CrossAttention | None:
-        """None for a decoder without such layers."""
+        """Returns None for a decoder without such layers."""
         return cls(files, device, n_threads, abort, exact=exact) if files.is_cross_attending else None
 
     def look(
@@ -106,9 +110,11 @@ class CrossAttention:
         features: Callable[[ImageSpan], CrossFeatures],
         computing: contextlib.AbstractContextManager[None],
     ) -> None:
-        """Before rows from `position` on are decoded, up to the next image: they attend to what they should see.
-        `features(span)` encodes an image; `computing`: around what else is computed. Raises what these raise,
-        ModelFileError, DeviceError, Aborted."""
+        """Sets what rows attend to, before those from `position` on are decoded, up to the next image.
+
+        `features(span)` encodes an image; `computing` wraps all other computation. Raises what these raise,
+        ModelFileError, DeviceError, Aborted.
+        """
         seen = sight(spans, position, self.rule)
         self.hook.is_wanted, self._before_first = bool(seen.images), seen.before_first
         if not seen.images or seen.key == self._key:
@@ -122,11 +128,11 @@ class CrossAttention:
         self._key = seen.key
 
     def forget(self) -> None:
-        """So that the next rows' images are encoded again."""
+        """Makes the images of the next rows be encoded again."""
         self._key = None
 
     def _opened(self) -> CrossLayers:
-        """Opened when they are first needed. Raises ModelFileError, DeviceError, Aborted."""
+        """Returns the layers, opened on first use. Raises ModelFileError, DeviceError, Aborted."""
         if self._layers is None:
             self._layers = CrossLayers(self._file, self._config, self._started(), exact=self._exact)
         return self._layers
@@ -138,7 +144,8 @@ class CrossAttention:
         return self._backend
 
     def identity(self) -> dict[str, Any]:
-        """What the values of rows depend on beside the files and the image, as JSON data. May measure, as `look`."""
+        """What the values of rows depend on in addition to the files and the image, as JSON data. May measure kernels,
+        as `look`."""
         kernels = {} if self._exact else cross_kernels(self._file, self._started())
         named = {kind: [many.name, few.name] for kind, (many, few) in sorted(kernels.items())}
         compiled = cross_node_kernels(self._file, self._config, self._started(), exact=self._exact).description
@@ -151,7 +158,7 @@ class CrossAttention:
 
     @property
     def token_row(self) -> np.ndarray:
-        """The embedding of the image's token, float32 `(1, hidden_size)`. Raises ModelFileError."""
+        """The embedding of the image token, float32 `(1, hidden_size)`. Raises ModelFileError."""
         if self._row is None:
             info = self._file.tensors.get(keys.IMAGE_TOKEN_EMBD)
             if info is None:
@@ -181,9 +188,9 @@ class CrossAttention:
 
 
 def layers_by_place(config: CrossAttentionConfig) -> dict[int, tuple[int, ...]]:
-    """Layers of cross-attention that follow each other, by the number of the text file's layers before them.
+    """Groups consecutive cross-attention layers by the number of the text file's layers before them.
 
-    For example, of nine layers of which 1, 3, 4 and 8 are such: {1: (1,), 2: (3, 4), 5: (8,)}.
+    For example, with nine layers of which 1, 3, 4 and 8 are cross-attention: {1: (1,), 2: (3, 4), 5: (8,)}.
     """
     places: dict[int, tuple[int, ...]] = {}
     for n_before, layer in enumerate(config.layers):

@@ -1,13 +1,12 @@
-"""A decoder's layers of cross-attention as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
+"""Cross-attention layers of a decoder as ggml graphs: x + gate * attention(x, image), then x + gate * MLP(x).
 
 Keys and values of the image are computed once, for all layers, and stay in a buffer of the device: in half precision,
-in eight bits beside quantized weights, packed for the compiled kernel where there is one, or float32 for comparing
-values. Every row of a call sees all of them. There is
-a graph for each place between llama.cpp's layers and each number of rows; those of a few rows, which decode steps have,
-are kept.
+in eight bits next to quantized weights, packed for the compiled kernel where there is one, or in float32 for comparing
+values. Every row of a call sees all of them. There is one graph for each place between llama.cpp's layers and each
+number of rows; graphs of a few rows, as in decode steps, are kept.
 
-Arithmetic: transformers 5.24, the `...CrossAttentionDecoderLayer` of the family; RMSNorm of queries and keys for each
-head, no rotation.
+Arithmetic: transformers 5.24, the `...CrossAttentionDecoderLayer` of the family; RMSNorm of queries and keys per head,
+no rotary embedding.
 """
 
 from __future__ import annotations
@@ -38,23 +37,24 @@ from granite4v.runtime.llama.placement import SPARE_BYTES
 from granite4v.runtime.llama.weight_copies import MAX_FEW_ROWS
 
 NODES_PER_LAYER, NODES_PER_PIECE = 48, 12
-KEYS_AT_ONCE = 512  # of an image's keys and values: bounds what one graph needs
-ROWS_AT_ONCE = 32  # whose scores are computed together
-# Of keys, with masked ones: ggml's matrix products with half-precision values are twice as fast with a multiple of 64,
-# and compiled ones take eight-bit values by 128.
+KEYS_AT_ONCE = 512  # rows of an image's keys and values per graph; bounds the memory of one graph
+ROWS_AT_ONCE = 32  # rows whose scores are computed together
+# The number of keys is padded to a multiple of this, and the padding is masked: ggml's matrix products with
+# half-precision values are twice as fast with a multiple of 64, and compiled ones take eight-bit values by 128.
 MULTIPLE = 128
-# Thousands of keys have weights of about 1e-4, which half precision holds inexactly, and so do the scales of eight-bit
-# blocks; and a product with them takes up to ten times as long. A power of two changes no bit of float32.
+# With thousands of keys, attention weights are about 1e-4. Half precision and the scales of eight-bit blocks represent
+# such values inexactly, and a product with them takes up to ten times as long. So the weights are scaled up; a power of
+# two changes no bit of a float32 mantissa.
 SCALE_OF_WEIGHTS = 4096.0
 HALF_MAX = float(np.finfo(np.float16).max)
 Product = Callable[[Tensor], Tensor]
-_Key = tuple[tuple[int, ...], int, bool]  # layers, number of rows, whether with the MLP
-MOST_IN_DOT = 8192  # values whose squares are added up by one thread
-MAX_GRAPHS = 8  # for different numbers of rows, at each place
+_Key = tuple[tuple[int, ...], int, bool]  # layers, number of rows, with or without the MLP
+MOST_IN_DOT = 8192  # up to this many values, a sum of squares is computed by one thread
+MAX_GRAPHS = 8  # graphs kept at each place, for different numbers of rows
 
 
 class CrossLayers:
-    """The weights, and the image that is attended to. Not for several threads at once."""
+    """The weights of the layers, and the image that is attended to. Not thread-safe."""
 
     def __init__(
         self,
@@ -65,15 +65,16 @@ class CrossLayers:
         exact: bool,
         announce: Callable[[], None] | None = None,
     ) -> None:
-        """Maps the weights of a vision file, or copies them to what multiplies them faster. `announce` is called when
-        that is measured first, and takes longer than a second. Raises ModelFileError, DeviceError, Aborted."""
+        """Maps the weights of a vision file, or copies them to buffer types that multiply them faster. `announce` is
+        called before kernels are measured for the first time if that takes more than a second. Raises ModelFileError,
+        DeviceError, Aborted."""
         self._config, self._backend, self._path = config, backend, file.path
         self._kv_type = kv_type(file, config, exact=exact)
         self._kernels = cross_node_kernels(file, config, backend, exact=exact)
         group = config.num_attention_heads // config.num_key_value_heads
         is_fast = self._kv_type == "Q8_0" and image_attention.is_available(config.head_dim, group)
         self._packs = bool(self._kernels) and is_fast
-        self._n = 0  # positions of the image
+        self._n = 0  # number of image positions
         capture_log()  # repacking reports every tensor
         infos = _infos(file)
         many, few = ({}, {}) if exact else choose_copies(file, backend, announce)
@@ -122,7 +123,7 @@ class CrossLayers:
         self._release()
 
     def _projected(self, i: int, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A layer's keys and values, float32 `(n, heads, head_dim)`."""
+        """Returns a layer's keys and values, float32 `(n, heads, head_dim)`."""
         graphs: dict[int, Graph] = {}
         found = []
         try:
@@ -140,12 +141,12 @@ class CrossLayers:
         return keys_of.reshape(shape), values_of.reshape(shape)
 
     def _stored(self, values: np.ndarray) -> np.ndarray:
-        """Float32 values as bytes of the type that keys and values have."""
+        """Converts float32 values to bytes of the type of keys and values."""
         rows = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
         return quantize_rows(rows, self._kv_type, self._backend.n_threads)
 
     def run(self, layers: tuple[int, ...], rows: np.ndarray, n_threads: int, *, with_mlp: bool = True) -> np.ndarray:
-        """Some layers that follow each other, for rows float32 `(n, hidden_size)`; after `look_at`."""
+        """Runs some consecutive layers for rows float32 `(n, hidden_size)`. Requires `look_at`."""
         self._backend.use_threads(n_threads)
         key = layers, len(rows), with_mlp
         graph = self._graphs.get(key) or self._kept(*key)
@@ -161,13 +162,15 @@ class CrossLayers:
         return found.reshape(rows.shape)
 
     def in_place(self, layers: tuple[int, ...], n: int, n_threads: int, *, with_mlp: bool) -> InPlace | None:
-        """What computes `run` for `n` rows without Python until the next call, if it has run for as many before."""
+        """Returns what computes `run` for `n` rows without Python, valid until the next call; None if `run` has not
+        kept a graph for this number of rows."""
         self._backend.use_threads(n_threads)
         graph = self._graphs.get((layers, n, with_mlp))
         return None if graph is None else graph.in_place("rows", "rows")
 
     def _kept(self, layers: tuple[int, ...], n: int, with_mlp: bool) -> Graph:
-        """A new graph. One of many rows is not kept: its intermediate results take too much memory for each place."""
+        """Builds a new graph. One of many rows is not kept: its intermediate results take too much memory for each
+        place."""
         graph = self._built(len(layers), n, lambda graph: self._fill(graph, layers, n, with_mlp))
         if n <= MAX_FEW_ROWS:
             others = [key for key in self._graphs if key[0] == layers]
@@ -177,17 +180,18 @@ class CrossLayers:
         return graph
 
     def _check_kept(self, *arrays: np.ndarray) -> None:
-        """Whether keys and values have a form in the type that they are kept in: a NaN among eight-bit ones would be
-        a number for whoever attends to them."""
+        """Raises ModelFileError for keys or values that their type cannot represent: among eight-bit ones, a NaN would
+        become an ordinary number for every row that attends to it."""
         scaled = 127 * HALF_MAX  # eight-bit integers with scales in half precision
         most = {"F32": np.inf, "F16": HALF_MAX}.get(self._kv_type, scaled)
         if not all(np.abs(x).max() < most for x in arrays):
             raise self._damaged()
 
     def _finite(self, values: np.ndarray) -> np.ndarray:
-        """Checked before they come into cells of the decoder, where they would stay, or are rounded to integers."""
+        """Returns `values` if they are finite. Checked before they enter cells of the decoder, where they would stay,
+        or are quantized."""
         flat = values.reshape(-1)
-        if flat.size <= MOST_IN_DOT and math.isfinite(flat.dot(flat)):  # in half the time
+        if flat.size <= MOST_IN_DOT and math.isfinite(flat.dot(flat)):  # half the time of the exact check below
             return values
         if not np.isfinite(flat).all():
             raise self._damaged()
@@ -202,7 +206,7 @@ class CrossLayers:
     # --- graphs ---
 
     def _linear(self, graph: Graph, i: int, part: str, n_in: int, n_out: int, n_rows: int) -> Product:
-        """The product of a matrix with `n_rows` rows, in the form that multiplies as many fastest."""
+        """Returns a product of a matrix with `n_rows` rows, by the weights that are fastest for this number of rows."""
         name = _name(i, part)
         weights = self._few if n_rows <= MAX_FEW_ROWS or f"{name}.weight" in self._shared else self._many
         return linear(graph, weights, name, n_in, n_out, has_bias=False)
@@ -225,7 +229,7 @@ class CrossLayers:
         return graph
 
     def _fill_keys(self, graph: Graph, i: int, n: int) -> None:
-        """A layer's keys and values of `n` states."""
+        """Adds a layer's keys and values of `n` states to a graph."""
         config = self._config
         dim, n_heads = config.head_dim, config.num_key_value_heads
         x = graph.input("states", "F32", config.hidden_size, n)
@@ -251,8 +255,9 @@ class CrossLayers:
         graph.output("rows", x)
 
     def _attended(self, graph: Graph, i: int, q: Tensor) -> tuple[Tensor, float]:
-        """Attention of q `[head_dim, heads, n]` over all keys, `[heads * head_dim, n]`, times a scale, and that. Heads
-        that share keys are rows of one product, which reads these once; flash attention reads them for each head."""
+        """Computes attention of q `[head_dim, heads, n]` over all keys. Returns the result `[heads * head_dim, n]`
+        times a scale, and that scale. Heads that share keys are rows of one product, which reads these keys once; flash
+        attention would read them for each head."""
         dim, n_heads, n = q.ne[:3]
         n_kv = self._config.num_key_value_heads
         group, parts = n_heads // n_kv, []
@@ -283,11 +288,11 @@ class CrossLayers:
         return graph.mul(graph.rms_normalize(x, self._config.rms_norm_eps), weight)
 
     def _release(self) -> None:
-        """Mapped weights that have a copy for fewer rows leave memory; they are read again from the system's cache."""
+        """Releases mapped weights that have a copy for fewer rows; they are read again from the system's file cache."""
         if self._many is not self._few:
             self._many.release()
 
-    # --- its end ---
+    # --- closing ---
 
     def _look_away(self) -> None:
         while self._graphs:
@@ -305,15 +310,16 @@ class CrossLayers:
 def cross_kernels(
     file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
 ) -> dict[str, tuple[Kernel, Kernel]]:
-    """How a vision file's layers are multiplied: see `text_kernels`."""
+    """Returns the kernels for a vision file's cross-attention layers: see `text_kernels`."""
     return autotune.text_kernels(backend, n_weights(_matrices(file)), announce, compiled=True)
 
 
 def choose_copies(
     file: GgufFile, backend: Backend, announce: Callable[[], None] | None = None
 ) -> tuple[dict[str, Kernel], dict[str, Kernel]]:
-    """The types whose weights leave the mapped file, as a text model's do (`choose_placement`): for products of many
-    rows, and of a few: one copy of a type, or two where only many rows gain by another form."""
+    """Chooses which weight types are copied out of the mapped file, as for a text model (`choose_placement`). Returns
+    the kernels for products of many rows and of a few; both are one copy, except for types of which many rows gain by
+    another form."""
     infos = _matrices(file)
     types = n_weights(infos)
     if not backend.is_cpu or sum(types.values()) < autotune.SMALL:
@@ -326,7 +332,8 @@ def choose_copies(
     available = available_bytes()
     for more in (copied, {kind: plain for kind in copied if kind not in many}, {}):
         for_few = {**more, **few}
-        for_many = {kind: for_few[kind] for kind in more if kind not in few} | many  # what there is for a few anyway
+        # the copy for few rows exists anyway
+        for_many = {kind: for_few[kind] for kind in more if kind not in few} | many
         names = [{each[kind].name for each in (for_many, for_few) if kind in each} for kind in types]
         n_copies = dict(zip(types, map(len, names), strict=True))
         needed = sum(n_copies[info.type_name] * info.nbytes for info in infos)
@@ -336,7 +343,7 @@ def choose_copies(
 
 
 def cross_node_kernels(file: GgufFile, config: CrossAttentionConfig, backend: Backend, *, exact: bool) -> NodeKernels:
-    """What is computed by compiled kernels: products with weights, and with keys and values."""
+    """Returns the compiled kernels: products with weights, and with keys and values."""
     if exact or not backend.is_cpu:
         return NO_KERNELS
     kinds = {info.type_name for info in _matrices(file)}
@@ -344,9 +351,9 @@ def cross_node_kernels(file: GgufFile, config: CrossAttentionConfig, backend: Ba
 
 
 def kv_type(file: GgufFile, config: CrossAttentionConfig, *, exact: bool) -> str:
-    """The type of an image's keys and values. Beside quantized weights they have eight bits: in half precision, those
-    of four tiles of 560 px would be a fifth of what a layer of four bits reads for a row. Attention of one row over
-    them takes 1.1 ms in eight bits, 2.7 in half precision, 2.9 in bfloat16 (two cores with AVX-512 BF16)."""
+    """The type of an image's keys and values. With quantized weights it is eight bits: in half precision, the keys and
+    values of four tiles of 560 px would be a fifth of the bytes that a four-bit layer reads for a row. Attention of one
+    row over them takes 1.1 ms in eight bits, 2.7 in half precision, 2.9 in bfloat16 (two cores with AVX-512 BF16)."""
     if exact:
         return "F32"
     is_quantized = all(info.type_name not in FLOATS for info in _matrices(file))

@@ -1,8 +1,8 @@
-"""Drafts by lookup: what an answer is likely to go on with, because it, its prompt or another answer said so before.
+"""Drafts tokens by lookup: text that the answer, its prompt or another answer has had before.
 
-A drafter follows every text that the answer may repeat with a cursor, and learns from each token of the answer how
-often such cursors are right. So an estimate that is wrong corrects itself, whether or not its drafts are used. Knows
-tokens alone: no grammar, no logits, no model.
+A drafter follows every text that the answer may repeat with a cursor. From each token of the answer it learns how often
+such cursors are right, whether or not their drafts are used, so a wrong estimate corrects itself. It knows only tokens:
+no grammar, no logits, no model.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Literal, NamedTuple, Protocol
 
-# what a text is to an answer: its own beginning, its prompt, text that may occur in it, the answer to the same question
-# about something else, what it will be but for mistakes
+# relation of a text to the answer: its own beginning, its prompt, text that may occur in it, the answer to the same
+# question about something else, the expected answer except for errors
 Kind = Literal["own", "prompt", "piece", "answer", "predicted"]
 
 MOST_ANSWERS = 4
-_END = -1  # between two pieces; equals no token
-_LONGEST = 32  # tokens that are compared backwards
-_MOST_PLACES = 8  # of a pair of tokens, the latest
-_LEAST_CHANCE = 0.05  # of the last token of a draft
+_END = -1  # separates pieces; equals no token
+_LONGEST = 32  # most tokens compared backwards
+_MOST_PLACES = 8  # latest places kept for each pair of tokens
+_LEAST_CHANCE = 0.05  # minimum chance of a draft's last token
 
 
 class Draft(NamedTuple):
-    """Tokens that may come next, and for each the estimated chance that it and all before it are right (falling)."""
+    """Tokens that may come next, and for each the estimated chance that it and all before it are right
+    (non-increasing)."""
 
     tokens: tuple[int, ...] = ()
     chances: tuple[float, ...] = ()
@@ -35,9 +36,9 @@ class Draft(NamedTuple):
 class DraftSource:
     """Token sequences that answers may repeat, shared by any number of requests and threads.
 
-    A request uses what was added before it began. Bounded: the oldest pieces are forgotten when there are more than
-    `most_tokens`, the oldest answers when there are more than `MOST_ANSWERS`. `chances` is what requests have learned
-    about drafts; a request goes on with those of its first source.
+    A request uses what was added before it began. The size is bounded: the oldest pieces are dropped when there are
+    more than `most_tokens` tokens, the oldest answers when there are more than `MOST_ANSWERS`. `chances`: what requests
+    have learned about drafts; a request continues with those of its first source.
     """
 
     def __init__(self, most_tokens: int = 1 << 14) -> None:
@@ -49,7 +50,7 @@ class DraftSource:
         self.chances = Chances()
 
     def add(self, tokens: SequenceOf[int]) -> None:
-        """Text that may occur anywhere in an answer."""
+        """Adds text that may occur anywhere in an answer."""
         piece = tuple(tokens)[: self._most_tokens // 2]
         with self._lock:
             if len(self._pool.tokens) + len(piece) >= self._most_tokens:
@@ -63,12 +64,12 @@ class DraftSource:
             self._pool.extend((*piece, _END))
 
     def add_answer(self, tokens: SequenceOf[int]) -> None:
-        """A complete answer that others may resemble from their first token on, such as that about another page."""
+        """Adds a complete answer that others may resemble from their first token on, such as one about another page."""
         with self._lock:
             self._answers = (*self._answers[1 - MOST_ANSWERS :], IndexedText(tokens[: self._most_tokens]))
 
     def predict(self, tokens: SequenceOf[int]) -> None:
-        """What the complete answer will be, but for mistakes."""
+        """Sets the expected complete answer, which may contain errors."""
         with self._lock:
             self._predicted = (IndexedText(tokens),)
 
@@ -82,14 +83,15 @@ class DraftSource:
 
 
 class IndexedText:
-    """Tokens that grow at the end, and where pairs and fours of them occur. One thread extends it, any may read."""
+    """Tokens that grow at the end, with an index of where pairs and fours of them occur. One thread extends it, any may
+    read."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self.tokens: list[int] = []
-        # by hash, as tuples take three times the memory; what is found is compared anyhow
-        self._pairs: dict[int, tuple[int, ...]] = {}  # the latest places behind each
+        # keyed by hash, as tuples take three times the memory; matches are compared token by token anyway
+        self._pairs: dict[int, tuple[int, ...]] = {}  # the latest places right after each pair
         self._fours: dict[int, int] = {}
-        self._firsts: dict[int, int] = {}  # behind the first token of a piece
+        self._firsts: dict[int, int] = {}  # place after the first token of a piece
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -108,13 +110,15 @@ class IndexedText:
                 self._fours[hash(tuple(known[place - 4 :]))] = place
 
     def at(self, place: int) -> int:
-        """The token at a place; one that equals none behind the last."""
+        """The token at a place; after the last one, a value that equals no token."""
         return self.tokens[place] if place < len(self.tokens) else _END
 
     def find(self, history: SequenceOf[int]) -> tuple[int, int]:
-        """The place behind the longest occurrence of the end of `history`, the latest of several, and its length.
+        """Finds the longest occurrence of the end of `history`, the latest among equals. Returns the place after it,
+        and its length.
 
-        (0, 0) without one of two tokens, or of one at the beginning of a piece.
+        At least two tokens must agree, or one at the beginning of a piece; otherwise (0, 0). For example, in the tokens
+        5 6 7 8 6 7 9 the history 1 6 7 is found at places 3 and 6, both with length 2; (6, 2) is returned.
         """
         places = self._pairs.get(hash(tuple(history[-2:])), ())
         four = self._fours.get(hash(tuple(history[-4:])))
@@ -127,7 +131,7 @@ class IndexedText:
         return found[1], found[0]
 
     def n_alike(self, place: int, history: SequenceOf[int]) -> int:
-        """How many tokens before `place` are the last ones of `history`, as far as that is compared."""
+        """How many tokens right before `place` equal the last ones of `history`, up to `_LONGEST`."""
         tokens, n = self.tokens, 0
         most = min(place, len(history), _LONGEST)
         while n < most and tokens[place - 1 - n] == history[-1 - n]:
@@ -136,7 +140,8 @@ class IndexedText:
 
 
 class _Cursor(Protocol):
-    """Where an answer may be in a text: `place` is that of the next token, and `n_alike` tokens before it agree."""
+    """A position in a text where the answer may be: `place` is that of the next token, and `n_alike` tokens before it
+    agree."""
 
     kind: Kind
     text: IndexedText
@@ -145,16 +150,16 @@ class _Cursor(Protocol):
 
     @property
     def is_placed(self) -> bool:
-        """Whether `place` says anything."""
+        """Whether `place` is meaningful."""
         ...
 
     def move(self, history: SequenceOf[int]) -> None:
-        """The answer got one more token, the last of `history`."""
+        """Updates the position after a new token, the last of `history`."""
         ...
 
 
 class _Lookup:
-    """Goes to the longest repetition of the answer's end, wherever it is in the text."""
+    """Moves to the longest repetition of the answer's end, wherever it is in the text."""
 
     def __init__(self, kind: Kind, text: IndexedText) -> None:
         self.kind, self.text, self.place, self.n_alike = kind, text, 0, 0
@@ -164,7 +169,7 @@ class _Lookup:
         return self.n_alike > 0
 
     def move(self, history: SequenceOf[int]) -> None:
-        # no other place can have more in common as long as this one agrees
+        # as long as this place agrees, no other one can match more tokens
         if self.is_placed and self.text.at(self.place) == history[-1]:
             self.place += 1
             self.n_alike += 1
@@ -173,20 +178,21 @@ class _Lookup:
 
 
 class _Follower:
-    """Stays beside the answer in a text that should resemble it from its beginning to its end.
+    """Follows the answer through a text that should resemble it from beginning to end.
 
-    Where the two differ it goes on as if one token were replaced, until what follows tells where the answer really is:
-    at the place that agrees and is nearest to where they differed, as `</td><td>` occurs between any two cells. Text
-    `a b c d e f`, answer `a b X d`: after X the cursor is at d, by the replaced c; after d at e, and one token agrees.
+    Where the two differ, it continues as if one token were replaced, until later tokens show where the answer really
+    is: at the matching place nearest to where they parted, because `</td><td>` occurs between any two cells. Text
+    `a b c d e f`, answer `a b X d`: after X the cursor is at d, as if c were replaced; after d it is at e, with one
+    token that agrees.
     """
 
-    _BEHIND, _AHEAD = 8, 64  # how far is searched
-    _LOST = 4  # tokens after which the complete text is searched
+    _BEHIND, _AHEAD = 8, 64  # search range, in tokens
+    _LOST = 4  # mismatched tokens after which the complete text is searched
     is_placed = True
 
     def __init__(self, kind: Kind, text: IndexedText) -> None:
         self.kind, self.text, self.place, self.n_alike = kind, text, 0, 0
-        self._n_lost, self._parting = 0, 0  # tokens since the two differed, and the place of the first
+        self._n_lost, self._parting = 0, 0  # tokens since the texts parted, and the place of the first of them
 
     def move(self, history: SequenceOf[int]) -> None:
         agrees = self.text.at(self.place) == history[-1]
@@ -206,7 +212,7 @@ class _Follower:
             self.place, self.n_alike, self._n_lost = place, n_alike, 0
 
     def _nearby(self, history: SequenceOf[int]) -> tuple[int, int]:
-        """The best place near where the two differed, and how many tokens before it agree."""
+        """Returns the best place near where the texts parted, and how many tokens before it agree."""
         best, found = 0.0, (0, 0)
         for place in _places_behind(
             history[-1], self.text.tokens, self._parting - self._BEHIND, self._parting + self._AHEAD
@@ -221,12 +227,12 @@ def _places_behind(token: int, tokens: list[int], start: int, end: int) -> Itera
     place = max(0, start)
     with contextlib.suppress(ValueError):
         while True:
-            place = tokens.index(token, place, end) + 1  # many times as fast as a loop
+            place = tokens.index(token, place, end) + 1  # many times faster than a loop
             yield place
 
 
-_CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)  # of 0, 1, 2, ... tokens that agree; the last is that of all above
-# the chance of the next token by class, before any answer
+_CLASSES = (0, 1, 2, 3, 3, *4 * (4,), *8 * (5,), 6)  # class by number of tokens that agree; the last is for all above
+# initial chance of the next token by class
 _PRIORS: dict[Kind, tuple[float, ...]] = {
     "own":       (0.01, 0.1, 0.4, 0.5, 0.6, 0.75, 0.85),
     "prompt":    (0.01, 0.1, 0.3, 0.5, 0.7, 0.80, 0.90),
@@ -237,11 +243,11 @@ _PRIORS: dict[Kind, tuple[float, ...]] = {
 
 
 class Chances:
-    """How likely the next token of a cursor is right: a logistic regression on the kind of its text, on how many tokens
-    agreed before it, and on the token itself (structure repeats, numbers do not), which learns from every token."""
+    """Estimates how likely a cursor's next token is right: a logistic regression on the kind of its text, the number of
+    matching tokens before it, and the token itself (structure repeats, numbers do not), trained on every token."""
 
-    _RATE, _TOKEN_RATE = 0.15, 0.4  # of learning
-    _MOST_TOKENS = 1 << 14  # whose weights are kept, the latest
+    _RATE, _TOKEN_RATE = 0.15, 0.4  # learning rates of classes and of tokens
+    _MOST_TOKENS = 1 << 14  # tokens whose weights are kept, the most recent
 
     def __init__(self) -> None:
         self._of_class = {kind: [math.log(p / (1 - p)) for p in priors] for kind, priors in _PRIORS.items()}
@@ -261,10 +267,10 @@ class Chances:
 
 
 class Drafter:
-    """Proposes how one answer goes on. For one thread."""
+    """Proposes how one answer continues. For use by one thread."""
 
     def __init__(self, prompt: SequenceOf[int] = (), sources: SequenceOf[DraftSource] = ()) -> None:
-        """`prompt`: its text tokens."""
+        """`prompt`: text tokens of the prompt."""
         self._history = IndexedText()
         self._chances = sources[0].chances if sources else Chances()
         self._cursors: list[_Cursor] = [_Lookup("own", self._history), _Lookup("prompt", IndexedText(prompt))]
@@ -272,7 +278,7 @@ class Drafter:
             self._cursors += source.cursors()
 
     def propose(self, answer: SequenceOf[int], most: int) -> Draft:
-        """At most `most` tokens after those of `answer`, which has only grown since the last call."""
+        """Proposes at most `most` tokens after those of `answer`, which may only have grown since the last call."""
         for token in answer[len(self._history.tokens) :]:
             self._move(token)
         best = Draft()
@@ -285,18 +291,20 @@ class Drafter:
             expected = cursor.text.at(cursor.place)
             if expected != _END and cursor.is_placed:
                 self._chances.observe(cursor.kind, cursor.n_alike, expected, expected == token)
-        # the token is not in the history yet: a lookup there must not find the end that it looks for
+        # the token is not in the history yet, otherwise a lookup there would find the very end that it looks for
         recent = [*self._history.tokens[1 - _LONGEST :], token]
         for cursor in self._cursors:
             cursor.move(recent)
         self._history.extend((token,))
 
     def _from(self, cursor: _Cursor, most: int, best: Draft) -> Draft:
-        """What the text of a cursor says, as long as it can bring more tokens than `best`; otherwise that."""
+        """Returns the continuation from a cursor if its expected number of right tokens exceeds that of `best`,
+        otherwise `best`."""
         tokens, chances, chance, n_right, n_best = list[int](), list[float](), 1.0, 0.0, sum(best.chances)
         n_known = len(cursor.text.tokens) - cursor.place
         for i in range(most if cursor.is_placed else 0):
-            # where the answer repeats itself, it may do so again and again: what is drafted goes on with its beginning
+            # an answer that repeats itself may do so again, so a draft that reaches the end of the text continues with
+            # its own beginning
             goes_round = i >= n_known > 0 and cursor.kind == "own"
             token = tokens[i - n_known] if goes_round else cursor.text.at(cursor.place + i)
             if token == _END:

@@ -1,8 +1,8 @@
-"""The engine of a loaded model: its parts, each opened when first needed, and the thread that runs them.
+"""The engine of a loaded model: its parts, each opened on first use, and the thread that runs them.
 
 Any thread may submit requests and read their answers; only the engine's thread calls llama.cpp and ggml. The vision
-file's weights are read at the first image, the text file's after that, so a text-only request never touches the vision
-file and the two peaks of memory do not add up.
+file's weights are read at the first image, the text file's after that. So a text-only request never touches the vision
+file, and the two memory peaks do not add up.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Weight types with which the values of a row depend on whether it is alone, and on nothing else of a batch.
+# Weight types for which a row's values depend on whether the row is alone in a batch, and on nothing else of it.
 SAME_FROM_TWO_ROWS = frozenset({"F32", "F16", "BF16", "Q8_0"})
-_LOOK_S = 1.0  # how often answers that pause are looked at without being told to
+_LOOK_S = 1.0  # polling interval for paused answers, in case nothing wakes the thread
 
 
 class Engine:
-    """The parts of one model and its thread."""
+    """The parts of one model, and its thread."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Engine:
         page_store: PageStore | None = None,
         cache_type: CacheType = "f16",
     ) -> None:
-        """`n_parallel`: requests that are computed side by side; the others: see `Model.load`. Raises DeviceError,
-        TypeError, ValueError."""
-        find_device(device)  # a device that is missing is reported now, not after the first image
+        """`n_parallel`: requests computed concurrently; for the others see `Model.load`. Raises DeviceError, TypeError,
+        ValueError."""
+        find_device(device)  # a missing device is reported now, not after the first image
         self.files, self.device, self.exact, self.cache_type = files, device, exact, cache_type
         self.n_threads = check_threads(n_threads)
-        # a number that was asked for stays, and --exact compares values, which depend on it
+        # an explicit n_threads is kept; `exact` compares values, which depend on the number of threads
         self._free_threads = FreeThreads(self.n_threads) if n_threads is None and not exact else None
         self.warnings: list[str] = []
         self.n_ctx = n_ctx = context_size(files, n_ctx, self.warnings)
@@ -88,7 +88,7 @@ class Engine:
         self._thread = EngineThread("granite4v", self._abort)
         self._has_workload = workload is not None
         self._is_batch = workload is not None and self.n_parallel > 1
-        # stored pages are shared with conversations, which have none; exact attention neither
+        # stored pages are shared with conversations, which do not prefer flash attention; `exact` has none
         prefers_flash = None if exact else self._has_workload and page_store is None
         self._attention = Attention.chosen(files, device, cache_type, n_ctx, self.n_ubatch, prefers_flash)
         self._cache = KvCache(
@@ -110,7 +110,7 @@ class Engine:
         self._cross = CrossAttention.of(*parts, exact=exact)
         self._pages = None if page_store is None else self._open_pages(page_store)
         self._vision.stored = self._pages if files.is_cross_attending else None
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards everything below
         self._inbox: list[Task] = []
         self._calls: list[Callable[[], None]] = []
         self._is_running = self._is_started = self._has_news = False
@@ -123,11 +123,11 @@ class Engine:
         identity = PageIdentity(*parts, device=self.device, n_threads=self.n_threads, attention=chosen)
         return StoredPages(store, f"{path.parent.name}/{path.name}", identity)
 
-    # --- what is known ---
+    # --- state ---
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen for this machine, as plain data."""
+        """The settings chosen for this machine, as plain data."""
         kernels = self._vision.encoder().kernels if self._vision.is_open else {}
         return {
             "device": self.device,
@@ -164,7 +164,7 @@ class Engine:
         if self.is_closed:
             raise ValueError("the model is closed")
 
-    # --- any thread ---
+    # --- called from any thread ---
 
     def submit(
         self,
@@ -178,13 +178,13 @@ class Engine:
         progress: Progress | None = None,
         listener: Callable[[], None] | None = None,
     ) -> Stream:
-        """Begins a request. Its answer is generated whether or not the stream is read, up to a bound."""
+        """Begins a request. Its answer is generated even if nobody reads the stream, up to the stream's queue size."""
         channel = Channel(answer, self._wake, listener=listener)
         task = Task(prompt.spans, advances, channel, max_tokens=max_tokens, adapter=adapter, images=prompt.images)
         answer.timings.n_prompt, answer.timings.n_image = prompt.n_tokens, prompt.n_image_tokens
-        if self._cross is not None and self._cross.rule == "transformers":  # rows depend on what comes after them
+        if self._cross is not None and self._cross.rule == "transformers":  # rows depend on later images
             self.clear()
-        # before the engine knows of the request: if Ctrl-C comes in between, the stream is dropped, which cancels it
+        # made before the request is queued: if Ctrl-C comes in between, dropping the stream cancels the request
         stream = Stream(channel, cancel=cancel, progress=progress, check=self._thread.check_process)
         self._thread.check_process()  # before the lock, which may have been held at a fork
         with self._changed:
@@ -194,10 +194,10 @@ class Engine:
         return stream
 
     def call(self, function: Callable[[Progress], T], progress: Progress | None = None) -> T:
-        """What a function returns, called in the engine's thread between two steps. Ctrl-C aborts it.
+        """Calls a function in the engine's thread, between two steps, and returns its result. Ctrl-C aborts it.
 
-        The function may report progress; `progress` is called with the latest in the thread that waits here, so that it
-        may use the model.
+        `function` gets a callback for reporting progress. The latest report is passed to `progress` in the waiting
+        thread, which may therefore use the model.
         """
         wanted = Channel(Answer(), self._wake)
         results: list[T] = []
@@ -221,24 +221,24 @@ class Engine:
         return results[0]
 
     def encode(self, image: Image | View, progress: Progress | None = None) -> Features:
-        """An image's embeddings. `progress` is called in the calling thread."""
+        """Returns an image's embeddings. `progress` is called in the calling thread."""
         self.files.need_vision()
         return self.call(lambda report: self._vision.features(image, report), progress)
 
     def encoder(self) -> VisionEncoder:
-        """The encoder itself, for those who look at its parts while nothing else is computed."""
+        """Returns the encoder itself, for callers that inspect it while nothing else is computed."""
         self.check_usable()
         self.files.need_vision()
         return self._vision.encoder()
 
     def follow(self, rule: CrossRule) -> None:
-        """By which rule images are attended to, before the first request: 'transformers' for comparisons with it."""
+        """Sets the rule by which rows attend to images, before the first request: 'transformers' to compare with it."""
         self._vision.states_after = rule == "transformers"
         if self._cross is not None:
             self._cross.rule = rule
 
     def clear(self) -> None:
-        """Forgets all images and prompts, but for those of requests that are under way."""
+        """Forgets all images and prompts except those of requests in progress."""
 
         def clear(_: Progress) -> None:
             self._vision.clear()
@@ -249,11 +249,11 @@ class Engine:
         self.call(clear)
 
     def close(self) -> bool:
-        """Ends all requests, with an error for those who wait for them, and frees everything. False where nothing is
-        done: the second time, which only waits for the end of the first, and in a forked process.
+        """Ends all requests, with an error for those who wait for them, and frees everything. Returns False if it has
+        nothing to do: on a second call, which only waits for the first one to finish, and in a forked process.
 
-        The engine's thread frees what it may be at work on. So everything is freed, and nobody waits for ever, even if
-        Ctrl-C interrupts the wait for its end, or if the garbage collector calls this in the engine's thread.
+        The engine's thread frees what it may be using. So everything is freed and nobody waits forever, even if Ctrl-C
+        interrupts the wait for its end, or if the garbage collector calls this in the engine's thread.
         """
         if not self._thread.is_ours:
             return False
@@ -286,19 +286,19 @@ class Engine:
     # --- the engine's thread ---
 
     def _start(self) -> None:
-        """Sets the thread to work; the lock is held."""
+        """Makes the thread work. The caller holds the lock."""
         self._has_news = True
         self._changed.notify_all()
         if not self._is_running:
             close_at_exit(self)
             self._is_started = True
             self._thread.run(self._work)
-            self._is_running = True  # last: if Ctrl-C comes before, the next request sets the thread to work again
+            self._is_running = True  # set last: if Ctrl-C comes before, the next request starts the work again
 
     def _wake(self, *, blocking: bool = True) -> None:
-        """A consumer cancelled, or read on: from its own thread."""
+        """Called from a consumer's thread when it has cancelled or read on."""
         if not self._changed.acquire(blocking=blocking):
-            return  # from a finalizer: see `Channel.abandon`
+            return  # only a finalizer does not wait: see `Channel.abandon`
         try:
             self._has_news = True
             if self._computing and all(channel.is_cancelled for channel in self._computing):
@@ -308,7 +308,7 @@ class Engine:
             self._changed.release()
 
     def _work(self) -> None:
-        """Computes until there is nothing to do."""
+        """Runs calls and scheduler steps until there is nothing left to do."""
         while True:
             with self._changed:
                 if self.is_closed:
@@ -325,17 +325,17 @@ class Engine:
                 for task in tasks:
                     self._scheduler.add(task)
                 did = self._scheduler.step()
-            except BaseException as error:  # whatever it is must not leave consumers waiting, nor end this thread
+            except BaseException as error:  # no exception may leave consumers waiting or end this thread
                 self._scheduler.end_all(error)
                 continue
             with self._changed:
                 while not did and not self._has_news and not self.is_closed:
                     self._changed.wait(_LOOK_S)
-                    did = True  # look again: a stream that was dropped may not have been able to wake this thread
+                    did = True  # check again: a dropped stream may have been unable to wake this thread
 
     @contextlib.contextmanager
     def _computing_for(self, channels: tuple[Channel, ...]) -> Iterator[None]:
-        """Around native code: it is aborted as soon as every consumer has cancelled."""
+        """Aborts native code inside the block once every consumer has cancelled, or raises Aborted at once."""
         with self._changed:
             self._abort.clear()
             if self.is_closed or all(channel.is_cancelled for channel in channels):
@@ -347,7 +347,7 @@ class Engine:
             with self._changed:
                 self._computing = ()
 
-    # --- what the scheduler asks for ---
+    # --- resources for the scheduler ---
 
     def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
         return self._computing_for(tuple(task.channel for task in tasks))
@@ -357,7 +357,7 @@ class Engine:
             return None
         start = time.perf_counter()
         with self.computing([task]):
-            if not self._text.is_open:  # a key says how weights are multiplied; measured once, and said
+            if not self._text.is_open:  # keys name the kernels, so these are measured first
                 for choose in (self._text.choose, self._vision.kernels):
                     choose(lambda: task.channel.report("measure", 0, 1))
             found = self._pages.find(
@@ -381,7 +381,7 @@ class Engine:
             self._pages.save(task.plan(), len(held.batches), lambda: context.state(held.id), adapter=task.adapter)
 
     def prepare(self, task: Task, n_stored: int) -> None:
-        """Encodes a request's images before the text weights are in memory, and then reads those."""
+        """Encodes a request's images before the text weights are in memory, then loads those weights."""
         if self._text.is_open:
             return
         position = 0
@@ -390,7 +390,7 @@ class Engine:
             if isinstance(span, ImageSpan) and position > n_stored:
                 self._encode(task, span)
         start = time.perf_counter()
-        if not n_stored:  # what is stored was found for the choice that was made
+        if not n_stored:  # a stored prefix was found under the placement that is already chosen
             with self.computing([task]):
                 self._text.choose(lambda: task.channel.report("measure", 0, 1))
         task.channel.report("load", 0, 1)
@@ -417,7 +417,7 @@ class Engine:
         return len(self._inbox)
 
     def prefilled(self, task: Task) -> None:
-        # nobody comes back to a page of a batch once the decoder has it
+        # in a batch, nobody asks about a page's embeddings again once the decoder has its rows
         self._vision.trim(to_one=self._has_workload)
 
     def _encode(self, task: Task, span: ImageSpan) -> Features:

@@ -1,5 +1,5 @@
-"""How image embeddings reach the decoder: one batch row per image token, which contains every stream, and one for each
-token of the vocabulary that stands between them.
+"""Prepares image embeddings for the decoder: one batch row per image token, which contains every stream, and one for
+each vocabulary token between them.
 
 llama.cpp takes rows of `llama_model_n_embd_inp()` values: `n_slots` slots of `n_embd` side by side, each added to the
 hidden state before one decoder layer.
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class EmbeddingRows:
-    """An image's streams as llama.cpp takes them; rows are put together when they are asked for (0.1 MB each)."""
+    """An image's streams in the form llama.cpp takes; rows are assembled on access (0.1 MB each)."""
 
     def __init__(self, features: ImageFeatures, span: ImageSpan, files: ModelFiles) -> None:
-        """Raises ModelFileError where tokens stand between the embeddings and cannot be read."""
+        """Raises ModelFileError if there are tokens between the embeddings and their rows cannot be read."""
         assert files.injection is not None
         self._rows, self._slots, self._n_slots = features.rows, files.injection.slots, files.injection.n_slots
         if span.between:
-            assert self._slots == (0,)  # a token has but one stream
+            assert self._slots == (0,)  # a token has only one stream
             between = token_rows(files.text, span.tokens)
-            places = [place - i for i, (place, _) in enumerate(span.between)]  # of embeddings that are behind a token
+            places = [place - i for i, (place, _) in enumerate(span.between)]  # embeddings that follow a token
             self._rows = np.insert(features.rows, places, between[:, None], axis=0)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """float32 `(n, n_slots * n_embd)`; a slot that no stream feeds is zero."""
+        """float32 `(n, n_slots * n_embd)`; slots without a stream are zero."""
         rows = self._rows[part]
         n, _, n_embd = rows.shape
         if self._slots == tuple(range(self._n_slots)):

@@ -1,4 +1,4 @@
-"""What the KV cache holds: the index of its sequences, prefix reuse, and eviction.
+"""Manages the KV cache: the index of its sequences, prefix reuse, and eviction.
 
 Owns the llama.cpp context, which grows with the requests. Only this module removes anything from the cache.
 """
@@ -19,21 +19,21 @@ from granite4v.runtime.engine.moved_states import MovedStates
 from granite4v.runtime.engine.stored_pages import StoredPrefix
 from granite4v.runtime.llama.context import BatchRows
 
-CONTEXT_STEP = 512  # a context of one sequence is made in multiples of this many tokens
-SEQUENCE_STEP = 256  # and one of several: llama.cpp rounds the tokens of a sequence to that
-# Several sequences have room for answers as they were lately, not for as many tokens as each may have: all of it is
-# taken at once. A longer answer makes them larger, by half of what it has.
+CONTEXT_STEP = 512  # cells of a single-sequence context are a multiple of this
+SEQUENCE_STEP = 256  # with several sequences each one's cells are a multiple of this: llama.cpp rounds to it
+# With several sequences, each has room for an answer of recent length, not for all tokens that it may have: the memory
+# of all cells is allocated at once. A longer answer makes all sequences larger, by half of that answer's length.
 MIN_ANSWER = 512
-N_LATELY = 32  # answers that tell how long the next ones are
+N_LATELY = 32  # recent answers from which the length of the next ones is estimated
 
 
 class Context(Protocol):
-    """What of `runtime.llama.context.LlamaContext` the cache and the scheduler use.
+    """The part of `runtime.llama.context.LlamaContext` that the cache and the scheduler use.
 
-    `state` may not be asked for between a `copy` and the next `decode`.
+    `state` may not be called between a `copy` and the next `decode`.
     """
 
-    n_cells: int  # of one sequence
+    n_cells: int  # per sequence
     n_seq_max: int
     max_outputs: int
 
@@ -48,13 +48,13 @@ class Context(Protocol):
 
 
 class KvCache:
-    """The sequences of one context. `acquire` lends one to a request, `release` takes it back and keeps what it holds
-    for later requests. Not for several threads at once.
+    """The sequences of one context. `acquire` lends one to a request; `release` takes it back and keeps its contents
+    for later requests. Not thread-safe.
 
-    The context begins with one sequence, which has room for all that its request may come to; so a request that is
-    alone takes no more memory than it needs. With the second request that comes while one is in use there are as many
-    sequences as there can be, each with room for its prompt and an answer as they were lately. When one needs more
-    (`ensure_room`), all become larger, or where memory ends, fewer. What they hold moves along.
+    The context begins with one sequence that has room for everything its request may generate, so a single request
+    takes no more memory than it needs. When a second request arrives while the first one runs, the context is reopened
+    with as many sequences as allowed, each with room for the prompt and an answer of recent length. When one needs more
+    (`ensure_room`), all sequences become larger, or fewer if memory runs out. Their contents move along.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class KvCache:
         opens_all: bool = False,
         most_cells: int | None = None,
     ) -> None:
-        """`open_context(n_cells, n_sequences)` makes an empty context. A request may take `n_ctx` cells.
-        `opens_all`: the first context has all sequences. `most_cells`: of several sequences together; None for as many
-        as there is memory for."""
+        """`open_context(n_cells, n_sequences)` makes an empty context. A request may take `n_ctx` cells. `opens_all`:
+        the first context already has all sequences. `most_cells`: limit for all of several sequences together; None for
+        as many as there is memory for."""
         self._opens_all = opens_all and n_seq_max > 1
         self._open_context, self._n_ctx, self._n_seq_max = open_context, n_ctx, n_seq_max
         self._most_cells = 1 << 62 if most_cells is None else most_cells
         self._context: Context | None = None
         self._sequences = [CachedSequence(0)]
-        self._copied: list[CachedSequence] = []  # since the last decode: llama.cpp copies no sooner
+        self._copied: list[CachedSequence] = []  # targets of copies that llama.cpp makes at the next decode
         self._clock = itertools.count(1)
-        self._lengths: deque[int] = deque(maxlen=N_LATELY)  # of answers
-        self.can_cut = True  # whether the end of a sequence can be forgotten; until shown otherwise
+        self._lengths: deque[int] = deque(maxlen=N_LATELY)  # lengths of recent answers
+        self.can_cut = True  # whether the end of a sequence can be cut off; True until that fails
 
     @property
     def n_cells(self) -> int:
-        """Tokens that a sequence has room for now; 0 before the first request."""
+        """Current size of a sequence in cells; 0 before the first request."""
         return self._context.n_cells if self._context else 0
 
     @property
@@ -92,12 +92,12 @@ class KvCache:
 
     @property
     def n_seq_max(self) -> int:
-        """Sequences there can be."""
+        """Maximum number of sequences."""
         return self._n_seq_max
 
     @property
     def n_sequences(self) -> int:
-        """Sequences there are."""
+        """Current number of sequences."""
         return len(self._sequences)
 
     @property
@@ -105,17 +105,17 @@ class KvCache:
         return sum(sequence.in_use for sequence in self._sequences)
 
     def holds(self, key: Hashable) -> bool:
-        """Whether any sequence holds a position of this key."""
+        """Whether any sequence holds a position with this key."""
         return any(key in batch.keys for sequence in self._sequences for batch in sequence.batches)
 
     def sequence(self, number: int) -> CachedSequence:
         return self._sequences[number]
 
     def n_reusable(self, plan: Sequence[Batch], *, adapter: bool) -> int:
-        """How much of a plan need not be computed."""
+        """How many positions of a plan need not be computed."""
         return self._best_source(plan, adapter)[1]
 
-    # --- lending ---
+    # --- acquiring and releasing ---
 
     def acquire(
         self,
@@ -126,17 +126,17 @@ class KvCache:
         n_wanted: int = 1,
         stored: StoredPrefix | None = None,
     ) -> CachedSequence | None:
-        """A sequence that begins with as much of the plan as the cache has, and has room for the rest of it and for
-        the beginning of an answer of `n_new` tokens; None when all are in use, or when memory is too small for what
-        this request needs beside them.
+        """Lends a sequence that begins with the longest prefix of the plan that the cache has, with room for the rest
+        of the plan and for the beginning of an answer of `n_new` tokens. Returns None if all sequences are in use, or
+        if there is not enough memory for this request next to the running ones.
 
-        `n_wanted`: sequences that are wanted now, those in use included. Other sequences may be lost on the way, which
-        is told by `is_lost`. `stored`: what is taken where it is more than the cache has. Raises DeviceError when there
-        is not enough memory for this request alone.
+        `n_wanted`: number of sequences wanted now, including those in use. Other sequences may lose their contents in
+        the process; `is_lost` is then set. `stored`: a stored prefix, used if it is longer than what the cache has.
+        Raises DeviceError when there is not enough memory for this request alone.
         """
         n_wanted = self._n_seq_max if self._opens_all else max(n_wanted, self.n_in_use + 1)
         source, n_reused = self._best_source(plan, adapter)
-        if len(self._sequences) == 1 and not self.n_in_use:  # what it does not go on from need not move
+        if len(self._sequences) == 1 and not self.n_in_use:  # what is not reused need not move to a larger context
             self._cut(self._sequences[0], n_reused if source is not None else 0)
         if source is not None:
             source.last_used = next(self._clock)
@@ -157,8 +157,8 @@ class KvCache:
         return target
 
     def ensure_room(self, sequence: CachedSequence, n_rows: int) -> bool:
-        """Room for so many rows more in a sequence that is in use. False when sequences that are in use were lost for
-        it, which `is_lost` tells: those whose requests are the newest, where memory is too small for all of them.
+        """Makes room for `n_rows` more rows in a sequence in use. Returns False if sequences in use were lost for it
+        (`is_lost` is set): those of the newest requests, where there is not enough memory for all.
 
         Raises DeviceError when there is not enough memory for this sequence alone.
         """
@@ -169,40 +169,41 @@ class KvCache:
         n_cells = self._rounded(max(n_tokens, *map(self._room_of, in_use)), SEQUENCE_STEP)
         n_sequences = self._n_fitting(n_cells)
         if n_sequences < len(in_use) > 1 and sequence is max(in_use, key=lambda s: s.last_used):
-            sequence.is_lost = True  # the newest itself: the others need not move, and what it holds may stay
+            sequence.is_lost = True  # it is the newest itself: the others need not move, and its contents may stay
             return False
         self._resize(n_cells, min(n_sequences, len(self._sequences)), 1)
         return not any(other.is_lost for other in in_use)
 
     def release(self, sequence: CachedSequence) -> None:
-        """The request is done; what the sequence holds stays until the room is needed."""
+        """Ends a request's use of a sequence. Its contents stay until the room is needed."""
         if not sequence.is_lost:
             self._lengths.append(max(0, sequence.n_tokens - sequence.n_prompt))
         sequence.in_use, sequence.is_lost = False, False
         sequence.last_used = next(self._clock)
 
     def append(self, sequence: CachedSequence, batch: Batch) -> None:
-        """Records what was decoded at the end of a sequence."""
+        """Records a batch that was decoded at the end of a sequence."""
         sequence.append(batch)
         self._copied.clear()
 
     def truncate(self, sequence: CachedSequence, n_tokens: int | None = None) -> None:
-        """Forgets a sequence from `n_tokens` on; by default what a call may have left behind its end.
+        """Cuts a sequence to its first `n_tokens` positions; by default removes rows that a call left beyond the
+        recorded end.
 
-        Where the cache cannot be cut there, all of the sequence is forgotten.
+        Where the cache cannot be cut there, the whole sequence is dropped.
         """
         n_tokens = sequence.n_tokens if n_tokens is None else n_tokens
         if self._context is not None and not self._context.truncate(sequence.id, n_tokens):
             self._context.truncate(sequence.id, 0)
             n_tokens, sequence.is_lost, self.can_cut = 0, sequence.in_use, False
-        if n_tokens >= sequence.n_tokens:  # as after a step: a prefill that is under way goes on
+        if n_tokens >= sequence.n_tokens:  # nothing recorded was cut, as after a step: a prefill in progress goes on
             return
         sequence.hold(sequence.prefix(n_tokens))
         if n_tokens < total(sequence.plan):
             sequence.plan, sequence.logits = (), None
 
     def clear(self) -> None:
-        """Forgets what idle sequences hold, and the logits that are known."""
+        """Drops the contents of idle sequences, and all known logits."""
         for sequence in self._sequences:
             if not sequence.in_use:
                 self._cut(sequence, 0)
@@ -214,10 +215,11 @@ class KvCache:
         if context is not None:
             context.close()
 
-    # --- choosing ---
+    # --- choosing sequences ---
 
     def _best_source(self, plan: Sequence[Batch], adapter: bool) -> tuple[CachedSequence | None, int]:
-        """The sequence that has most of the plan, and how much of it; an idle one if it has as much."""
+        """Returns the sequence with the longest reusable prefix of the plan, and its length; among equals an idle one,
+        then the one used last."""
         best: CachedSequence | None = None
         most = 0
         for sequence in sorted(self._sequences, key=lambda s: (s.in_use, -s.last_used)):
@@ -230,12 +232,12 @@ class KvCache:
         return best, most
 
     def _choose_target(self, source: CachedSequence | None, n_reused: int, n_plan: int) -> CachedSequence:
-        """Where the request goes: on in the sequence that it continues, or into an empty one, or into the one that was
-        used longest ago. A sequence of which it takes only a little is left to those who continue it.
+        """Chooses the sequence for a request: the one that it continues, else an empty one, else the least recently
+        used. A sequence of which it reuses less than half a plan is left, if possible, to requests that continue it.
 
-        Of empty ones it takes the first: llama.cpp computes sequences together only if their numbers are neighbours. So
-        in a batch of questions it takes one among those in use or beside them, but none of the latest, whose pages may
-        be asked about again.
+        Among empty sequences it takes the first: llama.cpp computes sequences together only if their numbers are
+        neighbours. For the same reason, in a batch of questions it takes one between or next to those in use, but none
+        of the most recently used quarter, whose pages may be asked about again.
         """
         if source is not None and not source.in_use and 2 * n_reused >= n_plan:
             return source
@@ -247,7 +249,8 @@ class KvCache:
         return min(idle, key=lambda s: (bool(s.batches), s is source, max(first - s.id, s.id - last, 0)))
 
     def _restored(self, stored: StoredPrefix, plan: Sequence[Batch], adapter: bool) -> CachedSequence | None:
-        """An idle sequence with what is stored; None where the cache has as much, or the state cannot be used."""
+        """Restores a stored prefix into an idle sequence. Returns None if the cache has as much, or if the state is
+        unusable."""
         if stored.n_tokens <= self.n_reusable(plan, adapter=adapter):
             return None
         state = stored.load()
@@ -266,8 +269,9 @@ class KvCache:
         return target
 
     def _apply_copies(self, empty: CachedSequence) -> None:
-        """Has llama.cpp make the copies that wait for the next decode, since they could be of cells that a restored
-        state is about to replace: by decoding a row in an empty sequence, which is forgotten again."""
+        """Makes llama.cpp carry out pending copies, by decoding a row in an empty sequence and removing it again.
+        Otherwise a copy would be made at the next decode, from cells that a restored state may have replaced by then.
+        """
         if self._copied:
             self.context.decode(BatchRows.of(np.zeros(1, dtype=np.int32), 0, empty.id, output=False))
             self.context.truncate(empty.id, 0)
@@ -281,22 +285,23 @@ class KvCache:
             target.plan, target.logits = source.plan, source.logits
 
     def _cut(self, sequence: CachedSequence, n_tokens: int) -> None:
-        """Leaves the first `n_tokens` of an idle sequence."""
+        """Cuts an idle sequence to its first `n_tokens`."""
         if sequence.batches:
             self.truncate(sequence, n_tokens)
         if not n_tokens:
             sequence.plan, sequence.logits = (), None
 
     def _lose(self, sequence: CachedSequence) -> None:
-        """Its cells are gone."""
+        """Marks a sequence's cells as gone."""
         sequence.is_lost = sequence.in_use
         sequence.hold([])
         sequence.plan, sequence.logits = (), None
 
-    # --- room ---
+    # --- memory ---
 
     def _prepare(self, n_plan: int, n_new: int, n_wanted: int) -> bool:
-        """An idle sequence with room for a request. False where others in use leave no memory for it."""
+        """Makes sure there is an idle sequence with room for a request. Returns False if those in use leave no memory
+        for it."""
         n_in_use, n_sequences = self.n_in_use, len(self._sequences)
         is_alone = not self._opens_all and n_sequences == 1 and (n_wanted == 1 or self._n_seq_max == 1)
         n_answer = n_new if is_alone else min(n_new, self._expected())
@@ -307,7 +312,7 @@ class KvCache:
         step = CONTEXT_STEP if is_alone else SEQUENCE_STEP
         n_cells = self._rounded(max(n_needed, *map(self._room_of, self._in_use()), 0), step)
         n_fitting = min(n_most, self._n_fitting(n_cells))
-        if n_needed <= self.n_cells and n_fitting <= n_sequences:  # a larger number would not fit
+        if n_needed <= self.n_cells and n_fitting <= n_sequences:  # no further sequence would fit
             return n_in_use < n_sequences
         if n_fitting <= n_in_use:
             return False
@@ -317,13 +322,18 @@ class KvCache:
         return [sequence for sequence in self._sequences if sequence.in_use and not sequence.is_lost]
 
     def _expected(self) -> int:
-        """Tokens of an answer that room is made for: what nine of ten answers lately needed, and a quarter more."""
+        """Answer length, in tokens, to reserve room for: what nine of ten recent answers needed, plus a quarter; at
+        least `MIN_ANSWER`."""
         lengths = sorted(self._lengths)
         usual = lengths[(9 * len(lengths) - 1) // 10] if lengths else 0
         return max(MIN_ANSWER, usual * 5 // 4)
 
     def _room_of(self, sequence: CachedSequence) -> int:
-        """Tokens that a sequence in use needs room for."""
+        """Cells to reserve for a sequence in use.
+
+        For example, with `_expected()` 512 and a prompt of 1,000 tokens: 1,512 cells at the start; once the answer has
+        600 tokens, 1,000 + 600 + max(256, 300) = 1,900. Never more than the request can come to (`n_most`).
+        """
         n_answer = sequence.n_tokens - sequence.n_prompt
         n_expected = max(self._expected(), n_answer + max(SEQUENCE_STEP, n_answer // 2))
         return max(sequence.n_tokens, min(sequence.n_most, sequence.n_prompt + n_expected))
@@ -332,16 +342,16 @@ class KvCache:
         return max(n_cells, min(-(-n_cells // step) * step, self._n_ctx))
 
     def _n_fitting(self, n_cells: int) -> int:
-        """How many sequences of a size memory has room for; one is always tried."""
+        """How many sequences of this size fit into memory; one is always tried."""
         return max(1, self._most_cells // n_cells)
 
     def _resize(self, n_cells: int, n_sequences: int, n_least: int) -> bool:
-        """A context of another size in place of the old one, which is closed first: the two together may be too much.
-        What the sequences hold moves along. With fewer sequences where memory ends, and with those of the newest
-        requests lost where that is fewer than are in use.
+        """Replaces the context by one of another size. The old one is closed first, because both together may not fit
+        in memory; the contents of the sequences move along. If memory runs out, it tries fewer sequences; if those are
+        fewer than are in use, the newest requests lose theirs.
 
-        With fewer than `n_least` it would be of no use: then there is one as the old one was, and the result is False.
-        Raises DeviceError when there is no memory for one sequence.
+        With fewer than `n_least` sequences the result would be useless: a context like the old one is then reopened,
+        and the result is False. Raises DeviceError when there is not enough memory for one sequence.
         """
         n_old_cells, n_old = self.n_cells, len(self._sequences)
         with MovedStates() as states:
@@ -373,7 +383,8 @@ class KvCache:
         return None
 
     def _arrange(self, n_sequences: int) -> None:
-        """As many sequences as the context has: those in use, the oldest requests first, then those used last."""
+        """Keeps as many sequences as the context has: first those in use, oldest request first, then the most recently
+        used."""
         ranked = sorted(self._sequences, key=lambda s: (not s.in_use, s.last_used if s.in_use else -s.last_used))
         for sequence in ranked[n_sequences:]:
             self._lose(sequence)
@@ -383,7 +394,7 @@ class KvCache:
             sequence.id = number
 
     def _save(self, states: MovedStates, n_cells: int) -> None:
-        """What the sequences hold, as far as it fits into `n_cells`."""
+        """Saves the contents of the sequences, cut to `n_cells` each."""
         context = self._context
         for sequence in self._sequences:
             if sequence.n_tokens > n_cells:
@@ -392,7 +403,7 @@ class KvCache:
                 states.save(sequence, context.state(sequence.id))
 
     def _restore(self, states: MovedStates) -> None:
-        """Sequences whose state is missing, or is refused, are lost."""
+        """Restores the saved contents. Sequences whose state is missing or refused are lost."""
         for sequence in self._sequences:
             if not sequence.batches:
                 continue

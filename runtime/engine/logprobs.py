@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens, from the logits that they were sampled from."""
+"""Computes log-probabilities of an answer's tokens, from the logits that they were sampled from."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import numpy as np
 
 from granite4v.runtime.answer import TokenLogprob
 
-MAX_ALTERNATIVES = 20  # as many as OpenAI's API gives
+MAX_ALTERNATIVES = 20  # the limit of OpenAI's API
 
 
 class Logprobs:
-    """Writes the entries of one answer. `n_top`: alternatives of each; `pieces`: the bytes of each token of the
-    vocabulary."""
+    """Collects the entries of one answer. `n_top`: number of alternatives per token; `pieces`: the bytes of each
+    vocabulary token."""
 
     def __init__(self, n_top: int, pieces: Sequence[bytes]) -> None:
         self._n_top, self._pieces = n_top, pieces
         self.entries: list[TokenLogprob] = []
 
     def add(self, tokens: Sequence[int], ends: Sequence[int], logits: np.ndarray | None) -> None:
-        """Adds the tokens of a step. `ends`: characters of the answer behind each; `logits`, float32 `(n_vocab,)`: what
-        the first token was chosen by, None where it was not a choice. The others never are."""
+        """Adds the tokens of a step. `ends`: length of the answer in characters after each token; `logits`, float32
+        `(n_vocab,)`: those the first token was chosen by, None if it was forced. All later tokens of a step are forced.
+        """
         for token, end in zip(tokens, ends, strict=True):
             logprob, top = (0.0, ()) if logits is None else self._score(logits, token)
             self.entries.append(TokenLogprob(token, self._pieces[token], logprob, top, logits is None, end))
@@ -35,7 +36,7 @@ class Logprobs:
 
 
 def _largest(logits: np.ndarray, n: int) -> np.ndarray:
-    """The places of the `n` largest, largest first; of equals the first."""
+    """The indexes of the `n` largest logits, largest first; among equals the lowest index first."""
     if not n:
         return np.empty(0, dtype=np.intp)
     places = np.flatnonzero(logits >= np.partition(logits, -n)[-n])

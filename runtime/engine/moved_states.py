@@ -1,5 +1,8 @@
-"""What the sequences of a context hold, on its way to another context: in a file that has no name, so that the two
-contexts are never in memory at once. Each state is written and read alone."""
+"""Holds the contents of a context's sequences while they move to another context.
+
+States beyond `IN_MEMORY_BYTES` go to a file without a name, so that the two contexts are never in memory at once. Each
+state is written and read separately.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from types import TracebackType
 
 import numpy as np
 
-IN_MEMORY_BYTES = 192 << 20  # so much stays in memory: the state of a page
+IN_MEMORY_BYTES = 192 << 20  # this much stays in memory: the state of a page
 
 
 class MovedStates:
-    """States by key, arrays of bytes. One that cannot be written, as on a disk that is full, is missing."""
+    """States by key, as arrays of bytes. A state that could not be written, for example to a full disk, is missing."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, np.ndarray] = {}
@@ -41,7 +44,7 @@ class MovedStates:
         self._end += len(state)
 
     def load(self, key: Hashable) -> np.ndarray | None:
-        """uint8 `(n,)`, which is not kept any longer; None for what is missing, or cannot be read."""
+        """Returns a state, uint8 `(n,)`, and drops the reference to it; None if it is missing or unreadable."""
         if key in self._held:
             return self._held.pop(key)
         if self._file is None or key not in self._places:

@@ -1,6 +1,6 @@
-"""What the cells of a page depend on beside its pixels and the prompt: files, arithmetic, and versions of all of it.
+"""Identifies what a page's cells depend on in addition to its pixels and the prompt: files, arithmetic, and versions.
 
-Two runs with the same identity compute the same bits for the same batches, and only those may share a stored state.
+Two runs with the same identity compute the same bits for the same batches, and only such runs may share a stored state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 
 class PageIdentity:
-    """The identity of one engine's states, as JSON data. Not for several threads at once."""
+    """The identity of one engine's states, as JSON data. Not thread-safe."""
 
     def __init__(
         self,
@@ -43,26 +43,28 @@ class PageIdentity:
         n_threads: int,
         attention: Json,
     ) -> None:
-        """`cross`: of a decoder that attends to images. `attention`: how the text model's is computed, and what its KV
-        cache holds. Raises ModelFileError."""
+        """`cross`: for a decoder with cross-attention. `attention`: how the text model's attention is computed, and the
+        type of its KV cache. Raises ModelFileError."""
         self._unchanged = UnchangedFiles(files)
         self._cross = cross
         self._files, self._vision, self._text = files, vision, text
         self._device, self._n_threads, self._attention = device, n_threads, attention
         self._hashes: dict[str, str] | None = None
-        # by whether the encoder is open, which knows its kernels for certain, and whether there are batches of few rows
+        # keyed by whether the encoder is open, which then knows its kernels for certain, and whether there are batches
+        # of few rows
         self._known: dict[tuple[bool, bool], Json] = {}
 
     def prepare(self, announce: Callable[[str], None], check: Callable[[], None]) -> None:
-        """Computes the checksums of the files, seconds on their first use; `announce` is called with what takes that
-        long, and `check` between pieces: it may raise. Raises ModelFileError for a file that cannot be read."""
+        """Computes the checksums of the files, which takes seconds on their first use. `announce` is called with a text
+        about what takes that long; `check` is called between pieces and may raise. Raises ModelFileError for an
+        unreadable file."""
         if self._hashes is None:
             self._hashes = model_hashes(self._files, announce, check)
 
     def __call__(self, adapter: bool, least_rows: int) -> Json:
-        """See `stored_pages.Identity`. Once the text model's placement is chosen, and after `prepare`. Raises
-        ModelFileError for files that have changed since the model was loaded, text and encoder each when it is first
-        needed: nobody knows then which weights there are in memory."""
+        """See `stored_pages.Identity`. Requires that the text model's placement is chosen, and `prepare`. Raises
+        ModelFileError for files that have changed since the model was loaded: text file and encoder are each read on
+        first use, so it is then unknown which weights are in memory."""
         self._unchanged.check()
         assert self._hashes is not None
         files = {role: found for role, found in self._hashes.items() if role != "adapter" or adapter}
@@ -72,7 +74,7 @@ class PageIdentity:
         return {**self._known[kind], "files": files}
 
     def of_images(self) -> Json:
-        """Of what the encoder makes of an image alone. After `prepare`; raises as a call does."""
+        """Identity of encoded images alone. Requires `prepare`; raises as a call does."""
         self._unchanged.check()
         assert self._hashes is not None
         return {

@@ -1,8 +1,8 @@
-"""States of pages on disk: a folder of files, each named by its key, bounded in size.
+"""Stores states of pages on disk: a folder of files, each named by its key, bounded in size.
 
-Several processes may use one folder. A reader needs no lock: files appear complete and are never changed, and one that
-is removed while it is read stays readable. Writers take turns, so that what they leave when they are killed can be told
-from what is being written. Nothing here may stop a request: a state that cannot be read or written costs time alone,
+Several processes may share a folder. A reader needs no lock: files appear complete and are never changed, and one that
+is removed while it is read stays readable. Writers take turns, so that leftovers of killed writers can be told from
+files that are being written. Nothing here may fail a request: a state that cannot be read or written costs only time,
 and a warning.
 """
 
@@ -31,17 +31,17 @@ from granite4v.runtime.engine.state_file import DamagedState, Description, Stopp
 FOLDER = "pages"  # in the cache folder
 SUFFIX = ".state"
 MAX_BYTES = 4 << 30  # about forty pages of a 4B model
-DISK_SHARE = 0.2  # of what would be free without the store
-SPARE_BYTES = 1 << 20  # of a disk that the store may fill: what the file system needs for its own
-CLOCK_S = 60.0  # by which the clocks of a file server and this machine may differ
+DISK_SHARE = 0.2  # fraction of the disk space that would be free without the store
+SPARE_BYTES = 1 << 20  # left free on a disk that the store may fill, for the file system itself
+CLOCK_S = 60.0  # tolerance between the clocks of a file server and this machine
 LOCK = "lock"
-LOCK_TIMEOUT_S = 10.0  # another process writes a few hundred megabytes
+LOCK_TIMEOUT_S = 10.0  # long enough for another process to write a few hundred megabytes
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the store. `last_used`: seconds since the epoch; `description`: None where it cannot be read."""
+    """A file of the store. `last_used`: seconds since the epoch; `description`: None if it cannot be read."""
 
     path: Path
     n_bytes: int
@@ -57,8 +57,8 @@ class PageStore:
     """A folder of states. May be shared between threads and models."""
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
-        """`folder`: the user's own by default. `max_bytes`: what all files together may take; by default 4 GiB, or a
-        fifth of the disk's free space if that is less. Nothing is written before the first state."""
+        """`folder`: the user's own by default. `max_bytes`: limit for all files together; by default 4 GiB, or a fifth
+        of the disk's free space if that is less. Nothing is written before the first state."""
         self.folder = cache_folder() / FOLDER if folder is None else Path(folder)
         self._max_bytes = max_bytes
         self._warned: set[str] = set()
@@ -69,11 +69,12 @@ class PageStore:
     # --- for engines ---
 
     def holds(self, key: str) -> bool:
-        """Whether there is a file of this name; a link is none."""
+        """Whether there is a regular file for this key; a link does not count."""
         return is_regular_file(self.path_of(key))
 
     def load(self, key: str) -> np.ndarray | None:
-        """The state, uint8 `(n,)`; None for one that is not there, or is damaged: that is removed, with a warning."""
+        """Returns the state, uint8 `(n,)`; None if it is missing or damaged. A damaged file is
+        removed, with a warning."""
         path = self.path_of(key)
         try:
             self._check_folder()
@@ -91,16 +92,16 @@ class PageStore:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        with contextlib.suppress(OSError):  # of a store that can only be read
+        with contextlib.suppress(OSError):  # fails in a read-only store
             os.utime(path)
         return state
 
     def save(self, description: Description, state: np.ndarray, is_stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Writes a state, after removing those used longest ago where there is no room. False, with a warning the first
-        time, where that fails; False without one once `is_stopped`."""
+        """Writes a state, after evicting the least recently used ones if there is no room. Returns False if that fails,
+        with a warning the first time, or without one once `is_stopped` returns true."""
         try:
             with self._locked(is_stopped):
-                remove_partial_files(self.folder)  # of processes that were killed: nobody else is writing
+                remove_partial_files(self.folder)  # left by killed processes: nobody else is writing now
                 self._make_room(description, state)
                 self._write(description, state, is_stopped)
             return True
@@ -132,7 +133,8 @@ class PageStore:
         latest = time.time() + CLOCK_S
 
         def order(entry: Entry) -> float:
-            # a clock that was set back leaves times to come, which would outlast every page used from now on
+            # after a clock was set back, files may have times in the future, and would outlive every page used from now
+            # on
             return entry.last_used if entry.last_used <= latest else 0.0
 
         for entry in sorted(entries, key=order):
@@ -149,7 +151,8 @@ class PageStore:
 
     @contextlib.contextmanager
     def _locked(self, is_stopped: Callable[[], bool]) -> Iterator[None]:
-        """The only writer of the folder, which is made if need be. Raises OSError, NotImplementedError, Stopped."""
+        """Makes this the only writer of the folder, which is created if need be. Raises OSError, NotImplementedError,
+        Stopped."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._check_folder()
         lock = self._lock()
@@ -172,8 +175,8 @@ class PageStore:
         return FileLock(self.folder / LOCK, mode=0o600)
 
     def _check_folder(self) -> None:
-        """Closes the folder to other users, who could read pages, or put files into it. Raises OSError."""
-        folder = Path(os.path.realpath(self.folder, strict=True))  # `Path.resolve` has an error of its own for loops
+        """Closes the folder to other users, who could otherwise read pages or plant files in it. Raises OSError."""
+        folder = Path(os.path.realpath(self.folder, strict=True))  # `Path.resolve` raises an error of its own for loops
         if not is_private(folder):
             folder.chmod(0o700)
             if not is_private(folder):
@@ -184,10 +187,10 @@ class PageStore:
             self._warned.add(about)
             warnings.warn(text, PageStoreWarning, stacklevel=3)
 
-    # --- for people ---
+    # --- for users ---
 
     def entries(self) -> list[Entry]:
-        """What there is, what was used last first. Raises OSError."""
+        """Lists the files, most recently used first. Raises OSError."""
         found = []
         for entry in self._files():
             try:
@@ -198,10 +201,11 @@ class PageStore:
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def clear(self, older_than_s: float = 0.0) -> tuple[int, int]:
-        """Removes what was not used for so long. How many files, and bytes, that were. Raises OSError."""
+        """Removes files that were not used for this long. Returns how many files and bytes were removed. Raises
+        OSError."""
         if self.folder.is_dir():
             with contextlib.suppress(Timeout, OSError, NotImplementedError), self._lock().acquire(blocking=False):
-                remove_partial_files(self.folder)  # of processes that were killed, unless one is writing now
+                remove_partial_files(self.folder)  # left by killed processes; skipped while a process is writing
         limit = time.time() - older_than_s
         removed = [entry for entry in self._files() if not older_than_s or entry.last_used < limit]
         for entry in removed:
@@ -209,8 +213,8 @@ class PageStore:
         return len(removed), sum(entry.n_bytes for entry in removed)
 
     def verify(self) -> Iterator[tuple[Entry, str | None]]:
-        """Every file and what is wrong with it; None for a sound one. Damaged files are removed, unless the store can
-        only be read. Raises OSError."""
+        """Yields every file and what is wrong with it, None if nothing is. Damaged files are removed, unless the store
+        is read-only. Raises OSError."""
         for entry in self._files():
             try:
                 state_file.read(entry.path, entry.key)
@@ -228,7 +232,7 @@ class PageStore:
                 yield entry, None
 
     def _files(self) -> list[Entry]:
-        """The files that are the store's, by their names; none where there is no folder."""
+        """The files that belong to the store by their names; none if there is no folder."""
         found = []
         try:
             with os.scandir(self.folder) as names:
@@ -243,4 +247,4 @@ class PageStore:
 
 
 class _NoRoom(Exception):
-    """A state that is larger than the store may be."""
+    """A state is larger than the store may be."""

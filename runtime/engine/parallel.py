@@ -1,4 +1,4 @@
-"""How many answers a batch of questions generates at once: by what further ones bring, and by the memory there is."""
+"""Chooses how many answers a batch of questions generates at once, by the speed gained and the memory available."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from granite4v.runtime.engine.kv_cache import MIN_ANSWER, SEQUENCE_STEP
 from granite4v.runtime.engine.step_trial import step_seconds
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 
-DEFAULT_PARALLEL = 4  # sequences, without a workload
+DEFAULT_PARALLEL = 4  # sequences without a workload
 ONE_AT_A_TIME = "its decoder attends to images, which is computed for one sequence at a time"
-# Where nothing is measured. Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens a second
-# with 16 sequences and at 2.7 with 32, which take twice the memory.
+# Used where nothing is measured. Two cores of an AVX-512 CPU decode a 4B model in Q4_K_M at 2.4 times the tokens per
+# second of one sequence with 16 sequences and at 2.7 times with 32, which take twice the memory.
 USUAL_PARALLEL = 16
-# A number of sequences is as good as a larger one that gives so many times its tokens a second: it takes less memory.
+# A number of sequences counts as good as a larger one with up to this many times its tokens per second, because it
+# takes less memory.
 WORTH = 1.07
-MEASURED_FROM = 32  # questions: a shorter batch does not gain what measuring takes
-PAGE_PX = (2550, 3300)  # of a page of US Letter, which is larger than any model takes it
-TEXT_TOKENS = 256  # of a question and the template
-# The KV cache may take a quarter of what is available and this share of the weights' bytes, but for small models; and
-# so many times that where prompts or answers are longer than was expected. That is room for 16 sequences of a 4B model
-# in Q4_K_M, 2.35 GB; on Linux only what they hold is in memory.
+MEASURED_FROM = 32  # questions; a shorter batch gains less time than measuring takes
+PAGE_PX = (2550, 3300)  # a US Letter page, larger than any model takes it
+TEXT_TOKENS = 256  # question and chat template
+# The KV cache may take up to a quarter of the available memory and up to this share of the weights' bytes (but at least
+# LEAST_BUDGET, for small models); and MOST_FACTOR times that where prompts or answers are longer than expected. That is
+# room for 16 sequences of a 4B model in Q4_K_M, 2.35 GB; on Linux only occupied cells are in memory.
 WEIGHTS_SHARE, LEAST_BUDGET, MOST_FACTOR = 1.15, 256 << 20, 1.3
-# Without flash attention the scores of a batch take memory: its rows x cells x heads x 4 bytes. 0.15 GB of a 4B model
-# with a page of 1,800 cells, 0.67 GB with 8,192.
+# Without flash attention the attention scores of a batch take rows x cells x heads x 4 bytes: 0.15 GB for a 4B model
+# with a page of 1,800 cells, 0.67 GB with 8,192 cells.
 MOST_SCORES = 1 << 30  # bytes
-_VALUE_BYTES: dict[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of the KV cache; Q8_0 has blocks of 32
+# bytes per KV value; Q8_0 has blocks of 32
+_VALUE_BYTES: dict[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is loaded for: many questions, asked side by side. `n_questions`: None where that is not known;
-    `max_tokens` of an answer: None for as many as fit. `announce`: called before something is measured."""
+    """What a model is loaded for: many questions asked concurrently. `n_questions`: None if unknown; `max_tokens` of an
+    answer: None for as many as fit. `announce`: called before something is measured."""
 
     n_questions: int | None = None
     max_tokens: int | None = None
@@ -50,7 +52,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Width:
-    """How many answers are generated at once, and why, in a few words."""
+    """How many answers are generated concurrently, and the reason in a few words."""
 
     n: int
     reason: str
@@ -67,14 +69,14 @@ def n_sequences(
     *,
     exact: bool,
 ) -> tuple[int, Width | None]:
-    """How many sequences an engine may have, and why, where that was chosen. `asked`: None for as many as are worth
-    while for the workload, or usual."""
+    """Returns how many sequences an engine may have, and the reason if the number was chosen here. `asked`: None to
+    choose the number that is worthwhile for the workload, or the default."""
     n = DEFAULT_PARALLEL if asked is None else whole_number("n_parallel", asked, 1)
     if files.is_cross_attending:
         return 1, Width(1, ONE_AT_A_TIME)
     width = None
     if asked is None and workload is not None and not exact:
-        on_cpu = is_cpu(find_device(device))  # a GPU reads its weights as fast as it multiplies few rows
+        on_cpu = is_cpu(find_device(device))  # a GPU multiplies a few rows in the time of reading its weights
 
         def seconds(most: int) -> dict[int, float]:
             kernels = node_kernels(files, device, cache_type)
@@ -88,10 +90,11 @@ def n_sequences(
 
 
 def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cache_type: CacheType) -> bool:
-    """Whether attention is to be computed by flash attention, where it is for one conversation or for a few.
+    """Whether to use flash attention even for one conversation or a few.
 
-    On a CPU it takes up to a half longer, since it goes through the keys row by row where two matrix products take
-    rows together. A GPU is as it should be, a quantized cache has no other way, and a large context no memory for it.
+    On a CPU it takes up to half as long again, because it goes through the keys row by row where two matrix products
+    handle many rows together. So a CPU uses it only for a quantized cache, which has no alternative, and for a large
+    context, whose scores would take more than `MOST_SCORES` bytes. Other devices always use it.
     """
     if not is_cpu(find_device(device)) or cache_type != "f16":
         return True
@@ -100,7 +103,8 @@ def needs_flash(files: ModelFiles, n_cells: int, n_ubatch: int, device: str, cac
 
 
 def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeKernels:
-    """What of the decoder is computed by compiled kernels."""
+    """Returns a decoder's compiled kernels: attention (f16 cache and uniform heads only), and products of its weight
+    types."""
     if not is_cpu(find_device(device)):
         return NO_KERNELS
     heads, kv_heads, lengths = _attention_sizes(files)
@@ -111,7 +115,7 @@ def node_kernels(files: ModelFiles, device: str, cache_type: CacheType) -> NodeK
 
 
 def exact_kernels(device: str) -> NodeKernels:
-    """What is compiled where values are compared with transformers': nothing but what brings them nearer."""
+    """Returns the compiled kernels for comparing values with transformers': only rotary, which brings them closer."""
     return NodeKernels.available(rotary=True) if is_cpu(find_device(device)) else NO_KERNELS
 
 
@@ -123,10 +127,11 @@ def choose_width(
     cache_type: CacheType = "f16",
     available: int | None = None,
 ) -> Width:
-    """At least one: as many as there are questions, as memory has room for, and as are worth while.
+    """Chooses the number of answers: as many as there are questions, as fit into memory, and as are worthwhile; at
+    least one.
 
-    `step_seconds(most)`: seconds of a decode step by its number of sequences, rising, up to `most` or a few more; empty
-    where that is not known. Asked only for a long batch. `available`: bytes; by default what the system tells.
+    `step_seconds(most)`: seconds of a decode step by its number of sequences, ascending, up to `most` or slightly more;
+    empty if unknown. It is called only for a long batch. `available`: bytes; by default what the system reports.
     """
     n_tokens = _expected_tokens(files, workload, n_ctx)
     fitting = max(1, _budget_tokens(files, available, cache_type) // n_tokens)
@@ -148,19 +153,19 @@ def choose_width(
 
 
 def fastest(seconds: Mapping[int, float]) -> int:
-    """The number of sequences to take, from seconds of a step by number: the smallest that is about as good as the
-    best."""
+    """Returns the smallest number of sequences that is about as good as the best (see `WORTH`). `seconds`: of a step by
+    number of sequences."""
     best = max(n / taken for n, taken in seconds.items())
     return min(n for n, taken in seconds.items() if n / taken * WORTH >= best)
 
 
 def most_cells(files: ModelFiles, available: int | None = None, cache_type: CacheType = "f16") -> int:
-    """Tokens that several sequences together may have room for."""
+    """Maximum number of cells of several sequences together."""
     return int(MOST_FACTOR * _budget_tokens(files, available, cache_type))
 
 
 def _expected_tokens(files: ModelFiles, workload: Workload, n_ctx: int) -> int:
-    """Tokens of a sequence that has room for a page, as large as this model takes it, and for an answer."""
+    """Size, in tokens, of a sequence with room for a page at this model's largest size and an answer."""
     config = files.vision_config
     sizes = (PAGE_PX, PAGE_PX[::-1])
     n_page = 0 if config is None else max(clip_projector.count_tokens(size, config) for size in sizes)
@@ -181,13 +186,13 @@ def _budget_tokens(files: ModelFiles, available: int | None, cache_type: CacheTy
 
 
 def kv_bytes_per_token(files: ModelFiles, cache_type: CacheType = "f16") -> int:
-    """Bytes of the KV cache that one token of one sequence takes."""
+    """Bytes of the KV cache per token of one sequence."""
     _, kv_heads, lengths = _attention_sizes(files)
     return int(sum(kv_heads) * sum(lengths) * _VALUE_BYTES[cache_type])
 
 
 def _attention_sizes(files: ModelFiles) -> tuple[list[int], list[int], tuple[int, int]]:
-    """Heads and heads of keys, by layer, and the numbers of a key and of a value."""
+    """Returns the number of heads and of key/value heads by layer, and the lengths of a key and a value."""
     text, key = files.text, files.text_key
     width = text.integer(key(keys.EMBEDDING_LENGTH), 1, MAX_WIDTH)
     n_layers = text.integer(key(keys.BLOCK_COUNT), 1, MAX_COUNT)
@@ -199,7 +204,7 @@ def _attention_sizes(files: ModelFiles) -> tuple[list[int], list[int], tuple[int
 
 
 def _per_layer(files: ModelFiles, key: str, n_layers: int, default: list[int]) -> list[int]:
-    """A count for each layer; files give one for all, or a list."""
+    """Returns a count for each layer; files give one for all layers, or a list."""
     value = files.text.get(files.text_key(key), default)
     if isinstance(value, list):
         return files.text.integers(files.text_key(key), 0, MAX_WIDTH, default)

@@ -1,4 +1,5 @@
-"""The next token from logits: greedy, or sampled after the usual filters. NumPy only, so that masks can be applied.
+"""Picks the next token from logits: greedily, or by sampling after the usual filters. NumPy only, so that masks can be
+applied.
 
 Filters in llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Infinities differ by no number, so none could be drawn among them.
+# Penalized logits are clipped to finite values: differences between infinities are NaN, so none could be sampled.
 _LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -53,9 +54,9 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: np.ndarray, history: Sequence[int], allowed: np.ndarray | None = None) -> int:
-        """The next token's id; `history` is what has been generated so far. `logits` is left as it is.
+        """Returns the next token's id. `history`: tokens generated so far. `logits` is not modified.
 
-        `allowed`: bool `(n_vocab,)`, the tokens to pick from, at least one; all filters see those alone.
+        `allowed`: bool `(n_vocab,)`, the tokens to pick from, at least one; all filters see only those.
         """
         s = self.sampling
         if allowed is not None:
@@ -75,7 +76,7 @@ class Sampler:
         return int(self._random.choice(ids, p=weights / weights.sum()))
 
     def _candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and float64 logits of what remains after the filters, most likely first."""
+        """Ids and float64 logits of the tokens that remain after the filters, most likely first."""
         s = self.sampling
         some = 0 < s.top_k < len(logits)
         ids = np.argpartition(logits, -s.top_k)[-s.top_k :] if some else np.arange(len(logits))

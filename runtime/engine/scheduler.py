@@ -1,8 +1,8 @@
-"""Which sequences are computed next: requests are admitted, prefilled in chunks, and decoded together.
+"""Schedules sequences: admits requests, prefills their prompts in chunks, and decodes their answers together.
 
-Plain logic on a KV cache and a context; knows no thread, no file and no model, so tests run it on a context of a few
-lines. What a step computes for one sequence does not depend on the others: the chunks of a prompt are those that it has
-alone, and each sequence gives its own rows to a batch.
+Plain logic on a KV cache and a context. It knows no thread, no file and no model, so tests run it on a fake context of
+a few lines. What a step computes for one sequence does not depend on the others: a prompt is cut into the same chunks
+as when it runs alone, and each sequence adds its own rows to a batch.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from granite4v.runtime.prompt.spans import ImageSpan, TextSpan
 
 @dataclass
 class Counters:
-    """What was computed since the model was loaded: rows of prompts and of answers, calls that decoded answers and
-    their seconds, tokens of drafts and those of them that were right, and requests whose sequence was given to another
-    because nobody read their answers."""
+    """Totals since the model was loaded: rows of prompts and of answers, decode calls and their seconds, draft tokens
+    and how many of them were accepted, and requests that lost their sequence to another because nobody read their
+    answers."""
 
     n_prefilled: int = 0
     n_decoded: int = 0
@@ -43,7 +43,7 @@ class Counters:
 
 
 class Scheduler:
-    """Runs any number of tasks, as many at once as the cache has sequences. Not for several threads at once."""
+    """Runs any number of tasks, as many at once as the cache has sequences. Not thread-safe."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Scheduler:
         most_rows: int | None = None,
         costs: StepCosts | None = None,
     ) -> None:
-        """`n_ubatch`: the most rows of one call, and the rows of prompts that one step computes while others wait.
-        `least_rows`: of a decode step among several sequences; 2 where the values of a row depend on whether it is
-        alone. `fills_questions`: whether text at the end of a prompt gets rows that are cut off again, where attention
-        takes so many rows in less time. `most_rows`: of a decode step, beyond which the values of a row would
-        depend on their number. `costs`: what is known of steps beforehand."""
+        """`n_ubatch`: the most rows of one call, and the most prompt rows that one step computes while others wait.
+        `least_rows`: minimum rows of a decode step when there are several sequences; 2 where a row's values depend on
+        whether it is alone. `fills_questions`: whether text at the end of a prompt is padded with rows that are cut off
+        again, where attention takes less time for that many rows. `most_rows`: maximum rows of a decode step, beyond
+        which a row's values would depend on their number. `costs`: step costs known in advance."""
         self._cache, self._resources, self._n_ubatch, self._least_rows = cache, resources, n_ubatch, least_rows
         self._most_rows = min(n_ubatch, most_rows or n_ubatch)
         self.costs = costs or StepCosts()
@@ -81,7 +81,7 @@ class Scheduler:
         self._wait(task, len(self._waiting))
 
     def step(self) -> bool:
-        """Does the next piece of work; False when there is none until a consumer reads on, or cancels."""
+        """Does the next piece of work. Returns False if there is none until a consumer reads on or cancels."""
         self._end_cancelled()
         self._restart_lost()
         n_before = self.n_tasks
@@ -91,13 +91,13 @@ class Scheduler:
         return restarted or decoded or prefilled or self.n_tasks < n_before
 
     def end_all(self, error: BaseException) -> None:
-        if not isinstance(error, Exception):  # readers must not take it for a signal of their own
+        if not isinstance(error, Exception):  # e.g. KeyboardInterrupt, which readers would take for their own
             error = RuntimeError(f"the engine was interrupted: {error!r}")
         for task in [*self._waiting, *self._running]:
-            with contextlib.suppress(BaseException):  # one that cannot end as it should must not keep the others
+            with contextlib.suppress(BaseException):  # a task that fails to end must not keep the others from ending
                 self._cancel(task, error)
 
-    # --- coming and going ---
+    # --- admission and ending ---
 
     def _end_cancelled(self) -> None:
         for task in [*self._waiting, *self._running]:
@@ -120,13 +120,13 @@ class Scheduler:
             task.channel.finish(error)
 
     def _wait(self, task: Task, place: int) -> None:
-        # what was generated before the task lost its sequence is a part of the prompt now
+        # tokens generated before the task lost its sequence are now part of its prompt
         spans = (*task.spans, TextSpan(tuple(task.tokens))) if task.tokens else task.spans
         task.planned = plan_prefill(spans, self._n_ubatch)
         self._waiting.insert(place, task)
 
     def _leave(self, task: Task) -> None:
-        """Takes a task out of the cache, with what is not computed yet."""
+        """Takes a task out of the cache and drops its remaining chunks."""
         sequence, task.sequence = task.sequence, None
         task.rows, task.logits = None, None
         task.chunks.clear()
@@ -134,18 +134,18 @@ class Scheduler:
             self._cache.release(sequence)
 
     def _admit(self) -> bool:
-        """Starts what there is room for. True when tasks lost their sequences on the way and wait again: the next step
-        can start them even if nothing else happens."""
+        """Starts the waiting tasks that there is room for. Returns True if running tasks lost their sequences in the
+        process and are waiting again: the next step can start them even if nothing else happens."""
         restarted = False
         for task in list(self._waiting):
-            if task.channel.is_full:  # it was preempted, and still nobody reads
+            if task.channel.is_full:  # preempted, and still nobody reads
                 continue
             if self._shares_with_another(task):
                 continue
             try:
                 admitted = self._start(task)
             except Aborted:
-                continue  # cancelled, which the next step notices
+                continue  # cancelled: the next step handles it
             except Exception as error:
                 self._finish(task, error)
                 admitted = True
@@ -155,8 +155,8 @@ class Scheduler:
         return restarted
 
     def _shares_with_another(self, task: Task) -> bool:
-        """Whether a prompt that is being computed begins as this task's does. Prompts are computed one after another,
-        so to wait for it costs nothing, and its rows need not be computed twice."""
+        """Whether a prompt that is being prefilled shares a longer prefix with this task than the cache has. Prompts
+        are computed one after another, so waiting costs nothing, and the shared rows are computed only once."""
         beside = [other for other in self._running if other.chunks and other.adapter == task.adapter]
         if not beside:
             return False
@@ -165,7 +165,7 @@ class Scheduler:
         return n_shared > self._cache.n_reusable(plan, adapter=task.adapter)
 
     def _start(self, task: Task) -> bool:
-        """Gives a task a sequence. False when there is none for it."""
+        """Gives a task a sequence. Returns False if there is none for it."""
         if self._cache.n_in_use >= self._cache.n_seq_max and not self._preempt():
             return False
         plan = task.plan()
@@ -176,7 +176,7 @@ class Scheduler:
                 return False
         task.sequence, task.n_pending = sequence, 0
         n_known = sequence.n_tokens
-        if not task.was_started:  # what it goes on from after it lost its sequence, it has computed itself
+        if not task.was_started:  # on a restart, the prefix was computed by this task itself
             task.answer.timings.n_stored = n_known if stored is not None and stored.is_taken else 0
             task.answer.timings.n_reused = n_known - task.answer.timings.n_stored
         task.was_started = True
@@ -202,8 +202,8 @@ class Scheduler:
         return sequence
 
     def _preempt(self) -> bool:
-        """Takes the sequence of a task whose consumer reads nothing, so that the others can go on. The task begins
-        again, with what it has generated so far, when somebody reads."""
+        """Takes the sequence of a task whose consumer reads nothing, so that others can run. The task restarts, with
+        what it has generated so far, when somebody reads. Returns False if there is no such task."""
         for task in self._running:
             if task.channel.is_full:
                 self._running.remove(task)
@@ -214,7 +214,7 @@ class Scheduler:
         return False
 
     def _restart_lost(self) -> bool:
-        """After the cache was made larger: what did not fit through is computed again. Whether there was any."""
+        """Requeues tasks whose sequences were lost when the cache was resized. Returns whether there were any."""
         lost = [task for task in self._running if task.sequence is not None and task.sequence.is_lost]
         for place, task in enumerate(lost):
             self._running.remove(task)
@@ -225,7 +225,7 @@ class Scheduler:
     # --- computing ---
 
     def _prefill(self) -> bool:
-        """Chunks of prompts, in the order of the requests, until the budget of a step is used up."""
+        """Computes chunks of prompts, in the order of the requests, until the step's row budget is used up."""
         budget, done = self._n_ubatch, False
         while budget > 0:
             task = next((task for task in self._running if task.is_prefilling), None)
@@ -247,7 +247,7 @@ class Scheduler:
         return done
 
     def _prefill_chunk(self, task: Task) -> np.ndarray | None:
-        """Computes the next chunk; the logits after the prompt if it was the last."""
+        """Computes a task's next chunk. Returns the logits after the prompt if it was the last one."""
         if task.logits is not None:
             logits, task.logits = task.logits, None
             return logits
@@ -277,7 +277,7 @@ class Scheduler:
             self._resources.store(task)
         if not is_last:
             return None
-        task.rows = None  # 0.1 GB of a page, which many answers would hold until they end
+        task.rows = None  # a page's embeddings take 0.1 GB, which many answers would otherwise hold until they end
         sequence.logits = self._cache.context.logits(n - 1)
         return sequence.logits.copy()
 
@@ -295,7 +295,8 @@ class Scheduler:
         return task.rows[1][chunk.start : chunk.start + chunk.batch.n_tokens]
 
     def _decode(self) -> bool:
-        """One step of every answer that can go on and has the adapter of the one that waits longest."""
+        """Runs one decode step, for every answer that can go on and has the adapter state of the one that has waited
+        longest."""
         ready = [task for task in self._running if task.n_pending and not task.channel.is_full]
         if not ready:
             return False
@@ -337,28 +338,31 @@ class Scheduler:
         return Limits(self._most_rows, context.max_outputs, context.n_cells, least, self._cache.can_cut)
 
     def _make_room(self, ready: SequenceOf[Task]) -> bool:
-        """Room in the cache for the pending tokens of these tasks. False where tasks lost their sequences for it: they
-        wait again."""
+        """Makes room in the cache for the pending tokens of these tasks. Returns False if tasks lost their sequences
+        for it; they wait again."""
         for task in ready:
             try:
                 n_rows = max(self._least_rows, min(task.n_pending, self._most_rows))
                 if self._cache.ensure_room(task.held, n_rows):
                     continue
-            except Exception as error:  # no memory for this one alone
+            except Exception as error:  # not enough memory even for this one alone
                 self._finish(task, error)
             self._restart_lost()
             return False
         return True
 
     def _between(self, ready: SequenceOf[Task]) -> list[CachedSequence]:
-        """Sequences that stand between those of a batch. llama.cpp passes over all weights once for each run of
-        neighbours, so a token that is forgotten again costs less than a gap."""
+        """The sequences whose numbers lie in the gaps of a batch. llama.cpp passes over all weights once for each run
+        of neighbouring sequences, so a filler token that is cut off again costs less than a gap.
+
+        For example, if sequences 1, 2 and 5 are ready, 3 and 4 are returned: one pass over the weights instead of two.
+        """
         numbers = {task.held.id for task in ready}
         return [self._cache.sequence(n) for n in range(min(numbers), max(numbers)) if n not in numbers]
 
     def _take_over(self, task: Task, part: Part, first: int) -> None:
-        """After a step: the rows of a sequence that hold, and the tokens that follow from them. `first`: the place of
-        its rows in the batch."""
+        """Takes over the results of a step: records the rows of a sequence that are kept, and adds the tokens that
+        follow from them. `first`: index of its first row in the batch."""
         task.last_step = self.counters.n_steps
         task.n_pending -= len(part.pending)
         error, finished, n_accepted = None, False, 0
@@ -375,9 +379,13 @@ class Scheduler:
             self._finish(task, error)
 
     def _verify(self, task: Task, draft: SequenceOf[int], row: int) -> tuple[Exception | None, bool, int]:
-        """Lets an answer go on by the logits of `row`, which is that of its last token, and by those of the draft's
-        rows behind it for as long as the draft says what the answer says. Its error, whether it has ended, and how many
-        tokens of the draft are right."""
+        """Advances an answer by the logits of `row`, the row of its last token, and then by those of the draft's rows
+        after it for as long as the draft agrees with the answer. Returns the answer's error if it failed, whether it
+        has ended, and how many draft tokens were accepted.
+
+        For example, with the draft a b c: the logits of `row` give a (accepted), those of a's row give x. The answer
+        grows by a and x. The rows of b and c are cut off, and x is pending.
+        """
         error, finished, n_accepted = None, False, 0
         try:
             while True:
@@ -388,7 +396,7 @@ class Scheduler:
                 finished = bool(step.finish)
                 if finished or not n_equal or n_equal < len(step.tokens):
                     break
-        except Exception as raised:  # also logits that are not finite: a damaged file
+        except Exception as raised:  # including non-finite logits, from a damaged file
             error = raised
         if draft:
             for counters in (self.counters, task.answer.timings):
@@ -397,7 +405,7 @@ class Scheduler:
         return error, finished, n_accepted
 
     def _compute(self, rows: BatchRows, tasks: SequenceOf[Task], *, is_prompt: bool) -> None:
-        """Decodes rows; on failure the sequences are what they were before."""
+        """Decodes rows. On failure the sequences are as they were before."""
         context = self._cache.context
         try:
             with self._resources.computing(tasks):
@@ -409,7 +417,7 @@ class Scheduler:
             raise
 
     def _advance(self, task: Task, logits: np.ndarray) -> None:
-        """The first tokens of an answer."""
+        """Generates the first tokens of an answer from the logits after its prompt."""
         try:
             step = task.advances.advance(logits)
         except Exception as error:
@@ -420,13 +428,13 @@ class Scheduler:
             self._finish(task)
 
     def _add(self, task: Task, step: Step, n_decoded: int = 0) -> None:
-        """Takes over what an answer has grown by; its first `n_decoded` tokens are decoded already."""
+        """Adds what an answer has grown by. The first `n_decoded` of its new tokens are already decoded."""
         task.tokens += step.tokens
         task.n_pending = len(step.tokens) - n_decoded
         task.channel.put(step.text)
 
 
 def _n_equal(tokens: SequenceOf[int], others: SequenceOf[int]) -> int:
-    """How many tokens are the same at the beginning."""
+    """Length of the common prefix."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False))
     return sum(1 for _ in pairs)

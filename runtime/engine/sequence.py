@@ -1,7 +1,7 @@
-"""One answer, token by token: grammar, sampling, stop tokens and strings, repetition, and the budget of tokens.
+"""Generates one answer, token by token: grammar, sampling, stop tokens and strings, repetition, and the token budget.
 
 A `Sequence` is given the logits after its latest token and returns the tokens to decode next. It knows no model, no
-cache and no thread, so the engine can run any number of them side by side.
+cache and no thread, so the engine can run any number of them concurrently.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from granite4v.runtime.prompt.detokenizer import TextStream
 if TYPE_CHECKING:
     from granite4v.runtime.grammar import GrammarState
 
-# Where that takes long, the end of an answer is looked for after so many tokens, and with each token when fewer than
-# the second number are left beside twice its length.
+# If computing an ending is slow, it is computed after this many tokens, and for each token once fewer than `_WATCHED`
+# tokens are left beyond twice its length.
 _LOOK_EVERY, _WATCHED = 16, 256
-_SPARE = 2  # tokens; the tokenizer may need more for text that is forced than the end was found to need
+_SPARE = 2  # tokens; forced text may take more of them than the computed ending has
 
 
 @dataclass(frozen=True)
 class Step:
-    """What comes of one row of logits: tokens to decode next (none once the answer has ended), text that is certain,
-    and why the answer has ended ('' if it goes on)."""
+    """The result of one row of logits: tokens to decode next (none once the answer has ended), text that is final, and
+    why the answer has ended ('' if it goes on)."""
 
     tokens: tuple[int, ...] = ()
     text: str = ""
@@ -44,25 +44,25 @@ class Advances(Protocol):
     """What the scheduler runs: an answer, or tokens to be scored."""
 
     def advance(self, logits: np.ndarray) -> Step:
-        """`logits`: float32 `(n_vocab,)`, those after the tokens of the last step, or after the prompt."""
+        """Consumes `logits`: float32 `(n_vocab,)`, after the tokens of the last step, or after the prompt."""
         ...
 
     def cancel(self) -> Step:
-        """The end of an answer that is given up."""
+        """Ends an answer that was cancelled."""
         ...
 
     def draft(self, most: int) -> Draft:
-        """At most `most` tokens that are likely to follow those of the steps so far."""
+        """Proposes at most `most` tokens that are likely to follow those of the steps so far."""
         ...
 
 
 class Sequence:
     """An answer that is being generated; fills `answer`.
 
-    A piece of text is held back while it could be the beginning of a stop string or of an unfinished character. With a
-    `grammar` only what it allows is sampled, and the answer ends only where it is valid; with `fast_forward` what it
-    leaves no choice about is not sampled. Room is kept for the rest of the structure, so that an answer of `max_tokens`
-    is valid, too.
+    Text is held back while it could be the beginning of a stop string or of an unfinished character. With a `grammar`
+    only allowed tokens are sampled, and the answer ends only where it is valid; with `fast_forward` tokens that the
+    grammar forces are not sampled. Part of `max_tokens` is reserved for closing the structure, so an answer that
+    reaches the limit is valid, too.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Sequence:
         drafter: Drafter | None = None,
         logprobs: Logprobs | None = None,
     ) -> None:
-        """`drafter`: None for an answer without drafts; `logprobs`: None for one without log-probabilities."""
+        """`drafter`: None for no drafts; `logprobs`: None for no log-probabilities."""
         self.answer, self._max_tokens, self._drafter = answer, max_tokens, drafter
         self._logprobs = logprobs
         if logprobs is not None:
@@ -112,8 +112,8 @@ class Sequence:
         return self._end(CANCELLED)
 
     def draft(self, most: int) -> Draft:
-        """Nothing that the grammar forbids, and nothing that only the last token of the answer would follow: it is
-        sampled from the logits before it, and never decoded."""
+        """Drafts nothing that the grammar forbids, and never the last token of the answer: it is sampled from the
+        logits before it and needs no decoding."""
         tokens = self.answer.tokens
         most = min(most, self._max_tokens - len(tokens) - 1)
         if self._drafter is None or most < 1:
@@ -123,13 +123,13 @@ class Sequence:
         return Draft(draft.tokens[:n_possible], draft.chances[:n_possible])
 
     def _limit(self) -> str:
-        """Why nothing can be added, whatever the logits are."""
+        """Returns the finish reason if nothing can be added whatever the logits are, else ''."""
         if self._chooser.is_final:
             return STOP
         return LENGTH if len(self.answer.tokens) >= self._max_tokens else ""
 
     def _end(self, finish: str, n_open: int = 0, text: str = "") -> Step:
-        """`n_open`: characters of the answer before its last tokens."""
+        """Ends the answer. `n_open`: length of its text before its last tokens, in characters."""
         text += self._output.finish()
         self.answer.finish_reason = finish
         if self._chooser.is_closing and finish == LENGTH:
@@ -138,10 +138,10 @@ class Sequence:
 
 
 class Scoring:
-    """Tokens that are decoded one by one as if they were the answer, and the logits before each of them."""
+    """Forces tokens as if they were the answer, and collects the logits before each of them."""
 
     def __init__(self, tokens: SequenceOf[int]) -> None:
-        """Without tokens: the logits after the prompt alone."""
+        """Without tokens it collects only the logits after the prompt."""
         self._tokens = tuple(tokens)
         self.rows: list[np.ndarray] = []  # float32 (n_vocab,)
 
@@ -159,8 +159,8 @@ class Scoring:
 
 
 class _Choice(NamedTuple):
-    """The next tokens of an answer, none at its end. `n_sampled`: how many of them were sampled, the first or none;
-    `is_free`: whether that was one of several that were possible."""
+    """The next tokens of an answer, none at its end. `n_sampled`: how many of them were sampled: the first, or none.
+    `is_free`: whether the sampled token was one of several possible ones."""
 
     tokens: list[int]
     n_sampled: int = 0
@@ -168,7 +168,7 @@ class _Choice(NamedTuple):
 
 
 class _Chooser:
-    """The next tokens of an answer: one that is sampled, and those that are no choice."""
+    """Chooses the next tokens of an answer: one sampled token, followed by those that the grammar forces."""
 
     def __init__(
         self,
@@ -182,11 +182,11 @@ class _Chooser:
         self._sampler, self._stop_tokens, self._grammar = sampler, stop_tokens, grammar
         self._fast_forward, self._timings = fast_forward, timings
         self._reserve = _Reserve(grammar, max_tokens) if grammar is not None else None
-        self.is_closing = False  # the last tokens only make the answer whole
+        self.is_closing = False  # the last tokens were not sampled: they complete the structure at the limit
 
     @property
     def is_final(self) -> bool:
-        """Whether the constraint allows nothing but the end."""
+        """Whether the grammar allows nothing more except the end."""
         return self._grammar is not None and self._grammar.is_final
 
     def choose(self, logits: np.ndarray, history: SequenceOf[int]) -> _Choice:
@@ -194,7 +194,7 @@ class _Chooser:
         if grammar is None or reserve is None:
             token = self._sampler.pick(logits, history)
             return _Choice([]) if token in self._stop_tokens else _Choice([token], 1, True)
-        forced = [] if history else self._forced(grammar)  # later ones come along with a sampled token
+        forced = [] if history else self._forced(grammar)  # only at the start; later they follow a sampled token
         if forced:
             return _Choice(forced)
         start = time.perf_counter()
@@ -211,7 +211,7 @@ class _Chooser:
         return _Choice([token, *self._forced(grammar)], 1, bool(np.count_nonzero(allowed) > 1))
 
     def n_possible(self, draft: SequenceOf[int]) -> int:
-        """How many tokens of a draft the answer may go on with and not end."""
+        """How many leading tokens of a draft are possible without ending the answer."""
         state = self._grammar.copy() if self._grammar is not None and draft else None
         for n, token in enumerate(draft):
             if token in self._stop_tokens:
@@ -237,17 +237,20 @@ class _Chooser:
 
 
 class _Reserve:
-    """Keeps room for the rest of a form, so that an answer is whole when it reaches its limit.
+    """Keeps enough of the token budget free to close a structure, so that an answer is valid when it reaches its limit.
 
-    The end is looked for now and then, and with every token once it could soon be too long.
+    The ending is computed every few tokens, and for every token once it could soon be too long.
+
+    For example, with 2,000 tokens left and an ending of 40, 2,000 - 2 * 40 - 256 = 1,664 are to spare, so the next look
+    is after 16 tokens. With 300 left, nothing is to spare (300 - 80 - 256 < 0): from there each token is checked.
     """
 
     def __init__(self, grammar: GrammarState, max_tokens: int) -> None:
         self._grammar, self._max_tokens = grammar, max_tokens
-        self._next_look = 0  # the length of the answer at which its end is looked for again
+        self._next_look = 0  # answer length, in tokens, at which the ending is computed next
 
     def ending(self, n_generated: int) -> list[int] | None:
-        """Tokens that make the answer whole; None where the limit is far, or nothing that short does."""
+        """Returns tokens that complete the answer; None while the limit is far away, or if none is short enough."""
         if n_generated < self._next_look:
             return None
         n_left = self._max_tokens - n_generated
@@ -259,12 +262,12 @@ class _Reserve:
         return None
 
     def allows(self, token: int, n_generated: int) -> bool:
-        """Whether there is room for an ending behind this token."""
+        """Whether there would still be room for an ending after this token."""
         return self._grammar.ending(self._max_tokens - n_generated - 1 - _SPARE, token) is not None
 
 
 class _Output:
-    """Text that is safe to show: looks for stop strings across token boundaries, and for answers that run on."""
+    """Releases text that is safe to show. Finds stop strings across token boundaries, and answers that loop."""
 
     def __init__(
         self, text: TextStream, stop: SequenceOf[str], answer: Answer, repetition: Repetition | None = None
@@ -272,16 +275,16 @@ class _Output:
         self._text, self._stop, self._answer = text, [s for s in stop if s], answer
         self._repetition = repetition
         self._held = ""
-        self.ended = ""  # why the answer has ended, once it has
+        self.ended = ""  # finish reason, once the answer has ended
 
     @property
     def n_characters(self) -> int:
-        """Of the answer so far, those that are not shown yet included."""
+        """Length of the answer so far, including text that is held back."""
         return len(self._answer.text) + len(self._held)
 
     def push(self, tokens: SequenceOf[int]) -> tuple[str, list[int]]:
-        """Adds tokens to the answer, up to one that ends it. The text that is certain now, and for each token that was
-        added the characters of the answer up to there."""
+        """Adds tokens to the answer, up to one that ends it. Returns the text that is final now, and for each added
+        token the length of the answer up to and including it."""
         shown, ends = "", list[int]()
         for token in tokens:
             self._answer.tokens.append(token)
@@ -317,7 +320,7 @@ class _Output:
         return piece
 
     def _n_uncertain(self) -> int:
-        """Characters at the end that a stop string could begin with."""
+        """Number of characters at the end that could be the beginning of a stop string."""
         most = max((len(s) - 1 for s in self._stop), default=0)
         for n in range(min(most, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-n:]) for s in self._stop):

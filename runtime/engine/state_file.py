@@ -1,4 +1,4 @@
-"""One stored state as a file: what it is, the state, and a checksum of both.
+"""Reads and writes one stored state as a file: its description, the state, and a checksum of both.
 
     magic, format, bytes of the description, bytes of the state    24 bytes, little-endian
     description                                                    JSON
@@ -30,12 +30,12 @@ FORMAT = 1
 _HEAD = struct.Struct("<8sIIQ")
 _DIGEST_BYTES = 32
 _MAX_DESCRIPTION = 1 << 16
-PIECE = 8 << 20  # bytes that are written, or read and hashed, at a time
+PIECE = 8 << 20  # bytes written, or read and hashed, at a time
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class DamagedState(Exception):
-    """A file that is not the state it should be; the message says why."""
+    """The file does not hold the expected state; the message says why."""
 
 
 class Stopped(Exception):
@@ -44,8 +44,8 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Description:
-    """What a state is of. `key` identifies it; the rest is for people. `n_tokens`: of the prefix; `created`: seconds
-    since the epoch."""
+    """Describes a state. `key` identifies it; the rest is for users. `n_tokens`: length of the prefix; `created`:
+    seconds since the epoch."""
 
     key: str
     model: str
@@ -55,7 +55,7 @@ class Description:
 
 
 def write(file: FileIO, description: Description, state: np.ndarray, is_stopped: Callable[[], bool]) -> None:
-    """Writes a state, uint8 `(n,)`, to an empty file. Raises OSError, and Stopped once `is_stopped`."""
+    """Writes a state, uint8 `(n,)`, to an empty file. Raises OSError, and Stopped once `is_stopped` returns true."""
     text = json.dumps(asdict(description)).encode()
     digest = hashlib.sha256()
     for content in (_HEAD.pack(MAGIC, FORMAT, len(text), len(state)), text, state.data):
@@ -66,7 +66,7 @@ def write(file: FileIO, description: Description, state: np.ndarray, is_stopped:
 
 
 def _written(file: FileIO, content: bytes | memoryview, is_stopped: Callable[[], bool]) -> Iterator[memoryview]:
-    """Writes all of it, piece by piece: a disk that is nearly full takes less than it is given."""
+    """Writes all of `content` and yields the written pieces: a nearly full disk takes less than it is given."""
     left = memoryview(content)
     while left:
         if is_stopped():
@@ -77,13 +77,13 @@ def _written(file: FileIO, content: bytes | memoryview, is_stopped: Callable[[],
 
 
 def size(description: Description, state: np.ndarray) -> int:
-    """Bytes of the file that `write` makes."""
+    """Size in bytes of the file that `write` makes."""
     return _HEAD.size + len(json.dumps(asdict(description)).encode()) + len(state) + _DIGEST_BYTES
 
 
 def read(path: Path, key: str) -> np.ndarray:
-    """The state with this key, uint8 `(n,)`. Raises DamagedState for a file of another format or key, or one that was
-    cut or changed; OSError, MemoryError."""
+    """Returns the state with this key, uint8 `(n,)`. Raises DamagedState for a file of another format or key, or one
+    that was truncated or changed; OSError, MemoryError."""
     with _open(path) as file:
         description, n_bytes, digest = _begin(file)
         if description.key != key:
@@ -102,13 +102,13 @@ def read(path: Path, key: str) -> np.ndarray:
 
 
 def describe(path: Path) -> Description:
-    """What a file says it is; its state is not looked at. Raises DamagedState, OSError."""
+    """Returns a file's description without checking its state. Raises DamagedState, OSError."""
     with _open(path) as file:
         return _begin(file)[0]
 
 
 def _open(path: Path) -> FileIO:
-    """A regular file, not a link to one; another kind might block for ever."""
+    """Opens a regular file, not a link to one; other kinds of files might block forever."""
     descriptor = os.open(path, _OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -117,7 +117,7 @@ def _open(path: Path) -> FileIO:
 
 
 def _begin(file: FileIO) -> tuple[Description, int, Any]:
-    """Reads what stands before a state: its description, its bytes, and the checksum so far."""
+    """Reads everything before the state. Returns its description, its size in bytes, and the checksum so far."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or not head.startswith(MAGIC):
         raise DamagedState("it is not a page state of granite4v")

@@ -1,8 +1,8 @@
-"""What one decode step computes: which sequences, and how many rows of each.
+"""Plans one decode step: which sequences it computes, and how many rows of each.
 
-llama.cpp passes over all weights once for each run of neighbouring sequences that have as many rows as each other. So
-all sequences of a step get the same number of rows: their pending tokens, then tokens of a draft, then fillers that
-are cut off again. How many that is depends on what it brings and on what steps of that size have cost.
+llama.cpp passes over all weights once for each run of neighbouring sequences with the same number of rows. So all
+sequences of a step get the same number of rows: their pending tokens, then draft tokens, then fillers that are cut off
+again. The number is chosen by how many tokens it is expected to yield and by what steps of that size have cost.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from granite4v.runtime.engine.step_costs import StepCosts
 from granite4v.runtime.engine.task import Task
 from granite4v.runtime.llama.context import BatchRows
 
-# Rows of one sequence from which on llama.cpp's attention on the CPU takes them in tiles: 64 rows of a 4B model behind
-# 1,000 tokens take as long as 33, and 63 half as long again. Values differ from those of fewer rows by rounding.
+# From this many rows of one sequence on, llama.cpp's attention on the CPU computes them in tiles: 64 rows of a 4B model
+# after 1,000 tokens take as long as 33, and 63 take half as long again. The values differ from those of fewer rows by
+# rounding.
 TILE = 64
-MAX_DRAFT = TILE - 1  # tokens of one answer in a step
-MAX_DRAFTED_ROWS = 64  # of a step with drafts
+MAX_DRAFT = TILE - 1  # draft tokens of one answer in a step
+MAX_DRAFTED_ROWS = 64  # rows of a step with drafts, all sequences together
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step may compute. `rows` of a call, `outputs`: rows of logits of a call, `cells` of a sequence; `least`:
-    rows, and rows of logits, that a step has at least; `can_cut`: whether the end of a sequence can be taken back."""
+    """Limits of a step. `rows`: most rows of a call. `outputs`: most rows of logits of a call. `cells`: size of a
+    sequence. `least`: minimum number of rows, and of rows of logits. `can_cut`: whether the end of a sequence can be
+    cut off."""
 
     rows: int
     outputs: int
@@ -40,15 +42,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one sequence in a step: `tokens` that follow it, the last `n_drafted` of them a draft, and fillers up
-    to `n_rows`. `is_complete`: all pending tokens are in it, and logits are wanted from the last of them on."""
+    """The rows of one sequence in a step: `tokens` that follow its contents, the last `n_drafted` of them a draft, then
+    fillers up to `n_rows`. `is_complete`: it contains all pending tokens, so logits are needed from the last of these
+    on."""
 
     sequence: CachedSequence
     tokens: tuple[int, ...] = ()
     n_drafted: int = 0
     n_rows: int = 1
     is_complete: bool = False
-    task: Task | None = None  # None: between two others, and there only to close the gap
+    task: Task | None = None  # None: it only closes the gap between two others
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -60,19 +63,19 @@ class Part:
 
 
 def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: StepCosts, limits: Limits) -> list[Part]:
-    """The parts of a step, by the number of their sequence.
+    """Plans the parts of a step, sorted by sequence number.
 
-    `ready`: tasks with pending tokens, the most urgent first; `between`: sequences between theirs.
+    `ready`: tasks with pending tokens, the most urgent first; `between`: sequences in the gaps between theirs.
     """
     if not limits.can_cut:
         return _uncut(ready, limits)
     room = min(limits.cells - sequence.n_tokens for sequence in (*(task.held for task in ready), *between))
     n_sequences = len(ready) + len(between)
-    if room < 1 or n_sequences > limits.rows:  # the gaps stay
+    if room < 1 or n_sequences > limits.rows:  # the gaps cannot be closed
         between, n_sequences = (), len(ready)
         room = min(limits.cells - task.held.n_tokens for task in ready)
     most = min(room, limits.rows // n_sequences)
-    if limits.least > 1:  # values must not depend on what else is computed
+    if limits.least > 1:  # values must not depend on what else is computed, so no tiled attention
         most = min(most, TILE - 1)
     n_draft = min(MAX_DRAFT, most - 1, MAX_DRAFTED_ROWS // n_sequences - 1)
     drafts = [task.advances.draft(n_draft) if n_draft > 0 else Draft((), ()) for task in ready]
@@ -88,8 +91,12 @@ def plan_step(ready: Sequence[Task], between: Sequence[CachedSequence], costs: S
 
 
 def joined(parts: Sequence[Part], least: int) -> tuple[BatchRows, list[int]]:
-    """The rows of all parts, and where those of each part begin. At least `least` rows of logits, if there are any."""
-    # as lists first: a step has few rows, of which each array would cost more than they do
+    """Joins the parts into one batch. Returns it, and the index of each part's first row.
+
+    If any logits are needed, at least `least` rows get logits. For example, tokens p (pending), d (draft) and two
+    fillers in a complete part give the rows p d 0 0, with logits for p and d.
+    """
+    # built as lists: a step has so few rows that an array for each part would cost more
     data, positions, sequences, outputs, starts = list[int](), list[int](), list[int](), list[bool](), list[int]()
     for part in parts:
         n, n_held, n_given = part.n_rows, part.sequence.n_tokens, len(part.tokens)
@@ -108,7 +115,7 @@ def joined(parts: Sequence[Part], least: int) -> tuple[BatchRows, list[int]]:
 
 
 def _uncut(ready: Sequence[Task], limits: Limits) -> list[Part]:
-    """All pending tokens, where nothing can be taken back."""
+    """Plans a step of pending tokens alone, for a cache whose sequences cannot be cut."""
     parts, room = [], limits.rows
     for task in ready:
         tokens = tuple(task.pending[:room])
@@ -121,7 +128,7 @@ def _uncut(ready: Sequence[Task], limits: Limits) -> list[Part]:
 def _choose(
     ready: Sequence[Task], drafts: Sequence[Draft], costs: StepCosts, n_sequences: int, most: int, limits: Limits
 ) -> int:
-    """The rows of each sequence with which a second brings the most tokens."""
+    """Returns the number of rows per sequence with the most expected tokens per second."""
     drafted = [*zip(ready, drafts, strict=True)]
     longest_draft = max(task.n_pending + len(draft.tokens) for task, draft in drafted)
     least = 1 if n_sequences >= limits.least else min(limits.least, most)
@@ -139,12 +146,12 @@ def _choose(
 
 
 def filled(n_rows: int, most: int) -> int:
-    """So many rows, or more where that takes no longer."""
+    """Returns this number of rows, or `TILE` where that takes no longer (from 33 rows on, if `most` allows it)."""
     return TILE if TILE // 2 < n_rows < TILE <= most else n_rows
 
 
 def _n_kept(n_pending: int, chances: Sequence[float], n_rows: int) -> float:
-    """Tokens that a task is expected to be ahead after a step. `chances`: those of its draft, added up."""
+    """Expected number of tokens that a step advances a task by. `chances`: cumulative sums of its draft's, from 0."""
     return min(n_pending, n_rows) + chances[min(max(0, n_rows - n_pending), len(chances) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""What a decode step costs by its number of rows, learned from the steps that were computed."""
+"""Estimates what a decode step costs by its number of rows, from the steps that were computed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-N_KEPT = 5  # latest steps of one number of rows; their median is little disturbed by what else the machine does
-# Steps after which a figure is forgotten, for each time that it was measured: contexts grow, and attention with them;
-# and what was measured once may have been disturbed.
+N_KEPT = 5  # latest steps kept for each number of rows; their median is robust against other load on the machine
+# A measurement is forgotten after this many steps for each time it was made (up to N_KEPT times): contexts grow, and
+# attention with them, and a single measurement may have been disturbed.
 AGE_EACH = 60
-# What a further row is thought to cost before it was tried, as a part of the cost of one: less than it turns out to be
-# on any CPU, so that it is tried once.
+# Assumed cost of an additional row before it was tried, as a fraction of the cost of one. It is lower than the real
+# cost on any CPU, so that each size is tried once.
 _HOPE = 0.25
 
 
@@ -24,18 +24,18 @@ class _Measured:
 
 
 class StepCosts:
-    """Estimates the seconds of a step. Numbers of rows that were not tried lately are interpolated between those that
-    were; beyond them rows are taken to be cheap."""
+    """Estimates the seconds of a step. Sizes that were not measured recently are interpolated between those that were;
+    more rows than the largest one are assumed to be cheap."""
 
     def __init__(self) -> None:
         self._measured: dict[int, _Measured] = {}
         self._n_noted = 0
-        # what is known, rising: a step asks for many estimates, so it is put in order once a step
+        # known sizes, ascending, and their seconds; sorted once per step, because a step asks for many estimates
         self._numbers: list[int] = []
         self._seconds: list[float] = []
 
     def note(self, n_rows: int, seconds: float) -> None:
-        """Takes account of a step."""
+        """Records the duration of a step."""
         self._n_noted += 1
         measured = self._measured.setdefault(n_rows, _Measured())
         measured.seconds.append(seconds)
@@ -44,7 +44,7 @@ class StepCosts:
         self._order()
 
     def seconds(self, n_rows: int) -> float:
-        """Estimated seconds of a step; relative ones before the first was measured."""
+        """Estimated seconds of a step; only relative before the first measurement."""
         numbers, seconds = self._numbers, self._seconds
         if not numbers:
             return 1 + _HOPE * (n_rows - 1)
@@ -57,7 +57,10 @@ class StepCosts:
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
     def _order(self) -> None:
-        """Seconds by numbers of rows, without what is forgotten. Fewer rows could be filled up to more."""
+        """Sorts the medians by number of rows, without forgotten ones.
+
+        A step is never estimated higher than a larger one, because it could be padded to that size.
+        """
         numbers, seconds, least = list[int](), list[float](), float("inf")
         for n, measured in sorted(self._measured.items(), reverse=True):
             if self._n_noted - measured.noted_at < AGE_EACH * len(measured.seconds):

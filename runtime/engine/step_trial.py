@@ -1,9 +1,9 @@
-"""How long a decode step takes by its number of sequences, measured in a child process, once for a machine and a model.
+"""Measures how long a decode step takes by its number of sequences, in a child process, once per machine and model.
 
-What further sequences bring depends on the CPU, on the weights' types and on the size of the model: on two cores of an
-AVX-512 CPU a 4B model in Q4_K_M decodes 2.3 times the tokens a second with 16 sequences and gains little beyond, on
-other machines 4 are as good as 16, or 32 are better. The child has the weights in the form in which a batch has them
-and a few hundred tokens in each sequence. Longer contexts favour fewer sequences a little, by the time of attention.
+How much is gained by more sequences depends on the CPU, the weight types and the size of the model: on two cores of an
+AVX-512 CPU a 4B model in Q4_K_M decodes 2.3 times the tokens per second with 16 sequences and gains little beyond; on
+other machines 4 are as good as 16, or 32 are better. The child places the weights as a batch does, with a few hundred
+tokens in each sequence. Longer contexts favour fewer sequences slightly, because of the time for attention.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from granite4v.runtime.llama.placement import N_UBATCH, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
 
 CACHE = "steps.json"
-VERSION = 1  # to be raised when something else is measured
+VERSION = 1  # increment when something else is measured
 NUMBERS = (1, 2, 4, 8, 12, 16, 32)
-PREFIX_TOKENS, PREFIX_S = 512, 4.0  # what each sequence holds: so many tokens, or fewer where they take longer
-N_CELLS = PREFIX_TOKENS + 256  # of a sequence
-ROUNDS, ROUNDS_S = 3, 6.0  # each number of sequences is tried so often, or less often after so many seconds
-TIMEOUT_S = 120.0  # of the child, which reads the weights first
+PREFIX_TOKENS, PREFIX_S = 512, 4.0  # contents of each sequence: this many tokens, or fewer if slow
+N_CELLS = PREFIX_TOKENS + 256  # per sequence
+ROUNDS, ROUNDS_S = 3, 6.0  # rounds over all numbers of sequences; no more after this many seconds
+TIMEOUT_S = 120.0  # for the child, which also reads the weights
 
 
 def step_seconds(
@@ -43,11 +43,11 @@ def step_seconds(
     announce: Callable[[], None] | None = None,
     kernels: NodeKernels = NO_KERNELS,
 ) -> dict[int, float]:
-    """Seconds of a decode step of one row each, by the number of sequences, rising, up to the first number that is no
-    less than `most`. Empty for a small model, where measuring takes longer than what it could gain, and where a
-    measurement failed.
+    """Seconds of a decode step with one row per sequence, by number of sequences, ascending, up to the first number
+    that is not less than `most`. Empty for a small model, for which measuring takes longer than it could gain, and if
+    the measurement failed.
 
-    Measured by the first call on a machine; `announce` is called before. Takes `N_CELLS` cells for each sequence.
+    Measured by the first call on a machine; `announce` is called before that. Takes `N_CELLS` cells per sequence.
     `kernels`: those of the engine.
     """
     if sum(n_weights(files.text.tensors.values()).values()) < autotune.SMALL:
@@ -63,7 +63,7 @@ def step_seconds(
     try:
         arguments = [str(files.text.path), adapter, str(n_threads), json.dumps(numbers), kernels.to_json()]
         ended = run_main(__name__, arguments, TIMEOUT_S, None)
-    except OSError:  # no memory for another process
+    except OSError:  # not enough memory for another process
         return {}
     found = _read_lines(ended.stdout)
     write_json_cache(CACHE, {**read_json_cache(CACHE), key: {"most": max(numbers), "seconds": found}})
@@ -71,7 +71,7 @@ def step_seconds(
 
 
 def _cache_key(files: ModelFiles, n_threads: int, kernels: NodeKernels) -> str:
-    """What measurements depend on: the machine and the build, and the sizes of the model."""
+    """What measurements depend on: the machine, the build, and the sizes of the model."""
     weights = n_weights(files.text.tensors.values())
     kinds = ", ".join(f"{weights[kind]} {kind}" for kind in sorted(weights))
     compiled = f"|{kernels.description}" if kernels else ""
@@ -79,7 +79,8 @@ def _cache_key(files: ModelFiles, n_threads: int, kernels: NodeKernels) -> str:
 
 
 def _read_cache(key: str) -> tuple[int, dict[int, float]] | None:
-    """The most sequences that were tried, and the seconds; None for what is missing or damaged."""
+    """Returns the largest number of sequences that was tried, and the seconds; None if the entry is
+    missing or damaged."""
     try:
         entry = read_json_cache(CACHE)[key]
         seconds = {int(n): _positive(taken) for n, taken in entry["seconds"].items()}
@@ -95,7 +96,7 @@ def _positive(taken: Any) -> float:
 
 
 def _read_lines(printed: str) -> dict[int, float]:
-    """The least seconds of each number of sequences; what else the machine did for a moment made the others longer."""
+    """The shortest time for each number of sequences; longer ones were disturbed by other load on the machine."""
     found: dict[int, float] = {}
     for line in printed.splitlines():
         try:
@@ -131,7 +132,7 @@ def _measure(context: LlamaContext, counts: Sequence[int]) -> None:
     n_prefix = _fill(context)
     for number in range(1, max(counts)):
         context.copy(0, number, n_prefix)
-    _step(context, max(counts), n_prefix)  # llama.cpp copies now
+    _step(context, max(counts), n_prefix)  # makes llama.cpp carry out the copies
     end = time.perf_counter() + ROUNDS_S
     for _ in range(ROUNDS):
         for n in counts:
@@ -141,7 +142,7 @@ def _measure(context: LlamaContext, counts: Sequence[int]) -> None:
 
 
 def _fill(context: LlamaContext) -> int:
-    """Puts tokens into the first sequence. Returns how many."""
+    """Decodes tokens into the first sequence. Returns how many."""
     start, n, n_chunk = time.perf_counter(), 0, PREFIX_TOKENS // 4
     while n < PREFIX_TOKENS and time.perf_counter() - start < PREFIX_S:
         tokens = np.arange(n, n + n_chunk, dtype=np.int32) % context.model.n_vocab
@@ -151,7 +152,7 @@ def _fill(context: LlamaContext) -> int:
 
 
 def _step(context: LlamaContext, n_sequences: int, n_prefix: int) -> float:
-    """Seconds of a step of one row for each of the first sequences, which are afterwards what they were."""
+    """Seconds of a step with one row for each of the first sequences, which are restored afterwards."""
     token = np.zeros(1, dtype=np.int32)
     rows = BatchRows.joined([BatchRows.of(token, n_prefix, number, output=True) for number in range(n_sequences)])
     start = time.perf_counter()

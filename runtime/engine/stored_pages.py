@@ -1,8 +1,9 @@
-"""The page store as one engine uses it: which prefixes of prompts are stored, by what key, and when.
+"""One engine's use of the page store: which prompt prefixes are stored, by what key, and when.
 
-A key names all that the bits of a state depend on: the files, what computes them here, the adapter's state, and the
-batches of the prefix with what stands at each position. So an entry is found only where computing the prefix anew would
-give the same cells, and goes on at the end of a batch, as a prefill would. Prefixes end where an image ends.
+A key covers everything that the bits of a state depend on: the files, what computes them here, whether the adapter is
+on, and the batches of the prefix with the contents of each position. So an entry is found only if recomputing the
+prefix would give the same cells, and a prompt continues from it at the end of a batch, as a prefill would. A prefix
+ends where an image ends.
 """
 
 from __future__ import annotations
@@ -26,55 +27,55 @@ from granite4v.runtime.engine.cached_sequence import Batch, total
 from granite4v.runtime.engine.page_store import PageStore
 from granite4v.runtime.engine.state_file import Description
 
-PENDING_BYTES = 512 << 20  # states that wait to be written; what comes beyond that is not stored
-CLOSE_S = 3.0  # that the end of a model waits for its last states to be written
+PENDING_BYTES = 512 << 20  # limit for states waiting to be written; further ones are not stored
+CLOSE_S = 3.0  # how long closing a model waits for its last states to be written
 
 
 class Identity(Protocol):
-    """What states depend on beside their prefix, as JSON data."""
+    """What states depend on in addition to their prefix, as JSON data."""
 
     def prepare(self, announce: Callable[[str], None], check: Callable[[], None]) -> None:
-        """Before the first call. `announce` is called with what takes seconds, `check` meanwhile: it may raise. Raises
-        ModelFileError."""
+        """Must be called before the first call. `announce` is called with what takes seconds; `check` is called
+        meanwhile and may raise. Raises ModelFileError."""
         ...
 
     def __call__(self, adapter: bool, least_rows: int) -> Mapping[str, Any]:
-        """Of prefixes with an adapter or without, whose smallest batch has so many rows. Raises ModelFileError once
-        nothing may be stored any more."""
+        """Identity of prefixes with an adapter or without, whose smallest batch has `least_rows` rows. Raises
+        ModelFileError once nothing may be stored any more."""
         ...
 
     def of_images(self) -> Mapping[str, Any]:
-        """Of what the encoder makes of images alone. Raises ModelFileError as a call does."""
+        """Identity of encoded images alone. Raises ModelFileError as a call does."""
         ...
 
 
 class StoredPrefix:
-    """A prefix of a prompt that the store seems to have."""
+    """A prefix of a prompt for which the store has a file."""
 
     def __init__(self, batches: Sequence[Batch], load: Callable[[], np.ndarray | None], reader: Executor) -> None:
         """`load`: see `PageStore.load`; it is called in a thread of `reader`."""
         self.batches, self.n_tokens = list(batches), total(batches)
         self._load, self._reader = load, reader
         self._reading: Future[np.ndarray | None] | None = None
-        self.is_taken = False  # a sequence goes on from it
+        self.is_taken = False  # whether a sequence was restored from it
 
     def begin(self) -> None:
-        """Begins to read the state, which takes as long as making a context for it does."""
+        """Starts reading the state in the background: that takes as long as making a context for it."""
         if self._reading is None:
             with contextlib.suppress(RuntimeError):  # the process is about to end
                 self._reading = self._reader.submit(self._load)
 
     def load(self) -> np.ndarray | None:
-        """Its state, uint8 `(n,)`; None where it cannot be used after all. It is not kept any longer."""
+        """Returns the state, uint8 `(n,)`; None if it is unusable after all. No reference to it is kept."""
         reading, self._reading = self._reading, None
         return self._load() if reading is None else reading.result()
 
 
 class StoredPages:
-    """Finds the longest stored prefix of a prompt; writes prefixes in a thread of its own."""
+    """Finds the longest stored prefix of a prompt, and writes prefixes in a background thread."""
 
     def __init__(self, store: PageStore, model: str, identity: Identity) -> None:
-        """`model`: a name for people."""
+        """`model`: a human-readable name."""
         self.store, self._model, self._identity = store, model, identity
         self._reader = ThreadPoolExecutor(1, "granite4v-read-pages")
         self._writer = ThreadPoolExecutor(1, "granite4v-pages")
@@ -83,7 +84,7 @@ class StoredPages:
         self._is_off = self._is_prepared = False
 
     def _switch_off(self, reason: str) -> None:
-        """For the rest of this engine's life, with a warning."""
+        """Disables the store for the rest of this engine's life, with a warning."""
         self._is_off = True
         warnings.warn(f"pages are not stored: {reason}", PageStoreWarning, stacklevel=2)
 
@@ -96,9 +97,11 @@ class StoredPages:
         announce: Callable[[str], None],
         check: Callable[[], None],
     ) -> StoredPrefix | None:
-        """The longest stored prefix with more than `n_known` positions. The plan's last position is always computed.
+        """Finds the longest stored prefix with more than `n_known` positions. The plan's last position is always
+        computed.
 
-        `announce`, `check`: see `Identity.prepare`."""
+        `announce`, `check`: see `Identity.prepare`.
+        """
         if self._is_off:
             return None
         try:
@@ -121,10 +124,12 @@ class StoredPages:
         return None
 
     def save(self, plan: Sequence[Batch], n_batches: int, state: Callable[[], np.ndarray], *, adapter: bool) -> None:
-        """Stores the first batches of a plan, which end with an image, unless they are there.
+        """Stores the first batches of a plan, which end with an image, unless they are already stored.
 
-        Of several images, the first alone and all together are stored: either may be asked about again, and every
-        prefix between would take as much room as the longest. `state()` copies it now; it is written later."""
+        Of several images, only the prefix up to the first and the one up to the last are stored: either may be asked
+        about again, and each prefix in between would take as much room as the longest. `state()` copies the state now;
+        it is written later.
+        """
         ends, prefix = image_ends(plan), plan[:n_batches]
         if self._is_off or n_batches not in (ends[0], ends[-1]):
             return
@@ -134,15 +139,17 @@ class StoredPages:
         description = Description(key, self._model, total(prefix), ends.index(n_batches) + 1, time.time())
         self._write(description, state())
 
-    # --- images that a decoder attends to, which are no part of its cells ---
+    # --- images for cross-attention, which are not part of the decoder's cells ---
 
     def find_image(self, digest: bytes) -> np.ndarray | None:
-        """What the encoder made of an image, uint8 `(n,)`; None where it is not stored, and before the first `find`."""
+        """Returns the encoder's result for an image, uint8 `(n,)`; None if it is not stored, or before the first
+        `find`."""
         key = self._image_key(digest)
         return None if key is None else self.store.load(key)
 
     def save_image(self, digest: bytes, values: np.ndarray) -> None:
-        """Stores it after the first `find`, unless it is there; `values` must not be changed afterwards."""
+        """Stores an encoded image, unless it is already stored; does nothing before the first `find`. `values` must not
+        change afterwards."""
         key = self._image_key(digest)
         if key is None or self.store.holds(key) or self._is_behind():
             return
@@ -157,7 +164,7 @@ class StoredPages:
     # --- writing ---
 
     def _is_behind(self) -> bool:
-        """Whether so much waits to be written that what comes now is left out."""
+        """Whether so much is waiting to be written that new states are skipped."""
         self._pending = {future: n_bytes for future, n_bytes in self._pending.items() if not future.done()}
         return sum(self._pending.values()) > PENDING_BYTES
 
@@ -171,7 +178,7 @@ class StoredPages:
     # --- keys ---
 
     def _key(self, prefix: Sequence[Batch], *, adapter: bool) -> str | None:
-        """None when the store is off."""
+        """The key of a prefix; None when the store is off."""
         digest = hashlib.sha256()
         for batch in prefix:
             digest.update(b"batch %d:" % batch.n_tokens)
@@ -197,7 +204,7 @@ class StoredPages:
             return None
 
     def close(self) -> None:
-        """Waits a moment for what is being written, and gives up the rest."""
+        """Waits up to `CLOSE_S` for pending writes, and gives up the rest."""
         wait(self._pending, timeout=CLOSE_S)
         self._is_closing.set()
         self._reader.shutdown(wait=False, cancel_futures=True)
@@ -205,10 +212,10 @@ class StoredPages:
 
 
 def image_ends(plan: Sequence[Batch]) -> list[int]:
-    """How many batches each image of a plan ends after.
+    """Numbers of batches after which each image of a plan ends.
 
-    For example, batches of template, image 1, image 1, text, image 2, question: [3, 5]. An image may go on behind
-    tokens: of batches of template, tile of image 1, token, tile of image 1, question it is [4].
+    For example, batches of template, image 1, image 1, text, image 2, question give [3, 5]. An image may continue after
+    other tokens: batches of template, tile of image 1, token, tile of image 1, question give [4].
     """
     images = [(i + 1, batch.keys) for i, batch in enumerate(plan) if isinstance(batch.keys[-1], tuple)]
     following = itertools.chain((keys[0] for _, keys in images[1:]), [None])

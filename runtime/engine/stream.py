@@ -13,16 +13,16 @@ from granite4v.runtime.answer import Answer
 
 T = TypeVar("T")
 
-QUEUE_SIZE = 256  # pieces of text that wait for a reader; the sequence pauses when there are as many
-_POLL_S = 0.05  # how often `cancel` is asked while nothing arrives
-_WAIT_S = 1.0  # waits are that short only for the sake of Windows, where a lock does not notice Ctrl-C
+QUEUE_SIZE = 256  # pieces of text that wait for a reader; a full queue pauses the sequence
+_POLL_S = 0.05  # how often `cancel` is polled while nothing arrives
+_WAIT_S = 1.0  # bounded only because on Windows a lock does not notice Ctrl-C
 
 Cancel = Callable[[], bool]
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 class Wake(Protocol):
-    """Tells the producer that it has something to do."""
+    """Notifies the producer that it has something to do."""
 
     def __call__(self, *, blocking: bool = True) -> None:
         """Without `blocking` it waits for no lock; the producer then notices within a second."""
@@ -30,11 +30,11 @@ class Wake(Protocol):
 
 
 class Channel:
-    """A bounded queue of pieces with an end, between one producer (the engine) and one consumer.
+    """A bounded queue of text pieces with an end, between one producer (the engine) and one consumer.
 
-    The producer never waits: it asks `is_full` before it produces more. `wake` is called, from the consumer's thread,
+    The producer never waits: it checks `is_full` before it produces more. `wake` is called in the consumer's thread
     when the producer has something to do: a piece was taken from a full queue, or the answer was cancelled. `listener`
-    is called, from the producer's thread, when the consumer has something to look at; it must not block or raise.
+    is called in the producer's thread when the consumer has something to read; it must not block or raise.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Channel:
         self._tell()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Progress of what comes before the answer. Only the latest is kept for a consumer that is slow."""
+        """Reports progress before the answer begins. A slow consumer sees only the latest report."""
         with self._changed:
             self._progress = (stage, done, total)
             self._changed.notify_all()
@@ -86,8 +86,8 @@ class Channel:
     # --- the consumer's side ---
 
     def take(self, timeout: float) -> tuple[str | None, tuple[str, int, int] | None]:
-        """The next piece, None if there is none yet, and progress if there is any. Raises StopIteration at the end,
-        and once what ended the answer if that was an error."""
+        """Returns the next piece, None if there is none yet, and the progress if there is any. Raises StopIteration at
+        the end; if an error ended the answer, the error is raised once instead."""
         with self._changed:
             if not self._pieces and self._progress is None and not self.is_done:
                 self._changed.wait(timeout)
@@ -106,14 +106,15 @@ class Channel:
             return None, progress
 
     def take_all(self) -> None:
-        """Lets the answer grow without a reader from now on: for those who want nothing but its end."""
+        """Discards pieces from now on, so that the answer grows without a reader: for callers who want only the
+        complete answer."""
         with self._changed:
             self._keeps_pieces = False
             self._pieces.clear()
         self._wake()
 
     def cancel(self) -> None:
-        if os.getpid() != self._pid:  # a forked process has a copy of this, and no engine; locks may be held for ever
+        if os.getpid() != self._pid:  # a forked process has a copy of this but no engine, and locks may be held forever
             return
         with self._changed:
             if self.is_done or self.is_cancelled:
@@ -122,7 +123,7 @@ class Channel:
         self._wake()
 
     def drop(self) -> None:
-        """Cancels, and forgets what nobody has read."""
+        """Cancels, and discards unread pieces."""
         self.cancel()
         if os.getpid() == self._pid:
             with self._changed:
@@ -130,14 +131,14 @@ class Channel:
                 self._pieces.clear()
 
     def abandon(self) -> None:
-        """`drop` for a finalizer. The garbage collector runs it at any moment, in any thread, even in one that has a
-        lock of another channel or of the engine, so it waits for no lock."""
+        """Does what `drop` does, for a finalizer. The garbage collector may run it at any moment in any thread, even in
+        one that holds a lock of another channel or of the engine, so it waits for no lock."""
         if os.getpid() == self._pid and not self.is_done:
             self._keeps_pieces, self.is_cancelled = False, True
             self._wake(blocking=False)
 
     def wait(self) -> None:
-        """Until the engine is done with the answer."""
+        """Waits until the engine is done with the answer."""
         if os.getpid() != self._pid:
             return
         with self._changed:
@@ -146,7 +147,7 @@ class Channel:
 
 
 class Stream:
-    """The pieces of an answer as they are generated, for one thread to iterate over.
+    """Iterator over the pieces of an answer as they are generated, for one thread.
 
     The answer is generated up to `QUEUE_SIZE` pieces ahead of the reader. Closing or dropping the stream cancels the
     answer. `answer` grows while the engine generates, and is complete when the iteration has ended.
@@ -160,10 +161,11 @@ class Stream:
         progress: Progress | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """`cancel` and `progress` are called in the reading thread. `check` may raise before each read."""
+        """`cancel` and `progress` are called in the reading thread. `check` is called before each
+        read and may raise."""
         self._channel, self._cancel, self._progress, self._check = channel, cancel, progress, check
         self._finalizer = weakref.finalize(self, channel.abandon)
-        self._finalizer.atexit = False  # the engine is stopped at exit anyhow
+        self._finalizer.atexit = False  # the engine is stopped at exit anyway
 
     @property
     def answer(self) -> Answer:
@@ -178,8 +180,8 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        """Raises the error that ended it: ModelFileError, DeviceError, ConstraintError, or ValueError for a model that
-        was closed."""
+        """Returns the next piece. Raises the error that ended the answer: ModelFileError, DeviceError, ConstraintError,
+        or ValueError for a model that was closed."""
         if self._check is not None:
             self._check()
         timeout = _WAIT_S if self._cancel is None else _POLL_S
@@ -194,20 +196,20 @@ class Stream:
                     return piece
         except StopIteration:
             raise
-        except BaseException:  # Ctrl-C, or an error of a callback: nobody will read on
+        except BaseException:  # Ctrl-C, or an error in a callback: nobody will read on
             self.close()
             raise
 
     def let_run(self) -> None:
-        """Lets the answer grow without a reader: its pieces are not kept, only `answer`. For `poll`."""
+        """Lets the answer grow without a reader: pieces are discarded, only `answer` is kept. For use with `poll`."""
         self._channel.take_all()
 
     def poll(self) -> bool:
-        """Whether the answer is complete, without waiting. Calls `progress`, and raises what reading raises. One thread
-        can so follow many streams, each submitted with a `listener` that tells when to look."""
+        """Returns whether the answer is complete, without waiting. Calls `progress`, and raises what reading raises.
+        One thread can follow many streams this way, if each is submitted with a `listener` that says when to poll."""
         if self._check is not None:
             self._check()
-        while True:  # the end may stand behind progress, and the listener is called for it once
+        while True:  # the end may follow a progress report, and the listener is called for it only once
             try:
                 piece, progress = self._channel.take(0)
             except StopIteration:
@@ -218,7 +220,7 @@ class Stream:
                 return False
 
     def cancel(self) -> None:
-        """Stops the answer soon, from any thread; pieces that are already generated can still be read."""
+        """Stops the answer soon, from any thread; pieces already generated can still be read."""
         self._channel.cancel()
 
     def close(self) -> None:
@@ -237,8 +239,8 @@ class Stream:
 
 
 def _called(callback: Callable[..., T], *arguments: object) -> T:
-    """What a callback returns. Its StopIteration would pass for the end of the answer, so it becomes a RuntimeError,
-    as in a generator."""
+    """Calls a callback and returns its result. A StopIteration from it would look like the end of the answer, so it
+    becomes a RuntimeError, as in a generator."""
     try:
         return callback(*arguments)
     except StopIteration as error:

@@ -1,4 +1,4 @@
-"""A request in the engine: the chunks of its prompt, and the parts of the model that it needs."""
+"""A request inside the engine: the chunks of its prompt, and what it needs from the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """The rows of an image's span, put together when they are asked for."""
+    """The decoder rows of an image span, assembled on access."""
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """float32 `(n, n_embd_inp)`"""
@@ -31,47 +31,47 @@ class Rows(Protocol):
 
 
 class Resources(Protocol):
-    """What the scheduler needs of a loaded model."""
+    """What the scheduler needs from a loaded model."""
 
     def find_stored(self, task: Task, n_known: int) -> StoredPrefix | None:
-        """What the page store has of a prompt, if that is more than `n_known` positions. May raise Aborted and every
-        error of a model's files."""
+        """Looks up a prompt in the page store. Returns a prefix only if it is longer than `n_known` positions. May
+        raise Aborted and any error of a model's files."""
         ...
 
     def prepare(self, task: Task, n_stored: int) -> None:
-        """Before a request is admitted: opens what it needs behind the first `n_stored` positions of its prompt. May
-        raise Aborted and every error of a model's files."""
+        """Called before a request is admitted. Opens what it needs after the first `n_stored` positions of its prompt.
+        May raise Aborted and any error of a model's files."""
         ...
 
     def store(self, task: Task) -> None:
-        """After the last row of an image: the sequence may be stored as it is."""
+        """Called after the last row of an image: the state of the sequence may be stored now."""
         ...
 
     def look(self, tasks: SequenceOf[Task]) -> None:
-        """Before rows of these tasks are computed, which follow what their sequences hold: a decoder that attends to
-        images sees those of the rows. May raise Aborted and every error of a model's files."""
+        """Called before rows of these tasks are computed, which follow what their sequences hold: sets the images that
+        the rows attend to, in a decoder with cross-attention. May raise Aborted and any error of a model's files."""
         ...
 
     def rows(self, task: Task, span: ImageSpan) -> Rows:
-        """The rows of an image, its embeddings computed if need be. May raise Aborted, ModelFileError."""
+        """Returns the rows of an image, computing its embeddings if need be. May raise Aborted, ModelFileError."""
         ...
 
     def n_arriving(self) -> int:
-        """Requests that will be added before the next step."""
+        """Number of requests that will be added before the next step."""
         ...
 
     def prefilled(self, task: Task) -> None:
-        """After the last row of a prompt."""
+        """Called after the last row of a prompt."""
         ...
 
     def computing(self, tasks: SequenceOf[Task]) -> contextlib.AbstractContextManager[None]:
-        """Around a call that computes for these tasks, which is aborted once none of them is wanted."""
+        """Wraps a computation for these tasks, which is aborted once all of them are cancelled."""
         ...
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Positions of one span that are computed in one call, from `start` within the span on."""
+    """Positions of one span that are computed in one call. `start` is their offset in the span."""
 
     batch: Batch
     span: Span
@@ -79,7 +79,8 @@ class Chunk:
 
 
 def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
-    """The chunks of a prompt. Text and image rows never share one: a llama_batch carries either."""
+    """Cuts a prompt into chunks of at most `n_ubatch` rows. Text and image rows never share one: a llama_batch holds
+    either."""
     chunks = []
     for span in spans:
         for start in range(0, span.n_tokens, n_ubatch):
@@ -93,7 +94,7 @@ def plan_prefill(spans: SequenceOf[Span], n_ubatch: int) -> list[Chunk]:
 
 
 class Task:
-    """A request on its way: what it asks for, how far it is, and where its answer goes."""
+    """A request in progress: what it asks for, how far it has got, and where its answer goes."""
 
     def __init__(
         self,
@@ -105,18 +106,18 @@ class Task:
         adapter: bool = False,
         images: SequenceOf[View] = (),
     ) -> None:
-        """`images` are those that `ImageSpan.index` counts."""
+        """`images`: the images of the prompt, indexed by `ImageSpan.index`."""
         self.spans, self.advances, self.channel, self.images = tuple(spans), advances, channel, tuple(images)
         self.max_tokens, self.adapter = max_tokens, adapter
-        self.tokens: list[int] = []  # of the answer, those that are not decoded yet included
-        self.n_pending = 0  # of `tokens`, at the end: not decoded yet
+        self.tokens: list[int] = []  # of the answer, including those not decoded yet
+        self.n_pending = 0  # the last tokens of `tokens`, not decoded yet
         self.sequence: CachedSequence | None = None
-        self.planned: list[Chunk] = []  # of the prompt
-        self.chunks: deque[Chunk] = deque()  # those that are not computed yet, once it runs
-        self.logits: np.ndarray | None = None  # those after the prompt, where they are known without computing
-        self.rows: tuple[bytes, Rows] | None = None  # of the image that is being prefilled, by its digest
+        self.planned: list[Chunk] = []  # chunks of the prompt
+        self.chunks: deque[Chunk] = deque()  # chunks still to compute, once it runs
+        self.logits: np.ndarray | None = None  # logits after the prompt, if known without computing
+        self.rows: tuple[bytes, Rows] | None = None  # digest and rows of the image being prefilled
         self.last_step = 0
-        self.was_started = False  # perhaps more than once, where its sequence was lost or given to another
+        self.was_started = False  # stays true when its sequence is lost or given to another
 
     @property
     def answer(self) -> Answer:
@@ -128,7 +129,7 @@ class Task:
 
     @property
     def held(self) -> CachedSequence:
-        """The sequence of a task that was admitted."""
+        """The sequence of an admitted task."""
         assert self.sequence is not None
         return self.sequence
 
@@ -142,18 +143,18 @@ class Task:
 
     @property
     def n_tokens(self) -> int:
-        """Of the prompt."""
+        """Number of tokens of the prompt."""
         return sum(span.n_tokens for span in self.spans)
 
 
 def n_alike(plan: SequenceOf[Batch], other: SequenceOf[Batch]) -> int:
-    """Tokens of the batches that two plans begin with."""
+    """Number of tokens in the batches that two plans have in common at their beginning."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan, other, strict=False))
     return sum(batch.n_tokens for batch, _ in pairs)
 
 
 def chunks_after(chunks: SequenceOf[Chunk], n_known: int) -> list[Chunk]:
-    """What is left of the chunks behind the first `n_known` positions."""
+    """The chunks that remain after the first `n_known` positions; a chunk that is partly known is shortened."""
     left, position = [], 0
     for chunk in chunks:
         skip = max(0, n_known - position)

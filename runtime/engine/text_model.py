@@ -1,4 +1,4 @@
-"""The text model of an engine: where its weights go on this machine, and the model that is opened with them, once."""
+"""The text model of an engine: chooses where its weights go on this machine, and opens the model with them, once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Placement, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
 
-DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
+DEFAULT_CONTEXT = 8192  # tokens, if the model's training context is not smaller
 
 
 def context_size(files: ModelFiles, asked: int | None, warnings: list[str]) -> int:
-    """Tokens of prompt and answer: as many as were asked for, or usual, and as the model was trained with; what is cut
-    off is added to the warnings. Raises TypeError, ValueError."""
+    """Returns the context size in tokens, prompt and answer together: `asked`, or 8192 if None, but at most the
+    training context. A warning is added if `asked` was reduced. Raises TypeError, ValueError."""
     n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
     trained = files.text.integer(files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
     if asked is not None and n_ctx > trained:
@@ -30,7 +30,7 @@ def context_size(files: ModelFiles, asked: int | None, warnings: list[str]) -> i
 
 
 class TextModel:
-    """Opened when it is first needed. Not for several threads at once."""
+    """The text model, opened on first use. Not thread-safe."""
 
     def __init__(
         self, files: ModelFiles, device: str, n_threads: int, abort: AbortFlag, *, exact: bool, **way: bool
@@ -47,13 +47,13 @@ class TextModel:
 
     @property
     def model(self) -> LlamaModel:
-        """Once it is open."""
+        """The model, once it is open."""
         assert self._model is not None
         return self._model
 
     def choose(self, announce: Callable[[], None]) -> None:
-        """Decides where weights go, by the memory that is available now. The last choice before `open` counts. Raises
-        Aborted."""
+        """Decides where weights go, by the memory available now. The last choice before `open`
+        counts. Raises Aborted."""
         if self._exact:
             return
         backend = Backend(self._device, self._n_threads, (self._abort.callback_address, self._abort.data_address))
@@ -65,7 +65,7 @@ class TextModel:
             backend.close()
 
     def open(self) -> None:
-        """Raises ModelFileError, DeviceError."""
+        """Opens the model and its adapter. Raises ModelFileError, DeviceError."""
         model = open_model(self._files.text.path, self.placement, device=self._device, n_threads=self._n_threads)
         try:
             self._check_width(model)

@@ -1,9 +1,9 @@
 """Loads a model's text file, tokenizer and adapter in a child process before this process loads them.
 
-On some files llama.cpp, ggml and tokenizers abort the process, take all memory, or never return, and no check short of
-loading tells these files from good ones. In a child that becomes an error message. It costs a quarter of a second, and
-for a file of gigabytes the time to read it, which the load after it saves again, for the file is then in the system's
-cache. It is done once for each state of the files.
+Some files make llama.cpp, ggml or a tokenizer abort the process, exhaust memory, or never return, and no check short of
+loading can recognize them. In a child process, this becomes an error message. It costs a quarter of a second, plus for
+a file of gigabytes the time to read it, which the following load saves because the file is then in the system's cache.
+It is done once for each state of the files.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.prompt.tokenizer import load_tokenizer
 
 CACHE = "trials.json"
-VERSION = 1  # to be raised when a trial does more than before
+VERSION = 1  # increment when a trial does more than before
 MAX_KNOWN = 1000
-BASE_CPU_S = 60.0  # of CPU time, which does not depend on what else the machine does
-PATIENCE = 10  # times as many seconds of wall-clock time
-BYTES_A_SECOND = 10e6  # of the slowest core
+BASE_CPU_S = 60.0  # CPU time, which does not depend on other load on the machine
+PATIENCE = 10  # wall-clock limit as a multiple of the CPU time
+BYTES_A_SECOND = 10e6  # on the slowest core
 BASE_MEMORY, MEMORY_A_BYTE = 4 << 30, 3
 MAX_TOKENS_A_CHARACTER = 16
 SAMPLE = "Invoice No. 2026-11-28: 1234567.89 EUR (19 %)\n\tTotal\N{EM DASH}paid\N{CJK UNIFIED IDEOGRAPH-6F22} " * 4
@@ -40,9 +40,10 @@ _ERRORS = {"ModelFileError": ModelFileError, "DeviceError": DeviceError}
 
 
 def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> None:
-    """Raises ModelFileError for files that end a process that loads them, and the error that the load itself raises.
+    """Raises ModelFileError for files that would end a process that loads them, or the error that the load itself
+    raises.
 
-    `announce` is called when it takes longer than a second.
+    Does nothing for files that passed before. `announce` is called when it takes longer than a second.
     """
     key, n_bytes = _state(files)
     if not key or key in read_json_cache(CACHE):
@@ -53,7 +54,7 @@ def try_once(files: ModelFiles, announce: Callable[[], None] | None = None) -> N
     arguments = [str(files.text.path), adapter, str(int(cpu_s)), str(memory)]
     try:
         ended = run_main(__name__, arguments, cpu_s * PATIENCE, announce)
-    except OSError:  # no process can be started: nothing is known before the load itself
+    except OSError:  # no process can be started: the load itself must tell
         return
     _judge(ended, files)
     known = read_json_cache(CACHE)
@@ -83,7 +84,8 @@ def _judge(ended: Ended, files: ModelFiles) -> None:
 
 
 def _state(files: ModelFiles) -> tuple[str, int]:
-    """What a trial's outcome depends on, and the size of the files in bytes; an empty key when a file is gone."""
+    """Returns what the outcome of a trial depends on, and the size of the files in bytes; an empty key if a file is
+    gone."""
     parts = [f"{VERSION} llama-cpp-python {version('llama-cpp-python')} tokenizers {version('tokenizers')}"]
     n_bytes = 0
     try:
@@ -111,7 +113,7 @@ def main(text: str, adapter: str, cpu_s: str, memory: str) -> None:
 
 
 def _limit(cpu_s: int, memory: int) -> None:
-    """Bounds the child's CPU time and memory, and keeps it from writing a core file."""
+    """Limits the child's CPU time and memory, and keeps it from writing a core file."""
     wants = ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0))
     for limit, wanted in wants:
         soft, hard = resource.getrlimit(limit)

@@ -1,4 +1,4 @@
-"""Images to embeddings: the encoder, opened at the first image, and a cache of recent results."""
+"""Turns images into embeddings: the encoder, opened at the first image, and a cache of recent results."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
     Features = ImageFeatures | CrossFeatures
 
-FEATURE_CACHE_BYTES = 256 << 20  # embeddings of about two full pages are kept for the next question
+FEATURE_CACHE_BYTES = 256 << 20  # about two full pages of embeddings, kept for the next question
 
 
 class StoredImages(Protocol):
-    """What was made of images earlier, by their digests, as bytes."""
+    """Encoder results of earlier images, as bytes by the image's digest."""
 
     def find_image(self, digest: bytes) -> np.ndarray | None: ...
     def save_image(self, digest: bytes, values: np.ndarray) -> None: ...
 
 
 class Vision:
-    """The image side of a loaded model. Not for several threads at once."""
+    """The image side of a loaded model. Not thread-safe."""
 
     def __init__(
         self,
@@ -50,20 +50,21 @@ class Vision:
         in_kv_cache: Callable[[bytes], bool],
         vision_compute: VisionCompute = "file",
     ) -> None:
-        """`vision_compute`: see `VisionEncoder`; 'int8' is measured now, so that it is known what a run is made with.
+        """`vision_compute`: see `VisionEncoder`; 'int8' is measured now, so that the type a run uses is known.
 
-        `in_kv_cache(digest)`: whether an image's rows are in the decoder's cache already, so that its embeddings are
-        hardly needed any more."""
+        `in_kv_cache(digest)`: whether an image's rows are already in the decoder's cache, so that its embeddings are
+        hardly needed any more.
+        """
         self._files, self._device, self._n_threads, self._abort = files, device, n_threads, abort
         self._in_kv_cache = in_kv_cache
         self.compute = self._resolved(vision_compute)
         self._features: OrderedDict[bytes, Features] = OrderedDict()
-        self.stored: StoredImages | None = None  # of a decoder that attends to images
-        self.states_after = False  # see `VisionEncoder`; before the first image
+        self.stored: StoredImages | None = None  # set for a decoder that attends to images
+        self.states_after = False  # see `VisionEncoder`; set before the first image
         self._encoder: VisionEncoder | None = None
 
     def _resolved(self, vision_compute: VisionCompute) -> VisionCompute:
-        """'file', 'BF16', or the type into which matrices are quantized in memory."""
+        """Returns 'file', 'BF16', or the type that matrices are quantized to in memory."""
         if self._files.vision is None or vision_compute == "file":
             return "file"
         backend = Backend(self._device, self._n_threads)
@@ -80,7 +81,8 @@ class Vision:
         return self._encoder is not None
 
     def encoder(self, announce: Callable[[], None] | None = None) -> VisionEncoder:
-        """`announce`: see `VisionEncoder`. Raises ModelFileError, DeviceError, Aborted."""
+        """Returns the encoder, opening it if need be. `announce`: see `VisionEncoder`. Raises ModelFileError,
+        DeviceError, Aborted."""
         if self._encoder is None:
             assert self._files.vision is not None
             abort = (self._abort.callback_address, self._abort.data_address)
@@ -96,8 +98,8 @@ class Vision:
         return self._encoder
 
     def kernels(self, announce: Callable[[], None] | None = None) -> dict[str, str]:
-        """The kernel for each weight type that is not multiplied plainly, by name. Reads no weights; measures on the
-        first call on a machine. Raises Aborted."""
+        """Names the kernel for each weight type that is not multiplied plainly. Reads no weights; measures on the first
+        call on a machine. Raises Aborted."""
         if self._encoder is not None:
             chosen = self._encoder.kernels
         else:
@@ -110,7 +112,7 @@ class Vision:
         return {kind: kernel.name for kind, kernel in chosen.items()}
 
     def knows(self, image: Image | View) -> bool:
-        """Whether an image need not be encoded: it is kept, or stored."""
+        """Whether an image need not be encoded because its features are kept or stored."""
         if image.digest not in self._features and (stored := self._stored(image)) is not None:
             self._features[image.digest] = stored
         return image.digest in self._features
@@ -128,8 +130,8 @@ class Vision:
         return CrossFeatures(values.view(np.float32).reshape(shape), where)
 
     def features(self, image: Image | View, report: Callable[[str, int, int], None]) -> Features:
-        """An image's embeddings, kept or computed now. `report` gets ('encode', done, total). Raises Aborted when the
-        abort flag is raised meanwhile, ModelFileError for weights that are damaged."""
+        """Returns an image's embeddings, kept or computed now. `report` gets ('encode', done, total). Raises Aborted
+        when the abort flag is raised meanwhile, ModelFileError for damaged weights."""
         if image.digest in self._features:
             self._features.move_to_end(image.digest)
             return self._features[image.digest]
@@ -145,21 +147,22 @@ class Vision:
         return encoded
 
     def _forget_decoded(self) -> None:
-        """Before an image is encoded: drops those whose rows the decoder has, since a page's take 0.1 GB. Not those
-        that it attends to, which may be another's turn."""
+        """Drops embeddings whose rows are already in the KV cache, before an image is encoded: a page takes 0.1 GB.
+        Keeps images that the decoder attends to, because another request may attend to them next."""
         if self._files.is_cross_attending:
             return
         for digest in [digest for digest in self._features if self._in_kv_cache(digest)]:
             del self._features[digest]
 
     def trim(self, *, to_one: bool) -> None:
-        """Drops the images that were asked about longest ago, until one is left or the others take little memory."""
+        """Drops the least recently used images until one is left; without `to_one`, only while the embeddings take more
+        than `FEATURE_CACHE_BYTES`."""
         n_bytes = 0 if to_one else FEATURE_CACHE_BYTES
         while len(self._features) > 1 and sum(f.nbytes for f in self._features.values()) > n_bytes:
             self._features.popitem(last=False)
 
     def release(self) -> None:
-        """Before text is decoded on the CPU: gives back the memory of intermediate results (0.25 GB a page)."""
+        """Frees the encoder's intermediate results (0.25 GB a page) before text is decoded on the CPU."""
         if self._encoder is not None and self._encoder.backend.is_cpu and self._encoder.release():
             _trim_heap()
 
@@ -173,8 +176,8 @@ class Vision:
 
 
 def _trim_heap() -> None:
-    """Gives freed memory back to the system. glibc keeps what a thread other than the first has freed, here tens of
-    megabytes of tiles and embeddings, which would add to the peak; other C libraries have no such call."""
+    """Returns freed memory to the system. glibc keeps memory that threads other than the main one have freed, here tens
+    of megabytes of tiles and embeddings, which would add to the peak; other C libraries have no such call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

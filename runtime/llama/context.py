@@ -25,9 +25,9 @@ from granite4v.runtime.llama.owner import Owner
 
 _TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # enum ggml_type
 _FLASH_OFF, _FLASH_AUTO = 0, -1  # enum llama_flash_attn_type
-_ABORTED = 2  # llama_decode's result when the abort callback said so
+_ABORTED = 2  # result of llama_decode when the abort callback returned true
 _STATE_HEADER = 12  # bytes before the streams in the state of a sequence: magic number, sequence, number of streams
-_N_OUTPUTS = 64  # rows of logits one batch may ask for, or one for each sequence; each takes 0.4 MB
+_N_OUTPUTS = 64  # most rows of logits per batch, or one per sequence if that is more; each takes 0.4 MB
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BatchRows:
 
     @classmethod
     def of(cls, data: np.ndarray, position: int, sequence: int, *, output: bool) -> BatchRows:
-        """Rows that follow each other in one sequence from `position` on; logits of the last one or of none."""
+        """Makes consecutive rows of one sequence from `position` on, with logits of the last one or of none."""
         n = len(data)
         outputs = np.zeros(n, dtype=bool)
         outputs[n - 1 :] = output
@@ -64,7 +64,7 @@ class BatchRows:
 
 
 def node_callback(kernels: NodeKernels) -> Any:
-    """The argument of that name for a context some of whose nodes are computed by compiled kernels; None for none."""
+    """Returns a context's `node_callback` for compiled kernels; None if there are none."""
     return llama().ggml_backend_sched_eval_callback(callback(kernels)) if kernels else None
 
 
@@ -76,10 +76,10 @@ def _set_callback(params: Any, node_callback: Any, state: NodeState, hook: Layer
 
 
 class LlamaContext(Owner):
-    """The KV cache of some sequences, numbered from 0, and the buffers to extend them.
+    """A KV cache for several sequences, numbered from 0, and the buffers to extend them.
 
-    Each sequence has cells of its own (llama.cpp's streams). In one cache for all (`kv_unified`) a sequence's values
-    would depend, by rounding, on what the others hold, since cells are added up in another order.
+    Each sequence has its own cells (llama.cpp's streams). In a cache shared by all (`kv_unified`) a sequence's values
+    would depend, by rounding, on the contents of the others, because cells are summed in another order.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class LlamaContext(Owner):
         hook: LayerHook | None = None,
         free_threads: FreeThreads | None = None,
     ) -> None:
-        """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache and no flash attention, for
+        """`n_cells`: tokens that a sequence has room for. `exact`: float32 KV cache without flash attention, for
         comparing values rather than for speed; otherwise the cache has `cache_type`. `flash`: flash attention, where
-        the device has it; a quantized cache needs it. Without, values are stored transposed. `node_callback`: a
-        `ggml_backend_sched_eval_callback`, which is asked about every node of a graph; with a `hook`, which computes
-        between layers, it asks that one's callback. Its data is a `NodeState`.
-        `free_threads`: asked before each batch how many of the threads to use; None: all.
+        the device supports it; a quantized cache needs it. Without it, values are stored transposed. `node_callback`: a
+        `ggml_backend_sched_eval_callback` that is asked about every node of a graph; if there is also a `hook`, which
+        computes between layers, it asks the hook's callback. Its data is a `NodeState`. `free_threads`: asked before
+        each batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -143,7 +143,7 @@ class LlamaContext(Owner):
         self._n_threads, self._free_threads, self._hook = n_threads, free_threads, hook
 
     def set_adapter(self, on: bool) -> None:
-        """Applies the model's LoRA to what is decoded from now on, or stops doing so."""
+        """Switches the model's LoRA on or off for what is decoded from now on."""
         if on == self.adapter_on:
             return
         if on and not self.model.has_adapter:
@@ -161,11 +161,11 @@ class LlamaContext(Owner):
             llama().llama_set_n_threads(self.handle, n_threads, n_threads)
 
     def decode(self, rows: BatchRows, *, is_prompt: bool = False) -> None:
-        """Appends rows to their sequences. Rows of several sequences are computed together where the numbers of the
-        sequences follow each other in rising order without a gap, otherwise in one pass for each such run. `is_prompt`:
-        they are a part of one, and need not have the bits that they would have in decode steps.
+        """Appends rows to their sequences. Rows of several sequences are computed together if the numbers of the
+        sequences are consecutive and ascending; otherwise each consecutive run takes a pass of its own. `is_prompt`:
+        the rows are part of a prompt and need not have the bits that they would have in decode steps.
 
-        Raises Aborted when the abort flag is raised. Part of the rows may then be in the cache, as after any other
+        Raises Aborted when the abort flag is raised. Some of the rows may then be in the cache, as after any other
         error: `truncate` the sequences.
         """
         lib, n = llama(), len(rows)
@@ -205,7 +205,7 @@ class LlamaContext(Owner):
             )
 
     def _check(self, rows: BatchRows) -> None:
-        """Finds what would make llama.cpp end the process, or read memory that is not ours."""
+        """Rejects batches that would make llama.cpp end the process, or read memory out of bounds."""
         n, data = len(rows), rows.data
         if not 0 < n <= self.n_ubatch or not len(rows.positions) == len(rows.sequences) == len(rows.outputs) == n:
             raise ValueError(f"cannot decode {n} rows: the batch size is {self.n_ubatch}")
@@ -229,7 +229,11 @@ class LlamaContext(Owner):
             )
 
     def logits(self, row: int) -> np.ndarray:
-        """A copy of the logits of a row of the last batch, float32 `(n_vocab,)`; -1 is the last row that has some."""
+        """Returns a copy of the logits of a row of the last batch, float32 `(n_vocab,)`; -1 is the last row that has
+        logits.
+
+        Raises ModelFileError if there are NaNs among them, ValueError if the batch asked for no logits of this row.
+        """
         pointer = llama().llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise ValueError(f"the last batch asked for no logits of row {row}")
@@ -242,8 +246,8 @@ class LlamaContext(Owner):
         return values
 
     def truncate(self, sequence: int, n_tokens: int) -> bool:
-        """Forgets a sequence from position `n_tokens` on. False where the cache cannot be cut there (recurrent states,
-        sliding windows): then the sequence is unchanged, and only `n_tokens` = 0 is sure to work."""
+        """Cuts a sequence to its first `n_tokens` positions. Returns False where the cache cannot be cut there
+        (recurrent states, sliding windows): the sequence is then unchanged, and only `n_tokens` = 0 is sure to work."""
         start = n_tokens if n_tokens > 0 else -1
         is_cut = bool(llama().llama_memory_seq_rm(self._open_memory(), sequence, start, -1))
         if is_cut:
@@ -251,10 +255,10 @@ class LlamaContext(Owner):
         return is_cut
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
-        """Makes the first `n_tokens` of `source` those of `target`, whatever `target` holds.
+        """Makes the first `n_tokens` of `source` the contents of `target`, replacing what it held.
 
-        Between streams llama.cpp copies complete sequences only, and ends the process when asked for a part. It does so
-        at the next `decode`; until then `state` would give what `target` was before.
+        Between streams llama.cpp copies only complete sequences, and ends the process when asked for a part. It copies
+        at the next `decode`; until then `state` would return the old contents of `target`.
         """
         lib, memory = llama(), self._open_memory()
         lib.llama_memory_seq_cp(memory, source, target, -1, -1)
@@ -262,7 +266,8 @@ class LlamaContext(Owner):
         self._room.will_copy(target, n_tokens)
 
     def state(self, sequence: int) -> np.ndarray:
-        """A sequence's cells as bytes, for `restore` in another context of the same model with any sequences."""
+        """Returns a sequence's cells as bytes, for `restore` in a context of the same model with any number of
+        sequences."""
         lib, handle = llama(), self.handle
         data = np.frombuffer(large_buffer(lib.llama_state_seq_get_size(handle, sequence)), dtype=np.uint8)
         buffer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -270,9 +275,9 @@ class LlamaContext(Owner):
         return data[:n]
 
     def restore(self, sequence: int, state: np.ndarray) -> None:
-        """Raises DeviceError when llama.cpp refuses the state."""
+        """Restores a sequence's cells from `state`. Raises DeviceError when llama.cpp refuses it."""
         state = _for_streams(state, self.n_seq_max)
-        n_held = state[_STATE_HEADER:][: 4 * self.n_seq_max].view(np.uint32)  # tokens of each stream, all but one none
+        n_held = state[_STATE_HEADER:][: 4 * self.n_seq_max].view(np.uint32)  # tokens of each stream; only one has any
         self._room.is_filled(sequence, int(n_held.max(initial=0)))
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama().llama_state_seq_set_data(self.handle, data, len(state), sequence) == 0:
@@ -283,13 +288,13 @@ class LlamaContext(Owner):
 
 
 def _for_streams(state: np.ndarray, n_streams: int) -> np.ndarray:
-    """The state of a sequence as a context with so many sequences would have written it, which is all that llama.cpp
-    takes. Behind a header of three words, of which the last is the number of streams, each stream has its number of
-    cells and what they hold: nothing but a zero for all streams except the sequence's own. A state of another form is
-    given back as it is.
+    """Rewrites a sequence's state into the form that a context with this many sequences writes, the only form that
+    llama.cpp accepts. After a header of three words, the last of which is the number of streams, comes for each stream
+    its number of cells and their contents: just a zero for all streams except the sequence's own. A state of another
+    form is returned unchanged.
 
-    For example, of two streams and a sequence in the second: magic, 1, 2, | 0, | 20, its 20 cells. For four streams it
-    becomes: magic, 1, 4, | 20, its 20 cells, | 0, | 0, | 0.
+    For example, with two streams and a sequence in the second: magic, 1, 2, | 0, | 20, its 20 cells. For four streams
+    it becomes: magic, 1, 4, | 20, its 20 cells, | 0, | 0, | 0.
     """
     n_words = _STATE_HEADER // 4
     header = state[:_STATE_HEADER].view(np.uint32)
@@ -300,7 +305,7 @@ def _for_streams(state: np.ndarray, n_streams: int) -> np.ndarray:
     if not len(occupied):
         return state
     start, end = _STATE_HEADER + 4 * int(occupied[0]), len(state) - 4 * (n_old - 1 - int(occupied[0]))
-    if state[end:].any():  # something stands behind the cells: a recurrent state, or another cache
+    if state[end:].any():  # something follows the cells: a recurrent state, or another cache
         return state
     words = np.array([*header[:-1], n_streams], dtype=np.uint32)
     return np.concatenate([words.view(np.uint8), state[start:end], np.zeros(4 * (n_streams - 1), dtype=np.uint8)])

@@ -1,8 +1,8 @@
-"""Checks of a text file's metadata before native code reads it: what is known to abort a process or to fill memory.
+"""Checks a text file's metadata before native code reads it, for what is known to abort a process or to fill memory.
 
-llama.cpp asserts that no vocabulary entry occurs twice and that the rotary embedding fits its head, and reads lists of
-scores and types as long as the vocabulary without looking at their length; tokenizers applies whatever a tokenizer.json
-tells it to. What is not known is found by loading the files once in a child process (`engine.trial`).
+llama.cpp asserts that no vocabulary entry occurs twice and that the rotary embedding fits its head. It reads lists of
+scores and types as long as the vocabulary without checking their length. tokenizers applies whatever a tokenizer.json
+says. Unknown problems are found by loading the files once in a child process (`engine.trial`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from granite4v.errors import ModelFileError
 from granite4v.families.hf_fields import MAX_VOCABULARY, MAX_WIDTH
 from granite4v.ggml.metadata import AGAIN, GgufMetadata
 
-# Normalizers make a text longer: Unicode decompositions up to 18 times, lower-casing hardly. More is an attack.
+# Normalizers can lengthen a text: Unicode decompositions by up to 18 times, lower-casing hardly at all. More is an
+# attack.
 MAX_GROWTH = 64
-MAX_AFFIX = 1024  # characters that a normalizer or a decoder puts before or after a text
+MAX_AFFIX = 1024  # characters that a normalizer or a decoder adds before or after a text
 
 
 def check_text(file: GgufMetadata) -> None:
-    """Raises ModelFileError."""
+    """Raises ModelFileError for metadata that native code cannot handle."""
     _check_heads(file)
     _check_vocabulary(file)
     source = file.text(keys.TOKENIZER_HF_JSON, "")
@@ -33,7 +34,7 @@ def _check_heads(file: GgufMetadata) -> None:
     arch = file.text(keys.GENERAL_ARCHITECTURE)
     width = file.integer(keys.text_key(keys.EMBEDDING_LENGTH, arch), 1, MAX_WIDTH)
     heads_key = keys.text_key(keys.HEAD_COUNT, arch)
-    if isinstance(file.get(heads_key), list):  # one number a layer, which llama.cpp checks by itself
+    if isinstance(file.get(heads_key), list):  # one number per layer, which llama.cpp checks itself
         return
     heads = file.integer(heads_key, 1, width)
     length_key = keys.text_key(keys.KEY_LENGTH, arch)
@@ -102,7 +103,7 @@ def _check_tokenizer(file: GgufMetadata, source: str) -> None:
 
 
 def _steps(part: Any) -> Any:
-    """The steps of a normalizer or a decoder; a Sequence, which may nest, step by step."""
+    """Yields the steps of a normalizer or a decoder; a Sequence, which may be nested, is flattened."""
     waiting = [part]
     while waiting:
         part = waiting.pop()
@@ -116,12 +117,12 @@ def _steps(part: Any) -> Any:
 
 
 def _growth(step: Any) -> float:
-    """By what factor a step can lengthen a text."""
+    """The factor by which a step can lengthen a text."""
     if step.get("type") == "Replace":
         pattern, content = step.get("pattern"), step.get("content")
         text = pattern.get("String") if isinstance(pattern, dict) else None
         n_content = len(content) if isinstance(content, str) else 0
-        if not isinstance(text, str):  # a regular expression: it may match at every character
+        if not isinstance(text, str):  # a regular expression may match at every character
             return 1.0 + n_content
         return max(1.0, n_content / max(len(text), 1))
     affix = step.get("prepend") or step.get("prefix") or ""

@@ -1,6 +1,6 @@
-"""Which files make up a model, and whether they belong together. Reads headers only.
+"""Finds the files of a model, and checks that they belong together. Reads headers only.
 
-A model is a directory, or a text GGUF with its vision file beside it or named by an option. Files may come from our
+A model is a directory, or a text GGUF with its vision file next to it or named by an option. Files may come from our
 converter, from llama.cpp's, or from a publisher's repository: their roles are read from their metadata, never from
 their names.
 """
@@ -31,11 +31,11 @@ _AGAIN = "convert it again with 'granite4v convert'"
 
 @dataclass(frozen=True)
 class Injection:
-    """Which slot of an embedding row each stream goes to, and which decoder layer that slot feeds.
+    """Maps each image stream to a slot of an embedding row, and to the decoder layer that the slot feeds.
 
-    A row of an embedding batch is `n_slots` embeddings wide. Slot 0 is the input of layer 0; `deepstack_mapping` of
-    the text file has one entry for each layer, the slot added before it or -1. With streams for layers 0, 3 and 7 of
-    nine it is [-1, -1, -1, 1, -1, -1, -1, 2, -1]: slots 0, 1, 2 feed layers 0, 3, 7.
+    A row of an embedding batch is `n_slots` embeddings wide. Slot 0 is the input of layer 0; `deepstack_mapping` of the
+    text file has one entry for each layer: the slot added before it, or -1. With streams for layers 0, 3 and 7 of nine
+    it is [-1, -1, -1, 1, -1, -1, -1, 2, -1]: slots 0, 1, 2 feed layers 0, 3, 7.
     """
 
     slots: tuple[int, ...]
@@ -44,19 +44,20 @@ class Injection:
 
 
 class ModelFiles:
-    """The opened headers of one model: text file, and vision file and adapter if there are any."""
+    """The opened headers of one model's files: the text file, and the vision file and adapter if there are any."""
 
     def __init__(self, text: GgufFile, vision: GgufFile | None, adapter: GgufFile | None) -> None:
         self.text, self.vision, self.adapter = text, vision, adapter
-        self.left_out: list[ModelFileError] = []  # why files beside these were skipped
+        self.left_out: list[ModelFileError] = []  # why other files in the folder were skipped
         self.vision_config: VisionConfig | None = None
-        self.injection: Injection | None = None  # of a vision file that makes rows of the decoder's input
+        self.injection: Injection | None = None  # None without a vision file, and for cross-attention
 
     @classmethod
     def open(
         cls, path: str | Path, *, mmproj: str | Path | None = None, adapter: str | Path | None = None
     ) -> ModelFiles:
-        """The files of a model directory or of a text GGUF; raises ModelFileError when they do not fit together."""
+        """Opens the files of a model directory or of a text GGUF. Raises ModelFileError when they
+        do not fit together."""
         left_out: list[ModelFileError] = []
         files = cls(*_resolve(Path(path), _path(mmproj), _path(adapter), left_out))
         files.left_out = left_out
@@ -73,7 +74,7 @@ class ModelFiles:
 
     @property
     def text_paths(self) -> list[Path]:
-        """The text file, and all its parts when it is split."""
+        """The text file, or all its parts if it is split."""
         path = self.text.path
         match = _FIRST_SHARD.search(path.name)
         if match is None:
@@ -82,7 +83,7 @@ class ModelFiles:
         return [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
 
     def text_key(self, key: str) -> str:
-        """A key of the text file, for one of `gguf_keys` with `{arch}`."""
+        """The text file's name for a key of `gguf_keys` that contains `{arch}`."""
         return keys.text_key(key, self.architecture)
 
     def _check(self) -> None:
@@ -186,7 +187,7 @@ def _path(value: str | Path | None) -> Path | None:
 def _resolve(
     path: Path, mmproj: Path | None, adapter: Path | None, left_out: list[ModelFileError]
 ) -> tuple[GgufFile, GgufFile | None, GgufFile | None]:
-    """The files to use. A directory may hold one file of each role; for a text file its folder is searched."""
+    """Opens the files to use. A directory may hold one file of each role; for a text file, its folder is searched."""
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -254,13 +255,13 @@ def _by_role(folder: Path, left_out: list[ModelFileError]) -> dict[str, list[Pat
                 roles[role(gguf)].append(file)
         except ModelFileError as error:
             left_out.append(error)
-    if left_out and not (roles["text"] and roles["vision"]):  # otherwise an unrelated file beside a complete model
+    if left_out and not (roles["text"] and roles["vision"]):  # else unrelated to a complete model
         raise left_out[0]
     return roles
 
 
 def _partners(text: GgufFile, left_out: list[ModelFileError]) -> dict[str, list[Path]]:
-    """Vision files and adapters beside a text file that was given alone, but those of other conversions."""
+    """Finds vision files and adapters next to a text file that was given alone, except those of other conversions."""
     roles: dict[str, list[Path]] = {"text": [], "vision": [], "adapter": [], "other": []}
     for file in gguf_files(text.path.parent):
         if file == text.path or _LATER_SHARD.search(file.name):

@@ -1,4 +1,4 @@
-"""SHA-256 of a model's files, computed once for each state of a file and kept in the user's cache."""
+"""Computes SHA-256 checksums of a model's files, once for each state of a file; they are kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _nothing() -> None:
 
 
 def model_hashes(files: ModelFiles, say: Callable[[str], None], check: Callable[[], None] = _nothing) -> dict[str, str]:
-    """SHA-256 by role: 'text', and 'vision' and 'adapter' where there are such files.
+    """Returns the SHA-256 by role: 'text', and 'vision' and 'adapter' where there are such files.
 
     A file of 2 GB takes a few seconds the first time, which `say` announces; `check` is called meanwhile, and may
     raise.
@@ -32,11 +32,11 @@ def model_hashes(files: ModelFiles, say: Callable[[str], None], check: Callable[
 
 
 class UnchangedFiles:
-    """A model's files as they are now: `check` tells whether they still are. A file of the same name may take the place
-    of one that is loaded, and then a checksum is not that of the weights in memory."""
+    """Remembers the current state of a model's files; `check` detects changes. If a loaded file is replaced by another
+    one of the same name, its checksum is no longer that of the weights in memory."""
 
     def __init__(self, files: ModelFiles) -> None:
-        """Raises ModelFileError for a file that is gone."""
+        """Raises ModelFileError for a missing file."""
         self._states = {part: _state_of(part) for path in _by_role(files).values() for part in _shards(path)}
 
     def check(self) -> None:
@@ -52,7 +52,7 @@ def _by_role(files: ModelFiles) -> dict[str, Path]:
 
 
 def _state_of(path: Path) -> str:
-    """Raises ModelFileError."""
+    """The state of a file (`_state`). Raises ModelFileError if it cannot be read."""
     try:
         return _state(path)
     except OSError as error:
@@ -60,14 +60,14 @@ def _state_of(path: Path) -> str:
 
 
 def _state(path: Path) -> str:
-    """Changes whenever a file is written or replaced: also where that keeps size and date, as copying a model over
-    another one of the same quantization with `cp -p` does. Raises OSError."""
+    """A text that changes whenever a file is written or replaced, even if that keeps size and date, as when `cp -p`
+    copies a model over another one of the same quantization. Raises OSError."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 def file_hash(path: Path, say: Callable[[str], None], check: Callable[[], None] = _nothing) -> str:
-    """SHA-256 of a file, or of its shards' one after another; known again by path and state.
+    """Returns the SHA-256 of a file, or for shards that of their hashes joined; cached by path and state.
 
     `check` is called between pieces, and may raise. Raises ModelFileError for a file that cannot be read.
     """
@@ -87,9 +87,9 @@ def _hash_of_one(path: Path, say: Callable[[str], None], check: Callable[[], Non
         if path.stat().st_size > ANNOUNCE_BYTES:
             say(f"computing the checksum of '{path.name}' ...")
         found = _sha256(path, check)
-        if _state(path) != state:  # of no file that there ever was
+        if _state(path) != state:  # the hash is of a mixture of two states
             raise ModelFileError(f"'{path}' changes while it is read; wait until it is complete.")
-        known = {**_known_hashes(), key: found}  # read again: hashing takes seconds, in which others may have written
+        known = {**_known_hashes(), key: found}  # read again: other processes may have written meanwhile
         write_json_cache(CACHE, {key: value for key, value in known.items() if _path_of(key).exists()})
     return found
 
@@ -116,6 +116,6 @@ def _sha256(path: Path, check: Callable[[], None]) -> str:
 
 
 def _known_hashes() -> dict[str, str]:
-    """The cache; entries that are not hashes are left out, and so computed again."""
+    """The cached hashes. Entries that are not hashes are left out, and so computed again."""
     content = read_json_cache(CACHE)
     return {key: value for key, value in content.items() if isinstance(value, str) and _SHA256.fullmatch(value)}

@@ -1,12 +1,14 @@
-"""The memory of KV cells that hold nothing, which is given back to the system.
+"""Returns the memory of empty KV cells to the system.
 
-llama.cpp writes zeros to its whole KV cache when it makes it, and copies a sequence with all the cells that it has room
-for. A sequence of a 4B model takes 0.15 GB so, and holds on average three quarters of that. Pages of Linux that were
-given back read as zeros again, which is what llama.cpp had written there, and take memory when a cell is written.
+llama.cpp writes zeros to its whole KV cache when it makes it, and copies a sequence with all cells that it has room
+for. A sequence of a 4B model takes 0.15 GB that way, of which on average three quarters are used. On Linux, pages that
+were given back read as zeros again, which is what llama.cpp had written there, and take memory only when a cell is
+written.
 
-No function of llama.cpp tells where the cache lies, or how. The buffer is seen when ggml allocates it; its layout is
-known (for each layer the keys, then the values, of one sequence after the other, cell by cell), and checked by the
-pages that the first batch has written: a cache of another layout, as one with transposed values, is left alone.
+No function of llama.cpp says where the cache is, or how it is laid out. The buffer is observed when ggml allocates it.
+Its layout is known: for each layer the keys, then the values, of one sequence after the other, cell by cell. It is
+verified by the pages that the first batch has written. A cache of another layout, such as one with transposed values,
+is left alone.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from granite4v.ggml.backend import buffer_type_name
 from granite4v.ggml.declarations import BufferP
 from granite4v.ggml.library import lib as ggml
 
-PADDING = 256  # llama.cpp's attention reads cells up to a multiple of that
-MIN_BYTES = 32 << 20  # of a cache: a smaller one is not worth the calls
-CHECKED_BYTES = 4 * mmap.PAGESIZE  # of a tensor: what must have been written to tell one layout from another
-RETURN_EVERY_S = 0.02  # while a cache is cleared, by some gigabytes a second
-LEAST_CELLS = 128  # that are given back: fewer are soon written again
+PADDING = 256  # llama.cpp's attention reads cells up to a multiple of this
+MIN_BYTES = 32 << 20  # smallest cache that is worth the calls
+CHECKED_BYTES = 4 * mmap.PAGESIZE  # bytes of a tensor that must have been written to tell one layout from another
+RETURN_EVERY_S = 0.02  # while a cache is cleared, at some gigabytes per second
+LEAST_CELLS = 128  # smallest number of cells given back: fewer are soon written again
 
 
 class _BufferType(ctypes.Structure):
@@ -50,10 +52,11 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextlib.contextmanager
 def cpu_buffers(is_cleared: Callable[[int], bool] = lambda n_bytes: False) -> Iterator[list[tuple[int, int]]]:
-    """Where the buffers begin that ggml allocates on the CPU inside the block, by any thread, and their bytes.
+    """Records the start and the size in bytes of each buffer that ggml allocates on the CPU inside the block, in any
+    thread.
 
     `is_cleared(n_bytes)`: whether nothing but zeros is written to such a buffer inside the block. Its pages are given
-    back while that goes on, so that they never are in memory all at once.
+    back while that goes on, so that they are never in memory all at once.
     """
     found: list[tuple[int, int]] = []
     buffer_type = _cpu_buffer_type()
@@ -83,8 +86,8 @@ def cpu_buffers(is_cleared: Callable[[int], bool] = lambda n_bytes: False) -> It
 
 
 def _cpu_buffer_type() -> Any:
-    """The CPU's buffer type, to be changed in place; None where pages cannot be given back, or where the structure is
-    not the one that is declared here: its functions answer otherwise than ggml's own."""
+    """The CPU's buffer type, to be patched in place; None where pages cannot be given back, or where the structure is
+    not as declared here: then its functions answer differently from ggml's own."""
     if not sys.platform.startswith("linux"):
         return None
     device = next(
@@ -99,13 +102,13 @@ def _cpu_buffer_type() -> Any:
 
 
 def consists_of(n_bytes: int, n_cells: int) -> bool:
-    """Whether a buffer of this size may be a cache of so many cells, counted in all tensors, that is worth the calls.
-    A cell holds numbers of two bytes at least."""
+    """Whether a buffer of this size may be a cache of `n_cells` cells, counted over all tensors, that is worth the
+    calls. The bytes of a cell are a multiple of two."""
     return n_bytes >= MIN_BYTES and n_bytes % (2 * n_cells) == 0
 
 
 def give_back(start: int, end: int) -> None:
-    """The pages that lie completely between two addresses."""
+    """Returns the pages that lie completely between two addresses to the system."""
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         _c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
@@ -113,7 +116,7 @@ def give_back(start: int, end: int) -> None:
 
 @contextlib.contextmanager
 def _returned_meanwhile(start: int, end: int) -> Iterator[None]:
-    """Gives pages back again and again inside the block."""
+    """Gives pages back repeatedly inside the block."""
     done = threading.Event()
 
     def repeat() -> None:
@@ -136,8 +139,8 @@ def _c_library() -> ctypes.CDLL:
 
 @dataclass
 class KvPages:
-    """A cache of `n_tensors` tensors from the address `start` on, each with `n_cells` cells of `n_bytes` bytes for each
-    of `n_sequences` sequences."""
+    """The memory of a KV cache: `n_tensors` tensors from the address `start` on, each with `n_cells` cells of `n_bytes`
+    bytes for each of `n_sequences` sequences."""
 
     start: int
     n_tensors: int
@@ -147,8 +150,8 @@ class KvPages:
 
     @classmethod
     def among(cls, buffers: Sequence[tuple[int, int]], n_layers: int, n_sequences: int, n_cells: int) -> KvPages | None:
-        """The cache among buffers of a new context: the only one that consists of as many equal cells. Its pages are
-        given back. None where there is none that is worth it."""
+        """Finds the cache among the buffers of a new context: the only one whose size fits this many equal cells. Gives
+        its pages back. Returns None if there is no such cache, or none that is worth it."""
         n = 2 * n_layers * n_sequences * n_cells
         found = [(start, size // n) for start, size in buffers if consists_of(size, n)]
         if len(found) != 1:
@@ -158,13 +161,14 @@ class KvPages:
         return pages
 
     def give_back(self, sequence: int, n_used: int) -> None:
-        """The pages of a sequence's cells behind the first `n_used`, which must hold nothing."""
+        """Gives back the pages of a sequence's cells after the first `n_used`; those cells must be empty."""
         for start, end in self._spans(sequence, n_used, self.n_cells):
             give_back(start, end)
 
     def is_as_expected(self, used: Sequence[int]) -> bool:
-        """Whether the pages in memory are those of the first cells of each sequence, which are all that was used since
-        the cache was made."""
+        """Whether the pages in memory are those of the first cells of each sequence: all that were written, and none
+        beyond the padding that attention reads. Nothing else was used since the cache was made, so any other page shows
+        another layout."""
         page, base = mmap.PAGESIZE, self.start // mmap.PAGESIZE * mmap.PAGESIZE
         end = self.start + self.n_tensors * self.n_sequences * self.n_cells * self.n_bytes
         resident = np.zeros(-(-(end - base) // page), dtype=np.uint8)
@@ -172,7 +176,7 @@ class KvPages:
         if _c_library().mincore(ctypes.c_void_p(base), ctypes.c_size_t(end - base), address) != 0:
             return False
         written, allowed = np.zeros(len(resident), dtype=bool), np.zeros(len(resident), dtype=bool)
-        allowed[[0, -1]] = True  # other data may lie there
+        allowed[[0, -1]] = True  # other data may be there
         for sequence, n_used in enumerate(used):
             n_padded = min(self.n_cells, -(-n_used // PADDING) * PADDING)
             for spans, n in ((written, n_used), (allowed, n_padded)):
@@ -182,7 +186,12 @@ class KvPages:
         return bool((found | ~written).all() and (allowed | ~found).all())
 
     def _spans(self, sequence: int, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """The addresses of some cells of a sequence in each tensor."""
+        """Yields the address ranges of the cells from `first` up to, not including, `last` of a sequence, one for each
+        tensor.
+
+        For example, with 4 tensors, 2 sequences and 100 cells of 10 bytes, the cells from 5 to 7 of sequence 1 begin
+        1,050, 3,050, 5,050 and 7,050 bytes after `start`, 20 bytes each.
+        """
         if last <= first:
             return
         n_sequence = self.n_cells * self.n_bytes
@@ -192,22 +201,22 @@ class KvPages:
 
 
 class SequenceRoom:
-    """How far the cells of each sequence are used, and how far they may be in memory. Gives back what lies between."""
+    """Tracks how many cells of each sequence are used, and how many may be in memory. Gives back those in between."""
 
     def __init__(self, pages: KvPages | None, n_sequences: int, n_cells: int) -> None:
         self._pages, self._n_cells = pages, n_cells
         self._used, self._touched = [0] * n_sequences, [0] * n_sequences
-        self._copies: list[int] = []  # that llama.cpp makes with the next batch
+        self._copies: list[int] = []  # targets of copies that llama.cpp makes with the next batch
         self._is_checked = False
 
     def will_write(self, sequences: np.ndarray, positions: np.ndarray) -> None:
-        """Before a batch."""
+        """Must be called before a batch."""
         for number, position in zip(sequences.tolist(), positions.tolist(), strict=True):
             self._used[number] = max(self._used[number], position + 1)
             self._touched[number] = max(self._touched[number], position + 1)
 
     def has_written(self) -> None:
-        """After a batch, whatever became of it."""
+        """Must be called after a batch, whether it succeeded or not."""
         if self._pages is None:
             return
         if not self._is_checked:
@@ -228,12 +237,12 @@ class SequenceRoom:
             self._trim(sequence)
 
     def will_copy(self, target: int, n_tokens: int) -> None:
-        """All of another sequence to `target`, of which the first `n_tokens` stay."""
+        """Announces a copy of a complete sequence to `target`, which is then cut to its first `n_tokens`."""
         self._used[target] = n_tokens
         self._copies.append(target)
 
     def is_filled(self, sequence: int, n_tokens: int) -> None:
-        """With so many tokens, from the first cell on."""
+        """Records that a sequence was filled with `n_tokens` tokens, from the first cell on."""
         self._used[sequence] = min(n_tokens, self._n_cells)
         self._touched[sequence] = max(self._touched[sequence], self._used[sequence])
 

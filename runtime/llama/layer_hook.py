@@ -1,13 +1,13 @@
-"""Computing between the decoder layers of llama.cpp, on the hidden states of the rows of a batch.
+"""Runs computations between the decoder layers of llama.cpp, on the hidden states of the rows of a batch.
 
 `llama_decode` asks the context's evaluation callback about every node of its graph. For a node that is wanted it
-computes up to there and calls again; what the callback writes into the node's tensor is what the next layer takes. The
-output of layer k is called 'l_out-k'; before layer 0 stands 'embd', but not for a batch of embeddings, whose rows are
-an input of the graph and are computed beforehand. The last layer's output has only the rows whose logits are wanted.
+computes up to there and calls again; the next layer uses what the callback writes into the node's tensor. The output of
+layer k is called 'l_out-k'. The input of layer 0 is called 'embd', but in a batch of embeddings the rows are an input
+of the graph and are processed beforehand. The last layer's output has only the rows whose logits are wanted.
 
-Where LLVM is there, a compiled callback is asked, and runs graphs that have run for as many rows before; the others,
-and those that fail, are left to Python. No exception may pass through C: it is kept, all further nodes are left alone,
-and it is raised after `llama_decode`.
+With LLVM, a compiled callback is asked, and runs graphs that have run for this number of rows before; the others, and
+those that fail, are left to Python. No exception may pass through C: it is kept, all further nodes are left alone, and
+it is raised after `llama_decode`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib
 from granite4v.runtime.llama.library import llama
 
-Compute = Callable[[np.ndarray, int], np.ndarray]  # rows float32 (n, n_embd) and a number of threads -> rows alike
-FindGraph = Callable[[int, int, int], InPlace | None]  # by layers before, number of rows, number of threads
+Compute = Callable[[np.ndarray, int], np.ndarray]  # float32 rows (n, n_embd), n_threads -> rows alike
+FindGraph = Callable[[int, int, int], InPlace | None]  # layers before it, rows, threads -> graph
 
 
 class LayerHook:
-    """What is computed before which layer of one model, for as long as `is_wanted`."""
+    """Holds what is computed before which layer of one model, while `is_wanted` is set."""
 
     def __init__(self, n_layers: int, computes: Mapping[int, Compute], find_graph: FindGraph | None = None) -> None:
-        """`computes`: by the number of decoder layers before it, from 0 to `n_layers`, the model's own. `find_graph`:
-        for one of these numbers, what computes the same during the next `llama_decode`, if there is such a graph."""
+        """`computes`: functions by the number of the model's own decoder layers before them, from 0 to `n_layers`.
+        `find_graph`: returns, for one of these numbers, what computes the same during the next `llama_decode`, if there
+        is such a graph."""
         self._n_layers, self._computes, self._find_graph = n_layers, dict(computes), find_graph
         self._names = {_name(point): index for index, point in enumerate(self._computes)}
         self._error: BaseException | None = None
@@ -43,10 +44,11 @@ class LayerHook:
         self._state = state_for(list(self._names), ctypes.cast(self._python, ctypes.c_void_p).value or 0)
         self._places = self._state.places[: len(self._names)]
         self.callback: Any = llama().ggml_backend_sched_eval_callback(self._state.callback)
-        self.data = ctypes.addressof(self._state)  # of this callback; another one can ask it by its data
+        self.data = ctypes.addressof(self._state)  # user data of this callback; another callback can call it with this
 
     def begin(self, data: np.ndarray, n_threads: int) -> np.ndarray:
-        """Before `llama_decode` of tokens int32 `(n,)` or embeddings float32 `(n, n_embd)`: what it is given."""
+        """Prepares `llama_decode` of tokens int32 `(n,)` or embeddings float32 `(n, n_embd)`. Returns what to pass to
+        it."""
         self._error, self._n_threads, self._state.is_wanted = None, n_threads, self.is_wanted
         if not self.is_wanted:
             return data
@@ -58,8 +60,8 @@ class LayerHook:
         return data
 
     def end(self, *, is_complete: bool, has_outputs: bool) -> None:
-        """After it: raises what was raised meanwhile, and DeviceError where a layer of a whole graph did not come by.
-        `has_outputs`: whether any row's logits were wanted."""
+        """Finishes after `llama_decode`: raises an exception that was kept, and DeviceError if a complete graph lacked
+        one of the expected layers. `has_outputs`: whether any row's logits were wanted."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -73,7 +75,7 @@ class LayerHook:
                 )
 
     def _see(self, node: int, asks: bool, _data: int) -> bool:
-        """llama.cpp's callback: whether a node is wanted; and once it is computed, whether to go on."""
+        """The evaluation callback: returns whether a node is wanted, and once it is computed, whether to go on."""
         if not self._state.is_wanted:
             return False
         try:
@@ -97,5 +99,5 @@ class LayerHook:
 
 
 def _name(n_layers_before: int) -> bytes:
-    """Of the node that is what comes out of so many layers."""
+    """The name of the node that is the output of this many layers."""
     return b"l_out-%d" % (n_layers_before - 1) if n_layers_before else b"embd"

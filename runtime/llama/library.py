@@ -1,7 +1,7 @@
-"""llama.cpp's library: loaded once, with its log messages captured.
+"""Loads llama.cpp's library once, and captures its log messages.
 
-llama-cpp-python declares every function and by-value struct of llama.h in `llama_cpp.llama_cpp`; those are used
-as they are. Its high-level `Llama` class is not.
+llama-cpp-python declares every function and by-value struct of llama.h in `llama_cpp.llama_cpp`; those are used as they
+are. Its high-level `Llama` class is not used.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NEEDED = ("llama_model_n_embd_inp", "llama_set_adapters_lora", "llama_model_loa
 
 @functools.cache
 def llama() -> Any:
-    """llama-cpp-python's declarations, with the backend started.
+    """Returns llama-cpp-python's declarations, with the backend started.
 
-    Raises DeviceError when llama-cpp-python is missing or older than what we call.
+    Raises DeviceError when llama-cpp-python is missing or lacks a function that we call.
     """
     try:
         with openmp_for_this_load():
@@ -46,14 +46,14 @@ def llama() -> Any:
 def capture_log() -> None:
     """Empties the log and directs llama.cpp's messages to it, before a call whose failure should be explained.
 
-    Repeated before each call, because other users of llama-cpp-python in the process set the log callback, too.
+    Repeated before each call, because other users of llama-cpp-python in the process may set the log callback, too.
     """
     log().clear()
     llama().llama_log_set(_log_callback(llama()), None)
 
 
 class Log:
-    """The last messages of llama.cpp, so that an error can quote its reason."""
+    """The latest messages of llama.cpp, so that an error can quote its reason."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
@@ -65,14 +65,14 @@ class Log:
         text = text.strip()
         if text and text != ".":
             self._lines.append((self._level, text))
-            # debug level for all: much that llama.cpp reports as a warning or an error is handled by us
+            # debug level for all: many of llama.cpp's warnings and errors are handled by us
             self._logger.debug("%s", text)
 
     def clear(self) -> None:
         self._lines.clear()
 
     def reason(self) -> str:
-        """Why the last call failed, in llama.cpp's words: its first error, without the function's name."""
+        """Why the last call failed, in llama.cpp's words: the first error, without the function's name."""
         errors = [text for level, text in self._lines if level == _ERROR]
         if not errors:
             return "llama.cpp gave no reason"
@@ -88,7 +88,8 @@ def log() -> Log:
 
 @functools.cache
 def _log_callback(llama_cpp: Any) -> Any:
-    """The C callback. llama.cpp keeps the pointer for as long as the process lives, so the cache keeps the object."""
+    """The C callback. llama.cpp keeps the pointer for as long as the process lives, so the cache keeps the object
+    alive."""
     target = log()
 
     def receive(level: int, text: bytes, user_data: Any) -> None:

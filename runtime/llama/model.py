@@ -1,4 +1,4 @@
-"""Owner of llama.cpp's model: weights, vocabulary, adapter. Knows nothing of images, templates or answers."""
+"""Owns llama.cpp's model: weights, vocabulary, adapter. Knows nothing of images, templates or answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALL_LAYERS = -1
 
 
 class Copies(Protocol):
-    """Other forms of the model's weights (see `weight_copies`)."""
+    """Copies of the model's weights in other forms (see `weight_copies`)."""
 
     def used_for(self, n_rows: int, *, is_prompt: bool) -> contextlib.AbstractContextManager[None]: ...
     def close(self) -> None: ...
@@ -43,7 +43,7 @@ class LlamaModel(Owner):
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         on_cpu = devices[0] is None
         params.n_gpu_layers = 0 if on_cpu else _ALL_LAYERS
-        params.use_extra_bufts = False  # llama.cpp's own choice, which `weight_copies` replaces by a measured one
+        params.use_extra_bufts = False  # llama.cpp's own choice; `weight_copies` makes a measured one
         params.load_mode = _LOAD_MMAP
         capture_log()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -63,17 +63,18 @@ class LlamaModel(Owner):
     # --- copies of weights ---
 
     def use_copies(self, copies: Copies) -> None:
-        """Multiplies with these from now on, and closes them with the model."""
+        """Uses these copies from now on, and closes them with the model."""
         self._copies.append(copies)
 
     def multiplying(self, n_rows: int, *, is_prompt: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Around the computation of a batch of so many rows, of a prompt or of a decode step."""
+        """Selects the weights for a batch of `n_rows` rows, of a prompt or of a decode step, inside the block."""
         return self._copies[0].used_for(n_rows, is_prompt=is_prompt) if self._copies else contextlib.nullcontext()
 
     # --- vocabulary ---
 
     def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
-        """Ids of `text`, with special tokens recognised and added as the file's settings say; neither if `plain`."""
+        """Returns the ids of `text`. Special tokens are recognised, and added as the file's settings say; neither if
+        `plain`."""
         lib, data = llama(), text.encode()
         room = len(data) + 8  # a token covers at least one byte; the rest is for added tokens
         ids = (ctypes.c_int32 * room)()
@@ -87,7 +88,7 @@ class LlamaModel(Owner):
         lib, room = llama(), 256
         buffer = ctypes.create_string_buffer(room)
         n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
-        if n < 0:  # minus the room that it needs
+        if n < 0:  # minus the room needed
             room = -n
             buffer = ctypes.create_string_buffer(room)
             n = lib.llama_token_to_piece(self._open_vocab(), token, buffer, room, 0, False)
@@ -107,7 +108,7 @@ class LlamaModel(Owner):
         return self._adapter
 
     def load_adapter(self, path: Path) -> None:
-        """Loads a LoRA; a context applies it once it is switched on. Raises ModelFileError when it does not fit."""
+        """Loads a LoRA, which a context applies once switched on. Raises ModelFileError when it does not fit."""
         capture_log()
         adapter = llama().llama_adapter_lora_init(self.handle, os.fsencode(path))
         if not adapter:
@@ -125,6 +126,6 @@ def _free(copies: list[Copies], handle: Any) -> None:
 
 
 def _device_list(name: str) -> Any:
-    """A NULL-terminated array of ggml devices for llama.cpp; it holds none for the CPU alone."""
+    """Returns a NULL-terminated array of ggml devices for llama.cpp; it is empty for the CPU alone."""
     device = find_device(name)
     return (ctypes.c_void_p * 2)(None if is_cpu(device) else device.value, None)

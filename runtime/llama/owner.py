@@ -1,4 +1,4 @@
-"""The lifetime of a C handle, for the owners of llama.cpp's objects."""
+"""Manages the lifetime of a C handle, for the owners of llama.cpp's objects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 class Owner:
     """A C handle that is freed once: by `close`, by the garbage collector, or at exit (the youngest first).
 
-    Works in a `with`, may be closed twice, and raises ValueError when used afterwards.
+    Is a context manager, may be closed twice, and raises ValueError when used afterwards.
     """
 
     def _own(self, handle: Any, free: Callable[..., Any], *kept_alive: Any) -> None:
-        """Takes the handle over. `kept_alive`: objects that C uses until the handle is freed.
+        """Takes ownership of a handle. `kept_alive`: objects that C uses until the handle is freed.
 
-        The finalizer refers to the handle and to them, never to `self`, which would then live until exit. A context
-        keeps its model alive this way, so the model is freed after it whatever order they are dropped in.
+        The finalizer refers to the handle and these objects, never to `self`, which would then live until exit. A
+        context keeps its model alive this way, so the model is freed after it whatever order they are dropped in.
         """
         self._handle = handle
         self._finalizer = weakref.finalize(self, _free, free, handle, kept_alive)

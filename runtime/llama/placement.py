@@ -1,8 +1,8 @@
-"""Which of a text model's weights are copied to which buffer type, and for which batches.
+"""Decides which of a text model's weights are copied to which buffer type, and for which batches.
 
-llama.cpp's own default puts weights into whatever special buffer type the CPU announces. On some machines that
-costs speed, on some it crashes. Here `granite4v.ggml.autotune` measures what is fastest for a weight type, for the
-hundreds of rows of a prompt and for the few of a decode step apart; types that gain nothing stay in the mapped file.
+llama.cpp's own default puts weights into whatever special buffer type the CPU announces. On some machines that costs
+speed, on some it crashes. Here `granite4v.ggml.autotune` measures what is fastest for each weight type, separately for
+the hundreds of rows of a prompt and the few of a decode step; types that gain nothing stay in the mapped file.
 `weight_copies` makes the copies.
 """
 
@@ -22,8 +22,9 @@ from granite4v.ggml.kernels import PLAIN, Kernel
 from granite4v.ggml.types import row_bytes
 from granite4v.memory import available_bytes, has_large_pages
 
-N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows a token) and gains nothing
-# Bytes that must remain available beside the weights: for the KV cache, intermediate results, and other programs.
+N_UBATCH = 512  # tokens computed at once; more costs memory (0.1 MB of image rows per token) and gains nothing
+# Bytes that must remain available in addition to the weights: for the KV cache, intermediate results, and other
+# programs.
 SPARE_BYTES = 1 << 30
 
 _BLOCK_WEIGHT = keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=r"\d+", part=r"\w+")
@@ -31,9 +32,9 @@ _BLOCK_WEIGHT = keys.pattern_of(f"{keys.TEXT_BLOCK}.weight", i=r"\d+", part=r"\w
 
 @dataclass(frozen=True)
 class Copy:
-    """A weight, by its name, that is copied to a buffer type: for batches of many rows, of a few, or both. `is_plain`:
-    it is multiplied as in the mapped file. `widened`: the type of a copy that is for prompts alone, and may come after
-    another copy of the same weight."""
+    """A weight, by name, that is copied to a buffer type: for batches of many rows, of a few, or both. `is_plain`: the
+    copy is multiplied like the mapped weight. `widened`: the type of a copy for prompts only; the same weight may have
+    another copy listed before it."""
 
     name: str
     kernel: str
@@ -46,18 +47,18 @@ class Copy:
 
 @dataclass(frozen=True)
 class Placement:
-    """The weights that are copied out of the mapped file; all others are multiplied in it."""
+    """The weights that are copied out of the mapped file; all others are read from it."""
 
     copies: tuple[Copy, ...] = ()
 
     @property
     def n_copies(self) -> dict[str, int]:
-        """How many weights each buffer type holds, by its name."""
+        """Number of weights in each buffer type, by its name."""
         return dict(Counter(copy.kernel for copy in self.copies))
 
     def arithmetic(self, *, few: bool) -> list[tuple[str, str, bool, bool]]:
-        """What of it changes values: weights that another kernel multiplies, in batches of many rows, and in those of
-        a few. `few`: whether there are any of the latter."""
+        """The part of the placement that changes values: weights that another kernel multiplies, in batches of many
+        rows and in those of a few. `few`: whether there are any batches of a few rows."""
         return sorted(
             (copy.name, copy.kernel, copy.many, few and copy.few)
             for copy in self.copies
@@ -73,13 +74,14 @@ def choose_placement(
     for_many: bool = False,
     compiled: bool = False,
 ) -> Placement:
-    """Where each weight of a text file goes on the CPU. Measures on the first call on a machine (see `text_kernels`).
+    """Decides where each weight of a text file goes on the CPU. Measures on the first call on a machine (see
+    `text_kernels`).
 
-    Block weights go to the buffer types that gain; a buffer type may refuse single shapes (repacking takes rows by the
-    eight). Those that decode steps would read in the mapped file, and the output head, are copied as they are where the
-    system has large pages: with all of them there, decoding is 10% to 14% faster. A copy needs as much memory as the
-    weights, and mapped pages can be dropped at any time; so where memory is short fewer weights are copied, or none. A
-    small model's may also be copied in bfloat16 for prompts alone.
+    Block weights go to the buffer types that gain speed; a buffer type may refuse single shapes (repacking takes rows
+    in eights). Weights that decode steps would read from the mapped file, and the output head, are copied unchanged
+    where the system has large pages: with all of them there, decoding is 10% to 14% faster. A copy needs as much memory
+    as the weights, while mapped pages can be dropped at any time; so if memory is short fewer weights are copied, or
+    none. A small model's weights may also be copied in bfloat16 for prompts only.
 
     `for_many`: decode steps have many rows as well, so nothing is rearranged for steps of a few. `compiled`: see
     `text_kernels`.
@@ -97,7 +99,7 @@ def choose_placement(
     plain = plain if has_large_pages() else ()
     available, single = available_bytes(), (*faster, *(copy for copy in plain if copy.many))
     for copies in ((*faster, *plain, *widened), (*faster, *plain), (*single, *widened), single, faster):
-        # what is in the mapped file as well could be dropped, other than a second copy
+        # mapped pages can be dropped when memory is short; a second copy cannot, so it needs more spare memory
         spare = SPARE_BYTES * (1 if all(copy.many for copy in copies if copy.is_plain) else 2)
         if available is None or bytes_needed(tensors, copies) + spare <= available:
             return Placement(tuple(copies))
@@ -107,7 +109,7 @@ def choose_placement(
 def _faster_copies(
     weights: Sequence[TensorInfo], backend: Backend, kernels: Mapping[str, tuple[Kernel, Kernel]]
 ) -> tuple[Copy, ...]:
-    """The copies in other buffer types, for kernels of many rows and of a few by type."""
+    """The copies in other buffer types. `kernels`: for many rows and for a few, by weight type."""
     supported: dict[tuple[str, tuple[int, ...]], bool] = {}
     copies = []
     for info in weights:
@@ -127,8 +129,8 @@ def _faster_copies(
 
 
 def _plain_copies(weights: Sequence[TensorInfo], backend: Backend, others: Sequence[Copy]) -> tuple[Copy, ...]:
-    """The copies of weights as they are, for steps of a few rows that no other copy is for, and for all rows where
-    there is none. Many rows read a weight once for all of them, so they gain nothing by large pages."""
+    """The unchanged copies, for steps of a few rows without another copy, and for all rows of weights without any. Many
+    rows read a weight once for all of them, so they gain nothing from large pages."""
     many, few = ({copy.name for copy in others if getattr(copy, rows)} for rows in ("many", "few"))
     name, buffer_type = buffer_type_name(backend.buffer_type), backend.buffer_type
     return tuple(
@@ -141,7 +143,7 @@ def _plain_copies(weights: Sequence[TensorInfo], backend: Backend, others: Seque
 def _widened_copies(
     weights: Sequence[TensorInfo], backend: Backend, kernels: Mapping[str, tuple[Kernel, Kernel]]
 ) -> tuple[Copy, ...]:
-    """The copies of another type, for kernels of many rows by type."""
+    """The copies of another type, for prompts. `kernels`: for many rows and for a few, by weight type."""
     found = [(info, kernels[info.type_name][0]) for info in weights if info.type_name in kernels]
     return tuple(
         Copy(info.name, kernel.name, backend.buffer_type, few=False, widened=kernel.widened)

@@ -1,4 +1,6 @@
-"""Rows of the token embedding, for tokens that are decoded beside embeddings: a llama_batch carries either."""
+"""Reads rows of the token embedding, for tokens that are decoded together with embeddings: a
+llama_batch holds either.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from granite4v.ggml.graph import Graph
 
 
 def token_rows(file: GgufFile, tokens: Sequence[int]) -> np.ndarray:
-    """What llama.cpp looks up for these tokens of a text file, without an adapter: float32 `(n, n_embd)`.
+    """Returns what llama.cpp looks up for these tokens of a text file, without an adapter: float32 `(n, n_embd)`.
 
-    Raises ModelFileError for a file that became shorter.
+    Raises ModelFileError for a file that has become shorter.
     """
     info = file.tensors[keys.TOKEN_EMBD]
     n_vocab, n_embd = info.shape

@@ -1,18 +1,18 @@
-"""Copies of a text model's weights in buffer types that multiply them faster, beside the mapped file.
+"""Copies a text model's weights to buffer types that multiply them faster, in addition to the mapped file.
 
-llama.cpp has one tensor for each weight, in one buffer, so its prefill and its decoding use the same kernel. None is
-best at both: 512 rows are multiplied with Q4_K weights at 945 GFLOP/s as they are and at 470 repacked, one row at 120
-and 185 (two cores with AVX-512, ggml's kernels). So the model is opened with all its weights mapped, copies are made
-of those that gain by it, and before each batch the tensors are pointed at the form that multiplies its number of rows
-fastest. Where a tensor's data is, `struct ggml_tensor` says in three fields that ggml reads anew for every graph:
-data, buffer, extra.
+llama.cpp has one tensor for each weight, in one buffer, so prefill and decoding use the same kernel. No kernel is best
+at both: 512 rows are multiplied with plain Q4_K weights at 945 GFLOP/s and with repacked ones at 470, one row at 120
+and 185 (two cores with AVX-512, ggml's kernels). So the model is opened with all its weights mapped, and those that
+gain are copied. Before each batch the tensors are pointed at the form that is fastest for its number of rows. Three
+fields of `struct ggml_tensor`, which ggml reads anew for every graph, say where a tensor's data is: data, buffer,
+extra.
 
-A copy may be of another type, which llama.cpp does not see either: it builds graphs of tensors of any type, and ggml
-asks for the type when it computes. Then the type and its strides change with the place.
+A copy may also be of another type. llama.cpp does not notice: it builds graphs from tensors of any type, and ggml looks
+at the type when it computes. The type and the strides are then switched together with the place.
 
-A mapped weight whose copy is used takes no memory: its pages are returned, and read again from the system's cache of
-the file. In a prefill of mapped weights they are returned while it runs, a fifth of a second after they were used, so
-that the copies and the complete file are never in this process's memory at once.
+A mapped weight whose copy is used takes no memory: its pages are given back, and read again from the system's file
+cache. During a prefill with mapped weights they are given back while it runs, a fifth of a second after use, so that
+the copies and the complete file are never in this process's memory together.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from granite4v.runtime.llama.library import capture_log, llama
 from granite4v.runtime.llama.model import LlamaModel
 from granite4v.runtime.llama.placement import Copy, Placement
 
-# A batch of more rows is multiplied as a prompt, one of fewer as a decode step. With Q4_K and two cores with AVX-512,
-# repacked weights take 0.75 of the time of plain ones for 17 rows, as a question behind a page has, and as much from
-# 28 rows on.
+# Batches of more rows count as prompts, batches of at most this many as decode steps. With Q4_K and two cores with
+# AVX-512, repacked weights take 0.75 times as long as plain ones for 17 rows, as a question after a page has, and just
+# as long from 28 rows on.
 MAX_FEW_ROWS = 24
 RETURN_EVERY_S = 0.2
-_OP_NONE = 0  # enum ggml_op: of a tensor that no operation computes
+_OP_NONE = 0  # enum ggml_op: a tensor that no operation computes
 _FIELDS = ("data", "buffer", "extra", "type", "nb")
-WIDENED_AT_ONCE = 1 << 22  # weights, which take four bytes each meanwhile
+WIDENED_AT_ONCE = 1 << 22  # weights at a time; each takes four bytes meanwhile
 
 
 def open_model(path: Path, placement: Placement, *, device: str = "cpu", n_threads: int = 1) -> LlamaModel:
-    """A model, with its copies if there is memory for them. Raises ModelFileError and DeviceError as `LlamaModel`."""
+    """Opens a model, with its copies if there is memory for them. Raises ModelFileError and DeviceError as
+    `LlamaModel`."""
     model = LlamaModel(path, device=device)
     if not placement.copies or not model.on_cpu:
         return model
@@ -69,10 +70,10 @@ def open_model(path: Path, placement: Placement, *, device: str = "cpu", n_threa
 
 
 class WeightCopies:
-    """The copies of a model's weights, and which of them its tensors point at. Closed by the model."""
+    """The copies of a model's weights, and the switch between them and the mapped file. Closed by the model."""
 
     def __init__(self, model: LlamaModel, copies: Sequence[Copy], n_threads: int = 1) -> None:
-        """Raises DeviceError when there is not enough memory."""
+        """Makes the copies. Raises DeviceError when there is not enough memory."""
         self._n_threads = n_threads
         tensors = weight_tensors(model)
         found = [copy for copy in copies if copy.name in tensors]
@@ -85,7 +86,7 @@ class WeightCopies:
         except BaseException:
             self.close()
             raise
-        self._used: tuple[bool, bool] | None = None  # of many rows, and of a prompt of many
+        self._used: tuple[bool, bool] | None = None  # for many rows, and with widened copies; None: unknown
         self._needs_mapped = bool({copy.name for copy in found} - {copy.name for copy in found if copy.many})
 
     def _copy(self, copies: Sequence[Copy], tensors: dict[str, Any]) -> None:
@@ -113,16 +114,17 @@ class WeightCopies:
 
     @contextlib.contextmanager
     def used_for(self, n_rows: int, *, is_prompt: bool = False) -> Iterator[None]:
-        """Around the computation of a batch of so many rows.
+        """Points the tensors at the weights for a batch of `n_rows` rows, which is computed inside the block.
 
         A decode step, however many rows it has, uses no widened copies, so that values do not depend on what else it
-        computes, and returns no mapped pages: the next one follows at once and reads the same. Nor does a prompt of
-        as few rows as a step may have: that stays in llama.cpp's graph, which is used again, and knows one type.
+        computes. It gives no mapped pages back, because the next step follows at once and reads the same ones. Nor does
+        a prompt with as few rows as a step may have use widened copies: it runs in the graph that llama.cpp reuses,
+        which knows one type.
         """
         is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_ROWS
         used = is_many, widens
         if used != self._used:
-            self._used = None  # unknown, should this be interrupted
+            self._used = None  # unknown if this is interrupted
             self._point_at_file()
             for forms in self._forms:
                 if (forms.copy.many if is_many else forms.copy.few) and (widens or forms.copy.widened is None):
@@ -139,7 +141,7 @@ class WeightCopies:
             forms.point(is_copy=False)
 
     def close(self) -> None:
-        """Frees the copies. No tensor points at them any more."""
+        """Points all tensors back at the mapped file and frees the copies."""
         self._point_at_file()
         while self._arenas:
             self._arenas.pop().close()
@@ -147,7 +149,7 @@ class WeightCopies:
 
 @dataclass(frozen=True)
 class _Forms:
-    """One weight: llama.cpp's tensor, and where its data is in the mapped file and in the copy."""
+    """One weight: llama.cpp's tensor, and the location of its data in the mapped file and in the copy."""
 
     copy: Copy
     tensor: Any
@@ -161,7 +163,7 @@ class _Forms:
 
 
 def _where(tensor: Any) -> tuple[Any, ...]:
-    """Its fields as they are now; one that is an object of ctypes would follow later changes."""
+    """The current values of a tensor's fields, copied, because ctypes objects would follow later changes."""
     return tuple(_value(getattr(tensor.contents, name)) for name in _FIELDS)
 
 
@@ -186,8 +188,8 @@ def _widen(source: Any, target: Any) -> None:
 
 
 class _Pages:
-    """The pages of a mapped file that hold only these tensors. Giving them back loses nothing: they are read again
-    when they are touched."""
+    """The pages of a mapped file that hold only these tensors. Giving them back loses nothing: they are read again when
+    they are touched."""
 
     def __init__(self, tensors: Iterator[Any]) -> None:
         spans = sorted((tensor.contents.data, tensor.contents.data + ggml().ggml_nbytes(tensor)) for tensor in tensors)
@@ -209,7 +211,7 @@ class _Pages:
 
     @contextlib.contextmanager
     def given_back_meanwhile(self) -> Iterator[None]:
-        """Gives the pages back again and again inside the block, and at its end."""
+        """Gives the pages back repeatedly inside the block, and at its end."""
         done = threading.Event()
 
         def repeat() -> None:
@@ -227,10 +229,10 @@ class _Pages:
 
 
 def weight_tensors(model: LlamaModel) -> dict[str, Any]:
-    """llama.cpp's tensors of the weights that it multiplies, by name.
+    """Returns llama.cpp's tensors of the weights that it multiplies, by name.
 
-    llama.cpp has no function that gives them. The callback that it asks for every node of a graph before it computes
-    any sees them as the nodes' sources; the computation itself is aborted at its first node.
+    No function of llama.cpp returns them. The evaluation callback, which is asked about every node of a graph before it
+    is computed, sees them as the nodes' sources; the computation itself is aborted at its first node.
     """
     found: dict[str, Any] = {}
     abort = AbortFlag()
@@ -238,7 +240,7 @@ def weight_tensors(model: LlamaModel) -> dict[str, Any]:
     def see(node: int, _asks: bool, _data: int) -> bool:
         weight = ctypes.cast(node, TensorP).contents.src[0]
         if weight and weight.contents.op == _OP_NONE and weight.contents.name.endswith(b".weight"):
-            # a cast, since the pointer itself lies in the node, which is freed with the context
+            # cast, because the pointer itself is in the node, which is freed with the context
             found[weight.contents.name.decode()] = ctypes.cast(weight, TensorP)
         abort.raise_()
         return False
