@@ -27,7 +27,7 @@ from granite4v.runtime.server.metrics import Metrics
 from granite4v.runtime.server.options import ServerOptions
 from granite4v.runtime.server.structure import Form
 
-# Default limit of an answer in tokens if the client sets none and the context has room; what the family generates up to
+# Limit of an answer in tokens if the client sets none and the context has room: the family's own maximum
 MAX_ANSWER = 4096
 _AHEAD = 1  # requests that are prepared in advance while all sequences are in use
 _N_PREPARING = 2  # threads that build prompts and grammars
