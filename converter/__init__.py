@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint to GGUF: plan, merge, quantize, write."""
+"""Converts a Hugging Face checkpoint to GGUF: plan, merge, quantize, write."""
 
 from granite4v.converter.conversion import Options, Progress, Summary, check_options, convert, plan_conversion
 from granite4v.converter.hub import Location

@@ -1,7 +1,7 @@
-"""A PEFT LoRA adapter: which matrices it changes, by how much, and whether its features are supported.
+"""Reads a PEFT LoRA adapter: which matrices it changes, by how much, and whether its features are supported.
 
-Scales follow peft 0.18 (`tuners/lora/layer.py`): alpha/r, or alpha/sqrt(r) with rslora, each module with the
-rank and alpha that the patterns give it.
+Scales follow peft 0.18 (`tuners/lora/layer.py`): alpha/r, or alpha/sqrt(r) with rslora. Patterns determine the rank and
+alpha of each module.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WRAPPER = "base_model.model."
 # a.b.lora_A.weight; some versions of peft kept the adapter's name: a.b.lora_A.default.weight
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[\w-]+)?\.weight")
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft's
-# A pattern is a regular expression from a file: nested or very many repetitions would take forever to match.
+# A pattern is a regular expression from a file: nested or very many repetitions could take forever to match.
 MAX_PATTERNS = 10_000
 MAX_PATTERN_LENGTH = 500
 MAX_REPETITIONS = 4
 REPETITION = re.compile(r"(?<!\()[*+?{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 
-# Features that change what the adapter computes and that neither merging nor GGUF's format covers.
+# Features that change what the adapter computes, and that are supported neither by merging nor by the GGUF format.
 UNSUPPORTED = {
     "use_dora": "DoRA (a magnitude for every row)",
     "lora_bias": "LoRA biases ('lora_bias')",
@@ -46,7 +46,7 @@ UNSUPPORTED = {
     "arrow_config": "Arrow routing between adapters",
     "kasa_config": "KaSA (its own singular values)",
 }
-# Starting values that alter the base weights when peft loads the adapter.
+# Initializations that make peft change the base weights when it loads the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
@@ -65,7 +65,8 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs` by the table's spelling of the matrix they change. `alpha`: the one most modules have."""
+    """`pairs`: by the name of the changed matrix, in the tables' spelling. `alpha`: that of modules without a pattern
+    of their own."""
 
     folder: Path
     name: str
@@ -78,7 +79,7 @@ def has_adapter(folder: Path) -> bool:
 
 
 def base_model_of(folder: Path) -> str:
-    """The base model that the adapter in this directory names; raises CheckpointError when it names none."""
+    """Returns the base model that the adapter in a directory names; raises CheckpointError when it names none."""
     config = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
     if not config.get("base_model_name_or_path"):
         raise CheckpointError(
@@ -89,10 +90,10 @@ def base_model_of(folder: Path) -> str:
 
 
 def open_adapter(folder: Path, name: str, names: Names, shapes: Mapping[str, tuple[int, ...]], where: str) -> Adapter:
-    """The adapter in a directory, matched against the base model's tables.
+    """Opens the adapter in a directory and matches it against the base model's tables.
 
-    `shapes`: the base's matrices under the tables' spelling. Raises CheckpointError that lists everything
-    unsupported, unknown, incomplete or mis-shaped.
+    `shapes`: shapes of the base model's tensors, in the tables' spelling. `where`: the base model's name. Raises
+    CheckpointError with a list of everything that is unsupported, unknown, incomplete or has the wrong shape.
     """
     config = Fields(read_json(folder / CONFIG), CONFIG)
     problems = _unsupported(config.values)
@@ -166,7 +167,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Rank and alpha of every module. Patterns in the order of the file; the first that fits decides, as in peft."""
+    """Rank and alpha of every module. Patterns are in the order of the file; the first match decides, as in peft."""
 
     general_rank: int
     general_alpha: float
@@ -176,7 +177,7 @@ class _Settings:
 
     @classmethod
     def read(cls, config: Fields) -> _Settings:
-        """Raises CheckpointError for numbers that no adapter has and patterns that cannot be used."""
+        """Raises CheckpointError for numbers that are out of range and patterns that cannot be used."""
         ranks, alphas = (config.section(key, {}) for key in ("rank_pattern", "alpha_pattern"))
         return cls(
             general_rank=config.integer("r", 1, MAX_WIDTH, DEFAULT_RANK),
@@ -200,7 +201,7 @@ def _alpha(values: Fields, key: str, *default: float) -> float:
 
 
 def _pattern(patterns: Fields, key: str) -> re.Pattern[str]:
-    """The expression for module names that end in what `key` describes, as peft matches them."""
+    """Compiles an expression that matches module names whose end matches `key`, as in peft."""
     if len(patterns.values) > MAX_PATTERNS:
         raise CheckpointError(
             f"'{patterns.file}': '{patterns.path}' has {len(patterns.values):,} entries; expected at most "

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: its configuration and tensor names, without reading weights."""
+"""Opens a Hugging Face checkpoint: reads its configuration and tensor headers, but not the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SINGLE = "model.safetensors"
 SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
 SHARD_NAME = re.compile(r"[\w][\w.\- ]{0,200}\.safetensors")
 MAX_SHARDS = 10_000
-# Weights in other formats, and what to do about them.
+# Weights in formats that are not converted, and what to do about them.
 _SAVE_AGAIN = (
     "get the checkpoint's safetensors files, or write them with transformers: "
     "AutoModelForImageTextToText.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
@@ -34,14 +34,15 @@ OTHER_FORMATS = {
     "pytorch_model*.bin": f"that file is a pickle, which can run code when it is opened. Instead, {_SAVE_AGAIN}",
     "*.gguf": "a GGUF file is converted already; use it with --model.",
 }
-FINGERPRINT_BYTES = 64  # of every tensor; enough to tell two trainings of one model apart
+FINGERPRINT_BYTES = 64  # hashed of every tensor; enough to tell apart two trainings of the same model
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by name; `problems`: what is wrong with their files, in words, to be reported with all else.
+    """A checkpoint's configuration and tensors. `tensors`: by name. `problems`: messages about what is wrong with their
+    files, to be reported together with all other problems.
 
-    `incomplete`: files are absent, so the tensors missing with them are not reported one by one.
+    `incomplete`: files are missing, so the tensors in them are not reported one by one.
     """
 
     location: Location
@@ -56,7 +57,10 @@ class Checkpoint:
         return self.location.folder
 
     def fingerprint(self) -> str:
-        """A short name for exactly these weights: equal for every conversion of one checkpoint."""
+        """An id of these weights, 16 hexadecimal digits: the same for every conversion of one checkpoint.
+
+        Hashes config.json, and the name, type, shape and first bytes of every tensor. Raises CheckpointError.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
@@ -71,7 +75,7 @@ class Checkpoint:
 
 
 def open_checkpoint(location: Location) -> Checkpoint:
-    """Reads configuration and tensor headers; raises CheckpointError when there is no checkpoint to read."""
+    """Reads configuration and tensor headers; raises CheckpointError if there is no checkpoint that can be read."""
     _check_format(location.folder)
     config = read_json(location.folder / "config.json")
     tensors, problems, absent = _read_tensors(location.folder)
@@ -80,12 +84,12 @@ def open_checkpoint(location: Location) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the directory holds a model, not just an adapter."""
+    """Whether the directory holds a model, and not only an adapter."""
     return exists(folder / INDEX) or exists(folder / SINGLE) or bool(_numbered_shards(folder))
 
 
 def _check_format(folder: Path) -> None:
-    """Raises CheckpointError for weights that are there, but in a format that is not converted."""
+    """Raises CheckpointError if the weights are only in a format that is not converted."""
     if has_weights(folder):
         return
     for pattern, advice in OTHER_FORMATS.items():
@@ -96,9 +100,10 @@ def _check_format(folder: Path) -> None:
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], list[str]]:
-    """Every tensor of a model directory, what is wrong with its files, and which are absent, in words.
+    """Reads the tensor headers of a model directory. Returns the tensors, messages about problems with the files, and
+    messages about missing files.
 
-    A single file wins over shards, as in transformers. Raises CheckpointError when there is neither.
+    A single file takes precedence over shards, as in transformers. Raises CheckpointError if there is neither.
     """
     if exists(folder / SINGLE):
         return *_merge([folder / SINGLE]), []
@@ -115,7 +120,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str], lis
 
 
 def _numbered_shards(folder: Path) -> list[Path]:
-    """`model-1-of-n` to `model-n-of-n`, whether they exist or not, when one of them does."""
+    """The paths of `model-1-of-n` to `model-n-of-n` if at least one of them exists; otherwise empty."""
     matches = [match for path in folder.glob("model-*.safetensors") if (match := SHARD.fullmatch(path.name))]
     if not matches:
         return []
@@ -160,7 +165,7 @@ def _merge(paths: list[Path]) -> tuple[dict[str, SourceTensor], list[str]]:
 
 
 def _preprocessor(folder: Path) -> Fields:
-    """The image processor's settings, from the file that holds them in this version of transformers."""
+    """Reads the image processor's settings. Versions of transformers put them in different files."""
     merged: dict[str, Any] = {}
     files: list[str] = []
     for name in ("preprocessor_config.json", "processor_config.json"):

@@ -1,4 +1,4 @@
-"""One conversion from start to end: open, understand, plan, write."""
+"""Runs a conversion from start to end: opens the checkpoint, reads its configuration, plans and writes the files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a conversion. Types in upper or lower case; see `policy.TEXT_TYPES` and `VISION_TYPES`."""
+    """Options of a conversion. Types are in upper or lower case; see `policy.TEXT_TYPES` and `VISION_TYPES`."""
 
     text_type: str = "Q4_K_M"
     vision_type: str = "F16"
@@ -46,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the writing is. `file` and `tensor` are being written."""
+    """How much has been written. `file` and `tensor`: the names of those being written."""
 
     done_bytes: int
     total_bytes: int
@@ -68,7 +68,7 @@ class Summary:
 
 
 def check_options(options: Options) -> tuple[str, str]:
-    """The types of text and vision in capitals; raises Granite4vError for invalid options."""
+    """Returns the text and vision type in upper case; raises Granite4vError for invalid options."""
     types = policy.check_policies(options.text_type, options.vision_type)
     if options.lora not in LORA_MODES:
         raise Granite4vError(f"unknown adapter mode '{options.lora}'; known: {', '.join(LORA_MODES)}.")
@@ -78,9 +78,10 @@ def check_options(options: Options) -> tuple[str, str]:
 def plan_conversion(
     source: str | Path | Location, options: Options | None = None, report: Callable[[str], None] | None = None
 ) -> Plan:
-    """What `convert` would write, with nothing written; raises CheckpointError.
+    """Plans what `convert` would write, without writing anything; raises CheckpointError.
 
-    `report`: called before a download; without it a warning is logged for one that an adapter asks for.
+    `report`: called before a download. Without it, a download of the base model that an adapter names is logged as a
+    warning.
     """
     options = options or Options()
     text_type, vision_type = check_options(options)
@@ -97,11 +98,11 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Summary:
-    """Writes a model directory from a checkpoint (a directory or a hub id, or a directory with a name it goes by).
+    """Writes a model directory from a checkpoint: a directory, a hub id, or a Location (a directory with its name).
 
-    `report` as for `plan_conversion`; warnings are in the summary's plan. Raises CheckpointError for what is wrong
-    with the checkpoint or adapter, before anything is written; OutputError for a target that exists or cannot be
-    written. Nothing half-written stays, on an interrupt neither.
+    `report` as for `plan_conversion`; warnings are in the summary's plan. Raises CheckpointError for a problem with
+    the checkpoint or adapter; OutputError for a target that exists or cannot be written. Configuration, names and
+    shapes are checked before anything is written. No partial output is left behind, not even on an interrupt.
     """
     options, target, began = options or Options(), Path(target), time.perf_counter()
     check_target(target, options.force)
@@ -126,7 +127,7 @@ def convert(
 def _find(
     source: str | Path | Location, options: Options, report: Callable[[str], None] | None
 ) -> tuple[Location, Location | None]:
-    """The base model and the adapter. SRC may hold both, the model alone, or an adapter that names its base."""
+    """Locates the base model and the adapter. SRC may hold both, only the model, or an adapter that names its base."""
     here = source if isinstance(source, Location) else locate(str(source), options.revision, report)
     if options.adapter is not None:
         if not has_weights(here.folder) and has_adapter(here.folder):
@@ -145,7 +146,10 @@ def _find(
 
 
 def _base_of(adapter: Location, report: Callable[[str], None] | None) -> Location:
-    """The model that an adapter names, which may lie beside it. A file chooses it, so a download is announced."""
+    """Locates the base model that an adapter names: a directory inside the adapter's, another directory, or a hub id.
+
+    A file decides what is downloaded, and not the user, so a download is always announced.
+    """
     base = base_model_of(adapter.folder)
     try:
         beside = adapter.folder / base

@@ -1,6 +1,6 @@
-"""Reads the small files of a checkpoint: regular files only, and recognises common wrong contents.
+"""Reads the small files of a checkpoint: only regular files, and with clear errors for common wrong contents.
 
-Checkpoint folders are downloads, with Git LFS pointers, error pages of web servers and incomplete files in them.
+Downloaded checkpoints may contain Git LFS pointers, error pages of web servers, and incomplete files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything by that name; raises CheckpointError for a link to nothing."""
+    """Whether the path exists; raises CheckpointError for a dangling link."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -41,9 +41,9 @@ def _dangling(path: Path) -> CheckpointError:
 
 
 def check_regular(path: Path) -> int:
-    """The size in bytes of a regular file that may be opened; raises CheckpointError for anything else.
+    """Returns the size in bytes of a regular file; raises CheckpointError for anything else.
 
-    Opening a named pipe, for instance, would wait for a writer forever. FileNotFoundError passes through.
+    Opening a named pipe, for instance, would wait for a writer forever. Raises FileNotFoundError if there is none.
     """
     try:
         status = os.stat(path)
@@ -60,7 +60,8 @@ def check_regular(path: Path) -> int:
 
 
 def placeholder(start: bytes) -> str | None:
-    """What a file that begins so is instead of the one wanted, and what to do; None when it may be that file."""
+    """Recognizes from its first bytes a file that is not what was expected. Returns what it is and what to do about it;
+    None if the file looks right."""
     if not start:
         return "is empty; download it again"
     if start.startswith(LFS_POINTER):
@@ -71,9 +72,9 @@ def placeholder(start: bytes) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its lines ended by newlines alone.
+    """Reads the text of a UTF-8 file; all line ends become newlines.
 
-    Raises CheckpointError, and FileNotFoundError when there is none.
+    Raises CheckpointError, and FileNotFoundError if there is no file.
     """
     size_bytes = check_regular(path)
     if size_bytes > MAX_TEXT_BYTES:
@@ -93,7 +94,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError."""
+    """Reads the object in a JSON file; raises CheckpointError."""
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -102,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: str, what: str) -> dict[str, Any]:
-    """The object that JSON text holds; raises CheckpointError that begins with `what`."""
+    """Parses JSON text that holds an object; raises CheckpointError with a message that begins with `what`."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -136,6 +137,6 @@ def _check_depth(value: Any, what: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's type, in JSON's words."""
+    """A JSON value's type, in JSON's terms."""
     names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")

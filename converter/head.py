@@ -11,15 +11,16 @@ from granite4v.converter.checkpoint import Checkpoint
 from granite4v.converter.safetensors_file import ELEMENT_BYTES, SourceTensor, read_rows
 from granite4v.converter.tensors.decoder import EMBEDDING, HEAD, HEAD_PREFIXES, PREFIXES
 
-COMPARED_BYTES = 1 << 22  # of each of the two, at once
+COMPARED_BYTES = 1 << 22  # bytes of each matrix that are compared at once
 
 
 def decide_head(checkpoint: Checkpoint, declared: bool) -> tuple[Checkpoint, bool, list[str]]:
-    """The checkpoint, whether its head is tied to the embedding, and warnings. `declared`: config.json says it is.
+    """Returns the checkpoint, whether its head is tied to the embedding, and warnings. `declared`: config.json ties it.
 
-    As in transformers 5.24 (`modeling_utils.tie_weights`): tied matrices that differ are both kept, and of two that
-    are tied either may be absent. A head that is absent though config.json does not tie it is tied, as in other
-    engines; transformers would fill it with random numbers. Reads the two matrices where there are both.
+    As in transformers 5.24 (`modeling_utils.tie_weights`), if config.json ties the two matrices, either may be missing,
+    and if both exist and differ, both are kept. If config.json does not tie them and the head is missing, it is tied,
+    as in other engines; transformers would fill it with random numbers. Reads both matrices if they exist and are
+    declared tied.
     """
     embedding = _first(checkpoint.tensors, PREFIXES, EMBEDDING)
     head = _first(checkpoint.tensors, HEAD_PREFIXES, HEAD)
@@ -51,9 +52,9 @@ def _first(tensors: Mapping[str, SourceTensor], prefixes: tuple[str, ...], name:
 
 
 def _equal(one: SourceTensor, other: SourceTensor) -> bool:
-    """Whether two matrices hold equal numbers, of whatever type; read some rows at a time."""
+    """Whether two matrices hold equal numbers, even in different types. Reads some rows at a time."""
     if one.dtype not in ELEMENT_BYTES or other.dtype not in ELEMENT_BYTES:
-        return True  # refused later, for their types
+        return True  # their types are refused later
     if one.shape != other.shape:
         return False
     step = max(1, COMPARED_BYTES // max(1, 4 * one.n_cols))

@@ -19,10 +19,10 @@ FILE_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 
 
 class DownloadBar(tqdm):  # type: ignore[misc]  # the library has no types that mypy is shown
-    """The progress bar of a whole download, in bytes, alone on its line.
+    """The progress bar of a complete download, in bytes, on a line of its own.
 
-    huggingface_hub would draw two more, for files and for transfers, by moving the cursor up and down; the command line
-    escapes such sequences, since they may come from anywhere.
+    huggingface_hub would draw two more bars, for files and for transfers, by moving the cursor up and down. The command
+    line escapes such control sequences, since they may come from untrusted text.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -34,7 +34,7 @@ class DownloadBar(tqdm):  # type: ignore[misc]  # the library has no types that 
 
 @dataclass(frozen=True)
 class Location:
-    """A checkpoint's directory, the name it goes by, and its commit if it has one."""
+    """A checkpoint's directory, its name for the user, and its commit if known."""
 
     folder: Path
     name: str
@@ -42,12 +42,12 @@ class Location:
 
     @property
     def short_name(self) -> str:
-        """The model's own name, without its owner or where it lies."""
+        """The model's own name, without its owner or parent directories."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name.rsplit("/", 1)[-1]
 
 
 def locate(source: str, revision: str | None = None, report: Callable[[str], None] | None = None) -> Location:
-    """The directory of a local path or hub id; what the hub has and the cache lacks is downloaded.
+    """Resolves a local path or hub id to a directory; files that are not in the hub's cache are downloaded.
 
     Downloads resume, show their progress on stderr and honour HF_HUB_OFFLINE; `report` is called before one begins.
     Raises CheckpointError.
@@ -59,7 +59,7 @@ def locate(source: str, revision: str | None = None, report: Callable[[str], Non
             match = SNAPSHOT.search(folder.resolve().as_posix())
             return Location(folder, source, match.group(1) if match else None)
         exists = folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no home directory, a NUL
         raise CheckpointError(f"cannot read '{source}': {getattr(error, 'strerror', None) or error}.") from None
     if exists:
         raise CheckpointError(f"'{source}' is a file; give the checkpoint's directory or a hub id.")
@@ -81,7 +81,7 @@ def _download(repository: str, revision: str | None, report: Callable[[str], Non
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=FILE_PATTERNS, tqdm_class=DownloadBar)
         return Path(folder)
-    except Exception as error:  # what its transport raises is another library's, and changes with its version
+    except Exception as error:  # its HTTP library has its own exceptions, which change between versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"there is no directory '{repository}' here, and the hub repository of that name{at} could not be "

@@ -1,4 +1,4 @@
-"""Matches a checkpoint's tensor names against the tables: each is used exactly once or dropped by a rule."""
+"""Matches a checkpoint's tensor names against the tables: each name is used exactly once or dropped by a rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Names:
-    """The tables inverted: from every accepted spelling of a name to the table's own, with the group's first prefix."""
+    """The inverted tables: map every accepted spelling of a name to the tables' own, which has the group's first
+    prefix."""
 
     groups: tuple[TensorGroup, ...]
     spellings: Mapping[str, str]
@@ -33,7 +34,7 @@ class Names:
         return cls(groups, spellings)
 
     def drop_reason(self, name: str) -> str | None:
-        """Why a checkpoint tensor is left out; None without a rule."""
+        """Why a checkpoint tensor is left out; None if no rule says so."""
         for group in self.groups:
             for prefix in group.prefixes:
                 if name.startswith(prefix):
@@ -45,14 +46,18 @@ class Names:
 
 @dataclass(frozen=True)
 class Match:
-    """A checkpoint's tensors under the tables' spelling, and those that are dropped with the reason."""
+    """A checkpoint's tensors by the tables' spelling, and the dropped ones with the reason."""
 
     tensors: Mapping[str, SourceTensor]
     dropped: tuple[tuple[str, str], ...]
 
 
 def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
-    """Raises CheckpointError that lists everything unknown, missing, doubled or mis-shaped, and broken files."""
+    """Finds the tensors of the tables in a checkpoint.
+
+    Raises CheckpointError with a list of all tensors that are unknown, missing, duplicate or have the wrong shape, and
+    of broken files.
+    """
     found: dict[str, SourceTensor] = {}
     dropped: list[tuple[str, str]] = []
     wrong = list(checkpoint.problems)
@@ -86,19 +91,20 @@ def match_tensors(names: Names, checkpoint: Checkpoint) -> Match:
 
 
 def type_problem(tensor: SourceTensor) -> str | None:
-    """What is wrong with the type of a tensor that is wanted; None when it converts."""
+    """Describes why the type of a tensor cannot be converted; None if it can."""
     if tensor.dtype in ELEMENT_BYTES:
         return None
     return f"'{tensor.name}' in '{tensor.path.name}' has type {tensor.dtype}; expected {', '.join(ELEMENT_BYTES)}"
 
 
 def _expected(groups: Iterable[TensorGroup]) -> dict[str, TensorRule]:
-    """What the checkpoint must hold, by the tables' own spelling."""
+    """The rules of the tensors that the checkpoint must hold, by the tables' spelling."""
     return {group.prefixes[0] + rule.source: rule for group in groups for rule in group.rules if rule.values is None}
 
 
 def raise_problems(problems: Collection[str], heading: str, advice: str) -> None:
-    """Raises one CheckpointError with all problems, the first twenty in full; does nothing when there are none."""
+    """Raises one CheckpointError that lists the first twenty problems and counts the others; does nothing without
+    problems."""
     if not problems:
         return
     lines = list(dict.fromkeys(problems))

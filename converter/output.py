@@ -1,4 +1,4 @@
-"""Atomic output: files are written to a working directory, then moved into place in one step."""
+"""Atomic output: files are written to a working directory, then moved into place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_FILES = ("text-*.gguf", "mmproj-*.gguf", "lora-*.gguf")
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Raises OutputError when the model directory cannot be made, or holds something and `force` is off."""
+    """Raises OutputError when the model directory cannot be created, or when it is not empty and `force` is False."""
     if "\0" in str(target):
         raise OutputError(f"cannot write {str(target)!r}: it holds a zero byte.")
     with _output_errors(target):
@@ -28,7 +28,7 @@ def check_target(target: Path, force: bool) -> None:
         if not target.is_dir():
             raise OutputError(f"'{target}' exists and is a file; give a directory that does not exist yet.")
         remove_leftovers(target, target.name)
-        # the lock is that of a caller who converts into a working directory of `files_in_place`
+        # the target itself may be a working directory of `files_in_place`, which contains the caller's lock
         held = sorted(path.name for path in target.iterdir() if path.name != LOCK)
     if held and not force:
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
@@ -40,7 +40,7 @@ def check_target(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _output_errors(target: Path) -> Iterator[None]:
-    """Turns the system's errors into OutputError with the target's name."""
+    """Converts OSErrors to OutputErrors that name the target."""
     try:
         yield
     except OSError as error:
@@ -49,11 +49,11 @@ def _output_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A working directory beside (or in) the target. When the block ends without an error, its files move into place.
+    """Yields a working directory. When the block ends without an error, the files in it are moved into place.
 
-    A target that does not exist appears with all its files at once. In one that exists, the files replace
-    those of an earlier model. On an error or interrupt everything written is removed; a full disk raises
-    OutputError.
+    For a new target, the working directory is next to it, and the target appears with all its files at once. For an
+    existing target, it is inside, and the files replace those of an earlier model one by one. On an error or interrupt
+    everything written is removed. Raises OutputError for errors of the file system, such as a full disk.
     """
     fresh = not target.exists()
     made: list[Path] = []
@@ -78,12 +78,13 @@ def files_in_place(target: Path, names: Sequence[str]) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
         if not os.path.exists(target):
             for folder in reversed(made):
-                with contextlib.suppress(OSError):  # not empty: another process has put something there
+                with contextlib.suppress(OSError):  # not empty: another process has written there
                     folder.rmdir()
 
 
 def remove_leftovers(place: Path, name: str) -> None:
-    """Removes working directories for the target `name` whose process was killed; those at work keep theirs."""
+    """Removes working directories for the target `name` whose process was killed. Those of live processes are locked
+    and stay."""
     for work in place.glob(f"{glob.escape(_prefix(name))}*"):
         lock = _lock(work, existing=True)
         if lock is not None:
@@ -96,9 +97,10 @@ def _prefix(name: str) -> str:
 
 
 def _lock(work: Path, *, existing: bool = False) -> int | None:
-    """A file descriptor that holds the directory's lock for as long as the process lives; None without one.
+    """Locks a working directory. Returns the file descriptor that holds the lock until it is closed or the process
+    ends; None if the lock is not available.
 
-    `existing`: only a lock that another process has left.
+    `existing`: do not create the lock file, only lock one that another process has left.
     """
     try:
         descriptor = os.open(work / LOCK, os.O_RDWR | (0 if existing else os.O_CREAT), 0o600)
@@ -106,7 +108,7 @@ def _lock(work: Path, *, existing: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it, or the file system knows no locks
+    except OSError:  # another process holds it, or the file system does not support locks
         os.close(descriptor)
         return None
     return descriptor
@@ -114,7 +116,7 @@ def _lock(work: Path, *, existing: bool = False) -> int | None:
 
 def _move(work: Path, target: Path, names: Sequence[str], fresh: bool) -> None:
     if fresh:
-        os.chmod(work, 0o777 & ~_umask())  # mkdtemp's directories are for the owner alone
+        os.chmod(work, 0o777 & ~_umask())  # mkdtemp creates directories that only the owner can read
         work.rename(target)
         return
     for name in names:
@@ -132,7 +134,7 @@ def _umask() -> int:
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Makes the directory and those above it; `made` lists those that it made, also when it fails midway."""
+    """Creates a directory and its parents. The created ones are appended to `made`, even if a later one fails."""
     for path in reversed((folder, *folder.parents)):
         if not path.exists():
             path.mkdir(exist_ok=True)

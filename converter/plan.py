@@ -1,4 +1,4 @@
-"""What a conversion will write, as plain data: built from headers only, printed by --dry-run."""
+"""Plans what a conversion will write, as plain data: built from headers only, printed by --dry-run."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from granite4v.families.text_config import TextArchitecture, TextConfig
 from granite4v.families.vision_layout import row_padded
 from granite4v.ggml.quantize import row_bytes
 
-ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple
+ALIGNMENT_BYTES = 32  # GGUF's default: every tensor starts at a multiple of it
 
 
 def aligned(n_bytes: int) -> int:
-    """The next multiple of the alignment."""
+    """Rounds up to a multiple of the alignment."""
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor to write. `shape` is NumPy's order; `rule`: how the rows of `source` become its rows.
+    """One tensor to write. `shape`: in NumPy's order. `rule`: how its rows are made from the rows of `source`.
 
     `source`: None for a tensor that is computed from the configuration (`rule.values`).
-    `lora`: a delta to add first. `factor`: multiply the values by it.
+    `lora`: a delta that is added first. `factor`: the values are then multiplied by it.
     """
 
     name: str
@@ -74,7 +74,7 @@ class PlannedFile:
 
     @property
     def offsets_bytes(self) -> list[int]:
-        """Where tensors begin, from the first one on."""
+        """The offset of each tensor from the start of the first one."""
         return [0, *itertools.accumulate(aligned(tensor.n_bytes) for tensor in self.tensors)][:-1]
 
     @property
@@ -123,9 +123,9 @@ class Model:
 
 
 def make_plan(model: Model, text_type: str, vision_type: str, adapter: Adapter | None, lora: str) -> Plan:
-    """The plan for one checkpoint. `lora`: 'merge', 'separate' or 'ignore'; types are known to exist.
+    """Builds the plan for one checkpoint. `lora`: 'merge', 'separate' or 'ignore'. The types must be valid.
 
-    Raises CheckpointError for a tokenizer that does not fit and for an adapter that GGUF cannot hold.
+    Raises CheckpointError for a tokenizer that does not fit the model and for an adapter that GGUF cannot hold.
     """
     provenance = _provenance(model, adapter, lora)
     merged = adapter.pairs if adapter is not None and lora == "merge" else {}
@@ -174,7 +174,7 @@ def _text_file(
 def _vision_file(
     model: Model, text_policy: str, type_policy: str, merged: Mapping[str, LoraPair], provenance: Mapping[str, Any]
 ) -> PlannedFile:
-    """Layers of cross-attention are quantized as the decoder that they belong to."""
+    """Plans the vision file. Cross-attention layers belong to the decoder, so they follow the text type policy."""
     metadata = {
         keys.GENERAL_TYPE: keys.TYPE_MMPROJ,
         **_general(model, type_policy),
@@ -183,7 +183,7 @@ def _vision_file(
         keys.PROVENANCE_POLICY: type_policy,
     }
     image_token, cross = _image_token(model), model.vision.cross_attention
-    if image_token >= model.text.vocab_size:  # llama.cpp never sees it, so the text file does not have it
+    if image_token >= model.text.vocab_size:  # llama.cpp never sees this token, so the text file does not have it
         metadata[keys.IMAGE_TOKEN_ID] = image_token
     n_layers = model.text.num_hidden_layers + (len(cross.layers) if cross is not None else 0)
     decoder = policy.TextShape(n_layers, model.text.n_gqa, model.tied)
@@ -199,7 +199,11 @@ def _vision_file(
 
 
 def _adapter_file(model: Model, type_name: str, adapter: Adapter, provenance: Mapping[str, Any]) -> PlannedFile:
-    """llama.cpp applies alpha / rank to all modules alike; what differs from that is multiplied into B."""
+    """Plans the adapter file.
+
+    llama.cpp scales B @ A of each module by alpha / rank, with one alpha for the file. If a module has another scale,
+    the ratio is multiplied into its B.
+    """
     rules = [(group.prefixes[0] + rule.source, rule) for group in model.text_groups for rule in group.rules]
     foreign = sorted(set(adapter.pairs) - {own for own, _ in rules})
     if foreign:
@@ -283,7 +287,7 @@ def _image_token(model: Model) -> int:
 
 
 def _token_id(config: Mapping[str, Any], kind: str, n_vocab: int) -> int:
-    """The token that stands for an 'image' or a 'video'."""
+    """The id of the placeholder token of a `kind`, 'image' or 'video'."""
     fields = Fields(config)
     old, new = f"{kind}_token_index", f"{kind}_token_id"
     names = [name for name in (old, new) if name in fields]
@@ -294,7 +298,7 @@ def _token_id(config: Mapping[str, Any], kind: str, n_vocab: int) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text: one line a tensor, then what is dropped, and a summary last."""
+    """Formats the plan as text: one line per tensor, then the dropped tensors, then a summary."""
     lines = [f"source: {plan.source}"]
     if plan.adapter is not None:
         lines.append(f"adapter: {plan.adapter}, {plan.adapter_use}")
@@ -309,7 +313,7 @@ def describe(plan: Plan) -> str:
 
 
 def _summary(plan: Plan) -> list[str]:
-    """Size, tensors and types of each file, how many tensors are dropped and why, and warnings."""
+    """Lines with the size, tensors and types of each file, how many tensors are dropped and why, and warnings."""
     lines = ["summary:"]
     for file in plan.files:
         types = Counter(tensor.type_name for tensor in file.tensors)
@@ -357,5 +361,5 @@ def size(n_bytes: int) -> str:
 
 
 def counted(n: int, what: str) -> str:
-    """'1 tensor', '2 tensors'."""
+    """Formats a count: '1 tensor', '2 tensors'."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"

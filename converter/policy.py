@@ -1,8 +1,8 @@
-"""The quantization type of every tensor, as tables with a reason for each row.
+"""Chooses the quantization type of every tensor, from tables with a reason in each row.
 
-Text: the choices that llama.cpp's quantizer makes for the same name without an importance matrix
+Text: the types that llama.cpp's quantizer chooses under the same name without an importance matrix
 (`src/llama-quant.cpp`, llama-cpp-python 0.3.36). Vision: what its converter writes, and K-quants. A test quantizes the
-same model with llama.cpp and compares type by type.
+same model with llama.cpp and compares the types tensor by tensor.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ PLAIN = (*FLOATS, "Q8_0")
 QUANTIZED = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 K_MIXES = ("Q5_K_M", "Q4_K_M")
 
-# For rows that are not a multiple of 256; those that are not a multiple of 32 either become F16.
+# For row lengths that are not a multiple of 256; if they are not a multiple of 32 either, the tensor becomes F16.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
-# In gguf.LlamaFileType; the others are MOSTLY_<name>.
+# Names in gguf.LlamaFileType; the other types are MOSTLY_<name>.
 ENUM_NAMES = {"F32": "ALL_F32", "Q5_K": "MOSTLY_Q5_K_S", "Q4_K": "MOSTLY_Q4_K_S"}
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """What the text policy needs to know of a decoder. `tied`: the token embedding is the output head too."""
+    """What the text policy needs to know about a decoder. `tied`: the token embedding is also the output head."""
 
     n_layers: int
     n_gqa: int
@@ -44,7 +44,7 @@ class TextShape:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tensor's type and the reason for it. `forced`: its row length allowed no better."""
+    """A tensor's type and the reason for it. `forced`: its row length ruled out the preferred type."""
 
     type_name: str
     reason: str
@@ -53,7 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; the first that fits decides. `type_name` None is the policy's base type."""
+    """One row of a table; the first that matches decides. `type_name`: None is the policy's base type."""
 
     policies: tuple[str, ...]
     kind: str
@@ -96,7 +96,7 @@ LAYER = keys.pattern_of(keys.TEXT_BLOCK, i=r"\d+", part=r".*")
 
 
 def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) -> Choice:
-    """The type of a text tensor with this GGUF name and NumPy-order shape."""
+    """Chooses the type of a text tensor with this GGUF name and NumPy-order shape."""
     match = LAYER.fullmatch(name)
     layer, part = (int(match.group(1)), match.group(2)) if match else (0, name)
     if len(shape) < 2 or part.endswith("_norm.weight"):
@@ -113,7 +113,7 @@ def text_type(name: str, shape: tuple[int, ...], policy: str, model: TextShape) 
 
 
 def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
-    """The type of an mmproj tensor with this GGUF name and NumPy-order shape."""
+    """Chooses the type of an mmproj tensor with this GGUF name and NumPy-order shape."""
     kind = tensor_kind(name, shape)
     for row in VISION_TABLE:
         if policy in row.policies and row.kind in (kind, "any"):
@@ -123,22 +123,22 @@ def vision_type(name: str, shape: tuple[int, ...], policy: str) -> Choice:
 
 
 def vision_block(policy: str) -> int:
-    """Feed-forward widths of a vision file become a multiple of this."""
+    """The block size to whose multiple the feed-forward widths of a vision file are padded."""
     return ffn_block(BASE[policy])
 
 
 def adapter_type(text_policy: str) -> str:
-    """The type of a separate adapter's matrices: never quantized, since rows as short as its rank hold no block."""
+    """The type of a separate adapter's matrices: never quantized, since rows as short as the rank hold no block."""
     return text_policy if text_policy in FLOATS else "F16"
 
 
 def check_policies(text: str, vision: str) -> tuple[str, str]:
-    """The names in capitals; raises Granite4vError for an unknown one, listing those that exist."""
+    """Returns both names in upper case; raises Granite4vError for an unknown one, with a list of the known ones."""
     return _check_type(text, TEXT_TYPES, "--text-type"), check_vision_type(vision)
 
 
 def check_vision_type(given: str) -> str:
-    """The name in capitals; raises Granite4vError for an unknown one, listing those that exist."""
+    """Returns the name in upper case; raises Granite4vError for an unknown one, with a list of the known ones."""
     return _check_type(given, VISION_TYPES, "--vision-type")
 
 
@@ -149,11 +149,12 @@ def _check_type(given: str, known: tuple[str, ...], option: str) -> str:
 
 
 def file_type(policy: str) -> int:
-    """llama.cpp's number for `general.file_type`."""
+    """llama.cpp's value of `general.file_type` for a type policy."""
     return int(gguf.LlamaFileType[ENUM_NAMES.get(policy, f"MOSTLY_{policy}")])
 
 
 def _in_layers(which: str, layer: int, n_layers: int) -> bool:
+    """Whether a table's `layers` entry covers a layer. 'more_bits' of 40 layers: 0-4, 7, 10, ..., 34 and 35-39."""
     eighth = n_layers // 8
     if which == "more_bits":
         return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
@@ -163,7 +164,7 @@ def _in_layers(which: str, layer: int, n_layers: int) -> bool:
 
 
 def _whole_blocks(choice: Choice, shape: tuple[int, ...]) -> Choice:
-    """The same choice, or the next type whose blocks divide the row."""
+    """Returns the same choice, or one with a fallback type whose blocks divide the row."""
     width = shape[-1]
     if width % block_size(choice.type_name) == 0:
         return choice

@@ -1,7 +1,7 @@
 """Recognizes checkpoints whose weights are quantized already, which cannot be converted.
 
-The tensors decide: some tools leave `quantization_config` in the config.json of weights that are full precision again.
-The configuration names the method, else the tensors' names and types do.
+The tensors decide: some tools leave `quantization_config` in config.json after restoring the weights to full precision.
+The method is named by the configuration or, if it names none, by the tensors' names and types.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from granite4v.converter.safetensors_file import SourceTensor
 from granite4v.errors import CheckpointError
 from granite4v.families.hf_fields import Fields
 
-# What a quantized layer holds beside its packed weights, or instead of them; the first that fits names the method.
+# Tensors that a quantized layer has in addition to its weights or instead of them; the first match names the method.
 TELL_TALES = (
     (re.compile(r"\.(weight\.quant_state\.bitsandbytes\w*|weight\.absmax|weight\.quant_map|SCB)$"), "bitsandbytes"),
     (re.compile(r"\.(weight_packed|weight_shape|input_global_scale|weight_global_scale)$"), "compressed-tensors"),
@@ -34,7 +34,7 @@ METHODS = {
     "awq": "AWQ",
     "mxfp4": "MXFP4",
 }
-PLAIN_TYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # the integers: counters and masks
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: counters and masks
 
 
 def check_full_precision(checkpoint: Checkpoint) -> list[str]:
@@ -56,7 +56,7 @@ def check_full_precision(checkpoint: Checkpoint) -> list[str]:
 
 
 def _named_method(checkpoint: Checkpoint) -> str | None:
-    """The quantization that config.json names, empty when it gives no name; None when there is none."""
+    """The quantization method in config.json; empty if it names none, None if it has no quantization."""
     config = checkpoint.config
     text = config.get("text_config")
     for values in (config, text if isinstance(text, dict) else {}):
@@ -69,7 +69,7 @@ def _named_method(checkpoint: Checkpoint) -> str | None:
 
 
 def _method_of(tensors: Collection[SourceTensor], is_named: bool) -> str | None:
-    """What the tensors show; None for full precision."""
+    """The quantization method according to the tensors; None for full precision."""
     for pattern, method in TELL_TALES:
         if any(pattern.search(tensor.name) for tensor in tensors):
             return method

@@ -1,8 +1,8 @@
-"""A vision file in another weight type, made from a vision file: ours, or one that llama.cpp's converter wrote.
+"""Converts a vision file to another weight type: one of ours, or one that llama.cpp's converter wrote.
 
-Metadata stay as they are, but for the file type and where the file comes from. Every tensor is read, padded and
-quantized some rows at a time as in a conversion, and gets the type that a conversion gives it, so from F16 weights the
-result is that of a conversion.
+The metadata stays the same, except for the file type, the provenance and a padded width. Every tensor is read, padded
+and quantized some rows at a time as in a conversion, and gets the type that a conversion gives it. The result for F16
+weights is therefore the same as that of a conversion.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from granite4v.ggml.gguf_file import GgufFile, TensorInfo
 from granite4v.gguf_role import ROLE_NAMES, gguf_files, requantized, role
 from granite4v.paths import check_space, complete_file
 
-SOURCE_TYPES = policy.PLAIN  # whose error is nothing beside that of another quantization
+SOURCE_TYPES = policy.PLAIN  # their rounding error is negligible compared with that of another quantization
 KEPT = "a layer of the decoder, in the type that the conversion gave it"
-_OWN_KEYS = (keys.GENERAL_ARCHITECTURE, keys.GENERAL_ALIGNMENT)  # the writer's
+_OWN_KEYS = (keys.GENERAL_ARCHITECTURE, keys.GENERAL_ALIGNMENT)  # the writer sets these
 _TYPE_IN_NAME = re.compile(rf"(?<![a-z0-9])({'|'.join(policy.VISION_TYPES)})(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -48,11 +48,12 @@ def requantize(
     n_threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Writes the vision file of a model directory, or this one, in another weight type; returns the new file's path.
+    """Writes a vision file in another weight type; returns the new file's path.
 
-    `out`: a file, or a directory for it; beside the source unless given. `force`: replace `out`. Raises Granite4vError
-    for a type that does not exist, ModelFileError for a file that cannot be quantized, OutputError for a target that
-    exists or cannot be written. Nothing half-written stays, on an interrupt neither.
+    `source`: a vision file, or a model directory with one. `out`: a file, or a directory for it; by default the
+    directory of the source. `force`: replace `out`. Raises Granite4vError for an unknown type, ModelFileError for a
+    file that cannot be quantized, OutputError for a target that exists or cannot be written. No partial output is left
+    behind, not even on an interrupt.
     """
     vision_type = policy.check_vision_type(vision_type)
     path = find_vision_file(Path(source))
@@ -75,9 +76,10 @@ def requantize(
 
 
 def find_vision_file(path: Path) -> Path:
-    """The file itself, or the vision file of a directory: of several the one that the others were made from.
+    """Returns the file itself, or the vision file of a directory; if there are several, the one that the others were
+    made from.
 
-    Raises ModelFileError where there is none, or more than one.
+    Raises ModelFileError if there is none, or more than one original.
     """
     if not path.is_dir():
         return path
@@ -92,13 +94,13 @@ def find_vision_file(path: Path) -> Path:
 
 
 def vision_files(folder: Path) -> list[Path]:
-    """Sorted by name. Raises ModelFileError for a damaged file among a folder's GGUF files."""
+    """The vision files of a folder, sorted by name. Raises ModelFileError if one of its GGUF files is damaged."""
     return [file for file in gguf_files(folder) if _is_vision(file)]
 
 
 def plan_file(file: GgufFile, vision_type: str) -> PlannedFile:
-    """What `requantize` writes. Raises ModelFileError for files without an image side that we know, and for weights
-    that were rounded to few bits before."""
+    """Plans what `requantize` writes. Raises ModelFileError for a file that is not a vision file of a known family, and
+    for weights that are quantized to few bits already."""
     if role(file) != "vision":
         raise ModelFileError(f"'{file.path}' is {ROLE_NAMES[role(file)]}; give a vision file (mmproj-*.gguf).")
     family, config = read_vision(file)
@@ -121,7 +123,7 @@ def plan_file(file: GgufFile, vision_type: str) -> PlannedFile:
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raises OutputError for a file that exists, unless `force`, and always for the one that is read."""
+    """Raises OutputError if the target exists, unless `force`; always if it is a directory or the source file."""
     if not target.exists():
         return
     if target.is_dir() or os.path.samefile(source, target):
@@ -150,7 +152,8 @@ def _check_types(file: GgufFile, vision_type: str) -> None:
 
 
 def _tensor(file: GgufFile, info: TensorInfo, name: str, vision_type: str, block: int) -> PlannedTensor:
-    """`name`: what we call the tensor, whatever its name in the file. The decoder's layers stay as they are."""
+    """Plans one tensor. `name`: our name for it, whatever it is called in the file. Decoder layers are copied
+    unchanged."""
     if name.startswith(keys.CROSS_PREFIX):
         source = SourceTensor(info.name, file.path, info.type_name, info.shape, info.offset)
         rule = TensorRule(info.name, info.name, info.shape)
@@ -178,7 +181,7 @@ def _provenance(file: GgufFile, vision_type: str) -> Mapping[str, Any]:
 
 
 def _target(source: Path, vision_type: str, out: Path | None) -> Path:
-    """'mmproj-F16.gguf' becomes 'mmproj-Q8_0.gguf'; a name without a type gets one behind it."""
+    """The path to write: 'mmproj-F16.gguf' becomes 'mmproj-Q8_0.gguf'; a name without a type gets it appended."""
     if out is not None and not out.is_dir():
         return out
     stem = _TYPE_IN_NAME.sub(vision_type, source.stem)

@@ -1,7 +1,7 @@
-"""The header of one safetensors file, and rows of its tensors as float32.
+"""Reads the header of a safetensors file, and rows and columns of its tensors.
 
-Reads the header itself rather than through the safetensors package, which needs torch for bfloat16, keeps
-the file mapped (whose pages count as this process's memory) and hides duplicate names.
+The safetensors package is not used, because it needs torch for bfloat16, keeps the file memory-mapped (and mapped pages
+count as this process's memory) and hides duplicate names.
 Format: https://github.com/huggingface/safetensors, an 8-byte length, JSON, then the data.
 """
 
@@ -24,14 +24,14 @@ from granite4v.converter.files import PEEK_BYTES, check_regular, placeholder
 from granite4v.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_TENSORS = 100_000  # in one file; models of hundreds of experts stay below
+MAX_TENSORS = 100_000  # in one file; models with hundreds of experts have fewer
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the types that convert
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8}
-COLUMN_ROWS = 256  # a multiple of every type's block, and fewer than a call may read into
-CACHE_LINE = 64  # elements, at least one line of cache
+COLUMN_ROWS = 256  # a multiple of every type's block size, and below the limit of buffers for one call of preadv
+CACHE_LINE = 64  # in elements: at least one CPU cache line
 
-# Of the format's other types, but those of less than a byte, whose sizes are not checked.
+# Element sizes of the format's other types. Types smaller than a byte are left out: their sizes are not checked.
 OTHER_BYTES = {
     name: n_bytes
     for n_bytes, names in (
@@ -46,7 +46,7 @@ OTHER_BYTES = {
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor in a checkpoint. `shape` is NumPy's order; `offset_bytes` counts from the file's start."""
+    """A tensor in a checkpoint. `shape`: in NumPy's order. `offset_bytes`: from the start of the file."""
 
     name: str
     path: Path
@@ -60,18 +60,18 @@ class SourceTensor:
 
     @property
     def n_cols(self) -> int:
-        """Elements in one row: everything but the first dimension."""
+        """Elements in one row: the product of all dimensions but the first."""
         return math.prod(self.shape[1:])
 
 
 class _Pairs(list):  # type: ignore[type-arg]
-    """The (name, value) pairs of a JSON object, which keep duplicate names."""
+    """The (name, value) pairs of a JSON object, including duplicate names."""
 
 
 def read_header(path: Path) -> tuple[list[SourceTensor], list[str]]:
-    """The tensors of a file of any type, and what is wrong with it in words (empty when nothing is).
+    """Reads the tensors of a file, of all types. Returns them with a list of messages about problems.
 
-    Raises CheckpointError when the header itself cannot be read.
+    Raises CheckpointError if the header itself cannot be read.
     """
     try:
         size_bytes = check_regular(path)
@@ -124,12 +124,12 @@ def _tensors(path: Path, pairs: _Pairs, data_start: int, size_bytes: int) -> tup
 
 
 def _counts(value: Any) -> bool:
-    """Whether a JSON value is a list of integers from zero to what a file can hold."""
+    """Whether a JSON value is a list of integers from 0 to 2**63 - 1."""
     return type(value) is list and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -> list[str]:
-    """Tensors that overlap or end beyond the file's end. `spans`: first and last byte, name."""
+    """Messages about tensors that overlap or end after the end of the file. `spans`: (first byte, end, name)."""
     problems = []
     end_bytes = max((last for _, last, _ in spans), default=0)
     if end_bytes > size_bytes:
@@ -145,14 +145,16 @@ def _misplaced(path: Path, spans: list[tuple[int, int, str]], size_bytes: int) -
 
 
 def read_columns(tensor: SourceTensor, index: int, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Columns [first, last) of matrix `index` of a tensor `(matrices, n_in, n_out)`, `COLUMN_ROWS` rows at a time.
+    """Reads columns [first, last) of matrix `index` of a tensor `(matrices, n_in, n_out)`, by `COLUMN_ROWS` rows.
 
-    Each time the number of the first row, and `(rows, last - first)` in the file's own type, which the next ones
-    overwrite. Whole rows are read: a system that sees a file read on end reads ahead in large pieces, and who wants the
-    other columns next finds them in memory. Raises CheckpointError when the file cannot be read.
+    Yields the number of the first row, and a `(rows, last - first)` array in the file's own type. The next iteration
+    overwrites the array. Complete rows are read from the file, so that the system sees sequential reads and reads far
+    ahead, and the other columns are in the page cache if they are needed next. Raises CheckpointError if the file
+    cannot be read.
     """
     _, n_in, n_out = tensor.shape
-    # Lines of cache that are a power of two apart evict each other: without the padding, columns are 40 times as slow.
+    # Cache lines whose addresses differ by a power of two evict each other: without the padding of the rows, reading
+    # columns is 40 times as slow.
     block = np.empty((COLUMN_ROWS, n_out + CACHE_LINE), dtype=_DTYPES[tensor.dtype])[:, :n_out]
     views = [row.view(np.uint8).data for row in block]
     try:
@@ -167,7 +169,8 @@ def read_columns(tensor: SourceTensor, index: int, first: int, last: int) -> Ite
 
 
 def _fill(file: Any, offset: int, parts: list[memoryview], path: Path) -> None:
-    """Reads bytes from `offset` on into one part after the other."""
+    """Reads bytes from `offset` on, and fills the parts one after the other. Raises CheckpointError at the file's
+    end."""
     at = 0
     while at < len(parts):
         n_bytes = os.preadv(file.fileno(), parts[at:], offset)
@@ -182,10 +185,10 @@ def _fill(file: Any, offset: int, parts: list[memoryview], path: Path) -> None:
 
 
 def read_rows(tensor: SourceTensor, first_row: int, last_row: int) -> np.ndarray:
-    """Rows [first_row, last_row) in the file's own type (float32, float16, ml_dtypes' bfloat16, or bytes).
+    """Reads rows [first_row, last_row) in the file's own type (float32, float16, ml_dtypes' bfloat16, or bytes).
 
-    Shape (rows, n_cols). Reads instead of mapping: the pages of a mapped file count as this process's memory. Raises
-    CheckpointError when the file cannot be read.
+    Shape (rows, n_cols). The file is not memory-mapped, because mapped pages count as this process's memory. Raises
+    CheckpointError if the file cannot be read.
     """
     rows = np.empty((last_row - first_row, tensor.n_cols), dtype=_DTYPES[tensor.dtype])
     if not rows.size:

@@ -1,9 +1,9 @@
-"""From planned tensors to bytes, some rows at a time: read, merge, reorder, pad, quantize.
+"""Turns planned tensors into bytes, some rows at a time: read, merge, reorder, pad, quantize.
 
-Every chunk of rows is one job in a thread pool; jobs run a few chunks ahead across tensors, so reading, computing and
-writing overlap, and memory does not grow with the tensors. That works because each row of the result depends on its
-own source rows only (the rows of one head, where they are reordered). Where matrices are transposed, a row depends on
-all rows of one of them, so one matrix is one job.
+Every chunk of rows is one job in a thread pool. Jobs run a few chunks ahead, across tensors, so that reading, computing
+and writing overlap, and memory use does not grow with the size of the tensors. That works because each row of the
+result depends only on its own source row (or on the rows of its head, if those are reordered). A row of a transposed
+matrix depends on all rows of that matrix, so one matrix is one job.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from granite4v.converter.tensors.rules import TensorRule
 from granite4v.errors import CheckpointError
 from granite4v.ggml.quantize import block_size, quantize_rows, row_bytes
 
-CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the cache, and large enough to hide Python's overhead
-JOBS_AHEAD = 3  # chunks in flight for each thread
-BYTES_AHEAD = 1 << 29  # of their results: matrices that are transposed are large
-CACHED_MATRICES = 4  # lora_A of the modules that the threads work on
-TURNED_COLUMNS = (
-    1024  # with `COLUMN_ROWS`: 1 MB as float32, which stays in the cache from being read to being quantized
-)
+CHUNK_ELEMENTS = 1 << 19  # 2 MB as float32: fits the CPU cache, and large enough to hide Python's overhead
+JOBS_AHEAD = 3  # chunks in flight per thread
+BYTES_AHEAD = 1 << 29  # limit for the results of chunks in flight: transposed matrices are large
+CACHED_MATRICES = 4  # lora_A matrices of the modules that the threads work on
+# `COLUMN_ROWS` rows of so many columns are 1 MB as float32, which stays in the CPU cache until they are quantized.
+TURNED_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows [first, last) of a planned tensor; of one that is transposed, rows of all its matrices on end."""
+    """Rows [first, last) of a planned tensor. A transposed tensor `(matrices, n_rows, n_cols)` counts as one matrix of
+    `matrices * n_rows` rows."""
 
     tensor: PlannedTensor
     first: int
@@ -46,25 +46,25 @@ class Chunk:
 
     @property
     def offset_bytes(self) -> int:
-        """Of the result in the tensor's bytes."""
+        """Offset of the result within the tensor's bytes."""
         return self.tensor.n_bytes * self.first // _as_matrix(self.tensor)[0]
 
     @property
     def n_bytes(self) -> int:
-        """Of the result."""
+        """Size of the result."""
         return self.tensor.n_bytes * (self.last - self.first) // _as_matrix(self.tensor)[0]
 
 
 def n_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[Chunk, np.ndarray], None, None]:
-    """Every chunk of every tensor, with its bytes (uint8); those of a tensor in order. Closing the generator stops the
-    work."""
+    """Yields every chunk of every tensor with its bytes (uint8); the chunks of one tensor come in order. Closing the
+    generator stops the work."""
     cache = SharedMatrices()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="granite4v-convert")
     waiting: deque[tuple[Chunk, Future[np.ndarray]]] = deque()
@@ -82,8 +82,12 @@ def stream(tensors: Iterable[PlannedTensor], n_threads: int) -> Generator[tuple[
 
 
 def _all_chunks(tensors: Iterable[PlannedTensor]) -> Iterator[Chunk]:
-    """In the order in which they are computed: tensors that are cut from the same matrices take turns, so that each
-    matrix is in the system's memory for all of them, of which a checkpoint may have more than fits there."""
+    """Yields all chunks in the order in which they are computed.
+
+    Transposed tensors that are cut from the same source alternate, matrix by matrix (gate 0, up 0, gate 1, up 1, ...),
+    so that each source matrix is still in the page cache for the second one. One tensor after the other would read the
+    source twice if it does not fit in memory.
+    """
 
     def matrices(tensor: PlannedTensor) -> object:
         return tensor.source if tensor.rule.transposed else tensor.name
@@ -94,8 +98,8 @@ def _all_chunks(tensors: Iterable[PlannedTensor]) -> Iterator[Chunk]:
 
 
 def _chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
-    """The tensor's rows in pieces of about `CHUNK_ELEMENTS`; a head that is reordered stays in one piece, and so does a
-    matrix that is transposed."""
+    """Splits the tensor's rows into chunks of about `CHUNK_ELEMENTS`. A head whose rows are reordered is never split; a
+    transposed matrix is always one chunk."""
     n_rows, n_cols = _as_matrix(tensor)
     unit = n_rows // tensor.rule.rope_heads if tensor.rule.rope_heads else 1
     step = tensor.shape[1] if tensor.rule.transposed else max(1, CHUNK_ELEMENTS // (n_cols * unit)) * unit
@@ -104,7 +108,11 @@ def _chunks_of(tensor: PlannedTensor) -> Iterator[Chunk]:
 
 
 def compute(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
-    """The bytes of a chunk, uint8 one-dimensional. Raises CheckpointError for NaN and infinity."""
+    """Computes the bytes of a chunk, one-dimensional uint8.
+
+    Raises CheckpointError for NaN and infinity in values that are converted; values that keep their type are copied
+    without a check.
+    """
     tensor = chunk.tensor
     if tensor.source is None:
         assert tensor.rule.values is not None
@@ -136,7 +144,7 @@ def compute(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
 
 
 class SharedMatrices:
-    """What several chunks are made of, shared by the threads."""
+    """LRU cache of the lora_A matrices as float32, shared by the threads: each is needed for many chunks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -154,7 +162,8 @@ class SharedMatrices:
 
 
 def _as_matrix(tensor: PlannedTensor) -> tuple[int, int]:
-    """Rows and columns that are worked on: the first dimension and the others, or matrices on end."""
+    """Rows and columns of the tensor as a matrix. Rows are the first dimension; of a transposed tensor, the first
+    two."""
     shape = tensor.shape
     if tensor.rule.transposed:
         return shape[0] * shape[1], shape[2]
@@ -162,8 +171,11 @@ def _as_matrix(tensor: PlannedTensor) -> tuple[int, int]:
 
 
 def _transposed(chunk: Chunk, *, unchanged: bool) -> np.ndarray:
-    """The bytes of one matrix. Some rows of the source are as many columns here, whole blocks of every type, so they
-    are quantized by themselves: no matrix is in memory but the result."""
+    """Computes the bytes of one transposed matrix.
+
+    `COLUMN_ROWS` rows of the source become as many columns of the result. That is a whole number of blocks of every
+    type, so each such group is quantized separately, and only the result is in memory as a complete matrix.
+    """
     tensor, columns = chunk.tensor, chunk.tensor.rule.transposed
     assert tensor.source is not None and columns is not None and tensor.lora is None and tensor.factor == 1.0
     n_rows, n_cols = tensor.shape[1:]
@@ -184,8 +196,11 @@ def _transposed(chunk: Chunk, *, unchanged: bool) -> np.ndarray:
 
 
 def _as_float32(values: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """The values in a corner of `room`, float32 and zero where nothing was put before. Those of bfloat16 are the upper
-    halves of float32's."""
+    """Copies the values to a corner of `room` as float32, and returns that corner.
+
+    `room` must be zeros before its first use: a bfloat16 is the upper half of a float32, so only the upper halves are
+    written, and the lower halves must be zero.
+    """
     n_rows, n_cols = values.shape
     if values.dtype == ml_dtypes.bfloat16:
         room.view(np.uint16)[:n_rows, 1 : 2 * n_cols : 2] = values.view(np.uint16)
@@ -195,7 +210,7 @@ def _as_float32(values: np.ndarray, room: np.ndarray) -> np.ndarray:
 
 
 def _source_span(chunk: Chunk) -> tuple[int, int]:
-    """The source rows that a chunk is made of; fewer than its own where it is padded."""
+    """The source rows [first, last) of a chunk; fewer than its own rows where it is padded."""
     rule = chunk.tensor.rule
     start, end = rule.rows or (0, rule.shape[0])
     first = start + chunk.first
@@ -203,7 +218,7 @@ def _source_span(chunk: Chunk) -> tuple[int, int]:
 
 
 def _source_rows(source: SourceTensor, first: int, last: int) -> np.ndarray:
-    """Rows [first, last) in a float type; those of a quantized GGUF tensor as float32."""
+    """Reads rows [first, last) in their float type; rows of a quantized GGUF tensor are dequantized to float32."""
     if block_size(source.dtype) == 1:
         return read_rows(source, first, last)
     values = gguf.quants.dequantize(read_rows(_packed(source), first, last), gguf.GGMLQuantizationType[source.dtype])
@@ -211,19 +226,19 @@ def _source_rows(source: SourceTensor, first: int, last: int) -> np.ndarray:
 
 
 def _packed(source: SourceTensor) -> SourceTensor:
-    """A quantized tensor of a GGUF file as bytes."""
+    """The same quantized tensor of a GGUF file, described as rows of bytes."""
     return replace(source, dtype="U8", shape=(source.n_rows, row_bytes(source.dtype, source.n_cols)))
 
 
 def _is_copied(tensor: PlannedTensor) -> bool:
-    """Whether a matrix has the type of the file already, in blocks that nothing changes."""
+    """Whether a matrix is quantized in the target type already and is not changed, so that its blocks can be copied."""
     same = tensor.source is not None and tensor.source.dtype == tensor.type_name
     as_it_is = tensor.rule == TensorRule(tensor.rule.source, tensor.rule.target, tensor.shape)
     return same and as_it_is and block_size(tensor.type_name) > 1 and tensor.lora is None and tensor.factor == 1.0
 
 
 def _delta(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
-    """scale * B @ A for the chunk's source rows, float32."""
+    """Computes scale * B @ A for the chunk's source rows, as float32."""
     lora = chunk.tensor.lora
     assert lora is not None
     first, last = _source_span(chunk)
@@ -232,9 +247,9 @@ def _delta(chunk: Chunk, cache: SharedMatrices) -> np.ndarray:
 
 
 def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...): for 6 rows to 0, 3, 1, 4, 2, 5.
+    """Reorders every head's rows from (0, 1, ...) to (0, n/2, 1, n/2 + 1, ...); for 6 rows: 0, 3, 1, 4, 2, 5.
 
-    Hugging Face rotates row i with row i + n/2, llama.cpp's 'normal' rotary embedding rows 2i and 2i + 1.
+    Hugging Face rotates rows i and i + n/2 together, llama.cpp's 'normal' rotary embedding rows 2i and 2i + 1.
     """
     n_rows, n_cols = rows.shape
     halves = rows.reshape(n_rows // head_dim, 2, head_dim // 2, n_cols)
@@ -242,7 +257,7 @@ def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _reorder_columns(rows: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
-    """The columns in `len(blocks)` equal blocks, block `blocks[0]` first."""
+    """Splits the columns into `len(blocks)` equal blocks, and puts them in the order `blocks`."""
     n_rows, n_cols = rows.shape
     return np.ascontiguousarray(rows.reshape(n_rows, len(blocks), -1)[:, blocks]).reshape(n_rows, n_cols)
 
@@ -257,7 +272,8 @@ def _pad(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
 
 
 def _check_finite(source: SourceTensor, rows: np.ndarray) -> None:
-    """A NaN or infinity anywhere shows in the sum, which costs a fraction of a test of each value."""
+    """Raises CheckpointError for NaN or infinity. The sum is tested first: it is not finite if a value is not, and it
+    costs a fraction of testing each value. A sum can also overflow, so the values decide."""
     if not math.isfinite(float(rows.sum(dtype=np.float32))) and not np.isfinite(rows).all():
         raise CheckpointError(
             f"'{source.name}' in '{source.path}' holds values that are not finite numbers; the "

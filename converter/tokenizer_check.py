@@ -1,7 +1,7 @@
 """Loads a tokenizer.json in a child process, as the runtime will, before a conversion relies on it.
 
 The tokenizers package panics on some files and may abort the process on others, and its memory for a large vocabulary
-would add to the conversion's peak. In a child process neither does harm.
+would add to the conversion's peak. In a child process neither matters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMEOUT_S = 300.0
 
 
 def check_loads(text: str, path: Path) -> None:
-    """Raises CheckpointError, which names `path`, for a tokenizer that the tokenizers package cannot read."""
+    """Raises a CheckpointError that names `path` if the tokenizers package cannot read the tokenizer."""
     with tempfile.NamedTemporaryFile(prefix="granite4v-", suffix=".json") as file:
         file.write(text.encode("utf-8", "surrogatepass"))
         file.flush()
@@ -30,7 +30,7 @@ def check_loads(text: str, path: Path) -> None:
 
 
 def main(path: str) -> None:
-    """What the child does: status 1, and the reason on stdout, when the file does not load."""
+    """Entry point of the child process: exits with status 1 and the reason on stdout if the file does not load."""
     try:
         Tokenizer.from_file(path)
     except BaseException as error:  # its panics are BaseExceptions

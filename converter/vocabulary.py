@@ -1,8 +1,8 @@
-"""llama.cpp's view of a tokenizer, built from tokenizer.json; and the chat template.
+"""Builds llama.cpp's tokenizer metadata from tokenizer.json, and finds the chat template.
 
-Two kinds of vocabulary are known: byte-level BPE, and BPE over characters as it is converted from SentencePiece.
+Two kinds of vocabulary are supported: byte-level BPE, and BPE over characters as converted from SentencePiece.
 
-granite4v itself tokenizes with the tokenizer.json, which is stored unchanged; these keys are for llama.cpp.
+granite4v itself tokenizes with the tokenizer.json, which is stored in the GGUF file; llama.cpp reads the other keys.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Json = Mapping[str, Any]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
 
-# The split patterns of tokenizer.json files, and llama.cpp's name for a pre-tokenizer that splits so
-# (src/llama-vocab.cpp). Of its names for this pattern, 'llama-bpe' would also put a first token before the
-# text. The checkpoint's pattern decides, not the name that published GGUF files carry: some of those keep
-# digits together that the model was trained to read by three.
+# The split patterns of tokenizer.json files, and llama.cpp's name for a pre-tokenizer with the same pattern
+# (src/llama-vocab.cpp). It has several for the first pattern; 'llama-bpe' is not used, because it would also put a BOS
+# token before the text. The checkpoint's pattern decides, not the name in published GGUF files: some of those keep
+# digits together that the model was trained to read in groups of three.
 CL100K_BY_THREE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 CL100K_BY_ONE = CL100K_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
-# Words by their case, contractions with them: [upper]*[lower]+ or [upper]+[lower]*.
+# Words split by case, with contractions attached: [upper]*[lower]+ or [upper]+[lower]*.
 _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K = (
@@ -43,18 +43,18 @@ O200K = (
 DIGITS_BY_THREE = r"\\p{N}{1,3}"  # as JSON escapes it
 SPLITS = {
     CL100K_BY_THREE: "dbrx",
-    CL100K_BY_THREE.replace("(?i:", "(?:").replace(  # the same, its cases written out
+    CL100K_BY_THREE.replace("(?i:", "(?:").replace(  # the same, with upper and lower case spelled out
         "'s|'t|'re|'ve|'m|'ll|'d", "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
     ): "dbrx",
     CL100K_BY_ONE: "qwen2",
     O200K: "gpt-4o",
 }
-BYTE_LEVEL_SPLIT = "gpt-2"  # the pattern built into tokenizers' ByteLevel
+BYTE_LEVEL_SPLIT = "gpt-2"  # the pattern built into ByteLevel of the tokenizers package
 DIGITS_THEN_BYTE_LEVEL = "refact"
 SPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-SPECIAL_TOKENS = {  # by tokenizer_config.json's and config.json's name
+SPECIAL_TOKENS = {  # by their names in tokenizer_config.json and config.json
     "bos": keys.BOS_TOKEN_ID,
     "eos": keys.EOS_TOKEN_ID,
     "unk": keys.UNKNOWN_TOKEN_ID,
@@ -68,10 +68,10 @@ FURTHER_ENDS = (keys.EOT_TOKEN_ID, keys.EOM_TOKEN_ID)
 def vocabulary_metadata(
     folder: Path, config: Json, text_config: Json, n_vocab: int, image_token: int | None = None, n_more: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
-    """The `tokenizer.*` metadata of a text file, and warnings; raises CheckpointError.
+    """Builds the `tokenizer.*` metadata of a text file, and warnings; raises CheckpointError.
 
-    `image_token`: the id that stands for an image in a prompt. `n_more`: ids after the `n_vocab` of the output head
-    that prompts may have; they are in the tokenizer.json alone, and no tokens of llama.cpp.
+    `image_token`: the id of the image token in prompts. `n_more`: number of ids after the `n_vocab` of the output head
+    that prompts may contain; they are only in the tokenizer.json, and llama.cpp does not know them.
     """
     path = folder / "tokenizer.json"
     try:
@@ -123,7 +123,7 @@ def vocabulary_metadata(
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that need not be there."""
+    """Reads the object in a JSON file; empty if the file does not exist."""
     return read_json(path) if exists(path) else {}
 
 
@@ -132,11 +132,11 @@ def _optional_text(path: Path) -> str | None:
 
 
 def chat_template(folder: Path, settings: Json) -> tuple[str | None, list[str]]:
-    """The template used by default, or None and the names of those that there are.
+    """Finds the default chat template; without one, returns None and the names of the other templates.
 
-    From where transformers 5.24 takes a processor's template (`processing_utils.py`): processor_config.json, else
-    chat_template.json, else chat_template.jinja and additional_chat_templates/. The tokenizer's comes last: published
-    checkpoints have one there that knows no images.
+    Searches where transformers 5.24 looks for a processor's template (`processing_utils.py`): processor_config.json,
+    then chat_template.json, then chat_template.jinja and additional_chat_templates/. The tokenizer's template comes
+    last: published checkpoints have one there that does not handle images.
     """
     named: list[str] = []
     for source in (_of_processor, _of_json, _of_jinja_files, lambda _: _templates(settings.get("chat_template"))):
@@ -167,7 +167,7 @@ def _of_jinja_files(folder: Path) -> dict[str, str]:
 
 
 def _templates(value: Any) -> dict[str, str]:
-    """Templates by name; a field holds one text, an object of them, or a list of named ones."""
+    """Templates by name, from a field that holds one text, an object of texts, or a list of named ones."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
@@ -178,7 +178,7 @@ def _templates(value: Any) -> dict[str, str]:
 
 
 def check_tokenizer(tokenizer: Json, path: Path) -> None:
-    """Raises CheckpointError unless a tokenizer.json holds BPE and each part that is read has its type."""
+    """Raises CheckpointError unless a tokenizer.json holds BPE, and each part that is read has the expected type."""
     model = tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
@@ -220,7 +220,7 @@ def _is_merge(merge: Any) -> bool:
 
 
 def _tokens_elsewhere(folder: Path, settings: Json) -> dict[int, dict[str, Any]]:
-    """Added tokens by id from the files beside tokenizer.json, as transformers adds them when it reads those."""
+    """Added tokens by id from the files next to tokenizer.json, as transformers adds them when it reads those files."""
     found: dict[int, dict[str, Any]] = {}
     for text, i in _optional(folder / "added_tokens.json").items():
         if is_integer(i):
@@ -233,9 +233,10 @@ def _tokens_elsewhere(folder: Path, settings: Json) -> dict[int, dict[str, Any]]
 
 
 def _add_tokens(tokenizer: dict[str, Any], others: Mapping[int, Json], n_vocab: int) -> bool:
-    """Puts into `tokenizer` the added tokens that it lacks and has room for; whether there were any.
+    """Adds to `tokenizer` those of the tokens `others` that it lacks and has room for; returns whether there were any.
 
-    A text of its own vocabulary at the same id becomes an added token: until then text was never split there.
+    A token that is already in its vocabulary, with the same id, becomes an added token as well. Otherwise text would
+    not be split at it.
     """
     entries = tokenizer.get("added_tokens") or []
     taken = {entry["id"] for entry in entries}
@@ -262,10 +263,11 @@ def _byte_level(tokenizer: Json) -> tuple[dict[str, Any], list[str]]:
 
 
 def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict[str, Any]:
-    """llama.cpp's 'llama' vocabulary, which merges the pair whose joined piece has the highest score.
+    """Builds llama.cpp's 'llama' vocabulary, which merges the pair whose joined piece has the highest score.
 
-    tokenizer.json has no scores but an order of merges: a piece gets minus the place of the first merge that makes
-    it. Marks bytes and the unknown token in `types`.
+    tokenizer.json has an order of merges instead of scores. The score of a piece is minus the index of the first merge
+    that produces it: with the merges 'a b' and 'ab c', 'ab' gets 0 and 'abc' gets -1. Pieces without a merge get 0.
+    Marks bytes and the unknown token in `types`.
     """
     rank: dict[str, int] = {}
     for place, merge in enumerate(tokenizer["model"].get("merges") or []):
@@ -285,7 +287,7 @@ def _sentencepiece(tokenizer: Json, tokens: list[str], types: list[int]) -> dict
 
 
 def _adds_space(tokenizer: Json) -> bool:
-    """Whether a space is put before a text, by the normalizer or by the pre-tokenizer."""
+    """Whether the normalizer or the pre-tokenizer puts a space before a text."""
     normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     steps = [*(normalizer.get("normalizers") or [normalizer]), *(pre.get("pretokenizers") or [pre])]
     for step in steps:
@@ -297,7 +299,7 @@ def _adds_space(tokenizer: Json) -> bool:
 
 
 def _tokens(path: Path, tokenizer: Json, n_vocab: int) -> tuple[list[str], list[int]]:
-    """Texts and types by id. Ids that the tokenizer leaves out get a name of their own, as llama.cpp gives."""
+    """Texts and types by id. Ids that the tokenizer leaves out get names such as '[PAD7]', as in llama.cpp."""
     texts: dict[int, str] = {i: text for text, i in tokenizer["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
     for entry in tokenizer.get("added_tokens") or []:
@@ -316,7 +318,8 @@ def _tokens(path: Path, tokenizer: Json, n_vocab: int) -> tuple[list[str], list[
 
 
 def _merge(merge: str | list[str]) -> str:
-    """'left right'; a space inside a part, which newer files allow, is written as its byte-level letter."""
+    """Formats a merge as 'left right'. Newer files allow a space inside a part; it is written as its byte-level letter
+    'Ġ'."""
     if isinstance(merge, str):
         return merge
     return " ".join(part.replace(" ", "Ġ") for part in merge)
@@ -364,8 +367,8 @@ def _generation(folder: Path) -> Json:
 
 
 def _further_ends(end: int | None, configs: tuple[Json, ...], n_vocab: int) -> list[int]:
-    """The tokens beside `end` that end an answer, of the first of these configurations that has any: transformers'
-    `generate` takes generation_config.json's."""
+    """The tokens other than `end` that end an answer, from the first configuration that has any: transformers'
+    `generate` uses those of generation_config.json."""
     for config in configs:
         value: Any = config.get("eos_token_id")
         found: list[int] = [token for token in (value if isinstance(value, list) else [value]) if is_integer(token)]
@@ -375,7 +378,7 @@ def _further_ends(end: int | None, configs: tuple[Json, ...], n_vocab: int) -> l
 
 
 def _adds_bos(tokenizer: Json, settings: Json) -> bool:
-    """Whether text is to be preceded by the begin-of-text token: what the post-processor does decides."""
+    """Whether text starts with the BOS token. The post-processor decides; without one, 'add_bos_token' does."""
     processor = tokenizer.get("post_processor") or {}
     for step in processor.get("processors") or [processor]:
         single = step.get("single")

@@ -1,4 +1,4 @@
-"""One GGUF file on disk: header, metadata and tensor table by the gguf package, then the tensors' bytes."""
+"""Writes one GGUF file: header, metadata and tensor table through the gguf package, then the tensors' bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Advance = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Typed:
-    """A metadata value with the type that it had in another file: its number in enum gguf_type, or its elements'."""
+    """A metadata value with the type that it had in another file. `kind`: its number in enum gguf_type; for a list,
+    that of its elements."""
 
     value: Any
     kind: int
@@ -27,7 +28,7 @@ class Typed:
 
 
 def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) -> None:
-    """Writes `file` to `path`. `advance(n_bytes, tensor_name)` is called after every piece.
+    """Writes `file` to `path`. `advance(n_bytes, tensor_name)` is called after every chunk.
 
     Raises CheckpointError when a source cannot be read, OSError when the target cannot be written.
     """
@@ -43,7 +44,7 @@ def write_file(file: PlannedFile, path: Path, n_threads: int, advance: Advance) 
 
 
 def write_header(file: PlannedFile, path: Path) -> None:
-    """Everything before the first tensor's bytes."""
+    """Writes everything before the first tensor's bytes."""
     writer = gguf.GGUFWriter(path, file.arch)
     try:
         for key, value in file.metadata.items():
@@ -64,7 +65,7 @@ def write_header(file: PlannedFile, path: Path) -> None:
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """Metadata by Python type, in the GGUF types that llama.cpp reads these keys as."""
+    """Adds a metadata value. Its Python type decides the GGUF type, which is the one that llama.cpp expects."""
     if isinstance(value, Typed):
         kind = gguf.GGUFValueType(value.kind)
         if value.is_list:

@@ -1,7 +1,7 @@
-"""Tensor name tables: what every tensor is called in the checkpoint and in the GGUF file, and its shape.
+"""Tensor tables: the name of every tensor in the checkpoint and in the GGUF file, and its shape.
 
-One file a family for the image side (`granite4v.families` has their configurations), one for the towers that they
-share, one for the decoders.
+One file per family for the vision file (`granite4v.families` has their configurations), one for the towers that they
+share, and `decoder.py` and `experts.py` for the decoders.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VISION_TABLES: Mapping[str, Callable[[VisionConfig, Json, int], tuple[TensorGrou
 
 
 def vision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
-    """The table of the mmproj file's tensors, for a checkpoint with this config.json.
+    """Builds the table of the mmproj file's tensors, for a checkpoint with this config.json.
 
     `block`: feed-forward widths become a multiple of it.
     """

@@ -1,4 +1,4 @@
-"""The tensors of a llama-style decoder, which every text architecture that converts is.
+"""The tensors of a llama-style decoder. Every supported text architecture is one.
 
 Names: transformers 5.23 `models/llama`, `granite`, `granitemoehybrid`, `mistral` and `qwen2`, and llama.cpp's
 `src/llama-arch.cpp`. `experts.py` has the feed-forward networks of layers with experts.
@@ -13,8 +13,8 @@ from granite4v.converter.tensors.experts import dense, routed
 from granite4v.converter.tensors.rules import DropRule, TensorGroup, TensorRule, at_layer, each_layer
 from granite4v.families.text_config import TextConfig
 
-# Every prefix of the decoder's tensors met in checkpoints, today's first. Adapters trained on the text model alone
-# and text-only checkpoints have the last one.
+# Every prefix of the decoder's tensors found in checkpoints, the current one first. Adapters that were trained on only
+# the text model and text-only checkpoints have the last one.
 PREFIXES = ("model.language_model.", "language_model.model.", "model.language_model.model.", "model.")
 HEAD_PREFIXES = ("", "language_model.", "model.language_model.", "model.")
 HEAD = "lm_head.weight"
@@ -23,7 +23,7 @@ INV_FREQ_REASON = "rotary frequencies, computed from the configuration"
 
 
 def decoder_tensors(config: TextConfig, tied: bool) -> tuple[TensorGroup, ...]:
-    """Every tensor of the text file. `tied`: the output head is the token embedding."""
+    """All tensors of the text file. `tied`: the output head is the token embedding."""
     hidden = config.hidden_size
     return (
         TensorGroup(
@@ -61,11 +61,11 @@ def _layers(config: TextConfig) -> tuple[TensorRule, ...]:
 
 
 def _attention(config: TextConfig) -> list[TensorRule]:
-    """The attention of one layer and both norms, its number as `{i}`.
+    """The attention and both norms of one layer, with `{i}` for its number.
 
-    transformers always rotates the two halves of a head against each other. Where llama.cpp's rotary embedding of the
-    architecture rotates neighbouring rows instead, the rows of query and key are reordered, so that the same pairs
-    meet. The products of queries and keys do not depend on the order of a head's rows.
+    transformers always rotates row i of a head together with row i + n/2. If llama.cpp's rotary embedding of the
+    architecture rotates adjacent rows instead, the rows of query and key are reordered, so that the same pairs are
+    rotated. The dot products of queries and keys do not depend on the order of a head's rows.
     """
     hidden, dim = config.hidden_size, config.head_dim
     n_q, n_kv = config.num_attention_heads, config.num_key_value_heads
@@ -92,7 +92,7 @@ def _attention(config: TextConfig) -> list[TensorRule]:
 
 
 def _feed_forward(config: TextConfig) -> list[TensorRule]:
-    """Gate, up and down of a layer; gate and up are one matrix in some checkpoints, gate first."""
+    """Gate, up and down of one layer. In some checkpoints, gate and up are one fused matrix, gate first."""
     hidden, ffn, block = config.hidden_size, config.intermediate_size, _block
     if config.fused_mlp:
         both = "layers.{i}.shared_mlp.input_linear.weight"

@@ -1,7 +1,7 @@
-"""The feed-forward networks of a decoder with experts in some of its layers.
+"""The feed-forward networks of a decoder that has experts in some of its layers.
 
-Names: transformers 5.23 `models/llama4`, and llama.cpp's `src/llama-arch.cpp`. The checkpoint's experts are
-`(experts, n_in, n_out)`, gate before up along n_out; llama.cpp's are three tensors `(experts, n_out, n_in)`.
+Names: transformers 5.23 `models/llama4`, and llama.cpp's `src/llama-arch.cpp`. The checkpoint's expert tensors are
+`(experts, n_in, n_out)`, with gate before up along n_out; llama.cpp has three tensors `(experts, n_out, n_in)`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ NETWORK = "layers.{i}.feed_forward."
 
 
 def dense(hidden: int, ffn: int) -> list[TensorRule]:
-    """The network of a layer without experts, its number as `{i}`."""
+    """The network of a layer without experts, with `{i}` for its number."""
     return _network(NETWORK, "ffn_{part}.weight", hidden, ffn)
 
 
 def routed(experts: ExpertsConfig, hidden: int) -> list[TensorRule]:
-    """The router, the experts that it chooses among, and the shared one."""
+    """The router, the experts that it selects from, and the shared expert."""
     n, ffn = experts.count, experts.intermediate_size
     both, down = f"{NETWORK}experts.gate_up_proj", f"{NETWORK}experts.down_proj"
     return [

@@ -1,7 +1,7 @@
-"""The tensors of Granite 4 Vision's image side: SigLIP2 tower, window Q-Formers, newline.
+"""The tensors of Granite 4 Vision's vision file: SigLIP2 tower, window Q-Formers, newline.
 
-Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama.cpp's
-`tools/mtmd/clip-impl.h`. Projectors are numbered as the configuration's streams are, by decoder layer.
+Names: transformers 5.23 `models/granite4_vision`, and the mmproj names of llama.cpp's `tools/mtmd/clip-impl.h`.
+Projectors are numbered like the configuration's streams, in the order of their decoder layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNUSED = (
 
 
 def granite4_vision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
-    """Every tensor of the mmproj file, for a checkpoint with this config.json."""
+    """All tensors of the mmproj file, for a checkpoint with this config.json."""
     fields = Fields(renamed(hf_config))
     qformer = fields.section("qformer_config", {})
     ffn = qformer.integer("intermediate_size", 1, MAX_WIDTH, QFORMER_INTERMEDIATE_SIZE)
@@ -82,7 +82,7 @@ def _projector(stream: Stream, p: str, config: VisionConfig, ffn: int, wide: int
 
 
 def _unused_projectors(config: VisionConfig, fields: Fields) -> list[str]:
-    """Projectors that the checkpoint holds and no stream uses."""
+    """The names of projectors in the checkpoint that no stream uses."""
     used = {stream.source for stream in config.streams}
     held = [f"layerwise_projectors.{i}" for i in range(len(layer_map(fields)))]
     held += [f"spatial_projectors.{i}" for i in range(N_SPATIAL_PROJECTORS)]

@@ -1,5 +1,8 @@
-"""The tensors of Llama 4's vision file: tower and projector. Names: transformers 5.23 `models/llama4`; ours, since
-libmtmd's model of that name computes something else. Feed-forward widths are padded as in `vit.py`."""
+"""The tensors of Llama 4's vision file: tower and projector.
+
+Checkpoint names: transformers 5.23 `models/llama4`. The names in the file are our own, since libmtmd's model of that
+name computes something else. Feed-forward widths are padded as in `vit.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ PREFIXES = ("", "model.")
 
 
 def llama4_vision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
-    """Every tensor of the mmproj file. `block`: feed-forward widths of the tower become a multiple of it."""
+    """All tensors of the mmproj file. `block`: feed-forward widths of the tower become a multiple of it."""
     tower, projector = config.tower, config.projector
     assert isinstance(tower, TowerConfig) and isinstance(projector, PixelShuffleMlpConfig)
     width, patch = tower.hidden_size, tower.patch_size
@@ -43,7 +46,7 @@ def _mlp(layer: int) -> str:
 
 
 def _layer(tower: TowerConfig, block: int) -> tuple[TensorRule, ...]:
-    """One encoder layer, its number as `{i}`."""
+    """One encoder layer, with `{i}` for its number."""
     width, ffn = tower.hidden_size, tower.intermediate_size
     wide, layer = padded_width(ffn, block), "model.layers.{i}."
 

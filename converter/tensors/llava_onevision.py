@@ -1,4 +1,4 @@
-"""The tensors of LLaVA-OneVision's image side: those of LLaVA-NeXT, whose defaults differ."""
+"""The tensors of LLaVA-OneVision's vision file: those of LLaVA-NeXT, with other defaults."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from granite4v.families.llava_onevision import with_defaults
 
 
 def llava_onevision_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
-    """Every tensor of the mmproj file, for a checkpoint with this config.json."""
+    """All tensors of the mmproj file, for a checkpoint with this config.json."""
     return llava_next_tensors(config, with_defaults(hf_config), block)

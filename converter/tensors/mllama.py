@@ -1,6 +1,7 @@
-"""The tensors of Mllama's vision file: tower, projector, and the decoder's layers of cross-attention.
+"""The tensors of Mllama's vision file: tower, projector, and the decoder's cross-attention layers.
 
-Names: transformers 5.24 `models/mllama`; ours in the file, since llama.cpp has no such model.
+Checkpoint names: transformers 5.24 `models/mllama`. The names in the file are our own, since llama.cpp does not have
+this model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PREFIXES = ("model.", "")
 
 
 def mllama_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[TensorGroup, ...]:
-    """Every tensor of the mmproj file. `block`: feed-forward widths of the tower become a multiple of it."""
+    """All tensors of the mmproj file. `block`: feed-forward widths of the tower become a multiple of it."""
     tower, cross = config.tower, config.cross_attention
     assert isinstance(tower, TiledTowerConfig) and cross is not None
     first = keys.MLP.replace("{layer}", str(keys.MLP_FIRST))
@@ -38,7 +39,7 @@ def mllama_tensors(config: VisionConfig, hf_config: Json, block: int) -> tuple[T
 
 
 def _image_token(hf_config: Json, width: int) -> TensorRule:
-    """The embedding of the image's token, which the text file does not have."""
+    """The embedding of the image token, which is not in the text file."""
     fields = Fields(hf_config)
     n_rows = text_section(hf_config).integer("vocab_size", 1, MAX_VOCABULARY) + MLLAMA_EMBEDDING_ROWS
     name = "image_token_index" if "image_token_index" in fields else "image_token_id"
@@ -47,9 +48,9 @@ def _image_token(hf_config: Json, width: int) -> TensorRule:
 
 
 def _ends(tower: TiledTowerConfig) -> tuple[TensorRule, ...]:
-    """What stands before and after the layers. Row `id` of each table of tiles is that of an aspect ratio."""
+    """The tensors before and after the layers. The row of a tile table is selected by the id of the aspect ratio."""
     width, patch, n, tiles = tower.hidden_size, tower.patch_size, tower.n_positions, tower.max_num_tiles
-    n_ids = 1 + len(tower.supported_aspect_ratios)  # 0 stands for no image
+    n_ids = 1 + len(tower.supported_aspect_ratios)  # id 0: no image
 
     def table(source: str, weight: str, target: str, n_values: int) -> tuple[TensorRule, TensorRule]:
         gate = TensorRule(f"{source}.gate", keys.TILE_GATE.replace("{name}", target), (1,))
@@ -98,7 +99,8 @@ def _global_layer(tower: TiledTowerConfig, block: int) -> tuple[TensorRule, ...]
 
 
 def _cross_layer(i: int, cross: CrossAttentionConfig) -> tuple[TensorRule, ...]:
-    """Decoder layer `i`. No rotary embedding, so the rows of query and key keep their order."""
+    """Cross-attention layer `i` of the decoder. It has no rotary embedding, so the rows of query and key keep their
+    order."""
     hidden, ffn, dim = cross.hidden_size, cross.intermediate_size, cross.head_dim
     q, kv = cross.num_attention_heads * dim, cross.num_key_value_heads * dim
     shapes = {

@@ -1,7 +1,7 @@
-"""The rows of a tensor table: checkpoint name, GGUF name, shape, and how one becomes the other.
+"""The rows of a tensor table: checkpoint name, GGUF name, shape, and how the checkpoint's tensor is transformed.
 
-Plain data. The files beside this one build tables from a configuration; the converter matches them against a
-checkpoint. A row has `{i}` for the layer; `each_layer` repeats the row for every layer.
+Plain data. The other files in this folder build tables from a configuration; the converter matches them against a
+checkpoint. Names contain `{i}` for the layer; `each_layer` repeats a row for every layer.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One GGUF tensor and where it comes from. Shapes are NumPy's order, slowest dimension first.
+    """One GGUF tensor and where it comes from. Shapes are in NumPy's order, slowest dimension first.
 
-    `source`: name in the checkpoint, without the group's prefix. `shape`: what the checkpoint must hold.
-    `rows`: only rows [first, last) of the source (a fused matrix becomes several tensors).
-    `rope_heads`: reorder the rows of every one of so many heads from Hugging Face's halves (0, n/2, 1,
-    n/2+1, ... of the head's rows become neighbours) to the pairs that llama.cpp's rotary embedding takes.
-    `padded`: the shape in the file when it is larger; the rest is zeros.
-    `column_blocks`: the columns in so many equal blocks, in this order instead of the checkpoint's.
-    `transposed`: of each of the source's matrices `(experts, n_in, n_out)` the columns [first, last), as rows: the file
+    `source`: name in the checkpoint, without the group's prefix. `shape`: its shape in the checkpoint.
+    `rows`: take only rows [first, last) of the source (a fused matrix becomes several tensors).
+    `rope_heads`: the number of heads whose rows are reordered, from Hugging Face's two halves to the adjacent pairs
+    that llama.cpp's rotary embedding expects: a head of n rows gets the order 0, n/2, 1, n/2+1, ...
+    `padded`: the shape in the file if it is larger; the rest is zeros.
+    `column_blocks`: split the columns into so many equal blocks, and put them in this order.
+    `transposed`: take columns [first, last) of each of the source's matrices `(experts, n_in, n_out)` as rows; the file
     has `(experts, last - first, n_in)`.
-    `values`: the tensor itself, one-dimensional, where it is computed from the configuration; the checkpoint then
-    holds no such tensor and `source` describes it.
+    `values`: the tensor itself, one-dimensional, if it is computed from the configuration; the checkpoint then has no
+    such tensor, and `source` is a description.
     """
 
     source: str
@@ -55,7 +55,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class DropRule:
-    """Checkpoint tensors that are left out on purpose. `pattern` is a name, or a prefix that ends in `*`."""
+    """Checkpoint tensors that are left out on purpose. `pattern`: a name, or a prefix followed by `*`."""
 
     pattern: str
     reason: str
@@ -68,7 +68,7 @@ class DropRule:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Rules that share their prefix. `prefixes` lists every spelling met in checkpoints, today's first."""
+    """Rules that share a prefix. `prefixes`: every spelling found in checkpoints, the current one first."""
 
     prefixes: tuple[str, ...]
     rules: tuple[TensorRule, ...]
@@ -76,15 +76,15 @@ class TensorGroup:
 
 
 def each_layer(n_layers: int, *rows: TensorRule, held: Sequence[int] = ()) -> tuple[TensorRule, ...]:
-    """The rows repeated for every layer, `{i}` replaced by its number.
+    """Repeats the rows for every layer, with `{i}` replaced by its number.
 
-    `held`: the numbers in the checkpoint, where they are others.
+    `held`: the layers' numbers in the checkpoint, if they are different.
     """
     return tuple(rule for i, own in enumerate(held or range(n_layers)) for rule in at_layer(i, *rows, held=own))
 
 
 def at_layer(i: int, *rows: TensorRule, held: int | None = None) -> tuple[TensorRule, ...]:
-    """The rows for one layer, `{i}` replaced by its number. `held`: the number in the checkpoint, if another."""
+    """The rows for one layer, with `{i}` replaced by its number. `held`: its number in the checkpoint, if different."""
     own = str(i if held is None else held)
     return tuple(
         dataclasses.replace(row, source=row.source.replace("{i}", own), target=row.target.replace("{i}", str(i)))
@@ -122,11 +122,11 @@ def norm(source: str, target: str, width: int) -> tuple[TensorRule, TensorRule]:
 
 
 def zeros(rule: TensorRule) -> TensorRule:
-    """The same tensor in the file, of zeros, for a checkpoint that has none."""
+    """The same tensor filled with zeros, for a checkpoint that does not have it."""
     return TensorRule("zeros", rule.target, rule.shape, values=(0.0,) * rule.shape[0])
 
 
 def padded_config(config: VisionConfig, block: int) -> VisionConfig:
-    """The configuration that the padded tensors of an mmproj file have."""
+    """The configuration with padded widths, as the tensors of an mmproj file have them."""
     tower = dataclasses.replace(config.tower, intermediate_size=padded_width(config.tower.intermediate_size, block))
     return dataclasses.replace(config, tower=tower)

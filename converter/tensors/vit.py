@@ -1,8 +1,9 @@
-"""The tensors of an image tower, SigLIP's or CLIP's, for every family that has one.
+"""The tensors of a SigLIP or CLIP tower, for every family that has one.
 
 Names: transformers 5.23 `models/siglip` and `models/clip`, and llama.cpp's `tools/mtmd/clip-impl.h`. The
-feed-forward width (4304 in so400m) is padded with zeros to a multiple of a quantized block: the padded rows of the
-first matrix give gelu(0) = 0, which meets the padded columns of the second, so the result is exactly the same.
+feed-forward width (4304 in so400m) is padded with zeros to a multiple of the quantization block size. The padded rows
+of the first matrix give gelu(0) = 0, which the padded columns of the second multiply by 0, so the result is exactly the
+same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from granite4v.families.base import TowerConfig
 from granite4v.families.towers import N_CHANNELS
 from granite4v.families.vision_layout import padded_width
 
-# What transformers has called the tower over time, today's spelling first.
+# The names of the tower in various versions of transformers, the current one first.
 PREFIXES = (
     "model.vision_tower.",
     "model.vision_tower.vision_model.",
@@ -37,11 +38,11 @@ POST_NORM = "post_layernorm"
 def tower_tensors(
     tower: TowerConfig, block: int, n_held_layers: int | None = None, *, post_norm: bool = True
 ) -> TensorGroup:
-    """The table of a tower: patches, positions, layers, and the norm after the last one.
+    """Builds the table of a tower: patch embedding, positions, layers, and the norm after the last layer.
 
-    `block`: the feed-forward width becomes a multiple of it. `n_held_layers`: how many layers the checkpoint holds,
-    where the tower computes fewer. Without `post_norm` the norm after the last layer is left out: no hidden state
-    passes through it, but libmtmd would apply it.
+    `block`: the feed-forward width becomes a multiple of it. `n_held_layers`: number of layers in the checkpoint, if
+    the tower computes fewer. Without `post_norm`, the norm after the last layer is left out: the model does not apply
+    it, but libmtmd would.
     """
     width, patch = tower.hidden_size, tower.patch_size
     rules = [
@@ -67,7 +68,7 @@ def tower_tensors(
 
 
 def _layer(tower: TowerConfig, block: int) -> tuple[TensorRule, ...]:
-    """One encoder layer, its number as `{i}`."""
+    """One encoder layer, with `{i}` for its number."""
     width, ffn = tower.hidden_size, tower.intermediate_size
     wide = padded_width(ffn, block)
     return (

@@ -1,4 +1,4 @@
-"""`granite4v ask`: one question about images, the answer on stdout."""
+"""`granite4v ask`: answers one question about images on stdout."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def ask(
 ) -> None:
     """Ask one question about one or more images, pages of PDFs, or videos.
 
-    Only the answer goes to stdout; progress, timings and warnings go to stderr. What the decoder has read of the images
-    is kept on disk, private to the user, so that the next question about them is answered without reading them again.
+    Only the answer goes to stdout; progress, timings and warnings go to stderr. The KV cache of the images is kept on
+    disk, private to the user, so that the next question about them is answered without processing them again.
     """
     if not images and os.path.isfile(prompt):
         raise typer.BadParameter(f"'{prompt}' is a file; write the question after it.", param_hint="PROMPT")
@@ -63,7 +63,7 @@ def ask(
             )
             for piece in stream:
                 if is_streamed:
-                    progress.close()  # the answer may stand in the middle of a line
+                    progress.close()  # the answer may be in the middle of a line
                     print(piece, end="", flush=True)
                 else:
                     progress.stage("generate", len(stream.answer.tokens), 0)
@@ -92,7 +92,7 @@ def _messages(prompt: str, n_images: int, n_videos: int, system: str | None) -> 
 
 
 def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
-    """Prints what is not printed yet, then on stderr how the answer ended and how long it took."""
+    """Prints the answer if it was not streamed; then, on stderr, whether it was cut off and how long it took."""
     timings = answer.timings
     if as_json:
         print(to_json(answer.as_dict(), indent=2))

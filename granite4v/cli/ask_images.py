@@ -1,4 +1,4 @@
-"""The pictures of a question: image files, standard input, and pages of PDFs and of other files with several."""
+"""Opens the images of a question: image files, standard input, and pages of PDFs and of other multi-page files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _HEAD_BYTES = 1024
 
 
 def open_images(given: Sequence[str]) -> list[Any]:
-    """Images, decoded in a separate process: a damaged file may end its decoder. In place of a PDF, and of pages that
-    are named, what `render_pages` takes."""
+    """Decodes the images in a child process, because a damaged file may crash the decoder.
+
+    PDFs and arguments that name pages become a FileSpec, for `render_pages`. Raises BadParameter, ImageError,
+    ReaderEnded, DeviceError.
+    """
     if given.count("-") > 1:
         raise typer.BadParameter("'-' means standard input and may be given only once.", param_hint="IMAGE")
     if not given:
@@ -40,10 +43,10 @@ def open_images(given: Sequence[str]) -> list[Any]:
 
 
 def render_pages(given: Sequence[Any], model: Model, password: str | None) -> list[Any]:
-    """What `open_images` found, with pages as large as the model looks at them in place of their names.
+    """Renders the pages in the result of `open_images`, at the size that the model uses; images stay as they are.
 
-    Raises DocumentError for a page that cannot be read, and for a PDF of several without a word about which is meant;
-    ContextOverflowError once there are too many, so that a thousand others are not read.
+    Raises DocumentError for a page that cannot be read, and for a PDF of several pages without page numbers. Raises
+    ContextOverflowError as soon as the images exceed the context, so that the remaining pages are not rendered.
     """
     from granite4v.runtime.chat.pages import FileSpec
 
@@ -71,7 +74,7 @@ def _check_room(pictures: Sequence[Any], model: Model) -> None:
 
 
 def _pages_named(text: str) -> FileSpec | None:
-    """The file and pages that an argument names; None for an image."""
+    """Parses an argument that names a PDF or pages of a file; None for an image."""
     from granite4v.runtime.chat.pages import file_spec
 
     if text == "-" or ("#" not in text and not _is_pdf(text)):
@@ -83,12 +86,12 @@ def _pages_named(text: str) -> FileSpec | None:
 def _is_pdf(path: str) -> bool:
     from granite4v.clip_projector.files import is_pdf
 
-    if not os.path.isfile(path):  # nothing is taken out of a pipe
+    if not os.path.isfile(path):  # reading from a pipe would consume its data
         return False
     try:
         with open(path, "rb") as file:
             return is_pdf(file.read(_HEAD_BYTES))
-    except OSError:  # told when it is opened
+    except OSError:  # reported when it is opened
         return False
 
 

@@ -1,4 +1,4 @@
-"""`granite4v bench`: how fast a model encodes an image and generates text on this machine."""
+"""`granite4v bench`: measures how fast a model encodes an image and generates text on this machine."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def bench(
     settings chosen for this machine, and the build of llama-cpp-python. With several runs, it contains medians and
     ranges.
 
-    With --parallel N, the model is loaded as it is for a batch of documents. After each run, N answers to the same
-    question are generated at once, and "parallel" contains their tokens per second together, how many times those of
-    one answer that is, and their decode steps.
+    With --parallel N, the model is loaded as for a batch of documents. After each run, N answers to the same question
+    are generated at once, and "parallel" contains their total tokens per second, the ratio to the tokens per second of
+    one answer, and the number of their decode steps.
     """
     from granite4v.ggml.build import installed_build
     from granite4v.runtime.engine.parallel import Workload
@@ -71,7 +71,7 @@ def bench(
 
 @dataclasses.dataclass(frozen=True)
 class Together:
-    """Answers that were generated at once; the decode steps of all, and their seconds."""
+    """Answers that were generated at once; the number of decode steps for all of them, and the time of the steps."""
 
     answers: tuple[Timings, ...]
     n_steps: int
@@ -79,7 +79,7 @@ class Together:
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens of all answers by the second."""
+        """Tokens per second of all answers together."""
         return sum(answer.n_decoded for answer in self.answers) / self.decode_s
 
     def line(self, alone_tok_s: float) -> str:
@@ -92,7 +92,8 @@ class Together:
 def _answer_together(model: Model, prompt: str, image: Path, n: int, wanted: dict[str, Any]) -> Together:
     before = model.counters
     prepared = model.prepare(prompt, [image])
-    # submitted between two steps: from this thread, the first could be far ahead of the last
+    # `call` submits all between two engine steps; submitted one by one from this thread, the first could get far ahead
+    # of the last
     streams = model.engine.call(lambda _: [model.stream(prepared, **wanted) for _ in range(n)])
     for stream in streams:
         stream.let_run()
@@ -102,9 +103,9 @@ def _answer_together(model: Model, prompt: str, image: Path, n: int, wanted: dic
 
 
 def report(runs: list[Timings], settings: dict[str, Any], together: Sequence[Together] = ()) -> dict[str, Any]:
-    """The result as plain data: medians, and the range of each figure where there are several runs.
+    """The result as plain data: medians, and for several runs also the range of each figure.
 
-    `together`: the answers at once that followed each run, if any did.
+    `together`: for each run, the answers that were generated at once after it; empty without --parallel.
     """
     first = runs[0]
     result = {
@@ -135,7 +136,7 @@ def report(runs: list[Timings], settings: dict[str, Any], together: Sequence[Tog
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """The median, and the least and the greatest of several."""
+    """The median and, for several values, the minimum and the maximum."""
     ordered = sorted(values)
     found: dict[str, Any] = {name: round(ordered[len(ordered) // 2], 3)}
     if len(ordered) > 1:
@@ -144,9 +145,9 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def peak_rss_gb() -> float | None:
-    """Peak resident memory of this process in GB (10^9 bytes); None where the system does not tell."""
+    """Peak resident memory of this process in GB (10^9 bytes); None if the system does not report it."""
     try:
-        # not getrusage, whose peak on Linux is that of the parent process if that was larger
+        # not getrusage: on Linux, its peak is that of the parent process if that was larger
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024 / 1e9

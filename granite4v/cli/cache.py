@@ -1,4 +1,4 @@
-"""`granite4v cache`: the pages that `ask`, `chat` and `serve` keep on disk."""
+"""`granite4v cache`: manages the pages that `ask`, `chat` and `serve` keep on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADINGS = ("MODEL", "TOKENS", "IMAGES", "SIZE", "LAST USED", "KEY")
 
 
 def _age(text: str) -> float:
-    """Seconds of '30d', '12h' or '5m'."""
+    """Parses '30d', '12h' or '5m' to seconds. Raises BadParameter."""
     found = re.fullmatch(r"(\d{1,9})([mhd])", text)
     if found is None:
         raise typer.BadParameter(f"'{text}' is no age; give minutes, hours or days, such as 90m, 12h or 30d.")
@@ -40,7 +40,7 @@ OlderThanOption = Annotated[
 
 
 def list_pages(as_json: options.JsonOption = False) -> None:
-    """List the stored pages, those used last first: model, prompt tokens, images, size and last use."""
+    """List the stored pages, most recently used first: model, prompt tokens, images, size and last use."""
     from granite4v.runtime.engine.page_store import PageStore
 
     store = PageStore()
@@ -67,9 +67,9 @@ def clear_pages(older_than: OlderThanOption = None) -> None:
 
 
 def verify_pages() -> None:
-    """Check every stored page against its checksum, and remove those that are damaged.
+    """Check every stored page against its checksum, and remove damaged ones.
 
-    Exit status 1 if any was.
+    The exit status is 1 if any page was damaged.
     """
     from granite4v.runtime.engine.page_store import PageStore
 

@@ -1,4 +1,4 @@
-"""`granite4v chat`: a conversation about pages on a terminal; elsewhere one question from standard input."""
+"""`granite4v chat`: a conversation about pages on a terminal; otherwise one question from standard input."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def chat(
     frames: options.FramesOption = None,
     fps: options.FpsOption = None,
 ) -> None:
-    """Talk about images, PDF pages and, with a model that takes them, videos.
+    """Chat about images, PDF pages and, if the model takes them, videos.
 
-    On a terminal: answers are streamed and rendered, and a page is read once, however much is asked about it, also when
-    the chat is started again. /help lists the commands: attaching and detaching pages, task tags and schemas, taking
-    back and asking again, saving and loading, copying tables. Alt-Enter, or a backslash at the end of a line, begins
-    another line of a question.
+    On a terminal, answers are streamed and rendered. A page is processed only once, no matter how many questions are
+    asked about it, even if the chat is started again. /help lists the commands: attach and detach pages, use task tags
+    and schemas, take back a question or answer it again, save and load, copy tables. Alt-Enter, or a backslash at the
+    end of a line, starts another line of a question.
 
-    With standard input from a pipe or a file, that is the question, and the answer alone goes to stdout.
+    If standard input is a pipe or a file, it is the question, and only the answer goes to stdout.
     """
     from granite4v.cli import chat_display
     from granite4v.runtime import GenerationOptions

@@ -1,6 +1,6 @@
-"""What a chat shows: plain text, for pipes; on a terminal rendered Markdown and tables.
+"""Displays a chat: as plain text for pipes, as rendered Markdown and tables on a terminal.
 
-Imported only by the command's body: it imports `rich` and the runtime.
+Imported only in the body of the command, because it imports `rich` and the runtime.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from granite4v.errors import PromptError
 from granite4v.runtime.chat import Chat, ChatError, Reply, value_of
 from granite4v.runtime.formats import Table
 
-MAX_QUESTION_BYTES = 16 << 20  # far beyond any context
+MAX_QUESTION_BYTES = 16 << 20  # far more than any context holds
 MAX_CLIPBOARD_BYTES = 74_994  # before base64: terminals drop longer OSC 52 sequences (xterm, tmux)
 REDRAW_S = 0.1
-PARSE_S = 0.25  # between two looks at what an answer holds so far
-LEFT_OVER_ROWS = 4  # of the screen, that a growing answer leaves to what stands above it
+PARSE_S = 0.25  # between two attempts to parse an incomplete answer
+LEFT_OVER_ROWS = 4  # rows of the screen that a growing answer leaves for the text above it
 
 
 def question_from_stdin() -> str:
-    """All of standard input. Raises PromptError where it is empty or cannot be read."""
+    """Reads all of standard input. Raises PromptError if it is empty, too long or cannot be read."""
     try:
         data = sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1)
     except OSError as error:
@@ -53,7 +53,8 @@ def question_from_stdin() -> str:
 
 
 class PlainDisplay:
-    """Answers on stdout as they are generated, all else on stderr. A context manager: ends its progress line."""
+    """Prints answers on stdout as they are generated, and everything else on stderr. As a context manager, it ends its
+    progress line."""
 
     def __init__(self) -> None:
         self._activity: Progress | None = None
@@ -80,7 +81,7 @@ class PlainDisplay:
             activity.close()
 
     def answer(self, reply: Reply) -> None:
-        """Piece by piece, as `granite4v ask` prints it."""
+        """Prints an answer piece by piece, like `granite4v ask`."""
         last = ""
         for last in reply:
             self.end_progress()
@@ -102,11 +103,10 @@ class PlainDisplay:
 
 
 class TerminalDisplay(PlainDisplay):
-    """Prose is rendered paragraph by paragraph, tables row by row while they grow. `stopping`: entered with each
-    answer, for as long as it is read.
+    """Renders prose paragraph by paragraph, and tables row by row while they grow.
 
-    Where the terminal cannot move its cursor (TERM=dumb), prose is printed as it comes, and tables when they are
-    complete.
+    `stopping`: context manager that is active while an answer is read. On a terminal that cannot move its cursor
+    (TERM=dumb), prose is printed as it is generated, and tables when they are complete.
     """
 
     def __init__(self, stopping: Callable[[Reply], contextlib.AbstractContextManager[Any]]) -> None:
@@ -173,8 +173,8 @@ class TerminalDisplay(PlainDisplay):
             self._console.print(renderable)
 
     def _redrawn(self, reply: Reply, draw: Callable[[], RenderableType]) -> Iterator[None]:
-        """Yields now and then while an answer grows, and shows what `draw` gives below what is printed; nothing of
-        that stays."""
+        """Reads an answer. At most every `REDRAW_S` it yields, then shows the result of `draw` below the printed text;
+        that is removed at the end."""
         live = Live(
             console=self._console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -196,14 +196,14 @@ class TerminalDisplay(PlainDisplay):
 
 
 class _Prose:
-    """A text that grows: blocks that are complete are rendered for good, the rest shows as it is."""
+    """A growing text: complete blocks are rendered permanently, the rest is shown as plain text."""
 
     def __init__(self, reply: Reply, console: Console) -> None:
         self._reply, self._console = reply, console
         self._n_printed = 0
 
     def print(self, *, is_complete: bool) -> None:
-        """Renders what has become complete since the last call."""
+        """Renders the blocks that were completed since the last call."""
         rest = clean(self._reply.text)[self._n_printed :]
         block = rest if is_complete else rest[: complete_blocks(rest)]
         if block.strip():
@@ -213,12 +213,12 @@ class _Prose:
             self._n_printed += len(block)
 
     def tail(self) -> RenderableType:
-        """The last lines of what is not rendered yet, as many as the screen has room for."""
+        """The last lines of the text that is not rendered yet, as many as fit on the screen."""
         return last_lines(Text(clean(self._reply.text)[self._n_printed :]), self._console)
 
 
 class _Growing:
-    """The value of an answer that is not complete, looked at every PARSE_S."""
+    """Draws the value of an incomplete answer, which is parsed every `PARSE_S`."""
 
     def __init__(self, reply: Reply, console: Console) -> None:
         self._reply, self._console = reply, console
@@ -240,7 +240,7 @@ class _Growing:
 
 
 def last_lines(content: RenderableType, console: Console) -> RenderableType:
-    """The end of what is shown, as much as the screen has room for."""
+    """The last lines of the content, as many as fit on the screen."""
     return Lines(content, max(1, console.height - LEFT_OVER_ROWS))
 
 
@@ -264,7 +264,7 @@ def _rendered(reply: Reply, value: Any, width: int) -> Iterator[RenderableType]:
 
 
 def attach(chat: Chat, file: str, display: PlainDisplay) -> None:
-    """Attaches a file that was named on the command line, and says what came of it on stderr."""
+    """Attaches a file that was named on the command line, and prints its notes on stderr."""
     pages, notes = chat.attach(file, display.progress)
     for note in notes:
         display.say(note)
@@ -272,7 +272,8 @@ def attach(chat: Chat, file: str, display: PlainDisplay) -> None:
 
 
 def rendered_listing(rows: list[tuple[str, str]], width: int) -> RenderableType:
-    """Names and what they mean, side by side where that leaves room, else one below the other."""
+    """Renders names and their meanings: side by side if the names take at most half of the width, otherwise one below
+    the other."""
     grid = Grid.grid(padding=(0, 2, 0, 0), expand=False)
     longest = max((len(name) for name, _ in rows), default=0)
     if longest <= width // 2:
@@ -288,6 +289,6 @@ def rendered_listing(rows: list[tuple[str, str]], width: int) -> RenderableType:
 
 
 def _console(stream: TextIO) -> Console:
-    """A console that writes control sequences of its own; whoever prints text cleans it before."""
+    """A console that may write control sequences; callers must clean the text that they print."""
     file = stream.unescaped() if isinstance(stream, Results | Messages) else stream
     return CursorConsole(file=cast("TextIO", file), force_jupyter=False, markup=False, highlight=False, emoji=False)

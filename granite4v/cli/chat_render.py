@@ -1,4 +1,4 @@
-"""Answers as what `rich` renders: Markdown, and tables of any width. All text is cleaned of control characters."""
+"""Turns answers into what `rich` renders: Markdown, and tables of any width. Texts of tables are cleaned here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from granite4v.runtime.formats import Table
 
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 _NUMBER = re.compile(r"[-+(]?[^\w\s]?\s?\d[\d.,\s]*\)?\s?[^\w\s]?%?")
-MIN_COLUMN = 6  # characters that a column gets, if it needs them; where there are fewer, a table is shown row by row
+MIN_COLUMN = 6  # least width of a column that needs it, in characters; if they do not fit, a table is shown row by row
 
 
 class _Answer(Markdown):
-    """Markdown that shows all that a model wrote: HTML as it is written, and line breaks where they stand."""
+    """Markdown that shows everything the model wrote: HTML as plain text, and all line breaks."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text, code_theme="ansi_dark", hyperlinks=False)
@@ -43,7 +43,7 @@ def _with_breaks(token: Token) -> Token:
 
 @dataclass(frozen=True)
 class Lines:
-    """What something is rendered to, without empty lines at its ends; of the rest the last `n_last`, if given."""
+    """Renders content without empty lines at its start and end; with `n_last`, only that many of the last lines."""
 
     content: RenderableType
     n_last: int | None = None
@@ -64,14 +64,14 @@ def _is_blank(line: list[Segment]) -> bool:
 
 
 def markdown(text: str) -> RenderableType:
-    """A text without control characters, rendered."""
+    """Renders Markdown. The text must not contain control characters."""
     return Lines(_Answer(text))
 
 
 def complete_blocks(text: str) -> int:
-    """Where the last block of a Markdown text begins that may still change: what is before it may be rendered.
+    """The position up to which a growing Markdown text consists of complete blocks, which can be rendered.
 
-    A block ends with an empty line outside a code fence, if what follows is not indented (and so belongs to it).
+    A block ends with an empty line outside a code fence, unless the next line is indented and so still belongs to it.
     """
     end = at = 0
     fence: str | None = None
@@ -88,7 +88,7 @@ def complete_blocks(text: str) -> int:
 
 
 def fields_or_table(value: Any) -> Table | None:
-    """The table to show for the value of an answer; None for text, and where there is nothing yet."""
+    """The table to show for the value of an answer; None for text, and if there is nothing to show yet."""
     if isinstance(value, Table):
         return value
     if isinstance(value, list) and value and isinstance(value[-1], Table):
@@ -97,8 +97,8 @@ def fields_or_table(value: Any) -> Table | None:
 
 
 def rendered_table(table: Table, width: int, last_rows: int | None = None) -> RenderableType:
-    """A table with its header rows on top; of the others the last ones, if `last_rows` says so. A table with more
-    columns than the width has room for is shown row by row."""
+    """Renders a table with its header rows; with `last_rows`, only that many of the last other rows. A table with more
+    columns than fit in the width is shown row by row."""
     rows = _texts(table)
     header, body = rows[: table.n_header_rows], rows[table.n_header_rows :]
     left_out = 0 if last_rows is None else max(0, len(body) - last_rows)
@@ -117,13 +117,14 @@ def rendered_table(table: Table, width: int, last_rows: int | None = None) -> Re
 
 
 def _least_width(rows: list[list[str]]) -> int:
-    """Of a grid whose columns have room for their longest text, but need not have more than MIN_COLUMN."""
+    """The least width of a grid: each column is as wide as its longest text, but at most `MIN_COLUMN`, plus 3 for the
+    border and padding."""
     widest = (max(max(map(cell_len, text.split("\n"))) for text in column) for column in zip(*rows, strict=True))
     return 1 + sum(min(MIN_COLUMN, width) + 3 for width in widest)
 
 
 def _texts(table: Table) -> list[list[str]]:
-    """The text of each cell in its top left slot; the others that it covers stay empty."""
+    """The texts by row and column. A cell's text is in its top left slot; the other slots that it covers are empty."""
     rows = [[""] * table.n_cols for _ in range(table.n_rows)]
     for cell in table.cells:
         rows[cell.row][cell.col] = clean(cell.text)
@@ -131,7 +132,7 @@ def _texts(table: Table) -> list[list[str]]:
 
 
 def _row_by_row(header: list[list[str]], body: list[list[str]]) -> RenderableType:
-    """Each row as lines of 'column: value'."""
+    """Renders each row as lines of 'column: value'."""
     names = [" ".join(filter(None, texts)) for texts in zip(*header, strict=True)] if header else []
     parts: list[RenderableType] = []
     for number, row in enumerate(body, 1):

@@ -1,6 +1,6 @@
 """The chat on a terminal: the line editor, its history and completion, and Ctrl-C.
 
-Imported only by the command's body: it imports `prompt_toolkit` and the runtime.
+Imported only in the body of the command, because it imports `prompt_toolkit` and the runtime.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from granite4v.paths import cache_folder, new_file
 from granite4v.runtime.chat import Chat, Reply, attach, complete, handle
 
 HISTORY = "chat-history"
-MAX_HISTORY_BYTES = 1 << 20  # when it is longer, the older half goes
+MAX_HISTORY_BYTES = 1 << 20  # if it is longer, the older half is removed
 PROMPT = "> "
-MORE = "  "  # before the further lines of a question
+MORE = "  "  # prompt for the second and further lines of a question
 
 
 def converse(chat: Chat, files: list[str]) -> None:
-    """Talks until the person leaves. `files` are attached first. Whatever a line does wrong is a message."""
+    """Runs the chat until the user leaves it. `files` are attached first. A line that fails prints a message."""
     with Interrupts() as interrupts, create_app_session(output=_output()):
         display = TerminalDisplay(interrupts.stopping)
         chat.ask_password = functools.partial(_password, display)
@@ -50,7 +50,7 @@ def converse(chat: Chat, files: list[str]) -> None:
         for file in files:
             _do(chat, display, functools.partial(attach, chat, file, display))
         session = _session(chat)
-        n_refused = 0  # Ctrl-C at an empty prompt, in a row
+        n_refused = 0  # number of consecutive Ctrl-C at an empty prompt
         while n_refused < 2 and not chat.model.closed:
             try:
                 if n_refused == 1:
@@ -69,10 +69,10 @@ def converse(chat: Chat, files: list[str]) -> None:
 
 
 def _do(chat: Chat, display: TerminalDisplay, step: Callable[[], bool | None]) -> bool:
-    """Does what a line says; False when the chat is to end. Failures are one message each."""
+    """Executes a line; returns False if the chat should end. A failure prints one message."""
     try:
         return step() is not False
-    except (ResultsLost, PipeClosed, Interrupted):  # nobody reads any more, or SIGTERM
+    except (ResultsLost, PipeClosed, Interrupted):  # stdout is gone, or SIGTERM
         raise
     except KeyboardInterrupt:
         display.say("interrupted")
@@ -87,8 +87,8 @@ def _do(chat: Chat, display: TerminalDisplay, step: Callable[[], bool | None]) -
 
 
 class Interrupts:
-    """What Ctrl-C does in a chat: it stops the answer that is being read, and otherwise raises KeyboardInterrupt, and
-    not what ends a command. A context manager."""
+    """Context manager that sets what Ctrl-C does in a chat: it stops the current answer, if any, and otherwise raises a
+    plain KeyboardInterrupt, instead of the Interrupted that ends a command."""
 
     def __init__(self) -> None:
         self._reply: Reply | None = None
@@ -96,7 +96,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def stopping(self, reply: Reply) -> Iterator[None]:
-        """For as long as an answer is read."""
+        """Makes Ctrl-C stop this answer while the context is active."""
         self._reply = reply
         try:
             yield
@@ -129,14 +129,15 @@ def _password(display: TerminalDisplay, name: str) -> str | None:
 
 
 def _output() -> Output:
-    """Where the line is edited: stdout, or stderr if answers go elsewhere."""
+    """The terminal where lines are edited: stdout, or stderr if answers are redirected."""
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     raw = stream.unescaped() if isinstance(stream, Results | Messages) else stream
     return PlainTextOutput(cast(Any, raw)) if is_dumb_terminal() else create_output(cast(Any, raw))
 
 
 def _session(chat: Chat) -> PromptSession[str]:
-    """Gets no output of its own: then it knows what to do on a terminal that cannot move its cursor."""
+    """Creates the line editor. No output is passed to it, because only then it handles a terminal that cannot move its
+    cursor."""
     session: PromptSession[str] = PromptSession(
         multiline=True,
         history=_history(cache_folder() / HISTORY),
@@ -160,8 +161,8 @@ class _Completer(Completer):
 
 
 def _keys() -> KeyBindings:
-    """Enter ends a question, unless a backslash stands before it; Alt-Enter never does. Ctrl-C empties the line, and
-    ends the prompt where it is empty."""
+    """Key bindings. Enter submits the question, or inserts a newline in place of a backslash at its end. Alt-Enter
+    always inserts a newline. Ctrl-C clears the line, or raises KeyboardInterrupt from an empty prompt."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -190,7 +191,7 @@ def _keys() -> KeyBindings:
 
 
 class _FileHistory(FileHistory):
-    """A history whose file may become unwritable: that costs the history, not the chat."""
+    """A history that ignores errors of its file: only the history is lost, and the chat goes on."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -204,7 +205,7 @@ class _FileHistory(FileHistory):
 
 
 def _history(path: Path) -> History:
-    """Earlier lines, in a file that only this user can read; in memory where there can be no such file."""
+    """Opens the history of earlier lines, in a file that only this user can read; in memory if that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() and not path.is_symlink():
@@ -220,7 +221,8 @@ def _history(path: Path) -> History:
 
 
 def _halve(path: Path) -> None:
-    """Leaves the newer half of a history; its entries begin with an empty line."""
+    """Keeps the newer half of a history file. The cut is before the first entry in that half: entries begin with an
+    empty line."""
     content = path.read_bytes()
     kept = content[content.find(b"\n\n", len(content) // 2) + 1 :]
     os.close(new_file(path, 0o600))

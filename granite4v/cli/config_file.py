@@ -1,9 +1,9 @@
-"""The config file: defaults of options, in TOML, for all commands or for one.
+"""Reads the config file: defaults of options, in TOML, for all commands or for one.
 
-A key is an option's name without its dashes. At the top of the file it is for every command that has the option and
-takes such a value for it; in a table named after a command, or a group of commands, for that one. Environment variables
-and the command line have precedence. Keys and kinds of values are checked for all commands, whichever runs, and what
-only an option itself can tell of a value when its command runs.
+A key is an option's name without its dashes. At the top of the file, it applies to every command that has the option
+and accepts this type of value; in a table named after a command or a group of commands, only to that one. Environment
+variables and the command line take precedence. Keys and types of values are checked for all commands, whichever one
+runs. What only the option itself can check, such as a range, is checked when its command runs.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import typer
 from granite4v.errors import Granite4vError
 from granite4v.paths import config_file
 
-MAX_BYTES = 1 << 16  # all options of all commands take a tenth of it
-PATHS = {"DIR", "FILE", "HF_DIR", "PATH"}  # what a metavar says of a path
+MAX_BYTES = 1 << 16  # a file with all options of all commands has a tenth of it
+PATHS = {"DIR", "FILE", "HF_DIR", "PATH"}  # metavars of options that take paths
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
 Place = tuple[str, ...]  # the keys that lead to a value in the file
-_META = "granite4v.config"  # in the meta data that contexts share
+_META = "granite4v.config"  # key in `ctx.meta`, which nested contexts share
 
 
 class ConfigError(Granite4vError):
-    """A config file that cannot be read, or that says what no option takes."""
+    """The config file cannot be read, or has a key or value that no option accepts."""
 
 
 def apply(ctx: Any, group: Any) -> None:
-    """Makes what the config file says the defaults of the commands of `group`, whose context this is. Raises
-    ConfigError."""
+    """Reads the config file, and makes its values the defaults of the commands of `group`. `ctx`: the group's context.
+    Raises ConfigError."""
     config = read()
     if config is not None:
         ctx.meta[_META] = config
@@ -42,7 +42,7 @@ def apply(ctx: Any, group: Any) -> None:
 
 
 def check(ctx: Any, options: Iterable[Any]) -> None:
-    """Raises ConfigError if an option of this context's command does not take its value in the config file."""
+    """Raises ConfigError if an option of this context's command rejects its value in the config file."""
     config = ctx.meta.get(_META)
     for option in options if config is not None else ():
         if option.name in (ctx.default_map or {}):
@@ -53,7 +53,7 @@ def check(ctx: Any, options: Iterable[Any]) -> None:
 
 
 def show(ctx: Any, options: Iterable[Any]) -> None:
-    """Has help texts say which defaults come from the config file."""
+    """Makes help texts say which defaults come from the config file."""
     for option in options:
         value = (ctx.default_map or {}).get(option.name)
         if value is not None and option.show_default is not False:
@@ -62,8 +62,8 @@ def show(ctx: Any, options: Iterable[Any]) -> None:
 
 
 def read() -> ConfigFile | None:
-    """None where there is no file. Raises ConfigError for one that cannot be read, and for one that GRANITE4V_CONFIG
-    names but that is not there."""
+    """Reads the config file; None if there is none. Raises ConfigError if it cannot be read, or if GRANITE4V_CONFIG
+    names a file that does not exist."""
     path = config_file()
     is_named = bool(os.environ.get("GRANITE4V_CONFIG"))
     if path is None or not (is_named or _is_there(path)):
@@ -85,7 +85,7 @@ def read() -> ConfigFile | None:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Raises ValueError for what is not TOML, which says where."""
+    """Parses TOML. Raises ValueError, whose message has the position, if it is invalid."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -96,19 +96,20 @@ def parse(text: str) -> dict[str, Any]:
 class ConfigFile:
     def __init__(self, path: Path, text: str, tables: dict[str, Any]) -> None:
         self.path, self._text, self._tables = path, text, tables
-        self._places: dict[tuple[str, ...], Place] = {}  # of values, by the names of the command and of the option
+        self._places: dict[tuple[str, ...], Place] = {}  # places of values, by the names of the command and the option
 
     def defaults(self, group: Any) -> dict[str, Any]:
-        """Values by parameter, for each command, as the contexts of commands take them. Raises ConfigError."""
+        """The values by parameter name, for each command, nested as click's `default_map`. Raises ConfigError."""
         return self._of_group(group, self._tables, {}, ())
 
     def refuse(self, command_and_option: tuple[str, ...], problem: str) -> NoReturn:
-        """Raises ConfigError about the value that an option has here."""
+        """Raises ConfigError about the value of an option in this file."""
         place = self._places[command_and_option]
         raise self._error(place, f"'{place[-1]}': {problem}")
 
     def _of_group(self, group: Any, table: dict[str, Any], outer: dict[str, Place], place: Place) -> dict[str, Any]:
-        """`place`: of this group's table; `outer`: of keys further out that are for this group as well."""
+        """The defaults for a group. `place`: place of the group's table. `outer`: places of the keys in enclosing
+        tables, which apply to this group as well."""
         commands = group.commands
         known = [found for command in commands.values() for found in _options(command)]
         own = {key: (*place, key) for key in table if key not in commands}
@@ -137,7 +138,7 @@ class ConfigFile:
         return defaults
 
     def _check(self, key: str, value: Any, place: Place, known: list[tuple[str, Any]], commands: list[str]) -> None:
-        """Raises ConfigError unless some option has this name and takes such a value."""
+        """Raises ConfigError unless an option with this name accepts this type of value."""
         options = [option for name, option in known if name == key]
         if any(_fits(option, value) for option in options):
             return
@@ -162,8 +163,11 @@ class ConfigFile:
         return found
 
     def _located(self, option: Any, value: Any) -> Any:
-        """Paths from the folder of the file. What may be a path or something else is one if it begins as one, or if
-        there is such a file."""
+        """Resolves a path relative to the folder of the config file; other values are returned as they are.
+
+        If the option also accepts something other than a path, the value is a path if it begins with '~', './' or
+        '../', or if the file exists.
+        """
         if isinstance(value, list):
             return [self._located(option, one) for one in value]
         words = set((option.metavar or "").split("|"))
@@ -180,13 +184,16 @@ class ConfigFile:
 
 
 def line_of(text: str, place: Place) -> int | None:
-    """The line on which a value of a TOML file begins, counted from 1: the shortest beginning of the file that has it
-    ends with it."""
+    """Finds the line on which a value of a TOML file begins, counted from 1; None if there is no such value.
+
+    Parses longer and longer beginnings of the file until one has the value. A beginning that ends in the middle of a
+    multi-line value is not valid TOML and is skipped, so the value begins on the line after the last valid beginning.
+    """
     lines, before = text.split("\n"), 0
     for n in range(1, len(lines) + 1):
         try:
             found: Any = parse("\n".join(lines[:n]))
-        except ValueError:  # in the middle of a value
+        except ValueError:  # ends in the middle of a value
             continue
         for key in place:
             found = found.get(key) if isinstance(found, dict) else None
@@ -197,7 +204,7 @@ def line_of(text: str, place: Place) -> int | None:
 
 
 def _is_there(path: Path) -> bool:
-    """False as well where a folder on the way is closed to this user."""
+    """Whether the file exists; also False if this user may not enter one of its parent folders."""
     try:
         path.stat()
     except (OSError, ValueError):
@@ -206,14 +213,14 @@ def _is_there(path: Path) -> bool:
 
 
 def _options(command: Any) -> list[tuple[str, Any]]:
-    """The options of a command, or of all commands of a group, with their keys."""
+    """The (key, option) pairs of a command, or of all commands of a group."""
     if hasattr(command, "commands"):
         return [found for inner in command.commands.values() for found in _options(inner)]
     return [(_key(param), param) for param in command.params if param.param_type_name == "option" and not param.hidden]
 
 
 def _key(option: Any) -> str:
-    """'threads' of --threads, 'lora' of --lora/--no-lora, 'drafting' of --no-drafting."""
+    """The key of an option: 'threads' for --threads, 'lora' for --lora/--no-lora, 'drafting' for --no-drafting."""
     names = [name for name in option.opts if name.startswith("--")]
     return re.sub("^--", "", names[0]) if names else re.sub("^--no-", "", option.secondary_opts[0])
 

@@ -55,7 +55,7 @@ def convert(
 
 
 def _remark(summary: Summary) -> None:
-    """On stderr: what a reader of the file names would not expect."""
+    """Prints on stderr what the file names do not show: warnings, the use of the adapter, and types that differ."""
     from granite4v.converter.plan import counted, size
 
     for warning in summary.plan.warnings:

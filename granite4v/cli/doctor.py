@@ -1,4 +1,4 @@
-"""`granite4v doctor`: what this machine and build offer, what is missing, and the command that mends it."""
+"""`granite4v doctor`: reports what this machine and build offer, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CheckedModelOption = Annotated[
 def doctor(model: CheckedModelOption = None, as_json: options.JsonOption = False) -> None:
     """Examine this machine, and say what would make it faster.
 
-    Measures each kernel for each weight type, about ten seconds. Exit status 1 if something is broken, or costs half
-    of the speed or more.
+    Measures each kernel for each weight type, which takes about ten seconds. The exit status is 1 if something is
+    broken, or costs half of the speed or more.
     """
     from granite4v.doctor import examine
 
@@ -45,7 +45,7 @@ def doctor(model: CheckedModelOption = None, as_json: options.JsonOption = False
 
 
 def as_text(report: Report) -> str:
-    """The report in 80 columns; commands are on lines of their own, not wrapped, so that they can be copied."""
+    """Formats the report in 80 columns. Commands are on separate lines and not wrapped, so that they can be copied."""
     lines = [line for section in report.sections for line in _section(section)]
     for problem in report.problems:
         lines += ["", *_wrapped(problem.text, "problem" if problem.is_serious else "advice")]

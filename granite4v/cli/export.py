@@ -1,4 +1,4 @@
-"""`granite4v export`: the files of a results folder in other formats."""
+"""`granite4v export`: writes the results in a folder in other formats."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def export(
     out: ExportOutOption = None,
     csv_safe: options.CsvSafeOption = False,
 ) -> None:
-    """Write the results of 'granite4v extract' in another format, without reading a page again.
+    """Write the results of 'granite4v extract' in another format, without reading the pages again.
 
-    Tables become files as --format of 'granite4v extract' writes them, in Parquet and CSV one for each table and in
-    xlsx one for each document. Fields of all documents become one table, with a row for each page, in csv, parquet and
-    xlsx. Cells that begin with =, +, - or @ are text in xlsx, negative numbers too. The exit status is 1 if a file
-    could not be written.
+    Tables are written as by --format of 'granite4v extract': one file per table in Parquet and CSV, one file per
+    document in xlsx. In csv, parquet and xlsx, the fields of all documents become one table with one row per page. In
+    xlsx, cells that begin with =, +, - or @ are text, including negative numbers. The exit status is 1 if a file could
+    not be written.
     """
     from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract.export import export_results

@@ -45,7 +45,10 @@ _ADDRESS = re.compile(r"auto|local|ray://.+|(\[[\da-f:.]+\]|[\w.-]+):\d+", re.IG
 
 
 def with_ray_address(arguments: list[str]) -> list[str]:
-    """The arguments with an address behind every `--ray`, where an input may follow instead."""
+    """Inserts the address 'auto' after every `--ray` that no address follows, so that an input may follow instead.
+
+    `--ray scans/` becomes `--ray auto scans/`; `--ray node1:6379` stays. Arguments after `--` are not changed.
+    """
     found = []
     for place, argument in enumerate(arguments):
         found.append(argument)
@@ -86,9 +89,9 @@ def extract(
 ) -> None:
     """Extract tables, chart data and fields from documents.
 
-    With --out, every finished record is written to DIR/results.jsonl at once, and --resume continues a run that was
-    interrupted. A page that fails becomes a record with its error. The exit status is 1 if a page failed, if an answer
-    is invalid or was cut off, or if a file could not be written.
+    With --out, every finished record is written to DIR/results.jsonl immediately, and --resume continues an interrupted
+    run. A page that fails becomes a record with its error. The exit status is 1 if a page failed, if an answer is
+    invalid or was cut off, or if a file could not be written.
     """
     from granite4v.runtime.extract import ExtractOptions
 
@@ -142,7 +145,7 @@ def _begin(
     from granite4v.runtime.extract.arguments import checked
 
     try:
-        checked(inputs, chosen)  # wrong usage is reported before the embedded model is converted
+        checked(inputs, chosen)  # report wrong usage before the embedded model is converted
         found = on_ray(model, options.model_path(model), ray)
         return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.say)
     except (ArgumentError, SelectionError) as error:

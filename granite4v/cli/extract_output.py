@@ -1,4 +1,4 @@
-"""What `granite4v extract` prints: records on stdout; progress, messages and a summary on stderr."""
+"""The output of `granite4v extract`: records on stdout; progress, messages and a summary on stderr."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Printer:
-    """Prints records: a single one as it is, several under headings.
+    """Prints records: a single one without a heading, several with headings.
 
-    Where results also go to `out`, a stdout that cannot be written does not end the run: `failure` keeps the error.
+    If results also go to `out`, a stdout that cannot be written does not end the run: the error is kept in `failure`.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Printer:
         self.out = out
         self.failure: Exception | None = None
         self._as_json, self._table_format, self._say = as_json, table_format, say
-        self._first: str | None = None  # waits until it is known whether there is a second
+        self._first: str | None = None  # held back until it is known whether there is a second one
         self._are_several = False
 
     def print(self, record: Record) -> None:
@@ -91,15 +91,15 @@ def list_paths(paths: Sequence[Path], n_more: int, folder: Path) -> None:
 
 
 class RunProgress:
-    """Callbacks of a run, for the progress display."""
+    """Callbacks of a run that update the progress display."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self._activity = Activity("")
-        self._source, self._reported = "", set[str]()  # lines about the document at hand
+        self._source, self._reported = "", set[str]()  # lines already printed about the current document
 
     def say(self, text: str) -> None:
-        """What a run says beside its records."""
+        """Prints a message of the run that is not a record."""
         tell(self.progress, text)
 
     def watch(self, state: State) -> None:
@@ -107,16 +107,16 @@ class RunProgress:
         self.progress.show(self._activity)
 
     def stage(self, stage: str, done: int, total: int) -> None:
-        """What a model does before it answers."""
+        """Shows what the model is doing before it answers."""
         step = model_activity(stage, done, total)
         share = f" {step.share:.0%}" if step.share else ""
         detail = ": ".join(filter(None, [self._activity.detail, f"{step.stage}{share}"]))
         self.progress.show(replace(self._activity, detail=detail))
 
     def report(self, record: Record) -> None:
-        """Prints a page's warnings, and what is wrong with a record without a valid and complete answer.
+        """Prints a page's warnings, and what is wrong with a record whose answer is invalid or incomplete.
 
-        What concerns a whole page or document is printed once, whatever the number of tasks.
+        Messages about a whole page or document are printed once, and not for every task.
         """
         if record.timings:
             show_timings(f"{record.source}, page {record.page}, {record.task}", record.timings)
@@ -142,14 +142,14 @@ class RunProgress:
 
 
 def tell(progress: Progress, text: str) -> None:
-    """A line of a run or an export, which is a note unless it concerns a result."""
+    """Prints a message of a run or an export: as a note, unless it is about a result."""
     from granite4v.runtime.extract.document_files import AboutResult
 
     (progress.say if isinstance(text, AboutResult) else progress.note)(text)
 
 
 def print_records(run: Extraction, printer: Printer, shown: RunProgress) -> None:
-    """Prints the records of a run as they come, and what is kept when it ends early."""
+    """Prints the records of a run as they arrive, and what is kept if it ends early."""
     for warning in run.model.warnings:
         shown.progress.note(f"warning: {warning}")
     run.progress = shown.stage
@@ -166,7 +166,7 @@ def print_records(run: Extraction, printer: Printer, shown: RunProgress) -> None
 
 
 def kept(state: State, out: Path | None) -> str:
-    """What an interrupted run leaves."""
+    """Describes what is kept of an interrupted run."""
     if out is None:
         return "no results are kept without --out"
     n = state.counts.n_records
@@ -174,7 +174,7 @@ def kept(state: State, out: Path | None) -> str:
 
 
 def summary(state: State, seconds: float) -> str:
-    """One line: what was read, how many records failed, are invalid or were cut off, and how long it took."""
+    """Formats one line: what was read, how many records failed, are invalid or were cut off, and how long it took."""
     counts = state.counts
     pages = plural(state.n_pages_read + state.n_pages_known, "page")
     parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(counts.n_records, "record")]
@@ -196,9 +196,9 @@ def summary(state: State, seconds: float) -> str:
 
 
 def activity(state: State, now: float) -> Activity:
-    """Document, page and task at hand; pages done of all pages. `now` as of time.monotonic."""
+    """The current document, page and task, and the number of pages done. `now`: from time.monotonic."""
     name = Path(state.source).name
-    # first, since a narrow terminal cuts the end off
+    # first, since a narrow terminal cuts off the end
     parts = [f"{state.n_in_flight} answers at once"] if state.n_in_flight > 1 else []
     if state.n_documents:
         parts += [f"document {_of(state.n_documents, state.n_documents_total)}: {name}"]
@@ -211,7 +211,7 @@ def activity(state: State, now: float) -> Activity:
     if state.task:
         parts.append(state.task)
     return Activity(
-        stage="",  # one for the whole run: plain lines come every so often, not with every page
+        stage="",  # the same for the whole run: a new stage would print a plain line for every page
         done=state.n_pages_read + state.n_pages_known,
         total=state.n_pages_total or 0,
         detail=", ".join(parts),

@@ -1,4 +1,4 @@
-"""`granite4v extract --watch`: one run after another in the same output directory, for files as they come."""
+"""`granite4v extract --watch`: processes files as they arrive, in consecutive runs with the same output directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def follow(
     folder: Path, inputs: Sequence[str], chosen: ExtractOptions, model: str | None, printer: Printer, shown: RunProgress
 ) -> None:
-    """Reads the files of a folder as they come, until an exception ends it, such as that of Ctrl-C."""
+    """Reads the files of a folder as they arrive, until an exception ends it, such as KeyboardInterrupt."""
     from granite4v.runtime.extract import begin
     from granite4v.runtime.extract.output_directory import OutputDirectory
     from granite4v.runtime.extract.run import load_model
@@ -30,7 +30,7 @@ def follow(
 
     chosen = _checked(folder, inputs, chosen)
     assert chosen.out is not None
-    directory = OutputDirectory.claim(Path(chosen.out), resume=chosen.resume)  # told now, not with the first file
+    directory = OutputDirectory.claim(Path(chosen.out), resume=chosen.resume)  # report errors before the first file
     directory.release()
     with contextlib.ExitStack() as opened:
         loaded = opened.enter_context(load_model(options.model_path(model), chosen, None, shown.say))
@@ -39,7 +39,7 @@ def follow(
             began = time.monotonic()
             try:
                 run = begin(paths, chosen, model=loaded, watch=shown.watch, say=shown.say, within=folder)
-            except DocumentError as error:  # removed since
+            except DocumentError as error:  # the file was removed meanwhile
                 shown.progress.say(str(error))
                 continue
             with run:

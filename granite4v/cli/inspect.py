@@ -1,4 +1,4 @@
-"""`granite4v inspect`: the contents of a GGUF file or a model directory."""
+"""`granite4v inspect`: shows the contents of a GGUF file or a model directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live line of `progress`, rendered by `rich`: title, bar and figures, as far as they fit."""
+"""The live line of `progress`, rendered by `rich`: title, bar and as many figures as fit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from granite4v.cli.progress import Activity, Progress
 from granite4v.cli.terminal import clean
 
 BAR_WIDTH = 20
-MIN_WIDTH_FOR_BAR = 70  # of the terminal, in columns; a title that is cut off has no bar beside it either
-FIGURES_SHARE = 0.4  # of the width, at most: the title matters more
+MIN_WIDTH_FOR_BAR = 70  # width of the terminal in columns; the bar is also left out if the title would be cut off
+FIGURES_SHARE = 0.4  # largest share of the width for figures: the title matters more
 
 
 class LiveLine(RichProgress):
@@ -30,12 +30,13 @@ class LiveLine(RichProgress):
         self._source, self._console = progress, console
         self._title, self._figures = _Title(progress), _Figures(progress, console)
         self._bar = BarColumn(BAR_WIDTH)
-        # Streams are not redirected: rich would take what is printed for text with escape sequences of its own.
+        # Streams are not redirected: rich would interpret escape sequences in the printed text.
         super().__init__(console=console, transient=True, redirect_stdout=False, redirect_stderr=False, expand=True)
         self.add_task("")
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Called for every redraw. Looks up the activity, and the width, which changes when a window is resized."""
+        """Called for every redraw. Reads the current activity, and the width, which changes when the window is
+        resized."""
         activity = self._source.activity or Activity("")
         is_known = activity.total > 1
         for task in self.tasks:  # none yet when the base class draws for the first time
@@ -47,15 +48,15 @@ class LiveLine(RichProgress):
 
 
 class CursorConsole(Console):
-    """A console whose cursor always shows."""
+    """A console that never hides the cursor."""
 
     def show_cursor(self, show: bool = True) -> bool:
-        """Never hides the cursor: a process that is killed could not show it again."""
+        """Does nothing: a process that is killed could not show the cursor again."""
         return False
 
 
 class _Title(ProgressColumn):
-    """Takes up the width that the other columns leave."""
+    """The title column; it takes the width that the other columns leave."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -67,7 +68,7 @@ class _Title(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures as fit into their share of the width."""
+    """The column of figures: as many as fit into their share of the width."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress, self._console = progress, console

@@ -1,7 +1,7 @@
-"""Groups of options that several commands have, and the model that they load.
+"""Groups of options that several commands share, and loading of the model.
 
-typer knows no groups: a command declares a parameter of one of the classes here, and `grouped` makes an option of each
-of its fields.
+typer does not support groups of options: a command declares a parameter of one of the classes here, and `grouped` turns
+each field of the class into an option.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is loaded, and how it computes."""
+    """Which model to load, and how to run it."""
 
     model: options.ModelOption = None
     mmproj: options.MmprojOption = None
@@ -34,11 +34,11 @@ class ModelOptions:
     cache_type: options.CacheTypeOption = None
 
     def find(self, *, quiet: bool = False) -> str | Path:
-        """The path of the model; see `options.model_path`."""
+        """Finds the path of the model; see `options.model_path`."""
         return options.model_path(self.model, quiet=quiet)
 
     def settings(self) -> dict[str, Any]:
-        """All but the model, under the names that they have in Python."""
+        """All options but the model, as keyword arguments for `Model.load`."""
         return {
             "n_ctx": self.ctx_size,
             "n_threads": self.threads,
@@ -49,7 +49,7 @@ class ModelOptions:
         }
 
     def load(self, path: str | Path, progress: Progress, **more: Any) -> Model:
-        """The model at this path, once what is unusual about it is told. `more`: for `Model.load`."""
+        """Loads the model at a path, and prints its notes and warnings. `more`: further arguments of `Model.load`."""
         from granite4v.runtime import Model
 
         loaded = Model.load(path, **self.settings(), **more)
@@ -71,7 +71,7 @@ class SamplingOptions:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of dataclasses among its parameters as parameters of their own."""
+    """Wraps a command: parameters that are dataclasses are replaced by one parameter for each of their fields."""
     signature = inspect.signature(command, eval_str=True)
     groups = {name: each.annotation for name, each in signature.parameters.items() if _is_group(each.annotation)}
 
@@ -82,7 +82,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         command(**given)
 
     flat = [one for each in signature.parameters.values() for one in _parameters(each)]
-    run.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]  # which typer reads
+    run.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]  # typer reads it
     return run
 
 

@@ -1,6 +1,6 @@
-"""The `granite4v` command: its subcommands, and expected failures turned into a message and an exit status.
+"""The `granite4v` command: registers the subcommands, and turns expected failures into a message and an exit status.
 
-Command modules import nothing heavy at the top, so that `--help` is fast.
+Command modules import nothing heavy at module level, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from granite4v.cli.verify import verify
 
 @contextlib.contextmanager
 def _concluding() -> Iterator[None]:
-    """Turns an expected failure into a message and an exit status. Bugs pass through."""
+    """Turns an expected failure into a message and an exit status. Other exceptions are bugs and pass through."""
     try:
         yield
     except BaseException as error:
@@ -42,7 +42,7 @@ def _concluding() -> Iterator[None]:
 
 
 class Command(TyperCommand):
-    """A command that takes --quiet and --verbose, and defaults of its options from the config file."""
+    """A command with --quiet and --verbose, and with defaults of its options from the config file."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:
         super().__init__(*args, **extra)
@@ -61,7 +61,7 @@ class Command(TyperCommand):
 
 
 class ExtractCommand(Command):
-    """The command whose help lists the tasks, and whose `--ray` may stand without an address."""
+    """The `extract` command: its help lists the tasks, and its `--ray` may be given without an address."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         fill_in_tasks(self.params)
@@ -72,7 +72,7 @@ class ExtractCommand(Command):
 
 
 class Commands(TyperGroup):
-    """The group of all commands, and the one place where their exceptions become exit statuses."""
+    """The group of all commands, and the only place where their exceptions become exit statuses."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:
         super().__init__(*args, **extra)

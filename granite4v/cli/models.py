@@ -1,4 +1,4 @@
-"""`granite4v models`: models of the Hugging Face hub in the models folder."""
+"""`granite4v models`: manages models of the Hugging Face hub in the models folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def list_models(as_json: options.JsonOption = False) -> None:
-    """List the models in the models folder, with their sizes and when they were used last."""
+    """List the models in the models folder, with their sizes and when they were last used."""
     from granite4v import models
 
     found, begun = models.installed(), models.incomplete()
@@ -45,10 +45,10 @@ def list_models(as_json: options.JsonOption = False) -> None:
 
 
 def pull(names: options.HubNamesArgument, revision: options.RevisionOption = None) -> None:
-    """Fetch models from the hub into the models folder, or their newer versions.
+    """Fetch models, or newer versions of them, from the hub into the models folder.
 
-    Interrupted downloads go on where they stopped. GGUF files are taken as they are; a checkpoint is converted, with
-    the quantization in its name as the type of its text model.
+    Interrupted downloads resume where they stopped. GGUF files are kept as they are; a checkpoint is converted, and the
+    quantization in HUB_ID is the weight type of its text model.
     """
     from granite4v import default_model, models
 
@@ -61,7 +61,7 @@ def pull(names: options.HubNamesArgument, revision: options.RevisionOption = Non
 
 
 def remove(names: options.PulledNamesArgument) -> None:
-    """Remove models from the models folder, and what interrupted downloads left of them."""
+    """Remove models from the models folder, including what interrupted downloads left of them."""
     from granite4v import models
 
     for text in names:
@@ -83,7 +83,7 @@ def path(name: options.HubNameArgument) -> None:
 
 
 def _hub_name(text: str) -> HubName:
-    """Raises ModelFileError for what cannot be in the models folder: a path above all."""
+    """Parses the name of a hub model. Raises ModelFileError for anything else, especially a path."""
     from granite4v.errors import ModelFileError
     from granite4v.models import models_folder, parse
 
@@ -96,7 +96,7 @@ def _hub_name(text: str) -> HubName:
 
 
 def _installed(name: HubName, *, sole: bool = False) -> Installed:
-    """The model of that name. `sole`: it must not be one of several. Raises ModelFileError."""
+    """Finds the installed model of that name. `sole`: the name must not fit several. Raises ModelFileError."""
     from granite4v import models
     from granite4v.errors import ModelFileError
 

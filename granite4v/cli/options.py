@@ -1,4 +1,4 @@
-"""Arguments and options, each declared once, so that every command names, validates and documents it the same way."""
+"""Arguments and options, declared once, so that all commands name, validate and document them the same way."""
 
 from __future__ import annotations
 
@@ -395,14 +395,14 @@ ExactOption = Annotated[
 
 
 def check_sampling(frames: int | None, fps: float | None) -> None:
-    """Raises BadParameter where frames of videos are asked for in both ways."""
+    """Raises BadParameter if both --frames and --fps are given."""
     if frames is not None and fps is not None:
         raise typer.BadParameter("give --frames or --fps, not both.", param_hint="--frames, --fps")
 
 
 def fill_in_tasks(params: Iterable[Any]) -> None:
-    """Puts the names of the tasks into the help texts of a command's parameters, shortly before they are shown: the
-    table of tasks takes longer to import than all commands together."""
+    """Puts the names of the tasks into the help texts of a command's parameters. Called only before they are shown,
+    because the table of tasks takes longer to import than all commands together."""
     from granite4v.runtime.formats.tasks import TASKS
 
     for param in params:
@@ -411,7 +411,7 @@ def fill_in_tasks(params: Iterable[Any]) -> None:
 
 
 def fastest_vision_type(threads: int | None) -> str:
-    """What `--vision-type auto` stands for on this machine; says on stderr which type and why."""
+    """Resolves `--vision-type auto` for this machine; prints the type and the measurements on stderr."""
     from granite4v import converter
     from granite4v.cli.progress import Progress
 
@@ -422,10 +422,10 @@ def fastest_vision_type(threads: int | None) -> str:
 
 
 def model_path(model: str | None, *, quiet: bool = False) -> str | Path:
-    """What `--model` stands for: a path as it is, a model of the hub, the embedded one for 'nano' or for nothing.
+    """Resolves `--model` to a path: a path itself, a model of the hub, or the embedded model for 'nano' or None.
 
-    Says on stderr which model it is when nobody chose, and shows downloads and conversions. `quiet`: not those of the
-    embedded model.
+    Prints a note on stderr if no model is given, and shows the progress of downloads and conversions. `quiet`: print
+    nothing about the embedded model.
     """
     from granite4v import default_model
     from granite4v.cli.progress import Progress

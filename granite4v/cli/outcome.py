@@ -1,4 +1,4 @@
-"""How a command ends: streams are flushed, and an exception becomes one message and an exit status."""
+"""Ends a command: flushes the streams, and turns an exception into one message and an exit status."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ EXIT_STATUSES = {
 
 
 def run() -> int:
-    """Runs the command line. Returns the exit status once all output is written and any failure is reported."""
+    """Runs the command line. Returns the exit status after all output is written and any failure is reported."""
     try:
         results = streams.prepare()
         warnings.showwarning = _show_warning
         status = _command_line()
-        if results.failure is None or status == 0:  # otherwise that failure has been reported already
+        if results.failure is None or status == 0:  # otherwise the failure has been reported already
             results.flush()
         return status
     except BaseException as error:
@@ -69,14 +69,14 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning as one line, without the place in the code that Python would add. What it says of an image
-    concerns the result."""
+    """Prints a warning as one line, without the location in the code that Python would add. Warnings about images
+    are also printed with --quiet, since they affect the result."""
     if issubclass(category, ImageWarning) or not is_quiet():
         print(f"warning: {clean(str(message), keep='')}", file=sys.stderr, flush=True)
 
 
 def conclude(error: BaseException) -> int:
-    """Prints one message on stderr that says why a command ended. Returns the exit status."""
+    """Prints one message on stderr about why a command ended. Returns the exit status."""
     status, message = explain(error) or (EXIT_BUG, _bug(error))
     if message:
         print(f"granite4v: {clean(message)}", file=sys.stderr, flush=True)
@@ -84,7 +84,7 @@ def conclude(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit status and message of an error that a user, a file or the machine can cause; None for a bug."""
+    """Returns the exit status and message of an error that a user, a file or the machine can cause; None for a bug."""
     if isinstance(error, Interrupted) and error.number != signal.SIGINT:
         return 128 + error.number, f"ended by {signal.Signals(error.number).name}"
     if isinstance(error, KeyboardInterrupt):
@@ -114,14 +114,15 @@ def _bug(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost frame of this package in the traceback."""
+    """Describes the innermost frame of this package in the traceback."""
     frames = [(frame.f_globals.get("__name__", "?"), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame[0].partition(".")[0] == "granite4v"] or frames
     return f"{ours[-1][0]}, line {ours[-1][1]}" if ours else "place unknown"
 
 
 def _keep_traceback(error: BaseException) -> str:
-    """Writes the traceback to a temporary file, which is kept. Returns its path in words, or the traceback itself."""
+    """Writes the traceback to a temporary file, which is kept. Returns a phrase with its path, or the traceback itself
+    if the file cannot be written."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         with tempfile.NamedTemporaryFile(

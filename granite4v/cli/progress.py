@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from granite4v.models import PullProgress
 
 PLAIN_INTERVAL_S = 10.0  # between two plain lines of one stage
-# An estimate made of less than this is worth nothing.
+# The time left is estimated only after this much time and this share of the work.
 MIN_ESTIMATE_S, MIN_ESTIMATE_SHARE = 2.0, 0.02
 
 _STAGES = {
@@ -44,8 +44,8 @@ _STAGES = {
 class Activity:
     """What a command is doing.
 
-    `stage` names the kind of work: a new stage starts the clock again, and has a plain line at once. `detail` may
-    change at any time. A `total` of 0 or 1 means that the end is not known. `left_s` None: estimated from the share
+    `stage`: the kind of work; a new stage restarts the clock, and prints a plain line immediately. `detail` may
+    change at any time. `total`: 0 or 1 if the end is not known. `left_s`: time left; None to estimate it from the share
     that is done.
     """
 
@@ -67,13 +67,13 @@ class Activity:
 
 
 def model_activity(stage: str, done: int, total: int) -> Activity:
-    """What a model's progress callback reports, in words. Generated tokens have no total that is known."""
+    """Converts a report of a model's progress callback. The total number of generated tokens is not known."""
     name = _STAGES.get(stage, stage)
     return Activity(name, n_tokens=done) if stage == "generate" else Activity(name, done, total)
 
 
 class Display(Protocol):
-    """A line on a terminal."""
+    """A live line on a terminal."""
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -82,13 +82,13 @@ class Display(Protocol):
 class Progress:
     """Shows one activity at a time.
 
-    May be called from any thread: the callbacks of a model run on its engine's thread. Text that goes to the same
-    terminal by way of `sys.stdout` or `sys.stderr` replaces the live line, which comes back with the next activity.
-    Use as a context manager, so that the line goes when a command ends, however it ends.
+    May be called from any thread: the callbacks of a model run on its engine's thread. Text that is written to the same
+    terminal through `sys.stdout` or `sys.stderr` replaces the live line, which returns with the next activity. Use it
+    as a context manager, so that the line is removed when a command ends, also after an error.
     """
 
     def __init__(self, stream: TextIO | None = None, *, delay_s: float = 0.0) -> None:
-        """`stream`: stderr unless given. `delay_s`: work that ends sooner shows nothing."""
+        """`stream`: by default stderr. `delay_s`: nothing is shown before this time has passed."""
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.RLock()
@@ -97,11 +97,12 @@ class Progress:
         self._display: Display | None = None
         self._is_closed = False
         self.activity: Activity | None = None
-        self._first = Activity("")  # of the stage, and when it came: what was done before tells nothing of the speed
+        # the first activity of the stage, and its time: only work done since then counts for the speed
+        self._first = Activity("")
         self._began = 0.0
 
     def show(self, activity: Activity) -> None:
-        """Shows what goes on now, in place of what was shown before."""
+        """Shows an activity in place of the previous one."""
         now = time.monotonic()
         with self._lock:
             is_new = self.activity is None or activity.stage != self.activity.stage
@@ -130,18 +131,18 @@ class Progress:
         self.show(Activity(progress.stage, progress.done_bytes, progress.total_bytes, progress.file))
 
     def note(self, text: str) -> None:
-        """As `say`, of what a user may do without."""
+        """Like `say`, but prints nothing with --quiet."""
         if not is_quiet():
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Prints a line, or several, which stay."""
+        """Prints one or more permanent lines."""
         with self._lock:
             self.clear()
             print(clean(text), file=self._stream, flush=True)
 
     def clear(self) -> None:
-        """Removes the live line, until there is something new to show."""
+        """Removes the live line until the next activity."""
         with self._lock:
             display, self._display = self._display, None
             if display is not None:
@@ -163,7 +164,7 @@ class Progress:
         self.close()
 
     def line(self, now: float) -> str:
-        """The activity as a plain line; `now` as of time.monotonic."""
+        """Formats the activity as a plain line. `now`: from time.monotonic."""
         activity = self.activity or Activity("")
         title = clean(activity.title, keep="")
         figures = self.figures(now)
@@ -172,7 +173,7 @@ class Progress:
         return f"{title}: {', '.join(figures)}" if figures else title
 
     def figures(self, now: float) -> list[str]:
-        """Share done, time left, tokens a second, tokens, time taken: as far as known, the most wanted first."""
+        """The known figures, most important first: share done, time left, tokens per second, tokens, time elapsed."""
         activity = self.activity or Activity("")
         elapsed_s, left_s = now - self._began, self._left_s(now)
         speed = activity.tokens_per_s or (activity.n_tokens / elapsed_s if elapsed_s >= MIN_ESTIMATE_S else 0.0)
@@ -196,7 +197,7 @@ class Progress:
 
     def _show_live(self) -> None:
         if self._display is not None:
-            return  # which draws itself ten times a second
+            return  # it redraws itself ten times a second
         from granite4v.cli.live import LiveLine
 
         stream = self._stream.unescaped() if isinstance(self._stream, Messages) else self._stream
@@ -206,19 +207,19 @@ class Progress:
 
 
 def _before_writing(clear: Callable[[], None] | None) -> None:
-    """What the process's own streams call before they write to a terminal."""
+    """Sets the function that the process's own streams call before they write to a terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Results | Messages):
             stream.before_write = clear
 
 
 def plural(n: int, noun: str) -> str:
-    """'1 page', '2,000 pages'."""
+    """Formats a count: '1 page', '2,000 pages'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """'42 s', '5 min', '2 h 10 min'."""
+    """Formats a duration: '42 s', '5 min', '2 h 10 min'."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""`granite4v requantize`: a vision file in another weight type, made from a vision file."""
+"""`granite4v requantize`: converts a vision file to another weight type."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def requantize(
 ) -> None:
     """Write a model's vision file in another weight type.
 
-    The new file is used in place of the one that it was made from, which stays; --mmproj chooses another.
+    From then on, the new file is used instead of the one it was made from, which is kept; --mmproj selects another one.
     """
     from granite4v import converter
     from granite4v.converter import policy
@@ -55,7 +55,7 @@ def requantize(
         path = converter.requantize(source, vision_type, out, force=force, n_threads=threads, progress=progress.written)
     typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     note(f"quantized in {time.perf_counter() - began:.1f} s")
-    with contextlib.suppress(Granite4vError):  # of a damaged neighbour: this file is written
+    with contextlib.suppress(Granite4vError):  # another file may be damaged; the new one is already written
         others = [file.name for file in without_sources(vision_files(path.parent)) if file.name != path.name]
         if others:
             note(f"note: '{path.parent}' also has {', '.join(others)}; choose one with --mmproj")

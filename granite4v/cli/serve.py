@@ -109,13 +109,13 @@ def serve(
     lora: options.LoraOption = None,
     page_store: options.PageStoreOption = True,
 ) -> None:
-    """Serve a model to programs that speak OpenAI's protocol, and a page at '/'.
+    """Serve a model to clients of OpenAI's API, and a web page at '/'.
 
     Endpoints: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/chat/completions/input_tokens,
-    /tokenize, /health, /metrics, /openapi.json. Images and videos come as data URLs, PDFs as file parts; the server
-    fetches nothing. What the decoder has read of images is kept on disk, private to the user who runs the server. Ends
-    with SIGTERM or Ctrl-C, after at most two seconds for answers that are under way. --verbose prints a line for each
-    request, without what it contains.
+    /tokenize, /parse, /health, /metrics, /openapi.json. Images and videos are sent as data URLs, PDFs as file parts;
+    the server fetches nothing. The KV cache of images is kept on disk, private to the user who runs the server. SIGTERM
+    or Ctrl-C stops the server; answers in flight get at most two seconds to finish. --verbose prints a line for each
+    request, without its content.
     """
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
     from granite4v.runtime.server.serving import listen
@@ -149,9 +149,11 @@ def serve(
 
 
 def _hosts(address: str, host: str, others: list[str]) -> tuple[str, ...]:
-    """The names of a server at a loopback address: under another one, a web page anywhere may have its browser ask.
+    """The accepted values of the Host header; empty, for any, unless the server listens at a loopback address.
 
-    `address`: where it listens; `host` may be any spelling of it, such as '127.1', or a name.
+    At a loopback address, other names are refused: through a name that resolves to it (DNS rebinding), a web page
+    anywhere could send requests from the user's browser. `address`: where the server listens; `host`: the same as the
+    user spelled it, such as '127.1' or a name.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(found, "ipv4_mapped", None)  # '::ffff:127.0.0.1'

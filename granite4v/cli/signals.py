@@ -1,4 +1,4 @@
-"""Signals that end a command. SIGTERM and SIGHUP unwind it as Ctrl-C does, so that it cleans up."""
+"""Handles signals that end a command. SIGTERM and SIGHUP raise an exception like Ctrl-C, so that it cleans up."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Raises `Interrupted` for the first signal. A second one is only announced, so that the clean-up can finish; a
-    third ends the process at once, since the clean-up may hang, or a library may have swallowed the exception."""
+    """Raises `Interrupted` for the first signal. The second one only prints a message, so that the clean-up can finish.
+    The third ends the process at once, since the clean-up may hang, or a library may have swallowed the exception."""
 
     def __init__(self) -> None:
         self._n_received = 0
         self._is_over = False
 
     def catch(self) -> None:
-        """Installs the handlers, except for signals that are ignored, as nohup and shells' background jobs arrange."""
+        """Installs the handlers, except for signals that are ignored, as under nohup and in background jobs of
+        shells."""
         for name in NAMES:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def is_over(self) -> None:
-        """From now on a signal ends the process at once, since there is nothing left to clean up."""
+        """Makes every further signal end the process at once, since there is nothing left to clean up."""
         self._is_over = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -46,5 +47,5 @@ class Signals:
             os._exit(128 + number)
         if self._n_received == 1:
             raise Interrupted(number)
-        with contextlib.suppress(OSError):  # not print: a handler may run in the middle of one
+        with contextlib.suppress(OSError):  # not print, which the handler may have interrupted
             os.write(2, b"granite4v: cleaning up; interrupt once more to end at once\n")

@@ -1,9 +1,9 @@
-"""The standard streams of a command: no result is lost silently, and no text controls the terminal.
+"""The standard streams of a command: no result is lost silently, and no text can control the terminal.
 
-Results go to stdout. If that cannot be written (disk full, pipe closed), `ResultsLost` or `PipeClosed` is raised. On a
-terminal, control characters and characters that its encoding lacks are written as escapes. Elsewhere stdout is UTF-8,
-unless PYTHONIOENCODING names another encoding. Messages go to stderr: always escaped, and a failure to write one never
-fails the command.
+Results go to stdout. If they cannot be written (disk full, pipe closed), `ResultsLost` or `PipeClosed` is raised. On a
+terminal, control characters and characters that its encoding lacks are written as escapes. Otherwise stdout is UTF-8,
+unless PYTHONIOENCODING names another encoding. Messages go to stderr: they are always escaped, and failing to write one
+never fails the command.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class PipeClosed(Exception):
 
 
 class _Stream(io.TextIOBase):
-    """A text stream that wraps another. It has no `buffer`, so that nothing can be written past it."""
+    """A text stream that wraps another. It has no `buffer`, so that nothing can be written around it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
-        self.before_write: Callable[[], None] | None = None  # before anything is written to a terminal
+        self.before_write: Callable[[], None] | None = None  # called before anything is written to a terminal
 
     def _begin(self) -> None:
         if self._is_terminal and self.before_write is not None:
@@ -61,8 +61,8 @@ class _Stream(io.TextIOBase):
 
 
 class Results(_Stream):
-    """Standard output. Once writing has failed, every further write raises the same ResultsLost or PipeClosed: the
-    first one may be swallowed by code that probes the stream, as click does."""
+    """Standard output. After a write has failed, every further write raises the same ResultsLost or PipeClosed, because
+    code that probes the stream, such as click, may swallow the first one."""
 
     def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
         super().__init__(stream)
@@ -101,7 +101,7 @@ class Results(_Stream):
 
 
 def _discard(stream: TextIO) -> None:
-    """Redirects the stream to /dev/null: what it still buffers would fail once more when the interpreter exits."""
+    """Redirects the stream to /dev/null; otherwise flushing its buffer at interpreter exit would fail again."""
     with contextlib.suppress(OSError):
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, stream.fileno())
@@ -109,7 +109,7 @@ def _discard(stream: TextIO) -> None:
 
 
 class Messages(_Stream):
-    """Standard error. Carriage returns pass, since download progress is drawn with them."""
+    """Standard error. Carriage returns are not escaped, since download progress is drawn with them."""
 
     def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
         super().__init__(stream)
@@ -131,7 +131,7 @@ class Messages(_Stream):
 
 
 def prepare() -> Results:
-    """Replaces the process's streams by `Results` and `Messages`. Raises ResultsLost if stdout is closed."""
+    """Replaces the process's streams with `Results` and `Messages`. Raises ResultsLost if stdout is closed."""
     _open_descriptors()
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115  # for the process's life
@@ -151,8 +151,8 @@ def prepare() -> Results:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """JSON for stdout. NaN and infinities become null. Where stdout is not UTF-8, the JSON is ASCII, since the escapes
-    for characters that an encoding lacks are not JSON's."""
+    """Formats JSON for stdout. NaN and infinities become null. If stdout is not UTF-8, the JSON is ASCII, since the
+    stream's escapes for characters that its encoding lacks are not valid JSON."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
     return json.dumps(_finite(data), ensure_ascii=not is_utf8, allow_nan=False, indent=indent)
@@ -169,8 +169,8 @@ def _finite(data: Any) -> Any:
 
 
 def _open_descriptors() -> None:
-    """Opens /dev/null as 0, 1 or 2 where these are closed: otherwise the next file to be opened would get that number,
-    and the output of C libraries would go into it."""
+    """Opens /dev/null as file descriptor 0, 1 or 2 if it is closed. Otherwise the next opened file would get that
+    number, and the output of C libraries would go into it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

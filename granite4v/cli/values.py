@@ -1,4 +1,4 @@
-"""Callbacks of options: what a type and its limits alone do not refuse."""
+"""Callbacks that validate option values beyond their type and limits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import typer
 
 
 def finite(value: float) -> float:
-    """A callback of float options: 'nan' passes every comparison with a limit."""
+    """Callback of float options that refuses infinity and 'nan', which passes every comparison with a limit."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
 def given_finite(value: float | None) -> float | None:
-    """As `finite`, of an option that may be left out."""
+    """Like `finite`, for an option that may be left out."""
     return value if value is None else finite(value)
 
 
 def unicode_text(value: str | None) -> str | None:
-    """A callback of options whose text is encoded: Python reads bytes that are not UTF-8 as lone surrogates."""
+    """Callback of options whose text will be encoded. Refuses bytes that are not UTF-8, which Python passes on as lone
+    surrogates."""
     try:
         (value or "").encode()
     except UnicodeEncodeError:

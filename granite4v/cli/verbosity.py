@@ -1,9 +1,8 @@
-"""How much a command says on stderr: `--quiet` and `--verbose`, the same for all commands.
+"""How much a command prints on stderr: `--quiet` and `--verbose`, the same for all commands.
 
-Normally there is progress, there are notes, and what is wrong. Quiet leaves out progress and notes; errors stay, and
-what concerns the result itself: a page that failed, an answer that was cut off, an image read otherwise than expected,
-the address of a server.
-Verbose adds timings and what the package logs, llama.cpp's own log among it.
+By default it prints progress, notes and problems. Quiet leaves out progress and notes. It keeps errors, and messages
+about the result itself: a page that failed, an answer that was cut off, an image that was read differently than
+expected, the address of a server. Verbose adds timings and the package's log, including llama.cpp's.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ class Verbosity(Enum):
 
 
 _NAMES = ("quiet", "verbose")
-_BEFORE_COMMAND = "granite4v.verbosity"  # in the meta data that contexts share: what stands before the command's name
+_BEFORE_COMMAND = "granite4v.verbosity"  # key in `ctx.meta`, which contexts share: options before the command's name
 _LOGGER = logging.getLogger("granite4v")
 _current, _handler = Verbosity.NORMAL, logging.StreamHandler()
 
 
 def set_verbosity(wanted: Verbosity) -> None:
-    """For this process, until it is set again."""
+    """Sets the verbosity of this process, until it is set again."""
     global _current, _handler
     _LOGGER.removeHandler(_handler)
     _current, _handler = wanted, logging.StreamHandler(sys.stderr)
@@ -53,13 +52,13 @@ def is_verbose() -> bool:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr that a user may do without."""
+    """Prints a line on stderr, except with --quiet."""
     if not is_quiet():
         print(clean(text, keep=""), file=sys.stderr, flush=True)
 
 
 def show_timings(what: str, timings: Mapping[str, float]) -> None:
-    """Prints, for --verbose, the seconds and counts of an answer under the names that they have in records."""
+    """With --verbose, prints the seconds and counts of an answer, with the same names as in records."""
     if is_verbose():
         figures = (
             f"{name}={value:.3f}" if name.endswith("_s") else f"{name}={value:g}" for name, value in timings.items()
@@ -81,24 +80,27 @@ def _options(
         bool, typer.Option("--verbose", "-v", help="Also more timings, and the log of llama.cpp.")
     ] = False,
 ) -> None:
-    """Declares them: classes of options differ between versions of typer."""
+    """Declares the two options as typer does, because its option classes differ between versions."""
 
 
 def verbosity_options() -> list[Any]:
-    """`--quiet` and `--verbose`, for a command or a group."""
+    """The click parameters of `--quiet` and `--verbose`, for a command or a group."""
     holder = typer.Typer(add_completion=False)
     holder.command()(_options)
     return typer.main.get_command(holder).params
 
 
 def take_before_command(ctx: Any) -> None:
-    """Takes the options of a group out of its parameters, for the command that follows."""
+    """Removes the two options from a group's parameters, and keeps their values for the command that follows."""
     ctx.meta[_BEFORE_COMMAND] = _taken(ctx)[0]
 
 
 def take(ctx: Any) -> Verbosity:
-    """Takes the options out of a command's parameters. What is typed, in either place, has precedence over the config
-    file. Raises BadParameter for both at once."""
+    """Removes the two options from a command's parameters, and returns the verbosity.
+
+    Options on the command line, before or after the command's name, take precedence over the config file. Raises
+    BadParameter if both are given, Granite4vError if the config file sets both.
+    """
     typed, configured = _taken(ctx)
     wanted = typed | ctx.meta.get(_BEFORE_COMMAND, frozenset()) or configured
     if len(wanted) > 1:
@@ -109,7 +111,7 @@ def take(ctx: Any) -> Verbosity:
 
 
 def _taken(ctx: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """What stands on the command line, and what else is set."""
+    """The names of options given on the command line, and of those set otherwise. Removes both from the parameters."""
     chosen = frozenset(name for name in _NAMES if ctx.params.pop(name))
     typed = frozenset(name for name in chosen if ctx.get_parameter_source(name).name == "COMMANDLINE")
     return typed, chosen - typed

@@ -1,4 +1,4 @@
-"""`granite4v verify`: how much a model differs from the checkpoint it was converted from."""
+"""`granite4v verify`: measures how much a model differs from the checkpoint it was converted from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for one model: `create_app` makes the ASGI application, `run` serves it."""
+"""An OpenAI-compatible server for one model: `create_app` builds the ASGI application, `run` serves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer took and how it ended, as the API tells it."""
+"""Token counts, times and finish reasons of answers, as the API reports them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from granite4v.runtime.server.replies import FinishReason, PromptDetails, Timing
 
 
 def finish_reason(answer: Answer) -> FinishReason:
-    """'stop' also for an answer that the grammar closed within its limit: it is whole, and openai's `parse` refuses
-    'length'. An answer that was stopped for repeating itself is not."""
+    """OpenAI's finish reason.
+
+    'stop' also for an answer that the grammar closed within the token limit: it is complete, and openai's `parse`
+    refuses 'length'. An answer that was stopped for looping is incomplete, so it has 'length'.
+    """
     if answer.finish_reason == LENGTH and answer.closing is not None:
         return "stop"
     return "length" if answer.finish_reason in (LENGTH, REPETITION) else "stop"
 
 
 def stopped_by(answer: Answer) -> str | None:
-    """What `finish_reason` does not tell: 'repetition', or 'closed' where the grammar closed the answer."""
+    """What `finish_reason` does not say: 'repetition' if the answer was stopped for looping, 'closed' if the grammar
+    closed it; otherwise None."""
     if answer.finish_reason == LENGTH and answer.closing is not None:
         return "closed"
     return REPETITION if answer.finish_reason == REPETITION else None
 
 
 def usage(generation: Generation) -> Usage:
-    """Cached tokens are those that were not computed: from other requests, or from stored pages."""
+    """Token counts of all answers. Cached tokens were not computed: they come from other requests or stored pages."""
     prompt, answers = generation.prompt, generation.answers
     first = answers[0].timings
     n_generated = sum(answer.timings.n_generated for answer in answers)
@@ -40,7 +44,7 @@ def usage(generation: Generation) -> Usage:
 
 
 def timings(answers: Sequence[Answer]) -> Timings:
-    """Of all answers to a request: times that they shared count for each."""
+    """Sums over all answers to a request; time that several of them shared is counted once for each."""
     each = [answer.timings for answer in answers]
     n_prompt = sum(one.n_prompt - one.n_reused - one.n_stored for one in each)
     prompt_s = sum(one.prefill_s for one in each)

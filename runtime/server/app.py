@@ -1,4 +1,4 @@
-"""The ASGI application: routes, errors, the model's life, and the page at '/'."""
+"""Builds the ASGI application: routes, error handlers, loading and closing of the model, and the web page at '/'."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from granite4v.runtime.server.options import ServerOptions
 
 LOG = logging.getLogger("granite4v.server")
 WEB = Path(__file__).parent / "web"
-# The page loads nothing from elsewhere, and nothing can be loaded into it.
+# The web page loads only its own files, and no other page can embed it in a frame.
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,17 +49,22 @@ _WEB_HEADERS = {
 
 
 class Application(Starlette):
-    """`dispatcher`: what is in flight. `failure`: why the model could not be loaded; None where it could."""
+    """The server's Starlette application.
+
+    `dispatcher`: queues the requests and runs them on the model. `failure`: the exception that kept the model from
+    being loaded; None if there was none.
+    """
 
     dispatcher: Dispatcher
     failure: BaseException | None = None
 
 
 def create_app(model: Model | Callable[[], Model], options: ServerOptions | None = None) -> Application:
-    """An OpenAI-compatible server as an ASGI application.
+    """Builds an OpenAI-compatible server as an ASGI application.
 
-    `model`: a loaded model, which stays open; or what loads one, called in a thread when the server starts. Until it
-    is there, requests are answered with 503; the application closes it at the end.
+    `model`: a loaded model, which the application leaves open; or a function that loads one. The function is called
+    in a thread when the server starts. Until it returns, requests that need the model are answered with 503. The
+    application closes a model that it loaded itself.
     """
     options = options or ServerOptions()
     metrics = Metrics()
@@ -103,7 +108,7 @@ def create_app(model: Model | Callable[[], Model], options: ServerOptions | None
 
 def _named(model: Model, options: ServerOptions, created: int) -> Named:
     path = model.files.text.path.absolute()
-    # names of files may hold bytes that are not UTF-8, which no reply can carry
+    # file names may hold bytes that are not UTF-8, which cannot be encoded in a JSON reply
     return Named(shown(options.model_name or path.parent.name), shown(path.stem), created)
 
 
@@ -124,10 +129,10 @@ async def _lifespan(app: Application, model: Model | Callable[[], Model]) -> Asy
 
 
 class _Loader(threading.Thread):
-    """Loads the model, reads its weights, and closes it."""
+    """Thread that loads the model, warms it up and attaches it to the dispatcher; `close` closes the model."""
 
     def __init__(self, app: Application, load: Callable[[], Model]) -> None:
-        super().__init__(name="granite4v-load", daemon=True)  # daemon: a server that ends waits for no load
+        super().__init__(name="granite4v-load", daemon=True)  # daemon: shutdown does not wait for a load to finish
         self._app, self._load, self._loop = app, load, asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._model: Model | None = None
@@ -155,11 +160,15 @@ class _Loader(threading.Thread):
 
 
 def _warm_up(model: Model) -> None:
-    """Reads the weights. Two questions at once, so that the context has all its sequences from now on: with one,
-    clients that take turns would take each other's pages out of the cache."""
+    """Reads the weights from disk by answering two prompts at once.
+
+    Two at once make the context allocate all its sequences from the start. With a single sequence, clients that
+    alternate would evict each other's pages from the KV cache.
+    """
     prompts = [model.prepare(text) for text in ("Hello.", "Good morning.")]
     options = GenerationOptions(max_tokens=1)
-    # submitted between two steps: from this thread, the first could be answered before the second comes
+    # `call` submits both between two engine steps; submitted one by one from this thread, the first could be finished
+    # before the second arrives
     streams = model.engine.call(lambda _: [model.submit(prompt, options) for prompt in prompts])
     for stream in streams:
         stream.result()

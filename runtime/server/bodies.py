@@ -1,4 +1,4 @@
-"""The body of a request: all of it, or an error, within bounds of size and time."""
+"""Reads complete request bodies within limits of size and time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from granite4v.runtime.server import errors
 from granite4v.runtime.server.errors import ApiError
 from granite4v.runtime.server.guard import too_large
 
-N_BODIES = 8  # of the largest size, that may be on their way at once
+N_BODIES = 8  # all bodies being received may together hold as many bytes as this number of the largest size
 
 
 class BodyReader:
     """Reads the bodies of all requests of one server."""
 
     def __init__(self, most_bytes: int, stall_s: float, time_s: float, ended: asyncio.Event) -> None:
-        """`most_bytes`: of a body. `stall_s`: that nothing may come of one, and `time_s` from its beginning to its end.
-        `ended`: set when the server gives up all work."""
+        """`most_bytes`: largest size of a body. `stall_s`: longest time without new bytes. `time_s`: longest time to
+        receive a body. `ended`: set when the server cancels all requests."""
         self._most_bytes, self._stall_s, self._time_s, self._ended = most_bytes, stall_s, time_s, ended
-        self._n_held = 0  # bytes of those that are not complete
+        self._n_held = 0  # bytes of bodies that are not complete yet
 
     async def read(self, request: Request) -> bytearray:
-        """Raises ApiError."""
+        """Reads the complete body. Raises ApiError."""
         content = bytearray()
         try:
             async with contextlib.aclosing(self._parts(request, content)) as parts:
@@ -34,7 +34,7 @@ class BodyReader:
                     self._n_held += len(part)
                     if len(content) > self._most_bytes:
                         raise too_large(self._most_bytes)
-                    if self._n_held > N_BODIES * self._most_bytes:  # requests take their turns only after this
+                    if self._n_held > N_BODIES * self._most_bytes:  # bodies are read before the queue
                         raise errors.too_busy()
             return content
         except ClientDisconnect:
@@ -78,5 +78,5 @@ class BodyReader:
 
 
 async def _next(parts: AsyncGenerator[bytes, None]) -> bytes | None:
-    """None at the end."""
+    """The next part; None at the end."""
     return await anext(parts, None)

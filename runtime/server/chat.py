@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: OpenAI's chat completions, whole and as a stream."""
+"""POST /v1/chat/completions: OpenAI's chat completions, complete or as a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from granite4v.runtime.server.writer import Writer
 
 
 def asked(body: ChatRequest, reader: ContentReader, n_most: int) -> Ask:
-    """What a request asks for. `n_most`: answers to one request. Raises ApiError."""
+    """Parses a request. `n_most`: answers to one request. Raises ApiError."""
     check_completion_fields(body, n_most)
     refuse(body, "tools", "functions")
     turns = reader.turns(body.messages)
@@ -44,7 +44,7 @@ def asked(body: ChatRequest, reader: ContentReader, n_most: int) -> Ask:
 
 
 class ChatWriter(Writer):
-    """Writes the answers to one request."""
+    """Writes the reply to one request, complete or as events."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl", ChatCompletion, ChatChunk
 

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts and tokens that are continued as they are, without a chat template."""
+"""POST /v1/completions: continues raw text or tokens, without a chat template."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from granite4v.runtime.server.sampling import check_completion_fields, options_o
 from granite4v.runtime.server.structure import form_of
 from granite4v.runtime.server.writer import Writer
 
-DEFAULT_TOKENS = 16  # OpenAI's
+DEFAULT_TOKENS = 16  # OpenAI's default of `max_tokens`
 
 
 def asked(body: CompletionRequest, n_most: int) -> Ask:
-    """What a request asks for. Raises ApiError."""
+    """Parses a request. `n_most`: answers to one request. Raises ApiError."""
     check_completion_fields(body, n_most)
     refuse(body, "echo", "suffix")
     return Ask(
@@ -35,7 +35,7 @@ def asked(body: CompletionRequest, n_most: int) -> Ask:
 
 
 def _only(prompt: str | Sequence[Any]) -> str | Sequence[int]:
-    """The one prompt of a request, which may stand in a list."""
+    """The only prompt of a request, which may be in a list. Raises ApiError for several."""
     if isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt)):
         return prompt
     if len(prompt) != 1:
@@ -45,7 +45,7 @@ def _only(prompt: str | Sequence[Any]) -> str | Sequence[int]:
 
 
 class CompletionWriter(Writer):
-    """Writes the answers to one request."""
+    """Writes the reply to one request, complete or as events."""
 
     prefix, whole_kind, chunk_kind = "cmpl", Completion, Completion
 

@@ -1,6 +1,6 @@
-"""Content parts of a request to messages: texts, and the images, documents and videos that are still to be opened.
+"""Turns the content parts of a request into messages: texts, and images, documents and videos to be opened later.
 
-Nothing is decoded here but base64; no file is opened and nothing fetched.
+Only base64 is decoded here; no file is opened and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _JPEGS = "data:video/jpeg;base64,"  # followed by frames, as vLLM takes them
 
 @dataclass(frozen=True)
 class VideoChoice:
-    """Which frames of a video are taken, as `load_video` has it; or the images that are `given` as its frames."""
+    """Which frames of a video to take (`frames` and `fps` as in `load_video`), or the images `given` as its frames."""
 
     frames: int | None = None
     fps: float | None = None
@@ -43,9 +43,9 @@ class VideoChoice:
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """An image, with `is_document` a document of any number of pages, with `video` a video; encoded or by path.
+    """An image, a document of any number of pages (`is_document`), or a video (`video`); as file content or by path.
 
-    `param`: where it stands in the request. `name`: what messages call it.
+    `param`: the place of the attachment in the request. `name`: its name in error messages.
     """
 
     param: str
@@ -68,12 +68,12 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Of its text parts, as one."""
+        """The text parts, joined with newlines."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
 
 class ContentReader:
-    """Reads the content of messages. `media_paths`: directories whose files may be named."""
+    """Reads the content of messages. `media_paths`: directories whose files clients may name."""
 
     def __init__(self, media_paths: Sequence[Path] = ()) -> None:
         self._roots = [path.resolve() for path in media_paths]
@@ -87,7 +87,7 @@ class ContentReader:
         return turns
 
     def parts(self, content: Content | None, param: str) -> list[str | Attachment]:
-        """Raises ApiError."""
+        """Converts the content of one message at `param`. Raises ApiError."""
         if content is None:
             return []
         if isinstance(content, str):
@@ -144,7 +144,7 @@ class ContentReader:
         return Attachment(param, name, content=content, is_document=True, pages=ranges, password=file.password)
 
     def _path(self, url: str, param: str, what: str = "image", kind: str = "image/png") -> Path:
-        """A file that the server's user allows. Raises ApiError for everything else."""
+        """The path of a file inside one of the allowed directories. Raises ApiError for everything else."""
         advice = f"send the {what} itself, as a data URL (data:{kind};base64,...)"
         try:
             parsed = urlparse(url)

@@ -1,4 +1,7 @@
-"""From requests to answers of the model: their turn, their attachments, their prompt. One for each server."""
+"""Runs requests on the model: queues them, opens their attachments, builds their prompts and submits them.
+
+A server has one Dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,20 @@ from granite4v.runtime.server.metrics import Metrics
 from granite4v.runtime.server.options import ServerOptions
 from granite4v.runtime.server.structure import Form
 
-MAX_ANSWER = 4096  # tokens, where a client does not say and the context has room; what the family generates up to
-_AHEAD = 1  # requests that are made ready while all sequences are in use
-_N_PREPARING = 2  # threads that make prompts and grammars
-_LONGEST_RETRY_S = 30.0  # openai's clients wait as long as they are told
+# Limit of an answer in tokens if the client sets none and the context has room: the family's own maximum
+MAX_ANSWER = 4096
+_AHEAD = 1  # requests that are prepared in advance while all sequences are in use
+_N_PREPARING = 2  # threads that build prompts and grammars
+_LONGEST_RETRY_S = 30.0  # openai's clients wait as long as Retry-After says
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked: messages, or text or tokens as they are; and how the answers are generated.
+    """A parsed request: messages, or raw text or tokens (`plain`); and how the answers are generated.
 
-    `fields`: of `GenerationOptions`, but for those that have a place of their own here. `n_top`: how many alternatives
-    of each token are shown with its log-probability; None for no log-probabilities. `confidence`: whether that of cells
-    and fields is shown.
+    `fields`: fields of `GenerationOptions`, except those that are attributes here. `n`: number of answers. `n_top`:
+    how many alternatives of each token are returned with their log-probabilities; None returns no log-probabilities.
+    `confidence`: whether the confidence of cells and fields is returned.
     """
 
     turns: Sequence[Turn] = ()
@@ -52,7 +56,7 @@ class Ask:
 
     @property
     def logprobs(self) -> int | None:
-        """As in `GenerationOptions`."""
+        """The `logprobs` of `GenerationOptions`; confidences need log-probabilities even if none are returned."""
         return 0 if self.n_top is None and self.confidence else self.n_top
 
     @property
@@ -61,23 +65,23 @@ class Ask:
 
 
 class Dispatcher:
-    """Takes requests one after the other, as many at once as the model has sequences, and one more ahead."""
+    """Runs requests in order of arrival: as many at once as the model has sequences, and prepares one more ahead."""
 
     def __init__(self, options: ServerOptions, metrics: Metrics) -> None:
         self.options, self.metrics = options, metrics
-        self.ended = asyncio.Event()  # all work is given up
-        self.is_ending = False  # no more work is taken
+        self.ended = asyncio.Event()  # set when all requests in flight are cancelled
+        self.is_ending = False  # True once new requests are refused
         self._model: Model | None = None
         self._media: MediaOpener | None = None
         self._pool = ThreadPoolExecutor(_N_PREPARING, thread_name_prefix="granite4v-prompts")
         self._turn = asyncio.Semaphore(1)
         self._n_in_flight = 0
-        self._request_s = 1.0  # how long requests take, lately
+        self._request_s = 1.0  # moving average of the duration of a request
 
     # --- the model ---
 
     def attach(self, model: Model) -> None:
-        """From now on requests are taken."""
+        """Sets the loaded model; requests are accepted from now on."""
         view = model.files.vision_config if model.has_vision else None
         self._media = MediaOpener(self.options.limits, None if view is None else view.tiling)
         self._turn = asyncio.Semaphore(model.n_parallel + _AHEAD)
@@ -86,7 +90,7 @@ class Dispatcher:
 
     @property
     def model(self) -> Model:
-        """Raises ApiError while it is loading, and when the server ends."""
+        """The model. Raises ApiError while it is loading, and while the server is shutting down."""
         if self.is_ending:
             raise errors.shutting_down()
         if self._model is None:
@@ -103,8 +107,10 @@ class Dispatcher:
     # --- requests ---
 
     def take(self) -> Callable[[], None]:
-        """Takes a request; what is returned must be called at its end. Raises ApiError where too many requests wait
-        already, or none can be answered."""
+        """Admits a request, and returns a function that must be called when it is finished.
+
+        Raises ApiError if too many requests are waiting already, or if the model is not available.
+        """
         model, n_waiting = self.model, self.options.limits.n_waiting
         if self._n_in_flight >= model.n_parallel + n_waiting:
             rounds = self._n_in_flight / model.n_parallel
@@ -126,7 +132,10 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def answering(self, ask: Ask) -> AsyncIterator[Generation]:
-        """The answers to a request; they end when the context is left. Raises ApiError and what `Model.submit` does."""
+        """Waits for a turn and starts the answers to a request; leaving the context cancels them.
+
+        Raises ApiError, and the errors of `Model.submit`.
+        """
         began = time.monotonic()
         async with self._turn:
             generation = await self._begin(ask)
@@ -137,7 +146,7 @@ class Dispatcher:
                 self.metrics.note_answers(generation, began)
 
     async def count(self, ask: Ask) -> Prompt:
-        """The prompt of a request that is not computed. Raises what `answering` does."""
+        """Builds the prompt of a request without running the model. Raises the same errors as `answering`."""
         async with self._turn:
             images = await self._images(ask)
             return await self.in_thread(_prompt, self.model, ask, images)
@@ -169,7 +178,10 @@ class Dispatcher:
         return await self._media.open(attachments)
 
     async def in_thread(self, function: Any, *arguments: Any) -> Any:
-        """What a function returns, called in a thread. A generation that nobody waits for any more is cancelled."""
+        """Calls a function in a thread and returns its result.
+
+        If this coroutine is cancelled, the call goes on, and a Generation that it returns is cancelled.
+        """
         future = asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
         try:
             return await asyncio.shield(future)

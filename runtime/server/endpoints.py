@@ -1,4 +1,4 @@
-"""The endpoints: each reads a body, and answers in one piece or as a stream."""
+"""The endpoints: each reads a request body, and replies in one piece or as a stream of events."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ from granite4v.runtime.server.requests import (
     TokenizeRequest,
 )
 
-# A value may take a thousand times its own length: as data, and as one of the errors that are collected for a body.
+# A JSON value can take a thousand times its own length in memory: as parsed data, and as one of the validation errors
+# that pydantic collects for a body.
 MAX_VALUES = 250_000
 _BEFORE_VALUES = (b",", b"[", b"{")
 
@@ -54,7 +55,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Named:
-    """What answers say of the model."""
+    """What replies report about the model: its name, its fingerprint, and its creation time (in Unix seconds)."""
 
     name: str
     fingerprint: str
@@ -62,7 +63,7 @@ class Named:
 
 
 class Endpoints:
-    """The handlers of one server."""
+    """The request handlers of one server."""
 
     def __init__(self, dispatcher: Dispatcher, named: Callable[[], Named]) -> None:
         self._dispatcher, self._named = dispatcher, named
@@ -71,10 +72,10 @@ class Endpoints:
         self._pace = Pace(options.patience_s, options.keepalive_s, options.limits.time_s, dispatcher.ended)
         self._bodies = BodyReader(self._limits.body_bytes, options.stall_s, self._limits.time_s, dispatcher.ended)
         self._reader = ContentReader(options.media_paths)
-        self._known_tasks: list[dict[str, Any]] | None = None  # looked for once
+        self._known_tasks: list[dict[str, Any]] | None = None  # computed on first use
 
     def table(self) -> dict[tuple[str, str], tuple[Handler, Operation]]:
-        """The handler of each path and method, and what it takes and gives."""
+        """The handler of each (path, method), with its description for the OpenAPI document."""
         busy = (429, 503, 504)
         chats = Operation("Answers a conversation.", ChatCompletion, ChatRequest, events=True, statuses=busy)
         plain = Operation("Continues a text.", Completion, CompletionRequest, events=True, statuses=busy)
@@ -167,7 +168,8 @@ class Endpoints:
         return ModelEntry(id=named.name, created=named.created, owned_by="granite4v", meta=meta)
 
     def _tasks(self, model: Model) -> list[dict[str, Any]]:
-        """The tasks that the model is trained for, each with the text that asks for it, or with a schema's need."""
+        """The tasks that the model was trained for. `tag`: the text that asks for the task; None if it takes a
+        schema."""
         if self._known_tasks is None:
             known = [task for task in TASKS.values() if is_known(model, task)] if model.has_vision else []
             self._known_tasks = [
@@ -191,9 +193,9 @@ class Endpoints:
     # --- bodies ---
 
     async def _body(self, request: Request, kind: type[B]) -> B:
-        """Raises ApiError."""
+        """Reads and validates a JSON body. Raises ApiError."""
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if given != JSON:  # also what keeps pages of other origins from asking without a preflight request
+        if given != JSON:  # also forces web pages of other origins to send a preflight request
             raise ApiError(415, f"the body has the type {given!r:.60}; send JSON with 'Content-Type: {JSON}'.")
         content = await self._bodies.read(request)
         if sum(map(content.count, _BEFORE_VALUES)) > MAX_VALUES:
@@ -209,7 +211,7 @@ class Endpoints:
 
 
 def _data(content: bytearray) -> Any:
-    """A body as data; None for one that is not JSON."""
+    """Parses a body; None if it is not JSON."""
     try:
         return from_json(content)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: a status, and an error in the form of OpenAI's API."""
+"""Error replies to failed requests: an HTTP status, and an error in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from granite4v.errors import (
 )
 
 LOG = logging.getLogger("granite4v.server")
-_MOST_SHOWN = 200  # characters of the place of a problem: keys are as long as a client likes
-# Errors of ours that a request can cause, with the code that names them; others are the server's own.
+_MOST_SHOWN = 200  # characters of the location of a problem, because a client can send keys of any length
+# Exceptions that a bad request can cause, with their error codes; the others count as failures of the server.
 _OF_REQUESTS: dict[type[Granite4vError], str] = {
     ContextOverflowError: "context_length_exceeded",
     PromptError: "invalid_prompt",
@@ -29,11 +29,11 @@ _OF_REQUESTS: dict[type[Granite4vError], str] = {
     DocumentError: "invalid_document",
     ConstraintError: "invalid_schema",
 }
-RETRY, GIVE_UP = {"x-should-retry": "true"}, {"x-should-retry": "false"}  # headers that openai's clients follow
+RETRY, GIVE_UP = {"x-should-retry": "true"}, {"x-should-retry": "false"}  # headers that openai's clients obey
 
 
 class ApiError(Exception):
-    """A request that is refused, or that failed. `param`: the field of the request that is at fault."""
+    """A request was refused or failed. `param`: the field of the request that is at fault."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def json(self) -> bytes:
-        return json.dumps(self.content()).encode()  # ASCII: a message may quote what is not Unicode
+        return json.dumps(self.content()).encode()  # ASCII: a message may quote lone surrogates
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -103,9 +103,10 @@ def took_too_long(time_s: float) -> ApiError:
 
 
 def of_validation(error: ValidationError, body: object) -> ApiError:
-    """What is wrong with a body, as data: the first problem, at the place where it is."""
+    """Describes what is wrong with a parsed body: one problem with its location, and the number of other problems."""
     problems = error.errors(include_url=False, include_input=False)
-    first = max(problems, key=lambda problem: len(problem["loc"]))  # of a union, the kind that fits best
+    # the deepest one: for a union, that is in the alternative that fits best
+    first = max(problems, key=lambda problem: len(problem["loc"]))
     where = _place(first["loc"], body, is_missing=first["type"] == "missing")
     told = f"'{where}': {_message(first)}" if where else _message(first)
     if len(problems) > 1:
@@ -123,7 +124,10 @@ def _message(problem: ErrorDetails) -> str:
 
 
 def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> str:
-    """Where a problem is, as a client has written it: pydantic's location also names the types of unions."""
+    """The path of a problem in the client's own JSON, such as 'messages[0].content[1].text'.
+
+    Leaves out the union tags in pydantic's location: parts that are no index or key of `body` are skipped.
+    """
     where = ""
     for i, part in enumerate(location):
         if isinstance(part, int) and isinstance(body, list) and part < len(body):
@@ -136,7 +140,7 @@ def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> 
 
 
 def of(error: BaseException) -> ApiError:
-    """What a client is told of an exception. One that nobody expected is logged with its traceback."""
+    """Converts an exception to the ApiError for the client. Unexpected exceptions are logged with their traceback."""
     if isinstance(error, ApiError):
         return error
     for kind, code in _OF_REQUESTS.items():

@@ -1,4 +1,4 @@
-"""Answers on their way from the engine's thread to the event loop, without a thread of their own."""
+"""Passes answers from the engine's thread to the event loop, without a thread per answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from granite4v.runtime.prompt.spans import Prompt
 
 
 class News:
-    """Wakes the event loop from the engine's thread: the listener of streams."""
+    """The listener of streams: wakes the event loop from the engine's thread."""
 
     def __init__(self) -> None:
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
     def __call__(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is waiting
             self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self) -> None:
@@ -30,7 +30,7 @@ class News:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one of several answers has grown by. `logprobs`: of the tokens that are new, where they were asked for."""
+    """New text of one answer, by its index. `logprobs`: those of the new tokens, if requested."""
 
     index: int
     text: str
@@ -52,14 +52,14 @@ class Generation:
         return [stream.answer for stream in self._streams]
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What comes, until all answers are complete. Raises what ended one of them."""
+        """Yields new text as it arrives, until all answers are complete. Raises the error that ended one of them."""
         n_characters = [0] * len(self._streams)
         n_tokens = [0] * len(self._streams)
         left = set(range(len(self._streams)))
         while left:
             for i in sorted(left):
                 stream, answer = self._streams[i], self._streams[i].answer
-                done = stream.poll() or (stream.is_done and stream.poll())  # progress comes first
+                done = stream.poll() or (stream.is_done and stream.poll())  # may have ended since the first
                 text = answer.text[n_characters[i] :]
                 logprobs = (answer.logprobs or [])[n_tokens[i] :]
                 if text or done:
@@ -74,11 +74,11 @@ class Generation:
                 await self._news.wait()
 
     async def complete(self) -> None:
-        """Waits for the end of all answers."""
+        """Waits until all answers are complete."""
         async for _ in self.pieces():
             pass
 
     def cancel(self) -> None:
-        """Stops what is not complete, within a token."""
+        """Stops all incomplete answers, within one token."""
         for stream in self._streams:
             stream.cancel()

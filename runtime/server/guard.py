@@ -1,4 +1,4 @@
-"""Who may ask: the API key, the Host header, and how large a body is. In front of everything else."""
+"""Checks the API key, the Host header and the size of the body before anything else handles a request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from granite4v.runtime.server.metrics import Metrics
 from granite4v.runtime.server.options import ServerOptions
 
 ACCESS = logging.getLogger("granite4v.server.access")
-_OPEN = ("/", "/health", "/openapi.json")  # what needs no key, besides the files of the page
+_OPEN = ("/", "/health", "/openapi.json")  # paths that need no key, in addition to the files of the web page
 
 
 class Guard:
-    """ASGI middleware; also counts and logs requests, never what they contain."""
+    """ASGI middleware that checks, counts and logs requests; their content is never logged."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions, metrics: Metrics, paths: Collection[str]) -> None:
-        """`paths`: those whose names may stand in metrics; a client may ask for any number of others."""
+        """`paths`: the paths that may be metric labels; all others count as 'other', since clients can make up any
+        number of them."""
         self._app, self._options, self._metrics, self._paths = app, options, metrics, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,6 +92,6 @@ def too_large(most: int) -> ApiError:
 
 
 def _host(value: str) -> str:
-    """Without the port."""
+    """The host name of a Host header, without the port, in lower case."""
     name, colon, port = value.rpartition(":")
     return (name if colon and port.isdecimal() else value).strip("[]").lower()

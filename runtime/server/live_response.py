@@ -1,7 +1,8 @@
-"""A response whose content takes its time: it keeps its client waiting, and notices when the client goes away.
+"""A response with slow content: it sends keep-alives while the client waits, and notices when the client disconnects.
 
-The work behind it is an asynchronous iterator. When the client hangs up, the time is over or the server ends, the
-iterator is cancelled where it waits, which ends the work: opening a document, waiting for a turn, or an answer.
+The content comes from an asynchronous generator. When the client disconnects, the time limit passes or the server
+shuts down, the generator is cancelled where it waits. That stops its work: opening a document, waiting for a turn, or
+generating an answer.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from starlette.types import Message, Receive, Scope, Send
 from granite4v.runtime.server import errors
 from granite4v.runtime.server.errors import ApiError
 
-LAST_WORDS_S = 2.0  # for what is sent once the time of a request is over
+LAST_WORDS_S = 2.0  # for sending the error after the time limit of a request has passed
 JSON, EVENTS = "application/json", "text/event-stream"
-_BEAT, _COMMENT = b"\n", b": waiting\n\n"  # white space before a JSON document; a comment between events
+# keep-alives: white space before a JSON document, and a comment between server-sent events
+_BEAT, _COMMENT = b"\n", b": waiting\n\n"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """`patience_s`: until headers are sent ahead of the content; `keepalive_s`: between two signs of life; `time_s`:
-    until the work is given up, also that of sending to a client which does not read; `ended`: set when the server gives
-    up all work."""
+    """The timing of a response.
+
+    `patience_s`: time until headers are sent ahead of the content. `keepalive_s`: time between two keep-alives.
+    `time_s`: time limit of the request, including sending to a client that does not read. `ended`: set when the server
+    cancels all requests.
+    """
 
     patience_s: float
     keepalive_s: float
@@ -36,12 +41,12 @@ class Pace:
 
 
 class LiveResponse(Response):
-    """Sends what `content` yields: with `is_stream`, server-sent events; else the one JSON document."""
+    """Sends what `content` yields: server-sent events with `is_stream`, otherwise a single JSON document."""
 
     def __init__(
         self, content: AsyncGenerator[bytes, None], pace: Pace, *, is_stream: bool, leave: Callable[[], None]
     ) -> None:
-        """`leave` is called at the end, whatever becomes of the request."""
+        """`leave` is always called at the end, even when the request fails or is cancelled."""
         super().__init__(media_type=EVENTS if is_stream else JSON)
         self._content, self._pace, self._is_stream = content, pace, is_stream
         self._is_begun, self._leave = False, leave
@@ -60,7 +65,10 @@ class LiveResponse(Response):
             self._leave()
 
     def _in_time(self, send: Send) -> Send:
-        """Waits for a client that does not read no longer than the request may take, and then holds it for gone."""
+        """Wraps `send` with a timeout: the rest of the request's time, but at least `LAST_WORDS_S`.
+
+        A client that does not read in time counts as disconnected (_Gone).
+        """
 
         async def timed(message: Message) -> None:
             left_s = self._began + self._pace.time_s - asyncio.get_running_loop().time()
@@ -91,7 +99,7 @@ class LiveResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _with_beats(self, gone: asyncio.Future[Any], ended: asyncio.Future[Any]) -> AsyncGenerator[bytes, None]:
-        """The content, and signs of life between its pieces. Raises _Gone, ApiError, and what the content raises."""
+        """Yields the content, with keep-alives between its pieces. Raises _Gone, ApiError, and the content's errors."""
         loop, pace = asyncio.get_running_loop(), self._pace
         next_beat, deadline = self._began + pace.patience_s, self._began + pace.time_s
         while True:
@@ -125,7 +133,7 @@ class LiveResponse(Response):
             self._is_begun = True
             headers = [(b"content-type", str(self.media_type).encode()), (b"cache-control", b"no-store")]
             if self._is_stream:
-                headers.append((b"x-accel-buffering", b"no"))  # proxies hold events back otherwise
+                headers.append((b"x-accel-buffering", b"no"))  # otherwise proxies buffer events
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": piece, "more_body": True})
 
@@ -138,7 +146,7 @@ class LiveResponse(Response):
 
 
 class _Gone(Exception):
-    """The client has hung up, or might as well have."""
+    """The client has disconnected, or does not read."""
 
 
 async def _until_gone(receive: Receive) -> None:
@@ -151,14 +159,14 @@ async def _next(content: AsyncGenerator[bytes, None]) -> bytes:
 
 
 async def _ended(step: asyncio.Future[Any]) -> None:
-    """Ends a step that is still under way, and waits until it has let go of everything."""
+    """Cancels a step that is still running, and waits until it has released its resources."""
     if not step.done():
         step.cancel()
         await asyncio.wait({step})
         if not step.cancelled():
-            step.exception()  # seen, and of no interest any more
+            step.exception()  # retrieved, so that asyncio does not log it
 
 
 def json_error(error: ApiError) -> Response:
-    """The response to a request that is refused."""
+    """Builds the JSON response to a refused request."""
     return Response(error.json(), error.status, {"cache-control": "no-store", **error.headers}, JSON)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and confidences of cells and fields, in the forms of the APIs."""
+"""Log-probabilities of tokens and confidences of cells and fields, in the formats of the APIs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from granite4v.runtime.confidence import confidence, confidence_as_json
 from granite4v.runtime.server.replies import CompletionLogprobs, Confidence, Logprobs, TopLogprob
 from granite4v.runtime.server.replies import TokenLogprob as TokenReply
 
-Spell = Callable[[int], bytes]  # what a token writes
+Spell = Callable[[int], bytes]  # the bytes of a token's text
 
 
 def token_replies(entries: Sequence[TokenLogprob], spell: Spell) -> list[TokenReply]:
@@ -29,7 +29,7 @@ def chat_logprobs(entries: Sequence[TokenLogprob], spell: Spell) -> Logprobs:
 
 
 def completion_logprobs(entries: Sequence[TokenLogprob], offset: int, spell: Spell) -> CompletionLogprobs:
-    """`offset`: of the first token, in characters of the answer's text."""
+    """`offset`: where the first token starts, in characters of the answer's text."""
     offsets = [offset, *(entry.end for entry in entries)][: len(entries)]
     return CompletionLogprobs(
         tokens=[entry.text for entry in entries],
@@ -40,7 +40,7 @@ def completion_logprobs(entries: Sequence[TokenLogprob], offset: int, spell: Spe
 
 
 def confidences(answer: Answer, task: str) -> dict[str, Confidence] | None:
-    """Of the cells or fields of an answer to a task; None where nothing is known of them."""
+    """Confidences of the cells or fields of an answer to a task; None without a task or log-probabilities."""
     if not task or answer.logprobs is None:
         return None
     found = confidence_as_json(confidence(answer, task))

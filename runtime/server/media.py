@@ -1,4 +1,7 @@
-"""Images, PDF pages and videos of requests, opened in processes of their own, which a damaged file may end."""
+"""Opens the images, PDF pages and videos of requests.
+
+Files are decoded in child processes, so that a damaged one cannot crash the server.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ from granite4v.runtime.server.content import Attachment, VideoChoice
 from granite4v.runtime.server.errors import ApiError, invalid
 from granite4v.runtime.server.options import Limits
 
-N_READERS = 2  # processes; each is started when it is first needed
+N_READERS = 2  # child processes; each is started when it is first needed
 
 
 class _Gone(Exception):
-    """Nobody waits for the document any more."""
+    """The request was cancelled; nobody is waiting for the document."""
 
 
 class _Desk:
-    """A reader process, and the request that it works for."""
+    """A reader process, and the cancellation event of the request that it works for."""
 
     def __init__(self) -> None:
         self.gone = threading.Event()
@@ -40,10 +43,10 @@ class _Desk:
 
 
 class MediaOpener:
-    """Opens the attachments of requests, those of a few at a time."""
+    """Opens the attachments of requests, for at most `N_READERS` requests at a time."""
 
     def __init__(self, limits: Limits, tiling: Tiling | None) -> None:
-        """`tiling`: of the model, which decides how large PDF pages are rendered."""
+        """`tiling`: the model's; it determines the size at which PDF pages are rendered."""
         self._limits, self._tiling = limits, tiling
         self._pool = ThreadPoolExecutor(N_READERS, thread_name_prefix="granite4v-media")
         self._desks: queue.SimpleQueue[_Desk] = queue.SimpleQueue()
@@ -51,9 +54,9 @@ class MediaOpener:
             self._desks.put(_Desk())
 
     async def open(self, attachments: Sequence[Attachment]) -> Sequence[Sequence[Image | Video]]:
-        """What each attachment holds: an image or a video, or the pages of a document. Raises ApiError, DeviceError.
+        """Opens each attachment: an image or a video, or the pages of a document. Raises ApiError, DeviceError.
 
-        When this is cancelled, the process that is at work is ended within half a second.
+        When this is cancelled, the reader process at work is ended within half a second.
         """
         gone = threading.Event()
         try:
@@ -78,7 +81,7 @@ class MediaOpener:
         except ApiError:
             raise
         except BaseException:
-            desk.reader.close()  # it may be in the middle of a reply; the next request starts it again
+            desk.reader.close()  # the process may be in the middle of a reply; the next request starts a new one
             raise
         finally:
             self._desks.put(desk)
@@ -152,7 +155,7 @@ class MediaOpener:
             yield budget.take(document.finish_render(), attachment, is_frame=False)
 
     def _chosen(self, n_pages: int, attachment: Attachment, budget: _Budget) -> list[int]:
-        """The pages to render. Raises ApiError for too many, or one that is not there."""
+        """The numbers of the pages to render. Raises ApiError for too many pages, or one that does not exist."""
         ranges = [(1, n_pages)] if attachment.pages is None else list(attachment.pages.of(n_pages))
         missing = next((first for first, _ in ranges if first > n_pages), None)
         if missing is not None:
@@ -174,14 +177,14 @@ class MediaOpener:
 
 
 class _Budget:
-    """Images, frames of videos, and pixels that a request may still have."""
+    """How many images, video frames and pixels a request may still use."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.n_images, self.n_frames, self.n_pixels = limits.n_images, limits.n_frames, limits.n_pixels
 
     def take_video(self, video: Video, attachment: Attachment) -> None:
-        """Raises ApiError where it has more frames than are left."""
+        """Deducts a video. Raises ApiError if it has more frames than are left."""
         self.n_frames -= len(video.frames)
         if self.n_frames < 0:
             raise self.too_many_frames(attachment)

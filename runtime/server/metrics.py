@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Metrics of a server in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
 class Metrics:
-    """Counters of one server; two servers of a process do not share any."""
+    """Counters and histograms of one server; two servers in one process share none."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -46,14 +46,14 @@ class Metrics:
         )
 
     def watch(self, model: Model, n_in_flight: Callable[[], int]) -> None:
-        """Adds what the engine counts."""
+        """Adds the metrics of the engine."""
         self._registry.register(_Engine(model, n_in_flight))
 
     def note_request(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
 
     def note_answers(self, generation: Generation, began: float) -> None:
-        """After the end of the answers to a request."""
+        """Counts the answers to a request, after they have ended. `began`: when the request began (monotonic clock)."""
         if generation.first_text_at is not None:
             self._first_token.observe(generation.first_text_at - began)
         self._answer.observe(time.monotonic() - began)
@@ -70,7 +70,7 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """What the engine knows at the moment when it is asked."""
+    """Collects the engine's counters and gauges at the time of each scrape."""
 
     def __init__(self, model: Model, n_in_flight: Callable[[], int]) -> None:
         self._model, self._n_in_flight = model, n_in_flight

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the server, made of the models that bodies are checked with and replies are made of."""
+"""Builds the server's OpenAPI document from the pydantic models of request and reply bodies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from granite4v.runtime.server.options import ServerOptions
 from granite4v.runtime.server.replies import ErrorReply
 
 _REF = "#/components/schemas/{model}"
-# before OpenAPI 3.2, the schema of a stream is taken for that of each of its events
+# before OpenAPI 3.2, the schema of a stream is interpreted as the schema of each event
 _EVENT = {
     "type": "object",
     "properties": {
@@ -27,8 +27,8 @@ _EVENT = {
 
 @dataclass(frozen=True)
 class Operation:
-    """What one method at one path takes and gives. `reply`: a model, or a media type of text. `events`: whether it is
-    also a stream of server-sent events, where the body asks for one. `statuses`: of its errors."""
+    """Describes one method of one path. `reply`: a model, or the media type of a text reply. `events`: whether the body
+    can ask for a stream of server-sent events instead. `statuses`: HTTP statuses of its errors."""
 
     summary: str
     reply: type[BaseModel] | str
@@ -53,7 +53,7 @@ _ERRORS = {
 
 
 def document(operations: Mapping[tuple[str, str], Operation], options: ServerOptions) -> dict[str, Any]:
-    """`operations`: by path and method."""
+    """Builds the OpenAPI document. `operations`: by (path, method)."""
     used: set[type[BaseModel]] = {ErrorReply}
     for operation in operations.values():
         used |= {model for model in (operation.body, operation.reply) if isinstance(model, type)}

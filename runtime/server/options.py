@@ -1,4 +1,4 @@
-"""How a server behaves: who may ask, and how much of everything."""
+"""Options of a server: who may use it, and its limits and timeouts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, and of what is in flight. A request beyond one is refused with a message that names it.
+    """Limits of one request, and of requests in flight. A request that exceeds one is refused with a message that names
+    the limit.
 
-    `body_bytes`: of a request. `n_images`: images and PDF pages of a request, and `n_pixels` of all of them together.
-    `n_pages`: of one PDF. `n_frames`: of all videos of a request, whose pixels `n_pixels` counts, too. `video_s`: to
-    decode one video. `n_choices`: answers to one request. `n_waiting`: requests that wait for their turn.
-    `time_s`: from the arrival of a request to the end of its answer.
+    `body_bytes`: size of a request's body. `n_images`: images and PDF pages of a request. `n_pixels`: their pixels
+    together, including those of video frames. `n_pages`: pages of one PDF. `n_frames`: frames of all videos of a
+    request. `video_s`: time to decode one video. `n_choices`: answers to one request. `n_waiting`: requests that wait
+    for their turn. `time_s`: time from the arrival of a request to the end of its answer.
     """
 
     body_bytes: int = 64 << 20
@@ -29,14 +30,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`model_name`: what the server calls its model; the name of its directory by default. `api_key`: demanded of every
-    client that asks something. `cors_origins`: web pages of other origins that may ask ('*' for all). `hosts`: values
-    of the Host header that are accepted; any where empty. `media_paths`: directories whose files a client may name.
+    """`model_name`: the model's name in replies; by default the name of its directory. `api_key`: required from every
+    client that uses the API. `cors_origins`: other origins whose web pages may use the server ('*' for all). `hosts`:
+    accepted values of the Host header; empty accepts any. `media_paths`: directories whose files a client may name.
 
-    `stall_s`: how long a client may stop in the middle of sending a request. `patience_s`: how long an answer may take
-    before its headers are sent ahead, after which an error no longer has a status of its own; `keepalive_s`: how often
-    a client that waits is sent something that means nothing. docling gives up after 60 s without either. `shutdown_s`:
-    how long answers may go on after the server was told to end.
+    `stall_s`: how long a client may pause in the middle of sending a request. `patience_s`: how long an answer may take
+    before its headers are sent ahead; after that, an error can no longer set the HTTP status. `keepalive_s`: how often
+    a waiting client is sent a keep-alive. docling gives up after 60 s without either. `shutdown_s`: how long answers in
+    flight may continue after the server was told to stop.
     """
 
     model_name: str | None = None

@@ -1,4 +1,4 @@
-"""POST /parse: what an answer says, complete or not, read with the parsers of its task."""
+"""POST /parse: parses an answer, complete or not, with the parser of its task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from granite4v.runtime.server.requests import ParseRequest
 
 
 def parsed(body: ParseRequest) -> Parsed:
-    """Raises ApiError for an unknown task."""
+    """Parses an answer. Raises ApiError for an unknown task."""
     try:
         task = find_task(body.task)
     except ValueError as error:
@@ -46,5 +46,5 @@ def _complete_part(body: ParseRequest) -> tuple[Any, bool]:
 def _csv(table: Table) -> str | None:
     try:
         return write(table, "csv")
-    except AnswerError:  # texts that are repeated over many slots: too long
+    except AnswerError:  # too long: texts are repeated over many slots
         return None

@@ -1,4 +1,4 @@
-"""What the server answers, as OpenAI's API has it, with llama-server's `timings` and a few fields of our own."""
+"""Reply bodies: those of OpenAI's API, with llama-server's `timings` and a few fields of our own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-# --- what an answer took ---
+# --- tokens and times of an answer ---
 
 
 class PromptDetails(Reply):
-    """Tokens of the prompt that need not be computed, and those of images."""
+    """Prompt tokens that were not computed, because they were cached or stored; and image tokens."""
 
     cached_tokens: int
     image_tokens: int
@@ -47,8 +47,8 @@ class Usage(Reply):
 
 
 class Timings(Reply):
-    """Names and units of llama-server. `encode_ms`: images to embeddings, which is not part of `prompt_ms`. `stored_n`:
-    cached tokens that came from the page store."""
+    """Token counts and times, with llama-server's names and units. `encode_ms`: encoding of the images into embeddings,
+    not part of `prompt_ms`. `stored_n`: cached tokens that came from the page store."""
 
     cache_n: int
     stored_n: int
@@ -84,8 +84,8 @@ class Logprobs(Reply):
 
 
 class Confidence(Reply):
-    """Of a field (by its JSON pointer) or a cell (by 'table/row/column', each from 0): the mean and the least
-    probability of the tokens that wrote it."""
+    """Confidence of a field (keyed by its JSON pointer) or a cell (keyed by 'table/row/column', each from 0): the mean
+    and the least probability of its tokens."""
 
     mean: float
     least: float
@@ -95,7 +95,7 @@ class Confidence(Reply):
 
 
 class Headed(Reply):
-    """What each reply and event of completions begins with."""
+    """The first fields of each reply and event of completions."""
 
     id: str
     created: int
@@ -110,7 +110,8 @@ class ChatMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """`stopped_by`: what ended the answer, where `finish_reason` does not tell: 'repetition', 'closed'."""
+    """`stopped_by`: what ended the answer, if `finish_reason` does not say: 'repetition', when it was stopped for
+    looping, or 'closed', when the grammar closed it at the token limit."""
 
     index: int
     message: ChatMessage
@@ -176,7 +177,7 @@ class Completion(Headed):
 
 
 class ModelEntry(Reply):
-    """`meta`: what the model can do."""
+    """`meta`: the model's context size, number of parallel requests, and capabilities."""
 
     id: str
     object: Literal["model"] = "model"
@@ -197,7 +198,7 @@ class InputTokens(Reply):
 
 
 class TokenPiece(Reply):
-    """`piece`: None for a token that is not text."""
+    """`piece`: the text of the token; None for a token that is not text."""
 
     id: int
     piece: str | None
@@ -208,8 +209,8 @@ class Tokens(Reply):
 
 
 class Parsed(Reply):
-    """`value`: fields, code or prose; `tables`: tables, a chart's data included, with `csv` of each (None for one that
-    would be too long). `is_cut`: whether something may be missing; `error`: what is wrong with the answer."""
+    """`value`: fields, code or prose. `tables`: tables, including the data of a chart; `csv`: each table as CSV (None
+    if it would be too long). `is_cut`: whether something may be missing. `error`: what is wrong with the answer."""
 
     kind: Kind
     value: Any = None

@@ -1,4 +1,4 @@
-"""What clients send, as OpenAI's API has it, with a few fields of our own. Unknown fields are ignored."""
+"""Request bodies: those of OpenAI's API, with a few fields of our own. Unknown fields are ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INT64 = 1 << 63
 Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 StopText = Annotated[str, Field(min_length=1)]
-# what waits for no turn: any number of these may be in memory
+# for requests that do not wait for a turn, so that any number of them may be in memory at once
 LongText = Annotated[str, Field(max_length=1_000_000)]
 
 
@@ -26,8 +26,11 @@ def _kind(value: object) -> str | None:
 
 
 def _one_of(expected: str, kind: Callable[[object], str | None] = _kind) -> Discriminator:
-    """For a field of several types: the value's own decides what is looked at, so that messages tell what is wrong
-    with it, and not that a list is no text as well. `expected`: what a value of no such type is answered with."""
+    """Discriminator for a field of several types: only the alternative of the value's own type is validated.
+
+    Error messages then say what is wrong with a list, and not also that a list is not a text. `expected`: what the
+    error message names if the value has none of the types.
+    """
     return Discriminator(kind, custom_error_type="wrong_type", custom_error_message=f"expected {expected}")
 
 
@@ -60,7 +63,8 @@ class ImagePart(Body):
 
 
 class VideoFields(Body):
-    """Of our own: `frames` of the video are taken, or `fps` a second, evenly spread; 32 frames by default."""
+    """Fields of our own: the number of evenly spread `frames` to take, or how many per second (`fps`); by default 32
+    frames."""
 
     frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -68,7 +72,7 @@ class VideoFields(Body):
 
 class VideoUrlPart(VideoFields):
     """`video_url`: a data URL, alone or as `{"url": ...}`; or a file below a directory that the server allows.
-    'data:video/jpeg;base64,A,B' has the frames themselves, as JPEGs."""
+    'data:video/jpeg;base64,A,B' holds the frames themselves, as JPEGs."""
 
     type: Literal["video_url", "input_video"]
     video_url: Annotated[
@@ -78,7 +82,7 @@ class VideoUrlPart(VideoFields):
 
 
 class VideoPart(VideoFields):
-    """`video`: as `video_url`, or a list of images that are the frames, each as `image_url` has it."""
+    """`video`: a URL as in `video_url`, or a list of the frames, each as in `image_url`."""
 
     type: Literal["video"]
     video: Annotated[
@@ -88,7 +92,7 @@ class VideoPart(VideoFields):
 
 
 class FileContent(Body):
-    """`file_data`: a PDF or an image as a data URL, or its base64 alone. `pages`: such as '1-3,7'; all by default."""
+    """`file_data`: a PDF or an image as a data URL, or only its base64. `pages`: such as '1-3,7'; all by default."""
 
     file_data: str
     filename: str = ""
@@ -131,14 +135,14 @@ class TextFormat(Body):
 
 
 class JsonObjectFormat(Body):
-    """`schema`: as llama.cpp's clients send it."""
+    """`schema`: an optional JSON Schema, as clients of llama.cpp's server send it."""
 
     type: Literal["json_object"]
     schema_: Json | None = Field(default=None, alias="schema")
 
 
 class NamedSchema(Body):
-    """Answers are always held to the whole schema, with and without `strict`."""
+    """Answers are always constrained by the complete schema, with or without `strict`."""
 
     name: str | None = None
     strict: bool | None = None
@@ -146,7 +150,7 @@ class NamedSchema(Body):
 
 
 class JsonSchemaFormat(Body):
-    """`json_schema` as in chat completions, or `schema` beside `type` as in responses."""
+    """The schema is in `json_schema`, as in chat completions, or in `schema`, as in responses."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema | None = None
@@ -162,12 +166,12 @@ ResponseFormat: TypeAlias = Annotated[TextFormat | JsonObjectFormat | JsonSchema
 
 
 class Sampled(Body):
-    """What requests for answers have in common; the defaults are greedy decoding.
+    """Fields shared by all requests for answers; the default is greedy decoding.
 
-    Of our own: `top_k`, `min_p`, `repeat_penalty`, `lora` (whether a separate adapter is applied; by default to
-    requests with images), `drafting` (decode text ahead that the answer may repeat), `ignore_eos` (generate as many
-    tokens as may be, for measurements) and `confidence` (whether an answer to a task or a schema comes with the
-    probabilities of its cells or fields; by default it does).
+    Fields of our own: `top_k`, `min_p`, `repeat_penalty`, `lora` (whether a separate adapter is applied; by default for
+    requests with images), `drafting` (speculative decoding of text that the answer may repeat), `ignore_eos` (generate
+    as many tokens as allowed, for measurements) and `confidence` (whether an answer to a task or a schema comes with
+    the probabilities of its cells or fields; by default it does).
     """
 
     model: str | None = None
@@ -188,7 +192,7 @@ class StreamOptions(Body):
 
 
 class CompletionFields(Sampled):
-    """Penalties and biases are refused unless they have no effect."""
+    """`frequency_penalty`, `presence_penalty` and `logit_bias` are refused unless they have no effect."""
 
     seed: Seed | None = None
     stop: Stop | None = None
@@ -200,8 +204,8 @@ class CompletionFields(Sampled):
 
 
 class ChatRequest(CompletionFields):
-    """Of our own: `format` ('json' or a JSON Schema, as Ollama's clients send it), `chat_template_kwargs`, and
-    `unconstrained`: do not hold the answer to a task tag to the format of that task."""
+    """Fields of our own: `format` ('json' or a JSON Schema, as Ollama's clients send it), `chat_template_kwargs`, and
+    `unconstrained`: do not constrain the answer to a task tag to the format of that task."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -230,7 +234,7 @@ def _prompt_kind(value: object) -> str | None:
 
 
 class CompletionRequest(CompletionFields):
-    """`prompt`: text or tokens, or several of them. It is decoded as it is, without the chat template."""
+    """`prompt`: a text or a list of tokens, or a list that holds one of them. It is used without the chat template."""
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
@@ -247,7 +251,7 @@ class CompletionRequest(CompletionFields):
 
 
 class InputItem(Body):
-    """A message of a conversation, which the client keeps: the server keeps none."""
+    """A message of a conversation. The client keeps the conversation; the server stores none."""
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
@@ -280,7 +284,7 @@ class ResponseRequest(Sampled):
 
 class ParseRequest(Body):
     """The text of an answer to a task ('tables_html', 'kvp', ...; 'prompt' for a question of the client's own).
-    `ended`: whether the answer ended by itself; of any other, what is complete is read."""
+    `ended`: whether the answer ended by itself; otherwise only its complete parts are read."""
 
     task: str
     text: LongText
@@ -288,7 +292,8 @@ class ParseRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """`add_special`: also the tokens that the tokenizer puts around a text. `with_pieces`: the text of each token."""
+    """`add_special`: include the tokens that the tokenizer puts around a text. `with_pieces`: return the text of each
+    token."""
 
     content: LongText
     add_special: bool = False

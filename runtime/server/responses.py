@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's responses, of which the server keeps none."""
+"""POST /v1/responses: OpenAI's Responses API, without storage on the server."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from granite4v.runtime.server.requests import ResponseRequest
 from granite4v.runtime.server.sampling import options_of, refuse, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 
-LOGPROBS = "message.output_text.logprobs"  # what `include` asks for
+LOGPROBS = "message.output_text.logprobs"  # the entry of `include` that asks for log-probabilities
 
 
 def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
-    """What a request asks for. Raises ApiError."""
+    """Parses a request. Raises ApiError."""
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(body, name):
             raise invalid(
@@ -60,7 +60,7 @@ def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
 
 
 class ResponseWriter:
-    """Writes the answer to one request."""
+    """Writes the reply to one request, complete or as events."""
 
     def __init__(self, model: str, body: ResponseRequest) -> None:
         self._id, self._message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"

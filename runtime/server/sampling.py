@@ -1,4 +1,4 @@
-"""Fields of a request to options of an answer; what has no effect here is refused rather than ignored."""
+"""Converts request fields to generation options; fields that would have no effect are refused rather than ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "d
 
 
 def options_of(body: Sampled, stop: Stop | None = None) -> dict[str, Any]:
-    """Fields of `GenerationOptions`; those that the client leaves out have its defaults."""
+    """The keyword arguments for `GenerationOptions`; fields that the client left out keep their defaults."""
     given = {name: getattr(body, name) for name in _TAKEN}
     fields = {name: value for name, value in given.items() if value is not None}
     if stop is not None:
@@ -21,12 +21,12 @@ def options_of(body: Sampled, stop: Stop | None = None) -> dict[str, Any]:
 
 
 def wants_confidence(body: Sampled, form: Form) -> bool:
-    """Answers to a task or a schema have cells or fields."""
+    """Whether to return confidences: only for an answer to a task or a schema, which has cells or fields."""
     return bool(form.task) and body.confidence is not False
 
 
 def check_completion_fields(body: CompletionFields, n_most: int) -> None:
-    """Raises ApiError for what the server cannot do."""
+    """Raises ApiError for options that the server does not support, and for more than `n_most` answers."""
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(body, name):
             raise _unsupported(name, "use 'repeat_penalty'")
@@ -37,7 +37,7 @@ def check_completion_fields(body: CompletionFields, n_most: int) -> None:
 
 
 def refuse(body: Any, *names: str) -> None:
-    """Raises ApiError for a field that asks for something the server does not do."""
+    """Raises ApiError if one of these fields is set, because the server does not support them."""
     for name in names:
         if getattr(body, name):
             raise _unsupported(name, "leave it out")

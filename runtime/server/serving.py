@@ -1,4 +1,4 @@
-"""Serves the application with uvicorn until a signal comes."""
+"""Serves the application with uvicorn until a signal arrives."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import uvicorn
 from granite4v.errors import DeviceError
 from granite4v.runtime.server.app import Application
 
-_M_ARENA_MAX, _N_ARENAS = -8, 2  # of glibc's mallopt
-_LATEST_S = 1.0  # beyond the time that answers are given at the end, for connections to close
+_M_ARENA_MAX, _N_ARENAS = -8, 2  # parameter number and value for glibc's mallopt
+_LATEST_S = 1.0  # for connections to close, added to `shutdown_s`, the time that answers get at shutdown
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; with port 0, at a free one. Raises DeviceError."""
+    """Opens a listening socket at `host` and `port`; port 0 picks a free port. Raises DeviceError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: an invalid host name
         why = getattr(error, "strerror", None) or error
         raise DeviceError(
             f"the server cannot listen at {host}, port {port}: {why}; choose another one with --host and --port."
@@ -34,15 +34,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(app: Application, listening: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP, which is raised again once what was in flight is answered or refused.
+    """Serves until SIGINT, SIGTERM or SIGHUP. The signal is raised again once the requests in flight are answered or
+    refused.
 
-    `announce` gets the address when the server listens. Raises what kept the model from being loaded.
+    `announce` is called with the address once the server listens. Raises the exception that kept the model from being
+    loaded, if any.
     """
     _bound_arenas()
     options = app.dispatcher.options
     config = uvicorn.Config(
         app,
-        http="h11",  # `_close_idle` knows its connections
+        http="h11",  # `_close_idle` relies on the attributes of its connections
         log_config=None,
         access_log=False,
         server_header=False,
@@ -58,38 +60,46 @@ def run(app: Application, listening: socket.socket, announce: Callable[[str], No
 
 
 def _bound_arenas() -> None:
-    """glibc gives threads heaps of their own and keeps in each what was once needed there: memory would grow by some
-    tens of megabytes over the first thousand requests, which threads take in turn."""
+    """Limits glibc malloc to two arenas.
+
+    By default glibc gives threads separate arenas and does not shrink them. As requests move from thread to thread,
+    memory would grow by some tens of megabytes over the first thousand requests.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, _N_ARENAS)
 
 
 class _Server(uvicorn.Server):
-    """Ends as well when the model cannot be loaded, gives answers some time at the end, and closes connections on which
-    no request comes to be: uvicorn does that only between an answer and the first byte of the next request."""
+    """uvicorn server with three additions.
+
+    It stops when the model cannot be loaded, gives answers in flight some time at shutdown, and closes connections
+    that never complete a request. uvicorn closes idle connections only between an answer and the first byte of the
+    next request.
+    """
 
     def __init__(self, config: uvicorn.Config, app: Application, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._app, self._announce = app, announce
-        # connections without a request: the one before, and when that was noticed
+        # connections without a current request: their last request cycle (or None), and when it was first seen idle
         self._idle: dict[Any, tuple[Any, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()  # not before: signals are uvicorn's from now on
+        self._announce()  # only now: uvicorn's signal handlers are installed
 
     async def on_tick(self, counter: int) -> bool:
         self._close_idle(time.monotonic())
         return await super().on_tick(counter) or self._app.failure is not None
 
     def _close_idle(self, now: float) -> None:
-        """Closes connections without a request after a while; cuts those that do not take their last bytes then."""
+        """Closes connections that have had no request for `stall_s`; aborts those that are still closing `stall_s`
+        later, because the client does not read the remaining bytes."""
         before, self._idle = self._idle, {}
         connections: list[Any] = list(self.server_state.connections)
         for connection in filter(_is_idle, connections):
             last, since = before.get(connection, (None, now))
-            if last is not connection.cycle:  # one has come and gone meanwhile
+            if last is not connection.cycle:  # a request came and was answered since the last look
                 since = now
             if now - since > self._app.dispatcher.options.stall_s:
                 transport = connection.transport
@@ -99,11 +109,11 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """SIGHUP, as of a terminal that is closed, ends it as SIGTERM does; uvicorn knows nothing of it."""
-        number = getattr(signal, "SIGHUP", None)  # Windows has none
+        """Handles SIGHUP, sent when the terminal closes, like SIGTERM; uvicorn does not handle it."""
+        number = getattr(signal, "SIGHUP", None)  # does not exist on Windows
         with super().capture_signals():
             is_main = threading.current_thread() is threading.main_thread()
-            if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:  # as nohup arranges
+            if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:  # ignored under nohup
                 yield
                 return
             before = signal.signal(number, self.handle_exit)
@@ -123,6 +133,6 @@ class _Server(uvicorn.Server):
 
 
 def _is_idle(connection: Any) -> bool:
-    """`connection`: uvicorn's H11Protocol."""
+    """Whether a connection has no request in progress. `connection`: uvicorn's H11Protocol."""
     cycle = connection.cycle
     return cycle is None or cycle.response_complete or connection.transport.is_closing()

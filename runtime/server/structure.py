@@ -1,4 +1,4 @@
-"""The form that an answer is asked for: free text, a JSON Schema, or the format of a task."""
+"""The requested form of an answer: free text, an instance of a JSON Schema, or the format of a task."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ FIELDS = "kvp"  # the task whose answers are instances of a schema
 
 @dataclass(frozen=True)
 class Form:
-    """`task`: whose format the answer has, '' for free text; `schema`: of the fields of 'kvp'. `is_held`: whether the
-    answer is held to it."""
+    """`task`: the task whose format the answer has; '' for free text. `schema`: JSON Schema of the fields, for the task
+    'kvp'. `is_held`: whether the answer is constrained by a grammar."""
 
     task: str = ""
     schema: Any = None
     is_held: bool = True
 
     def grammar(self) -> Grammar | None:
-        """Takes up to seconds for a large schema. Raises ConstraintError."""
+        """Compiles the grammar; None if the answer is not constrained. Can take seconds for a large schema. Raises
+        ConstraintError."""
         return grammar_for(self.task, self.schema) if self.task and self.is_held else None
 
 
 def form_of(
     response_format: ResponseFormat | None, ollama_format: Any, turns: Sequence[Turn], *, unconstrained: bool
 ) -> Form:
-    """The form of the answer to these messages. A task tag alone asks for the format of its task. Raises ApiError."""
+    """Determines the form of the answer to these messages. Raises ApiError.
+
+    A schema takes precedence. A last user message that is only a task tag asks for the format of that task.
+    """
     schema = _schema(response_format, ollama_format)
     if schema is not None:
         return Form(FIELDS, schema)
@@ -61,8 +65,8 @@ def _schema(response_format: ResponseFormat | None, ollama_format: Any) -> Any:
 
 
 def with_prompt(turns: Sequence[Turn], form: Form) -> list[Turn]:
-    """The messages; where the last one has images and no text and a schema is given, with the prompt for fields that
-    models were trained on."""
+    """Returns the messages. If a schema is given and the last user message has images but no text, the prompt for
+    fields that models were trained on is added to it."""
     last = turns[-1]
     if form.task != FIELDS or last.role != "user" or not last.parts or last.text.strip():
         return list(turns)

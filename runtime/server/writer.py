@@ -1,4 +1,4 @@
-"""What the two APIs of completions share: how answers are written, whole and as events."""
+"""Writes answers, complete or as events; shared by the chat completions API and the completions API."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Writer(ABC):
-    """Writes the answers to one request. `whole_kind` and `chunk_kind`: the reply in one piece, and that of an event;
-    both have the fields of `_head`, 'choices', 'usage' and 'timings'."""
+    """Writes the answers to one request.
+
+    `whole_kind` and `chunk_kind`: the reply models of a complete reply and of an event; both have the fields of
+    `_head`, 'choices', 'usage' and 'timings'.
+    """
 
     prefix: str
     whole_kind: type[Any]
@@ -50,20 +53,20 @@ class Writer(ABC):
 
     @abstractmethod
     def choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> Reply:
-        """One complete answer."""
+        """The choice for one complete answer."""
 
     @abstractmethod
     def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]: ...
 
     def chunk(self, *choices: Reply, **more: Any) -> bytes:
-        """An event. `more`: 'usage' or 'timings'."""
+        """Encodes an event. `more`: 'usage' or 'timings'."""
         data = self.chunk_kind(**self._head, choices=choices, **more).model_dump(exclude_none=True)
         for choice in data["choices"]:
-            choice.setdefault("finish_reason", None)  # many clients look at it in every chunk
+            choice.setdefault("finish_reason", None)  # many clients read it in every chunk
         return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
     def last(self, generation: Generation) -> bytes:
-        """What comes after all choices."""
+        """The events after all choices: the usage, if requested, and '[DONE]'."""
         if not self._include_usage:
             return DONE
-        return self.chunk(usage=usage(generation)) + DONE  # OpenAI's clients expect no choice beside it
+        return self.chunk(usage=usage(generation)) + DONE  # OpenAI's clients expect no choices with it

@@ -1,7 +1,7 @@
-// The server's API: models, chat completions as a stream, and answers read as tables or fields.
+// The server's API: models, streamed chat completions, and answers parsed to tables or fields.
 
 const KEY = "granite4v-key";
-const WAIT_MS = 1000; // between two looks at a server that is still loading
+const WAIT_MS = 1000; // between two requests to a server that is still loading
 
 export class ApiError extends Error {
   constructor(message, status) {
@@ -15,7 +15,7 @@ export const key = {
   set: (value) => sessionStorage.setItem(KEY, value),
 };
 
-/** The response to a request; throws ApiError with the server's own words. */
+/** Sends a request and returns the response; throws ApiError with the server's message. */
 async function request(path, body, signal) {
   const headers = {};
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
@@ -27,12 +27,12 @@ async function request(path, body, signal) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // not ours: a proxy in between
+    // not from this server, but from a proxy
   }
   throw new ApiError(message, response.status);
 }
 
-/** The server's model, once it is loaded; `waiting` is called while it is not. */
+/** Waits until the server's model is loaded and returns it; `waiting` is called while it is loading. */
 export async function model(waiting) {
   for (;;) {
     try {
@@ -45,12 +45,12 @@ export async function model(waiting) {
   }
 }
 
-/** What an answer says: its tables, fields or text; of one that has not `ended`, what is complete. */
+/** Parses an answer to its tables, fields or text; if it has not `ended`, only its complete parts. */
 export async function parse(task, text, ended) {
   return (await request("/parse", { task, text, ended })).json();
 }
 
-/** The chunks of a chat completion as they come. Aborting `signal` stops the answer. */
+/** Yields the chunks of a chat completion as they arrive. Aborting `signal` stops the answer. */
 export async function* chat(body, signal) {
   const response = await request("/v1/chat/completions", { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

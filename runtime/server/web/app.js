@@ -1,10 +1,10 @@
-// The page: files in, a question or a task, the answer as it comes, and downloads.
+// The web page: input files, a question or a task, the streamed answer, and downloads.
 
 import { ApiError, chat, key, model, parse } from "./api.js";
 import { element, show } from "./view.js";
 
 const QUESTION = "prompt";
-const PARSE_MS = 600; // between two looks at what is complete of an answer that is still coming
+const PARSE_MS = 600; // between two requests to parse an incomplete answer
 const PREVIEWED = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const SCHEMA = {
   type: "object",
@@ -15,7 +15,7 @@ const SCHEMA = {
 const $ = (id) => document.getElementById(id);
 const attached = []; // {name, url, isImage, pages}
 let tasks = [{ name: QUESTION, tag: null, kind: "prose", takes_schema: false }];
-let running = null; // the AbortController of the answer that is coming
+let running = null; // the AbortController of the answer in flight
 let answer = { text: "", parsed: null, confidences: {} };
 
 // --- the model ---
@@ -112,7 +112,7 @@ function part(file) {
   return { type: "file", file: file.pages ? { ...content, pages: file.pages } : content };
 }
 
-/** The request for what the form says; null where something is missing, which the form then says. */
+/** The request for the form's contents; null if something is missing, which the form then shows. */
 function question() {
   const chosen = task();
   const content = attached.map(part);
@@ -248,7 +248,7 @@ async function look(asked, ended) {
   $("view").replaceChildren(...show(answer.parsed, answer.confidences));
 }
 
-/** Looks at an answer that is still coming; `end` waits for the last look. */
+/** Parses an answer at intervals while it is generated; `end` waits for the last parse. */
 function lookNowAndThen(asked) {
   let latest = Promise.resolve();
   let seen = "";
@@ -287,7 +287,7 @@ function downloadJson() {
   download(`${fileName()}.json`, JSON.stringify(tables ?? value, null, 2), "application/json");
 }
 
-/** Goes from the least certain cell or field to the next. */
+/** Moves the focus to the next cell or field, in order of confidence, from the least certain one on. */
 function nextUnsure() {
   const found = [...$("view").querySelectorAll("[data-least]")].sort((a, b) => a.dataset.least - b.dataset.least);
   const next = found[(found.indexOf(document.activeElement) + 1) % found.length];
@@ -326,7 +326,7 @@ $("task").addEventListener("change", taskChanged);
 $("csv").addEventListener("click", downloadCsv);
 $("json").addEventListener("click", downloadJson);
 $("copy").addEventListener("click", () => navigator.clipboard.writeText(answer.text));
-$("copy").hidden = !navigator.clipboard; // there is none on pages that came over plain HTTP from elsewhere
+$("copy").hidden = !navigator.clipboard; // pages loaded over plain HTTP from another host have none
 $("unsure").addEventListener("click", nextUnsure);
 $("open-key").addEventListener("click", askKey);
 $("key-cancel").addEventListener("click", () => $("key-dialog").close());

@@ -1,8 +1,8 @@
-// Answers as elements. Everything from an answer goes in as text, never as markup.
+// Turns answers into elements. Content of answers is always inserted as text, never as markup.
 
-const LIMITS = [0.5, 0.8, 0.95]; // least probabilities; below each, a cell has a stronger shade
+const LIMITS = [0.5, 0.8, 0.95]; // thresholds of the least probability; below each, the shade of a cell is stronger
 
-/** A new element with properties and children; strings become text. */
+/** Creates an element with properties and children; strings become text. */
 export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
@@ -11,7 +11,7 @@ export function element(name, properties = {}, ...children) {
 
 const percent = (share) => `${Math.round(share * 100)}%`;
 
-/** Shades an element by its confidence, and says it in words; returns the confidence. */
+/** Shades an element by its confidence, with the figures in its title; below 0.8, hidden text in `label` says so. */
 function shade(target, confidence, label = target) {
   const level = LIMITS.findIndex((limit) => confidence.least < limit);
   target.title = `least probability ${percent(confidence.least)}, mean ${percent(confidence.mean)}`;
@@ -48,7 +48,7 @@ function table(content, number, confidences) {
   return box;
 }
 
-/** What is typed into a field, in the type that its value had. */
+/** Converts the text typed into a field to the type of its old value. */
 function typed(text, before) {
   if (text === "" && before === null) return null;
   if (typeof before === "number" && text.trim() !== "" && Number.isFinite(Number(text))) return Number(text);
@@ -58,7 +58,7 @@ function typed(text, before) {
 
 const escaped = (name) => String(name).replaceAll("~", "~0").replaceAll("/", "~1");
 
-/** Inputs for the members of an object or a list; what is typed goes into `value`. */
+/** Creates inputs for the members of an object or a list; typed text is written to `value`. */
 function fields(value, pointer, confidences, ids) {
   const box = element("div", { className: "fields" });
   for (const [name, item] of Object.entries(value)) {
@@ -82,7 +82,7 @@ function fields(value, pointer, confidences, ids) {
   return box;
 }
 
-/** Elements of what an answer was parsed to; those with a confidence have `data-least`. */
+/** Shows a parsed answer as elements; those with a confidence have `data-least`. */
 export function show(parsed, confidences) {
   if (parsed.tables) return parsed.tables.map((one, number) => table(one, number, confidences));
   if (parsed.kind === "fields" && parsed.value !== null) return [fields(parsed.value, "", confidences, { next: 0 })];
