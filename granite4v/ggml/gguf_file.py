@@ -69,7 +69,7 @@ class GgufFile(GgufMetadata):
         return key in self._fields  # Mapping's default would decode the value
 
     def n_texts(self, key: str) -> int:
-        """The length of a list of strings, without decoding it: a vocabulary has 100,000 entries. 0 without the key."""
+        """Returns the length of a list of strings, without decoding it: a vocabulary has 100,000. 0 without the key."""
         field = self._fields.get(key)
         return super().n_texts(key) if field is None or field.kind != STRING else field.n or 0
 
