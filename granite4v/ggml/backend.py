@@ -35,8 +35,8 @@ class Aborted(Exception):
 
 
 def check_threads(n_threads: int | None) -> int:
-    """Returns `n_threads`, or the default for None. Raises DeviceError unless it is 1 to `MAX_THREADS`: ggml would
-    abort the process with others."""
+    """Returns `n_threads`, or the default for None. Raises DeviceError unless it is 1 to `MAX_THREADS`: ggml
+    aborts the process on other numbers."""
     if n_threads is None:
         return default_threads()
     with contextlib.suppress(TypeError, ValueError):

@@ -22,8 +22,8 @@ from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernel
 
 SLOW = 0.5
 BUDGET_S = 1.0
-# Assumed speed of a kernel that crashes the process, as a multiple of the plain kernel's. With Q8_0 and AMX it was 4 to
-# 5 times on a CPU whose build had been fixed.
+# Assumed minimum speed of a kernel that crashes the process, as a multiple of the plain kernel's. With Q8_0 and AMX it
+# was 4 to 5 times on a CPU whose build had been fixed.
 CRASHED_GAIN = 4.0
 Side = Literal["vision", "text"]
 
@@ -80,7 +80,7 @@ def judge(main: str, measured: Mapping[str, Times]) -> Slow | None:
 
 
 def _best_rate(type_name: str, measured: Times) -> float:
-    """GFLOP/s of the fastest kernel measured for a type; 0 if there is none."""
+    """GFLOP/s of the fastest kernel measured for a type; 0 if none was, or all crashed."""
     return max((gflop(type_name) / rows[MANY] for rows in measured.values()), default=0.0)
 
 

@@ -1,1 +1,1 @@
-"""Kernels compiled for this CPU by LLVM, in place of nodes of llama.cpp's graphs."""
+"""Kernels that LLVM compiles for this CPU."""

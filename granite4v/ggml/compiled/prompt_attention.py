@@ -22,8 +22,8 @@ FLOAT, REGISTER = 4, 4 * LANES  # bytes
 
 
 class PromptAttention:
-    """Writes the operation. A thread's task is a block of rows and one KV head. Query i of a task is of row i // `group`
-    of the block and query head i % `group` of the KV head."""
+    """Writes the operation. A thread's task is a block of rows and one KV head. Query i of a task is from the block's
+    row i // `group` and the KV head's query head i % `group`."""
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group

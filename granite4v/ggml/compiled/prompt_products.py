@@ -35,8 +35,8 @@ CHUNK = 512  # numbers of each row of weights that are unpacked at once, and sta
 CACHED = 512 << 10  # bytes of quantized rows of the prompt that stay in the L2 cache while all weights pass
 LOW_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # rows of the prompt per share, at least and at most
 SHARES = 4  # per thread at least, if there are enough rows
-# Byte offsets in the record of each block of a row of the prompt, kept in addition to its integers: its scale, the sum of
-# its numbers, and what the weights' offset adds to the products of the block, or of each half. `ABOUT`: record size.
+# Byte offsets in the record of each block of a row of the prompt, kept in addition to its integers: its scale, the sum
+# of its numbers, and what the weights' offset adds to the products of the block, or of each half. `ABOUT`: record size.
 SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
 UNSIGNED = {**OFFSETS, "Q6_K": -32}  # as `OFFSETS`; the other types have an offset for each part of a block instead
 
