@@ -1,19 +1,20 @@
-"""Which kernel multiplies each weight type fastest on this machine, for the image side and for the text model.
+"""Chooses the fastest kernel for each weight type on this machine, for the vision file and for the text model.
 
 No rule holds across CPUs: on one, half-precision weights are faster widened to float32 first; on another, in ggml's
-repack buffer type, which for some types costs speed instead. And a virtual machine may announce instructions (AMX)
-that fault when used, or a compiler may have broken a kernel; either ends the process. So kernels are timed in a
-child process (`kernel_timing`); where one ends it, that kernel counts as crashed, and another child goes on with the
-others. The times are kept in the user's cache for each CPU, build of ggml and number of threads.
+repack buffer type, which is slower for some types. And some kernels crash the process: a virtual machine may announce
+instructions (AMX) that fault when used, or the compiler may have miscompiled a kernel. So kernels are timed in a child
+process (`kernel_timing`). If one crashes it, that kernel is recorded as crashed, and another child continues with the
+rest. Times are cached for the user by CPU, build of ggml, version of oneDNN and number of threads.
 
-The two sides choose from the same times by different rules. The image side multiplies hundreds of rows at once, maps
-its file and copies what another buffer type takes; it takes the fastest kernel, the more exact of equals. The text
-model is opened by llama.cpp, which widens no weights. Prompts and decoding may use two forms of a weight, the
-mapped one and one copy (`runtime.llama.weight_copies`), so a kernel is chosen for many rows and one for a few; between
-several buffer types for the copy, a typical page decides (`PAGE`). A small model may have widened copies for prompts.
+The two sides choose from the same times by different rules. The image side multiplies hundreds of rows at once,
+memory-maps its file, and copies weights that need another buffer type. It takes the fastest kernel, and of kernels that
+are about equal the more exact one. The text model is opened by llama.cpp, which widens no weights. Prefill and decode
+may use two forms of a weight, the mapped one and one copy (`runtime.llama.weight_copies`), so one kernel is chosen for
+many rows and one for a few. If several buffer types are possible for the copy, a typical page decides (`PAGE`). A small
+model may have widened copies for prompts.
 
-A small file is not measured: what it could gain is less than the measurement takes. It is multiplied as it is even
-where the times are known, so that its results are the same on the first run and on all others.
+A small file is not measured: it could gain less time than the measurement takes. It uses the plain kernel even if the
+times are known, so that its results are the same on the first run and on all later ones.
 """
 
 from __future__ import annotations
@@ -51,39 +52,39 @@ from granite4v.paths import read_json_cache, write_json_cache
 __all__ = ["Kernel", "page_seconds", "rates", "text_kernels", "times", "vision_kernels"]
 
 CACHE = "kernels.json"
-# Seconds for one call; a run makes two at most, one for the image side and one for the text model, and one more second
-# each may go to `slow_weights`. What was not measured by then is multiplied plainly, and measured the next time.
+# Seconds for one call. A run makes at most two, one for the image side and one for the text model; `slow_weights` may
+# take one more second for each. A type not measured by then uses the plain kernel, and is measured the next time.
 BUDGET_S = 4.0
-SMALL = 50_000_000  # weights: all products with them take less than 0.2 s for a tile
-MINOR = 0.02  # a type that holds less than this share of a file's weights is multiplied as it is
-# Image side: kernels within this ratio count as equal; the more exact one (float32), then the plain one, is taken.
+SMALL = 50_000_000  # number of weights; all products with fewer take less than 0.2 s per tile
+MINOR = 0.02  # a type with less than this share of a file's weights uses the plain kernel
+# Image side: kernels within this ratio count as equally fast; float32 ones are preferred (more exact), then plain.
 EQUAL = 1.04
-# Text model: another buffer type must take at most this share of the plain time to be worth leaving the mapping.
+# Text model: a copy is worth its memory only if its kernel takes less than this share of the plain kernel's time.
 WORTH = 0.93
-# Products of each number of rows that a typical page takes: 1,200 prompt tokens in batches; 300 generated ones, half
-# of them alone, half beside three others.
+# Products that a typical page takes, by number of rows: 1,200 prompt tokens in batches of `MANY` rows, and 300
+# generated tokens, half of them in steps of one row, half in steps of four.
 PAGE = {MANY: 1200 / MANY, 1: 150.0, 4: 150 / 4}
-# Bytes of the copies that are widened for prompts: a larger model is not to take thrice its file.
+# Most bytes of widened copies for prompts: a larger model must not take three times the size of its file.
 MOST_WIDENED = 2 << 30
-INT8_TYPES = ("Q8_0", "Q6_K")  # of about eight bits, and multiplied with activations rounded to as many
-EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless that is asked for
-# How a process ends over a faulty kernel; other signals come from outside, as from the kernel's out-of-memory killer.
+INT8_TYPES = ("Q8_0", "Q6_K")  # about 8 bits per weight, multiplied with activations quantized to 8 bits
+EXACT_TYPES = frozenset({"F32", "F16"})  # not rounded to bfloat16 unless the caller allows it
+# Signals that end a process with a faulty kernel. Others come from outside, for instance from the OOM killer of Linux.
 _FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
 _WINDOWS_FAULT = 0xC0000000  # NTSTATUS of severity 'error'
 
 Announce = Callable[[], None]
-Times = dict[str, dict[int, float]]  # seconds of one product, by kernel and number of rows; infinity: it crashed
+Times = dict[str, dict[int, float]]  # seconds of one product, by kernel and number of rows; infinity if it crashed
 
 
 def vision_kernels(
     backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None, *, rounding: bool = False
 ) -> dict[str, Kernel]:
-    """The kernel for each weight type of a vision file, and for `ATTENTION`; one without an entry is ggml's plain one.
+    """Chooses the kernel for each weight type of a vision file, and for `ATTENTION`; no entry: ggml's plain kernel.
 
-    `n_weights`: how many weights of each type its matrices hold. `rounding`: whether float32 and half-precision weights
-    may be multiplied in bfloat16; others may always be, which is at least as exact as what ggml does. A GPU has one
-    kernel for each type. Measures on the first call on a machine, a few seconds; `announce` is called if it takes
-    longer than one. Raises Aborted when the backend's abort callback asks for it.
+    `n_weights`: number of weights of each type in the file's matrices. `rounding`: whether float32 and half-precision
+    weights may be multiplied in bfloat16; other types always may, since that is at least as exact as ggml's product. A
+    GPU has only the plain kernels. The first call on a machine measures for a few seconds; `announce` is called if that
+    takes longer than one second. Raises Aborted when the backend's abort callback asks for it.
     """
     types = _worth_measuring(n_weights, 0 if rounding else SMALL) if backend.is_cpu else []
     exact = not rounding and any(kind in EXACT_TYPES for kind in types)
@@ -102,8 +103,8 @@ def vision_kernels(
 def vision_seconds(
     backend: Backend, type_names: Sequence[str], announce: Announce | None = None
 ) -> dict[str, tuple[float, str]]:
-    """Seconds of a product of many rows by the kernel that the image side takes for each weight type, and its name;
-    infinity for a type that was not measured. Arguments and errors as those of `vision_kernels`."""
+    """Returns (seconds, kernel's name) by weight type: for a product of many rows with the kernel that the image side
+    would choose; infinite seconds if the type was not measured. Arguments and errors as in `vision_kernels`."""
     kernels = {kind: dict(available_kernels(backend, kind)) for kind in type_names}
     for kind in EXACT_TYPES & kernels.keys():
         kernels[kind].pop(ONEDNN_BF16, None)
@@ -121,9 +122,9 @@ def vision_seconds(
 def int8_kernel(
     backend: Backend, announce: Announce | None = None, type_names: Sequence[str] = INT8_TYPES
 ) -> tuple[str, Kernel]:
-    """The type whose products with 8-bit integers are the fastest here, and the kernel for them.
+    """Returns the weight type with the fastest products in 8-bit integers on this machine, and the kernel for it.
 
-    Arguments and errors as those of `vision_kernels`.
+    Arguments and errors as in `vision_kernels`.
     """
     kernels = {
         (kind, kernel.name): kernel
@@ -140,11 +141,11 @@ def int8_kernel(
 def text_kernels(
     backend: Backend, n_weights: Mapping[str, int], announce: Announce | None = None, *, compiled: bool = False
 ) -> dict[str, tuple[Kernel, Kernel]]:
-    """The kernels for many rows and for a few, for each weight type of a text file that gains by another buffer type
-    for one of them or both, or by being widened for many; the others are multiplied in the mapped file.
+    """Chooses (kernel for many rows, kernel for a few) for each weight type of a text file that gains from a copy.
 
-    `compiled`: whether weights in the mapped file are multiplied by compiled kernels. Other arguments and errors as
-    those of `vision_kernels`.
+    The copy is in another buffer type, for many rows, for a few or for both, or widened, for many. Types without an
+    entry are multiplied in the mapped file. `compiled`: whether compiled kernels multiply weights of the mapped file;
+    their times then count as the plain kernel's. Other arguments and errors as in `vision_kernels`.
     """
     types = _worth_measuring(n_weights, SMALL) if backend.is_cpu else []
     widened = {kind: prompt_kernels(kind) if may_widen(n_weights) else {} for kind in types}
@@ -174,15 +175,15 @@ def text_kernels(
 
 
 def may_widen(n_weights: Mapping[str, int]) -> bool:
-    """Whether a text file is so small that its weights may be copied in bfloat16 for prompts."""
+    """Whether a text file is small enough for copies of its weights in bfloat16, which prompts use."""
     return 2 * sum(n_weights.values()) <= MOST_WIDENED
 
 
 def rates(
     backend: Backend, type_names: Iterable[str], budget_s: float = 60.0, announce: Announce | None = None
 ) -> dict[str, dict[str, float | None]]:
-    """GFLOP/s of a product of many rows, by weight type and kernel, measured now. None: the kernel crashed. One that
-    was not measured within the budget is missing. Errors as those of `vision_kernels`."""
+    """Measures the GFLOP/s of a product of many rows, by weight type and kernel, ignoring cached times. None means that
+    the kernel crashed; one not measured within the budget is missing. Errors as in `vision_kernels`."""
     types = list(dict.fromkeys(type_names))
     wanted = [
         Trial(kind, name, MANY)
@@ -197,15 +198,15 @@ def rates(
 
 
 def gflop(type_name: str) -> float:
-    """Operations of the measured product of many rows, or of attention, in 10^9."""
+    """Returns the number of operations of the measured product of many rows, or of attention, in 10^9."""
     if type_name == ATTENTION:
         return 4 * N_IN * MANY * MANY / 1e9
     return 2 * n_in(type_name) * N_OUT * MANY / 1e9
 
 
 def page_seconds(measured: Times, many: str, few: str) -> float:
-    """Seconds that one weight matrix takes for a typical page with one kernel for many rows and one for a few; infinity
-    if one of them crashed, or was not measured."""
+    """Seconds that one weight matrix takes for a typical page (`PAGE`) with the kernel `many` for many rows and `few`
+    for a few; infinity if either crashed or was not measured."""
     return _page_part(measured, many, many=True) + _page_part(measured, few, many=False)
 
 
@@ -215,8 +216,8 @@ def _page_part(measured: Times, name: str, *, many: bool) -> float:
 
 
 def fastest_kernel(measured: Mapping[str, float]) -> str:
-    """The kernel to take from measured seconds; those within `EQUAL` of the best go to the more exact."""
-    if PLAIN not in measured:  # there was no time for the comparison
+    """Chooses a kernel by its measured seconds; among those within `EQUAL` of the best, the more exact one."""
+    if PLAIN not in measured:  # no time was left to measure the plain kernel: nothing to compare with
         return PLAIN
     best = min(measured.values())
     for name in (FLOAT32, ONEDNN, PLAIN, *measured):
@@ -226,14 +227,15 @@ def fastest_kernel(measured: Mapping[str, float]) -> str:
 
 
 def fastest_pair(measured: Times, others: Collection[str]) -> tuple[str, str]:
-    """The kernels to take for many rows and for a few: both plain, unless another is clearly faster for one or both.
-    There is one copy, so they are never two buffer types. A copy for one of them alone leaves two forms of the weights
-    in memory: it must be as clearly faster than one for both.
+    """Chooses (kernel for many rows, kernel for a few): both plain, unless one of `others` is clearly faster.
 
-    Many rows and few are judged apart: what else the machine did while one of them was measured must not hide a gain of
+    There is only one copy, so the two are never different buffer types. Using a copy for only one of them keeps two
+    forms of the weights in memory, so that must be faster than using the copy for both by the same margin (`WORTH`).
+
+    Many rows and a few are judged separately, so that load on the machine while one was measured cannot hide a gain of
     the other.
     """
-    if not measured.get(PLAIN, {}).keys() >= PAGE.keys():  # there was no time for the comparison
+    if not measured.get(PLAIN, {}).keys() >= PAGE.keys():  # no time was left to measure the plain kernel
         return PLAIN, PLAIN
 
     def better(name: str, *, many: bool) -> str:
@@ -250,7 +252,7 @@ def fastest_pair(measured: Times, others: Collection[str]) -> tuple[str, str]:
 
 
 def _worth_measuring(n_weights: Mapping[str, int], small: int) -> list[str]:
-    """The types of a file whose kernel matters, the most frequent first."""
+    """Lists the weight types of a file that are worth measuring, the most frequent first; none for a small file."""
     total = sum(n_weights.values())
     if total < small:
         return []
@@ -258,7 +260,7 @@ def _worth_measuring(n_weights: Mapping[str, int], small: int) -> list[str]:
     return sorted(major, key=lambda kind: (-n_weights[kind], kind))
 
 
-# --- measuring, and what was measured ---
+# --- measuring, and the cache of measurements ---
 
 
 def times(
@@ -269,15 +271,17 @@ def times(
     *,
     anew: bool = False,
 ) -> dict[str, Times]:
-    """What the cache knows of these trials, and measurements of the others, or of all if `anew`, by type. Every type
-    wanted has an entry; a trial for which the time did not suffice has none in it. Raises Aborted."""
+    """Returns the times of these trials by type, from the cache or measured now (all measured if `anew`).
+
+    Every type in `wanted` has an entry; a trial for which there was no time left is missing in it. Raises Aborted.
+    """
     key = cache_key(backend.n_threads)
     known = {} if anew else _read_cache(key)
     missing = [trial for trial in wanted if _name(trial) not in known]
     if missing:
         found = _measure(missing, backend, time.monotonic() + budget_s, announce)
         known.update({_name(trial): seconds for trial, seconds in found.items()})
-        content = read_json_cache(CACHE)  # now: another process may have added to it meanwhile
+        content = read_json_cache(CACHE)  # read again: another process may have added to it meanwhile
         content[key] = {**_read_cache(key), **{_name(trial): seconds for trial, seconds in found.items()}}
         write_json_cache(CACHE, content)
     result: dict[str, Times] = {trial.type_name: {} for trial in wanted}
@@ -290,7 +294,7 @@ def times(
 def _measure(
     missing: Sequence[Trial], backend: Backend, deadline: float, announce: Announce | None
 ) -> dict[Trial, float]:
-    """Seconds of as many trials as there is time for; infinity for those whose kernel ends its process."""
+    """Measures as many trials as there is time for, in seconds; infinity for those whose kernel crashes the child."""
     found: dict[Trial, float] = {}
     todo = list(missing)
     while todo and (left_s := deadline - time.monotonic()) > 0:
@@ -312,7 +316,8 @@ def _measure(
 
 
 def _read_lines(printed: str, todo: Sequence[Trial], found: dict[Trial, float]) -> Trial | None:
-    """Takes the times out of what a child printed. Returns the trial that it was at work on when it ended."""
+    """Adds the times that a child printed to `found`, the best of each trial. Returns the trial that it was running
+    when it ended, None if it was between two."""
     begun = None
     for line in printed.splitlines():
         try:
@@ -327,14 +332,14 @@ def _read_lines(printed: str, todo: Sequence[Trial], found: dict[Trial, float]) 
 
 
 def _is_fault(status: int | None) -> bool:
-    """Whether a process ended like that over what it did itself."""
+    """Whether this exit status means that the process crashed by itself, rather than being killed."""
     if status is None:
         return False
     return status >= _WINDOWS_FAULT or -status in {getattr(signal, name, None) for name in _FAULTS}
 
 
 def cache_key(n_threads: int) -> str:
-    """What measurements depend on."""
+    """Names everything that measurements depend on: CPU, build of ggml, version of oneDNN, number of threads."""
     return f"{cpu_name()}|build {build_id()}|onednn {onednn.version()}|{n_threads} threads"
 
 
@@ -343,7 +348,7 @@ def _name(trial: Trial) -> str:
 
 
 def _read_cache(key: str) -> dict[str, float]:
-    """What was measured; values that are not times are left out, and so measured again."""
+    """Returns the cached times under a key; values that are not times are left out, and so measured again."""
     content = read_json_cache(CACHE).get(key)
     if not isinstance(content, dict):
         return {}
@@ -351,5 +356,5 @@ def _read_cache(key: str) -> dict[str, float]:
 
 
 def _is_time(value: Any) -> bool:
-    """Positive seconds; infinity is that of a kernel that crashed."""
+    """Whether a value is positive seconds; infinity is valid and stands for a kernel that crashed."""
     return isinstance(value, float | int) and not isinstance(value, bool) and value > 0

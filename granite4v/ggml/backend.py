@@ -1,6 +1,7 @@
-"""Devices and the owners of what lives on them: backends, tensor contexts, buffers, graphs.
+"""ggml devices, and the objects that own native resources on them: a backend, and a context with its buffer.
 
-Every owner has `close()`, works in a `with`, may be closed twice and raises ValueError when used afterwards.
+`Backend` and `Arena` have `close()`, which may be called twice. Computing on a closed backend, or adding a tensor to a
+closed arena, raises ValueError.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ _REGISTRIES = {"cuda": ("CUDA", "ROCm", "MUSA"), "metal": ("Metal", "MTL")}
 
 
 class Aborted(Exception):
-    """A computation ended early because its caller asked for it."""
+    """Raised when a computation stops early because the caller's abort callback asked for it."""
 
 
 def check_threads(n_threads: int | None) -> int:
-    """`n_threads`, or the default for None. Raises DeviceError for a number that ggml aborts the process on."""
+    """Returns `n_threads`, or the default for None. Raises DeviceError unless it is 1 to `MAX_THREADS`: ggml
+    aborts the process on other numbers."""
     if n_threads is None:
         return default_threads()
     with contextlib.suppress(TypeError, ValueError):
@@ -47,9 +49,9 @@ def check_threads(n_threads: int | None) -> int:
 
 
 def find_device(name: str) -> Any:
-    """The ggml device for 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one).
+    """Returns the ggml device for 'cpu', 'cuda', 'metal' or 'auto' (a GPU if there is one).
 
-    Raises DeviceError when it is unknown or this llama-cpp-python was built without it.
+    Raises DeviceError when the name is unknown or this llama-cpp-python was built without that device.
     """
     if name not in DEVICES:
         raise DeviceError(f"unknown device {name!r}; known: {', '.join(DEVICES)}.")
@@ -77,7 +79,7 @@ def is_cpu(device: Any) -> bool:
 
 
 def device_name(name: str) -> str:
-    """What ggml calls the device that `find_device` finds, with its description. Raises DeviceError."""
+    """Returns ggml's name and description of the device that `find_device` selects. Raises DeviceError as it does."""
     device = find_device(name)
     ggml = lib()
     described = ggml.ggml_backend_dev_description(device).decode(errors="replace")
@@ -85,16 +87,17 @@ def device_name(name: str) -> str:
 
 
 def registry_name(device: Any) -> str:
-    """The backend that a device belongs to: 'CPU', 'CUDA', 'MTL', ..."""
+    """Returns the name of the backend registry that a device belongs to: 'CPU', 'CUDA', 'MTL', ..."""
     return str(lib().ggml_backend_reg_name(lib().ggml_backend_dev_backend_reg(device)).decode())
 
 
 class Backend:
-    """A device ready to compute."""
+    """An initialized ggml backend: one device, ready to compute graphs."""
 
     def __init__(self, device: str = "cpu", n_threads: int | None = None, abort: tuple[int, int] | None = None) -> None:
-        """`abort`: addresses of a C callback `bool (*)(void *)` and of its data, asked between graph nodes
-        whether to stop (CPU only); the caller keeps both alive. Raises DeviceError.
+        """`abort`: the addresses of a C callback `bool (*)(void *)` and of its data. ggml calls it between graph nodes
+        to ask whether to stop (CPU only); the caller keeps both alive. Raises DeviceError when the device or the number
+        of threads is invalid, or the device does not start.
         """
         ggml = lib()
         self.device = find_device(device)
@@ -118,7 +121,7 @@ class Backend:
                 set_abort(self.handle, *abort)
 
     def use_threads(self, n_threads: int) -> None:
-        """For graphs that are computed from now on."""
+        """Sets the number of threads for graphs computed from now on."""
         if n_threads == self.n_threads:
             return
         self.n_threads = n_threads
@@ -126,25 +129,25 @@ class Backend:
             self._set_threads(self.handle, n_threads)
 
     def is_aborted(self) -> bool:
-        """Whether the abort callback asks to stop, for work beside graphs."""
+        """Whether the abort callback asks to stop; for work outside ggml graphs."""
         if self._abort is None:
             return False
         callback, data = self._abort
         return bool(ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(callback)(data))
 
     def _registry_function(self, name: str, restype: Any, *argtypes: Any) -> Any:
-        """A function that not every backend has, and that only its registry knows by name; None without it."""
+        """Looks up an optional backend function by name in the backend's registry; None if it has no such function."""
         registry = lib().ggml_backend_dev_backend_reg(self.device)
         address = lib().ggml_backend_reg_get_proc_address(registry, name.encode())
         return ctypes.CFUNCTYPE(restype, *argtypes)(address) if address else None
 
     @property
     def buffer_type(self) -> Any:
-        """The device's ordinary buffer type."""
+        """The device's default buffer type."""
         return lib().ggml_backend_dev_buffer_type(self.device)
 
     def extra_buffer_types(self) -> list[Any]:
-        """Buffer types that rearrange weights for faster products (CPU repack, AMX), best first; often empty."""
+        """Lists buffer types that repack weights for faster products (CPU repack, AMX), best first; often empty."""
         function = self._registry_function("ggml_backend_dev_get_extra_bufts", ctypes.POINTER(ctypes.c_void_p), DeviceP)
         found: list[Any] = []
         array = function(self.device) if function else None
@@ -153,10 +156,10 @@ class Backend:
         return found
 
     def multiplies(self, buffer_type: Any, type_name: str, n_in: int, n_out: int) -> bool:
-        """Whether weights `[n_in, n_out]` of this type, kept in this buffer type, can be multiplied here.
+        """Whether this device can multiply weights `[n_in, n_out]` of this type that are kept in this buffer type.
 
-        ggml answers that for a finished operation and looks at the buffer that its weight is in. So the product is
-        described, with the weight in an empty buffer of the type, and never computed.
+        ggml answers this only for a complete operation, and looks at the buffer of its weight tensor. So a product is
+        built with the weight in an empty buffer of that type, and never computed.
         """
         ggml, arena = lib(), Arena(4)
         buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, 0)
@@ -171,7 +174,8 @@ class Backend:
             arena.close()
 
     def compute(self, graph: Any) -> None:
-        """Runs a graph to its end. ctypes releases the GIL; raises Aborted, or DeviceError when the device fails."""
+        """Computes a complete graph; ctypes releases the GIL meanwhile. Raises Aborted when the abort callback stopped
+        it, and DeviceError when the device fails."""
         status = lib().ggml_backend_graph_compute(self.open_handle, graph)
         if status == _STATUS_ABORTED:
             raise Aborted
@@ -180,7 +184,7 @@ class Backend:
 
     @functools.cached_property
     def onednn(self) -> OneDnn:
-        """oneDNN with as many threads as this backend has. Raises DeviceError where the extra is not installed."""
+        """oneDNN with the backend's number of threads. Raises DeviceError if the extra is not installed."""
         return OneDnn(self.n_threads)
 
     @property
@@ -199,14 +203,14 @@ class Backend:
 
 
 class Arena:
-    """A ggml context that holds tensor headers, and the buffer their data goes to.
+    """A ggml context for tensor headers, and the backend buffer that holds their data.
 
-    Tensors point into the context's memory and are valid until `close`, which frees both; the buffer goes first.
+    Tensors point into the context's memory and are valid until `close`, which frees the buffer, then the context.
     """
 
     def __init__(self, n_tensors: int, graph_size: int = 0) -> None:
         ggml = lib()
-        # headers only (no_alloc); the slack is for ggml's own alignment
+        # headers only (no_alloc); 1024 bytes of slack for ggml's alignment
         mem_size = n_tensors * ggml.ggml_tensor_overhead() + 1024
         if graph_size:
             mem_size += ggml.ggml_graph_overhead_custom(graph_size, False)
@@ -216,7 +220,8 @@ class Arena:
         self.buffer: Any = None
 
     def tensor(self, type_name: str, *ne: int, name: str = "") -> Any:
-        """A new tensor of ggml shape `[ne0, ne1, ne2, ne3]`, fastest first; it has no data until `allocate`."""
+        """Creates a tensor of ggml shape `[ne0, ne1, ne2, ne3]`, fastest axis first; it has no data until `allocate`.
+        Raises ValueError when the arena is closed."""
         if not self.context:
             raise ValueError("the arena is closed")
         sizes = (*ne, *(1,) * (4 - len(ne)))
@@ -226,7 +231,8 @@ class Arena:
         return tensor
 
     def allocate(self, buffer_type: Any, *, weights: bool) -> int:
-        """Gives all tensors memory of one buffer type; returns its bytes. Raises DeviceError when there is none."""
+        """Allocates all tensors in one buffer of this type and returns its size in bytes. Raises DeviceError when there
+        is not enough memory."""
         ggml = lib()
         self.buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, buffer_type)
         if not self.buffer:
@@ -252,9 +258,9 @@ def buffer_type_name(buffer_type: Any) -> str:
 
 
 def release_pages(buffer: Any) -> None:
-    """Returns a host buffer's memory to the system; the buffer stays usable, its contents become undefined.
+    """Returns a host buffer's memory to the system. The buffer stays usable; its contents become undefined.
 
-    Only on Linux, where anonymous pages can be dropped; elsewhere nothing happens.
+    Only on Linux, where anonymous pages can be dropped; a no-op elsewhere.
     """
     start, end = _whole_pages(buffer)
     if end > start:
@@ -262,15 +268,16 @@ def release_pages(buffer: Any) -> None:
 
 
 def use_large_pages(buffer: Any) -> None:
-    """Asks for large pages for a host buffer, before anything is written to it: weights that are read once for every
-    token are read up to a fifth faster. Only on Linux; elsewhere nothing happens."""
+    """Requests huge pages for a host buffer; call it before anything is written. Weights that are read once per token
+    are read up to a fifth faster. Only on Linux; a no-op elsewhere."""
     start, end = _whole_pages(buffer)
     if end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 
 
 def _whole_pages(buffer: Any) -> tuple[int, int]:
-    """Where the pages that lie completely in a buffer of the CPU begin and end; nothing elsewhere than on Linux."""
+    """Start and end address of the memory pages that lie completely inside a CPU buffer; (0, 0) for another device's
+    buffer, or on a system other than Linux."""
     ggml = lib()
     if not sys.platform.startswith("linux") or not buffer or not _is_in_memory(buffer):
         return 0, 0
@@ -280,8 +287,8 @@ def _whole_pages(buffer: Any) -> tuple[int, int]:
 
 
 def _is_in_memory(buffer: Any) -> bool:
-    """Whether a buffer's base is an address of this process. Buffers that rearrange weights for the CPU are no host
-    buffers for ggml, since others cannot read what is in them."""
+    """Whether a buffer's base is an address in this process. ggml does not count CPU repack buffers as host buffers,
+    since other backends cannot read their layout; so the buffer type's device is checked, too."""
     ggml = lib()
     if ggml.ggml_backend_buffer_is_host(buffer):
         return True
@@ -290,7 +297,8 @@ def _is_in_memory(buffer: Any) -> bool:
 
 
 def set_data(tensor: Any, data: np.ndarray) -> None:
-    """Copies a C-contiguous array into a tensor; NumPy shape (slowest first) reversed is the tensor's."""
+    """Copies a C-contiguous array into a tensor, whose ggml shape is the NumPy shape reversed. Raises ValueError for
+    another number of bytes or another layout."""
     nbytes = lib().ggml_nbytes(tensor)
     if data.nbytes != nbytes or not data.flags.c_contiguous:
         raise ValueError(
@@ -300,7 +308,8 @@ def set_data(tensor: Any, data: np.ndarray) -> None:
 
 
 def get_data(tensor: Any) -> np.ndarray:
-    """A float32 tensor's data as a new array, shape slowest first without leading ones."""
+    """Returns a float32 tensor's data as a new array, slowest axis first, without leading axes of size 1. Raises
+    ValueError for another type."""
     header = tensor.contents
     if header.type != TYPE_IDS["F32"]:
         raise ValueError("get_data reads float32 tensors only")

@@ -1,6 +1,7 @@
-"""What the installed llama-cpp-python is: its version, and the compiler and CPU features of its ggml.
+"""Describes the installed llama-cpp-python: its version, and the compiler and CPU features of its ggml.
 
-Reads the library's file where that tells enough, so that a build which cannot be loaded can still be named.
+Reads the library file instead of loading it where possible, so that a build that cannot be loaded can still be
+identified.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from granite4v.ggml.declarations import Feature, RegistryP
 from granite4v.ggml.library import lib, library_path
 
 UNKNOWN = "unknown"
-MAX_COMMENT_BYTES = 1 << 16  # of the section that names the compilers; it has a few dozen
+MAX_COMMENT_BYTES = 1 << 16  # read of a section at most; the one that names the compilers has a few dozen
 DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type
 _ELF64_LITTLE = b"\x7fELF\x02\x01"
 
 
 @dataclass(frozen=True)
 class Build:
-    """One build of llama-cpp-python. `features`: the CPU features that its kernels were compiled for, by ggml's names
-    (`cpu_features`). `openmp`: the library whose threads it computes with: 'libgomp', 'libomp'; '' for its own."""
+    """One build of llama-cpp-python.
+
+    `features`: the CPU features that its kernels were compiled for, by ggml's names (`cpu_features`). `id`: see
+    `build_id`. `openmp`: the OpenMP library whose threads it uses, 'libgomp' or 'libomp'; '' for ggml's own threads.
+    """
 
     version: str
     ggml: str
@@ -43,7 +47,7 @@ class Build:
 
     @property
     def summary(self) -> str:
-        """In one line: 'llama-cpp-python 0.3.36, ggml 0.25.3, GCC 12.2.0, for AVX2, FMA'."""
+        """The build in one line: 'llama-cpp-python 0.3.36, ggml 0.25.3, GCC 12.2.0, for AVX2, FMA'."""
         newest = [name for name in self.features if name.startswith(("avx512", "amx"))] or self.features
         return (
             f"llama-cpp-python {self.version}, ggml {self.ggml}, {self.compiler}, for {in_words(newest) or 'any CPU'}"
@@ -52,7 +56,7 @@ class Build:
 
 @functools.cache
 def installed_build() -> Build:
-    """The build that this process loads. Raises DeviceError when it is missing or cannot be used."""
+    """Describes the build that this process loads. Raises DeviceError when it is missing or cannot be used."""
     ggml = lib()
     return Build(
         version=installed_version(),
@@ -65,7 +69,8 @@ def installed_build() -> Build:
 
 
 def devices() -> list[dict[str, Any]]:
-    """Every device that ggml sees: its name, kind ('cpu', 'gpu', 'igpu', 'accel'), backend and description."""
+    """Lists the devices that ggml sees: name, kind ('cpu', 'gpu', 'igpu', 'accel', 'other'), backend registry and
+    description."""
     ggml = lib()
     found = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
     return [
@@ -80,7 +85,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def installed_version() -> str:
-    """The version of llama-cpp-python; 'unknown' when it is missing."""
+    """Returns the version of llama-cpp-python; 'unknown' if it is not installed."""
     try:
         return metadata.version("llama-cpp-python")
     except metadata.PackageNotFoundError:
@@ -89,9 +94,10 @@ def installed_version() -> str:
 
 @functools.cache
 def build_id() -> str:
-    """Twelve hexadecimal digits of the CPU kernels' code: other ones when the same version is built with other flags.
+    """Hashes the libraries with the CPU kernels to twelve hexadecimal digits, which also tell apart builds of one
+    version with different flags.
 
-    Raises DeviceError when llama-cpp-python is missing or has no such library.
+    Raises DeviceError when llama-cpp-python is missing, or has no such library or none that can be read.
     """
     digest = hashlib.blake2b(digest_size=6)
     for path in _cpu_libraries():
@@ -103,7 +109,8 @@ def build_id() -> str:
 
 
 def compiled_features() -> frozenset[str]:
-    """What ggml says its CPU kernels were compiled for, in small letters: 'avx2', 'openmp', 'repack', ..."""
+    """Returns the features that ggml says its CPU backend was compiled with, in lower case: 'avx2', 'openmp', 'repack',
+    ..."""
     ggml = lib()
     registry = ggml.ggml_backend_dev_backend_reg(find_device("cpu"))
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_get_features")
@@ -115,7 +122,7 @@ def compiled_features() -> frozenset[str]:
 
 
 def _cpu_libraries() -> list[Path]:
-    """The file with ggml's CPU kernels; several, where a build has one for each kind of CPU."""
+    """Finds the library with ggml's CPU kernels; several if the build has one for each kind of CPU."""
     try:
         return [library_path("ggml-cpu")]
     except DeviceError:
@@ -126,21 +133,22 @@ def _cpu_libraries() -> list[Path]:
 
 
 def compiler_of(library: Path) -> str:
-    """'GCC 12.2.0' or 'clang 19.1.7', as a library's file names it; 'unknown' in formats other than 64-bit ELF."""
+    """Reads the compiler from a library file: 'GCC 12.2.0' or 'clang 19.1.7'; 'unknown' if it names none or is not
+    64-bit little-endian ELF."""
     try:
         comment = _comment_section(library)
     except (OSError, struct.error, ValueError):
         return UNKNOWN
     found = re.search(r"clang version ([\d.]+)", comment)
-    if found:  # also in a file with a GCC entry, which start-up code that is linked to it has left
+    if found:  # checked first: start-up code that is linked in leaves a GCC entry even in a file by clang
         return f"clang {found[1]}"
     found = re.search(r"GCC: \([^)]*\) ([\d.]+)", comment)
     return f"GCC {found[1]}" if found else UNKNOWN
 
 
 def openmp_of(library: Path) -> str:
-    """The OpenMP library that a library's file is linked to: GCC's or LLVM's, whose threads know nothing of each
-    other; '' for none."""
+    """Finds the OpenMP library that a library file is linked to: 'libgomp' (GCC) or 'libomp' (LLVM), which do not share
+    threads; '' for none."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -149,8 +157,8 @@ def openmp_of(library: Path) -> str:
 
 
 def _comment_section(library: Path) -> str:
-    """The section '.comment', in which each compiler leaves its name. Layout: ELF-64 Object File Format 1.5, figures 2
-    and 8; all fields little-endian."""
+    """Reads the section '.comment', where each compiler leaves its name. Layout: ELF-64 Object File Format 1.5, figures
+    2 and 8; all fields little-endian. Raises ValueError for another format or a file without the section."""
     with open(library, "rb") as file:
         header = file.read(64)
         if not header.startswith(_ELF64_LITTLE):
@@ -177,11 +185,11 @@ def _comment_section(library: Path) -> str:
 
 
 def main() -> None:
-    """What a child process does for `doctor`: prints the build and the devices as JSON, or why there are none."""
+    """Runs in a child process for `doctor`: prints the build and the devices as JSON, or the error."""
     try:
         told = {"build": asdict(installed_build()), "devices": devices()}
     except Granite4vError as error:
         told = {"error": str(error)}
-    except Exception as error:  # whatever the import of a broken package raises
+    except Exception as error:  # importing a broken package can raise anything
         told = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(told))

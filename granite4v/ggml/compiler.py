@@ -1,11 +1,11 @@
-"""Compiler settings with which ggml's AMX kernels work. Standard library alone: the set-up scripts run this file before
-anything is installed.
+"""Finds compiler settings that build working AMX kernels in ggml. Uses only the standard library: the set-up scripts
+run this file before anything is installed.
 
-GCC declares in `_tile_loadconfig` that 8 bytes are read, where the instruction reads 64, so it removes the stores to
-the others, and ggml's kernels run on tiles without a size. That is mended in releases from late 2024 on, by a header
-that distributions take over at any time (gcc/config/i386/amxtileintrin.h); without the optimization every GCC is
-right, and loses nothing that can be measured. Clang was never wrong, but its OpenMP is another than that of oneDNN:
-with both in one process image encoding takes 1.6 times as long. So GCC is taken where there is one.
+GCC's `_tile_loadconfig` declares that it reads 8 bytes, but the instruction reads 64. So GCC removes the stores to the
+other 56 as dead, and ggml's kernels run on tiles without a size. Releases from late 2024 on have the fix, in a header
+(gcc/config/i386/amxtileintrin.h) that distributions may backport at any time. With dead store elimination turned off
+every GCC is correct, with no measurable loss of speed. Clang never had the bug, but its OpenMP is not the one that
+oneDNN uses, and with both in one process image encoding takes 1.6 times as long. So GCC is used if there is one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ int main() { return std::vector<int>(omp_get_max_threads()).empty(); }
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables to set for the build: flags for GCC, or a clang where the default compiler is missing. A compiler that
-    `environment` names is kept, and flags in it stay."""
+    """Returns variables to set for the build: flags for GCC, or a clang if the default compiler is missing. A compiler
+    or flags that `environment` names are kept."""
     flags = environment.get("CXXFLAGS", "")
     if is_gcc(environment.get("CXX") or "c++"):
         return {} if GCC_FLAGS in flags else {"CXXFLAGS": f"{flags} {GCC_FLAGS}".strip()}
@@ -40,7 +40,8 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def newest_clang(path: str) -> str | None:
-    """The name of the newest clang++, from 15 on, that has its C compiler, a C++ library and OpenMP."""
+    """Returns the name of the newest clang++ on `path`, version 15 or later, that has its C compiler, a C++ library and
+    OpenMP; None if there is none."""
     found: dict[int, str] = {}
     for name in {file.name for folder in path.split(os.pathsep) for file in Path(folder).glob("clang++*")}:
         if re.fullmatch(r"clang\+\+(-\d+)?", name) and _output([name.replace("++", ""), "--version"]) is not None:
@@ -54,13 +55,13 @@ def newest_clang(path: str) -> str | None:
 
 
 def is_gcc(compiler: str) -> bool:
-    """Whether a command, with arguments perhaps, is GCC; not if it cannot be run."""
+    """Whether a command, which may have arguments, runs GCC; False if it cannot be run."""
     told = _output([*shlex.split(compiler), "--version"])
     return told is not None and "Free Software Foundation" in told
 
 
 def _output(command: list[str], given: str = "") -> str | None:
-    """What a command prints; None if it fails."""
+    """Returns a command's stdout; None if it fails."""
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
-"""The cores that this process may use, and those that other programs leave it: how many threads to compute with.
+"""Decides how many threads to compute with, by the cores that this process may use and that other programs leave free.
 
-A container's CPU quota counts like a number of cores. On systems without /proc the machine's cores are what is known.
+A container's CPU quota counts as a number of cores. On systems without /proc only the machine's cores are known.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from granite4v.ggml.control_groups import MOUNT, OWN, group_folders
 
 SAMPLE_S = 0.1  # /proc/stat counts in hundredths of a second
-PART_OF_CORE = 0.6  # of a core must be free for a thread of its own; a page reader or a browser takes less
+PART_OF_CORE = 0.6  # of a core must be free for another thread; a page reader or a browser leaves that much
 _NICE, _IDLE, _IOWAIT = 2, 4, 5  # columns of a 'cpuN' line in /proc/stat
 
 
 def default_threads() -> int:
-    """One thread for each core this process may use; hyper-threads share a core and are not counted twice.
+    """Returns one thread for each core this process may use; hyper-threads of one core count once.
 
-    A CPU quota is rounded to the nearest number: with 1.5 cores' worth of time two threads encode and prefill images
-    1.5 to 1.8 times as fast as one and decode as fast; with 1.0 they decode at 0.6 of its speed.
+    A CPU quota is rounded to the nearest number. With a quota of 1.5 cores, two threads encode and prefill images 1.5
+    to 1.8 times as fast as one, and decode as fast; with 1.0, two decode at 0.6 of the speed of one.
     """
     n_cores, quota = _allowed_cores(), cpu_quota()
     return max(1, n_cores if quota is None else min(n_cores, int(quota + 0.5)))
@@ -41,9 +41,9 @@ def _allowed_cores() -> int:
 
 
 def cpu_quota(own: Path = OWN, mount: Path = MOUNT) -> float | None:
-    """The cores' worth of time that control groups allow this process; None without a limit.
+    """Returns the CPU time that control groups allow this process, as a number of cores; None without a limit.
 
-    `cpu.max` of version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of version 1 (Linux's
+    Reads `cpu.max` of version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of version 1 (Linux's
     Documentation/admin-guide/cgroup-v2.rst and Documentation/scheduler/sched-bwc.rst).
     """
     found = [_limit(version, folder) for version, folder in group_folders("cpu", own, mount)]
@@ -61,9 +61,9 @@ def _limit(version: int, group: Path) -> float | None:
 
 
 def idle_seconds() -> float | None:
-    """Seconds since the system started that the CPUs this process may use have been free for it; None where unknown.
+    """Returns the seconds since boot in which the CPUs this process may use were free for it; None if unknown.
 
-    They were idle, or computed for niced processes, which give way to one that is not.
+    Free means idle, waiting for I/O or, unless this process is niced itself, running niced processes, which give way.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
@@ -76,11 +76,12 @@ def idle_seconds() -> float | None:
 
 
 class FreeThreads:
-    """How many threads, of `n_most`, find a free core now: the cores this process has, and idle ones.
+    """Tracks how many threads, up to `n_most`, can have a free core: the cores this process uses plus idle ones.
 
-    Threads that share a core with another program hold up all others at each barrier of a graph. The machine is looked
-    at as often as `now` is asked, at most every `SAMPLE_S`; a change must be seen twice to count, so that short bursts
-    of other programs change nothing.
+    A thread that shares a core with another program holds up all others at each barrier of a graph. `now` samples the
+    machine at most every `SAMPLE_S`. The first sample counts at once. After that the number changes only if two samples
+    in a row are above it or both are below it, so that short bursts of other programs change nothing: at 4 threads,
+    samples of 2 and 4 leave 4; samples of 2 and 3 give 3.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class FreeThreads:
         used: Callable[[], float] = time.process_time,
         idle: Callable[[], float | None] = idle_seconds,
     ) -> None:
-        """`clock`, `used` and `idle`: seconds passed, seconds of CPU time that this process had, and that none had."""
+        """`clock`: seconds passed; `used`: seconds of CPU time of this process; `idle`: seconds of CPU time that were
+        free, None if unknown."""
         self._n_most, self._clock, self._used, self._idle = n_most, clock, used, idle
         self._n = n_most
         self._last = self._sample()
@@ -101,7 +103,7 @@ class FreeThreads:
         return self._clock(), self._used(), self._idle()
 
     def now(self) -> int:
-        """The number of threads to compute with next."""
+        """Returns the number of threads to compute with next."""
         if self._n_most == 1 or self._clock() - self._last[0] < SAMPLE_S:
             return self._n
         before, self._last = self._last, self._sample()

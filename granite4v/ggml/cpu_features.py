@@ -1,5 +1,5 @@
-"""The CPU's name, and which of the instructions that ggml has kernels for it offers. What a build makes of them is
-`build`'s to say."""
+"""Reads the CPU's name, and which of the instruction sets that ggml has kernels for it supports. `build` has those that
+a build was compiled for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SYSCTL_TIMEOUT_S = 5.0
 
 @functools.cache
 def cpu_name() -> str:
-    """The CPU's model in words, with the numbers that tell two of one name apart where the system knows them."""
+    """Returns the CPU's model name, with the numbers that tell apart two CPUs of one name if the system knows them."""
     fields = _cpuinfo()
     if "model name" in fields:
         return f"{fields['model name']} {fields.get('model', '')}.{fields.get('stepping', '')}"
@@ -59,7 +59,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def cpu_features() -> tuple[str, ...]:
-    """Those of `FEATURES` that this CPU offers, by ggml's names; empty where the system does not tell."""
+    """Lists which of `FEATURES` this CPU has, by ggml's names; empty if the system does not report them."""
     fields = _cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     values = told_by_sysctl()
@@ -71,7 +71,7 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The fields of the first CPU that Linux lists; empty elsewhere."""
+    """Reads the fields of the first CPU in /proc/cpuinfo; empty on systems other than Linux."""
     try:
         first = CPUINFO.read_text(errors="replace").split("\n\n")[0]
     except OSError:
@@ -81,7 +81,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def told_by_sysctl() -> dict[str, str]:
-    """What macOS says about its CPU; empty elsewhere."""
+    """Returns what sysctl reports about the CPU on macOS; empty on other systems."""
     if sys.platform != "darwin":
         return {}
     command = ["/usr/sbin/sysctl", "hw.optional", "machdep.cpu.brand_string"]
@@ -92,10 +92,10 @@ def told_by_sysctl() -> dict[str, str]:
 
 
 def parse_sysctl(printed: str) -> dict[str, str]:
-    """Values by name, of lines such as 'hw.optional.AdvSIMD: 1'."""
+    """Parses lines such as 'hw.optional.AdvSIMD: 1' into values by name."""
     return dict(re.findall(r"^([\w.]+): (.*)$", printed, re.MULTILINE))
 
 
 def in_words(features: Iterable[str]) -> str:
-    """'AVX2, AVX-512 VNNI, AMX' for ('avx2', 'avx512_vnni', 'amx_int8')."""
+    """Formats features for people: 'AVX2, AVX-512 VNNI, AMX' for ('avx2', 'avx512_vnni', 'amx_int8')."""
     return ", ".join(_WORDS.get(name, name.upper().replace("_", "-")) for name in features)

@@ -1,7 +1,7 @@
-"""ctypes declarations of the C functions that are called, in header order. No logic.
+"""ctypes declarations of the C functions that this package calls, in header order. No logic.
 
 Source: ggml 0.25.3, include/ggml.h, ggml-alloc.h, ggml-backend.h, ggml-cpu.h, as built into
-llama-cpp-python 0.3.36. Each handle has its own Python type, so that one cannot be passed for another.
+llama-cpp-python 0.3.36. Each kind of handle has its own Python type, so that one cannot be passed for another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
 class Handle(c.c_void_p):
-    """A pointer that ctypes keeps as an object of its own type (a bare c_void_p result becomes an int)."""
+    """A pointer type whose results ctypes returns as objects of that type (a bare c_void_p result becomes an int)."""
 
 
 class ContextP(Handle):
@@ -83,7 +83,7 @@ class InitParams(c.Structure):
 
 
 class Feature(c.Structure):
-    """struct ggml_backend_feature: an array of these ends with one without a name."""
+    """struct ggml_backend_feature. An entry without a name ends an array of these."""
 
     _fields_ = [("name", c.c_char_p), ("value", c.c_char_p)]
 

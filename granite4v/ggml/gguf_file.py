@@ -1,4 +1,4 @@
-"""A GGUF file's header: checked metadata, and the offset of each tensor. Reads no weights."""
+"""Opens a GGUF file's header: checked metadata, and the offset of each tensor. Reads no weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GgufFile", "TensorInfo", "n_weights"]
 
 
 def n_weights(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    """How many weights these tensors have of each type that weights are multiplied in."""
+    """Counts the weights of these tensors by type; types that are never weights are left out (`NO_WEIGHTS`)."""
     found: Counter[str] = Counter()
     for info in tensors:
         if info.type_name not in NO_WEIGHTS:
@@ -28,12 +28,13 @@ def n_weights(tensors: Iterable[TensorInfo]) -> dict[str, int]:
 class GgufFile(GgufMetadata):
     """The metadata of one GGUF file as a mapping, and its tensors by name.
 
-    Values are decoded when they are asked for: str, int, float, bool, or a list of them. `GgufMetadata` has accessors
-    that check them.
+    Values are decoded on access: str, int, float, bool, or a list of one of these. `GgufMetadata` has accessors that
+    check them.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ModelFileError for a file that is missing, not GGUF, malformed, cut short, or newer than ours."""
+        """Reads the header. Raises ModelFileError for a file that is missing, not GGUF, malformed, cut short, or newer
+        than our ggml."""
         self.path = Path(path)
         self._header: Header | None = read_header(self.path)
         self._fields = self._header.fields
@@ -41,7 +42,7 @@ class GgufFile(GgufMetadata):
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Same as the constructor; reads well in a `with`."""
+        """Same as the constructor, for use in a `with` statement."""
         return cls(path)
 
     @property
@@ -54,7 +55,7 @@ class GgufFile(GgufMetadata):
         return self._fields[key].decode(self._header.data)
 
     def kind(self, key: str) -> tuple[int, bool]:
-        """A value's number in enum gguf_type, or its elements' number and True for a list."""
+        """Returns a value's number in enum gguf_type and False; for a list, its elements' number and True."""
         field = self._fields[key]
         return field.kind, field.n is not None
 
@@ -65,10 +66,10 @@ class GgufFile(GgufMetadata):
         return len(self._fields)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._fields  # the mapping's own test would decode the value
+        return key in self._fields  # Mapping's default would decode the value
 
     def n_texts(self, key: str) -> int:
-        """Decodes nothing: a vocabulary has 100,000 entries."""
+        """Returns the length of a list of strings, without decoding it: a vocabulary has 100,000. 0 without the key."""
         field = self._fields.get(key)
         return super().n_texts(key) if field is None or field.kind != STRING else field.n or 0
 

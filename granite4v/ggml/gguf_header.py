@@ -1,9 +1,9 @@
 """Parses and checks the header of a GGUF file: metadata and the offset of each tensor. Reads no weights.
 
-ggml's own reader prints its reasons to stderr, and it and llama.cpp trust a file's numbers: a wrong one aborts the
-process or reads out of bounds. So every count, length, type, shape and offset is checked here first, and a wrong one is
-an error with a message. The walk skips over strings without decoding them: 300,000 of them take some 40 ms. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+ggml's own reader prints its error messages to stderr, and both it and llama.cpp trust the numbers in a file: a wrong
+one aborts the process or causes an out-of-bounds read. So every count, length, type, shape and offset is checked here
+first, and a wrong one raises an error with a message. Strings are skipped without decoding them: 300,000 take some
+40 ms. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME - 1
 MAX_ALIGNMENT = 1 << 20
-MAX_HEADER_BYTES = 512 << 20  # the longest published headers, vocabulary and tokenizer.json, have some 30 MB
+MAX_HEADER_BYTES = 512 << 20  # the longest published ones, with vocabulary and tokenizer.json, have some 30 MB
 MAX_KEYS, MAX_TENSORS, MAX_ARRAY = 1 << 16, 1 << 18, 1 << 24
 STRING, ARRAY, _BOOL = 8, 9, 7  # enum gguf_type
-# struct format characters of enum gguf_type; a bool is any byte
+# struct format characters of enum gguf_type; for a bool any byte is accepted
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _AGAIN = "copy or convert it again"
@@ -41,7 +41,8 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is NumPy's order, slowest first; `offset` counts from the file's start."""
+    """Location of a tensor in the file. `shape` is in NumPy's order, slowest axis first; `offset` is from the start of
+    the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,14 +53,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Field:
-    """A value that has not been decoded: its type, its first byte, and for an array its number of elements."""
+    """A value that is not decoded yet: its type, offset of its first byte, and for a list its number of elements."""
 
     kind: int
     start: int
     n: int | None = None
 
     def decode(self, data: bytes) -> Any:
-        """str, int, float or bool, or a list of them."""
+        """Decodes the value: str, int, float or bool, or a list of one of these."""
         if self.kind == STRING:
             position, texts = self.start, []
             for _ in range(1 if self.n is None else self.n):
@@ -77,7 +78,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Header:
-    """The bytes of a header, its fields by key, and its tensors by name."""
+    """A parsed header: its bytes, its fields by key, and its tensors by name."""
 
     data: bytes
     fields: dict[str, Field]
@@ -85,7 +86,8 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises ModelFileError for a file that is missing, not GGUF, malformed, cut short, or newer than this ggml."""
+    """Parses the header of a GGUF file. Raises ModelFileError when it is missing, not GGUF, malformed, cut short, or
+    newer than this ggml."""
     try:
         with _open_regular(path) as file:
             start, size = file.read(24), os.fstat(file.fileno()).st_size
@@ -100,7 +102,8 @@ def read_header(path: Path) -> Header:
 
 
 def _open_regular(path: Path) -> Any:
-    """Refuses what is not a regular file: opening a FIFO would block forever, and a device has no end."""
+    """Opens a regular file only: opening a FIFO would block forever, and a device has no end. Raises ModelFileError or
+    OSError."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -196,7 +199,7 @@ class _Parser:
         return int(value)
 
     def _tensor_list(self, n_tensors: int) -> list[tuple[str, tuple[int, ...], str, int]]:
-        """(name, shape in ggml's order, type, offset from the start of the data) as they are listed."""
+        """Lists (name, shape in ggml's order, type, offset from the start of the data) in the file's order."""
         listed, names = [], set()
         for i in range(n_tensors):
             raw = self._string(f"the name of tensor {i + 1}")
@@ -234,7 +237,8 @@ class _Parser:
     def _place(
         self, listed: list[tuple[str, tuple[int, ...], str, int]], start: int, alignment: int
     ) -> dict[str, TensorInfo]:
-        """Absolute offsets. ggml demands tensors without gaps but the alignment's, inside the file."""
+        """Computes absolute offsets. Raises ModelFileError unless the tensors follow each other with alignment padding
+        only, as ggml requires, and end inside the file."""
         tensors, expected = {}, 0
         for name, shape, type_name, offset in listed:
             if offset != expected:
@@ -253,7 +257,7 @@ class _Parser:
             expected = -(-(offset + nbytes) // alignment) * alignment
         return tensors
 
-    # --- reading on ---
+    # --- cursor ---
 
     def _unpack(self, form: struct.Struct) -> int:
         self._skip(form.size, "its header")
@@ -286,7 +290,7 @@ class _Parser:
 
 
 def unknown_type(name: str, type_id: int) -> str:
-    """Why a tensor cannot be read: its type was dropped from ggml, or came after ours."""
+    """Explains why a tensor cannot be read: its type was removed from ggml, or is newer than this one."""
     if type_id < max(TYPE_NAMES):
         return (
             f"tensor '{name}' has type {type_id}, which ggml no longer reads; download a newer file of this model, or "
@@ -300,5 +304,5 @@ def unknown_type(name: str, type_id: int) -> str:
 
 
 def _readable(raw: bytes) -> str:
-    """A key or name as text; bytes that are not UTF-8 become escapes, so that different names stay different."""
+    """Decodes a key or name; bytes that are not UTF-8 become escapes, so that different names stay different."""
     return raw.decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""Building and running one ggml graph. Model code sees tensor algebra; shapes are checked before ggml sees them.
+"""Builds and runs one ggml graph. Model code writes tensor algebra; shapes are checked before ggml sees them.
 
-Square brackets give ggml order, fastest first: `[dim, tokens, tiles]`. ggml aborts the process on a bad
-shape, so each helper raises ShapeError with both shapes instead.
+Shapes in square brackets are in ggml order, fastest axis first: `[dim, tokens, tiles]`. ggml aborts the process on a
+bad shape, so the methods check first and raise ShapeError with the shapes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Progress = Callable[[int, int], None]
 
 
 class ShapeError(ValueError):
-    """Tensors whose shapes do not fit an operation; a damaged file can be the cause, since shapes come from files."""
+    """Raised for tensors whose shapes do not fit an operation. Shapes come from files: a damaged one can cause it."""
 
 
 class Tensor:
-    """A tensor in a graph or among the weights: ggml's pointer, its shape and strides."""
+    """A graph or weight tensor: ggml's pointer, with its shape, strides and type."""
 
     __slots__ = ("ptr",)
 
@@ -67,10 +67,10 @@ class Tensor:
 
 
 class Graph:
-    """Operations are methods; `run` allocates on first use, computes and returns the outputs.
+    """One ggml graph. Its methods add operations; `run` computes it and returns the outputs.
 
-    Building, allocating, computing and reading are separate, so that a graph serves every input of its shape: it is
-    built once, then `run(inputs)` for every batch of tiles.
+    A graph is built once for an input shape, then run for every batch of tiles of that shape. The first `run`
+    allocates the memory for intermediate results.
     """
 
     def __init__(self, backend: Backend, max_nodes: int) -> None:
@@ -84,20 +84,20 @@ class Graph:
         self._padded: dict[tuple[int, ...], tuple[Arena, Tensor]] = {}
         self._arenas: list[Arena] = []
         self._steps: list[Callable[[], None]] = []
-        self._external: dict[int, Callable[[], None]] = {}  # by the address of the node
+        self._external: dict[int, Callable[[], None]] = {}  # node address -> the call that computes it outside ggml
         self._packed: dict[tuple[Any, ...], Tensor] = {}
 
     # --- inputs and outputs ---
 
     def input(self, name: str, kind: str, *ne: int) -> Tensor:
-        """An input that `run` fills from the array of the same name."""
+        """Adds an input that `run` fills from the array of the same name."""
         tensor = Tensor(self._arena.tensor(kind, *ne, name=name))
         lib().ggml_set_input(tensor.ptr)
         self._inputs[name] = tensor
         return tensor
 
     def output(self, name: str, x: Tensor) -> Tensor:
-        """Keeps `x` (float32) to be read back as `name`."""
+        """Marks `x` (float32) as an output, which `run` returns under `name`."""
         lib().ggml_set_name(x.ptr, name.encode()[:63])
         lib().ggml_set_output(x.ptr)
         lib().ggml_build_forward_expand(self._graph, x.ptr)
@@ -105,7 +105,7 @@ class Graph:
         return x
 
     def expand(self, x: Tensor) -> Tensor:
-        """Fixes the order of computation: everything `x` needs comes before what is added later."""
+        """Fixes the order of computation: `x` and what it needs are computed before nodes that are expanded later."""
         lib().ggml_build_forward_expand(self._graph, x.ptr)
         return x
 
@@ -127,7 +127,7 @@ class Graph:
         return Tensor(lib().ggml_cont(self._ctx, x.ptr))
 
     def view(self, x: Tensor, ne: tuple[int, ...], nb: tuple[int, ...], offset: int) -> Tensor:
-        """A window into `x`: sizes `ne`, byte strides of axes 1 to 3 `nb`, byte offset."""
+        """A view of `x`: sizes `ne`, byte strides `nb` of axes 1 to 3, and a byte offset. Missing strides are dense."""
         sizes = (*ne, *(1,) * (4 - len(ne)))
         strides = [*nb]
         while len(strides) < 3:
@@ -138,7 +138,7 @@ class Graph:
         return Tensor(lib().ggml_view_4d(self._ctx, x.ptr, *sizes, *strides, offset))
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of `x` `[dim, rows, b]` picked by I32 `index` `[n, b]`: `[dim, n, b]`."""
+        """Gathers rows of `x` `[dim, rows, b]` by I32 `index` `[n, b]`: `[dim, n, b]`."""
         if index.type_name != "I32" or index.ne[1] != x.ne[2] or index.ne[2] != x.ne[3]:
             raise ShapeError(f"cannot pick rows of {x!r} by {index!r}")
         return Tensor(lib().ggml_get_rows(self._ctx, x.ptr, index.ptr))
@@ -150,37 +150,37 @@ class Graph:
         return Tensor(lib().ggml_concat(self._ctx, a.ptr, b.ptr, axis))
 
     def repeat(self, x: Tensor, *ne: int) -> Tensor:
-        """`x` repeated along each axis to sizes `ne`, which must be multiples of its own."""
+        """Repeats `x` along each axis to sizes `ne`, which must be multiples of its own."""
         sizes = (*ne, *(1,) * (4 - len(ne)))
         if any(n % m for n, m in zip(sizes, x.ne, strict=True)):
             raise ShapeError(f"cannot repeat {x!r} to {list(ne)}")
         return Tensor(lib().ggml_repeat_4d(self._ctx, x.ptr, *sizes))
 
     def join(self, parts: list[Tensor], axis: int) -> Tensor:
-        """Tensors concatenated along an axis; in pairs, so that each byte is copied log2(n) times and not n."""
+        """Concatenates tensors along an axis; pairwise, so that each byte is copied log2(n) times instead of n."""
         while len(parts) > 1:
             pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
             parts = [self.concat(pair[0], pair[1], axis) if len(pair) == 2 else pair[0] for pair in pairs]
         return parts[0]
 
     def pad(self, x: Tensor, n: int) -> Tensor:
-        """`x` with zeros behind axis 0 up to a size of `n`; `x` itself when it has that size.
+        """Pads axis 0 of `x` with zeros at its end to size `n`; returns `x` itself if it has that size.
 
-        For one product: another `pad` to the same sizes overwrites the result. ggml_pad tests every value and takes
-        25 times as long as this copy into rows that stay.
+        Use the result for one product only: another `pad` to the same sizes overwrites it. ggml_pad tests every value
+        and takes 25 times as long as this copy into a buffer that is already zero.
         """
         if n < x.ne[0] or x.type_name != "F32" or x.nb[0] != 4:
             raise ShapeError(f"cannot pad {x!r} to {n} values")
         if n == x.ne[0]:
             return x
-        if not self.backend.is_cpu:  # a GPU may run operations side by side
+        if not self.backend.is_cpu:  # a GPU may run operations concurrently, so they cannot share a buffer
             return Tensor(lib().ggml_pad(self._ctx, x.ptr, n - x.ne[0], 0, 0, 0))
         rows = self._zeros(n, *x.ne[1:])
         copied = lib().ggml_cpy(self._ctx, x.ptr, self.view(rows, x.ne, rows.nb[1:], 0).ptr)
-        return Tensor(lib().ggml_view_4d(self._ctx, copied, *rows.ne, *rows.nb[1:], 0))  # the rows, once copied
+        return Tensor(lib().ggml_view_4d(self._ctx, copied, *rows.ne, *rows.nb[1:], 0))  # `rows`, after the copy
 
     def _zeros(self, *ne: int) -> Tensor:
-        """A tensor of these sizes in memory of its own, all zeros at first; the same one for the same sizes."""
+        """Returns a zero-initialized tensor with its own memory; one per shape, shared by all calls of that shape."""
         if ne not in self._padded:
             arena = Arena(1)
             tensor = arena.tensor("F32", *ne)
@@ -193,13 +193,13 @@ class Graph:
         return Tensor(lib().ggml_cast(self._ctx, x.ptr, TYPE_IDS[kind]))
 
     def copy_(self, target: Tensor, x: Tensor) -> Tensor:
-        """Overwrites `target`, such as a view of rows, with `x` of the same sizes. To be expanded before anything is
-        added that reads the tensor under the view."""
+        """Overwrites `target`, such as a view of rows, with `x` of the same sizes. Expand the result before adding
+        anything that reads the viewed tensor: the graph does not know of that dependency."""
         if target.ne != x.ne:
             raise ShapeError(f"cannot copy {x!r} to {target!r}")
         return Tensor(lib().ggml_cpy(self._ctx, x.ptr, target.ptr))
 
-    # --- arithmetic; names that end in _ overwrite their first argument ---
+    # --- arithmetic; methods whose names end in _ overwrite their first argument ---
 
     def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
         """`weight` `[k, m, ...]`, `x` `[k, n, ...]`: `[m, n, ...]` = x . weight^T, float32."""
@@ -240,15 +240,15 @@ class Graph:
         return Tensor(lib().ggml_scale(self._ctx, x.ptr, factor))
 
     def normalize(self, x: Tensor, eps: float) -> Tensor:
-        """LayerNorm over axis 0 without its affine part."""
+        """LayerNorm over axis 0, without weight and bias."""
         return Tensor(lib().ggml_norm(self._ctx, x.ptr, eps))
 
     def rms_normalize(self, x: Tensor, eps: float) -> Tensor:
-        """RMSNorm over axis 0 without its weight."""
+        """RMSNorm over axis 0, without weight."""
         return Tensor(lib().ggml_rms_norm(self._ctx, x.ptr, eps))
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up of two tensors of the same sizes."""
+        """silu(gate) * up, for two tensors of the same sizes."""
         if gate.ne != up.ne:
             raise ShapeError(f"cannot gate {up!r} with {gate!r}")
         return Tensor(lib().ggml_swiglu_split(self._ctx, gate.ptr, up.ptr))
@@ -260,14 +260,14 @@ class Graph:
         return Tensor(lib().ggml_soft_max_ext_inplace(self._ctx, x.ptr, mask.ptr, scale, 0.0))
 
     def rotate_(self, x: Tensor, positions: Tensor, theta: float) -> Tensor:
-        """Turns the pairs (2j, 2j+1) of `x` `[dim, heads, n, b]` by positions `[n]` (I32) * theta^(-2j/dim)."""
+        """RoPE: rotates pair (2j, 2j+1) of `x` `[dim, heads, n, b]` by positions `[n]` (I32) * theta^(-2j/dim)."""
         dim, places = x.ne[0], positions.ptr
         if dim % 2 or positions.type_name != "I32" or positions.ne != (x.ne[2], 1, 1, 1):
             raise ShapeError(f"cannot turn {x!r} by {positions!r}")
         return Tensor(lib().ggml_rope_ext_inplace(self._ctx, x.ptr, places, None, dim, 0, 0, theta, 1, 0, 1, 0, 0))
 
     def unary_(self, kind: str, x: Tensor) -> Tensor:
-        """'gelu_erf' or 'silu'."""
+        """Applies the activation `kind`: 'gelu_erf' or 'silu'."""
         return Tensor(getattr(lib(), f"ggml_{kind}_inplace")(self._ctx, x.ptr))
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -281,7 +281,7 @@ class Graph:
         if any(n % m for n, m in zip(a.ne, b.ne, strict=True)):
             raise ShapeError(f"cannot broadcast {b!r} over {a!r}")
 
-    # --- arithmetic of oneDNN, between ggml's operations; CPU only ---
+    # --- oneDNN operations, run between ggml's; CPU only ---
 
     def product(
         self,
@@ -295,9 +295,9 @@ class Graph:
     ) -> Tensor:
         """activation(x . weight^T + bias) of `weight` `[k, m]` (F32 or BF16) and `x` `[k, n]`: `[m, n]` of type `kind`.
 
-        Values of a weight's rows beyond those of x are left out.
+        If the rows of `weight` are longer than those of `x`, the excess values are ignored.
 
-        `arithmetic`: 'F32' or 'BF16', what the factors are rounded to; sums are float32. `activation`: one of
+        `arithmetic`: 'F32' or 'BF16', the type that both factors are rounded to; sums are float32. `activation`: one of
         `onednn.ACTIVATIONS`.
         """
         n_in, n_out, rows = x.ne[0], weight.ne[1], x.ne[1] * x.ne[2] * x.ne[3]
@@ -317,7 +317,7 @@ class Graph:
         return self._external_node(kind, (n_out, *x.ne[1:]), inputs, made.run)
 
     def product_attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int, arithmetic: str) -> Tensor:
-        """Attention of q `[dim, n]` over k and v `[dim, m]`, whose products round to F32 or BF16 (`arithmetic`):
+        """Attention of q `[dim, n]` over k and v `[dim, m]`, with product operands in F32 or BF16 (`arithmetic`):
         `[dim, n]` of that type.
         """
         dim, n, m = q.ne[0], q.ne[1], k.ne[1]
@@ -336,9 +336,9 @@ class Graph:
     def _external_node(
         self, kind: str, ne: tuple[int, ...], inputs: tuple[Tensor, ...], call: Callable[..., None]
     ) -> Tensor:
-        """A tensor that `call(*addresses of the inputs, address of the result)` fills on the thread that calls `run`.
+        """Adds a tensor that `call(*input addresses, result address)` fills, on the thread that calls `run`.
 
-        ggml sees a custom operation, so that it plans the memory of its arguments, and never computes it.
+        ggml sees a custom operation, so it plans the memory of the inputs and the result, but never computes it.
         """
         node = self._custom_node(kind, ne, inputs, None, 1, None)
         headers = [x.ptr.contents for x in (*inputs, node)]
@@ -346,7 +346,8 @@ class Graph:
         return node
 
     def custom(self, function: int, data: int, ne: tuple[int, ...], *inputs: Tensor) -> Tensor:
-        """Float32 that all threads compute by a `ggml_custom_op_t` with its data."""
+        """Adds a float32 tensor `ne` that all threads compute with a `ggml_custom_op_t`; the addresses of it and of its
+        user data are `function` and `data`."""
         return self._custom_node("F32", ne, inputs, function, ALL_THREADS, data)
 
     def _custom_node(
@@ -362,7 +363,8 @@ class Graph:
     def run(self, progress: Progress | None = None, /, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Fills the inputs, computes, and returns each output as a new float32 array (slowest axis first).
 
-        `progress` is called with (parts computed, parts in all).
+        `progress` is called with (parts computed, parts in total). Raises ValueError when `arrays` are not the graph's
+        inputs, DeviceError when memory runs out or the device fails, and Aborted.
         """
         if set(arrays) != set(self._inputs):
             raise ValueError(f"the graph takes inputs {sorted(self._inputs)}, got {sorted(arrays)}")
@@ -385,8 +387,8 @@ class Graph:
         return {name: get_data(tensor.ptr) for name, tensor in self._outputs.items()}
 
     def in_place(self, given: str, found: str) -> InPlace | None:
-        """How a float32 output is computed from an input of as many values without `run`, while the graph exists. None
-        where that cannot be: on a device, or with parts that ggml does not compute."""
+        """Describes how to compute a float32 output from an input of the same size without `run`, while the graph
+        exists. None if the graph is not on the CPU or has parts outside ggml, or if the sizes differ."""
         tensors = [named[name].ptr for named, name in ((self._inputs, given), (self._outputs, found))]
         n_bytes = {int(lib().ggml_nbytes(tensor)) for tensor in tensors}
         if not self.backend.is_cpu or self._external or len(n_bytes) != 1:
@@ -395,10 +397,10 @@ class Graph:
         return InPlace(self.backend.open_handle, self._graph, source, target, n_bytes.pop() // 4)
 
     def _in_steps(self, small: bool) -> list[Callable[[], None]]:
-        """The complete graph as one step where it can be; in parts where oneDNN or a progress display comes between.
+        """Returns the calls that compute the graph: one if possible, several if oneDNN or a progress display comes in.
 
-        Parts compute the same operations in the same order. A callback from ggml would cost more: it takes Python's
-        lock at every node, which a busy thread holds for milliseconds.
+        The parts compute the same operations in the same order. A callback from ggml would cost more: it takes the GIL
+        at every node, and a busy thread can hold that for milliseconds.
         """
         compute = self.backend.compute
         # a GPU is quick, and may fuse nodes that parts would separate
@@ -424,14 +426,14 @@ class Graph:
         return [lib().ggml_graph_node(self._graph, i) for i in range(lib().ggml_graph_n_nodes(self._graph))]
 
     def release(self) -> None:
-        """Returns the memory of intermediate results to the system until the next run."""
+        """Returns the memory of intermediate results to the system; the next run uses it again."""
         tensors = (*self._inputs.values(), *self._outputs.values())
         for buffer in {x.ptr.contents.buffer.value: x.ptr.contents.buffer for x in tensors}.values():
             release_pages(buffer)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of intermediate results; 0 before the first run."""
+        """Size of the buffer for intermediate results in bytes; 0 before the first run."""
         return int(lib().ggml_gallocr_get_buffer_size(self._allocator, 0)) if self._allocator else 0
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Cutting a graph into parts that are computed one by one: for progress, and for operations that are not ggml's."""
+"""Cuts a graph into parts that are computed one after another: for progress, and for operations outside ggml."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ctypes
 from collections.abc import Container, Iterator
 from typing import Any
 
-MAX_PARTS, MIN_NODES = 50, 64  # of a graph that reports progress
+MAX_PARTS, MIN_NODES = 50, 64  # aim for 50 parts, but allow each part at least 64 nodes
 
 
 def graph_parts(nodes: list[Any], alone: Container[int]) -> Iterator[list[Any]]:
-    """The nodes in order, in lists; a node whose address is in `alone` is a list of its own."""
+    """Yields the nodes in order, as lists; a node whose address is in `alone` gets a list of its own."""
     longest = max(MIN_NODES, -(-len(nodes) // MAX_PARTS))
     part: list[Any] = []
     for node in nodes:

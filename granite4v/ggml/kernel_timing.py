@@ -1,7 +1,8 @@
-"""Times kernels on matrix products of realistic size, in a process that a faulty kernel may end. Run by `autotune`.
+"""Times kernels on matrix products of realistic size, in a child process that a faulty kernel may crash. `autotune`
+runs it.
 
-A product of many rows is limited by arithmetic, one of a few rows by reading the weights from memory. So few rows are
-multiplied with more weights than a CPU's cache holds, as it is in a model whose tokens are decoded.
+A product of many rows is limited by arithmetic, one of a few rows by reading the weights from memory. So a few rows are
+multiplied with more weights than most CPU caches hold, as when a model decodes tokens.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from granite4v.ggml.kernels import (
 )
 from granite4v.ggml.quantize import quantize_rows
 
-MANY = 512  # rows of a small prefill, or of a tile
-ROUNDS = 2  # the kernels take turns, so that what else the machine does for a moment falls on all of them
-FEW_ROWS_BYTES = 64 << 20  # of weights for a few rows: more than most caches
-TILES = 4  # that are multiplied with one matrix, which is widened once for all
+MANY = 512  # rows; as in a small prefill, or a tile
+ROUNDS = 2  # the kernels take turns, so that a moment of other load does not always hit the same one
+FEW_ROWS_BYTES = 64 << 20  # bytes of weights for a product of a few rows: more than most caches hold
+TILES = 4  # products with one matrix, which is widened once for all of them
 MAX_NODES = 1000
-# Enough runs that one is undisturbed: when another program takes a core for a few milliseconds, all kernels seem equal.
+# Enough runs that one is undisturbed: if another program takes a core for a few milliseconds, all kernels look equal.
 MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 2, 60, 0.15
 
 
 class Trial(NamedTuple):
-    """One thing to measure: a weight type, a kernel by name, and how many rows are multiplied at once."""
+    """One measurement to make: a weight type, a kernel by name, and the number of rows multiplied at once."""
 
     type_name: str
     kernel: str
@@ -48,8 +49,8 @@ class Trial(NamedTuple):
 
 
 def measure(trial: Trial, n_threads: int) -> float:
-    """Seconds of one product `[N_OUT, n_in]` x `[n_in, n_rows]`, or one layer's attention, in this process: the best of
-    a few.
+    """Measures one product `[N_OUT, n_in]` x `[n_in, n_rows]`, or one layer's attention, in this process. Returns the
+    best time of several runs, in seconds.
     """
     backend = Backend("cpu", n_threads)
     graph = Graph(backend, MAX_NODES)
@@ -73,7 +74,7 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
     try:
         weights = [arena.tensor(trial.type_name, length, N_OUT) for _ in range(n_matrices)]
         arena.allocate(kernel.buffer_type or backend.buffer_type, weights=True)
-        if not many:  # as the weights that decode are (see runtime/llama/weight_copies)
+        if not many:  # as for the copies that decode steps use (see runtime/llama/weight_copies)
             use_large_pages(arena.buffer)
         for weight in weights:
             set_data(weight, data)
@@ -90,7 +91,7 @@ def _product(graph: Graph, kernel: Kernel, trial: Trial) -> float:
 
 
 def _attention(graph: Graph, kernel: Kernel, trial: Trial) -> float:
-    """16 heads of 72, as in a SigLIP tower."""
+    """Times attention with 16 heads of 72, as in a SigLIP tower."""
     n_heads, head = 16, N_IN // 16
     q, k, v = (graph.input(name, "F32", N_IN, trial.n_rows) for name in ("q", "k", "v"))
     if kernel.arithmetic is None:
@@ -124,10 +125,10 @@ def _weights(type_name: str, n_threads: int) -> np.ndarray:
 
 
 def main(n_threads: str, trials: str) -> None:
-    """What the child process does: `trials` is a JSON list of trials.
+    """Runs in the child process: measures `trials`, a JSON list.
 
-    Prints a line when one begins, `[i]`, and one when it ends, `[i, seconds]`; so if the process ends in between, its
-    parent knows which one did it. `[i, null]`: it could not be tried, for a reason of this process (no memory).
+    Prints the line `[i]` when trial i begins and `[i, seconds]` when it ends. So if the process ends in between, the
+    parent knows which trial crashed it. `[i, null]`: the trial failed for another reason, such as no memory.
     """
     todo = [Trial(*each) for each in json.loads(trials)]
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""The ways to multiply weights of a type here: as they are, widened, rearranged, or by oneDNN."""
+"""The kernels for weights of a type on this machine: as they are, widened, repacked, compiled, or by oneDNN."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
 
-# Kernels that need no buffer type; the others are called as theirs.
+# Kernels that need no buffer type; the others have the names of their buffer types.
 PLAIN, FLOAT32, BFLOAT16 = "plain", "float32", "bfloat16"
 COMPILED = "compiled"
 ONEDNN, ONEDNN_BF16 = "onednn", "onednn bf16"
-ATTENTION = "attention"  # stands for a weight type where the kernels of attention are meant
+ATTENTION = "attention"  # used in place of a weight type for the kernels of attention
 N_OUT = 4352  # a vision FFN's width
 N_IN, N_IN_OF_256 = 1152, 1280  # a vision tower's width, and the next multiple of 256
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How weights of one type are multiplied: as they are, widened, from another buffer type, or by oneDNN.
+    """One way to multiply weights of a type: as they are, widened, from another buffer type, or by oneDNN.
 
-    `widened`: the type that the weights are converted to. `arithmetic`: by oneDNN, whose factors are rounded to 'F32'
-    or 'BF16'; None: by ggml.
+    `widened`: the type that the weights are converted to. `arithmetic`: 'F32' or 'BF16', the type that oneDNN rounds
+    both factors to; None for a product by ggml.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Kernel:
     arithmetic: str | None = None
 
     def matrix(self, graph: Graph, weight: Tensor) -> Tensor:
-        """Weights `[n_in, n_out]`, kept in this kernel's buffer type, in the form that `product` takes."""
+        """Converts weights `[n_in, n_out]`, kept in this kernel's buffer type, to the form that `product` takes."""
         if self.arithmetic is not None:
             return weight if weight.type_name in ("F32", self.arithmetic) else graph.cast(weight, "F32")
         if self.widened is None:
             return weight
-        values = graph.cast(weight, "F32")  # ggml casts quantized weights to nothing else
+        values = graph.cast(weight, "F32")  # the only type that ggml casts quantized weights to
         return values if self.widened == "F32" else graph.cast(values, self.widened)
 
     def product(
@@ -54,10 +54,11 @@ class Kernel:
         activation: str | None = None,
         to_product: bool = False,
     ) -> Tensor:
-        """`[n_out, n]` from a matrix `[n_in, n_out]` and rows `[n_in, n]`; a matrix may have more columns, of zeros.
+        """Multiplies a matrix `[n_in, n_out]` with rows `[n_in, n]`: `[n_out, n]`. The matrix may be wider than the
+        rows, with zeros in the excess columns.
 
-        `activation`: one that the kernel `fuses`. `to_product`: only products or attention take the result, which may
-        then have the type that they compute in.
+        `activation`: one that the kernel `fuses`. `to_product`: only products or attention read the result, so it may
+        have the type that they compute in.
         """
         if self.arithmetic is not None:
             kind = self.arithmetic if to_product else "F32"
@@ -67,13 +68,13 @@ class Kernel:
         return y if bias is None else graph.add_(y, bias)
 
     def fuses(self, activation: str | None) -> bool:
-        """Whether `product` can apply an activation (Hugging Face's name) to its result."""
+        """Whether `product` can apply this activation (Hugging Face's name) to its result."""
         return self.arithmetic is not None and activation in onednn.ACTIVATIONS
 
 
 def available_kernels(backend: Backend, type_name: str) -> dict[str, Kernel]:
-    """What there is for a type, or for `ATTENTION`, on the CPU, by name, the plain kernel first. One that crashes may
-    be among them.
+    """Lists the kernels for a weight type, or for `ATTENTION`, on the CPU, by name, the plain one first. They are not
+    tested: one may crash the process.
     """
     found = [Kernel(PLAIN)]
     if type_name != ATTENTION:
@@ -91,23 +92,23 @@ def available_kernels(backend: Backend, type_name: str) -> dict[str, Kernel]:
 
 
 def prompt_kernels(type_name: str) -> dict[str, Kernel]:
-    """Further ways to multiply a text model's weights with the rows of a prompt, by copies.
+    """Lists more kernels for a text model's weights and the rows of a prompt, which need widened copies.
 
-    ggml multiplies Q8_0 row by row, and bfloat16, of twice the size, in tiles where the CPU has instructions for that:
-    both factors have then eight significant bits, where Q8_0 rounds the rows of the prompt to 8-bit integers of one
-    scale for 32.
+    ggml multiplies Q8_0 row by row, but bfloat16, which is twice as large, in tiles if the CPU has instructions for
+    that. Both factors then have eight significant bits, whereas for Q8_0 the prompt rows are rounded to 8-bit integers
+    with one scale per 32.
     """
     is_faster = type_name == "Q8_0" and "avx512_bf16" in cpu_features()
     return {BFLOAT16: Kernel(BFLOAT16, widened="BF16")} if is_faster else {}
 
 
 def compiled_kernels(type_name: str, n_rows: int) -> dict[str, Kernel]:
-    """A further way to multiply a text model's weights with so many rows, which needs no copy: what is plain otherwise
-    is multiplied so."""
+    """Returns the compiled kernel for a text model's weights and this number of rows, if there is one. It needs no copy
+    and replaces the plain kernel."""
     is_known = n_rows <= MOST_ROWS or type_name in prompt_products.KINDS
     return {COMPILED: Kernel(COMPILED)} if is_known and multiplies(type_name) else {}
 
 
 def n_in(type_name: str) -> int:
-    """The length of the rows that are measured: about a vision tower's width, a multiple of the type's block."""
+    """Row length used for measurements: about a vision tower's width, and a multiple of the type's block."""
     return N_IN if N_IN % block_size(type_name) == 0 else N_IN_OF_256

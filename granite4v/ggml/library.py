@@ -1,6 +1,6 @@
-"""The shared libraries that llama-cpp-python ships, loaded once, on first use.
+"""Loads the shared libraries that llama-cpp-python ships, once, on first use.
 
-llama-cpp-python opens them itself when it is imported, so a process has only one ggml, whichever loads it first.
+llama-cpp-python opens the same files when it is imported, so a process has only one ggml, whichever loads it first.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from granite4v.errors import DeviceError
 from granite4v.ggml import declarations
 
 TESTED_VERSION = "0.25.3"  # ggml in llama-cpp-python 0.3.36
-SPINS = 10_000  # turns of GCC's OpenMP in a waiting loop
+SPINS = 10_000  # iterations that GCC's OpenMP spins before a waiting thread sleeps
 _OBJECT_SIZE = 32  # sizeof(struct ggml_object) on 64-bit: two size_t, a pointer, an enum and 4 bytes of padding
 
 
 @functools.cache
 def lib() -> Any:
-    """The declared C functions as attributes: `lib().ggml_mul_mat(...)`.
+    """Returns the declared C functions as attributes: `lib().ggml_mul_mat(...)`.
 
-    Raises DeviceError when llama-cpp-python is missing or its ggml lacks a function we need.
+    Raises DeviceError when llama-cpp-python is missing, or its ggml lacks a function that we call or has another layout
+    of struct ggml_tensor.
     """
     with openmp_for_this_load():
         _load_llama_cpp()
@@ -53,12 +54,12 @@ def lib() -> Any:
 
 @contextlib.contextmanager
 def openmp_for_this_load() -> Iterator[None]:
-    """OpenMP, if it is loaded inside the block, lets threads wait awake for a tenth of a millisecond, then asleep.
+    """Makes an OpenMP that is loaded inside the block spin for only a tenth of a millisecond before a thread sleeps.
 
-    GCC's OpenMP lets a thread spin for milliseconds at each barrier of a graph, which takes the core from the very
-    thread that is waited for where there are more threads than cores. `SPINS` is as fast on an idle machine
-    (`scripts/busy.py` measures it). OpenMP reads the variable once, so it is set back afterwards; a choice of the
-    user's stays, and an OpenMP that another library has loaded before keeps its way.
+    By default GCC's OpenMP spins for milliseconds at each barrier of a graph. With more threads than cores, that takes
+    the core from the very thread that the others wait for. `SPINS` is as fast on an idle machine (`scripts/busy.py`
+    measures it). OpenMP reads the variable once, when it is loaded, so the block removes it at its end. A setting by
+    the user is kept. An OpenMP that another library loaded before is not affected.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         yield
@@ -76,9 +77,9 @@ def _load_llama_cpp() -> None:
 
 
 def library_path(name: str) -> Path:
-    """The file of one of llama-cpp-python's libraries, 'ggml-cpu' for instance, found without loading anything.
+    """Finds the file of one of llama-cpp-python's libraries, such as 'ggml-cpu', without loading anything.
 
-    Raises DeviceError when it is not there.
+    Raises DeviceError when it is missing.
     """
     folder = _library_folder()
     if sys.platform == "win32":

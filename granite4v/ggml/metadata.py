@@ -1,7 +1,7 @@
-"""Metadata values, checked for the type and bounds that their reader needs, with uniform error messages.
+"""Reads metadata values with checks of type and bounds, and uniform error messages.
 
-A GGUF file is untrusted: a key may be missing, hold text where a number belongs, a zero that divides, or a count
-that would take all memory. The caller states what it accepts and can rely on the result.
+A GGUF file is untrusted: a key may be missing, or hold text instead of a number, a zero that is used as a divisor, or a
+count that would take all memory. The caller states what it accepts and can rely on the result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GgufMetadata(Mapping[str, Any]):
         return len(self._values)
 
     def integer(self, key: str, least: int, most: int, default: Any = _REQUIRED) -> Any:
-        """An integer from `least` to `most`."""
+        """Returns an integer from `least` to `most`."""
         expected = f"an integer from {least:,} to {most:,}"
         value = self._get(key, default, expected)
         if value is default or _is_integer(value, least, most):
@@ -47,7 +47,8 @@ class GgufMetadata(Mapping[str, Any]):
         raise self._wrong(key, value, expected)
 
     def number(self, key: str, least: float, most: float, default: Any = _REQUIRED) -> Any:
-        """A finite number from `least` to `most`; also one that is written as text, to keep all its digits."""
+        """Returns a finite number from `least` to `most`. A value stored as text, which keeps all its digits, is
+        accepted, too."""
         expected = f"a number from {least:g} to {most:g}"
         value = self._get(key, default, expected)
         if value is default:
@@ -58,7 +59,7 @@ class GgufMetadata(Mapping[str, Any]):
         return number
 
     def text(self, key: str, default: Any = _REQUIRED, known: Collection[str] = ()) -> Any:
-        """A string, one of `known` if there are any."""
+        """Returns a string; if `known` is not empty, it must be one of these."""
         expected = f"one of {', '.join(map(repr, known))}" if known else "text"
         value = self._get(key, default, expected)
         if value is default or (isinstance(value, str) and (not known or value in known)):
@@ -66,14 +67,14 @@ class GgufMetadata(Mapping[str, Any]):
         raise self._wrong(key, value, expected)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A boolean."""
+        """Returns a boolean."""
         value = self._get(key, default, "true or false")
         if value is default or isinstance(value, bool):
             return value
         raise self._wrong(key, value, "true or false")
 
     def integers(self, key: str, least: int, most: int, default: Any = _REQUIRED, *, max_length: int = 1 << 24) -> Any:
-        """A list of integers from `least` to `most`, at least one and at most `max_length` of them."""
+        """Returns a list of 1 to `max_length` integers from `least` to `most`."""
         expected = f"a list of 1 to {max_length:,} integers from {least:,} to {most:,}"
         value = self._get(key, default, expected)
         if value is default:
@@ -86,7 +87,7 @@ class GgufMetadata(Mapping[str, Any]):
         return value
 
     def numbers(self, key: str, length: int, least: float, most: float) -> list[float]:
-        """A list of exactly `length` finite numbers from `least` to `most`."""
+        """Returns a list of exactly `length` finite numbers from `least` to `most`."""
         expected = f"a list of {length} numbers from {least:g} to {most:g}"
         value = self._get(key, _REQUIRED, expected)
         if not isinstance(value, list) or len(value) != length:
@@ -98,14 +99,14 @@ class GgufMetadata(Mapping[str, Any]):
         return [float(number) for number in numbers if number is not None]
 
     def texts(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A list of strings."""
+        """Returns a list of strings."""
         value = self._get(key, default, "a list of texts")
         if value is default or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             return value
         raise self._wrong(key, value, "a list of texts")
 
     def n_texts(self, key: str) -> int:
-        """The length of a list of strings; 0 without the key."""
+        """Returns the length of a list of strings; 0 without the key."""
         return len(self.texts(key, []))
 
     def _get(self, key: str, default: Any, expected: str) -> Any:

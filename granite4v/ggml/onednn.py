@@ -1,9 +1,9 @@
-"""Matrix products and attention by oneDNN, between the operations of a ggml graph.
+"""Matrix products and attention by oneDNN, run between the operations of a ggml graph.
 
 ggml has no fast product in bfloat16 or float32 on CPUs with AVX-512 or AMX, and its attention is slower than its
-products; oneDNN has both. It is an optional extra (`pip install 'granite4v[onednn]'`, the package onednn-cpu-gomp) and
-is used where it is measured to be faster. Its build shares the OpenMP threads of ggml (GNU libgomp), so that the
-threads of one do not wait on cores that the other needs.
+products; oneDNN is fast at both. It is an optional extra (`pip install 'granite4v[onednn]'`, the package
+onednn-cpu-gomp), used where measurements show that it is faster. That build shares the OpenMP threads of ggml (GNU
+libgomp), so that waiting threads of one do not occupy cores that the other needs.
 
 The C API is that of oneDNN 3 (`oneapi/dnnl/dnnl.h` and `dnnl_types.h`, v3.2).
 """
@@ -23,7 +23,7 @@ PACKAGE = "onednn-cpu-gomp"
 MAJOR_VERSION = 3
 
 _BF16, _F32 = 2, 3  # dnnl_data_type_t
-TYPES = {"BF16": _BF16, "F32": _F32}  # by ggml's name
+TYPES = {"BF16": _BF16, "F32": _F32}  # by ggml's names
 _ISA_BF16 = 0x80  # the bit of dnnl_cpu_isa_t that AVX-512 BF16 adds; AMX includes it
 _CPU_ENGINE, _IN_ORDER = 1, 1  # dnnl_engine_kind_t, dnnl_stream_flags_t
 _ANY_LAYOUT = 1  # dnnl_format_tag_t: oneDNN chooses
@@ -31,10 +31,10 @@ _WEIGHTS_LAYOUT = 131  # dnnl_query_t
 _INFERENCE = 96  # dnnl_prop_kind_t
 _SOFTMAX = 0x30000  # dnnl_alg_kind_t
 _LINEAR = 0x26  # dnnl_alg_kind_t: alpha * x
-# By Hugging Face's name: dnnl_alg_kind_t, and its alpha. swish is x * sigmoid(alpha * x).
+# By Hugging Face's names: dnnl_alg_kind_t and its alpha. 'quick_gelu' is oneDNN's swish, x * sigmoid(alpha * x).
 ACTIVATIONS = {"gelu_pytorch_tanh": (0x2B, 0.0), "gelu": (0x31, 0.0), "quick_gelu": (0x2C, 1.702)}
 _SRC, _DST, _WEIGHTS, _BIAS = 1, 17, 33, 41  # DNNL_ARG_*
-SCORES_NBYTES = 6 << 20  # of attention computed at a time: measured fastest with 2 to 8 MB
+SCORES_NBYTES = 6 << 20  # of attention scores computed at a time; 2 to 8 MB measured fastest
 _MAX_DIMS = 12  # DNNL_MAX_NDIMS
 
 _Dims = c.c_int64 * _MAX_DIMS
@@ -60,7 +60,7 @@ class _Argument(c.Structure):
 
 
 def find_library() -> str | None:
-    """The path of the extra's libdnnl; None when it is not installed."""
+    """Finds the path of the extra's libdnnl; None if it is not installed, and on systems other than Linux."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -73,16 +73,16 @@ def find_library() -> str | None:
 
 @functools.cache
 def library() -> Any:
-    """libdnnl; None when it is not installed or cannot be loaded."""
+    """Loads libdnnl; None if it is not installed, cannot be loaded, or has another major version."""
     path = find_library()
     if path is None:
         return None
     try:
-        # PyDLL keeps Python's lock during a call. Most calls take a few milliseconds, and each release of the lock can
-        # cost as much: another thread that waits for it gets it, and keeps it for that long.
+        # PyDLL keeps the GIL during a call. Most calls take a few milliseconds, and releasing the GIL can cost as much:
+        # another thread that waits for it takes it and keeps it that long.
         dnnl = c.PyDLL(path)
         dnnl.dnnl_version.restype = c.POINTER(_Version)
-    except (OSError, AttributeError):  # damaged, another library, or one that it needs is missing
+    except (OSError, AttributeError):  # damaged, another library, or a dependency is missing
         return None
     if dnnl.dnnl_version().contents.major != MAJOR_VERSION:
         return None
@@ -95,19 +95,19 @@ def library() -> Any:
 
 
 def is_installed() -> bool:
-    """Whether oneDNN can be used at all."""
+    """Whether oneDNN is installed and can be loaded."""
     return library() is not None
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX) and oneDNN is there to use them."""
+    """Whether oneDNN is installed and this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
     dnnl = library()
     return dnnl is not None and bool(dnnl.dnnl_get_effective_cpu_isa() & _ISA_BF16)
 
 
 @functools.cache
 def version() -> str:
-    """oneDNN's version, '3.2.0'; empty when it is not installed."""
+    """Returns oneDNN's version, such as '3.2.0'; empty if it is not installed."""
     dnnl = library()
     if dnnl is None:
         return ""
@@ -116,7 +116,7 @@ def version() -> str:
 
 
 class OneDnn:
-    """An engine, and the owner of the primitives that were made with it."""
+    """A oneDNN engine and stream; owns every object that is created with it, until `close`."""
 
     def __init__(self, n_threads: int) -> None:
         """Raises DeviceError when the extra is not installed."""
@@ -125,7 +125,7 @@ class OneDnn:
             raise DeviceError("oneDNN is not installed; install it with: pip install 'granite4v[onednn]'")
         self._library = dnnl
         self._n_threads = n_threads
-        # the OpenMP that libdnnl was linked to: found through the library itself
+        # looked up through libdnnl, so that it belongs to the OpenMP that libdnnl is linked to
         self._set_threads: Callable[[int], None] = dnnl.omp_set_num_threads
         self._owned: list[tuple[str, Any]] = []
         self._products: dict[tuple[Any, ...], Product] = {}
@@ -135,11 +135,12 @@ class OneDnn:
         self.stream = self.create("dnnl_stream", self.engine, _IN_ORDER)
 
     def use_threads(self) -> None:
-        """Sets the number of OpenMP threads that the calling thread starts; it belongs to the calling thread."""
+        """Sets the number of OpenMP threads. The setting applies to the calling thread only."""
         self._set_threads(self._n_threads)
 
     def create(self, kind: str, *arguments: Any, by: str = "") -> c.c_void_p:
-        """An object of this kind, made by the function `by` (`<kind>_create` by default); it lives until `close`."""
+        """Creates an object of this kind with the function `by` (default `<kind>_create`); it lives until `close`.
+        Raises DeviceError when the function fails."""
         handle, function = c.c_void_p(), by or f"{kind}_create"
         self.check(function, getattr(self._library, function)(c.byref(handle), *arguments))
         self._owned.append((f"{kind}_destroy", handle))
@@ -151,7 +152,7 @@ class OneDnn:
             raise DeviceError(f"oneDNN's {function} failed with status {status} (dnnl_status_t).")
 
     def layout(self, type_name: str, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> c.c_void_p:
-        """A memory descriptor; `strides` in elements, None: oneDNN's own choice of layout."""
+        """Creates a memory descriptor. `strides` are in elements; None lets oneDNN choose the layout."""
         dims, kind = _Dims(*shape), TYPES[type_name]
         if strides is None:
             by = "dnnl_memory_desc_create_with_tag"
@@ -160,11 +161,11 @@ class OneDnn:
         return self.create("dnnl_memory_desc", len(shape), dims, kind, _Dims(*strides), by=by)
 
     def describe(self, operation: str, *arguments: Any) -> c.c_void_p:
-        """The primitive descriptor of an operation, for instance 'dnnl_matmul'."""
+        """Creates the primitive descriptor of an operation, such as 'dnnl_matmul'."""
         return self.create("dnnl_primitive_desc", *arguments, by=f"{operation}_primitive_desc_create")
 
     def attributes(self, kind: int, alpha: float = 0.0) -> c.c_void_p:
-        """Attributes of a primitive that applies an elementwise operation to its result."""
+        """Creates attributes that make a primitive apply an elementwise operation (dnnl_alg_kind_t) to its result."""
         after = self.create("dnnl_post_ops")
         status = self._library.dnnl_post_ops_append_eltwise(after, kind, c.c_float(alpha), c.c_float(0.0))
         self.check("dnnl_post_ops_append_eltwise", status)
@@ -175,12 +176,13 @@ class OneDnn:
         return attributes
 
     def weights_layout(self, primitive_desc: Any) -> tuple[c.c_void_p, int]:
-        """The layout that a primitive wants its weights in, which it owns, and its bytes."""
+        """Returns the layout that a primitive expects its weights in, owned by the primitive, and its size in bytes."""
         layout = c.c_void_p(self._library.dnnl_primitive_desc_query_md(primitive_desc, _WEIGHTS_LAYOUT, 0))
         return layout, int(self._library.dnnl_memory_desc_get_size(layout))
 
     def execution(self, desc: Any, layouts: dict[int, Any]) -> Callable[..., None]:
-        """A function that runs the described primitive; it takes the data addresses in the order of `layouts`."""
+        """Returns a function that runs the described primitive, given the data addresses in the order of `layouts`.
+        `layouts`: memory descriptors by argument (DNNL_ARG_*)."""
         set_data, execute = self._library.dnnl_memory_set_data_handle, self._library.dnnl_primitive_execute
         primitive = self.create("dnnl_primitive", desc)
         memories = {arg: self.create("dnnl_memory", layout, self.engine, None) for arg, layout in layouts.items()}
@@ -197,13 +199,13 @@ class OneDnn:
         return run
 
     def product(self, *key: Any) -> Product:
-        """The product for these shapes and types, made once; see `Product`."""
+        """Returns the product for these shapes and types, created on first use; `key`: `Product`'s arguments."""
         if key not in self._products:
             self._products[key] = Product(self, *key)
         return self._products[key]
 
     def attention(self, *key: Any) -> Attention:
-        """The attention for these shapes and types, made once; see `Attention`."""
+        """Returns the attention for these shapes and types, created on first use; `key`: `Attention`'s arguments."""
         if key not in self._attentions:
             self._attentions[key] = Attention(self, *key)
         return self._attentions[key]
@@ -219,9 +221,9 @@ class OneDnn:
 class Product:
     """y = activation(x . W^T + bias) with packed weights.
 
-    `shape`: rows of x, inputs, outputs. x `(rows, inputs)` and y `(rows, outputs)` are contiguous; the weights
-    `(outputs, inputs)` are packed into oneDNN's layout first (`pack`), which takes the time of about one product. In
-    bfloat16 sums are kept in float32.
+    `shape`: (rows of x, inputs, outputs). x `(rows, inputs)` and y `(rows, outputs)` are contiguous. The weights
+    `(outputs, inputs)` must first be packed into oneDNN's layout (`pack`), which takes about as long as one product.
+    With bfloat16 factors, sums are float32.
     """
 
     def __init__(
@@ -235,8 +237,8 @@ class Product:
         has_bias: bool,
         activation: str | None,
     ) -> None:
-        """`weight_type`, `weight_row`: of the weights as they are given, and the values from one row to the next; they
-        are packed in x's type.
+        """`weight_type`: type of the weights given to `pack`, which converts them to x's type. `weight_row`: number of
+        values from the start of one of their rows to the next.
         """
         rows, n_in, n_out = shape
         x = dnn.layout(x_type, (rows, n_in), (n_in, 1))
@@ -249,20 +251,20 @@ class Product:
         given = dnn.layout(weight_type, (n_in, n_out), (1, weight_row))
         reorder = dnn.describe("dnnl_reorder", given, dnn.engine, packed, dnn.engine, None)
         self.pack = dnn.execution(reorder, {_SRC: given, _DST: packed})
-        """`pack(weights, packed)`: addresses."""
+        """`pack(weights, packed)`; both are addresses."""
         self.run = dnn.execution(desc, {_SRC: x, _WEIGHTS: packed} | ({_BIAS: bias} if has_bias else {}) | {_DST: y})
-        """`run(x, packed, [bias,] y)`: addresses."""
+        """`run(x, packed, [bias,] y)`; all are addresses."""
 
 
 class Attention:
     """softmax(Q . K^T / sqrt(head_dim)) . V for each head, on rows `(positions, heads * head_dim)` of Q, K and V.
 
-    Scores are float32; with bfloat16 rows the shares of the values are rounded to bfloat16. A few heads at a time, so
-    that the scores stay in the processor's cache.
+    Scores are float32. With bfloat16 rows, the softmax weights are rounded to bfloat16. A few heads are computed at a
+    time, so that their scores stay in the CPU's cache.
     """
 
     def __init__(self, dnn: OneDnn, kind: str, n_heads: int, head_dim: int, n: int, m: int) -> None:
-        """`n` queries, `m` keys."""
+        """`kind`: 'F32' or 'BF16', the type of the rows. `n`, `m`: number of queries and of keys."""
         self._dnn = dnn
         at_once = max(
             h for h in range(1, n_heads + 1) if n_heads % h == 0 and (h == 1 or 4 * h * n * m <= SCORES_NBYTES)
@@ -281,14 +283,14 @@ class Attention:
         desc = dnn.describe("dnnl_matmul", engine, shares, v, None, q, None)
         self._mix = dnn.execution(desc, {_SRC: shares, _WEIGHTS: v, _DST: q})
         self._scores_nbytes = 4 * at_once * n * m
-        # float32 shares take the place of the scores
+        # float32 softmax weights overwrite the scores; bfloat16 ones come after them, at half the size
         self._shares_offset = 0 if kind == "F32" else self._scores_nbytes
         self.scratch_nbytes = self._scores_nbytes * (2 if kind == "F32" else 3) // 2
         step = at_once * head_dim * (4 if kind == "F32" else 2)
         self._offsets = range(0, step * (n_heads // at_once), step)
 
     def run(self, q: int, k: int, v: int, scratch: int, y: int) -> None:
-        """All arguments are addresses."""
+        """Computes attention. All arguments are addresses; `scratch` has `scratch_nbytes` bytes."""
         shares = scratch + self._shares_offset
         for offset in self._offsets:
             self._score(q + offset, k + offset, scratch)

@@ -1,4 +1,4 @@
-"""ggml's own quantization routines on NumPy rows, on all cores."""
+"""Quantizes NumPy rows with ggml's own routines, on several threads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from granite4v.ggml.types import TYPE_IDS, block_size, row_bytes
 
 __all__ = ["block_size", "quantize_rows", "row_bytes"]
 
-ROWS_ELEMENTS = 1 << 18  # elements a thread takes at a time: small enough to balance two cores
+ROWS_ELEMENTS = 1 << 18  # elements that a thread takes at a time; small enough to balance the load of two cores
 
 
 def quantize_rows(values: np.ndarray, type_name: str, n_threads: int) -> np.ndarray:
-    """The rows of a float32 array `(rows, cols)` as the bytes of a ggml type, uint8 `(rows, row_bytes)`.
+    """Quantizes the rows of a float32 array `(rows, cols)` to a ggml type; returns uint8 `(rows, row_bytes)`.
 
-    Same bytes as llama.cpp's quantizer without an importance matrix. `cols` must be a multiple of the type's
-    block (ValueError otherwise). ctypes releases the GIL, so `n_threads` threads run at once.
+    The bytes are those of llama.cpp's quantizer without an importance matrix. Raises ValueError unless the array is
+    two-dimensional float32 and `cols` is a multiple of the type's block size. ctypes releases the GIL, so `n_threads`
+    threads run in parallel.
     """
     if values.ndim != 2 or values.dtype != np.float32:
         raise ValueError(f"quantize_rows takes float32 (rows, cols), got {values.dtype} {values.shape}")

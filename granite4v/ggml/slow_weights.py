@@ -1,7 +1,8 @@
-"""A warning about weights that this CPU multiplies at less than half of the speed it has for others.
+"""Warns about weights that this CPU multiplies at less than half the speed of another type or kernel.
 
-Compared with types of about eight bits, which lose hardly anything: that a type of four bits may be faster still is the
-user's choice. Only files that are measured are judged, and only by what is known or measured within a second.
+The comparison is with types of about eight bits, which lose hardly any accuracy. A type of four bits may be faster
+still, but that trade-off is left to the user. Only files large enough to be measured are judged, and only by times that
+are cached or can be measured within a second.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from granite4v.ggml.kernels import FLOAT32, ONEDNN_BF16, PLAIN, available_kernel
 
 SLOW = 0.5
 BUDGET_S = 1.0
-# A buffer type that ends the process would be at least as many times as fast as the plain kernel: with Q8_0 and AMX it
-# was 4 to 5 times on a CPU whose build had been mended.
+# Assumed minimum speed of a kernel that crashes the process, as a multiple of the plain kernel's. With Q8_0 and AMX it
+# was 4 to 5 times on a CPU whose build had been fixed.
 CRASHED_GAIN = 4.0
 Side = Literal["vision", "text"]
 
 
 class Slow(NamedTuple):
-    """At what share of the speed of the other type, or of a kernel that crashes, weights are multiplied."""
+    """How slow the weights are: their share of the speed of `type_name`, or of its kernel `crashed`, if that is set."""
 
     share: float
     type_name: str
@@ -36,7 +37,7 @@ class Slow(NamedTuple):
 
 
 def warn_if_slow(path: Path, side: Side, n_weights: Mapping[str, int], backend: Backend) -> None:
-    """Gives a SpeedWarning, once in a process for each file. Raises Aborted."""
+    """Issues a SpeedWarning if the main weight type of a file is slow, once per process and file. Raises Aborted."""
     if not backend.is_cpu or sum(n_weights.values()) < SMALL:
         return
     main = max(n_weights, key=n_weights.__getitem__)
@@ -62,7 +63,7 @@ def warn_if_slow(path: Path, side: Side, n_weights: Mapping[str, int], backend: 
 
 
 def judge(main: str, measured: Mapping[str, Times]) -> Slow | None:
-    """Whether weights of the type `main` are slow, by the times of several types."""
+    """Judges by the times of several types whether weights of type `main` are slow; None if not, or if unknown."""
     own = _best_rate(main, measured[main])
     if own == 0:  # nothing is known
         return None
@@ -79,12 +80,12 @@ def judge(main: str, measured: Mapping[str, Times]) -> Slow | None:
 
 
 def _best_rate(type_name: str, measured: Times) -> float:
-    """GFLOP/s of the fastest kernel that is known; 0 without one."""
+    """GFLOP/s of the fastest kernel measured for a type; 0 if none was, or all crashed."""
     return max((gflop(type_name) / rows[MANY] for rows in measured.values()), default=0.0)
 
 
 def message(path: Path, side: Side, main: str, slow: Slow) -> str:
-    """What to tell the user, with the remedy."""
+    """Words the warning, with the remedy."""
     if slow.crashed is not None:
         return (
             f"'{path.name}' runs at less than half of what this CPU can do: the '{slow.crashed}' kernels of the "
@@ -104,5 +105,5 @@ def message(path: Path, side: Side, main: str, slow: Slow) -> str:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once in a process: the same model may be opened again and again."""
+    """Warns once per process and text: the same model may be opened repeatedly."""
     warnings.warn(text, SpeedWarning, stacklevel=4)

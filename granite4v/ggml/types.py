@@ -1,4 +1,4 @@
-"""ggml's tensor types by name, and the sizes of their blocks."""
+"""ggml's tensor types by name, with the sizes of their blocks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from granite4v.ggml.library import lib
 
 
 class TensorType(NamedTuple):
-    """One type: its number in files, elements in a block, and bytes of a block."""
+    """One tensor type: its number in files, elements per block, and bytes per block."""
 
     id: int
     block: int
     nbytes: int
 
 
-# enum ggml_type, include/ggml.h of ggml 0.25.3; a test compares the table with the library's.
+# enum ggml_type, include/ggml.h of ggml 0.25.3; a test compares this table with the library.
 TYPES: dict[str, TensorType] = {
     "F32": TensorType(0, 1, 4),
     "F16": TensorType(1, 1, 2),
@@ -55,22 +55,22 @@ TYPES: dict[str, TensorType] = {
 }
 TYPE_IDS: dict[str, int] = {name: kind.id for name, kind in TYPES.items()}
 TYPE_NAMES: dict[int, str] = {kind.id: name for name, kind in TYPES.items()}
-# Integers, doubles, and the formats that ggml rounds activations to: no weight matrix is multiplied in these.
+# Integers, doubles, and the formats that ggml quantizes activations to: no weight matrix has one of these types.
 NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 
 
 def type_name(type_id: int) -> str:
-    """'Q4_K' for 12; KeyError for a number that this ggml does not use."""
+    """Returns a type's name, 'Q4_K' for 12. Raises KeyError for a number that this ggml does not use."""
     return TYPE_NAMES[type_id]
 
 
 def block_size(name: str) -> int:
-    """Elements in one block of the type; a row must be a multiple of it."""
+    """Returns the number of elements per block of a type; a row's length must be a multiple of it."""
     return TYPES[name].block
 
 
 def row_bytes(name: str, n_elements: int) -> int:
-    """Bytes of a row of `n_elements`; ValueError when they do not fill blocks of the type."""
+    """Returns the bytes of a row of `n_elements`. Raises ValueError unless these fill whole blocks of the type."""
     if n_elements % block_size(name):
         raise ValueError(f"a row of {n_elements} elements is not a multiple of {name}'s block of {block_size(name)}")
     return int(lib().ggml_row_size(TYPE_IDS[name], n_elements))

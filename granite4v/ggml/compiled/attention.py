@@ -1,9 +1,9 @@
 """Flash attention of a few rows, for CPUs with AVX-512.
 
-ggml's own takes the rows of a decode step head by head, converts every key and value once for each head, and adds
-values up in half precision: 15 ms for each answer of a 4B model behind 1,400 tokens, which is half of a step of 16
-answers. Here heads that share keys are computed together, in float32, with all sums in registers. Rows of 64 and more
-are a prompt's (`prompt_attention`).
+ggml's own kernel computes the rows of a decode step head by head, converts every key and value again for each head, and
+accumulates values in half precision. That takes 15 ms per answer of a 4B model after 1,400 tokens, half the time of a
+step of 16 answers. Here the query heads that share a KV head are computed together, in float32, with all sums in
+registers. 64 rows and more are taken to be a prompt's (`prompt_attention`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from granite4v.ggml.compiled.writer import LANES, SCALE_PLACE, Writer
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.declarations import TensorStruct
 
-FEW = 64  # rows from which on they are a prompt's
-MAX_HEAD, MAX_GROUP = 128, 16
-SUMS = 20  # registers for sums of values; others hold keys, values and weights
-CELLS = 64  # whose scores are computed before their values are added up; llama.cpp's caches have multiples of 256
-_NEVER = 0xFC00  # minus infinity in half precision: a cell that a row does not see
-LOWEST = -1e30  # below every score
+FEW = 64  # from this number of rows on, `prompt_attention` is used
+MAX_HEAD, MAX_GROUP = 128, 16  # head size; query heads per KV head
+SUMS = 20  # registers for sums of values; the others hold keys, values and weights
+CELLS = 64  # cells of a block: its scores are computed, then its values added; llama.cpp's caches have multiples of 256
+_NEVER = 0xFC00  # minus infinity in half precision: the mask of a cell that a row does not see
+LOWEST = -1e30  # less than any score
 
 
 def is_available(head: int, group: int) -> bool:
-    """Whether heads of `head` numbers, `group` of which share their keys, can be computed on this CPU."""
+    """Whether this CPU can compute heads of size `head`, with `group` query heads per KV head."""
     fits = head % LANES == 0 and LANES <= head <= MAX_HEAD and 1 <= group <= MAX_GROUP
     return fits and "avx512" in cpu_features()
 
 
 def n_seen(w: Writer, seen: Any, n_cells: Any) -> Any:
-    """Cells up to the last one that a row of a mask shows, in multiples of `CELLS`."""
+    """Number of cells up to the last one that a row of the mask shows, rounded up to a multiple of `CELLS`."""
     b, kind = w.b, w.ir.VectorType(w.i16, CELLS)
     never = w.ir.Constant(kind, [_NEVER] * CELLS)
     with w.loop(w.integer(0), n_cells, w.integer(CELLS), [w.integer(0)]) as (i, turn):
@@ -41,8 +41,12 @@ def n_seen(w: Writer, seen: Any, n_cells: Any) -> Any:
 
 
 def weigh(w: Writer, seen: Any, scores: Any, places: Sequence[Any], top: Any, total: Any) -> tuple[Any, Any, Any]:
-    """Turns a row's scores of some cells into weights, in place. The largest score, the sum of all weights, and what
-    earlier sums are to be multiplied with, a vector. `seen`: what the row of a mask has for these cells."""
+    """Turns a row's scores of one block of cells into softmax weights, in place.
+
+    `seen`: the row's mask for these cells. `places`: byte offsets of the vectors of scores. `top`, `total`: the row's
+    largest score and its sum of weights so far. Returns both with this block included, and the factor for earlier sums
+    of values, exp(old top - new top), as a vector.
+    """
     b, found = w.b, []
     for i, place in enumerate(places):
         mask = w.halves(seen, w.integer(2 * LANES * i))
@@ -63,14 +67,14 @@ def weigh(w: Writer, seen: Any, scores: Any, places: Sequence[Any], top: Any, to
 
 
 class FewRowsAttention:
-    """Writes the operation."""
+    """Writes the operation. A thread's task is one row and one KV head, with the query heads that share it."""
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group
         self.n_vectors = head // LANES
 
     def write(self) -> Any:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata)."""
         w = self.w
         function = w.begin("attend", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, _ = function.args
@@ -112,8 +116,8 @@ class FewRowsAttention:
         targets: Sequence[Any],
         scores: Any,
     ) -> None:
-        """Softmax of scores that are seen block by block, as in flash attention: sums are scaled when a larger score
-        comes."""
+        """Computes some query heads of a task with an online softmax, block by block, as in flash attention: earlier
+        sums are rescaled when a larger score comes."""
         w, b, n, vectors = self.w, self.w.b, len(queries), range(self.n_vectors)
         query = [[b.fmul(w.load(one, w.integer(64 * j), w.vector), scale) for j in vectors] for one in queries]
         state = [*n * [w.number(LOWEST)], *n * [w.number(0.0)], *n * self.n_vectors * [w.all(0.0)]]

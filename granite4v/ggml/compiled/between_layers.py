@@ -1,7 +1,7 @@
-"""A callback that runs graphs between decoder layers without Python, compiled.
+"""Compiles a callback that runs graphs between decoder layers without Python.
 
-Between layers of a hundred megabytes nothing of Python is left in the processor's caches, so that copying a row and
-calling ggml takes it 0.07 ms, 3% of a layer; and where other threads are at work, it waits for Python's lock, too.
+After a layer of a hundred megabytes nothing of Python is left in the CPU's caches, so copying a row and calling ggml
+from Python takes 0.07 ms, 3% of a layer. If other threads are busy, it also has to wait for the GIL.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from granite4v.ggml.compiled.writer import LANES, Writer, compiled, llvm
 from granite4v.ggml.declarations import BackendP, GraphP
 from granite4v.ggml.library import lib
 
-_LONGEST = 16  # of names, with the zero behind them
+_LONGEST = 16  # bytes of a node's name, with the terminating zero
 
 
 class InPlace(NamedTuple):
-    """A graph that computes `n` values of float32 from as many, each in a place of its own in the host's memory."""
+    """A graph that computes `n` float32 values from `n` others. `given` and `found` are the addresses of its input and
+    its output in host memory."""
 
     backend: BackendP
     graph: GraphP
@@ -29,11 +30,12 @@ class InPlace(NamedTuple):
 
 
 class Place(ctypes.Structure):
-    """A node after which something is computed: by `graph` where that is set and there are `n_rows` rows."""
+    """A node, by name, after which something is computed: by `graph` if that is set and the node has `n_rows` rows,
+    otherwise by the other callback. `is_seen`: whether that has been done for the current graph of llama.cpp."""
 
     _fields_ = [
         ("name", ctypes.c_char * _LONGEST),
-        ("mask", ctypes.c_char * _LONGEST),  # of the bytes of a name that are compared
+        ("mask", ctypes.c_char * _LONGEST),  # 0xff for each byte of the name to compare
         ("backend", ctypes.c_void_p),
         ("graph", ctypes.c_void_p),
         ("given", ctypes.c_void_p),
@@ -44,7 +46,8 @@ class Place(ctypes.Structure):
     ]
 
     def use(self, found: InPlace | None, n_rows: int) -> None:
-        """For the next graph of llama.cpp."""
+        """Prepares for the next graph of llama.cpp, with `n_rows` rows. `found`: the graph to run; None, or a number of
+        values that is no multiple of `LANES`, leaves the node to the other callback."""
         self.is_seen, self.graph = 0, None
         if found is not None and found.n % LANES == 0:
             self.backend, self.graph, self.given, self.found = found.backend.value, found.graph.value, *found[2:4]
@@ -52,11 +55,12 @@ class Place(ctypes.Structure):
 
 
 class State(ctypes.Structure):
-    """The callback's data. `callback` stands first, so that another callback can ask it (`nodes.callback`)."""
+    """The callback's data. Its first field is the callback's own address, so that another callback can call it, given
+    only its data (`nodes.callback`)."""
 
     _fields_ = [
         ("callback", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),  # computes what this one cannot, or what it has failed to
+        ("other", ctypes.c_void_p),  # called for what this one cannot compute or failed to
         ("compute", ctypes.c_void_p),  # ggml_backend_graph_compute
         ("is_host", ctypes.c_void_p),  # ggml_backend_buffer_is_host
         ("is_wanted", ctypes.c_int64),
@@ -66,7 +70,8 @@ class State(ctypes.Structure):
 
 
 def state_for(names: list[bytes], other: int) -> State:
-    """For nodes of these names. `other`: the address of a callback that computes whatever is not compiled."""
+    """Creates the callback's data for nodes of these names. `other`: the address of a callback that computes whatever
+    this one does not; without LLVM it is used instead."""
     places = (Place * max(1, len(names)))()
     for place, name in zip(places, names, strict=False):
         place.name, place.mask = name, b"\xff" * (len(name) + 1)
@@ -80,12 +85,12 @@ def state_for(names: list[bytes], other: int) -> State:
 
 @functools.cache
 def address() -> int | None:
-    """The address of the compiled `ggml_backend_sched_eval_callback`, None without LLVM."""
+    """Returns the address of the compiled `ggml_backend_sched_eval_callback`; None without a working LLVM."""
     if llvm() is None:
         return None
     try:
         return int(_compiled().get_function_address("see_between"))
-    except RuntimeError:  # an LLVM that `NodeKernels.available` warns of
+    except RuntimeError:  # LLVM fails; `NodeKernels.available` warns of that
         return None
 
 
@@ -95,7 +100,7 @@ def _compiled() -> Any:
 
 
 def _text() -> str:
-    """bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data)"""
+    """Writes a ggml_backend_sched_eval_callback: bool (struct ggml_tensor * t, bool ask, void * user_data)."""
     w = Writer()
     function = w.begin("see_between", w.i8, w.bytes, w.i8, w.bytes)
     node, asks, state = function.args
@@ -131,7 +136,8 @@ def _text() -> str:
 
 
 def _compute(w: Writer, node: Any, state: Any, place: Any, needed: Callable[[Any], None]) -> None:
-    """The graph of a place, from a node's rows to the same; `needed` leaves for the other callback."""
+    """Runs the graph of a place on a node's rows and overwrites them with the result. `needed` jumps to the other
+    callback unless its condition holds; the rows are still unchanged then."""
     b, n = w.b, _of(w, place, Place, "n")
     graph = _of(w, place, Place, "graph", w.bytes)
     needed(b.icmp_unsigned("!=", graph, w.ir.Constant(w.bytes, None)))
@@ -160,7 +166,7 @@ def _offset(structure: type[ctypes.Structure], name: str) -> int:
 
 
 def _place_of(w: Writer, node: Any, places: Any, n_places: Any) -> Any:
-    """The number of the place that has a node's name, or -1."""
+    """Index of the place with a node's name, or -1. Names are compared as two masked words of eight bytes."""
     b = w.b
     half = _LONGEST // 2
     name = [w.field(node, "name", i) for i in range(2)]
@@ -182,7 +188,8 @@ def _copy(w: Writer, target: Any, source: Any, n: Any) -> None:
 
 
 def _is_finite(w: Writer, values: Any, n: Any) -> Any:
-    """Whether the sum of their squares is; whoever is asked then, looks at each of them."""
+    """Whether the sum of the squares of the values is finite. It may overflow although all values are finite: then the
+    other callback computes them again and checks each value."""
     with w.loop(w.integer(0), n, w.integer(LANES), [w.all(0.0)]) as (i, turn):
         one = w.load(values, w.b.mul(i, w.integer(4)), w.vector)
         turn[0] = w.fma(one, one, turn[0])

@@ -1,9 +1,10 @@
 """Attention of rows over an image's keys and values in eight bits, for CPUs with AVX-512 VNNI.
 
-A layer of cross-attention reads thousands of keys and values for every token. As ggml's Q8_0 they are multiplied row by
-row; here they lie as the instructions take them, so that their products are sums in separate lanes and each byte is
-read once for all heads that share it. The precision is that of Q8_0 products: keys have a scale for 32 numbers, values
-one for 32 positions, and queries and weights of positions are rounded to as many.
+A cross-attention layer reads thousands of keys and values for every token. As Q8_0, ggml multiplies them row by row.
+Here they are packed in the order that the instructions need, so that products are sums in separate lanes and each byte
+is read once for all query heads that share it. The precision is that of Q8_0 products: keys have one scale per 32
+numbers and values one per 32 positions, and so have the queries and the softmax weights of the positions, which are
+quantized to eight bits, too.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ from granite4v.ggml.compiled.products import multiplies
 from granite4v.ggml.compiled.writer import LANES, Writer, compiled
 
 BLOCK = 32  # numbers, or positions, that share a scale
-QUADS = BLOCK // 4  # four bytes are what an instruction adds up
+QUADS = BLOCK // 4  # per block; an instruction adds the products of four bytes (a quad) to each lane
 REGISTER = 64  # bytes
-MAX_HEAD, MAX_GROUP = 256, 16
-AHEAD = 8 << 10  # bytes from which keys and values are fetched from memory
-OFFSET = 128  # makes keys unsigned
-WEIGHT = 255.0  # of the likeliest of 32 positions
-NOWHERE = -1e30  # the score of a position behind the last
-HEADS_AT_ONCE = 2  # whose weights are in registers while values are added
+MAX_HEAD, MAX_GROUP = 256, 16  # head size; query heads per KV head
+AHEAD = 8 << 10  # prefetch distance of keys and values, in bytes
+OFFSET = 128  # added to keys to make them unsigned
+WEIGHT = 255.0  # integer weight of the likeliest of 32 positions
+NOWHERE = -1e30  # score of a position past the last one
+HEADS_AT_ONCE = 2  # query heads whose weights are in registers while values are added
 
 
 def is_available(head: int, group: int) -> bool:
-    """For heads of `head` numbers, `group` of which share their keys, on this machine."""
+    """Whether this machine can compute heads of size `head`, with `group` query heads per KV head."""
     fits = head % BLOCK == 0 and head <= MAX_HEAD and 1 <= group <= MAX_GROUP
     return fits and multiplies("Q8_0")
 
 
 def packed_keys(keys: np.ndarray) -> np.ndarray:
-    """Float32 `(heads, n, head)`, n a multiple of 32, as bytes `(heads, n / 16, 17 * head)`."""
+    """Packs keys, float32 `(heads, n, head)` with n a multiple of 32, into bytes `(heads, n / 16, 17 * head)`.
+
+    Each 16 positions have their integers as `(head / 4, 16, 4)`, so that 64 bytes are four adjacent numbers of each
+    position, then their scales, float16 `(head / 32, 16)`.
+    """
     n_heads, n, head = keys.shape
     integers, scales = _rounded(keys.reshape(n_heads, n // LANES, LANES, head // BLOCK, BLOCK), axis=-1)
     integers = (integers + OFFSET).astype(np.uint8)
@@ -46,7 +51,11 @@ def packed_keys(keys: np.ndarray) -> np.ndarray:
 
 
 def packed_values(values: np.ndarray) -> np.ndarray:
-    """Float32 `(heads, n, head)`, n a multiple of 32, as bytes `(heads, n / 32, 34 * head)`."""
+    """Packs values, float32 `(heads, n, head)` with n a multiple of 32, into bytes `(heads, n / 32, 34 * head)`.
+
+    Each 32 positions have their integers as `(head / 16, 8, 16, 4)`, so that 64 bytes are 16 adjacent numbers of four
+    positions, then their scales, float16 `(head,)`.
+    """
     n_heads, n, head = values.shape
     integers, scales = _rounded(values.reshape(n_heads, n // BLOCK, BLOCK, head), axis=2)
     quads = (
@@ -58,7 +67,7 @@ def packed_values(values: np.ndarray) -> np.ndarray:
 
 
 def _rounded(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integers from -127 to 127, as float32, and scales in half precision, along an axis of 32."""
+    """Quantizes along an axis of 32: returns integers from -127 to 127, as float32, and float16 scales."""
     scales = (np.abs(x).max(axis, keepdims=True) / 127).astype(np.float16)
     factors = scales.astype(np.float32)
     with np.errstate(divide="ignore"):
@@ -73,7 +82,8 @@ def _joined(integers: np.ndarray, scales: np.ndarray, shape: tuple[int, int]) ->
 
 @functools.cache
 def operation(head: int, group: int) -> int:
-    """The address of a `ggml_custom_op_t`, whose data is the number of positions. It lives as long as the process.
+    """Returns the address of a `ggml_custom_op_t`, valid until the process ends. Its user data is the number of
+    positions.
 
     Sources: queries float32 `[head, heads, rows]`, packed keys and packed values. Result: `[head * heads, rows]`.
     """
@@ -86,18 +96,19 @@ def _engine(head: int, group: int) -> Any:
 
 
 class _Operation:
-    """Writes it: weights of all positions, 32 at once, then sums of the values, for each row and head of keys.
+    """Writes the operation. For each row and KV head it computes the softmax weights of all positions, 32 at a time,
+    then the weighted sums of the values.
 
-    The weights of 32 positions are rounded relative to their own largest, so that nothing has to wait for the scores of
+    The weights of 32 positions are quantized relative to the largest of them. So no step has to wait for the scores of
     all positions, and memory is read without a pause.
     """
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group
-        self.n_blocks = head // BLOCK  # of a query
+        self.n_blocks = head // BLOCK  # blocks of a query
 
     def text(self) -> str:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata)."""
         w = self.w
         function = w.begin("attend_image", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, data = function.args
@@ -129,10 +140,11 @@ class _Operation:
         return str(w.module)
 
     def _allocate(self) -> Any:
-        """Memory for the weights, their scales and sums, of all positions and the heads of one task."""
+        """Allocates memory for the weights of all positions for the query heads of one task, and their scales and sums
+        by 32 positions."""
         w, b = self.w, self.w.b
         n_registers = b.sdiv(b.add(self.n_padded, w.integer(BLOCK * LANES - 1)), w.integer(BLOCK * LANES))
-        self.head_scales = b.mul(n_registers, w.integer(REGISTER))  # bytes of a head's
+        self.head_scales = b.mul(n_registers, w.integer(REGISTER))  # bytes of a query head's scales
         places = [w.integer(0)]
         for size in (self.n_padded, self.head_scales, self.head_scales):
             places.append(b.add(places[-1], b.mul(size, w.integer(self.group))))
@@ -146,7 +158,8 @@ class _Operation:
     # --- queries ---
 
     def _round_query(self, g: int, query: Any) -> None:
-        """As integers, with the scale of 32 numbers each, and what the keys' offset adds to their products."""
+        """Quantizes a query: integers, a scale per 32 numbers (times 1 / sqrt(head)), and what the keys' offset adds to
+        their products. Sets the query's sums of values to zero."""
         w, b = self.w, self.w.b
         for block in range(self.n_blocks):
             values = [w.load(query, w.integer(4 * (BLOCK * block + LANES * i)), w.vector) for i in range(2)]
@@ -163,9 +176,10 @@ class _Operation:
     # --- positions ---
 
     def _weigh(self, keys: Any, n_blocks: Any, stride: Any) -> None:
-        """Weights of all positions as integers, the largest of 32 of them 255, and the scores of these."""
+        """Computes the weights of all positions as integers, and for each 32 positions the largest score, whose weight
+        is 255, and the sum of the weights."""
         w, b = self.w, self.w.b
-        for g in range(self.group):  # of scales behind the last
+        for g in range(self.group):  # the last register of scales may be filled only in part
             last = b.sub(self.head_scales, w.integer(REGISTER))
             w.store(w.all(NOWHERE), self._of_head(self.scales, self.head_scales, g), last)
         lanes = [w.integers(range(LANES * k, LANES * (k + 1)), w.i32) for k in range(2)]
@@ -187,7 +201,7 @@ class _Operation:
                 w.store(w.whole_total(b.add(*integers)), self._of_head(self.weight_sums, self.head_scales, g), place)
 
     def _scores(self, halves: Sequence[Any]) -> list[list[Any]]:
-        """Of all queries with the keys of 16 positions each."""
+        """Scores of all queries with the keys of each half, 16 positions: a vector by query and half."""
         w, b = self.w, self.w.b
         scores = [[w.all(0.0) for _ in halves] for _ in range(self.group)]
         for block in range(self.n_blocks):
@@ -208,7 +222,8 @@ class _Operation:
         return scores
 
     def _scale(self, g: int) -> Any:
-        """Turns the largest scores of a head into the scales of its weights; the sum of all its weights."""
+        """Turns a query head's largest scores, one per 32 positions, into the scales of its weights. Returns the sum of
+        all its weights."""
         w, b = self.w, self.w.b
         scales, sums = (self._of_head(each, self.head_scales, g) for each in (self.scales, self.weight_sums))
         zero, step = w.integer(0), w.integer(REGISTER)
@@ -222,7 +237,7 @@ class _Operation:
         return w.total(turn[0])
 
     def _add_values(self, values: Any, n_blocks: Any, stride: Any) -> None:
-        """The values of all positions times their weights, 32 positions and 16 numbers at once."""
+        """Adds the values of all positions, times their weights, 32 positions by 16 numbers at a time."""
         w, b = self.w, self.w.b
         with w.loop(w.integer(0), n_blocks, w.integer(1)) as (i, _turn):
             base = b.gep(values, [b.mul(i, stride)])
@@ -249,8 +264,9 @@ class _Operation:
                         w.store(after, self.sums, self._sum_place(h, j))
 
     def _fetch(self, places: Sequence[Any], n_bytes: int) -> None:
-        """One line each of what comes next. Asked for one by one between products: a CPU takes few at once, and where
-        all came at the head of a loop, its products would wait for memory as long as if nothing had been asked for."""
+        """Prefetches one cache line per place, of what is needed next. The requests are spread over the products: a CPU
+        handles few at once, and if all came at the head of a loop, its products would wait for memory as long as
+        without any."""
         for place in places:
             self.w.prefetch(self.w.b.gep(place, [self.w.integer(AHEAD + n_bytes)]), 1)
 

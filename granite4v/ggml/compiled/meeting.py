@@ -1,8 +1,7 @@
-"""How the threads that compute one node work together: in memory that they share, and by shares of the work.
+"""Coordinates the threads that compute one node: shared memory, a barrier, and shares of the work.
 
-ggml calls an operation once in each of its threads, all at the same time, and has them wait for each other after it.
-What they need to know of each other stands in the node, behind the parameters of ggml's custom operation, and is zero
-before and after.
+ggml calls an operation once in each of its threads, all at the same time, and puts a barrier behind it. The state that
+the threads share is in the node, behind the parameters of ggml's custom operation. It is zero before and after a call.
 """
 
 from __future__ import annotations
@@ -15,25 +14,28 @@ from typing import Any
 from granite4v.ggml.compiled.writer import Writer
 from granite4v.ggml.declarations import TensorStruct
 
-# Bytes in the node's parameters: the address of the memory, how many threads have met and how many have left, and the
-# next share.
+# Byte offsets in the node's parameters: address of the shared memory, number of threads that have reached the barrier,
+# number of threads that have left, and the next share.
 ROOM, MET, LEFT, NEXT = 44, 52, 56, 60
-STATE = (ROOM, ROOM + 4, MET, LEFT, NEXT)  # by four bytes
-ALIGNED = 64  # bytes; the size of the memory stands before it
-MOST_KEPT = 32 << 20  # bytes
-SPINS = 1 << 12  # before a thread that waits lets others run
+STATE = (ROOM, ROOM + 4, MET, LEFT, NEXT)  # the same, as words of four bytes
+ALIGNED = 64  # bytes; a block of memory begins with its size, the aligned part comes after that
+MOST_KEPT = 32 << 20  # bytes; a larger block is freed after the call
+SPINS = 1 << 12  # iterations of a waiting thread before it yields its core
 
 
 class Meeting:
-    """Of the threads of one call. Memory of the last one is kept for the next: taking some anew from the system for
-    each product costs up to a fourth of it where a process gives memory back at once, as a server does."""
+    """The threads of one call of an operation.
+
+    The memory of a call is kept for the next one. In a process that returns memory to the system at once, as a server
+    does, allocating it anew for each product costs up to a quarter of the product's time.
+    """
 
     def __init__(self, writer: Writer, node: Any, ith: Any, nth: Any) -> None:
         self.w, self.nth, self.is_first = writer, nth, writer.b.icmp_signed("==", ith, writer.integer(0))
         self.parameters = writer.b.gep(node, [writer.integer(TensorStruct.op_params.offset)])
 
     def room(self, n_bytes: Any) -> Any:
-        """Memory for all threads, aligned to 64 bytes, taken by the first one."""
+        """Allocates memory that all threads share, aligned to 64 bytes: thread 0 does, the others wait for it."""
         w, b = self.w, self.w.b
         with b.if_then(self.is_first):
             b.store_atomic(self._taken(b.add(n_bytes, w.integer(2 * ALIGNED))), self._at(ROOM, w.i64), "release", 8)
@@ -42,7 +44,7 @@ class Meeting:
         return b.inttoptr(b.and_(b.add(room, w.integer(2 * ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
 
     def wait_for_all(self) -> None:
-        """Until every thread has come here."""
+        """Waits until every thread has called this. Works once per call of the operation."""
         w, b = self.w, self.w.b
         b.atomic_rmw("add", self._at(MET, w.i32), w.integer(1, w.i32), "acq_rel")
         n = b.trunc(self.nth, w.i32)
@@ -50,7 +52,7 @@ class Meeting:
 
     @contextmanager
     def shares(self, n: Any) -> Iterator[Any]:
-        """`for share in range(n)`, each in one thread."""
+        """Emits `for share in range(n)`, spread over the threads: each takes another share when it has done one."""
         w, b = self.w, self.w.b
         head, body, after = (b.function.append_basic_block() for _ in range(3))
         b.branch(head)
@@ -63,7 +65,7 @@ class Meeting:
         b.position_at_end(after)
 
     def leave(self) -> None:
-        """The last one leaves everything as it was."""
+        """Ends the call; the last thread to leave gives the memory back and sets the state to zero."""
         w, b = self.w, self.w.b
         n_left = b.atomic_rmw("add", self._at(LEFT, w.i32), w.integer(1, w.i32), "acq_rel")
         with b.if_then(b.icmp_signed("==", b.add(n_left, w.integer(1, w.i32)), b.trunc(self.nth, w.i32))):
@@ -97,14 +99,14 @@ class Meeting:
     # --- memory ---
 
     def _kept(self) -> Any:
-        """The address of what is kept: one piece of memory, for whichever call comes first."""
+        """Global variable with the address of the kept block, 0 if there is none. The first call to come takes it."""
         if "kept" not in self.w.module.globals:
             kept = self.w.ir.GlobalVariable(self.w.module, self.w.i64, "kept")
             kept.initializer, kept.linkage, kept.align = self.w.integer(0), "internal", 8
         return self.w.module.globals["kept"]
 
     def _taken(self, n_bytes: Any) -> Any:
-        """The address of memory of at least as many bytes."""
+        """Address of a block of at least `n_bytes`: the kept one if that is large enough, otherwise a new one."""
         w, b = self.w, self.w.b
         kept = b.atomic_rmw("xchg", self._kept(), w.integer(0), "acq_rel")
         none, is_kept, new, done = (b.function.append_basic_block() for _ in range(4))
@@ -118,7 +120,7 @@ class Meeting:
         b.position_at_end(new)
         room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
         with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
-            b.call(w.declare("abort", w.ir.VoidType()), [])  # as ggml does
+            b.call(w.declare("abort", w.ir.VoidType()), [])  # out of memory: abort, as ggml does
         w.store(n_bytes, room, w.integer(0), 8)
         found = b.ptrtoint(room, w.i64)
         b.branch(done)

@@ -1,10 +1,15 @@
-"""Puts compiled operations in the place of nodes of llama.cpp's graphs.
+"""Replaces nodes of llama.cpp's graphs with compiled operations, without changes to llama.cpp.
 
-llama.cpp knows nothing of it. `callback` is what it asks about every node of a graph before it computes any; that is
-compiled, too, and turns each node that a compiled operation can compute into ggml's custom operation, in place: the
-operation's number and its parameters change, its sources stay. Parameters that stand where ggml now keeps the custom
-operation's function, such as the scale of attention's scores, move behind it. ggml's threads call the operation
-themselves.
+llama.cpp asks an evaluation callback about every node of a graph before it computes the node. `callback` is one, also
+compiled. It turns each node that a compiled operation can compute into ggml's custom operation, in place: it changes
+the node's operation number and parameters, and keeps its sources. ggml's threads then call the compiled function.
+
+Parameters that ggml's custom operation would overwrite, such as the scale of attention scores, move behind it. A
+replaced node's 64 bytes of parameters (`op_params`), by byte offset:
+
+    0 function, 8 number of threads, 16 user data   struct ggml_custom_op_params
+    32 the node's first parameter                   `SCALE_PLACE`
+    44 to 63                                        parameters of `rotary`, or shared state of threads (`meeting`)
 """
 
 from __future__ import annotations
@@ -32,17 +37,20 @@ from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, 
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
 from granite4v.ggml.types import TYPE_IDS, TYPES
 
-# enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
+# enum ggml_op, include/ggml.h of ggml 0.25.3; a test compares them with the library
 OP_MUL_MAT, OP_ROPE, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 48, 74, 95
-REVISION = 3  # of what the kernels compute: whoever changes a bit of it counts on
-BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand between decoder layers
+REVISION = 3  # of the kernels' results; increase it with every change that alters a bit of them
+BETWEEN_LAYERS = (b"embd", b"l_ou")  # first four bytes of the names of nodes between decoder layers
 
 
 @dataclass(frozen=True)
 class NodeKernels:
-    """What is computed by compiled operations. `attention`: the numbers of a head and the heads that share keys, None:
-    none is; `products`: the types of weights that are multiplied, F16 with a few rows only; `rotary`: the rotary
-    embedding with transformers' angles, for comparing values with it."""
+    """Which nodes compiled operations compute.
+
+    `attention`: (head size, query heads per KV head), None for no attention. `products`: the types of weights whose
+    products are compiled; F16 with a few rows only. `rotary`: RoPE with transformers' angles, for comparing values with
+    it.
+    """
 
     attention: tuple[int, int] | None = None
     products: tuple[str, ...] = ()
@@ -52,8 +60,9 @@ class NodeKernels:
     def available(
         cls, heads: tuple[int, int] | None = None, kinds: Iterable[str] = (), *, rotary: bool = False
     ) -> NodeKernels:
-        """On this machine, for a model with such heads, or None where attention is to be left alone, and with weights
-        of these types, others among them. `rotary`: where it is wanted. Warns, once, where LLVM fails."""
+        """Selects the kernels that this machine can compile for a model. `heads`: its head size and query heads per KV
+        head, or None to leave attention to ggml. `kinds`: the types of its weights; types without a kernel are ignored.
+        `rotary`: whether RoPE is wanted. Warns once if LLVM fails, and then returns no kernels."""
         if llvm() is None:
             return NO_KERNELS
         found = heads if heads is not None and attention.is_available(*heads) else None
@@ -66,17 +75,18 @@ class NodeKernels:
 
     @property
     def is_for_speed(self) -> bool:
-        """Whether anything is computed by them that ggml computes as well, but slower."""
+        """Whether any kernel is there for speed, in place of a slower one of ggml: attention or products."""
         return self.attention is not None or bool(self.products)
 
     @property
     def most_rows(self) -> int | None:
-        """Of a step whose rows all have the values of these kernels; None: of any."""
+        """The most rows of a decode step that the kernels for a few rows compute, all with the same values as alone;
+        None: no limit."""
         return min(FEW - 1, MOST_ROWS) if self.is_for_speed else None
 
     @property
     def description(self) -> str:
-        """What decides values: 'attention, products by LLVM 20.1.8, revision 2'; empty where nothing is compiled."""
+        """What computed values depend on: 'attention, products by LLVM 20.1.8, revision 3'; empty without kernels."""
         has = {"attention": self.attention, "products": self.products, "rotary embedding": self.rotary}
         parts = [name for name, kernel in has.items() if kernel]
         return f"{', '.join(parts)} by LLVM {version()}, revision {REVISION}" if parts else ""
@@ -94,23 +104,27 @@ NO_KERNELS = NodeKernels()
 
 
 class NodeState(ctypes.Structure):
-    """The callback's data, where it is given any. `hook`: the data of another callback, which begins with its address
-    (`between_layers.State`), and is asked about nodes `BETWEEN_LAYERS`. `is_prompt`: whether rows are a prompt's, not a
-    decode step's, which have the same bits however many they are: those of a prompt are multiplied as such from
-    `LEAST_ROWS` on."""
+    """The callback's data, which is optional.
+
+    `hook`: the data of another callback, which begins with that callback's address (`between_layers.State`). It is
+    asked about the nodes `BETWEEN_LAYERS`. `is_prompt`: whether the rows are a prompt's. Prompts use the prompt's
+    products from `LEAST_ROWS` rows on, decode steps only above `MOST_ROWS`, so that their rows have the same bits in
+    steps of any size up to there.
+    """
 
     _fields_ = [("hook", ctypes.c_void_p), ("is_prompt", ctypes.c_int64)]
 
 
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
-    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or a `NodeState`. It lives as
-    long as the process. Takes some tenths of a second the first time on a machine."""
+    """Returns the address of the compiled `ggml_backend_sched_eval_callback`, valid until the process ends. Its data is
+    NULL or a `NodeState`. The first call on a machine takes some tenths of a second."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
 def replace(node: Any, kernels: NodeKernels) -> bool:
-    """Does with one node of a graph what llama.cpp's are done with. Whether a compiled operation computes it now."""
+    """Replaces one node of a graph of our own, as the callback does in llama.cpp's graphs. Returns whether a compiled
+    operation computes it now."""
     see = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(callback(kernels))
     see(ctypes.addressof(node.contents), True, None)
     return bool(node.contents.op == OP_CUSTOM)
@@ -120,7 +134,7 @@ def replace(node: Any, kernels: NodeKernels) -> bool:
 def _is_compiled(kernels: NodeKernels) -> bool:
     try:
         callback(kernels)
-    except RuntimeError as error:  # LLVM's, of a version with another language, or without this CPU
+    except RuntimeError as error:  # from LLVM: its version has another IR syntax or does not know this CPU
         reason = str(error).strip().splitlines()[0]
         lost, category = "far positions differ more from transformers'", UserWarning
         if kernels.is_for_speed:
@@ -133,15 +147,18 @@ def _is_compiled(kernels: NodeKernels) -> bool:
 
 @functools.cache
 def _compiled(kernels: NodeKernels) -> Any:
-    # the addresses of C's functions in the rotary embedding hold in this process
+    # RoPE calls C functions at addresses that are only valid in this process, so its code is not cached
     what = None if kernels.rotary else f"nodes {kernels.to_json()}"
     return compiled(lambda: _Callback(Writer(), kernels).text(), what)
 
 
 class _Case(NamedTuple):
-    """Nodes that a compiled operation takes the place of. `op`: ggml's number of theirs; `require` gets a node and what
-    is to be called with each condition; `moved`: where the parameters move that the operation reads, in bytes by the
-    numbers that they have in ggml's operation; `cleared`: which four bytes become zero."""
+    """A kind of node that a compiled operation replaces.
+
+    `op`: the node's operation number in ggml. `require`: called with the node and a function; it calls the function
+    with each condition that the node must meet. `moved`: byte offset that each parameter the operation reads moves to,
+    by its index in ggml's operation (four bytes each). `cleared`: byte offsets of four-byte words to set to zero.
+    """
 
     op: int
     require: Callable[[Any, Callable[[Any], None]], None]
@@ -151,13 +168,18 @@ class _Case(NamedTuple):
 
 
 class _Callback:
-    """Writes it, and the operations."""
+    """Writes the callback and the operations that it puts into nodes."""
 
     def __init__(self, writer: Writer, kernels: NodeKernels) -> None:
         self.w, self.kernels = writer, kernels
 
     def text(self) -> str:
-        """bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data)"""
+        """Writes a ggml_backend_sched_eval_callback: bool (struct ggml_tensor * t, bool ask, void * user_data).
+
+        When asked about a node, it restores a product that an earlier call replaced, then applies the first case whose
+        conditions the node meets. A node between layers is passed on to the hook, if there is one; any other node is
+        not wanted.
+        """
         w, cases = self.w, self._cases()
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
         node, asks, data = function.args
@@ -190,14 +212,14 @@ class _Callback:
         has_hook = b.icmp_unsigned("!=", hook, w.ir.Constant(w.bytes, None))
         b.cbranch(b.and_(has_hook, is_between), chained, alone)
         b.position_at_end(alone)
-        b.ret(b.zext(b.not_(is_asked), w.i8))  # a node that is asked about is not wanted
+        b.ret(b.zext(b.not_(is_asked), w.i8))  # asked: not wanted; computed: go on
         b.position_at_end(chained)
         other_callback = b.bitcast(w.load(hook, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
         b.ret(b.call(other_callback, [node, asks, hook]))
         return str(w.module)
 
     def _state(self, data: Any) -> Any:
-        """Reads what the callback is given: the hook's data, which it returns, and whether rows are a prompt's."""
+        """Reads the callback's data: returns the hook's data, or a null pointer, and sets `is_prompt`."""
         w, b, none = self.w, self.w.b, self.w.ir.Constant(self.w.bytes, None)
         before, given, after = b.block, b.function.append_basic_block(), b.function.append_basic_block()
         b.cbranch(b.icmp_unsigned("!=", data, none), given, after)
@@ -254,7 +276,7 @@ class _Callback:
         require(equal(w.field(mask, "ne", 2), 1))
         require(b.icmp_signed(">=" if is_prompt else "<", w.field(q, "ne", 1), w.integer(FEW)))
         require(equal(b.srem(w.field(k, "ne", 1), w.integer(CELLS)), 0))
-        for i in (1, 2):  # biases by distance, and a cap of scores
+        for i in (1, 2):  # no ALiBi (max_bias), no softcap of the logits
             require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))
 
     def _require_product(
@@ -264,7 +286,7 @@ class _Callback:
         weights, x = (w.field(node, "src", i, w.bytes) for i in range(2))
         require(equal(w.field(weights, "type", kind=w.i32), TYPE_IDS[kind]))
         require(equal(w.field(x, "type", kind=w.i32), TYPE_IDS["F32"]))
-        require(equal(w.field(weights, "extra"), 0))  # else a buffer type has rearranged them
+        require(equal(w.field(weights, "extra"), 0))  # otherwise a buffer type has repacked them
         require(equal(w.field(node, "op_params", kind=w.i32), 0))  # GGML_PREC_DEFAULT
         require(equal(w.field(weights, "ne", 2), w.field(x, "ne", 2)))
         for tensor in (weights, x):
@@ -289,7 +311,8 @@ class _Callback:
         require(self._equal(b.srem(w.field(weights, "ne", 1), w.integer(OUTPUTS)), 0))
 
     def _require_rotary(self, node: Any, require: Callable[[Any], None]) -> None:
-        """ggml has seen to it that positions are whole numbers, factors float32, and turned numbers even in number."""
+        """Requires plain RoPE on float32. ggml has already checked that positions are int32, frequency factors float32
+        and the number of rotated dimensions even."""
         w, b, equal = self.w, self.w.b, self._equal
 
         def parameter(slot: int, kind: Any) -> Any:
@@ -306,7 +329,8 @@ class _Callback:
             require(b.fcmp_ordered("==", parameter(slot, w.f32), w.number(plain)))
 
     def _restore(self, node: Any, operations: Sequence[Any]) -> None:
-        """A product of a graph that is used again is what llama.cpp has made it: its weights may be in another form."""
+        """Turns a product that an earlier call replaced back into ggml's matrix product. llama.cpp reuses graphs, and
+        its weights may be in another form by now."""
         w, b = self.w, self.w.b
         other = b.function.append_basic_block()
         is_custom = self._equal(w.field(node, "op", kind=w.i32), OP_CUSTOM)

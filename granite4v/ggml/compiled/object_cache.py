@@ -1,8 +1,8 @@
-"""Machine code that this user's earlier processes have compiled, in a private folder of the cache.
+"""Caches the machine code of compiled kernels between processes, in a private folder of the user's cache.
 
-Writing and compiling kernels takes most of a second, loading them a thousandth of that. What is loaded is executed, so
-the folder must belong to this user and be closed to all others, as far as the system has owners and modes for that; and
-a file that was damaged is not used.
+Writing and compiling kernels takes most of a second, loading them a thousandth of that. Loaded code is executed, so the
+folder must belong to this user and be closed to all others, as far as the system has owners and modes. A file that does
+not match its checksum is not used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from granite4v.paths import cache_folder, is_private, write_bytes
 
 FOLDER = "kernels"
-MOST_FILES = 64  # of some tens of kilobytes each; sources, versions and CPUs come and go
+MOST_FILES = 64  # some tens of kilobytes each; they pile up as sources, versions and CPUs change
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def find(key: str) -> bytes | None:
-    """What was kept under a key; None where there is nothing."""
+    """Returns the code stored under a key; None if there is none, or it is damaged."""
     try:
         path = _folder() / key
         content = path.read_bytes()
@@ -29,13 +29,13 @@ def find(key: str) -> bytes | None:
             return None
     except (OSError, ValueError):
         return None
-    with contextlib.suppress(OSError):  # of a folder that is only read
+    with contextlib.suppress(OSError):  # a read-only folder
         os.utime(path)
     return code
 
 
 def keep(key: str, code: bytes) -> None:
-    """Where that is possible. The files that were used longest ago leave."""
+    """Stores code under a key, if possible. Deletes the least recently used files beyond `MOST_FILES`."""
     with contextlib.suppress(OSError, ValueError):
         folder = _folder()
         write_bytes(folder / key, hashlib.sha256(code).digest() + code, mode=0o600)
@@ -45,7 +45,7 @@ def keep(key: str, code: bytes) -> None:
 
 
 def _folder() -> Path:
-    """Raises OSError where there is none that only this user can write to."""
+    """Returns the folder, which it creates if needed. Raises OSError unless only this user can access it."""
     folder = cache_folder() / FOLDER
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)

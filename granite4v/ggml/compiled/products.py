@@ -1,13 +1,13 @@
 """Products of weights with a few rows, for CPUs with AVX-512 VNNI.
 
-ggml multiplies the weights of the mapped file row by row, or in tiles of sixteen however few rows there are: a decode
-step of four answers of a 4B model takes it 3.4 times as long as one of a single answer. Here weights are unpacked once
-for all rows, and fetched ahead of time, so that four rows take little longer than one.
+ggml multiplies the weights of the mapped file row by row, or in tiles of sixteen rows however few there are: a decode
+step of four answers of a 4B model takes it 3.4 times as long as a step of one. Here weights are unpacked once for all
+rows, and prefetched, so that four rows take little longer than one.
 
-As in ggml the rows are rounded to 8-bit integers first where weights are quantized, of one scale for 256 numbers or for
-32, and products of integers are exact; only the order in which their scaled sums are added up, in float32, differs.
-Beside F16 rows stay float32, where ggml rounds them to half precision. The values of a row are the same to the bit
-whatever is beside it, and for every number of threads.
+As in ggml, with quantized weights the rows are first quantized to 8-bit integers, with one scale per 256 numbers or per
+32, and products of integers are exact; only the order in which their scaled sums are added, in float32, differs. With
+F16 weights the rows stay float32, whereas ggml rounds them to half precision. A row's result has the same bits whatever
+other rows there are, and for every number of threads.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from granite4v.ggml.types import TYPES
 
 __all__ = ["KINDS", "MOST_ROWS", "Products", "at_once", "is_available", "multiplies", "step"]
 
-MOST_ROWS = 64  # a multiple of the lanes
-AHEAD = 12 << 10  # bytes, or the rows of weights after those that are multiplied: what is fetched from memory
-OFFSETS = {"Q8_0": -128, "Q4_0": -8}  # of weights as unsigned integers
-BLOCK = 256  # numbers of K-quants that have one scale of the rows they are multiplied with
-PAIR = 2 * 32  # numbers in two blocks of other types
-K_BYTES = BLOCK + REGISTER  # of a row's integers and the sums of sixteen of them each
-PAIR_BYTES = 3 * REGISTER  # of a row's integers, what the weights' offset adds to their products, and the scales
+MOST_ROWS = 64  # rows at most; a multiple of `LANES`
+AHEAD = 12 << 10  # prefetch distance in bytes; farther if the next rows of weights are farther away
+OFFSETS = {"Q8_0": -128, "Q4_0": -8}  # added to a weight's unsigned integer to get the signed one
+BLOCK = 256  # numbers of a row that share a scale, with K-quants
+PAIR = 2 * 32  # numbers in two blocks of the other quantized types
+K_BYTES = BLOCK + REGISTER  # a row's integers, and the scaled sum of each sixteen of them
+PAIR_BYTES = 3 * REGISTER  # a row's integers, what the weights' offset adds to their products, and the scales
 
 
 @dataclass
 class _Task:
-    """One call: its tensors, which of its products is computed, numbers of blocks and rows, and places: of the rows as
-    integers, of their scales, of sums, and of products of scales."""
+    """State of one call, as IR values.
+
+    `target`, `weights`, `x`: the tensors. `batch`: index of the current product along axis 2. `n_blocks`: blocks of a
+    row, of `step` numbers each. `n_rows`: rows of x. Addresses: `rounded`, the rows as integers; `scales`, their scales
+    with K-quants; `sums`, a register for each row and each row of weights; `factors`, weight scales times row scales.
+    """
 
     kind: str
     target: Any
@@ -59,32 +63,32 @@ class _Task:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row's block among the integers."""
+        """Bytes of one block of a quantized row."""
         return K_BYTES if self.is_k else step(self.kind) // PAIR * PAIR_BYTES
 
 
 def is_available() -> bool:
-    """Whether this CPU has the instructions."""
+    """Whether this CPU has the instructions: AVX-512 and its VNNI."""
     return {"avx512", "avx512_vnni"} <= {*cpu_features()}
 
 
 def multiplies(kind: str) -> bool:
-    """Whether weights of a type are multiplied here, as far as that is known before anything is compiled."""
+    """Whether products with weights of a type can be compiled here, as far as is known before compiling."""
     return kind in KINDS and is_available() and llvm() is not None
 
 
 def step(kind: str) -> int:
-    """Numbers of a row of weights of a type that are taken together."""
+    """Number of weights of a row that are unpacked together, for a type."""
     return BLOCK if kind.endswith("_K") else WIDENED if kind == "F16" else 2 * PAIR
 
 
 def at_once(kind: str) -> int:
-    """Rows of weights of a type that are multiplied with what is loaded of a row; they are in registers."""
+    """Number of rows of weights, for a type, that are held in registers and multiplied with each load of a row."""
     return 4 if kind == "F16" else 2
 
 
 class Products:
-    """Writes the operations, one for each type of weights."""
+    """Writes the operations, one per type of weights. Each thread computes a contiguous range of rows of weights."""
 
     def __init__(self, writer: Writer) -> None:
         self.w = writer
@@ -92,7 +96,7 @@ class Products:
         self.unpackers = Unpackers(writer)
 
     def write(self, kind: str) -> Any:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata)."""
         w = self.w
         function = w.begin(f"multiply_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, _ = function.args
@@ -124,11 +128,11 @@ class Products:
         return function
 
     def _allocate(self, task: _Task) -> Any:
-        """Memory for the rows as integers, up to some megabytes, which stacks of threads may not have."""
+        """Allocates memory for the quantized rows: up to some megabytes, more than a thread's stack may have."""
         w, b = self.w, self.w.b
         n = b.mul(task.n_blocks, task.n_rows)
         n_bytes = b.mul(n, w.integer(task.row_bytes))
-        n_scales = b.add(b.mul(n, w.integer(4)), w.integer(REGISTER))  # which are read by registers
+        n_scales = b.add(b.mul(n, w.integer(4)), w.integer(REGISTER))  # read in whole registers
         room = b.call(w.declare("malloc", w.bytes, w.i64), [b.add(b.add(n_bytes, n_scales), w.integer(REGISTER))])
         past = b.and_(b.ptrtoint(room, w.i64), w.integer(REGISTER - 1))
         task.rounded = b.gep(room, [b.sub(w.integer(REGISTER), past)])
@@ -136,8 +140,8 @@ class Products:
         return room
 
     def _multiply(self, task: _Task, numbers: Sequence[Any]) -> None:
-        """Rows of weights, by their numbers, with all rows, whose sums stay in memory: with these in registers, there
-        are too few to unpack the next weights meanwhile."""
+        """Multiplies some rows of weights, by number, with all rows of x. The sums stay in memory: if they were in
+        registers, too few would be left to unpack the next weights meanwhile."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         at = [w.at(task.weights, (1, number), (2, task.batch)) for number in numbers]
         n_bytes = step(task.kind) // TYPES[task.kind].block * TYPES[task.kind].nbytes
@@ -177,7 +181,8 @@ class Products:
                 w.store(total, out, b.mul(number, w.integer(4)))
 
     def _row_block(self, task: _Task, row: Any, block: Any) -> Any:
-        """Where the numbers of a row are that a block of weights is multiplied with."""
+        """Address of the numbers of a row for one block of weights. Quantized rows are stored by block: block 0 of all
+        rows, then block 1 of all rows, ..."""
         w, b = self.w, self.w.b
         if task.is_float:
             return b.gep(w.at(task.x, (1, row), (2, task.batch)), [b.mul(block, w.integer(4 * step(task.kind)))])
@@ -188,7 +193,7 @@ class Products:
         return self.w.b.add(self.w.b.mul(row, self.w.integer(4)), self.w.integer(4 * MOST_ROWS * p))
 
     def _write_factors(self, task: _Task, block: Any, weights: Sequence[Unpacked]) -> None:
-        """The scale of a block of each row of weights, times those of all rows."""
+        """Multiplies the scale of the current block of each row of weights with the scales of all rows of x."""
         w, b = self.w, self.w.b
         with w.loop(w.integer(0), task.n_rows, w.integer(LANES)) as (row, _turn):
             place = b.mul(b.add(b.mul(block, task.n_rows), row), w.integer(4))
@@ -221,18 +226,19 @@ class Products:
         return before
 
     def _pairs(self, unsigned: Any, signed: Any) -> Any:
-        """Products of 8-bit integers, two neighbours added up to one of 16 bits, which is large enough for 6 bits."""
+        """vpmaddubsw: products of 8-bit integers, added in adjacent pairs to 16 bits. These cannot overflow, since the
+        weights have at most 6 bits: 2 * 63 * 127 < 2**15."""
         w = self.w
         function = w.declare("llvm.x86.avx512.pmaddubs.w.512", self.words, unsigned.type, unsigned.type)
         return w.b.call(function, [unsigned, signed])
 
     def _pairs_added(self, to: Any, x: Any, y: Any) -> Any:
-        """Products of 16-bit integers, two neighbours added up."""
+        """vpdpwssd: adds products of 16-bit integers, in adjacent pairs, to 32-bit lanes."""
         w = self.w
         function = w.declare("llvm.x86.avx512.vpdpwssd.512", w.whole, w.whole, w.whole, w.whole)
         return w.b.call(function, [to, w.b.bitcast(x, w.whole), w.b.bitcast(y, w.whole)])
 
-    # --- rows as integers ---
+    # --- quantizing rows ---
 
     def _round_rows(self, task: _Task) -> None:
         w, b = self.w, self.w.b
@@ -250,7 +256,8 @@ class Products:
                         self._round_pair(b.gep(at, [w.integer(4 * PAIR * j)]), pair, OFFSETS[task.kind])
 
     def _round_k(self, source: Any, target: Any, scale_at: Any) -> None:
-        """256 numbers as ggml rounds them: the one furthest from zero becomes -127."""
+        """Quantizes 256 numbers as ggml does: the one furthest from zero becomes -127. Stores the integers, the scaled
+        sum of each sixteen, and the scale."""
         w, b = self.w, self.w.b
         values = [w.load(source, w.integer(REGISTER * i), w.vector) for i in range(BLOCK // LANES)]
         largest = w.largest(self._folded(values))
@@ -269,7 +276,8 @@ class Products:
         w.store(scale, scale_at, w.integer(0))
 
     def _round_pair(self, source: Any, target: Any, offset: int) -> None:
-        """Twice 32 numbers, the one furthest from zero of each becomes 127 or -127."""
+        """Quantizes two blocks of 32 numbers; the one furthest from zero in each becomes 127 or -127. Stores the
+        integers, what `offset` adds to each lane of their products, and the scales."""
         w, b = self.w, self.w.b
         values = [w.load(source, w.integer(REGISTER * i), w.vector) for i in range(4)]
         scales = []
@@ -294,7 +302,7 @@ class Products:
         return b.fptosi(w.rounded(b.fmul(values, w.spread(factor))), w.whole)
 
     def _folded(self, values: Sequence[Any]) -> Any:
-        """The larger ones of some vectors."""
+        """Elementwise maximum of several vectors."""
         found = values[0]
         for value in values[1:]:
             found = self.w.larger(found, value)

@@ -1,9 +1,9 @@
 """Flash attention of many rows, for CPUs with AVX-512.
 
-The arithmetic is that of `attention`, float32 throughout, for a prompt's rows: the keys of some cells are transposed,
-so that lanes are cells and a query's number meets 64 of them at once, and a few rows are multiplied together, so that
-each register of keys or values that is loaded is used for all of them. A row's values do not depend on what other rows
-there are.
+The arithmetic is that of `attention`, float32 throughout, arranged for the rows of a prompt. The keys of a block of 64
+cells are transposed, so that lanes are cells and each number of a query is multiplied with 64 cells at once. Six
+queries are multiplied together, so that each loaded register of keys or values is used for all of them. A row's result
+does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from granite4v.ggml.compiled.attention import CELLS, LOWEST, n_seen, weigh
 from granite4v.ggml.compiled.writer import LANES, SCALE_PLACE, Writer
 from granite4v.ggml.declarations import TensorStruct
 
-ROWS = 6  # multiplied together: with four registers of cells or values each, 24 sums are in registers
-WIDE = CELLS // LANES  # registers of a row's sums
-QUERIES = 384  # of a task, about: those for which keys are transposed once
-LEAST_ROWS, TASKS = 8, 4  # of a task; for each thread, where there are many
+ROWS = 6  # queries multiplied together; with four registers of cells or values each, 24 sums are in registers
+WIDE = CELLS // LANES  # registers of a query's scores for a block of cells
+QUERIES = 384  # about as many per task; a task transposes the keys once for all its queries
+LEAST_ROWS, TASKS = 8, 4  # rows per task at least; tasks per thread to aim at
 FLOAT, REGISTER = 4, 4 * LANES  # bytes
 
 
 class PromptAttention:
-    """Writes the operation."""
+    """Writes the operation. A thread's task is a block of rows and one KV head. Query i of a task is from the block's
+    row i // `group` and the KV head's query head i % `group`."""
 
     def __init__(self, writer: Writer, head: int, group: int) -> None:
         self.w, self.head, self.group = writer, head, group
-        self.most_rows = -(-QUERIES // group)  # of the batch, in a task
-        self.n_padded = -(-self.most_rows * group // ROWS) * ROWS  # queries of a task
+        self.most_rows = -(-QUERIES // group)  # of the batch in a task
+        self.n_padded = -(-self.most_rows * group // ROWS) * ROWS  # queries of a task, rounded up to whole passes
 
     def write(self) -> Any:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata)."""
         w = self.w
         function = w.begin("attend_prompt", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         target, ith, nth, _ = function.args
@@ -59,7 +60,7 @@ class PromptAttention:
         return function
 
     def _allocate(self) -> Any:
-        """Memory for the queries of a task, the sums of values, the largest scores and the sums of weights."""
+        """Allocates memory for a task's queries, sums of values, largest scores and sums of weights."""
         w, b = self.w, self.w.b
         sizes = [FLOAT * self.head * self.n_padded] * 2 + [FLOAT * self.n_padded] * 2
         room = b.call(w.declare("malloc", w.bytes, w.i64), [w.integer(sum(sizes) + REGISTER)])
@@ -71,7 +72,7 @@ class PromptAttention:
         return room
 
     def _attend(self) -> None:
-        """One task: some rows, the heads that share keys."""
+        """Computes one task, block of cells by block of cells, up to the last cell that any of its rows sees."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         n = b.mul(self.n_rows, w.integer(self.group))
         n_padded = b.mul(b.sdiv(b.add(n, w.integer(ROWS - 1)), w.integer(ROWS)), w.integer(ROWS))
@@ -93,7 +94,7 @@ class PromptAttention:
             self._end_query(i)
 
     def _row_and_head(self, i: Any) -> tuple[Any, Any]:
-        """Of a query of the task: its row among the task's, the last one for those behind it, and its head."""
+        """Row within the task and query head of query i; padding queries get the last row."""
         w, b = self.w, self.w.b
         row, last = b.sdiv(i, w.integer(self.group)), b.sub(self.n_rows, w.integer(1))
         row = b.select(b.icmp_signed("<", row, last), row, last)
@@ -130,7 +131,7 @@ class PromptAttention:
             w.store(b.fmul(found, factor), out, w.integer(REGISTER * j))
 
     def _transpose(self, keys: Any) -> None:
-        """Keys of some cells: the first numbers of all of them, then the second ones."""
+        """Widens and transposes the keys of a block of cells: number 0 of all cells, then number 1 of all, ..."""
         w, b, stride = self.w, self.w.b, self.w.field(self.k, "nb", 1)
         n_blocks = self.head // LANES
         with w.loop(w.integer(0), w.integer(WIDE * n_blocks), w.integer(1)) as (block, _turn):
@@ -159,7 +160,7 @@ class PromptAttention:
             w.store(vector, self.scores, w.integer(REGISTER * i), REGISTER)
 
     def _weigh(self, query: Any, r: Any, cell: Any) -> None:
-        """Turns a row's scores into weights, and says what its earlier sums are to be multiplied with."""
+        """Turns the scores of query `query + r` into weights, and stores the factor for its earlier sums of values."""
         w, b = self.w, self.w.b
         i, start = b.add(query, r), b.mul(r, w.integer(FLOAT * CELLS))
         mask = b.gep(self._mask_row(self._row_and_head(i)[0]), [b.mul(cell, w.integer(2))])

@@ -1,13 +1,17 @@
 """Products of weights with the rows of a prompt, for CPUs with AVX-512 VNNI.
 
-32 rows of weights are unpacked together, some hundred numbers of each: quads of their integers side by side, so that
-products with a row of the prompt are sums in separate lanes. They stay in the mapped file as they are, and are unpacked
-anew for some hundred rows each time, which takes a twentieth of the products. Five rows of the prompt at once, with 32
-of weights, take half of the loads that ten with 16 would, and a core can do no more loads than multiplications.
+32 rows of weights are unpacked together, some hundred numbers of each, and transposed: a register holds four adjacent
+integers (a quad) of 16 rows of weights, so that products with a row of the prompt are sums in separate lanes. The
+mapped file stays as it is. The weights are unpacked again for every few hundred rows of the prompt, which takes a
+twentieth of the time of the products.
 
-Rows are rounded to 8-bit integers of one scale for 32, more finely than ggml does for K-quants (256), and products of
-integers are exact. The values of a row are the same to the bit whatever is beside it, and for every number of threads,
-which take shares of the products one after the other, so that a slower one takes fewer.
+The register tile is 5 rows of the prompt by 32 rows of weights. For each quad it needs 7 loads (5 of the prompt, 2 of
+weights) for 10 multiplications; a 10x16 tile would need 11. Loads and multiplications have the same throughput, so
+loads would then be the limit.
+
+Rows of the prompt are quantized to 8-bit integers with one scale per 32 numbers, more finely than ggml does for
+K-quants (256), and products of integers are exact. A row's result has the same bits whatever other rows there are, and
+for every number of threads. Threads take shares of the products one after another, so that a slower one takes fewer.
 """
 
 from __future__ import annotations
@@ -24,31 +28,32 @@ from granite4v.ggml.types import TYPES
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0")
 BLOCK = 32  # numbers of a row of the prompt that share a scale
 QUADS = BLOCK // 4
-LEAST_ROWS = 20  # of a prompt that are multiplied faster so than as a few (Q4_K 0.8 of the time, Q8_0 0.6)
+LEAST_ROWS = 20  # of a prompt for which this is faster than `products` (Q4_K takes 0.8 of the time, Q8_0 0.6)
 OUTPUTS = 2 * LANES  # rows of weights that are unpacked together
-ROWS = 5  # of the prompt that are multiplied with them at once: with more, LLVM keeps sums in memory
-CHUNK = 512  # numbers of rows of weights that are unpacked at once, and stay in the first cache of a core
-CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
-LOW_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # that are taken at once
-SHARES = 4  # of each thread, at least, where there are rows enough
-# What is kept of a block of a row beside its integers: its scale, what it adds up to, and what the weights' offset adds
-# to the products of the complete block, or of its halves.
+ROWS = 5  # rows of the prompt that are multiplied with these at once; with more, LLVM spills sums to memory
+CHUNK = 512  # numbers of each row of weights that are unpacked at once, and stay in a core's L1 cache
+CACHED = 512 << 10  # bytes of quantized rows of the prompt that stay in the L2 cache while all weights pass
+LOW_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # rows of the prompt per share, at least and at most
+SHARES = 4  # per thread at least, if there are enough rows
+# Byte offsets in the record of each block of a row of the prompt, kept in addition to its integers: its scale, the sum
+# of its numbers, and what the weights' offset adds to the products of the block, or of each half. `ABOUT`: record size.
 SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
-UNSIGNED = {**OFFSETS, "Q6_K": -32}  # offsets of weights as unsigned integers; others have one for each part
+UNSIGNED = {**OFFSETS, "Q6_K": -32}  # as `OFFSETS`; the other types have an offset for each part of a block instead
 
 
 class PromptProducts:
-    """Writes the operations, one for each type of weights."""
+    """Writes the operations, one per type of weights. A share is a group of `OUTPUTS` rows of weights with some rows of
+    the prompt."""
 
     def __init__(self, writer: Writer) -> None:
         self.w, self.unpackers = writer, Unpackers(writer)
 
     def write(self, kind: str) -> Any:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata)."""
         w = self.w
-        self.kind, self.n_parts = kind, 2 if kind == "Q6_K" else 1  # of a block, with a scale of the weights each
+        self.kind, self.n_parts = kind, 2 if kind == "Q6_K" else 1  # parts of a block with a weight scale each
         self.has_least = kind not in UNSIGNED
-        # of each row of unpacked weights: of integers, of scales, and of what is subtracted
+        # registers per step of an unpacked row of weights: integers, scales and, for some types, offsets
         self.n_registers = step(kind) // REGISTER + 1 + self.has_least
         function = w.begin(f"multiply_prompt_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         self.target, ith, nth, _ = function.args
@@ -71,7 +76,7 @@ class PromptProducts:
         at_once = self._rows_at_once(n_in, n_rows, groups, nth)
         n_parts = b.sdiv(b.add(n_rows, b.sub(at_once, one)), at_once)
         with meeting.shares(b.mul(groups, n_parts)) as share:
-            # with the rows before them, those at the end fill a pass
+            # the last share starts early enough for one full pass: 42 rows by 40 are rows 0 to 39 and 37 to 41
             start = self._least(b.mul(b.sdiv(share, groups), at_once), b.sub(n_rows, w.integer(ROWS)))
             self._multiply_group(b.srem(share, groups), start, self._least(b.sub(n_rows, start), at_once), n_steps)
         meeting.leave()
@@ -82,7 +87,8 @@ class PromptProducts:
         return self.w.b.select(self.w.b.icmp_signed("<", x, y), x, y)
 
     def _rows_at_once(self, n_in: Any, n_rows: Any, groups: Any, n_threads: Any) -> Any:
-        """As many as stay in a core's cache, or fewer, so that every thread has some shares."""
+        """Number of rows of the prompt per share, a multiple of `ROWS`: as many as stay in a core's cache, or fewer, so
+        that every thread has some shares."""
         w, b = self.w, self.w.b
         most = self._least(b.sdiv(w.integer(CACHED), n_in), w.integer(TOP_ROWS))
         most = self._least(most, b.sdiv(b.mul(n_rows, groups), b.mul(n_threads, w.integer(SHARES))))
@@ -108,7 +114,8 @@ class PromptProducts:
                 w.store(b.mul(each, offset), about, w.integer(STARTS + 4 * i))
 
     def _multiply_group(self, group: Any, start: Any, n_rows: Any, n_steps: Any) -> None:
-        """Rows of weights with all rows of the prompt, whose sums stay in memory from chunk to chunk."""
+        """Multiplies a group of rows of weights with `n_rows` rows of the prompt from `start` on. The sums stay in
+        memory from chunk to chunk. The last pass overlaps the one before: 12 rows are passes from rows 0, 5 and 7."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         per_chunk = w.integer(CHUNK // step(self.kind))
         n_passes = b.sdiv(b.add(n_rows, w.integer(ROWS - 1)), w.integer(ROWS))
@@ -138,8 +145,11 @@ class PromptProducts:
     # --- weights ---
 
     def _unpack(self, group: Any, half: int, i: Any, to: Any) -> None:
-        """Some blocks of sixteen rows of weights: the registers of each row, then as columns, whose lanes are the rows:
-        quads of integers, and the scales of sixteen numbers each. `i`: where they are in the rows, `to`: in a chunk."""
+        """Unpacks one step of sixteen rows of weights (`half` 0 or 1 of the group), then transposes its registers.
+
+        The lanes of the resulting columns are rows of weights; columns are quads of integers, and the scales, and for
+        some types the offsets, of sixteen numbers each. `i`, `to`: number of the step in the rows, and in the chunk.
+        """
         w, b = self.w, self.w.b
         n_bytes = step(self.kind) // TYPES[self.kind].block * TYPES[self.kind].nbytes
         number = b.add(b.mul(group, w.integer(OUTPUTS)), w.integer(LANES * half))
@@ -162,7 +172,7 @@ class PromptProducts:
                 w.store(column, target, b.add(place, w.integer(REGISTER * half)), REGISTER)
 
     def _scales(self, found: Unpacked) -> Any:
-        """Of a row of weights, as a vector: for each sixteen numbers, one after the other."""
+        """Scales of a step of a row of weights as one vector, with an element for each sixteen numbers, in order."""
         w, b = self.w, self.w.b
         is_k = found.scale is not None
         fours = [w.picked(each, [0, 8, 16, 24] if is_k else [0, 0, 8, 8]) for each in found.scales]
@@ -173,7 +183,7 @@ class PromptProducts:
     # --- products ---
 
     def _multiply(self, first: Any, first_step: Any, n_steps: Any, sums_at: Any, is_first: Any) -> None:
-        """A chunk of `OUTPUTS` rows of weights with `ROWS` of the prompt."""
+        """Multiplies a chunk of `OUTPUTS` rows of weights with `ROWS` rows of the prompt."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         n_blocks = w.integer(step(self.kind) // BLOCK)
         begin = b.mul(first_step, n_blocks)
@@ -199,7 +209,7 @@ class PromptProducts:
     def _added(
         self, before: Sequence[Any], quads: Any, scales: Any, numbers: Sequence[Any], about: Sequence[Any]
     ) -> list[Any]:
-        """What a block of all rows adds to their sums."""
+        """Adds the products of one block to the sums of all rows; returns the new sums."""
         w, b = self.w, self.w.b
         n = QUADS // self.n_parts
         products: list[Any] = []
@@ -226,5 +236,5 @@ class PromptProducts:
         return added
 
     def _both(self, columns: Any, number: int, kind: Any) -> list[Any]:
-        """A column of the first sixteen rows of weights, and that of the others."""
+        """Loads a column of the first sixteen rows of weights, and the same column of the other sixteen."""
         return [self.w.load(columns, self.w.integer(REGISTER * (number + half)), kind, REGISTER) for half in range(2)]

@@ -1,9 +1,9 @@
-"""The rotary embedding with the angles that transformers computes, for comparing values with it.
+"""The rotary embedding (RoPE) with the angles that transformers computes, for comparing values with it.
 
-Both it and ggml round angles to float32, which is up to a thousandth of a radian at positions around 8,000, but not in
-the same way: transformers multiplies the position by each pair's frequency, ggml gets from one pair's angle to the next
-by a factor. Here angles are transformers', their cosines and sines the nearest float32, and products and sums are
-rounded one by one, as there.
+Both transformers and ggml round angles to float32, an error of up to a thousandth of a radian at positions around
+8,000, but not in the same way: transformers multiplies the position by each pair's frequency, ggml multiplies each
+pair's angle by a factor to get the next pair's. Here the angles are those of transformers. Their cosines and sines are
+the nearest float32, and products and sums are rounded one by one, as in transformers.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from typing import Any
 from granite4v.ggml.compiled.writer import Writer
 from granite4v.ggml.declarations import TensorStruct
 
-MAX_NUMBERS = 1024  # of a head that are turned
-NEIGHBOURS, HALVES = 0, 2  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX: which numbers of a head are a pair
-N_DIMS, MODE, BASE, SCALE, EXTENSION, MAGNITUDE = 1, 2, 5, 6, 7, 8  # parameters of ggml's operation, as ggml_rope_ext's
-# Where those move that ggml's custom operation would cover; only other modes have parameters there.
+MAX_NUMBERS = 1024  # rotated numbers of a head at most
+NEIGHBOURS, HALVES = 0, 2  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX: which numbers of a head form a pair
+N_DIMS, MODE, BASE, SCALE, EXTENSION, MAGNITUDE = 1, 2, 5, 6, 7, 8  # indices in op_params of ggml's operation
+# Byte offsets in op_params to which parameters move that ggml's custom operation would overwrite; only other modes have
+# parameters there.
 MOVED = {N_DIMS: 44, MODE: 48, BASE: 52}
 FLOAT = 4  # bytes
-LIBRARY = {"pow": 2, "cos": 1, "sin": 1}  # functions of C and their numbers of arguments, all float64
+LIBRARY = {"pow": 2, "cos": 1, "sin": 1}  # C functions and their numbers of arguments; all float64
 
 
 def is_available() -> bool:
-    """Whether this process has C's mathematical functions; the CPU does not matter."""
+    """Whether this process has C's mathematical functions; works on any CPU."""
     return len(_addresses()) == len(LIBRARY)
 
 
 @functools.cache
 def _addresses() -> dict[str, int]:
-    """Of those functions that are there. LLVM ends the process when it does not find one by its name."""
+    """Finds the addresses of the functions in `LIBRARY`. Kernels call these, since LLVM ends the process when it cannot
+    find a function by name."""
     process = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
     found = {name: getattr(process, name) for name in LIBRARY if hasattr(process, name)}
     return {name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in found.items()}
 
 
 class Rotary:
-    """Writes the operation."""
+    """Writes the operation. A thread's task is one position, with all its heads."""
 
     def __init__(self, writer: Writer) -> None:
         self.w = writer
 
     def write(self) -> Any:
-        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)
+        """Writes a ggml_custom_op_t: void (struct ggml_tensor * dst, int ith, int nth, void * userdata).
 
-        `dst` may be the source's memory: each pair is read before it is written.
+        `dst` may share the source's memory: each pair is read before it is written.
         """
         w = self.w
         function = w.begin("rotate", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
@@ -58,7 +60,7 @@ class Rotary:
         self.frequencies, self.cosines, self.sines = (w.on_stack(FLOAT * MAX_NUMBERS // 2) for _ in range(3))
         self._find_frequencies()
         is_halves = b.icmp_signed("==", self._parameter(MODE, w.i32), w.integer(HALVES, w.i32))
-        self.step = b.select(is_halves, w.integer(1), w.integer(2))  # from one pair's first number to the next one's
+        self.step = b.select(is_halves, w.integer(1), w.integer(2))  # from one pair's first number to the next pair's
         self.apart = b.select(is_halves, self.n_pairs, w.integer(1))  # from a pair's first number to its second
         n_places, n_heads = w.field(self.source, "ne", 2), w.field(self.source, "ne", 1)
         n_tasks = b.mul(n_places, w.field(self.source, "ne", 3))
@@ -76,8 +78,9 @@ class Rotary:
         return w.load(self.target, w.integer(TensorStruct.op_params.offset + place), kind)
 
     def _find_frequencies(self) -> None:
-        """Of each pair: 1 / base^(2j / n), divided by its factor, if there are any, and by one for all. Each step is
-        rounded to float32, as in transformers' `compute_default_rope_parameters` and in `modeling_rope_utils`."""
+        """Computes each pair's frequency: 1 / base^(2j / n), divided by a factor for all pairs, and by the pair's own
+        factor if there are any. Each step is rounded to float32, as in transformers' `compute_default_rope_parameters`
+        and `modeling_rope_utils`."""
         w, b, one = self.w, self.w.b, self.w.number(1.0)
         base, n = self._parameter(BASE, w.f32), b.sitofp(b.mul(self.n_pairs, w.integer(2)), w.f32)
         factor_of_all = b.fdiv(one, self._parameter(SCALE, w.f32))
@@ -101,7 +104,7 @@ class Rotary:
                 w.store(self._library(name, angle), found, self._place(j))
 
     def _turn(self, source: Any, target: Any) -> None:
-        """The numbers of one head."""
+        """Rotates the pairs of one head and copies the numbers after them."""
         w, b = self.w, self.w.b
         with self._pairs() as (j, _turn):
             first = b.mul(j, self.step)
@@ -121,7 +124,7 @@ class Rotary:
         return self.w.b.mul(i, self.w.integer(FLOAT))
 
     def _library(self, name: str, *arguments: Any) -> Any:
-        """The value of a function of float32 numbers in float64, rounded to float32: the nearest one, or nearly so."""
+        """Calls a C function in float64 on float32 values; rounds the result to the nearest float32, or nearly so."""
         w, b = self.w, self.w.b
         double = w.ir.DoubleType()
         kind = w.ir.FunctionType(double, [double] * LIBRARY[name]).as_pointer()

@@ -1,4 +1,4 @@
-"""Weights from ggml's blocks, as registers of AVX-512. Layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3."""
+"""Unpacks weights from ggml's blocks to AVX-512 registers. Layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from granite4v.ggml.compiled.writer import LANES, Writer
 
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "F16")
 REGISTER = 64  # bytes
-WIDENED = 64  # numbers of F16 at once
+WIDENED = 64  # F16 weights unpacked at once
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Some numbers of a row of weights: as vectors of float32 for F16, otherwise as unsigned integers, by 64.
+    """Some weights of a row: float32 vectors for F16, otherwise unsigned 8-bit integers, 64 per register.
 
-    For K-quants, further: the scales of their products with the rows, integers of 16 bits, `offset`, to be multiplied
-    with the rows' sums, and the scale of all. For other integers: the scales by 64 numbers.
+    K-quants: `scales` are 16-bit integers, for the products of adjacent pairs of weights; `scale` is the scale of the
+    block; `offset` has a float32 for each sixteen weights, to be multiplied with the sum of the row's numbers there.
+    A weight is `scale` * its element of `scales` * its integer + its element of `offset`. Q8_0, Q4_0: `scales` has a
+    float32 vector for each register of 64 weights; `products.OFFSETS` has the offset that makes the integers signed.
     """
 
     numbers: list[Any]
@@ -28,7 +30,7 @@ class Unpacked:
 
 
 class Unpackers:
-    """Write the instructions, for one block of K-quants, four of Q8_0 and Q4_0, or some numbers of F16."""
+    """Writes the instructions that unpack one block of K-quants, four blocks of Q8_0 or Q4_0, or 64 weights of F16."""
 
     def __init__(self, writer: Writer) -> None:
         self.w = writer
@@ -49,14 +51,14 @@ class Unpackers:
         return self.w.b.fpext(self.w.load(block, self.w.integer(n_bytes), self.w.half, 2), self.w.f32)
 
     def _twice(self, block: Any, n_bytes: int) -> Any:
-        """32 bytes, two times, as 16-bit integers."""
+        """Loads 32 bytes into both halves of a register, as 16-bit integers."""
         w = self.w
         loaded = w.load(block, w.integer(n_bytes), w.ir.VectorType(w.i8, 32), 1)
         return w.b.bitcast(w.picked(loaded, [*range(32)] * 2), self.words)
 
     def _shifted(self, value: Any, low: int, high: int, mask: int) -> Any:
-        """Bits of 16-bit integers, moved left by `low` in the first half, by `high` in the other one, or right where
-        that is negative, and masked byte by byte."""
+        """Shifts 16-bit integers left by `low` in the first half of the register and by `high` in the second (right if
+        negative), and masks every byte. The mask removes bits that a shift moved in from the neighbouring byte."""
         w, b = self.w, self.w.b
         n = value.type.count // 2
         left, right = ([max(0, sign * one) for one in (low, high)] for sign in (1, -1))
@@ -67,7 +69,7 @@ class Unpackers:
         return b.and_(as_bytes, w.integers([mask] * REGISTER, w.i8))
 
     def _six_bits(self, block: Any, n_bytes: int) -> tuple[Any, Any]:
-        """The scales and the offsets of the eight parts of a block of Q4_K or Q5_K, as 8-bit integers."""
+        """Unpacks the 6-bit scales and offsets of the eight parts of a block of Q4_K or Q5_K to 8-bit integers."""
         w, b = self.w, self.w.b
         words = [w.load(block, w.integer(n_bytes + 4 * i), w.i32) for i in range(3)]
 
@@ -85,7 +87,8 @@ class Unpackers:
         return scales, offsets
 
     def _k_parts(self, block: Any, integers: list[Any]) -> Unpacked:
-        """Of Q4_K and Q5_K, which begin with the scale, that of the offsets, and both of each part."""
+        """Adds the scales and offsets of a block of Q4_K or Q5_K. It begins with its scale, the scale of the offsets,
+        and the scales and offsets of its parts."""
         w, b = self.w, self.w.b
         scales, offsets = self._six_bits(block, 4)
         wide = b.zext(scales, w.ir.VectorType(w.i16, 8))
@@ -124,7 +127,7 @@ class Unpackers:
         return Unpacked(integers, by_64, offset, w.spread(scale))
 
     def _scales(self, block: Any, n_bytes: int) -> list[Any]:
-        """Of four blocks that begin with theirs, as vectors for two each."""
+        """Loads the scales that four blocks begin with, as a vector for each two blocks."""
         w, b = self.w, self.w.b
         halves = w.ir.Constant(w.ir.VectorType(w.half, 4), w.ir.Undefined)
         for i in range(4):
@@ -133,7 +136,7 @@ class Unpackers:
         return [w.picked(scales, [2 * j] * 8 + [2 * j + 1] * 8) for j in range(2)]
 
     def _unpack_q8_0(self, block: Any) -> Unpacked:
-        """Signed integers: 128 more makes them unsigned."""
+        """Adds 128 to the signed integers, by flipping their top bits, to make them unsigned."""
         w, b = self.w, self.w.b
         integers = []
         for j in range(2):
@@ -143,7 +146,8 @@ class Unpackers:
         return Unpacked(integers, self._scales(block, 34))
 
     def _unpack_q4_0(self, block: Any) -> Unpacked:
-        """The low halves of sixteen bytes are the first sixteen numbers of a block, 8 too large."""
+        """The low halves of a block's sixteen bytes are its first sixteen weights, the high halves the others; all are
+        stored with 8 added."""
         w, b = self.w, self.w.b
         integers = []
         for j in range(2):

@@ -1,4 +1,4 @@
-"""Writes functions in LLVM's language for ggml's tensors, and compiles them for this CPU (the extra 'llvm')."""
+"""Writes functions on ggml tensors in LLVM IR, and compiles them for this CPU (the extra 'llvm')."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from typing import Any
 from granite4v.ggml.compiled import object_cache
 from granite4v.ggml.declarations import TensorStruct
 
-LANES = 16  # of float32 in a register of AVX-512, of which there are 32
-LEAST = -86.0  # of an exponent; the exponential of less is zero here
-SCALE_PLACE = 32  # where a node's first parameter moves: struct ggml_custom_op_params takes 24 of 64 bytes
+LANES = 16  # float32 lanes of an AVX-512 register; there are 32 registers
+LEAST = -86.0  # smallest argument of `exponential`; below it the result is zero
+# Byte offset in op_params that a replaced node's first parameter moves to: struct ggml_custom_op_params takes the first
+# 24 of the 64 bytes.
+SCALE_PLACE = 32
 
 
 @functools.cache
 def llvm() -> Any:
-    """llvmlite's modules, ready to compile for this machine; None without them."""
+    """Returns llvmlite's binding module, ready to compile for this machine; None if it is not installed or too old."""
     try:
         from llvmlite import binding
     except (ImportError, OSError):
         return None
-    if not hasattr(binding, "create_pass_builder"):  # an older one, which another package has brought
+    if not hasattr(binding, "create_pass_builder"):  # too old; another package has installed it
         return None
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
@@ -36,17 +38,17 @@ def llvm() -> Any:
 
 @functools.cache
 def version() -> str:
-    """LLVM's version, '20.1.8'; empty where it is not installed."""
+    """Returns LLVM's version, such as '20.1.8'; empty if it is not installed."""
     binding = llvm()
     return "" if binding is None else ".".join(map(str, binding.llvm_version_info))
 
 
 def compiled(write: Callable[[], str], what: str | None) -> Any:
-    """LLVM's execution engine with the functions of a module, whose addresses are good until the process ends.
+    """Compiles a module; returns LLVM's execution engine. Its function addresses stay valid until the process ends.
 
-    `write` gives the module's text. `what`: all that it depends on beside this package's sources, so that it need not
-    be written and compiled again in another process; None: something that only holds in this one. Raises RuntimeError
-    where LLVM fails.
+    `write` returns the module's text. `what` names everything the text depends on besides this package's sources: it is
+    part of the key of the object cache, which spares later processes writing and compiling it. None: the text is only
+    valid in this process, and is not cached. Raises RuntimeError if LLVM fails.
     """
     binding = llvm()
     features = binding.get_host_cpu_features()
@@ -73,12 +75,12 @@ def compiled(write: Callable[[], str], what: str | None) -> Any:
 
 
 def _key(*what: str) -> str:
-    """A name for code that is the same wherever these are, by the same LLVM."""
+    """Hashes what compiled code depends on, LLVM's version included, to a cache key."""
     return hashlib.sha256(json.dumps([version(), *what]).encode()).hexdigest()
 
 
 def _sources_digest() -> str | None:
-    """Of what writes kernels; None where it cannot be read."""
+    """Hashes the sources that write kernels; None if they cannot be read."""
     digest, here = hashlib.sha256(), Path(__file__).parent
     try:
         for path in [*sorted(here.glob("*.py")), here.parent / "declarations.py", here.parent / "types.py"]:
@@ -88,13 +90,17 @@ def _sources_digest() -> str | None:
     return digest.hexdigest()
 
 
-SOURCES = _sources_digest()  # as they are imported: a process may outlive them
+SOURCES = _sources_digest()  # read at import: the files may change while the process runs
 _LOCK = threading.Lock()
-_ENGINES: list[Any] = []  # code that nobody frees, since addresses are kept in many places
+_ENGINES: list[Any] = []  # keeps compiled code alive for good, since its addresses are stored in many places
 
 
 class Writer:
-    """Numbers, memory and loops. Values in registers of `LANES` float32 are called vectors."""
+    """Emits LLVM IR: numbers, memory access and loops. A "vector" is a register of `LANES` float32.
+
+    Apart from constants, methods take and return IR values of the function that is being written, whose builder is `b`.
+    The IR types `vector` and `whole` are `LANES` float32 and `LANES` int32; `bytes` is a pointer to bytes.
+    """
 
     def __init__(self) -> None:
         from llvmlite import ir
@@ -109,16 +115,16 @@ class Writer:
         self._declared: dict[str, Any] = {}
 
     def declare(self, name: str, result: Any, *arguments: Any) -> Any:
-        """A function of this module, or one of LLVM's own."""
+        """Declares a function, once per module: one that the module defines, a C function or an LLVM intrinsic."""
         if name not in self._declared:
             self._declared[name] = self.ir.Function(self.module, self.ir.FunctionType(result, arguments), name)
         return self._declared[name]
 
     def begin(self, name: str, result: Any, *arguments: Any) -> Any:
-        """A function whose instructions are written from now on."""
+        """Starts a function; instructions are added to it from now on. Returns it."""
         function = self.declare(name, result, *arguments)
-        function.attributes.add("nounwind")  # llvmlite leaves out the next one where there is no other
-        function.attributes.alignstack = 4 * LANES  # otherwise registers that are kept there cross lines of the cache
+        function.attributes.add("nounwind")  # llvmlite drops the alignstack attribute if there is no other
+        function.attributes.alignstack = 4 * LANES  # otherwise spilled registers straddle cache lines
         self.b = self.ir.IRBuilder(function.append_basic_block())
         return function
 
@@ -137,19 +143,19 @@ class Writer:
         return self.ir.Constant(self.ir.VectorType(kind, len(values)), list(values))
 
     def spread(self, value: Any, n: int = LANES) -> Any:
-        """A vector of one number."""
+        """Broadcasts a value to a vector of `n` elements."""
         empty = self.ir.Constant(self.ir.VectorType(value.type, n), self.ir.Undefined)
         one = self.b.insert_element(empty, value, self.integer(0, self.i32))
         return self.picked(one, [0] * n)
 
     def picked(self, vector: Any, places: Sequence[int], other: Any = None) -> Any:
-        """Elements of a vector, or of two one after the other, by their places."""
+        """Shuffles: picks elements of `vector` by index; indices past its end pick from `other`."""
         if other is None:
             other = self.ir.Constant(vector.type, self.ir.Undefined)
         return self.b.shuffle_vector(vector, other, self.integers(places, self.i32))
 
     def transposed(self, rows: Sequence[Any]) -> list[Any]:
-        """As many vectors as lanes, with rows and columns exchanged: blocks of half the size, then of a quarter."""
+        """Transposes `LANES` vectors of `LANES` 32-bit elements: swaps off-diagonal 8x8 blocks, then 4x4, 2x2, 1x1."""
         rows, lanes = list(rows), range(LANES)
         for distance in (8, 4, 2, 1):
             low = [lane if not lane & distance else LANES + (lane ^ distance) for lane in lanes]
@@ -161,16 +167,16 @@ class Writer:
         return rows
 
     def fma(self, a: Any, x: Any, y: Any) -> Any:
-        """Of vectors: a * x + y, rounded once."""
+        """Vector a * x + y, rounded once."""
         v = self.vector
         return self.b.call(self.declare("llvm.fma.v16f32", v, v, v, v), [a, x, y])
 
     def rounded(self, vector: Any) -> Any:
-        """To the nearest whole number, to an even one where two are as near."""
+        """Rounds a vector to the nearest integers, ties to even; the result is float32."""
         return self.b.call(self.declare("llvm.rint.v16f32", self.vector, self.vector), [vector])
 
     def larger(self, a: Any, b: Any) -> Any:
-        """Of numbers; LLVM's own maximum of two looks for NaNs, too, and that of a vector goes from lane to lane."""
+        """Elementwise maximum. LLVM's own also checks for NaNs, and its maximum of one vector goes lane by lane."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def largest(self, vector: Any) -> Any:
@@ -189,21 +195,21 @@ class Writer:
         return self.b.call(self.declare("llvm.vector.reduce.add.v16i32", self.i32, self.whole), [integers])
 
     def fours_added(self, to: Any, unsigned: Any, signed: Any) -> Any:
-        """Products of 8-bit integers, four neighbours added up, to integers of 32 bits."""
+        """vpdpbusd: adds to each int32 lane the four products of its 8-bit integers, `unsigned` times `signed`."""
         function = self.declare("llvm.x86.avx512.vpdpbusd.512", self.whole, self.whole, self.whole, self.whole)
         return self.b.call(function, [to, self.b.bitcast(unsigned, self.whole), signed])
 
     def exponential(self, x: Any) -> Any:
-        """Of numbers up to 0, within two units in the last place; 0 below `LEAST`.
+        """Vector exp(x) for x up to 0, within two units in the last place; 0 below `LEAST`.
 
-        2**n times a polynomial of degree 6 on the rest, up to half of log(2): the minimax coefficients of Cephes's expf
-        (S. Moshier).
+        Computes 2**n * p(r) with x = n * log(2) + r and |r| up to log(2) / 2, where p has degree 7: the minimax
+        coefficients of Cephes's expf (S. Moshier).
         """
         b = self.b
         is_small = b.fcmp_ordered("<", x, self.all(LEAST))
         x = b.select(is_small, self.all(LEAST), x)
         n = self.rounded(b.fmul(x, self.all(1.44269504088896341)))
-        r = self.fma(n, self.all(-0.693359375), x)  # log(2) in two parts, so that the difference is exact
+        r = self.fma(n, self.all(-0.693359375), x)  # log(2) in two parts: this difference is exact
         r = self.fma(n, self.all(2.12194440e-4), r)
         y = self.all(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
@@ -214,8 +220,8 @@ class Writer:
         return b.select(is_small, self.all(0.0), b.fmul(y, power))
 
     def as_integers(self, values: Sequence[Any]) -> tuple[list[Any], Any, Any]:
-        """Two vectors as 8-bit integers, of which the one furthest from zero becomes 127 or -127; their scale, and
-        their total."""
+        """Quantizes two vectors together to 8-bit integers; the value furthest from zero becomes 127 or -127. Returns
+        the integers (in int32 lanes), their scale and their sum."""
         b = self.b
         largest = self.largest(self.larger(*(self.absolute(value) for value in values)))
         is_zero = b.fcmp_ordered("<", largest, self.number(1e-30))
@@ -226,7 +232,7 @@ class Writer:
     # --- memory ---
 
     def on_stack(self, n_bytes: int) -> Any:
-        """Memory until the function returns."""
+        """Allocates stack memory, valid until the function returns, aligned to 64 bytes."""
         room = self.b.alloca(self.i8, self.integer(n_bytes))
         room.align = 4 * LANES
         return room
@@ -240,8 +246,8 @@ class Writer:
         self.b.store(value, self.b.bitcast(self.b.gep(base, [n_bytes]), value.type.as_pointer())).align = align
 
     def prefetch(self, base: Any, n_bytes: int) -> None:
-        """Asks for lines of memory. Between what stands before it and behind it: LLVM would otherwise move all requests
-        of a loop to its head."""
+        """Prefetches `n_bytes` by cache lines of 64 bytes. A barrier keeps the request at this place in the code: LLVM
+        would otherwise move all prefetches of a loop to its head."""
         function = self.declare("llvm.prefetch.p0", self.ir.VoidType(), self.bytes, self.i32, self.i32, self.i32)
         to_read, keep, data = (self.integer(value, self.i32) for value in (0, 3, 1))
         for place in range(0, n_bytes, 64):
@@ -249,18 +255,18 @@ class Writer:
         self.b.asm(self.ir.FunctionType(self.ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     def halves(self, base: Any, n_bytes: Any) -> Any:
-        """A vector from numbers in half precision."""
+        """Loads `LANES` half-precision values as a vector."""
         return self.b.fpext(self.load(base, n_bytes, self.ir.VectorType(self.half, LANES), 2), self.vector)
 
     def field(self, tensor: Any, name: str, index: int = 0, kind: Any = None) -> Any:
-        """Of a `struct ggml_tensor`."""
+        """Loads a field of a `struct ggml_tensor`, or element `index` of an array field."""
         kind = kind or self.i64
         size = {self.i64: 8, self.bytes: 8, self.i32: 4, self.f32: 4}[kind]
         offset = getattr(TensorStruct, name).offset + size * index
         return self.load(tensor, self.integer(offset), kind, size)
 
     def at(self, tensor: Any, *places: tuple[int, Any]) -> Any:
-        """Where in a tensor's data these places by dimension are."""
+        """Address in a tensor's data of the element at these (dimension, index) pairs."""
         b, address = self.b, self.field(tensor, "data", kind=self.bytes)
         for dimension, place in places:
             address = b.gep(address, [b.mul(place, self.field(tensor, "nb", dimension))])
@@ -268,8 +274,15 @@ class Writer:
 
     @contextmanager
     def loop(self, start: Any, end: Any, step: Any, values: Sequence[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
-        """`for i in range(start, end, step)`: the block gets `i` and the values before its turn, whose list it replaces
-        by those after it. At the end the list holds what the last turn left."""
+        """Emits `for i in range(start, end, step)`; the `with` block emits the body.
+
+        The body gets `i` and a list `turn` with the loop-carried values at the start of an iteration, first `values`.
+        It assigns their new values to the elements of `turn`. After the block `turn` holds the final ones. A sum of i:
+
+            with w.loop(w.integer(0), n, w.integer(1), [w.integer(0)]) as (i, turn):
+                turn[0] = w.b.add(turn[0], i)
+            total = turn[0]
+        """
         b, function = self.b, self.b.function
         before, head, body, after = b.block, *(function.append_basic_block() for _ in range(3))
         b.branch(head)
