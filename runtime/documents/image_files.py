@@ -1,4 +1,4 @@
-"""Image files as documents: one page, or as many as a TIFF has."""
+"""Image files as documents: one page, or all pages of a TIFF."""
 
 from __future__ import annotations
 

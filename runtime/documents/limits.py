@@ -16,7 +16,7 @@ class Limits:
     memory_bytes: int = 3 << 30  # of the reader process: the largest image that Pillow opens needs half of it
     file_bytes: int = MAX_FILE_BYTES  # of a single-page image, standard input or a pipe, which are read into memory
     url_bytes: int = 4 << 30  # of a file that is fetched from a URL
-    pipe_s: float = PIPE_S  # without a byte from a named pipe
+    pipe_s: float = PIPE_S  # how long a named pipe may send nothing
     n_pages: int = 20_000  # of a document
     n_objects: int = 1_000_000  # on a page of a PDF
     n_ended: int = 3  # pages in a row that end their reader before the rest of a document is given up

@@ -28,7 +28,7 @@ from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 _N_UNCERTAIN = 50
-# characters that neither HTML nor XML can carry
+# characters that neither HTML nor XML can represent
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
