@@ -1,4 +1,4 @@
-"""Files to pages: images, PDFs, folders and globs in, one upright RGB image a page out, one at a time.
+"""Turns files into pages: images, PDFs, folders and globs in, one upright RGB image per page out, one at a time.
 
 Importing this package loads neither PDFium nor NumPy: the process that reads pages has to stay small.
 """

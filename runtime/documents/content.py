@@ -19,7 +19,7 @@ from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.page_source import PageSource
 from granite4v.runtime.documents.sources import EXPECTED, Document, file_state, why_missing
 
-HEAD_BYTES = 1024  # a PDF's header may have as much before it
+HEAD_BYTES = 1024  # a PDF's header must begin within these
 
 
 class Kind(Enum):
@@ -36,7 +36,7 @@ def open_page_source(
     index: list[int] | None,
     limits: Limits,
 ) -> PageSource:
-    """The document, opened. `content`: its bytes, when they are not in a file. `state`: of its file, as listed.
+    """Opens a document. `content`: its bytes if they are not in a file. `state`: of its file when it was listed.
 
     `index`: an earlier `PageSource.index` of the same document. Raises DocumentError, ImageError.
     """
@@ -53,7 +53,7 @@ def open_page_source(
                 raise DocumentError(f"{document.name} was changed while it was being read; read it again.")
         kind = recognize(held, document.name)
         if kind is Kind.PDF:
-            from granite4v.runtime.documents.pdf import PdfFile  # loads PDFium, which images do without
+            from granite4v.runtime.documents.pdf import PdfFile  # loads PDFium, which images do not need
 
             return PdfFile(held, document.name, password, state, limits)
         if kind is Kind.TIFF:
@@ -64,7 +64,7 @@ def open_page_source(
 
 
 def readable(error: Exception, name: str) -> Granite4vError:
-    """The error as a message for a person. What a library raises on a file is about that file, not a bug of ours."""
+    """Returns the error with a message for a person. What a library raises is blamed on the file, not on our code."""
     if isinstance(error, Granite4vError):
         return error
     if isinstance(error, MemoryError):
@@ -83,15 +83,15 @@ _IMAGES = (
     re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 )
 _TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
-# Pillow's names of other formats that are read where it can: none that needs another program, or has no signature
+# Pillow's names of other formats that are read if it can: none that needs another program or has no signature
 _FORMATS = ("AVIF", "JPEG2000", "PPM", "PCX", "DIB", "ICO", "ICNS", "PSD", "SGI", "QOI")
 
 
 def recognize(content: Path | bytes, name: str) -> Kind:
-    """What kind of document a file holds, by its content.
+    """Returns what kind of document a file is, judging by its content.
 
-    Raises DocumentError, which calls it `name`, for anything that is neither an image of a format we read nor a PDF,
-    and OSError.
+    Raises DocumentError, which calls it `name`, for anything but a PDF or an image in a format that we read, and
+    OSError.
     """
     if isinstance(content, bytes):
         head = content[:HEAD_BYTES]
@@ -128,6 +128,6 @@ def _is_image_of_another_kind(content: Path | bytes) -> bool:
 
 
 def _known_formats() -> list[str]:
-    """Those of `_FORMATS` that the installed Pillow has."""
+    """Returns those of `_FORMATS` that the installed Pillow supports."""
     PIL.Image.init()
     return [name for name in _FORMATS if name in PIL.Image.OPEN]

@@ -1,4 +1,4 @@
-"""Image files as documents: one page, or as many as a TIFF has."""
+"""Image files as documents: one page, or all pages of a TIFF."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _JPEG_IN_TIFF = (6, 7)
 
 
 class ImageFile:
-    """A file with one image; of one with several frames (GIF, WebP), the first. Nothing is read before `render`."""
+    """A file with one image; only the first frame of a GIF or WebP is used. Nothing is read before `render`."""
 
     def __init__(self, content: Path | bytes, name: str, limits: Limits) -> None:
-        """Raises DocumentError for a file that is too large to be read into memory."""
+        """Raises DocumentError for a file that is too large to read into memory."""
         n_bytes = len(content) if isinstance(content, bytes) else content.stat().st_size
         if n_bytes > limits.file_bytes:
             raise DocumentError(
@@ -41,7 +41,7 @@ class ImageFile:
         self.index: list[int] | None = None
 
     def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
-        """The image at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
+        """Returns the image at its own size. Raises ImageError; DocumentError for a crop that extends beyond it."""
         del number, tiling
         data = self._content if isinstance(self._content, bytes) else read_whole(self._content, self._limits.file_bytes)
         page = _page_of(data, self._name, crop, is_jpeg=data.startswith(_JPEG))
@@ -49,28 +49,29 @@ class ImageFile:
         return page
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no file is kept open."""
 
 
 class TiffFile:
-    """A TIFF file, page by page. Smaller copies of a page and masks are not counted."""
+    """A TIFF file, page by page. Smaller copies of a page and masks do not count as pages."""
 
     def __init__(self, content: Path | bytes, name: str, limits: Limits, index: list[int] | None) -> None:
-        """`index`: the frames that are pages, where that is known. Raises ImageError when there is none."""
+        """`index`: the frames that are pages, if known. Raises ImageError for a file that cannot be opened."""
         self._name, self._limits = name, limits
         self.damage: str | None = None
         try:
             with _quietly():
                 self._image = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         except Exception as error:
-            open_rgb(content, name)  # its message says more precisely what is wrong
+            open_rgb(content, name)  # fails with a more precise message
             raise ImageError(f"{name} is damaged: {str(error) or type(error).__name__}.") from None
         self._frames = self._find_pages() if index is None else index
         self.index: list[int] | None = self._frames
         self.n_pages = len(self._frames)
 
     def _find_pages(self) -> list[int]:
-        """The indices of the frames that are pages. One that is damaged counts: rendering it will fail."""
+        """Returns the indices of the frames that are pages; of all frames if none is. A damaged frame counts as a page:
+        rendering it will fail."""
         pages: list[int] = []
         others: list[int] = []
         while True:
@@ -86,7 +87,7 @@ class TiffFile:
             except EOFError:
                 return pages or others
             except Exception as error:
-                if self._image.tell() < index:  # the chain of pages ends in nothing
+                if self._image.tell() < index:  # the link to the next frame is broken
                     what = str(error) or type(error).__name__
                     self.damage = (
                         f"{self._name} is damaged after page {len(pages)}: {what}; the pages after it are lost."
@@ -95,7 +96,7 @@ class TiffFile:
                 pages.append(index)
 
     def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
-        """The page at its own size. Raises ImageError; DocumentError for a crop that reaches beyond it."""
+        """Returns the page at its own size. Raises ImageError; DocumentError for a crop that extends beyond it."""
         del tiling
         name = f"page {number} of {self._name}" if self.n_pages > 1 else self._name
         try:
@@ -128,7 +129,7 @@ def _page_of(source: bytes | PIL.Image.Image, name: str, crop: Crop | None, *, i
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Pillow's warnings: those that matter are raised again when a page is rendered."""
+    """Suppresses Pillow's warnings: those that matter are raised again when a page is rendered."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""The pages of the given inputs, one after another. Whatever cannot be read yields a failure instead."""
+"""Yields the pages of the given inputs one after another. Whatever cannot be read yields a failure instead."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Page:
     """One page to read.
 
     `source`: the document's path as it was given, '-' for standard input. `number` counts from 1, of `n_pages`.
-    `image`: upright, transparency on white, cropped. `dpi`: pixels an inch of a PDF's page, rounded to a
-    tenth; None for images. `warnings`: what a person should know of the page. `file_state` changes when the
-    document's file does; None for what is not a file (standard input, pipes).
+    `image`: upright, transparency on white, cropped. `dpi`: pixels per inch of a PDF page, rounded to a
+    tenth; None for images. `warnings`: what a person should know about the page. `file_state`: changes when the
+    document's file does; None for anything that is not a file (standard input, pipes).
     """
 
     source: str
@@ -52,7 +52,7 @@ class Page:
 
     @property
     def digest(self) -> str:
-        """That of the image, in hexadecimal digits."""
+        """The digest of the image, in hexadecimal digits."""
         return self.image.digest.hex()
 
     @property
@@ -83,9 +83,9 @@ class PageSkipped:
 
 @dataclass(frozen=True)
 class Totals:
-    """How much there is to read, as `count_pages` found it.
+    """How much there is to read, as counted by `count_pages`.
 
-    `pages` is None when that cannot be known beforehand (standard input, pipes, URLs). `notes`: lines for a person, for
+    `pages`: None if that cannot be known in advance (standard input, pipes, URLs). `notes`: messages for a person, for
     instance about files of a folder that were left out.
     """
 
@@ -96,13 +96,16 @@ class Totals:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What records call the documents, in order."""
+        """The names of the documents in records, in order."""
         return () if self.found is None else tuple(document.source for document in self.found.documents)
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """What counting found out about a document: its index, or how it crashed its reader, now or in an earlier run."""
+    """What counting found out about a document: its index, or how it crashed its reader, now or in an earlier run.
+
+    `state`: of its file at that time; the rest is void if the file changes.
+    """
 
     state: str | None
     index: list[int] | None
@@ -118,7 +121,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Request:
-    """What is wanted of each document."""
+    """What is requested of each document."""
 
     ranges: PageRanges
     password: str | None = None
@@ -141,23 +144,23 @@ def open_pages(
     counted: Totals | None = None,
     limits: Limits = LIMITS,
 ) -> Generator[Page | PageFailure | PageSkipped, None, None]:
-    """The pages of `inputs`, each rendered while the caller works on the one before, and not kept.
+    """Yields the pages of `inputs`. Each is rendered while the caller works on the one before; none is kept.
 
-    Files are opened and rendered by a process of their own (see `worker`), within `limits`: one that ends it, takes too
-    long or too much memory is a PageFailure like any other, and the next page goes on.
+    Files are opened and rendered in a separate process (see `worker`), within `limits`. A page that crashes the
+    process, or takes too much time or memory, becomes a PageFailure like any other, and the next page follows.
 
     `inputs`: files (PNG, JPEG, WebP, BMP, GIF, TIFF, PDF), directories, globs, URLs, '-' for standard input; see
     `find_documents`. `pages`: which of each document, for instance '1-3,7,10-'. `password`: for encrypted PDFs.
-    `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will look at the pages, which
-    decides how large those of a PDF are rendered (see `resolution`); without one at 200 dpi. `wanted`: called before a
-    page is rendered; where it returns False, the page comes as PageSkipped. `earlier_error`: called for skipped pages,
-    which count as failed where it returns an error, so that every run gives up a document at the same page. `waiting`:
-    called about twice a second while a document or page takes its time. `counted`: what `count_pages` returned for
-    these inputs, so that nothing is searched for or counted twice.
+    `crop`: 'x,y,width,height' of a part of each page, see `Crop`. `view`: the model that will see the pages, which
+    decides how large PDF pages are rendered (see `resolution`); 200 dpi without one. `wanted`: called before a page is
+    rendered; if it returns False, a PageSkipped is yielded. `earlier_error`: called for skipped pages; a page counts as
+    failed if it returns an error, so that every run gives up a document at the same page. `waiting`: called about twice
+    a second while a document or page takes time. `counted`: the result of `count_pages` for these inputs, so that
+    nothing is searched for or counted twice.
 
-    Raises at once SelectionError for pages, a crop or a password that make no sense, and DocumentError when there
-    is nothing at all to read. Everything after that is a PageFailure: a page that is missing or damaged, or, with
-    `number` None, a document. No two have the same source and number. Close it to close the document it is at.
+    Raises at once SelectionError for invalid pages, an invalid crop or password, and DocumentError if there is nothing
+    at all to read. Everything after that is a PageFailure: a missing or damaged page, or, with `number` None, a
+    document. No two have the same source and number. Close the generator to close the document that it is reading.
     """
     _check_password(password)
     area, tiling = None if crop is None else parse_crop(crop), None if view is None else view.tiling
@@ -178,11 +181,11 @@ def count_pages(
     waiting: Waiting | None = None,
     limits: Limits = LIMITS,
 ) -> Totals:
-    """How much `open_pages` will yield, failures included, without rendering a page. Raises what that raises.
+    """Counts what `open_pages` will yield, failures included, without rendering a page. Raises what that raises.
 
-    `earlier_error`: called with None for a page number before a document is opened; where it returns an error, the
-    document is not opened, and `open_pages` yields a PageFailure with that error. `earlier_source`: called with the
-    path of a document; its result, unless None, takes the place of the document's `source`.
+    `earlier_error`: called with page number None before a document is opened; if it returns an error, the document is
+    not opened, and `open_pages` yields a PageFailure with that error. `earlier_source`: called with the path of a
+    document; its result, unless None, replaces the document's `source`.
     """
     _check_password(password)
     ranges = _ranges(pages)
@@ -219,7 +222,7 @@ def _check_password(password: str | None) -> None:
 
 
 def _named(documents: list[Document | NotFound], earlier_source: EarlierSource | None) -> list[Document | NotFound]:
-    """Documents under the names of an earlier run; but none under the name of another document of this run."""
+    """Renames documents as an earlier run called them, but never to the name of another document of this run."""
     if earlier_source is None:
         return documents
     taken = {item.source for item in documents}
@@ -231,7 +234,10 @@ def _named(documents: list[Document | NotFound], earlier_source: EarlierSource |
 
 
 def _count(item: Document | NotFound, request: _Request, reader: Reader, counted: dict[str, _Counted]) -> int | None:
-    """The pages of one document; None for what can be read only once. `counted` gets what else was found out."""
+    """Returns the number of items that one document yields; None for one that can be read, or is fetched, only once.
+
+    `counted` gets what else was found out.
+    """
     if isinstance(item, NotFound):
         return 1
     if is_read_once(item) or item.remote is not None:  # fetched once, when it is read
@@ -278,14 +284,18 @@ Item = Page | PageFailure | PageSkipped
 
 
 def _pages(found: _Found, request: _Request, reader: Reader) -> Generator[Item, None, None]:
-    """Hands out each item when the next one has been begun, so that the reader works while the caller does."""
+    """Holds each item back until the next one has been begun, so that the reader works while the caller does.
+
+    For a document of two pages, `_steps` yields None (opening), None (rendering page 1), page 1, None (rendering
+    page 2), page 2. Page 1 is yielded at the third None, page 2 at the end.
+    """
     ready: Item | None = None
     with contextlib.closing(reader):
         for item in _steps(found, request, reader):
             if ready is not None:
                 handed, ready = ready, None
                 yield handed
-                del handed  # two pages in memory, not three: the caller's, and the one that is fetched
+                del handed  # two pages in memory, not three: the caller's, and the one that is being received
             if item is not None:
                 ready = item
             del item
@@ -294,7 +304,8 @@ def _pages(found: _Found, request: _Request, reader: Reader) -> Generator[Item, 
 
 
 def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | None]:
-    """The items, and a None whenever the reader has been given work that takes time."""
+    """Yields the items, and None at each point where the reader has begun, or this process is about to begin, work that
+    takes time."""
     for item in found.documents:
         if isinstance(item, NotFound):
             yield PageFailure(item.source, None, item.error)
@@ -322,7 +333,7 @@ def _steps(found: _Found, request: _Request, reader: Reader) -> Iterator[Item | 
 def _fetched(
     document: Document, file: RemoteFile, state: str | None, request: _Request, reader: Reader
 ) -> Iterator[Item | None]:
-    """Pages of what a URL stands for, from a local copy, which is there as long as the document is read."""
+    """Yields the pages of a remote file from a local copy, which exists as long as the document is read."""
     yield None
     with contextlib.ExitStack() as held:
         try:

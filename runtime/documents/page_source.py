@@ -1,4 +1,4 @@
-"""What every kind of document offers: its number of pages, and one of them rendered."""
+"""The interface of every kind of document: its number of pages, and a rendered page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from granite4v.runtime.documents.selection import Crop
 
 @dataclass(frozen=True, eq=False)
 class RenderedPage:
-    """A page as an upright RGB image. `dpi`: pixels an inch of paper, where the document knows its paper."""
+    """A page as an upright RGB image. `dpi`: pixels per inch of paper, if the document has a paper size."""
 
     image: Image
     dpi: float | None = None
@@ -24,8 +24,9 @@ class RenderedPage:
 class PageSource(Protocol):
     """An open document, which renders its pages one at a time.
 
-    `damage`: what became of pages that cannot even be counted; None where all can. `index`: what it took to find the
-    pages, which saves that work when the document is opened again.
+    `damage`: a message about pages that are left out of `n_pages`, for instance because they cannot even be counted;
+    None if there are none. `index`: where the pages were found, which saves the search when the document is opened
+    again.
     """
 
     n_pages: int
@@ -33,7 +34,7 @@ class PageSource(Protocol):
     index: list[int] | None
 
     def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
-        """Page `number`, from 1, or the part of it inside `crop`. Raises ImageError, DocumentError."""
+        """Renders page `number`, from 1, or the part of it inside `crop`. Raises ImageError, DocumentError."""
         ...
 
     def close(self) -> None:
@@ -42,13 +43,13 @@ class PageSource(Protocol):
 
 
 def whole_pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) at the pixels nearest to `box`, at least one each way, inside `size`."""
+    """Returns (left, top, right, bottom) at the pixels nearest to `box`, at least one wide and high, inside `size`."""
     left, top = min(round(box[0]), size[0] - 1), min(round(box[1]), size[1] - 1)
     return left, top, max(round(box[2]), left + 1), max(round(box[3]), top + 1)
 
 
 def limited_pages(n_pages: int, limits: Limits, name: str) -> tuple[int, str | None]:
-    """How many pages are read, and a message about the others; None where there are none."""
+    """Returns how many pages are read, and a message about the others; None if there are no others."""
     if n_pages <= limits.n_pages:
         return n_pages, None
     return limits.n_pages, f"{name} has more than {limits.n_pages:,} pages; the rest are not read. Split the document."

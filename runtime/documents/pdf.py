@@ -32,7 +32,7 @@ from granite4v.runtime.documents.resolution import render_size, shrunk
 from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.sources import state_of
 
-REOPEN_AFTER = 8  # pages: PDFium keeps what it has read of every page of an open document, 1 MB a scan and more
+REOPEN_AFTER = 8  # pages: PDFium keeps what it has read of every page of an open document, 1 MB or more per scan
 _HEAD_BYTES = 1024  # where a file says that it is linearized
 _TAIL_BYTES = 32768  # where a complete file has its end mark
 _END_MARK = b"%%EOF"
@@ -40,22 +40,23 @@ _WHITE = 0xFFFFFFFF
 _DOCUMENTS = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx")
 _MOST_NAMES, _MOST_ATTACHED = 3, 1000
 _MOST_NAME = 80  # characters of a name
-_INSET = 1e-5  # of a scan's size, see `_inset`
-_SAME_RESOLUTION = 1.01  # of the two axes: pages are rounded to whole points
-_INVISIBLE = 3  # text render mode, as text recognition lays it over a scan
-_UPRIGHT = 1e-4  # how much an image may be skewed and still have its pixels parallel to the page's
-_PROBE_PX = 64  # the side of an image that is rendered to see whether it has a mask
+_INSET = 1e-5  # fraction of a scan's size, see `_inset`
+_SAME_RESOLUTION = 1.01  # ratio of the two axes that counts as equal: page sizes are rounded to whole points
+_INVISIBLE = 3  # render mode of the text that OCR lays over a scan
+_UPRIGHT = 1e-4  # how much an image may be skewed and still count as parallel to the page
+_PROBE_PX = 64  # the side at which an image is rendered to see whether it has a mask
 _MAX_DEPTH = 8  # of forms in forms
 MAX_IMAGE_PIXELS = 4_000_000_000  # of one image on a page: about ten seconds
 
 
 class PdfFile:
-    """A PDF file. `password` is tried on encrypted ones only."""
+    """A PDF file. `password` matters only for an encrypted one."""
 
     def __init__(
         self, content: Path | bytes, name: str, password: str | None, state: str | None, limits: Limits
     ) -> None:
-        """`state`: of its file. Raises DocumentError for a file that is damaged, encrypted or without pages."""
+        """`state`: of its file. Raises DocumentError for a file that is damaged or has no pages, and for an encrypted
+        one that `password` does not open."""
         self._content, self._name, self._password, self._state = content, name, password, state
         self._limits = limits
         self._n_rendered = 0
@@ -72,7 +73,7 @@ class PdfFile:
         if not handle:
             raise self._why_closed(pdfium.FPDF_GetLastError())
         pdf = pypdfium2.PdfDocument(handle)
-        with _no_log(), contextlib.suppress(pypdfium2.PdfiumError):  # without its form fields rather than not at all
+        with _no_log(), contextlib.suppress(pypdfium2.PdfiumError):  # better without form fields than not at all
             pdf.init_forms()
         if len(pdf) < 1:
             pdf.close()
@@ -102,7 +103,7 @@ class PdfFile:
         return DocumentError(f"{name} {what}: PDFium finds no document in it; get a complete copy.")
 
     def _is_cut(self) -> bool:
-        """Whether there is no end mark near the end, but for zero bytes and some junk after it."""
+        """Whether the end mark is missing near the end; zero bytes and some junk may follow it."""
         with io.BytesIO(self._content) if isinstance(self._content, bytes) else self._content.open("rb") as file:
             head = file.read(_HEAD_BYTES)
             end = file.seek(0, 2)
@@ -111,7 +112,7 @@ class PdfFile:
                 start = max(0, end - _TAIL_BYTES)
                 file.seek(start)
                 tail, end = file.read(end - start), start
-        # a linearized file has another end mark after its first page, seen where the tail is the entire file
+        # a linearized file has another end mark after its first page, which `tail` includes if it is the entire file
         n_expected = 2 if end == 0 and b"/Linearized" in head else 1
         return tail.count(_END_MARK) < n_expected
 
@@ -141,9 +142,10 @@ class PdfFile:
         return [self._pdf.get_attachment(i).get_name() for i in range(n_files)]
 
     def render(self, number: int, crop: Crop | None, tiling: Tiling | None) -> RenderedPage:
-        """The page as large as needed, rotated and cropped as the file says, with annotations and fields, on white.
+        """Renders the page as large as needed, rotated and cropped as the file says, with annotations and form fields,
+        on white.
 
-        Raises DocumentError for a page that cannot be loaded and for a crop that reaches beyond it.
+        Raises DocumentError for a page that cannot be loaded and for a crop that extends beyond it.
         """
         if self._n_rendered == REOPEN_AFTER:
             self._pdf.close()
@@ -180,7 +182,7 @@ class PdfFile:
 
 
 def _render_page(page: Any, name: str, crop: Crop | None, tiling: Tiling | None, limits: Limits) -> tuple[Image, float]:
-    """The page, or what `crop` leaves of it, and its pixels an inch."""
+    """Returns the page, or the part of it inside `crop`, and its pixels per inch."""
     width, height = page.get_size()
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise DocumentError(f"{name} has no size ({width:g} x {height:g} points).")
@@ -188,7 +190,7 @@ def _render_page(page: Any, name: str, crop: Crop | None, tiling: Tiling | None,
     shape = (box[2] - box[0], box[3] - box[1])
     images, fine = _images(page, name, limits), render_size(shape, None, tiling)[0] / shape[0]
     scan = None if tiling is None else _scan_resolution(page, images, fine)
-    if scan is not None and crop is not None:
+    if scan is not None and crop is not None:  # move the edges of the crop to pixel boundaries of the scan
         pixels = (round(width * scan[0]), round(height * scan[1]))
         scaled = whole_pixels((box[0] * scan[0], box[1] * scan[1], box[2] * scan[0], box[3] * scan[1]), pixels)
         box = (scaled[0] / scan[0], scaled[1] / scan[1], scaled[2] / scan[0], scaled[3] / scan[1])
@@ -202,7 +204,7 @@ def _render_page(page: Any, name: str, crop: Crop | None, tiling: Tiling | None,
 
 
 def _restore_crop_box(page: Any) -> bool:
-    """Gives a page whose crop box lies outside of it its media box, as other viewers do; whether that was needed."""
+    """Replaces a crop box that lies outside the page by the media box, as other viewers do. Returns whether it did."""
     if min(page.get_size()) > 0:
         return False
     try:
@@ -218,7 +220,7 @@ def _is_blank(image: Image) -> bool:
 
 
 def _has_text(page: Any) -> bool:
-    """Whether there is visible text."""
+    """Whether the page has text that is not invisible."""
     return any(
         pdfium.FPDFPageObj_GetType(handle) == pdfium.FPDF_PAGEOBJ_TEXT
         and pdfium.FPDFTextObj_GetTextRenderMode(handle) != _INVISIBLE
@@ -227,7 +229,7 @@ def _has_text(page: Any) -> bool:
 
 
 def _render_part(page: Any, size: tuple[int, int], corner: tuple[int, int], whole: tuple[int, int]) -> Image:
-    """The part of `size` pixels at `corner` (left, top) of the page rendered at `whole` pixels."""
+    """Renders a part of the page: `size` pixels from `corner` (left, top) on, where the page has `whole` pixels."""
     bitmap = pypdfium2.PdfBitmap.new_native(*size, pdfium.FPDFBitmap_BGR, rev_byteorder=True)
     with contextlib.closing(bitmap):
         pdfium.FPDFBitmap_FillRect(bitmap, 0, 0, *size, _WHITE)
@@ -236,14 +238,14 @@ def _render_part(page: Any, size: tuple[int, int], corner: tuple[int, int], whol
         pdfium.FPDF_RenderPageBitmap(bitmap, page, *where, flags)
         if page.formenv:
             pdfium.FPDF_FFLDraw(page.formenv, bitmap, page, *where, flags)
-        return bitmap.to_pil()  # a copy, since pixels of three bytes cannot be shared
+        return bitmap.to_pil()  # a copy, since Pillow cannot share pixels of three bytes
 
 
 def _images(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int, int]]]:
-    """(handle, size in pixels) of the images on a page that holds nothing else; empty for other pages.
+    """Returns (handle, size in pixels) of the images on a page that holds nothing else; empty for other pages.
 
-    Invisible text does not count. Raises DocumentError for an image, wherever it is on the page, that would take far
-    too much memory or time.
+    Invisible text does not count; an image inside a form is something else. Raises DocumentError for a page with too
+    many objects, and for any image on it that would take far too much memory or time.
     """
     images = []
     nothing_else = pdfium.FPDFPage_GetAnnotCount(page) == 0
@@ -266,10 +268,11 @@ def _images(page: Any, name: str, limits: Limits) -> list[tuple[Any, tuple[int, 
 def _scan_resolution(
     page: Any, images: Sequence[tuple[Any, tuple[int, int]]], fine: float
 ) -> tuple[float, float] | None:
-    """Pixels a point, across and down, at which a page of `images` alone is rendered: that of the finest.
+    """Returns the pixels per point, horizontally and vertically, at which to render a page of nothing but `images`: the
+    resolution of the finest one.
 
-    None for a page that is no scan. `fine`: the resolution of a page that is no scan; images coarser than it may have
-    finer masks, as compressed scans have for their text, and are then not rendered at their own resolution.
+    None for a page that is not a scan. `fine`: the resolution of a page that is not a scan. Images coarser than that
+    may have finer masks, which compressed scans use for text; if so, they are not rendered at their own resolution.
     Prepares the images for rendering (see `_inset`).
     """
     if not images:
@@ -277,7 +280,7 @@ def _scan_resolution(
     across, down = (max(found) for found in zip(*(_resolution(*image) for image in images), strict=True))
     if page.get_rotation() in (90, 270):
         across, down = down, across
-    if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # a fax's pixels: keep the shape of the page
+    if not max(across, down) <= min(across, down) * _SAME_RESOLUTION:  # as in a fax: keep the shape of the page
         across = down = max(across, down)
     if not 0 < across < math.inf or (across < fine and any(_has_mask(page, handle) for handle, _ in images)):
         return None
@@ -287,7 +290,7 @@ def _scan_resolution(
 
 
 def _objects(page: Any) -> Iterator[tuple[Any, int]]:
-    """(handle, depth) of everything on the page, forms and what they hold included."""
+    """Yields (handle, depth) of everything on the page, including forms and their content."""
     waiting = [(page, 0)]
     while waiting:
         parent, depth = waiting.pop()
@@ -304,7 +307,8 @@ def _objects(page: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _resolution(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
-    """Pixels a point of an image of `size` (width, height) pixels, across and down on the unrotated page."""
+    """Returns the pixels per point of an image of `size` (width, height) pixels, horizontally and vertically on the
+    unrotated page."""
     matrix = _matrix(handle)
     a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
     if not (a or b) or not (c or d):  # an image without extent
@@ -318,10 +322,10 @@ def _resolution(handle: Any, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def _inset(handle: Any) -> None:
-    """Makes an image smaller by a hundred-thousandth.
+    """Shrinks an image by a hundred-thousandth.
 
-    PDFium rounds edges outward, so where binary fractions put an edge just beyond a pixel boundary, it would
-    stretch the image by one pixel.
+    PDFium rounds edges outward: if floating-point error puts an edge just beyond a pixel boundary, it would stretch the
+    image by one pixel.
     """
     matrix = _matrix(handle)
     a, b, c, d = matrix.a, matrix.b, matrix.c, matrix.d
@@ -330,7 +334,7 @@ def _inset(handle: Any) -> None:
 
 
 def _has_mask(page: Any, handle: Any) -> bool:
-    """Whether an image is partly transparent, which PDFium tells only by rendering it: here, very small."""
+    """Whether an image is partly transparent. PDFium shows that only by rendering the image, here at a small size."""
     matrix = _matrix(handle)
     pdfium.FPDFPageObj_SetMatrix(handle, pdfium.FS_MATRIX(_PROBE_PX, 0, 0, _PROBE_PX, 0, 0))
     bitmap = pdfium.FPDFImageObj_GetRenderedBitmap(page.pdf, page, handle)
@@ -352,10 +356,10 @@ def _matrix(handle: Any) -> Any:
 
 
 def _image_size(handle: Any, name: str) -> tuple[int, int]:
-    """(width, height) in pixels. Raises DocumentError for an image that could fill the memory, or take hours.
+    """Returns (width, height) in pixels. Raises DocumentError for an image that could fill the memory or take hours.
 
-    PDFium decodes images row by row, so that their size costs only time; but JPEG 2000 it decodes all at once, and at
-    the size in the image's own header, whatever the page says.
+    PDFium decodes images row by row, so their size costs only time. But it decodes JPEG 2000 all at once, at the size
+    in the image's own header, whatever the page says.
     """
     width, height = ctypes.c_uint(), ctypes.c_uint()
     pdfium.FPDFImageObj_GetImagePixelSize(handle, width, height)
@@ -383,7 +387,8 @@ def _filters(handle: Any) -> list[bytes]:
 
 
 def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that its header gives; None for one that cannot be read, which PDFium does not decode either."""
+    """Returns (width, height) from the image's header; None if Pillow cannot read it, since PDFium cannot decode such
+    an image either."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -394,7 +399,7 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _no_log() -> Iterator[None]:
-    """Keeps pypdfium2 from writing to stderr where nobody set up logging; what it says about forms is in `_notes`."""
+    """Keeps pypdfium2 from writing to stderr if logging is not set up; what it says about forms is in `_notes`."""
     logger, handler = logging.getLogger("pypdfium2"), logging.NullHandler()
     logger.addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""Messages between the reader process and its owner: a header as JSON, then a payload of raw bytes.
+"""Messages between the reader process and its parent: a header as JSON, then a payload of raw bytes.
 
 Nothing that the reader sends is executed or unpickled, since it handles files from anywhere.
 """
@@ -13,9 +13,10 @@ PREFIX = struct.Struct(">IQ")  # lengths in bytes of the header and of the paylo
 
 
 def packed(header: dict[str, Any], n_bytes: int) -> bytes:
-    """The beginning of a message, which `n_bytes` of payload follow.
+    """Returns the beginning of a message, to be followed by `n_bytes` of payload.
 
-    ASCII, because file names may hold bytes that are not UTF-8 (surrogates in Python), which only escapes can carry.
+    The header is ASCII, because file names may contain bytes that are not UTF-8 (surrogates in Python), which only
+    JSON escapes can represent.
     """
     text = json.dumps(header).encode("ascii")
     return PREFIX.pack(len(text), n_bytes) + text

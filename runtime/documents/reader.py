@@ -1,4 +1,4 @@
-"""The owner's side of the reader process: starts it, sends requests, enforces its time limits, and reports how it
+"""The parent's side of the reader process: starts it, sends requests, enforces its time limits, and reports how it
 ended."""
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.worker import OUT_OF_MEMORY
 
 WORKER = "granite4v.runtime.documents.worker"
-# The owner's module path comes first of all: with '-c' the current folder would be searched for modules.
+# Takes over the parent's module path before any import: with '-c' the current folder would be searched for modules.
 _BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; import importlib; importlib.import_module(sys.argv[1]).main(sys.argv[2])"
 )
 _START_S = 60
 _GRACE_S = 5
 _WAIT_S = 0.5  # between two calls of `waiting`
-_PIPE_BYTES = 1 << 20  # where the system lets us choose: a page has some megabytes
+_PIPE_BYTES = 1 << 20  # if the system lets us choose: a page has several megabytes
 _IDS = itertools.count()
 
 Waiting = Callable[[str, "int | None", float], None]
@@ -44,11 +44,14 @@ Reply = tuple[dict[str, Any], bytearray]
 
 
 class ReaderEnded(DocumentError):
-    """A page or document that crashed its reader twice, or exceeded its limits."""
+    """A page or document that crashed its reader or exceeded a limit, twice."""
 
 
 class _Died(Exception):
-    """The reader ended, or was stopped, before it replied. `why` completes 'page 3 of ...'."""
+    """The reader ended, or was stopped, before it replied.
+
+    `why`: completes 'page 3 of ...'. `by_itself`: False if it exceeded a limit.
+    """
 
     def __init__(self, why: str, *, by_itself: bool) -> None:
         super().__init__(why)
@@ -57,7 +60,7 @@ class _Died(Exception):
 
 @dataclass(frozen=True)
 class RawPage:
-    """A page as the reader sends it: RGB, 3 bytes a pixel, row by row."""
+    """A page as the reader sends it: RGB, 3 bytes per pixel, row by row."""
 
     size: tuple[int, int]
     pixels: bytearray
@@ -66,33 +69,33 @@ class RawPage:
 
 
 class Reader:
-    """One worker process, started when it is first needed, and again when it has ended."""
+    """One worker process, started when it is first needed, and again after it has ended."""
 
     def __init__(self, limits: Limits, waiting: Waiting | None = None) -> None:
-        """`waiting` gets (source, number or None, seconds) about twice a second while something takes its time."""
+        """`waiting`: called with (source, number or None, seconds) about twice a second while a request takes time."""
         self.limits, self._waiting = limits, waiting
         self._process: subprocess.Popen[bytes] | None = None
         self._poll = select.poll()
-        self._holds: int | None = None  # the document whose content it was sent
+        self._holds: int | None = None  # id of the document whose content was sent to the process
         self._asked_at = 0.0
 
     def ask(self, request: dict[str, Any], content: bytes) -> None:
-        """Sends a request; `answer` must be called before the next. Raises DeviceError without a reader."""
+        """Sends a request; `answer` must be called before the next. Raises DeviceError if no reader can be started."""
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
         document = request["document"]["id"]
         payload = b"" if self._holds == document else content
         self._asked_at = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` finds out why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: `answer` finds out why
             self._process.stdin.write(packed(request, len(payload)))
             self._process.stdin.write(payload)
             self._process.stdin.flush()
         self._holds = document
 
     def answer(self, request: dict[str, Any], limit_s: float) -> Reply:
-        """The reply to what was asked. Raises _Died."""
-        # the owner may have been busy for longer than the limit: the reply may be ready, so it gets some time to arrive
+        """Returns the reply to the request. Raises _Died."""
+        # the parent may have been busy for longer than the limit while a reply was ready, so allow time to receive it
         deadline = max(self._asked_at + limit_s, time.monotonic() + min(limit_s, _GRACE_S))
         return self._receive(deadline, limit_s, request)
 
@@ -104,7 +107,7 @@ class Reader:
         process.kill()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                with contextlib.suppress(OSError):  # what is still buffered has nowhere to go
+                with contextlib.suppress(OSError):  # what is still buffered cannot be sent any more
                     stream.close()
         process.wait()
 
@@ -121,7 +124,7 @@ class Reader:
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each of its threads would take address space
-                    start_new_session=True,  # a terminal's Ctrl-C is for the owner alone
+                    start_new_session=True,  # a terminal's Ctrl-C is for the parent alone
                 )
                 assert self._process.stdout is not None
                 _widen(self._process.stdout.fileno())
@@ -142,7 +145,7 @@ class Reader:
 
     def _receive(self, deadline: float, limit_s: float, request: dict[str, Any] | None) -> Reply:
         n_header, n_bytes = PREFIX.unpack(self._read(PREFIX.size, deadline, limit_s, request))
-        deadline = time.monotonic() + limit_s  # what follows has only to be copied
+        deadline = time.monotonic() + limit_s  # the rest only has to be copied
         header = json.loads(self._read(n_header, deadline, limit_s, request))
         return header, self._read(n_bytes, deadline, limit_s, request)
 
@@ -182,8 +185,8 @@ class Reader:
 
 
 def load_apart(sources: Sequence[str | bytes], limits: Limits = LIMITS) -> list[RawPage]:
-    """Images, given as paths or encoded, as `load_image` opens them, but in a process of their own: one that crashes or
-    bloats a decoder does not crash the caller. Raises ImageError, ReaderEnded, DeviceError."""
+    """Opens images, given as paths or as encoded bytes, like `load_image`, but in a separate process: an image that
+    crashes or bloats a decoder does not crash the caller. Raises ImageError, ReaderEnded, DeviceError."""
     with contextlib.closing(Reader(limits)) as reader:
         return [_document_of(reader, source).load() for source in sources]
 
@@ -196,10 +199,10 @@ def _document_of(reader: Reader, source: str | bytes) -> RemoteDocument:
 
 
 class RemoteDocument:
-    """A document that the reader opens, and opens again whenever it had to be restarted.
+    """A document that the reader opens, and opens again after every restart.
 
-    Every request is made in two steps, `begin_...` and `finish_...`, so that the owner can work in between. One that
-    ends the reader is sent once more, to a new one: the first may have ended because of what it read before.
+    Every request has two steps, `begin_...` and `finish_...`, so that the parent can work in between. A request that
+    ends the reader is sent once more, to a new one: the first may have ended because of what it had read before.
     """
 
     def __init__(
@@ -214,7 +217,7 @@ class RemoteDocument:
         password: str | None,
         index: list[int] | None = None,
     ) -> None:
-        """`name`: what messages call it. `index`: from an earlier `finish_open`, which it shortens."""
+        """`name`: for messages. `index`: from an earlier `finish_open`, which makes opening faster."""
         self._reader, self._name, self._content = reader, name, content or b""
         self._document = {
             "id": next(_IDS),
@@ -230,7 +233,7 @@ class RemoteDocument:
         self.index: list[int] | None = None
 
     def load(self) -> RawPage:
-        """The document as one image, opened by `load_image`. Raises what `finish_open` raises."""
+        """Returns the document as one image, opened like `load_image`. Raises what `finish_open` raises."""
         self._ask({"op": "load", "about": self._name})
         return self.finish_render()
 
@@ -255,7 +258,7 @@ class RemoteDocument:
         )
 
     def finish_render(self) -> RawPage:
-        """Raises what `finish_open` raises."""
+        """Returns the page. Raises what `finish_open` raises."""
         header, pixels = self._answer()
         return RawPage(tuple(header["size"]), pixels, header["dpi"], tuple(header["warnings"]))
 
@@ -295,8 +298,8 @@ def _why(died: _Died, op: str, about: str) -> str:
 
 
 def _scratch_file() -> IO[bytes]:
-    """One without a name; what is written is lost where there is no place for it, as in a container that is read only:
-    pages are read there as well."""
+    """Opens a temporary file without a name. If there is no place for one, as in a read-only container, what is written
+    is lost, so that pages can be read there as well."""
     try:
         return tempfile.TemporaryFile()
     except OSError:
@@ -304,8 +307,8 @@ def _scratch_file() -> IO[bytes]:
 
 
 def _widen(pipe: int) -> None:
-    """Enlarges a pipe's buffer, where the system allows it: it may refuse when the user has many pipes."""
-    resize = getattr(fcntl, "F_SETPIPE_SZ", None)  # of Linux
+    """Enlarges a pipe's buffer if the system allows it: it may refuse when the user has many pipes."""
+    resize = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
     if resize is not None:
         with contextlib.suppress(OSError):
             fcntl.fcntl(pipe, resize, _PIPE_BYTES)

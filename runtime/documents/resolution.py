@@ -1,14 +1,14 @@
-"""The size at which to render a page: the model's input resolution, and no more.
+"""Chooses the size at which to render a page: the model's input resolution, and no more.
 
-A model that cuts images into tiles shrinks a page to its best grid, whatever the page was rendered at. So pages are
-rendered to that size; the grid's tiles are then the page's own pixels, not resized again.
+A model that cuts images into tiles shrinks a page to its best grid, at whatever size the page was rendered. So pages
+are rendered for that size; the grid's tiles are then the page's own pixels, not resized again.
 
-PDFium renders a page at twice that size, and the model's own filter halves it: PDFium sets small print at whole pixels
-and draws no line thinner than one, so that at the final size letters stand unevenly and hairlines turn bold (23 dB of
-PSNR from an eightfold rendering, against 30 dB at twice the size, for 30 ms more a page).
+PDFium renders a page at twice that size, and the model's own filter halves it. PDFium places small print at whole
+pixels and draws no line thinner than one pixel, so at the final size letters would be spaced unevenly and hairlines
+would be bold (PSNR against an eightfold rendering: 23 dB, and 30 dB at twice the size, for 30 ms more per page).
 
-A page that is nothing but a scan is rendered at the scan's own resolution, which gives exactly its pixels. Where the
-model sees fewer, its own filter shrinks them: the tiles equal, bit for bit, those of the scan as an image file.
+A page that is nothing but a scan is rendered at the scan's own resolution, which gives exactly its pixels. If the model
+sees fewer, its own filter shrinks them: the tiles equal, bit for bit, those of the scan as an image file.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from granite4v.clip_projector.grid_anyres import best_resolution, fit_size
 from granite4v.clip_projector.grid_canvas import canvas_layout
 from granite4v.families.base import CanvasConfig, Tiling
 
-PLAIN_DPI = 200  # when there is no model to look at the page
-MAX_DPI = 2400  # a crop is not magnified beyond it
+PLAIN_DPI = 200  # without a model to see the page
+MAX_DPI = 2400  # a crop is not magnified beyond this
 OVERSAMPLING = 2
-MAX_PIXELS = 40_000_000  # of a bitmap to render to (120 MB): a letter page at 600 dpi has 34 million
-_FAR_PX = 1 << 20  # a shorter side that every grid has to shrink
+MAX_PIXELS = 40_000_000  # of a rendered bitmap (120 MB): a letter page at 600 dpi has 34 million
+_FAR_PX = 1 << 20  # so long a shorter side that every grid has to shrink it
 
 Size = tuple[int, int]
 
 
 def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, tiling: Tiling | None) -> Size:
-    """(width, height) in pixels to render a page or a part of it at. `shape`: its width and height in points.
+    """Returns (width, height) in pixels at which to render a page or a part of it. `shape`: its width and height in
+    points.
 
-    `scan`: pixels a point, horizontally and vertically, when the page is nothing but a scan.
+    `scan`: pixels per point, horizontally and vertically, if the page is nothing but a scan.
     """
     if tiling is None:
         scale = (PLAIN_DPI / 72, PLAIN_DPI / 72)
@@ -48,13 +49,13 @@ def render_size(shape: tuple[float, float], scan: tuple[float, float] | None, ti
 
 
 def useful_size(shape: tuple[float, float], tiling: Tiling) -> Size:
-    """The largest (width, height) in pixels that the model can see of a page of this shape."""
+    """Returns the largest (width, height) in pixels that the model can see of a page of this shape."""
     size = (round(shape[0] * _FAR_PX / min(shape)), round(shape[1] * _FAR_PX / min(shape)))
     return _fitted(size, tiling)
 
 
 def _fitted(size: Size, tiling: Tiling) -> Size:
-    """The size to which preprocessing scales an image of this one."""
+    """Returns the size to which the model's preprocessing scales an image of `size`."""
     if isinstance(tiling, CanvasConfig):
         where = canvas_layout(size, tiling)
         return where.width, where.height
@@ -62,10 +63,11 @@ def _fitted(size: Size, tiling: Tiling) -> Size:
 
 
 def shrunk(image: Image, tiling: Tiling | None) -> Image:
-    """The image as large as the model will see it: resized as the model's preprocessing does, or as it is."""
+    """Returns the image at the size at which the model will see it, resized as in the model's preprocessing; unchanged
+    if that would not shrink it, or cannot be done here."""
     if tiling is None or (isinstance(tiling, CanvasConfig) and tiling.low_precision):  # whose filter is not Pillow's
         return image
     size = _fitted(image.size, tiling)
     if size[0] >= image.width or size[1] >= image.height:
-        return image  # the model enlarges it by itself, if at all
+        return image  # if it must be enlarged, preprocessing does that
     return image.resize(size, Resampling(tiling.resample))

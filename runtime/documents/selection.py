@@ -1,6 +1,6 @@
-"""Which pages of a document, and which part of a page: parses the user's input.
+"""Parses the user's choice of pages of a document, and of a part of each page.
 
-Knows nothing of files.
+Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from granite4v.errors import DocumentError
 
 _RANGE = re.compile(r"([0-9]+)(?:\s*(-)\s*([0-9]+)?)?", re.ASCII)
 _LENGTH = re.compile(r"([0-9]*\.?[0-9]+|[0-9]+\.)\s*(%?)", re.ASCII)
-_TOLERANCE = 1e-6  # of a page's side: 33.3% and 66.7% add up to 100%, whatever binary fractions make of them
+_TOLERANCE = 1e-6  # of a page's side: 33.3% and 66.7% must add up to 100% in spite of floating-point rounding
 
 
 class SelectionError(ValueError):
-    """Pages, a crop or a password that make no sense: wrong usage, where a DocumentError is about a file."""
+    """Invalid pages, an invalid crop or password: wrong usage, while a DocumentError is about a file."""
 
 
 @dataclass(frozen=True)
 class PageRanges:
-    """Page numbers from 1 as (first, last) pairs, both included, ascending, none touching; no last: to the end."""
+    """Page numbers from 1 as (first, last) pairs, both inclusive, ascending, with gaps between pairs; last None: to the
+    end."""
 
     ranges: tuple[tuple[int, int | None], ...]
 
     def of(self, n_pages: int) -> Iterator[tuple[int, int | None]]:
-        """(first, last) of what is wanted of a document: pages that it has one by one, those beyond it in one piece.
+        """Yields (first, last) pairs for a document: a pair for each page that it has, and one for each missing range.
 
-        Only the pairs with a first greater than `n_pages` are missing pages.
+        Only pairs with a first greater than `n_pages` are missing pages. For instance, '1-3,7-9' of a document with 2
+        pages gives (1, 1), (2, 2), (3, 3), (7, 9).
         """
         for first, last in self.ranges:
             for number in range(first, min(last or n_pages, n_pages) + 1):
@@ -42,7 +44,7 @@ class PageRanges:
                 yield max(first, n_pages + 1), last
 
     def count(self, n_pages: int) -> int:
-        """How many pairs `of` gives."""
+        """Returns how many pairs `of` yields."""
         return sum(
             max(0, min(last or n_pages, n_pages) - first + 1) + (first > n_pages if last is None else last > n_pages)
             for first, last in self.ranges
@@ -50,7 +52,7 @@ class PageRanges:
 
 
 def parse_pages(text: str) -> PageRanges:
-    """The pages of '1-3,7,10-', in ascending order, each page once. Raises SelectionError."""
+    """Parses pages such as '1-3,7,10-' to ascending ranges with each page once. Raises SelectionError."""
     found = [_parse_range(part.strip(), text) for part in text.split(",")]
     merged: list[tuple[int, int | None]] = []
     for first, last in sorted(found, key=lambda pair: pair[0]):
@@ -86,7 +88,7 @@ class Crop:
     """A rectangle of a page: x, y, width, height, from the top left corner of the page as a person sees it.
 
     A plain number is in the page's own unit: pixels of an image, points (1/72 inch) of a PDF page. `relative` marks
-    numbers that are percent of the page's width (x, width) or height (y, height).
+    numbers that are percentages of the page's width (x, width) or height (y, height).
     """
 
     values: tuple[float, float, float, float]
@@ -98,9 +100,9 @@ class Crop:
         )
 
     def box(self, size: tuple[float, float], name: str, unit: str) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in `unit` on a page of `size` (width, height).
+        """Returns (left, top, right, bottom) in `unit` on a page of `size` (width, height).
 
-        Raises DocumentError, which calls the page `name`, when the rectangle reaches beyond it.
+        Raises DocumentError, which calls the page `name`, if the rectangle extends beyond it.
         """
         x, y, width, height = (
             value * size[i % 2] / 100 if relative else value
@@ -116,7 +118,7 @@ class Crop:
 
 
 def parse_crop(value: str | Sequence[float | str] | Crop) -> Crop:
-    """The rectangle of 'x,y,width,height' or of four numbers; each may be text that ends in '%'.
+    """Parses a rectangle: 'x,y,width,height' or four numbers, each of which may be text that ends in '%'.
 
     Raises SelectionError.
     """

@@ -1,6 +1,6 @@
-"""The given inputs (files, directories, globs, '-') -> the documents to read.
+"""Finds the documents to read from the given inputs (files, directories, globs, URLs, '-').
 
-Knows nothing of pages or file contents.
+Knows nothing about pages or file contents.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from granite4v.runtime.documents.limits import Limits
 from granite4v.runtime.documents.urls import RemoteFile, find_remote
 
 STDIN = "-"
-# what is taken from a directory; elsewhere the content decides
+# of files that are taken from a directory; a file that is given itself may have any suffix, and its content decides
 SUFFIXES = (".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
-_BY_FEATURE = {"avif": (".avif",), "jpg_2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc")}  # of Pillow
-# what people may think is read: told when it is left out
+_BY_FEATURE = {"avif": (".avif",), "jpg_2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc")}  # Pillow's features
+# of files that a person may expect to be read: a note says that they are left out
 _LOOKS_READABLE = (
     *(".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".tga", ".pcx", ".pbm", ".pgm", ".ppm", ".pnm", ".wmf", ".emf"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".djvu", ".djv", ".xps", ".oxps", ".ps", ".eps"),
 )
-_MOST_NAMES = 3  # of files that were left out
+_MOST_NAMES = 3  # of left-out files in a note
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One thing to open. `source` is what records call it: its path or URL as given, or '-'. `path`: None for stdin,
-    for what is `remote` until it is fetched, and for what was sent to a server, whose `source` is words for messages.
+    """One document to open.
+
+    `source`: its name in records: the path or URL as given, or '-'. `path`: None for stdin, for a `remote` file until
+    it is fetched, and for a document that was sent to a server, whose `source` is a description for messages.
     """
 
     source: str
@@ -50,7 +52,7 @@ class Document:
 
     @property
     def name(self) -> str:
-        """What messages call it: in quotes, without characters that would move a terminal's cursor."""
+        """The name in messages: a path or URL in quotes, without characters that would move a terminal's cursor."""
         if self.path is not None or self.remote is not None:
             return f"'{shown(self.source)}'"
         return "standard input" if self.source == "-" else self.source
@@ -58,7 +60,7 @@ class Document:
 
 @dataclass(frozen=True)
 class NotFound:
-    """An input that gives nothing to read, and why."""
+    """An input with nothing to read, and why."""
 
     source: str
     error: DocumentError
@@ -67,16 +69,16 @@ class NotFound:
 def find_documents(
     inputs: Sequence[str | os.PathLike[str]], note: Callable[[str], None] | None = None
 ) -> list[Document | NotFound]:
-    """The documents that `inputs` stand for, in order, each once.
+    """Returns the documents that `inputs` stand for, in order, each once.
 
     A directory stands for the files with a known suffix in it and below it, in natural order (page2 before page10);
-    hidden ones are left out and links to directories not followed. A name with `*`, `?` or `[` that is no file is a
-    glob (`**` for directories in between, links not followed). An input that gives nothing is a NotFound in its place;
-    raises DocumentError when no input gives anything.
+    hidden ones are left out, and links to directories are not followed. A name with `*`, `?` or `[` that is not a file
+    is a glob (`**` for directories in between, links not followed). An input without documents becomes a NotFound in
+    its place; raises DocumentError if no input has any.
 
-    A file that is met again, by whatever path or link, is the same document, called by the path that came first; a
-    hard link is a file of its own. Paths are written without './', doubled and closing slashes. `note` gets a line on
-    files of a directory that are left out although they look like images or documents.
+    A file that occurs again, by any path or symbolic link, is the same document, under the path that came first; a hard
+    link is a file of its own. Paths are written without './', double slashes or trailing slashes. `note` gets a line
+    about files of a directory that are left out although they look like images or documents.
     """
     if not inputs:
         raise DocumentError("no input; give files, directories or globs, or '-' for standard input.")
@@ -138,7 +140,7 @@ def _at_url(url: str) -> Iterator[Document | NotFound]:
 
 
 def _is_there(path: str, errors: list[OSError]) -> bool:
-    """Whether there is a file, a directory or a link; `errors` gets why that cannot be known."""
+    """Whether there is a file, a directory or a link; `errors` gets the error if that cannot be known."""
     try:
         os.lstat(path)
     except _NOT_THERE:
@@ -150,9 +152,9 @@ def _is_there(path: str, errors: list[OSError]) -> bool:
 
 
 def glob_matches(pattern: str, errors: list[OSError]) -> Iterator[str]:
-    """What a glob stands for, as `glob.glob(..., recursive=True)` has it, but for links: `**` follows none.
+    """Yields what a glob matches, like `glob.glob(..., recursive=True)`, except that `**` follows no links.
 
-    `errors` gets what could not be looked into.
+    `errors` gets the errors of directories that could not be read.
     """
     absolute = os.path.isabs(pattern)
     return _match(os.sep if absolute else "", [part for part in pattern.split(os.sep) if part not in ("", ".")], errors)
@@ -167,7 +169,7 @@ def _match(base: str, parts: list[str], errors: list[OSError]) -> Iterator[str]:
         while rest[:1] == ["**"]:
             rest = rest[1:]
         if not rest:
-            yield base or "."  # a directory stands for all that is in it
+            yield base or "."  # a directory stands for everything in it
             return
         for folder, _ in _walk(base or ".", errors):
             yield from _match(folder if base else folder[2:], rest, errors)
@@ -210,9 +212,10 @@ def _in_directory(directory: str, note: Callable[[str], None]) -> Iterator[Docum
 
 
 def _walk(top: str, errors: list[OSError]) -> Iterator[tuple[str, list[str]]]:
-    """(directory, names of what else is in it) of `top` and below, hidden ones left out, links not followed.
+    """Yields (directory, names in it that are not directories) for `top` and everything below it. Leaves out hidden
+    entries and follows no links.
 
-    Not `os.walk`, which calls itself before Python 3.12, and so ends at about a thousand levels.
+    Not `os.walk`, which is recursive before Python 3.12, and so fails at about a thousand levels.
     """
     waiting = [top]
     while waiting:
@@ -234,9 +237,9 @@ def _unreadable(error: OSError, otherwise: str) -> NotFound:
 
 
 def _suffixes() -> tuple[str, ...]:
-    """Those of what the installed Pillow reads."""
+    """Returns the suffixes of readable files, some of which depend on the installed Pillow."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of versions that do not know a feature
+        warnings.simplefilter("ignore")  # from versions that do not know a feature
         more = [suffix for feature, known in _BY_FEATURE.items() if features.check(feature) for suffix in known]
     return (*SUFFIXES, *more)
 
@@ -268,7 +271,7 @@ def _suffix(path: str) -> str:
 
 
 def _is_special(path: str) -> bool:
-    """A pipe or a device, which reading might wait for without end; a dangling link is not."""
+    """Whether this is something like a pipe or a device, whose reader might block forever. A dangling link is not."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:  # reported when it is opened
@@ -276,13 +279,13 @@ def _is_special(path: str) -> bool:
 
 
 def _natural(path: str) -> tuple[list[list[tuple[int, int, str]]], str]:
-    """Sorts numbers in names by value and letters whatever their case, folder by folder."""
+    """Returns a sort key: numbers in names by value, letters regardless of case, folder by folder."""
     parts = [re.split(r"(\d+)", part) for part in Path(path).parts]
     return [[(0, int(s), "") if s.isdecimal() else (1, 0, s.casefold()) for s in part] for part in parts], path
 
 
 def read_once(document: Document, limits: Limits) -> bytes:
-    """All that standard input or a pipe holds. Raises DocumentError."""
+    """Returns everything that standard input or a pipe holds. Raises DocumentError."""
     try:
         data = (
             _standard_input(limits.file_bytes)
@@ -308,7 +311,7 @@ def _standard_input(limit_bytes: int) -> bytes:
 
 
 def why_missing(document: Document, error: OSError) -> DocumentError:
-    """What to tell of a document that cannot be opened."""
+    """Returns the error to report for a document that cannot be opened."""
     path = document.path
     if path is not None and os.path.islink(path) and error.errno == errno.ENOENT:
         target = shown(os.readlink(path))
@@ -317,15 +320,15 @@ def why_missing(document: Document, error: OSError) -> DocumentError:
 
 
 def file_state(document: Document) -> str | None:
-    """'size:mtime_ns' of the document's file, or what its file system knows of it; None for what is not a file, or not
-    there."""
+    """Returns 'size:mtime_ns' of the document's file, or `RemoteFile.state` of a remote one; None for anything that is
+    not a file or does not exist."""
     if document.remote is not None:
         return document.remote.state
     return None if document.path is None else state_of(document.path)
 
 
 def state_of(path: Path) -> str | None:
-    """As `file_state`, of a path."""
+    """Like `file_state`, for a path."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -334,7 +337,7 @@ def state_of(path: Path) -> str | None:
 
 
 def is_read_once(document: Document) -> bool:
-    """Whether looking into it takes its content away: standard input or a pipe."""
+    """Whether reading the document consumes it: standard input or a pipe."""
     if document.path is None:
         return document.remote is None
     try:

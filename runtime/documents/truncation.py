@@ -1,4 +1,4 @@
-"""Finds images that were cut short: Pillow's decoders fill missing rows silently."""
+"""Detects truncated images: Pillow's decoders fill missing rows silently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FILLED_PX = 8  # the side of JPEG's blocks
 def check_png(content: Path | bytes, name: str) -> None:
     """Raises ImageError for a PNG with less pixel data than its size needs; files of other formats pass.
 
-    Expects a PNG that Pillow has opened, so with a valid header.
+    Pillow must have opened the PNG, so that its header is valid.
     """
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         if file.read(len(_PNG)) != _PNG:
@@ -34,6 +34,7 @@ def check_png(content: Path | bytes, name: str) -> None:
         bits = depth * _CHANNELS[colours]
         passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
         sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+        # each row has a filter byte before its pixels: 100 x 50 pixels of 24 bits need 50 * (1 + 300) = 15,050 bytes
         needed = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
         file.seek(len(_PNG))
         found = _inflated_bytes(file, needed)
@@ -45,7 +46,7 @@ def check_png(content: Path | bytes, name: str) -> None:
 
 
 def _inflated_bytes(file: BinaryIO, enough: int) -> int:
-    """How many bytes the pixel data from here on inflate to, counted up to `enough`."""
+    """Returns how many bytes the pixel data from here on inflate to, counted up to `enough`."""
     inflate = zlib.decompressobj()
     found = 0
     while found < enough and len(head := file.read(8)) == 8:
@@ -56,7 +57,7 @@ def _inflated_bytes(file: BinaryIO, enough: int) -> int:
         data = file.read(n_bytes)
         file.seek(4, 1)
         while data and found < enough and not inflate.eof:
-            try:  # not a byte beyond the rows: what follows them may be damaged without harm
+            try:  # inflate no byte beyond the rows: damage after them does no harm
                 found += len(inflate.decompress(data, min(_INFLATE_BYTES, enough - found)))
             except zlib.error:
                 return found
@@ -65,7 +66,7 @@ def _inflated_bytes(file: BinaryIO, enough: int) -> int:
 
 
 def check_tiff(image: Image, name: str) -> None:
-    """Raises ImageError for a page of a TIFF that has fewer strips than its height needs."""
+    """Raises ImageError for a TIFF page with fewer strips than its height needs."""
     tags = image.tag_v2  # type: ignore[attr-defined]  # of TIFF alone
     height, rows, offsets = tags.get(_HEIGHT), tags.get(_ROWS_PER_STRIP), tags.get(_STRIP_OFFSETS)
     if not isinstance(height, int) or not isinstance(rows, int) or not isinstance(offsets, tuple) or rows < 1:
@@ -80,9 +81,9 @@ def check_tiff(image: Image, name: str) -> None:
 
 
 def looks_filled(image: Image) -> bool:
-    """Whether an RGB image from a JPEG has an even grey edge, which libjpeg makes up where data ends early."""
+    """Whether an RGB image from a JPEG has a uniform grey edge, with which libjpeg fills in for missing data."""
     width, height = image.size
-    edges = (  # all four: the image may have been turned upright since
+    edges = (  # all four: the image may have been rotated upright since
         (0, height - _FILLED_PX, width, height),
         (0, 0, width, _FILLED_PX),
         (width - _FILLED_PX, 0, width, height),

@@ -1,6 +1,6 @@
-"""Documents that are named by URL, such as s3://bucket/scans/: what fsspec finds there, and local copies of it.
+"""Finds documents at URLs, such as s3://bucket/scans/, through fsspec, and makes local copies of them.
 
-A URL is a place, never a place and a page: '#' and what follows belong to the name.
+A URL names a file or a folder, never a page in a file: '#' and what follows it are part of the name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from granite4v.extras import check_installed
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 _MAGIC = re.compile(r"[*?\[]")
 _PIECE_BYTES = 1 << 20
-_WEB = ("http", "https")  # whose names say nothing of what is behind them
+_WEB = ("http", "https")  # where `ukey` depends on the URL alone, which says nothing about the content
 
 
 @dataclass(frozen=True, eq=False)
 class RemoteFile:
-    """A file in one of fsspec's file systems. `url`: what records call it."""
+    """A file in one of fsspec's file systems. `url`: its name in records."""
 
     url: str
     system: Any
@@ -33,7 +33,7 @@ class RemoteFile:
 
     @property
     def state(self) -> str | None:
-        """Changes when the file does; None where the file system cannot tell."""
+        """A text that changes when the file does; None if the file system offers none."""
         try:
             info = self.system.info(self.path)
             token = info.get("ETag") if _protocol(self.system) in _WEB else self.system.ukey(self.path)
@@ -43,7 +43,7 @@ class RemoteFile:
 
     @contextlib.contextmanager
     def fetched(self, limit_bytes: int) -> Iterator[Path]:
-        """A local copy, complete, for as long as it is needed. Raises DocumentError."""
+        """Makes a complete local copy, which exists inside the block. Raises DocumentError."""
         with tempfile.NamedTemporaryFile(prefix="granite4v-") as copy:
             try:
                 size = self.system.info(self.path).get("size")
@@ -66,8 +66,8 @@ class RemoteFile:
 
 
 def find_remote(given: str, suffixes: Sequence[str]) -> list[RemoteFile]:
-    """The files that a URL stands for, in no order: itself; below a folder, those with one of `suffixes`; the matches
-    of a glob. Raises DocumentError."""
+    """Returns the files that a URL stands for, in no order: the file itself; those below a folder with one of
+    `suffixes`; the matches of a glob. Raises DocumentError."""
     url = url_in(given) or given
     if _PASSWORD.search(url):
         raise DocumentError(

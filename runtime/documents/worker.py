@@ -1,8 +1,8 @@
-"""The process that opens files and renders pages, so that no file can crash, hang or bloat its owner.
+"""The reader process, which opens files and renders pages, so that no file can crash, hang or bloat its parent.
 
-Started by `reader`; takes one request at a time on its standard input and writes one reply to each on its standard
-output. It ends with its owner: a thread sees the end of standard input even while a page is being rendered. It imports
-neither NumPy (but for deep greyscale) nor llama.cpp: it is started anew after every crash, and must be small.
+Started by `reader`. Takes one request at a time on standard input and writes one reply to each on standard output. It
+ends with its parent: a thread notices the end of standard input even while a page is being rendered. It imports neither
+NumPy (except for deep greyscale) nor llama.cpp: it is restarted after every crash, so it must be small.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from granite4v.runtime.documents.protocol import PREFIX, packed
 from granite4v.runtime.documents.selection import Crop
 from granite4v.runtime.documents.sources import Document
 
-OUT_OF_MEMORY = 77  # exit status of a worker that has passed its limit
-_CHECK_S = 0.02  # between two looks at the memory, while there is work
+OUT_OF_MEMORY = 77  # exit status of a worker that has exceeded its memory limit
+_CHECK_S = 0.02  # between two checks of the memory during a request
 
 Request = tuple[dict[str, Any], bytes]
 
 
 def main(setup: str) -> None:
     """Answers requests until standard input ends. `setup`: JSON of `limits` and `max_image_pixels`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which then closes our standard input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our standard input
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints to standard output must not end up between the replies
     options = json.loads(setup)
     limits = Limits(**options["limits"])
     PIL.Image.MAX_IMAGE_PIXELS = options["max_image_pixels"]
-    limit_address_space(2 * limits.memory_bytes)  # `_watch_memory`, which can say why, is first
+    limit_address_space(2 * limits.memory_bytes)  # a backstop: `_watch_memory` acts earlier, and its status says why
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
     busy = threading.Event()
     threading.Thread(target=_watch_memory, args=(limits.memory_bytes, busy), daemon=True).start()
     _send(replies, {"ready": True})
-    # until here, standard error would have told the owner why the reader does not start
+    # until here, the parent could have read from standard error why the reader does not start
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     handler = RequestHandler(limits)
     while True:
@@ -63,7 +63,7 @@ def main(setup: str) -> None:
         _limit_cpu(seconds.ru_utime + seconds.ru_stime + 4 * (limits.open_s + limits.page_s))
         reply, pixels = handler.answer(request, content)
         _send(replies, reply, pixels)
-        del reply, pixels, request, content  # a page's pixels are not to stay until the next request
+        del reply, pixels, request, content  # a page's pixels must not stay in memory until the next request
         busy.clear()
 
 
@@ -76,7 +76,7 @@ class RequestHandler:
         self._id: int | None = None  # of the document that is open
 
     def answer(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-        """The header and payload of the reply to `load`, `open` or `render`; an error is a reply as well."""
+        """Returns the header and payload of the reply to `load`, `open` or `render`; an error is a reply as well."""
         name = request["about"]
         try:
             if request["op"] == "load":
@@ -122,7 +122,7 @@ class RequestHandler:
 
 
 def load(source: str | bytes, name: str | None = None) -> tuple[dict[str, Any], bytes]:
-    """The reply to `load`: an image opened as `load_image` does. `name`: what messages call bytes."""
+    """Returns the reply to `load`: an image opened like `load_image`. `name`: what messages call an image in bytes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = open_rgb(source, name)
@@ -144,11 +144,12 @@ def _receive(stream: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
             break
         requests.put((json.loads(header), content))
         del content
-    os._exit(0)  # the owner is gone, or done
+    os._exit(0)  # the parent is gone, or done
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Ends a worker whose owner was killed while a library held the GIL, so that no thread of ours could notice."""
+    """Limits the total CPU time, to end a worker whose parent was killed while a library held the GIL, so that no
+    thread of ours could notice."""
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         limit = int(seconds) + 1

@@ -1,4 +1,4 @@
-"""Documents in, data out: a batch of pages and tasks becomes records that survive crashes, kills and power cuts."""
+"""Extracts data from documents: turns pages and tasks into records that survive crashes, kills and power cuts."""
 
 from granite4v.runtime.extract.batch import Extraction
 from granite4v.runtime.extract.options import ExtractOptions

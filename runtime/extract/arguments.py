@@ -19,7 +19,7 @@ from granite4v.runtime.extract.document_files import (
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.questions import ArgumentError, check_tasks
 
-# suffixes of files that people take '--out' for; a directory of such a name is used when it is there already
+# suffixes of file names that are given to '--out' by mistake; an existing directory with such a name is accepted
 _FILE_SUFFIXES = (
     ".csv", ".doc", ".docx", ".gguf", ".htm", ".html", ".json", ".jsonl", ".jpeg", ".jpg", ".md", ".ndjson", ".otsl",
     ".parquet", ".pdf", ".png", ".py", ".sqlite", ".tif", ".tiff", ".tsv", ".txt", ".webp", ".xls", ".xlsx", ".xml",
@@ -28,9 +28,10 @@ _FILE_SUFFIXES = (
 
 
 def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], ExtractOptions]:
-    """The paths of `inputs` and the options in one form: `tasks` and `formats` as tuples of names, each task once.
+    """Returns the paths of `inputs` and the normalized options: `tasks` and `formats` as tuples of names, each task
+    once.
 
-    Raises ArgumentError for options that contradict each other or make no sense, SelectionError for pages or a crop.
+    Raises ArgumentError for contradictory or invalid options, SelectionError for invalid pages or an invalid crop.
     """
     for name in ("prompt", "pages", "password"):
         value = getattr(options, name)
@@ -62,7 +63,7 @@ def checked(inputs: Any, options: ExtractOptions) -> tuple[tuple[str, ...], Extr
 
 
 def _as_paths(inputs: Any) -> tuple[str, ...]:
-    """A single input may be given without a list."""
+    """Returns the inputs as text; a single input may be given without a list."""
     single = isinstance(inputs, str | bytes | os.PathLike)
     paths = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else [inputs]
     for path in paths:
@@ -72,7 +73,8 @@ def _as_paths(inputs: Any) -> tuple[str, ...]:
 
 
 def as_names(what: str, given: Any) -> tuple[Any, ...]:
-    """A single name may be given without a list."""
+    """Returns the names as a tuple; a single name may be given without a list. Raises ArgumentError for anything that
+    is not text."""
     names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     for name in names:
         if not isinstance(name, str):
@@ -81,8 +83,8 @@ def as_names(what: str, given: Any) -> tuple[Any, ...]:
 
 
 def check_formats(formats: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raises ArgumentError for a format that there is not, or that means nothing for any of the tasks, and
-    Granite4vError for one whose extra is not installed."""
+    """Raises ArgumentError for a format that is unknown or applies to none of the tasks, and Granite4vError for one
+    whose extra is not installed."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ArgumentError(f"there is no format '{unknown[0]}'; known are {', '.join(FORMATS)}.")
@@ -112,7 +114,7 @@ def _check_combinations(options: ExtractOptions) -> None:
 
 
 def check_csv_safe(csv_safe: bool, tasks: Sequence[str], formats: Sequence[str]) -> None:
-    """Raises ArgumentError for `csv_safe` where no CSV is written."""
+    """Raises ArgumentError for `csv_safe` if no CSV is written."""
     if csv_safe and "csv" not in formats and not any("csv" in suffixes(task, formats) for task in tasks):
         raise ArgumentError(
             "'csv_safe' applies to CSV files, but none are requested; add 'csv' to the formats (--format)."
@@ -129,7 +131,7 @@ def _at_least_one(name: str, given: Any) -> int | None:
 
 
 def check_out(out: Any) -> None:
-    """Raises ArgumentError for what is no directory, nor the name of one."""
+    """Raises ArgumentError for anything but a directory or a path at which one can be created."""
     if not isinstance(out, str | os.PathLike):
         raise ArgumentError(f"'out' is {out!r:.60}; expected a directory, as text or a Path.")
     text = os.fspath(out)

@@ -1,4 +1,4 @@
-"""Who answers the questions of a run: a model in this process, or whatever else answers them in the same way."""
+"""Defines what answers a run's questions: a model in this process, or anything else with the same interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from granite4v.runtime.model import Model
 
 
 class Asked(Protocol):
-    """One question about one page, on its way to a record; `PageQuestion` says what each of these does."""
+    """One question about one page, from asking it to its record; `PageQuestion` documents the members."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -36,14 +36,14 @@ class Asked(Protocol):
 
 
 class Asker(Protocol):
-    """Answers questions. `is_drafting`: answers are faster where those about the same page come one after another."""
+    """Answers questions. `is_drafting`: questions about the same page are answered faster one after another."""
 
     is_drafting: bool
-    n_each: int  # answers at once of each model
+    n_each: int  # the most answers in parallel of each model
 
     @property
     def n_parallel(self) -> int:
-        """The most answers at once, which may change."""
+        """The most answers in parallel; may change during a run."""
         ...
 
     @property
@@ -52,18 +52,18 @@ class Asker(Protocol):
         ...
 
     def question(self, page: Page, question: Question) -> Asked:
-        """Not asked yet."""
+        """Returns a question that has not been asked yet."""
         ...
 
     def forget(self, digest: str) -> None:
-        """After the last answer about a page."""
+        """Drops what is kept for a page; called after the last answer about it."""
         ...
 
 
 class ModelAsker:
     """Asks a model in this process."""
 
-    has_room = True  # there is at most one page for each answer at once
+    has_room = True  # there is at most one page in flight for each parallel answer
 
     def __init__(self, model: Model, hashes: Mapping[str, str], options: ExtractOptions, n_parallel: int) -> None:
         self._model, self._hashes, self._options, self.n_parallel = model, hashes, options, n_parallel

@@ -1,4 +1,5 @@
-"""Pages in, records out, in order, each written to disk before it is given out; then the files of each document."""
+"""The loop of a run: turns pages into records, in order, and writes each to disk before it is returned; then writes the
+files of each document."""
 
 from __future__ import annotations
 
@@ -42,9 +43,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a run does. `hashes`: SHA-256 of the model's files by role; `totals`: of the pages of `inputs`; `named`: the
-    inputs, or the folder that stands for them.
-    `asker`: who answers, which is that model, or asks it elsewhere."""
+    """What a run has to do.
+
+    `asker`: answers the questions, with `model` in this process or elsewhere. `hashes`: SHA-256 of the model's files by
+    role. `named`: the inputs, or the folder that stands for them (see `begin`). `totals`: page counts of `inputs`.
+    """
 
     model: Model | RayModel
     asker: Asker
@@ -57,7 +60,7 @@ class Job:
 
 
 class Extraction:
-    """An iterator over records, that holds a model, a log and a directory until it is used up or closed."""
+    """An iterator over the records of a run. Holds a model, a log and a directory until it is exhausted or closed."""
 
     def __init__(
         self,
@@ -70,10 +73,10 @@ class Extraction:
         say: Say,
         opened: contextlib.ExitStack,
     ) -> None:
-        """`opened` is closed when the run ends. Use `extract` to get one."""
+        """Use `extract` to create one. `opened` is closed when the run ends."""
         self._job, self._folder, self._log = job, folder, log
         self._watch, self._say, self._opened = watch, say, opened
-        self.progress: Progress | None = None  # told of what comes before an answer
+        self.progress: Progress | None = None  # called during the stages before an answer
         self._names = Names(job.named, log.sources())
         self._tasks = [question.task for question in job.questions]
         self._form = Form(job.options.formats, job.options.csv_safe)
@@ -85,8 +88,8 @@ class Extraction:
         self._window = Window(job.asker, job.hashes, job.options, log, attempts, state, watch)
         self._read: Seen | None = None  # the document of the page that was rendered last
         self._written: Seen | None = None  # the document whose records come next
-        self._met: set[str] = set()  # documents that this run has come to
-        self._is_read = False  # all pages
+        self._met: set[str] = set()  # the documents that `_written` has been so far
+        self._is_read = False  # whether `open_pages` has no more pages
         self._records = self._run()
 
     def __iter__(self) -> Extraction:
@@ -104,7 +107,7 @@ class Extraction:
         return self._job.model
 
     def close(self) -> None:
-        """Ends the run; what is finished is kept. A second call does nothing."""
+        """Ends the run and keeps what is finished. A second call does nothing."""
         self._records.close()
         self._opened.close()
 
@@ -151,7 +154,8 @@ class Extraction:
         self._end()
 
     def _while_rendering(self, source: str, number: int | None, waited_s: float) -> None:
-        """A page that takes long to render keeps no answer waiting."""
+        """Keeps the model busy while a page takes long to render: collects answers and asks further questions. If no
+        question is in flight, reports the wait instead."""
         if self._window.is_active:
             self._window.poll()
             self._window.ask(self._before_answers)
@@ -159,12 +163,14 @@ class Extraction:
             waiting(self.state, self._watch)(source, number, waited_s)
 
     def _before_answers(self, stage: str, done: int, total: int) -> None:
-        """Progress of one page; where others are answered meanwhile, their tokens tell more."""
+        """Reports the progress of a page before its answer, unless answers are being generated: their token counts are
+        the better progress."""
         if self.progress is not None and not self.state.n_answer_tokens:
             self.progress(stage, done, total)
 
     def _work(self, item: Page | PageFailure | PageSkipped) -> PageWork:
-        """What is to be asked about a page. Records that hold need nothing but the state of their file."""
+        """Returns the questions to ask about a page. A record that is still valid only gets the present state of its
+        file."""
         if self._read is None or item.source != self._read.source:
             self._read = Seen(item.source)
         seen, job = self._read, self._job
@@ -186,7 +192,7 @@ class Extraction:
         return work
 
     def _ready(self) -> Iterator[Record]:
-        """The records that come next, each on the disk before it is given out."""
+        """Yields the records that come next, each written to disk first."""
         while (work := self._window.head) is not None:
             if work.seen is not self._written:
                 self._end_document(self._written)
@@ -203,7 +209,7 @@ class Extraction:
             self._window.pop()
 
     def _write(self, work: PageWork, record: Record) -> Record:
-        """Keeps the record of the first question of a page that has none yet on the disk."""
+        """Writes the record of a page's first remaining question to disk, and removes the question."""
         is_new = self._log.get(record.key) is None
         record = self._append(record)
         del work.slots[0]
@@ -212,19 +218,19 @@ class Extraction:
         return record
 
     def _keep_finished(self) -> None:
-        """At an early end: what is finished behind a page that is not."""
+        """Stops what is in flight. After an early end, also keeps finished records behind an unfinished page."""
         self._window.stop()
         try:
             for record in self._window.finished():
                 self._append(record)
             self._log.arrange(self._job.totals.sources, self._tasks)
-        except OutputError as error:  # a disk that is full has ended the run already, or is told here
+        except OutputError as error:  # a full disk: if it has not ended the run already, this is the only message
             self._say(AboutResult(error))
 
     def _refresh(self, key: Key, item: Page | PageFailure) -> bool:
-        """Notes the present state of the file in a record that holds, so that the next run need not render the page.
+        """Stores the present state of the file in a valid record, so that the next run need not render the page.
 
-        True when the document has another number of pages now, by which files are named.
+        Returns True when the document's number of pages has changed, since file names depend on it.
         """
         entry = self._log.get(key)
         if entry is None or item.file_state is None or entry.file_state == item.file_state:
@@ -240,7 +246,7 @@ class Extraction:
         record = replace(record, stem=self._stem(record.source))
         try:
             self._log.append(record)
-        except (ValueError, MemoryError) as error:  # infinity, which JSON cannot carry
+        except (ValueError, MemoryError) as error:  # ValueError: infinity, which JSON does not have
             why = f"the answer cannot be kept: {error or 'there is not enough memory'}"
             record = replace(record, value=None, confidence=None, valid=False, validity_error=why)
             self._log.append(record)
@@ -255,7 +261,7 @@ class Extraction:
         self.state.n_unwritten += written.n_failed
 
     def _end_document(self, seen: Seen | None) -> None:
-        """Drops what is out of date, and writes the files, also those that an earlier run may have had no time for."""
+        """Drops the document's stale records and writes its files, including any that an earlier run did not get to."""
         if seen is None:
             return
         stale = self._earlier.stale(seen)

@@ -1,4 +1,4 @@
-"""Cells and fields of records with their confidences, so that people can check the least certain ones first."""
+"""Lists cells and fields of records with their confidences, so that people can check the least certain ones first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from granite4v.runtime.extract.record import Record
 
 @dataclass(frozen=True)
 class Certainty:
-    """How sure the model was of one cell or field. `where`: 'table 1, row 2, column 3' (from 1), the JSON pointer of a
-    field, or '' for all of a text. `text`: what it says, None for a whole text. `least` and `mean`: token probabilities
-    as in `Confidence`. `anchor`: the number of the page that was given with the record."""
+    """The confidence of one cell or field.
+
+    `where`: 'table 1, row 2, column 3' (from 1), the JSON pointer of a field, or '' for a complete text. `text`: its
+    content; None for a complete text. `least` and `mean`: token probabilities as in `Confidence`. `anchor`: the page
+    number that was passed with the record.
+    """
 
     anchor: int
     source: str
@@ -27,7 +30,7 @@ class Certainty:
 
 
 def certainties(record: Record, anchor: int = 0) -> Iterator[Certainty]:
-    """Of each cell or field of a record that has a confidence."""
+    """Yields the certainty of each cell or field of a record that has a confidence."""
     by_slot = {
         (number, cell.row, cell.col): cell.text
         for number, table in enumerate(record.tables if record.confidence else ())
@@ -43,12 +46,12 @@ def certainties(record: Record, anchor: int = 0) -> Iterator[Certainty]:
 
 
 def least_certain(found: Iterable[Certainty], n: int) -> list[Certainty]:
-    """The `n` with the smallest least probability, smallest first; ties by their mean, then in order."""
+    """Returns the `n` entries with the smallest `least`, smallest first; ties are ordered by `mean`, then as given."""
     return heapq.nsmallest(n, found, key=lambda one: (one.least, one.mean))
 
 
 def _field(value: Any, pointer: str) -> str | None:
-    """What a JSON pointer leads to, as text; None where it leads nowhere, as in a value that was cut."""
+    """Returns what a JSON pointer refers to, as text; None if it refers to nothing, as in a truncated value."""
     for part in pointer.split("/")[1:]:
         try:
             value = value[int(part)] if isinstance(value, list) else value[part.replace("~1", "/").replace("~0", "~")]

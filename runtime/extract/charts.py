@@ -11,8 +11,8 @@ from granite4v.runtime.formats import Table
 
 WIDTH, HEIGHT = 640, 380  # of the drawing, in its own units
 _LEFT, _RIGHT, _TOP = 64, 12, 16
-_LETTER = 4.5  # how far a letter of a slanted label reaches down
-MAX_BARS = 60  # above that, lines
+_LETTER = 4.5  # height that each letter of a slanted label takes
+MAX_BARS = 60  # more values are drawn as lines
 MAX_LABELS = 16
 _NUMBER = re.compile(r"[+-]?(\d[\d.,' ]*|[.,]\d+)([eE][+-]?\d+)?")
 _UNITS = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "billion": 1e9}
@@ -20,7 +20,7 @@ _UNITS = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1
 
 @dataclass(frozen=True)
 class Bar:
-    """A filled box with its lower and upper edge in place, and its tooltip."""
+    """A filled rectangle, with (`x`, `y`) its upper left corner, and its tooltip (`title`)."""
 
     x: float
     y: float
@@ -39,7 +39,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: for each series its unbroken pieces, as SVG `points`; `zero_y`: where the axis stands."""
+    """The geometry of a chart. `lines`: (series, SVG `points`) of each unbroken piece; `zero_y`: where the axis is."""
 
     series: tuple[str, ...]
     bars: tuple[Bar, ...]
@@ -54,7 +54,8 @@ class Chart:
 
 
 def redraw(table: Table) -> Chart | None:
-    """The chart of a table whose first row names series and whose first column names points; None without numbers."""
+    """Returns the chart of a table whose first row names series and whose first column names points; None without
+    numbers."""
     header, *rows = table.texts()
     if not rows or table.n_cols < 2:
         return None
@@ -104,7 +105,8 @@ def redraw(table: Table) -> Chart | None:
 
 
 def number(text: str) -> float | None:
-    """The number in a cell, without its currency, percent sign or unit; None when there is none."""
+    """Returns the number in a cell, without currency or percent sign; a unit such as 'million' scales it. None if there
+    is no number."""
     plain = text.strip().replace("\u2212", "-").replace("\u00a0", " ").replace("\u202f", " ")
     negative = plain.startswith("(") and plain.endswith(")")
     match = _NUMBER.search(plain)
@@ -120,8 +122,12 @@ def number(text: str) -> float | None:
 
 
 def _plain(digits: str) -> float:
-    """Digits with marks between them: the last mark is the decimal one unless it stands there again, or parts off
-    three digits as a comma."""
+    """Converts digits with separators to a number.
+
+    The kind of separator that comes last is the decimal one, unless it occurs more than once, or is a single comma
+    between up to three digits and exactly three: '1.234,5' is 1234.5, '1,5' is 1.5, '1,234' is 1234, '1.234.567' is
+    1234567.
+    """
     digits = digits.replace("'", "").replace(" ", "")
     if digits.rfind(",") > digits.rfind("."):
         thousands = digits.count(",") > 1 or re.fullmatch(r"[+-]?\d{1,3},\d{3}([eE].*)?", digits)
@@ -132,7 +138,7 @@ def _plain(digits: str) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Evenly spaced round numbers, from below the lowest to above the highest."""
+    """Returns evenly spaced round numbers that cover `low` to `high`."""
     if low == high:
         high = low + 1.0
     rough = (high - low) / 5
@@ -142,14 +148,14 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _ascends(labels: list[str]) -> bool:
-    """Whether points follow one another, as years do."""
+    """Whether the labels are increasing numbers, such as years."""
     numbers = [number(label) for label in labels]
     known = [value for value in numbers if value is not None]
     return len(known) == len(labels) and all(a < b for a, b in itertools.pairwise(known))
 
 
 def _pieces(xs: list[float], ys: list[float | None]) -> list[str]:
-    """Where a value is missing the line is broken."""
+    """Returns the pieces of a line as SVG `points`; a missing value breaks the line."""
     pieces: list[list[str]] = [[]]
     for x, y in zip(xs, ys, strict=True):
         if y is None:

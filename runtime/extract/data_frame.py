@@ -1,4 +1,4 @@
-"""The records of a results folder as a data frame of pandas, or a table of Arrow (the extras 'pandas' and 'arrow')."""
+"""Reads the records of a results folder as a pandas data frame or an Arrow table (the extras 'pandas' and 'arrow')."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from granite4v.runtime.extract.results_log import ResultsLog
 
 
 def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
-    """A pandas data frame with a row for each record of a results folder, and a column for each field of `Record`.
+    """Returns a pandas data frame with a row for each record of a results folder and a column for each `Record` field.
 
-    Reads `results.jsonl` alone and writes nothing, so a run may go on meanwhile: of records with the same key the last
-    counts, an unfinished last line is left out, and the order is that of a finished run: by document, page and task.
-    `value` is as in `Record`. `arrow`: a pyarrow.Table instead, all of whose columns are JSON's plain values; what is
-    nested is JSON text.
+    Reads only `results.jsonl` and writes nothing, so a run may be writing to the folder: of records with the same key
+    the last counts, an incomplete last line is left out, and the order is that of a finished run: by document, page and
+    task. `value` is as in `Record`. `arrow`: return a pyarrow.Table instead, with plain JSON values in all columns;
+    nested values are JSON text.
 
     Raises OutputError for a folder without results and for a file that holds anything but records; Granite4vError
-    where pandas or pyarrow is not installed.
+    if pandas or pyarrow is not installed.
     """
     check_installed("read_results", *(("pyarrow", "arrow") if arrow else ("pandas", "pandas")))
     with ResultsLog.open_to_read(Path(folder)) as log:
@@ -37,7 +37,7 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
 
 
 def arrow_table(records: Iterable[Record]) -> Any:
-    """A pyarrow.Table with a row for each record, as `read_results` has it."""
+    """Returns a pyarrow.Table with a row for each record, in the form of `read_results`."""
     import pyarrow
 
     columns = list(Record.__dataclass_fields__)

@@ -1,6 +1,7 @@
-"""A document's records as one DoclingDocument, through docling-core (the extra 'docling').
+"""Exports a document's records as one DoclingDocument, through docling-core (the extra 'docling').
 
-Tables, charts as picture items with their data, fields as key-value pairs, prose and code as text, each on its page.
+It has tables, charts as picture items with their data, fields as key-value pairs, prose and code as text, each on its
+page.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SUFFIX = "docling.json"
 def write_docling(root: Path, stem: str, source: str, records: Iterable[Record]) -> Path | None:
     """Writes `stem.docling.json` below `root`, complete or not at all, and returns its path.
 
-    None, and no file, for a document of which no page could be read. Raises OutputError.
+    Returns None and writes no file if no page of the document could be read. Raises OutputError.
     """
     name = Path(stem).name
     document = as_docling(name, source, records)
@@ -39,7 +40,7 @@ def write_docling(root: Path, stem: str, source: str, records: Iterable[Record])
 
 
 def as_docling(name: str, source: str, records: Iterable[Record]) -> DoclingDocument:
-    """The document. Where several tasks read the tables of a page, the first that read any counts."""
+    """Returns the document. If several tasks read the tables of a page, only the first that found any is used."""
     from docling_core.types.doc import DoclingDocument, Size
 
     document = DoclingDocument(name=name)
@@ -70,7 +71,7 @@ def _add_tables(document: DoclingDocument, record: Record) -> None:
 
 
 def _add_item(document: DoclingDocument, record: Record) -> None:
-    """Fields, code or text."""
+    """Adds fields, code or text."""
     from docling_core.types.doc import DocItemLabel
 
     if record.kind == "fields":
@@ -84,8 +85,10 @@ def _add_item(document: DoclingDocument, record: Record) -> None:
 
 
 def _whole_page(record: Record, n_characters: int = 0) -> Any:
-    """Where an item stands: somewhere on its page, which is the region that was read. From the bottom left, as in
-    docling's own documents. `n_characters`: of an item that is text."""
+    """Returns the location of an item: the complete page image, since its place on the page is unknown.
+
+    The origin is at the bottom left, as in docling's own documents. `n_characters`: length of a text item.
+    """
     from docling_core.types.doc import BoundingBox, CoordOrigin, ProvenanceItem
 
     assert record.size_px is not None and record.page is not None
@@ -95,8 +98,8 @@ def _whole_page(record: Record, n_characters: int = 0) -> Any:
 
 
 def _confidence(record: Record, start: str = "") -> dict[str, float]:
-    """The mean over cells or fields of their mean token probability, and the least of any token; empty where the run
-    did not ask for them. `start`: of the keys that count."""
+    """Returns the mean over cells or fields of their mean token probability, and the least probability of any token;
+    empty if the run did not record confidences. `start`: prefix of the keys to include."""
     found = [one for key, one in (record.confidence or {}).items() if key.startswith(start)]
     if not found:
         return {}
@@ -104,7 +107,8 @@ def _confidence(record: Record, start: str = "") -> dict[str, float]:
 
 
 def _meta(confidence: dict[str, float]) -> Any:
-    """For items that docling gives no field for a confidence: one of our own, 'granite4v__confidence'."""
+    """Returns metadata with the custom field 'granite4v__confidence', for items that have no confidence field in
+    docling; None without a confidence."""
     from docling_core.types.doc.common.meta import FloatingMeta
 
     if not confidence:
@@ -115,7 +119,7 @@ def _meta(confidence: dict[str, float]) -> Any:
 
 
 def _chart_on(document: DoclingDocument, charts: dict[int, Any], record: Record) -> Any:
-    """Docling's picture item that holds what was read from the charts of a page."""
+    """Returns docling's picture item for the charts of a page, adding it on the first call."""
     from docling_core.types.doc import PictureMeta
 
     assert record.page is not None
@@ -132,7 +136,8 @@ def _description(record: Record) -> Any:
 
 
 def _graph(fields: Any) -> Any:
-    """A key for every field that has a value, named by its path, and a link from each to its value."""
+    """Returns docling's graph of the fields: a key for every field with a value, named by its path, linked to the
+    value."""
     from docling_core.types.doc import GraphCell, GraphCellLabel, GraphData, GraphLink, GraphLinkLabel
 
     cells: list[Any] = []
@@ -146,7 +151,7 @@ def _graph(fields: Any) -> Any:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Every value that is not null, by its path, such as 'lines[0].price'."""
+    """Yields every value that is not null with its path, such as 'lines[0].price'."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{key}" if name else key)

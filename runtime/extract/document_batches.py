@@ -1,4 +1,4 @@
-"""Batches of documents to batches of records, for pipelines that hand columns from function to function."""
+"""Turns batches of documents into batches of records, for pipelines that pass columns from function to function."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ PATHS, CONTENTS = "path", "bytes"  # columns of a batch
 
 
 def answered(batch: Mapping[str, Sequence[Any]], options: ExtractOptions, model: Model) -> Any:
-    """A pyarrow.Table of the records about a batch: of the files in its column `bytes`, which are called what its
-    column `path` says, or else of the paths and URLs in that column. Raises ArgumentError for a batch with neither."""
+    """Returns a pyarrow.Table of the records about a batch of documents.
+
+    Reads the file contents in the column `bytes`, named by the column `path`, or by row number without one. If there is
+    no column `bytes`, reads the paths and URLs in `path`. Raises ArgumentError for a batch with neither.
+    """
     check_installed("a batch of documents", "pyarrow", "arrow")
     if CONTENTS not in batch and PATHS not in batch:
         raise ArgumentError(f"a batch has the columns {', '.join(batch)}; expected '{PATHS}' or '{CONTENTS}'.")
@@ -47,7 +50,7 @@ def _records(paths: list[str], options: ExtractOptions, model: Model) -> list[Re
         return []
     try:
         run = begin(paths, options, model=model)
-    except DocumentError as error:  # none of the files is there, which is no reason to end a pipeline
+    except DocumentError as error:  # nothing to read in any of the paths, which must not end a pipeline
         if len(paths) > 1:
             return [record for path in paths for record in _records([path], options, model)]
         kind = type(error).__name__
@@ -57,7 +60,7 @@ def _records(paths: list[str], options: ExtractOptions, model: Model) -> list[Re
 
 
 def _renamed(record: Record, called: Mapping[str, str]) -> Record:
-    """`record` about a document by its own name, which messages have as well."""
+    """Returns `record` with the document's own name in place of the temporary path, also in the error message."""
     name = called[record.source]
     error = None if record.error is None else record.error.replace(record.source, name)
     copy = None if record.copy_of is None else {**record.copy_of, "source": called[record.copy_of["source"]]}
@@ -65,6 +68,6 @@ def _renamed(record: Record, called: Mapping[str, str]) -> Record:
 
 
 def cores() -> int | None:
-    """Those that Ray, or whoever sets OMP_NUM_THREADS, leaves this process; None for all."""
+    """Returns how many cores OMP_NUM_THREADS, which Ray sets, leaves to this process; None for all."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     return int(text) if text.isdecimal() and int(text) else None

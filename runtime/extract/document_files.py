@@ -1,4 +1,4 @@
-"""Writes the files of one document: its tables in the formats that were asked for, its fields, its code and prose.
+"""Writes the files of one document: its tables in the requested formats, its fields, its code and prose.
 
 Records are read and written one at a time, so a long document takes no more memory than a short one.
 """
@@ -30,8 +30,8 @@ from granite4v.runtime.formats.tasks import QUESTION, task_or_question
 TABLE_FORMATS = {"csv": "csv", "html": "html", "json": "json", "otsl": "otsl", "md": "markdown"}  # suffix: format
 PARQUET, XLSX, DOCLING = "parquet", "xlsx", "docling"
 FORMATS = (*TABLE_FORMATS, PARQUET, XLSX, DOCLING)
-WORKBOOK = "tables"  # in place of a task's name: a document's tables of all tasks
-# what a format needs, and the extra that brings it
+WORKBOOK = "tables"  # in place of a task's name: one workbook holds a document's tables of all tasks
+# the package that a format needs, and the extra that installs it
 _NEEDED = {PARQUET: ("pyarrow", "parquet"), XLSX: ("openpyxl", "xlsx"), DOCLING: ("docling-core", "docling")}
 # what is written before the first table, between two, and after the last
 _FRAMES = {
@@ -44,12 +44,12 @@ Say = Callable[[str], None]
 
 
 class AboutResult(str):
-    """What `say` is told of a result that is missing, or not what was asked for. Its other lines are notes."""
+    """A message to `say` about a result that is missing or not as requested. Plain strings are notes."""
 
 
 def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
-    """Suffixes of a document's files of a task: the formats that were asked for if it gives tables, else that of its
-    answers."""
+    """Returns the suffixes of a document's files for a task: the requested formats, except docling, if the task gives
+    tables, else the suffix of its answers."""
     found = task_or_question(task)
     if formats and found.gives_tables:
         return tuple(name for name in formats if name != DOCLING)
@@ -57,7 +57,7 @@ def suffixes(task: str, formats: Sequence[str]) -> tuple[str, ...]:
 
 
 def applies(format_name: str, tasks: Sequence[str]) -> bool:
-    """Whether a format means anything for one of these tasks."""
+    """Whether a format applies to at least one of these tasks."""
     found = [task_or_question(task) for task in tasks]
     return format_name == DOCLING or any(
         task.gives_tables or task.suffix == format_name or (task.kind == "fields" and format_name in FIELDS_FORMATS)
@@ -66,13 +66,13 @@ def applies(format_name: str, tasks: Sequence[str]) -> bool:
 
 
 def needs_folder(format_name: str, tasks: Sequence[str]) -> bool:
-    """Whether a format gives files alone, and nothing that could be printed."""
+    """Whether a format exists only as files for these tasks, so that nothing could be printed."""
     found = [task_or_question(task) for task in tasks]
     return format_name in _NEEDED or not any(task.gives_tables or task.suffix == format_name for task in found)
 
 
 def check_formats_installed(formats: Sequence[str]) -> None:
-    """Raises Granite4vError, which says what to install, for a format that an extra brings."""
+    """Raises Granite4vError, which says what to install, for a format whose extra is missing."""
     for name in formats:
         if name in _NEEDED:
             check_installed(f"the format '{name}'", *_NEEDED[name])
@@ -80,14 +80,14 @@ def check_formats_installed(formats: Sequence[str]) -> None:
 
 @dataclass
 class Written:
-    """The files of a document, and how many more could not be written."""
+    """The files that were written, and how many others could not be written."""
 
     paths: list[Path] = field(default_factory=list)
     n_failed: int = 0
 
     @contextlib.contextmanager
     def one_file(self, failed: str, say: Say) -> Iterator[None]:
-        """Tells what goes wrong with one file beside others, which ends nothing."""
+        """Reports an error that concerns only one file, and goes on. Raises OutputError if it concerns the disk."""
         try:
             yield
         except Exception as error:
@@ -99,9 +99,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Form:
-    """In what form files are written. `formats`: of FORMATS, for tables and fields; none for the format that each task
-    answers in. `csv_safe`: CSV is for spreadsheets, see `spreadsheet_text`. `alone`: nothing but `formats` is written,
-    where a task that has none of them would otherwise have a file of its own."""
+    """The form in which files are written. `formats`: of FORMATS, for tables and fields; empty for the format that each
+    task answers in. `csv_safe`: write CSV for spreadsheets, see `spreadsheet_text`. `alone`: write only `formats`;
+    otherwise a task without any of them gets a file in its own format."""
 
     formats: Sequence[str] = ()
     csv_safe: bool = False
@@ -111,7 +111,7 @@ class Form:
 def write_document(
     root: Path, stem: str, source: str, records: Callable[[], Iterable[Record]], form: Form, say: Say
 ) -> Written:
-    """Writes all files of a document below `root`: `write_answers`, and a DoclingDocument if that was asked for."""
+    """Writes all files of a document below `root`: those of `write_answers`, and a DoclingDocument if requested."""
     written = write_answers(root, stem, records(), form, say)
     if DOCLING in form.formats:
         with written.one_file(f"'{stem}.{docling_export.SUFFIX}' is not written", say):
@@ -123,8 +123,8 @@ def write_document(
 def write_fields(
     root: Path, records: Callable[[], Iterable[Record]], tasks: Iterable[str], form: Form, say: Say
 ) -> Written:
-    """Writes `task.suffix` below `root`, one table of all pages of all documents, for every task that gives fields; in
-    each of FIELDS_FORMATS that was asked for, or that is there and would tell of an earlier state."""
+    """Writes `task.suffix` below `root`, one table of all pages of all documents, for every task that gives fields: in
+    each of FIELDS_FORMATS that was requested, or whose file exists already and would otherwise be outdated."""
     written = Written()
     spelled = spreadsheet_text if form.csv_safe else None
     for task in tasks:
@@ -141,8 +141,8 @@ def write_fields(
 def write_answers(root: Path, stem: str, records: Iterable[Record], form: Form, say: Say) -> Written:
     """Writes `stem.task.suffix` below `root` for every task with a value, each file complete or not at all.
 
-    CSV and Parquet have a file for each table. `say` gets a line about a table that a format cannot carry, and about a
-    file that cannot be written. Raises OutputError when no other file could be written either.
+    CSV and Parquet have a file for each table. `say` gets a line about each table that a format cannot represent, and
+    about each file that cannot be written. Raises OutputError if no other file could be written either.
     """
     writers: dict[tuple[str, str], _Writer] = {}
     with contextlib.ExitStack() as files:
@@ -168,7 +168,7 @@ def write_answers(root: Path, stem: str, records: Iterable[Record], form: Form, 
 
 
 def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record | None = None) -> None:
-    """Does one step for one kind of file; an error in it is reported, and other files go on."""
+    """Runs one step of a writer. Reports an error that concerns only its table or file, so that the others go on."""
     place = writer.place
     try:
         step()
@@ -188,14 +188,15 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
 
 
 def remove_stale(root: Path, stem: str, keep: Iterable[Path], formats: Sequence[str] = FORMATS) -> None:
-    """Removes files that an earlier state of the document left, other than `keep`; of these formats alone, if they are
-    given. Raises OutputError."""
+    """Removes files of earlier states of the document, except `keep`; only those of `formats`, if given. Raises
+    OutputError."""
     folder, kept = (root / stem).parent, {path.name for path in keep}
     known = (*TASKS.values(), QUESTION)
     tasks = "|".join(re.escape(task.name) for task in known)
     endings = "|".join(sorted({*FORMATS, *(task.suffix for task in known)} if formats == FORMATS else formats))
     whole = [f"{WORKBOOK}.{XLSX}"] * (XLSX in formats) + [docling_export.SUFFIX] * (DOCLING in formats)
     alone = "|".join(map(re.escape, whole))
+    # for instance 'letter.tables_html.page2-1.csv', 'letter.tables.xlsx' and 'letter.docling.json'
     ours = re.compile(rf"{re.escape(Path(stem).name)}\.(({tasks})(\.page\d+)?(-\d+)?\.({endings})|{alone})")
     if not folder.is_dir():
         return
@@ -206,7 +207,7 @@ def remove_stale(root: Path, stem: str, keep: Iterable[Path], formats: Sequence[
 
 
 def described(error: BaseException) -> str:
-    """What went wrong, for a person; errors that are not ours with their type."""
+    """Describes an error for a person; one that is not ours with its type."""
     if isinstance(error, Granite4vError):
         return str(error)
     if isinstance(error, MemoryError):
@@ -220,13 +221,13 @@ _NUMBER = re.compile(r"[+-]?\d+([.,'\s]\d+)*%?")
 
 
 def spreadsheet_text(text: str) -> str:
-    """The text of a cell, with an apostrophe before what a spreadsheet could take for a formula. Plain
+    """Returns the text of a cell, with an apostrophe before anything that a spreadsheet could take for a formula. Plain
     numbers, which may begin with a sign, stay as they are."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(text) else text
 
 
 def as_text(record: Record, suffix: str | None = None) -> str:
-    """What was read, as one text: tables in the format of `suffix`, or the task's own."""
+    """Returns what was read as one text: tables in the format of `suffix`, or of the task by default."""
     suffix = suffix or task_or_question(record.task).suffix
     if record.tables:
         tables = record.value if isinstance(record.value, Table) else record.tables
@@ -238,7 +239,7 @@ def as_text(record: Record, suffix: str | None = None) -> str:
 
 @dataclass
 class _Place:
-    """Where the files of one kind go. Those that were opened take their names when `files` is closed."""
+    """Where the files of one kind go. Files that were opened get their final names when `files` is closed."""
 
     root: Path
     stem: str
@@ -258,7 +259,7 @@ class _Place:
 
 
 class _Writer:
-    """One kind of file of one task."""
+    """Writes one kind of file of one task."""
 
     def __init__(self, place: _Place) -> None:
         self.place = place
@@ -275,7 +276,7 @@ class _Writer:
 
 
 class _TableFiles(_Writer):
-    """A file for each table: no program reads two tables of different widths from one CSV or Parquet file."""
+    """Writes a file for each table: no program reads two tables of different widths from one CSV or Parquet file."""
 
     def add(self, record: Record) -> None:
         page = "" if record.n_pages == 1 else f".page{record.page}"
@@ -284,7 +285,8 @@ class _TableFiles(_Writer):
             self.add_table(table, functools.partial(self.place.path, part))
 
     def add_table(self, table: Table, path: Callable[[], Path]) -> None:
-        """Writes one at once: a long document would have thousands open. `path`: called when nothing is wrong."""
+        """Writes one table and closes its file: a long document would have thousands open. `path`: called once the
+        table is known to be valid."""
         raise NotImplementedError
 
 
@@ -309,7 +311,7 @@ class _ParquetFiles(_TableFiles):
 
 
 class _WorkbookFile(_Writer):
-    """All tables of a document in one workbook, with a sheet for each: 'p3 tables_html', 'p3-2 tables_html'."""
+    """Writes all tables of a document to one workbook, with a sheet for each: 'p3 tables_html', 'p3-2 tables_html'."""
 
     def __init__(self, place: _Place) -> None:
         super().__init__(place)
@@ -328,7 +330,7 @@ class _WorkbookFile(_Writer):
 
 
 class _TablesFile(_Writer):
-    """All tables of a document in one file."""
+    """Writes all tables of a document to one file."""
 
     def __init__(self, place: _Place) -> None:
         super().__init__(place)
@@ -351,7 +353,7 @@ class _TablesFile(_Writer):
 
 
 class _FieldsFile(_Writer):
-    """The fields of a page, or of each page in a list that says which."""
+    """Writes the fields of a single page, or a list of the fields of each page with its number."""
 
     def __init__(self, place: _Place, single: bool) -> None:
         super().__init__(place)
@@ -370,7 +372,7 @@ class _FieldsFile(_Writer):
 
 
 class _TextFile(_Writer):
-    """Code or prose, page after page."""
+    """Writes code or prose, page after page."""
 
     def __init__(self, place: _Place, single: bool) -> None:
         super().__init__(place)

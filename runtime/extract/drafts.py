@@ -1,7 +1,7 @@
-"""What finished answers say of those to come: drafts for the same page in another format, and for pages like it.
+"""Makes draft tokens from finished answers: for the same page in another format, and for similar pages.
 
-A table that was read as JSON is written as HTML by the project's own writer, and the model's HTML will be much the
-same. Drafts change no answer, only the time it takes.
+For instance, the project's own writer turns a table that was read as JSON into HTML, and the model's HTML will be much
+the same. Drafts change no answer, only the time it takes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from granite4v.runtime.formats.table import Table
 from granite4v.runtime.formats.tasks import task_or_question
 from granite4v.runtime.model import Model
 
-_MOST_OF_TASK = 1 << 13  # tokens of the answers to one task that are remembered
-_MOST_OF_PAGE = 1 << 14
+_MOST_OF_TASK = 1 << 13  # tokens that are kept of each remembered answer to a task
+_MOST_OF_PAGE = 1 << 14  # tokens of cell texts that are kept of a page
 
 
 def chains(questions: Sequence[Question]) -> tuple[tuple[int, ...], ...]:
-    """The questions about a page, by their places, in groups: those of a group are best asked one after another, since
-    the answer to one predicts the next; groups are independent of each other."""
+    """Groups the questions about a page, given by their indices. Those of a group are best asked one after another,
+    since one answer predicts the next; groups are independent of each other."""
     groups: dict[object, list[int]] = {}
     for place, question in enumerate(questions):
         key = "tables" if _is_predictable(question) else place
@@ -32,18 +32,18 @@ def chains(questions: Sequence[Question]) -> tuple[tuple[int, ...], ...]:
 
 
 class Drafts:
-    """The draft sources of one run. Not for several threads at once."""
+    """The draft sources of one run. Not thread-safe."""
 
     def __init__(self, model: Model) -> None:
         self._tokenizer = model.prompts.tokenizer()
         self._of_task: dict[str, DraftSource] = {}
-        self._pieces: dict[str, DraftSource] = {}  # by page: texts of its cells
+        self._pieces: dict[str, DraftSource] = {}  # by page: its cell texts
         self._tables: dict[str, Any] = {}  # by page: the latest value of a table task
 
     def sources(self, page: str, question: Question) -> tuple[DraftSource, ...]:
-        """For `Model.submit`: what is known by now that the answer to a question about a page may repeat.
+        """Returns the draft sources for `Model.submit`: everything known so far that the answer may repeat.
 
-        `page` tells pages apart, such as a digest of its pixels.
+        `page`: identifies the page, for instance the digest of its pixels.
         """
         found = [self._of_task.setdefault(_key(question), DraftSource(_MOST_OF_TASK))]
         found.append(self._pieces.setdefault(page, DraftSource(_MOST_OF_PAGE)))
@@ -54,7 +54,7 @@ class Drafts:
         return tuple(found)
 
     def add(self, page: str, question: Question, tokens: Sequence[int], value: Any) -> None:
-        """A finished answer: its tokens and what it was parsed to, None if that failed."""
+        """Adds a finished answer: its tokens and its parsed value, None if parsing failed."""
         self._of_task.setdefault(_key(question), DraftSource(_MOST_OF_TASK)).add_answer(tokens)
         tables = (
             [value] if isinstance(value, Table) else value if task_or_question(question.task).gives_tables else None
@@ -68,12 +68,12 @@ class Drafts:
             pieces.add(self._tokenizer.encode_plain(text))
 
     def forget(self, page: str) -> None:
-        """After the last answer about a page."""
+        """Drops what is kept for a page, after the last answer about it."""
         self._pieces.pop(page, None)
         self._tables.pop(page, None)
 
     def _written(self, tables: list[Table], question: Question) -> list[int]:
-        """The tables as the answer to `question`; no tokens where its format cannot represent them."""
+        """Returns the tokens of the tables as an answer to `question`; none if its format cannot represent them."""
         try:
             text = write(tables[0] if len(tables) == 1 else tables, task_or_question(question.task).suffix)
         except AnswerError:

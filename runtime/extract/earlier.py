@@ -1,10 +1,9 @@
-"""Which results of an earlier run are still valid: which pages need not be read again, and which records are out of
-date.
+"""Decides which results of an earlier run are still valid: which pages need not be read again, which records are stale.
 
-A file is recognized by its state (size and time of change), a page by its pixels. Records of a file that has not
-changed stay, failures included, unless what failed may succeed now. A document that could not be opened is tried again
-by every run, so that a password, or more memory, helps at once; but not one that crashed the reader process, which
-would cost its time limits in every run.
+A file is recognized by its state (size and modification time), a page by its pixels. Records of an unchanged file stay
+valid, failures included, unless a retry may succeed. Every run retries a document that could not be opened, so that a
+password, or more memory, helps at once; but not one that crashed the reader process, since it would cost its time
+limits in every run.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from granite4v.runtime.documents.sources import state_of
 from granite4v.runtime.extract.record import Key
 from granite4v.runtime.extract.results_log import Entry, ResultsLog
 
-TRIED_AGAIN = ("MemoryError",)  # failures of a page that need not happen twice
+TRIED_AGAIN = ("MemoryError",)  # failures of a page that every run retries
 
 
 def earlier_error(log: ResultsLog, source: str, number: int | None, file_state: str | None) -> Granite4vError | None:
-    """How an earlier run failed at a page, or at opening a document; as `documents.open_pages` takes it.
+    """Returns how an earlier run failed at a page, or at opening a document (`number` None), for
+    `documents.open_pages`.
 
-    None for a file that has changed since, and for a failure that is tried again.
+    None for a file that has changed since, and for a failure that is retried.
     """
     for task in log.tasks():
         key = (source, number, task)
@@ -40,10 +40,11 @@ def earlier_error(log: ResultsLog, source: str, number: int | None, file_state: 
 
 
 def earlier_source(log: ResultsLog) -> Callable[[Path], str | None]:
-    """What an earlier run called a file that may be given by another path now, relative or absolute, or by a link.
+    """Returns a function for `documents.count_pages` that finds what an earlier run called a file. The file may now be
+    given by another path, relative or absolute, or by a link.
 
-    As `documents.count_pages` takes it. Paths of an earlier run are resolved from the present directory, which may be
-    another one, so a file counts as the same only while its state is that of the records.
+    Paths of the earlier run are resolved against the current directory, which may have been another one then. So a
+    file counts as the same only if its state is that of a record.
     """
     known = {os.path.realpath(source): source for source in log.sources()}
 
@@ -58,7 +59,7 @@ def earlier_source(log: ResultsLog) -> Callable[[Path], str | None]:
 
 @dataclass
 class Seen:
-    """What this run has met of one document."""
+    """What this run has seen of one document."""
 
     source: str
     file_state: str | None = None
@@ -68,7 +69,7 @@ class Seen:
 
 
 class Earlier:
-    """Compares pages with the records in a log. Changes nothing in it."""
+    """Compares pages with the records in a log, without changing it."""
 
     def __init__(
         self, log: ResultsLog, tasks: Sequence[str], *, retry_failed: bool, has_image: Callable[[str], bool] | None
@@ -77,7 +78,7 @@ class Earlier:
         self._log, self._tasks, self._retry_failed, self._has_image = log, tasks, retry_failed, has_image
 
     def wanted(self, source: str, number: int, file_state: str | None) -> bool:
-        """Whether a page must be rendered; as `documents.open_pages` takes it."""
+        """Whether a page must be rendered; for `documents.open_pages`."""
         entries = [self._log.get((source, number, task)) for task in self._tasks]
         if not all(entry is not None and self._holds(entry, file_state) for entry in entries):
             return True
@@ -85,8 +86,10 @@ class Earlier:
         return self._has_image is not None and shown is not None and not self._has_image(shown)
 
     def keeps(self, key: Key, item: Page | PageFailure) -> bool:
-        """Whether a record still holds: its file is as it was, or the page's pixels are. Of a page that fails now, an
-        answer holds too, and so does the same failure."""
+        """Whether a record is still valid: its file is unchanged, or it is an answer about the same pixels.
+
+        If the page fails now, an answer stays valid unless the file has changed, and so does the same failure.
+        """
         entry = self._log.get(key)
         if entry is None:
             return False
@@ -97,17 +100,17 @@ class Earlier:
         return entry.file_state == item.file_state and self._log.read(key).error == str(item.error)
 
     def saw(self, seen: Seen, item: Page | PageFailure | PageSkipped) -> None:
-        """Notes what is up to date because this page was met."""
+        """Notes which records are up to date now that this page was seen."""
         seen.file_state = item.file_state
         if isinstance(item, Page | PageSkipped):
             seen.n_pages = item.n_pages
         seen.keys.update((item.source, item.number, task) for task in self._tasks)
-        if isinstance(item, Page):  # the file was touched alone: records for tasks not asked for now hold as well
+        if isinstance(item, Page):  # same pixels: records for tasks that are not asked for now stay valid as well
             keys = [key for key in self._log.keys_of(item.source) if key[1] == item.number]
             seen.keys.update(key for key in keys if self._digest(key) == item.digest)
 
     def stale(self, seen: Seen) -> list[Key]:
-        """The records about a document, all of whose pages were met, that are about an earlier state of it."""
+        """Returns the records of a document's earlier state, after all its pages were seen."""
         return [key for key in self._log.keys_of(seen.source) if key not in seen.keys and self._is_stale(key, seen)]
 
     def _is_stale(self, key: Key, seen: Seen) -> bool:

@@ -1,4 +1,4 @@
-"""Files of a results folder in other formats: from its records alone, without reading a page again."""
+"""Writes the files of a results folder in other formats, from its records alone: no page is read again."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def export_results(
 ) -> Written:
     """Writes what `extract` would have written with these formats, and returns the paths of the files.
 
-    `folder`: what 'granite4v extract' was given by --out. `formats`: of `document_files.FORMATS`; by default the format
-    that each task answers in. `out`: another directory, that is new, empty or of an earlier export; by default the
-    files go beside the records. Files of a format that tell of an earlier state of the results are removed. `say`:
-    called with messages about what a format cannot carry and about files that cannot be written.
+    `folder`: the directory that 'granite4v extract' was given by --out. `formats`: of `document_files.FORMATS`; by
+    default the format that each task answers in. `out`: another directory, which is new, empty or from an earlier
+    export; by default the files go next to the records. Outdated files in these formats are removed. `say`: called with
+    messages about what a format cannot represent and about files that cannot be written.
 
-    Raises ArgumentError for a format that there is not, or that no task of the results has; Granite4vError for one
-    whose extra is not installed; OutputError for a folder without results, for one that a run is writing to (unless
-    `out` is another), and for a disk that is full.
+    Raises ArgumentError for a format that is unknown or applies to no task of the results; Granite4vError for one whose
+    extra is not installed; OutputError for a folder without results, for one that a run is writing to (unless `out` is
+    another), and for a full disk.
     """
     names = as_names("'formats'", formats)
     say = say or (lambda message: None)

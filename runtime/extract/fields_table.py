@@ -1,6 +1,6 @@
-"""All fields of all documents as one table with a row for each page: CSV, Parquet or a workbook.
+"""Writes all fields of all documents as one table with a row for each page: CSV, Parquet or a workbook.
 
-Records are read one at a time, twice: what columns there are is known when all have been seen.
+Records are read one at a time, in two passes: the columns are known only after all records have been seen.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from granite4v.runtime.formats.csv_ import write_csv_row
 
 FORMATS = ("csv", "parquet", "xlsx")
 Records = Callable[[], Iterable[Record]]
-# what comes before the fields of a page; `problem` is why it has none, or why they are not valid
+# columns before the fields of a page; `problem`: why it has no fields, or why they are not valid
 _PAGE = {"source": "string", "page": "int64", "valid": "bool", "problem": "string"}
-_ITSELF = "value"  # of an answer that is no object
-_MAX_WHOLE = 1 << 53  # a double has every integer up to here
+_ITSELF = "value"  # column of an answer that is not an object
+_MAX_WHOLE = 1 << 53  # a double represents every integer up to here
 
 
 def write_fields_table(path: Path, task: str, records: Records, spelled: Callable[[str], str] | None = None) -> None:
-    """Writes the table of a task that gives fields, complete or not at all, in the format that the path's suffix names.
+    """Writes the table of a task that gives fields, complete or not at all, in the format of the path's suffix.
 
     A field of a nested object has a column named by its path, such as 'seller.name'; a list is one column of JSON.
-    Columns hold numbers, true and false, or text; text, where a field has values of several kinds. `spelled`: applied
-    to each text of a CSV file, which then begins with a byte order mark.
+    Columns hold numbers, booleans or text; text if a field has values of several types. `spelled`: applied to each text
+    of a CSV file, which then begins with a byte order mark.
 
-    Raises OutputError, and AnswerError for what the format cannot carry.
+    Raises OutputError, and AnswerError for what the format cannot represent.
     """
     columns = _columns(_of(task, records))
     if path.suffix == ".parquet":
@@ -70,18 +70,18 @@ def _with_header(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterato
 
 
 def _columns(records: Iterable[Record]) -> dict[str, str]:
-    """The columns as they first occur, by the types of their values."""
+    """Returns the columns in the order of their first occurrence, with types that fit all their values."""
     kinds: dict[str, set[str]] = {}
     for record in records:
         for name, value in _leaves(record.value):
             kinds.setdefault(name, set()).update(() if value is None else (_kind(value),))
-    # null in place of an object
+    # a field that is null in some records and an object in others needs no column for the nulls
     parents = {name[:at] for name in kinds for at, letter in enumerate(name) if letter == "."}
     return _PAGE | {name: _type(kind) for name, kind in kinds.items() if kind or name not in parents}
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What a row has in its columns: every value that is no object, by its path."""
+    """Yields the columns of a row: every value that is not an object, with its path."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{_quoted(key)}" if name else _quoted(key, (*_PAGE, _ITSELF)))
@@ -90,7 +90,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _quoted(key: str, taken: Sequence[str] = ()) -> str:
-    """A key in quotes where it could be taken for a path, or for one of the columns before it."""
+    """Returns a key, in quotes if it could be taken for a path or for a column in `taken`."""
     return json.dumps(key, ensure_ascii=False) if not key or set(key) & {".", '"'} or key in taken else key
 
 

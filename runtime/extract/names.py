@@ -1,6 +1,6 @@
-"""Names of a document's files in the output directory: valid on any disk, unique, and the same in every later run.
+"""Names a document's files in the output directory: valid on any file system, unique, the same in every later run.
 
-Files below a directory that was given, or below the fixed part of a glob, keep their folders.
+Files below a given directory, or below the fixed part of a glob, keep their subfolders.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 MAX_NAME_BYTES = 100  # of one part of a path
-MAX_STEM_BYTES = 400  # of a name with its folders, which are left out of a longer one
+MAX_STEM_BYTES = 400  # of a name with its folders; a longer one loses its folders
 _SAFE = re.compile(r"[\w+-][\w.+-]*")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)  # names of devices on Windows
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)  # device names on Windows
+# suffixes of our files; a folder name that ends like one gets a '_', so that it does not look like a file
 _SUFFIXES = (
     ".csv",
     ".html",
@@ -24,14 +25,14 @@ _SUFFIXES = (
     ".md",
     ".otsl",
     ".py",
-)  # of our files: a folder of such a name would look like one
+)
 
 
 class Names:
-    """A stem for each document: '/' between folders, no suffix, unique even where letter case does not count."""
+    """A stem for each document: '/' between folders, no suffix, unique even if letter case is ignored."""
 
     def __init__(self, inputs: Sequence[str] = (), known: Mapping[str, str | None] | None = None) -> None:
-        """`known`: stems of an earlier run by source, in its order; None where it did not record them."""
+        """`known`: stems of an earlier run by source, in its order; None for a source without a recorded stem."""
         self._roots = sorted(_roots(inputs), key=len)
         self._taken: set[str] = set()
         self._stems: dict[str, str] = {}
@@ -44,7 +45,7 @@ class Names:
                 self._take(source, self._unique(_clean(_stem(source), "document")))
 
     def stem(self, source: str) -> str:
-        """The same stem for the same document."""
+        """Returns the stem of a document, the same on every call."""
         if source not in self._stems:
             folder, name = self._folder(source), _clean(_stem(source), "document")
             found = f"{folder}/{name}" if folder else name
@@ -84,7 +85,7 @@ def _roots(inputs: Iterable[str]) -> set[str]:
 
 
 def _inside(path: str, root: str) -> str | None:
-    """The path of `path` relative to `root`; None when it is not below it."""
+    """Returns `path` relative to `root`; None if it is not below it."""
     if root == os.curdir:
         return None if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir else path
     beginning = os.path.join(root, "")
@@ -107,11 +108,11 @@ def _clean_folder(text: str) -> str:
 
 
 def _is_stem(text: str) -> bool:
-    """Whether it can be one of ours: a damaged record must not lead to a path outside of the directory."""
+    """Whether a recorded stem can be ours: a damaged record must not lead to a path outside the output directory."""
     parts = text.split("/")
     return len(text.encode("utf-8", "replace")) <= MAX_STEM_BYTES + 20 and all(_SAFE.fullmatch(part) for part in parts)
 
 
 def _key(stem: str) -> str:
-    """Equal for names that are the same on some file system."""
+    """Returns a key that is equal for names that are the same on some file system."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())

@@ -27,14 +27,14 @@ class ExtractOptions:
     `page_store` (which changes no answer) apply when the model is given as a path; see `Model.load`.
 
     How fast. `parallel`: the most answers that are generated at once; None for a number that suits the model, or for
-    what a loaded one was loaded for. `drafting`: what a page repeats, and what another task has read from it, is
-    decoded ahead; never with one answer at a time.
+    the number that a loaded model was loaded for. `drafting`: use text that the page repeats, and what another task has
+    read from it, as draft tokens; never with one answer at a time.
 
     What is written. `out`: a directory for `results.jsonl`, to which every record is written before it is returned, and
     for the converted files of each document. `formats`: of tables and chart data (`document_files.FORMATS`); by default
     the format of each task's answers. `csv_safe`: CSV for spreadsheets, with a byte order mark and with formulas
-    escaped. `report`: also write `report.html`, which shows each page next to its values. `confidence`:
-    records have the token probabilities of each cell and field, and the report lists the least certain of them.
+    escaped. `report`: also write `report.html`, which shows each page next to its values. `confidence`: store the token
+    probabilities of each cell and field in the records, and list the least certain ones in the report.
 
     Resuming. `resume`: continue a run that ended early, or add to one. `retry_failed`: read failed pages again.
     """
@@ -74,7 +74,7 @@ class ExtractOptions:
 
 
 class ExtractFields(TypedDict, total=False):
-    """The fields of `ExtractOptions`, without `tasks`, as keyword arguments for type checkers. A test keeps the two in
+    """The fields of `ExtractOptions` except `tasks`, as keyword arguments for type checkers. A test keeps the two in
     sync; formats and devices are literal types."""
 
     schema: SchemaSource | None

@@ -1,4 +1,4 @@
-"""The output directory: one process at a time writes to it, it holds one run, and no files but ours are touched."""
+"""The output directory: only one process at a time writes to it, it holds one run, and only our files are touched."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from granite4v.runtime.extract.page_images import image_path
 from granite4v.runtime.formats.tasks import task_or_question
 
 RESULTS, MANIFEST = "results.jsonl", "run.json"
-FORMAT = 1  # raise it when records or files of an earlier version cannot be resumed
+FORMAT = 1  # increase it when records or files of an earlier version cannot be resumed
 _LOCK = f"{OWN_PREFIX}.lock"
-# what a run must have in common with the one it resumes, with the words of the message; inputs, pages and tasks may
-# differ: they decide how much is read, not what a record means
+# what a run must have in common with the one it resumes, with the words of the error message; inputs, pages and tasks
+# may differ: they decide how much is read, not what a record means
 _SAME = {
     "crop": "the crop differs",
     "schema": "the schema differs",
@@ -31,7 +31,7 @@ _SAME = {
 }
 
 
-# settings that were renamed, by their old names: runs of earlier versions can be resumed
+# old names of renamed settings, so that runs of earlier versions can be resumed
 _RENAMED = {"free": "unconstrained"}
 
 
@@ -39,16 +39,16 @@ class OutputDirectory:
     """An output directory, locked by this process until `release`."""
 
     def __init__(self, path: Path, lock: Any, created: Sequence[Path]) -> None:
-        """`created`: the folders that were made for it, innermost first."""
+        """`created`: the folders that were created for it, innermost first."""
         self.path, self._lock, self._created = path, lock, created
         self._begun = (path / MANIFEST).exists()
 
     @classmethod
     def claim(cls, path: Path, *, resume: bool) -> OutputDirectory:
-        """Makes the directory if need be and locks it.
+        """Creates the directory if necessary and locks it.
 
-        Raises OutputError when another process writes there, when it holds another run's results (and `resume` is
-        off) or files that no run of ours made, and when it cannot be written.
+        Raises OutputError if another process writes there, if it holds another run's results (and `resume` is off) or
+        files that no run of ours made, and if it cannot be written.
         """
         folder = cls._locked(path)
         try:
@@ -61,7 +61,7 @@ class OutputDirectory:
 
     @classmethod
     def claim_for_export(cls, path: Path, results: Path) -> OutputDirectory:
-        """As `claim`, for files made of the records in the folder `results`, which may be the same.
+        """Like `claim`, for files made from the records in the folder `results`, which may be the same folder.
 
         Raises OutputError for another folder that holds anything but an earlier export; otherwise as `claim`.
         """
@@ -82,7 +82,7 @@ class OutputDirectory:
         return folder
 
     def keep(self) -> None:
-        """From now on the directory is one of ours, whatever becomes of the run or the export."""
+        """Marks the directory as ours, so that it stays even if the run or the export fails."""
         self._begun = True
 
     @classmethod
@@ -122,10 +122,10 @@ class OutputDirectory:
         return image_path(self.path, digest).exists()
 
     def begin(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Writes `run.json`, or checks that this run may resume the one that is described there.
+        """Writes `run.json`, or checks that this run may resume the one described there.
 
-        Returns remarks about differences that may change answers slightly. Raises OutputError that names any other
-        difference.
+        Returns remarks about differences that may change answers slightly. Raises OutputError, which names them, for
+        other differences.
         """
         if not self._begun:
             self._write({"format": FORMAT, **manifest})
@@ -160,7 +160,7 @@ class OutputDirectory:
             file.write("\n")
 
     def release(self) -> None:
-        """Releases the lock, and removes what was made for a run that never began."""
+        """Releases the lock, and removes what was created for a run that never began."""
         if not self._begun:
             with contextlib.suppress(OSError):
                 (self.path / _LOCK).unlink(missing_ok=True)
@@ -208,12 +208,13 @@ class OutputDirectory:
 
 
 def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What of a key two runs have in common: prompts of the tasks that both have, schemas where both have one."""
+    """Returns the values of a key for both runs, reduced to what can be compared: prompts of the tasks that both have,
+    schemas if both have one."""
     then, now = begun.get(key), wanted.get(key)
     if key == "schema" and (then is None or now is None):
         return None, None
     if key == "prompts" and isinstance(then, dict) and isinstance(now, dict):
-        # one that is made from the schema differs with it, which is reported already
+        # a prompt that is made from the schema differs with it, and that is reported already
         told = begun["schema"] != wanted["schema"]
         both = [task for task in then if task in now and not (told and task_or_question(task).takes_schema)]
         return {task: then[task] for task in both}, {task: now[task] for task in both}

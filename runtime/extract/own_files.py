@@ -1,4 +1,5 @@
-"""Files and folders of ours in the output directory, which others may write to as well: links are never followed."""
+"""Opens and creates our files and folders in the output directory. Others may write there too, so symbolic links are
+never followed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from granite4v.paths import FileOutputError, disk_errors, open_in_place, sync_fo
 
 
 def open_own(path: Path) -> BinaryIO:
-    """A file of ours, opened unbuffered for reading and writing and made if need be.
+    """Opens a file of ours unbuffered for reading and writing; creates it if necessary.
 
     Raises OutputError for anything that is not a regular file, symbolic links included.
     """
@@ -22,7 +23,7 @@ def open_own(path: Path) -> BinaryIO:
 
 
 def check_own(path: Path) -> None:
-    """Raises OutputError when there is something at `path` that we would not have made: a link, a folder, a pipe."""
+    """Raises OutputError if there is something at `path` that we would not have created: a link, a folder, a pipe."""
     with disk_errors(path):
         try:
             mode = path.lstat().st_mode
@@ -38,7 +39,8 @@ def check_own(path: Path) -> None:
 
 
 def make_folders(root: Path, relative: str) -> Path:
-    """The folder `relative` below `root`, made if need be. Raises FileOutputError where a link would lead elsewhere."""
+    """Returns the folder `relative` below `root`, creating it if necessary. Raises FileOutputError if a link or a file
+    is in the way."""
     folder = root
     for part in Path(relative).parts:
         folder = folder / part

@@ -1,4 +1,4 @@
-"""Small images of the pages that were read, kept beside the results for the report."""
+"""Stores small images of the pages that were read next to the results, for the report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from granite4v.paths import OWN_PREFIX, output_error, write_bytes
 from granite4v.runtime.extract.own_files import make_folders
 
 FOLDER = f"{OWN_PREFIX}-pages"
-SIDE_PX = 1000  # print of ordinary size on a letter page can just be read
+SIDE_PX = 1000  # ordinary print on a letter page is just readable
 QUALITY = 50
 
 
 def keep_image(folder: Path, digest: str, image: Image) -> None:
-    """Writes the page as a small WebP, unless a page with the same pixels is there. Raises OutputError."""
+    """Writes the page as a small WebP, unless one with the same pixels exists. Raises OutputError."""
     path = image_path(folder, digest)
     if path.exists():
         return
@@ -27,13 +27,13 @@ def keep_image(folder: Path, digest: str, image: Image) -> None:
     small.save(buffer, "WEBP", quality=QUALITY, method=2)
     make_folders(folder, FOLDER)
     try:
-        write_bytes(path, buffer.getvalue())  # not fsynced: the report does without an image that is lost
+        write_bytes(path, buffer.getvalue())  # not fsynced: the report can do without a lost image
     except OSError as error:
         raise output_error(error, path) from None
 
 
 def data_url(folder: Path, digest: str | None) -> str | None:
-    """The image as a data URL; None when there is none."""
+    """Returns the image of a page as a data URL; None if there is none."""
     if digest is None:
         return None
     try:
@@ -44,7 +44,7 @@ def data_url(folder: Path, digest: str | None) -> str | None:
 
 
 def image_path(folder: Path, digest: str) -> Path:
-    """Where the image of a page is kept. Raises OutputError."""
+    """Returns the path of a page's image. Raises OutputError for a digest that is none."""
     if not digest.isalnum():
         raise OutputError(f"'{digest:.80}' is no digest of a page; start again with another --out.")
     return folder / FOLDER / f"{digest[:32]}.webp"

@@ -1,4 +1,4 @@
-"""One page and one prompt to one record: runs the model, parses the answer, turns failures into records."""
+"""Turns one page and one prompt into one record: runs the model, parses the answer, turns failures into records."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from granite4v.runtime.extract.record import Record
 from granite4v.runtime.model import Model
 from granite4v.runtime.options import GenerationOptions
 
-MAX_TOKENS = 4096  # of an answer, where the context has room and nobody says otherwise; what the family generates up to
+MAX_TOKENS = 4096  # of an answer by default, if the context has room; the limit that the model family generates up to
 
 
 class PageQuestion:
-    """One question about one page, from the page to its record; one thread follows many of them.
+    """One question about one page, from the page to its record; one thread can follow many of them.
 
     The page's pixels are held until the model has been asked.
     """
@@ -40,7 +40,7 @@ class PageQuestion:
         options: ExtractOptions,
         drafts: Drafts | None = None,
     ) -> None:
-        """`drafts`: what to decode ahead, to which the answer is added."""
+        """`drafts`: the source of draft tokens, to which the answer is added."""
         self.question = question
         self._record = begun(page, question, hashes)
         self._page: Page | None = page
@@ -48,15 +48,16 @@ class PageQuestion:
         self._stream: Stream | None = None
         self._start = 0.0
         self.was_cancelled = False
-        self._raised: BaseException | None = None  # by the caller, whose business it is
+        self._raised: BaseException | None = None  # by the caller's `progress`: passed on, not made a record
 
     @property
     def n_tokens(self) -> int:
-        """Of the answer, as far as it is."""
+        """Number of tokens of the answer so far."""
         return 0 if self._stream is None else len(self._stream.answer.tokens)
 
     def ask(self, *, progress: Progress | None, listener: Callable[[], None]) -> Record | None:
-        """Asks the model; the record of a page that cannot be asked about. Raises what `poll` raises.
+        """Asks the model. Returns a record, with its `error`, only if the page cannot be asked about. Raises what
+        `poll` raises.
 
         `listener` is called in the engine's thread when there is something to poll.
         """
@@ -91,10 +92,10 @@ class PageQuestion:
         return self._guarded(submit)
 
     def poll(self) -> Record | None:
-        """The record, once there is one; with `error` when the page cannot be asked about.
+        """Returns the record once there is one; with `error` if the page failed.
 
-        Raises ModelFileError and DeviceError, after which no other page would fare better, what `progress` raises, and
-        ValueError for a model that was closed meanwhile.
+        Raises ModelFileError and DeviceError, which would fail any other page too, what `progress` raises, and
+        ValueError if the model was closed in the meantime.
         """
         return self._guarded(self._poll)
 
@@ -127,7 +128,7 @@ class PageQuestion:
             return step()
         except (ModelFileError, DeviceError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except BaseException as error:  # MemoryError, and what a native library panics with, which is no Exception
+        except BaseException as error:  # a failure of this page; a panic of a native library is no Exception
             if error is self._raised or self._model.closed:
                 raise
             record, self._page = self._record, None
@@ -137,7 +138,7 @@ class PageQuestion:
             return replace(record, error=described(error), error_type=type(error).__name__, timings=timings)
 
     def _finished(self, answer: Answer) -> Record:
-        text = answer.text.removesuffix(answer.closing or "")  # without what a constraint added to close it
+        text = answer.text.removesuffix(answer.closing or "")  # without what the grammar added to close it
         parsed = parse_answer(self.question.task, text, answer.finish_reason, self.question.schema)
         timings = {name: _rounded(value) for name, value in asdict(answer.timings).items()}
         return replace(
@@ -160,7 +161,7 @@ class PageQuestion:
 
 
 def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, str]) -> Record:
-    """The record of a page that could not be opened."""
+    """Returns the record of a page that could not be opened."""
     return Record(
         source=failure.source,
         page=failure.number,
@@ -176,7 +177,7 @@ def failed_page(failure: PageFailure, question: Question, hashes: Mapping[str, s
 
 
 def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
-    """The record of a page that is not tried again, because the process died whenever it was read."""
+    """Returns the record of a page that is not tried again, because the process died `MAX_DEATHS` times on it."""
     error = (
         f"the process ended {MAX_DEATHS} times on this page (killed, out of memory, or a crash in native "
         "code), so it is skipped; try it again with --resume --retry-failed."
@@ -185,7 +186,7 @@ def abandoned_page(page: Page, question: Question, hashes: Mapping[str, str]) ->
 
 
 def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like: Record) -> Record:
-    """The record of a page whose pixels have been read before, in this run and for this task."""
+    """Returns the record of a page whose pixels have been read before for this task, copied from the record `like`."""
     new = begun(page, question, hashes)
     return replace(
         like,
@@ -203,7 +204,7 @@ def copied_page(page: Page, question: Question, hashes: Mapping[str, str], like:
 
 
 def begun(page: Page, question: Question, hashes: Mapping[str, str]) -> Record:
-    """The record of a question that has no answer yet."""
+    """Returns the record of a question that has no answer yet."""
     return Record(
         source=page.source,
         page=page.number,

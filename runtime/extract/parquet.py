@@ -1,4 +1,4 @@
-"""Columns as Parquet files, through pyarrow (the extra 'parquet')."""
+"""Writes columns as Parquet files, through pyarrow (the extra 'parquet')."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _ROWS = 10_000  # of a row group
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Writes a table, all of whose columns are text. Raises OutputError."""
+    """Writes a table with all columns as text. Raises OutputError."""
     write_parquet(path, dict.fromkeys(column_names(table), "string"), table.texts()[table.n_header_rows :])
 
 
 def column_names(table: Table) -> list[str]:
-    """What its header rows call each column, joined by ' - ' where there are several, as in Markdown.
+    """Returns the column names of a table: the texts of its header rows, joined by ' - ', as in Markdown.
 
-    A column without a name is called 'column 3', and one with the name of another gets a number: letter case does not
-    count, since databases read it so.
+    A column without a name is called for instance 'column 3', and a duplicate name gets a number. Letter case is
+    ignored, since databases ignore it.
     """
     names: list[str] = []
     taken: set[str] = set()
@@ -41,8 +41,8 @@ def column_names(table: Table) -> list[str]:
 
 
 def write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows, complete or not at all. `columns`: pyarrow's names of their types ('string', 'int64', 'double',
-    'bool') by their own names. Raises OutputError."""
+    """Writes rows, complete or not at all. `columns`: pyarrow's type ('string', 'int64', 'double', 'bool') by column
+    name. Raises OutputError."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""From the text of an answer, complete or truncated, to the value of a record."""
+"""Parses the text of an answer, complete or truncated, into the value of a record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from granite4v.runtime.formats import read, salvage
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """What an answer holds; fields as in Record."""
+    """The content of an answer; fields as in Record."""
 
     value: Any
     valid: bool
@@ -21,10 +21,11 @@ class ParsedAnswer:
 
 
 def parse_answer(task: str, text: str, finish_reason: str, schema: Schema | None) -> ParsedAnswer:
-    """The value of an answer.
+    """Parses an answer.
 
-    An answer that did not end by itself is kept up to its last complete row or field, even where the truncated text
-    happens to parse: nothing tells a short last cell from half of one. Prose is kept up to where it was cut.
+    An answer that did not end by itself is kept up to its last complete row or field, even if the truncated text
+    happens to parse: a short last cell cannot be distinguished from half of a longer one. Prose is kept up to where it
+    was cut.
     """
     why = None if finish_reason == "stop" else f"the answer did not end by itself ({finish_reason})"
     if why is None:

@@ -1,4 +1,4 @@
-"""The prompts for every page: task tags that the model's template knows, fields of a schema, a custom prompt."""
+"""The questions asked about every page: task tags that the model's template knows, schema fields, a custom prompt."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from granite4v.runtime.prompt.template import TAG
 
 
 class ArgumentError(ValueError):
-    """Arguments that do not go together: wrong usage, where a Granite4vError is about files or the model."""
+    """Invalid or contradictory arguments: wrong usage, while a Granite4vError is about files or the model."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One task as the model is asked: a tag that its template expands, or the full text.
+    """One task and its prompt: a tag that the model's template expands, or the full text.
 
-    `constraint`: the grammar that the answer is held to, as `Model.generate` takes it; None for a free answer.
+    `constraint`: the grammar that constrains the answer, as `Model.generate` takes it; None for an unconstrained
+    answer.
     """
 
     task: str
@@ -38,9 +39,9 @@ class Question:
 
 
 def check_tasks(tasks: Sequence[str], prompt: str | None, *, has_schema: bool) -> tuple[str, ...]:
-    """The names of the tasks, each once, without angle brackets; `prompt` adds the task 'prompt' at the end.
+    """Returns the task names, each once, without angle brackets; `prompt` adds the task 'prompt' at the end.
 
-    Raises ArgumentError when they cannot be asked, whatever the model.
+    Raises ArgumentError when they are invalid for any model.
     """
     names = list(dict.fromkeys(task.strip().removeprefix("<").removesuffix(">") for task in tasks))
     for name in names:
@@ -75,7 +76,7 @@ def _check_prompt(prompt: str) -> None:
         raise ArgumentError("the question by 'prompt' is empty.")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # how Python shows bytes of the command line that are not text
+    except UnicodeEncodeError as error:  # a lone surrogate: Python's form of command-line bytes that are not UTF-8
         raise ArgumentError(
             f"the question by 'prompt' is not UTF-8 text at character {error.start + 1}; check the encoding of the "
             "terminal or of the file that it comes from."
@@ -92,7 +93,7 @@ def _check_prompt(prompt: str) -> None:
 def questions(
     model: Prepares, tasks: Sequence[str], prompt: str | None, schema: Schema | None, *, unconstrained: bool
 ) -> tuple[Question, ...]:
-    """What to ask for each of `tasks` (see `check_tasks`), in the words of this model's template.
+    """Returns the question for each of `tasks` (see `check_tasks`), worded for this model's template.
 
     `unconstrained`: without grammars. Raises PromptError for a task that the template does not know.
     """
@@ -117,7 +118,7 @@ def _question(model: Prepares, task: Task, prompt: str, schema: Schema | None, *
 
 
 def schema_warnings(asked: Sequence[Question]) -> list[str]:
-    """What whoever wrote the schema should know, and what answers are not held to."""
+    """Returns notes for the author of the schema, and the parts of it that do not constrain answers."""
     warnings: list[str] = []
     for question in asked:
         if question.schema is not None:

@@ -19,7 +19,7 @@ _KEPT: dict[Kind, str] = {
     "code": "up to the last complete line",
     "prose": "up to where it was cut",
 }
-Key = tuple[str, int | None, str]  # source, page, task: no two records of a run have the same
+Key = tuple[str, int | None, str]  # source, page, task: unique within a run
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Record:
     """What was extracted from one page for one task; a line of `results.jsonl` has the same fields.
 
     Which page. `source`: the document's path as it was first given, '-' for standard input. `page` counts from 1 of
-    `n_pages`. `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of the pixels) are those of the page
-    image. All of them are None when a document could not be opened. `file_state`: size and modification time of the
-    file, by which a later run recognizes it; None if there is no file or it was not found. `stem`: path prefix of the
-    document's files in the output directory, '/' between folders; None without a directory.
+    `n_pages`. `size_px` (width, height), `dpi` (of PDFs) and `digest` (SHA-256 of size and pixels) are those of the
+    page image. All of them are None when a document could not be opened. `file_state`: size and modification time of
+    the file, by which a later run recognizes it; None if there is no file or it was not found. `stem`: path prefix of
+    the document's files in the output directory, '/' between folders; None without a directory.
 
     The request. `task`; `prompt_sha256`; `schema_sha256` for 'kvp'; `model`: SHA-256 of the model's files by role.
 
-    The result. `text`: the answer as generated. `value` is what `outputs.read` gives: a list of Table, a Table (chart
+    The result. `text`: the answer as generated. `value` is what `formats.read` gives: a list of Table, a Table (chart
     data), a dict or list (fields) or a str (code, prose); None when nothing could be parsed. In JSON, tables are
     objects as in `tables_json`, and chart data is a list of rows, the header first. `valid`: the value has the task's
     format, and matches the schema if there is one; `validity_error` says why not. `salvaged`: the answer was truncated,
@@ -100,12 +100,13 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON data: tables in the form of `tables_json`, chart data as rows, the header first."""
-        content = {name: getattr(self, name) for name in _TYPES}  # asdict would take thousands of cells apart
+        content = {name: getattr(self, name) for name in _TYPES}  # asdict would recurse into thousands of cells
         return {**content, "value": _value_as_json(self.value)}
 
     @classmethod
     def from_dict(cls, content: Any) -> Record:
-        """The record that `as_dict` gave; raises ValueError, KeyError, TypeError or AnswerError for anything else."""
+        """Returns the record that `as_dict` was called on; raises ValueError, KeyError, TypeError or AnswerError for
+        anything else."""
         if not isinstance(content, Mapping):
             raise TypeError(f"it is {content!r:.40}")
         for name, value in content.items():
@@ -122,7 +123,7 @@ class Record:
         )
 
 
-# of JSON data, in the order of the fields
+# types of the JSON data, in the order of the fields
 _TYPES: dict[str, Any] = {
     "source": str,
     "page": int | None,
@@ -152,7 +153,8 @@ _TYPES: dict[str, Any] = {
 
 
 def encode(record: Record) -> bytes:
-    """One line of UTF-8, its line break included. Raises ValueError for a number that JSON does not have."""
+    """Returns one line of UTF-8 JSON, including its line break. Raises ValueError for NaN and infinity, which JSON does
+    not have."""
     content = record.as_dict()
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -161,7 +163,8 @@ def encode(record: Record) -> bytes:
 
 
 def decode(line: bytes) -> Record:
-    """The record of such a line; raises ValueError, KeyError, TypeError, RecursionError or AnswerError for others."""
+    """Returns the record of a line of `encode`; raises ValueError, KeyError, TypeError, RecursionError or AnswerError
+    for any other line."""
     return Record.from_dict(json.loads(line, parse_constant=_refuse))
 
 

@@ -1,6 +1,6 @@
 """`report.html`: each page next to its extracted values, in one file without network access or scripts.
 
-Built from the log, a page at a time, whatever its length.
+Built from the log one page at a time, however long it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 _N_UNCERTAIN = 50
-# characters that neither HTML nor XML can carry, other control characters, and the embeddings and overrides with which
+# characters that neither HTML nor XML can represent, other control characters, and the embeddings and overrides with which
 # a file name reverses the text after it
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff\ufffe\uffff]")
 
@@ -43,9 +43,9 @@ class Failure:
 
 @dataclass
 class Contents:
-    """The top of the report; kept in memory, so without answers."""
+    """The top of the report. Kept in memory, so it contains no answers."""
 
-    documents: list[tuple[int, str, int]] = field(default_factory=list)  # first page's number, source, pages
+    documents: list[tuple[int, str, int]] = field(default_factory=list)  # anchor of the first page, source, n_pages
     failures: list[Failure] = field(default_factory=list)
     uncertain: list[Certainty] = field(default_factory=list)  # the least certain cells and fields, least first
     tasks: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class PageView:
 
 
 def is_report(path: Path) -> bool:
-    """Whether there is a report at `path`; raises OutputError when it is something else, which one would replace."""
+    """Whether there is a report at `path`. Raises OutputError for anything else, which a report would replace."""
     check_own(path)
     with disk_errors(path):
         found = path.read_bytes()[:_HEAD_BYTES] if path.exists() else b""
@@ -79,7 +79,7 @@ def is_report(path: Path) -> bool:
 
 
 def write_report(path: Path, records: Iterable[Record]) -> None:
-    """Writes the report of `records`, which are read twice; page images are looked for beside it.
+    """Writes the report of `records`, which are read twice. Page images are taken from the report's folder.
 
     Raises OutputError.
     """
@@ -119,7 +119,7 @@ def _pages(records: Iterable[Record], folder: Path) -> Iterator[PageView]:
 
 
 def _shown(record: Record) -> Record:
-    """Without a value that is nested deeper than a template can follow, as earlier versions kept it."""
+    """Returns the record without a value that is too deeply nested for the template; earlier versions kept those."""
     return replace(record, value=None) if is_deeper(record.value, MAX_NESTING) else record
 
 
@@ -141,7 +141,7 @@ def _printable(value: Any) -> Any:
 
 
 def _rows(table: Table) -> list[list[Cell]]:
-    """The cells that begin in each row."""
+    """Returns the cells that begin in each row."""
     rows: list[list[Cell]] = [[] for _ in range(table.n_rows)]
     for cell in table.cells:
         rows[cell.row].append(cell)
@@ -157,7 +157,7 @@ def _plain(value: Any) -> bool:
 
 
 def _columns(value: Any) -> list[str]:
-    """The keys of a list of records that can stand as a table; none for anything else."""
+    """Returns the keys of a list of flat objects that can be shown as a table (at most 8); none for anything else."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return []
     keys = list(dict.fromkeys(key for item in value for key in item))

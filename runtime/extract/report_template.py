@@ -1,4 +1,4 @@
-"""The report as a Jinja template: HTML that is well-formed XML too, so that any parser reads it."""
+"""The report as a Jinja template: HTML that is also well-formed XML, so that any parser can read it."""
 # ruff: noqa: E501
 
 TEMPLATE = """\

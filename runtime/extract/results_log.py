@@ -1,8 +1,7 @@
 """`results.jsonl`: one record per line, each written to disk before the next is started, and recovered after a crash.
 
-A record replaces an older one with the same key: its line is appended, and the older line leaves the file when the
-log is closed, or by the next run. Keeps where records are, never the records themselves: memory does not grow with
-what is in them.
+A record replaces an older one with the same key: its line is appended, and the older line is removed from the file when
+the log is closed, or by the next run. Only the positions of records are kept in memory, not their content.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from granite4v.runtime.extract.record import Key, Record, decode, encode
 
 MAX_LINE_BYTES = 1 << 28  # far above what an answer of a full context takes
 NOT_OURS = (ValueError, KeyError, TypeError, IndexError, AnswerError, RecursionError)
-_BEGINNING = b'{"source": '  # of every record: a torn first line is recognized as ours by it
+_BEGINNING = b'{"source": '  # of every record, by which an incomplete first line is recognized as ours
 
 
 @dataclass
 class Counts:
-    """Numbers of records, by outcome."""
+    """Numbers of records by outcome."""
 
     n_records: int = 0
     n_failed: int = 0
@@ -43,7 +42,7 @@ class Counts:
 
     @property
     def n_incomplete(self) -> int:
-        """Records without an answer, with one that is not valid, or with one that was cut."""
+        """Records without an answer, with an invalid answer, or with a truncated one."""
         return self.n_failed + self.n_invalid + self.n_cut
 
     def add(self, entry: Entry, sign: int = 1) -> None:
@@ -57,7 +56,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a record is, in bytes, and what is known of it without reading it. `failed`: it has an error."""
+    """The position of a record in bytes, and what is known of it without reading it. `failed`: it has an error."""
 
     start: int
     length: int
@@ -85,30 +84,31 @@ class Entry:
 
 
 class ResultsLog:
-    """The records of one run, each key once. One writer at a time: see `output_directory`.
+    """The records of one run, one for each key. Allows one writer at a time: see `output_directory`.
 
-    Read in this order: documents as they were first recorded, their pages by number (what concerns a whole document
-    last), the tasks of a page as they were first recorded; see `arrange`. `close` leaves the file in this order, too.
+    Reading order: documents as first recorded, their pages by number (records about the document itself last), the
+    tasks of a page as first recorded; see `arrange`. `close` leaves the file in this order, too.
     """
 
     def __init__(self, file: BinaryIO, path: Path, *, lasting: bool) -> None:
-        """`lasting`: False for a file that is temporary, or only read. Raises OutputError for one that is damaged."""
+        """`lasting`: False for a file that is temporary or only read. Raises OutputError for a damaged one."""
         self._file, self._path, self._lasting = file, path, lasting
         self._end = 0
         self._entries: dict[Key, Entry] = {}
         self._documents: dict[str, dict[Key, None]] = {}  # source: its keys
         self._stems: dict[str, str | None] = {}
-        self._places: dict[str, int] = {}  # source: its place
-        self._tasks: dict[str, int] = {}  # task: its place
+        self._places: dict[str, int] = {}  # source: its place in the reading order
+        self._tasks: dict[str, int] = {}  # task: its place in the reading order
         self._answers: dict[tuple[str, str], Key] = {}  # (digest, task): the first answer
-        self._last: tuple[int, ...] = ()
-        self._tidy = True  # the file holds what is read, in the same order
+        self._last: tuple[int, ...] = ()  # the highest place so far, see `_note`
+        self._tidy = True  # the file has each record once, in reading order
         self.counts = Counts()
         self._load()
 
     @classmethod
     def open(cls, path: Path | None) -> ResultsLog:
-        """The log in a file, made if there is none. A last line that a crash left unfinished is dropped.
+        """Opens the log in a file, creating it if necessary; in a temporary file for None. Drops a last line that a
+        crash left incomplete.
 
         Raises OutputError for a file that holds anything but records.
         """
@@ -124,7 +124,7 @@ class ResultsLog:
 
     @classmethod
     def open_to_read(cls, folder: Path) -> ResultsLog:
-        """The log of a results folder, in which nothing is changed: a run may be writing to it meanwhile.
+        """Opens the log of a results folder without changing anything: a run may be writing to it at the same time.
 
         Raises OutputError for a folder without one, and for a file that holds anything but records.
         """
@@ -140,10 +140,10 @@ class ResultsLog:
             raise
 
     def append(self, record: Record) -> None:
-        """Returns when the record is on the disk, in place of an older one with the same key.
+        """Writes a record, in place of an older one with the same key. Returns once it is on disk.
 
-        Raises ValueError for a number that JSON does not have, OutputError for a file that cannot be written; the
-        log then holds what it held before.
+        Raises ValueError for a number that JSON does not have, OutputError for a file that cannot be written; the log
+        is then unchanged.
         """
         line = encode(record)
         self.check_there()
@@ -155,7 +155,7 @@ class ResultsLog:
             if self._lasting:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):  # if this fails as well, the next run drops the torn line
+            with contextlib.suppress(OSError):  # if this fails too, the next run drops the incomplete line
                 self._file.truncate(self._end)
             raise output_error(error, self._path, self._kept()) from None
         except BaseException:
@@ -165,13 +165,13 @@ class ResultsLog:
         self._note(record, len(line))
 
     def drop(self, key: Key) -> None:
-        """Removes a record; its line leaves the file when the log is closed."""
+        """Removes a record; its line is removed from the file when the log is closed."""
         self.counts.add(self._entries.pop(key), -1)
         del self._documents[key[0]][key]
         self._tidy = False
 
     def check_there(self) -> None:
-        """Raises OutputError when the file was removed or replaced while it is written."""
+        """Raises OutputError if the file was removed or replaced while the run was writing to it."""
         if not self._lasting:
             return
         with disk_errors(self._path):
@@ -193,40 +193,42 @@ class ResultsLog:
         return self._entries.get(key)
 
     def entry(self, key: Key) -> Entry:
-        """Of a record that must be there."""
+        """Returns the entry of a record, which must exist."""
         return self._entries[key]
 
     def read(self, key: Key) -> Record:
-        """The record with this key, which must be there."""
+        """Returns the record with this key, which must exist."""
         return self._read(self._entries[key])
 
     def keys_of(self, source: str) -> list[Key]:
-        """Of a document's records, in order."""
+        """Returns the keys of a document's records, in reading order."""
         return sorted(self._documents.get(source, ()), key=self._place_in_document)
 
     def tasks(self) -> list[str]:
-        """Every task that was ever recorded."""
+        """Returns every task that was ever recorded."""
         return list(self._tasks)
 
     def sources(self) -> dict[str, str | None]:
-        """Every document that was ever recorded, in order, with the `stem` that its records have, if they do."""
+        """Returns every document that was ever recorded, in order, with the `stem` of its records, if they have one."""
         return dict(self._stems)
 
     def answer_to(self, digest: str, task: str) -> Record | None:
-        """The first record about a page with these pixels."""
+        """Returns the first answer to a task about a page with these pixels; None if there is none."""
         key = self._answer_key(digest, task)
         return None if key is None else self.read(key)
 
     def of_document(self, source: str) -> Iterator[Record]:
-        """Its records in order, one at a time."""
+        """Yields the records of a document in reading order, one at a time."""
         return (self._read(entry) for key in self.keys_of(source) if (entry := self._entries.get(key)) is not None)
 
     def __iter__(self) -> Iterator[Record]:
         return (record for source in list(self._documents) for record in self.of_document(source))
 
     def arrange(self, sources: Iterable[str], tasks: Iterable[str]) -> None:
-        """Puts documents and tasks in these orders; others keep their places. A run that ended early may have kept
-        an answer before those that come first."""
+        """Changes the reading order to these orders of documents and tasks; others keep their places.
+
+        Needed since a run that ended early may have recorded an answer before others that precede it.
+        """
         documents, by_task = _arranged(self._documents, sources), _arranged(self._tasks, tasks)
         if documents == list(self._documents) and by_task == list(self._tasks):
             return
@@ -237,9 +239,9 @@ class ResultsLog:
         self._tidy = False
 
     def tidy(self) -> None:
-        """Leaves each record once and in order in the file, which is replaced in one step.
+        """Rewrites the file with each record once and in reading order, and replaces it in one step.
 
-        Raises OutputError, and the file is then as it was.
+        Raises OutputError; the file is then unchanged.
         """
         if self._tidy or not self._lasting:
             return
@@ -253,15 +255,15 @@ class ResultsLog:
                     file.write(self._bytes(old))
                     entries[key] = replace(old, start=end)
                     end += old.length
-            if os.fstat(file.fileno()).st_size != end:  # an unbuffered write may take a part only
+            if os.fstat(file.fileno()).st_size != end:  # an unbuffered write may write only a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._file.close()
         self._file, self._entries, self._end, self._tidy = file, entries, end, True
 
     def close(self) -> None:
-        """A second call does nothing."""
+        """Tidies and closes the file. A second call does nothing."""
         if not self._file.closed:
-            with contextlib.suppress(OutputError):  # the next run replaces, too
+            with contextlib.suppress(OutputError):  # the next run can still tidy the file
                 self.tidy()
             self._file.close()
 
@@ -285,7 +287,7 @@ class ResultsLog:
         self._stems[record.source] = self._stems.get(record.source) or record.stem
         self._places.setdefault(record.source, len(self._places))
         self._tasks.setdefault(record.task, len(self._tasks))
-        # the first answer about these pixels is what copies are made from, whatever is recorded later
+        # copies are made from the first answer about these pixels, whatever is recorded later
         if entry.digest is not None and not entry.failed and self._answer_key(entry.digest, record.task) is None:
             self._answers[entry.digest, record.task] = key
         # The file is tidy while every line comes after the one before it in reading order: (document, whether it is
@@ -326,7 +328,7 @@ class ResultsLog:
         with disk_errors(self._path), os.fdopen(os.dup(self._file.fileno()), "rb") as reader:
             size = os.fstat(reader.fileno()).st_size
             reader.seek(0)
-            # what a run appends meanwhile comes too late for whoever only reads
+            # up to `size`: a reader ignores what a run appends in the meantime
             while reader.tell() < size and (line := reader.readline(MAX_LINE_BYTES)):
                 number += 1
                 try:
@@ -361,7 +363,10 @@ class ResultsLog:
 
 
 def _arranged(names: Iterable[str], order: Iterable[str]) -> list[str]:
-    """`names` with those that `order` has in its order, at the places that they have among them."""
+    """Returns `names` with those in `order` sorted that way among the places that they occupy; others keep theirs.
+
+    For instance, a x c b in the order b c a becomes b x c a.
+    """
     found = list(names)
     known = set(found)
     wanted = [name for name in order if name in known]

@@ -1,4 +1,4 @@
-"""`extract`: checks a request, opens what it needs, and returns the run that reads the pages."""
+"""`extract` and `begin`: check a request, open what it needs, and return the run that reads the pages."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def extract(
 ) -> Extraction:
     """Returns a lazy iterator over the records of every page of `inputs` and every task.
 
-    `inputs`: images, PDFs, folders, globs or '-' for standard input. `model`: a loaded model, which stays open, what
-    `Model.load` takes, or one that the nodes of a Ray cluster load. `watch` is called often with the state of the run;
-    `say` is called with messages for the user (logged by the logger 'granite4v' by default). `tasks` and the other
-    options: see `ExtractOptions`.
+    `inputs`: images, PDFs, folders, globs or '-' for standard input. `model`: a loaded model, which stays open; a path
+    as for `Model.load`; or an `OnRay`, which the nodes of a Ray cluster load. `watch` is called often with the state of
+    the run; `say` is called with messages for the user (logged by the logger 'granite4v' by default). `tasks` and the
+    other options: see `ExtractOptions`.
 
     `resume` continues a run that ended early, or adds to one: inputs, pages and tasks may differ from before, and
     existing records of anything not named are kept. Existing records are not returned again, nor computed again while
@@ -79,8 +79,11 @@ def begin(
     say: Say | None = None,
     within: str | Path | None = None,
 ) -> Extraction:
-    """As `extract`, with its options in one. `within`: a folder that stands for the inputs, which are files in it or
-    below it: `run.json` names it, and their files keep their folders below it."""
+    """Starts a run like `extract`, with all options in one object.
+
+    `within`: a folder that stands for the inputs, which are files in it or below it. `run.json` names the folder
+    instead of the files, and output files keep their subfolders below it.
+    """
     paths, options = checked(inputs, options)
     if not isinstance(model, str | Path | OnRay) and not hasattr(model, "prepare"):
         raise ArgumentError(f"the model is {model!r:.60}; expected a path, or what granite4v.load returns.")
@@ -104,7 +107,7 @@ def _open(
     opened: contextlib.ExitStack,
     within: str | Path | None,
 ) -> Extraction:
-    """`opened` gets what must be closed, in the order in which it was opened."""
+    """Opens what the run needs; adds whatever must be closed to `opened`, in the order of opening."""
     state, directory, log = State(), None, None
     named = paths if within is None else (str(within),)
     if options.out is not None:
@@ -112,7 +115,7 @@ def _open(
         opened.callback(directory.release)
         if directory.is_resumed:
             log = opened.enter_context(ResultsLog.open(directory.results))
-        if options.report or directory.is_resumed:  # a report that is there would tell of an earlier state
+        if options.report or directory.is_resumed:  # update an existing report, which would otherwise be outdated
             options = replace(options, report=is_report(directory.path / REPORT) or options.report)
     known = None if log is None or options.retry_failed else functools.partial(earlier_error, log)
     totals = count_pages(
@@ -141,9 +144,9 @@ def _open(
     if directory is not None:
         for remark in directory.begin(_manifest(named, asked, hashes, options, loaded, asker)):
             say(remark)
-    if log is None:  # of a new run: a directory gets its first file when nothing can be wrong any more
+    if log is None:  # a new run: its first files are written only after all checks have passed
         log = opened.enter_context(ResultsLog.open(None if directory is None else directory.results))
-    # a page that kills its worker does not kill this process
+    # on Ray, a page kills only its worker: this process survives, and `RayAsker` counts the deaths
     keeps = directory is not None and not isinstance(loaded, RayModel)
     attempts = Attempts(directory.path / ATTEMPTS if directory is not None and keeps else None)
     opened.callback(attempts.close)
@@ -158,7 +161,7 @@ def _load(
     say: Say,
     opened: contextlib.ExitStack,
 ) -> Model | RayModel:
-    """What is loaded here is closed with `opened`."""
+    """Loads the model unless it is loaded already; a model that is loaded here is closed with `opened`."""
     if isinstance(model, OnRay):
         return opened.enter_context(RayModel(model, options))
     if not isinstance(model, str | Path):
@@ -167,7 +170,7 @@ def _load(
 
 
 def load_model(path: str | Path, options: ExtractOptions, n_questions: int | None, say: Say) -> Model:
-    """A model for runs with these options. `n_questions`: as many as it will be asked, None if that is unknown."""
+    """Loads a model for runs with these options. `n_questions`: how many it will be asked; None if unknown."""
     return Model.load(
         path,
         n_ctx=options.n_ctx,
@@ -190,7 +193,7 @@ def _manifest(
     model: Model | RayModel,
     asker: Asker,
 ) -> dict[str, Any]:
-    """`run.json`: what the run was asked for, and on what it was made."""
+    """Returns the content of `run.json`: what was requested, and the model and environment that were used."""
     vision_compute, cache_type = model.settings["vision_compute"], model.settings["cache_type"]
     quantized = {} if vision_compute == "file" else {"vision_compute": vision_compute}
     if cache_type == "q8_0":
@@ -206,7 +209,7 @@ def _manifest(
         "schema": schemas[0].sha256 if schemas else None,
         "model": dict(hashes),
         "settings": {**options.settings, "n_ctx": model.n_ctx, **quantized},
-        # results depend on all of it a little: another number of threads, or of rows, sums in another order
+        # each of these can change results slightly: other numbers of threads or rows change the order of summation
         "environments": [
             {
                 "granite4v": version("granite4v"),

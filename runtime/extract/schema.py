@@ -1,4 +1,4 @@
-"""The fields to extract, as a JSON Schema: from a file, a pydantic class or plain data."""
+"""Loads the fields to extract as a JSON Schema, from a file, a pydantic class or plain data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from granite4v.runtime.grammar.validation import Validator
 SchemaSource: TypeAlias = "str | Path | Mapping[str, Any] | type"
 
 _CLASS_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
-MAX_LOOKED_AT = 200  # schemas behind the root
+MAX_LOOKED_AT = 200  # subschemas that `_may_hold_fields` looks at
 # a schema without any of these allows everything, and is most likely an example of the data instead
 _SAYS_SOMETHING = (
     "type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "not", "$ref",
@@ -45,14 +45,14 @@ _EXPECTED = (
     "class as package.module:Class"
 )
 _MAX_BYTES = 4 * MAX_CHARACTERS
-PIPE_WAIT_S = 30.0  # for a pipe
+PIPE_WAIT_S = 30.0  # for all data of a pipe
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A checked JSON Schema; `name` is where it came from. Keys keep their order: answers follow it.
+    """A checked JSON Schema. Keys keep their order, which answers follow.
 
-    `warnings` are what whoever wrote it should know.
+    `name`: where the schema came from. `warnings`: notes for its author.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Schema:
         return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
 
     def problem(self, value: Any) -> str | None:
-        """Why a value is no instance of the schema; None when it is one. Numbers are judged in decimal."""
+        """Returns why a value does not match the schema; None if it does. Numbers are checked in decimal."""
         return self._validator.problem(value)
 
     @functools.cached_property
@@ -74,10 +74,10 @@ class Schema:
 
 
 def load_schema(source: SchemaSource, say: Callable[[str], None] | None = None) -> Schema:
-    """The schema that a file, a pydantic class, its path `package.module:Class`, or plain data gives.
+    """Loads the schema from a file, a pydantic class, its path `package.module:Class`, or plain data.
 
-    Modules are looked for in the current directory first; `say` is told which file is run before it is. Raises
-    SchemaError for what gives no schema, and for a schema that is invalid.
+    Modules are searched in the current directory first; `say` is told which file will run before it runs. Raises
+    SchemaError for a source without a schema and for an invalid schema.
     """
     if isinstance(source, Mapping):
         return _checked("the schema", source)
@@ -110,14 +110,16 @@ def _checked(name: str, content: Any, notes: tuple[str, ...] = ()) -> Schema:
 
 
 def _may_hold_fields(schema: JsonSchema, found: Resolved, known: dict[int, bool]) -> bool:
-    """Whether an object or a list may fit a schema, as far as types and listed values tell. `known`: by id of a node;
-    a schema that says so only after hundreds of others is given the benefit of the doubt."""
+    """Whether an object or a list may match a schema, judging only by types and enumerated values.
+
+    `known`: results by the id of a node. After `MAX_LOOKED_AT` nodes, True is assumed for all others but `false`.
+    """
     node = found.node
     if not isinstance(node, dict) or len(known) > MAX_LOOKED_AT:
         return node is not False
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = True  # where it refers to itself, what else it says decides
+    known[id(node)] = True  # a schema that refers to itself: the rest of it decides
     parts = {
         word: [_may_hold_fields(schema, schema.inside(inner, found.resolver), known) for inner in node[word]]
         for word in ("anyOf", "oneOf", "allOf")
@@ -135,7 +137,7 @@ def _may_hold_fields(schema: JsonSchema, found: Resolved, known: dict[int, bool]
 
 
 def _hint(content: Mapping[str, Any]) -> str:
-    """Where the schema is, if the content is one of the usual wrappers."""
+    """Returns the end of a message that says where the schema is, if the content is one of the usual wrappers."""
     for path in (("schema",), ("json_schema", "schema"), ("json_schema",), ("parameters",)):
         inner: Any = content
         for key in path:
@@ -183,19 +185,19 @@ def _of_file(name: str) -> Schema:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 1000:  # more than Python converts in a moment
+    if len(text) > 1000:  # more than Python converts quickly
         raise ValueError(f"a number has {len(text):,} digits")
     return int(text)
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a file or a pipe. Raises OSError, SchemaError for one that is too large or that gives nothing."""
+    """Returns the bytes of a file or pipe. Raises OSError; SchemaError for one that is too large or sends nothing."""
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         raw = _first_bytes(path)
     elif stat.S_ISDIR(mode):
         raise SchemaError(f"the schema '{path}' is a directory; give one file in it.")
-    else:  # such as a shell's <(command); reading one that nobody writes to would not return
+    else:  # a pipe, such as a shell's <(command); reading one that nobody writes to would never return
         raw = _read_pipe(path)
     if len(raw) > _MAX_BYTES:
         raise SchemaError(
@@ -248,7 +250,7 @@ def _of_class(found: Any, name: str) -> Schema:
 
 
 def _of_type_adapter(found: Any, name: str) -> Callable[[], Any]:
-    """What makes the schema of a dataclass or a TypedDict."""
+    """Returns a function that makes the schema of a dataclass or a TypedDict."""
     fields = ("__dataclass_fields__", "__total__")
     if isinstance(found, type) and any(hasattr(found, one) for one in fields):
         with contextlib.suppress(ImportError):
@@ -271,7 +273,7 @@ def _import_class(path: str, say: Callable[[str], None] | None) -> Any:
             found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # anything that a module of the user's may do
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise SchemaError(
             f"'{path}' cannot be imported: {_said(error)}; expected package.module:Class, found from the current "
             "directory or installed."
@@ -280,7 +282,7 @@ def _import_class(path: str, say: Callable[[str], None] | None) -> Any:
 
 
 def _announce(module: str, say: Callable[[str], None]) -> None:
-    """Says what is about to be run: the current directory may hold a file that the user does not think of."""
+    """Says which file is about to run: the current directory may contain one that the user is not aware of."""
     top = module.partition(".")[0]
     if module in sys.modules or top in sys.modules:
         return
@@ -291,7 +293,7 @@ def _announce(module: str, say: Callable[[str], None]) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """An error of a module of the user's, with the line that raised it if that is in the module."""
+    """Describes an error of a user's module, with the line that raised it if that is in the module."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -310,7 +312,7 @@ def _said(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Also keeps what the module prints out of the results."""
+    """Searches modules in the current directory first, and sends what they print to stderr, not into the results."""
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:

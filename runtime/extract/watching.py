@@ -1,4 +1,4 @@
-"""The files of a folder as they come: each is handed out when it has stayed as it is for a while."""
+"""Watches a folder and returns each file once it has not changed for a while."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from granite4v.errors import DocumentError
 from granite4v.runtime.documents.sources import Document, file_state, find_documents
 
-SETTLED_S = 2.0  # a file that did not change for so long is complete
+SETTLED_S = 2.0  # a file that has not changed for this long is complete
 POLL_S = 0.5
 
 
 def arrivals(folder: str | Path, *, settled_s: float = SETTLED_S, poll_s: float = POLL_S) -> Iterator[list[str]]:
-    """Paths of documents in a folder and below it, once each is complete, and again whenever its file has changed.
+    """Yields the paths of documents in a folder and below it, each once it is complete, and again after every change.
 
-    Never ends. Those that are there at the beginning come, too. An empty file is not complete. Raises DocumentError
-    when the folder is not there (any more).
+    Never ends. Files that exist at the beginning are included. An empty file is not complete. Raises DocumentError if
+    the folder does not exist (any more).
     """
-    seen: dict[str, tuple[str, float]] = {}  # source: its state, and since when it has been so
+    seen: dict[str, tuple[str, float]] = {}  # source: its state, and since when it has had it
     handed: dict[str, str] = {}
     while True:
         now, states = time.monotonic(), _states(folder)
@@ -41,7 +41,7 @@ def arrivals(folder: str | Path, *, settled_s: float = SETTLED_S, poll_s: float 
 
 
 def _states(folder: str | Path) -> dict[str, str]:
-    """The state of each file that is not empty."""
+    """Returns the state of each file that is not empty."""
     if not os.path.isdir(folder):
         raise DocumentError(f"there is no directory '{folder}' to watch.")
     try:

@@ -1,8 +1,8 @@
-"""The pages in flight: which questions about them are asked next, and what became of those that were asked.
+"""Schedules the questions about the pages in flight and collects their answers.
 
-One thread follows all answers: the engine calls a listener, which ends its wait. No more questions are asked at once
-than the model answers side by side, so the engine has no queue, and a page's prefix is still in its cache when a
-further question about the page follows.
+One thread follows all answers: the engine calls a listener, which wakes the thread. There are never more questions in
+flight than the model answers in parallel, so nothing is queued in the engine, and a page's prefix is still in its
+prefix cache when the next question about the page follows.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.state import State, Watch
 from granite4v.runtime.model import Model
 
-_WAIT_S = 1.0  # for the sake of Windows, where a wait does not notice Ctrl-C
-_PAGES_EACH = 16  # pages that wait for one before them, for each answer at once: those that failed or need no answer
+_WAIT_S = 1.0  # bounded because Ctrl-C does not interrupt a wait on Windows
+# pages in the window for each parallel answer: failed pages, and pages without questions, pile up behind a slow one
+_PAGES_EACH = 16
 
 
 @dataclass(eq=False)
 class Slot:
-    """A question about a page, and its record once there is one."""
+    """One question about a page, and its record once there is one."""
 
     question: Question
-    after: Slot | None = None  # asked when that one has been answered, which predicts this one
+    after: Slot | None = None  # must be answered first, since its answer predicts this one
     asked: Asked | None = None
     record: Record | None = None
 
 
 @dataclass(eq=False)
 class PageWork:
-    """A page on its way to its records, in order; one without slots has nothing to be asked."""
+    """A page in the window and its remaining questions, in order; no slots if nothing is left to ask."""
 
     source: str
     number: int | None
@@ -55,8 +56,8 @@ class PageWork:
     digest: str = ""
     page: Page | None = None  # with its pixels, until all questions are asked
     is_skipped: bool = False
-    is_begun: bool = False  # in flight
-    is_computed: bool = False  # at least one answer
+    is_begun: bool = False  # at least one question was asked
+    is_computed: bool = False  # at least one question was asked and answered without an error
 
     @property
     def is_complete(self) -> bool:
@@ -64,14 +65,14 @@ class PageWork:
 
 
 def in_chains(slots: list[Slot]) -> None:
-    """Makes questions wait for those about the same page that predict their answers."""
+    """Makes each question wait for the one about the same page whose answer predicts its own."""
     for places in chains([slot.question for slot in slots]):
         for before, place in itertools.pairwise(places):
             slots[place].after = slots[before]
 
 
 class Window:
-    """The pages that are being read. For one thread."""
+    """The pages that are being read, in the order of their records. For use by one thread."""
 
     def __init__(
         self,
@@ -87,10 +88,9 @@ class Window:
         self._attempts, self._state, self._watch = attempts, state, watch
         self._works: deque[PageWork] = deque()
         self._active: list[tuple[PageWork, Slot]] = []
-        self._owners: dict[
-            tuple[str, str], tuple[Slot, PageWork]
-        ] = {}  # (digest, task): the question that copies wait for
-        self._is_held = False  # no further page is begun
+        # (digest, task): the question whose answer is copied to pages with the same pixels
+        self._owners: dict[tuple[str, str], tuple[Slot, PageWork]] = {}
+        self._is_held = False  # a page has to wait, so no page behind it begins in this call of `ask`
         self._news = threading.Event()
         self._polled_at = time.perf_counter()
 
@@ -111,7 +111,7 @@ class Window:
 
     @property
     def has_room(self) -> bool:
-        """Whether another page would be begun soon. Pages that wait hold their pixels, so there are few of them."""
+        """Whether another page would begin soon. Waiting pages hold their pixels, so there are few of them."""
         n_parallel = self._asker.n_parallel
         n_waiting = sum(work.page is not None for work in self._works if not work.is_begun)
         is_free = len(self._active) < n_parallel and n_waiting < n_parallel and self._asker.has_room
@@ -123,18 +123,21 @@ class Window:
         self._works.append(work)
 
     def pop(self) -> None:
-        """After the last record of the first page was written."""
+        """Removes the first page, after its last record was written."""
         work = self._works.popleft()
         for key in [key for key, (_, owner) in self._owners.items() if owner is work]:
             del self._owners[key]
 
     def finished(self) -> Iterator[Record]:
-        """The answers that are there by now, in order; failures and copies can be made again at no cost."""
+        """Yields the records of answered questions that are not written yet, in order.
+
+        Leaves out copies and pages that failed without being asked: making them again costs nothing.
+        """
         asked = (slot for work in self._works for slot in work.slots if slot.asked is not None)
         return (slot.record for slot in asked if slot.record is not None)
 
     def ask(self, progress: Progress | None) -> None:
-        """Asks as many questions as there is room for: those about the first pages first."""
+        """Asks as many questions as there is room for, beginning with the first pages."""
         self._is_held = False
         for work in self._works:
             for slot in work.slots:
@@ -144,11 +147,18 @@ class Window:
                 work.page = None
 
     def _try(self, work: PageWork, slot: Slot, progress: Progress | None) -> None:
+        """Asks one question, or gives it a record without asking, or leaves it for a later call.
+
+        The first case that applies counts: the same question about the same pixels is in flight (wait for its answer);
+        it has an answer without an error (copy it); the slot before it in its chain has no record yet (wait); the
+        process died on the page too often (give the page up); the model is busy or the page may not begin (wait); else
+        ask.
+        """
         page, question = work.page, slot.question
         assert page is not None
         owner, _ = self._owners.get((work.digest, question.task), (None, None))
         if owner is not None and owner.record is None:
-            return  # a page with the same pixels is being read
+            return  # its answer will be copied
         like = self._log.answer_to(work.digest, question.task) if owner is None else owner.record
         if like is not None and like.error is None:
             slot.record = copied_page(page, question, self._hashes, like)
@@ -166,7 +176,7 @@ class Window:
                 self._is_held = True
 
     def _may_begin(self, work: PageWork) -> bool:
-        """A page that may have ended its process is read while no other is; those behind it wait, too."""
+        """Whether a page may begin. A page that may have killed its process is read alone; pages behind it wait."""
         if self._is_held:
             return False
         begun = [other for other in self._works if other.is_begun and not other.is_complete]
@@ -186,7 +196,7 @@ class Window:
             self._settle(work, slot, failed)
 
     def poll(self) -> None:
-        """Takes what has come since the last time."""
+        """Collects the answers that have arrived since the last call."""
         now = time.perf_counter()
         if any(slot.asked is not None and slot.asked.n_tokens for _, slot in self._active):
             self._state.decode_s += now - self._polled_at
@@ -200,20 +210,20 @@ class Window:
             self.show()
 
     def wait(self) -> None:
-        """Until there is something to poll."""
+        """Waits until there may be something to poll, for at most `_WAIT_S`."""
         self._news.wait(_WAIT_S)
         self._news.clear()
 
     def stop(self) -> None:
-        """Ends what is in flight; answers that are complete become records."""
+        """Cancels what is in flight; complete answers still become records."""
         for _, slot in self._active:
             if slot.asked is not None and not slot.asked.is_done:
                 slot.asked.cancel()
         for work, slot in list(self._active):
             assert slot.asked is not None
             if slot.asked.is_done and not slot.asked.was_cancelled:
-                with contextlib.suppress(Exception):  # the run ends with an error of its own
-                    slot.record = slot.asked.poll() or slot.asked.poll()  # progress comes first
+                with contextlib.suppress(Exception):  # must not replace the error that ends the run
+                    slot.record = slot.asked.poll() or slot.asked.poll()  # the first may deliver only progress
                 work.is_computed |= slot.record is not None and slot.record.error is None
             slot.asked.close()
         self._active.clear()
@@ -232,7 +242,7 @@ class Window:
         self.show()
 
     def show(self) -> None:
-        """Tells where the run is: at the page whose record comes next, whatever else is in flight."""
+        """Reports the run's position: the page whose record comes next, whatever else is in flight."""
         state, head = self._state, self.head
         if head is not None:
             open_slots = (slot.question.task for slot in head.slots if slot.record is None)
@@ -247,7 +257,7 @@ Say = Callable[[str], None]
 
 
 def how_many(model: Model, options: ExtractOptions, n_questions: int | None, say: Say) -> int:
-    """The most answers at once, and says so once. `n_questions`: all of the run, where that is known."""
+    """Returns the most answers in parallel, and says so once. `n_questions`: of the complete run; None if unknown."""
     asked = options.parallel or model.n_parallel
     n = min(asked, model.n_parallel)
     if n_questions is not None:

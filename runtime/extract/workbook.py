@@ -1,7 +1,7 @@
-"""Texts as sheets of an .xlsx workbook, through openpyxl (the extra 'xlsx').
+"""Writes texts as sheets of an .xlsx workbook, through openpyxl (the extra 'xlsx').
 
-Every cell says what the same table says as CSV. No cell is a formula, a date or an error, whatever its text looks like,
-and what begins with '=', '+', '-' or '@' is text, negative numbers too.
+Every cell shows the same text as in a CSV file of the table. No cell is a formula, a date or an error, whatever its
+text looks like; anything that begins with '=', '+', '-' or '@' is text, including negative numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MAX_ROWS, MAX_COLUMNS, MAX_CELL, MAX_SHEET_NAME = 1 << 20, 1 << 14, (1 << 15) - 
 _NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _LINE_BREAK = re.compile("\r\n?")
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
-MAX_NUMBER = 11  # characters that a cell without a number format shows, before it rounds
+MAX_NUMBER = 11  # characters that a cell without a number format shows before it rounds
 
 
 class Workbook:
-    """Sheets are written to temporary files as they come, so a workbook takes little memory."""
+    """A workbook. Sheets are written to temporary files as they are added, so it takes little memory."""
 
     def __init__(self, path: Path) -> None:
         import openpyxl
@@ -32,7 +32,7 @@ class Workbook:
         self._book = openpyxl.Workbook(write_only=True)
 
     def add(self, name: str, rows: Iterable[Sequence[str]], n_header_rows: int = 1) -> None:
-        """One sheet. Raises AnswerError for what no sheet can hold, of which nothing stays."""
+        """Adds one sheet. Raises AnswerError for rows that no sheet can hold; the sheet is then left out."""
         from openpyxl.cell import WriteOnlyCell
         from openpyxl.styles import Font
 
@@ -50,18 +50,19 @@ class Workbook:
             sheet.close()
             self._book.remove(sheet)
             raise
-        sheet.close()  # its file: a long document has thousands of sheets
+        sheet.close()  # closes its temporary file: a long document has thousands of sheets
 
     def save(self) -> None:
         """Writes the file, complete or not at all. Raises OutputError."""
         if not self._book.worksheets:
-            self._book.create_sheet("no tables")  # a workbook needs one
+            self._book.create_sheet("no tables")  # a workbook needs at least one sheet
         with complete_file(self.path) as partial:
             self._book.save(partial)
 
 
 def number_of(text: str) -> float | int | None:
-    """The number that a cell shows with exactly this text; None for text, such as '007', '1.50', '-5' or '1,000'."""
+    """Returns the number that a cell shows as exactly this text; None for text such as '007', '1.50', '-5' or
+    '1,000'."""
     if len(text) > MAX_NUMBER or not _NUMBER.fullmatch(text):
         return None
     number = float(text) if "." in text else int(text)
@@ -75,7 +76,7 @@ def _cell(cell: Any, text: str) -> Any:
     elif text:
         cell.value = _LINE_BREAK.sub("\n", _NOT_XML.sub("\ufffd", replace_surrogates(text)))
         cell.data_type = "s"  # openpyxl takes '=...' for a formula and '#N/A' for an error
-        cell.quotePrefix = True  # as if typed behind an apostrophe: it stays text when somebody edits the cell
+        cell.quotePrefix = True  # as if typed after an apostrophe: it stays text when somebody edits the cell
     return cell
 
 

@@ -1,4 +1,4 @@
-"""Sends questions to workers, and sends those again whose worker died."""
+"""Sends questions to workers, and sends them again if their worker dies."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from granite4v.runtime.extract.page_records import begun
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.extract.record import Record
 
-MOST_DEATHS = 3  # of workers that read a page and nothing else
-_LOOK_S = 1.0  # a cluster tells of a new node only when it is asked
-_NODE_DIED = "its node has died"  # in Ray's message: no page is to blame
+MOST_DEATHS = 3  # workers that may die while they read one page and nothing else
+_LOOK_S = 1.0  # between steps without news: a cluster reports a new node only when it is asked
+_NODE_DIED = "its node has died"  # in Ray's message: then no page is at fault
 
 
 @dataclass(eq=False)
 class SentPage:
-    """A page's pixels in the object store, and what became of those that read it."""
+    """A page's pixels in the object store, and what happened to the workers that read it."""
 
     reference: Any
     n_bytes: int
-    hand: Hand | None = None  # that has read it: further questions find it in that worker's cache
+    hand: Hand | None = None  # the last worker that got it: further questions find its prefix in that worker's cache
     n_deaths: int = 0
-    is_suspect: bool = False  # it was in flight when its worker died, so it is read alone
+    is_suspect: bool = False  # was in flight when its worker died, so it must be read alone
 
 
 class RemoteQuestion:
-    """One question about one page, as `PageQuestion`, but for a worker."""
+    """One question about one page, like `PageQuestion`, but answered by a worker."""
 
-    n_tokens = 0  # comes with the record
+    n_tokens = 0  # unknown until the record arrives
 
     def __init__(self, asker: RayAsker, page: Page, question: Question, i_question: int) -> None:
         self._asker, self.i_question = asker, i_question
@@ -58,7 +58,8 @@ class RemoteQuestion:
         return None
 
     def poll(self) -> Record | None:
-        """Raises ModelFileError and DeviceError, after which no other page would fare better."""
+        """Returns the record once there is one. Raises ModelFileError and DeviceError, which would fail any other page
+        too."""
         self._asker.step()
         return self.record
 
@@ -70,11 +71,11 @@ class RemoteQuestion:
         self.was_cancelled = True
 
     def close(self) -> None:
-        """The workers end with the run."""
+        """Does nothing: workers end with the run."""
 
 
 class RayAsker:
-    """Asks the workers of a crew. For one thread."""
+    """Distributes questions to the workers of a crew. For use by one thread."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class RayAsker:
         drafting: bool,
         n_questions: int | None,
     ) -> None:
-        """`n_questions`: of the run, where that is known. The crew has a worker whose model is loaded."""
+        """`n_questions`: of the run; None if unknown. `crew` must have a worker whose model is loaded."""
         self._ray, self._crew, self._say, self.hashes = ray, crew, say, hashes
         self._places = {question.task: place for place, question in enumerate(questions)}
         self._n_questions = n_questions
@@ -118,7 +119,7 @@ class RayAsker:
             page.hand.actor.forget.remote(digest)
 
     def sent(self, page: Page) -> SentPage:
-        """The page in the object store, put there once."""
+        """Returns the page in the object store, where the first call puts it."""
         found = self._pages.get(page.digest)
         if found is None:
             pixels = np.asarray(page.image)
@@ -135,7 +136,10 @@ class RayAsker:
         self._send()
 
     def step(self) -> None:
-        """Takes what has come, and sends what can be sent."""
+        """Collects finished calls, replaces missing workers, and sends the queued questions that a worker can take.
+
+        Without news, does so only every `_LOOK_S`.
+        """
         if not self._has_news and time.monotonic() - self._stepped_at < _LOOK_S:
             return
         self._has_news, self._stepped_at = False, time.monotonic()
@@ -161,7 +165,11 @@ class RayAsker:
         question.record = record
 
     def _died(self, hand: Hand, error: Exception) -> None:
-        """Of pages that were in flight together nobody knows which it was: each is read alone from now on."""
+        """Puts a dead worker's questions back at the head of the queue.
+
+        Unless its node died, any page of the worker may be at fault: all become suspects, and each is read alone from
+        now on. A death counts only against a page that was alone. A page with `MOST_DEATHS` is given up.
+        """
         self._crew.dismiss(hand)
         lost, hand.in_flight = hand.in_flight, []
         pages = list({id(question.sent): question.sent for question in lost}.values())
@@ -193,12 +201,18 @@ class RayAsker:
             self._crew.follow(hand, question, reference)
 
     def _reserved(self) -> list[Hand]:
-        """Workers that take no more pages until a suspect can be read there alone: those that will be idle first."""
+        """Returns the workers that take no more pages until a suspect can be read there alone: one for each queued
+        suspect, those with the fewest questions in flight first."""
         pages = {id(q.sent) for q in self._queue if q.sent is not None and q.sent.is_suspect}
         ready = [hand for hand in self._crew.hands if hand.loaded is not None]
         return sorted(ready, key=lambda hand: len(hand.in_flight))[: len(pages)]
 
     def _hand_for(self, page: SentPage, reserved: list[Hand]) -> Hand | None:
+        """Returns the worker to send a question about a page to; None if it has to wait.
+
+        A suspect waits for a reserved worker with no other page. Other pages stay with the worker that has them in its
+        prefix cache, even if another one is free; a new page goes to the worker with the fewest questions.
+        """
         if page.is_suspect:
             mine = [hand for hand in reserved if all(other.sent is page for other in hand.in_flight)]
             return mine[0] if mine and mine[0].is_free else None
@@ -209,7 +223,7 @@ class RayAsker:
 
 
 def _is_alone(hand: Hand) -> bool:
-    """Whether it reads a page that must be the only one."""
+    """Whether a worker reads a page that must be read alone."""
     return any(question.sent.is_suspect for question in hand.in_flight)
 
 

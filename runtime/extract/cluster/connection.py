@@ -1,4 +1,4 @@
-"""The Ray cluster: connected to, or started on this machine; its nodes, and how many workers each of them gets."""
+"""Connects to a Ray cluster or starts one on this machine, lists its nodes, and divides each among workers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 from granite4v.errors import DeviceError
 
 AUTO, LOCAL = "auto", "local"
-OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here: pages on their way to workers
+OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here, for pages in flight to workers
 _REACHED_S = 15.0
 _STATISTICS = "RAY_USAGE_STATS_ENABLED"
-_PART_OF_STORE = 4  # the pages on their way take no more than one part in so many of a node's object store
+_PART_OF_STORE = 4  # pages in flight take at most this fraction (1/4) of a node's object store
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine, as Ray sees it."""
+    """A node of the cluster, as Ray reports it."""
 
     id: str
     host: str
@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker gets of its node."""
+    """The part of a node that one worker gets."""
 
     n_cpus: int
     n_gpus: int = 0
@@ -41,11 +41,11 @@ class Share:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected to the cluster at `address`.
+    """Yields the module `ray`, connected to the cluster at `address`.
 
-    'auto': the cluster of RAY_ADDRESS or of this machine, or one that is started here and ends with the run, as
-    'local' always does; it reports no usage statistics. A connection that this process has already is used and left
-    open. Raises DeviceError.
+    'auto': the cluster of RAY_ADDRESS or of this machine, or if there is none, one that is started here. 'local':
+    always one that is started here. A cluster that is started here ends with the run and reports no usage statistics.
+    If this process is connected already, that connection is used and left open. Raises DeviceError.
     """
     ray = _import()
     if ray.is_initialized():
@@ -74,7 +74,7 @@ def _connect(ray: Any, address: str) -> None:
         if address == AUTO:
             try:
                 ray.init(address=AUTO, **quiet)
-            except ConnectionError:  # there is none
+            except ConnectionError:  # no cluster found
                 address = LOCAL
         if address == LOCAL:
             with _no_usage_statistics():
@@ -82,7 +82,7 @@ def _connect(ray: Any, address: str) -> None:
         elif address != AUTO:
             _check_reachable(address)
             ray.init(address=address, **quiet)
-    except Exception as error:  # a node that does not start in time raises just that
+    except Exception as error:  # a node that does not start in time raises a plain Exception
         what = "no Ray cluster can be started here" if address == LOCAL else f"no Ray cluster answers at '{address}'"
         raise DeviceError(
             f"{what} ({_first_line(error)}); start one with 'ray start --head', with the same versions of Ray and "
@@ -92,7 +92,7 @@ def _connect(ray: Any, address: str) -> None:
 
 @contextlib.contextmanager
 def _no_usage_statistics() -> Iterator[None]:
-    """For the processes that Ray starts meanwhile."""
+    """Disables usage statistics in the processes that Ray starts inside the block."""
     before = os.environ.get(_STATISTICS)
     os.environ[_STATISTICS] = "0"
     try:
@@ -104,7 +104,7 @@ def _no_usage_statistics() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes. Raises OSError."""
+    """Tries one connection first, since Ray itself retries for minutes. Raises OSError."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _REACHED_S).close()
@@ -112,7 +112,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one that leaves no time for what is unfinished."""
+    """Restores the SIGTERM handler after the block: Ray's own leaves no time to finish pending work."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,7 +125,7 @@ def _signal_handlers_kept() -> Iterator[None]:
 
 
 def nodes(ray: Any) -> list[Node]:
-    """Those that are alive."""
+    """Returns the nodes that are alive."""
     found = []
     for node in ray.nodes():
         if node["Alive"]:
@@ -143,8 +143,8 @@ def nodes(ray: Any) -> list[Node]:
 
 
 def shares(node: Node, n_threads: int | None, device: str) -> list[Share]:
-    """The workers of a node: one with all of its cores; with `n_threads`, one for each group of so many; on GPUs, one
-    for each GPU. None on a node without a core, as heads of clusters often are."""
+    """Divides a node among workers: one with all its cores; with `n_threads`, one for each group of that many cores;
+    with 'cuda', one for each GPU. Returns no share for a node without cores, as cluster heads often are."""
     if not node.n_cpus:
         return []
     if device == "cuda":
@@ -155,7 +155,7 @@ def shares(node: Node, n_threads: int | None, device: str) -> list[Share]:
 
 
 def room_bytes(found: list[Node]) -> int:
-    """Of pages that are on their way to workers."""
+    """Returns how many bytes the pages in flight to workers may take."""
     return min((node.store_bytes for node in found), default=OBJECT_STORE_BYTES) // _PART_OF_STORE
 
 

@@ -1,4 +1,4 @@
-"""The workers of a run: started on every node, started again when they die, and whose turn it is."""
+"""Starts the workers of a run on every node, replaces those that die, and collects their finished calls."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from granite4v.errors import DeviceError, Granite4vError
 from granite4v.runtime.extract.cluster.connection import Node, Share, nodes, shares
 from granite4v.runtime.extract.cluster.worker import Assignment, Loaded, Worker
 
-LOOK_S = 2.0  # between two looks at which nodes there are
-MOST_STARTS = 3  # that fail on a node, one after another, before it is left alone
+LOOK_S = 2.0  # between two requests for the list of nodes
+MOST_STARTS = 3  # failed starts in a row before a node is left alone
 Say = Callable[[str], None]
 Event = tuple["Hand", Any, "Future[Any]"]
 
 
 @dataclass(eq=False)
 class Hand:
-    """One worker. `loaded`: None until its model is; `in_flight`: what it has been asked."""
+    """One worker. `loaded`: None until its model is loaded; `in_flight`: the questions it is answering."""
 
     node: Node
     share: Share
@@ -38,22 +38,26 @@ class Hand:
 
 
 class Crew:
-    """For one thread. `wake` may be replaced: it is called, in other threads, when there is something to `take`."""
+    """Starts and ends workers. For use by one thread.
+
+    `wake` may be replaced: it is called, from other threads, when there is something to `take`.
+    """
 
     def __init__(self, ray: Any, assignment: Assignment, say: Say) -> None:
         self._ray, self._assignment, self._say = ray, assignment, say
         self._sent = ray.put(assignment)
         self.wake: Callable[[], None] = lambda: None
         self.hands: list[Hand] = []
-        self.loaded: Loaded | None = None  # of the first worker: the others are like it
+        self.loaded: Loaded | None = None  # from the first worker that is ready; the others are alike
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._failures: Counter[str] = Counter()  # by node: starts that failed since one did not
-        self._left_alone: dict[str, Granite4vError] = {}  # nodes, and why
+        self._failures: Counter[str] = Counter()  # by node: failed starts in a row
+        self._left_alone: dict[str, Granite4vError] = {}  # by node: why no worker is started there any more
         self._looked_at = 0.0
         self.nodes: list[Node] = []
 
     def look(self, *, now: bool = False) -> None:
-        """Starts what workers are missing. Raises what kept the last node from having one."""
+        """Starts missing workers, at most every `LOOK_S` unless `now`. If there are none and none can be started,
+        raises the error of the first node that was left alone."""
         if not now and time.monotonic() - self._looked_at < LOOK_S:
             return
         self._looked_at = time.monotonic()
@@ -81,7 +85,8 @@ class Crew:
         self.follow(hand, None, actor.load.remote(self._sent))
 
     def follow(self, hand: Hand, item: Any, reference: Any) -> None:
-        """`take` will tell what became of a call about `item`."""
+        """Makes `take` return the call behind `reference` once it has ended. `item`: what it is about; None for the
+        start of a worker."""
         future: Future[Any] = reference.future()
         future.add_done_callback(lambda done: self._note((hand, item, done)))
 
@@ -90,7 +95,10 @@ class Crew:
         self.wake()
 
     def take(self) -> list[Event]:
-        """Calls that have ended since the last time, but for those of the start. Raises as `look`."""
+        """Returns the calls that have ended since the last time, except starts, which are handled here.
+
+        Raises the error of a node on which no worker can be started, as long as no other worker is ready.
+        """
         found: list[Event] = []
         while True:
             try:
@@ -120,7 +128,7 @@ class Crew:
         self.loaded = self.loaded or hand.loaded
 
     def _leave_alone(self, node: Node, why: Granite4vError) -> None:
-        if self.loaded is None:  # before anything was read: the cluster is not what was meant
+        if self.loaded is None:  # nothing has been read yet: better to fail than to run on half a cluster
             raise why
         self._left_alone[node.id] = why
         self._say(f"warning: {str(why).rstrip('.')}; the run goes on without that node.")
@@ -128,9 +136,9 @@ class Crew:
             self.dismiss(hand)
 
     def dismiss(self, hand: Hand) -> None:
-        """Ends a worker, which may be dead already."""
+        """Ends a worker, which may already be dead."""
         self.hands.remove(hand)
-        with contextlib.suppress(Exception):  # whatever it is, it is gone
+        with contextlib.suppress(Exception):  # whatever Ray says, the worker is not used any more
             self._ray.kill(hand.actor)
 
     def close(self) -> None:
@@ -139,13 +147,13 @@ class Crew:
 
 
 def divided(assignment: Assignment, n_workers: int) -> Assignment:
-    """For one of several workers."""
+    """Returns the assignment of one of `n_workers` workers, with its share of the questions, rounded up."""
     n = assignment.n_questions
     return assignment if n is None else replace(assignment, n_questions=-(-n // max(1, n_workers)))
 
 
 def on_hosts(hands: list[Hand]) -> str:
-    """'3 workers on 2 nodes, with 4 cores each'"""
+    """Describes workers, for instance '3 workers on 2 nodes, with 4 cores each'."""
     cores = sorted({hand.share.n_cpus for hand in hands})
     each = f"{' or '.join(map(str, cores))} core{'s' if cores != [1] else ''} each"
     return f"{_counted(len(hands), 'worker')} on {_counted(len({hand.node.id for hand in hands}), 'node')}, with {each}"
@@ -156,7 +164,7 @@ def _counted(n: int, what: str) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The reason, which Ray puts behind a traceback or a list of facts, and before its advice."""
+    """Returns the reason in an error of Ray, which comes after a traceback or a list of facts and before advice."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     found = lines[-1] if lines else type(error).__name__
     found = found.partition("Worker exit detail: ")[2] or found

@@ -1,4 +1,4 @@
-"""A model that is loaded by the nodes of a Ray cluster; here there are only its files."""
+"""A model that the nodes of a Ray cluster load; this process opens only its files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
 from granite4v.runtime.prompt.builder import PromptBuilder
 from granite4v.runtime.prompt.spans import Prompt
 
-_PATIENCE_S = 30.0  # for other workers, when one is ready
-_TOLD_S = 10.0  # without any
+_PATIENCE_S = 30.0  # how long to wait for the other workers once one is ready
+_TOLD_S = 10.0  # without a ready worker, before the user is told what the run waits for
 
 
 @dataclass(frozen=True)
 class OnRay:
-    """A model for `extract` that is loaded by the nodes of the Ray cluster at `address` (see `connected`).
+    """A model for `extract` that the nodes of the Ray cluster at `address` load (see `connected`).
 
-    `name`: as it was given, which `find` resolves on every node; `path`: what it resolves to here.
+    `name`: the model as it was given, which `find` resolves on every node. `path`: what it resolves to here.
     """
 
     address: str
@@ -39,7 +39,8 @@ class OnRay:
 
 
 class RayModel:
-    """What a run asks of a model beyond answers. `start` before any of `n_ctx`, `settings` and the like."""
+    """Offers what a run needs of a model in addition to answers. Call `start` before reading `n_ctx`, `settings`,
+    `vision_note` or `warnings`."""
 
     def __init__(self, model: OnRay, options: ExtractOptions) -> None:
         self._model, self._options = model, options
@@ -58,7 +59,7 @@ class RayModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of one worker."""
+        """The settings of the first worker that was ready."""
         return self._first.settings
 
     @property
@@ -77,8 +78,8 @@ class RayModel:
     def start(
         self, questions: tuple[Question, ...], hashes: Mapping[str, str], n_questions: int | None, say: Say
     ) -> RayAsker:
-        """Connects to the cluster and returns when its workers have the model. Raises DeviceError, and what loading a
-        model raises."""
+        """Connects to the cluster and waits until its workers have loaded the model (see `_wait_for`). Raises
+        DeviceError, and what loading a model raises."""
         ray = self._opened.enter_context(connected(self._model.address))
         options = worker_options(self._options)
         there = nodes(ray)
@@ -104,14 +105,15 @@ class RayModel:
 
 
 def _name(model: OnRay) -> str | Path | None:
-    """As the nodes look for it: their current folder is another one."""
+    """Returns the name for the nodes, which have another current folder: an existing path is made absolute."""
     if model.name is not None and Path(model.name).exists():
         return Path(model.name).absolute()
     return model.name
 
 
 def _wait_for(crew: Crew, say: Say) -> None:
-    """Until all workers are ready, or one is and the others take long: their nodes may be busy."""
+    """Waits until all workers are ready, or until one is and the others take longer than `_PATIENCE_S`, since their
+    nodes may be busy."""
     news = threading.Event()
     crew.wake = news.set
     began, ready_at, is_told = time.monotonic(), None, False

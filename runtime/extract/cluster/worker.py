@@ -1,4 +1,4 @@
-"""What runs on a node: a worker that loads the model there and answers questions about pages."""
+"""The worker that runs on a node: loads the model there and answers questions about pages."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ Find = Callable[["str | Path | None", Callable[[str], None]], "str | Path"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every worker of a run does. `name`: the model as it was given, which `find` resolves on each node;
-    `hashes`: SHA-256 of its files by role, which must be the same there. `n_questions`: of one worker, where known."""
+    """What every worker of a run gets. `name`: the model as it was given, which `find` resolves on each node;
+    `hashes`: SHA-256 of its files by role, which must be the same there. `n_questions`: for one worker; None if
+    unknown."""
 
     name: str | Path | None
     find: Find
@@ -42,7 +43,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker says of its model once it is loaded."""
+    """What a worker reports about its model once it is loaded."""
 
     n_ctx: int
     n_parallel: int
@@ -53,7 +54,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class PageFields:
-    """A page without its pixels, which travel once for all questions about it."""
+    """A page without its pixels, which are sent once for all questions about it."""
 
     source: str
     number: int
@@ -68,22 +69,23 @@ class PageFields:
         return cls(page.source, page.number, page.n_pages, page.dpi, page.warnings, page.file_state, page.digest)
 
     def page(self, pixels: Any) -> Page:
-        """`pixels`: uint8 (height, width, 3)."""
+        """Returns the page with its pixels: uint8 (height, width, 3)."""
         image = Image(PIL.Image.fromarray(pixels), bytes.fromhex(self.digest))
         return Page(self.source, self.number, self.n_pages, image, self.dpi, self.warnings, self.file_state)
 
 
 class Worker:
-    """An actor. Its methods run in one thread, which answers side by side share by waiting."""
+    """A Ray actor. Its methods are coroutines in one thread, so several answers can be awaited at the same time."""
 
     def __init__(self, n_cpus: int) -> None:
-        """`n_cpus`: that Ray has set aside for it."""
+        """`n_cpus`: the cores that Ray has reserved for this worker."""
         self._n_cpus = n_cpus
         self._asker: ModelAsker | None = None
         self._assignment: Assignment | None = None
 
     async def load(self, assignment: Assignment) -> Loaded:
-        """Raises ModelFileError for another version of the program, a model that is not there or is another one."""
+        """Loads the model. Raises ModelFileError if its files differ from those of the process that started the run,
+        and what finding or loading a model raises."""
         options = assignment.options
         path = assignment.find(assignment.name, _nothing)
         with ModelFiles.open(path, mmproj=options.mmproj) as files:
@@ -105,7 +107,7 @@ class Worker:
         return Loaded(model.n_ctx, model.n_parallel, model.settings, model.vision_note, model.warnings)
 
     async def read(self, fields: PageFields, pixels: Any, i_question: int) -> Record:
-        """The answer to a question about a page. Raises ModelFileError and DeviceError, which end the run."""
+        """Returns the record of one question about a page. Raises ModelFileError and DeviceError, which end the run."""
         assert self._asker is not None and self._assignment is not None
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         asked = self._asker.question(fields.page(pixels), self._assignment.questions[i_question])
@@ -122,7 +124,7 @@ class Worker:
 
 
 def worker_options(options: ExtractOptions) -> ExtractOptions:
-    """What of a run's options concerns the workers, in a form that can be sent."""
+    """Returns the options without those that workers do not need, in a form that can be sent."""
     return replace(options, schema=None, out=None, password=None, formats=(), crop=None, pages=None)
 
 
