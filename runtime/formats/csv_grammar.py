@@ -1,7 +1,7 @@
-"""The automaton of CSV: a header, and rows as wide as it, quoted as in RFC 4180, with '\\n' between rows.
+"""The automaton of CSV: a header, and rows of the same width, quoted as in RFC 4180, with '\\n' between rows.
 
-An answer is bare or in a Markdown fence. No field may contain '`', so that a field cannot be taken for a fence. A row
-of one empty field is written as '""', since parsers skip blank lines.
+An answer is bare or in a Markdown fence. No field may contain '`', so that a field cannot be mistaken for a fence. A
+row of one empty field is written as '""', since parsers skip blank lines.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CLOSING = b"```"
 
 @dataclass(frozen=True)
 class CsvField:
-    """At the start of a field, or in a field without quotes. `column` counts from 0.
+    """At the start of a field, or inside an unquoted one. `column` counts from 0.
 
-    `n_fields` is the width of the header, None within the header. `fenced` is None until the answer shows it.
+    `n_fields` is the width of the header, None inside the header. `fenced` is None until the answer shows it.
     """
 
     n_fields: int | None = None
@@ -66,7 +66,7 @@ class CsvField:
 
 @dataclass(frozen=True)
 class _Quoted:
-    """Between the quotes of a field."""
+    """Inside a quoted field."""
 
     field: CsvField
 
