@@ -98,7 +98,7 @@ class Conversation:
 
     @property
     def current(self) -> ChatPage | None:
-        """The page that tasks read: the chosen one, or the one that was attached last."""
+        """The page that tasks read: the chosen one, or the last one attached."""
         pages = self.pages
         return self.chosen if self.chosen in pages else pages[-1] if pages else None
 

@@ -40,10 +40,11 @@ class CsvField:
 
     def next(self) -> Next:
         separators = self.separators()
+        # parsers skip blank lines, so a row cannot be empty: neither a line break nor the end comes right at its start
         initial_literals = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
         is_accepting = b"\n" in separators and not self.fenced
         initially_accepting = is_accepting and not self.begins_row
-        if self.n_fields is not None and self.begins_row:  # after a line break
+        if self.n_fields is not None and self.begins_row:  # after a line break: the rows so far may be all
             initially_accepting = not self.fenced
             initial_literals = [_CLOSING, *initial_literals] if self.fenced else initial_literals
         if self.fenced is None:

@@ -15,7 +15,7 @@ from granite4v.runtime.formats.place import Place, pointer
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.wrapping import unfence
 
-# word for word the prompt of the publisher's benchmark, which the models were trained on
+# the exact prompt of the publisher's benchmark, which the models were trained on
 KVP_PROMPT = """\
 Extract structured data from this document.
 Return a JSON object matching this schema:

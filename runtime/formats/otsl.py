@@ -74,6 +74,7 @@ class _Rows:
         row: list[_Draft] = []
         for slot in slots:
             row.append(self._owner(slot, row))
+        # a cell from above that this row continues has to be continued over exactly its own columns
         n_continued = Counter(id(draft) for draft in row if draft.row < self.n_rows)
         for j, draft in enumerate(row):
             if draft.row < self.n_rows and (self.above[j] is not draft or n_continued[id(draft)] != draft.colspan):
@@ -106,6 +107,8 @@ class _Rows:
         if slot.tag == "ucel" and up is not None:
             return up
         if slot.tag == "xcel":
+            # docling writes a cell of 2x2 slots as '<fcel>a<xcel><nl><xcel><xcel><nl>': the <xcel> in its first row
+            # sets `crossed`, so that the next row may begin with <xcel> instead of <ucel>
             if up is not None and (up is left or (up.crossed and up.col == j)):
                 return up
             if left is not None and left.row == self.n_rows:

@@ -22,9 +22,9 @@ from granite4v.runtime.formats.rows import LINES, Rows
 
 MOST_ROWS, MOST_BLANK_ROWS = 36, 72
 MOST_ROUNDS = 12
-LONGEST_CYCLE = 8  # rows
+LONGEST_CYCLE = 8  # rows per round
 MOST_CHARACTERS = 600  # of periodic text within a row
-_CHECKED_EVERY = 64  # characters
+_CHECKED_EVERY = 64  # characters within a row
 
 
 class Repetition:
@@ -95,7 +95,7 @@ class Repetition:
         return any(self._is_endless(cycle) for cycle in range(1, LONGEST_CYCLE + 1))
 
     def _is_endless(self, cycle: int) -> bool:
-        n_rows = self._equal[cycle] + cycle
+        n_rows = self._equal[cycle] + cycle  # with the first round
         most = MOST_BLANK_ROWS if self._n_blank >= n_rows else MOST_ROWS
         return self._equal[cycle] > 0 and n_rows >= max(most, MOST_ROUNDS * cycle)
 

@@ -7,7 +7,7 @@ import re
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.wrapping import unfence
 
-# word for word docling's prompt for models that write pages as Markdown (its vlm_model_specs)
+# docling's exact prompt for models that write pages as Markdown (its vlm_model_specs)
 PAGE_PROMPT = "Convert this page to markdown. Do not miss any text and only output the bare markdown!"
 _PAGE_FENCE = re.compile(r"\s*```(markdown|md)[ \t]*\r?\n", re.IGNORECASE)
 

@@ -14,7 +14,7 @@ from granite4v.runtime.grammar.token_index import Spellings, TokenIndex
 
 Encode = Callable[[str], list[int]]
 _WINDOW = 64  # tokens of context; how text is split depends on a few words at most
-_MANY = 16  # bytes
+_MANY = 16  # following bytes; for more, the continuations are scanned instead of looking up each byte
 
 
 def forced_tokens(

@@ -35,7 +35,7 @@ class JsonPosition(NamedTuple):
         return JsonPosition(in_string, escaped)
 
     def closing_byte(self, allowed: set[int], n_taken: Counter[int]) -> int:
-        """The byte of `allowed` that leads to the end soonest; `n_taken` says how often each was taken before."""
+        """The byte of `allowed` that leads to the end soonest; `n_taken` counts how often each was taken before."""
         if self.in_string:
             if _QUOTE in allowed and not self.escaped:
                 return _QUOTE

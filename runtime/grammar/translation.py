@@ -241,7 +241,7 @@ class Translation:
             raise Impossible("no list has its minItems and its maxItems at once")
 
     def _values(self, found: Resolved) -> list[Any] | None:
-        """The values that a schema enumerates; None if it does not."""
+        """The values that a schema enumerates; None if it enumerates none."""
         while isinstance(found.node, dict) and isinstance(found.node.get("$ref"), str) and "enum" not in found.node:
             found = self.follow(found, found.node, "$ref")
         return found.node.get("enum") if isinstance(found.node, dict) else None

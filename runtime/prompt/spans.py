@@ -23,7 +23,7 @@ from granite4v.runtime.prompt.tokenizer import Tokenizer, added_token, token_id
 if TYPE_CHECKING:
     from granite4v.clip_projector import View
 
-IMAGE_TOKEN = "<image>"  # the placeholder in files without our key for it
+IMAGE_TOKEN = "<image>"  # the placeholder in files that lack our key for it
 
 
 @dataclass(frozen=True)
