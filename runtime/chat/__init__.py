@@ -1,6 +1,6 @@
-"""A conversation about pages: what was asked and answered, what is attached, and the commands that change it.
+"""A conversation about pages: its questions and answers, its attached pages, and the commands that change it.
 
-Knows nothing of terminals: a `Display` shows what happens.
+Knows nothing about terminals: a `Display` shows what happens.
 """
 
 from granite4v.runtime.chat.chat import Chat, ContextFull, Reply

@@ -1,4 +1,4 @@
-"""A conversation with a model: questions become streamed answers, and the context is watched before it overflows."""
+"""Runs a conversation with a model: streams answers to questions, and checks the context before it overflows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from granite4v.runtime.options import GenerationOptions
 from granite4v.runtime.prompt.messages import counted
 from granite4v.runtime.prompt.spans import Prompt
 
-MAX_TOKENS = 4096  # of an answer, where nobody says otherwise
-MIN_ANSWER = 64  # a question is refused where less would be left for its answer
-NEARLY_FULL = 512  # tokens left, below which that is announced after every answer
+MAX_TOKENS = 4096  # of an answer, by default
+MIN_ANSWER = 64  # tokens; a question is refused if it would leave fewer for its answer
+NEARLY_FULL = 512  # tokens; if fewer are left, this is announced after every answer
 REGEN_TEMPERATURE = 0.7  # greedy decoding would give the same answer again
 
 
 class ContextFull(ContextOverflowError):
-    """A question or a page for which the context has no room; the message says what can be dropped."""
+    """Raised when the context has no room for a question or a page; the message says what can be dropped."""
 
 
 class Schema(Protocol):
-    """A checked schema of fields, as `extract.schema.load_schema` gives it."""
+    """A checked schema of fields, as `extract.schema.load_schema` returns it."""
 
     @property
     def content(self) -> dict[str, Any]: ...
@@ -46,7 +46,7 @@ class Schema(Protocol):
 
 @dataclass(frozen=True)
 class Usage:
-    """How many of the context's tokens the next question finds taken, and its answer has left."""
+    """How many tokens of the context are used when the next question is asked, and how many are left for its answer."""
 
     used: int
     n_ctx: int
@@ -57,11 +57,11 @@ class Usage:
 
 
 class Chat:
-    """One conversation with a loaded model. Not for several threads at once.
+    """One conversation with a loaded model. Not thread-safe.
 
-    `options`: for every answer; their `max_tokens` counts only if `max_tokens` is given here, otherwise an answer gets
-    what is left, up to MAX_TOKENS. `load_schema` reads what '/schema' names. `frames` or `fps`: how many frames of
-    each video, as `load_video` has it. `password`: of encrypted PDFs.
+    `options`: for every answer, but not their `max_tokens`: an answer gets what is left of the context, up to
+    `max_tokens` (MAX_TOKENS if not given). `load_schema` reads the schema that '/schema' names. `frames` or `fps`: how
+    many frames to take of each video, as in `load_video`. `password`: tried on encrypted PDFs.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Chat:
 
     @property
     def adapter(self) -> bool | None:
-        """Whether a separate adapter is applied; None: as the model's policy has it."""
+        """Whether a separate adapter is applied; None: the model's policy decides."""
         return self.options.lora
 
     @adapter.setter
@@ -97,11 +97,11 @@ class Chat:
     # --- pages ---
 
     def attach(self, text: str, progress: Progress | None = None) -> tuple[list[ChatPage], list[str]]:
-        """Attaches the pages of 'FILE' or 'FILE#PAGES', or a video. Returns those attached, and notes for a person.
+        """Attaches the pages of 'FILE' or 'FILE#PAGES', or a video. Returns the pages attached, and notes for the user.
 
-        Without PAGES, all pages if they fit into the context, else the first. One that is attached already becomes the
-        current page. Raises DocumentError, ImageError, ModelFileError for a model without a vision file, ContextFull;
-        then nothing is attached.
+        Without PAGES, attaches all pages if they fit into the context, else the first. If there is no new page, one
+        that is already attached becomes the current page. Raises DocumentError, ImageError, ModelFileError for a model
+        without a vision file, ContextFull; then nothing is attached.
         """
         self.model.files.need_vision()
         spec = file_spec(text)
@@ -121,12 +121,12 @@ class Chat:
                 continue
             notes += page.warnings
             found.append(page)
-            # an attached page may take another number of tokens beside others than it takes now
+            # attached pages may take a different number of tokens once there are more of them
             n_tokens = self._n_tokens_of([*self.conversation.pages, *found]) - n_before
             if n_tokens > room:
-                raise self._no_room(spec, found, n_tokens)  # before a thousand more are read
+                raise self._no_room(spec, found, n_tokens)  # now, before a thousand more are read
             if spec.pages is None and page.n_pages > 1:
-                n_each = self._layouts([page, page])[0].n_tokens  # beside others
+                n_each = self._layouts([page, page])[0].n_tokens  # next to other pages
                 if page.n_pages * n_each > room:
                     notes.append(_first_alone(spec, page.n_pages, room // n_each))
                     break
@@ -141,7 +141,10 @@ class Chat:
         return found, notes
 
     def read_page(self, path: str, number: int, n_frames: int | None = None) -> ChatPage:
-        """One page of a file, or so many frames of a video, not attached. Raises DocumentError, ImageError."""
+        """Reads one page of a file, or `n_frames` frames of a video, without attaching it.
+
+        Raises DocumentError, ImageError.
+        """
         spec = FileSpec(regular_file(path), PageRanges(((number, number),)))
         for page in self._read(spec, FrameSampling(n_frames)):
             if isinstance(page, DocumentError):
@@ -150,8 +153,8 @@ class Chat:
         raise DocumentError(f"'{shown(path)}' has no page {number}.")
 
     def _read(self, spec: FileSpec, sampling: FrameSampling) -> Iterator[ChatPage | DocumentError]:
-        """As `read_pages`. Asks for the password of an encrypted PDF until it is right or none is given; the last right
-        one is tried first on the next PDF."""
+        """Like `read_pages`, but asks for the password of an encrypted PDF until one fits or none is given. The last
+        password that fitted is tried first on the next PDF."""
         password = self._password
         while True:
             try:
@@ -165,12 +168,12 @@ class Chat:
                     raise
 
     def n_tokens(self, page: ChatPage) -> int:
-        """Tokens that a page takes of the context, beside the pages that are attached."""
+        """The tokens of the context that a page takes, next to the attached pages."""
         return 0 if self.model.files.vision_config is None else self.layout(page).n_tokens
 
     def layout(self, page: ChatPage) -> AnyLayout:
-        """How the model sees a page beside those that are attached: its tiles. Raises ModelFileError for a model
-        without a vision file."""
+        """How the model sees a page next to the attached ones: its tiles. Raises ModelFileError for a model without a
+        vision file."""
         return self._layouts([page, *(other for other in self.conversation.pages if other is not page)])[0]
 
     def _layouts(self, pages: list[ChatPage]) -> list[AnyLayout]:
@@ -186,7 +189,7 @@ class Chat:
     # --- room ---
 
     def usage(self, progress: Progress | None = None) -> Usage:
-        """How much of the context the conversation takes, with the pages that wait."""
+        """How much of the context the conversation takes, including the pages that wait for the next question."""
         if not self.conversation.turns and not self.conversation.waiting:
             return Usage(0, self.model.n_ctx)
         messages, pages = self.conversation.messages("?")
@@ -194,14 +197,14 @@ class Chat:
         return Usage(prompt.n_tokens, self.model.n_ctx)
 
     def shortage(self) -> str | None:
-        """That the context is nearly full, and what can be dropped; None while there is room."""
+        """A message that the context is nearly full and what can be dropped; None while there is room."""
         usage = self.usage()
         if usage.left >= min(NEARLY_FULL, self.model.n_ctx // 4):
             return None
         return f"the context is nearly full ({usage.left:,} of {usage.n_ctx:,} tokens left). {self._droppable()}"
 
     def _no_room(self, spec: FileSpec, found: Sequence[ChatPage], n_tokens: int) -> ContextFull:
-        """For the pages that `spec` names, of which those that are `found` take so many tokens."""
+        """The error for the pages that `spec` names; those in `found`, which were read, take `n_tokens`."""
         n_frames, n_pages = found[0].n_frames, found[0].n_pages
         n_wanted = max(len(found), n_pages if spec.pages is None else spec.pages.count(n_pages))
         what = counted(n_wanted, "page") if n_frames is None else counted(n_frames, "frame")
@@ -216,7 +219,7 @@ class Chat:
         )
 
     def _droppable(self, n_needed: int = 0) -> str:
-        """What a person can do about a context that is full, or has less than `n_needed` tokens."""
+        """What the user can do about a context that is full, or has fewer than `n_needed` tokens."""
         ways = [
             f"/detach {number} ({page.name}, {self.n_tokens(page):,} tokens)"
             for number, page in enumerate(self.conversation.pages, 1)
@@ -229,8 +232,8 @@ class Chat:
     # --- questions ---
 
     def question(self, text: str) -> Question:
-        """What a line asks: the task whose tag it is, or the words themselves. Raises PromptError for an empty one, and
-        for a tag beside words: the model's template would drop the words."""
+        """The question in a line: a task if the line is its tag, otherwise the text itself. Raises PromptError for an
+        empty line, and for a tag next to other text, which the model's template would drop."""
         text = text.strip()
         if not text:
             raise PromptError("the question is empty.")
@@ -243,7 +246,10 @@ class Chat:
         return Question(text, task.name, constraint=grammar_for(task.name))
 
     def fields_question(self, source: str) -> tuple[Question, tuple[str, ...]]:
-        """The question for the fields of a schema file, and warnings about it. Raises SchemaError, ConstraintError."""
+        """The question for the fields of a schema file, and warnings about the schema.
+
+        Raises SchemaError, ConstraintError, and ChatError without `load_schema`.
+        """
         if self._load_schema is None:
             raise ChatError("schemas cannot be read here.")
         schema = self._load_schema(source)
@@ -257,11 +263,11 @@ class Chat:
         about: ChatPage | None = None,
         temperature: float | None = None,
     ) -> Reply:
-        """Starts the answer to a question, which becomes a turn at its end.
+        """Starts the answer to a question. When the answer ends, both become a turn.
 
-        A task reads one page alone, the current one or `about`, as `ask` and `extract` do; what was said before does
-        not change its answer. Raises ChatError for a task without a page, ContextFull when prompt and answer do not
-        fit, and what `Model.stream` raises; then the conversation is as before.
+        A task reads a single page, the current one or `about`, as `ask` and `extract` do; earlier turns do not affect
+        its answer. Raises ChatError for a task without a page, ContextFull when prompt and answer do not fit, and what
+        `Model.prepare` and `Model.submit` raise; then the conversation is unchanged.
         """
         if question.is_task:
             about = about or self.conversation.current
@@ -288,7 +294,8 @@ class Chat:
     def _prepared(
         self, question: Question, messages: list[dict[str, Any]], pages: list[ChatPage], progress: Progress | None
     ) -> Prompt:
-        """The prompt, if the context has room for it and an answer."""
+        """The prompt. Raises ContextFull unless the context has room for it and an answer, and PromptError for a task
+        that the model's template does not know."""
         try:
             prompt = self.model.prepare(messages, [page.image for page in pages], progress=progress)
         except ContextOverflowError as error:
@@ -307,8 +314,9 @@ class Chat:
         return prompt
 
     def again(self, progress: Progress | None = None, temperature: float | None = None) -> Reply:
-        """Another answer to the last question, which takes the place of the one there is when it ends; a greedy chat
-        samples it at REGEN_TEMPERATURE. Raises ChatError without turns, and for a task whose page was detached."""
+        """Starts another answer to the last question, which replaces the current one when it ends. With greedy
+        decoding, it is sampled at REGEN_TEMPERATURE. Raises ChatError without turns, and for a task whose page was
+        detached."""
         conversation = self.conversation
         if not conversation.turns:
             raise ChatError("there is no question to answer again.")
@@ -327,7 +335,7 @@ class Chat:
 
 
 class _Flag:
-    """What a stream polls to know whether it is cancelled."""
+    """The flag that a stream polls to learn whether it is cancelled."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -337,14 +345,14 @@ class _Flag:
 
 
 class Reply:
-    """An answer that is being generated: iterate over its text. The turn joins the conversation when the answer ends,
-    however that happens; without a single token there is none, and the pages wait on.
+    """An answer that is being generated: iterate over its text. When the answer ends, for whatever reason, the turn is
+    added to the conversation. An answer without any text adds no turn, and its pages keep waiting.
 
-    `replaces_last`: it joins in place of the last one.
+    `replaces_last`: the turn replaces the last one.
     """
 
     def __init__(self, conversation: Conversation, turn: Turn, stream: Stream, stop: _Flag, began: float) -> None:
-        """`turn`: without its answer. `stop` is what the stream polls. `began`: as of time.perf_counter."""
+        """`turn`: without its answer. `stop`: the flag that the stream polls. `began`: by time.perf_counter."""
         self.question = turn.question
         self.replaces_last = False
         self.turn: Turn | None = None
@@ -356,8 +364,8 @@ class Reply:
         return self._pieces
 
     def cancel(self) -> None:
-        """Stops the answer soon, also while the page is encoded or the prompt read; may be called from a signal
-        handler."""
+        """Stops the answer soon, also while the page is being encoded or the prompt prefilled; may be called from a
+        signal handler."""
         self._stop.is_set = True
 
     @property
@@ -367,7 +375,7 @@ class Reply:
 
     @property
     def finish_reason(self) -> str:
-        """As in `Answer`."""
+        """See `Answer`."""
         return self._stream.answer.finish_reason
 
     def _read(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The commands of a chat, as a table, and what each does. Knows no terminal: a `Display` shows what happens."""
+"""The commands of a chat, as a table, and their implementation. Knows no terminal: a `Display` shows what happens."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from granite4v.runtime.formats.tasks import TASKS
 from granite4v.runtime.prompt.messages import counted
 
 SWITCH = {"on": True, "off": False, "auto": None}
-MOST_DEGREES = 2.0  # of a temperature: above, answers are noise
+MOST_DEGREES = 2.0  # the highest temperature; above it, answers are noise
 
 
 class Display(Protocol):
-    """What shows a chat to a person."""
+    """Shows a chat to the user."""
 
     def say(self, text: str) -> None:
-        """What a command or an answer has come to, in one line or several."""
+        """Shows the result of a command or an answer, in one or more lines."""
         ...
 
     def note(self, text: str) -> None:
-        """A line that a person may do without."""
+        """Shows a line that the user can do without."""
         ...
 
     def listing(self, rows: list[tuple[str, str]]) -> None:
-        """Names and what they mean, a line each."""
+        """Shows names and their meanings, one per line."""
         ...
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """What is going on before an answer begins; as a model's progress callback."""
+        """Shows what is going on before an answer begins; a model's progress callback."""
         ...
 
     def answer(self, reply: Reply) -> None:
@@ -50,13 +50,14 @@ class Display(Protocol):
         ...
 
     def copy(self, text: str) -> None:
-        """Puts a text into the clipboard. Raises ChatError where there is none."""
+        """Copies a text to the clipboard. Raises ChatError if there is no clipboard."""
         ...
 
 
 @dataclass(frozen=True)
 class Command:
-    """`takes`: what its argument is, for completion: 'file', 'session', 'schema', 'page', 'copy', 'switch' or ''."""
+    """A command. `takes`: the kind of its argument, for completion: 'file', 'session', 'schema', 'page', 'copy',
+    'switch' or ''."""
 
     name: str
     usage: str
@@ -66,9 +67,9 @@ class Command:
 
 
 def handle(chat: Chat, text: str, display: Display) -> bool:
-    """Does what a line says: a command, files to attach, a question. False when the chat is to end.
+    """Executes a line: a command, files to attach, a question. Returns False when the chat should end.
 
-    Raises Granite4vError for whatever cannot be done; the conversation is then as before.
+    Raises Granite4vError for anything that cannot be done; files attached by the same line before that stay attached.
     """
     text = text.strip()
     if not text:
@@ -85,7 +86,7 @@ def handle(chat: Chat, text: str, display: Display) -> bool:
 
 
 def find_command(name: str, text: str) -> Command:
-    """The command of a name, or of the beginning of one. Raises ChatError."""
+    """The command with this name, or the only one whose name begins with it. Raises ChatError."""
     if name in COMMANDS:
         return COMMANDS[name]
     found = [command for command in COMMANDS.values() if name and command.name.startswith(name)]
@@ -114,7 +115,7 @@ def _answer(chat: Chat, reply: Reply, display: Display) -> None:
 
 
 def summary(chat: Chat, turn: Turn) -> str:
-    """One line on an answer: tokens and times, and how full the context is."""
+    """One line about an answer: tokens and times, and how full the context is."""
     stats, usage = turn.stats, chat.usage()
     if stats is None:
         return ""
@@ -142,7 +143,7 @@ def _attach(chat: Chat, text: str, display: Display) -> None:
 
 
 def attach(chat: Chat, file: str, display: Display) -> None:
-    """Attaches what 'FILE' or 'FILE#PAGES' names, and says what that is. Raises as `Chat.attach` does."""
+    """Attaches what 'FILE' or 'FILE#PAGES' names, and reports it. Raises what `Chat.attach` raises."""
     pages, notes = chat.attach(file, display.progress)
     for note in notes:
         display.say(note)
@@ -315,7 +316,7 @@ def _load(chat: Chat, text: str, display: Display) -> None:
 
 
 def _new_file(name: str, own: Path | None) -> Path:
-    """Where to write; a file that is there already is replaced only if it is `own`. Raises ChatError."""
+    """The path to write to; an existing file is replaced only if it is `own`. Raises ChatError."""
     path = _path(name)
     try:
         path.lstat()
@@ -329,7 +330,7 @@ def _new_file(name: str, own: Path | None) -> Path:
 
 
 def _path(name: str) -> Path:
-    """Absolute; `~` of a user that there is none of stays as it is, which `Path.expanduser` refuses."""
+    """The absolute path; the `~` of an unknown user is kept as it is, where `Path.expanduser` would fail."""
     return Path(os.path.expanduser(name)).absolute()
 
 

@@ -1,4 +1,4 @@
-"""What may follow the text before the cursor: commands, their arguments, task tags, paths."""
+"""Completes the text before the cursor: commands, their arguments, task tags, paths."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from granite4v.runtime.chat.pages import ATTACHED
 from granite4v.runtime.chat.values import COPY_FORMATS
 from granite4v.runtime.formats.tasks import TASKS
 
-MOST_PATHS = 200  # of a directory
+MOST_PATHS = 200  # per directory
 _SPECIAL = re.compile(r"([\s'\"\\])")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`text` takes the place of the last `n_replaced` characters before the cursor. `about`: a few words on it."""
+    """`text` replaces the last `n_replaced` characters before the cursor. `about`: a few words about it."""
 
     text: str
     n_replaced: int
@@ -68,7 +68,8 @@ def _last_word(text: str) -> str:
 
 
 def _paths(typed: str, suffixes: tuple[str, ...]) -> Iterator[Completion]:
-    """Directories, and files with one of the suffixes, that begin as `typed` does; spaces and quotes are escaped."""
+    """Yields directories, and files with one of the suffixes, that begin with `typed`; white space, quotes and
+    backslashes are escaped."""
     bare = re.sub(r"\\(.)", r"\1", typed.lstrip("'\""))
     folder, _, beginning = bare.rpartition("/")
     where = os.path.expanduser(f"{folder}/" if folder or bare.startswith("/") else ".")

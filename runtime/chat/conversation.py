@@ -1,6 +1,6 @@
-"""The turns of a conversation and the pages attached to it, as data; what the model is asked is made from them.
+"""The turns and attached pages of a conversation as data, and the messages for the model that are made from them.
 
-Knows no model. A page belongs to the turn whose question was the first to be asked about it; until then it waits.
+Knows no model. A page belongs to the turn that asked the first question about it; until then it waits.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from granite4v.runtime.grammar.grammar import Grammar
 
 
 class ChatError(Granite4vError):
-    """A command that is unknown, incomplete or not possible now."""
+    """Raised for a command that is unknown, incomplete or not possible now."""
 
 
 @dataclass(frozen=True)
 class Question:
     """What is asked: `text` as the model gets it (words, a task's tag, or a prompt with a schema).
 
-    `task`: its name in the table of tasks. `schema`: the JSON schema of the answer, for a task that takes one.
-    `constraint`: the grammar that the answer is held to.
+    `task`: its name in the table of tasks. `schema`: the JSON Schema of the answer, for a task that takes one.
+    `constraint`: the grammar that constrains the answer.
     """
 
     text: str
@@ -38,21 +38,21 @@ class Question:
 
     @property
     def is_task(self) -> bool:
-        """Whether it is about one page, in the words of a task, and not a person's own question."""
+        """Whether it is a task, which is about one page, and not the user's own question."""
         return self.kind is not QUESTION
 
     @property
     def label(self) -> str:
-        """As a person would write it: the words, the tag, or the task's name."""
+        """The question as a user would write it: the words, the tag, or the task's name."""
         return self.text if not self.is_task else self.kind.tag or self.task
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took.
+    """The tokens and times of one answer.
 
-    The prompt had `n_prompt` tokens, `n_image` of them of images; `n_reused` of them came from the prefix cache and
-    `n_stored` from the page store. `n_encoded` images had to be encoded. Times in seconds, from the question on.
+    The prompt had `n_prompt` tokens, `n_image` of them image tokens; `n_reused` of them came from the prefix cache and
+    `n_stored` from the page store. `n_encoded` images had to be encoded. Times are in seconds, from the question on.
     """
 
     n_prompt: int = 0
@@ -70,8 +70,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer. `pages`: those that came with the question; `about`: the one that a task read.
-    `finish_reason`: as in `Answer`."""
+    """A question and its answer. `pages`: those that came with the question; `about`: the page that a task read.
+    `finish_reason`: see `Answer`."""
 
     question: Question
     pages: tuple[ChatPage, ...]
@@ -83,7 +83,8 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """`waiting`: pages that go with the next question. `chosen`: the page that tasks read, if a person chose one."""
+    """A conversation. `waiting`: pages that go with the next question. `chosen`: the page for tasks, if the user chose
+    one."""
 
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -92,24 +93,24 @@ class Conversation:
 
     @property
     def pages(self) -> list[ChatPage]:
-        """All that are attached, in the order in which the model sees them."""
+        """All attached pages, in the order in which the model sees them."""
         return [*(page for turn in self.turns for page in turn.pages), *self.waiting]
 
     @property
     def current(self) -> ChatPage | None:
-        """The page that tasks read: the chosen one, or the one that was attached last."""
+        """The page that tasks read: the chosen one, or the last one attached."""
         pages = self.pages
         return self.chosen if self.chosen in pages else pages[-1] if pages else None
 
     def find(self, page: ChatPage) -> ChatPage | None:
-        """The attached page that shows the same page of the same file."""
+        """The attached page that is the same page of the same file, with the same pixels."""
         same = (other for other in self.pages if (other.path, other.number) == (page.path, page.number))
         return next((other for other in same if other.digest == page.digest), None)
 
     # --- what the model is asked ---
 
     def messages(self, question: str | None = None) -> tuple[list[dict[str, Any]], list[ChatPage]]:
-        """The messages of all turns, then of a question with the pages that wait; and the pages, in their order."""
+        """The messages of all turns, then of a question with the waiting pages; and all these pages, in order."""
         messages = self._beginning()
         for turn in self.turns:
             messages.append(_user(turn.question.text, turn.pages))
@@ -119,7 +120,7 @@ class Conversation:
         return messages, self.pages if question is not None else [page for turn in self.turns for page in turn.pages]
 
     def messages_about(self, question: str, page: ChatPage) -> tuple[list[dict[str, Any]], list[ChatPage]]:
-        """A question about one page alone, as `ask` and `extract` put it: without the turns before."""
+        """The messages of a question about a single page, as in `ask` and `extract`: without earlier turns."""
         return [*self._beginning(), _user(question, [page])], [page]
 
     def _beginning(self) -> list[dict[str, Any]]:
@@ -132,19 +133,19 @@ class Conversation:
         self.chosen = None
 
     def add(self, turn: Turn) -> None:
-        """A turn at the end; its pages wait no longer."""
+        """Appends a turn; its pages no longer wait."""
         self.waiting = [page for page in self.waiting if page not in turn.pages]
         self.turns.append(turn)
 
     def detach(self, page: ChatPage) -> None:
-        """Takes a page out; the turns about it stay, as text."""
+        """Removes a page; the turns about it are kept, as text."""
         self.waiting = [other for other in self.waiting if other is not page]
         self.turns = [
             replace(turn, pages=tuple(other for other in turn.pages if other is not page)) for turn in self.turns
         ]
 
     def undo(self) -> Turn:
-        """Takes back the last turn and returns it; its pages wait again. Raises ChatError without turns."""
+        """Removes the last turn and returns it; its pages wait again. Raises ChatError without turns."""
         if not self.turns:
             raise ChatError("there is no question to take back.")
         turn = self.turns.pop()
@@ -152,7 +153,7 @@ class Conversation:
         return turn
 
     def clear(self) -> None:
-        """Forgets all turns; all pages stay attached."""
+        """Removes all turns; all pages stay attached."""
         self.waiting, self.turns = self.pages, []
 
 

@@ -1,4 +1,4 @@
-"""What a person types: words as a shell would split them, and files that were dropped into the line.
+"""Parses what the user types: words as a shell would split them, and files that were dropped into the line.
 
 Terminals paste the path of a dropped file in quotes, with escaped spaces, or as a file:// URL. Apostrophes and
 backslashes are also ordinary characters of questions, so nothing here is an error.
@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 from granite4v.runtime.chat.pages import ATTACHED
 
-# at the beginning of a word: a quoted text that ends where a word ends (a page selection may follow), or all up to the
-# next space that is not escaped
+# at the start of a word: quoted text that ends where a word ends (a page selection may follow it), or everything up to
+# the next unescaped space
 _WORD = re.compile(r"""(?:'([^']*)'|"([^"]*)")(#[\d,\s-]*\d-?)?(?=\s|$)|((?:\\.|[^\s\\]|\\$)+)""", re.DOTALL)
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _PAGES = re.compile(r"#[\d,-]+$")
@@ -22,7 +22,7 @@ _PAGES = re.compile(r"#[\d,-]+$")
 
 @dataclass(frozen=True)
 class Word:
-    """`value`: without quotes and escapes. `start` and `end`: its place in the line."""
+    """A word. `value`: without quotes and escapes. `start` and `end`: its place in the line."""
 
     value: str
     start: int
@@ -31,7 +31,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Line:
-    """`files`: what was dropped into it, as 'FILE' or 'FILE#PAGES'. `text`: what is left to ask."""
+    """A line. `files`: those dropped into it, as 'FILE' or 'FILE#PAGES'. `text`: what is left, the question."""
 
     text: str
     files: tuple[str, ...]
@@ -46,7 +46,7 @@ def words(text: str) -> list[Word]:
             at += 1
             continue
         match = _WORD.match(text, at)
-        assert match is not None  # its last part takes any character that is not a space
+        assert match is not None  # its last alternative matches any character that is not a space
         single, double, pages, bare = match.groups()
         value = _ESCAPED.sub(r"\1", bare) if bare is not None else (single or double or "") + (pages or "")
         found.append(Word(value, at, match.end()))
@@ -55,15 +55,15 @@ def words(text: str) -> list[Word]:
 
 
 def argument(text: str) -> str:
-    """The file that a command's argument names: quotes, escapes and file:// undone; spaces may stand unescaped."""
+    """The file that a command's argument names, without quotes, escapes and file://; spaces need not be escaped."""
     text = text.strip()
     found = words(text)
     return _path(found[0].value) if len(found) == 1 else _path(text)
 
 
 def split_files(text: str) -> Line:
-    """The files that stand in a line and exist, and the rest. One at either end of the line is taken out; one in the
-    middle of a sentence leaves its name there."""
+    """Splits a line into the existing files that it names and the rest. A file at either end of the line is taken out;
+    one in the middle of a sentence leaves its name there."""
     found = [(word, path) for word in words(text) if (path := _dropped(word.value)) is not None]
     left, right = 0, len(text)
     for word, _ in found:
@@ -83,13 +83,13 @@ def split_files(text: str) -> Line:
 
 
 def starts_with_file(text: str) -> bool:
-    """Whether the first word is the path of a document, however it begins: '/home/...' is no command."""
+    """Whether the first word is the path of a document, whatever it begins with: '/home/...' is not a command."""
     found = words(text)
     return bool(found) and _dropped(found[0].value) is not None
 
 
 def _dropped(value: str) -> str | None:
-    """The document that a word names, if it is one that exists."""
+    """The document that a word names, if it exists."""
     path = os.path.expanduser(_path(value))
     bare = path if os.path.isfile(path) else _PAGES.sub("", path)
     try:
@@ -107,6 +107,6 @@ def _path(value: str) -> str:
     except ValueError:
         return value
     pages = f"#{parts.fragment}" if parts.fragment else ""
-    # bytes that are not UTF-8 stand in paths as Python has them there
+    # bytes that are not UTF-8 become surrogates, as in Python's paths
     path = unquote(parts.path, errors="surrogateescape")
     return path + pages if parts.netloc in ("", "localhost") else value

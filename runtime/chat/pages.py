@@ -1,5 +1,4 @@
-"""Pages and videos that are attached to a conversation: read in processes of their own, identified by their pixels and
-files."""
+"""Pages and videos attached to a conversation: read in child processes, identified by their pixels and files."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from granite4v.runtime.documents.sources import SUFFIXES
 
 _READ_BYTES = 1 << 20
 _HEAD_BYTES = 1024
-# of files that are attached when they are dropped into a line, and of those that are offered
+# suffixes of files that are attached when dropped into a line, and that are offered as completions
 ATTACHED = (*SUFFIXES, ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 
 
 @dataclass(frozen=True)
 class FileSpec:
-    """What `FILE` or `FILE#PAGES` names; `pages` None: those that fit."""
+    """What `FILE` or `FILE#PAGES` names. `pages`: None for as many as fit."""
 
     path: Path
     pages: PageRanges | None
@@ -36,7 +35,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are taken, as `load_video` has it."""
+    """Which frames of a video are taken, as in `load_video`."""
 
     frames: int | None = None
     fps: float | None = None
@@ -46,7 +45,7 @@ class FrameSampling:
 class ChatPage:
     """One attached page, or a video. `path` is absolute; `number` counts from 1, of `n_pages`.
 
-    `file_sha256`: of the file when it was read, in hexadecimal digits. `dpi`: of a PDF's page as it was rendered.
+    `file_sha256`: of the file when it was read, in hexadecimal digits. `dpi`: at which a PDF page was rendered.
     """
 
     path: Path
@@ -59,7 +58,7 @@ class ChatPage:
 
     @property
     def digest(self) -> str:
-        """That of the pixels, in hexadecimal digits."""
+        """The digest of the pixels, in hexadecimal digits."""
         return self.image.digest.hex()
 
     @property
@@ -69,14 +68,14 @@ class ChatPage:
 
     @property
     def n_frames(self) -> int | None:
-        """Those of a video; None for a page."""
+        """The number of frames of a video; None for a page."""
         return len(self.image.frames) if isinstance(self.image, Video) else None
 
 
 def file_spec(text: str) -> FileSpec:
-    """The file and the pages of 'FILE' or 'FILE#PAGES', such as 'scan.pdf#1-3,7'. A file's own name may hold a '#'.
+    """The file and the pages of 'FILE' or 'FILE#PAGES', such as 'scan.pdf#1-3,7'. A file's name may contain a '#'.
 
-    Raises DocumentError for what is no file, or for pages that make no sense.
+    Raises DocumentError for a path that is not a file, and for an invalid page selection.
     """
     path = os.path.expanduser(text)
     named, mark, pages = path.rpartition("#")
@@ -89,7 +88,7 @@ def file_spec(text: str) -> FileSpec:
 
 
 def regular_file(path: str) -> Path:
-    """The absolute path of a file. Raises DocumentError for what is missing, or is no file."""
+    """The absolute path of a regular file. Raises DocumentError if it is missing or something else."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -108,10 +107,10 @@ def regular_file(path: str) -> Path:
 def read_pages(
     spec: FileSpec, view: VisionConfig | None, password: str | None = None, sampling: FrameSampling | None = None
 ) -> Iterator[ChatPage | DocumentError]:
-    """The pages of a file, each rendered when it is asked for; a page that cannot be read is an error in its place. A
-    video is one page, `sampling` of its frames.
+    """Yields the pages of a file, each rendered on demand; in place of a page that cannot be read, yields its error. A
+    video is one page, with the frames that `sampling` selects.
 
-    Raises what `open_pages` and `load_video` raise, and DocumentError when the file cannot be read at all.
+    Raises what `open_pages` and `read_video` raise, and DocumentError when the file cannot be read at all.
     """
     sha256, head = _sha256(spec.path)
     if is_video(head):
@@ -138,7 +137,7 @@ def _video(spec: FileSpec, view: VisionConfig | None, sampling: FrameSampling, s
 
 
 def _sha256(path: Path) -> tuple[str, bytes]:
-    """Of a file; and its beginning."""
+    """The SHA-256 of a file in hexadecimal digits, and the beginning of the file."""
     digest, head = hashlib.sha256(), b""
     try:
         with path.open("rb") as file:

@@ -1,6 +1,7 @@
-"""A conversation in a JSON file: messages, and the paths and digests of pages; the pixels stay where they are.
+"""Saves a conversation in a JSON file: messages, and the paths and digests of pages; the pixels stay in their files.
 
-A file may come from a stranger, so its form is checked before anything is opened.
+A file may come from an untrusted source, so its size, its format and each page's entry are checked before a page is
+opened.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from granite4v.runtime.formats.tasks import find_task
 FORMAT = "granite4v-chat"
 VERSION = 1
 MAX_BYTES = 64 << 20
-MAX_PAGES = 500  # each of some megabytes; no context has room for more
+MAX_PAGES = 500  # each takes some megabytes; no context has room for more
 _REASONS = ("stop", "length", "repetition", "cancelled")
 ReadPage = Callable[..., ChatPage]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """`notes`: pages that are missing or that changed since."""
+    """A loaded conversation. `notes`: about pages that are missing or have changed since."""
 
     conversation: Conversation
     notes: tuple[str, ...]
 
 
 def save(conversation: Conversation, path: Path, model: str) -> None:
-    """Writes the file, complete or not at all. `model`: where the answers came from, for a reader. Raises
-    OutputError."""
+    """Writes the file completely or not at all. `model`: where the answers came from, for people who read the file.
+    Raises OutputError."""
     pages = conversation.pages
     about = [turn.about for turn in conversation.turns]
     known = [*pages, *dict.fromkeys(page for page in about if page is not None and page not in pages)]
@@ -81,11 +82,11 @@ def _turn(turn: Turn, pages: list[ChatPage]) -> dict[str, Any]:
 
 
 def load(path: Path, read_page: ReadPage) -> Loaded:
-    """The conversation of a file that `save` wrote. `read_page(path, number)` reads a page, with `n_frames=` that many
-    frames of a video, and raises Granite4vError.
+    """Loads the conversation of a file that `save` wrote. `read_page(path, number)` reads a page or, with `n_frames=`,
+    that many frames of a video, and raises Granite4vError.
 
-    A page that cannot be read is left out, with a note; one whose file changed is taken as it is now, with a note.
-    Raises ChatError for a file that is something else.
+    A page that cannot be read is left out, with a note; one whose file has changed is used as it is now, with a note.
+    Raises ChatError for any other kind of file.
     """
     content = _content(path)
     read: list[ChatPage | None] = []

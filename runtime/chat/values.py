@@ -1,4 +1,4 @@
-"""What an answer holds, for display and for the clipboard: tables in whatever format, fields, or text."""
+"""Extracts what an answer contains, for display and for the clipboard: tables in any format, fields, or text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ COPY_FORMATS = {"csv": "csv", "md": "markdown", "json": "json"}
 
 
 def value_of(question: Question, text: str, *, complete: bool) -> Any:
-    """What an answer says, as `formats.read` has it; of one that is not complete, what is complete in it; None for an
-    answer that is not in the format of its task."""
+    """The value of an answer, as `formats.read` returns it, or its complete part if it is incomplete or invalid; None
+    if nothing in it is complete and in the format of its task."""
     if complete:
         try:
             return read(question.task, text)
@@ -29,8 +29,8 @@ def value_of(question: Question, text: str, *, complete: bool) -> Any:
 
 
 def tables_in(turn: Turn) -> list[Table]:
-    """The tables of an answer: of a task, of fields (a row each), or those that a free answer has in Markdown or
-    HTML."""
+    """The tables of an answer: those of a task, a table of fields (a row each), or the Markdown or HTML tables in free
+    text."""
     question = turn.question
     value = value_of(question, turn.answer, complete=turn.finish_reason == "stop")
     if question.kind.gives_tables:
@@ -45,7 +45,7 @@ def tables_in(turn: Turn) -> list[Table]:
 
 
 def fields_table(value: Any) -> Table:
-    """Fields as a table of two columns, a row for each single value; values inside others as 'items[0].price'."""
+    """Fields as a table of two columns with a row for each single value; nested ones are named 'items[0].price'."""
     rows = [("field", "value"), *((name or "value", _shown(item)) for name, item in _leaves(value, ""))]
     cells = [Cell(i, j, text) for i, row in enumerate(rows) for j, text in enumerate(row)]
     return with_header_rows(len(rows), 2, 1, cells)
@@ -87,8 +87,8 @@ def markdown_tables(text: str) -> list[Table]:
 
 
 def to_copy(turns: Sequence[Turn], form: str | None) -> tuple[str, str]:
-    """(text, what it is) of the last table of a conversation, as `form` of COPY_FORMATS (csv unless given); without a
-    table, and without `form`, the last answer as it is.
+    """(text, what it is) for the last table of a conversation, in `form` of COPY_FORMATS (default csv). Without a table
+    and without `form`, for the last answer as it is.
 
     Raises ChatError when there is nothing of that kind, AnswerError for a table that the format cannot represent.
     """

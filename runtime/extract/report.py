@@ -28,8 +28,8 @@ from granite4v.runtime.formats.json_values import MAX_NESTING, is_deeper
 
 _TITLE, _HEAD_BYTES = b"<title>What was read", 1000
 _N_UNCERTAIN = 50
-# characters that neither HTML nor XML can represent, other control characters, and the embeddings and overrides with which
-# a file name reverses the text after it
+# characters that neither HTML nor XML can represent, other control characters, and bidirectional embeddings and
+# overrides, with which a file name could reverse the text after it
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff\ufffe\uffff]")
 
 

@@ -1,4 +1,4 @@
-"""The formats that document models answer in: parsers and writers for tables, chart data and fields. Pure Python."""
+"""Parsers and writers for the formats that document models answer in: tables, chart data and fields. Pure Python."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Chart data as CSV: a header row, and rows as wide as it.
+"""Chart data as CSV: a header row, and rows of the same width.
 
-The module's name has an underscore to tell it from the standard `csv`, which parses for it.
+The underscore in the module's name distinguishes it from the standard library's `csv`, which does the parsing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CSV_ROWS = Rows("\n", re.compile(r'[,"\s]+'))
 
 
 def read_csv(text: str) -> Table:
-    """Parses an answer to a table with one header row; blank lines are skipped. Raises AnswerError."""
+    """Parses an answer into a table with one header row; blank lines are skipped. Raises AnswerError."""
     body = unfence(text, "csv").text
     rows, error = _rows(body)
     if error:
@@ -36,7 +36,7 @@ def read_csv(text: str) -> Table:
 def salvage_csv(text: str) -> tuple[Table | None, bool]:
     """The valid rows that end with a line break, and whether they are the complete answer.
 
-    Without a closing fence nothing tells a short last field from one that was cut, so the last line is left out.
+    Without a closing fence, a short last field looks like a truncated one, so an unfinished last line is left out.
     """
     body = unfence(text, "csv")
     rows, error = _rows(body.text, drop_last=not body.closed)
@@ -44,7 +44,7 @@ def salvage_csv(text: str) -> tuple[Table | None, bool]:
 
 
 def csv_places(text: str) -> list[Place]:
-    """Of each field, with its quotes, and with the comma or line break behind it."""
+    """The place of each field, with its quotes and the comma or line break after it."""
     body = unfence(text, "csv")
     places: list[Place] = []
     for i, row in enumerate(_rows(body.text)[0]):
@@ -58,7 +58,7 @@ def csv_places(text: str) -> list[Place]:
 
 @dataclass(frozen=True)
 class _Row:
-    """The fields of a row, and where its line stands, or its lines."""
+    """The fields of a row, and the start and end offsets of its line or lines."""
 
     texts: list[str]
     start: int
@@ -66,7 +66,7 @@ class _Row:
 
 
 def _rows(text: str, drop_last: bool = False) -> tuple[list[_Row], AnswerError | None]:
-    """The rows up to the first invalid one, and the error of that one."""
+    """The rows up to the first invalid one, and the error of that row."""
     rows: list[_Row] = []
     lines = list(io.StringIO(text, newline=""))
     if drop_last and lines and not lines[-1].endswith("\n"):
@@ -97,10 +97,10 @@ def _table(rows: list[_Row]) -> Table:
 
 
 def write_csv(table: Table) -> str:
-    """Writes a line for each row, header rows included, with line breaks between rows.
+    """Writes a line for each row, including header rows, with line breaks between rows.
 
     A spanning cell repeats its text in every slot, as in pandas.read_html and docling's data frames. Raises
-    AnswerError where that makes the text too long.
+    AnswerError if that makes the text too long.
     """
     table.check_repeated()
     return "\n".join(map(write_csv_row, table.texts()))
@@ -112,7 +112,7 @@ def write_csv_row(texts: Sequence[str]) -> str:
 
 
 def _field(text: str) -> str:
-    # not csv.writer, which quotes different line breaks from one Python version to another
+    # not csv.writer: which line breaks it quotes depends on the Python version
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 

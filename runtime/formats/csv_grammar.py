@@ -1,7 +1,7 @@
-"""The automaton of CSV: a header, and rows as wide as it, quoted as in RFC 4180, with '\\n' between rows.
+"""The automaton of CSV: a header, and rows of the same width, quoted as in RFC 4180, with '\\n' between rows.
 
-An answer is bare or in a Markdown fence. No field may contain '`', so that a field cannot be taken for a fence. A row
-of one empty field is written as '""', since parsers skip blank lines.
+An answer is bare or in a Markdown fence. No field may contain '`', so that a field cannot be mistaken for a fence. A
+row of one empty field is written as '""', since parsers skip blank lines.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CLOSING = b"```"
 
 @dataclass(frozen=True)
 class CsvField:
-    """At the start of a field, or in a field without quotes. `column` counts from 0.
+    """At the start of a field, or inside an unquoted one. `column` counts from 0.
 
-    `n_fields` is the width of the header, None within the header. `fenced` is None until the answer shows it.
+    `n_fields` is the width of the header, None inside the header. `fenced` is None until the answer shows it.
     """
 
     n_fields: int | None = None
@@ -40,10 +40,11 @@ class CsvField:
 
     def next(self) -> Next:
         separators = self.separators()
+        # parsers skip blank lines, so a row cannot be empty: neither a line break nor the end comes right at its start
         initial_literals = [b'"', *(s for s in separators if s != b"\n")] if self.begins_row else [*separators, b'"']
         is_accepting = b"\n" in separators and not self.fenced
         initially_accepting = is_accepting and not self.begins_row
-        if self.n_fields is not None and self.begins_row:  # after a line break
+        if self.n_fields is not None and self.begins_row:  # after a line break: the rows so far may be all
             initially_accepting = not self.fenced
             initial_literals = [_CLOSING, *initial_literals] if self.fenced else initial_literals
         if self.fenced is None:
@@ -66,7 +67,7 @@ class CsvField:
 
 @dataclass(frozen=True)
 class _Quoted:
-    """Between the quotes of a field."""
+    """Inside a quoted field."""
 
     field: CsvField
 

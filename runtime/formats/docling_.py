@@ -1,4 +1,4 @@
-"""Tables as docling-core's types (the extra 'docling')."""
+"""Converts tables to docling-core's types (the extra 'docling')."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CREATED_BY = "granite4v"
 
 
 def docling_cells(table: Table) -> list[TableCell]:
-    """The cells, with docling's flags: of column headers in header rows, below them of row headers and of sections."""
+    """The cells with docling's flags: column headers in header rows; row headers and sections below them."""
     from docling_core.types.doc import TableCell
 
     return [
@@ -35,14 +35,14 @@ def docling_cells(table: Table) -> list[TableCell]:
 
 
 def docling_table(table: Table) -> TableData:
-    """The table as docling-core's."""
+    """The table as docling-core's TableData."""
     from docling_core.types.doc import TableData
 
     return TableData(table_cells=docling_cells(table), num_rows=table.n_rows, num_cols=table.n_cols)
 
 
 def chart_field(table: Table, confidence: float | None = None) -> TabularChartMetaField:
-    """What docling-core keeps of a chart: its data, and how sure the model was."""
+    """The data of a chart and the model's confidence in it, as docling-core stores them."""
     from docling_core.types.doc import TabularChartMetaField
 
     return TabularChartMetaField(chart_data=docling_table(table), created_by=CREATED_BY, confidence=confidence)

@@ -1,6 +1,6 @@
-"""Fields that a JSON schema asks for (the key-value task): the prompt, and the object that answers it.
+"""The fields that a JSON Schema asks for (the key-value task): the prompt, and the parser of its answers.
 
-The grammar of such an answer is made from the schema, see `runtime.grammar.schema`.
+The grammar of these answers is made from the schema, see `runtime.grammar.schema`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from granite4v.runtime.formats.place import Place, pointer
 from granite4v.runtime.formats.rows import Rows
 from granite4v.runtime.formats.wrapping import unfence
 
-# word for word the prompt of the publisher's benchmark, which the models were trained on
+# the exact prompt of the publisher's benchmark, which the models were trained on
 KVP_PROMPT = """\
 Extract structured data from this document.
 Return a JSON object matching this schema:
@@ -37,7 +37,7 @@ def read_fields(text: str) -> dict[str, Any] | list[Any]:
 
 
 def field_places(text: str) -> list[Place]:
-    """Of each text, number and literal, and of each empty object and list, by its JSON pointer."""
+    """The place of each string, number, literal, empty object and empty list, by its JSON pointer."""
     found: dict[str, Place] = {}
     for path, start, end in json_places(text):
         found[pointer(path)] = Place(pointer(path), start, end)
@@ -47,7 +47,7 @@ def field_places(text: str) -> list[Place]:
 def salvage_fields(text: str) -> tuple[dict[str, Any] | list[Any] | None, bool]:
     """The object (or list) up to the last complete field or item, and whether that is the complete answer.
 
-    Objects and lists that were begun stay, with what is complete in them.
+    Unclosed objects and lists are kept with their complete members.
     """
     prefix = read_prefix(unfence(text, "json").text.lstrip())
     if not isinstance(prefix.value, dict | list):

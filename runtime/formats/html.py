@@ -1,7 +1,7 @@
 """HTML tables: rows, cells, spans and text. All other markup is ignored.
 
-Inside a cell, `<br>` and the borders of block elements become line breaks, runs of other white space become one space,
-and nested tables become text. Parsing takes time and memory in proportion to the answer, whatever is in it.
+Inside a cell, `<br>` and the boundaries of block elements become line breaks, runs of other white space become one
+space, and nested tables become text. Parsing takes time and memory in proportion to the answer, whatever it contains.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class _Draft:
     tag: str
     rowspan: int
     colspan: int
-    parts: list[str | None] = field(default_factory=list)  # None: the border of a block element
+    parts: list[str | None] = field(default_factory=list)  # None: the boundary of a block element
     row: int = 0
     col: int = 0
-    start: int = 0  # where its content stands in the text
+    start: int = 0  # offsets of its content in the text
     end: int = 0
 
     def text(self) -> str:
         parts: list[str] = []
-        in_line = False  # there is something but spaces after the last line break
+        in_line = False  # there is something other than spaces after the last line break
         for part in self.parts:
             if part is None:
                 parts += ["\n"] * in_line
@@ -69,9 +69,9 @@ class _Rows:
     n_rows: int = 0
     n_cols: int = 0
     cells: list[_Draft] = field(default_factory=list)
-    hanging: list[_Draft] = field(default_factory=list)  # cells that span rows below the last one, by column
+    hanging: list[_Draft] = field(default_factory=list)  # cells that reach below the last row, by column
     heads: int = 0  # leading rows in <thead>
-    all_th: int = 0  # leading rows of <th> alone
+    all_th: int = 0  # leading rows of nothing but <th>
     has_thead: bool = False
 
     def add(self, drafts: list[_Draft], in_head: bool, offset: int) -> None:
@@ -94,8 +94,8 @@ class _Rows:
     def _place(self, drafts: list[_Draft], where: str) -> tuple[list[int], int, int]:
         """Places the cells of a new row in the columns that no cell from above covers.
 
-        Returns the first column of each, the width of the row, and how many of its columns are covered. For example,
-        where a cell from above covers column 1, two cells without spans get columns 0 and 2: ([0, 2], 3, 3).
+        Returns the first column of each cell, the width of the row, and how many of its columns are covered. For
+        example, if a cell from above covers column 1, two cells without spans get columns 0 and 2: ([0, 2], 3, 3).
         """
         cols: list[int] = []
         j = k = 0
@@ -139,11 +139,11 @@ class _Rows:
 
 
 class _Reader:
-    """Collects `tables` up to the error that `run` raises. End tags of cells and rows may be missing, as in HTML."""
+    """Collects `tables` until `run` raises an error. End tags of cells and rows may be missing, as in HTML."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.offset = 0  # of the piece that is being read
+        self.offset = 0  # of the current piece
         self.tables: list[_Rows] = []
         self.depth = 0
         self.section = ""
@@ -268,7 +268,7 @@ class _Reader:
 def read_html(text: str) -> list[Table]:
     """Parses the tables of an answer; text around them is ignored.
 
-    Header rows are those of `<thead>`, or without one the leading rows of nothing but `<th>`. Raises AnswerError.
+    The header rows are those in `<thead>` or, without one, the leading rows of nothing but `<th>`. Raises AnswerError.
     """
     reader = _Reader(joined(text).text)
     reader.run()
@@ -298,7 +298,7 @@ def salvage_html(text: str) -> tuple[list[Table], bool]:
 
 
 def html_places(text: str) -> list[Place]:
-    """Of the content of each cell, markup within included."""
+    """The place of the content of each cell, including the markup in it."""
     body = joined(text)
     reader = _Reader(body.text)
     with contextlib.suppress(AnswerError):
@@ -311,7 +311,7 @@ def html_places(text: str) -> list[Place]:
 
 
 def write_html(table: Table) -> str:
-    """Writes a `<table>` on one line, with `<thead>` and `<tbody>` where there are such rows.
+    """Writes a `<table>` on one line, with `<thead>` and `<tbody>` if there are such rows.
 
     Line breaks become `<br>`; characters that HTML cannot represent become U+FFFD. Runs of white space are kept, but
     HTML reads them as one space.
@@ -321,7 +321,7 @@ def write_html(table: Table) -> str:
         rows[cell.row].append(_cell(table, cell))
     lines = ["<tr>" + "".join(row) + "</tr>" for row in rows]
     head, body = "".join(lines[: table.n_header_rows]), "".join(lines[table.n_header_rows :])
-    # an empty <thead> says that a first row of <th> is not a header row
+    # an empty <thead> marks a first row of <th> as not being a header row
     first_is_th = not head and all(cell.header for cell in table.grid()[0])
     head = f"<thead>{head}</thead>" if head or first_is_th else ""
     return f"<table>{head}<tbody>{body}</tbody></table>" if body else f"<table>{head}</table>"

@@ -1,6 +1,6 @@
 """The automaton of HTML tables: sections, rows that cover every column once, spans that fit.
 
-The first row decides how many columns there are. There is no white space between tags. Text may contain character
+The first row determines the number of columns. There is no white space between tags. Text may contain character
 references, `<br>` and one level of inline markup; a '<' before anything that could begin a tag does begin one.
 """
 
@@ -23,8 +23,8 @@ _CELLS = (b"<td>", b"<th>", b"<td ", b"<th ")
 class HtmlTable:
     """Between two rows. `section` is the open section ('' if none), `past` are the closed ones.
 
-    `hanging`: for each column, how many of the coming rows a cell from above still covers; None before the first row.
-    For example, after a row '<td rowspan="3">a</td><td>b</td>' it is (2, 0).
+    `hanging`: for each column, how many of the following rows a cell from above still covers; None before the first
+    row. For example, after a row '<td rowspan="3">a</td><td>b</td>' it is (2, 0).
     """
 
     section: str = ""
@@ -60,7 +60,7 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class _HtmlRow:
-    """Inside a row. `above` is the `hanging` that it started with; `below` is what it leaves to the next row, for the
+    """Inside a row. `above` is `hanging` at the start of the row; `below` is what it will be for the next row, for the
     columns that are done."""
 
     table: HtmlTable
@@ -68,7 +68,7 @@ class _HtmlRow:
     below: tuple[int, ...] = ()
 
     def skipped(self) -> _HtmlRow:
-        """The same row, after any columns here that cells from above cover."""
+        """The same row, after any columns at this point that cells from above cover."""
         below = self.below
         while self.above is not None and len(below) < len(self.above) and self.above[len(below)]:
             below = (*below, self.above[len(below)] - 1)
@@ -102,7 +102,8 @@ class _HtmlRow:
 
 @dataclass(frozen=True)
 class _HtmlSpans:
-    """Inside the tag of a cell. `value` is the number so far of the attribute `name`, '' before an attribute."""
+    """Inside the tag of a cell. `name` is the open attribute, empty before an attribute; `value` is its number so
+    far."""
 
     row: _HtmlRow
     tag: bytes
@@ -141,7 +142,7 @@ class _HtmlSpans:
 
 @dataclass(frozen=True)
 class _HtmlText:
-    """Inside a cell, which `row` includes already. `inline` is the inline element that is open, if any."""
+    """Inside a cell, which `row` already includes. `inline` is the open inline element, if any."""
 
     row: _HtmlRow
     tag: bytes

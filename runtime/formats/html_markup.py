@@ -1,6 +1,6 @@
 """Splits HTML into tags and text as browsers do by the HTML standard, in one pass over the answer.
 
-Does not use `html.parser`: that searches the rest of the text again for each unclosed construct (quadratic time),
+Does not use `html.parser`, which searches the rest of the text again for each unclosed construct (quadratic time),
 raises AssertionError for some declarations, and differs from one Python release to the next.
 """
 
@@ -22,8 +22,8 @@ _LONG_NUMBER = re.compile(r"&#0*[1-9][0-9]{7,};?")
 
 @dataclass(frozen=True)
 class Tag:
-    """A start or an end tag, names in lower case, and the offset after it. Of an attribute given twice, the first
-    counts."""
+    """A start or an end tag with names in lower case, and the offset after it. If an attribute is given twice, the
+    first one counts."""
 
     name: str
     closing: bool = False
@@ -32,9 +32,9 @@ class Tag:
 
 
 def pieces(text: str) -> Iterator[tuple[int, Tag | str]]:
-    """Yields each tag, and each text with its character references replaced, with its offset.
+    """Yields each tag, and each text with its character references replaced, along with its offset.
 
-    A tag that the end of the text cuts is left out, as are comments, declarations and processing instructions.
+    A tag that is cut off by the end of the text is left out, as are comments, declarations and processing instructions.
     """
     at = 0
     while at < len(text):
@@ -68,7 +68,7 @@ def unescape(text: str) -> str:
 
 
 def _after_comment(text: str, at: int) -> int:
-    """The offset after a construct that begins with '<!', '<?', or '</' and not a letter; an unclosed one ends with the
+    """The offset after a construct that begins with '<!', '<?', or '</' without a letter; an unclosed one ends with the
     text."""
     if not text.startswith("<!--", at):
         end = text.find(">", at)
@@ -80,7 +80,8 @@ def _after_comment(text: str, at: int) -> int:
 
 
 def _attributes(text: str, at: int) -> tuple[dict[str, str], int | None]:
-    """The attributes of a tag, given the offset after its name, and where the tag ends; None if it does not end."""
+    """The attributes of a tag, given the offset after its name, and the offset after the tag; None if it does not
+    end."""
     found: dict[str, str] = {}
     while (end := _END.match(text, at)) is None:
         attribute = _ATTRIBUTE.match(text, at)

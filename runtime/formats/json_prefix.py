@@ -1,4 +1,4 @@
-"""Parses as much of a JSON text as is complete, for answers that were cut. Knows nothing of tables or schemas."""
+"""Parses the complete part of a JSON text, for truncated answers. Knows nothing about tables or schemas."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NUMBER = re.compile(
     r"(-?(?:0|[1-9]\d*))((?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[\s,\]}])", re.ASCII
-)  # without the look-ahead, a digit could be missing
+)  # without the lookahead, a digit could be missing
 _LITERALS = {"true": True, "false": False, "null": None}
 Path: TypeAlias = tuple[str | int, ...]  # names and indices, from the outermost container inwards
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a text begins with. Objects and lists that are not closed keep their complete members.
+    """The value that a text begins with. Unclosed objects and lists keep their complete members.
 
     `end` is the offset after the last value or closing bracket that was kept; `unclosed` are the containers that the
-    text leaves open, outermost first. `value` is None when nothing is complete. For example, '{"a": [1, 2' gives the
-    value {"a": [1]}, since a digit could follow the 2.
+    text leaves open, outermost first. `value` is None if nothing is complete. For example, '{"a": [1, 2' gives the
+    value {"a": [1]}, since another digit could follow the 2.
     """
 
     value: Any
@@ -39,17 +39,17 @@ def read_prefix(
     parse_float: Callable[[str], Any] = to_float,
     visit: Callable[[Path, int, int], None] | None = None,
 ) -> Prefix:
-    """The value at the start of `text`, as far as it is complete and well formed. What follows it is not looked at.
+    """Parses the value at the start of `text`, as far as it is complete and well formed. Text after it is ignored.
 
-    Containers without a complete member are left out. A container nested deeper than MAX_NESTING, and a number too
-    large for a double or an integer of MAX_DIGITS, count as malformed. `visit` is called for each text, number, literal
-    and empty container, with its path and where it stands in `text`.
+    Unclosed containers without a complete member are left out. A container nested deeper than MAX_NESTING, a number too
+    large for a double, and an integer of more than MAX_DIGITS digits count as malformed. `visit` is called for each
+    string, number, literal and empty container, with its path and its start and end in `text`.
     """
-    stack: list[Any] = []
-    keys: list[str] = []  # for each open container the key whose value comes next
+    stack: list[Any] = []  # the open containers, outermost first
+    keys: list[str] = []  # for each open container, the key whose value comes next; '' in a list
     root: Any = None
     at = end = opened_at = 0
-    after_value = False
+    after_value = False  # a member is complete: a comma or a closing bracket must follow
     while True:
         at = _skip(text, at)
         top = stack[-1] if stack else None
@@ -99,7 +99,7 @@ def partial_string(text: str) -> str | None:
     """The text of an unclosed JSON string that starts here; None if no string starts here, or if it is closed."""
     if not text.startswith('"') or _STRING.match(text):
         return None
-    for cut in range(min(len(text), 12)):  # at most an unfinished pair of \\uXXXX escapes
+    for cut in range(min(len(text), 12)):  # drops at most an unfinished pair of \\uXXXX escapes
         try:
             return str(replace_surrogates(json.loads(text[: len(text) - cut] + '"', strict=False)))
         except ValueError:
@@ -113,12 +113,12 @@ def _skip(text: str, at: int) -> int:
 
 
 def _path(stack: list[Any], keys: list[str]) -> Path:
-    """Of the value that was put into the innermost container last."""
+    """The path of the value that was last put into the innermost container."""
     return tuple(key if isinstance(one, dict) else len(one) - 1 for one, key in zip(stack, keys, strict=False))
 
 
 def _attach(root: Any, stack: list[Any], keys: list[str], value: Any) -> Any:
-    """Puts a value where it belongs; returns the root."""
+    """Puts a value into the innermost container; returns the root."""
     if not stack:
         return value
     if isinstance(stack[-1], dict):
@@ -129,7 +129,7 @@ def _attach(root: Any, stack: list[Any], keys: list[str], value: Any) -> Any:
 
 
 def _key(text: str, at: int) -> tuple[str | None, int]:
-    """An object's key and where its value starts."""
+    """An object's key and the offset of its value; None if there is no complete key."""
     found = _string(text, at)
     if found is None:
         return None, at

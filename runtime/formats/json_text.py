@@ -1,4 +1,4 @@
-"""Parses JSON in an answer, fenced or bare, with errors that say where."""
+"""Parses JSON in an answer, fenced or bare, with errors that give the position."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _TOO_DEEP = f"JSON nested deeper than {MAX_NESTING} levels; expected a few."
 
 
 def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
-    """The value, nested at most MAX_NESTING levels deep. Line breaks inside strings are accepted; of a key given twice,
-    the last value counts. Raises AnswerError.
+    """Parses a value nested at most MAX_NESTING levels deep. Line breaks inside strings are accepted; if a key is given
+    twice, the last value counts. Raises AnswerError.
     """
     body = unfence(text, "json")
     try:
@@ -38,8 +38,8 @@ def load_json(text: str, parse_float: Callable[[str], Any] = to_float) -> Any:
 
 
 def json_places(text: str) -> list[tuple[Path, int, int]]:
-    """Where the texts, numbers and literals of an answer stand, and its empty containers, up to where it is cut or
-    invalid. With the quotes of a text, and with the character that ends a number."""
+    """The path, start and end of each string, number, literal and empty container of an answer, up to where it is
+    truncated or invalid. A string includes its quotes, a number the character that ends it."""
     body = unfence(text, "json")
     skipped = len(body.text) - len(body.text.lstrip())
     origin = body.start + skipped

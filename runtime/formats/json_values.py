@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 MAX_NESTING = 64  # levels of objects and lists; validators, templates and encoders recurse into each
-MAX_DIGITS = 1000  # of an integer; Python converts 4,300, other parsers far fewer
+MAX_DIGITS = 1000  # of an integer; Python converts up to 4,300, other parsers far fewer
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

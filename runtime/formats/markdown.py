@@ -1,4 +1,4 @@
-"""Writes a table as GitHub-flavored Markdown. There is no parser: no task of a model answers in it."""
+"""Writes a table as GitHub-flavored Markdown. There is no parser: no task has answers in this format."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from granite4v.runtime.formats.table import Table, printable
 
 
 def write_markdown(table: Table) -> str:
-    """Writes one header line, all that Markdown has, and the other rows below it.
+    """Writes one header line (Markdown allows no more) and the other rows below it.
 
-    As docling does it: a spanning cell repeats its text in every slot, several header rows are joined with ' - ', a
-    table without header rows uses its first row as one, and line breaks become spaces. Raises AnswerError where
-    repeated texts make the table too long.
+    As in docling, a spanning cell repeats its text in every slot, several header rows are joined with ' - ', a table
+    without header rows uses its first row as one, and line breaks become spaces. Raises AnswerError if repeated texts
+    make the table too long.
     """
     table.check_repeated()
     texts = table.texts()
@@ -24,7 +24,7 @@ def write_markdown(table: Table) -> str:
 
 
 def _joined(texts: tuple[str, ...]) -> str:
-    """Joins stacked headers. A header that spans rows occurs once for each of them, and is written once."""
+    """Joins stacked headers. A header that spans rows occurs once per row but is written once."""
     return " - ".join(text for text, _ in groupby(filter(None, texts)))
 
 

@@ -1,12 +1,12 @@
 """OTSL: one tag for each slot of the grid, `<nl>` at the end of a row, text after the tag of a cell's first slot.
 
-`<fcel>` starts a cell, `<ecel>` an empty one, `<ched>`, `<rhed>` and `<srow>` the header of a column, a row and a
+`<fcel>` starts a cell, `<ecel>` an empty one; `<ched>`, `<rhed>` and `<srow>` start the header of a column, a row and a
 section. `<lcel>` continues the cell on its left, `<ucel>` the one above, `<xcel>` both (Lysak et al., 2023,
-arXiv 2305.03393). docling writes `<xcel>` for every slot but the first of a cell that spans rows and columns; that is
-parsed as well: the cell reaches down as far as the `<xcel>` do. So are tags that are closed after their text or at once
-(`<fcel>text</fcel>`, `<ecel/>`), which docling 2.143 reads, too; nothing here writes them.
+arXiv 2305.03393). docling writes `<xcel>` for every slot but the first of a cell that spans rows and columns. This is
+parsed as well: the cell reaches down as far as its `<xcel>` tags. Tags that are closed after their text or immediately
+(`<fcel>text</fcel>`, `<ecel/>`) are also parsed, as in docling 2.143; nothing here writes them.
 
-Only these tags are markup. Everything else is text, `<` and `&` included.
+Only these tags are markup. Everything else is text, including `<` and `&`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class _Rows:
         row: list[_Draft] = []
         for slot in slots:
             row.append(self._owner(slot, row))
+        # a cell from above that this row continues has to be continued over exactly its own columns
         n_continued = Counter(id(draft) for draft in row if draft.row < self.n_rows)
         for j, draft in enumerate(row):
             if draft.row < self.n_rows and (self.above[j] is not draft or n_continued[id(draft)] != draft.colspan):
@@ -106,6 +107,8 @@ class _Rows:
         if slot.tag == "ucel" and up is not None:
             return up
         if slot.tag == "xcel":
+            # docling writes a cell of 2x2 slots as '<fcel>a<xcel><nl><xcel><xcel><nl>': the <xcel> in its first row
+            # sets `crossed`, so that the next row may begin with <xcel> instead of <ucel>
             if up is not None and (up is left or (up.crossed and up.col == j)):
                 return up
             if left is not None and left.row == self.n_rows:
@@ -124,13 +127,13 @@ class _Rows:
 
 @dataclass
 class _Reader:
-    """Parses an answer to `tables`, up to the error that `run` raises."""
+    """Parses an answer into `tables`, until `run` raises an error."""
 
     text: str
     tables: list[_Rows] = field(default_factory=list)
     row: list[_Slot] = field(default_factory=list)
     inside: bool = False  # a table has begun
-    tagged: bool = False  # ... with <otsl>
+    tagged: bool = False  # it began with <otsl>
     end: int = 0  # offset after the last complete row
 
     def run(self) -> None:
@@ -152,7 +155,7 @@ class _Reader:
         self._take_text(at, len(self.text))
 
     def finish(self) -> None:
-        """Ends a table that did not begin with <otsl>, which ends with the answer."""
+        """Ends a table without <otsl>, which ends with the answer. Raises AnswerError if a </otsl> is missing."""
         if self.inside and self.tagged:
             where = f"row {self.tables[-1].n_rows + 1}" if self.tables else "row 1"
             raise AnswerError(
@@ -240,7 +243,7 @@ def salvage_otsl(text: str) -> tuple[list[Table], bool]:
 
 
 def otsl_places(text: str) -> list[Place]:
-    """Of each cell from its tag on, which says whether it is empty, a header, or a cell of its own at all."""
+    """The place of each cell, from its tag on: the tag says whether it is empty, a header, or a cell of its own."""
     fenced = unfence(text, "otsl")
     body = joined(fenced.text)
     reader = _Reader(body.text)
@@ -255,15 +258,15 @@ def otsl_places(text: str) -> list[Place]:
 
 
 def write_otsl(table: Table) -> str:
-    """Writes one line of tags. A header below the header rows that is as wide as the table becomes `<srow>`; an empty
-    cell becomes `<ecel>`, even if it is a header.
+    """Writes one line of tags. A header below the header rows that is as wide as the table (two columns or more)
+    becomes `<srow>`; an empty cell becomes `<ecel>`, even if it is a header.
 
     Raises AnswerError for a text that contains an OTSL tag.
     """
     for cell in table.cells:
         if found := _TAG.search(cell.text):
             raise AnswerError(f"the text of {place(cell.row, cell.col)} contains '{found[0]}', which OTSL cannot hold.")
-    texts = iter([cell.text.strip() for cell in table.cells])  # in reading order, as their tags are
+    texts = iter([cell.text.strip() for cell in table.cells])  # in reading order, like the tags
     parts = [f"<{tag}>{next(texts) if tag in _STARTS else ''}" for tag in otsl_tags(table)]
     return "".join(["<otsl>", *parts, "</otsl>"])
 
@@ -280,7 +283,8 @@ def otsl_tags(table: Table) -> Iterator[str]:
 
 
 def is_section(table: Table, cell: Cell) -> bool:
-    """Whether a cell is the header of the rows below it: as wide as the table, and not among the header rows."""
+    """Whether a cell is the header of the rows below it: as wide as the table (two columns or more), and not among the
+    header rows."""
     return cell.header and cell.row >= table.n_header_rows and cell.colspan == table.n_cols > 1
 
 

@@ -1,4 +1,4 @@
-"""The automaton of OTSL: rows as long as the first, and cells that are rectangles.
+"""The automaton of OTSL: all rows are as long as the first, and cells are rectangles.
 
 The rules are those of the paper (Lysak et al., 2023, arXiv 2305.03393): `<lcel>` continues a cell of this row, `<ucel>`
 the first column of the cell above, `<xcel>` its other columns. `<ecel>` is an empty cell; all other cells have text
@@ -19,11 +19,11 @@ _TEXT = Text(tags=b"abcdefghijklmnopqrstuvwxyz/", non_blank=True)
 
 @dataclass(frozen=True)
 class OtslRow:
-    """Inside a row, after the columns in `row`: for each of them the width of the cell that begins there, or 0.
+    """Inside a row, after the columns in `row`: for each of them, the width of the cell that begins there, or 0.
 
-    For example, '<fcel>a<lcel><fcel>b' is (2, 0, 1). `above` is the row above, None in the first row; `crossing` more
-    columns belong to a cell from above that this row has begun to continue; `own`: the last cell begins in this row;
-    `filled`: it has text.
+    For example, '<fcel>a<lcel><fcel>b' is (2, 0, 1). `above` is the row above, None in the first row. `crossing`: how
+    many more columns belong to a cell from above that this row has begun to continue; after '<ucel>' below the '2' of
+    the example it is 1, so '<xcel>' has to follow. `own`: the last cell begins in this row. `filled`: it has text.
     """
 
     above: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Where the cells and fields of an answer stand in its text."""
+"""The places of the cells and fields of an answer in its text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-# of a cell: table, row and column of its top left slot, from 0; of a field: its JSON pointer (RFC 6901), '' for a value
-# that is whole
+# for a cell: table, row and column of its top left slot, from 0; for a field: its JSON pointer (RFC 6901), '' for the
+# whole value
 Key: TypeAlias = tuple[int, int, int] | str
 
 
 @dataclass(frozen=True)
 class Place:
-    """`text[start:end]` of an answer is what a cell or a field was read from, and the first character of what ends it:
-    '<table><tr><td>1</td>' has the cell (0, 0, 0) in '1<'. So an empty cell has a place, too, and a number's end counts
-    as a part of it. What a string's quotes enclose stands with its quotes. The `end` may lie behind the text."""
+    """The part of an answer that a cell or a field was read from: `text[start:end]`, including the first character of
+    its terminator. In '<table><tr><td>1</td>', the cell (0, 0, 0) is '1<'. So even an empty cell has a place, and the
+    end of a number counts as part of it. A quoted string includes its quotes. `end` may lie beyond the text."""
 
     key: Key
     start: int
@@ -28,5 +28,5 @@ def pointer(path: Iterable[str | int]) -> str:
 
 
 def whole(text: str) -> list[Place]:
-    """The place of a value that is all of the answer."""
+    """The place of a value that is the whole answer."""
     return [Place("", 0, len(text))]

@@ -1,7 +1,7 @@
-"""Stops answers that loop: repeated rows are detected during generation.
+"""Detects answers that loop, by rows that repeat during generation, so that they can be stopped.
 
-Real tables repeat cells, and now and then a row. So complete rows are compared, and only a row, or a short cycle of
-rows, that keeps repeating counts as a loop. Within one row (a single cell, a line of prose), periodic text does.
+Real tables repeat cells, and sometimes a row. So complete rows are compared, and only a row, or a short cycle of rows,
+that keeps repeating counts as a loop. Within one row (a single cell, a line of prose), periodic text counts as one.
 
 A loop is reported after
 
@@ -9,11 +9,11 @@ A loop is reported after
   tables repeat on it (zeros, "n/a", the code of a month) rarely fills more than half of them without a change;
 - 72 rows without content: forms and ledgers have pages of blank lines;
 - 600 characters of one row that are 12 rounds of the same text: leaders ("......") and blanks to fill in ("____") are
-  one line long, at most about 150.
+  one line long, at most about 150 characters.
 
-A loop that counts (a row number that goes up) is not detected: each of its rows is new.
+A loop with a counter (an increasing row number) is not detected: each of its rows is new.
 
-Of an answer that loops, the first round is kept: nothing tells whether it is the last real row or made up already.
+The first round of a loop is kept: there is no way to know whether it is the last real row or already made up.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from granite4v.runtime.formats.rows import LINES, Rows
 
 MOST_ROWS, MOST_BLANK_ROWS = 36, 72
 MOST_ROUNDS = 12
-LONGEST_CYCLE = 8  # rows
-MOST_CHARACTERS = 600  # of one period within a row
-_CHECKED_EVERY = 64  # characters
+LONGEST_CYCLE = 8  # rows per round
+MOST_CHARACTERS = 600  # of periodic text within a row
+_CHECKED_EVERY = 64  # characters within a row
 
 
 class Repetition:
-    """Watches one answer; `rows` says how it falls into rows."""
+    """Watches one answer for loops; `rows` says how it is split into rows."""
 
     def __init__(self, rows: Rows = LINES) -> None:
         self._rows = rows
-        self._text = ""  # of the part that is not complete yet
+        self._text = ""  # the text after the last complete row or part of a row
         self._n_checked = 0
         self._row, self._group = "", ""
-        self._row_length = 0  # characters of the row that is not complete yet, in its complete parts
+        self._row_length = 0  # characters in the complete parts of the incomplete row
         self._past: list[str] = []
-        self._equal = [0] * (LONGEST_CYCLE + 1)  # [n]: how many of the last rows equal the row n before them
+        # [n]: how many of the last rows equal the row n before them. After the rows a, b, a, b, a, [2] is 3: with the
+        # first two, that is a run of 5 rows, or two and a half rounds
+        self._equal = [0] * (LONGEST_CYCLE + 1)
         self._equal_length = [0] * (LONGEST_CYCLE + 1)  # [n]: the characters of those rows
-        self._n_blank = 0  # the last rows without content
+        self._n_blank = 0  # how many of the last rows are without content
 
     def push(self, piece: str) -> bool:
         """Adds a piece to the answer; True if the answer loops."""
@@ -56,7 +58,7 @@ class Repetition:
 
     @property
     def n_repeated(self) -> int:
-        """Of an answer that loops: its last characters that follow the first round."""
+        """The number of characters after the first round of a loop at the end of the answer; 0 without a loop."""
         for cycle in range(1, LONGEST_CYCLE + 1):
             if self._is_endless(cycle):
                 return self._equal_length[cycle] + self._row_length + len(self._text)
@@ -93,19 +95,20 @@ class Repetition:
         return any(self._is_endless(cycle) for cycle in range(1, LONGEST_CYCLE + 1))
 
     def _is_endless(self, cycle: int) -> bool:
-        n_rows = self._equal[cycle] + cycle
+        n_rows = self._equal[cycle] + cycle  # with the first round
         most = MOST_BLANK_ROWS if self._n_blank >= n_rows else MOST_ROWS
         return self._equal[cycle] > 0 and n_rows >= max(most, MOST_ROUNDS * cycle)
 
 
 def without_loop(text: str, rows: Rows) -> str:
-    """An answer that ended for looping, up to the end of the first round; other texts as they are."""
+    """An answer that was stopped for looping, up to the end of the first round; other texts unchanged."""
     watch = Repetition(rows)
     return text[: len(text) - watch.n_repeated] if watch.push(text) else text
 
 
 def period(text: str) -> int | None:
-    """The length of the shortest text of which a text of at least `MOST_CHARACTERS` is `MOST_ROUNDS` or more rounds."""
+    """The shortest period of a text, in characters; None if the text is shorter than `MOST_CHARACTERS` or has less than
+    `MOST_ROUNDS` rounds of it."""
     n = len(text)
     if n < MOST_CHARACTERS:
         return None

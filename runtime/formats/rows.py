@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rows:
-    """`end` is the text that ends a row, or a part of a row if `group` finds which row a part belongs to.
+    """Describes the rows of a format. `end` is the text that ends a row, or a part of a row if `group` finds which row
+    a part belongs to.
 
     `blank` matches everything that a row without content consists of. `position` matches the row's number, which is not
-    compared, as it differs in rows that are otherwise equal.
+    compared, since it differs in rows that are otherwise equal.
     """
 
     end: str

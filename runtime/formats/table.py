@@ -1,4 +1,4 @@
-"""A table as data: a rectangular grid whose every slot is covered by one cell. Knows no format."""
+"""A table as data: a rectangular grid in which one cell covers each slot. Knows no format."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from granite4v.errors import AnswerError
 from granite4v.extras import check_installed
 
-MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not fill the memory
+MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not exhaust the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
 _UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell; `row` and `col` count from 0 and name its top left slot of the grid.
+    """One cell; `row` and `col` are its top left slot in the grid, counted from 0.
 
     `header`: the cell labels a column, a row or a section. `header_level` counts from 1 for column headers, top row
     first, and is 0 for all others. An empty cell has empty text.
@@ -74,8 +74,8 @@ class Table:
         return [[cell.text for cell in row] for row in self.grid()]
 
     def to_pandas(self) -> Any:
-        """A pandas data frame of texts, (n_rows - n_header_rows, n_cols); its columns are named by the header rows, in
-        levels if there are several. Raises Granite4vError where pandas is not installed."""
+        """A pandas DataFrame of texts, (n_rows - n_header_rows, n_cols). Its columns are named by the header rows, with
+        a MultiIndex if there are several. Raises Granite4vError if pandas is not installed."""
         check_installed("to_pandas", "pandas", "pandas")
         import pandas
 
@@ -108,7 +108,7 @@ class Table:
 
 
 def bounded(tables: Iterable[Table]) -> Iterator[Table]:
-    """Yields the tables; raises AnswerError once they have more slots in total than an answer can hold."""
+    """Yields the tables; raises AnswerError once their slots add up to more than an answer can hold."""
     n_slots = 0
     for number, table in enumerate(tables, 1):
         n_slots += table.n_rows * table.n_cols
@@ -118,7 +118,7 @@ def bounded(tables: Iterable[Table]) -> Iterator[Table]:
 
 
 def stacked(tables: Sequence[Table]) -> Table:
-    """One table of the rows of several, one below the other; those that are narrower get empty cells on their right."""
+    """Stacks tables into one, each below the one before; narrower tables get empty cells on the right."""
     n_cols, cells, row = max(table.n_cols for table in tables), [], 0
     for table in tables:
         cells += [replace(c, row=row + c.row, header_level=0 if row else c.header_level) for c in table.cells]
@@ -128,7 +128,7 @@ def stacked(tables: Sequence[Table]) -> Table:
 
 
 def as_many_as_fit(tables: Iterable[Table]) -> tuple[list[Table], bool]:
-    """The tables up to the first that raises AnswerError, and whether these are all."""
+    """The tables up to the first that raises AnswerError, and whether these are all of them."""
     found: list[Table] = []
     try:
         for table in bounded(tables):
@@ -153,12 +153,12 @@ def printable(text: str) -> str:
 
 
 def place(row: int, col: int) -> str:
-    """Row and column as messages name them, from 1."""
+    """A slot as messages name it; row and column count from 1 there."""
     return f"row {row + 1}, column {col + 1}"
 
 
 def with_header_rows(n_rows: int, n_cols: int, n_header_rows: int, cells: list[Cell]) -> Table:
-    """Makes a table, for formats that write no levels: cells in header rows become headers of their row's level."""
+    """Makes a table, for formats without header levels: cells in header rows become headers of their row's level."""
     made = [
         Cell(c.row, c.col, c.text, c.rowspan, c.colspan, True, c.row + 1)
         if c.row < n_header_rows

@@ -9,7 +9,7 @@ from granite4v.runtime.grammar.automaton import Next, Rule
 
 @dataclass(frozen=True)
 class End:
-    """Nothing may follow."""
+    """The end of an answer: nothing may follow."""
 
     def next(self) -> Next:
         return Next((), is_accepting=True)
@@ -20,9 +20,10 @@ class End:
 
 @dataclass(frozen=True)
 class Tables:
-    """`opening` begins a table; `table` is the rule after it, which leads to `End` at the end of the table.
+    """The start of an answer. `opening` begins a table; `table` is the rule after it, which leads to `End` at the end
+    of the table.
 
-    `between`: what may separate tables that are not in brackets; if empty, there is only one such table.
+    `between`: the separators allowed between tables outside brackets; if empty, only one such table is allowed.
     """
 
     opening: bytes

@@ -1,4 +1,4 @@
-"""Tables as JSON: `dimensions`, and `cells` whose rows and columns count from 1."""
+"""Tables as JSON: `dimensions`, and `cells` with rows and columns that count from 1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def salvage_tables_json(text: str) -> tuple[list[Table], bool]:
 
 
 def tables_json_places(text: str) -> list[Place]:
-    """Of the `content` of each cell."""
+    """The place of the `content` of each cell."""
     root = read_prefix(unfence(text, "json").text.lstrip(), parse_float=str).value
     tables = root if isinstance(root, list) else [root]
     places: list[Place] = []
@@ -54,7 +54,7 @@ def tables_json_places(text: str) -> list[Place]:
             continue
         try:
             cell = _cell(tables[inner[0]]["cells"][inner[2]], "a cell")
-        except (AnswerError, LookupError, TypeError):  # invalid, or cut
+        except (AnswerError, LookupError, TypeError):  # invalid, or truncated
             continue
         places.append(Place((inner[0], cell.row, cell.col), start, end))
     return places
@@ -65,7 +65,7 @@ def _is_one_of(value: Any, containers: list[Any]) -> bool:
 
 
 def write_tables_json(table: Table) -> str:
-    """Writes one object on one line; `rows` counts those below the header."""
+    """Writes one object on one line; `rows` counts the rows below the header."""
     return json.dumps(_object(table), ensure_ascii=False)
 
 
@@ -115,7 +115,7 @@ def _table(found: Any, number: int) -> Table:
 
 
 def _n_rows(size: dict[str, Any], cells: list[Cell], where: str) -> int:
-    """The number of all rows. `rows` may count the header rows or not; either way it must agree with the rest."""
+    """The number of all rows. `rows` may or may not include the header rows, but must agree with the other values."""
     reached = max((cell.row + cell.rowspan for cell in cells), default=0)
     total = _count(size, "total_rows", where, 1, default=reached)
     body = total - _count(size, "header_rows", where, 0, default=0)
@@ -133,7 +133,7 @@ def _cell(found: Any, where: str) -> Cell:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise AnswerError(f"'type' of {where} is {kind!r:.60}; expected 'header' or 'data'.")
     if isinstance(text, int) and not isinstance(text, bool):
-        text = str(text)  # a model may leave out the quotes of a number
+        text = str(text)  # a model may leave out the quotes around a number
     if not isinstance(text, str | None):
         raise AnswerError(f"'content' of {where} is {text!r:.60}; expected text.")
     return Cell(
@@ -157,7 +157,7 @@ def _count(found: dict[str, Any], key: str, where: str, least: int, default: int
 
 
 def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
-    """The table of the rows that are covered from the left edge to the right edge; None if there are none."""
+    """The table of the leading rows that are covered from the left to the right edge; None if there are none."""
     if not isinstance(found, dict) or not isinstance(found.get("cells"), list):
         return None
     cells: list[Cell] = []
@@ -187,11 +187,11 @@ def _whole_rows(found: Any, unclosed: list[Any]) -> Table | None:
 def _n_covered_rows(cells: list[Cell], columns: int) -> int:
     """How many rows from the top have every slot covered once.
 
-    Steps from one row where a cell begins or ends to the next, as a span may be as large as MAX_COUNT.
+    Goes straight to the next row where a cell begins or ends, since a span may be as large as MAX_COUNT.
     """
     n_rows = 0
     waiting = sorted(cells, key=lambda cell: cell.row, reverse=True)
-    across: list[Cell] = []  # the cells of a row; they change where one begins or ends
+    across: list[Cell] = []  # the cells that cross the current row; they change only where one begins or ends
     while True:
         across = [cell for cell in across if cell.row + cell.rowspan > n_rows]
         while waiting and waiting[-1].row <= n_rows:

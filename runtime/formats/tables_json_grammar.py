@@ -1,7 +1,7 @@
 """The automaton of tables as JSON: `dimensions` first, then the cells in reading order until every slot is covered.
 
-The cells before it determine where a cell is, so its row and column are forced; its spans, type, level and content are
-the model's choice. The layout is that of Python's json.dumps. An answer is one object or a list of them.
+The cells before a cell determine its row and column, so these are forced; the model chooses its spans, type, level and
+content. The layout is that of Python's json.dumps. An answer is one object or a list of objects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ESCAPES = (b'\\"', b"\\\\", b"\\/", b"\\n", b"\\t")
 
 @dataclass(frozen=True)
 class _Dimensions:
-    """After the key of the next of `rows` (those below the header), `columns`, `header_rows` and `total_rows`."""
+    """After the key of the next number: `rows` (those below the header), `columns`, `header_rows`, `total_rows`."""
 
     values: tuple[int, ...] = ()
 
@@ -28,7 +28,7 @@ class _Dimensions:
         n_rows, _, n_header_rows = self.values
         totals = {n_rows + n_header_rows}
         if n_rows >= max(n_header_rows, 1):
-            totals.add(n_rows)  # for models whose `rows` counts all
+            totals.add(n_rows)  # for models whose `rows` counts all rows
         return Next(tuple(b'%d}, "cells": [' % total for total in sorted(totals)))
 
     def _number(self) -> _Number:
@@ -50,7 +50,7 @@ class _Dimensions:
 
 @dataclass(frozen=True)
 class _Number:
-    """In the digits of a number from `least` to `most`, which `tail` follows; `owner` continues with the value.
+    """Inside the digits of a number from `least` to `most`. `tail` follows it; `owner` continues with its value.
 
     `soonest` is the number that leads to the end of the table soonest; its digits are offered first.
     """
@@ -71,7 +71,10 @@ class _Number:
         return Next((*digits, self.tail) if on_the_way else (self.tail, *digits))
 
     def _leads(self, digits: str) -> bool:
-        """Whether these digits are such a number, or begin one."""
+        """Whether these digits are a number from `least` to `most`, or begin one.
+
+        For example, from 10 to 25, '2' does (20 to 25) and '3' does not: 30 is too large.
+        """
         low = high = int(digits)
         if digits[0] == "0":
             return digits == "0" and self.least == 0
@@ -87,7 +90,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The slots that are covered. `above`: for each column, how many rows from `row` on a cell from above covers;
+    """Tracks which slots are covered. `above`: for each column, how many rows a cell from above covers, from `row` on;
     `below`: the same from the next row on, for the columns that are done.
 
     For example, in a table of two columns, after a cell with rowspan 3 in the first column of row 0, `above` is (0, 0)
@@ -114,7 +117,7 @@ class _Grid:
         return None
 
     def n_free(self) -> int:
-        """The greatest colspan of a cell here."""
+        """The greatest colspan that a cell here may have."""
         rest = self.above[self.column :]
         return next((i for i, covered in enumerate(rest) if covered), len(rest))
 
@@ -143,7 +146,7 @@ class _CellStart:
 
 @dataclass(frozen=True)
 class _Cell:
-    """Inside a cell, after the key of the next of `colspan`, `rowspan`, `type` and `header_level`."""
+    """Inside a cell, after the key of the next value: `colspan`, `rowspan`, `type`, `header_level`."""
 
     grid: _Grid
     values: tuple[int, ...] = ()

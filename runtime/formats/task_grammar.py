@@ -1,7 +1,7 @@
-"""The grammar of a task's answers.
+"""Makes the grammar of a task's answers.
 
-Separate from the table of tasks, since checking a schema needs jsonschema and llguidance, and the table is also read
-where neither may be imported (for the help text of the command line).
+Separate from the table of tasks: checking a schema needs jsonschema and llguidance, and the table is also read where
+neither may be imported (for the help text of the command line).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from granite4v.runtime.grammar.schema import definite
 
 
 def grammar_for(task: str, schema: object = None) -> Grammar | None:
-    """The grammar of a task, with or without angle brackets; None for one whose answers are free text.
+    """The grammar of a task, named with or without angle brackets; None if its answers are free text.
 
-    `schema` is the JSON schema of 'kvp', any object by default. Raises ConstraintError for one that is invalid or that
-    no answer can satisfy, ValueError for an unknown task or a schema for a task that does not take one.
+    `schema` is the JSON Schema for 'kvp', by default any object. Raises ConstraintError for a schema that is invalid,
+    that no answer can satisfy or that cannot be enforced, ValueError for an unknown task or a schema for a task that
+    does not take one.
     """
     found = find_task(task)
     if found.takes_schema:

@@ -1,4 +1,4 @@
-"""The table of tasks: how each is prompted, the format of its answers, and what they are parsed to.
+"""The table of tasks: how each is prompted, the format of its answers, and what they are parsed into.
 
 A new task is one entry here. The Python API, the command line, grammars, parsers, records, files and the detection of
 repeated rows all follow this table.
@@ -41,7 +41,7 @@ from granite4v.runtime.formats.text import (
 )
 from granite4v.runtime.grammar.automaton import Rule
 
-# what `read` gives: a list of Table, a Table of chart data, a dict or list, or text
+# what `read` returns: a list of Table, a Table of chart data, a dict or list, or text (code and prose)
 Kind: TypeAlias = Literal["tables", "chart", "fields", "code", "prose"]
 
 
@@ -49,12 +49,12 @@ Kind: TypeAlias = Literal["tables", "chart", "fields", "code", "prose"]
 class Task:
     """One task.
 
-    `read` gives the value of an answer, of `kind`, and raises AnswerError; `salvage` gives what is complete of an
-    answer that was cut, None if nothing is, and whether that is all of it. `suffix`: of the file of a value in the
-    format that answers have. `rule`: where the automaton of the answers starts, None if they have no such grammar.
-    `rows`: what a row of an answer is. `places`: where its cells or fields stand, perhaps with some that the value
-    lacks; by default it is one place. `prompt`: the text to ask with if it is not the task's tag; '{schema}' in it
-    stands for a JSON schema, which the answers are instances of.
+    `read` parses an answer into a value of `kind` and raises AnswerError. `salvage` returns the complete part of a
+    truncated answer (None if there is none), and whether that is all of it. `suffix`: of a file with a value in the
+    format of the answers. `rule`: the start of the answers' automaton, None if they have no such grammar. `rows`: how
+    an answer is split into rows. `places`: locates the cells or fields of an answer, perhaps with some that the value
+    lacks; by default, the answer is one place. `prompt`: the text to ask with, if it is not the task's tag; a JSON
+    Schema that answers have to be valid against replaces '{schema}' in it.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Task:
 
     @property
     def tag(self) -> str | None:
-        """What the model's chat template puts the task's prompt in place of; None for a task with its own prompt."""
+        """The tag that the model's chat template replaces with the task's prompt; None if the task has its own."""
         return f"<{self.name}>" if self.prompt is None else None
 
     @property
@@ -77,7 +77,7 @@ class Task:
         return self.prompt is not None and "{schema}" in self.prompt
 
     def question(self, schema: Mapping[str, Any] | None = None) -> str:
-        """The text to ask with: the tag, or the task's own prompt, with a JSON schema in it where it takes one."""
+        """The text to ask with: the tag, or the task's own prompt, with the JSON Schema filled in if it takes one."""
         text = self.tag or self.prompt or ""
         return text if schema is None else text.format(schema=json.dumps(schema, indent=2, ensure_ascii=False))
 
@@ -118,20 +118,23 @@ TASKS = {
         ),
     )
 }
-# a question of the user's own: any model takes one, so it is not among those that a template may lack
+# the user's own question: any model takes one, so it is not among the tasks that a template may lack
 QUESTION = Task("prompt", "prose", "md", read_prose, salvage_prose, prompt="")
 
 
 @dataclass(frozen=True)
 class Salvaged:
-    """The complete part of an answer. `cut` is False only when the format itself says that nothing is missing."""
+    """The complete part of an answer. `cut` is False only if the format itself shows that nothing is missing."""
 
     value: Any
     cut: bool
 
 
 def find_task(name: str) -> Task:
-    """The entry of a task, with or without angle brackets; 'prompt' is QUESTION. Raises ValueError for others."""
+    """The entry of a task, named with or without angle brackets; 'prompt' is QUESTION.
+
+    Raises ValueError for other names.
+    """
     bare = name.strip().removeprefix("<").removesuffix(">")
     if bare == QUESTION.name:
         return QUESTION
@@ -141,12 +144,12 @@ def find_task(name: str) -> Task:
 
 
 def task_or_question(name: str) -> Task:
-    """The entry of a task; QUESTION for any other name, whose answers are taken for text."""
+    """The entry of a task; QUESTION for any other name, whose answers are treated as text."""
     return TASKS.get(name, QUESTION)
 
 
 def read(task: str, text: str) -> Any:
-    """What an answer says: tables (list of Table), a chart's data (Table), fields (dict or list), code or prose (str).
+    """Parses an answer: tables (list of Table), a chart's data (Table), fields (dict or list), code or prose (str).
 
     `task`: as for `find_task`; 'kvp' is the key-value prompt. Raises AnswerError when the answer is not in the task's
     format, ValueError for an unknown task.
@@ -155,10 +158,10 @@ def read(task: str, text: str) -> Any:
 
 
 def salvage(task: str, text: str) -> Salvaged | None:
-    """What `read` would give for the complete rows (tables, CSV), fields (kvp) or lines (code) of a cut answer.
+    """What `read` would return for the complete rows (tables, CSV), fields (kvp) or lines (code) of a truncated answer.
 
-    A cell that reaches below the last row is shortened. An answer that is wrong in the middle is kept up to there, and
-    one that loops up to the end of the first round. None when nothing is complete.
+    A cell that reaches below the last row is shortened. An answer that is invalid in the middle is kept up to there,
+    one that loops up to the end of the first round. None if nothing is complete.
     """
     found = find_task(task)
     value, complete = found.salvage(without_loop(replace_surrogates(text), found.rows))
@@ -166,8 +169,8 @@ def salvage(task: str, text: str) -> Salvaged | None:
 
 
 def places(task: str, text: str, value: Any) -> list[Place]:
-    """Where the cells or fields of a value stand in the answer that `read` or `salvage` found it in; of code and prose,
-    all of the text. In the order of the text; a cell or field that is written nowhere has no place.
+    """Locates the cells or fields of a value in the answer that `read` or `salvage` parsed it from, in the order of the
+    text. Code and prose have one place, the whole text. A cell or field that is not written anywhere has no place.
 
     `task`: as for `find_task`. Raises ValueError for an unknown task.
     """
@@ -182,7 +185,7 @@ def places(task: str, text: str, value: Any) -> list[Place]:
 
 
 def _has(value: Any, pointer: str) -> bool:
-    """Whether a JSON value has a text, number, literal or empty container there."""
+    """Whether a JSON value has a string, number, literal or empty container at a JSON pointer."""
     for part in pointer.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict) and name in value:

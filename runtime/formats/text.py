@@ -1,4 +1,4 @@
-"""Prose, pages as Markdown, and the code of a chart. None has a grammar."""
+"""Prose, pages as Markdown, and the code of a chart. None of them has a grammar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from granite4v.errors import AnswerError
 from granite4v.runtime.formats.wrapping import unfence
 
-# word for word docling's prompt for models that write pages as Markdown (its vlm_model_specs)
+# docling's exact prompt for models that write pages as Markdown (its vlm_model_specs)
 PAGE_PROMPT = "Convert this page to markdown. Do not miss any text and only output the bare markdown!"
 _PAGE_FENCE = re.compile(r"\s*```(markdown|md)[ \t]*\r?\n", re.IGNORECASE)
 
@@ -20,7 +20,7 @@ def read_prose(text: str) -> str:
 
 
 def salvage_prose(text: str) -> tuple[str | None, bool]:
-    """All of it, and False: prose has no end mark, so nothing tells complete prose from prose that was cut."""
+    """The whole text, and False: prose has no end mark, so complete and truncated prose look the same."""
     return text.strip() or None, False
 
 
@@ -37,13 +37,13 @@ def salvage_code(text: str) -> tuple[str | None, bool]:
 
 
 def read_page(text: str) -> str:
-    """The Markdown, without a fence around all of it; code blocks of the page stay. Raises AnswerError for an empty
-    one."""
+    """The Markdown, without a fence around all of it; code blocks of the page are kept. Raises AnswerError for an empty
+    answer."""
     return read_prose(_page(text))
 
 
 def salvage_page(text: str) -> tuple[str | None, bool]:
-    """As `salvage_prose`."""
+    """See `salvage_prose`."""
     return salvage_prose(_page(text))
 
 

@@ -1,4 +1,4 @@
-"""Strips what an answer may be wrapped in: a Markdown code fence, or a JSON list of strings."""
+"""Strips the wrapping of an answer: a Markdown code fence, or a JSON list of strings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _CLOSING = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Body:
-    """The inside of a fence, or all of the answer: its text, the offset of that, and whether a fence closes it.
+    """The content of a fence, or the whole answer: its text, the offset of the text, and whether a fence closes it.
 
-    `offsets`: where each character of `text` stands in the answer, if they do not stand there one after another from
-    `start` on.
+    `offsets`: the offset of each character of `text` in the answer, unless they are consecutive from `start` on.
     """
 
     text: str
@@ -30,7 +29,7 @@ class Body:
     offsets: tuple[int, ...] = ()
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Where `text[start:end]`, which is not empty, stands in the answer."""
+        """The start and end in the answer of `text[start:end]`, which must not be empty."""
         if not self.offsets:
             return self.start + start, self.start + end
         last = len(self.offsets) - 1
@@ -38,7 +37,8 @@ class Body:
 
 
 def unfence(text: str, language: str) -> Body:
-    """The inside of a fence at the start of the answer, or of a later one if it names its `language`."""
+    """The content of a fence at the start of the answer, or of a later one that names its `language`; without such a
+    fence, the whole answer."""
     opening = _OPENING.match(text) or re.search(rf"^[ \t]*```[ \t]*{language}[ \t]*\r?\n", text, re.MULTILINE)
     if opening is None:
         return Body(text, 0, False)
@@ -53,7 +53,7 @@ def unfence(text: str, language: str) -> Body:
 
 
 def joined(text: str) -> Body:
-    """The strings of a JSON list, one on a line, the last perhaps cut; any other text unchanged.
+    """The strings of a JSON list, one per line, the last perhaps truncated; any other text unchanged.
 
     `closed` is False for a list without its closing bracket.
     """
@@ -78,8 +78,8 @@ def joined(text: str) -> Body:
 
 
 def _offsets(text: str, start: int, n: int) -> Iterator[int]:
-    """Where the `n` characters of a JSON string stand whose opening quote is at `start`, and one more for a line break
-    behind them; of any other value, where that begins."""
+    """Yields the offsets of the `n` characters of a JSON string whose opening quote is at `start`, and one more for the
+    line break after them; for any other value, repeats the offset of its beginning."""
     characters = _CHARACTER.finditer(text, start + 1) if text.startswith('"', start) else iter(())
     at = start
     for _ in range(n + 1):

@@ -1,4 +1,4 @@
-"""Tables as text in each of the formats."""
+"""Writes tables as text in any of the formats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS = tuple(_WRITERS)
 
 
 def write(tables: Table | Sequence[Table], name: str) -> str:
-    """Writes tables in one of FORMATS. Several become a list in OTSL and JSON, one after another in the others.
+    """Writes tables in one of FORMATS. In OTSL and JSON, several become a list; in the others, they follow one another.
 
     Raises AnswerError when the format cannot represent a text, ValueError for an unknown format.
     """

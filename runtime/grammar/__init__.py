@@ -1,4 +1,4 @@
-"""Structured output: grammars, and where an answer stands in one. Knows tokens, and no format of tables."""
+"""Structured output: compiled grammars, and the position of an answer in one. Knows tokens, but no table format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether several schemas, as `translation` makes them, exclude each other: no value is an instance of two."""
+"""Checks whether schemas, as `translation` makes them, are mutually exclusive: no value is an instance of two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KINDS = {"null", "boolean", "number", "string", "array", "object"}
 
 
 def are_disjoint(schemas: list[Any], defs: dict[str, Any]) -> bool:
-    """True if they certainly exclude each other, False if that is unknown."""
+    """True if the schemas are certainly mutually exclusive, False if that is unknown."""
     found = [_target(schema, defs) for schema in schemas]
     if _is_discriminated(found, defs):
         return True
@@ -36,7 +36,7 @@ def _target(schema: Any, defs: dict[str, Any]) -> Schema:
 
 
 def _is_discriminated(schemas: list[Schema], defs: dict[str, Any]) -> bool:
-    """Whether some required property has different values in each."""
+    """Whether some required property has different values in each schema."""
     for name in schemas[0].get("properties", {}) if schemas else ():
         values: list[str] = []
         for schema in schemas:
@@ -51,7 +51,7 @@ def _is_discriminated(schemas: list[Schema], defs: dict[str, Any]) -> bool:
 
 
 def _differ(one: Schema, other: Schema, defs: dict[str, Any], depth: int = 0) -> bool:
-    """Whether certainly no value is an instance of both."""
+    """Whether it is certain that no value is an instance of both."""
     if not _types(one) & _types(other):
         return True
     if "enum" in one and "enum" in other:
@@ -82,7 +82,7 @@ def _type(value: Any) -> str:
 
 
 def _key(value: Any) -> str:
-    """The same text for values that are equal in JSON Schema, such as 1 and 1.0."""
+    """A text that is the same for numbers that are equal in JSON Schema, such as 1 and 1.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)

@@ -1,9 +1,9 @@
-"""Automata that count: answers are literals and free text by turns, and what came before decides what may come next.
+"""Automata that count: answers alternate between literals and free text, and earlier text decides what may come next.
 
 A context-free grammar cannot say that every row is as wide as the first. So each table format describes its answers by
-rules: a `Rule` is plain data that says what may come next there, and which rule follows each literal. This module runs
-such rules byte by byte; it knows neither formats nor tokens. From every position some text leads to the end, so no
-answer gets stuck.
+rules: a `Rule` is plain data that says what may come next and which rule follows each literal. This module runs the
+rules byte by byte; it knows neither formats nor tokens. From every position some text leads to the end, so no answer
+gets stuck.
 
 For example, with rules for CSV of two columns: after 'a,b\\n1' the rule is "first field of a row of two". Its `Next`
 is free text, then the literal ','. After ',' the rule is "second field", whose `Next` is free text, then '\\n' or
@@ -23,8 +23,8 @@ _ANY_TEXT = b"-"
 class Text:
     """Free text up to one of the literals.
 
-    `marks`: bytes that are never text; each begins a literal or is refused. `tags`: bytes that make a tag of a '<'
-    before them; any other '<' is text. `non_blank`: white space alone does not count as text.
+    `marks`: bytes that are never text; each begins a literal or is rejected. `tags`: bytes that make the '<' before
+    them the start of a tag; any other '<' is text. `non_blank`: white space alone does not count as text.
     """
 
     marks: bytes = b""
@@ -36,8 +36,8 @@ class Text:
 class Next:
     """What may come next: free text if there is `text`, then one of `literals`, or the end if `is_accepting`.
 
-    `initial_literals` and `initially_accepting` replace the two while no text has come yet, where that differs. No
-    literal is a prefix of another. Always taking the first literal leads to the end in few steps.
+    `initial_literals` and `initially_accepting`, unless None, replace `literals` and `is_accepting` until some text has
+    come. No literal is a prefix of another. Always taking the first literal leads to the end in few steps.
     """
 
     literals: tuple[bytes, ...]
@@ -48,7 +48,7 @@ class Next:
 
 
 class Rule(Protocol):
-    """A state of an automaton. Compared and hashed by value, so that masks can be kept by rule."""
+    """A state of an automaton. Compared and hashed by value, so that masks can be cached by rule."""
 
     def next(self) -> Next: ...
 
@@ -56,12 +56,12 @@ class Rule(Protocol):
 
 
 class Position(NamedTuple):
-    """How far an answer has come: a rule, its `next`, and what has come of that."""
+    """The position of an answer: a rule, its `next`, and how much of that has been read."""
 
     rule: Rule
     next: Next
     partial: bytes = b""  # a proper prefix of one or more literals
-    held: bytes = b""  # a '<' or an incomplete character: the byte after it decides what it is
+    held: bytes = b""  # a '<' or an incomplete character; the next byte decides what it is
     is_initial: bool = True  # no text has come yet
 
     @property
@@ -86,7 +86,7 @@ class Position(NamedTuple):
         return self.is_accepting and self.next.text is None and not self.next.literals
 
     def remainders(self) -> list[tuple[bytes, bytes]]:
-        """Each literal that can still come, and what is missing of it."""
+        """Each literal that can still come, and the part of it that is missing."""
         n = len(self.partial)
         return [(literal, literal[n:]) for literal in self.literals if literal.startswith(self.partial)]
 
@@ -99,7 +99,11 @@ def start(rule: Rule) -> Position:
 
 
 def advance(position: Position, data: bytes) -> Position | None:
-    """The position after `data`, which is part of valid UTF-8; None when the rules do not allow it."""
+    """The position after `data`, which is part of valid UTF-8; None if the rules do not allow it.
+
+    For example, in the text of an HTML cell: after 'x</t', `partial` is '</t'; 'd>' then completes the literal '</td>',
+    and the position moves on to the rule that follows it.
+    """
     at = 0
     while at < len(data):
         if position.in_text:
@@ -120,10 +124,10 @@ def advance(position: Position, data: bytes) -> Position | None:
 
 
 def _text_step(position: Position, byte: int) -> tuple[Position, bool]:
-    """The position before `byte` and True if a literal begins with it (or began with a '<' that was held); otherwise
-    the position after it and False.
+    """Reads one byte of text: returns the position before it and True if it begins a literal (or continues one that
+    began with a held '<'), otherwise the position after it and False.
 
-    For example, with tags of letters: in 'a<b', the '<' is held; 'b' makes it the beginning of a literal, so `partial`
+    For example, if letters make tags: in 'a<b', the '<' is held; 'b' makes it the start of a literal, so `partial`
     becomes '<' and 'b' has to continue it. In 'a<5', the '5' makes the '<' text.
     """
     text, held, is_initial = position.next.text, position.held, position.is_initial
@@ -137,7 +141,7 @@ def _text_step(position: Position, byte: int) -> tuple[Position, bool]:
     if byte == ord("<") and text.tags:
         return position._replace(held=b"<", is_initial=is_initial), False
     if is_initial and text.non_blank:
-        # white space can be a character of several bytes (U+3000), so bytes are held until a character is complete
+        # white space can be a multi-byte character (U+3000), so bytes are held until the character is complete
         held += bytes((byte,))
         with contextlib.suppress(UnicodeDecodeError):
             held, is_initial = b"", held.decode().isspace()
@@ -149,7 +153,7 @@ def _text_step(position: Position, byte: int) -> tuple[Position, bool]:
 
 
 def forced_text(position: Position, most: int) -> bytes:
-    """The text that must come next; about `most` bytes of it if it is longer."""
+    """The text that must come next; about the first `most` bytes if it is longer."""
     found = b""
     while len(found) < most and not position.in_text and not position.is_accepting:
         rests = [rest for _, rest in position.remainders()]
@@ -169,7 +173,7 @@ def _common_prefix(texts: list[bytes]) -> bytes:
 
 
 def ending(position: Position, most: int) -> list[bytes] | None:
-    """Pieces of text that lead to the end, at most `most` of them; None where that takes more."""
+    """At most `most` pieces of text that lead to the end; None if it takes more."""
     pieces: list[bytes] = []
     while not position.is_accepting:
         if len(pieces) == most:
@@ -185,7 +189,7 @@ def ending(position: Position, most: int) -> list[bytes] | None:
 
 
 def next_bytes(position: Position) -> set[int]:
-    """The bytes that may come next, whatever characters they are part of."""
+    """The bytes that may come next, whatever characters they belong to."""
     text = position.next.text
     if text is None or position.partial:
         return {rest[0] for _, rest in position.remainders()}

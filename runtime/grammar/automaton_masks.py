@@ -1,10 +1,10 @@
-"""Which tokens of a vocabulary an automaton allows at a position, without trying each of them.
+"""Computes the tokens of a vocabulary that an automaton allows at a position, without trying each of them.
 
-Trying all of 100,000 tokens would take longer than the model needs for one. Where a literal is due, only tokens along
-the literals are looked up. Where text is due, every token is allowed that has no mark in it, and that part of the mask
-is the same at every position. In a token with a mark, what stands before the first mark is text as well, so only the
-part from the mark on decides ('x</td>' is allowed where '</td>' is). Many tokens share that part, and it is tried once
-for all of them.
+Trying all of 100,000 tokens would take longer than the model needs for one. Where a literal must come, only tokens
+along the literals are looked up. Where text may come, every token without a mark is allowed, and that part of the mask
+is the same at every position. In a token with a mark, the bytes before the first mark are text, so only the part from
+the mark on decides ('x</td>' is allowed where '</td>' is). Many tokens share that part; it is tried once for all of
+them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 from granite4v.runtime.grammar.automaton import Position, Text, advance
 from granite4v.runtime.grammar.token_index import Spellings, TokenIndex
 
-_MAX_MASKS = 64  # of 0.1 MB each for a vocabulary of 100,000
+_MAX_MASKS = 64  # 0.1 MB each for a vocabulary of 100,000
 
 
 class AutomatonMasks:
-    """The masks of one vocabulary, of which the last used are kept.
+    """The token masks of one vocabulary; the most recently used are cached.
 
-    They look at bytes alone: whether a token makes valid UTF-8 is not checked here.
+    They consider bytes only: whether a token makes valid UTF-8 is not checked here.
     """
 
     def __init__(self, index: TokenIndex) -> None:
@@ -35,7 +35,7 @@ class AutomatonMasks:
         self._marked: dict[Text, _Marked] = {}
 
     def at(self, position: Position) -> np.ndarray:
-        """bool `(n_vocab,)`, not to be written to"""
+        """The mask at a position: bool `(n_vocab,)`, cached, so it must not be written to."""
         key = (position.rule, position.partial, position.held, position.is_initial)
         mask = self._kept.get(key)
         if mask is None:
@@ -57,7 +57,7 @@ class AutomatonMasks:
             self._marked[text] = _Marked.of(index, text)
         marked = self._marked[text]
         mask = ~marked.mask
-        if position.held:  # the byte that is held decides together with the token: rare, so each token is tried
+        if position.held:  # the held byte and the token decide together; this is rare, so each token is tried
             mask[[t for t in np.flatnonzero(marked.mask) if advance(position, index.pieces[t]) is not None]] = True
         else:
             mask[list(marked.allowed(position, text))] = True
@@ -69,10 +69,10 @@ class AutomatonMasks:
 
 @dataclass
 class _Marked:
-    """The tokens with a mark of one kind of text in them, as `mask`.
+    """The tokens that contain a mark of one kind of text, as `mask`.
 
-    `suffixes`: the different parts of tokens from their first mark on, numbered. `tokens`: for each number, the tokens
-    that have nothing before that part, white space, or something else.
+    `suffixes`: the distinct parts of tokens from their first mark on, numbered. `tokens`: for each number, three lists
+    of tokens: those with nothing, only white space, or other text before that part.
     """
 
     mask: np.ndarray
@@ -98,8 +98,8 @@ class _Marked:
         return marked
 
     def allowed(self, position: Position, text: Text) -> Iterator[int]:
-        """The tokens that are allowed in this text, where no byte is held."""
-        # text before the mark makes a position that is not initial; white space does so unless it does not count
+        """The tokens that are allowed in this text when no byte is held."""
+        # text before the mark makes the position non-initial; so does white space, unless it does not count as text
         begun = position._replace(is_initial=False)
         numbers = {place: list(self._allowed_suffixes(place, text)) for place in {position, begun}}
         for i, place in enumerate((position, position if text.non_blank else begun, begun)):
@@ -116,8 +116,8 @@ class _Marked:
 
 
 def _along(position: Position, spellings: Spellings, before: bytes = b"") -> Iterator[int]:
-    """Ids of the spellings of `before` and a part of the literals that may come at the position, or of what follows
-    those literals."""
+    """Ids of the spellings that consist of `before` and the beginning of what may come at the position: part of a
+    literal, or a complete literal and what follows it."""
     for literal, rest in position.remainders():
         for n in range(1, len(rest) + 1):
             if not spellings.has_prefix(before + rest[:n]):
@@ -128,7 +128,7 @@ def _along(position: Position, spellings: Spellings, before: bytes = b"") -> Ite
 
 
 def _after_literal(position: Position, spellings: Spellings, before: bytes) -> Iterator[int]:
-    """Ids of the spellings that begin with `before` and are longer, and whose rest may come at the position."""
+    """Ids of the spellings that begin with `before`, are longer, and whose rest may come at the position."""
     text = position.next.text
     if text is None:
         yield from _along(position, spellings, before)

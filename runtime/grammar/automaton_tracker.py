@@ -1,7 +1,7 @@
 """Tracks an answer in an automaton.
 
-The automaton decides about bytes, not about characters: half a character is text like any other. `Characters` tracks
-beside it that text is UTF-8 without control characters.
+The automaton works on bytes, not characters: to it, half a character is ordinary text. `Characters` checks in parallel
+that the text is UTF-8 without control characters.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from granite4v.runtime.grammar.automaton_masks import AutomatonMasks
 from granite4v.runtime.grammar.characters import Characters
 from granite4v.runtime.grammar.token_index import TokenIndex
 
-_MAX_FORCED_BYTES = 4096  # of one run; an automaton can force text without end
-_MAX_REST = 3  # bytes of a character after its first one
+_MAX_FORCED_BYTES = 4096  # per run; an automaton can force endless text
+_MAX_REST = 3  # bytes of a character after its first
 
 
 class AutomatonTracker:
@@ -24,8 +24,8 @@ class AutomatonTracker:
 
     def __init__(self, position: Position, masks: AutomatonMasks, characters: Characters) -> None:
         self._position, self._masks, self._characters = position, masks, characters
-        # the ending from one position (None: not to be spelled), which is asked for at every token: text leaves the
-        # position as it was
+        # cached ending of one position (None: the vocabulary cannot spell it); it is asked for at every token, and
+        # free text does not change the position
         self._ending: tuple[Position, list[int] | None] | None = None
 
     @property
@@ -59,7 +59,7 @@ class AutomatonTracker:
         return next_bytes(after)
 
     def ending(self, most: int, token: int | None) -> list[int] | None:
-        """The tokens that complete a character that was cut, and those of the automaton's own ending."""
+        """The tokens that complete an incomplete character, then those of the automaton's own ending."""
         index = self._masks.index
         position, characters = self._position, self._characters
         if token is not None:
@@ -82,7 +82,7 @@ class AutomatonTracker:
 
 
 def _spelled(pieces: Sequence[bytes], index: TokenIndex) -> list[int] | None:
-    """The tokens of all pieces; None where the vocabulary cannot spell one."""
+    """The tokens of all pieces; None if the vocabulary cannot spell one of them."""
     spelled = [index.spell(piece) for piece in pieces]
     return [token for piece in spelled for token in piece] if all(spelled) else None
 
@@ -90,7 +90,7 @@ def _spelled(pieces: Sequence[bytes], index: TokenIndex) -> list[int] | None:
 def _complete_character(
     position: Position, characters: Characters, masks: AutomatonMasks
 ) -> tuple[list[bytes], Position] | None:
-    """Bytes that complete the character an answer was cut in, and the position after them; None if there are none."""
+    """Bytes that complete the last character of an answer, and the position after them; None if there are none."""
     index, rest = masks.index, list[bytes]()
     while not characters.is_complete:
         byte = next((byte for byte, token in index.byte_tokens.items() if characters.mask[token]), None)

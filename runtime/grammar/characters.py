@@ -1,7 +1,7 @@
-"""Text in complete characters: which tokens keep an answer UTF-8 without control characters.
+"""Computes which tokens keep an answer valid UTF-8 without control characters.
 
-llguidance decides that, and what it says depends on nothing but the character that an answer was cut in. So it is asked
-once for each beginning of a character, not for each token.
+llguidance decides that, and its verdict depends only on the incomplete character that the answer ends in. So it is
+asked once for each beginning of a character, not for each token.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 
 from granite4v.runtime.grammar.matcher import Matcher
 
-_MAX_KEPT = 64  # of the beginnings of characters; a mask takes 0.1 MB for a vocabulary of 100,000
+_MAX_KEPT = 64  # beginnings of characters; a mask takes 0.1 MB for a vocabulary of 100,000
 
 
 class Characters:
-    """Where an answer is: between two characters, or within one. Immutable."""
+    """The position of an answer: between two characters, or inside one. Immutable."""
 
     def __init__(
         self, matcher: Matcher, pieces: Sequence[bytes], begun: bytes = b"", start: Characters | None = None
     ) -> None:
-        """`matcher`: of any text, here; `pieces`: the bytes of each token; `begun`: those of a character that is not
-        complete; `start`: the place between two characters, where this is not it."""
+        """`matcher`: for any text, at this position; `pieces`: the bytes of each token; `begun`: the bytes of an
+        incomplete character; `start`: the position between two characters, unless it is this one."""
         self._matcher, self._pieces, self._begun, self._start = matcher, pieces, begun, start or self
-        self._kept: OrderedDict[bytes, Characters] = OrderedDict()  # of the start: places by what is begun there
+        self._kept: OrderedDict[bytes, Characters] = OrderedDict()  # used in `start` only: positions by their `begun`
         self.mask = matcher.mask()  # bool (n_vocab,): the tokens that may come next
         self.mask.flags.writeable = False
 
@@ -33,7 +33,7 @@ class Characters:
         return not self._begun
 
     def after(self, token: int) -> Characters:
-        """Where the answer is after a token; ValueError for one that is not allowed."""
+        """The position after a token. Raises ValueError for one that is not allowed."""
         if not self.mask[token]:
             raise ValueError(f"token {token} ({self._pieces[token]!r}) is not allowed here")
         begun = _cut_character(self._begun + self._pieces[token])
@@ -50,7 +50,8 @@ class Characters:
 
 
 def _cut_character(text: bytes) -> bytes:
-    """The bytes of the character that a text, the beginning of valid UTF-8, ends within; none if it ends with one."""
+    """The bytes of the incomplete character at the end of a text, which is the beginning of valid UTF-8; empty if the
+    text ends with a complete one."""
     for n in range(1, min(len(text), 3) + 1):
         byte = text[-n]
         if byte < 0x80:

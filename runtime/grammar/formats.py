@@ -1,9 +1,9 @@
-"""The 'format' of strings: which dates and times answers may contain, and how values are checked.
+"""The 'format' keyword of strings: defines which dates and times answers may contain, and how values are checked.
 
-Dates are real dates: 29 February occurs in leap years alone. RFC 3339 requires an offset from UTC in 'time' and
+Dates are real dates: 29 February exists only in leap years. RFC 3339 requires an offset from UTC in 'time' and
 'date-time'. But pydantic declares these formats for `datetime.time` and `datetime.datetime`, whose values need none,
-and documents rarely print one, so a model that had to write an offset would invent it. Here the offset is optional; a
-schema that needs it can say so with a 'pattern'. Seconds are required: a printed '10:30' is 10:30:00.
+and documents rarely print one, so a model that had to write an offset would make it up. Here the offset is optional; a
+schema that needs it can require it with a 'pattern'. Seconds are required: a printed '10:30' becomes 10:30:00.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _LEAP_SECOND = rf"(?:[01][0-9]|2[0-3]):59:60(?:\.[0-9]+)?{_OFFSET}"  # valid in 
 # used in place of llguidance's own
 PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
-# the checks of jsonschema that need no other package; 'hostname', 'uri' and 'duration' are enforced by grammars alone
+# the checks of jsonschema that need no other package; 'hostname', 'uri' and 'duration' are enforced by grammars only
 _OF_JSONSCHEMA = ("email", "idn-email", "ipv4", "ipv6", "uuid")
 CHECKED = (*PATTERNS, *_OF_JSONSCHEMA, "regex")
-# of JSON Schema; llguidance knows most of them. It is not asked about other names, whose meaning is its own
+# formats of JSON Schema, most of which llguidance knows; it is not asked about other names, whose meaning is its own
 STANDARD = frozenset(
     (
         "duration",
@@ -47,7 +47,7 @@ STANDARD = frozenset(
         "uuid",
     )
 )
-# these say how a text is displayed or encoded, and exclude no text
+# these only say how a text is displayed or encoded; they exclude no text
 WITHOUT_EFFECT = frozenset(
     (
         "password", "binary", "byte", "base64", "base64url", "path", "file-path", "directory-path", "textarea", "text",

@@ -1,4 +1,4 @@
-"""What the answers to a task look like, as plain data; `grammar_state` compiles it for a vocabulary."""
+"""Describes the allowed answers to a task as plain data; `grammar_state` compiles it for a vocabulary."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from granite4v.runtime.grammar.automaton import Rule
 
 @dataclass(frozen=True)
 class Grammar:
-    """The answers that are allowed for `task`: those of an automaton that starts at `rule`, else the JSON text of the
-    instances of `schema`, a JSON schema as text.
+    """Defines the answers that are allowed for `task`: those of the automaton that starts at `rule` or, without a rule,
+    JSON text that is valid against `schema` (a JSON Schema, as text).
 
-    `warnings`: what the schema requires beyond the grammar. An answer can break it, so it has to be checked.
+    `warnings`: requirements of the schema that the grammar does not enforce. Answers have to be validated against them.
     """
 
     task: str

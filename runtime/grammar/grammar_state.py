@@ -1,8 +1,8 @@
-"""The state of one answer in a grammar that was compiled for a vocabulary: which tokens may come next, which must, and
-which would end the answer.
+"""Tracks one answer in a grammar compiled for a vocabulary: which tokens may come next, which must, and which would
+complete the answer.
 
-JSON schemas are llguidance's business; table formats are automata (see `automaton`). A mask holds every token after
-which the answer can still be completed: how text is split into tokens is left to the model.
+llguidance handles JSON Schemas; table formats are automata (see `automaton`). A token mask allows every token after
+which the answer can still be completed: the model chooses how to split the text into tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from granite4v.runtime.prompt.tokenizer import Tokenizer
 class GrammarState:
     """Tracks the position of one answer in a compiled grammar.
 
-    `copy` costs a few microseconds and `accept` changes no other copy, so tokens can be tried on a copy (drafts) and
-    taken back by dropping it.
+    `copy` costs a few microseconds and `accept` changes no other copy, so draft tokens can be tried on a copy and
+    rolled back by dropping it.
     """
 
     def __init__(self, tracker: Tracker, compiler: Compiler, generated: list[int]) -> None:
@@ -41,7 +41,7 @@ class GrammarState:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether what was generated is a complete answer."""
+        """Whether the tokens so far are a complete answer."""
         return self._tracker.is_accepting
 
     @property
@@ -51,13 +51,14 @@ class GrammarState:
 
     @property
     def has_quick_endings(self) -> bool:
-        """Whether `ending` takes a small part of the time of a token."""
+        """Whether `ending` takes a small fraction of the time that a token takes."""
         return self._tracker.has_quick_endings
 
     def allowed(self, stop_tokens: Collection[int] = ()) -> np.ndarray:
-        """The tokens that may come next, with `stop_tokens` where the answer may end; a new array, bool `(n_vocab,)`.
+        """The token mask: which tokens may come next; a new array, bool `(n_vocab,)`.
 
-        Raises ConstraintError where there is none: the vocabulary cannot spell what the grammar demands.
+        Includes `stop_tokens` if the answer may end here. Raises ConstraintError if no token is allowed: the vocabulary
+        cannot spell what the grammar demands.
         """
         mask = self._tracker.mask()
         if self.is_accepting:
@@ -71,18 +72,18 @@ class GrammarState:
         return mask
 
     def accept(self, token: int) -> None:
-        """Moves on by a token that is allowed; ValueError for any other."""
+        """Advances by one token. Raises ValueError for a token that is not allowed."""
         self._tracker.accept(token)
         self._generated.append(token)
 
     def forced_text(self) -> bytes:
-        """The text that must come next, in complete characters; a long one is cut."""
+        """The text that must come next, in complete characters; long text is cut short."""
         return _complete_characters(self._tracker.forced_text())
 
     def forced_tokens(self) -> list[int]:
-        """The next tokens where there is only one text, as the tokenizer writes it; they are not accepted yet.
+        """The tokens, as the tokenizer writes them, of the text that must come next; they are not accepted yet.
 
-        Only those that stay the same whatever follows; often none.
+        Only those that stay the same whatever text follows; often none.
         """
         text = self.forced_text()
         if not text:
@@ -92,29 +93,29 @@ class GrammarState:
         return forced_tokens(compiler.index, compiler.encode, self._generated, text, following)
 
     def ending(self, most: int, token: int | None = None) -> list[int] | None:
-        """At most `most` tokens that complete what was generated, or what was generated and `token`.
+        """Finds at most `most` tokens that complete the answer so far, or the answer so far plus `token`.
 
-        None where that takes more, or no such tokens were found.
+        None if it takes more tokens than that, or if none were found.
         """
         try:
             return self._tracker.ending(most, token)
-        except ConstraintError:  # one of llguidance's limits, which the answer itself has not met
+        except ConstraintError:  # the search hit one of llguidance's limits; the answer itself has not
             return None
 
 
 class Compiler:
-    """Compiles grammars for one vocabulary. `n_vocab` is the number of logits, `stop_tokens` end answers."""
+    """Compiles grammars for one vocabulary. `n_vocab` is the number of logits; `stop_tokens` end an answer."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, stop_tokens: Collection[int]) -> None:
         self.encode = tokenizer.encode_plain
         self.index = TokenIndex(tokenizer.vocabulary(), n_vocab)
-        # llguidance needs to know one end token; masks leave it out, and `allowed` adds all stop tokens
+        # llguidance needs to know one end token; masks exclude it, and `allowed` adds all stop tokens
         self._matchers = MatcherFactory(self.index, self.encode, min(stop_tokens))
         self._masks: dict[Rule, AutomatonMasks] = {}
         self._characters: Characters | None = None
 
     def begin(self, grammar: Grammar) -> GrammarState:
-        """The state at the beginning of an answer. Raises ConstraintError for a grammar llguidance cannot compile."""
+        """The state at the start of an answer. Raises ConstraintError for a grammar that llguidance cannot compile."""
         return GrammarState(self._tracker(grammar), self, [])
 
     def _tracker(self, grammar: Grammar) -> Tracker:
@@ -128,7 +129,7 @@ class Compiler:
 
 
 def _complete_characters(text: bytes) -> bytes:
-    """The text without an incomplete character at its end; one that was cut at its beginning stays."""
+    """Drops an incomplete character from the end of the text; one that is incomplete at the start is kept."""
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     decoder.decode(text)
     return text[: len(text) - len(decoder.getstate()[0])]

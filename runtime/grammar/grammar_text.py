@@ -1,4 +1,4 @@
-"""The grammar of a schema as llguidance reads it, and llguidance's verdict on it."""
+"""Writes the grammar of a schema for llguidance, and gets llguidance's verdict on it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-_MAX_ITEMS = 50_000  # in one row of the parser: four for each optional property of an object
-# no \u escapes: they could make a lone surrogate, which is JSON but not text
+_MAX_ITEMS = 50_000  # in one row of the parser; an object takes four for each optional property
+# no \u escapes: they could produce a lone surrogate, which is JSON but not text
 _LAYOUT = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -18,7 +18,7 @@ _LAYOUT = {
 
 
 def lark_grammar(schema_text: str) -> str:
-    """llguidance's grammar of the instances of a schema.
+    """The llguidance grammar for the instances of a schema.
 
     With "no_forcing", masks allow every way to split a text into tokens, not only the tokenizer's.
     """
@@ -33,7 +33,10 @@ def validation_problem(schema_text: str) -> str:
 
 
 def compile_problem(schema_text: str) -> str:
-    """As `validation_problem`, or why the grammar cannot be compiled. Bytes are vocabulary enough to find that out."""
+    """Why llguidance cannot enforce a schema or compile its grammar; empty if it can.
+
+    A vocabulary of single bytes is enough to find that out.
+    """
     problem = validation_problem(schema_text)
     if problem:
         return problem
@@ -58,7 +61,7 @@ class Bytes:
 
 
 def reason_of(message: str) -> str:
-    """The reason in a message of llguidance, on one line, without the grammar that follows it."""
+    """The reason given in an llguidance message, on one line, without the grammar that follows it."""
     found = re.search(r"failed to compile JSON schema: (.*?)(?=\n +\d+ \| |\Z)", message, re.DOTALL)
     reason = (found[1] if found else message.split("\n<state>")[0]).strip()
     of_regex = re.search(r"regex parse error:.*error: (.*)", reason, re.DOTALL)

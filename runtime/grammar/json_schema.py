@@ -1,7 +1,7 @@
-"""Reads JSON Schemas of any draft: checks their size before anything else, finds the draft, resolves references.
+"""Reads JSON Schemas of any draft: checks their size first, determines the draft, and resolves references.
 
-Knows nothing about grammars. Every part of a schema is visited once and without recursion, so that no schema can crash
-the process or keep it busy. The limits are far above what fits into a model's context.
+Knows nothing about grammars. Each pass visits every part of a schema once and recursion is bounded, so that no schema
+can crash the process or keep it busy. The limits are far above what fits into a model's context.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from granite4v.runtime.grammar.patterns import pattern_problem
 
 Schema = dict[str, Any]
 
-MAX_CHARACTERS = 1_000_000  # of the schema as JSON; some 250,000 tokens, more than any context holds
+MAX_CHARACTERS = 1_000_000  # of the schema as JSON; about 250,000 tokens, more than any context holds
 MAX_NESTING = 200  # levels of objects and lists
 MAX_LEVELS = 80  # of nested schemas, and of references in a chain
-MAX_SUBSCHEMAS = 5_000  # llguidance takes seconds for so many
-MAX_DIGITS = 400  # of an integer: beyond the largest float
+MAX_SUBSCHEMAS = 5_000  # llguidance takes seconds for this many
+MAX_DIGITS = 400  # of an integer; beyond the largest float
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -49,18 +49,21 @@ _STAYING = (
     "$dynamicAnchor",
     "$defs",
     "definitions",
-)  # these stay where references find them
+)  # these have to stay where references find them
 
 Path = tuple[str | int, ...]
 
 
 class InvalidSchema(ValueError):
-    """Something cannot be used as a JSON Schema. The message lacks its subject, the source: 'is not ...'."""
+    """Raised when something cannot be used as a JSON Schema.
+
+    The message lacks its subject, the source of the schema: 'is not ...'.
+    """
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A schema, and the resolver of the references in it."""
+    """A schema, and the resolver for the references in it."""
 
     node: Any
     resolver: Any
@@ -68,9 +71,9 @@ class Resolved:
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """A valid schema. `content` is plain JSON data, in which 'nullable' has become the type 'null'.
+    """A valid schema. `content` is plain JSON data, in which 'nullable' has been replaced by the type 'null'.
 
-    `dialect` is jsonschema's validator class for the draft. `notes` are for the author of the schema.
+    `dialect` is jsonschema's validator class for the draft. `notes` are messages to the author of the schema.
     """
 
     content: Schema
@@ -83,7 +86,10 @@ class JsonSchema:
         return Resolved(self.content, Registry().resolver_with_root(resource))
 
     def inside(self, node: Any, resolver: Any) -> Resolved:
-        """A schema inside another one. Its '$id' may change what references are relative to."""
+        """A schema inside another one. Its '$id' may change the base URI of references.
+
+        Raises InvalidSchema for an '$id' that is not a URI.
+        """
         if isinstance(node, dict) and isinstance(node.get("$id", node.get("id")), str):
             try:
                 resolver = resolver.in_subresource(self._specification.create_resource(node))
@@ -92,7 +98,7 @@ class JsonSchema:
         return Resolved(node, resolver)
 
     def follow(self, reference: str, resolver: Any) -> Resolved:
-        """The target of a reference. Raises InvalidSchema, which does not say where the reference is."""
+        """The target of a reference. Raises InvalidSchema, whose message does not say where the reference is."""
         try:
             found = resolver.lookup(reference)
         except (Unresolvable, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -113,7 +119,7 @@ class JsonSchema:
 
     @functools.cached_property
     def ignores_siblings(self) -> bool:
-        """Whether a '$ref' replaces the keywords beside it, as it did up to draft 7."""
+        """Whether a '$ref' overrides the keywords next to it, as it did up to draft 7."""
         return self.dialect in (Draft3Validator, Draft4Validator, Draft6Validator, Draft7Validator)
 
 
@@ -132,7 +138,7 @@ def read_schema(value: object) -> JsonSchema:
 
 
 def subschemas(node: Schema) -> Iterator[tuple[Path, Any]]:
-    """The direct subschemas of a schema, valid or not, with the keys that lead to them."""
+    """Yields the direct subschemas of a schema, valid or not, with the keys that lead to them."""
     for key, value in node.items():
         if key in _MAPS and isinstance(value, dict):
             for name, inner in value.items():
@@ -152,7 +158,7 @@ def listed(names: list[str], most: int = 4) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-# --- plain data within bounds ---
+# --- plain data within limits ---
 
 
 def _plain(value: Mapping[Any, Any]) -> Schema:
@@ -210,11 +216,14 @@ def _shown(value: object) -> str:
     return f"{type(value).__name__} {value!r:.60}"
 
 
-# --- schemas in schemas ---
+# --- subschemas ---
 
 
 def _subschemas(content: Schema) -> Iterator[tuple[Path, Schema]]:
-    """Every subschema that is an object, with its path. Raises InvalidSchema beyond the limits on number and depth."""
+    """Yields every subschema that is an object, with its path.
+
+    Raises InvalidSchema beyond the limits on number and depth.
+    """
     waiting: list[tuple[Path, Any, int]] = [((), content, 0)]
     n = 0
     while waiting:
@@ -243,7 +252,7 @@ def _subschemas(content: Schema) -> Iterator[tuple[Path, Schema]]:
 
 
 def _honor_nullable(node: Schema) -> bool:
-    """Replaces OpenAPI's 'nullable', and returns whether it was true."""
+    """Replaces OpenAPI's 'nullable' and returns whether it was true."""
     nullable = node.pop("nullable", None) if isinstance(node.get("nullable"), bool) else None
     if not nullable:
         return False
@@ -259,13 +268,13 @@ def _honor_nullable(node: Schema) -> bool:
 
 
 def _dialect(content: Schema) -> Any:
-    """The draft that '$schema' names; without it, the newest draft that the content is a valid schema of."""
+    """The draft that '$schema' names; without '$schema', the newest draft in which the content is a valid schema."""
     newest = validators.Draft202012Validator
     named = content.get("$schema", "")
     if not isinstance(named, str):
         raise InvalidSchema(f"has {_shown(named)} as its '$schema'; expected the URI of a draft.")
     kinds = [validators.validator_for({"$schema": named}, default=newest)]
-    if not named:  # OpenAPI 3.0 and older files use keywords of drafts that they do not name
+    if not named:  # OpenAPI 3.0 and older files use keywords of older drafts without naming them
         kinds += [validators.Draft7Validator, validators.Draft4Validator]
         if any(isinstance(node.get("required"), bool) for _, node in _subschemas(content)):
             kinds.append(validators.Draft3Validator)
@@ -310,10 +319,10 @@ def _invalid(content: Schema, kind: Any) -> str:
 
 
 def _alone(node: Schema, kind: Any) -> Schema:
-    """A schema without its subschemas, which are checked by themselves, and without what cannot be wrong.
+    """A schema without its subschemas, which are checked separately, and without what cannot be invalid.
 
-    Values that are certainly valid are replaced by one valid value, so that most of many similar schemas become equal
-    and only one of them has to be checked.
+    Values that are certainly valid are replaced by one fixed valid value, so that most of many similar schemas become
+    equal and only one of them has to be checked.
     """
     nothing: Any = {} if kind in (Draft3Validator, Draft4Validator) else True
     made = {key: _likely(key, value) for key, value in node.items() if key not in (*_ANNOTATIONS, *REFERENCES, "const")}
@@ -347,8 +356,8 @@ def _likely(key: str, value: Any) -> Any:
 
 
 def _check_references(schema: JsonSchema) -> None:
-    """Raises InvalidSchema for one that leads nowhere, or back to itself with nothing between."""
-    followed: dict[int, list[int]] = {}  # from a schema to those that apply to the same value
+    """Raises InvalidSchema for a reference that leads nowhere, or back to itself with nothing in between."""
+    followed: dict[int, list[int]] = {}  # for each schema, the others that apply to the same value; by id
     paths: dict[int, Path] = {}
     waiting: list[tuple[Path, Resolved]] = [((), schema.root)]
     while waiting:
@@ -374,11 +383,14 @@ def _check_references(schema: JsonSchema) -> None:
 
 
 def _check_ends(followed: dict[int, list[int]], paths: dict[int, Path]) -> None:
-    """Raises InvalidSchema where references lead back to the same value, or through too many schemas."""
-    heights: dict[int, int] = {}
+    """Raises InvalidSchema if references lead back to the same value, or through too many schemas.
+
+    A depth-first search: a schema that is met again while it is on the current path is part of a cycle.
+    """
+    heights: dict[int, int] = {}  # length of the longest chain that begins at a schema; set when it is left
     for start in followed:
-        on_way: set[int] = set()
-        stack: list[tuple[int, bool]] = [(start, False)]
+        on_way: set[int] = set()  # the schemas on the current path
+        stack: list[tuple[int, bool]] = [(start, False)]  # a schema, and whether all it leads to has been visited
         while stack:
             node, leaving = stack.pop()
             if leaving:

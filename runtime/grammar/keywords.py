@@ -1,4 +1,4 @@
-"""What the keywords of one JSON Schema mean, without looking at its subschemas."""
+"""Interprets the keywords of one JSON Schema, without looking at its subschemas."""
 
 from __future__ import annotations
 

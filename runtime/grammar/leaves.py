@@ -1,7 +1,7 @@
-"""The keywords for one number or one string, as far as llguidance can enforce them exactly.
+"""Translates the keywords for one number or one string, as far as llguidance can enforce them exactly.
 
 llguidance computes with floats, which change integers beyond 2^53, and its regular expressions have neither lookarounds
-nor backreferences. What it cannot enforce is widened or left out here, never narrowed, and values are checked
+nor backreferences. What it cannot enforce is widened or left out here, never narrowed, and values are validated
 afterwards.
 """
 
@@ -23,11 +23,11 @@ Schema = dict[str, Any]
 
 EXACT = 2**53  # floats represent every integer up to here
 _DECIMALS = 15
-_MAX_STEP = 100_000  # of 'multipleOf' without trailing zeros: llguidance makes one state for each remainder
+_MAX_STEP = 100_000  # of 'multipleOf' without trailing zeros: llguidance has one state for each remainder
 _MAX_LENGTH = 1_000_000  # characters; no answer is longer
 _COSTLY_STEP, _COSTLY_SIZE, _COSTLY_LENGTH = 1000, 200, 10_000
 
-# of translated schemas; llguidance intersects automata for them
+# keywords of translated schemas for which llguidance intersects automata
 PATTERN_KEYWORDS = (
     "pattern",
     "format",
@@ -39,14 +39,17 @@ NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
 
 
 class Impossible(ValueError):
-    """No value satisfies a schema. `reason` is a sentence about its `field`; None: whoever translates that knows it."""
+    """Raised when no value satisfies a schema.
+
+    `reason` is a sentence about its `field`; None if only the caller knows the field.
+    """
 
     def __init__(self, reason: str, field: str | None = None) -> None:
         super().__init__(reason, field)
         self.reason, self.field = reason, field
 
     def at(self, field: str) -> Impossible:
-        """The same about `field`, unless it is already about another one inside it."""
+        """The same error about `field`, unless it is already about a field inside it."""
         return self if self.field is not None else Impossible(self.reason, field)
 
     def __str__(self) -> str:
@@ -58,7 +61,7 @@ Bound = tuple[Fraction, bool]  # a number, and whether it is exclusive
 
 @dataclass
 class Leaf:
-    """Keywords for llguidance, and what they do not enforce in full."""
+    """Keywords for llguidance, and what they do not fully enforce."""
 
     made: Schema
     left_out: list[LeftOut] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Leaf:
 def number_leaf(node: Schema, trials: Trials, *, integral: bool, close_ranges: bool = True) -> Leaf:
     """The keywords for numbers. Raises Impossible.
 
-    `integral`: numbers are integers. `close_ranges`: add the numbers that llguidance's ranges lack (see `_lost`).
+    `integral`: numbers are integers. `close_ranges`: add the numbers missing from llguidance's ranges (see `_lost`).
     """
     leaf = Leaf({})
     lower: Bound | None = _strictest(node, "minimum", "exclusiveMinimum", max)
@@ -102,7 +105,7 @@ def number_leaf(node: Schema, trials: Trials, *, integral: bool, close_ranges: b
 
 
 def _step(node: Schema, *, integral: bool) -> Fraction | None:
-    """What a number, or an integer, must be a multiple of; None if nothing."""
+    """The number that a number, or an integer, must be a multiple of; None if there is none."""
     given = node.get("multipleOf", node.get("divisibleBy"))
     if given is None:
         return None
@@ -114,7 +117,7 @@ def _step(node: Schema, *, integral: bool) -> Fraction | None:
 
 
 def _next_multiple(bound: Bound, step: Fraction) -> Fraction:
-    """The least multiple within a lower bound."""
+    """The smallest multiple of `step` within a lower bound."""
     n = bound[0] / step
     return step * (math.floor(n) + 1 if bound[1] else math.ceil(n))
 
@@ -145,7 +148,7 @@ def _strictest(
 
 
 def _held(leaf: Leaf, bound: Bound | None, sign: int, name: str) -> Bound | None:
-    """A bound that llguidance computes with exactly: the same one, or a wider one."""
+    """A bound with which llguidance computes exactly: the same one, or a wider one (None for no bound)."""
     if bound is None:
         return None
     value, excluded = bound
@@ -170,16 +173,16 @@ def _range(lower: Bound | None, upper: Bound | None) -> Schema:
 
 
 def _included(bound: Bound, sign: int) -> Bound:
-    """An inclusive bound in place of an exclusive integer: llguidance allows '0' where the bound is 'above 0'."""
+    """Replaces an exclusive integer bound with an inclusive one: llguidance allows '0' where the bound is 'above 0'."""
     if bound[1] and bound[0].denominator == 1:
         return bound[0] + sign * Fraction(1, 10**_DECIMALS), False
     return bound
 
 
 def _lost(lower: Bound | None, upper: Bound | None) -> list[Schema]:
-    """The numbers of a range that llguidance's regular expression for it lacks.
+    """The numbers of a range that llguidance's regular expression for it does not match.
 
-    With a maximum of 0.25 it does not match 0.2, which has fewer decimals; and with an exclusive bound of 0 it does not
+    With a maximum of 0.25 it does not match 0.2, which has fewer decimals; with an exclusive bound of 0 it does not
     match numbers below 1 that end in zeros, such as 0.50.
     """
     lost: list[Schema] = []
@@ -200,7 +203,7 @@ def _lost(lower: Bound | None, upper: Bound | None) -> list[Schema]:
 
 
 def _tick(value: Fraction) -> Fraction:
-    """A step with two more decimals than a number has."""
+    """A step with two more decimals than a number has, at most `_DECIMALS`."""
     return Fraction(1, 10 ** min(_n_decimals(value) + 2, _DECIMALS))
 
 
@@ -209,7 +212,7 @@ def _n_decimals(value: Fraction) -> int:
 
 
 def _shortened(value: Fraction) -> set[Fraction]:
-    """A number without its last decimal, its last two, ... all but the first."""
+    """A number without its last decimal, its last two, ... all but the first. For example, 0.12 and 0.1 for 0.125."""
     return {Fraction(math.floor(value * 10**n), 10**n) for n in range(1, _n_decimals(value))}
 
 
@@ -245,9 +248,9 @@ def _add_step(leaf: Leaf, step: Fraction, trials: Trials) -> None:
 
 
 def _shorter_steps(step: Fraction) -> list[Fraction]:
-    """The step and its multiples with fewer decimals, where llguidance would miss these.
+    """The step, and its multiples with fewer decimals if llguidance would miss them.
 
-    It accepts 0.50 as a multiple of 0.25, but not 0.5.
+    It accepts 0.50 as a multiple of 0.25, but not 0.5; so 0.25 gives 0.25, 0.5 and 1.
     """
     n = _n_decimals(step)
     digits = (step * 10**n).numerator
@@ -278,7 +281,7 @@ def is_exact(value: Any) -> bool:
 
 
 def wider(value: Any) -> Schema:
-    """A schema that an inexact constant satisfies, and few other values."""
+    """A schema that accepts an inexact constant and few other values."""
     if isinstance(value, dict | list):
         return {"type": "object" if isinstance(value, dict) else "array"}
     if abs(value) <= EXACT:
@@ -336,7 +339,8 @@ def _held_pattern(leaf: Leaf, pattern: str, trials: Trials) -> str | None:
 
 
 def _hold_together(leaf: Leaf, patterns: Sequence[str], trials: Trials) -> None:
-    """Leaves the pattern out where it cannot be enforced together with the length or the format."""
+    """Leaves out the pattern and the format if they cannot be enforced together or with the length. Raises Impossible
+    if no text has them all at once."""
     longest = max(leaf.made.get("minLength", 0), leaf.made.get("maxLength", 0))
     problem = trials.problem({"type": "string", **leaf.made}, costly=_is_costly(patterns) or longest > _COSTLY_LENGTH)
     if problem.startswith("Unsatisfiable"):

@@ -1,4 +1,4 @@
-"""The parts of a schema that a grammar does not enforce, and the warnings that say so."""
+"""The parts of a schema that a grammar does not enforce, and the warnings about them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from granite4v.runtime.grammar.json_schema import listed
 
 @dataclass(frozen=True)
 class LeftOut:
-    """`subject` names a keyword as messages do ("'pattern'", "format 'date'"); `reason` is the rest of the sentence.
+    """A part of a schema that is not enforced: `subject` names the keyword as messages do ("'pattern'", "format
+    'date'"); `reason` is the rest of the sentence.
 
-    `is_checked`: whether answers are checked against it afterwards.
+    `is_checked`: whether answers are validated against it afterwards.
     """
 
     subject: str
@@ -19,6 +20,6 @@ class LeftOut:
     is_checked: bool = True
 
     def warning(self, fields: list[str]) -> str:
-        """One sentence for all `fields` where it is left out."""
+        """One sentence for all `fields` in which it is left out."""
         end = "; the answer is checked against it afterwards." if self.is_checked else "."
         return f"{self.subject} at {listed(fields)} {self.reason}{end}"

@@ -1,4 +1,4 @@
-"""llguidance's matchers for one vocabulary: errors as exceptions, masks as arrays."""
+"""Wraps llguidance's matchers for one vocabulary: errors become exceptions, token masks become arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from granite4v.runtime.grammar.grammar_text import lark_grammar, limits
 from granite4v.runtime.grammar.token_index import TokenIndex
 
 _MAX_GRAMMARS = 16
-# text without control characters but tab and line feed, and without a byte order mark
+# any text without control characters (tab and line feed are allowed), byte order marks (U+FEFF, U+FFFE) and U+FFFF
 _ANY_TEXT = (
     '%llguidance {"no_forcing": true}\n'
     r"start: /[^\x00-\x08\x0b-\x1f\x7f-\x9f\x{feff}\x{fffe}\x{ffff}]*/"
@@ -23,7 +23,7 @@ _ANY_TEXT = (
 
 
 class Matcher:
-    """Where an answer is in a grammar of llguidance. `end` is the token that llguidance takes for the end."""
+    """Tracks the position of an answer in an llguidance grammar. `end` is llguidance's end token."""
 
     def __init__(self, matcher: LLMatcher, n_vocab: int, end: int) -> None:
         self._matcher, self._n_vocab, self._end = matcher, n_vocab, end
@@ -40,7 +40,7 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._n_vocab, self._end)
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next without the end, a new array, bool `(n_vocab,)`. Raises ConstraintError."""
+        """The token mask without the end token; a new array, bool `(n_vocab,)`. Raises ConstraintError."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         mask = np.unpackbits(packed, count=self._n_vocab, bitorder="little").view(bool)
@@ -54,7 +54,7 @@ class Matcher:
         return text
 
     def accept(self, token: int) -> None:
-        """Raises ValueError for a token that is not allowed, ConstraintError where llguidance gives up."""
+        """Raises ValueError for a token that is not allowed, ConstraintError when llguidance gives up."""
         if not self._matcher.consume_token(token):
             reason = _reason(self._matcher)
             if "limit" in reason:
@@ -62,11 +62,11 @@ class Matcher:
             raise ValueError(f"token {token} is not allowed here: {reason}")
 
     def accepts(self, tokens: Sequence[int]) -> bool:
-        """Goes on by the tokens, and returns whether all of them are allowed."""
+        """Advances by the tokens and returns whether all of them are allowed."""
         return int(self._matcher.try_consume_tokens(list(tokens))) == len(tokens)
 
     def _check(self) -> None:
-        # a matcher that ran into one of its limits allows nothing but the end, which would cut the answer silently
+        # a matcher that hit one of its limits allows only the end token, which would silently truncate the answer
         if self._matcher.is_error():
             raise ConstraintError(
                 f"llguidance gave up in the middle of an answer: {_reason(self._matcher)}. Use --unconstrained."
@@ -74,18 +74,18 @@ class Matcher:
 
 
 class MatcherFactory:
-    """Makes matchers, and keeps the grammars that were compiled last."""
+    """Creates matchers, and caches the grammars that were used last in compiled form."""
 
     def __init__(self, index: TokenIndex, encode: Encode, end: int) -> None:
         self._index, self._encode, self._end = index, encode, end
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def of_schema(self, schema_text: str) -> Matcher:
-        """A matcher of JSON at the beginning of an answer. Raises ConstraintError for what cannot be compiled."""
+        """A matcher for JSON, at the start of an answer. Raises ConstraintError if the grammar cannot be compiled."""
         return self._start(lark_grammar(schema_text))
 
     def of_text(self) -> Matcher:
-        """A matcher of any text in complete characters, at its beginning."""
+        """A matcher for any text in complete characters, at its start."""
         return self._start(_ANY_TEXT)
 
     def _start(self, grammar: str) -> Matcher:
@@ -102,7 +102,7 @@ class MatcherFactory:
         return Matcher(self._compiled[grammar].deep_copy(), self._index.n_vocab, self._end)
 
     def tokenize(self, text: bytes) -> list[int]:
-        """Tokens that spell the text, whatever tokens the tokenizer would write."""
+        """Tokens that spell the text, not necessarily those that the tokenizer would write."""
         return list(self._tokenizer.tokenize_bytes(text))
 
     @functools.cached_property
@@ -111,7 +111,7 @@ class MatcherFactory:
 
 
 class _Vocabulary:
-    """What `llguidance.TokenizerWrapper` asks for. A token without bytes is one that it never allows."""
+    """The interface that `llguidance.TokenizerWrapper` expects. llguidance never allows a token without bytes."""
 
     def __init__(self, index: TokenIndex, encode: Encode, end: int) -> None:
         self.eos_token_id, self.bos_token_id = end, None
@@ -124,5 +124,5 @@ class _Vocabulary:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What llguidance says first; a dump of its parser follows."""
+    """The first part of llguidance's error message; a dump of its parser follows it."""
     return str(matcher.get_error()).split("\n<state>")[0].strip()

@@ -1,4 +1,4 @@
-"""The keywords for objects: their properties, and which others are allowed."""
+"""Translates the keywords for objects: their properties, and which others are allowed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_object(of_schema: Translation, made: Schema, place: Place) -> None:
 
 
 def _check_required(node: Schema, required: list[str], allowed: Iterable[str]) -> None:
-    """Raises Impossible where a required property is not allowed."""
+    """Raises Impossible if a required property is not allowed."""
     missing = [name for name in required if name not in allowed]
     if missing and of.kinds(node) == ["object"]:
         raise Impossible(f"it requires {listed(missing)}, which is not one of its properties, and allows no others")
@@ -100,7 +100,7 @@ def closing(of_schema: Translation, place: Place) -> list[Schema]:
 
 
 def _conditional_properties(of_schema: Translation, place: Place) -> Iterable[tuple[str, Any]]:
-    """Properties that conditional keywords mention, which a closed object has to allow."""
+    """The properties that conditional keywords mention; a closed object has to allow them."""
     node = place.node
     for keyword in _CONDITIONAL:
         value = node.get(keyword)
@@ -115,14 +115,14 @@ def _conditional_properties(of_schema: Translation, place: Place) -> Iterable[tu
 
 
 def _properties_of(of_schema: Translation, found: Resolved, node: Schema) -> Iterable[str]:
-    """The names of properties in a schema and those it combines."""
+    """The names of the properties in a schema and in those it combines."""
     for part in _same_value(of_schema, of_schema.schema.inside(node, found.resolver), node):
         yield from part.get("properties", {})
         yield from of.required(part)
 
 
 def _same_value(of_schema: Translation, found: Resolved, node: Schema) -> Iterable[Schema]:
-    """A schema and those it combines, which apply to the same value."""
+    """A schema and those it combines; all of them apply to the same value."""
     waiting = [Resolved(node, found.resolver)]
     seen: set[int] = set()
     while waiting:

@@ -1,6 +1,6 @@
-"""Regular expressions of JSON Schemas: their size, and matching in bounded time.
+"""Regular expressions in JSON Schemas: measures their size, and matches them in bounded time.
 
-They are ECMAScript's. The package `regex` matches them: it knows \\p{L} and (?<name>...) and takes a timeout.
+They are ECMAScript's. The package `regex` matches them: it supports \\p{L} and (?<name>...) and takes a timeout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import regex
 
-MAX_SIZE = 100_000  # characters with counted repetitions written out, as `regex` does when it compiles
+MAX_SIZE = 100_000  # characters with counted repetitions expanded, as `regex` does when it compiles
 MAX_LENGTH = 20_000
 _SECONDS = 1.0  # of processor time
 _COUNT = re.compile(r"\{(\d{1,18})(?:,(\d{0,18}))?\}")
@@ -19,7 +19,7 @@ _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 
 
 class PatternTimeout(Exception):
-    """A text took too long to match."""
+    """Raised when matching a text takes too long."""
 
 
 def pattern_problem(pattern: str) -> str:
@@ -46,7 +46,7 @@ def matches(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _compiled(pattern: str) -> Any:
-    # ECMAScript's escapes that `regex` writes differently
+    # ECMAScript escapes that `regex` writes differently
     spelled = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", pattern)
     spelled = re.sub(r"\\c([A-Za-z])", lambda found: f"\\x{ord(found[1]) % 32:02x}", spelled)
     spelled = re.sub(r"\\k<(\w+)>", r"(?P=\1)", spelled)
@@ -55,7 +55,10 @@ def _compiled(pattern: str) -> Any:
 
 
 def pattern_size(pattern: str) -> int:
-    """Characters of a pattern with counted repetitions written out; an unbounded repetition counts once."""
+    """Characters of a pattern with counted repetitions expanded; an unbounded repetition counts once.
+
+    For example, 7 for 'a(bc){3}'.
+    """
     sizes, last = [0], 0
     i = 0
     while i < len(pattern):
@@ -82,9 +85,9 @@ def pattern_size(pattern: str) -> int:
 
 
 def without_look_around(pattern: str) -> str:
-    """The pattern without its lookaheads and lookbehinds: it matches whatever the pattern does, and more."""
+    """The pattern without its lookaheads and lookbehinds: it matches everything that the pattern matches, and more."""
     made: list[str] = []
-    i = depth = 0  # depth: open parentheses within a lookaround
+    i = depth = 0  # depth: open parentheses inside a lookaround
     while i < len(pattern):
         n = 1
         if pattern[i] == "\\":

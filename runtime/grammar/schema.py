@@ -1,4 +1,4 @@
-"""JSON schemas of answers: checked, translated for llguidance, and compiled once to find out whether that works.
+"""Prepares JSON Schemas of answers: checks them, translates them for llguidance, and compiles them once as a test.
 
 An answer is one line as Python's json.dumps writes it, so the model never chooses white space or punctuation.
 """
@@ -19,12 +19,12 @@ from granite4v.runtime.grammar.trial import Trials
 Schema = dict[str, Any]
 
 _MAX_LEVELS = 200  # of nested schemas; llguidance needs up to 16 KB of stack for each
-_MAX_TRIED = 50  # subschemas of one schema, each tried alone to find the one at fault
+_MAX_TRIED = 50  # subschemas of one schema, each tried alone to find the faulty one
 _WHAT_TO_DO = "Change the schema, or turn the constraint off (--unconstrained; unconstrained=True in Python)."
 
 
 class Definite(NamedTuple):
-    """The schema that is enforced, as JSON text, and warnings about what has to be checked afterwards."""
+    """The schema that is enforced, as JSON text, and warnings about what has to be validated afterwards."""
 
     text: str
     warnings: tuple[str, ...]
@@ -33,8 +33,8 @@ class Definite(NamedTuple):
 def definite(schema: object) -> Definite:
     """The schema as llguidance can enforce it, with closed objects and every property that may be null required.
 
-    `schema`: plain data, or a JsonSchema. Raises ConstraintError for an invalid schema, and for one that no answer can
-    satisfy.
+    `schema`: plain data, or a JsonSchema. Raises ConstraintError for a schema that is invalid, that no answer can
+    satisfy, or that llguidance cannot enforce.
     """
     try:
         checked = schema if isinstance(schema, JsonSchema) else read_schema(schema)
@@ -55,14 +55,14 @@ def definite(schema: object) -> Definite:
 
 
 def _tried(schema: JsonSchema, trials: Trials, *, close_ranges: bool) -> tuple[Translation, str]:
-    """A translation, and why llguidance cannot enforce it; empty if it can."""
+    """A translation, and the reason why llguidance cannot enforce it; empty if it can."""
     translation = Translation(schema, trials, close_ranges=close_ranges)
     _check_levels(translation)
     endless = _endless(translation)
     if endless:
         raise InvalidSchema(endless)
     if translation.n_merged_patterns > 2 and trials.problem(translation.made, costly=True):
-        translation.leave_out_patterns()  # llguidance may take any amount of time to intersect them
+        translation.leave_out_patterns()  # there is no bound on the time llguidance may take to intersect them
     problem = compile_problem(json.dumps(translation.made))
     if "fuel" in problem or "complex" in problem:  # llguidance's words; it has no error codes
         translation.leave_out_patterns()
@@ -73,7 +73,7 @@ def _tried(schema: JsonSchema, trials: Trials, *, close_ranges: bool) -> tuple[T
 def _check_levels(translation: Translation) -> None:
     """Raises InvalidSchema for a chain of references that would overflow llguidance's stack.
 
-    It compiles each schema once, by recursion, inside the first one that refers to it.
+    llguidance compiles each schema once, recursively, inside the first one that refers to it.
     """
     entered: set[int] = set()
     stack: list[Iterator[Any]] = [iter([translation.made])]
@@ -96,7 +96,7 @@ def _check_levels(translation: Translation) -> None:
 
 
 def _alone(translation: Translation, made: Schema) -> str:
-    """A part of the schema as a schema of its own, with what it refers to."""
+    """A part of the schema as a schema of its own, with the definitions it refers to."""
     return json.dumps({**made, "$defs": translation.defs})
 
 
@@ -116,7 +116,11 @@ def _culprit(translation: Translation) -> str:
 
 
 def _endless(translation: Translation) -> str:
-    """Which part of a schema always requires another one of itself, so that no instance is finite; empty if none."""
+    """Says which part of a schema always requires another instance of itself, so that no instance is finite; empty if
+    none.
+
+    Finds the schemas that do have a finite instance, in rounds: one is added when all that it requires is known to.
+    """
     nodes: list[Schema] = []
     waiting: list[Any] = [translation.made]
     while waiting:
@@ -124,7 +128,7 @@ def _endless(translation: Translation) -> str:
         if isinstance(node, dict):
             nodes.append(node)
             waiting += [inner for _, inner in subschemas(node)]
-    ending: set[int] = set()  # ids of the nodes that have a finite instance
+    ending: set[int] = set()  # ids of the nodes known to have a finite instance
     n_before = -1
     nodes.reverse()  # inner ones first, so that few rounds are needed
     while len(ending) > n_before:
@@ -140,6 +144,8 @@ def _endless(translation: Translation) -> str:
 
 
 def _ends(node: Schema, defs: dict[str, Any], ending: set[int]) -> bool:
+    """Whether a schema has a finite instance, given the ids of those known to have one."""
+
     def known(inner: Any) -> bool:
         return not isinstance(inner, dict) or id(inner) in ending
 

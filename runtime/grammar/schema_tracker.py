@@ -1,4 +1,4 @@
-"""Tracks an answer in the grammar of a JSON schema. llguidance does everything but choose how to close it."""
+"""Tracks an answer in the grammar of a JSON Schema. llguidance does everything except choose how to close it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from granite4v.runtime.grammar.json_closing import JsonPosition
 from granite4v.runtime.grammar.matcher import Matcher, MatcherFactory
 from granite4v.runtime.grammar.token_index import TokenIndex
 
-_MAX_FORCED_BYTES = 4096  # of one run; a schema can demand text without end
+_MAX_FORCED_BYTES = 4096  # per run; a schema can force endless text
 
 
 class SchemaTracker:
-    has_quick_endings = False  # each byte of an ending asks llguidance for a mask
+    has_quick_endings = False  # each byte of an ending needs a mask from llguidance
 
     def __init__(
         self, matcher: Matcher, index: TokenIndex, factory: MatcherFactory, position: JsonPosition | None = None
@@ -57,6 +57,7 @@ class SchemaTracker:
         tokens: list[int] = []
         n_taken: Counter[int] = Counter()
         while not ahead.is_accepting:
+            # take forced text as a whole if there is any; otherwise one byte, the one that closes soonest
             text = ahead._matcher.forced_text()
             if not self._index.spell(text):
                 byte = ahead._closing_byte(n_taken)

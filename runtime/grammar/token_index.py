@@ -1,4 +1,4 @@
-"""Tokens by their bytes: which tokens spell a text, and which continue it."""
+"""Looks up tokens by their bytes: those that spell a text, and those that continue it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from granite4v.runtime.prompt.tokenizer import Vocabulary
 class TokenIndex:
     """The tokens of a vocabulary with their bytes.
 
-    `n_vocab` is the number of logits, which may exceed the number of token ids. `pieces` has the bytes of each id, none
-    for a special token or an unused id. `added` are the ids of added tokens: tokenizers find those in a text before
-    they split the rest of it.
+    `n_vocab` is the number of logits, which may exceed the number of token ids. `pieces` has the bytes of each id,
+    empty for a special token or an unused id. `added` are the ids of added tokens: tokenizers find those in a text
+    before they split the rest of it.
     """
 
     def __init__(self, vocabulary: Vocabulary, n_vocab: int) -> None:
@@ -34,14 +34,14 @@ class TokenIndex:
 
     @cached_property
     def byte_tokens(self) -> dict[int, int]:
-        """The token of each single byte, where there is one."""
+        """The token of each single byte that has one."""
         return {piece[0]: token for piece, token in self.all if len(piece) == 1}
 
     def text(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.pieces[token] for token in tokens)
 
     def spell(self, text: bytes) -> list[int]:
-        """Tokens of a text, always the longest that fits; an empty list if the text cannot be spelled that way."""
+        """Spells a text with the longest token that fits at each step; an empty list if that fails."""
         if text not in self._spelled:
             tokens: list[int] = []
             rest = text
@@ -58,7 +58,7 @@ class TokenIndex:
 
 
 class Spellings:
-    """Tokens sorted by their bytes, so that all tokens with a common prefix stand side by side."""
+    """Tokens sorted by their bytes, so that all tokens with a common prefix are adjacent."""
 
     def __init__(self, entries: Iterable[tuple[bytes, int]]) -> None:
         self._entries = sorted(entries)

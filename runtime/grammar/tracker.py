@@ -1,4 +1,4 @@
-"""What tracks the position of one answer in a grammar, whichever kind of grammar it is."""
+"""The interface that tracks the position of one answer in a grammar of any kind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 
 
 class Tracker(Protocol):
-    """`is_accepting`: what was generated is a complete answer; `is_final`: nothing can follow.
+    """Tracks the position of one answer in a grammar.
 
-    `has_quick_endings`: `ending` takes a small part of the time of a token.
+    `is_accepting`: the tokens so far are a complete answer; `is_final`: nothing can follow. `has_quick_endings`:
+    `ending` takes a small fraction of the time that a token takes.
     """
 
     has_quick_endings: bool
@@ -25,7 +26,7 @@ class Tracker(Protocol):
     def copy(self) -> Tracker: ...
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next without the end, a new array, bool `(n_vocab,)`."""
+        """The token mask: which tokens may come next, without the end token; a new array, bool `(n_vocab,)`."""
         ...
 
     def accept(self, token: int) -> None:
@@ -33,13 +34,13 @@ class Tracker(Protocol):
         ...
 
     def forced_text(self) -> bytes:
-        """The text that must come next, perhaps cut within a character."""
+        """The text that must come next; it may end inside a UTF-8 character."""
         ...
 
     def following(self, text: bytes) -> Collection[int]:
-        """The bytes that may come after `text`, which is forced."""
+        """The bytes that may follow `text`, which must be forced text."""
         ...
 
     def ending(self, most: int, token: int | None) -> list[int] | None:
-        """As `GrammarState.ending`."""
+        """See `GrammarState.ending`."""
         ...

@@ -1,9 +1,9 @@
-"""Translates a JSON Schema of any draft to one that llguidance enforces as closely as it can.
+"""Translates a JSON Schema of any draft into one that llguidance enforces as closely as it can.
 
-The result refers to its own '$defs' alone. What llguidance cannot enforce is left out with a warning: the grammar is
-wider than the schema there, and answers are checked afterwards. What the schema leaves open is narrowed as the prompt
+The result refers only to its own '$defs'. What llguidance cannot enforce is left out with a warning: there the grammar
+is wider than the schema, and answers are validated afterwards. What the schema leaves open is narrowed as the prompt
 asks: objects have the properties that their schema names and no others, unless it mentions others, and a property that
-may be null is always present. Narrowing leaves only instances of the schema.
+may be null is always present. Whatever remains after narrowing is still an instance of the schema.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from granite4v.runtime.grammar.validation import Validator
 Schema = dict[str, Any]
 
 _MAX_WARNINGS = 20
-_MAX_NESTING = 20  # of schemas within one of '$defs': llguidance parses at most 128 levels of JSON
+_MAX_NESTING = 20  # of schemas within one entry of '$defs': llguidance parses at most 128 levels of JSON
 
 
 class Translation:
-    """`made` is the schema for llguidance; `fields` has the place in an answer of each schema in it, by its id."""
+    """The translation of one schema: `made` is the schema for llguidance; `fields` maps the id of each schema in it to
+    its place in an answer."""
 
     def __init__(self, schema: JsonSchema, trials: Trials, *, close_ranges: bool = True) -> None:
-        """`close_ranges`: add the numbers that llguidance's ranges lack. Raises Impossible."""
+        """`close_ranges`: add the numbers that are missing from llguidance's ranges. Raises Impossible."""
         self.schema, self.trials, self.close_ranges = schema, trials, close_ranges
         self._names: dict[tuple[int, bool], str] = {}
-        self._waiting: list[tuple[str, Resolved, str, bool]] = []  # targets of references that are not translated yet
+        self._waiting: list[tuple[str, Resolved, str, bool]] = []  # targets of references, still to be translated
         self._takes_null: dict[int, bool] = {}
         self._left_out: dict[LeftOut, list[str]] = {}
         self.defs: dict[str, Any] = {}
@@ -54,7 +55,7 @@ class Translation:
         self.n_merged_patterns = 0  # patterns that llguidance has to intersect
         self._patterns: list[tuple[Schema, str]] = []
         self._one_ofs: list[tuple[Schema, str]] = []
-        self.impossible: list[str] = []  # parts that no value satisfies, which answers can do without
+        self.impossible: list[str] = []  # parts that no value satisfies; answers can do without them
         root = self._translated(schema.root, "$", False, 0)
         if root is False:
             raise Impossible("it allows no value", "$")
@@ -75,7 +76,7 @@ class Translation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is left out, in one sentence for each keyword and reason."""
+        """What is left out: one sentence for each keyword and reason."""
         warnings = [left_out.warning(fields) for left_out, fields in self._left_out.items()]
         n_more = len(warnings) - _MAX_WARNINGS
         return (*warnings[:_MAX_WARNINGS], *([f"{n_more} more warnings are not shown."] if n_more > 0 else []))
@@ -89,9 +90,9 @@ class Translation:
                 self.leave_out(LeftOut(f"'{keyword}'", reason), field)
 
     def _choose_any(self, made: Schema, field: str) -> None:
-        """Replaces 'oneOf' by 'anyOf'.
+        """Replaces 'oneOf' with 'anyOf'.
 
-        llguidance accepts 'oneOf' only for alternatives that it can prove to exclude each other.
+        llguidance accepts 'oneOf' only for alternatives that it can prove mutually exclusive.
         """
         if not are_disjoint(made["oneOf"], self.defs):
             reason = "is enforced as 'anyOf', as several alternatives can be true"
@@ -109,7 +110,10 @@ class Translation:
     # --- one schema ---
 
     def _translated(self, found: Resolved, field: str, merged: bool, nesting: int) -> Any:
-        """`merged`: other schemas apply to the same value, so what this one leaves open has to stay open."""
+        """Translates one schema.
+
+        `merged`: other schemas apply to the same value, so what this one leaves open has to stay open.
+        """
         node = found.node
         if not isinstance(node, dict):
             return node
@@ -163,7 +167,7 @@ class Translation:
         return self._translated(inner, field, merged, nesting + 1)
 
     def part(self, place: Place, node: Any, suffix: str = "", merged: bool = False) -> Any:
-        """Translates a subschema. Parts of a merged schema may be merged themselves."""
+        """Translates a subschema. Parts of a merged schema count as merged themselves."""
         merged = merged or place.merged
         return self._inner(place.found, node, place.field + suffix, merged, place.nesting)
 
@@ -193,7 +197,7 @@ class Translation:
         return number_leaf(numbers, self.trials, integral=integral, close_ranges=self.close_ranges)
 
     def _add_constants(self, made: Schema, constants: list[Any], place: Place) -> None:
-        """Adds the constants that the keywords beside them allow."""
+        """Adds the constants that the keywords next to them allow."""
         others = of.only(place.node, (*NUMBER_KEYWORDS, *STRING_KEYWORDS, "type"))
         if others:
             alone = Validator(JsonSchema(others, self.schema.dialect))
@@ -237,13 +241,13 @@ class Translation:
             raise Impossible("no list has its minItems and its maxItems at once")
 
     def _values(self, found: Resolved) -> list[Any] | None:
-        """The values that a schema enumerates; None if it does not."""
+        """The values that a schema enumerates; None if it enumerates none."""
         while isinstance(found.node, dict) and isinstance(found.node.get("$ref"), str) and "enum" not in found.node:
             found = self.follow(found, found.node, "$ref")
         return found.node.get("enum") if isinstance(found.node, dict) else None
 
     def shared(self, made: Any) -> Any:
-        """A reference to a schema that is used several times, which becomes one of '$defs'."""
+        """Moves a schema that is used several times to '$defs' and returns a reference to it."""
         if not isinstance(made, dict) or "$ref" in made:
             return made
         name = f"s{len(self._names)}"
@@ -274,7 +278,7 @@ class Translation:
                     made["allOf"] = [*made.get("allOf", []), reference]
 
     def _possible(self, place: Place, alternatives: list[Any]) -> list[Any]:
-        """The alternatives that some value satisfies."""
+        """Translates the alternatives that some value satisfies. Raises Impossible if there are none."""
         made: list[Any] = []
         why = Impossible("none of its alternatives is possible")
         for inner in alternatives:
@@ -316,7 +320,7 @@ class Translation:
 
 
 def _with_discriminator(alternatives: list[Any], discriminator: Any) -> list[Any]:
-    """Requires the property that tells alternatives apart, as the unions of OpenAPI and pydantic do."""
+    """Requires the property that tells the alternatives apart, as unions in OpenAPI and pydantic do."""
     name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
     if not isinstance(name, str) or not all(isinstance(one, dict) and list(one) == ["$ref"] for one in alternatives):
         return alternatives

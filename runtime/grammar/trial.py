@@ -1,7 +1,7 @@
-"""Tries grammars in a child process, as some regular expressions keep llguidance busy forever.
+"""Tries grammars in a child process, since some regular expressions keep llguidance busy forever.
 
 The process is started for the first grammar that looks costly; most schemas have none. Run as a script, this module is
-that process: it reads grammars as lines of JSON, and answers each with a line.
+that child process: it reads each grammar as a line of JSON and answers it with a line.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from granite4v.runtime.grammar.grammar_text import Bytes, lark_grammar, limits, reason_of, validation_problem
 
-SECONDS = 5  # of processor time, for one grammar
-MAX_SECONDS = 12  # for all costly grammars of a schema; the rest counts as too costly
-_MAX_WAIT_S = 60.0  # on a busy machine
+SECONDS = 5  # of processor time, per grammar
+MAX_SECONDS = 12  # for all costly grammars of a schema; the rest count as too costly
+_MAX_WAIT_S = 60.0  # elapsed time, on a busy machine
 _MEMORY_BYTES = 3 << 30
 _N_STEPS = 200  # bytes of a random answer
 
 
 class Trials:
-    """llguidance's verdicts on the parts of one schema. A context manager, as it may own a process."""
+    """Gets llguidance's verdicts on the parts of one schema. A context manager, since it may own a child process."""
 
     def __init__(self) -> None:
         self._child: _Child | None = None
@@ -40,7 +40,10 @@ class Trials:
         self._seconds_left: float = MAX_SECONDS
 
     def problem(self, schema: dict[str, Any], *, costly: bool = False) -> str:
-        """Why llguidance cannot enforce a schema, in a few words; empty if it can. `costly`: try it in the child."""
+        """Why llguidance cannot enforce a schema, in a few words; empty if it can.
+
+        `costly`: try it in the child process.
+        """
         text = json.dumps(schema)
         if text not in self._known:
             self._known[text] = self._tried_in_child(text) if costly else validation_problem(text)
@@ -77,10 +80,10 @@ class Trials:
 
 
 class _Child:
-    """The process, and a thread that reads its answers."""
+    """The child process, and a thread that reads its answers."""
 
     def __init__(self) -> None:
-        """Raises OSError."""
+        """Starts the process. Raises OSError."""
         if not sys.executable:
             raise OSError("there is no Python executable")
         self._process = subprocess.Popen(
@@ -102,7 +105,7 @@ class _Child:
         self._answers.put(b"")
 
     def answer(self, grammar: str) -> tuple[str, float] | None:
-        """What is wrong with a grammar and the processor time it took; None if the process ended or hung."""
+        """What is wrong with a grammar, and the processor time it took (seconds); None if the process ended or hung."""
         try:
             self._input.write(json.dumps(grammar).encode() + b"\n")
             self._input.flush()
@@ -121,7 +124,7 @@ class _Child:
         self._process.wait()
 
 
-# --- the process ---
+# --- the child process ---
 
 
 def _main(seconds: int) -> None:
@@ -140,14 +143,15 @@ def _main(seconds: int) -> None:
 
 
 def _limit(name: str, value: int) -> None:
-    """The system ends a process beyond its limit. Where there is no such limit, the parent ends it after a while."""
+    """Sets a resource limit, beyond which the system kills the process. Where there is no such limit, the parent kills
+    it after a while."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS does not let RLIMIT_AS be set
         kind = getattr(resource, name)
         resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
 def _walk(matcher: Any) -> None:
-    """Generates random bytes: some grammars compile at once and only take long when they are used."""
+    """Generates random bytes: some grammars compile quickly and are slow only in use."""
     rng = random.Random(0)
     for _ in range(_N_STEPS):
         mask = matcher.compute_bitmask()

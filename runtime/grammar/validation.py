@@ -1,6 +1,6 @@
 """Validates values against a JSON Schema with jsonschema, in decimal arithmetic and in bounded time.
 
-JSON's numbers are decimal, where 19.99 is a multiple of 0.01; in floats it is not.
+JSON numbers are decimal: 19.99 is a multiple of 0.01 in decimal arithmetic, but not in floats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from granite4v.runtime.grammar import formats
 from granite4v.runtime.grammar.json_schema import JsonSchema
 from granite4v.runtime.grammar.patterns import PatternTimeout, matches
 
-# keywords applied to values, about a second's worth; schemas that refer to themselves can take any number
+# keywords applied to values, about a second's worth; self-referencing schemas can take any number
 MAX_STEPS = 500_000
 
 
@@ -35,10 +35,10 @@ class Validator:
         kind = _exact(schema.dialect, self._counted)
         self._validator = kind(
             _decimal(schema.content), registry=Registry(), format_checker=formats.checker()
-        )  # the registry is empty: nothing is fetched
+        )  # with an empty registry, nothing is fetched
 
     def problem(self, value: Any) -> str | None:
-        """Why a value is not an instance; None if it is one. Numbers are compared as JSON writes them."""
+        """Why a value is not an instance of the schema; None if it is. Numbers are compared as JSON writes them."""
         self._n_steps = 0
         try:
             error = best_match(self._validator.iter_errors(_decimal(value)))
@@ -50,7 +50,7 @@ class Validator:
             return f"checking it takes more than {MAX_STEPS:,} steps; make the schema simpler"
         except PatternTimeout as found:
             return f"it cannot be checked: {found}"
-        except Exception as found:  # jsonschema wraps what it raises for a '$ref' in private classes
+        except Exception as found:  # jsonschema wraps errors of a '$ref' in private classes
             return f"the schema cannot be applied: {found}"
         return None if error is None else f"at '{error.json_path}': {error.message:.300}"
 
@@ -69,7 +69,7 @@ class _NotFinite(Exception):
 
 
 class _Number(Decimal):
-    """A decimal that messages show as a plain number."""
+    """A decimal that error messages show as a plain number."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -78,7 +78,7 @@ class _Number(Decimal):
 
 
 def _decimal(value: Any) -> Any:
-    """A copy with each float as the decimal that JSON writes for it."""
+    """A copy in which each float is the decimal that JSON writes for it. Raises _NotFinite."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _NotFinite(value)

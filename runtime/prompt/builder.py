@@ -1,6 +1,6 @@
-"""Messages and images to prompts, for one model: its tokenizer and chat template, opened when they are first needed.
+"""Builds prompts from messages and images for one model, with its tokenizer and chat template, opened on first use.
 
-Any thread may build prompts; they take turns.
+Any thread may build prompts; a lock serializes them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 
 class PromptBuilder:
-    """What turns messages into the spans that the decoder gets."""
+    """Turns messages into the spans that the decoder takes."""
 
     def __init__(self, files: ModelFiles, n_ctx: int, check: Callable[[Callable[[], None]], None]) -> None:
-        """`check(report)` raises where the files cannot be used, and calls `report` when that takes a while."""
+        """`check(report)` raises if the files cannot be used, and calls `report` if checking takes a while."""
         self._files, self._n_ctx, self._check = files, n_ctx, check
         self._lock = threading.RLock()
         config = files.vision_config
         framed = None if config is None else config.frame
-        # of an image with tokens around its tiles, templates write one of those
+        # for an image with tokens around its tiles, templates write one of these tokens
         self.placeholder = token_id(files.text, framed.image) if framed else image_token(files.text, files.vision)
         self.video_placeholder = video_token(files.text)
         self._placeholder_text = image_token_text(files.text, self.placeholder)
@@ -53,7 +53,7 @@ class PromptBuilder:
         self._pieces: tuple[bytes, ...] | None = None
 
     def tokenizer(self, report: Callable[[], None] | None = None) -> Tokenizer:
-        """`report` is called before a trial of the files, which takes a while. Raises ModelFileError."""
+        """The tokenizer. `report` is called before a trial of the files, which takes a while. Raises ModelFileError."""
         with self._lock:
             if self._tokenizer is None:
                 self._check(report or _nothing)
@@ -61,8 +61,8 @@ class PromptBuilder:
             return self._tokenizer
 
     def token_pieces(self) -> tuple[bytes, ...]:
-        """The bytes that each token of the vocabulary writes, UTF-8 where it is whole characters; for tokens that write
-        nothing, special and unused ones, their names."""
+        """The bytes that each token of the vocabulary writes, UTF-8 if they are complete characters; for tokens that
+        write nothing (special and unused ones), their names."""
         with self._lock:
             if self._pieces is None:
                 pieces = self.tokenizer().vocabulary().pieces
@@ -85,11 +85,14 @@ class PromptBuilder:
         variables: Mapping[str, Any],
         report: Callable[[], None] | None = None,
     ) -> Prompt:
-        """Raises PromptError, ImageError, ContextOverflowError, ModelFileError."""
+        """Builds a prompt; `variables` go to the chat template, `report` to `tokenizer`.
+
+        Raises PromptError, ImageError, ContextOverflowError, ModelFileError.
+        """
         with self._lock:
             conversation = normalize(prompt, images, self._placeholder_text)
             _check_unicode(conversation.messages)
-            if len(conversation.messages) > self._n_ctx:  # a template takes seconds for thousands
+            if len(conversation.messages) > self._n_ctx:  # a template takes seconds for thousands of messages
                 raise ContextOverflowError(
                     f"the prompt has {len(conversation.messages):,} messages, each of a token or more, but the context "
                     f"size is {self._n_ctx:,}; raise it (--ctx-size, n_ctx), or leave messages out."
@@ -110,8 +113,8 @@ class PromptBuilder:
             )
 
     def plain(self, text: str, *, add_special: bool = True) -> Prompt:
-        """The prompt of a text as it is, without the chat template. `add_special`: see `Tokenizer.encode`; without it,
-        as by `encode_plain`. Raises PromptError, ContextOverflowError, ModelFileError."""
+        """The prompt of a text as it is, without the chat template. `add_special`: encode as `Tokenizer.encode` does,
+        otherwise as `encode_plain`. Raises PromptError, ContextOverflowError, ModelFileError."""
         with self._lock:
             _check_unicode(text)
             self._check_length(text)
@@ -122,7 +125,7 @@ class PromptBuilder:
         return Prompt(text, (TextSpan(tuple(tokens)),), ())
 
     def _views(self, sources: Sequence[ImageSource | VideoOf]) -> list[View]:
-        """How the model sees the images and videos of one prompt."""
+        """The model's views of the images and videos of one prompt."""
         if not sources:
             return []
         config = self._files.vision_config
@@ -132,13 +135,13 @@ class PromptBuilder:
         return clip_projector.views_of([_opened(source) for source in sources], config)
 
     def _parts(self, view: View) -> list[int | tuple[int, ...]]:
-        """Numbers of embeddings of an image or a video, and tokens between them."""
+        """The parts of an image or a video: numbers of embeddings, and tokens between them."""
         config = self._files.vision_config
         assert config is not None
         return [part if isinstance(part, int) else (self._token(part),) for part in view.parts(config)]
 
     def _token(self, text: str) -> int:
-        """A token that stands around an image's tiles."""
+        """The id of a token that surrounds an image's tiles. Raises ModelFileError."""
         found = token_id(self._files.text, text)
         if found is None:
             raise ModelFileError(
@@ -148,7 +151,7 @@ class PromptBuilder:
         return found
 
     def _check_length(self, text: str) -> None:
-        """Raises ContextOverflowError for a text that is certain to overflow the context, before it is split."""
+        """Raises ContextOverflowError for a text that is certain to overflow the context, before it is tokenized."""
         if len(text) > self._n_ctx:
             if not self._longest_token:
                 tokens = self._files.text.texts(keys.TOKENS, [])
@@ -168,7 +171,7 @@ def _opened(source: ImageSource | VideoOf) -> Image | Video:
 
 
 def _check_unicode(messages: Any) -> None:
-    """Tokenizers take UTF-8: raises PromptError for the lone surrogates that Python reads other bytes as."""
+    """Raises PromptError for lone surrogates: tokenizers take UTF-8, and Python reads other bytes as surrogates."""
     try:
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Incremental detokenization of one answer: incomplete UTF-8 characters are buffered."""
+"""Detokenizes one answer incrementally: incomplete UTF-8 characters are buffered."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not yet a character
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for the bytes of an incomplete character
 
 
 class TextStream(Protocol):
@@ -17,16 +17,16 @@ class TextStream(Protocol):
         ...
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer; an incomplete character as REPLACEMENT."""
+        """The buffered text at the end of the answer; an incomplete character becomes REPLACEMENT."""
         ...
 
 
 class WindowStream:
     """Decodes the last few tokens again with every new one, since a token's text can depend on its neighbours.
 
-    A decoder may drop the space before the first word, join bytes to a character, or clean up spaces around
-    punctuation. So a token is decoded together with those whose text came just before it, and what is new in the text
-    is what it added.
+    A decoder may drop the space before the first word, join bytes into a character, or clean up spaces around
+    punctuation. So a token is decoded together with the tokens whose text came just before it; whatever this adds to
+    their text is the text of the new token.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -52,7 +52,7 @@ class WindowStream:
 
 
 class ByteStream:
-    """Joins the tokens' bytes to UTF-8, for vocabularies whose pieces do not depend on their neighbours."""
+    """Joins the tokens' bytes into UTF-8 text, for vocabularies whose pieces do not depend on their neighbours."""
 
     def __init__(self, piece: Callable[[int], bytes]) -> None:
         self._piece = piece

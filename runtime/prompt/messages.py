@@ -1,6 +1,6 @@
-"""Chat messages as callers write them -> the one form that templates render faithfully, and the images in them.
+"""Converts chat messages as callers write them to the one form that templates render faithfully; collects their images.
 
-Accepts a string, or messages in the content-part form of OpenAI's and Hugging Face's APIs. Knows nothing of
+Accepts a string, or messages in the content-part form of OpenAI's and Hugging Face's APIs. Knows nothing about
 templates, tokens or models, and never fetches anything from a network.
 """
 
@@ -20,7 +20,7 @@ from granite4v.errors import PromptError
 Message: TypeAlias = "Mapping[str, Any]"
 Prompt: TypeAlias = "str | Sequence[Message]"
 
-MAX_DEPTH = 64  # of nested values beside the content, such as the arguments of a tool call
+MAX_DEPTH = 64  # of nested values outside the content, such as the arguments of a tool call
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
@@ -32,7 +32,7 @@ _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 @dataclass(frozen=True)
 class VideoOf:
-    """A video as `clip_projector.load_video` takes it; None where a part brings none of its own."""
+    """A video as `clip_projector.load_video` takes it; None for a part without a video of its own."""
 
     source: Any
 
@@ -50,10 +50,10 @@ class Conversation:
 
 
 def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | None = None) -> Conversation:
-    """The conversation of a prompt.
+    """Converts a prompt to a conversation.
 
-    A string is one user turn: the images first, then the text. In a list of messages an image part may carry
-    its own image (a path, a data URL, bytes, a Pillow image); those that carry none take `images` in order.
+    A string is one user turn: the images first, then the text. In a list of messages, an image part may carry
+    its own image (a path, a data URL, bytes, a Pillow image); parts without one take `images` in order.
     Content given as a string becomes one text part: templates treat the two forms differently.
 
     `placeholder`: the text of the model's image token ('<image>'). A caller may place the images by writing it: a
@@ -81,14 +81,14 @@ def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | Non
 
 
 def _count(messages: Sequence[Mapping[str, Any]], placeholder: str) -> int:
-    """Placeholders written in the text of user messages."""
+    """The number of placeholders written in the text of user messages."""
     parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
     return sum(part["text"].count(placeholder) for part in parts if part["type"] == "text")
 
 
 def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
-    """The images of all image parts; `None` in `found` marks a part that takes one from `images`, `VideoOf(None)` one
-    that takes a video."""
+    """The images of all image parts. In `found`, `None` marks a part that takes one of `images`, and `VideoOf(None)` a
+    part that takes a video."""
     waiting = sum(image is None or (isinstance(image, VideoOf) and image.source is None) for image in found)
     if waiting != len(images):
         raise PromptError(
@@ -101,7 +101,7 @@ def _match(found: list[Any], images: Sequence[Any]) -> list[Any]:
 
 
 def _given(image: Any, given: Iterator[Any]) -> Any:
-    """What a part shows: its own image or video, or the next of those that came with the messages."""
+    """The image or video of a part: its own, or the next of those that came with the messages."""
     if isinstance(image, VideoOf):
         return image if image.source is not None else VideoOf(next(given))
     if image is not None:
@@ -154,8 +154,8 @@ def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:
 
 
 def _source_of(part: Mapping[str, Any], names: Sequence[str], kind: str, number: int) -> Any:
-    """The image or video of a part, as `load_image` or `load_video` takes it, under one of `names`; None for a part
-    without one."""
+    """The image or video that a part has under one of `names`, as `load_image` or `load_video` takes it; None for a
+    part without one."""
     key = next((key for key in names if part.get(key) is not None), "")
     value: Any = part.get(key)
     if isinstance(value, Mapping):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
@@ -193,7 +193,7 @@ def _decode(data: str, kind: str, number: int) -> bytes:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value for a message; even its repr() may raise."""
+    """The beginning of a value, for an error message; even its repr() may raise."""
     try:
         return f"{value!r:.80}"
     except Exception:
@@ -201,7 +201,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """JSON types only: a template is code from a stranger's file and must not get live objects."""
+    """Reduces a value to JSON types: a template is code from an untrusted file and must not get live objects."""
     if depth > MAX_DEPTH:
         raise PromptError(f"a message nests values more than {MAX_DEPTH} deep, which is the limit; flatten them.")
     if value is None or isinstance(value, str | int | float | bool):

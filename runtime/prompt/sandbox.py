@@ -1,8 +1,9 @@
-"""Jinja's immutable sandbox with bounds on time and size: a chat template is untrusted code.
+"""Jinja's immutable sandbox with limits on time and size: a chat template is untrusted code.
 
-Jinja itself bounds `range` only. A template may loop forever, or double a text until memory is full. So the lines
-that a rendering executes and the characters that it writes are counted, and before each operation whose result can be
-much larger than its operands (`*`, `~`, `replace`, `center`, `tojson`, ...) an upper bound of the result is checked.
+Jinja itself limits only `range`. A template may loop forever, or double a text until memory is full. So the lines
+that a rendering executes and the characters that it writes are counted. Before each operation whose result can be much
+larger than its operands (`*`, `~`, `replace`, `center`, `tojson`, ...), an upper bound on the size of the result is
+checked.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import jinja2.compiler
 import jinja2.sandbox
 
-MAX_SOURCE = 1 << 18  # characters of a template; the longest published ones have some 30,000
+MAX_SOURCE = 1 << 18  # characters of a template; the longest published ones have about 30,000
 MAX_SIZE = 1 << 23  # characters or items of any value, and characters written
-MAX_LINES = 2_000_000  # of Python, executed for one rendering: about a second
+MAX_LINES = 2_000_000  # of Python, executed in one rendering: about a second
 MAX_SECONDS = 10.0
 MAX_BITS = 1 << 16  # of an integer
 _CLOCK_EVERY = 1024  # lines
@@ -35,7 +36,7 @@ _FORMATTED = frozenset({"format", "format_map"})
 
 
 class LimitError(Exception):
-    """A template takes more time or memory than any chat template needs."""
+    """Raised when a template takes more time or memory than any chat template needs."""
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc]  # jinja2 has no types here
@@ -44,12 +45,12 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self, filters: Mapping[str, Any], **options: Any) -> None:
-        # not optimized, for constant expressions would be computed at compile time, outside `bounded`
+        # not optimized: otherwise constant expressions would be evaluated at compile time, outside `bounded`
         super().__init__(optimized=False, finalize=_small, **options)
         self.filters = {name: _checked(name, function) for name, function in filters.items()}
 
     class code_generator_class(jinja2.compiler.CodeGenerator):  # type: ignore[misc]
-        """`a ~ b` goes through the environment, as other operators do."""
+        """Routes `a ~ b` through the environment, like other operators."""
 
         def visit_Concat(self, node: Any, frame: Any) -> None:
             self.write("environment.concat(map(environment.text, (")
@@ -80,7 +81,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore
 
 
 def bounded(render: Callable[[], str]) -> str:
-    """What `render` returns; raises LimitError when it executes more lines, or takes more time, than a template may."""
+    """Calls `render` and returns its result. Raises LimitError beyond MAX_LINES or MAX_SECONDS."""
     lines, deadline = 0, time.monotonic() + MAX_SECONDS
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -101,7 +102,7 @@ def bounded(render: Callable[[], str]) -> str:
 
 
 def _checked(name: str, function: Any) -> Any:
-    """The filter with a check before it; Jinja's attributes on it (`pass_context` and so on) are kept."""
+    """Wraps a filter with a check of its arguments; Jinja's attributes on it (`pass_context` and so on) are kept."""
     skipped = 1 if getattr(function, "jinja_pass_arg", None) else 0
 
     @functools.wraps(function)
@@ -132,7 +133,7 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
 
 
 def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Raises LimitError when the result may be too large; returns the arguments, iterators among them bounded."""
+    """Raises LimitError if the result may be too large; returns the arguments, with iterators bounded."""
     args = tuple(_bounded_iterator(item, name) for item in args)
     given = (*args, *kwargs.values())
     total = size(value) + sum(map(size, given))
@@ -150,7 +151,8 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _formatted(text: str, marks: str, given: Any) -> int:
-    """An upper bound of a formatted text's length: every field as wide as it asks, or as all arguments together."""
+    """An upper bound on the length of a formatted text: every field is as wide as it asks for, or as all arguments
+    together."""
     widths = sum(int(digits) for digits in _DIGITS.findall(text))
     values = given.values() if isinstance(given, Mapping) else given
     dynamic = "*" in text or _NESTED.search(text)  # an argument may be a width
@@ -159,7 +161,7 @@ def _formatted(text: str, marks: str, given: Any) -> int:
 
 
 def size(value: Any, depth: int = 0) -> int:
-    """Characters and items of a value and of all it contains; counting stops beyond `MAX_SIZE`."""
+    """The number of characters and items in a value and all it contains; counting stops beyond `MAX_SIZE`."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, int):
@@ -178,7 +180,7 @@ def size(value: Any, depth: int = 0) -> int:
 
 
 def _bounded_iterator(value: Any, name: str) -> Any:
-    """An iterator that counts its items, or a list where the size of the result depends on their number."""
+    """Makes an iterator count its items, or a list of it if the size of the result depends on their number."""
     if not isinstance(value, Iterator):
         return value
     return list(_counted(value)) if name in _PER_ITEM else _counted(value)
@@ -193,7 +195,7 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _small(value: Any) -> Any:
-    """Checks a value before it is written: nested lists that share their items are small until they are written out."""
+    """Checks a value before it is written: nested lists that share items are small until they are written out."""
     if not isinstance(value, str):
         _check(size(value))
     return value

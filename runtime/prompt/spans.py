@@ -1,8 +1,8 @@
-"""Messages and images -> spans for the decoder: runs of token ids, and runs of image positions between them.
+"""Turns messages and images into spans for the decoder: runs of token ids, and runs of image positions between them.
 
-The chat template leaves one placeholder token for each image. transformers repeats it as often as the image has
-embeddings; here a span of that length takes its place. Where the model's own tokens stand between them, they are
-positions of that span, so that an image is decoded in large batches.
+The chat template leaves one placeholder token for each image. transformers repeats it once per embedding of the image;
+here, a span of that length replaces it. If the model puts tokens of its own between the embeddings, they are positions
+of that span, so that an image is decoded in large batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from granite4v.runtime.prompt.tokenizer import Tokenizer, added_token, token_id
 if TYPE_CHECKING:
     from granite4v.clip_projector import View
 
-IMAGE_TOKEN = "<image>"  # the placeholder in files without our key for it
+IMAGE_TOKEN = "<image>"  # the placeholder in files that lack our key for it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TextSpan:
 class ImageSpan:
     """`n_tokens` positions of the image or video `index`; `digest` is `View.digest`.
 
-    `between`: the tokens that stand between its embeddings, each with its place in the span, ascending.
+    `between`: the tokens between its embeddings, as (place in the span, token), ascending.
     """
 
     index: int
@@ -49,7 +49,7 @@ class ImageSpan:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Those between its embeddings."""
+        """The tokens between its embeddings."""
         return tuple(token for _, token in self.between)
 
     @property
@@ -62,7 +62,7 @@ Span = TextSpan | ImageSpan
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is decoded before the answer. `images`: the views, videos among them, that `ImageSpan.index` counts."""
+    """What is decoded before the answer. `images`: the views, including videos, that `ImageSpan.index` refers to."""
 
     text: str
     spans: tuple[Span, ...]
@@ -74,7 +74,7 @@ class Prompt:
 
     @property
     def text_tokens(self) -> tuple[int, ...]:
-        """All but the embeddings."""
+        """All tokens, without the embeddings."""
         return tuple(token for span in self.spans for token in span.tokens)
 
     @property
@@ -83,7 +83,10 @@ class Prompt:
 
 
 def image_token(metadata: GgufMetadata, vision: GgufMetadata | None = None) -> int | None:
-    """The id of the image token: in a text file's vocabulary, or beyond it, by the vision file; None without one."""
+    """The id of the image token; None if there is none.
+
+    A vision file that sets it takes precedence, and its id may lie outside the text file's vocabulary.
+    """
     if vision is not None and keys.IMAGE_TOKEN_ID in vision:
         return int(vision.integer(keys.IMAGE_TOKEN_ID, 0, MAX_VOCABULARY - 1))
     if keys.IMAGE_TOKEN_ID in metadata:
@@ -92,14 +95,14 @@ def image_token(metadata: GgufMetadata, vision: GgufMetadata | None = None) -> i
 
 
 def video_token(metadata: GgufMetadata) -> int | None:
-    """The id of the token that stands for a video; None for a model that takes none."""
+    """The id of the placeholder token for a video; None for a model that takes no video."""
     if keys.VIDEO_TOKEN_ID not in metadata:
         return None
     return int(metadata.integer(keys.VIDEO_TOKEN_ID, 0, metadata.n_texts(keys.TOKENS) - 1))
 
 
 def image_token_text(metadata: GgufMetadata, token: int | None) -> str | None:
-    """The text of a text file's image token; None without one, or where no tokenizer has it."""
+    """The text of a text file's image token; None without one, or if it is unknown to the tokenizer."""
     if token is None:
         return None
     if token < metadata.n_texts(keys.TOKENS):
@@ -118,12 +121,13 @@ def build_prompt(
     /,
     **variables: Any,
 ) -> Prompt:
-    """The prompt of a conversation with these `images` (opened, in reading order, videos among them).
+    """Builds the prompt of a conversation with these `images` (opened, in reading order, including videos).
 
-    `placeholders`: the tokens of the vocabulary that stand for an 'image' and for a 'video', if any.
-    `parts_of` gives what takes the place of a view's placeholder: numbers of embeddings, and tokens between them.
+    `placeholders`: the placeholder tokens for an 'image' and for a 'video', if the vocabulary has any.
+    `parts_of` returns what replaces a view's placeholder: numbers of embeddings, and tokens between them.
     `check_text` gets the text before it is rendered and again before it is tokenized, and may raise. `variables` go to
-    the template. Raises PromptError when the template leaves more or fewer placeholders than there are images.
+    the template. Raises PromptError when the template leaves more or fewer placeholders than there are images, and
+    ModelFileError for a vocabulary without the placeholder that is needed.
     """
     if check_text is not None:
         check_text("".join(written(conversation)))
@@ -141,7 +145,11 @@ def build_prompt(
 
 
 def _image_spans(index: int, view: View, parts: Sequence[int | tuple[int, ...]]) -> Iterator[Span]:
-    """Tokens before the first embedding and behind the last are text."""
+    """The spans of one image. Tokens before the first embedding and after the last become text spans.
+
+    For example, the parts (5,), 3, (7,), 2, (6,) give a text span of 5, an image span of 6 positions with `between`
+    ((3, 7),), and a text span of 6.
+    """
     numbers = [i for i, part in enumerate(parts) if isinstance(part, int)]
     first, behind = numbers[0], numbers[-1] + 1
     n_tokens, between = 0, list[tuple[int, int]]()
@@ -157,7 +165,7 @@ def _image_spans(index: int, view: View, parts: Sequence[int | tuple[int, ...]])
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[Span]:
-    """Spans of text that follow one another become one; empty ones are left out."""
+    """Merges consecutive text spans and leaves out empty ones."""
     for is_text, run in itertools.groupby(spans, lambda span: isinstance(span, TextSpan)):
         if not is_text:
             yield from run
@@ -168,8 +176,8 @@ def _joined(spans: Sequence[Span]) -> Iterator[Span]:
 def _places(
     tokens: Sequence[int], images: Sequence[View], placeholders: Mapping[str, int | None], conversation: Conversation
 ) -> list[tuple[int, int]]:
-    """Where each image stands, ascending: (position of its placeholder, which image). Templates may put all images
-    before all videos, so each kind is counted by itself."""
+    """The place of each image, ascending: (position of its placeholder, index of the image). Templates may put all
+    images before all videos, so each kind is counted separately."""
     found: list[tuple[int, int]] = []
     for kind, key in (("image", keys.IMAGE_TOKEN_ID), ("video", keys.VIDEO_TOKEN_ID)):
         wanted = [index for index, view in enumerate(images) if (view.form == "video") == (kind == "video")]
@@ -194,7 +202,7 @@ def written(conversation: Conversation) -> Iterator[str]:
 def check_length(text: str, longest_token: int, n_ctx: int) -> None:
     """Raises ContextOverflowError for a text that overflows the context whatever its tokens are.
 
-    `longest_token`: bytes. Tokenizing takes seconds a megabyte, so a file pasted by mistake would take minutes.
+    `longest_token`: in bytes. Tokenizing takes seconds per megabyte, so a file pasted by mistake would take minutes.
     """
     least = -(-len(text) // max(longest_token, 1))
     if least > n_ctx:

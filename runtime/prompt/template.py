@@ -1,7 +1,7 @@
-"""The checkpoint's own Jinja chat template, rendered as transformers renders it; text that it drops is an error.
+"""Renders the checkpoint's own Jinja chat template as transformers does; it is an error if the template drops text.
 
 Environment: transformers 5.23, `utils/chat_template_utils.py`. A template is untrusted code, so it runs in a sandbox
-with bounds on time and size (`sandbox`) and gets plain data only.
+with limits on time and size (`sandbox`) and gets only plain data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from granite4v.errors import ModelFileError, PromptError
 from granite4v.runtime.prompt.sandbox import MAX_SOURCE, Environment, LimitError, bounded
 
-TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]*>")  # a task tag, such as '<tables_json>', is one of these in a user's text
+TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]*>")  # matches what looks like a task tag, such as '<tables_json>'
 _ADVICE = "Convert the checkpoint again with the template that belongs to it."
 _MARK = "zq{}granite4vmark{}qz"  # a text that occurs in no template and no message
 
@@ -29,14 +29,14 @@ class ChatTemplate:
     """A compiled chat template and the special tokens it may name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        """`special_tokens`: 'bos_token', 'eos_token', ... Raises ModelFileError when the template has an error."""
+        """`special_tokens`: 'bos_token', 'eos_token', ... Raises ModelFileError for a template with an error."""
         self.special_tokens = dict(special_tokens or {})
         reason = f"it has {len(source):,} characters, expected at most {MAX_SOURCE:,}"
         if len(source) <= MAX_SOURCE:
             try:
                 self._template = _environment().from_string(source)
                 return
-            except Exception as error:  # Jinja's own, and Python's for code that is nested too deeply
+            except Exception as error:  # Jinja's own errors, and Python's for code that is nested too deeply
                 reason = f"{error or type(error).__name__}"
         raise ModelFileError(
             f"the model's chat template cannot be compiled: {reason:.300}; convert the checkpoint again with the "
@@ -48,8 +48,9 @@ class ChatTemplate:
 
         `variables` may have any name but 'messages'.
 
-        Raises PromptError when the template refuses the messages, and when it drops text of theirs: a task tag
-        replaces all other text of its message. That is found by rendering once more with a mark after every text.
+        Raises PromptError when the template rejects the messages, and when it drops some of their text: a task tag
+        replaces all other text of its message. To detect that, the messages are rendered once more with a mark after
+        every text.
         """
         if "messages" in variables:
             raise PromptError("'messages' cannot be a variable of the chat template: it has the messages themselves.")
@@ -83,7 +84,7 @@ def task_tags(message: Mapping[str, Any]) -> list[str]:
 def _mark(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, tuple[int, str]]]:
     """The messages with a mark after every text that must be rendered, and for each mark (message number, text).
 
-    A text that is only a tag gets none: the template replaces it on purpose.
+    A text that is only a tag gets no mark: the template replaces it on purpose.
     """
     marks: dict[str, tuple[int, str]] = {}
 
@@ -138,7 +139,7 @@ def _environment() -> Any:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As in transformers: Jinja's own filter escapes HTML characters, which chat templates expect unescaped."""
+    """Does the same as in transformers: Jinja's own filter escapes HTML characters, but templates expect them as is."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,6 +1,6 @@
-"""Text to token ids and back: the checkpoint's own tokenizer.json, or llama.cpp's vocabulary when a file has none.
+"""Converts text to token ids and back with the checkpoint's own tokenizer.json, or llama.cpp's tokenizer without one.
 
-Special tokens written in the text are recognised, as transformers does. Knows nothing of images.
+Special tokens written in the text are recognised, as in transformers. Knows nothing about images.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _USER_DEFINED = 4  # enum llama_token_type: added to the vocabulary, but ordinar
 class Vocabulary:
     """The bytes of each id's text; None for an id without text: special, unused, or not in the vocabulary.
 
-    `added`: tokens whose texts the tokenizer cuts out before it splits the rest (the leftmost, of several that begin
-    there the longest), so that they never merge with their neighbours.
+    `added`: tokens whose texts the tokenizer cuts out before it splits the rest (leftmost first, the longest if several
+    begin there), so that they never merge with their neighbours.
     """
 
     pieces: tuple[bytes | None, ...]
@@ -45,7 +45,7 @@ class Vocabulary:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Converts text to ids and back.
 
     `encode` recognises special tokens in the text and adds those of the tokenizer's own settings, unless the text
     starts with the bos token. `encode_plain` does neither: special tokens in the text are split like any other text.
@@ -106,7 +106,7 @@ def token_id(metadata: GgufMetadata, text: str) -> int | None:
 
 
 def added_token(metadata: GgufMetadata, token: int) -> str | None:
-    """The text of a token that tokenizer.json adds to its vocabulary; None without one."""
+    """The text of a token that tokenizer.json adds to its vocabulary; None if it adds no such token."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         added = json.loads(metadata.text(keys.TOKENIZER_HF_JSON, ""))["added_tokens"]
         return next((str(entry["content"]) for entry in added if entry["id"] == token), None)
@@ -118,7 +118,8 @@ class HfTokenizer:
 
     def __init__(self, source: str, path: Path, bos_token: str | None) -> None:
         self._path, self._bos_token = path, bos_token
-        self._lock = threading.Lock()  # guards a setting: the engine's thread spells out forced text at any moment
+        # guards the setting encode_special_tokens: the engine's thread may encode forced text at any moment
+        self._lock = threading.Lock()
         with self._explained("cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
         self._tokenizer.no_truncation()
@@ -126,9 +127,9 @@ class HfTokenizer:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turns the library's errors into ours.
+        """Turns the library's errors into ModelFileError.
 
-        It raises bare Exception for every fault in the JSON, and its panics (Rust's) derive from BaseException alone.
+        It raises bare Exception for every error in the JSON, and its Rust panics derive only from BaseException.
         """
         try:
             yield
@@ -156,7 +157,7 @@ class HfTokenizer:
         if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
             pieces = self._byte_level_pieces(added)
         else:
-            # llama.cpp gives the bytes of a piece for every kind of vocabulary; ids are the same in both
+            # llama.cpp knows the bytes of a piece for every kind of vocabulary; the ids are the same in both
             with contextlib.closing(LlamaTokenizer(self._path)) as other:
                 pieces = list(other.vocabulary().pieces)
         pieces += [None] * (max(added, default=-1) + 1 - len(pieces))
@@ -195,7 +196,7 @@ def byte_of_letter() -> dict[str, int]:
 
 
 class LlamaTokenizer:
-    """llama.cpp's own tokenizer on the file's vocabulary. `types` are the file's token types, where it has any."""
+    """llama.cpp's own tokenizer with the file's vocabulary. `types` are the file's token types, if it has any."""
 
     def __init__(self, path: Path, types: Sequence[int] = ()) -> None:
         self._model: LlamaModel = LlamaModel(path, vocab_only=True)
