@@ -146,11 +146,8 @@ class Context:
         return found[max(found)]
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
-        """Makes `target` a copy of the first `n_tokens` of `source`.
-
-        Between separate buffers llama.cpp can only copy a complete sequence (anything else ends the process), so the
-        rest is cut off afterwards.
-        """
+        """Makes `target` a copy of the first `n_tokens` of `source`. Between separate buffers llama.cpp can only copy a
+        complete sequence (anything else ends the process), so the rest is cut off afterwards."""
         llama().llama_memory_seq_cp(self.memory, source, target, -1, -1)
         self.cut(target, n_tokens)
 
@@ -159,11 +156,8 @@ class Context:
             raise RuntimeError(f"llama_memory_seq_rm cannot cut sequence {sequence} at {n_tokens}")
 
     def state(self, sequence: int, n_tokens: int) -> np.ndarray:
-        """Returns the keys and values of a sequence of `n_tokens` as bytes.
-
-        The table of cells at the front, which names the sequence, is cut off (12 bytes a token, together with a few
-        bytes of the first keys).
-        """
+        """Returns the keys and values of a sequence of `n_tokens` as bytes, without the table of cells at the front,
+        which names the sequence (12 bytes a token; a few bytes of the first keys are cut off with it)."""
         data = self.full_state(sequence)
         n_behind = 0 if self.unified else self.n_seq_max - 1 - sequence  # streams after it: four bytes each
         return data[16 * (n_tokens + 8) : len(data) - 4 * n_behind]
@@ -219,11 +213,8 @@ class Case:
             context.close()
 
     def alone(self, *, n_seq_max: int, sequence: int, others_first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes the first prompt and its forced tokens alone, in a context of `n_seq_max` sequences.
-
-        Returns the logits at the prompt's end and at each forced token (1 + N_STEPS rows), and the state after the
-        prompt. `others_first`: so many other prompts are prefilled into the cache before.
-        """
+        """Decodes the first prompt and its forced tokens alone, with `others_first` other prompts in the cache. Returns
+        the logits at the prompt's end and at each forced token (1 + N_STEPS rows), and the state after the prompt."""
         with self.context(n_seq_max) as context:
             for other in range(1, others_first + 1):
                 context.extend(self.prompts[other], 0, (sequence + other) % n_seq_max)
@@ -275,11 +266,8 @@ class Case:
             context.cut(member, len(prompt))
 
     def copied(self, n_others: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the logits at the prompt's end and at each step, computed in two ways.
-
-        First: the prefix and the rest are prefilled as two parts in a context of one sequence. Second: the prefix is
-        copied from another sequence, and the rest is prefilled.
-        """
+        """Returns the logits at the prompt's end and at each step, in two ways: with the prefix and the rest prefilled
+        as two parts in a context of one sequence, and with the prefix copied from another sequence."""
         cut = self.setting.length * 2 // 3
         with self.context(1) as context:
             context.extend(self.prompts[0][:cut], 0, 0)
@@ -297,11 +285,8 @@ class Case:
         return np.stack(rows)
 
     def prefilled_together(self, n_ubatch: int, *, decoding: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Returns logits and state of the first prompt when its last chunk shares a call with other sequences.
-
-        The others are another prompt, or single rows of `decoding` sequences that are decoding already. Sequence ids
-        rise, as a shared ubatch requires.
-        """
+        """Returns logits and state of the first prompt when its last chunk shares a call with another prompt, or with
+        single rows of `decoding` sequences that decode already. Sequence ids rise, as a shared ubatch requires."""
         start = max(0, self.setting.length - N_CHUNK)
         rows = [(token, start + i, 0) for i, token in enumerate(self.prompts[0][start:])]
         n = len(rows)
