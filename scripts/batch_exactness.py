@@ -1,17 +1,17 @@
-"""Measures what batching several sequences does to values on the CPU: same bits or not, and how far apart.
+"""Measures how batching several sequences affects values on the CPU: whether bits are identical, else the difference.
 
     python -m scripts.batch_exactness
     python -m scripts.batch_exactness --types F16 Q4_K_M --threads 2 --lengths 40 700
 
 A small text model with random weights is converted to each weight type. For each type, each kernel (weights in plain
-buffers, those with the engine's compiled kernels for a few rows, or weights in each special buffer type of this CPU
-that multiplies the type), number of threads, flash attention on and off, and unified and separate KV buffers, one
-sequence is decoded alone in a context of one sequence, which is the reference, and again in the ways below. A figure is
-the largest difference of its logits from the reference; 0 means the same bits. Cache figures compare the sequence's
-saved state byte by byte and count differing bytes.
+buffers, plain buffers with the engine's compiled kernels for a few rows, or weights in each special buffer type of this
+CPU that multiplies the type), number of threads, flash attention on and off, and unified and separate KV buffers, one
+sequence is decoded alone in a context of one sequence, which gives the reference, and again in the ways below. A figure
+is the largest difference of its logits from the reference; 0 means identical bits. Cache figures compare the sequence's
+saved state byte by byte and count the differing bytes.
 
-`--model` names a text GGUF (or 'nano' for the embedded model) to measure in place of the random one. The table on
-stderr is one line a setting; the last line on stdout is one JSON object.
+`--model` names a text GGUF (or 'nano' for the embedded model) to measure instead of the random one. stderr gets one
+line for each setting; the last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tests.toy.checkpoint import PRESETS, write_checkpoint
 N_STEPS = 6  # forced tokens after the prompt
 N_SEQUENCES = 9  # the one that is measured and eight others
 N_UBATCH = 512
-N_CHUNK = 200  # tokens at the end of a prompt that share a call with others
+N_CHUNK = 200  # tokens at the end of a prompt that share a call with other sequences
 # Wide enough for K-quants and for heads of 64.
 SPEC = replace(
     PRESETS["tiny-granite-3.3"],
@@ -65,7 +65,7 @@ Row = tuple[int, int, int]  # token, position, sequence
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run: `length` is that of the measured sequence's prompt, in tokens."""
+    """One combination of settings. `length`: tokens of the measured sequence's prompt."""
 
     weights: str
     kernel: str
@@ -76,7 +76,7 @@ class Setting:
 
 
 class Context:
-    """A llama.cpp context of several sequences, without any of the engine's bookkeeping."""
+    """A llama.cpp context of several sequences, without the engine's bookkeeping."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Context:
         self.memory = lib.llama_get_memory(self.handle)
 
     def decode(self, rows: Sequence[Row], wanted: Sequence[bool]) -> dict[int, np.ndarray]:
-        """Decodes tokens of any sequences in one call; {index of the row: its logits} for the wanted rows."""
+        """Decodes tokens of any sequences in one call. Returns {row index: logits} for the wanted rows."""
         lib, n = llama(), len(rows)
         ids = [(ctypes.c_int32 * 1)(sequence) for _, _, sequence in rows]
         batch = lib.llama_batch(
@@ -137,7 +137,7 @@ class Context:
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
 
     def extend(self, tokens: Sequence[int], position: int, sequence: int) -> np.ndarray:
-        """Appends tokens of one sequence in calls of `N_UBATCH`, as a prefill does; the last token's logits."""
+        """Appends tokens to one sequence in calls of `N_UBATCH`, as a prefill does. Returns the last token's logits."""
         found: dict[int, np.ndarray] = {}
         for start in range(0, len(tokens), N_UBATCH):
             part = tokens[start : start + N_UBATCH]
@@ -146,8 +146,8 @@ class Context:
         return found[max(found)]
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
-        """Makes `target` the first `n_tokens` of `source`. Between separate buffers llama.cpp copies all of a sequence
-        or ends the process, so the rest is cut off afterwards."""
+        """Makes `target` a copy of the first `n_tokens` of `source`. Between separate buffers llama.cpp can only copy a
+        complete sequence (anything else ends the process), so the rest is cut off afterwards."""
         llama().llama_memory_seq_cp(self.memory, source, target, -1, -1)
         self.cut(target, n_tokens)
 
@@ -156,8 +156,8 @@ class Context:
             raise RuntimeError(f"llama_memory_seq_rm cannot cut sequence {sequence} at {n_tokens}")
 
     def state(self, sequence: int, n_tokens: int) -> np.ndarray:
-        """The keys and values of a sequence of `n_tokens` as bytes, without the table of its cells at the front, which
-        names the sequence (12 bytes a token; a little of the first keys goes with it)."""
+        """Returns the keys and values of a sequence of `n_tokens` as bytes, without the table of cells at the front,
+        which names the sequence (12 bytes a token; a few bytes of the first keys are cut off with it)."""
         data = self.full_state(sequence)
         n_behind = 0 if self.unified else self.n_seq_max - 1 - sequence  # streams after it: four bytes each
         return data[16 * (n_tokens + 8) : len(data) - 4 * n_behind]
@@ -180,7 +180,7 @@ class Context:
 
 
 class Case:
-    """The prompts of one setting, the reference, and the ways in which the first sequence is decoded again."""
+    """The prompts and the reference of one setting, and the ways to decode the first sequence again."""
 
     def __init__(self, model: LlamaModel, setting: Setting, callback: Any = None) -> None:
         rng = np.random.default_rng(7)
@@ -213,7 +213,8 @@ class Case:
             context.close()
 
     def alone(self, *, n_seq_max: int, sequence: int, others_first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of the prompt's end and of each forced token (1 + N_STEPS rows), and the state after the prompt."""
+        """Decodes the first prompt and its forced tokens alone, with `others_first` other prompts in the cache. Returns
+        the logits at the prompt's end and at each forced token (1 + N_STEPS rows), and the state after the prompt."""
         with self.context(n_seq_max) as context:
             for other in range(1, others_first + 1):
                 context.extend(self.prompts[other], 0, (sequence + other) % n_seq_max)
@@ -223,28 +224,28 @@ class Case:
             return np.stack(rows), state
 
     def step(self, context: Context, members: Sequence[int], ids: dict[int, int], i: int) -> dict[int, np.ndarray]:
-        """Decodes the i-th forced token of each member in one call; {member: logits}."""
+        """Decodes the i-th forced token of each member in one call. Returns {member: logits}."""
         rows = [(self.forced[m][i], len(self.prompts[m]) + i, ids[m]) for m in members]
         found = context.decode(rows, [True] * len(rows))
         return {member: found[row] for row, member in enumerate(members)}
 
     @contextlib.contextmanager
     def full_context(self) -> Iterator[Context]:
-        """A context in which all prompts are prefilled one by one, that of the measured sequence as the second."""
+        """A context in which all prompts are prefilled one by one, the measured sequence's second."""
         with self.context(N_SEQUENCES) as context:
             for member in (1, 0, *range(2, N_SEQUENCES)):
                 context.extend(self.prompts[member], 0, member)
             yield context
 
     def among(self, context: Context, members: Sequence[int]) -> np.ndarray:
-        """Logits of the first sequence when it steps as one row of a batch; forgets the steps afterwards."""
+        """Returns the first sequence's logits when it is decoded as one row of a batch. Undoes the steps afterwards."""
         ids = {member: member for member in members}
         rows = [self.step(context, members, ids, i)[0] for i in range(N_STEPS)]
         self.rewind(context)
         return np.stack(rows)
 
     def last(self, n_rows: int) -> np.ndarray:
-        """Logits of the first sequence when it steps as the last row of a batch, with the highest id."""
+        """Returns the first sequence's logits when it is the last row of a batch, with the highest id."""
         ids = {member: (member - 1) % n_rows for member in range(n_rows)}
         members = [*range(1, n_rows), 0]
         with self.context(N_SEQUENCES) as context:
@@ -253,7 +254,7 @@ class Case:
             return np.stack([self.step(context, members, ids, i)[0] for i in range(N_STEPS)])
 
     def several(self, context: Context, n_others: int) -> np.ndarray:
-        """All forced tokens of the first sequence in one batch, beside one row of each of the others."""
+        """Decodes all forced tokens of the first sequence in one batch with one row of each of `n_others` sequences."""
         rows = [(token, self.setting.length + i, 0) for i, token in enumerate(self.forced[0])]
         rows += [(self.forced[m][0], len(self.prompts[m]), m) for m in range(1, n_others + 1)]
         found = context.decode(rows, [True] * len(rows))
@@ -265,8 +266,8 @@ class Case:
             context.cut(member, len(prompt))
 
     def copied(self, n_others: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of the prompt's end and of each step: when a prefix and the rest are prefilled as two parts in a
-        context of one, and when another sequence's prefix is copied and the rest prefilled."""
+        """Returns the logits at the prompt's end and at each step, in two ways: with the prefix and the rest prefilled
+        as two parts in a context of one sequence, and with the prefix copied from another sequence."""
         cut = self.setting.length * 2 // 3
         with self.context(1) as context:
             context.extend(self.prompts[0][:cut], 0, 0)
@@ -284,8 +285,8 @@ class Case:
         return np.stack(rows)
 
     def prefilled_together(self, n_ubatch: int, *, decoding: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and state of the first prompt when its last chunk shares one call with another prompt, or with
-        single rows of `decoding` others that are decoding already. Ids rise, as a shared micro-batch needs them."""
+        """Returns logits and state of the first prompt when its last chunk shares a call with another prompt, or with
+        single rows of `decoding` sequences that decode already. Sequence ids rise, as a shared ubatch requires."""
         start = max(0, self.setting.length - N_CHUNK)
         rows = [(token, start + i, 0) for i, token in enumerate(self.prompts[0][start:])]
         n = len(rows)
@@ -301,7 +302,7 @@ class Case:
             return found[n - 1], context.state(0, self.setting.length)
 
     def prefilled_apart(self, n_ubatch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same chunks without the other sequence, in a context of one."""
+        """Prefills the same chunks without other sequences, in a context of one sequence."""
         start = max(0, self.setting.length - N_CHUNK)
         with self.context(1, n_ubatch) as context:
             if start:
@@ -311,7 +312,7 @@ class Case:
 
 
 def figures(case: Case) -> dict[str, float]:
-    """{way: largest difference from the reference, or number of state bytes that differ}; 0 is the same bits."""
+    """Returns {way: largest difference from the reference, or number of differing state bytes}; 0: identical bits."""
     out: dict[str, float] = {}
     logits, state = case.alone(n_seq_max=8, sequence=5)
     out["alone in a context of 8"] = difference(case.reference, logits)
@@ -350,13 +351,13 @@ def difference(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def differing(expected: np.ndarray, found: np.ndarray) -> int:
-    """Bytes that differ. Contexts of several streams write a few bytes more in front."""
+    """Counts differing bytes. Contexts of several streams write a few more bytes at the front, which are ignored."""
     n = min(len(expected), len(found))
     return int((expected[-n:] != found[-n:]).sum())
 
 
 def kernels(path: Path) -> Iterator[tuple[str, Placement]]:
-    """Plain weights, twice, and each special buffer type with all block weights that it can multiply."""
+    """Yields plain weights twice (`PLAIN`, `COMPILED`), and each special buffer type with the weights it multiplies."""
     yield PLAIN, Placement()
     yield COMPILED, Placement()
     backend = Backend("cpu", 1)
@@ -388,7 +389,7 @@ def measure(path: Path, weights: str, options: argparse.Namespace) -> Iterator[t
 
 
 def text_files(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name of the weight type, text GGUF) of each model to measure."""
+    """Yields (name of the weight type, text GGUF) for each model to measure."""
     if options.model:
         yield options.model, text_path(options.model)
         return
@@ -399,7 +400,7 @@ def text_files(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str,
 
 
 def text_path(model: str) -> Path:
-    """The text GGUF of a model directory or of 'nano', the embedded model."""
+    """Returns the text GGUF of a model directory or of 'nano', the embedded model."""
     path = embedded_model(lambda _: None) if model == "nano" else Path(model)
     return next(path.glob("text-*.gguf")) if path.is_dir() else path
 

@@ -1,20 +1,21 @@
-"""Pages an hour of `granite4v extract`: by answers at once, against another checkout, against llama-server's slots.
+"""Measures pages an hour of `granite4v extract` by answers at once, against another checkout and llama-server's slots.
 
     python -m scripts.batch_pages build/full-model --pages 8 --parallel auto,4
     python -m scripts.batch_pages build/full-model --base ../before --peer-python venv/bin/python --slots 4,8
 
-Pages are distinct drawings of 1700 x 2200 px in PNG files; every page is asked for each of `--tasks`, without grammars.
-Each contestant is a process of its own, one after another; the clock runs from the opened model to the last record,
-without the reading of weights, and after a small page that is not counted has measured what a cache keeps. '--drafting'
-adds contestants that draft: random weights write loops, which flatter that, so the ratios are of those that do not.
+Pages are distinct drawings of 1700 x 2200 px in PNG files; each of `--tasks` is asked about every page, without
+grammars. Contestants run one after another, each in its own process. The clock runs from the opened model to the last
+record, without the reading of weights; a small page that is not counted fills the cache of measurements before.
+'--drafting' adds contestants that draft. Random weights generate loops, which favour drafting, so only the ratios
+without it are meaningful.
 
-BASE is a checkout without '--parallel'. The peer is llama-server in the Python package xllamacpp, in an interpreter
-that has it (see scripts/llama_server.py); it is asked the same questions about the same pixels, and generates as many
-tokens for each as this tree did. Slow contestants may have fewer pages ('--base-pages', '--peer-pages'): their rate is
-then that of fewer pages, so give the peer a multiple of its slots.
+BASE is a checkout without '--parallel'. The peer is llama-server from the Python package xllamacpp, run by an
+interpreter that has it (see scripts/llama_server.py). It gets the same questions about the same pixels, and generates
+as many tokens for each as this tree did. Slow contestants may read fewer pages ('--base-pages', '--peer-pages'); their
+rate is then measured over those, so give the peer a multiple of its slots.
 
-'decode_tok_s' is generated tokens by all seconds that were not spent on images and prompts. The last line on stdout is
-one JSON object.
+'decode_tok_s' is generated tokens divided by all seconds that were not spent on images and prompts. The last line on
+stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from scripts.measuring import run_json
 ROOT = Path(__file__).parents[1]
 SERVER = Path(__file__).parent / "llama_server.py"
 TASKS = ("tables_html", "tables_json", "chart2csv")
-SMALL_PX = 200  # the side of a page that is not counted
+SMALL_PX = 200  # side of the page that is not counted
 Json = dict[str, Any]
 
-# Runs in a tree's directory, so that 'granite4v' is the tree's. Argument: the job file.
+# Runs in a tree's directory, so that it imports the tree's 'granite4v'. Argument: the job file.
 DRIVER = """
 import json, re, sys, time, granite4v
 job = json.load(open(sys.argv[1]))
@@ -65,7 +66,7 @@ print(json.dumps({"seconds": seconds, "records": records, "n_parallel": n_parall
                   "n_steps": None if counters is None else counters.n_steps,
                   "package": granite4v.__file__, "peak_rss_gb": int(peak[1]) * 1024 / 1e9}))
 """
-# What 'granite4v' makes of a task, in the words of the model's chat template. Arguments: text, mmproj, image, tasks.
+# Prints the prompt that 'granite4v' renders for each task. Arguments: text, mmproj, image, tasks.
 RENDER = """
 import json, sys, granite4v
 with granite4v.load(sys.argv[1], mmproj=sys.argv[2], device="cpu") as model:
@@ -85,7 +86,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to read pages: 'tree' is a checkout, or None for llama-server with `n_parallel` slots."""
+    """One program to measure. `tree`: a checkout, or None for llama-server with `n_parallel` slots."""
 
     name: str
     n_pages: int
@@ -164,7 +165,7 @@ def contestants(options: argparse.Namespace) -> list[Contestant]:
 
 
 def draw_files(work: Path, options: argparse.Namespace) -> Files:
-    """Pages that differ in a number, so that none is a copy of another."""
+    """Draws the pages. They differ in a number, so that none is a copy of another."""
     text, mmproj = find_files(options.model, options.mmproj)
     picture = draw_page()
     pages = []
@@ -182,7 +183,7 @@ def save(page: Image.Image, path: Path) -> str:
 
 
 def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
-    """The text and the vision file, by the names our converter gives them."""
+    """Returns the text file and the vision file, found by the names that our converter gives them."""
     if model.is_file() and mmproj is not None:
         return model, mmproj
     texts, visions = sorted(model.glob("text-*.gguf")), [mmproj] if mmproj else sorted(model.glob("mmproj-*.gguf"))
@@ -197,7 +198,7 @@ def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
 def run_tree(
     contestant: Contestant, files: Files, options: argparse.Namespace, work: Path
 ) -> tuple[Json, list[list[int]]]:
-    """What `extract` of a checkout took, and the tokens of each answer by page and task."""
+    """Runs `extract` of a checkout. Returns its figures, and the number of tokens of each answer, by page and task."""
     assert contestant.tree is not None
     extra: Json = {} if contestant.is_base else {"parallel": contestant.n_parallel, "drafting": contestant.drafting}
     tasks = options.tasks.split(",")
@@ -243,7 +244,7 @@ def drive(tree: Path, job: Json, cache: Path, work: Path) -> Json:
 
 
 def run_shown(command: Sequence[str], tree: Path, environment: dict[str, str]) -> Json:
-    """The JSON object on the last line that a program prints; what it says on the way is shown."""
+    """Runs a program and returns the JSON object on its last line of output. Its stderr is shown."""
     done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"status {done.returncode} from {command[0]} in '{tree}'")
@@ -253,7 +254,7 @@ def run_shown(command: Sequence[str], tree: Path, environment: dict[str, str]) -
 def run_server(
     contestant: Contestant, files: Files, options: argparse.Namespace, work: Path, asked: list[list[int]]
 ) -> Json:
-    """What llama-server's slots took for the same questions and as many tokens."""
+    """Runs llama-server with the same questions and as many tokens. Returns its figures."""
     environment = {**os.environ, "GRANITE4V_CACHE": str(work / "cache")}
     render = [sys.executable, "-c", RENDER, files.text, files.mmproj, files.pages[0], options.tasks]
     texts = run_json(render, ROOT, environment)["prompts"]
@@ -264,7 +265,7 @@ def run_server(
         "threads": options.threads,
         "ctx": options.peer_ctx,
         "pages": list(files.pages[: contestant.n_pages]),
-        # libmtmd puts a line break of its own behind a picture, as the template does
+        # libmtmd adds a line break after an image, as the template does
         "prompts": [text.replace("<image>\n", "{media}") for text in texts],
         "n_predict": (asked * contestant.n_pages)[: contestant.n_pages],
         "plain_weights": options.peer_plain_weights,
@@ -296,7 +297,7 @@ def rates(contestant: Contestant, seconds: float, n_generated: int, prompts_s: f
 
 
 def ratios(found: dict[str, Json]) -> Json:
-    """Of each contestant of this tree to each other one: pages an hour, tokens a second, and GB more at the peak."""
+    """Compares this tree's contestants with all others: ratios of pages an hour and tokens a second, extra peak GB."""
     result: Json = {}
     for name, ours in found.items():
         if not name.startswith("ours"):

@@ -1,12 +1,12 @@
-"""Measures what decoding several sequences at once gains on the CPU, with unified and with separate KV buffers.
+"""Measures the gain of decoding several sequences at once on the CPU, with unified and with separate KV buffers.
 
     python -m scripts.batch_speed nano
     python -m scripts.batch_speed build/full-model --steps 4 --rounds 3
 
-Contexts stay open beside each other and take turns, so that what else the machine does falls on all of them: 'single'
-of one sequence, and 'unified' and 'separate' of `--sequences` sequences. Every sequence holds `--used` tokens of its
-own, which are prefilled once and restored from the saved state; 'shared' is 'unified' with one prefix whose cells all
-sequences share. Figures are medians over the rounds; the last line on stdout is one JSON object.
+All contexts stay open and take turns, so that other load on the machine affects all of them: 'single' has one sequence,
+'unified' and 'separate' have `--sequences`. Every sequence has `--used` tokens in cells of its own, which are prefilled
+once and restored from the saved state; 'shared' is 'unified' with one prefix whose cells all sequences share. Figures
+are medians over the rounds; the last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 class Bench:
-    """One context with `n_filled` sequences of equal length, which is timed again and again."""
+    """One context with `n_filled` sequences of equal length, timed repeatedly."""
 
     def __init__(
         self, model: LlamaModel, options: argparse.Namespace, n_seq_max: int, *, unified: bool, n_filled: int
@@ -95,8 +95,10 @@ class Bench:
         self._n_vocab = min(model.n_vocab, 380)
 
     def fill(self, state: np.ndarray | None, *, shared: bool) -> np.ndarray:
-        """Fills the first sequence from a saved state, or computes it; the others are copies of it, which have cells of
-        their own unless `shared`. Returns the state."""
+        """Fills the first sequence from a saved state, or by a prefill, and copies it to the others. Returns the state.
+
+        With `shared` all sequences share the cells of the first; otherwise each has its own.
+        """
         if state is None:
             self.context.extend(self._tokens(self._used), 0, 0)
             state = self.context.full_state(0)
@@ -110,7 +112,7 @@ class Bench:
         return state
 
     def steps(self, n_rows: int, n_steps: int) -> float:
-        """Seconds of one decode call with a row of each of `n_rows` sequences."""
+        """Returns the mean seconds of `n_steps` decode calls with one row of each of `n_rows` sequences."""
         start = time.perf_counter()
         for i in range(n_steps):
             rows = [(token, self._used + i, sequence) for sequence, token in enumerate(self._tokens(n_rows))]
@@ -121,7 +123,7 @@ class Bench:
         return elapsed
 
     def prefill(self, n_tokens: int) -> float:
-        """Seconds of a chunk of tokens that goes on from the first sequence."""
+        """Returns the seconds of prefilling a chunk of tokens that continues the first sequence."""
         start = time.perf_counter()
         self.context.extend(self._tokens(n_tokens), self._used, 0)
         elapsed = time.perf_counter() - start
@@ -133,7 +135,7 @@ class Bench:
 
 
 class _Listener(logging.Handler):
-    """Keeps what llama.cpp logs while a context is made."""
+    """Collects llama.cpp's log messages while a context is created."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -167,7 +169,7 @@ def _contexts(model: LlamaModel, options: argparse.Namespace) -> dict[str, Bench
     state = None
     for name, bench in contexts.items():
         print(f"filling '{name}' ...", file=sys.stderr, flush=True)
-        if name == "separate":  # its states begin with the number of streams
+        if name == "separate":  # its state format differs: it begins with the number of streams
             bench.fill(None, shared=False)
         else:
             state = bench.fill(state, shared=name == "shared")

@@ -1,12 +1,11 @@
-"""Measures granite4v beside busy processes, and on a quiet machine, with OpenMP's threads waiting in different ways.
+"""Measures granite4v next to busy processes and on a quiet machine, with different waiting policies of OpenMP threads.
 
     python -m scripts.busy                                                     # the embedded model
     python -m scripts.busy --model MODEL --max-tokens 24 --spin 300000 1000 0  # what the product's choice is among
 
-Sides: 'default' is what the product does by itself, 'one thread' has --threads 1, 'spin N' all threads all the time
-and GOMP_SPINCOUNT=N (300000 is what GCC does by itself). All run first beside --busy processes that never rest,
-then without them, each in a process of its own and in turn; figures are medians. The last line on stdout is one JSON
-object.
+Sides: 'default' is the product's own choice, 'one thread' has --threads 1, 'spin N' always uses all threads with
+GOMP_SPINCOUNT=N (300000 is GCC's default). All sides run first next to --busy processes that never rest, then without
+them, in turn and each in its own process; figures are medians. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from scripts.measuring import in_turn, middle, run_json
 ROOT = Path(__file__).parents[1]
 FIGURES = {"encode_s": "encode, s", "prefill_s": "prefill, s", "decode_tok_s": "decode, tokens/s"}
 ENDLESS = (sys.executable, "-c", "while True: pass")
-LIBGOMP_SPINS = 300000  # libgomp's own choice with OMP_WAIT_POLICY unset
+LIBGOMP_SPINS = 300000  # libgomp's default with OMP_WAIT_POLICY unset
 DEFAULT, ONE_THREAD = "default", "one thread"
 
 
@@ -53,7 +52,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def busy_processes(n: int) -> Iterator[None]:
-    """`n` processes that compute all the time, until the end of the block."""
+    """Runs `n` processes that compute all the time, until the end of the block."""
     processes = [subprocess.Popen(ENDLESS) for _ in range(n)]
     try:
         yield
@@ -64,7 +63,7 @@ def busy_processes(n: int) -> Iterator[None]:
 
 
 def sides(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured, by name."""
+    """Returns the sides to measure, by name."""
     command = [sys.executable, "-m", "granite4v", "bench", "--json", "--device", "cpu", "--image", str(options.image)]
     command += ["--model", options.model, "--max-tokens", str(options.max_tokens), "--prompt", "<tables_html>"]
     free = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
@@ -84,7 +83,7 @@ def run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def summarize(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """{side: {figure: median, range, and how fast it is relative to each of the first two sides (more is better)}}."""
+    """Returns {side: {figure: median, range, and speed relative to each of the first two sides (more is better)}}."""
     summary: dict[str, dict[str, Any]] = {}
     for side, runs in results.items():
         summary[side] = {name: middle([run[name] for run in runs]) for name in FIGURES}

@@ -1,11 +1,11 @@
-"""Time to the first token of a chat's follow-up question, by that of the first question about the page.
+"""Measures the time to the first token of a chat's follow-up questions, relative to the first question about the page.
 
     python -m scripts.chat_follow_up build/full-model --mmproj mmproj-Q8_0.gguf --runs 3
 
-Each run forgets everything, attaches the page (tests/data/invoice.png unless '--image' names another), and asks: a
-first question, a second one, another second one after '/undo', and a task. Weights are read before, by a question about
-a small page. Seconds are those that a person waits, from the question to the first piece of its answer. The last line
-on stdout is one JSON object; 'ratio' is each question's median by the first one's.
+Each run clears the cache, attaches the page (tests/data/invoice.png unless '--image' names another), and asks a first
+question, a second one, a different second one after '/undo', and a task. A question about a small page reads the
+weights beforehand. Seconds are what a person waits, from the question to the first piece of its answer. The last line
+on stdout is one JSON object; 'ratio' is each question's median divided by the first one's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from granite4v.runtime.chat import Chat
 from scripts.measuring import middle
 
 PAGE = Path(__file__).parents[1] / "tests" / "data" / "invoice.png"
-SMALL_PX = 200  # the side of the page that is not counted
+SMALL_PX = 200  # side of the page that is not counted
 QUESTIONS = {
     "first": "What is the total amount of this invoice?",
     "follow_up": "And when is it due?",
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(model: granite4v.Model, page: Path, max_tokens: int) -> dict[str, dict[str, Any]]:
-    """For each question the seconds to its first token, and how much of the prompt was there already."""
+    """Returns for each question the seconds to its first token, and how much of its prompt was reused."""
     model.clear_cache()
     chat = Chat(model, max_tokens=max_tokens)
     chat.attach(str(page))
@@ -82,7 +82,7 @@ def run(model: granite4v.Model, page: Path, max_tokens: int) -> dict[str, dict[s
 
 
 def summary(runs: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Medians and ranges over runs, and their ratios to the first question."""
+    """Returns medians and ranges over the runs, and the medians' ratios to the first question's."""
     seconds = {name: middle([one[name]["first_token_s"] for one in runs]) for name in QUESTIONS}
     return {
         "first_token_s": seconds,

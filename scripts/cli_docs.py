@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves: `python -m scripts.cli_docs`. A test notices when it is stale."""
+"""Generates docs/cli.md from the commands: `python -m scripts.cli_docs`. A test fails when the file is stale."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ except that `--quiet` and `--verbose` replace each other."""
 
 ON_EVERY_COMMAND = ("quiet", "verbose")
 
-# Variables that the program reads, or that the libraries it calls read.
+# Variables that the program or the libraries it calls read.
 ENVIRONMENT = {
     "GRANITE4V_CACHE": "Directory for the embedded model once it is converted, the speed measured on this machine, "
     "compiled kernels, stored pages, and the lines typed into `chat`. Default: the user's cache directory.",
@@ -78,7 +78,7 @@ ENVIRONMENT = {
 
 
 def document() -> str:
-    """The whole of docs/cli.md."""
+    """Returns the complete text of docs/cli.md."""
     group = typer.main.get_command(app)
     commands = dict(_commands(group))
     sections = [INTRODUCTION, "\n".join(_contents(commands)), _options(group.params)]
@@ -96,7 +96,7 @@ def document() -> str:
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command by its full name, those of groups included."""
+    """Yields every command with its full name, including those of groups."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _commands(command, f"{prefix}{name} ")
@@ -153,7 +153,7 @@ def _spelling(option: Any) -> str:
 
 
 def _extra(option: Any) -> str:
-    """The default, what must be given, and the limits of a number."""
+    """Returns the limits of a number, and the default or that the option is required."""
     notes = []
     lowest, highest = getattr(option.type, "min", None), getattr(option.type, "max", None)
     if lowest is not None:
@@ -169,12 +169,12 @@ def _extra(option: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """Prose with options as code."""
+    """Marks options in prose as code."""
     return re.sub(r"--[a-z][\w-]*", r"`\g<0>`", text).replace("|", "\\|")
 
 
 def _code(text: str) -> str:
-    """As code in a table, where a bar would end the cell."""
+    """Marks names as code in a table cell, with bars escaped, since a bar would end the cell."""
     return ", ".join(f"`{part}`" for part in text.split(", ")).replace("|", "\\|")
 
 

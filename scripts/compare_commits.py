@@ -3,10 +3,10 @@
     python -m scripts.compare_commits BASE NEW --max-tokens 128 --repeat 3
     python -m scripts.compare_commits BASE NEW --model build/full-model --image tests/data/invoice.png
 
-BASE and NEW are checkouts. Each run is a process of its own, and who goes first changes from run to run; figures are
-medians, and ratios (NEW's divided by BASE's) of those. Each tree has a cache of its own, which one run that is not
-counted fills; NEW takes over BASE's measurements of the machine, so that both choose the same kernels. 'cpu_s' is the
-time that the process had on all cores, which a busy machine disturbs less. The last line on stdout is one JSON object.
+BASE and NEW are checkouts. Each run is a separate process, and the order alternates from run to run; figures are
+medians, and ratios are NEW's medians divided by BASE's. Each tree has its own cache, which a run that is not counted
+fills; NEW gets a copy of BASE's measurements of the machine, so that both choose the same kernels. 'cpu_s' is CPU time
+on all cores, which a busy machine affects less. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from scripts.compare_records import copy_measurements
 
 ROOT = Path(__file__).parents[1]
-BAR = 0.03  # the share by which a figure may be worse
+BAR = 0.03  # share by which a figure may be worse
 # name of a figure: whether more is better
 FIGURES = {
     "ask_text_s": False,
@@ -52,13 +52,13 @@ class Tree:
 
     @property
     def count_flag(self) -> str:
-        """The option of 'bench' that says how many tokens to generate; it was '--predict' once."""
+        """The option of 'bench' for the number of tokens to generate; older trees call it '--predict'."""
         command = [sys.executable, "-m", "granite4v", "bench", "--help"]
         words = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=True).stdout
         return "--predict" if "--predict" in words else "--max-tokens"
 
     def run(self, *arguments: str) -> tuple[str, float, float]:
-        """Runs `granite4v` with the tree's code: the last line it printed, seconds, and CPU seconds."""
+        """Runs `granite4v` with the tree's code. Returns the last line of its output, seconds, and CPU seconds."""
         command = [sys.executable, "-m", "granite4v", *arguments]
         environment = {**os.environ, "GRANITE4V_CACHE": str(self.cache)}
         before, begin = os.times(), time.perf_counter()
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 def measure_once(tree: Tree, model: str, options: argparse.Namespace) -> tuple[dict[str, float], Any]:
-    """All figures of a tree from three processes, and what 'bench' says it chose for this machine."""
+    """Returns all figures of a tree, from three processes, and the settings that 'bench' chose for this machine."""
     common = ("--model", model, "--threads", str(options.threads))
     image = str(options.image.absolute())
     figures: dict[str, float] = {}
@@ -119,8 +119,8 @@ def measure_once(tree: Tree, model: str, options: argparse.Namespace) -> tuple[d
 
 
 def compare(base: list[dict[str, float]], new: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """{figure: both medians, their ratio, the smallest and largest ratio of a pair of runs, and whether NEW is worse
-    than the bar allows}."""
+    """Returns {figure: both medians, their ratio, the smallest and largest ratio of a pair of runs, and whether NEW is
+    worse by more than `BAR`}."""
     summary: dict[str, dict[str, Any]] = {}
     for name, more_is_better in FIGURES.items():
         sides = [[run[name] for run in runs] for runs in (base, new)]

@@ -3,14 +3,14 @@
     python -m scripts.compare_records BASE NEW --documents 100
     python -m scripts.compare_records BASE NEW --new-options '{"parallel": 4}'
 
-BASE and NEW are checkouts. The documents are drawn once, by this tree: tables, charts and forms of the five held-out
-groups, in PDFs and TIFFs of several pages and in single images, asked for every task that fits them. Each tree then
-runs in a process of its own, with its own code, its own conversion of the embedded model (F16) and a cache of its own;
-NEW starts with BASE's measurements of the machine, so that both choose the same kernels. Options of
-`granite4v.extract` that only one tree knows are given as JSON.
+BASE and NEW are checkouts. This tree draws the documents once: tables, charts and forms of the five held-out groups, in
+PDFs and TIFFs of several pages and in single images. Each is asked for every task that fits it. Each tree then runs in
+its own process, with its own code, its own conversion of the embedded model (F16) and its own cache; NEW gets a copy of
+BASE's measurements of the machine, so that both choose the same kernels. Options of `granite4v.extract` that only one
+tree has are given as JSON.
 
-Timings are not compared, and `RENAMED` says which fields of a record have another name in NEW. The differing records go
-to stderr; the last line on stdout is one JSON object. Status 1 when a record differs or is missing.
+Timings are not compared; `RENAMED` lists the fields of a record that have another name in NEW. The differing records go
+to stderr; the last line on stdout is one JSON object. Exits with status 1 when a record differs or is missing.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from scripts.nano import formats
 from scripts.nano.evaluate import MAX_TOKENS, Question, held_out
 from scripts.nano.truth import Form
 
-GROUPS = 5  # that `held_out` draws from
+GROUPS = 5  # groups that `held_out` draws from
 MAX_PAGES = 12
 IMAGES = (".png", ".jpg", ".webp", ".bmp")
-# Each kind of document with the tasks it is asked for, and the tokens an answer may have. The embedded model knows no
-# chart2summary and chart2code; what it writes then does not end by itself.
+# Each kind of document, the tasks it is asked for, and the maximum number of tokens of an answer. The embedded model
+# does not know chart2summary and chart2code; its answers to them do not end by themselves.
 ASKED = (
     ("table", ("tables_otsl", "tables_html", "tables_json"), MAX_TOKENS),
     ("chart", ("chart2csv",), MAX_TOKENS),
@@ -51,11 +51,12 @@ ASKED = (
 )
 IGNORED = frozenset(
     {"timings", "model"}
-)  # a model's checksum covers the path it was converted from: see `model_tensors`
-RENAMED_CACHES = {"speed.json": "kernels.json"}  # of BASE: name in NEW
+)  # a model's checksum covers the path it was converted from; see `model_tensors`
+RENAMED_CACHES = {"speed.json": "kernels.json"}  # name in BASE: name in NEW
 RENAMED: dict[str, str] = {}  # field of a BASE record: its name in NEW
 
-# Runs in the tree's directory, so that 'granite4v' is the tree's. Arguments: the job file, threads, options as JSON.
+# Runs in the tree's directory, so that it imports the tree's 'granite4v'. Arguments: the job file, threads, options as
+# JSON.
 DRIVER = """
 import json, sys, granite4v
 jobs, n_threads, options = json.load(open(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
@@ -81,7 +82,7 @@ class Job:
 
 @dataclass
 class Comparison:
-    """What comparing two sets of records found."""
+    """The result of comparing two sets of records."""
 
     n_records: int = 0
     n_same: int = 0
@@ -130,7 +131,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class DrawnFile:
-    """One file, what kind its pages are, and the schema of a form."""
+    """One file, the kind of its pages, and the schema of a form."""
 
     path: Path
     kind: str
@@ -138,9 +139,9 @@ class DrawnFile:
 
 
 def draw_files(folder: Path, questions: Sequence[Question], rng: random.Random) -> list[DrawnFile]:
-    """Held-out documents in files: in turn PDFs and TIFFs of several pages, and single images.
+    """Writes held-out documents to files: in turn PDFs and TIFFs of several pages, and single images.
 
-    A form has a schema of its own, and so a file of its own.
+    Each form has its own schema, and therefore its own file.
     """
     folder.mkdir(parents=True)
     files: list[DrawnFile] = []
@@ -172,7 +173,7 @@ def save(pages: Sequence[Image.Image], path: Path) -> None:
 
 
 def jobs(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
-    """The calls that ask every file for each task of its kind; files with a schema are asked one by one."""
+    """Yields the calls that run each task of its kind on every file; each file with a schema is a separate call."""
     for kind, tasks, max_tokens in ASKED:
         of_kind = [file for file in files if file.kind == kind]
         alone = [file for file in of_kind if file.schema is not None]
@@ -190,7 +191,7 @@ def copy_measurements(source: Path, target: Path) -> None:
 
 
 def run(tree: Path, folder: Path, todo: Sequence[Job], n_threads: int, options: str) -> dict[str, Any]:
-    """Runs the jobs with a tree's code; says which package ran and what it chose for this machine."""
+    """Runs the jobs with a tree's code. Returns which package ran and the settings it chose for this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / "jobs.json"
     job_file.write_text(json.dumps([asdict(job) for job in todo]), encoding="utf-8")
@@ -207,7 +208,7 @@ def run(tree: Path, folder: Path, todo: Sequence[Job], n_threads: int, options: 
 
 
 def model_tensors(cache: Path) -> dict[str, tuple[str, str]]:
-    """{file and tensor name: (type, SHA-256 of its bytes)} of the models in a cache folder."""
+    """Returns {file and tensor name: (type, SHA-256 of its bytes)} of the models in a cache folder."""
     return {
         f"{path.name} {tensor.name}": (tensor.tensor_type.name, hashlib.sha256(tensor.data.tobytes()).hexdigest())
         for path in sorted(cache.glob("*/*.gguf"))
@@ -216,7 +217,7 @@ def model_tensors(cache: Path) -> dict[str, tuple[str, str]]:
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """{output directory, source, page and task: record} of all runs below a folder."""
+    """Returns {output directory, source, page and task: record} of all runs below a folder."""
     records = {}
     for path in sorted(folder.glob("*/results.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -227,7 +228,7 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(base: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> Comparison:
-    """Compares all fields of all records but `IGNORED`; names of BASE's fields follow `RENAMED`."""
+    """Compares all fields of all records except `IGNORED`, with BASE's fields renamed by `RENAMED`."""
     found = Comparison(n_records=len(base), missing=sorted(base.keys() ^ new.keys()))
     for key in sorted(base.keys() & new.keys()):
         expected = {RENAMED.get(name, name): value for name, value in base[key].items() if name not in IGNORED}
@@ -245,7 +246,7 @@ def compare(base: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> 
 
 
 def first_difference(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Where the answers part, with a little of what stands there; empty when they are the same."""
+    """Returns where the texts of two answers start to differ, with some context; empty when they are the same."""
     one, other = str(base.get("text", "")), str(new.get("text", ""))
     if one == other:
         return {}

@@ -1,10 +1,11 @@
-"""Converts one checkpoint with granite4v and with llama.cpp's converter and quantizer, and prints how they compare.
+"""Converts one checkpoint with granite4v and with llama.cpp's converter and quantizer, and compares time and memory.
 
     python -m scripts.convert_race CHECKPOINT --llama-cpp LLAMA_CPP_SOURCE --work DIR
 
-llama.cpp needs three programs: its converter for the text (to BF16 or the source's type) and again for the vision
-part, then its quantizer. Times are from start to end of each process; peak memory is the largest process's. Both
-sides write to DIR, which needs room for an unquantized copy. The last line on stdout is one JSON object.
+llama.cpp needs up to three steps: its converter for the text model (to BF16, or to the final type if it can write it),
+its converter for the vision part, and, after BF16, its quantizer. Times run from start to end of each process; peak
+memory is the largest process's. Both sides write to DIR, which needs room for an unquantized copy. The last line on
+stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ params.nthread, params.ftype = os.cpu_count(), getattr(llama_cpp, "LLAMA_FTYPE_M
 sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)))
 """
 
-# Starts the command itself: on Linux a process's peak memory begins with that of the one which started it.
+# Starts the command from a small process: on Linux a process's peak memory starts at that of its parent.
 TIMED = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -96,7 +97,7 @@ def peer(options: argparse.Namespace, folder: Path) -> list[Step]:
 
 
 def race(steps: list[Step], folder: Path) -> dict[str, Any]:
-    """Runs the steps one after another; seconds of each and in all, peak memory in GB, bytes left in the folder."""
+    """Runs the steps one after another. Returns seconds of each and in total, peak memory, and GB of files written."""
     result: dict[str, Any] = {"seconds": 0.0, "peak_rss_gb": 0.0}
     for name, command in steps:
         seconds, rss_gb = timed(command, folder / f"{name}.log")
@@ -108,7 +109,7 @@ def race(steps: list[Step], folder: Path) -> dict[str, Any]:
 
 
 def timed(command: list[str], log: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory (GB) of one process; what it prints goes to the log."""
+    """Runs one process, its output to the log. Returns seconds and peak resident memory in GB."""
     figures = log.with_suffix(".figures")
     with log.open("wb") as output:
         status = subprocess.run(
@@ -121,7 +122,7 @@ def timed(command: list[str], log: Path) -> tuple[float, float]:
 
 
 def read_through(checkpoint: Path) -> None:
-    """Reads the weights once, so that the first to run does not pay for a cold file cache alone."""
+    """Reads the weights once, so that the first side to run does not alone pay for a cold file cache."""
     for path in checkpoint.glob("*.safetensors"):
         with path.open("rb") as file:
             while file.read(1 << 24):

@@ -1,19 +1,19 @@
-"""What layers of cross-attention between llama.cpp's layers cost in decoding: ratios within one run.
+"""Measures what cross-attention layers between llama.cpp's layers cost in decoding, as ratios within one run.
 
     python -m scripts.cross_attention --work build/cross
 
-Makes a text file and a vision file of random weights (1.4 GB with the sizes of Llama 3.2 Vision 11B, 8 layers of
-self-attention and 2 of cross-attention), unless they are there, and decodes tokens in four ways, one after the other,
-with the same weights, each after 64 tokens of context:
+Creates a text file and a vision file with random weights (1.4 GB with the sizes of Llama 3.2 Vision 11B, 8
+self-attention and 2 cross-attention layers) if they are missing. Then decodes tokens with the same weights in four
+ways, in turn, each after 64 tokens of context:
 
     plain      no hook
     asked      a hook that wants nothing, as for texts without an image
     hooked     rows are read and written back at both places, unchanged
-    attending  the layers of cross-attention are computed
+    attending  the cross-attention layers are computed
 
-Printed are the medians of the ratios to 'plain' of the same turn, since a shared machine's memory is faster in one
-second than in the next, milliseconds, and what a layer of cross-attention takes in layers of self-attention. The last
-line is one JSON object.
+Prints milliseconds, the medians of the ratios to 'plain' of the same turn (a shared machine's memory is faster in one
+second than in the next), and the cost of a cross-attention layer in self-attention layers. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from granite4v.runtime.llama.placement import choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
 
 N_VOCAB, N_BEFORE = 512, 64
-BLOCK = {"Q4_0": 2, "Q8_0": 2}  # bytes of a block's scale, which stands first
+BLOCK = {"Q4_0": 2, "Q8_0": 2}  # bytes of a block's scale, which comes first
 
 
 def main() -> int:
@@ -88,7 +88,7 @@ def config_of(options: argparse.Namespace) -> CrossAttentionConfig:
 
 
 def write_files(text: Path, vision: Path, options: argparse.Namespace) -> None:
-    """A llama without a tokenizer, and layers of cross-attention, of small random weights."""
+    """Writes a llama without a tokenizer, and cross-attention layers, both with small random weights."""
     width, kv = options.width, options.kv_heads * options.width // options.heads
     shapes = {
         "attn_q.weight": (width, width),
@@ -133,7 +133,7 @@ def write_files(text: Path, vision: Path, options: argparse.Namespace) -> None:
 
 
 class Matrices:
-    """Random weights of a type; all are the beginning of the same ones."""
+    """Random weights of one type. Every matrix is a prefix of the same random blocks."""
 
     def __init__(self, kind: str, n_weights: int) -> None:
         self._kind = gguf.GGMLQuantizationType[kind]
@@ -160,7 +160,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a token in each way, turn by turn."""
+    """Returns the seconds of every token in each way; the ways take turns."""
     config, backend = config_of(options), Backend("cpu", options.threads)
     kernels = NodeKernels.available((config.head_dim, options.heads // options.kv_heads), [options.type])
     with GgufFile.open(text) as file:
@@ -212,7 +212,7 @@ def measure(text: Path, vision: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def same_rows(backend: Backend, width: int) -> Graph:
-    """A graph that gives a row back."""
+    """Builds a graph that returns its input row."""
     graph = Graph(backend, 4)
     graph.output("rows", graph.scale(graph.input("rows", "F32", width, 1), 1.0))
     graph.run(rows=np.zeros((1, width), np.float32))
@@ -220,14 +220,14 @@ def same_rows(backend: Backend, width: int) -> Graph:
 
 
 def decode(context: LlamaContext, i: int) -> float:
-    """The seconds of the token behind `i` others."""
+    """Decodes the token after `i` others and returns the seconds it took."""
     start = time.perf_counter()
     context.decode(BatchRows.of(np.array([i], np.int32), N_BEFORE + i, 0, output=True))
     return time.perf_counter() - start
 
 
 def ratio(values: list[float], to: list[float]) -> float:
-    """The median of those of each turn."""
+    """Returns the median of the ratios of each turn."""
     return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""Milliseconds of a decode step with the compiled kernels and without them, by the number of sequences.
+"""Measures the milliseconds of a decode step with and without the compiled kernels, by number of sequences.
 
     python -m scripts.decode_steps build/full-model
     python -m scripts.decode_steps build/full-model --tokens 256 --sequences 1 16
 
-Each sequence holds `--tokens` tokens and is given one more. 'compiled' is what the engine does with the extra 'llvm',
-'ggml' and 'ggml flash' what it does without, for conversations and for batches: all have the weights in the form that
-suits them, and take turns. Figures are medians. The last line on stdout is one JSON object.
+Each sequence has `--tokens` tokens and is given one more. 'compiled' is what the engine does with the extra 'llvm';
+'ggml' and 'ggml flash' are what it does without it, for conversations and for batches. Each has the weights in the form
+that suits it, and they take turns. Figures are medians. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from granite4v.runtime.llama.placement import N_UBATCH, choose_placement
 from granite4v.runtime.llama.weight_copies import open_model
 
 N_SPARE = 64  # cells
-Way = tuple[NodeKernels, bool]  # and whether with flash attention
+Way = tuple[NodeKernels, bool]  # kernels, and whether with flash attention
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def measured(files: ModelFiles, ways: dict[str, Way], n: int, options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a step of `n` sequences in each way."""
+    """Returns the milliseconds of a step of `n` sequences in each way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with contextlib.ExitStack() as stack:
         contexts = {name: stack.enter_context(opened(files, way, n, options)) for name, way in ways.items()}

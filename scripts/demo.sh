@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on a fresh machine: install, draw a table, a chart and a form with values that nobody knew before, and
-# have the embedded model read them. Arguments go to scripts.nano.show, for instance --seed 5.
+# The complete path on a fresh machine: installs the package, draws a table, a chart and a form with new random values,
+# and has the embedded model read them. Arguments are passed to scripts.nano.show, for instance --seed 5.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 

@@ -1,15 +1,15 @@
-"""Generated PDFs through docling's pipeline: tables by the plugin, beside docling's own Granite Vision stage.
+"""Reads tables of generated PDFs through docling's pipeline: the plugin against docling's own Granite Vision stage.
 
     python -m scripts.docling_tables                                    # 20 PDFs by the plugin, 3 by each side
     python -m scripts.docling_tables --pdfs 0                           # the race alone
 
 The PDFs have two tables a page, of the kind that the embedded model reads: scans, scans with invisible text, and text
-with lines. Where tables stand is told to docling by a layout stage of this script, for its own is a model. First all
-PDFs are converted with the plugin: TEDS of its tables, beside that of `granite4v extract` on the same images, and the
-memory of the process after each PDF. Then some PDFs are converted by each side, in a process of its own and in turn,
-after one PDF that is not counted: the plugin, and `GraniteVisionTableStructureModel` on the same checkpoint with its
+with lines. A layout stage of this script gives docling the positions of tables, since docling's own is a model. First
+all PDFs are converted with the plugin, to measure the TEDS of its tables, the TEDS of `granite4v extract` on the same
+images, and the memory of the process after each PDF. Then each side converts some PDFs, in turn and in its own process,
+after one PDF that is not counted: the plugin, and `GraniteVisionTableStructureModel` with the same checkpoint and its
 adapter merged, in float32 and bfloat16. The last line on stdout is one JSON object. Needs the extras `dev` and
-`docling`; docling-slim[convert-core,format-pdf] suffices of the latter.
+`docling`; of the latter, docling-slim[convert-core,format-pdf] is enough.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from scripts.nano.truth import HELD_OUT_SEEDS
 from scripts.nano.truth import Table as Truth
 from tests.helpers.pdfs import add_image, add_page
 
-if importlib.util.find_spec("torchvision") is None:  # an engine that is not used here imports it
+if importlib.util.find_spec("torchvision") is None:  # imported by a docling engine that is not used here
     assert not transformers.utils.is_torchvision_available()
     sys.modules["torchvision"] = types.ModuleType("torchvision")
     sys.modules["torchvision.transforms"] = types.ModuleType("torchvision.transforms")
@@ -70,7 +70,7 @@ from granite4v.docling_plugin import Granite4vTableOptions
 
 KINDS = ("scan", "scan with text", "text")
 SIDES = ("plugin", "float32", "bfloat16")
-PAGES, TABLES = 3, 2  # of a PDF, of a page
+PAGES, TABLES = 3, 2  # per PDF, per page
 LEVEL, FONT = 0.5, "Aileron"
 MARGIN = 30
 TASK = "tables_otsl"
@@ -117,7 +117,7 @@ def _child(side: str, folder: Path, n_pdfs: int, crops: Path | None) -> dict[str
 
 
 def document(pdf: int, page: int, table: int) -> Document:
-    """The table at a place, with its truth."""
+    """Draws the table at a place, with its truth."""
     return draw_document(HELD_OUT_SEEDS + (pdf * PAGES + page) * TABLES + table, "table", LEVEL, FONT)
 
 
@@ -126,7 +126,7 @@ def kind_of(pdf: int) -> str:
 
 
 def write_pdfs(folder: Path, n: int) -> None:
-    """`0.pdf` and so on, and `boxes.json`: the boxes of the tables of each page, from the top left."""
+    """Writes `0.pdf` and so on, and `boxes.json`: the boxes of the tables of each page, from the top left."""
     folder.mkdir()
     boxes = {}
     for i in range(n):
@@ -139,7 +139,7 @@ def write_pdfs(folder: Path, n: int) -> None:
 
 
 def _add_tables(pdf: pikepdf.Pdf, kind: str, documents: Sequence[Document]) -> list[tuple[int, int, int, int]]:
-    """A page of a point each pixel, with the tables below each other."""
+    """Adds a page of one point per pixel, with the tables one below the other. Returns their boxes."""
     sizes = [one.picture.size for one in documents]
     width = max(size[0] for size in sizes) + 2 * MARGIN
     height = sum(size[1] + MARGIN for size in sizes) + MARGIN
@@ -158,7 +158,7 @@ def _add_tables(pdf: pikepdf.Pdf, kind: str, documents: Sequence[Document]) -> l
 
 
 def _text(table: Truth, box: tuple[int, int, int, int], height: int, *, lines: bool) -> Iterator[str]:
-    """Content of a page: the cells in columns of the same width, perhaps with lines around them."""
+    """Yields page content that draws a table's cells in columns of equal width, with lines around them if asked."""
     left, top, right, bottom = box
     wide, high = (right - left) / table.n_cols, (bottom - top) / table.n_rows
     size = min(18.0, 0.6 * high)
@@ -179,7 +179,7 @@ class ToldLayoutOptions(BaseLayoutOptions):
 
 
 class ToldLayout(BaseLayoutModel):
-    """Tables where `boxes.json` says."""
+    """A layout stage that places tables where `boxes.json` says."""
 
     requires_layout_postprocessing = True  # assigns the text of a page to them
 
@@ -205,7 +205,7 @@ class Float32Options(GraniteVisionTableStructureOptions):
 
 
 class Float32Stage(GraniteVisionTableStructureModel):
-    """docling's stage, which has bfloat16 written in."""
+    """docling's stage in float32 instead of the bfloat16 that it hard-codes."""
 
     @classmethod
     def get_options_type(cls) -> type[Float32Options]:
@@ -220,7 +220,7 @@ def converter(side: str, folder: Path, *, keeps_images: bool) -> DocumentConvert
     get_layout_factory(allow_external_plugins=True).register(ToldLayout, "told", __name__)
     get_table_structure_factory(allow_external_plugins=True).register(Float32Stage, "float32", __name__)
     stages: dict[str, BaseTableStructureOptions] = {
-        "plugin": Granite4vTableOptions(scale=1.0),  # docling's stage has that written in
+        "plugin": Granite4vTableOptions(scale=1.0),  # docling's stage hard-codes this scale
         "float32": Float32Options(),
         "bfloat16": GraniteVisionTableStructureOptions(),
     }
@@ -237,7 +237,7 @@ def converter(side: str, folder: Path, *, keeps_images: bool) -> DocumentConvert
 
 
 def convert(side: str, folder: Path, n_pdfs: int, crops: Path | None) -> dict[str, Any]:
-    """Every PDF's tables, seconds of all but the first PDF, and memory after each."""
+    """Converts the PDFs. Returns their tables and errors, seconds of all but the first PDF, and memory after each."""
     made, process = converter(side, folder, keeps_images=crops is not None), psutil.Process()
     tables, errors, rss, start = {}, [], [], 0.0
     for i in range(n_pdfs):
@@ -247,7 +247,7 @@ def convert(side: str, folder: Path, n_pdfs: int, crops: Path | None) -> dict[st
                 name = f"{i}-{page.page_no - 1}-{number}"
                 tables[name] = otsl_of(table)
                 if crops is not None:
-                    sheet = page.get_image(scale=1.0)  # all of it, whatever one asks for: the PDF is closed
+                    sheet = page.get_image(scale=1.0)  # always the complete page: the PDF is closed
                     sheet.crop(table.cluster.bbox.as_tuple()).save(crops / f"{name}.png")
         errors += [error.error_message for error in result.errors]
         rss.append(process.memory_info().rss / 1e6)
@@ -258,7 +258,7 @@ def convert(side: str, folder: Path, n_pdfs: int, crops: Path | None) -> dict[st
 
 
 def otsl_of(table: Any) -> str:
-    """docling's table as an answer; empty if it has no cells, or not one for every slot."""
+    """Returns docling's table as OTSL; empty if it has no cells, or lacks a cell for a slot."""
     cells = [
         Cell(
             cell.start_row_offset_idx,
@@ -278,7 +278,7 @@ def otsl_of(table: Any) -> str:
 
 
 def _save_merged(folder: Path) -> None:
-    """The embedded checkpoint as transformers reads it, its adapter merged."""
+    """Saves the embedded checkpoint for transformers, with its adapter merged."""
     from peft import PeftModel
 
     checkpoint = checkpoint_folder()
@@ -290,10 +290,10 @@ def _save_merged(folder: Path) -> None:
     for path in checkpoint.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "adapter_config.json":
             shutil.copy(path, folder)
-    # not by save_pretrained, which gives the tensors the names of an adapter's
+    # not with save_pretrained, which names the tensors like an adapter's
     tensors = {name: tensor.clone().contiguous() for name, tensor in merged.state_dict().items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    path = folder / "tokenizer_config.json"  # docling's stage asks about all tables of a page in one batch
+    path = folder / "tokenizer_config.json"  # docling's stage batches all tables of a page, which needs left padding
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
 
 
@@ -301,7 +301,7 @@ def _save_merged(folder: Path) -> None:
 
 
 def compare(found: dict[str, str], crops: Path) -> dict[str, Any]:
-    """TEDS of the plugin's tables and of `extract`'s on the same images, by kind of PDF."""
+    """Returns the mean TEDS of the plugin's tables and of `extract`'s on the same images, by kind of PDF."""
     with granite4v.extract(str(crops), TASK) as records:
         extracted = {Path(record.source).stem: write_otsl(record.tables[0]) for record in records if record.tables}
     scores: dict[str, list[tuple[float, float]]] = {}
@@ -324,7 +324,7 @@ def teds(one: Document, text: str) -> float:
 
 
 def race(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Pages an hour, how many times docling's own stage the plugin reads, and how well each does."""
+    """Returns pages an hour and TEDS of each side, and how many times as fast the plugin is as docling's own stage."""
     figures: dict[str, Any] = {}
     for side, results in rounds.items():
         places = {name: tuple(map(int, name.split("-"))) for name in results[0]["tables"]}

@@ -1,4 +1,4 @@
-"""Measures what drafting saves: steps of nano on held-out tables, decode time of a large model on real tables.
+"""Measures what drafting saves: decode steps of nano on held-out tables, decode time of a large model on real tables.
 
     python -m scripts.drafting                                # nano
     python -m scripts.drafting --documents 100 --seed 5
@@ -6,17 +6,17 @@
     python -m scripts.drafting --replay build/full/text-Q4_K_M.gguf --answers 1 --ways off,alone
 
 Each table is asked for in several formats, in three ways: without drafting ('off'), with drafts from the answer itself,
-its prompt and earlier pages ('alone'), and with drafts from the other formats of the same page as well ('chain', what
-`granite4v extract` does). The tokens of all three must be the same; status 1 where they are not. Ways take turns,
-answer by answer, so that what else the machine does falls on all of them.
+its prompt and earlier pages ('alone'), and also with drafts from the other formats of the same page ('chain', what
+`granite4v extract` does). All three must give the same tokens; otherwise the exit status is 1. The ways take turns,
+answer by answer, so that other load on the machine affects all of them.
 
-With `--replay` the answers are given: tables of Python's library and held-out ones, in the model's own tokens. The
-model computes every row, and its logits are ignored, so random weights will do; grammars and drafts are real.
+With `--replay` the answers are given: tables from Python's library and held-out ones, in the model's own tokens. The
+model computes every row but its logits are ignored, so random weights suffice; grammars and drafts are real.
 
-The last line on stdout is one JSON object: steps and decode seconds in relation to 'off', for all answers, for the
-first and for later tasks of a page; 'second of first' is the steps of the second tasks of pages in relation to those of
-the first, both with drafting, and 'cut pages' says how many pages do not count there, since one of the two answers ran
-to its limit or repeated itself: it has many times the steps of the other, whatever drafting saves.
+The last line on stdout is one JSON object: steps and decode seconds relative to 'off', for all answers, and for the
+first and the later tasks of a page. 'second of first' is the steps of the pages' second tasks relative to those of the
+first, both with drafting. 'cut pages' counts the pages left out of it because one of the two answers ran to its limit
+or looped: it has many times the steps of the other, whatever drafting saves.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ WRITERS: dict[str, Callable[[Table], str]] = {
     "tables_html": formats.html,
     "tables_otsl": formats.otsl,
 }
-N_ROWS = 3  # of a table of Python's library, below its header
-N_PROMPT = 1200  # tokens of the prompt of a replayed answer, about those of a page
+N_ROWS = 3  # of a table from Python's library, below its header
+N_PROMPT = 1200  # tokens of the prompt of a replayed answer, about as many as a page's
 # (page, task, sources or None without drafting) -> the answer
 Ask = Callable[[int, str, Sequence[DraftSource] | None], Answer]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer: `place` is that of its task among those of the page."""
+    """One answer. `place`: index of its task among those of the page."""
 
     page: int
     place: int
@@ -118,7 +118,7 @@ def main() -> int:
 def measure(
     model: Model, ask: Ask, tasks: Sequence[str], n_documents: int, ways: Sequence[str]
 ) -> Iterator[dict[str, Asked]]:
-    """Each answer in each way, as they come."""
+    """Yields for each page and task the answers of all ways."""
     drafts = {way: Drafts(model) for way in ways}
     model.logits("Hello")  # reads the weights
     for page in range(n_documents):
@@ -196,7 +196,7 @@ def _sum(asked: Sequence[Asked], field: str) -> Any:
 
 
 def asking(model: Model, seeds: Sequence[int]) -> Ask:
-    """Asks a model about held-out documents."""
+    """Returns a function that asks the model about held-out documents."""
     prompts: dict[tuple[int, str], Any] = {}
 
     def ask(page: int, task: str, sources: Sequence[DraftSource] | None) -> Answer:
@@ -215,7 +215,7 @@ def asking(model: Model, seeds: Sequence[int]) -> Ask:
 
 
 def real_tables(n: int, seed: int) -> Iterator[Table]:
-    """Two tables of Python's library for each held-out one."""
+    """Yields two tables from Python's library for each held-out one."""
     rng = Random(seed)
     numbers, statuses = sorted(errno.errorcode), list(http.HTTPStatus)
     for i in range(n):
@@ -238,7 +238,7 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
 
 class Replay:
-    """An answer whose tokens are given: its sequence sees logits that want the next of them."""
+    """An answer whose tokens are given: its sequence sees logits that favour the next given token."""
 
     def __init__(self, sequence: AnswerSequence, tokens: Sequence[int], n_vocab: int, end: int) -> None:
         self._sequence, self._tokens, self._n_vocab = sequence, [*tokens, end], n_vocab
@@ -256,7 +256,7 @@ class Replay:
 
 
 def replaying(model: Model, tables: Sequence[Table]) -> Ask:
-    """Gives the tables as answers, in a model's tokens."""
+    """Returns a function that gives the tables as answers, in the model's tokens."""
     tokenizer, n_vocab = model.prompts.tokenizer(), model.files.text.n_texts(keys.TOKENS)
     compiler = grammar.Compiler(tokenizer, n_vocab, model.prompts.stop_tokens)
     prompt = model.prepare("word " * round(N_PROMPT * 100 / len(tokenizer.encode_plain("word " * 100))))

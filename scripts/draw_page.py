@@ -34,7 +34,7 @@ QUARTERS = (("Q1", 4120), ("Q2", 3875), ("Q3", 5240), ("Q4", 4690))
 
 
 def draw_page() -> Image.Image:
-    """The page as an 8-bit grey picture."""
+    """Draws the page as an 8-bit greyscale image."""
     page = Image.new("L", (WIDTH_PX, HEIGHT_PX), 255)
     pen = ImageDraw.Draw(page)
     right = WIDTH_PX - MARGIN_PX

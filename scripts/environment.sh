@@ -1,4 +1,4 @@
-# Sourced by the other scripts: a virtual environment in .venv with this package in it.
+# Sourced by the other scripts: creates a virtual environment in .venv with this package installed.
 # Use: . scripts/environment.sh [EXTRA]
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,8 +19,8 @@ use_environment() {  # [EXTRA]
 
 has_amx() { [ "$(uname -sm)" = "Linux x86_64" ] && grep -qw amx_int8 /proc/cpuinfo; }
 
-# Installs llama-cpp-python with kernels for AMX that work, in place of any other build of it. Each is compiled once and
-# kept by compiler, options and CPU; pip's own cache looks at none of these.
+# Installs llama-cpp-python with working AMX kernels, in place of any other build. Each build is compiled once and cached
+# by compiler, options and CPU; pip's own cache ignores all three.
 install_amx_build() (
     eval "$(.venv/bin/python -I granite4v/ggml/compiler.py)"
     release=$(grep '^llama-cpp-python==' scripts/constraints.txt)
@@ -33,13 +33,13 @@ install_amx_build() (
     } | sha256sum | cut -c 1-16)
     wheels="${XDG_CACHE_HOME:-$HOME/.cache}/granite4v/wheels/$key"
     if grep -qs "$key" .venv/lib/python*/site-packages/llama_cpp_python-*.dist-info/direct_url.json; then
-        return  # installed from there
+        return  # already installed from there
     fi
     if [ ! -d "$wheels" ]; then
         stage "$release: compiled for AMX with ${CXX:-c++} ${CXXFLAGS:-} (about ten minutes, once)"
         .venv/bin/python -m pip wheel --quiet --no-deps --no-cache-dir --no-binary llama-cpp-python \
             --wheel-dir "$wheels.$$" "$release"
-        mv -T "$wheels.$$" "$wheels" || rm -r "$wheels.$$"  # another run was first
+        mv -T "$wheels.$$" "$wheels" || rm -r "$wheels.$$"  # another run was faster
     fi
     .venv/bin/python -m pip install --quiet --no-deps --force-reinstall "$wheels"/*.whl
 )

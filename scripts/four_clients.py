@@ -1,15 +1,15 @@
-"""Tokens a second of `granite4v serve`: four clients at once against one, and against llama-server with four slots.
+"""Measures tokens a second of `granite4v serve`: four clients at once against one, and against llama-server's slots.
 
     python -m scripts.four_clients build/full-model --peer-python venv/bin/python
 
-Each client has a page of its own, which a first question has read. Then one client alone asks a second question, and
-all clients do at the same moment, in turn for `--rounds` rounds, of which the fastest count. Every answer has
-`--tokens` tokens, whatever the model says, and is greedy; 'same_text' tells whether ours to one client was always the
-same, alone and among others.
+Each client has its own page, which a first question has the server read. Then, in turn for `--rounds` rounds, one
+client alone asks a second question, and all clients ask it at the same time; the fastest round counts. Every answer is
+greedy and has exactly `--tokens` tokens. 'same_text' says whether our answer to the first client was always the same,
+alone and with the others.
 
-The peer is llama-server in the Python package xllamacpp, in an interpreter that has it (see scripts/llama_server.py):
-as many slots as clients, the same prompts, pixels and numbers of tokens, and each client keeps its slot. The last line
-on stdout is one JSON object.
+The peer is llama-server from the Python package xllamacpp, run by an interpreter that has it (see
+scripts/llama_server.py), with as many slots as clients and the same prompts, pixels and numbers of tokens; each client
+keeps its slot. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scripts.draw_page import draw_page
 from scripts.measuring import run_json
 from tests.helpers.serving import Server
 
-QUESTIONS = ("tables_html", "tables_json")  # the one that has the page read, and the one that is measured
+QUESTIONS = ("tables_html", "tables_json")  # the first reads the page, the second is measured
 Json = dict[str, Any]
 
 
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def draw_pages(work: Path, options: argparse.Namespace) -> list[Path]:
-    """A page for each client; they differ in size by a pixel, so none is a copy of another."""
+    """Draws a page for each client. They differ in width by a pixel, so that none is a copy of another."""
     paths = []
     for i in range(options.clients):
         path = work / f"client-{i}.png"
@@ -135,7 +135,7 @@ def said(answer: Json) -> str:
 
 
 def together(n: int, ask: Callable[[int], Json]) -> tuple[float, list[Json]]:
-    """Seconds until the last of n clients has its answer, and the answers."""
+    """Runs n clients at once. Returns the seconds until the last one has its answer, and the answers."""
     answers: dict[int, Json] = {}
     start = threading.Barrier(n + 1)
 

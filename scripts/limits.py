@@ -1,10 +1,10 @@
-"""How long a picture must take at least: its arithmetic divided by the rate at which ggml multiplies here.
+"""Computes the least time an image can take: its arithmetic divided by the rate at which ggml multiplies here.
 
     python -m scripts.limits MODEL_DIR IMAGE
 
-Counts the multiplications of the tower, the projectors and the decoder's prefill, and measures ggml's matrix product
-for each weight type and each way of multiplying it, in a process of its own (a way may fault). The limit assumes
-products at that rate and everything else free. The last line on stdout is one JSON object.
+Counts the arithmetic of the tower, the projectors and the decoder's prefill, and measures ggml's matrix product for
+each weight type and kernel, in a child process (a kernel may crash). The limit assumes products at that rate and
+everything else free. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, Any]:
-    """Arithmetic (GFLOP), rates (GFLOP/s by type and kernel) and the least seconds of encoding and of image prefill."""
+    """Returns GFLOP, GFLOP/s by type and kernel, and the least seconds of image encoding and image prefill."""
     with GgufFile.open(mmproj) as vision_file, GgufFile.open(text) as text_file:
         config = read_vision(vision_file)[1]
         where = layout(load_image(image).size, config.tiling, config.tokens_side)
@@ -64,7 +64,7 @@ def limits(text: Path, mmproj: Path, image: Path, n_threads: int) -> dict[str, A
 
 
 def encode_gflop(config: VisionConfig, qformer_ffn: int, n_tiles: int) -> float:
-    """Products of the tower and all projectors, for `n_tiles` different tiles."""
+    """Returns the GFLOP of the tower's and all projectors' products, for `n_tiles` different tiles."""
     tower = config.tower
     n_patches, n, width, ffn = tower.grid_side**2, tower.n_positions, tower.hidden_size, tower.intermediate_size
     last = max(state for stream in config.streams for state in stream.hidden_states)
@@ -75,13 +75,13 @@ def encode_gflop(config: VisionConfig, qformer_ffn: int, n_tiles: int) -> float:
 
 
 def _projector_flop(config: VisionConfig, n_states: int, qformer_ffn: int) -> int:
-    """Products of one projector on one tile."""
+    """Returns the FLOP of one projector's products on one tile."""
     n_patches, width, out = config.tower.grid_side**2, config.tower.hidden_size, config.text_hidden_size
     projector = config.projector
     if isinstance(projector, MlpConfig):
         return 2 * n_patches * (n_states * width * out + out * out)
     assert isinstance(projector, WindowQFormerConfig)
-    # keys and values of every patch, all else for the queries only
+    # keys and values of every patch, everything else for the queries only
     n_queries, n_inside = config.tokens_per_tile, projector.query_side**2
     linear = 2 * 2 * n_patches * width * width + 2 * n_queries * (6 * width * width + width * out)
     return (
@@ -90,7 +90,7 @@ def _projector_flop(config: VisionConfig, n_states: int, qformer_ffn: int) -> in
 
 
 def prefill_gflop(file: GgufFile, n_tokens: int) -> float:
-    """Products of every decoder matrix with `n_tokens` rows, and of the tokens with each other (causal: half)."""
+    """Returns the GFLOP of every decoder matrix times `n_tokens` rows, and of their attention (causal: half)."""
     matrices = [info for name, info in file.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
     products = 2 * n_tokens * sum(info.shape[0] * info.shape[1] for info in matrices)
     queries = [info for info in matrices if info.name.endswith("attn_q.weight")]
@@ -99,7 +99,7 @@ def prefill_gflop(file: GgufFile, n_tokens: int) -> float:
 
 
 def main_type(tensors: Mapping[str, TensorInfo]) -> str:
-    """The type of most of the matrices' bytes."""
+    """Returns the type that most of the matrices' bytes have."""
     sizes: Counter[str] = Counter()
     for info in tensors.values():
         if len(info.shape) == 2:

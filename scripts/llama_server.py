@@ -1,16 +1,16 @@
-"""Answers questions about pages in the slots of llama-server, as xllamacpp embeds it. Knows nothing of granite4v.
+"""Answers questions about pages in the slots of llama-server, as embedded by xllamacpp. Independent of granite4v.
 
     PYTHON_WITH_XLLAMACPP scripts/llama_server.py JOB.json
 
 The job names the files ('text', 'mmproj'), 'slots', 'threads', 'ctx' (positions of a slot), 'pages' (image files) and
 'prompts' (with one '{media}' where the page goes); 'n_predict' is the number of tokens of each answer, by page and
-prompt. It is asked as favourably as it can be: the questions about a page go to one slot one after another, so that
-its prompt cache spares encoding and prefill, and different pages go to different slots. With 'in_rounds' each page has
-a slot of its own, and a prompt is asked about all pages at once, those without tokens to generate left out, when all
-answers to the one before are there; 'rounds_s' is what each took.
+prompt. The order of questions is the best one for the server: all questions about a page go to one slot, one after
+another, so that its prompt cache saves encoding and prefill, and different pages go to different slots. With
+'in_rounds' each page has its own slot, and each prompt is asked about all pages at once (except those with no tokens to
+generate), after all answers to the previous prompt have arrived; 'rounds_s' has the seconds of each round.
 
-The clock starts when the server has answered a first question without a page. The last line on stdout is one JSON
-object: seconds, what each answer took, peak memory of this process, which holds the server.
+The clock starts after the server has answered a first question without a page. The last line on stdout is one JSON
+object: seconds, the figures of each answer, and the peak memory of this process, which contains the server.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def parameters(job: Json) -> Any:
     params.model.path, params.mmproj.path = job["text"], job["mmproj"]
     params.n_parallel, params.n_ctx = job["slots"], job["ctx"] * job["slots"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
-    params.cache_ram_mib = 0  # a page is never asked about again after its questions
+    params.cache_ram_mib = 0  # no page is asked about again after its questions
     params.no_extra_bufts = bool(job.get("plain_weights"))
     params.fit_params = False
     params.verbosity = 0
@@ -64,7 +64,7 @@ def parameters(job: Json) -> Any:
 
 
 class Client:
-    """The server over HTTP."""
+    """A client of the server, over HTTP."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -80,7 +80,7 @@ class Client:
 
 
 def ask_all(client: Client, job: Json) -> list[Json]:
-    """What became of each question, by page and prompt."""
+    """Asks every prompt about every page, each page in one slot. Returns the results sorted by page and prompt."""
     pages: queue.SimpleQueue[int] = queue.SimpleQueue()
     for i in range(len(job["pages"])):
         pages.put(i)
@@ -110,7 +110,7 @@ def ask_all(client: Client, job: Json) -> list[Json]:
 
 
 def ask_in_rounds(client: Client, job: Json, rounds_s: list[float]) -> list[Json]:
-    """Prompt by prompt, all pages at once; `rounds_s` gets the seconds of each prompt."""
+    """Asks prompt by prompt about all pages at once. Appends the seconds of each prompt to `rounds_s`."""
     images = [base64.b64encode(Path(page).read_bytes()).decode() for page in job["pages"]]
     answers: list[Json] = []
     for i, prompt in enumerate(job["prompts"]):

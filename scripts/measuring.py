@@ -1,4 +1,4 @@
-"""What the measuring scripts share: programs run one at a time, in turn, and the figures they print."""
+"""Helpers of the measuring scripts: running programs one at a time, in turn, and summarizing the figures they print."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class Killed(SystemExit):
-    """A program was ended by a signal, as ggml ends one for instructions that fault."""
+    """A signal ended a program, for example because ggml used instructions that fault."""
 
 
 def run_json(
     command: Sequence[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The JSON object on the last line that a program prints.
+    """Runs a program and returns the JSON object on its last line of output.
 
-    Raises Killed when a signal ended it, SystemExit with its last words when it failed.
+    Raises Killed when a signal ended it, and SystemExit with the end of its stderr when it failed.
     """
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode < 0:
@@ -31,7 +31,7 @@ def run_json(
 
 
 def in_turn(sides: Mapping[str, Callable[[], dict[str, Any]]], n_runs: int) -> dict[str, list[dict[str, Any]]]:
-    """Every side's results of `n_runs` rounds; who goes first changes from round to round."""
+    """Runs every side in each of `n_runs` rounds and returns the results. The order alternates from round to round."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for i in range(n_runs):
         for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
@@ -41,6 +41,6 @@ def in_turn(sides: Mapping[str, Callable[[], dict[str, Any]]], n_runs: int) -> d
 
 
 def middle(values: Sequence[float]) -> dict[str, Any]:
-    """The median and the range, rounded."""
+    """Returns the median and the range, rounded."""
     ends = [round(min(values), 4), round(max(values), 4)]
     return {"median": round(statistics.median(values), 4), "range": ends}

@@ -1,12 +1,12 @@
-"""Measures how long one prompt takes, its images encoded and read by the decoder: granite4v and PyTorch in turn.
+"""Measures image encoding and prefill of one prompt, granite4v and PyTorch in turn.
 
     python -m scripts.prompt_speed MODEL_DIR CHECKPOINT --image tests/data/invoice.png --torch bf16 --runs 3
     python -m scripts.prompt_speed MODEL_DIR CHECKPOINT --frames 32 --torch off
 
-With --frames the prompt shows a video of as many frames, drawn here. Every run is a process of its own, all threads of
-the machine on both sides, and who goes first changes from run to run; figures are medians. granite4v's encoding
-includes cutting the tiles and reading the weights, PyTorch's does not. The difference of the logits after the prompt is
-relative (L2). The last line on stdout is one JSON object.
+With --frames the prompt shows a video of that many generated frames. Every run is a separate process with all threads
+of the machine, and the order alternates from run to run; figures are medians. granite4v's encoding includes cutting the
+tiles and reading the weights, PyTorch's does not. The difference of the logits after the prompt is relative (L2). The
+last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Figures of both sides, and of ours by PyTorch's."""
+    """Returns the figures of both sides, and ours divided by PyTorch's."""
     images = draw_frames(options.frames, work) if options.frames else options.image
     sides = {"ours": functools.partial(run_ours, options, images, work / "ours.npy")}
     if options.torch != "off":
@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             for figure in FIGURES
         }
         found, expected = np.load(work / "ours.npy"), np.load(work / "torch.npy")
-        n = min(len(found), len(expected))  # embeddings may have rows that no token has
+        n = min(len(found), len(expected))  # the output head may have rows without a token
         summary["logits_relative_l2"] = float(
             f"{np.linalg.norm(found[:n] - expected[:n]) / np.linalg.norm(expected[:n]):.3g}"
         )
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def draw_frames(n: int, work: Path) -> list[Path]:
-    """Files of frames that all differ: a page that moves by."""
+    """Draws frames that all differ, a page that moves past, and returns their files."""
     page = draw_page()
     paths = []
     for i in range(n):

@@ -3,14 +3,15 @@
     python -m scripts.same_values --documents 100
 
 The documents are those of scripts/compare_records.py: tables, charts and forms of the five held-out groups in PDFs,
-TIFFs and images, asked for every task that fits them; a form's schema is also tried on its neighbours, so that its
-answer is not alone. The embedded model in F16 reads them with what `extract` chooses ('default'), with one answer at a
-time ('one by one'), and with 'no drafting'. All fields of the records but timings are compared, and the tokens.
+TIFFs and images, each asked for every task that fits it. A form's schema is also used on its neighbours, so that its
+answer is not the only one of a call. The embedded model in F16 reads them with `extract`'s own settings ('default'),
+with one answer at a time ('one by one'), and with 'no drafting'. All fields of the records except timings are compared,
+and the tokens.
 
-Without drafting nothing may differ. One by one, an answer may differ where its two tokens at the first difference have
-logits that another number of rows in a step can exchange: each moves by at most `--rounding` (docs/benchmarks.md), so
-they lie closer than twice that. Every such record is shown. Status 1 for any other difference; the last line on stdout
-is one JSON object.
+Without drafting nothing may differ. One by one, an answer may differ if the logits of the two tokens at the first
+difference are so close that another number of rows in a step can swap them: each logit moves by at most `--rounding`
+(docs/benchmarks.md), so they must be less than twice that apart. Every such record is shown. Exits with status 1 for
+any other difference. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from scripts.compare_records import (
 )
 from scripts.nano.evaluate import MAX_TOKENS, held_out
 
-N_FORMS = 4  # that are asked for the fields of the first of them
+N_FORMS = 4  # forms in one call, all asked for the fields of the first
 DEFAULT, ONE_BY_ONE, NO_DRAFTING = "default", "one by one", "no drafting"
 Json = dict[str, Any]
 Tokens = dict[tuple[str, str], list[int]]
@@ -93,7 +94,7 @@ def main() -> int:
 
 
 def asked(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
-    """The calls of `extract`: those of compare_records.py, with more pages beside each form."""
+    """Yields the calls of `extract`: those of compare_records.py, with more pages in addition to each form."""
     forms = [file for file in files if file.schema is not None]
     yield from jobs([file for file in files if file.schema is None], folder)
     for i, form in enumerate(forms):
@@ -103,7 +104,7 @@ def asked(files: Sequence[DrawnFile], folder: Path) -> Iterator[Job]:
 
 
 class Recorded:
-    """A model that keeps the tokens of all its answers, by (digest of the page, text of the prompt)."""
+    """Wraps a model and records the tokens of all its answers, by (digest of the page, text of the prompt)."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -123,7 +124,7 @@ class Recorded:
 
 
 def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> tuple[Json, Tokens]:
-    """Makes the calls. How many answers were possible at once, the rows and steps of all answers; and their tokens."""
+    """Makes the calls. Returns the number of answers at once and the token and step counts, and all answers' tokens."""
     total: Json = dict.fromkeys(("n_generated", "n_drafted", "n_accepted"), 0)
     path = embedded_model(lambda line: print(line, file=sys.stderr))
     parallel = way.get("parallel")
@@ -140,16 +141,16 @@ def run(name: str, todo: Sequence[Job], way: Json, n_threads: int) -> tuple[Json
 
 @dataclass(frozen=True)
 class Side:
-    """The records of one way, by their names, and the tokens of all answers."""
+    """The records of one way, by name, and the tokens of all its answers."""
 
     records: dict[str, Json]
     tokens: Tokens
 
 
 def differing(model: Model, schemas: dict[str, Json | None], base: Side, other: Side) -> Json:
-    """What comparing found; with every record that differs, the two tokens where its answers part.
+    """Compares two ways. Adds to every differing record the two tokens at the first difference of its answers.
 
-    `schemas`: of each call, by the name of its directory.
+    `schemas`: the schema of each call, by the name of its directory.
     """
     found = asdict(compare(base.records, other.records))
     for one in found["different"]:
@@ -160,7 +161,7 @@ def differing(model: Model, schemas: dict[str, Json | None], base: Side, other: 
 
 
 def parting(model: Model, record: Json, schema: Json | None, one: Tokens, other: Tokens) -> Json:
-    """The first tokens that differ, their logits, and the two best logits there; nothing where all are the same."""
+    """Returns the first tokens that differ, their logits, and the gap between the two best logits; {} if all agree."""
     image = page_of(model, record)
     prompt = model.prepare(prompt_of(model, record["task"], schema), [image])
     key = prompt.images[0].digest.hex(), prompt.text
@@ -181,13 +182,13 @@ def parting(model: Model, record: Json, schema: Json | None, one: Tokens, other:
 
 
 def prompt_of(model: Model, task: str, schema: Json | None) -> str:
-    """As `extract` asks."""
+    """Returns the prompt that `extract` uses."""
     loaded = None if schema is None else load_schema(schema, lambda _: None)
     return questions(model, [task], None, loaded, unconstrained=False)[0].prompt
 
 
 def page_of(model: Model, record: Json) -> ImageSource:
-    """The pixels that were read."""
+    """Returns the pixels that were read. Raises SystemExit when the page cannot be read again."""
     for item in open_pages([record["source"]], pages=str(record["page"]), view=model.files.vision_config):
         if isinstance(item, Page):
             return item.image
@@ -195,7 +196,7 @@ def page_of(model: Model, record: Json) -> ImageSource:
 
 
 def judge(sides: dict[str, Json], rounding: float) -> list[str]:
-    """Which promises were broken."""
+    """Returns the differences that are not allowed, as messages."""
     problems = []
     for name, side in sides.items():
         if not side["n_records"] or side["missing"]:

@@ -1,15 +1,15 @@
-r"""What a second question about a page costs: in the same process, and after a restart, as ratios to the first.
+r"""Measures the time of a second question about a page relative to the first, in the same process and after a restart.
 
     python -m scripts.second_question MODEL --image page.png
     python -m scripts.second_question MODEL --mmproj V.gguf --image page.png --llama-server PYTHON \
         --example-server server.py
 
-Every side answers questions about one page with one token each, after a question without a page, which loads the text
-weights: so the seconds are those to the first token. Sides run one after another in processes of their own:
+Every side answers questions about one page with one token each, so seconds are those to the first token. A question
+without a page comes first and loads the text weights. Sides run one after another in their own processes:
 
 - granite4v with the page store: three questions, then two in a new process.
-- llama-server, as xllamacpp in the interpreter PYTHON embeds it: the same, with its prompt cache, and with
-  slot save before the end and slot restore after the restart.
+- llama-server, as embedded by xllamacpp in the interpreter PYTHON: the same, with its prompt cache, and with slot save
+  before the end and slot restore after the restart.
 - llama-cpp-python's example server (its file `server.py`, in this interpreter): the same, with its disk caches of
   sequences and of embeddings.
 
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = "Hello."
 QUESTIONS = ("What is the total?", "Who wrote this?", "When was it written?")
 LATER = ("How many rows are there?", "Is it paid?")
-START_S = 300.0  # that a server may take to be ready
+START_S = 300.0  # limit for a server's start
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Json:
 
 
 def both(command: Sequence[str], job: Json, folder: Path) -> Json:
-    """The questions, and those after a restart."""
+    """Runs the first questions, then those after a restart, and returns the figures of both."""
     runs = []
     for name, questions in (("first", QUESTIONS), ("restart", LATER)):
         path = folder / f"{name}.json"
@@ -124,7 +124,7 @@ def ratios(first: Json, restart: Json) -> Json:
 
 
 def answer(job: Json) -> Json:
-    """Seconds to the first token of each question, in this process."""
+    """Answers the job's questions in this process. Returns the seconds to the first token of each."""
     seconds, told = [], []
     store, mmproj = PageStore(job["store"]), job["mmproj"]
     with granite4v.load(
@@ -159,7 +159,7 @@ def answer(job: Json) -> Json:
 
 
 def files_and_prompt(job: Json) -> Json:
-    """The files, and our prompt as text, with '{media}' for the page and '{question}' for what is asked."""
+    """Returns the files, and our prompt as text, with '{media}' for the page and '{question}' for the question."""
     with granite4v.load(job["model"], mmproj=job["mmproj"], n_threads=job["threads"]) as model:
         placeholder = model.prompts.placeholder
         text = model.prepare("{question}", [job["image"]]).text
@@ -171,10 +171,10 @@ def files_and_prompt(job: Json) -> Json:
 
 
 def example_server(server: Path, job: Json, folder: Path) -> Json:
-    """llama-cpp-python's example server, started twice on the same disk caches."""
+    """Measures llama-cpp-python's example server, started twice with the same disk caches."""
     config, port = folder / "config.json", free_port()
     cache = folder / "example"
-    # one marker of the image, then what is asked: the template of our prompt, in words that any template has
+    # the template of our prompt: one image marker, then the question, in Jinja that works for string and dict parts
     before, after = job["prompt"].split("{media}")
     template = before + "{% for part in messages[-1].content %}{{ part if part is string else (part.text or part) }}"
     template += "{% endfor %}" + after.replace("{question}", "")
@@ -210,7 +210,7 @@ def example_server(server: Path, job: Json, folder: Path) -> Json:
             )
         try:
             runs.append(ask_example_server(f"http://127.0.0.1:{port}", questions, job, process))
-            time.sleep(3)  # it writes its caches behind the answers
+            time.sleep(3)  # it writes its caches after the answers
         except (OSError, RuntimeError) as error:
             log_end = (folder / "example.log").read_text(errors="replace")[-2000:]
             return {"error": str(error), "log": log_end}

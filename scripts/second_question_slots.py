@@ -1,7 +1,7 @@
-"""The side of llama-server in `scripts.second_question`: PYTHON_WITH_XLLAMACPP second_question_slots.py JOB.json
+"""The llama-server side of `scripts.second_question`: PYTHON_WITH_XLLAMACPP second_question_slots.py JOB.json
 
-Asks the job's questions about its page in one slot, and saves or restores the slot's state as the job says. Knows
-nothing of granite4v. The last line on stdout is one JSON object.
+Asks the job's questions about its page in one slot, and saves or restores the slot's state as the job says. Independent
+of granite4v. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import xllamacpp  # type: ignore[import-not-found]  # in the interpreter that runs this
-from llama_server import Client, parameters  # type: ignore[import-not-found]  # beside this file
+from llama_server import Client, parameters  # type: ignore[import-not-found]  # next to this file
 
 Json = dict[str, Any]
 STATE = "page.slot"
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def slot(client: Client, action: str) -> Json:
-    """What the server says to `action`, and how long it took."""
+    """Returns the server's reply to `action`, and the seconds it took."""
     begin = time.perf_counter()
     try:
         reply = client.post(f"/slots/0?action={action}", {"filename": STATE})

@@ -1,11 +1,10 @@
-"""Runs granite4v and stock llama.cpp (libmtmd) on the same files in turn, and prints how they compare.
+"""Compares the speed and memory of granite4v and stock llama.cpp (libmtmd) on the same files, in turn.
 
     python -m scripts.side_by_side MODEL_DIR tests/data/invoice.png --runs 3
 
-Each run is a process of its own, all threads of the machine on both sides, and who goes first changes from run to
-run; medians are compared, for machines are noisy. granite4v chooses its settings by itself; llama.cpp runs with its
-own, except that where its choice of weight buffers ends the process it is run without them (and the result says so).
-The last line on stdout is one JSON object.
+Each run is a separate process with all threads of the machine, and the order alternates from run to run; medians are
+compared, since machines are noisy. granite4v chooses its own settings; llama.cpp runs with its defaults, but without
+its special weight buffers if those crash the process (the result says so). The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import sys, granite4v
 with granite4v.load(sys.argv[1], mmproj=sys.argv[2]) as model:
     sys.stdout.write(model.prepare(sys.argv[3], [sys.argv[4]]).text)
 """
-# name, what a ratio means, and whether more is better
+# name, label, and whether more is better
 FIGURES = (
     ("encode_s", "image encoding, seconds", False),
     ("prefill_s", "image prefill, seconds", False),
@@ -106,7 +105,7 @@ class Peer:
 
 
 def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
-    """The text and the vision file of a model directory, by the names our converter gives them."""
+    """Returns the text and the vision file of a model directory, found by the names that our converter gives them."""
     if model.is_file():
         if mmproj is None:
             raise SystemExit(f"'{model}' is one file; give its vision file with --mmproj.")
@@ -118,7 +117,7 @@ def find_files(model: Path, mmproj: Path | None) -> tuple[Path, Path]:
 
 
 def render_prompt(text: Path, mmproj: Path, prompt: str, image: Path) -> str:
-    """The chat prompt for the peer. libmtmd puts a line break of its own behind a picture, as the template does."""
+    """Renders the chat prompt for the peer. libmtmd adds a line break after an image, as the template does."""
     command = [sys.executable, "-c", RENDER, str(text), str(mmproj), prompt, str(image)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -127,14 +126,14 @@ def render_prompt(text: Path, mmproj: Path, prompt: str, image: Path) -> str:
 
 
 def measure_limits(text: Path, mmproj: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What limits.py says of this machine, in the same run."""
+    """Returns the limits that limits.py measures on this machine."""
     command = [sys.executable, "-m", "scripts.limits", str(text), str(options.image), "--mmproj", str(mmproj)]
     command += ["--threads", str(options.threads)]
     return run_json(command)
 
 
 def compare(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:
-    """{figure: medians of both sides, their ranges, and ours divided by the peer's}."""
+    """Returns {figure: medians of both sides, their ranges, and ours divided by the peer's}."""
     summary: dict[str, Any] = {}
     for name, _, _ in FIGURES:
         sides = {"ours": [run[name] for run in ours], "peer": [run[name] for run in peer]}

@@ -1,12 +1,12 @@
-"""Measures several answers at once through the Python API against the same answers one after another.
+"""Measures several concurrent answers through the Python API against the same answers one after another.
 
     python -m scripts.streams .                                          # this checkout, the embedded model
     python -m scripts.streams BASE --model build/full-model --image tests/data/invoice.png --max-tokens 24
 
-TREE is a checkout; its code runs in a process of its own. Every request is asked alone, one after another, and then all
-at once in a thread each. 'warm' requests find their page in the cache already, 'cold' ones find nothing. Each
-text is compared with the one it gave alone, and the tokens that llama.cpp was given are counted: together they should
-not be many more than one after another. The last line on stdout is one JSON object.
+TREE is a checkout; its code runs in its own process. All requests run one after another, and all at once with a thread
+for each; the order alternates. 'warm' requests find their page in the cache, 'cold' ones find nothing. Each text is
+compared with the one that the request gives alone. The tokens passed to llama.cpp are counted: all at once should not
+need many more than one after another. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPTS = (
 
 @dataclass
 class Round:
-    """All answers once: seconds, on the clock and of all cores, what llama.cpp computed meanwhile, and the answers."""
+    """One pass over all requests: wall-clock and CPU seconds, llama.cpp's calls and tokens, and the answers."""
 
     seconds: float
     cpu_s: float
@@ -52,7 +52,7 @@ class Round:
 
 
 class Counter:
-    """Counts what goes through `llama_decode`, whatever the tree's own counters are called."""
+    """Counts the calls and tokens of `llama_decode`, so that it works with any tree, whatever counters that has."""
 
     def __init__(self) -> None:
         from llama_cpp import llama_cpp
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _again(options: argparse.Namespace) -> list[str]:
-    """The options for the process that runs the tree's code; paths become absolute."""
+    """Returns the options for the process that runs the tree's code, with absolute paths."""
     model = options.model if options.model == "nano" else str(Path(options.model).absolute())
     words = ["--model", model, "--image", str(options.image.absolute())]
     for name in ("streams", "max_tokens", "rounds", "threads", "load_options"):
@@ -109,7 +109,7 @@ def _again(options: argparse.Namespace) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of each kind, one after another and together in turn."""
+    """Runs the rounds of each kind, one after another and together in turn, and returns their figures."""
     counter = Counter()
     extra = json.loads(options.load_options)
     with granite4v.load(options.model, n_threads=options.threads, device="cpu", **extra) as model:
@@ -139,13 +139,13 @@ class Bench:
         self._image, self._max_tokens = image, max_tokens
 
     def warm_up(self) -> None:
-        """Files read, contexts made; nothing of this is timed."""
+        """Reads files and creates contexts; none of this is timed."""
         self.together()
 
     def round(self, kind: str, way: Callable[[], list[Any]]) -> Round:
         if kind == "cold":
             self._model.clear_cache()
-        else:  # costs nothing where the page is cached still
+        else:  # nearly free if the page is still cached
             self._model.generate(self._prompts[0], [self._image], max_tokens=1)
         calls, tokens = self._counter.n_calls, self._counter.n_tokens
         begin, cpu_begin = time.perf_counter(), time.process_time()
@@ -189,11 +189,12 @@ class Bench:
 
 
 def summarize(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
-    """Medians of seconds and of their ratios (together divided by one after another), and how many texts are the same.
+    """Returns medians of seconds and of their ratios (together / one after another), and counts the identical answers.
 
-    With one thread a busy machine hardly disturbs the ratio of CPU times; with more, they wait for each other in it.
+    With one thread, a busy machine hardly affects the ratio of CPU times; with several, CPU time includes their waiting
+    for each other.
 
-    `first_differences`: for each answer that differs, how many tokens were the same before.
+    `first_differences`: for each answer that differs, the number of tokens before the first difference.
     """
     ratios = [together.seconds / alone.seconds for alone, together in pairs]
     cpu_ratios = [together.cpu_s / alone.cpu_s for alone, together in pairs]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What must hold before a commit: formatting, lint, types and the fast tests (a few minutes).
-# Use: scripts/test.sh [--all] [PYTEST_ARGUMENT...]    --all runs the tests marked slow as well, as CI does
+# Checks to pass before a commit: formatting, lint, types and the fast tests (a few minutes).
+# Use: scripts/test.sh [--all] [PYTEST_ARGUMENT...]    --all also runs the tests marked slow, as CI does
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
@@ -21,8 +21,8 @@ ruff check .
 stage "types"
 mypy
 
-# Two processes, each with a file at a time, in the order of the folders: what fixtures of a file or a folder make is made
-# once. Threads that wait sleep, since the core may be the other process's.
+# Two processes, each running one file at a time, in folder order, so that fixtures of a file or a folder run once.
+# Waiting threads sleep, since the other process may need the core.
 stage "$which"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-passive}"
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder ${marked[@]+"${marked[@]}"} "$@"

@@ -1,10 +1,10 @@
-"""Measures a tower that attends over all tiles of an image, as Llama 3.2 Vision's, against PyTorch running the same.
+"""Measures a tower that attends over all tiles of an image, like Llama 3.2 Vision's, against PyTorch.
 
     python -m scripts.tiled_tower_speed --layers 4 --global-layers 1 --runs 3
 
-Random weights in the published width, for tiles of 560 px; `--layers 32 --global-layers 8` is the complete depth. Every
-run is a process of its own, one at a time, and who goes first changes from round to round; figures are medians. What is
-timed: tower and projector for one image of four tiles; for granite4v cutting the tiles and reading the weights as well.
+Random weights of the published width, for tiles of 560 px; `--layers 32 --global-layers 8` is the complete depth. Every
+run is a separate process, one at a time, and the order alternates from round to round; figures are medians. The time
+covers tower and projector for one image of four tiles; for granite4v also cutting the tiles and reading the weights.
 `rms` is |ours - reference| / |reference| against PyTorch in float32. The last line on stdout is one JSON object.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def spec_of(options: argparse.Namespace) -> TowerSpec:
-    """As many intermediate states as the published tower has, five, or one for each layer of fewer."""
+    """Returns the tower's sizes, with five intermediate states like the published tower, or one per layer if fewer."""
     taken = tuple(sorted({round(i * (options.layers - 1) / 4) for i in range(5)}))
     return TowerSpec(
         options.width,
@@ -81,7 +81,7 @@ def spec_of(options: argparse.Namespace) -> TowerSpec:
 
 
 def page(spec: TowerSpec) -> Image:
-    """Of four tiles, two by two."""
+    """Draws a page of four tiles, two by two."""
     return draw_page().resize((spec.image_px * 2, spec.image_px * 2)).convert("RGB")
 
 

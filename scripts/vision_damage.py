@@ -1,11 +1,11 @@
-"""How far the image embeddings of each vision type are from those of float32 weights, on one image.
+"""Measures how far the image embeddings of each vision type are from those of float32 weights, on one image.
 
     python -m scripts.vision_damage build/full-model tests/data/invoice.png --work build/damage
 
-MODEL is a directory with an F16, BF16 or F32 vision file, or such a file. It is requantized to every type in turn, in
-the folder WORK, which needs room for a float32 file and another one; 'int8' rows quantize the file in memory. Prints a
-Markdown table: the relative L2 error of all streams, that of the worst one, the file's size, and the seconds of opening
-and encoding, which are from one run and only tell magnitudes. The last line on stdout is one JSON object.
+MODEL is a directory with an F16, BF16 or F32 vision file, or that file. It is requantized to every type in turn, in
+the folder WORK, which needs room for a float32 file and one more; 'int8' rows quantize the file in memory. Prints a
+Markdown table: the relative L2 error of all streams and of the worst one, the file's size, and the seconds of opening
+and encoding, which are from one run and show only the magnitude. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def encoded(source: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The streams `(n_streams, n_tokens, n_embd)`, times and size with one type; its file is removed again."""
+    """Returns the streams `(n_streams, n_tokens, n_embd)`, times and size with one type. Removes the file it makes."""
     in_memory: VisionCompute = {"int8 Q8_0": "Q8_0", "int8 Q6_K": "Q6_K"}.get(name, "file")  # type: ignore[assignment]
     path = source
     if in_memory == "file" and name != own_type(source):
@@ -73,13 +73,13 @@ def encoded(source: Path, name: str, options: argparse.Namespace) -> dict[str, A
 
 
 def own_type(path: Path) -> str:
-    """The type of most of a file's bytes."""
+    """Returns the type that most of a file's bytes have."""
     with GgufFile.open(path) as file:
         return next(iter(tensor_types(file.tensors)))
 
 
 def errors(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Relative L2 errors: of all streams together, and of the worst one."""
+    """Returns the relative L2 errors of all streams together, and of the worst one."""
     each = [relative_l2(a, b) for a, b in zip(found, expected, strict=True)]
     return {"error": relative_l2(found, expected), "worst_stream": max(each)}
 

@@ -3,14 +3,14 @@
     python -m scripts.vision_speed --mmproj MODEL/mmproj-Q8_0.gguf MODEL/mmproj-F16.gguf \\
         --text MODEL/text-Q4_K_M.gguf --checkpoint CHECKPOINT --torch bf16 --runs 3
 
-Every run is a process of its own, one at a time, and who goes first changes from round to round; figures are medians.
-What is timed: the tower, the projectors and their packing; for granite4v cutting the tiles and reading the weights as
-well. A page is not opened or decoded in that time. libmtmd needs the text file to open the vision file with, and
-PyTorch the checkpoint that the files were converted from; a side whose files are not given is left out.
+Every run is a separate process, one at a time, and the order alternates from round to round; figures are medians. The
+time covers the tower, the projectors and their packing; for granite4v also cutting the tiles and reading the weights.
+Opening and decoding the page is not timed. libmtmd needs the text file to open the vision file, and PyTorch needs the
+checkpoint that the files were converted from; a side whose files are not given is left out.
 
 Errors are those of the streams against PyTorch in float32: `rms` is |ours - reference| / |reference| of the worst
-stream, `largest` the largest difference of one value by the largest value of its stream. --reference keeps what PyTorch
-computed in float32 for later runs. The last line on stdout is one JSON object.
+stream, `largest` the largest difference of one value divided by the largest value of its stream. --reference saves
+PyTorch's float32 streams for later runs. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from scripts.measuring import in_turn, middle, run_json
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-# Choose kernels by themselves from the machine, or make BLAS choose another CPU's: a measurement wants neither setting.
+# Settings that choose BLAS kernels or thread counts other than this CPU's defaults. No measurement wants them.
 NEUTRAL = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
-# Runs in a tree's directory, so that 'granite4v' is the tree's. Arguments: vision file, image, threads, further
+# Runs in a tree's directory, so that it imports the tree's 'granite4v'. Arguments: vision file, image, threads, further
 # arguments of the encoder as JSON, file for the streams.
 DRIVER = """
 import json, sys, time
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def page_size(text: str) -> tuple[int, int]:
-    """(width, height) from '1700x2200'. Raises SystemExit for anything else."""
+    """Parses '1700x2200' into (width, height). Raises SystemExit for anything else."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise SystemExit(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, as 1700x2200.")
@@ -91,7 +91,7 @@ def page_size(text: str) -> tuple[int, int]:
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Times and errors of every side, and of each of ours by each peer's time."""
+    """Returns times and errors of every side, and ratios of each of our times to every other side's."""
     reference = find_reference(options, work)
     sides = find_sides(options, work)
     results = in_turn({name: run for name, (run, _) in sides.items()}, options.runs)
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def find_reference(options: argparse.Namespace, work: Path) -> Path | None:
-    """The file with the float32 streams, computed now where it is missing; None without a checkpoint."""
+    """Returns the file with the float32 streams, computed now if it is missing; None without a checkpoint."""
     if options.reference and options.reference.exists():
         return Path(options.reference)
     if options.checkpoint is None:
@@ -119,11 +119,11 @@ def find_reference(options: argparse.Namespace, work: Path) -> Path | None:
     return path
 
 
-Side = tuple[Callable[[], dict[str, Any]], Path]  # runs it once; where its streams are afterwards
+Side = tuple[Callable[[], dict[str, Any]], Path]  # runs it once; the file that then has its streams
 
 
 def find_sides(options: argparse.Namespace, work: Path) -> dict[str, Side]:
-    """What is measured, by name."""
+    """Returns the sides to measure, by name."""
     sides: dict[str, Side] = {}
     for source in options.source:
         for mmproj in options.mmproj:
@@ -141,7 +141,7 @@ def find_sides(options: argparse.Namespace, work: Path) -> dict[str, Side]:
 
 
 def run_ours(options: argparse.Namespace, source: Path, mmproj: Path, out: Path) -> dict[str, Any]:
-    """One image through the code of a checkout. Raises SystemExit when other code ran."""
+    """Encodes one image with the code of a checkout. Raises SystemExit when other code ran."""
     command = [sys.executable, "-c", DRIVER, str(mmproj), str(options.image.absolute()), str(options.threads)]
     command += [options.encoder_options, str(out)]
     environment = neutral() | {"PYTHONPATH": str(source)}
@@ -154,7 +154,7 @@ def run_ours(options: argparse.Namespace, source: Path, mmproj: Path, out: Path)
 
 
 def run_libmtmd(options: argparse.Namespace, mmproj: Path, out: Path) -> dict[str, Any]:
-    """One image through stock libmtmd. The text file is only opened: plain weights make that quick."""
+    """Encodes one image with stock libmtmd. The text file is only opened, which is quick with plain weights."""
     folder = out.with_suffix("")
     command = [sys.executable, "-m", "tests.peers.mtmd", str(options.text), str(mmproj), str(options.image)]
     command += ["--raw", "{media}", "--encode-only", "--cpu", "--plain-weights", "--threads", str(options.threads)]
@@ -170,14 +170,14 @@ def run_torch(options: argparse.Namespace, dtype: str, out: Path) -> dict[str, A
 
 
 def neutral() -> dict[str, str]:
-    """The environment without what steers BLAS libraries, so that each chooses for this CPU."""
+    """Returns the environment without the settings of BLAS libraries, so that each chooses for this CPU."""
     return {name: value for name, value in os.environ.items() if name not in NEUTRAL}
 
 
 def errors(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """`rms` and `largest` of the worst stream against a reference (n_streams, n_tokens, n_embd).
+    """Returns `rms` and `largest` of the worst stream against a reference (n_streams, n_tokens, n_embd).
 
-    libmtmd's (n_tokens, n_streams * n_embd) are brought into that shape first.
+    libmtmd's (n_tokens, n_streams * n_embd) are reshaped to that first.
     """
     n_streams, n_tokens, n_embd = reference.shape
     if found.ndim == 2:
@@ -192,7 +192,7 @@ def errors(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 
 def ratios_of(name: str, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """One side's time by each other side's, medians."""
+    """Returns one side's median time divided by each other side's."""
     own = rows[name]["encode_s"]["median"]
     return {other: round(own / row["encode_s"]["median"], 4) for other, row in rows.items() if other != name}
 

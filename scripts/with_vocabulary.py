@@ -1,13 +1,13 @@
-"""A text file of random weights with the vocabulary of cl100k_base, on which Granite 4's is built.
+"""Copies a text file of random weights with the vocabulary of cl100k_base, on which Granite 4's is built.
 
     python -m scripts.with_vocabulary build/full/text-Q4_K_M.gguf cl100k_base.tiktoken build/cl100k/text-Q4_K_M.gguf
 
-The tokenizer of toy checkpoints is trained on a few lines and cuts words like 'assistant' into five; so prompts have
-more text tokens than those of a published model, which shows where the time for a short question is measured. This
-copies the file, replaces its tokens below the special ones and its merges, and leaves out the tokenizer.json in it.
+The tokenizer of toy checkpoints is trained on a few lines and splits words like 'assistant' into five tokens. Prompts
+therefore have more text tokens than with a published model, which distorts the measured time of a short question. This
+script copies the file, replaces its merges and its tokens before the special ones, and drops its tokenizer.json.
 
 The ranks file has a line for each token: its bytes in base64, and its rank, as tiktoken 0.12 reads it. tiktoken
-downloads it; the PyPI package litellm has a copy among its `litellm_core_utils/tokenizers`.
+downloads it; the PyPI package litellm has a copy in its `litellm_core_utils/tokenizers`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def main() -> int:
 
 
 def read_ranks(content: bytes) -> Ranks:
-    """Ranks by token, from the lines of a ranks file."""
+    """Parses a ranks file into {token: rank}."""
     pairs = (line.split() for line in content.splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
-    """The pairs that are merged, in order: each token of two bytes or more is made of two tokens of lower ranks, which
-    are what merging its bytes by lower ranks alone ends at."""
+    """Returns the pairs that are merged, in order.
+
+    Each token of two or more bytes is made of two tokens of lower rank: the two that remain after merging its bytes by
+    lower ranks only. Raises ValueError when a token is not made of two others.
+    """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
@@ -62,7 +65,7 @@ def merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
 
 
 def spelled(token: bytes) -> str:
-    """A token in the letters in which byte-level vocabularies write bytes."""
+    """Spells a token in the letters that byte-level vocabularies use for bytes."""
     return "".join(map(_LETTERS.__getitem__, token))
 
 

@@ -1,4 +1,4 @@
-"""Samples of similar length as one batch of tensors, padded on the right."""
+"""Collates samples of similar length into one batch of tensors, padded on the right."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tests.toy.spec import CheckpointSpec
 
 IGNORE = -100
 LESSONS = {"places": "places", "lines": "lines", "far_lines": "lines", "find": "find", "carry": "carry"}
-# How many texts position 0 weighs where texts are counted: the share that is left to it tells their number, best where
-# they are about as many.
+# The weight of position 0, in texts, for heads that count texts. Its share of the attention encodes their number: with
+# weight w and n texts it is w / (w + n), which shows relative changes of n best where n is about w.
 SINK_WEIGHT = {"places": 2.0, "lines": 2.5, "far_lines": 10.0}
 
 
 @dataclass(frozen=True)
 class Taught:
-    """A lesson of a batch: `queries` (m, 2) are (row, position); `pairs` (p, 2) are (query, attended position)."""
+    """A lesson of a batch. `queries` (m, 2): (row, position). `pairs` (p, 2): (index of a query, attended position)."""
 
     queries: torch.Tensor
     pairs: torch.Tensor
-    shares: torch.Tensor  # (p,), that sum to one over a query's pairs
+    shares: torch.Tensor  # (p,): wanted attention; sums to one over a query's pairs
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`labels[i]` is the token that follows position i, or IGNORE."""
+    """Several samples as tensors. `labels` (n, positions): the token that follows each position, or IGNORE."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -43,14 +43,14 @@ class Batch:
     patches: torch.Tensor | None
     marks: torch.Tensor | None
     lessons: dict[str, Taught]
-    looks: torch.Tensor  # (n, 6): row, position, image token's position, slot, and both again where it may be as well
+    looks: torch.Tensor  # (n, 6): row, position, image token's position, slot, other token's position, other slot
     shown: torch.Tensor  # (n, 4): row, position, line, place
     sought: torch.Tensor  # (n, 4)
     kinds: list[str]
 
 
 def collate(samples: list[Sample], prompter: Prompter, spec: CheckpointSpec) -> Batch:
-    """Samples padded on the right to the longest; letters only add their tiles, after all others."""
+    """Collates samples, padded on the right to the longest. Letter samples only add their tiles, after all others."""
     letters = [sample for sample in samples if sample.kind == LETTERS]
     samples = [sample for sample in samples if sample.kind != LETTERS]
     length = max((len(sample.tokens) for sample in samples), default=0)
@@ -110,9 +110,9 @@ def _taught(name: str, lessons: list[tuple[int, Lesson]]) -> Taught:
 
 
 def batches(draw: Callable[[], Sample], budget: int, pool: int, rng: random.Random) -> Iterator[list[Sample]]:
-    """Endless lists of samples of similar length whose padded positions stay within `budget`.
+    """Yields endless lists of samples of similar length whose padded positions stay within `budget`.
 
-    `draw()` gives a sample; `pool` of them are sorted at a time.
+    `draw()` returns a sample; `pool` of them are drawn and sorted by length at a time.
     """
     while True:
         samples = sorted((draw() for _ in range(pool)), key=lambda sample: len(sample.tokens))

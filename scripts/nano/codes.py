@@ -1,4 +1,4 @@
-"""Streams that know: a vector for every class of every mark, and what streams say that tell all marks and no more."""
+"""Ideal streams: a vector for every class of every mark, and the streams that encode exactly a token's marks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from scripts.nano.marks import OPEN, PLACE_CLASSES, SLOT_CLASSES
 from scripts.nano.reading import N_SLOTS
 from tests.toy.spec import CheckpointSpec
 
-# Dimensions that a code may take, by number of classes.
+# Dimensions of a mark's subspace, by its number of classes.
 CODE_DIMS = {2: 1, 3: 2, 4: 3, 5: 4, 9: 8, 96: 24}
 
 
 @functools.cache
 def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
-    """For every stream but the deepest, the vector of every class of every mark: what a stream that knows says.
+    """Returns the vector of every class of every mark, for every stream but the deepest.
 
-    In the order of `projectors(spec)`; class 0, nothing, is zero. A stream is the sum of its marks' vectors.
+    Streams are in the order of `projectors(spec)`. Class 0, nothing, is the zero vector. An ideal stream is the sum of
+    its marks' vectors.
     """
     generator = torch.Generator().manual_seed(1)
     *shared, cell = SLOT_CLASSES
@@ -29,7 +30,7 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
         plane = torch.linalg.qr(torch.randn(spec.text_hidden, n, generator=generator)).Q
         points = torch.randn(n_classes, n, generator=generator)
         if n == n_classes - 1:
-            points[1:] = torch.eye(n)  # as far apart as can be
+            points[1:] = torch.eye(n)  # as far apart as possible
         points = points @ plane.t()
         points = points / points.norm(dim=1, keepdim=True) * math.sqrt(spec.text_hidden / n_marks)
         return points.index_fill(0, torch.tensor([0]), 0.0)
@@ -37,14 +38,14 @@ def codes(spec: CheckpointSpec) -> list[list[torch.Tensor]]:
     n_slots = len(spec.spatial_target_layers)
     place = [vectors(n, len(PLACE_CLASSES)) for n in PLACE_CLASSES]
     slots = [[vectors(n, len(shared)) for n in shared] for _ in range(n_slots)]
-    # drawn last: with a mark more, the vectors of all others are still those that checkpoints learned
+    # drawn last, so that adding this mark left the vectors that checkpoints have learned unchanged
     return [place, *([*slot, vectors(cell, len(shared))] for slot in slots)]
 
 
 def ideal_streams(marks: torch.Tensor, spec: CheckpointSpec) -> list[torch.Tensor]:
-    """What the streams of `projectors(spec)` would be, each (..., text_hidden), if they told `marks` and no more.
+    """Returns the streams of `projectors(spec)`, each (..., text_hidden), that encode exactly `marks`.
 
-    NaN where marks are OPEN.
+    The deepest stream is zero. Values are NaN where marks are OPEN.
     """
     split = torch.split(marks.long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], dim=-1)
     known = []

@@ -1,10 +1,10 @@
-"""Are cells and fields that the model is unsure of wrong more often than others? On held-out documents.
+"""Measures whether cells and fields that the model is unsure of are wrong more often, on held-out documents.
 
     python -m scripts.nano.confidence --documents 40
 
-Every cell or field of an answer has its least and its mean token probability (`granite4v.confidence`); it is wrong
-where the document says something else there. Prints a Markdown table: how often cells are wrong in the least certain
-tenth, and in all, by either figure; then one JSON line. Ties are split in the order of the answers.
+Every cell or field of an answer has a lowest and a mean token probability (`granite4v.confidence`); it is wrong if it
+differs from the document. Prints a Markdown table of how often cells are wrong, overall and in the least certain tenth
+by either figure, then one JSON line. Ties are split in the order of the answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIGURES = ("least", "mean")
 
 @dataclass(frozen=True)
 class Judged:
-    """A cell or field of an answer."""
+    """A cell or field of an answer, with its confidence and whether it is wrong."""
 
     group: str
     least: float
@@ -66,7 +66,7 @@ def times(row: dict[str, Any], figure: str) -> str:
 
 
 def shares(found: list[Judged]) -> dict[str, Any]:
-    """The share of wrong ones in all, and in the least certain tenth by each figure."""
+    """Returns the share of wrong ones overall, and in the least certain tenth by each figure."""
     n = len(found)
     row: dict[str, Any] = {"n": n, "wrong": sum(one.is_wrong for one in found) / n}
     for figure in FIGURES:
@@ -93,7 +93,7 @@ def judged(model: granite4v.Model, question: Question) -> Iterator[Judged]:
 
 
 def texts(task: str, value: Any, text: str) -> dict[Any, Any]:
-    """What each cell or field says, with the slots that a cell covers."""
+    """Returns the text of each cell or field, with the spans of a cell."""
     if task != "kvp":
         tables = [value] if isinstance(value, Table) else value
         return {

@@ -1,6 +1,6 @@
-"""Random truths: what made-up tables, charts and forms say, before anyone decides how they look.
+"""Draws random truths: the contents of synthetic tables, charts and forms, independent of their look.
 
-`level` goes from 0 (one short row, two labels, one field) to 1 (the full range).
+`level` ranges from 0 (one short row, two labels, one field) to 1 (the full range).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from random import Random
 from scripts.nano import values
 from scripts.nano.truth import Cell, Chart, Form, Table
 
-BLANK_AXIS, BLANK_SERIES = "Label", "Value"  # what a chart calls them when the picture does not say
+BLANK_AXIS, BLANK_SERIES = "Label", "Value"  # names of axis and series when the image does not show any
 VALUE_LONGEST = 20  # characters of a form's value
 MOST_FIELDS = 10
-ENDING = 4  # letters at the end of a field's name that no other name of its form ends in
+ENDING = 4  # the last letters of a field's name, which differ for all names of a form
 
 
 # --- tables ---
 
 
 def random_table(rng: Random, level: float) -> Table:
-    """A table of up to eight rows below at most two header rows, and up to five columns."""
+    """Draws a table of up to eight rows below at most two header rows, and up to five columns."""
     n_cols = min(rng.choices((1, 2, 3, 4, 5), (6, 24, 32, 26, 12))[0], 2 + round(3 * level))
     n_body = min(rng.choices(range(1, 9), (8, 20, 24, 18, 12, 8, 5, 5))[0], 1 + round(7 * level))
     n_head = 0 if level < 0.1 else rng.choices((0, 1, 2), (10, 82, 8))[0]
@@ -64,7 +64,7 @@ def _short(rng: Random, kind: str, level: float) -> str:
 
 
 def _head_cells(rng: Random, n_head: int, n_cols: int, grouped: bool, row_heads: bool) -> list[Cell]:
-    """The header rows, no heading twice; where `grouped`, two rows of which the upper one spans columns."""
+    """Draws header rows without repeated headings; if `grouped`, two rows, of which the upper one spans columns."""
     names = _distinct(rng, 2 * n_cols, lambda: values.heading(rng))
     if row_heads and not grouped and rng.random() < 0.5:
         names[0] = ""
@@ -84,7 +84,7 @@ def _head_cells(rng: Random, n_head: int, n_cols: int, grouped: bool, row_heads:
 
 
 def _row_spans(rng: Random, n_body: int) -> list[tuple[int, int]]:
-    """First row and height of each row label; at least one is higher than a row."""
+    """Draws the first row and height of each row label; at least one is higher than a row."""
     spans, row = [], 0
     while row < n_body:
         height = min(rng.choice((1, 2, 2, 3)) if row else rng.choice((2, 2, 3)), n_body - row)
@@ -94,7 +94,7 @@ def _row_spans(rng: Random, n_body: int) -> list[tuple[int, int]]:
 
 
 def _without_blank_lines(rng: Random, cells: list[Cell], n_head: int, n_cols: int) -> list[Cell]:
-    """The cells with a word wherever a whole body column or row was empty."""
+    """Returns the cells with a word added wherever a complete body column or row was empty."""
     columns = {c.col for c in cells if c.text and c.colspan < n_cols and c.row >= n_head}
     rows = {c.row for c in cells if c.text}
     kept = []
@@ -120,7 +120,7 @@ _LABELS: dict[str, tuple[str, ...]] = {
 
 
 def random_chart(rng: Random, level: float) -> Chart:
-    """A bar, line or pie chart of two to seven labels."""
+    """Draws a bar, line or pie chart of two to seven labels."""
     kind = rng.choices(("bar", "line", "pie"), (50, 27, 23))[0]
     most = 2 + round(5 * level)
     count = min(rng.choices((2, 3, 4, 5, 6, 7), (10, 24, 26, 20, 12, 8))[0], most)
@@ -159,7 +159,7 @@ def _distinct(rng: Random, count: int, make: Callable[[], str]) -> list[str]:
 
 
 def _chart_values(rng: Random, kind: str, count: int, n_series: int) -> tuple[tuple[str, ...], ...]:
-    """Values of one spelling; the two of a label differ, and no slice of a pie is thin."""
+    """Draws values of one number format. The two values of a label differ clearly, and no slice of a pie is thin."""
     if kind == "pie" and rng.random() < 0.6:
         cuts = sorted(rng.sample(range(1, (100 - 5 * count)), count - 1))
         shares = [b - a + 5 for a, b in zip([0, *cuts], [*cuts, 100 - 5 * count], strict=True)]
@@ -222,7 +222,7 @@ _INVOICE: dict[str, Callable[[Random], str]] = {
 
 
 def random_form(rng: Random, level: float) -> Form:
-    """One to ten fields; some of what is asked for is not on the page."""
+    """Draws a form of one to ten fields, some of which are not on the page."""
     invoice = level > 0.4 and rng.random() < 0.25
     makers = dict(_INVOICE) if invoice else {}
     count = rng.randint(1, 2 + round(6 * level))
@@ -253,7 +253,7 @@ def random_form(rng: Random, level: float) -> Form:
 
 
 def _random_field(rng: Random, level: float) -> tuple[str, Callable[[Random], str]]:
-    """A label and what makes its values."""
+    """Draws a label and the function that draws its values."""
     if rng.random() < 0.6 * level:
         return rng.choice(tuple(_FIELDS.items()))
     longest = round(6 + 8 * level)

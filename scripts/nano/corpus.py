@@ -1,7 +1,7 @@
-"""Text-only training data of the nano model's base: pages as plain text, and what the tasks answer for them.
+"""Text-only training data of the nano model's base: pages as plain text, and the tasks' answers for them.
 
-A page of text stands where a picture will stand later, before the same prompt, so that the base already knows the
-formats and how to copy into them before it sees a picture.
+A page of text takes the place of the later image, before the same prompt. So the base already knows the formats, and
+how to copy into them, before it sees an image.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from scripts.nano.values import (
 
 MAX_TOKENS = 400  # of message and answer together
 T = TypeVar("T")
-RULE = "---"  # the line between header rows and body of a table in plain text
-ABOVE = "^"  # a slot that belongs to the cell above it
+RULE = "---"  # line between header rows and body of a table in plain text
+ABOVE = "^"  # text of a slot that belongs to the cell above it
 
 
 def text_example(rng: Random) -> tuple[str, str]:
-    """The text of a user's message and the answer, at most `MAX_TOKENS` together."""
+    """Draws the text of a user's message and its answer, at most `MAX_TOKENS` together."""
     while True:
         example = _drawn(rng, EXAMPLES)(rng)
         if sum(map(n_tokens, example)) <= MAX_TOKENS:
@@ -47,7 +47,7 @@ def text_example(rng: Random) -> tuple[str, str]:
 
 
 def plain_text(rng: Random) -> str:
-    """Text without a question: sentences, a page, or one of the output formats; at most `MAX_TOKENS`."""
+    """Draws text without a question: sentences, a page, or one of the output formats; at most `MAX_TOKENS`."""
     while True:
         text = _drawn(rng, PLAIN)(rng)
         if n_tokens(text) <= MAX_TOKENS:
@@ -55,7 +55,7 @@ def plain_text(rng: Random) -> str:
 
 
 def n_tokens(text: str) -> int:
-    """The length in tokens, or more where spaces run on."""
+    """Returns the length in tokens; runs of spaces are overestimated."""
     n_pieces = 0
 
     def count(_: re.Match[str]) -> str:
@@ -76,7 +76,7 @@ def _drawn(rng: Random, weighted: tuple[tuple[int, T], ...]) -> T:
     return rng.choices([draw for _, draw in weighted], [weight for weight, _ in weighted])[0]
 
 
-# --- truths, from tiny to as large as pictures hold ---
+# --- truths, from tiny to as large as in images ---
 
 
 def random_table(rng: Random) -> Table:
@@ -95,7 +95,7 @@ def random_form(rng: Random) -> Form:
 
 
 def table_page(rng: Random, table: Table) -> str:
-    """Columns aligned with spaces, or parted by bars when cells are joined."""
+    """Writes a table as text: columns aligned with spaces or separated by bars; always bars if cells are joined."""
     barred = _is_joined(table) or table.n_cols == 1 or rng.random() < 0.4
     return _with_rule(table, _barred(table) if barred else _aligned(rng, table))
 
@@ -110,7 +110,10 @@ def _is_joined(table: Table) -> bool:
 
 
 def _barred(table: Table) -> list[str]:
-    """As many bars behind a cell as it has columns; `ABOVE` in the rows that a cell reaches down to."""
+    """Writes rows with as many bars after a cell as it has columns, and `ABOVE` in the lower rows of a joined cell.
+
+    For example, a cell 'A' of two columns, then 'B' and 'C' below it: '|A||' and '|B|C|'.
+    """
     lines = []
     for i in range(table.n_rows):
         cells = sorted((c for c in table.cells if c.row <= i < c.row + c.rowspan), key=lambda c: c.col)
@@ -120,7 +123,7 @@ def _barred(table: Table) -> list[str]:
 
 
 def _aligned(rng: Random, table: Table) -> list[str]:
-    """Text to the left, columns of numbers to the right, two or three spaces between columns."""
+    """Writes rows with text left-aligned, most number columns right-aligned, two or three spaces between columns."""
     texts = {(cell.row, cell.col): cell.text for cell in table.cells}
     widths = [max(len(texts[i, j]) for i in range(table.n_rows)) for j in range(table.n_cols)]
     body = range(table.n_header_rows, table.n_rows)
@@ -134,7 +137,7 @@ def _aligned(rng: Random, table: Table) -> list[str]:
 
 
 def chart_page(rng: Random, chart: Chart) -> str:
-    """Its kind and title, then its numbers as a table; names that a picture would not show are left out."""
+    """Writes a chart's kind and title, then its numbers as a table; names that an image would not show are left out."""
     unnamed = (contents.BLANK_AXIS, contents.BLANK_SERIES)
     names = tuple("" if name in unnamed else name for name in (chart.axis, *chart.series))
     rows = [names] if any(names) else []
@@ -145,7 +148,7 @@ def chart_page(rng: Random, chart: Chart) -> str:
 
 
 def form_page(rng: Random, form: Form) -> str:
-    """'Label: value' lines in any order; now and then a title, a line beside the point, a label without a value."""
+    """Writes 'Label: value' lines in any order, at times with a title, an unrelated line, a label without a value."""
     separator = rng.choice((": ", ": ", ":", "  ", " - "))
     style = rng.choice((str.capitalize, str.capitalize, str.title, str.upper, str.lower))
     shown = [(name, value) for name, value in form.fields if value is not None or rng.random() < 0.2]
@@ -160,7 +163,7 @@ def form_page(rng: Random, form: Form) -> str:
 
 
 def sentence(rng: Random) -> str:
-    """A short statement about made-up values."""
+    """Draws a short statement about random values."""
     subject, other, kind = word(rng), word(rng), column_kind(rng)
     value = cell_text(rng, kind)
     return rng.choice(
@@ -192,7 +195,7 @@ TABLE_WRITERS: tuple[tuple[str, Writer], ...] = (
 
 
 def grid_rows(table: Table) -> list[tuple[str, ...]]:
-    """The text of every slot; a joined cell's stands in its first slot only."""
+    """Returns the text of every slot; that of a joined cell is only in its first slot."""
     texts = {(cell.row, cell.col): cell.text for cell in table.cells}
     return [tuple(texts.get((i, j), "") for j in range(table.n_cols)) for i in range(table.n_rows)]
 
@@ -202,19 +205,19 @@ def table_csv(table: Table) -> str:
 
 
 def _asked(page: str, prompt: str) -> str:
-    """The page where a picture's placeholder and its newline would stand."""
+    """Returns the message, with the page in place of an image's placeholder and its newline."""
     return f"{page}\n{prompt}"
 
 
 def table_example(rng: Random) -> tuple[str, str]:
-    """A page with a table, to be written in one of the tasks' formats or as CSV."""
+    """Draws a page with a table, to be written in one of the tasks' formats or as CSV."""
     table = _without_row_headers(random_table(rng))
     prompt, write = rng.choices((*TABLE_WRITERS, (formats.TABLE_AS_CSV, table_csv)), (4, 4, 4, 1))[0]
     return _asked(table_page(rng, table), prompt), write(table)
 
 
 def _without_row_headers(table: Table) -> Table:
-    """The table as far as a page of text can tell it."""
+    """Returns the table with only the properties that a page of text can show: row headers become plain cells."""
     cells = tuple(replace(cell, header=cell.row < table.n_header_rows) for cell in table.cells)
     return replace(table, cells=cells)
 
@@ -238,10 +241,10 @@ def question_example(rng: Random) -> tuple[str, str]:
 
 
 def conversion_example(rng: Random) -> tuple[str, str]:
-    """From one of the output formats into another, or back to plain text."""
+    """Draws a table in one of the output formats, to be converted to another, or to plain text."""
     table = random_table(rng)
     writers = TABLE_WRITERS
-    if table.n_header_rows == 1 and not _is_joined(table):  # what CSV can tell
+    if table.n_header_rows == 1 and not _is_joined(table):  # the tables that CSV can represent
         writers = (*writers, (formats.TABLE_AS_CSV, table_csv))
     (_, read), (prompt, write) = rng.sample(writers, 2)
     if rng.random() < 0.2:
@@ -250,7 +253,7 @@ def conversion_example(rng: Random) -> tuple[str, str]:
 
 
 def column_example(rng: Random) -> tuple[str, str]:
-    """The cells of one column, a line each; empty ones are empty lines."""
+    """Draws a question for the cells of one column, a line each; empty ones are empty lines."""
     table = random_table(rng)
     rows = grid_rows(table)[table.n_header_rows :]
     column = rng.randrange(table.n_cols)
@@ -264,7 +267,7 @@ def copy_example(rng: Random) -> tuple[str, str]:
 
 
 def random_line(rng: Random) -> str:
-    """Values of any kind with spaces between."""
+    """Draws values of any kind with spaces between them."""
     return " ".join(cell_text(rng, column_kind(rng)) for _ in range(rng.randint(1, 6)))
 
 

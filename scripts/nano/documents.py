@@ -1,7 +1,7 @@
-"""Made-up documents: the picture of a table, chart or form, and exactly what it says.
+"""Synthetic documents: the image of a table, chart or form, and its exact contents.
 
-`draw_document` makes all of it from one seed; `draw` draws a content that a caller chose. A `level` from
-0 to 1 goes from one short row on clean paper to the full range of layouts, noise and sizes.
+`draw_document` generates contents and image from one seed; `draw` draws given contents. A `level` from 0 to 1 ranges
+from one short row on clean paper to all layouts, noise and sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RANDOM: dict[str, Callable[[Random, float], Truth]] = {
 
 @dataclass(frozen=True)
 class Document:
-    """A picture and what it says; `kind` is one of `KINDS`."""
+    """An image and its contents; `kind` is one of `KINDS`."""
 
     kind: str
     picture: Image.Image
@@ -45,7 +45,7 @@ class Document:
 
 
 def draw_document(seed: int, kind: str | None = None, level: float = 1.0, font: str | None = None) -> Document:
-    """The document of a seed; the same arguments give the same picture with the same library versions."""
+    """Draws the document of a seed; the same arguments give the same image with the same library versions."""
     rng = Random(f"{seed} {kind} {level} {font}")
     kind = kind or rng.choices(KINDS, _SHARES)[0]
     for _ in range(_TRIES):
@@ -56,7 +56,7 @@ def draw_document(seed: int, kind: str | None = None, level: float = 1.0, font: 
 
 
 def draw(truth: Truth, seed: int = 0, level: float = 1.0, font: str | None = None) -> Document:
-    """A given content in a look of the seed's choice; ValueError when no page can hold it readably."""
+    """Draws given contents in a style that the seed chooses. Raises ValueError when they do not fit a readable page."""
     rng = Random(f"{seed} {level} {font}")
     for _ in range(_TRIES):
         document = _drawn(rng, truth, seed, level, font)
@@ -66,7 +66,7 @@ def draw(truth: Truth, seed: int = 0, level: float = 1.0, font: str | None = Non
 
 
 def _drawn(rng: Random, truth: Truth, seed: int, level: float, font: str | None) -> Document | None:
-    """One attempt, None when texts would overlap or be too small."""
+    """Makes one attempt. Returns None when texts would overlap or be too small."""
     font = font or rng.choice(sorted(fonts()))
     ink, look, margin = _ink(rng, level), rng.getrandbits(32), rng.uniform(0.5, 1.2)
 
@@ -87,7 +87,7 @@ def _drawn(rng: Random, truth: Truth, seed: int, level: float, font: str | None)
 
 
 def _ink(rng: Random, level: float) -> Ink:
-    """Dark text on light paper, and colours or greys for series of which neighbours differ clearly."""
+    """Chooses dark text on light paper, and colours or greys for series, clearly different for neighbours."""
     paper = _grey(rng, 215, 255, 5) if rng.random() < 0.5 * level else (255, 255, 255)
     text = _grey(rng, 0, 70) if rng.random() < 0.7 else (rng.randint(0, 40), rng.randint(0, 50), rng.randint(60, 120))
     depth = rng.randint(14, 40)
@@ -102,7 +102,7 @@ def _ink(rng: Random, level: float) -> Ink:
 
 
 def _grey(rng: Random, low: int, high: int, spread: int = 0) -> RGB:
-    """A grey whose channels stray by at most `spread`."""
+    """Returns a grey whose channels vary by at most `spread`."""
     grey = rng.randint(low, high)
     red, green, blue = (max(0, min(255, grey + rng.randint(-spread, spread))) for _ in range(3))
     return red, green, blue

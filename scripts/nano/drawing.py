@@ -1,6 +1,6 @@
-"""Fonts, sheets that remember where each glyph stands, and what turns a sheet into a photographed page.
+"""Fonts, sheets that record the position of each glyph, and the effects that make a sheet look like a photo.
 
-A sheet knows nothing of tables or charts; a page is fitted to the grid of tiles that the model will choose.
+A sheet is independent of tables and charts. A page is fitted to the grid of tiles that the model will choose.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 RGB = tuple[int, int, int]
 TILE_PX, MOST_TILES = 160, 8
 NOMINAL_PX = 16.0  # the font size that a sheet is measured at
-PLACES = 16  # tried for a sheet on its page
-SMALLEST_PX = 15.5  # the font size in the model's view below which a page counts as unreadable
+PLACES = 16  # positions tried for a sheet on its page
+SMALLEST_PX = 15.5  # font size as the model sees it, below which a page counts as unreadable
 
 AILERON = "Aileron"
 HELD_OUT = "Hanken Grotesk"
@@ -44,7 +44,7 @@ _FILES = {  # name: package, regular file, bold file
 
 @functools.cache
 def _installed() -> dict[str, tuple[Path, Path]]:
-    """Regular and bold file of every font whose package is there."""
+    """Returns the regular and bold file of every font whose package is installed."""
     found = {}
     for name, (package, *files) in _FILES.items():
         spec = importlib.util.find_spec(package)
@@ -56,19 +56,19 @@ def _installed() -> dict[str, tuple[Path, Path]]:
 
 
 def fonts() -> dict[str, Path | None]:
-    """The training fonts by name; Pillow's built-in one has no file."""
+    """Returns the training fonts by name; Pillow's built-in one has no file."""
     return {AILERON: None} | {name: files[0] for name, files in _installed().items() if name != HELD_OUT}
 
 
 def held_out_font() -> str:
-    """The font that no training document is drawn with; LookupError where its package is not installed."""
+    """Returns the font that no training document uses. Raises LookupError when its package is not installed."""
     if HELD_OUT not in _installed():
         raise LookupError(f"the held-out font '{HELD_OUT}' is not installed; pip install font-hanken-grotesk")
     return HELD_OUT
 
 
 class Face:
-    """A font at a size, with what it takes to place each glyph."""
+    """A font at a size, with the metrics to place each glyph."""
 
     def __init__(self, font: FreeTypeFont, size: float) -> None:
         self.font, self.size = font, size
@@ -81,7 +81,7 @@ class Face:
         return self._advance[text]
 
     def starts(self, text: str) -> list[float]:
-        """The pen position of each character and, last, of the end, in pixels."""
+        """Returns the pen position of each character and, last, of the end, in pixels."""
         x, positions = 0.0, []
         for i, char in enumerate(text):
             if i:
@@ -93,7 +93,7 @@ class Face:
         return self.starts(text)[-1]
 
     def middle(self, char: str) -> float:
-        """The middle of the ink, to the right of the pen position."""
+        """Returns the middle of the ink, in pixels to the right of the pen position."""
         if char not in self._middle:
             left, _, right, _ = self.font.getbbox(char, anchor="ls")
             self._middle[char] = (left + right) / 2
@@ -117,21 +117,21 @@ def _face(name: str, bold: bool, size: float) -> Face:
 
 
 def face(name: str, size: float, bold: bool = False) -> Face:
-    """A cached face, its size rounded to half a pixel; KeyError for a font that is not installed."""
+    """Returns a cached face, its size rounded to half a pixel. Raises KeyError for a font that is not installed."""
     return _face(name, bold, round(size * 2) / 2)
 
 
 ADJACENT, SPACE, START, ENDING = 1, 2, 3, 3
-CAPITAL_MIDDLE = 0.36  # of a font's size: how far above the base line the middle of its capital letters is
+CAPITAL_MIDDLE = 0.36  # height of the middle of capital letters above the base line, as a share of the font size
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Every visible glyph of a picture, text by text.
+    """Every visible glyph of an image, text by text.
 
-    `x` is the middle of its ink and `y` that of its line's capital letters, in pixels; `code` its code point, `gap`
-    what is before it: `ADJACENT` to the glyph before it, behind a `SPACE`, or the `START` of a text; `ENDING` is added
-    to the last glyph of a text.
+    `x`: middle of its ink, `y`: middle of its line's capital letters, both in pixels. `code`: its code point. `gap`:
+    whether it is `ADJACENT` to the glyph before it, follows a `SPACE`, or is the `START` of a text; `ENDING` is added
+    for the last glyph of a text.
     """
 
     x: NDArray[np.float32]
@@ -145,7 +145,7 @@ class Glyphs:
 
 @dataclass(frozen=True)
 class Ink:
-    """The colours of a page; `series` are those of bars, lines and slices."""
+    """The colours of a page. `series`: colours of bars, lines and slices."""
 
     paper: RGB
     text: RGB
@@ -155,7 +155,7 @@ class Ink:
 
 
 class Sheet:
-    """Shapes and texts in pixels from an origin of one's own; drawn once the page is known."""
+    """Shapes and texts in pixels from an arbitrary origin; rendered once the page is known."""
 
     def __init__(self) -> None:
         self._shapes: list[Callable[[ImageDraw.ImageDraw, float, float], None]] = []
@@ -168,14 +168,14 @@ class Sheet:
         self._extent = [min(e[0], x0), min(e[1], y0), max(e[2], x1), max(e[3], y1)]
 
     def extent(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of all that stands here; zeros for an empty sheet."""
+        """Returns left, top, right and bottom of everything on the sheet; zeros for an empty sheet."""
         x0, y0, x1, y1 = self._extent
         return (x0, y0, x1, y1) if x0 <= x1 else (0.0, 0.0, 0.0, 0.0)
 
     def text(
         self, x: float, y: float, text: str, face: Face, fill: RGB, align: float = 0.0, halo: RGB | None = None
     ) -> None:
-        """`y` is the middle of capital letters; `x` the left (align 0), middle (0.5) or right end (1)."""
+        """Adds a text. `y`: middle of capital letters. `x`: left end (align 0), middle (0.5) or right end (1)."""
         if not text:
             return
         width = face.width(text)
@@ -210,7 +210,7 @@ class Sheet:
         )
 
     def slice(self, x: float, y: float, radius: float, start: float, end: float, fill: RGB, rule: RGB) -> None:
-        """A slice of a pie, angles in degrees clockwise from three o'clock."""
+        """Adds a slice of a pie; angles are in degrees clockwise from three o'clock."""
         self._grow(x - radius, y - radius, x + radius, y + radius)
         self._shapes.append(
             lambda pen, dx, dy: pen.pieslice(
@@ -219,7 +219,7 @@ class Sheet:
         )
 
     def has_overlaps(self) -> bool:
-        """Whether two texts stand on one another."""
+        """Whether two texts overlap."""
         boxes = self.text_boxes
         return any(
             a[0] < b[2] and b[0] < a[2] and a[1] + 1 < b[3] and b[1] + 1 < a[3]
@@ -228,7 +228,7 @@ class Sheet:
         )
 
     def render(self, width: int, height: int, dx: float, dy: float, paper: RGB) -> tuple[Image.Image, Glyphs]:
-        """The sheet on a page of `width` by `height` pixels, its origin moved by (dx, dy)."""
+        """Draws the sheet on a page of `width` by `height` pixels, its origin moved by (dx, dy)."""
         picture = Image.new("RGB", (width, height), paper)
         pen = ImageDraw.Draw(picture)
         for shape in self._shapes:
@@ -265,13 +265,13 @@ class Sheet:
 
 @functools.cache
 def grids() -> tuple[tuple[int, int], ...]:
-    """Every grid of tiles the model knows, (width, height) in tiles."""
+    """Returns every grid of tiles that the model supports, (width, height) in tiles."""
     sides = range(1, MOST_TILES + 1)
     return tuple((w, h) for h in sides for w in sides if w * h <= MOST_TILES)
 
 
 def best_grid(width: int, height: int) -> tuple[tuple[int, int], float]:
-    """The grid that the model's preprocessing chooses for a picture, in tiles, and the scale it is resized by."""
+    """Returns the grid that the model's preprocessing chooses for an image, in tiles, and the resizing factor."""
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         w, h = grid[0] * TILE_PX, grid[1] * TILE_PX
@@ -284,7 +284,7 @@ def best_grid(width: int, height: int) -> tuple[tuple[int, int], float]:
 
 
 def n_cut_letters(boxes: list[tuple[float, float, float, float]], width: int, height: int, size: float) -> int:
-    """About how many letters of the texts in `boxes` an edge between two tiles goes through, on such a page."""
+    """Estimates how many letters of the texts in `boxes` are cut by an edge between tiles, on a page of this size."""
     (columns, rows), scale = best_grid(width, height)
     dx, dy = (columns * TILE_PX - int(width * scale)) // 2, (rows * TILE_PX - int(height * scale)) // 2
     count = 0
@@ -298,13 +298,13 @@ def n_cut_letters(boxes: list[tuple[float, float, float, float]], width: int, he
 
 
 def _page_size(rng: Random, em_width: float, em_height: float, scans: float) -> tuple[float, bool, int, int] | None:
-    """Font size, whether the page fills its grid of tiles, and its width and height, for a sheet measured in em."""
+    """Chooses font size, whether the page fills its grid of tiles, width and height, for a sheet measured in em."""
 
     def seen(grid: tuple[int, int]) -> float:
-        """The font size the model sees when the page just fills a grid."""
+        """Returns the font size that the model sees when the page just fills a grid."""
         return min(grid[0] * TILE_PX / em_width, grid[1] * TILE_PX / em_height)
 
-    larger = [g for g in grids() if g != (1, 1)]  # of a page of one tile the overview shows the same again
+    larger = [g for g in grids() if g != (1, 1)]  # for a page of one tile the overview would show the same again
     roomy = max((g for g in larger if g[0] * g[1] > MOST_TILES - 3), key=seen)
     if SMALLEST_PX < seen(roomy) < 24 and rng.random() < scans:
         grid, enlarged = roomy, rng.uniform(1.5, 3.0)
@@ -326,11 +326,12 @@ def _page_size(rng: Random, em_width: float, em_height: float, scans: float) -> 
 def page(
     rng: Random, lay: Callable[[float], Sheet], paper: RGB, margin: float, scans: float
 ) -> tuple[Image.Image, Glyphs, float] | None:
-    """A page for the sheet that `lay` makes at a font size, and its margin in pixels.
+    """Draws a page with the sheet that `lay` returns for a font size. Returns also the margin in pixels.
 
-    None where no grid of tiles can hold it readably, or texts would overlap. `margin` counts in font sizes.
-    Mostly the page is a little smaller than its grid; of those with much on them a share of `scans` is far larger. Of
-    some places for the sheet, it stands where edges between tiles cut the fewest letters: those are hard to read.
+    Returns None when no grid of tiles can hold it readably, or texts would overlap. `margin` is in font sizes. Most
+    pages are a little smaller than their grid; a share of `scans` of the dense ones is far larger. Of `PLACES`
+    positions for the sheet, the one where tile edges cut the fewest letters is taken, since cut letters are hard to
+    read.
     """
     x0, y0, x1, y1 = lay(NOMINAL_PX).extent()
     em_width, em_height = ((x1 - x0) / NOMINAL_PX + 2 * margin) * 1.03, ((y1 - y0) / NOMINAL_PX + 2 * margin) * 1.03
@@ -348,7 +349,7 @@ def page(
     room = (max(width, need_x), max(height, need_y))
 
     def placed() -> tuple[int, int, float, float]:
-        """Width and height of a page, and where on it the sheet begins."""
+        """Draws a page's width and height, and the position of the sheet on it."""
         width, height = room
         if not fill and need_x / width > need_y / height:
             height = rng.randint(min(need_y, height), height)
@@ -366,7 +367,7 @@ def page(
 
     width, height, left, top = min((placed() for _ in range(PLACES)), key=n_cut)
     picture, glyphs = sheet.render(width * finer, height * finer, (left - x0) * finer, (top - y0) * finer, paper)
-    if finer > 1:  # unlike hinted text of this size, the letters keep their true shapes and distances
+    if finer > 1:  # drawn larger and reduced, letters keep their true shapes and distances, unlike hinted text
         picture, glyphs = picture.reduce(finer), glyphs.moved(glyphs.x / finer, glyphs.y / finer)
     return picture, glyphs, margin * size
 
@@ -374,7 +375,7 @@ def page(
 def photographed(
     rng: Random, picture: Image.Image, glyphs: Glyphs, paper: RGB, margin_px: float, level: float
 ) -> tuple[Image.Image, Glyphs]:
-    """The page a little turned, blurred, noisy and squeezed by JPEG, each with its own chance."""
+    """Rotates the page a little, blurs it, adds noise and compresses it with JPEG, each with its own probability."""
     if rng.random() < 0.4:
         most = min(0.5, math.degrees(margin_px / max(picture.size)))  # nothing may leave the page
         picture, glyphs = turned(picture, glyphs, rng.uniform(-most, most), paper)
@@ -393,7 +394,7 @@ def photographed(
 
 
 def turned(picture: Image.Image, glyphs: Glyphs, degrees: float, paper: RGB) -> tuple[Image.Image, Glyphs]:
-    """Turned counter-clockwise about the middle; the page keeps its size."""
+    """Rotates image and glyphs counter-clockwise about the middle; the page keeps its size."""
     small = max(picture.size) < 600
     sampling = Image.Resampling.BICUBIC if small else Image.Resampling.BILINEAR
     out = picture.rotate(degrees, sampling, fillcolor=paper)

@@ -1,11 +1,12 @@
-"""Accuracy of the nano model on held-out documents, through the runtime in every quantization and through transformers.
+"""Measures nano's accuracy on held-out documents, through the runtime in every quantization and through transformers.
 
     python -m scripts.nano.evaluate                                   # the shipped checkpoint, every column
     python -m scripts.nano.evaluate --columns F16,Q8_0 --documents 100
     python -m scripts.nano.evaluate --columns "F32 free,transformers" --same # do both give the same text?
 
-Prints one Markdown table: a row a group of documents, a column a model. Answers are held to their form, as those of
-`granite4v extract` are, but in columns that are called free and those of transformers. Needs the `dev` extra.
+Prints one Markdown table, with rows for each group of documents and a column for each model. Answers are constrained by
+the grammar of their task, as in `granite4v extract`, except in 'free' columns and that of transformers. Needs the `dev`
+extra.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHIPPED = ROOT / "granite4v" / "nano"
 
 @dataclass(frozen=True)
 class Column:
-    """A conversion of the checkpoint. `lora`: what becomes of the adapter."""
+    """A conversion of the checkpoint. `lora`: how the adapter is handled."""
 
     text_type: str = "F16"
     vision_type: str = "F16"
@@ -63,14 +64,14 @@ COLUMNS = {
     "no adapter": Column(lora="ignore"),
 }
 REFERENCE = "transformers"
-FREE = " free"  # behind a column's name: answers are not held to a form
+FREE = " free"  # suffix of a column's name: answers are unconstrained
 GROUPS = ("tables", "large or spanned tables", "charts", "forms", "held-out font")
 MAX_TOKENS = 1500
 
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out document and what it is asked for."""
+    """One held-out document and the question about it."""
 
     group: str
     document: Document
@@ -133,7 +134,7 @@ def main() -> int:
 
 
 def held_out(n: int) -> Iterator[Question]:
-    """`n` questions of each group, always the same ones."""
+    """Yields `n` questions of each group, always the same ones."""
     tags = ("<tables_otsl>", "<tables_html>", "<tables_json>")
     for i, group in enumerate(GROUPS):
         rng = random.Random(group)
@@ -156,7 +157,7 @@ def held_out(n: int) -> Iterator[Question]:
 
 
 def is_simple(table: Any) -> bool:
-    """Up to five rows under the header, up to four columns, no spans."""
+    """Whether a table has up to five rows under the header, up to four columns and no spans."""
     spans = any(cell.rowspan > 1 or cell.colspan > 1 for cell in table.cells)
     return not spans and table.n_rows - table.n_header_rows <= 5 and table.n_cols <= 4
 
@@ -168,9 +169,9 @@ def _converted(checkpoint: Path, column: str, out: Path, n_threads: int | None) 
 
 
 def runtime(model: granite4v.Model, free: bool) -> Callable[[Question], str]:
-    """What answers a question with a model, held to the form of its task unless `free`.
+    """Returns a function that answers a question with a model, constrained by the grammar of its task unless `free`.
 
-    Of an answer that did not end by itself that is what `extract` keeps.
+    If a constrained answer did not end by itself, it returns the part that `extract` keeps.
     """
 
     def ask(question: Question) -> str:
@@ -206,9 +207,10 @@ def _reference(checkpoint: Path) -> Callable[[Question], str]:
 
 
 def parting(reference: Any, question: Question, text: str, other: str) -> float:
-    """By how much transformers, in one pass over all that both texts have in common, prefers one's next token.
+    """Returns the difference of the logits of two texts' first differing tokens, by transformers.
 
-    Next to nothing: token by token, with what it computed before in its cache, it rounds otherwise.
+    transformers computes them in one pass over the common prefix. A tiny difference means that the texts differ because
+    of rounding: token by token with a cache, transformers rounds differently.
     """
     tokenizer, pictures = reference.processor.tokenizer, [question.document.picture]
     ids, others = (
@@ -225,7 +227,7 @@ def _told(name: str, i: int, n: int, text: str) -> str:
 
 
 def score(questions: list[Question], texts: list[str]) -> dict[str, dict[str, float]]:
-    """For every group: share of cells, values or fields right, of documents all right, and mean TEDS of its tables."""
+    """Returns for every group the share of right cells, values or fields, that of exact documents, and mean TEDS."""
     groups: dict[str, list[Measured]] = {}
     for question, text in zip(questions, texts, strict=True):
         groups.setdefault(question.group, []).append(measure(question.document, question.task, text))
@@ -241,7 +243,7 @@ def score(questions: list[Question], texts: list[str]) -> dict[str, dict[str, fl
 
 
 def table(names: list[str], scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The scores as Markdown."""
+    """Writes the scores as a Markdown table."""
     labels = {"right": "cells, values or fields right", "exact": "documents all right", "teds": "TEDS"}
     lines = ["| documents | measure | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for group, figures in scores[names[0]].items():

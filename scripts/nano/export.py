@@ -1,6 +1,6 @@
 """Writes a training run as a checkpoint in the layout of Granite Vision 4.0: base, adapter, tokenizer, curve.
 
-And makes a run of such a checkpoint, so that training can go on from it.
+Also restores a run from such a checkpoint, so that training can continue from it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ N_CURVE_POINTS = 60
 
 
 def export(run: Path, out: Path, others: Sequence[Path] = ()) -> None:
-    """Writes the checkpoint of `run` into `out`, float16; FileNotFoundError when a stage has not been trained.
+    """Writes the checkpoint of `run` into `out`, in float16. Raises FileNotFoundError when a stage was not trained.
 
-    What the last stage trained is the mean of its weights and of those in `others`, saves of the same stage.
+    The weights that the last stage trained are averaged with those in `others`, saves of the same stage.
     """
     weights: dict[str, torch.Tensor] = {}
     for stage in STAGES:
@@ -54,9 +54,9 @@ def export(run: Path, out: Path, others: Sequence[Path] = ()) -> None:
 
 
 def restore(checkpoint: Path, run: Path) -> None:
-    """Writes the stages of `run` as if they had ended with the weights of `checkpoint`; classifiers start anew.
+    """Writes the stages of `run` as if they had ended with the weights of `checkpoint`. Classifiers start anew.
 
-    What is trained then adds to the curves, its minutes counted from 0 again.
+    Later training appends to the curves, with minutes counted from 0 again.
     """
     model = {name: value.float() for name, value in load_file(checkpoint / "model.safetensors").items()}
     adapter = {
@@ -75,7 +75,7 @@ def restore(checkpoint: Path, run: Path) -> None:
 
 
 def curve(run: Path, stage: str) -> dict[str, Any]:
-    """A stage's training curve, thinned, and what it measured on held-out samples."""
+    """Returns a stage's training curve, thinned, and its figures on held-out samples."""
     lines = (run / f"{stage}.jsonl").read_text().splitlines()
     records = [{name: value for name, value in json.loads(line).items() if not math.isnan(value)} for line in lines]
     trained = [record for record in records if "step" in record]

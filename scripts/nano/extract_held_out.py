@@ -1,12 +1,12 @@
-"""`granite4v extract` on held-out documents in mixed formats, beside plain questions about the same pages.
+"""Compares `granite4v extract` on held-out documents in mixed formats with plain questions about the same pages.
 
     python -m scripts.nano.extract_held_out --documents 20 --model build/nano-f16
 
-Half of the pages stand in PDFs of 1 to 20 pages, the others are PNG, JPEG, WebP, BMP and TIFF files. Every record must
-parse and be valid to other people's programs (docling-core, lxml, csv, `jsonschema`); of an answer that did not end by
-itself that is what was kept of it. How much of the truth a record has is measured as `evaluate.py` does, beside what
-`evaluate.py` is answered about the same documents; where a file kept every pixel, that must be the same text. Prints
-one Markdown table, then one JSON line; status 1 when a record is not valid or not the same. Needs the `dev` extra.
+Half of the pages are in PDFs of 1 to 20 pages, the others in PNG, JPEG, WebP, BMP and TIFF files. Every record must
+parse and be valid for independent programs (docling-core, lxml, csv, `jsonschema`); for an answer that did not end by
+itself this applies to the part that was kept. Accuracy is measured as in `evaluate.py`, for the records and for the
+answers that `evaluate.py` gets about the same documents. If a file is lossless, both must be the same text. Prints one
+Markdown table, then one JSON line; exits with status 1 when a record is invalid or differs. Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Pages:
 
 @dataclass
 class Seen:
-    """What came of all records: what was asked, answered and answered to `evaluate.py`, whether from the same pixels;
-    which records have only the whole part of an answer, and what is wrong.
+    """Results of all records: questions, answers, answers that `evaluate.py` gets, whether both saw the same pixels.
+
+    `cut`: records that have only the complete part of an answer. `broken`: problems.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -95,7 +96,10 @@ def main() -> int:
 
 
 def write_files(folder: Path, questions: list[Question], rng: random.Random) -> Iterator[Pages]:
-    """Tables, charts and forms apart, for a run asks one kind of question; every form is a file of its own schema."""
+    """Writes tables, charts and forms to separate files, since a run asks one kind of question. Each form gets its own.
+
+    A form has its own schema, which applies to a complete run.
+    """
     for kind in TASKS:
         of_kind = [question for question in questions if question.document.kind == kind]
         in_pdfs, alone = of_kind[::2], of_kind[1::2]
@@ -117,7 +121,7 @@ def _write(path: Path, questions: list[Question]) -> Pages:
 
 
 def read_file(model: granite4v.Model, file: Pages, seen: Seen) -> None:
-    """All records of a file, judged, and what `evaluate.py` is answered about its pages."""
+    """Extracts a file, judges its records, and asks about its pages as `evaluate.py` does. Adds all of it to `seen`."""
     truth = file.questions[0].document.truth
     kind = file.questions[0].document.kind
     schema = formats.form_schema(truth) if isinstance(truth, Form) else None

@@ -1,4 +1,4 @@
-"""What the nano model is asked and what it answers: exact strings, as pure functions of the truth.
+"""The prompts of the nano model and its exact answers, as pure functions of the truth.
 
 The formats are Granite Vision's: OTSL, HTML, cells as JSON, CSV, matplotlib code, two sentences, an instance
 of a JSON schema. Prompts are our own, except the key-value prompt.
@@ -27,7 +27,7 @@ TASK_PROMPTS = {
     "<tables_json>": "Write the table on this page as JSON.",
     "<tables_otsl>": "Write the table on this page as OTSL.",
 }
-KVP = "<kvp>"  # names the key-value task beside the tags; the template does not know it
+KVP = "<kvp>"  # names the key-value task like a tag, but the template has no such tag
 
 KVP_PROMPT = """\
 Extract structured data from this document.
@@ -51,7 +51,7 @@ NOT_FOUND = "not found"
 
 
 def otsl(table: Table) -> str:
-    """One tag for each slot of the grid; `<nl>` ends a row. Text stands only in the first slot of a cell."""
+    """Writes a table as OTSL: a tag for each slot of the grid, `<nl>` after a row, text only in a cell's first slot."""
     parts = ["<otsl>"]
     for i, row in enumerate(_slots(table)):
         for j, cell in enumerate(row):
@@ -76,7 +76,7 @@ def _otsl_tag(table: Table, cell: Cell) -> str:
 
 
 def _slots(table: Table) -> list[list[Cell]]:
-    """The cell that covers each slot, (n_rows, n_cols)."""
+    """Returns the cell that covers each slot, (n_rows, n_cols)."""
     covering = {
         (i, j): cell
         for cell in table.cells
@@ -87,7 +87,7 @@ def _slots(table: Table) -> list[list[Cell]]:
 
 
 def html(table: Table) -> str:
-    """A `<table>` with `<thead>` and `<tbody>` where there are such rows; no white space between tags."""
+    """Writes a table as HTML, with `<thead>` and `<tbody>` if they have rows, and no white space between tags."""
     rows = ["<tr>" + "".join(_html_cell(table, c) for c in _starting(table, i)) + "</tr>" for i in range(table.n_rows)]
     head, body = "".join(rows[: table.n_header_rows]), "".join(rows[table.n_header_rows :])
     head = f"<thead>{head}</thead>" if head else ""
@@ -107,7 +107,7 @@ def _html_cell(table: Table, cell: Cell) -> str:
 
 
 def tables_json(table: Table) -> str:
-    """Dimensions (`rows` counts those below the header) and cells in reading order, counted from 1."""
+    """Writes a table as JSON: dimensions (`rows` below the header), and cells in reading order, counted from 1."""
     return json.dumps(
         {
             "dimensions": {
@@ -139,7 +139,7 @@ def _json_cell(table: Table, cell: Cell) -> Json:
 
 
 def chart_csv(chart: Chart) -> str:
-    """A header row and one row for each label; values as they are drawn, quotes only where CSV needs them."""
+    """Writes a chart as CSV: a header row and a row for each label, values as drawn, quotes only where needed."""
     rows = [
         (chart.axis, *chart.series),
         *((label, *values) for label, values in zip(chart.labels, chart.values, strict=True)),
@@ -148,14 +148,14 @@ def chart_csv(chart: Chart) -> str:
 
 
 def csv_rows(rows: list[tuple[str, ...]]) -> str:
-    """CSV with a newline between rows and none at the end."""
+    """Writes CSV with a newline between rows and none at the end."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()[:-1]
 
 
 def chart_code(chart: Chart) -> str:
-    """Five to seven lines of matplotlib that draw the chart again."""
+    """Writes five to seven lines of matplotlib that draw the chart again."""
     columns = [[number(values[j]) for values in chart.values] for j in range(len(chart.series))]
     lines = ["import matplotlib.pyplot as plt", f"labels = {_strings(chart.labels)}"]
     series = ", ".join(
@@ -177,7 +177,10 @@ def chart_code(chart: Chart) -> str:
 
 
 def number(text: str) -> str:
-    """The Python literal of a value as it is drawn, without units and the commas between thousands."""
+    """Returns a drawn value as a Python literal, without units and thousands separators.
+
+    Raises ValueError when the text has no number.
+    """
     found = re.search(r"-?\d[\d,]*(\.\d+)?", text)
     if not found:
         raise ValueError(f"the chart value {text!r} has no number in it")
@@ -198,7 +201,7 @@ def _string(text: str) -> str:
 
 
 def chart_summary(chart: Chart) -> str:
-    """Two sentences: what is drawn, and the highest and lowest value as drawn (the first of equal ones)."""
+    """Writes two sentences: what is drawn, and the highest and lowest value as drawn (the first of equal ones)."""
     slots = [(i, j) for i in range(len(chart.labels)) for j in range(len(chart.series))]
 
     def value(slot: tuple[int, int]) -> float:
@@ -220,28 +223,28 @@ def chart_summary(chart: Chart) -> str:
 
 
 def form_schema(form: Form, nullable: bool = True) -> Json:
-    """A JSON schema of the form's fields, each a string or null; not `nullable`, it says string alone."""
+    """Returns a JSON schema of the form's fields: each a string or null, or only a string if not `nullable`."""
     kind: Any = ["string", "null"] if nullable else "string"
     return {"type": "object", "properties": {name: {"type": kind} for name, _ in form.fields}}
 
 
 def form_json(form: Form) -> str:
-    """The instance of the schema: values as they stand on the page, null for those that are not there."""
+    """Returns the schema's instance: values as on the page, null for those that are not there."""
     return json.dumps(dict(form.fields), ensure_ascii=False)
 
 
 def kvp_prompt(schema: Json) -> str:
-    """The prompt of IBM's key-value benchmark."""
+    """Returns the prompt of IBM's key-value benchmark."""
     return KVP_PROMPT.format(schema=json.dumps(schema, indent=2, ensure_ascii=False))
 
 
 def field_question(name: str) -> str:
-    """A question after one field; the name is snake_case."""
+    """Returns a question about one field, whose name is given in snake_case."""
     return QUESTION.format(name=name.replace("_", " "))
 
 
 def field_answer(form: Form, name: str) -> str:
-    """The bare value, or 'not found'; KeyError for a field that the form does not know."""
+    """Returns the bare value, or 'not found'. Raises KeyError for a field that the form does not have."""
     value = dict(form.fields)[name]
     return NOT_FOUND if value is None else value
 
@@ -250,7 +253,7 @@ def field_answer(form: Form, name: str) -> str:
 
 
 def answer_for(tag: str, truth: Table | Chart | Form) -> str:
-    """The answer to a task tag, or to `KVP`; TypeError when the truth is of another kind."""
+    """Returns the answer to a task tag, or to `KVP`. Raises TypeError when the truth is of another kind."""
     if isinstance(truth, Table):
         writers: dict[str, Any] = {"<tables_html>": html, "<tables_json>": tables_json, "<tables_otsl>": otsl}
     elif isinstance(truth, Chart):

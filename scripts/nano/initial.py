@@ -1,4 +1,4 @@
-"""Weights to begin with: matrices of variance 1/fan-in, and a tower that starts by looking at neighbours."""
+"""Initial weights: matrices of variance 1/fan-in, and a tower whose first layers attend to neighbouring patches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class _Weights:
-    """Tensors by name, drawn one after another from one generator: their order is part of what a seed means."""
+    """Tensors by name, drawn one after another from one generator, so a seed's result depends on their order."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -35,7 +35,7 @@ class _Weights:
 
 
 def initial(spec: CheckpointSpec, n_vocab: int, seed: int) -> tuple[Tensors, Tensors, Tensors]:
-    """(text, vision, adapter) as float32 tensors. Matrices have variance 1/fan-in; the adapter's B is zero."""
+    """Returns (text, vision, adapter) as float32 tensors. Matrices have variance 1/fan-in; the adapter's B is zero."""
     generator = torch.Generator().manual_seed(seed)
     text, adapter = _text(spec, n_vocab, _Weights(generator))
     vision = _Weights(generator)
@@ -45,7 +45,7 @@ def initial(spec: CheckpointSpec, n_vocab: int, seed: int) -> tuple[Tensors, Ten
 
 
 def _text(spec: CheckpointSpec, n_vocab: int, made: _Weights) -> tuple[Tensors, Tensors]:
-    """The decoder's weights, and the adapter's."""
+    """Draws the decoder's weights and the adapter's."""
     text, adapter = made.tensors, {}
     width, kv = spec.text_hidden, spec.text_hidden // spec.text_heads * spec.text_kv_heads
     text[TEXT + "embed_tokens.weight"] = made.randn(n_vocab, width) / spec.embedding_multiplier
@@ -65,7 +65,7 @@ def _text(spec: CheckpointSpec, n_vocab: int, made: _Weights) -> tuple[Tensors, 
 
 
 def _tower(spec: CheckpointSpec, made: _Weights) -> None:
-    """The newline and the vision tower."""
+    """Draws the newline and the vision tower's weights."""
     vision, width = made.tensors, spec.vision_hidden
     vision["model.image_newline"] = made.randn(spec.text_hidden)
     at = VISION + "embeddings."
@@ -107,7 +107,7 @@ def _projectors(spec: CheckpointSpec, made: _Weights) -> None:
         made.linear(at + "out_linear", spec.text_hidden, width, 1.0 if layer == 0 else 0.5)
 
 
-# Where the heads of the first layers look at the start, (rows down, columns to the right).
+# Which neighbour each head of the first layers attends to initially: (rows down, columns to the right).
 NEIGHBOURS = (
     ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (1, 1)),
     ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, 1), (1, -1)),
@@ -116,11 +116,11 @@ SHARPNESS = 2.6
 
 
 def _look_at_neighbours(vision: Tensors, spec: CheckpointSpec) -> None:
-    """Starts the first layers as something like convolutions: each head attends to one neighbour of a patch.
+    """Initializes the first layers similarly to convolutions: each head attends to one neighbour of a patch.
 
-    A letter lies on several patches, so without this the tower first has to find out what is beside what. The first
-    dimensions of a patch tell its row and column as sines and cosines; of two such vectors the product is largest
-    where they are as far apart as the head's queries are turned.
+    A letter covers several patches, so without this the tower first has to learn which patches are adjacent. The first
+    dimensions of a patch encode its row and column as sines and cosines. A head's query matrix rotates them by its
+    offset, so the dot product with a key is largest at the patch at that offset.
     """
     side, size = grid_side(spec), spec.vision_hidden // spec.vision_heads
     n = size // 4  # frequencies of each axis

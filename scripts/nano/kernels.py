@@ -1,4 +1,4 @@
-"""The element-wise parts of the model, which torch.compile may fuse, and attention with a gradient made for CPUs."""
+"""Element-wise operations of the model, which torch.compile may fuse, and attention with a backward pass for CPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Kernels:
-    """The element-wise parts, fused by torch.compile when `fuse` is on."""
+    """The element-wise operations, fused by torch.compile if `fuse` is set, and attention."""
 
     def __init__(self, fuse: bool) -> None:
         def wrap(function: Any) -> Any:
@@ -50,7 +50,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (batch, positions, heads, head_dim); cos, sin (positions, 1, head_dim / 2)."""
+    """Applies the rotary embedding. x: (batch, positions, heads, head_dim); cos, sin: (positions, 1, head_dim / 2)."""
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -61,21 +61,21 @@ def _scaled_add(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _small_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """q (n, queries, heads, size), k and v (n, keys, heads, size): few of each, many n."""
+    """Softmax attention for large n with few queries and keys. q: (n, queries, heads, size), k, v: (n, keys, ...)."""
     scores = (q.float().unsqueeze(2) * k.float().unsqueeze(1)).sum(-1) * scale
     weights = torch.softmax(scores, dim=2)
     return (weights.unsqueeze(-1) * v.float().unsqueeze(1)).sum(2).to(q.dtype)
 
 
-# Heads, and queries of each, whose gradient is taken at a time: what stands between stays in the processor's cache.
+# Heads, and queries of each, whose gradient is computed at a time, so that intermediate results fit the CPU's cache.
 BLOCK_HEADS, BLOCK_ROWS = 12, 256
 
 
 def _attention_on_cpu() -> Any:
-    """Softmax attention (q, k, v, causal, scale), each (n, heads, positions, size).
+    """Returns softmax attention (q, k, v, causal, scale) of tensors (n, heads, positions, size).
 
-    On a CPU the gradient is taken from the attention weights again, a few heads and queries at a time, which is
-    about half as long as the backward pass of torch's flash kernel in bfloat16; elsewhere torch's own is used.
+    On a CPU the backward pass recomputes the attention weights, a few heads and queries at a time, which takes about
+    half as long as the backward pass of torch's flash kernel in bfloat16. Other devices use torch's own attention.
     """
 
     class Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -99,8 +99,8 @@ def _attention_on_cpu() -> Any:
                 if ctx.causal:
                     n = rows.stop - row
                     scores[:, :, row:] += torch.full((n, n), -torch.inf, dtype=q.dtype).triu(1)
-                # The weights must be those of the rounded scores, and sum to one: with the sums of the forward pass,
-                # a head that looks at one place only would get a gradient, and run away with it.
+                # The weights must be computed from the rounded scores and sum to one. With the sums of the forward
+                # pass, a head that attends to one position only would get a spurious gradient, and diverge.
                 weights = torch.softmax(scores, dim=-1)
                 d_scores = torch._softmax_backward_data(grad[asked] @ v[seen].mT, weights, -1, q.dtype)
                 d_q[asked] = d_scores @ k[seen]

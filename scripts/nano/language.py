@@ -1,8 +1,8 @@
 """The nano model's tokenizer and chat template.
 
-Text of a page is spelled byte by byte, so letters and digits are never joined. What the output formats and the
-prompts repeat (tags, JSON between two values, whole sentences) is a token each; these pieces are cut out of what
-`formats` writes, so the two cannot drift apart.
+Text of a page is spelled byte by byte, so letters and digits are never merged. The fixed parts of output formats and
+prompts (tags, JSON between two values, complete sentences) are one token each. These pieces are cut out of what
+`formats` writes, so the two always agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ MERGES = tuple((SPACE * n, SPACE * n) for n in (1, 2, 4, 8))  # runs of up to 16
 
 
 def build_tokenizer() -> ToyTokenizer:
-    """256 bytes, runs of spaces, the pieces, unused tokens up to a round number, and the special tokens last."""
+    """Builds the tokenizer: 256 bytes, runs of spaces, the pieces, special tokens, unused tokens up to a multiple of
+    `N_VOCAB_MULTIPLE`, and the image token last."""
     vocab = {letter: i for i, letter in enumerate(_byte_letters())}
     for left, right in MERGES:
         vocab[left + right] = len(vocab)
@@ -73,7 +74,7 @@ def build_tokenizer() -> ToyTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each of the 256 bytes in byte-level BPE."""
+    """Returns the letter for each of the 256 bytes in byte-level BPE."""
     letters = {byte: letter for letter, byte in byte_of_letter().items()}
     return [letters[byte] for byte in range(256)]
 
@@ -82,7 +83,7 @@ def _byte_letters() -> list[str]:
 
 
 def pieces() -> tuple[str, ...]:
-    """Every text that is one token, in a fixed order; none could be a part of a page's own text."""
+    """Returns every text that is one token, in a fixed order. None of them can be part of a page's own text."""
     found = [*OTSL_TAGS, *HTML_TAGS]
     for table in _tables():
         found += _between(formats.html(table))
@@ -101,7 +102,7 @@ def pieces() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, *_sentences()]))
 
 
-# In these examples 'X' stands for any text and '7' for any number; what stands between them is fixed.
+# In these examples 'X' is any text and '7' any number; everything between them is fixed.
 LIKE_TEXT = re.compile(r"[ ,.():\[\]]*|[ a-z]+|.")
 
 
@@ -121,7 +122,7 @@ def _chart(kind: str, n: int) -> Chart:
 
 
 def _sentences() -> list[str]:
-    """Prompts without their variable parts, line by line."""
+    """Returns prompts without their variable parts, line by line."""
     asked = [formats.TABLE_AS_CSV, formats.TABLE_AS_TEXT, formats.COPY_TEXT, formats.LIST_COLUMN, formats.QUESTION]
     prompts = [formats.DEFAULT_SYSTEM, *formats.TASK_PROMPTS.values(), formats.KVP_PROMPT, *asked]
     lines = [line.split("{")[0] for prompt in prompts for line in prompt.splitlines()]
@@ -130,8 +131,8 @@ def _sentences() -> list[str]:
 
 # --- the chat template ---
 
-# As Granite's: a system message is always there, and a task tag replaces all other text of its message. Unlike
-# it, a tag keeps every picture of its message, and a plain string is left as it is.
+# Like Granite's: a system message is always present, and a task tag replaces all other text of its message. Unlike
+# Granite's, a tag keeps every image of its message, and a plain string is left unchanged.
 CHAT_TEMPLATE = """\
 {%- set tasks = __TASKS__ -%}
 {%- macro flat(content) -%}

@@ -1,6 +1,6 @@
-"""Layouts: a table, chart or form set out on a sheet, in a look that a random generator chooses.
+"""Lays out a table, chart or form on a sheet, in a style that a random generator chooses.
 
-A layout is a pure function of its arguments, so the same sheet can be had at another font size.
+A layout is a pure function of its arguments, so the same sheet can be laid out again at another font size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scripts.nano.truth import Cell, Chart, Form, Table
 
 
 def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sheet:
-    """A sheet of the table: headers stand out by weight, shade or rule, and spans by rules or lines under groups."""
+    """Lays out a table. Headers are marked by weight, shade or rule, and spans by rules or lines under groups."""
     sheet = Sheet()
     body_spans = any(c.rowspan > 1 or c.colspan > 1 for c in table.cells if c.row >= table.n_header_rows)
     rules = rng.choices(("grid", "rows", "head", "none"), (45, 25, 18, 12))[0]
@@ -75,7 +75,7 @@ def lay_table(table: Table, rng: Random, font: str, size: float, ink: Ink) -> Sh
 
 
 def _column_widths(table: Table, needed: dict[Cell, float], least: float) -> list[float]:
-    """Wide enough for what every cell needs; what a spanning cell needs more is spread over its columns."""
+    """Returns widths that fit every cell; missing width of a spanning cell is spread evenly over its columns."""
     widths = [least] * table.n_cols
     for cell in sorted(table.cells, key=lambda c: c.colspan):
         missing = needed[cell] - sum(widths[cell.col : cell.col + cell.colspan])
@@ -94,7 +94,7 @@ def _number(text: str) -> float:
 
 
 def lay_chart(chart: Chart, rng: Random, font: str, size: float, ink: Ink) -> Sheet:
-    """A sheet of the chart, the title on top; values stand at flat bars, else in rows under the labels or a legend."""
+    """Lays out a chart, its title on top. Values are next to horizontal bars, else under the labels or in a legend."""
     plain, bold = (
         face(font, size),
         face(font, size * rng.choice((1.0, 1.0, 1.15)), bold=font != AILERON and rng.random() < 0.5),
@@ -115,7 +115,7 @@ def lay_chart(chart: Chart, rng: Random, font: str, size: float, ink: Ink) -> Sh
 
 
 def _is_named(chart: Chart) -> bool:
-    """Whether the picture says what the axis and the series are called."""
+    """Whether the image names the axis and the series."""
     return chart.series != (BLANK_SERIES,)
 
 
@@ -138,13 +138,13 @@ def _bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> Non
 
 
 def _slot(chart: Chart, plain: Face) -> float:
-    """How wide a label's place along the axis is, its values below it included."""
+    """Returns the width of a label's slot along the axis, which also fits the values below it."""
     texts = [*chart.labels, *(value for row in chart.values for value in row)]
     return max(max(plain.width(text) for text in texts) + 0.8 * plain.size, 2.2 * plain.size)
 
 
 def _data_rows(sheet: Sheet, chart: Chart, plain: Face, ink: Ink, slot: float, lowest: float) -> None:
-    """Labels under the axis and each series' values under them; axis and series are named at the left."""
+    """Draws labels under the axis and each series' values under them; axis and series are named at the left."""
     em = plain.size
     tops = [lowest + (0.95 + 1.5 * j) * em for j in range(1 + len(chart.series))]
     if _is_named(chart):
@@ -159,7 +159,7 @@ def _data_rows(sheet: Sheet, chart: Chart, plain: Face, ink: Ink, slot: float, l
 
 
 def _frame(sheet: Sheet, rng: Random, plain: Face, ink: Ink, width: float, height: float, lowest: float = 0.0) -> None:
-    """The axes and faint lines behind."""
+    """Draws the axes, and sometimes faint lines behind."""
     line = max(1, round(plain.size / 14))
     if rng.random() < 0.4:
         for k in range(1, 4):
@@ -206,7 +206,7 @@ def _flat_bars(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -
 
 
 def _pie(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None:
-    """The slices, and beside them a legend with their values."""
+    """Draws the slices, and next to them a legend with their values."""
     em, pitch = plain.size, rng.uniform(1.45, 1.8) * plain.size
     radius = rng.uniform(2.0, 3.4) * em
     numbers = [_number(row[0]) for row in chart.values]
@@ -226,13 +226,13 @@ def _pie(sheet: Sheet, chart: Chart, rng: Random, plain: Face, ink: Ink) -> None
 
 
 def _label(name: str, spelling: int) -> str:
-    """The label a field is drawn with: 'Due date', 'Due Date' or 'DUE DATE'."""
+    """Returns the label that a field is drawn with: 'Due date', 'Due Date' or 'DUE DATE'."""
     text = name.replace("_", " ")
     return (text.capitalize(), text.title(), text.upper())[spelling]
 
 
 def lay_form(form: Form, rng: Random, font: str, size: float, ink: Ink) -> Sheet:
-    """A sheet of the form: lines in one or two columns, boxes, or a ledger with its amounts at the right."""
+    """Lays out a form: lines in one or two columns, boxes, or a ledger with its amounts at the right."""
     sheet = Sheet()
     spelling = rng.choices((0, 1, 2), (7, 2, 1))[0]
     shown = [(name, _label(name, spelling), value) for name, value in form.fields if value is not None]
@@ -268,7 +268,7 @@ def _field_lines(
     plain: Face,
     ink: Ink,
 ) -> None:
-    """One field a line, down one column after the other; values 'aligned', 'ruled' or where their label ends."""
+    """Draws one field per line, column by column. Values are 'aligned', 'ruled' or directly after their label."""
     em, x = plain.size, 0.0
     per_column = -(-len(fields) // columns)
     for first in range(0, len(fields), max(1, per_column)):
@@ -289,7 +289,7 @@ def _field_lines(
 
 
 def _boxes(sheet: Sheet, fields: list[tuple[str, str]], columns: int, names: Face, plain: Face, ink: Ink) -> None:
-    """Boxes row by row, the label above its value."""
+    """Draws boxes row by row, each with its label above its value."""
     em = plain.size
     line, pad, height = max(1, round(em / 14)), 0.5 * em, 3.2 * em
     x = 0.0
@@ -313,7 +313,7 @@ def _ledger(
     bold: Face,
     ink: Ink,
 ) -> None:
-    """Values end at the right; a rule stands above the last one, the total."""
+    """Draws lines whose values are right-aligned, with a rule above the last one, the total."""
     em, last = plain.size, len(fields) - 1
     width = max(bold.width(label) + bold.width(value) for label, value in fields) + 1.5 * em
     for i, (label, value) in enumerate(fields):

@@ -1,6 +1,6 @@
-"""What training descends besides the answers' own loss: heads that look where they are taught, an eye that tells marks.
+"""Auxiliary losses in addition to the answers' loss: for the attention of taught heads, and for the tower's marks.
 
-`figures` collects what the curve shows.
+`figures` collects the values that the training curve shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.toy.spec import CheckpointSpec
 
 Tensors = dict[str, torch.Tensor]
 
-# How much each lesson counts beside the answer's own loss.
+# The weight of each lesson relative to the answer's loss.
 LESSON_WEIGHTS = {
     "history": 0.1,
     "places": 1.0,
@@ -29,15 +29,15 @@ LESSON_WEIGHTS = {
     "looks": 0.6,
 }
 LESSON_WEIGHTS |= {"shown": 0.8, "sought": 0.6}
-DEEPER_WEIGHT = 0.25  # more for every line further down the page: there are fewer of them, and they are harder to count
+DEEPER_WEIGHT = 0.25  # extra weight per line further down the page: lower lines are rarer and harder to count
 IDLE_WEIGHT = 0.1  # of each head that should look nowhere
-BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are asked about
-IDEAL_WEIGHT = 0.5  # of how far streams are from those that `way` learned with
-HEADS = "heads."  # the classifiers of glyphs and addresses, needed in training only
+BLANK_SHARE = 0.15  # of the patches and tokens without ink that the classifiers are trained on
+IDEAL_WEIGHT = 0.5  # of the distance between streams and the ideal ones that `way` trained with
+HEADS = "heads."  # prefix of the classifiers of glyphs and addresses, which only training needs
 
 
 def in_bfloat16(weights: Tensors) -> Tensors:
-    """The weights as the kernels take them: bfloat16, with the norms' own kept in float32."""
+    """Converts the weights for the kernels: to bfloat16, except those of norms, which stay float32."""
     return {
         name: value if "norm" in name.lower() and "newline" not in name else value.bfloat16()
         for name, value in weights.items()
@@ -45,7 +45,7 @@ def in_bfloat16(weights: Tensors) -> Tensors:
 
 
 def lesson_loss(batch: Batch, taught: Tensors, heads: Tensors, figures: dict[str, float]) -> torch.Tensor:
-    """How far the decoder's heads are from what they are taught."""
+    """Returns the weighted loss of the decoder's taught heads."""
     total = torch.zeros(())
     for term in itertools.chain(
         _attention_terms(batch, taught, figures),
@@ -57,7 +57,7 @@ def lesson_loss(batch: Batch, taught: Tensors, heads: Tensors, figures: dict[str
 
 
 def _attention_terms(batch: Batch, taught: Tensors, figures: dict[str, float]) -> Iterator[torch.Tensor]:
-    """Of heads that attend to the tokens before, and to the texts of a page."""
+    """Yields the terms of heads that attend to the tokens before, and to the texts of a page."""
     if "history" in taught:
         yield taught["history"].mean() * LESSON_WEIGHTS["history"]
         figures["history"] = taught["history"].mean().item()
@@ -75,7 +75,7 @@ def _attention_terms(batch: Batch, taught: Tensors, figures: dict[str, float]) -
 
 
 def _look_terms(batch: Batch, taught: Tensors, figures: dict[str, float]) -> Iterator[torch.Tensor]:
-    """Of heads that look at the next glyph, one head a slot, and nowhere elsewhere."""
+    """Yields the term of the heads that look at the next glyph, one head per slot, and nowhere otherwise."""
     if "looks" not in taught:
         return
     surprise = taught["looks"]
@@ -96,7 +96,7 @@ def _look_terms(batch: Batch, taught: Tensors, figures: dict[str, float]) -> Ite
 def _address_terms(
     batch: Batch, taught: Tensors, address: torch.Tensor, figures: dict[str, float]
 ) -> Iterator[torch.Tensor]:
-    """Of hidden states that tell an address: line and place of an image token, and of what an answer says next."""
+    """Yields the terms of hidden states that encode an address: an image token's, and that of an answer's next text."""
     for name in ("shown", "sought"):
         if name in taught:
             out = (taught[name] @ address.bfloat16().t()).float()
@@ -117,7 +117,10 @@ def glyph_loss(
     spec: CheckpointSpec,
     figures: dict[str, float],
 ) -> torch.Tensor:
-    """How well the tower's last state tells what a patch holds, and each stream what it should of a token."""
+    """Returns the loss of predicting patch marks from the tower's last state and token marks from the streams.
+
+    Adds the distance of the streams from the ideal ones.
+    """
     assert batch.patches is not None and batch.marks is not None
     marks = torch.split(batch.marks.flatten(0, 1).long(), [*[len(SLOT_CLASSES)] * N_SLOTS, len(PLACE_CLASSES)], 1)
     heads = in_bfloat16(heads)
@@ -141,7 +144,7 @@ def glyph_loss(
             if shown and told.any():
                 figures[f"{name} {i}"] = (one.argmax(1) == target[:, i])[told].float().mean().item()
     wanted = ideal_streams(batch.marks, spec)
-    for stream, ideal in zip(streams[1:], wanted[1:], strict=True):  # the deepest may tell what it likes
+    for stream, ideal in zip(streams[1:], wanted[1:], strict=True):  # the deepest is unconstrained
         apart = (stream.float() - torch.where(ideal.isnan(), stream.detach().float(), ideal)).square().mean()
         total = total + apart * IDEAL_WEIGHT
         figures["apart"] = figures.get("apart", 0.0) + apart.item() / (len(wanted) - 1)

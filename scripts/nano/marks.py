@@ -1,4 +1,4 @@
-"""Marks: what there is to know of each patch and of each image token, as classes that training asks for."""
+"""Marks: the classes that training asks the tower and the streams to predict for each patch and each image token."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from scripts.nano.spec import grid_side, tiling, tokens_side
 from scripts.nano.truth import Table
 from tests.toy.spec import CheckpointSpec
 
-# What begins where a table's text does: a cell of its body, or one that stands out as a header; else neither.
+# Kind of the table cell that begins with a glyph: of the body, or a header; 0 if none begins there.
 CELL, HEADER = 1, 2
-# What is known of a patch: its first and second glyph, the two before the first one in the same text, what is between,
-# whether a text ends there, and which cell begins with the first glyph.
+# Marks of a patch: its first and second glyph, the two before the first one in the same text, the gap before the first
+# one, whether a text ends there, and which kind of cell begins with the first glyph.
 PATCH_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 4, 2, 3)
-# What the stream of a slot tells of an image token: the glyph, the two before it in its text, what is between, and
-# which cell begins there.
+# Marks of an image token in the stream of one slot: the glyph, the two before it in its text, the gap before it, and
+# which kind of cell begins there.
 SLOT_CLASSES = (N_CLASSES, N_CLASSES, N_CLASSES, 4, 3)
-# What the first stream tells of it: whether a text begins and whether one ends there, the last four glyphs of the text
-# that ends, row and column of the token in its tile, and where in the token the line's middle is.
+# Marks of an image token in the place stream: whether a text begins and whether one ends there, the last four glyphs of
+# the text that ends, row and column of the token in its tile, and the height of the line's middle in the token.
 PLACE_CLASSES = (2, 2, N_CLASSES, N_CLASSES, N_CLASSES, N_CLASSES, 9, 9, 5)
-PLACE_AT = N_SLOTS * len(SLOT_CLASSES)  # where the marks of a token's place begin, after those of its slots
+PLACE_AT = N_SLOTS * len(SLOT_CLASSES)  # index of the first place mark of a token, after those of its slots
 N_TOKEN_MARKS = PLACE_AT + len(PLACE_CLASSES)
-OPEN = 255  # the marks of a slot that a glyph may be seen in or not, and of such a patch
+OPEN = 255  # marks of a slot or patch in which a glyph may or may not be seen; not trained
 
 
 @dataclass(frozen=True)
 class _Glyphs:
-    """What is known of every glyph. Codes count from 1; 0 is none of those that are read."""
+    """Arrays with one entry per glyph. Codes count from 1; 0 is a character that is not read."""
 
     code: np.ndarray
     before: list[np.ndarray]  # the three glyphs before it in its text: 0 before the text's first, EDGE in another tile
     starts: np.ndarray  # whether its text begins with it
-    ends: np.ndarray  # whether its text ends there, but for a colon
-    begins: np.ndarray  # CELL or HEADER where a table's cell begins with it
-    gap: np.ndarray  # what stands between it and the one before
+    ends: np.ndarray  # whether its text ends with it, ignoring a colon
+    begins: np.ndarray  # CELL or HEADER where a table cell begins with it
+    gap: np.ndarray  # ADJACENT, SPACE or START: the gap between it and the glyph before
 
 
 def marks_of(document: Document, page: Page, spec: CheckpointSpec) -> tuple[np.ndarray, np.ndarray]:
-    """What there is to know of each patch, (n_tiles, patches, ..), and of each image token, (n_tiles, tokens, ..).
+    """Returns the marks of each patch, (n_tiles, patches, ..), and of each image token, (n_tiles, tokens, ..).
 
-    The overview has nothing but places: what is small and squeezed is not to be read.
+    The overview tile has only row and column marks: its scaled-down text is not meant to be read.
     """
     side, tokens, px, patch = grid_side(spec), tokens_side(spec), spec.tile_px, spec.patch_px
     height, width = best_resolution(document.picture.size, tiling(spec).image_grid_pinpoints)
@@ -83,7 +83,7 @@ def _glyphs(document: Document, page: Page, px: int) -> _Glyphs:
     tile_x, tile_y = page.x // px, page.y // px
     starts = np.isin(gap, (START, START + ENDING))
     before = []
-    seen = starts  # whether the text begins before
+    seen = starts  # whether the text begins within the steps so far
     cut_off = np.zeros(len(code), dtype=bool)
     for steps in (1, 2, 3):
         cut_off = cut_off | (np.roll(tile_x, steps) != tile_x) | (np.roll(tile_y, steps) != tile_y)
@@ -96,7 +96,7 @@ def _glyphs(document: Document, page: Page, px: int) -> _Glyphs:
 
 
 def _mark_patch(here: np.ndarray, glyphs: _Glyphs, i: int) -> None:
-    """Notes the patch's next glyph: the first with all that is known of it, of the second only what it is."""
+    """Adds the patch's next glyph: all marks for the first one, its character and a text's end for a later one."""
     here[5] |= glyphs.ends[i]
     if here[0]:
         here[1] = glyphs.code[i]
@@ -106,7 +106,7 @@ def _mark_patch(here: np.ndarray, glyphs: _Glyphs, i: int) -> None:
 
 
 def _mark_token(here: np.ndarray, glyphs: _Glyphs, i: int, slot: int) -> None:
-    """Notes a glyph in its slot of an image token, and whether a text begins or ends in the token."""
+    """Adds a glyph to its slot of an image token, and whether a text begins or ends in the token."""
     first = slot * len(SLOT_CLASSES)
     before = [known[i] for known in glyphs.before]
     here[first : first + len(SLOT_CLASSES)] = glyphs.code[i], *before[:2], glyphs.gap[i], glyphs.begins[i]
@@ -116,7 +116,7 @@ def _mark_token(here: np.ndarray, glyphs: _Glyphs, i: int, slot: int) -> None:
 
 
 def _open_beside(patches: np.ndarray, x: float, y: float, px: int, patch: int) -> None:
-    """Patches so near to a glyph that part of it may lie on them are not to be called empty."""
+    """Marks empty patches as OPEN if they are so close to a glyph that part of it may lie on them."""
     for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
         beside_x, beside_y = x + dx * NEAR_PX[0], y + dy * NEAR_PX[1]
         if 0 <= beside_x < px and 0 <= beside_y < px:
@@ -125,7 +125,7 @@ def _open_beside(patches: np.ndarray, x: float, y: float, px: int, patch: int) -
 
 
 def _cells_that_begin(document: Document, page: Page, n_glyphs: int) -> np.ndarray:
-    """For every glyph CELL or HEADER where it is the first one of a table's cell, else 0."""
+    """Returns for every glyph CELL or HEADER if it is the first one of a table cell, else 0."""
     begins, table = np.zeros(n_glyphs, dtype=np.uint8), document.truth
     if isinstance(table, Table):
         shown = [cell for cell in table.cells if cell.text]

@@ -1,4 +1,4 @@
-"""How much of a document's truth an answer has: cells, values, fields, and TEDS by docling's metric."""
+"""Measures how much of a document's truth an answer contains: cells, values, fields, and TEDS by docling's metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.nano.truth import Chart, Form, Table
 
 @dataclass(frozen=True)
 class Measured:
-    """`right` of `n` cells, chart values or fields; `teds` for tables only (0 when the answer holds no table)."""
+    """`right` of `n` cells, chart values or fields; `teds` for tables only (0 when the answer contains no table)."""
 
     right: int
     n: int
@@ -35,13 +35,13 @@ def measure(document: Document, task: str, text: str) -> Measured:
 
 
 def whole_part(task: str, text: str) -> str:
-    """What `extract` keeps of an answer that did not end by itself, in the task's form; empty when that is nothing."""
+    """Returns what `extract` keeps of an answer that did not end by itself, in the task's format; '' for nothing."""
     saved = salvage(task, text)
     return "" if saved is None else written(task, saved.value)
 
 
 def written(task: str, value: Any) -> str:
-    """A record's value in the form of its task: one table, a chart's data or fields."""
+    """Writes a record's value in the format of its task: one table, a chart's data or fields."""
     if task == "kvp":
         return json.dumps(value)
     (table,) = value if isinstance(value, list) else (value,)
@@ -49,7 +49,7 @@ def written(task: str, value: Any) -> str:
 
 
 def _table(truth: Table, task: str, text: str) -> Measured:
-    """A cell is right when its text, place and spans are; cells that are not on the page count as wrong ones."""
+    """Counts a cell as right when its text, position and spans are; cells that are not on the page count as wrong."""
     expected = {(cell.row, cell.col, cell.rowspan, cell.colspan, cell.text) for cell in truth.cells}
     try:
         (table,) = read(task.strip("<>"), text)
@@ -75,7 +75,7 @@ def _teds(expected: str, found: str) -> float:
 
 
 def _chart(truth: Chart, text: str) -> Measured:
-    """A value is right when it stands beside its label, under its series."""
+    """Counts a value as right when it is in the row of its label and the column of its series."""
     rows = list(csv.reader(text.splitlines()))
     header = rows[0][1:] if rows else []
     found = {(row[0], series): value for row in rows[1:] if row for series, value in zip(header, row[1:], strict=False)}
@@ -89,7 +89,7 @@ def _chart(truth: Chart, text: str) -> Measured:
 
 
 def _form(truth: Form, text: str) -> Measured:
-    """A field is right when its value is, null for one that is not on the page."""
+    """Counts a field as right when its value is; the value of a field that is not on the page is null."""
     try:
         found = json.loads(text)
     except ValueError:

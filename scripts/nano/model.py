@@ -1,7 +1,7 @@
-"""The nano model for training: Granite 4 Vision's arithmetic over tensors named as in its checkpoint.
+"""The nano model for training: the forward pass of Granite 4 Vision, over tensors named as in its checkpoint.
 
-transformers' own module (`models/granite4_vision`, 5.23) computes the same, which a test holds; this one does it in
-bfloat16 with whole batches of pictures packed by index, several times faster on a CPU. Training knows no dropout.
+A test checks that it computes the same as transformers' module (`models/granite4_vision`, 5.23). This one works in
+bfloat16 on complete batches whose images are packed by index, and is several times faster on a CPU. No dropout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def merged(text: Tensors, adapter: Tensors, spec: CheckpointSpec) -> Tensors:
-    """Text weights with the adapter added: W + alpha/rank * B A."""
+    """Returns the text weights with the adapter merged: W + alpha/rank * B A."""
     out = dict(text)
     for name, a in adapter.items():
         if name.endswith(".lora_A.weight"):
@@ -41,14 +41,14 @@ def merged(text: Tensors, adapter: Tensors, spec: CheckpointSpec) -> Tensors:
 
 
 def patches(tiles: torch.Tensor, spec: CheckpointSpec, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 tiles (n, px, px, 3) as rows of the patch convolution, (n, patches, 3 * patch_px**2), within -1..1."""
+    """Unfolds uint8 tiles (n, px, px, 3) into rows of the patch convolution (n, patches, 3 * patch_px**2), -1..1."""
     n, side, px = tiles.shape[0], grid_side(spec), spec.patch_px
     cut = tiles.view(n, side, px, side, px, 3).permute(0, 1, 3, 5, 2, 4).reshape(n, side * side, 3 * px * px)
     return (cut.float() / 127.5 - 1).to(dtype)
 
 
 def tower(weights: Tensors, tiles: torch.Tensor, spec: CheckpointSpec, kernels: Kernels) -> list[torch.Tensor]:
-    """Hidden states of the vision tower, each (n_tiles, patches, width): embeddings, then every layer."""
+    """Returns the vision tower's hidden states, each (n_tiles, patches, width): embeddings, then every layer."""
     at = VISION + "embeddings."
     kernel = weights[at + "patch_embedding.weight"].flatten(1)
     x = linear(patches(tiles, spec, kernel.dtype), kernel, weights[at + "patch_embedding.bias"])
@@ -75,7 +75,7 @@ def tower(weights: Tensors, tiles: torch.Tensor, spec: CheckpointSpec, kernels: 
 
 
 def project(weights: Tensors, states: list[torch.Tensor], spec: CheckpointSpec, kernels: Kernels) -> list[torch.Tensor]:
-    """Token embeddings of every stream, in the order of `projectors(spec)`, each (n_tiles, tokens, text_hidden)."""
+    """Returns every stream's token embeddings, in the order of `projectors(spec)`: (n_tiles, tokens, text_hidden)."""
     corner = 0
     streams = []
     for name, state, _ in projectors(spec):
@@ -135,14 +135,19 @@ def decode(
     lessons: Batch | None = None,
     taught: Tensors | None = None,
 ) -> torch.Tensor:
-    """Hidden states (n, positions, text_hidden) after the final norm; `tokens` (n, positions) are padded on the right.
+    """Returns hidden states (n, positions, text_hidden) after the final norm, for right-padded `tokens` (n, positions).
 
     `images`: positions of the image tokens in the flattened (n * positions), and each stream's embeddings there,
-    in the order of `projectors(spec)`. With `lessons`, `taught` gets what the heads made of them. For each of
-    TAUGHT_HEADS: how surprised it is by its targets, in nats (queries,); 'history' (n, HISTORY): by the tokens before;
-    'looks' (n, heads): by the next glyph or, where a head should look nowhere, by position 0; 'others' (n,): by where
-    the glyph may be seen as well; 'nowhere': as 'looks', of answers' other positions. And the hidden states 'shown'
-    and 'sought' (n, text_hidden).
+    in the order of `projectors(spec)`. With `lessons`, the results of the taught heads are added to `taught`. All but
+    the last are surprises (negative log attention), in nats:
+
+    - each of TAUGHT_HEADS (queries,): of its targets
+    - 'history' (queries, HISTORY): of the tokens before
+    - 'looks' (looks, heads): of the next glyph for the head of its slot, of position 0 for heads that should look
+      nowhere
+    - 'others' (looks,): of the other place where the glyph may be seen
+    - 'nowhere' (others, heads): of position 0, at the other positions of answers
+    - 'shown' and 'sought' (queries, text_hidden): hidden states
     """
     n, length = tokens.shape
     width, heads, kv_heads = spec.text_hidden, spec.text_heads, spec.text_kv_heads
@@ -182,7 +187,7 @@ def decode(
 def _teach(
     lessons: Batch, taught: Tensors, layer: int, hidden: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float
 ) -> None:
-    """What a layer made of its lessons; `hidden` is its normed input."""
+    """Adds one layer's results of its lessons to `taught`. `hidden`: the layer's normed input."""
     if layer == 0:
         asked = torch.cat((lessons.looks[:, :2], lessons.lessons["find"].queries))
         asked = asked[asked[:, 0].argsort(stable=True)]
@@ -215,14 +220,14 @@ def _teach(
 
 
 def log_shares(q: torch.Tensor, k: torch.Tensor, queries: torch.Tensor, scale: float) -> torch.Tensor:
-    """Logarithms of causal attention, (queries, heads, positions); q, k (n, heads, positions, size).
+    """Returns the logarithm of causal attention weights, (queries, heads, positions).
 
-    `queries` are (row, position); those of a row stand together.
+    q, k: (n, heads, positions, size). `queries`: (row, position); those of one row must be adjacent.
     """
     row, position = queries.unbind(1)
     n, heads, length, size = q.shape
     counts = torch.bincount(row, minlength=n)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # among its row's own
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # index among the queries of its row
     asked = q.new_zeros(n, int(counts.max()), heads, size).index_put((row, place), q[row, :, position])
     scores = (asked.transpose(1, 2) @ k.mT)[row, :, place].float() * scale
     later = torch.arange(length) > position[:, None]
@@ -230,5 +235,5 @@ def log_shares(q: torch.Tensor, k: torch.Tensor, queries: torch.Tensor, scale: f
 
 
 def logits(weights: Tensors, hidden: torch.Tensor, spec: CheckpointSpec) -> torch.Tensor:
-    """Float32 logits (..., n_vocab) of the tied head."""
+    """Returns float32 logits (..., n_vocab) of the tied output head."""
     return linear(hidden, weights[TEXT + "embed_tokens.weight"]).float() / spec.logits_scaling

@@ -12,9 +12,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def optimizers_for(trained: Tensors, rate: float, adapter_rate: float) -> list[Any]:
-    """Muon for matrices, AdamW for everything else.
+    """Returns AdamW for everything but matrices, and Muon for those.
 
-    With AdamW the adapter's product comes to use a quarter of its rank. `adapter_rate` is its share of `rate`.
+    With AdamW, the adapter's product would end up using a quarter of its rank. `adapter_rate`: the adapter's learning
+    rate, as a multiple of `rate`.
     """
 
     def is_matrix(name: str, value: torch.Tensor) -> bool:

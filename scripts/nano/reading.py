@@ -1,7 +1,7 @@
-"""How a page is read: where its glyphs are on the model's grid, which text stands where, and the way to each letter.
+"""Computes how a page is read: positions of glyphs on the model's grid, addresses of texts, and lessons for the heads.
 
-A text's address is its line on the page and its place in that line. An answer's next letter is the glyph at the
-address that comes next, behind the letters that were written last: that is what the decoder's heads are taught.
+A text's address is its line on the page and its place in that line. An answer's next letter is the next glyph of the
+text at the current address, or the first one at the next address. The decoder's heads are taught to find it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from scripts.nano.spec import tiling, tokens_side
 from scripts.nano.truth import Chart, Form, Table
 from tests.toy.spec import CheckpointSpec
 
-FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 stands for none
-EDGE = N_CODES + 1  # for a glyph before, when it is in another tile
+FIRST_CODE, N_CODES = 33, 94  # the visible ASCII characters; class 0 is none
+EDGE = N_CODES + 1  # class of a preceding glyph that is in another tile
 N_CLASSES = N_CODES + 2
 N_SLOTS = 4  # of an image token: the first glyph of its left and right half, then the second ones
-MOST_LINES, MOST_PLACES = 16, 8  # addresses beyond are cut off
+MOST_LINES, MOST_PLACES = 16, 8  # larger addresses are clamped
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text of the page: its first glyph, its last one, and its letters without spaces."""
+    """A text of the page: indices of its first and last glyph, and its letters without spaces."""
 
     first: int
     last: int
@@ -42,7 +42,7 @@ class Text:
 
 
 def texts_of(document: Document) -> list[Text]:
-    """All texts in the order in which they were drawn."""
+    """Returns all texts in drawing order."""
     page = "".join(map(chr, document.glyphs.code.tolist()))
     starts = np.flatnonzero(np.isin(document.glyphs.gap, (START, START + ENDING))).tolist()
     return [Text(start, end - 1, page[start:end]) for start, end in zip(starts, [*starts[1:], len(page)], strict=True)]
@@ -53,12 +53,12 @@ def texts_of(document: Document) -> list[Text]:
 
 @dataclass(frozen=True)
 class Page:
-    """A document as the model sees it. Arrays are one entry a glyph; -1 where the model has no place for it.
+    """A document as the model sees it. Arrays have one entry per glyph; -1 where the model has no slot for it.
 
-    `x`, `y` are pixels of the tiled picture, `token` counts the picture's image tokens from 0, `slot` is the place in
-    that token; `address` is (line, place in it) of every text. A glyph that stands on an edge between two places may
-    as well be seen in the other one, `other_token` and `other_slot`, else the same; `open` are the places, (row and
-    column of tokens, slot), that nobody can say to be empty for this.
+    `x`, `y`: pixels of the tiled image. `token`: index among the image's tokens, from 0. `slot`: slot in that token.
+    `address`: (line, place in the line) of every text. A glyph on the edge between two slots may also be seen in the
+    other one, `other_token` and `other_slot` (for other glyphs these equal `token` and `slot`). `open`: slots, as (row
+    and column of the token, slot), that may therefore be empty or not.
     """
 
     texts: list[Text]
@@ -73,7 +73,7 @@ class Page:
 
 
 def page_of(document: Document, spec: CheckpointSpec) -> Page:
-    """Where everything is."""
+    """Computes the positions and addresses of everything on a document's page."""
     size = document.picture.size
     resolution = best_resolution(size, tiling(spec).image_grid_pinpoints)
     fitted = fit_size(size, resolution)
@@ -91,7 +91,7 @@ def page_of(document: Document, spec: CheckpointSpec) -> Page:
         halves.setdefault((int(row[i]), int(column[i]), int(x[i] % px >= px / 2)), []).append(i)
 
     def slots(half: Half, glyphs: list[int]) -> dict[int, Place]:
-        """Of a half's glyphs of its upper line the first one and the last one."""
+        """Assigns the half's two slots: to the first and the last glyph of its uppermost line."""
         lines = [address[text_of[i]][0] for i in glyphs]
         here = [i for i, line in zip(glyphs, lines, strict=True) if line == min(lines)]
         return {i: (*half[:2], half[2] + 2 * n) for n, i in ((1, here[-1]), (0, here[0]))} if here else {}
@@ -129,13 +129,13 @@ def page_of(document: Document, spec: CheckpointSpec) -> Page:
     return Page(texts, x, y, token, slot, address, other_token, other_slot, sorted(unsure - set(places.values())))
 
 
-Half = tuple[int, int, int]  # row and column of an image token in the picture, left or right half of it
-Place = tuple[int, int, int]  # row and column, slot
-NEAR_PX = (1.0, 1.2)  # so close to an edge between places, to the side or up and down, a glyph may be seen in either
+Half = tuple[int, int, int]  # row and column of an image token in the image, 0 or 1 for its left or right half
+Place = tuple[int, int, int]  # row and column of an image token, slot
+NEAR_PX = (1.0, 1.2)  # a glyph this close to an edge, horizontally and vertically, may be seen on either side
 
 
 def _beside(half: Half, x: float, y: float, spec: CheckpointSpec) -> list[Half]:
-    """The halves of the same tile on whose edge a glyph stands, those up or down behind the others."""
+    """Returns the adjacent halves of the same tile whose edge a glyph is close to: left and right, then up and down."""
     row, column, right = half
     px, tile = 2 * spec.patch_px, spec.tile_px
     aside: list[Half] = []
@@ -150,11 +150,14 @@ def _beside(half: Half, x: float, y: float, spec: CheckpointSpec) -> list[Half]:
     return aside + down
 
 
-LINE_PX = 7.0  # texts whose middles are no farther apart stand in one line
+LINE_PX = 7.0  # texts whose middles are at most this far apart are in one line
 
 
 def addresses(places: list[tuple[float, float]]) -> list[tuple[int, int]]:
-    """(line, place in it) of texts that begin at x and stand at y, in pixels."""
+    """Returns (line, place in the line) for texts given as (x of their start, y of their middle), in pixels.
+
+    For example, [(0, 10), (50, 12), (0, 30)] gives [(0, 0), (0, 1), (1, 0)].
+    """
     out = [(0, 0)] * len(places)
     lines: list[list[int]] = []
     for i in sorted(range(len(places)), key=lambda i: places[i][1]):
@@ -167,14 +170,14 @@ def addresses(places: list[tuple[float, float]]) -> list[tuple[int, int]]:
     return out
 
 
-# --- what stands in an answer ---
+# --- the texts in an answer ---
 
-# what an answer says one after the other: a position in it, and the text there
+# the page's texts in the order of an answer, each with its position in the answer, in characters
 Told = list[tuple[int, Text]]
 
 
 def told(document: Document, answer: str) -> tuple[Told, dict[int, Text]]:
-    """The texts of the page that an answer tells, and for a form's values their labels, by first glyph."""
+    """Returns the page's texts in an answer, and the labels of a form's values, by the value's first glyph."""
     texts = texts_of(document)
     if isinstance(document.truth, Form):
         if document.kind == "form":
@@ -194,7 +197,7 @@ def told(document: Document, answer: str) -> tuple[Told, dict[int, Text]]:
 
 
 def _in_order(texts: list[Text], answer: str, frames: tuple[str, ...], at: int = 0) -> Told:
-    """Texts one after the other, each within a frame; those that are spelled otherwise are left out."""
+    """Finds texts one after another in the answer, each within a frame; texts spelled differently are left out."""
     found: Told = []
     for text in texts:
         letters = " ?".join(map(re.escape, text.letters))
@@ -238,7 +241,7 @@ def _told_fields(form: Form, texts: list[Text], answer: str) -> tuple[Told, dict
 
 
 def chart_rows(document: Document) -> list[list[Text]]:
-    """Label and values of each row of a chart."""
+    """Returns label and values of each row of a chart; [] if any row is not found."""
     chart = document.truth
     assert isinstance(chart, Chart)
     texts, rows = texts_of(document), []
@@ -257,7 +260,10 @@ def chart_rows(document: Document) -> list[list[Text]]:
 
 @dataclass
 class Lesson:
-    """Positions in a conversation, and what a head should attend to there: every target alike."""
+    """Positions in a conversation, and the positions that a head should attend to from each of them.
+
+    All targets have the same weight, except position 0 where `batches.SINK_WEIGHT` says otherwise.
+    """
 
     queries: list[int] = field(default_factory=list)
     targets: list[list[int]] = field(default_factory=list)
@@ -269,11 +275,15 @@ class Lesson:
 
 @dataclass
 class Lessons:
-    """`places` and `lines` count, at image tokens and in the answer, the texts of a line so far and the lines so far;
-    `find` looks at the end of a label, `carry` back to where that was done. `looks`: (position, image token, slot, and
-    those where it may be seen as well) of the next glyph, between texts the first one of the next, and of the text that
-    tells how many there are. `shown`, `sought`: (position, line, place) of image tokens, and of what an answer's
-    position looks for.
+    """What the decoder's heads are taught about one conversation.
+
+    - `places`, `lines`: count the texts of the line so far and the lines so far, at image tokens and in the answer, by
+      attending to all of them and to position 0
+    - `find`: attends to the end of a field's label, or to position 0 for a field that is not on the page; `carry`:
+      attends back to the position that did so
+    - `looks`: (position, image token, slot, other token, other slot) of the next glyph. Between two texts that is the
+      first glyph of the next one. A position that gives the size of a table looks at the text whose address shows it.
+    - `shown`, `sought`: (position, line, place) of image tokens, and of the text that an answer's position needs next
     """
 
     places: Lesson = field(default_factory=Lesson)
@@ -286,8 +296,12 @@ class Lessons:
 
 
 def image_lessons(page: Page, image_at: int, lessons: Lessons) -> None:
-    """What the image tokens should find out: their address, by counting."""
-    at: dict[int, int] = {}  # image token: its text, the one that begins there where there are two
+    """Adds the lessons of image tokens: to find their address by counting.
+
+    For example, a token in the second text of the second line attends to the beginnings of that line's first two texts
+    (`places`), and to the beginnings of the first and second line (`lines`), each together with position 0.
+    """
+    at: dict[int, int] = {}  # image token: its text, or the first drawn of several
     for text in range(len(page.texts)):
         for glyph in range(page.texts[text].first, page.texts[text].last + 1):
             if page.token[glyph] >= 0:
@@ -314,10 +328,10 @@ def _look(page: Page, glyph: int, image_at: int) -> tuple[int, int, int, int]:
 
 
 def _counted(answer: str, page: Page, token_of_char: dict[int, int], start: int) -> Told:
-    """Where a table's JSON says how many rows and columns there are, and the text whose address tells it.
+    """Returns positions of an answer that depend on a table's size, each with the text whose address shows it.
 
-    And where a table begins: when the line with most texts is not the first one, the first one has an empty cell.
-    `start` is the position that the answer follows.
+    These are the numbers of rows and columns in JSON, and the beginning of a table in every format: if the first line
+    has fewer texts than another one, it has an empty cell. `start`: position of the token before the answer.
     """
     if not answer.startswith(("<otsl>", "<table>", '{"dimensions"')):
         return []
@@ -344,13 +358,13 @@ def answer_lessons(
     image_at: int,
     lessons: Lessons,
 ) -> None:
-    """What an answer's positions should do; `token_of_char` are positions of the answer's letters."""
+    """Adds the lessons of an answer. `token_of_char`: position of the token of each of the answer's letters."""
     found, labels = told(document, answer)
     text_at = {text.first: i for i, text in enumerate(page.texts)}
     order = [page.address[text_at[text.first]] for _, text in found]
     in_order = all(one < other for one, other in itertools.pairwise(order)) and not labels
     anchors: dict[tuple[int, int], int] = {}
-    last = -1  # position of the letter that was written last
+    last = -1  # position of the last letter so far
     for (at, text), address in zip(found, order, strict=True):
         chars = [at + i for i, char in enumerate(answer[at : at + 2 * len(text.letters)]) if char != " "]
         chars = chars[: len(text.letters)]
@@ -367,7 +381,7 @@ def answer_lessons(
                 for position in (anchor - 1, anchor):
                     lessons.find.add(position, [image_at + end])
         elif last >= 0 and page.token[text.first] >= 0:
-            for query in range(last, anchor):  # what stands between two texts depends on where the next one is
+            for query in range(last, anchor):  # the tokens between two texts depend on where the next text is
                 lessons.looks.append((query, *_look(page, text.first, image_at)))
                 lessons.sought.append((query, *address))
         for char, glyph in zip(chars, range(text.first, text.last + 1), strict=False):

@@ -1,4 +1,4 @@
-"""Weights rounded as files of 4 bits round them, so that training learns to lose little by it."""
+"""Rounds weights as 4-bit files do, so that training learns weights that lose little accuracy by it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 Tensors = dict[str, torch.Tensor]
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
-BLOCK = 32  # weights that share a scale in ggml's types of 4 bits
-BLOCKS = 8  # that share what their scales are counted in, in Q4_K
+BLOCK = 32  # weights that share a scale in ggml's 4-bit types
+BLOCKS = 8  # blocks of a Q4_K super-block, whose scales are multiples of one number
 
 
 def rounded(weights: Tensors, rounding: Rounding | None) -> Tensors:
-    """The weights with their matrices rounded; the gradient is taken as if they were not."""
+    """Returns the weights with their matrices rounded; the gradient ignores the rounding (straight-through)."""
     if rounding is None:
         return weights
     return {
@@ -26,7 +26,7 @@ def rounded(weights: Tensors, rounding: Rounding | None) -> Tensors:
 
 
 def round_to_q4_0(matrix: torch.Tensor) -> torch.Tensor:
-    """What ggml's Q4_0 keeps of a matrix: in each block 16 steps, of which the lowest is the weight that is largest."""
+    """Rounds a matrix as ggml's Q4_0 does: to -8..7 steps in each block, -8 being the weight of largest magnitude."""
     blocks = matrix.unflatten(1, (-1, BLOCK))
     step = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
     whole = (blocks / torch.where(step == 0, 1.0, step) + 8.5).floor().clamp(0, 15) - 8
@@ -34,10 +34,10 @@ def round_to_q4_0(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_q4_k(matrix: torch.Tensor) -> torch.Tensor:
-    """About what ggml's Q4_K keeps: in each block 16 steps from its lowest weight (or 0) to its highest.
+    """Rounds a matrix about as ggml's Q4_K does: to 16 values per block, from its lowest weight (or 0) to its highest.
 
-    Steps and lowest weights are whole parts, 6 bits, of the largest ones in eight blocks. ggml also searches for the
-    steps that lose least.
+    Steps and lowest weights are rounded to 6 bits: to multiples of 1/63 of the largest ones in eight blocks. ggml also
+    searches for the steps that lose least.
     """
     blocks = matrix.unflatten(1, (-1, BLOCKS, BLOCK))
     lowest = blocks.amin(-1, keepdim=True).clamp(max=0)

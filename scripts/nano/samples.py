@@ -21,33 +21,33 @@ from scripts.nano.spec import tiling, token_index
 from scripts.nano.truth import Cell, Chart, Form, Table
 from tests.toy.spec import CheckpointSpec
 
-LETTERS = "letters"  # the kind of a sample that is tiles and glyphs only
+LETTERS = "letters"  # kind of a sample that has only tiles and glyphs
 ROW_TOO_MANY_SHARE = 0.06  # of the tables in OTSL and HTML
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `answer_at` is where the answer's tokens begin; `tokens` ends with end-of-text."""
+    """One conversation. `answer_at`: index of the answer's first token. `tokens` ends with end-of-text."""
 
     tokens: list[int]
     answer_at: int
     tiles: np.ndarray | None  # uint8 (n_tiles, px, px, 3)
-    image_rows: np.ndarray | None  # as model.token_index with the picture's first tile as 0
+    image_rows: np.ndarray | None  # as spec.token_index returns it, with the image's first tile as 0
     image_at: int
     patches: np.ndarray | None  # uint8 (n_tiles, patches, len(PATCH_CLASSES))
     marks: np.ndarray | None  # uint8 (n_tiles, image tokens, N_TOKEN_MARKS): four slots (or OPEN), then the place
     lessons: Lessons | None
     kind: str
-    unlearned: int | None = None  # the place among `tokens` of one that the model is not to say, only to go on from
+    unlearned: int | None = None  # index in `tokens` of one that is not trained as output, only as context
 
     def without_overview(self) -> Sample:
-        """For the eye alone, which need not know where the tiles stand in a page."""
+        """Drops the overview tile, for training the tower alone, which does not need the position of tiles."""
         assert self.tiles is not None and self.patches is not None and self.marks is not None
         return replace(self, tiles=self.tiles[1:], patches=self.patches[1:], marks=self.marks[1:])
 
 
 class Prompter:
-    """Chat prompts as token ids, rendered by the checkpoint's own template."""
+    """Renders chat prompts as token ids, with the checkpoint's own template."""
 
     def __init__(self) -> None:
         built = build_tokenizer()
@@ -61,7 +61,7 @@ class Prompter:
         self._template = jinja2.Environment().from_string(CHAT_TEMPLATE)
 
     def prompt(self, text: str, image: bool) -> list[int]:
-        """Ids up to where the answer begins; with `image`, one placeholder stands for the picture."""
+        """Returns the ids up to the answer; with `image`, one placeholder represents the image."""
         parts: list[dict[str, str]] = [{"type": "image"}] if image else []
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         rendered = self._template.render(messages=messages, add_generation_prompt=True)
@@ -72,7 +72,7 @@ class Prompter:
 
 
 def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
-    """What the base model learns from: an instruction and its answer, or plain text."""
+    """Draws a sample for the base model: an instruction and its answer, or plain text."""
     if rng.random() < 0.15:
         tokens, start = prompter.encode(corpus.plain_text(rng)), 1
     else:
@@ -84,7 +84,7 @@ def text_sample(rng: random.Random, prompter: Prompter) -> Sample:
 
 
 def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
-    """(task name, prompt text, true answer) for a document; long formats are asked for less often."""
+    """Returns (task name, prompt text, true answer) for a document; long formats are asked for less often."""
     truth = document.truth
     if isinstance(truth, Table):
         tag = rng.choices(["<tables_otsl>", "<tables_html>", "<tables_json>"], [54, 26, 20])[0]
@@ -99,10 +99,10 @@ def ask(document: Document, rng: random.Random) -> tuple[str, str, str]:
 
 
 def document_sample(document: Document, rng: random.Random, prompter: Prompter, spec: CheckpointSpec) -> Sample:
-    """A picture, what is asked about it and the true answer.
+    """Returns a sample of an image, a question about it and the true answer.
 
-    Or, now and then, one that begins a row more than the table has, and leaves it empty: how to go on after a row too
-    many has been begun.
+    Now and then the answer begins one row more than the table has and leaves it empty, so that the model learns to
+    recover after beginning a row too many. The token that begins that row is `unlearned`.
     """
     task, question, answer = ask(document, rng)
     if not isinstance(document.truth, Table) or task == "<tables_json>" or rng.random() >= ROW_TOO_MANY_SHARE:
@@ -139,7 +139,7 @@ def _with_picture(
 
 
 def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, level: float) -> Sample:
-    """A strip of paper full of lines, to be copied: the first thing to read. `level` 0..1: how many lines, how wide."""
+    """Draws a strip of text lines to be copied, the easiest thing to read. `level` 0..1: more lines, larger text."""
     finer = rng.choice((1, 2))
     size = rng.uniform(16.0, 18.0 + 3 * level)
     face = drawing.face(rng.choice(sorted(drawing.fonts())), size * finer, rng.random() < 0.3)
@@ -169,9 +169,9 @@ def lines_sample(rng: random.Random, prompter: Prompter, spec: CheckpointSpec, l
 
 
 def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
-    """Tiles full of lines of text, each line in a font and size of its own: many glyphs to learn from, no question.
+    """Draws tiles full of text lines, each in its own font and size: many glyphs to learn from, no question.
 
-    Between them stand what stands between texts of documents: rules, shades, boxes.
+    Between the texts are the things found between texts of documents: rules, shades, boxes.
     """
     finer = rng.choice((1, 2))
     width, height = 3 * spec.tile_px, 2 * spec.tile_px
@@ -216,6 +216,6 @@ def letters_sample(rng: random.Random, spec: CheckpointSpec) -> Sample:
 
 
 def _mixed(paper: RGB, ink: RGB, share: float) -> RGB:
-    """A colour with so much of the ink's."""
+    """Mixes paper and ink; `share` is the ink's."""
     red, green, blue = (round(p + share * (i - p)) for p, i in zip(paper, ink, strict=True))
     return red, green, blue

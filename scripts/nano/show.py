@@ -1,8 +1,8 @@
-"""Draws a table, a chart and a form with values nobody knew before, has granite4v read them, and shows both.
+"""Draws a table, a chart and a form with new random values, has granite4v read them, and prints both side by side.
 
     python -m scripts.nano.show build/demo [--seed N] [--model DIR]
 
-The pictures are written beside each other; every one is read by `granite4v extract` as anyone would call it.
+All images are written to one directory. Each is read by the ordinary `granite4v extract` command.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from scripts.nano import formats
 from scripts.nano.documents import Document, Truth, draw_document
 from scripts.nano.truth import HELD_OUT_SEEDS, Chart, Form
 
-Line = tuple[str, str]  # what a value is called, the value
+Line = tuple[str, str]  # name of a value, the value
 FONT = "Aileron"  # Pillow's own, so that no font package is needed
-LEVEL = 0.5  # of the generator's full range: clean paper, short texts
+LEVEL = 0.5  # of the generator's full range: cleaner paper, shorter texts
 TASKS = {"table": "tables_html", "chart": "chart2csv", "form": "kvp"}
 
 
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def show(kind: str, seed: int, out: Path, model: list[str]) -> int:
-    """Draws one document, has it read, prints both; returns the command's exit status."""
+    """Draws one document, has it read, and prints both. Returns the command's exit status."""
     document = draw_document(HELD_OUT_SEEDS + seed, kind, LEVEL, FONT)
     path = out / f"{kind}.png"
     document.picture.save(path)
@@ -78,7 +78,7 @@ def _print_beside(document: Document, answer: str) -> None:
 
 
 def lines(truth: Truth) -> list[Line]:
-    """The truth as named lines: a row of a table, a value of a chart, a field of a form."""
+    """Returns the truth as named lines: a row of a table, a value of a chart, a field of a form."""
     if isinstance(truth, Form):
         return [(name, "(not there)" if value is None else value) for name, value in truth.fields]
     if isinstance(truth, Chart):
@@ -91,7 +91,7 @@ def lines(truth: Truth) -> list[Line]:
 
 
 def read_lines(truth: Truth, answer: str) -> list[Line]:
-    """An answer as the same lines; what does not parse is one line."""
+    """Returns an answer as the same kind of lines; an answer that does not parse is one line."""
     try:
         if isinstance(truth, Form):
             fields = json.loads(answer)

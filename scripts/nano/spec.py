@@ -1,4 +1,4 @@
-"""What nano is: its sizes, what its heads are taught, and where images lie on its grid. Needs no torch."""
+"""The specification of nano: its sizes, what its heads are taught, and how images lie on its grid. Needs no torch."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ NANO = CheckpointSpec(
 # Decoder layers and heads that are taught what to attend to, by lesson (`reading.Lessons`).
 TAUGHT_HEADS = {"places": (1, 0), "lines": (2, 0), "far_lines": (2, 1), "find": (3, 0), "carry": (4, 0)}
 HISTORY = 3  # heads of the first layer that attend to the token before, the one before that, and so on
-LOOKING = 5  # the layer whose four heads look at the next glyph, one head a slot, and at position 0 elsewhere
-SHOWN, SOUGHT = 3, 5  # layers before which image tokens tell their address, and an answer's positions the next one's
+LOOKING = 5  # layer whose four heads attend to the next glyph, one head per slot, and to position 0 otherwise
+SHOWN, SOUGHT = 3, 5  # layers at whose input image tokens encode their address, and answer positions the next one
 NANO_ADAPTER = AdapterSpec(rank=96, alpha=192.0, dtype="float16")
 
 
 def grid_side(spec: CheckpointSpec) -> int:
-    """Patches along a tile's side."""
+    """Returns the number of patches along a tile's side."""
     return spec.tile_px // spec.patch_px
 
 
 def tokens_side(spec: CheckpointSpec) -> int:
-    """Image tokens along a tile's side; every token stands for 2x2 patches."""
+    """Returns the number of image tokens along a tile's side; every token represents 2x2 patches."""
     return grid_side(spec) // 2
 
 
 def projectors(spec: CheckpointSpec) -> list[tuple[str, int, int]]:
-    """(name, vision hidden state from the end, decoder layer) of every stream."""
+    """Returns (name, vision hidden state counted from the end, decoder layer) for every stream."""
     out = [
         (f"model.layerwise_projectors.{i}.", state, layer) for i, (state, layer) in enumerate(spec.deepstack_layer_map)
     ]
@@ -71,9 +71,9 @@ def projectors(spec: CheckpointSpec) -> list[tuple[str, int, int]]:
 
 
 def token_index(size: tuple[int, int], first_tile: int, spec: CheckpointSpec) -> np.ndarray:
-    """Which row of the flattened tokens of all tiles is each image token of a picture of `size` (width, height).
+    """Maps each image token of an image of `size` (width, height) to its row in the flattened tokens of all tiles.
 
-    -1 stands for the newline. Rows of tile t are t * tokens .. (t + 1) * tokens.
+    -1 is the newline. The rows of tile t are t * tokens .. (t + 1) * tokens; the image's first tile is `first_tile`.
     """
     where = layout(size, tiling(spec), tokens_side(spec))
     per_tile = tokens_side(spec) ** 2
@@ -84,7 +84,7 @@ def token_index(size: tuple[int, int], first_tile: int, spec: CheckpointSpec) ->
 
 
 def tiling(spec: CheckpointSpec) -> TilingConfig:
-    """How pictures are cut: the runtime's own configuration for this checkpoint."""
+    """Returns how images are cut: the runtime's own configuration for this checkpoint."""
     return TilingConfig(
         tile_px=spec.tile_px,
         image_grid_pinpoints=tuple((height, width) for height, width in spec.grid_pinpoints),

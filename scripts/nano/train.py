@@ -1,11 +1,11 @@
-"""Trains the nano model, one stage a call; scripts/nano/README.md has the order and what each is for.
+"""Trains the nano model, one stage per call; scripts/nano/README.md has the order and purpose of the stages.
 
     python -m scripts.nano.train {base,tower,way,read} RUN [--minutes N] [--processes N]
-    python -m scripts.nano.train export RUN OUT [--mean-with SAVE...]   # a run as a checkpoint
-    python -m scripts.nano.train restore RUN CHECKPOINT                # a run to go on from, made of a checkpoint
+    python -m scripts.nano.train export RUN OUT [--mean-with SAVE...]   # writes a run as a checkpoint
+    python -m scripts.nano.train restore RUN CHECKPOINT                # restores a run from a checkpoint
 
-Every stage writes RUN/<stage>.pt again and again, appends its curve to RUN/<stage>.jsonl, and goes on from what is
-there when it is started again.
+Every stage saves RUN/<stage>.pt repeatedly and appends its curve to RUN/<stage>.jsonl. A restarted stage continues from
+its last save.
 """
 
 from __future__ import annotations

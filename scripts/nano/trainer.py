@@ -1,4 +1,4 @@
-"""One stage of training: what it draws, what it descends, and the loop, in one or several processes."""
+"""One stage of training: its samples, its loss, and its loop, in one or several processes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from tests.toy.spec import CheckpointSpec
 Tensors = dict[str, torch.Tensor]
 
 STAGES = ("base", "tower", "way", "read")
-FREE_EYE_SHARE = 0.15  # of the last stage: from then on the tower learns on, whose marks limit what can be found
+FREE_EYE_SHARE = 0.15  # share of the last stage with a frozen tower; then it trains too, as its marks limit accuracy
 N_LETTER_SHEETS = {"base": 0, "tower": 6, "way": 0, "read": 5}
-GAP_SHARE, GAP_TRIES = 0.2, 12  # of tables: look for one that counting texts does not tell, among so many others
-OVERVIEW_SHARE = 0.25  # of the documents that `tower` sees: there is nothing to read in it
-LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents when all of them can be had
-N_WHERE = 3  # marks of a token, the last ones, that no eye takes for another's: where the token is
-MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens that tell another's marks, noise on what all of them tell
-TEXT_SHARE = 0.04  # of the samples in the last stage, so that the adapter keeps what the base can do
-ROUNDED_SHARE = 0.6  # of the last stage's steps that are taken with 4 bits a weight, so that such files lose little
-WAY = ("model.image_newline", HEADS + "address")  # trained where the way is learned, not where the eye is
+GAP_SHARE, GAP_TRIES = 0.2, 12  # share of tables replaced by one with a gap, which breaks counting; draws to find one
+OVERVIEW_SHARE = 0.25  # of the documents in `tower` that keep the overview tile, which has nothing to read
+LEVELS = (0.5, 0.7, 1.0, 1.0)  # of the documents once the level has reached 1
+N_WHERE = 3  # marks at the end of a token's marks that are never confused: the token's position
+MISSED, BLUR = 0.01, 0.2  # in `way`: share of tokens with another token's marks; noise added to all streams
+TEXT_SHARE = 0.04  # of the samples in the last stages, so that the adapter keeps the base's abilities
+ROUNDED_SHARE = 0.6  # of the last stage's steps with weights rounded to 4 bits, so that 4-bit files lose little
+WAY = ("model.image_newline", HEADS + "address")  # trained with the adapter in `way`, not with the tower
 
 
 class Trainer:
-    """One process of one stage."""
+    """One process of one training stage. 'Eye' means the tower and its projectors."""
 
     def __init__(self, rank: int, options: argparse.Namespace) -> None:
         self.rank, self.options, self.stage = rank, options, options.stage
@@ -53,7 +53,7 @@ class Trainer:
         self.text, self.vision, self.adapter = initial(self.spec, self.prompter.n_vocab, options.seed)
         self.heads = _fresh_heads(self.spec, options.seed)
         self.minutes, self.step = 0.0, 0
-        self.level = -0.5 if self.stage == "way" else 1.0  # below 0 there are only lines to copy
+        self.level = -0.5 if self.stage == "way" else 1.0  # up to 0 there are only lines to copy
         saved = self._load_stages(options.run)
         eye = {name: value for name, value in (self.vision | self.heads).items() if name not in WAY}
         way = {name: value for name, value in (self.vision | self.heads).items() if name in WAY}
@@ -80,10 +80,10 @@ class Trainer:
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["peak"] = peak
         self.averages: dict[str, float] = {}
-        self.rounding: Rounding | None = None  # of the text's weights in this step; with any, vision's are Q4_0
+        self.rounding: Rounding | None = None  # of the text weights in this step; if set, vision weights are Q4_0
 
     def _load_stages(self, run: Path) -> Any:
-        """Takes over the weights of all stages that were trained before; the state of this one's optimizers, if any."""
+        """Loads the weights of all stages trained so far. Returns this stage's saved optimizer states, if any."""
         saved = None
         for stage in STAGES:
             path = run / f"{stage}.pt"
@@ -99,7 +99,7 @@ class Trainer:
     # --- data ---
 
     def draw(self, rng: random.Random, seeds: tuple[int, int]) -> Sample:
-        """One sample of the stage's own kind, from seeds in the given range."""
+        """Draws one sample of the kind that the stage trains on, from seeds in the given range."""
         if self.stage == "base" or (self.stage in ("way", "read") and self.level > 0 and rng.random() < TEXT_SHARE):
             return text_sample(rng, self.prompter)
         if self.stage == "way" and (self.level <= 0 or rng.random() < 0.04 + 0.3 * (1 - self.level)):
@@ -107,7 +107,7 @@ class Trainer:
         kind = rng.choices(["table", "chart", "form"], [50, 21, 29])[0]
         level = rng.choice(LEVELS) if self.level >= 1 else rng.random() * 0.3 + self.level * 0.7
         document = draw_document(rng.randrange(*seeds), kind, level)
-        as_they_come = seeds[0] > 0  # held-out ones
+        as_they_come = seeds[0] > 0  # held-out documents are not selected
         if kind == "table" and not as_they_come and rng.random() < GAP_SHARE:
             drawn = (draw_document(rng.randrange(*seeds), kind, level) for _ in range(GAP_TRIES))
             document = next((other for other in drawn if has_gap(other)), document)
@@ -117,20 +117,23 @@ class Trainer:
         return sample
 
     def letters(self, rng: random.Random) -> list[Sample]:
-        """Sheets of letters that a step looks at besides its documents."""
+        """Draws the sheets of letters that a step uses in addition to its documents."""
         n_sheets = 0 if self.is_eye_frozen() else N_LETTER_SHEETS[self.stage]
         return [letters_sample(rng, self.spec) for _ in range(n_sheets)]
 
     def is_eye_frozen(self) -> bool:
-        """In this step. While the decoder does not yet know where to look, its gradient would only disturb the eye;
-        later, steps in which the tower learns too may be few because they cost time."""
+        """Whether the tower and projectors are frozen in this step.
+
+        Early in `read`, the decoder does not yet know where to look, and its gradient would only disturb them. Later,
+        they train in one of `--eye-every` steps, because such steps take longer.
+        """
         early = self.minutes < FREE_EYE_SHARE * self.options.minutes and self.options.eye_every > 1
         return self.stage == "read" and (early or self.step % self.options.eye_every > 0)
 
     # --- the loss ---
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss to descend, and figures for the curve."""
+        """Returns the loss, and figures for the curve."""
         figures: dict[str, float] = {}
         total = torch.zeros(())
         images = None
@@ -165,7 +168,7 @@ class Trainer:
         return total + loss, figures
 
     def streams(self, batch: Batch, figures: dict[str, float]) -> list[torch.Tensor]:
-        """What the tower and the projectors make of the tiles; behind the streams, how well they tell what is there."""
+        """Computes the streams of the tiles. Unless the eye is frozen, the glyph loss is appended as last element."""
         vision = in_bfloat16(rounded(self.vision, round_to_q4_0 if self.rounding else None))
         states = tower(vision, batch.tiles, self.spec, self.kernels)
         streams = project(vision, states, self.spec, self.kernels)
@@ -174,7 +177,7 @@ class Trainer:
         return [*streams, glyph_loss(batch, states[-1], streams, self.heads, self.spec, figures)]
 
     def blurred_streams(self, batch: Batch) -> list[torch.Tensor]:
-        """The streams of an eye that misses little: now and then a token tells another one's marks."""
+        """Returns ideal streams with noise, in which some tokens have another token's marks, as from a good tower."""
         assert batch.marks is not None
         marks = batch.marks.clone()
         flat = marks[..., :-N_WHERE].flatten(0, 1)
@@ -187,7 +190,7 @@ class Trainer:
     # --- the loop ---
 
     def train(self) -> None:
-        """Runs until the schedule's minutes are over."""
+        """Trains until the schedule's minutes or steps are over."""
         rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
         self.set_level()
         source = batches(lambda: self.draw(rng, (0, HELD_OUT_SEEDS)), self.options.budget, 128, rng)
@@ -228,7 +231,7 @@ class Trainer:
             self.save()
 
     def common(self, minutes: float) -> float:
-        """The largest of all processes' clocks: what follows from the time must be the same in all of them."""
+        """Returns the largest of all processes' clocks, since decisions by time must be the same in all of them."""
         if self.options.processes == 1:
             return minutes
         clock = torch.tensor([minutes])
@@ -245,7 +248,7 @@ class Trainer:
             self.level = min(1.0, 0.3 + done / 0.3)
 
     def set_rate(self) -> float:
-        """Warm-up over 40 steps, then a cosine to 3%, by the clock."""
+        """Sets the learning rates: a warm-up over 40 steps, times a cosine by time down to 3%. Returns the factor."""
         done = min(1.0, self.minutes / self.options.minutes)
         factor = min(1.0, (self.step + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
         for optimizer in self.optimizers:
@@ -255,7 +258,7 @@ class Trainer:
 
     def share_gradients(self) -> None:
         for value in self.trained.values():
-            if value.grad is None:  # a batch of text has none for the eye, and every process must send the same
+            if value.grad is None:  # a batch of text has none for the eye, and all processes must send the same tensors
                 value.grad = torch.zeros_like(value)
         grads = [value.grad for value in self.trained.values() if value.grad is not None]
         if self.options.processes > 1:
@@ -267,7 +270,7 @@ class Trainer:
         if self.is_eye_frozen():
             for name, value in self.trained.items():
                 if "lora" not in name and name not in WAY:
-                    value.grad = None  # or the optimizers would go on with what they remember
+                    value.grad = None  # a zero gradient would still apply the optimizers' momentum
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -275,7 +278,7 @@ class Trainer:
             )
 
     def evaluate(self) -> None:
-        """Figures on held-out documents (or held-out text), with teacher forcing."""
+        """Writes figures on held-out documents (or held-out text) to the curve, with teacher forcing."""
         rng = random.Random("held out")
         level, self.level, self.rounding = self.level, 1.0, None
         sums: dict[str, list[float]] = {}
@@ -313,7 +316,7 @@ class Trainer:
 
 
 def _fresh_heads(spec: CheckpointSpec, seed: int) -> Tensors:
-    """The classifiers of glyphs and addresses, needed in training only."""
+    """Draws the classifiers of glyphs and addresses, which only training needs."""
     generator = torch.Generator().manual_seed(seed + 1)
     width = spec.text_hidden
     sizes = {f"slot{i}": (sum(SLOT_CLASSES), width) for i in range(N_SLOTS)}
@@ -326,7 +329,7 @@ def _fresh_heads(spec: CheckpointSpec, seed: int) -> Tensors:
 
 
 def has_gap(document: Document) -> bool:
-    """Whether it is a table whose first cell is empty, or the last one of a row."""
+    """Whether the document is a table whose first cell, or the last cell of a row, is empty."""
     table = document.truth
     return isinstance(table, Table) and any(
         not cell.text and (cell.row == cell.col == 0 or cell.col + cell.colspan == table.n_cols) for cell in table.cells

@@ -1,15 +1,15 @@
-"""What a synthetic document says: the exact content that a reader of its picture has to give back."""
+"""The contents of a synthetic document: exactly what a reader of its image should return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-HELD_OUT_SEEDS = 1_000_000_000  # documents of seeds from here on are never trained on
+HELD_OUT_SEEDS = 1_000_000_000  # documents with seeds from here on are never trained on
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell; `row` and `col` count from 0 and name its top left slot of the grid."""
+    """One table cell; `row` and `col`, from 0, are its top left slot of the grid."""
 
     row: int
     col: int
@@ -21,7 +21,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A rectangular grid that `cells`, in reading order, cover without gap or overlap; empty cells have empty text."""
+    """A rectangular grid, covered by `cells` in reading order without gap or overlap; empty cells have empty text."""
 
     n_rows: int
     n_cols: int
@@ -46,7 +46,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Form:
-    """A form or an invoice: fields as (name, value); the name is snake_case, an absent field has None."""
+    """A form or an invoice: fields as (name, value). Names are snake_case; the value of an absent field is None."""
 
     title: str
     fields: tuple[tuple[str, str | None], ...]

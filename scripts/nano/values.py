@@ -1,7 +1,7 @@
-"""Random words, names, amounts, dates and ids: what stands in the cells, labels and fields of made-up documents.
+"""Draws random words, names, amounts, dates and ids for the cells, labels and fields of synthetic documents.
 
-Everything is drawn from the `random.Random` it is given. Texts are ASCII: letters, digits, space and
-`.,-%$:/()#&+'`. A twelfth of the words is made up from syllables, so that a reader has to read them.
+Everything is drawn from the `random.Random` that is passed in. Texts are ASCII: letters, digits, space and
+`.,-%$:/()#&+'`. A twelfth of the words is made up from syllables, so that a reader cannot guess them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 UNITS = ("kg", "g", "t", "m", "km", "mm", "L", "mL", "W", "kW", "h", "min", "s", "GB", "MB", "pcs", "V", "C")
 CODE_PREFIXES = ("INV", "PO", "ID", "SKU", "REF", "ORD", "LOT", "TK", "CN", "BX", "KX", "RN", "QT", "DN")
-MADE_UP = 0.08  # the share of words that no dictionary has
+MADE_UP = 0.08  # share of words that are in no dictionary
 
 _ONSETS = _words(
     "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sh sk sl sp st th tr tw x"
@@ -90,7 +90,7 @@ _MARKS = ("(a)", "#2", "A/B", "R&D", "Q&A", "No. 4", "C+", "24/7", "(net)", "1st
 
 
 def made_up_word(rng: Random) -> str:
-    """A pronounceable lower case word of one to three syllables that means nothing."""
+    """Draws a pronounceable, meaningless lower case word of one to three syllables."""
     syllables = rng.choice((1, 2, 2, 2, 3))
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))[:11]
 
@@ -104,12 +104,12 @@ def adjective(rng: Random) -> str:
 
 
 def word(rng: Random) -> str:
-    """One lower case word."""
+    """Draws one lower case word."""
     return noun(rng) if rng.random() < 0.75 else adjective(rng)
 
 
 def cased(rng: Random, text: str) -> str:
-    """Mostly with one capital in front, sometimes lower case or all capitals."""
+    """Changes the case: mostly to one initial capital, sometimes to lower case or all capitals."""
     chance = rng.random()
     if chance < 0.75:
         return text[:1].upper() + text[1:]
@@ -117,7 +117,7 @@ def cased(rng: Random, text: str) -> str:
 
 
 def phrase(rng: Random, longest: int = 14) -> str:
-    """One to three words, at most `longest` characters."""
+    """Draws one to three words, at most `longest` characters."""
     words = [noun(rng)]
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         words.insert(0, adjective(rng) if rng.random() < 0.6 else noun(rng))
@@ -130,7 +130,7 @@ def phrase(rng: Random, longest: int = 14) -> str:
 
 
 def person(rng: Random) -> str:
-    """'Ada Keller', 'A. Keller', 'Keller', or a name that nobody has."""
+    """Draws a name such as 'Ada Keller', 'A. Keller', 'Keller', or one that is made up."""
     last = made_up_word(rng).capitalize() if rng.random() < MADE_UP else rng.choice(LAST_NAMES)
     first = rng.choice(FIRST_NAMES)
     return rng.choice((f"{first} {last}", f"{first[0]}. {last}", f"{first} {last}", last))
@@ -146,7 +146,7 @@ def city(rng: Random) -> str:
 
 
 def magnitude(rng: Random, digits: int = 5) -> int:
-    """An integer of one to `digits` digits, each length alike."""
+    """Draws an integer below 10**k, for a k from 1 to `digits`."""
     return rng.randrange(10 ** rng.randint(1, digits))
 
 
@@ -156,7 +156,7 @@ def integer(rng: Random) -> str:
 
 
 def amount(rng: Random) -> str:
-    """Two decimals, with or without commas, a currency or a sign."""
+    """Draws an amount, mostly with two decimals, with or without commas, a currency or a sign."""
     value = magnitude(rng, 6) / 100 if rng.random() < 0.7 else magnitude(rng, 5)
     text = f"{value:,.2f}" if rng.random() < 0.8 else f"{value:.2f}"
     chance = rng.random()
@@ -170,7 +170,7 @@ def amount(rng: Random) -> str:
 
 
 def decimal(rng: Random) -> str:
-    """A number with zero to three decimals, sometimes negative or with a plus."""
+    """Draws a number with zero to three decimals, sometimes negative or with a plus."""
     text = f"{magnitude(rng, 4) / 10:.{rng.choice((0, 1, 1, 1, 2, 3))}f}"
     chance = rng.random()
     if not float(text):
@@ -193,7 +193,7 @@ def year(rng: Random) -> str:
 
 
 def date(rng: Random, style: int | None = None) -> str:
-    """A day in one of six spellings."""
+    """Draws a day in one of six spellings."""
     y, m, d = rng.randint(1995, 2032), rng.randint(1, 12), rng.randint(1, 28)
     name = MONTHS[m - 1]
     spellings = (
@@ -220,7 +220,7 @@ def _digits(rng: Random, count: int) -> str:
 
 
 def code(rng: Random) -> str:
-    """An id such as 'INV-20418', 'A7-331', 'KX9042', '#1184', '48-1207'."""
+    """Draws an id such as 'INV-20418', 'A7-331', 'KX9042', '#1184', '48-1207'."""
     shape = rng.randrange(6)
     if shape == 0:
         return f"{rng.choice(CODE_PREFIXES)}-{_digits(rng, rng.randint(3, 5))}"
@@ -240,7 +240,7 @@ def flag(rng: Random) -> str:
 
 
 def marked(rng: Random) -> str:
-    """A word with one of the rarer marks."""
+    """Draws a word with one of the rarer punctuation marks."""
     return f"{word(rng).capitalize()[:8]} {rng.choice(_MARKS)}" if rng.random() < 0.6 else rng.choice(_MARKS)
 
 
@@ -276,12 +276,12 @@ CELL_LONGEST = 14
 
 
 def column_kind(rng: Random) -> str:
-    """One of the keys of `CELLS`."""
+    """Draws one of the keys of `CELLS`."""
     return rng.choices(tuple(CELLS), _WEIGHTS)[0]
 
 
 def cell_text(rng: Random, kind: str) -> str:
-    """A text of a column kind, at most `CELL_LONGEST` characters; KeyError for an unknown kind."""
+    """Draws a text of a column kind, at most `CELL_LONGEST` characters. Raises KeyError for an unknown kind."""
     text = CELLS[kind](rng)
     while len(text) > CELL_LONGEST:
         text = CELLS[kind](rng)
@@ -289,11 +289,11 @@ def cell_text(rng: Random, kind: str) -> str:
 
 
 def heading(rng: Random) -> str:
-    """The text over a column: one or two words."""
+    """Draws a column heading of one to three words."""
     return phrase(rng, 12) if rng.random() < 0.5 else cased(rng, noun(rng))
 
 
 def snake_case(label: str) -> str:
-    """'Invoice number' -> 'invoice_number'; marks are dropped."""
+    """Converts 'Invoice number' to 'invoice_number'; punctuation is dropped."""
     kept = "".join(c if c.isalnum() else " " for c in label.lower().replace("'", ""))
     return "_".join(kept.split())
