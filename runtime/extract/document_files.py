@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ WORKBOOK = "tables"  # in place of a task's name: one workbook holds a document'
 _NEEDED = {PARQUET: ("pyarrow", "parquet"), XLSX: ("openpyxl", "xlsx"), DOCLING: ("docling-core", "docling")}
 # what is written before the first table, between two, and after the last
 _FRAMES = {
-    "html": ("", "\n", "\n"),
+    "html": ('<meta charset="utf-8">\n', "\n", "\n"),  # without it, lxml and pandas read Latin-1
     "md": ("", "\n\n", "\n"),
     "otsl": ("", "\n", "\n"),
     "json": ("[\n", ",\n", "\n]\n"),
@@ -80,7 +81,7 @@ def check_formats_installed(formats: Sequence[str]) -> None:
 
 @dataclass
 class Written:
-    """The files that were written, and how many others could not be written."""
+    """The files that were written, and how many could not be, or lack a table that their format cannot represent."""
 
     paths: list[Path] = field(default_factory=list)
     n_failed: int = 0
@@ -124,16 +125,17 @@ def write_fields(
     root: Path, records: Callable[[], Iterable[Record]], tasks: Iterable[str], form: Form, say: Say
 ) -> Written:
     """Writes `task.suffix` below `root`, one table of all pages of all documents, for every task that gives fields: in
-    each of FIELDS_FORMATS that was requested, or whose file exists already and would otherwise be outdated."""
+    each of FIELDS_FORMATS that was requested, or whose file exists already and would otherwise be outdated. A CSV file
+    that is only brought up to date stays safe for spreadsheets if it was."""
     written = Written()
-    spelled = spreadsheet_text if form.csv_safe else None
     for task in tasks:
         for suffix in FIELDS_FORMATS if task_or_question(task).kind == "fields" else ():
             path = root / f"{task}.{suffix}"
             if suffix in form.formats or is_regular_file(path):
                 with written.one_file(f"'{path}' is not written", say):
                     check_formats_installed([suffix])
-                    write_fields_table(path, task, records, spelled)
+                    is_safe = form.csv_safe or (suffix not in form.formats and is_csv_safe(path))
+                    write_fields_table(path, task, records, spreadsheet_text if is_safe else None)
                     written.paths.append(path)
     return written
 
@@ -164,7 +166,7 @@ def write_answers(root: Path, stem: str, records: Iterable[Record], form: Form, 
                 _attempt(writer, writer.finish, say)
     places = [writer.place for writer in writers.values()]
     paths = [path for place in places if not place.failed for path in place.paths]
-    return Written(paths, sum(place.failed for place in places))
+    return Written(paths, sum(place.failed or place.n_missing for place in places))
 
 
 def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record | None = None) -> None:
@@ -175,6 +177,7 @@ def _attempt(writer: _Writer, step: Callable[[], None], say: Say, record: Record
         return
     except AnswerError as error:
         if record is not None:
+            place.n_missing += 1
             say(AboutResult(f"{record.source}, page {record.page}: {record.task} has no .{place.suffix}: {error}"))
             return
         problem: Exception = error
@@ -220,6 +223,12 @@ def described(error: BaseException) -> str:
 _NUMBER = re.compile(r"[+-]?\d+([.,'\s]\d+)*%?")
 
 
+def is_csv_safe(path: Path) -> bool:
+    """Whether a CSV file was written for spreadsheets: it begins with a byte order mark."""
+    with disk_errors(path):
+        return path.suffix == ".csv" and path.is_file() and path.open("rb").read(len(BOM_UTF8)) == BOM_UTF8
+
+
 def spreadsheet_text(text: str) -> str:
     """Returns the text of a cell, with an apostrophe before anything that a spreadsheet could take for a formula. Plain
     numbers, which may begin with a sign, stay as they are."""
@@ -247,6 +256,7 @@ class _Place:
     files: contextlib.ExitStack
     paths: list[Path] = field(default_factory=list)
     failed: bool = False
+    n_missing: int = 0  # tables that the format cannot represent
 
     def path(self, part: str = "") -> Path:
         name = Path(f"{self.stem}{part}.{self.suffix}")

@@ -28,8 +28,8 @@ def write_fields_table(path: Path, task: str, records: Records, spelled: Callabl
     """Writes the table of a task that gives fields, complete or not at all, in the format of the path's suffix.
 
     A field of a nested object has a column named by its path, such as 'seller.name'; a list is one column of JSON.
-    Columns hold numbers, booleans or text; text if a field has values of several types. `spelled`: applied to each text
-    of a CSV file, which then begins with a byte order mark.
+    Columns hold numbers, booleans or text; text if a field has values of several types. In a workbook booleans are
+    text, as in CSV. `spelled`: applied to each text of a CSV file, which then begins with a byte order mark.
 
     Raises OutputError, and AnswerError for what the format cannot represent.
     """
@@ -37,12 +37,13 @@ def write_fields_table(path: Path, task: str, records: Records, spelled: Callabl
     if path.suffix == ".parquet":
         write_parquet(path, columns, ([*_typed(row, columns)] for row in _rows(task, records, columns)))
         return
-    texts = ([_text(value) for value in row] for row in _rows(task, records, columns))
     if path.suffix == ".xlsx":
         book = Workbook(path)
-        book.add(task, _with_header(list(columns), texts))
+        rows = (_with_numbers(row, columns) for row in _rows(task, records, columns))
+        book.add(task, _with_header(list(columns), rows))
         book.save()
         return
+    texts = ([_text(value) for value in row] for row in _rows(task, records, columns))
     with atomic_text_file(path) as file:
         file.write("\ufeff" if spelled else "")
         for row in _with_header(list(columns), texts):
@@ -64,7 +65,7 @@ def _problem(record: Record) -> str | None:
     return record.validity_error if record.error is None else record.error
 
 
-def _with_header(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+def _with_header(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
     yield names
     yield from rows
 
@@ -111,6 +112,14 @@ def _type(kinds: set[str]) -> str:
 def _typed(row: Sequence[Any], columns: dict[str, str]) -> Iterator[Any]:
     for value, kind in zip(row, columns.values(), strict=True):
         yield value if value is None or kind != "string" else _text(value)
+
+
+def _with_numbers(row: Sequence[Any], columns: dict[str, str]) -> list[Any]:
+    kinds = columns.values()
+    return [
+        value if value is not None and kind in ("int64", "double") else _text(value)
+        for value, kind in zip(row, kinds, strict=True)
+    ]
 
 
 def _text(value: Any) -> str:

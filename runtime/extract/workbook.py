@@ -1,7 +1,7 @@
 """Writes texts as sheets of an .xlsx workbook, through openpyxl (the extra 'xlsx').
 
 Every cell shows the same text as in a CSV file of the table. No cell is a formula, a date or an error, whatever its
-text looks like; anything that begins with '=', '+', '-' or '@' is text, including negative numbers.
+text looks like; text that begins with '=', '+', '-' or '@' stays text, even '-5'. Values that are numbers stay numbers.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Workbook:
         self.path = path
         self._book = openpyxl.Workbook(write_only=True)
 
-    def add(self, name: str, rows: Iterable[Sequence[str]], n_header_rows: int = 1) -> None:
-        """Adds one sheet. Raises AnswerError for rows that no sheet can hold; the sheet is then left out."""
+    def add(self, name: str, rows: Iterable[Sequence[str | float]], n_header_rows: int = 1) -> None:
+        """Adds one sheet of texts and numbers. Raises AnswerError for rows that no sheet can hold; the sheet is then
+        left out."""
         from openpyxl.cell import WriteOnlyCell
         from openpyxl.styles import Font
 
@@ -42,7 +43,7 @@ class Workbook:
         try:
             for number, row in enumerate(rows, 1):
                 _check_size(number, row)
-                cells = [_cell(WriteOnlyCell(sheet), text) for text in row]
+                cells = [_cell(WriteOnlyCell(sheet), value) for value in row]
                 for cell in cells if number <= n_header_rows else ():
                     cell.font = bold
                 sheet.append(cells)
@@ -69,20 +70,30 @@ def number_of(text: str) -> float | int | None:
     return number if str(number) == text else None
 
 
-def _cell(cell: Any, text: str) -> Any:
-    number = number_of(text)
+def _cell(cell: Any, value: str | float) -> Any:
+    number = number_of(value) if isinstance(value, str) else value
     if number is not None:
         cell.value = number
-    elif text:
-        cell.value = _LINE_BREAK.sub("\n", _NOT_XML.sub("\ufffd", replace_surrogates(text)))
+        if not isinstance(value, str):
+            cell.number_format = _shown_as(str(value))
+    elif value:
+        cell.value = _LINE_BREAK.sub("\n", _NOT_XML.sub("\ufffd", replace_surrogates(value)))
         cell.data_type = "s"  # openpyxl takes '=...' for a formula and '#N/A' for an error
-        cell.quotePrefix = True  # as if typed after an apostrophe: it stays text when somebody edits the cell
+        cell.quotePrefix = True  # as if typed behind an apostrophe: it stays text when somebody edits the cell
     return cell
 
 
-def _check_size(number: int, row: Sequence[str]) -> None:
+def _shown_as(text: str) -> str:
+    """The number format that shows a number with all of its digits, for instance '0.00' for 1.25."""
+    whole, _, decimals = text.partition(".")
+    if not (whole.removeprefix("-") + decimals).isdecimal():  # 1e-07
+        return "General"
+    return f"0.{'0' * len(decimals)}" if decimals else "0"
+
+
+def _check_size(number: int, row: Sequence[str | float]) -> None:
     if number > MAX_ROWS or len(row) > MAX_COLUMNS:
         raise AnswerError(f"more than {MAX_ROWS:,} rows or {MAX_COLUMNS:,} columns, which no sheet has room for.")
-    longest = max(map(len, row), default=0)
+    longest = max((len(value) for value in row if isinstance(value, str)), default=0)
     if longest > MAX_CELL:
         raise AnswerError(f"a cell of {longest:,} characters; a spreadsheet's hold {MAX_CELL:,}. Write it as CSV.")

@@ -102,3 +102,13 @@ def test_what_no_sheet_holds_leaves_no_file(tmp_path: Path) -> None:
             tmp_path / "kvp.xlsx", "kvp", lambda: [Record("a", 1, 1, "kvp", value={"a": "x" * 40000}, valid=True)]
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_a_workbook_can_be_added_up(tmp_path: Path) -> None:
+    totals = [100, -40, 2.5, -1.25, 123456789012, 0.1, 3]
+    records = [Record("a.pdf", n, 9, "kvp", value={"total": total}, valid=True) for n, total in enumerate(totals, 1)]
+    write_fields_table(tmp_path / "kvp.xlsx", "kvp", lambda: records)
+    (sheet,) = openpyxl.load_workbook(tmp_path / "kvp.xlsx")
+    cells = [row[4] for row in sheet.iter_rows(min_row=2)]
+    assert [cell.value for cell in cells] == totals and {cell.data_type for cell in cells} == {"n"}
+    assert [cell.number_format for cell in cells] == ["0", "0", "0.0", "0.00", "0", "0.0", "0"]  # all digits are shown
