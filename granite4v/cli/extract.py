@@ -36,8 +36,8 @@ WatchOption = Annotated[
     typer.Option(
         "--watch",
         metavar="DIR",
-        help="Read the files of DIR and those that come into it, each when it is complete, until Ctrl-C; in place of "
-        "INPUT. Needs --out, outside of DIR.",
+        help="Read the files of DIR and those that come into it, each when it has not changed for 2 seconds, until "
+        "Ctrl-C; in place of INPUT. Needs --out, outside of DIR.",
         show_default=False,
     ),
 ]
@@ -117,6 +117,10 @@ def extract(
         parallel=parallel,
         drafting=drafting,
     )
+    if out is None and confidence and not as_json:
+        raise typer.BadParameter("it goes into records; give --out or --json.", param_hint="--confidence")
+    if out is None and not as_json and len(formats or []) > 1:
+        raise typer.BadParameter("one format can be printed; give --out for several.", param_hint="--format")
     with Progress() as progress:
         shown = RunProgress(progress)
         printer = Printer(as_json=as_json, out=out, table_format=formats[0] if formats else None, say=progress.say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,9 @@ from granite4v.errors import OutputError
 
 if TYPE_CHECKING:
     from granite4v.runtime.extract import Extraction, Record, State
+
+
+SHOWN_PATHS = 20
 
 
 class Printer:
@@ -53,7 +57,7 @@ class Printer:
         from granite4v.runtime.extract.output_directory import RESULTS
 
         assert self.out is not None
-        list_paths([self.out / RESULTS, *state.paths], state.n_paths - len(state.paths), self.out)
+        list_paths([self.out / RESULTS, *state.paths], state.n_paths + 1, self.out, self._say)
 
     def _write(self, step: Callable[[], None]) -> None:
         if self.failure is not None:
@@ -82,12 +86,13 @@ class Printer:
         return as_text(record, self._table_format if is_table else None)
 
 
-def list_paths(paths: Sequence[Path], n_more: int, folder: Path) -> None:
-    """Prints the paths of files in a folder, and how many more there are."""
-    for path in paths:
+def list_paths(paths: Sequence[Path], n_paths: int, folder: Path, say: Callable[[str], None]) -> None:
+    """Prints the paths of files in a folder, on a terminal the first `SHOWN_PATHS`; `say` gets the number of others."""
+    shown = paths[:SHOWN_PATHS] if sys.stdout.isatty() else paths
+    for path in shown:
         print(path)
-    if n_more:
-        print(f"and {n_more} more in {folder}")
+    if n_paths > len(shown):
+        say(f"and {plural(n_paths - len(shown), 'more file')} in '{folder}'")
 
 
 class RunProgress:
@@ -173,19 +178,23 @@ def kept(state: State, out: Path | None) -> str:
     return f"{plural(n, 'finished record')} {'is' if n == 1 else 'are'} kept in '{out}'; continue with --resume"
 
 
-def summary(state: State, seconds: float) -> str:
-    """Formats one line: what was read, how many records failed, are invalid or were cut off, and how long it took."""
+def summary(state: State, seconds: float, *, of_all: bool = True) -> str:
+    """Formats one line: what was read, how many records failed, are invalid or were cut off, and how long it took.
+
+    `of_all`: with the records of earlier runs in the same directory.
+    """
     counts = state.counts
+    n_records = counts.n_records if of_all else counts.n_records - state.left_out.n_records
     pages = plural(state.n_pages_read + state.n_pages_known, "page")
-    parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(counts.n_records, "record")]
+    parts = [f"{pages} of {plural(state.n_documents, 'document')}", plural(n_records, "record")]
     for n, what in (
-        (state.n_resumed, "from an earlier run"),
-        (state.n_replaced, "of them replaced"),
-        (state.left_out.n_records, "of documents not in this run's input"),
+        (state.n_resumed * of_all, "from an earlier run"),
+        (state.n_replaced, "of them replaced" if of_all else "replaced"),
+        (state.left_out.n_records * of_all, "of documents not in this run's input"),
         (counts.n_failed - state.left_out.n_failed, "failed"),
         (counts.n_invalid - state.left_out.n_invalid, "invalid"),
         (counts.n_salvaged - state.left_out.n_salvaged, "truncated, partly kept"),
-        (counts.n_copied, "copied from a page with the same pixels"),
+        (counts.n_copied * of_all, "copied from a page with the same pixels"),
     ):
         if n:
             parts.append(f"{n} {what}")

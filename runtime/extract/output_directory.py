@@ -35,6 +35,14 @@ _SAME = {
 _RENAMED = {"free": "unconstrained"}
 
 
+class OutputLocked(OutputError):
+    """Another process is writing to the directory."""
+
+
+class EnvironmentRemark(str):
+    """A resumed run differs from the one before in what changes answers slightly."""
+
+
 class OutputDirectory:
     """An output directory, locked by this process until `release`."""
 
@@ -98,7 +106,7 @@ class OutputDirectory:
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                raise OutputError(
+                raise OutputLocked(
                     f"another process is writing to '{path}'; wait for it, or give another directory."
                 ) from None
             except NotImplementedError:
@@ -152,7 +160,10 @@ class OutputDirectory:
             "environments": [*environments, *new],
         }
         self._write(merged)
-        return [_remark(environments[-1], environment) for environment in new if environments]
+        remarks: list[str] = [_remark(environments[-1], environment) for environment in new if environments]
+        if wanted.get("confidence") and not begun.get("confidence"):
+            remarks.append("the records of the earlier run have no confidences; only new ones get them.")
+        return remarks
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         with atomic_text_file(self.path / MANIFEST) as file:
@@ -221,10 +232,10 @@ def _comparable(key: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -
     return then, now
 
 
-def _remark(then: Any, now: Mapping[str, Any]) -> str:
+def _remark(then: Any, now: Mapping[str, Any]) -> EnvironmentRemark:
     before = then if isinstance(then, dict) else {}
     pairs = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
-    return (
+    return EnvironmentRemark(
         f"resumed in a different environment ({pairs}); new answers may differ slightly from what a single run gives."
     )
 

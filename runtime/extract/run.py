@@ -204,6 +204,7 @@ def _manifest(
         "inputs": list(inputs),
         "pages": options.pages,
         "crop": options.crop,
+        "confidence": options.confidence,
         "tasks": [question.task for question in asked],
         "prompts": {question.task: question.prompt_sha256 for question in asked},
         "schema": schemas[0].sha256 if schemas else None,

@@ -15,6 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from granite4v.cli.main import app
+from granite4v.errors import OutputError
+from granite4v.runtime.extract.output_directory import OutputDirectory
 from tests.helpers.pictures import text_picture
 from tests.toy.spec import PRESETS
 
@@ -67,6 +69,34 @@ def test_files_are_read_as_they_come_until_ctrl_c_and_later_ones_after_it(folder
     assert "Traceback" not in process.communicate(timeout=60)[1]
     assert sorted(records(out)) == [("a.png", 1, "a"), ("a.png", 1, "sub/a"), ("b.png", 1, "b")]
     assert set(before) < set((out / "results.jsonl").read_bytes().splitlines())  # not read again: the same timings
+
+
+def test_another_process_in_the_output_directory_is_waited_for(folder: Path, tmp_path: Path) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    inbox.mkdir()
+    text_picture((60, 90), 1).save(inbox / "a.png")
+    process = start("--watch", inbox, "--out", out, "-m", folder, "--prompt", "What?", "--max-tokens", 4)
+    wait_for(process, lambda: (out / "a.prompt.md").exists())
+    wait_for(process, lambda: can_be_claimed(out))
+    claimed = OutputDirectory.claim_for_export(out, out)  # as by 'granite4v export'
+    text_picture((60, 90), 2).save(inbox / "b.png")
+    time.sleep(4)  # two until the file counts as complete
+    claimed.release()
+    wait_for(process, lambda: (out / "b.prompt.md").exists())
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert stderr.count(f"another process is using '{out}'; waiting for it") == 1
+    assert f"{inbox / 'a.png'}: 1 page of 1 document, 1 record, 1 truncated" in stderr
+    assert f"{inbox / 'b.png'}: 1 page of 1 document, 1 record, 1 truncated" in stderr
+
+
+def can_be_claimed(out: Path) -> bool:
+    try:
+        OutputDirectory.claim_for_export(out, out).release()
+    except OutputError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,13 @@ def test_a_path_that_means_another_file_from_here_is_another_document(
     with run(model, [elsewhere / "c.png"], ["tables_html"], out=out, resume=True) as resumed:
         assert [record.source for record in resumed] == [str(elsewhere / "c.png")]
         assert resumed.state.counts.n_records == 2
+
+
+def test_confidences_that_an_earlier_run_did_not_keep_are_remarked(
+    model: FakeModel, scans: Path, tmp_path: Path
+) -> None:
+    remarks: list[str] = []
+    list(run(model, scans, out=tmp_path / "out", say=remarks.append))
+    for _ in range(2):
+        list(run(model, scans, out=tmp_path / "out", resume=True, confidence=True, say=remarks.append))
+    assert remarks == ["the records of the earlier run have no confidences; only new ones get them."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from pathlib import Path
@@ -66,7 +65,20 @@ def test_a_folder_may_be_empty_and_must_be_there(tmp_path: Path) -> None:
     threading.Timer(0.1, picture, [folder / "a.png"]).start()
     found = arrivals(folder, settled_s=0.05, poll_s=0.01)
     assert names(next(found)) == ["a.png"]
-    (folder / "a.png").unlink()
-    folder.rmdir()
-    with pytest.raises(DocumentError, match="there is no directory"):
-        next(itertools.islice(found, 1))
+
+
+def test_a_folder_that_vanishes_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    folder, away, said = tmp_path / "in", tmp_path / "away", list[str]()
+    folder.mkdir()
+    picture(folder / "a.png")
+    found = arrivals(folder, settled_s=0.05, poll_s=0.01, say=said.append)
+    assert names(next(found)) == ["a.png"]
+    folder.rename(away)
+
+    def bring_back() -> None:
+        picture(away / "b.png")
+        away.rename(folder)
+
+    threading.Timer(0.3, bring_back).start()
+    assert names(next(found)) == ["b.png"]  # not a.png again
+    assert said == [f"'{folder}' is gone; waiting for it", f"'{folder}' is there again"]
