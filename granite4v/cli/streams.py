@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -61,15 +62,22 @@ class _Stream(io.TextIOBase):
 
 
 class Results(_Stream):
-    """Standard output. After a write has failed, every further write raises the same ResultsLost or PipeClosed, because
-    code that probes the stream, such as click, may swallow the first one."""
+    """Standard output, for the thread that created it: what libraries print in their own threads goes to stderr, as
+    Ray's messages about workers do.
+
+    After a write has failed, every further write raises the same ResultsLost or PipeClosed, because code that probes
+    the stream, such as click, may swallow the first one.
+    """
 
     def __init__(self, stream: TextIO, *, escapes: bool = True) -> None:
         super().__init__(stream)
         self._escapes = escapes and self._is_terminal
         self.failure: Exception | None = None
+        self._thread = threading.get_ident()
 
     def write(self, text: str) -> int:
+        if threading.get_ident() != self._thread:
+            return sys.stderr.write(text)
         self._begin()
         with self._failing():
             self._stream.write(clean(text) if self._escapes else text)

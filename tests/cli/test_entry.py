@@ -88,6 +88,13 @@ def test_messages_never_go_to_stdout_where_stderr_is_closed() -> None:
     assert (done.returncode, done.stdout) == (0, "a result\n")
 
 
+def test_what_other_threads_print_is_no_result() -> None:
+    """Ray prints about dead workers in a thread of its own."""
+    body = "import threading\nother = threading.Thread(target=print, args=['a remark'])\nother.start()\nother.join()"
+    done = shell(stub(f"{body}\nprint('a result')"), "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a result\n", "a remark\n")
+
+
 def test_messages_that_cannot_be_written_do_not_end_the_work() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

@@ -16,7 +16,7 @@ from granite4v.errors import DeviceError
 AUTO, LOCAL = "auto", "local"
 OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here, for pages in flight to workers
 _REACHED_S = 15.0
-_STATISTICS = "RAY_USAGE_STATS_ENABLED"
+_STATISTICS, _ADDRESS = "RAY_USAGE_STATS_ENABLED", "RAY_ADDRESS"
 _PART_OF_STORE = 4  # pages in flight take at most this fraction (1/4) of a node's object store
 
 
@@ -70,6 +70,8 @@ def _import() -> Any:
 
 def _connect(ray: Any, address: str) -> None:
     quiet = {"configure_logging": False, "log_to_driver": False}
+    if address == AUTO:
+        address = os.environ.get(_ADDRESS, "").strip() or AUTO
     try:
         if address == AUTO:
             try:

@@ -38,3 +38,9 @@ def test_an_address_where_no_cluster_is() -> None:
     message = "no Ray cluster answers at '127.0.0.1:1'.+'ray start --head'"
     with pytest.raises(DeviceError, match=message), connected("127.0.0.1:1"):
         pass
+
+
+def test_an_address_in_the_environment_is_tried_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(DeviceError, match="no Ray cluster answers at '127.0.0.1:1'"), connected("auto"):
+        pass
