@@ -1,8 +1,8 @@
 """Computes the sizes of 'anyres' tiling: the grid that an image is cut into, and its number of tokens. Needs no pixels.
 
-Same geometry as transformers 5.23 (`image_processing_utils.select_best_resolution`, and
-`get_image_patches` and `unpad_image` of the model that introduced it), in Python floats, to the last bit. Sizes are (width, height) as in Pillow unless
-a name says otherwise; pinpoints are (height, width).
+Same geometry as transformers 5.23 (`image_processing_utils.select_best_resolution`, and `get_image_patches` and
+`unpad_image` of the model that introduced it), in Python floats, to the last bit. Sizes are (width, height) as in
+Pillow unless a name says otherwise; pinpoints are (height, width).
 
 Imports no NumPy: the page reader process uses this module to decide how large to render pages. `tiles_anyres` cuts and
 packs.

@@ -44,7 +44,6 @@ def export(
     """
     from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract.export import export_results
-    from granite4v.runtime.extract.state import MAX_PATHS
 
     with Progress() as progress:
         try:
@@ -58,6 +57,6 @@ def export(
         except ArgumentError as error:
             raise typer.BadParameter(str(error)) from None
         progress.note(f"{plural(len(written.paths), 'file')} written")
-    list_paths(written.paths[:MAX_PATHS], max(0, len(written.paths) - MAX_PATHS), out or folder)
+        list_paths(written.paths, len(written.paths), out or folder, progress.note)
     if written.n_failed:
         raise typer.Exit(EXIT_FAILURE)

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _LOOKS_READABLE = (
     *(".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".tga", ".pcx", ".pbm", ".pgm", ".ppm", ".pnm", ".wmf", ".emf"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".djvu", ".djv", ".xps", ".oxps", ".ps", ".eps"),
 )
+_FILE_URL = re.compile("file:/*(?:localhost)?(?=/)", re.IGNORECASE)
 _MOST_NAMES = 3  # of left-out files in a note
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 EXPECTED = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or PDF"
@@ -85,7 +87,7 @@ def find_documents(
     found: list[Document | NotFound] = []
     seen: set[str] = set()
     for given in inputs:
-        for item in _expand(os.fspath(given), note or _no_note):
+        for item in _expand(_local(os.fspath(given)), note or _no_note):
             path = item.path if isinstance(item, Document) else None
             key = item.source if path is None else os.path.realpath(path)
             if key not in seen:
@@ -99,6 +101,12 @@ def find_documents(
 
 def _no_note(line: str) -> None:
     pass
+
+
+def _local(given: str) -> str:
+    """The path of a file:// URL of this machine; other texts as they are."""
+    match = _FILE_URL.match(given)
+    return given if match is None else urllib.parse.unquote(given[match.end() :])
 
 
 def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotFound]:
@@ -126,7 +134,9 @@ def _expand(given: str, note: Callable[[str], None]) -> Iterator[Document | NotF
         for match in matches:
             yield from _in_directory(match, note) if os.path.isdir(match) else [_document(match)]
     else:
-        yield _not_found(given, f"there is no file or directory '{shown(given)}'.")
+        name, _, pages = given.rpartition("#")
+        hint = f" To read pages of '{shown(name)}', add --pages {shown(pages)}." if os.path.isfile(name) else ""
+        yield _not_found(given, f"there is no file or directory '{shown(given)}'.{hint}")
 
 
 def _at_url(url: str) -> Iterator[Document | NotFound]:

@@ -45,6 +45,11 @@ def export_results(
         with ResultsLog.open_to_read(Path(folder)) as log:
             if not log.tasks():
                 raise OutputError(f"'{folder}' holds no records yet; 'granite4v extract ... --resume' goes on with it.")
+            if log.is_torn:
+                say(
+                    "the last line of its records is incomplete and left out: a run is writing it, or was "
+                    "interrupted; 'granite4v extract ... --resume' completes it."
+                )
             check_formats(names, log.tasks())
             check_csv_safe(csv_safe, log.tasks(), names)
             target.keep()

@@ -45,6 +45,7 @@ th { background: var(--head); }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr); gap: .2rem .8rem; margin: .2rem 0; }
 dt { color: var(--soft); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 .value { white-space: pre-wrap; }
+li, td a { overflow-wrap: anywhere; } td.number { white-space: nowrap; }
 ol.items { margin: 0; padding-left: 1.4rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--head); border-radius: .3rem;
   padding: .5rem; margin: .4rem 0; max-height: 40rem; overflow-y: auto; }
@@ -164,7 +165,7 @@ Model:{% for role, digest in contents.model.items() %} {{ role }} {{ digest[:12]
 fields, by their least token probability</span></h2>
 <div class="scroll"><table><tr><th>least</th><th>mean</th><th>page</th><th>where</th><th>text</th></tr>
 {% for one in contents.uncertain %}
-<tr><td>{{ '%.2f' % one.least }}</td><td>{{ '%.2f' % one.mean }}</td>\
+<tr><td class="number">{{ '%.2f' % one.least }}</td><td class="number">{{ '%.2f' % one.mean }}</td>\
 <td><a href="#page-{{ one.anchor }}">{{ one.source }}{% if one.page %}, page {{ one.page }}{% endif %}</a></td>\
 <td>{{ one.task }} {{ one.where }}</td><td>{{ '' if one.text is none else one.text }}</td></tr>
 {% endfor %}

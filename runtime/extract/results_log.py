@@ -101,6 +101,7 @@ class ResultsLog:
         self._tasks: dict[str, int] = {}  # task: its place in the reading order
         self._answers: dict[tuple[str, str], Key] = {}  # (digest, task): the first answer
         self._last: tuple[int, ...] = ()  # the highest place so far, see `_note`
+        self.is_torn = False  # the last line is incomplete, and left out
         self._tidy = True  # the file has each record once, in reading order
         self.counts = Counts()
         self._load()
@@ -341,6 +342,7 @@ class ResultsLog:
                     ours = bool(self._entries) or _BEGINNING.startswith(line[: len(_BEGINNING)].rstrip(b"\0"))
                     torn = not line.endswith(b"\n") or bool(self._entries)
                     if last and ours and torn:
+                        self.is_torn = True
                         break
                     raise OutputError(self._damaged(f"line {number}", error)) from None
                 self._note(record, len(line))
@@ -358,7 +360,7 @@ class ResultsLog:
         reason = f"not JSON ({why.msg})" if isinstance(why, json.JSONDecodeError) else f"{type(why).__name__}: {why}"
         return (
             f"{where} of '{self._path}' is not a record of ours ({reason:.120}); the file was changed by something "
-            "else. Start again with another --out."
+            "else. Remove that line if the others are to be kept, or start again with another --out."
         )
 
 

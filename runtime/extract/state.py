@@ -9,7 +9,7 @@ from pathlib import Path
 
 from granite4v.runtime.extract.results_log import Counts
 
-MAX_PATHS = 20
+MAX_PATHS = 100_000
 
 
 @dataclass

@@ -33,7 +33,7 @@ def test_the_files_are_listed(folder: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout.split()) == (0, list(map(str, expected)))
     assert "2 files written" in result.stderr and all(path.is_file() for path in expected)
     many = run(folder, "--format", "csv", "--csv-safe")
-    assert many.exit_code == 0 and many.stdout.splitlines()[-1] == f"and 10 more in {folder}"
+    assert many.exit_code == 0 and len(many.stdout.splitlines()) == 30  # on a terminal the first 20
     assert (folder / "a.tables_html.page7.csv").read_text(encoding="utf-8") == "\ufeffA\n'=1\n"
 
 

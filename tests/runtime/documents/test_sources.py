@@ -335,3 +335,17 @@ def test_standard_input_that_holds_nothing_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"")))
     assert "standard input is a terminal; pipe an image or PDF into it" in str(failure("-").error)
     assert str(failure("/dev/null").error) == "'/dev/null' is a device or a socket; give a file, a directory or a pipe."
+
+
+def test_a_file_url_is_a_path(folder: Path, tmp_path: Path) -> None:
+    named = tmp_path / "a b.png"
+    named.write_bytes(b"x")
+    for url in (f"file://{tmp_path}/a%20b.png", f"file://localhost{tmp_path}/a%20b.png", f"FILE:{tmp_path}/a b.png"):
+        [found] = find_documents([url])
+        assert isinstance(found, Document) and found.path == named
+
+
+def test_a_page_behind_a_name_leads_to_the_option(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    with pytest.raises(DocumentError, match=r"'.*a\.pdf#3'\. To read pages of '.*a\.pdf', add --pages 3\."):
+        find_documents([f"{tmp_path}/a.pdf#3"])

@@ -214,3 +214,42 @@ def test_one_table_of_all_fields_comes_with_the_run_and_follows_it(
         read = {"csv": pandas.read_csv, "parquet": pandas.read_parquet, "xlsx": pandas.read_excel}[name.split(".")[1]]
         assert read(tmp_path / "out" / name)["shade"].dropna().tolist() == [10, 20, 30, 20, 20, 40]
     assert {"a.kvp.json", "kvp.csv"} < {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_csv_for_spreadsheets_stays_so_when_it_is_only_brought_up_to_date(folder: Path) -> None:
+    with (folder / "results.jsonl").open("ab") as file:
+        file.write(encode(Record("in/c.png", 1, 1, "kvp", value={"x": "=1"}, valid=True, stem="c")))
+    granite4v.export_results(folder, "csv", csv_safe=True)
+    safe = (folder / "kvp.csv").read_bytes()
+    assert safe.startswith(b"\xef\xbb\xbf") and b",'=1\n" in safe
+    granite4v.export_results(folder, "xlsx")
+    assert (folder / "kvp.csv").read_bytes() == safe
+    granite4v.export_results(folder, "csv")
+    assert b",=1\n" in (folder / "kvp.csv").read_bytes()
+
+
+def test_pandas_reads_the_html_file_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    table = Table(1, 2, 0, (Cell(0, 0, "é 日本"), Cell(0, 1, "¼")))
+    (folder / "results.jsonl").write_bytes(
+        encode(Record("a.pdf", 1, 1, "tables_html", value=[table], valid=True, stem="a"))
+    )
+    granite4v.export_results(folder, "html")
+    [frame] = pandas.read_html(folder / "a.tables_html.html")
+    assert frame.to_numpy().tolist() == [["é 日本", "¼"]]
+
+
+def test_a_table_that_a_format_cannot_represent_is_counted(folder: Path) -> None:
+    wide = Table(1, 1, 0, (Cell(0, 0, "x" * 40_000),))
+    with (folder / "results.jsonl").open("ab") as file:
+        file.write(encode(Record("in/c.png", 1, 1, "tables_html", value=[wide], valid=True, stem="c")))
+    messages: list[str] = []
+    written = granite4v.export_results(folder, "xlsx", say=messages.append)
+    assert written.n_failed == 1 and "tables_html has no .xlsx: a cell of 40,000 characters" in " ".join(messages)
+
+
+def test_an_incomplete_last_line_is_told(folder: Path) -> None:
+    with (folder / "results.jsonl").open("ab") as file:
+        file.write(encode(Record("in/c.png", 1, 1, "kvp"))[:50])
+    messages: list[str] = []
+    granite4v.export_results(folder, "json", say=messages.append)
+    assert len(messages) == 1 and "the last line of its records is incomplete and left out" in messages[0]
