@@ -186,7 +186,7 @@ def test_either_password_opens_an_encrypted_pdf(revision: int, password: str, tm
 
 
 def test_a_password_for_many_files_opens_those_that_need_none(tmp_path: Path) -> None:
-    """Bank statements are often like this: anybody may read them, only the owner may change them."""
+    """Like bank statements: anybody may read them, only the owner may change them."""
     for revision in (3, 6):
         lock = pikepdf.Encryption(owner="boss", user="", R=revision, aes=revision >= 4, metadata=revision >= 4)
         path = write(tmp_path / f"{revision}.pdf", text_pdf("secret"), encryption=lock)

@@ -314,7 +314,7 @@ def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
 
 
 def test_writers_and_readers_in_several_processes(store: PageStore) -> None:
-    """The store is so small that they keep evicting each other's pages; a page is read correctly, or missing."""
+    """The store is so small that they keep evicting each other's pages; each load gives the right page or none."""
     most = 3 * (N + 1000)
     processes = [start(WRITER, store.folder, most, 40, *numbers) for numbers in ((1, 2, 3), (3, 4, 5), (1, 5, 6))]
     chosen, n_read = random.Random(0), 0

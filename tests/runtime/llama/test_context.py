@@ -106,8 +106,8 @@ def prefilled_again(context: LlamaContext) -> np.ndarray:
 def test_a_state_moves_to_a_larger_context_with_any_sequences(
     text: LlamaModel, before: tuple[int, int], after: tuple[int, int], exact: bool
 ) -> None:
-    """`before`, `after`: the number of sequences, and which one holds the state. Later steps give the same bits, also in
-    batches with others."""
+    """`before`, `after`: the number of sequences, and which one holds the state. Steps give the same bits before and
+    after the move, whatever the other sequences hold."""
     n = len(TOKENS)
     with LlamaContext(text, 256, 64, 1, n_seq_max=before[0], exact=exact) as small:
         for other in range(before[0]):

@@ -142,7 +142,7 @@ def test_what_memory_allows_is_copied(backend: Backend, monkeypatch: pytest.Monk
     for available, expected in (
         (None, {REPACK: 1, plain: 1}),
         (spare + 1100, {REPACK: 1, plain: 1}),
-        (spare + 1099, {}),  # the copies take as much as the mapped weights would
+        (spare + 1099, {}),  # too little for the faster copy, too: the other weight would stay mapped
     ):
         monkeypatch.setattr(placement, "available_bytes", lambda available=available: available)
         assert choose_placement(every, backend).n_copies == expected, available
