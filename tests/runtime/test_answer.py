@@ -28,7 +28,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 
 @pytest.mark.parametrize("drafting", [False, True])
 def test_logprobs_are_those_of_the_scored_logits(model: granite4v.Model, drafting: bool) -> None:
-    """Compared with the same tokens scored as an answer, and a log-softmax by numpy."""
+    """The reference scores the same tokens one by one, as if they were the answer; numpy takes the log-softmax."""
     settings: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "seed": 5, "drafting": drafting}
     answer = model.generate("Hello", [PICTURE], logprobs=4, **settings)
     assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens) == 30

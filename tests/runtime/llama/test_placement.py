@@ -171,7 +171,7 @@ def test_a_small_model_is_widened_for_prompts_if_memory_allows(
 def test_weights_rearranged_for_prompts_alone_are_in_large_pages_for_steps(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second copy cannot be evicted, so it is made only where memory is left over. Single copies come first."""
+    """A second copy cannot be dropped, so it needs twice the memory to spare. Copies of other weights come first."""
     repack = next((kind for kind in backend.extra_buffer_types() if buffer_type_name(kind) == REPACK), None)
     if repack is None:
         pytest.skip("this ggml has no repack buffer type")

@@ -132,7 +132,7 @@ def test_the_same_page_again_is_cached(tiny: Served) -> None:
 
 def test_clients_that_take_turns_keep_their_pages(tiny_model: granite4v.Model) -> None:
     """A model's context has one sequence until two requests overlap, and would hold only the latest page. So the server
-    starts with questions that overlap, even if the thread that asks them is not scheduled for a while."""
+    begins with two overlapping requests, which overlap even if the submitting thread is not scheduled for a while."""
     files = tiny_model.files
 
     def load() -> granite4v.Model:
