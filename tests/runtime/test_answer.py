@@ -1,4 +1,4 @@
-"""What an answer of a loaded model says of its tokens, against logits that are scored one by one."""
+"""Tests of the log-probabilities of a loaded model's answers, compared with logits that are scored one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 
 @pytest.mark.parametrize("drafting", [False, True])
 def test_logprobs_are_those_of_the_scored_logits(model: granite4v.Model, drafting: bool) -> None:
-    """The same tokens, decoded one by one as if they were the answer, by numpy."""
+    """The reference scores the same tokens one by one, as if they were the answer; numpy takes the log-softmax."""
     settings: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "seed": 5, "drafting": drafting}
     answer = model.generate("Hello", [PICTURE], logprobs=4, **settings)
     assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens) == 30
@@ -55,7 +55,7 @@ def test_logprobs_of_a_table_give_the_confidence_of_its_cells(model: granite4v.M
 
 @pytest.mark.parametrize("drafting", [False, True])
 def test_of_a_trained_model_in_half_precision(drafting: bool) -> None:
-    """Held to a grammar, with forced tokens decoded in one batch: the others have the model's own probabilities."""
+    """Under a grammar, with forced tokens decoded in one batch: the others have the model's own probabilities."""
     picture = PIL.Image.open(Path("tests/data/invoice.png")).convert("RGB").crop((130, 540, 1600, 900))
     with granite4v.load() as nano:
         for task in ("tables_html", "tables_json"):
@@ -67,7 +67,7 @@ def test_of_a_trained_model_in_half_precision(drafting: bool) -> None:
             expected = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
             free = [(i, entry) for i, entry in enumerate(answer.logprobs) if not entry.forced]
             assert len(free) == len(answer.tokens) - answer.timings.n_forced > 5
-            for i, entry in free:  # rows of one batch round otherwise than rows alone
+            for i, entry in free:  # rows of one batch round differently than rows alone
                 assert np.exp(entry.logprob) == pytest.approx(float(np.exp(expected[i, entry.token])), abs=0.02)
                 assert entry.top[0][1] == pytest.approx(float(expected[i].max()), abs=0.05)
 

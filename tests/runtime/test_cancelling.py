@@ -1,4 +1,4 @@
-"""Requests that are given up: before they begin, between tokens, and inside a long computation."""
+"""Tests of cancelled requests: before they begin, between tokens, and inside a long computation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_cancelled_between_tokens(model: granite4v.Model, pictures: list[Any]) -
 
 
 def test_cancelled_inside_a_long_computation(model: granite4v.Model) -> None:
-    """A prompt of thousands of tokens is given up between two graph nodes, not at its end."""
+    """A prompt of thousands of tokens is aborted between two graph nodes, not at its end."""
     prompt = "word " * 2000
     started = threading.Event()
 

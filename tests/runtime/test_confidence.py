@@ -1,4 +1,4 @@
-"""Confidences of cells and fields, against sums by hand."""
+"""Tests of the confidences of cells and fields, compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from granite4v.runtime.formats.place import Key
 
 
 def answer_of(*pieces: tuple[str, float | None], finish: str = "stop") -> Answer:
-    """An answer of tokens with these texts and probabilities; None for a forced token."""
+    """Builds an answer from the texts and probabilities of its tokens; None for a forced token."""
     answer = Answer(finish_reason=finish, logprobs=[])
     for token, (text, chance) in enumerate(pieces):
         answer.text += text
@@ -35,7 +35,7 @@ def test_cells_of_a_table() -> None:
     )  # fmt: skip
     assert figures(confidence(answer, "tables_html")) == {
         (0, 0, 0): (2.2 / 3, 0.5, 3),
-        (0, 0, 1): (0.6, 0.6, 1),  # empty: the token that ends it, and begins the next one
+        (0, 0, 1): (0.6, 0.6, 1),  # an empty cell: the token that ends it, and begins the next
         (0, 0, 2): (0.85 / 2, 0.25, 2),
     }
 

@@ -1,4 +1,4 @@
-"""The public model: what it opens and when, adapters, cancelling, foreign files, other settings."""
+"""Tests of the public model: what it opens and when, foreign files, adapters, arguments, copies and forks."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_encoded_pictures_are_the_references(model: granite4v.Model, load_refere
 def test_injection_alone_given_the_references_own_streams(
     model: granite4v.Model, load_reference: Callable[..., Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Takes the encoder out of the comparison: what is left is the template, the tokens and the decoder."""
+    """Takes the encoder out of the comparison, which leaves the template, the tokens and the decoder."""
     reference = load_reference(TINY)
     streams = reference.streams(PICTURE)
     rows = np.stack([streams[layer] for layer in sorted(streams)], axis=1)
@@ -124,7 +124,7 @@ def test_many_batches_give_what_one_gives(
     make_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A prompt longer than a batch, and a picture cut through: positions and slices must go on correctly."""
+    """The prompt is longer than a batch, and an image is split: positions and slices must continue correctly."""
     prompt, pictures = "word " * 700, [noise_picture((300, 200)), PICTURE]
     expected = load_reference(TINY).logits(prompt, pictures)
     assert relative_l2(model.logits(prompt, pictures), expected) < LOGITS
@@ -137,7 +137,7 @@ def test_many_batches_give_what_one_gives(
 
 
 def test_files_with_llama_cpps_keys_alone_answer_alike(model: granite4v.Model, tmp_path: Path) -> None:
-    """As llama.cpp's converter and the publisher's files have them: no tokenizer.json, none of our keys."""
+    """As from llama.cpp's converter, and as in the publisher's files: no tokenizer.json, none of our keys."""
     assert model.files.vision is not None
     copy_gguf(model.files.text.path, tmp_path / "text.gguf", without=OURS)
     copy_gguf(model.files.vision.path, tmp_path / "mmproj.gguf", without=OURS)
@@ -376,7 +376,7 @@ def test_only_a_default_number_of_threads_changes_with_the_load(
 
 
 def test_one_image_has_progress_of_its_own_and_the_same_bits(make_model: Callable[..., Path]) -> None:
-    """Also where all its tiles are computed together."""
+    """Even where all its tiles are computed together."""
     told: list[tuple[str, int, int]] = []
     with granite4v.load(make_model(TINY), device="cpu") as model:
         plain = model.encode_image(PICTURE).rows

@@ -1,4 +1,4 @@
-"""A new task is one entry in the table of tasks: everything else follows it."""
+"""Tests that a new task needs only one entry in the table of tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "chart2pairs"
 
 @dataclass(frozen=True)
 class Pairs:
-    """'name=value;' again and again, and a '.' at the end; never '=' in a name or ';' in a value."""
+    """The grammar of 'name=value;' repeated, with a '.' at the end; names and values contain no ';', '=' or '.'."""
 
     in_value: bool = False
     ended: bool = False

@@ -1,4 +1,4 @@
-"""Questions to a model: answers equal those of a model that is asked the whole at once, and pages are read once."""
+"""Tests of chats: answers equal those of a model that gets the complete conversation at once; no page is read twice."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def chat(model: granite4v.Model) -> Chat:
 
 @pytest.fixture
 def small(model: granite4v.Model) -> Iterator[Chat]:
-    """A context of 700 tokens."""
+    """A chat with a context of 700 tokens."""
     with granite4v.load(n_ctx=700) as loaded:
         yield Chat(loaded)
 
 
 def asked(chat: Chat, text: str) -> Turn:
-    """A question and its whole answer."""
+    """Asks a question, reads the complete answer and returns the turn."""
     reply = chat.ask(chat.question(text))
     assert "".join(reply) == reply.text
     assert reply.turn is not None and chat.conversation.turns[-1] is reply.turn
@@ -52,7 +52,7 @@ def asked(chat: Chat, text: str) -> Turn:
 
 
 def messages_of(turns: list[Turn], question: str) -> list[dict[str, Any]]:
-    """Written out by hand: the page in the first message, everything else is text."""
+    """Writes a conversation out by hand: the page is in the first message, everything else is text."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         messages += [
@@ -79,7 +79,7 @@ def test_a_follow_up_reads_no_page_again(chat: Chat) -> None:
     assert first is not None and second is not None
     assert first.n_encoded == 1 and second.n_encoded == 0
     assert first.n_image == second.n_image == chat.n_tokens(page)
-    assert second.n_reused >= first.n_prompt - 32  # all but what llama.cpp computes again at a batch's end
+    assert second.n_reused >= first.n_prompt - 32  # all but the last batch of the first prompt
     assert second.n_prompt - second.n_reused < 64
     assert second.encode_s < 0.01 and 0 < second.first_token_s <= second.total_s
 
@@ -99,7 +99,8 @@ def test_a_task_is_answered_as_if_it_were_asked_alone(model: granite4v.Model) ->
 
 
 def test_a_task_on_another_page_costs_the_conversation_no_page(tmp_path: Path, model: granite4v.Model) -> None:
-    """The task reads the second page alone, in place of the conversation's rows; these come back from the store."""
+    """The task reads only the second page, and its rows replace those of the conversation; these are restored from the
+    store."""
     page = Image.open(INVOICE).convert("RGB")
     path = write(tmp_path / "two.pdf", scan_pdf(page, page.rotate(180)))
     answers = []
@@ -169,7 +170,7 @@ def test_an_answer_that_is_stopped_before_its_first_token_never_was(chat: Chat) 
     reply.cancel()
     list(reply)
     assert chat.conversation.turns == [turn] and chat.conversation.waiting == []
-    chat.again()  # Ctrl-C came before it was read
+    chat.again()  # as if Ctrl-C came before anything was read
     assert chat.conversation.turns == [turn] and chat.conversation.waiting == []
 
 
@@ -284,14 +285,14 @@ def test_the_password_of_a_pdf_is_asked_for(chat: Chat, tmp_path: Path) -> None:
         assert names == ["locked.pdf"] and not chat.conversation.pages
     chat.ask_password = answering(names, "wrong", "secret")
     [page], _ = chat.attach(str(locked))
-    [again], _ = chat.attach(str(other))  # opened with what opened the first
+    [again], _ = chat.attach(str(other))  # opened with the password that opened the first
     assert chat.conversation.pages == [page, again]
     assert page.digest == plain.digest != again.digest
     assert names == ["locked.pdf"] * 3
 
 
 def answering(names: list[str], *passwords: str | None) -> Callable[[str], str | None]:
-    """Gives these passwords, one after the other, and keeps what was asked about."""
+    """Returns a function that gives these passwords one after the other and appends the names it was asked about."""
     left = iter(passwords)
 
     def ask(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The commands, each by what it says and what it changes."""
+"""Tests of the chat commands: what each prints and what it changes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_undo_clear_and_regen(chat: Chat) -> None:
 
 def test_a_stopped_answer_is_said(chat: Chat) -> None:
     kept = Kept()
-    kept.stop_after = 1  # a slow reader gets a short answer in two pieces
+    kept.stop_after = 1  # not later: a slow reader gets a short answer in two pieces
     handle(chat, f"/attach {INVOICE}", kept)
     handle(chat, "<tables_html>", kept)
     assert any(said.startswith("stopped after ") for said in kept.said)

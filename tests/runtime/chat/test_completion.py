@@ -1,4 +1,4 @@
-"""What may follow the text before the cursor."""
+"""Tests of completion: what is offered for the text before the cursor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def completed(before: str, conversation: Conversation | None = None) -> list[str]:
-    """The lines that come of it."""
+    """Returns the line that each completion gives."""
     found = complete(before, conversation or Conversation())
     return [before[: len(before) - one.n_replaced] + one.text for one in found]
 

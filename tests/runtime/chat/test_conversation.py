@@ -1,4 +1,4 @@
-"""Turns and pages as data: what the model is asked after every change."""
+"""Tests of a conversation as data: the messages that the model gets after each change of turns and pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def page(shade: int, n_pages: int = 1) -> ChatPage:
 
 
 def shown(messages: list[dict[str, Any]]) -> list[str]:
-    """Each message on a line: 'user: i i text' with an i for each image."""
+    """Writes each message as a line: 'user: i i text' with an i for each image."""
 
     def parts(content: Any) -> str:
         if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""What a person types: words, and files that a terminal pastes in one of its ways."""
+"""Tests of typed lines: words, and file paths as the various terminals paste them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_words_know_their_places() -> None:
 
 
 def spellings(path: Path) -> list[str]:
-    """How terminals paste a path."""
+    """The ways in which terminals paste a path."""
     escaped = str(path).replace(" ", r"\ ").replace("'", r"\'")
     return [escaped, f'"{path}"', path.as_uri(), f"file://localhost{path.as_uri().removeprefix('file://')}"]
 
@@ -58,7 +58,7 @@ def test_a_dropped_file_is_attached_and_taken_out(page: Path) -> None:
 
 
 def test_a_name_may_hold_any_bytes(tmp_path: Path) -> None:
-    """In URLs too: those of dropped files, and those that clients of a server send."""
+    """Also in URLs: those of dropped files, and those that clients of the server send."""
     path = tmp_path / "caf\udce9.png"
     path.touch()
     url = f"file://{tmp_path}/caf%E9.png"

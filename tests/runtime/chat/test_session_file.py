@@ -1,4 +1,4 @@
-"""A conversation in a file: what comes back, and what is said of pages that are gone or changed."""
+"""Tests of saved conversations: what is loaded again, and what is reported about pages that are missing or changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(conversation: Conversation, tmp_path: Path) -> Path:
 
 
 def shown(conversation: Conversation) -> Any:
-    """All of a conversation as plain data."""
+    """Returns a complete conversation as plain data."""
     pages = conversation.pages
     names = [(str(page.path), page.number) for page in pages]
     turns = [

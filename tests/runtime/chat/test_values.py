@@ -1,4 +1,4 @@
-"""Tables and fields in answers, and what is copied of them."""
+"""Tests of tables and fields in answers, and of what is copied from them."""
 
 from __future__ import annotations
 

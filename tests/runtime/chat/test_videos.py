@@ -1,4 +1,4 @@
-"""Videos in a chat: attached, asked about, listed, saved and loaded."""
+"""Tests of videos in a chat: attached, asked about, listed, saved and loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.pictures import noise_picture
 from tests.helpers.videos import write_video
 from tests.toy.checkpoint import PRESETS
 
-TOKENS_PER_FRAME = 4  # 3x3 patches, halved
+TOKENS_PER_FRAME = 4  # 3x3 patches, halved to 2x2
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_rate_and_the_default(model: granite4v.Model, film: Path) -> None:
 
 
 def test_an_image_that_comes_later_changes_the_first_one(model: granite4v.Model, film: Path, tmp_path: Path) -> None:
-    """What is answered, with everything in the caches, is what a model would that never saw the image alone."""
+    """With everything cached, the answer equals that of a fresh model that never saw the first image alone."""
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for seed, path in enumerate(paths):
         noise_picture((100, 60), seed).save(path)
@@ -67,7 +67,7 @@ def test_an_image_that_comes_later_changes_the_first_one(model: granite4v.Model,
     with granite4v.load(model.files.text.path.parent, device="cpu", n_ctx=1024, page_store=False) as fresh:
         assert fresh.generate(messages, images, max_tokens=8).text == kept.answers[1]
     after = ask(chat, "/detach 3", "/undo", "/undo", "/detach 2", "A?")
-    assert after.answers == [kept.answers[0]]  # alone again, it is seen in tiles again
+    assert after.answers == [kept.answers[0]]  # the only image again, so it is cut into tiles again
 
 
 def test_saved_and_loaded(model: granite4v.Model, film: Path, tmp_path: Path) -> None:

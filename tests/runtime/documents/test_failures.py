@@ -1,4 +1,4 @@
-"""Files that cannot be read: the message for each, and the batch goes on."""
+"""Tests of unreadable files: each gives its message, and the batch continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bmp_that_lies() -> bytes:
 
 
 def tiff_that_lies() -> bytes:
-    """Twice as high as its one strip."""
+    """Returns a TIFF whose header says twice the height of its only strip."""
     data = bytearray(encoded(noise_picture((20, 20)), "TIFF"))
     start = struct.unpack_from("<I", data, 4)[0] + 2
     for entry in range(start, len(data) - 12, 12):
@@ -42,7 +42,7 @@ def tiff_that_lies() -> bytes:
 
 
 def jpeg2000_pdf(size: tuple[int, int]) -> bytes:
-    """A page with a JPEG 2000 picture whose header says another size than the page."""
+    """Returns a PDF with a JPEG 2000 image whose own header declares `size`; the PDF's entry says 16 x 16."""
     data = bytearray(encoded(noise_picture((16, 16)), "JPEG2000", no_jp2=True))
     data[8:16] = struct.pack(">II", *size)  # Xsiz, Ysiz of the SIZ marker
     pdf = pikepdf.new()
@@ -186,7 +186,7 @@ def test_either_password_opens_an_encrypted_pdf(revision: int, password: str, tm
 
 
 def test_a_password_for_many_files_opens_those_that_need_none(tmp_path: Path) -> None:
-    """As bank statements are: anybody may read them, and the owner alone change them."""
+    """Like bank statements: anybody may read them, only the owner may change them."""
     for revision in (3, 6):
         lock = pikepdf.Encryption(owner="boss", user="", R=revision, aes=revision >= 4, metadata=revision >= 4)
         path = write(tmp_path / f"{revision}.pdf", text_pdf("secret"), encryption=lock)
@@ -244,7 +244,7 @@ def test_one_damaged_page_of_a_pdf_is_one_failure(tmp_path: Path) -> None:
 def test_a_pdf_without_its_end_is_read_with_a_warning(linearize: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     data = pdf_bytes(text_pdf("one", "two"), linearize=linearize)
-    path.write_bytes(data[: data.rindex(b"%%EOF")])  # one of these stands behind the first page of a linearized file
+    path.write_bytes(data[: data.rindex(b"%%EOF")])  # a linearized file has another one after its first page
     for page in read(path, view=VIEW):
         assert isinstance(page, Page)
         assert "has no end-of-file marker: it may be truncated" in page.warnings[0]
@@ -315,7 +315,7 @@ def test_a_tiff_cut_short_gives_the_pages_it_has_and_a_failure(tmp_path: Path) -
 
 
 def test_damaged_bytes_never_end_a_batch(tmp_path: Path) -> None:
-    """Every outcome is a page or a failure with a message, whatever the bytes."""
+    """Whatever the bytes are, the outcome is a page, or a failure with a message."""
     rng = random.Random(7)
     files = {
         "a.tif": tiff(*TIFF_PAGES[:3], compression="tiff_lzw"),

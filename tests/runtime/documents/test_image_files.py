@@ -1,4 +1,4 @@
-"""Image files as pages, compared with Pillow."""
+"""Tests of image files as pages, compared with Pillow."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def with_subfile_type(page: Image.Image, kind: int) -> Image.Image:
 
 def test_smaller_copies_and_masks_in_a_tiff_are_no_pages(tmp_path: Path) -> None:
     pages = [noise_picture((60, 40)), noise_picture((30, 20)), noise_picture((15, 10)), noise_picture((60, 40), 9)]
-    kinds = [0, 1, 4, 2]  # page, smaller copy, mask, page of several
+    kinds = [0, 1, 4, 2]  # NewSubfileType: page, reduced-size copy, mask, one page of several
     path = tmp_path / "a.tif"
     marked = [with_subfile_type(page, kind) for page, kind in zip(pages, kinds, strict=True)]
     path.write_bytes(tiff(*marked))
@@ -136,7 +136,7 @@ def test_an_even_grey_edge_matters_only_in_a_jpeg(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_that_ends_too_soon_is_read_with_a_warning(progressive: bool, tmp_path: Path) -> None:
-    """Its decoder makes up the rest in silence."""
+    """The JPEG decoder fills in the missing part without an error."""
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg_that_lies(progressive=progressive))
     assert "has a uniform grey area at its edge, as in a truncated JPEG" in one(path).warnings[0]
@@ -151,9 +151,9 @@ def test_whole_pngs_are_not_taken_for_liars(mode: str, size: tuple[int, int], tm
 
 
 def test_interlaced_pngs_are_measured_pass_by_pass(tmp_path: Path) -> None:
-    """By hand, since Pillow writes none: 3 x 5 grey pixels in six of the seven passes of Adam7."""
+    """Built by hand, since Pillow writes no interlaced PNGs: 3 x 5 grey pixels, in six of the seven Adam7 passes."""
     path = tmp_path / "a.png"
-    passes = [(1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 2)]  # columns, rows of those that are not empty
+    passes = [(1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 2)]  # columns and rows of the passes that are not empty
     rows = b"".join(bytes([0, *[90] * columns]) * n for columns, n in passes)
     path.write_bytes(png(3, 5, data=rows, interlaced=1))
     same(one(path).image, np.full((5, 3, 3), 90, np.uint8))

@@ -1,4 +1,4 @@
-"""What `open_pages` yields besides pixels: states of files, skipped pages, and a failure for whatever goes wrong."""
+"""Tests of what `open_pages` yields in addition to pixels: file states, skipped pages, and failures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_error_becomes_one_that_a_person_can_use(error: Exception, message
 
 
 def test_an_image_with_a_wrong_checksum_does_not_end_the_batch(tmp_path: Path) -> None:
-    """Pillow has all rows before it meets the checksum that zlib keeps behind them; the check of the data goes on."""
+    """Pillow has all rows before it reaches zlib's checksum, which follows them; our own check reads on to it."""
     rows = zlib.compress(bytes(9 * 8 + 100))
     (tmp_path / "a.png").write_bytes(png_of(8, 8, idat=rows[:-1] + bytes([rows[-1] ^ 1])))
     (tmp_path / "b.png").write_bytes(encoded(noise_picture((8, 8))))
@@ -80,7 +80,7 @@ def test_documents_are_opened_one_at_a_time_and_closed(tmp_path: Path) -> None:
     write(tmp_path / "a.pdf", text_pdf("1", "2"))
     write(tmp_path / "b.pdf", text_pdf("3"))
     (tmp_path / "c.tif").write_bytes(tiff(*TIFF_PAGES))
-    others = set(psutil.Process().children())  # such as the process that tries grammars, which stays
+    others = set(psutil.Process().children())  # e.g. the child process that tries grammars, which stays
 
     def opened() -> list[str]:
         me = psutil.Process()
@@ -90,7 +90,7 @@ def test_documents_are_opened_one_at_a_time_and_closed(tmp_path: Path) -> None:
     pages = open_pages([tmp_path], view=SMALL_VIEW)
     assert opened() == []
     seen = []
-    for page in pages:  # meanwhile the reader may open the next document already
+    for page in pages:  # the reader may already open the next document meanwhile
         seen.append(page.source[-5:])
         assert len(set(opened())) <= 1
     assert seen == ["a.pdf"] * 2 + ["b.pdf"] + ["c.tif"] * 4
@@ -142,7 +142,7 @@ print(max(seen[:20]), max(seen[20:]), len(seen))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scans", "text", "tiff"])
 def test_memory_stays_flat_over_hundreds_of_pages(kind: str, tmp_path: Path) -> None:
-    """PDFium keeps what it has read of a document until that is closed: 200 scans of 1.2 MB would show."""
+    """PDFium keeps what it has read of a document until the document is closed; 200 scans of 1.2 MB would show that."""
     if kind == "scans":
         pdf = scan_pdf(*(noise_picture((700, 600), seed) for seed in range(200)))
         path = write(tmp_path / "a.pdf", pdf, compress_streams=False)

@@ -1,5 +1,5 @@
-"""PDF pages, compared with where their content says that things stand, with pypdfium2 called by hand, and with the
-image that a scan was made of."""
+"""Tests of PDF pages, compared with the positions in their content, with direct calls of pypdfium2, and with the
+images that scans were made from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.pictures import noise_picture, text_picture
 
 
 def colour_at(image: Image.Image, x: float, y: float, size: tuple[float, float] = LETTER) -> Any:
-    """The pixel at (x, y) points from the top left of a page of `size`."""
+    """Returns the pixel at (x, y) points from the top left of a page of `size` points."""
     return image.getpixel((int(x / size[0] * image.width), int(y / size[1] * image.height)))
 
 
@@ -36,7 +36,7 @@ RED, GREEN, BLUE, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255
 
 
 def corner_page() -> pikepdf.Pdf:
-    """Red top left, green top right, blue bottom left; squares of an inch, an inch from the edges of a letter page."""
+    """A letter page with 1-inch squares 1 inch from its edges: red top left, green top right, blue bottom left."""
     pdf = pikepdf.new()
     add_page(pdf, square(72, 648, "1 0 0") + square(468, 648, "0 1 0") + square(72, 72, "0 0 1"))
     return pdf
@@ -67,7 +67,7 @@ def test_a_turned_page_stands_upright(turn: int, corner: tuple[int, int], tmp_pa
 
 def test_only_what_the_crop_box_shows_is_drawn(tmp_path: Path) -> None:
     pdf = corner_page()
-    pdf.pages[0].CropBox = [36, 576, 336, 776]  # around the red square, which is now 36 points from its left
+    pdf.pages[0].CropBox = [36, 576, 336, 776]  # around the red square, now 36 points from the left edge
     page = one(write(tmp_path / "a.pdf", pdf), view=VIEW)
     assert page.size_px == useful_size((300, 200), VIEW.tiling)
     assert colour_at(page.image.pillow, 40, 60, (300, 200)) == RED
@@ -161,12 +161,12 @@ def test_text_stands_where_pdfium_says(tmp_path: Path) -> None:
 
 
 def test_hairlines_stay_as_light_as_they_are_thin(tmp_path: Path) -> None:
-    """At the final size PDFium would draw them a whole pixel wide."""
+    """Drawn at the final size, PDFium would make them a whole pixel wide."""
     pdf = pikepdf.new()
     add_page(pdf, "0.2 w 0 400 m 612 400 l S")
     column = np.asarray(one(write(tmp_path / "a.pdf", pdf), view=VIEW).image.pillow.convert("L"))[:, 400].astype(float)
     ink_px = (255 - column).sum() / 255
-    assert ink_px == pytest.approx(0.5, abs=0.1)  # the least that twice the size allows; it should be 0.29
+    assert ink_px == pytest.approx(0.5, abs=0.1)  # one pixel at twice the size, the least possible; 0.29 would be exact
 
 
 def test_annotations_and_form_fields_are_drawn(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_annotations_and_form_fields_are_drawn(tmp_path: Path) -> None:
     field = np.asarray(image.convert("L"))[int(452 * 1.4545) : int(492 * 1.4545), int(200 * 1.4545) : int(400 * 1.4545)]
     assert (field < 100).sum() > 100  # letters
     assert np.median(field) == 255  # and no highlight behind them
-    part = one(path, view=VIEW, crop="200,452,200,40").image.pillow  # the field alone, and not one pixel of the squares
+    part = one(path, view=VIEW, crop="200,452,200,40").image.pillow  # only the field, no pixel of the squares
     assert (np.asarray(part.convert("L")) < 100).mean() == pytest.approx((field < 100).mean(), rel=0.25)
     assert RED not in colours(part)
 
@@ -254,7 +254,7 @@ def test_a_scan_finer_than_the_model_sees_gives_the_tiles_of_its_picture(view: V
     assert page.size_px == useful_size(LETTER, view.tiling)
     expected, found = cut(picture, view.tiling), cut(page.image.pillow, view.tiling)
     np.testing.assert_array_equal(found[1:], expected[1:])
-    assert np.abs(found[0].astype(int) - expected[0]).mean() < 2  # the overview is shrunk twice
+    assert np.abs(found[0].astype(int) - expected[0]).mean() < 2  # the overview is scaled down twice
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "1 bit"])
@@ -307,7 +307,7 @@ def test_a_coarse_picture_under_text_does_not_coarsen_the_text(tmp_path: Path) -
 def test_the_fine_mask_of_a_coarse_picture_keeps_its_fineness(
     kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As compressed scans have it: text as a mask of 150 dpi over one black pixel."""
+    """As in compressed scans: the text is a mask of 150 dpi over a black image of 4 x 3 pixels."""
     picture = text_picture((400, 300)).convert("L").point(lambda value: 255 if value > 127 else 0)
     pdf = scan_pdf(Image.new("RGB", (4, 3), "black"), dpi=1.5)
     pdf.pages[0].MediaBox = [0, 0, 192, 144]

@@ -1,4 +1,5 @@
-"""The process that reads pages: whatever becomes of it, each page is an image or a failure, and the next goes on."""
+"""Tests of the page reader process: whatever happens to it, each page is an image or a failure, and reading continues
+with the next page."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ Strange = Callable[[str], Path]
 
 @pytest.fixture
 def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Strange:
-    """Makes a document that misbehaves, see `strange_reader`."""
+    """Returns a function that makes a document that misbehaves, see `strange_reader`."""
     monkeypatch.setattr(reader, "WORKER", "tests.helpers.strange_reader")
     monkeypatch.chdir(tmp_path)
 
@@ -110,7 +111,7 @@ def test_what_ended_its_reader_while_counting_is_not_opened_again(
     path = strange("kill-0")
     totals = count_pages([path])
     assert (totals.documents, totals.pages) == (1, 1)
-    monkeypatch.setattr(sys, "executable", "/nowhere")  # no other reader can be started
+    monkeypatch.setattr(sys, "executable", "/nowhere")  # no new reader can be started
     (failure,) = open_pages([path], counted=totals)
     assert isinstance(failure, PageFailure)
     assert "while opening 'kill-0.strange'" in str(failure.error)
@@ -224,7 +225,7 @@ def test_threads_read_at_the_same_time() -> None:
     assert found == [one(GOOD).digest] * 3
 
 
-# --- as a script of somebody, without a guard for its main module, in a folder with names of libraries ---
+# --- from a user's script that has no `if __name__ == "__main__"`, in a folder with a file named like a library ---
 
 SCRIPT = """
 import sys, time
@@ -275,7 +276,7 @@ def test_ctrl_c_ends_both_and_only_the_owner_speaks(script: list[str], strange: 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore SIGINT
     ) as owner:
         assert owner.stdout is not None and owner.stderr is not None
         pid = int(owner.stdout.readline().split()[1])

@@ -1,4 +1,4 @@
-"""How large a PDF page is rendered."""
+"""Tests of the size at which a PDF page is rendered."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def test_the_useful_size_is_what_the_model_shrinks_larger_pages_to_and_no_less(v
     for width, height in shapes():
         size = useful_size((width, height), view.tiling)
         scales = [min(w / width, h / height) for h, w in pinpoints]
-        assert size[0] / width >= max(scales) * 0.999  # no grid would show more
-        assert fit_size(size, best_resolution(size, pinpoints)) == size  # and this one is not resized again
+        assert size[0] / width >= max(scales) * 0.999  # no grid of tiles would show more
+        assert fit_size(size, best_resolution(size, pinpoints)) == size  # and this size is not resized again
         twice = render_size((width, height), None, view.tiling)
-        if twice == (2 * size[0], 2 * size[1]):  # all but pages that are drawn at the limits
+        if twice == (2 * size[0], 2 * size[1]):  # not limited by `MAX_PIXELS` or `MAX_DPI`
             assert fit_size(twice, best_resolution(twice, pinpoints)) == size
         else:
             assert min(width, height) < 50
 
 
 def test_the_sizes_of_ordinary_pages() -> None:
-    assert useful_size(LETTER, VIEW.tiling) == (891, 1152)  # 3 x 3 tiles, as the page at 200 dpi
+    assert useful_size(LETTER, VIEW.tiling) == (891, 1152)  # 3 x 3 tiles, the same grid as for the page at 200 dpi
     assert useful_size((792, 612), VIEW.tiling) == (1152, 891)
     assert useful_size((100, 1000), VIEW.tiling) == (384, 3840)
     assert render_size(LETTER, None, None) == (1700, 2200)

@@ -1,4 +1,4 @@
-"""Which pages and which part of a page: what is written, and what it comes to."""
+"""Tests of page ranges, crops and passwords: what the user writes, and how it is understood or refused."""
 
 from __future__ import annotations
 

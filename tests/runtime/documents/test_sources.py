@@ -1,4 +1,4 @@
-"""What is found: folders, globs, links, pipes, standard input."""
+"""Tests of finding documents: folders, globs, links, pipes, standard input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.pictures import encoded, noise_picture
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of pictures and other things, and the current one above it."""
+    """A directory of images and other files; its parent is the current directory."""
     names = ("page10.png", "page2.PNG", "Page1.png", "notes.txt", ".hidden.png", "sub/a.jpg", ".git/b.png", "sub/c.d")
     for name in names:
         path = tmp_path / "in" / name
@@ -51,7 +51,7 @@ IN_ORDER = ["in/Page1.png", "in/page2.PNG", "in/page10.png", "in/sub/a.jpg"]
 @pytest.mark.usefixtures("folder")
 def test_a_directory_gives_known_files_in_natural_order_and_paths_as_given() -> None:
     assert sources("in") == IN_ORDER
-    assert sources("./in/") == sources("in//") == sources("./in/.") == IN_ORDER  # one run, however it is written
+    assert sources("./in/") == sources("in//") == sources("./in/.") == IN_ORDER  # the same for every spelling
     assert sources(Path("in")) == IN_ORDER
 
 
@@ -189,7 +189,7 @@ def test_messages_show_control_characters_of_names_and_sources_keep_them(folder:
 def test_an_input_that_gives_nothing_is_an_error_alone_and_a_failure_beside_others(given: str, message: str) -> None:
     for call in (open_pages, count_pages):
         with pytest.raises(DocumentError) as caught:
-            call([given])  # at once: nothing is iterated
+            call([given])  # raised at once, before any iteration
         assert message in str(caught.value)
     found = read(given, "in/page2.PNG")
     assert [type(item) for item in found] == [PageFailure, Page]
@@ -291,7 +291,7 @@ def test_directories_may_be_deeper_than_python_calls_itself(tmp_path: Path, monk
     os.chdir(tmp_path)
     try:
         assert len(find_documents(["d"])) == len(find_documents(["d/**/*.png"])) == 1
-    finally:  # by hand: what removes temporary folders calls itself, too
+    finally:  # removed by hand, because the removal of temporary folders is recursive too
         os.chdir(deepest)
         os.close(deepest)
         os.unlink("a.png")

@@ -1,4 +1,4 @@
-"""Documents in fsspec's file systems: found, fetched within bounds, recognized again."""
+"""Tests of documents in fsspec's file systems: found, fetched within limits, recognized in a later run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.page_tests import same
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Any]:
-    """memory://scans with the documents of a folder, one of which has an unusual name."""
+    """memory://scans with the documents of a folder, and one whose name is unusual."""
     system = fsspec.filesystem("memory")
     folder = make_scans(tmp_path / "scans")
     for path in folder.iterdir():
@@ -46,7 +46,7 @@ DEEP = [("memory:///scans/deep/e#2.png", 1)]
     [
         ("memory://scans/", A + REST + DEEP),
         ("memory://scans/a.pdf", A),
-        ("memory:/scans/a.pdf", A),  # as a Path has it
+        ("memory:/scans/a.pdf", A),  # what `Path` makes of it
         ("memory://scans/[ac].*", A + REST[1:2]),
         ("memory://scans/deep/e#2.png", DEEP),
     ],

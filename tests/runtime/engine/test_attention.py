@@ -1,4 +1,5 @@
-"""What exact contexts compute otherwise than llama.cpp does: the angles of the rotary embedding, at far positions."""
+"""Tests of attention: what is compiled, and the rotary angles of exact contexts, which differ from llama.cpp's at far
+positions."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def test_what_is_compiled_depends_on_what_values_are_for(
     path = make_model(PRESETS["tiny"])
     exact = chosen(path, None)
     assert (exact.cache_type, exact.flash, exact.kernels) == ("f32", False, NodeKernels.available(rotary=True))
-    assert exact.kernels.most_rows is None  # rows do not depend on others
+    assert exact.kernels.most_rows is None  # a row's values do not depend on other rows
     assert exact.settings.get("compiled", "") == exact.kernels.description
     for prefers_flash in (True, False):
         assert not chosen(path, prefers_flash).kernels.rotary
@@ -66,7 +67,7 @@ def test_what_is_compiled_depends_on_what_values_are_for(
 def test_far_positions_are_transformers(
     spec: CheckpointSpec, load_reference: Callable[..., Any], make_model: Callable[..., Path]
 ) -> None:
-    """Of logits up to 10 or 20: 2e-5 to 5e-5, as at position 0; with llama.cpp's angles 7e-4 to 8e-3."""
+    """Errors of logits up to 10 or 20: 2e-5 to 5e-5, as at position 0; with llama.cpp's angles 7e-4 to 8e-3."""
     places = torch.arange(FAR, FAR + len(TOKENS))[None]
     with torch.inference_mode():
         asked = torch.from_numpy(TOKENS[None].astype(np.int64))

@@ -1,4 +1,4 @@
-"""What is kept between requests: the same answer to the last bit, and never another picture's."""
+"""Tests of the caches between requests: answers are bit-identical, and never those of another image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sizes of the pictures that were really encoded."""
+    """The sizes of the images that were actually encoded."""
     sizes: list[tuple[int, int]] = []
     encode = VisionEncoder.encode
 
@@ -54,7 +54,7 @@ def test_the_same_request_gives_the_same_bits(model: granite4v.Model, encoded: l
     again = model.logits("What is this?", [ONE.copy()])
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(fresh(model, "What is this?", ONE), first)
-    assert len(encoded) == 2  # not for the second of the three
+    assert len(encoded) == 2  # the second of the three requests encodes nothing
 
 
 def test_another_question_about_the_picture_gives_the_same_bits(model: granite4v.Model, encoded: list[Any]) -> None:
@@ -91,7 +91,7 @@ def test_a_conversation_goes_on_where_it_was(model: granite4v.Model, encoded: li
 
 
 def test_a_long_answer_is_not_read_again(model: granite4v.Model) -> None:
-    """Then the logits agree to rounding only: the answer's tokens were computed one by one."""
+    """Here the logits agree only up to rounding, because the answer's tokens were computed one by one."""
     model.clear_cache()
     answer = model.generate(TURNS[:1], [ONE], max_tokens=200, ignore_eos=True)
     reply = {"role": "assistant", "content": answer.text}
@@ -109,7 +109,7 @@ def test_the_cache_grows_with_the_requests(model: granite4v.Model) -> None:
         assert other.settings["n_ctx"] == 512
         answer = other.generate("What is this?", [ONE], max_tokens=700, ignore_eos=True)
         assert other.settings["n_ctx"] == 1024 and len(answer.tokens) == 700
-        assert answer.timings.n_reused == answer.timings.n_prompt  # what was cached moved along
+        assert answer.timings.n_reused == answer.timings.n_prompt  # the cached rows moved to the larger context
         longer = model.generate("What is this?", [ONE], max_tokens=700, ignore_eos=True)
         assert longer.tokens == answer.tokens
 
@@ -140,7 +140,7 @@ def test_features_of_the_last_pictures_are_kept(
 
 
 def test_a_failed_request_leaves_a_sound_cache(model: granite4v.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch may have been computed although nobody got to hear of it."""
+    """The failed batch may have been computed, although the cache has no record of it."""
     expected = fresh(model, "What is this?", ONE)
     model.clear_cache()
     decode = LlamaContext.decode

@@ -1,4 +1,4 @@
-"""What a sequence holds, and what of it a prompt can go on from."""
+"""Tests of what a cached sequence holds, and how much of it a prompt can reuse."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_long_common_run_is_reused_to_its_last_token() -> None:
     long = list(range(MAX_RECOMPUTED + 10))
     assert cached("abc", *([t] for t in long)).reusable(batches("abc", [*long, "q"])) == 3 + len(long)
     assert cached("abc", long).reusable(batches("abc", [*long[:-1], "q", "r"])) == 3 + len(long) - 1
-    assert cached(long).reusable(batches(long[:-1])) == len(long) - 2  # the last token gives the logits
+    assert cached(long).reusable(batches(long[:-1])) == len(long) - 2  # the last token is recomputed for its logits
 
 
 def test_pictures_are_known_by_their_content() -> None:

@@ -1,4 +1,4 @@
-"""Answers of a model under a grammar, against a loop that masks the full distribution at each step."""
+"""Tests of a model's answers under a grammar, compared with a loop that masks the full distribution at each step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
 
 
 def masked_greedily(model: granite4v.Model, task: str, max_tokens: int) -> list[int]:
-    """The likeliest of the tokens that can be tried without failing, over the full distribution, step by step."""
+    """Tries every token at each step and takes the most likely one that the grammar accepts; returns these tokens."""
     matcher = own_matcher("toy", CLOSED)
     pieces, end, tokens = compiler("toy").index.pieces, end_of_text("toy"), list[int]()
     while len(tokens) < max_tokens:
@@ -108,7 +108,7 @@ def test_sampled_answers_obey_the_grammar(model: granite4v.Model, options: dict[
 
 
 def test_the_end_comes_only_where_the_answer_is_complete(model: granite4v.Model) -> None:
-    """`stop` texts do end it anywhere; without a stop token it goes on as far as the form does."""
+    """`stop` texts end an answer anywhere. With `ignore_eos` it continues as long as the grammar allows."""
     grammar = grammar_for("kvp", {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]})
     endless = model.generate("What?", max_tokens=50, constraint=grammar, ignore_eos=True)
     assert (endless.text, endless.finish_reason) == ('{"a": 1}', "stop")
@@ -125,7 +125,7 @@ def test_cancelling_a_constrained_answer_keeps_what_was_generated(model: granite
     stop.set()
     assert not "".join(stream)
     assert stream.answer.finish_reason == "cancelled" and stream.answer.text.startswith(first)
-    written = compiler("toy").index.text(stream.answer.tokens).decode(errors="replace")  # cut within a character
+    written = compiler("toy").index.text(stream.answer.tokens).decode(errors="replace")  # may be cut inside a character
     assert written.rstrip("\ufffd") == stream.answer.text.rstrip("\ufffd")
     other = model.stream("What?", max_tokens=300, constraint=task_grammar("kvp"))
     next(other)

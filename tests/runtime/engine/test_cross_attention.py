@@ -1,4 +1,4 @@
-"""What the rows of a prompt attend to."""
+"""Tests of which images the rows of a prompt attend to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ TEXT = TextSpan((5, 6, 7))
 
 
 def seen(*spans: ImageSpan | TextSpan, rule: str = "original") -> list[str]:
-    """The images of each position, and of the answer's first."""
+    """Returns the names of the images that each position of the prompt and the first of the answer attend to; '!' marks
+    `before_first`."""
     n = sum(span.n_tokens for span in spans)
     sights = [sight(spans, position, rule) for position in range(n + 1)]  # type: ignore[arg-type]
     return ["".join(image.digest.decode() for image in s.images) + "!" * s.before_first for s in sights]

@@ -1,4 +1,5 @@
-"""Layers of cross-attention: where their weights are, and that this changes no value but by rounding."""
+"""Tests of cross-attention layers: which copies of their weights are made, and that these change values only by
+rounding."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def path(make_model: Callable[..., Path]) -> Path:
 
 
 def test_copies_change_no_value(path: Path, backend: Backend, repack: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For many rows, for a few, for both, or as they are in large pages."""
+    """Copies for both, for a few rows, for many rows, or unchanged ones, in large pages where there are any."""
     expected = computed(path, backend)
     monkeypatch.setattr(autotune, "SMALL", 0)
     plain = Kernel(PLAIN)
@@ -69,7 +70,7 @@ def test_copies_change_no_value(path: Path, backend: Backend, repack: Kernel, mo
         for large in (True, False):
             monkeypatch.setattr(cross_layers, "has_large_pages", lambda large=large: large)
             for found, values in zip(computed(path, backend), expected, strict=True):
-                assert relative_l2(found, values) < 0.01, pair  # activations are rounded, sums have another order
+                assert relative_l2(found, values) < 0.01, pair  # activations are rounded, and sums have another order
                 assert pair or np.array_equal(found, values)
 
 
@@ -96,7 +97,7 @@ def test_keys_and_values_of_quantized_layers_have_eight_bits(path: Path, backend
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e36])
 def test_keys_that_eight_bits_cannot_hold_are_refused(path: Path, backend: Backend, value: float) -> None:
-    """Among others: as integers they would be numbers like any."""
+    """One such value among finite ones: once quantized to integers, it could not be recognized."""
     states = STATES.copy()
     states[1, 3] = value
     with GgufFile.open(path) as file:
@@ -115,7 +116,7 @@ def test_keys_that_eight_bits_cannot_hold_are_refused(path: Path, backend: Backe
 def test_what_is_copied_where_prompts_gain_by_another_form(
     path: Path, backend: Backend, repack: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of a few rows read a plain copy then, in large pages, if there is memory for two."""
+    """Decode steps of a few rows then read a second, plain copy in large pages, if there is memory for both."""
     monkeypatch.setattr(autotune, "SMALL", 0)
     monkeypatch.setattr(cross_layers, "has_large_pages", lambda: True)
     monkeypatch.setattr(autotune, "text_kernels", lambda *_, **__: {"Q4_0": (repack, Kernel(PLAIN))})
@@ -132,7 +133,7 @@ def test_what_is_copied_where_prompts_gain_by_another_form(
 
 
 def test_rows_that_come_again_and_others_between(path: Path, backend: Backend) -> None:
-    """A few rows are computed in the memory of a graph that stays; what it gave before is not overwritten."""
+    """A few rows are computed by a graph that is kept; results that it returned before are not overwritten."""
     rows, others = ROWS[3], -2 * ROWS[3]
     with GgufFile.open(path) as file:
         config = read_vision(file)[1].cross_attention
@@ -142,7 +143,7 @@ def test_rows_that_come_again_and_others_between(path: Path, backend: Backend) -
         layers.look_at(STATES)
         i = config.layers[0]
         first, between, again = (layers.run((i,), x, 2) for x in (rows, others, rows))
-        layers.look_at(STATES)  # new graphs
+        layers.look_at(STATES)  # makes new graphs
         anew = layers.run((i,), others, 2)
     finally:
         layers.close()

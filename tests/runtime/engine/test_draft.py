@@ -1,4 +1,4 @@
-"""What a drafter proposes on small histories, how it finds its place again, and what it learns."""
+"""Tests of drafts on short histories: what is proposed, how a prediction is resumed, and what is learned."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_a_prediction_is_followed_from_the_first_token() -> None:
     ("real", "expected"),
     [
         ("[1][2][X", "][4]"),  # one token replaced
-        ("[1][2][XYZ][", "4][5"),  # three for one
+        ("[1][2][XYZ][", "4][5"),  # one token replaced by three
         ("[1][2][", "3][4"),
-        ("[1][2][][", "4][5"),  # one missing
-        ("[1][2][3][3][4", "][5]"),  # a cell more
+        ("[1][2][][", "4][5"),  # one token missing
+        ("[1][2][3][3][4", "][5]"),  # one cell more
     ],
 )
 def test_a_prediction_finds_its_place_again(real: str, expected: str) -> None:
@@ -107,7 +107,7 @@ def test_a_wrong_prediction_loses_its_chances_and_a_right_one_gains_them_back() 
 
 
 def test_chances_become_those_that_are_observed() -> None:
-    """Tokens of two kinds, one right in 9 of 10 cases and one in 1 of 10, are told apart."""
+    """Two kinds of tokens, one right in 9 of 10 cases and one in 1 of 10, are distinguished."""
     rng, chances = random.Random(1), Chances()
     for _ in range(2000):
         chances.observe("answer", 5, 1, rng.random() < 0.9)

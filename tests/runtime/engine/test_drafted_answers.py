@@ -1,4 +1,5 @@
-"""Answers with drafts, on logits that follow from the tokens before them: the same as without, in fewer steps."""
+"""Tests of answers with drafts, on logits that depend on the preceding tokens alone: the same as without, in fewer
+steps."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ def sequence_of(
 
 
 def drafted(kind: str, task: str, seed: int, source: DraftSource, *, most: int = 8, **options: float) -> Answer:
-    """An answer of noise, whose steps decode drafts as a model would: rows behind a wrong token are computed, too."""
+    """Generates an answer from noise. Steps decode drafts as a model would, including the rows after a wrong token."""
     noise = Noise(kind, seed, task, patience=30)
     sequence = sequence_of(kind, task, Drafter((), [source]), seed=seed, **options)  # type: ignore[arg-type]
     step, answer = sequence.advance(noise.first()), sequence.answer
-    known, n_known = compiler(kind).begin(task_grammar(task)), 0  # by the grammar alone
+    known, n_known = compiler(kind).begin(task_grammar(task)), 0  # follows the accepted tokens
     while not step.finish:
         draft = sequence.draft(most)
         for token in answer.tokens[n_known:]:
@@ -52,7 +53,7 @@ def drafted(kind: str, task: str, seed: int, source: DraftSource, *, most: int =
 
 
 def check(state: GrammarState, draft: Draft) -> None:
-    """Every token of the draft is among those that the grammar allows there."""
+    """Asserts that the grammar allows each token of the draft, and that none of them completes the answer."""
     for token in draft.tokens:
         assert state.allowed()[token]
         state.accept(token)
@@ -60,7 +61,7 @@ def check(state: GrammarState, draft: Draft) -> None:
 
 
 def mangled(tokens: Sequence[int], seed: int, n_vocab: int) -> list[int]:
-    """Tokens with some left out, replaced, doubled and added."""
+    """Returns the tokens with some left out, doubled or replaced by random ones."""
     rng, found = random.Random(seed), list[int]()
     for token in tokens:
         found += rng.choice([[token]] * 20 + [[], [token, token], [rng.randrange(n_vocab)]])
@@ -96,7 +97,7 @@ def test_a_perfect_prediction_takes_a_few_steps() -> None:
 
 
 def test_no_draft_reaches_the_limit() -> None:
-    """The last token is sampled from the logits before it, and never decoded."""
+    """The last token is sampled from the logits before it and never decoded."""
     source = DraftSource()
     source.predict([ord(c) for c in "abcdefghij"])
     sequence = AnswerSequence(

@@ -1,4 +1,5 @@
-"""Many requests at once on a real model: each answer is its own, nothing is computed twice, nothing is left behind."""
+"""Tests of many requests at once on a real model: no answer depends on the others, nothing is computed twice, and no
+sequence stays in use."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ LONG: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "repetition": Fals
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
-    """With one thread and float32 weights: then rows beside others have the bits that they have in any such company."""
+    """One thread and float32 weights: rows computed with others then have the same bits, whichever others these are."""
     with granite4v.load(make_model(PRESETS["tiny"]), device="cpu", exact=False, n_threads=1) as model:
         yield model
 
@@ -47,7 +48,7 @@ def test_four_streams_at_once_share_their_steps(model: granite4v.Model) -> None:
     # submitted between two steps, so that no answer is far ahead of another
     streams = model.engine.call(lambda _: [model.stream("What?", [picture], **LONG) for picture in PICTURES])
     assert [stream.result().text for stream in streams] == alone
-    assert model.counters.n_steps - before.n_steps < 2 * 39  # 156 one by one
+    assert model.counters.n_steps - before.n_steps < 2 * 39  # one by one it would be 156
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_kernels")
 def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Both ways give the logits of float32 attention, up to the rounding of float16: 0.01 without, 0.05 with it."""
+    """Logits equal those of float32 attention up to float16 rounding: 0.01 without flash attention, 0.05 with it."""
     path = make_model(PRESETS["tiny"])
     store = granite4v.PageStore(tmp_path / "pages")
     ways: list[tuple[dict[str, Any], bool]] = [
@@ -71,7 +72,7 @@ def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[
     for options, expected in ways:
         with granite4v.load(path, **{"device": "cpu", "exact": False, "n_threads": 1, **options}) as model:
             assert model.settings["flash_attention"] is expected, options
-            if "cache_type" not in options:  # whose blocks are wider than the heads of this model
+            if "cache_type" not in options:  # q8_0 blocks are wider than the heads of this model
                 logits.append(model.logits("What?", PICTURES[:1]))
     for found in logits:
         np.testing.assert_allclose(found, logits[1], rtol=0, atol=0.1)
@@ -83,7 +84,7 @@ def test_attention_is_chosen_by_what_a_model_is_loaded_for(make_model: Callable[
 def test_answers_are_decoded_with_compiled_attention(
     make_model: Callable[..., Path], request: pytest.FixtureRequest, workload: Workload | None
 ) -> None:
-    """They are those of float32 but for the rounding of keys and values."""
+    """They differ from float32 answers only by the rounding of keys and values."""
     path, found = make_model(PRESETS["tiny-wide"]), {}
     for name in ("exact", "compiled", "ggml"):
         if name == "ggml":
@@ -105,7 +106,7 @@ def test_answers_are_decoded_with_compiled_attention(
 def test_compiled_answers_have_the_same_bits_beside_others(
     make_model: Callable[..., Path], text_type: str, is_forced: bool
 ) -> None:
-    """Forced tokens are as many rows of a step as all answers together may have."""
+    """Forced tokens add as many rows to a step as all answers together may have."""
     fields = {"a": {"const": "0123456789" * 12}, "b": {"type": "string"}}
     schema = json.dumps({"type": "object", "properties": fields, "required": ["a", "b"]})
     options: dict[str, Any] = {**LONG, "max_tokens": 160} if is_forced else LONG
@@ -131,7 +132,7 @@ def test_compiled_answers_have_the_same_bits_beside_others(
 def test_answers_outgrow_their_sequences_together(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their cells move to larger sequences: through a file, without a row that is computed twice."""
+    """Their cells move to larger sequences through a file, and no row is computed twice."""
     long: dict[str, Any] = {**LONG, "max_tokens": 400}
     monkeypatch.setattr("granite4v.runtime.engine.kv_cache.MIN_ANSWER", 16)
     monkeypatch.setattr("granite4v.runtime.engine.moved_states.IN_MEMORY_BYTES", 0)
@@ -174,7 +175,7 @@ def test_questions_about_one_image_prefill_it_once(model: granite4v.Model) -> No
 def test_a_batch_keeps_no_embeddings_of_pages_that_it_has_read(
     make_model: Callable[..., Path], workload: Workload | None
 ) -> None:
-    """Others are asked about again, perhaps when the decoder's cache has lost them."""
+    """Without a workload they are kept: pages may be asked about again, perhaps after the KV cache has lost them."""
     half = make_model(PRESETS["tiny"], "F16", "F16")
     with granite4v.load(half, device="cpu", n_threads=1, n_parallel=2, workload=workload) as model:
         n_encoded = [
@@ -233,7 +234,7 @@ def test_threads_may_ask_as_they_like(model: granite4v.Model) -> None:
 
 @pytest.mark.slow
 def test_random_orders_leave_nothing_behind() -> None:
-    """Submitting, reading, cancelling, closing and dropping streams of the embedded model; no sequence stays in use."""
+    """Submits, reads, cancels, closes and drops streams of the embedded model at random; no sequence stays in use."""
     with granite4v.load(device="cpu") as model:
         for seed in range(100):
             rng = random.Random(seed)
@@ -253,14 +254,14 @@ def test_random_orders_leave_nothing_behind() -> None:
                 streams.pop().result()
             stream = None
             gc.collect()
-            for _ in range(2):  # the second comes after a step, which ends what was dropped
+            for _ in range(2):  # the second call comes after a step, which ends dropped streams
                 model.clear_cache()
             assert model.engine.n_sequences_in_use == 0, seed
 
 
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError("none left")])
 def test_whatever_ends_a_step_leaves_no_reader_waiting(model: granite4v.Model, raised: BaseException) -> None:
-    """Not even what is no Exception, and the engine goes on with what is asked later."""
+    """Even if it is not an `Exception`. The engine goes on with later requests."""
     expected = model.generate("Hello", **LONG).tokens
     model.clear_cache()
 
@@ -271,7 +272,7 @@ def test_whatever_ends_a_step_leaves_no_reader_waiting(model: granite4v.Model, r
     stream = model.submit(model.prepare("What?"), GenerationOptions(max_tokens=40), listener=listener)
     with pytest.raises((RuntimeError, MemoryError), match="interrupted|none left"):
         stream.result()
-    with contextlib.suppress(RuntimeError, MemoryError):  # its step may have been another one
+    with contextlib.suppress(RuntimeError, MemoryError):  # it may not have been part of that step
         beside.result()
     assert model.generate("Hello", **LONG).tokens == expected
     model.clear_cache()

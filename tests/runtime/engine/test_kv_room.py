@@ -1,6 +1,7 @@
-"""Room in the cache: sequences as long as answers usually are, larger or fewer ones when an answer needs more.
+"""Tests of the room in the KV cache: sequences are as long as answers usually are, and become larger, or fewer, when an
+answer needs more.
 
-What they hold moves along, and every answer is the one that it is alone.
+Their contents are moved along, and each answer is the same as if it were generated alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def asked(*tokens: int) -> tuple[Any, ...]:
 
 
 def long_question(n_tokens: int, least: int = 0) -> tuple[Any, ...]:
-    """One whose answer has at least `n_tokens`; `least`: to get several that differ."""
+    """Returns a question whose answer has at least `n_tokens`. `least`: where to start looking, for different ones."""
     return next(asked(50, i) for i in range(least, 10_000) if len(expected(asked(50, i), n_tokens)) == n_tokens)
 
 
@@ -38,7 +39,7 @@ def sizes(engine: FakeEngine) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are expected to have 16 tokens, and sequences are a multiple of 8."""
+    """Sets the expected length of answers to 16 tokens, and makes the length of sequences a multiple of 8."""
     monkeypatch.setattr(kv_cache, "MIN_ANSWER", 16)
     monkeypatch.setattr(kv_cache, "SEQUENCE_STEP", 8)
 
@@ -57,7 +58,7 @@ def test_one_request_has_room_for_all_it_may_need_and_several_for_what_is_usual(
 def test_the_answers_of_late_tell_how_much_room_is_made() -> None:
     cache = KvCache(FakeContext, 8192, 2)
     plan = (Batch(tuple(range(10))),)
-    for n in (900, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 4000):  # one in ten does not count
+    for n in (900, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 4000):  # the longest of ten is ignored
         sequence = cache.acquire(plan, 5000, adapter=False)
         assert sequence is not None
         cache.append(sequence, Batch(tuple(range(10, 10 + n + 10 - sequence.n_tokens))))
@@ -68,7 +69,10 @@ def test_the_answers_of_late_tell_how_much_room_is_made() -> None:
 
 
 def test_questions_of_a_batch_stay_beside_each_other() -> None:
-    """But for the two of eight sequences that were used last."""
+    """Idle sequences next to those in use are taken first, except the most recently used quarter, here two of eight.
+
+    With 3 in use and 6 and 4 released last, the first choice is 2; 4 also lies next to 3, but was used last.
+    """
     cache = KvCache(FakeContext, 4096, 8, opens_all=True)
 
     def ask(key: int) -> CachedSequence:
@@ -92,7 +96,7 @@ def test_an_answer_that_needs_more_room_gets_it_and_nothing_is_computed_again(sm
     assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
     widths, cells = zip(*sizes(engine)[1:], strict=True)
     assert set(widths) == {3} and len(cells) > 1 and list(cells) == sorted(set(cells))
-    n_prompts = 42 + sum(spans[-1].n_tokens for spans in requests)  # the page once
+    n_prompts = 42 + sum(spans[-1].n_tokens for spans in requests)  # the page is prefilled once
     assert engine.scheduler.counters.n_prefilled == n_prompts and engine.n_encoded == 1
 
 
@@ -122,14 +126,14 @@ def test_when_the_long_answer_is_done_there_are_all_sequences_again(small_steps:
 
 
 def test_no_memory_for_larger_sequences_is_noticed_too(small_steps: None) -> None:
-    """llama.cpp says so, and nobody told the cache before."""
+    """llama.cpp fails to allocate; the cache was given no budget."""
     engine = FakeEngine(n_ctx=512, n_seq_max=4, most_cells=4 * 64)
     requests = [long_question(100), *(long_question(30, least) for least in (1000, 2000, 3000))]
     channels = [engine.submit(*spans, max_tokens=200) for spans in requests]
     engine.run()
     assert [read(channel) for channel in channels] == [expected(spans, 200) for spans in requests]
     n_rows = sum(span.n_tokens for spans in requests for span in spans)
-    assert engine.scheduler.counters.n_prefilled < 2 * n_rows  # the moves lost nothing but the newest
+    assert engine.scheduler.counters.n_prefilled < 2 * n_rows  # moving lost only the rows of the newest requests
 
 
 def test_states_that_find_no_room_on_a_disk_are_computed_again(

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers on made-up logits: their values, and which tokens were no choice of the model's."""
+"""Tests of the log-probabilities of answers on synthetic logits: their values, and which tokens are forced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLES = ("tables_otsl", "tables_html", "tables_json", "chart2csv")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """By the definition, in long doubles."""
+    """Computes the log-softmax by its definition, in long doubles."""
     wide = logits.astype(np.longdouble)
     return np.asarray(wide - wide.max() - np.log(np.exp(wide - wide.max()).sum()))
 
@@ -38,7 +38,7 @@ def scripted(text: str, *, n_top: int = 0, **options: Any) -> Answer:
 def noisy(
     kind: str, grammar: Grammar | None, seed: int, *, task: str, n_top: int = 3, **options: Any
 ) -> tuple[Answer, list[np.ndarray]]:
-    """An answer of noise, and the logits of each of its steps."""
+    """Generates an answer from noise; returns it and the logits of each step."""
     answer, seen = Answer(), list[np.ndarray]()
 
     class Watched(Noise):
@@ -70,14 +70,14 @@ def test_without_them_an_answer_has_none() -> None:
 
 
 def test_a_known_distribution() -> None:
-    """Of 300 logits one is 1 and the others are 0."""
+    """One of 300 logits is 1, the others are 0."""
     answer = scripted("ab", n_top=2)
     assert answer.logprobs is not None
     expected = 1 - np.log(np.e + 299)
     for entry, token in zip(answer.logprobs, answer.tokens, strict=True):
         assert entry.token == token and entry.text == chr(token) and not entry.forced
         assert entry.logprob == pytest.approx(expected, abs=1e-12)
-        assert [one for one, _ in entry.top] == [token, 0]  # of equals, the first
+        assert [one for one, _ in entry.top] == [token, 0]  # the first of equals
         assert [value for _, value in entry.top] == pytest.approx([expected, expected - 1], abs=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_they_are_the_log_softmax_before_temperature_and_filters(kind: str, n_to
 @pytest.mark.parametrize("fast_forward", [True, False])
 @pytest.mark.parametrize("task", TABLES)
 def test_tokens_that_a_grammar_leaves_no_choice_about_are_forced(task: str, fast_forward: bool) -> None:
-    """What is forced is known from a second run through the grammar: its masks, and the logits' steps."""
+    """A second pass through the grammar shows what is forced: by its masks, and by the steps that computed logits."""
     n_forced = n_free = 0
     for seed in range(6):
         answer, seen = noisy("nano", grammar_of(task), seed, task=task, fast_forward=fast_forward)
@@ -122,7 +122,7 @@ def test_tokens_that_a_grammar_leaves_no_choice_about_are_forced(task: str, fast
 
 
 def tokens_before_closing(answer: Answer) -> list[int]:
-    """The tokens before an ending that was added at the limit."""
+    """Returns the tokens before the closing that was added at the limit."""
     text, kept = answer.text[: len(answer.text) - len(answer.closing or "")], list[int]()
     for token, entry in zip(answer.tokens, answer.logprobs or [], strict=True):
         if entry.end > len(text):
@@ -170,7 +170,7 @@ def test_drafts_change_no_logprob(kind: str, task: str) -> None:
 
 
 def test_ends_are_places_in_the_text() -> None:
-    """With characters of several tokens, and text that is held back in case it becomes a stop string."""
+    """Also for characters of several tokens, and for text held back because it may become a stop string."""
     text, answer = "a 躮 naïve €5 -- 𝄞", Answer()
     tokens = [*tokenizer("nano").encode_plain(text), end_of_text("nano")]
 

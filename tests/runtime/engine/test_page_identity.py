@@ -1,4 +1,4 @@
-"""Another image, prompt, adapter state, file or arithmetic never finds a stored page."""
+"""Tests that a stored page is never found for another image, prompt, adapter state, file or arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load(path: Path, store: PageStore | None, **options: Any) -> granite4v.Model
 
 
 def n_stored(path: Path, store: PageStore, images: Any = (ONE,), **options: Any) -> int:
-    """Of one question by a model of its own."""
+    """Loads a model, asks it one question and returns how many positions came from the store."""
     asked = {name: options.pop(name) for name in ("lora", "prompt") if name in options}
     with load(path, store, **options) as model:
         prompt = asked.pop("prompt", "What is this?")
@@ -95,7 +95,7 @@ def test_another_template_prefix_never_hits(make_model: Callable[..., Path], sto
     assert n_stored(path, store, prompt=told("Be brief.")) == 0
     assert n_stored(path, store, prompt=told("Be brief!")) == 0
     assert n_stored(path, store, prompt=told("Be brief.")) > 0
-    assert n_stored(path, store, prompt="Another question?") > 0  # which is behind the image
+    assert n_stored(path, store, prompt="Another question?") > 0  # the question comes after the image
 
 
 def test_other_weights_or_another_way_to_compute_never_hits(
@@ -123,7 +123,7 @@ def test_other_weights_or_another_way_to_compute_never_hits(
     monkeypatch.setattr("granite4v.runtime.engine.parallel.MOST_SCORES", 0)  # flash attention
     assert n_stored(path, store) == 0
     monkeypatch.undo()
-    monkeypatch.setattr("granite4v.runtime.engine.engine.N_UBATCH", 64)  # other batches
+    monkeypatch.setattr("granite4v.runtime.engine.engine.N_UBATCH", 64)  # other batch sizes
     assert n_stored(path, store) == 0
     monkeypatch.undo()
     monkeypatch.setattr(page_identity, "PREPROCESSING", 0)
@@ -144,7 +144,7 @@ def test_files_that_changed_in_place_are_other_files(
     assert n_stored(path, store) == 0 and n_stored(path, store) > 0
     (vision,) = path.glob("mmproj*")
     data = bytearray(vision.read_bytes())
-    data[-3] ^= 1  # of the last weight
+    data[-3] ^= 1  # a bit of the last weight
     vision.write_bytes(data)
     assert n_stored(path, store) == 0
 
@@ -154,17 +154,17 @@ def test_files_that_changed_in_place_are_other_files(
 def test_a_file_that_is_replaced_under_a_loaded_model(
     make_model: Callable[..., Path], store: PageStore, tmp_path: Path, role: str, stage: str
 ) -> None:
-    """What the loaded model computes is not stored as if the new file had made it."""
+    """What the loaded model computes is not stored under the identity of the new file."""
     path = tmp_path / "model"
     shutil.copytree(make_model(PRESETS["tiny"], "F16"), path)
     (name,) = (file.name for file in path.glob(f"{role}*.gguf"))
     with load(path, store) as model:
         if stage == "after it":
             model.generate("What is this?", [ONE], max_tokens=2)
-        else:  # the text weights are in memory, the encoder's are not
+        else:  # loads the text weights, but not the encoder's
             model.generate("Hello", max_tokens=1)
         data = bytearray((path / name).read_bytes())
-        data[-3] ^= 1  # of the last weight
+        data[-3] ^= 1  # a bit of the last weight
         (tmp_path / "new").write_bytes(data)
         (tmp_path / "new").replace(path / name)
         with pytest.warns(granite4v.PageStoreWarning, match=rf"not stored: .*{name}' has changed since") as said:

@@ -1,4 +1,4 @@
-"""The folder of stored states: bounded, private, shared between processes, and never a reason to fail."""
+"""Tests of the page store: bounded, private, shared between processes; its errors are warnings, never failures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> PageStore:
 
 def test_what_was_saved_is_loaded(store: PageStore) -> None:
     assert store.load(key(1)) is None and not store.holds(key(1)) and store.entries() == []
-    assert not store.folder.exists()  # looking makes nothing
+    assert not store.folder.exists()  # reading creates nothing
     save(store, 1, 2)
     assert store.holds(key(1))
     for number in (1, 2):
@@ -63,7 +63,7 @@ def test_what_was_saved_is_loaded(store: PageStore) -> None:
 
 
 def test_the_users_own_store_is_the_default(tmp_path: Path) -> None:
-    assert PageStore().folder == tmp_path / "own-page-store"  # conftest.py
+    assert PageStore().folder == tmp_path / "own-page-store"  # set in conftest.py
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no modes there")
@@ -117,7 +117,7 @@ def test_a_clock_that_was_set_back_keeps_no_page_for_ever(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_makes_room_for_what_is_new(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the bound is larger than the disk."""
+    """Even where the bound is larger than the disk."""
     save(store, 1, 2, 3)
     large = PageStore(store.folder, max_bytes=1 << 40)
     usage = page_store.shutil.disk_usage(store.folder)
@@ -152,7 +152,7 @@ def test_the_default_bound_is_a_share_of_the_disk(store: PageStore, monkeypatch:
 
 
 def test_links_and_folders_in_place_of_pages(store: PageStore, tmp_path: Path) -> None:
-    """They are no pages: a link gives way to one, what it leads to is not touched, and a folder stops no other page."""
+    """They are not pages: a new page replaces a link but not its target, and a folder affects no other page."""
     save(store, 1)
     for number in (2, 3):
         store.path_of(key(number)).symlink_to(store.path_of(key(1)) if number == 2 else tmp_path / "nothing")
@@ -256,7 +256,7 @@ def test_a_full_disk_costs_a_warning(store: PageStore, monkeypatch: pytest.Monke
     assert len(said) == 1
     assert {path.name for path in store.folder.iterdir()} == {page_store.LOCK, store.path_of(key(1)).name}
     monkeypatch.setattr(state_file, "write", write)
-    save(store, 2)  # there is room again
+    save(store, 2)  # the disk has room again
 
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
 
 
 def test_writers_and_readers_in_several_processes(store: PageStore) -> None:
-    """A store so small that they evict each other's pages all the time: what is read is right, or missing."""
+    """The store is so small that they keep evicting each other's pages; each load gives the right page or none."""
     most = 3 * (N + 1000)
     processes = [start(WRITER, store.folder, most, 40, *numbers) for numbers in ((1, 2, 3), (3, 4, 5), (1, 5, 6))]
     chosen, n_read = random.Random(0), 0
@@ -341,7 +341,7 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(store: PageStore) -> None
         process.send_signal(signal.SIGKILL)
     left = [path for path in store.folder.iterdir() if path.name.startswith(".granite4v-partial-")]
     assert len(left) == 1 and kept(store) == [1] and store.load("9" * 64) is None
-    save(store, 2)  # the lock ended with the process
+    save(store, 2)  # the lock was released when the process ended
     assert not left[0].exists() and kept(store) == [1, 2]
 
 

@@ -1,4 +1,5 @@
-"""How many sequences a batch gets: by questions, memory and measured gain; and that it says which of them it was."""
+"""Tests of how many sequences a batch gets: limited by questions, memory or measured gain, and reported with the
+reason."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from tests.toy.checkpoint import PRESETS
 
 N_CTX = 100_000
 MUCH = 1 << 40  # bytes
-# of a 4B model on two cores, with 1,500 tokens in each sequence
+# seconds of a decode step by its number of sequences: a 4B model on two cores, 1,500 tokens in each sequence
 SECONDS = {1: 0.083, 4: 0.243, 8: 0.410, 12: 0.510, 16: 0.570}
 
 
@@ -47,7 +48,7 @@ def never(most: int) -> Mapping[int, float]:
 
 
 def bytes_for(files: ModelFiles, n: int, n_answer: int) -> int:
-    """What must be available for `n` sequences."""
+    """Returns the bytes that must be available for `n` sequences."""
     assert files.vision_config is not None
     n_page = max(count_tokens(size, files.vision_config) for size in (PAGE_PX, PAGE_PX[::-1]))
     n_steps = math.ceil((n_page + TEXT_TOKENS + n_answer) / SEQUENCE_STEP)
@@ -97,7 +98,7 @@ def test_as_many_as_are_worth_while(files: ModelFiles) -> None:
     [
         (SECONDS, 16),
         ({1: 1.0, 2: 2.0, 4: 4.0}, 1),
-        ({1: 1.0, 4: 2.0, 8: 3.8}, 4),  # 5% more are not worth twice the memory
+        ({1: 1.0, 4: 2.0, 8: 3.8}, 4),  # 5% more tokens a second are not worth twice the memory
         ({1: 1.0, 4: 2.0, 8: 3.6}, 8),
         ({1: 1.0, 4: 2.0, 8: 8.0}, 4),
         ({1: 1.0}, 1),
@@ -108,7 +109,7 @@ def test_the_smallest_of_about_the_best(seconds: Mapping[int, float], expected: 
 
 
 def test_a_quantized_cache_has_room_for_more(files: ModelFiles) -> None:
-    """llama.cpp's blocks of 32 values in Q8_0 have 34 bytes."""
+    """A Q8_0 block of llama.cpp holds 32 values in 34 bytes."""
     half, quantized = kv_bytes_per_token(files), kv_bytes_per_token(files, "q8_0")
     assert quantized * 64 == half * 34
     available = bytes_for(files, 8, 100)

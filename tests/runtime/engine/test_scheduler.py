@@ -1,4 +1,4 @@
-"""The scheduler on a fake context: everybody's answer is what it would be alone, whatever the others do."""
+"""Tests of the scheduler on a fake context: each answer is the same as alone, whatever other requests do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_request_runs_in_one_sequence_and_in_its_own_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("n_question", "n_ctx", "n_rows"),
-    [(40, 256, 64), (63, 256, 64), (32, 256, 32), (64, 256, 64), (70, 256, 70), (40, 100, 40)],  # the last has no room
+    [(40, 256, 64), (63, 256, 64), (32, 256, 32), (64, 256, 64), (70, 256, 70), (40, 100, 40)],  # the last: no room
 )
 def test_a_question_is_filled_up_where_more_rows_take_less_time(n_question: int, n_ctx: int, n_rows: int) -> None:
     spans = asked(*(i % 60 for i in range(n_question)), page=(TextSpan(tuple(range(45))),))
@@ -57,7 +57,7 @@ def test_requests_side_by_side_are_decoded_in_one_batch() -> None:
     assert [read(channel) for channel in channels] == [expected(spans, 12) for spans in requests]
     assert max(len(rows) for rows in engine.contexts[-1].batches if rows.outputs.all()) == 4
     longest = max(len(channel.answer.tokens) for channel in channels)
-    assert engine.scheduler.counters.n_steps <= longest + 3  # they begin one after another
+    assert engine.scheduler.counters.n_steps <= longest + 3  # they start one after another
 
 
 def test_a_shared_page_is_computed_once() -> None:
@@ -74,7 +74,7 @@ def test_a_shared_page_is_computed_once() -> None:
 
 def test_a_page_that_is_being_computed_between_answers_is_shared() -> None:
     engine = FakeEngine()
-    short = [60, 2, 60, 3]  # the second sequence is free first, between two that go on
+    short = [60, 2, 60, 3]  # the second sequence becomes free first, between two in use
     beside = [asked(7, i) for i in range(4)]
     channels = [engine.submit(*spans, max_tokens=n) for spans, n in zip(beside, short, strict=True)]
     while not (channels[1].is_done and channels[3].is_done):
@@ -82,7 +82,7 @@ def test_a_page_that_is_being_computed_between_answers_is_shared() -> None:
     n_prefilled, n_encoded = engine.scheduler.counters.n_prefilled, engine.n_encoded
     requests = [asked(5, i, page=(ImageSpan(0, 100, b"other"),)) for i in range(2)]
     others = [engine.submit(*requests[0], max_tokens=5)]
-    engine.scheduler.step()  # one chunk of it; the next step decodes the answers around it
+    engine.scheduler.step()  # prefills one chunk of it; the next step decodes the other answers
     engine.scheduler.step()
     others.append(engine.submit(*requests[1], max_tokens=5))
     engine.run()
@@ -103,7 +103,7 @@ def test_interleaved_readers_cost_no_second_prefill() -> None:
             texts[i] += read(channel, 1)
     texts = [text + read(channel) for text, channel in zip(texts, channels, strict=True)]
     assert texts == [expected(spans, 20) for spans in requests]
-    # the first began in a context of one sequence, and moved to one of several
+    # the first request began in a context with one sequence and was moved to one with several
     assert engine.scheduler.counters.n_prefilled == sum(span.n_tokens for spans in requests for span in spans)
     assert engine.scheduler.counters.n_preempted == 0
 
@@ -111,7 +111,7 @@ def test_interleaved_readers_cost_no_second_prefill() -> None:
 def test_a_reader_that_stops_slows_nobody_and_gets_all_in_the_end() -> None:
     engine = FakeEngine()
     slow = engine.submit(*asked(1), max_tokens=60, size=2)
-    others = [engine.submit(*asked(2, i), max_tokens=30) for i in range(6)]  # more than there are sequences
+    others = [engine.submit(*asked(2, i), max_tokens=30) for i in range(6)]  # more requests than sequences
     engine.run()
     assert [read(channel) for channel in others] == [expected(asked(2, i), 30) for i in range(6)]
     assert all(channel.is_done for channel in others) and not slow.is_done
@@ -161,7 +161,8 @@ def test_requests_with_and_without_an_adapter_share_neither_steps_nor_prefixes()
 
 
 def test_requests_that_lost_their_cells_to_a_larger_one_go_on() -> None:
-    """The larger one finds no memory, and those that run are computed again although nothing else happens."""
+    """The larger request finds no memory, and the running one loses its cells. It is recomputed, although no event
+    triggers that."""
     engine = FakeEngine(n_ctx=4096, n_seq_max=2, most_cells=1024)
     running, ended = engine.submit(*asked(5, 1), max_tokens=200), engine.submit(*asked(5, 2), max_tokens=1)
     while not ended.is_done:
@@ -188,7 +189,7 @@ def test_where_memory_ends_requests_take_turns() -> None:
 
 
 class Broken:
-    """Not able to go on after the first logits."""
+    """Raises at the first logits."""
 
     def advance(self, logits: np.ndarray) -> Step:
         raise ValueError("of its own")
@@ -214,8 +215,8 @@ def test_an_error_of_one_request_ends_no_other() -> None:
 def test_random_orders_of_submitting_reading_cancelling_and_dropping(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every answer is the one it has alone, or its beginning; no sequence is left in use, and the index knows what each
-    of them holds. The same where sequences have next to no room for answers, and grow with them."""
+    """Each answer is the one that the request gets alone, or the beginning of it. No sequence stays in use, and the
+    cache's records match the contents of each. Also where sequences start with almost no room for answers and grow."""
     monkeypatch.setattr("granite4v.runtime.engine.kv_cache.MIN_ANSWER", room)
     monkeypatch.setattr("granite4v.runtime.engine.kv_cache.SEQUENCE_STEP", min(room, 256))
     for seed in range(500):
@@ -272,7 +273,7 @@ def test_random_orders_of_submitting_reading_cancelling_and_dropping(
 
 
 def random_request(rng: random.Random) -> tuple[Span, ...]:
-    """Prompts that often begin alike."""
+    """Returns a random prompt; many begin alike."""
     page = ImageSpan(0, rng.choice((5, 20)), bytes([rng.randint(1, 3)]))
     words = tuple(rng.randint(0, 3) for _ in range(rng.randint(1, 20)))
     return rng.choice([(TextSpan((1, 2)), page, TextSpan(words)), (TextSpan((1, 2, *words)),)])

@@ -1,4 +1,4 @@
-"""The generation loop on made-up logits: how answers end, what is shown when, and how tokens are drawn."""
+"""Tests of the generation loop on synthetic logits: how answers end, when text is shown, and how tokens are sampled."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_cancelling_inside_a_computation(aborts_at: int, text: str) -> None:
 
 
 def draws(sampling: Sampling, logits: Sequence[float], n: int = 400) -> np.ndarray:
-    """How often each token is drawn, as a share."""
+    """Returns the share of draws of each token."""
     sampler, scores = Sampler(sampling), np.asarray(logits, dtype=np.float32)
     return np.bincount([sampler.pick(scores, []) for _ in range(n)], minlength=len(logits)) / n
 
@@ -142,7 +142,7 @@ def test_repeat_penalty_lowers_what_was_said_lately() -> None:
     sampler = Sampler(Sampling(repeat_penalty=2.0, repeat_last_n=2))
     logits = np.float32([3.0, 2.0, -1.0])
     assert sampler.pick(logits, [0]) == 1
-    assert sampler.pick(logits, [0, 2, 2]) == 0  # the 0 is too long ago
+    assert sampler.pick(logits, [0, 2, 2]) == 0  # token 0 is too far back
     assert logits.tolist() == [3.0, 2.0, -1.0]
 
 

@@ -1,4 +1,4 @@
-"""A stored state is read back as it was written, or not at all."""
+"""Tests of state files: a state is read back as it was written, or refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_is_read_as_it_was_written(path: Path) -> None:
 
 
 class Reluctant(FileIO):
-    """Takes at most seven bytes at a time, as a disk that is nearly full may."""
+    """Writes at most seven bytes at a time, as a nearly full disk may."""
 
     def write(self, data: Any) -> int:
         return super().write(memoryview(data)[:7])
@@ -77,7 +77,7 @@ def test_a_file_that_was_cut_is_damaged(path: Path, n_left: int) -> None:
 
 
 def test_a_longer_file_is_damaged(path: Path) -> None:
-    """llama.cpp would ignore what stands behind a state."""
+    """llama.cpp would ignore bytes after a state."""
     with open(path, "ab") as file:
         file.write(b"\0")
     with pytest.raises(DamagedState, match=r"bytes, expected"):
@@ -107,7 +107,7 @@ def test_only_regular_files_are_opened(path: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError):
         read(tmp_path / "link", KEY)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DamagedState, match="regular file"):  # it would block for ever
+    with pytest.raises(DamagedState, match="regular file"):  # opening it to read would block forever
         read(tmp_path / "pipe", KEY)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none", KEY)

@@ -1,4 +1,4 @@
-"""Decode steps with drafts: what they compute, what they cost, and that answers stay what they are."""
+"""Tests of decode steps with drafts: what they compute, what they cost, and that answers do not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMITS = Limits(rows=64, outputs=64, cells=256)
 
 
 class Guessing(AnswerSequence):
-    """Drafts what will come, with a mistake now and then."""
+    """Drafts the tokens that will follow, with occasional mistakes."""
 
     def __init__(self, spans: Sequence[Span], max_tokens: int, rng: random.Random) -> None:
         super().__init__(Answer(), Letters(), sampling=Sampling(), stop_tokens=frozenset({EOS}), max_tokens=max_tokens)
@@ -71,14 +71,14 @@ def test_answers_with_drafts_are_those_without() -> None:
         timings = [answer.answer.timings for answer in answers]
         assert sum(t.n_accepted for t in timings) == counters.n_accepted
         assert sum(t.n_steps for t in timings) < sum(map(len, texts))
-        # what the cache says that it holds is what the context holds
+        # the cache's records match the contents of the context
         for number in range(engine.cache.n_sequences):
             assert engine.cache.sequence(number).n_tokens == len(engine.contexts[-1].content[number])
 
 
 def test_forced_tokens_beside_other_answers_share_their_passes() -> None:
     class Forced:
-        """Five tokens a step, whatever the logits are."""
+        """Gives five tokens a step, whatever the logits are."""
 
         def __init__(self) -> None:
             self.n_left = 4
@@ -101,7 +101,7 @@ def test_forced_tokens_beside_other_answers_share_their_passes() -> None:
     assert read(other) == expected(spans, 25)
     for rows in engine.contexts[-1].batches:
         counts = np.unique(rows.sequences, return_counts=True)[1]
-        assert len(set(counts.tolist())) == 1  # llama.cpp would compute others in several passes
+        assert len(set(counts.tolist())) == 1  # with different counts llama.cpp would need several passes
 
 
 def test_a_step_among_sequences_has_two_rows_where_it_must() -> None:
@@ -141,11 +141,11 @@ def _costs(**seconds: float) -> StepCosts:
 
 def test_a_draft_is_used_where_it_pays() -> None:
     good = Draft((1, 2, 3), (0.9, 0.8, 0.7))
-    for seconds, n_rows in ((1.0, 4), (3.3, 4), (3.5, 1)):  # 3.4 tokens are expected
+    for seconds, n_rows in ((1.0, 4), (3.3, 4), (3.5, 1)):  # 3.4 tokens are expected: 1 + 0.9 + 0.8 + 0.7
         costs = _costs(_1=1.0, _2=seconds, _3=seconds, _4=seconds)
         (part,) = plan_step([_task(1, good)], [], costs, LIMITS)
         assert part.n_rows == n_rows and part.tokens == (10, *good.tokens[: n_rows - 1])
-    # where all rows but one are cheap, a second sequence without a draft gets fillers
+    # where additional rows cost little, a second sequence without a draft is padded with fillers
     costs = _costs(_2=1.0, _8=1.1)
     parts = plan_step([_task(1, good), _task(1, sequence=1)], [], costs, LIMITS)
     assert [(part.n_rows, part.tokens) for part in parts] == [(4, (10, 1, 2, 3)), (4, (10,))]
@@ -177,7 +177,7 @@ def test_rows_fill_a_tile_of_attention_where_values_may_depend_on_it() -> None:
     assert (part.n_rows, part.n_drafted) == (64, 40)
     assert plan_step([_task(20)], [], free, limits)[0].n_rows == 20
     assert plan_step([_task(40)], [], free, limits)[0].n_rows == 64
-    # no room for a tile; a model whose values are promised to be the same beside others
+    # no room for a tile; values that must not depend on what else is computed (`least` is 2)
     assert plan_step([_task(1, good)], [], free, Limits(rows=128, outputs=64, cells=50))[0].n_rows == 41
     exact = Limits(rows=128, outputs=64, cells=256, least=2)
     assert plan_step([_task(1, good)], [], free, exact)[0].n_rows == 41
@@ -191,12 +191,12 @@ def test_costs_follow_what_was_measured() -> None:
     assert costs.seconds(1) < costs.seconds(4) < 4 * costs.seconds(1)
     costs.note(1, 2.0)
     assert costs.seconds(1) == 2.0 < costs.seconds(3) < 6.0
-    for seconds in (4.0, 4.0, 90.0):  # one of them was disturbed
+    for seconds in (4.0, 4.0, 90.0):  # the last was disturbed by other load
         costs.note(5, seconds)
     assert costs.seconds(5) == 4.0 and costs.seconds(3) == pytest.approx(3.0)
     costs.note(8, 3.0)
-    assert costs.seconds(5) == 3.0  # which could have been filled up to eight
+    assert costs.seconds(5) == 3.0  # five rows could be padded to eight
     costs.note(8, 7.0)
     for _ in range(AGE_EACH * N_KEPT):
         costs.note(1, 1.0)
-    assert costs.seconds(5) < 3.0  # forgotten, so that it is tried again
+    assert costs.seconds(5) < 3.0  # forgotten, so the size is tried again

@@ -1,4 +1,4 @@
-"""Seconds of decode steps: measured once for a machine and a model in a child, and kept."""
+"""Tests of measuring decode steps: once per machine and model, in a child process; the seconds are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files(make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The arguments of those that were started."""
+    """The arguments of the child processes that were started."""
     started: list[list[str]] = []
 
     def counted(module: str, arguments: list[str], *others: Any) -> Ended:
@@ -71,7 +71,7 @@ def test_a_small_model_is_not_measured(
 def test_what_a_child_prints(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch, printed: str, expected: dict[int, float]
 ) -> None:
-    """The best of several rounds; a child that crashes leaves what it had, and is not started again and again."""
+    """The best of several rounds counts. What a child printed before a crash is used, and it is not started again."""
     started: list[str] = []
 
     def child(module: str, *_: Any) -> Ended:

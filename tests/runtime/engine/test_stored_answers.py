@@ -1,4 +1,4 @@
-"""Pages from the store on real models: the same bits as without any cache, whatever else runs."""
+"""Tests of pages from the store on real models: the same bits as without any cache, whatever else runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(path: Path, store: PageStore | None, **options: Any) -> granite4v.Model
 
 
 def look(model: granite4v.Model, prompt: Any = "What is this?", images: Any = (ONE,), **options: Any) -> Any:
-    """Timings, tokens and logits of one request."""
+    """Returns the timings, tokens and logits of one request."""
     answer = model.generate(prompt, list(images), max_tokens=8, ignore_eos=True, **options)
     return answer.timings, answer.tokens, model.logits(prompt, list(images), **options)
 
@@ -60,7 +60,7 @@ def test_the_same_bits_as_without_any_cache(
 ) -> None:
     preset, text_type, options = KINDS[kind]
     path = make_model(PRESETS[preset], text_type)
-    # a batch that keeps its pages computes attention as a conversation does, which may then go on from them
+    # a batch that stores its pages computes attention as a conversation does, so conversations can go on from them
     for_batches = PageStore(tmp_path / "of another batch") if "workload" in options else None
     with load(path, for_batches, **options) as model:
         _, tokens, logits = look(model)
@@ -74,7 +74,7 @@ def test_the_same_bits_as_without_any_cache(
         assert not model.engine.vision_is_open and timings.prefill_image_s == timings.encode_s == 0
         assert found == tokens
         np.testing.assert_array_equal(values, logits)
-        for other in ("Why?", "How many of them are there, and where?"):  # that were never asked before
+        for other in ("Why?", "How many of them are there, and where?"):  # not asked before
             with load(path, None, **{**options, "workload": None}) as alone:
                 np.testing.assert_array_equal(model.logits(other, [ONE]), alone.logits(other, [ONE]))
 
@@ -103,7 +103,7 @@ def test_several_images_and_a_conversation(make_model: Callable[..., Path], stor
 
 
 def test_side_by_side_with_other_requests(make_model: Callable[..., Path], store: PageStore) -> None:
-    """Restored into one of several sequences, while others are decoded."""
+    """Pages are restored into one of several sequences while the others are decoded."""
     path = make_model(PRESETS["tiny"], "F32")
     pictures = [noise_picture((150, 100), seed) for seed in range(6)]
     options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "repetition": False}

@@ -1,4 +1,5 @@
-"""Pages from the store: the same bits as without any cache, found for the same request alone."""
+"""Tests of pages from the store, on a fake context: answers are the same as without any cache, and a page is found only
+for the same prompt prefix, adapter state and model."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ PAGE, OTHER = ImageSpan(0, 40, b"a page"), ImageSpan(0, 40, b"other")
 
 
 class Identity:
-    """Of one model; `name` stands for all that its bits depend on."""
+    """The identity of a model; `name` stands for everything that its bits depend on."""
 
     def __init__(self, name: str = "model", error: ModelFileError | None = None) -> None:
         self.name, self.error = name, error
@@ -48,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Callable[..., FakeEngine]]:
-    """Makes engines on one store. With `settle`, what the last one stored is written before the next one is made."""
+    """Returns a function that makes engines on one store, after everything that earlier ones stored is written."""
     made: list[StoredPages] = []
 
     def make(identity: Identity | None = None, **options: Any) -> FakeEngine:
@@ -77,7 +78,7 @@ def test_a_page_is_encoded_and_prefilled_once(engine: Callable[..., FakeEngine])
     timings = ask(later, START, PAGE, TextSpan((9,)))
     assert (timings.n_stored, timings.n_reused, later.n_encoded) == (43, 0, 0)
     assert later.scheduler.counters.n_prefilled == 1
-    timings = ask(later, START, PAGE, TextSpan((5, 6)))  # from memory now
+    timings = ask(later, START, PAGE, TextSpan((5, 6)))  # now from the KV cache
     assert (timings.n_stored, timings.n_reused) == (0, 43)
 
 
@@ -121,7 +122,7 @@ def test_of_several_images_the_first_and_all_are_stored(engine: Callable[..., Fa
     assert ask(engine(), *spans[:-1], TextSpan((5,))).n_stored == 103
     assert ask(engine(), START, PAGE, TextSpan((5,))).n_stored == 43
     assert ask(engine(), START, PAGE, OTHER, TextSpan((5,))).n_stored == 43
-    assert ask(engine(), START, PAGE, OTHER, TextSpan((6,))).n_stored == 83  # stored by the request before
+    assert ask(engine(), START, PAGE, OTHER, TextSpan((6,))).n_stored == 83  # stored by the previous request
 
 
 def test_a_prompt_that_ends_with_its_image_computes_its_last_position(engine: Callable[..., FakeEngine]) -> None:
@@ -142,7 +143,8 @@ def test_what_memory_has_is_not_read_from_the_store(engine: Callable[..., FakeEn
 
 
 def test_a_page_is_restored_while_another_is_copied(engine: Callable[..., FakeEngine]) -> None:
-    """llama.cpp makes copies at the next decode, so they must not wait when cells are restored (`FakeContext`)."""
+    """llama.cpp makes copies at the next decode, so none may be pending when cells are restored; `FakeContext` checks
+    this."""
     ask(engine(), START, OTHER, TextSpan((7,)))
     later = engine(n_seq_max=3)
     begun = later.submit(START, PAGE, TextSpan((2,)), max_tokens=30)
@@ -165,7 +167,7 @@ def test_a_damaged_page_is_computed_again(engine: Callable[..., FakeEngine], fol
     with pytest.warns(PageStoreWarning) as said:
         timings = ask(later, START, PAGE, TextSpan((9,)))
     assert (timings.n_stored, later.n_encoded, len(said)) == (0, 1, 1)
-    assert ask(engine(), START, PAGE, TextSpan((9,))).n_stored == 43  # it was written again
+    assert ask(engine(), START, PAGE, TextSpan((9,))).n_stored == 43  # it was stored again
 
 
 def test_a_page_is_read_while_its_context_is_made(
@@ -214,7 +216,7 @@ def test_files_that_cannot_be_read_switch_the_store_off(engine: Callable[..., Fa
 def test_what_was_not_prefilled_alike_is_not_stored(
     engine: Callable[..., FakeEngine], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt that goes on in the middle of a batch has rows that were computed in other batches."""
+    """A prompt that reuses part of a batch has rows that were computed in other batches than its plan has."""
     monkeypatch.setattr("granite4v.runtime.engine.cached_sequence.MAX_RECOMPUTED", 0)
     one = engine()
     ask(one, TextSpan((1, 2, 3, 4)))
@@ -224,7 +226,7 @@ def test_what_was_not_prefilled_alike_is_not_stored(
 
 
 def test_random_requests_to_engines_that_come_and_go(engine: Callable[..., FakeEngine]) -> None:
-    """Every answer is that of its own page, from memory, from the store, or computed."""
+    """Each answer is that of its own page, whether from memory, from the store or newly computed."""
     chosen = random.Random(0)
     n_stored = 0
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""A stream and its channel: bounded, ended once, and never waited for by the engine."""
+"""Tests of a stream and its channel: bounded, ended once, and never blocking the engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(size: int = 4) -> tuple[Channel, Wakes]:
 
 
 def finish_when_cancelled(channel: Channel) -> threading.Thread:
-    """As the engine does, soon."""
+    """Finishes a channel soon after it is cancelled, as the engine does."""
 
     def watch() -> None:
         while not channel.is_cancelled:
@@ -54,7 +54,7 @@ def test_the_producer_is_woken_when_a_full_queue_is_read() -> None:
     channel.put("a")
     assert not channel.is_full
     channel.put("b")
-    channel.put("c")  # what one step gives is never refused
+    channel.put("c")  # the pieces of one step are never refused
     assert channel.is_full and wakes.n == 0
     stream = Stream(channel)
     assert [next(stream), next(stream), next(stream)] == ["a", "b", "c"]
@@ -129,7 +129,7 @@ def test_cancel_leaves_what_was_generated_and_close_does_not() -> None:
 
 
 def test_a_stream_that_nobody_holds_is_cancelled_without_waiting_for_a_lock() -> None:
-    """The garbage collector may find it in a thread that has any lock, here the channel's own."""
+    """The garbage collector may find it in a thread that holds any lock, here the channel's own."""
     channel, wakes = made()
     stream = Stream(channel)
     locked, found = threading.Event(), threading.Event()
@@ -169,7 +169,7 @@ def test_a_result_is_waited_for_without_keeping_pieces() -> None:
 
 
 def test_an_end_that_came_with_progress_is_seen_at_once() -> None:
-    """Who is told once of both looks once."""
+    """A caller that is notified only once of both looks only once."""
     told: list[tuple[str, int, int]] = []
     channel, _ = made()
     stream = Stream(channel, progress=lambda *progress: told.append(progress))

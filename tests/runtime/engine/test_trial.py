@@ -1,4 +1,5 @@
-"""Files that end a process, or fill its memory: said before this process meets them, and only once found out."""
+"""Tests of trials in a child process: files that would end this process or fill its memory are refused before it loads
+them, and good ones are tried only once."""
 
 from __future__ import annotations
 
@@ -147,7 +148,7 @@ def test_hyperparameters_that_do_not_fit_are_said(folder: Path, change: dict[str
 
 
 def test_a_vocabulary_over_which_llama_cpp_ends_the_process(folder: Path) -> None:
-    """A SentencePiece model needs a token for every byte; llama.cpp throws where nothing catches."""
+    """A SentencePiece model needs a token for each byte; without them llama.cpp throws, and nothing catches it."""
     path = folder / "text-F32.gguf"
     change = {"tokenizer.ggml.model": "llama"}
     copy_gguf(path, folder / "copy.gguf", change=change, without=["tokenizer.huggingface"]).replace(path)

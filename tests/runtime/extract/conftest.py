@@ -1,4 +1,4 @@
-"""A model of a few lines, and documents for it."""
+"""Fixtures: a fake model and documents for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that contradict each other."""
+"""Tests of arguments that contradict each other."""
 
 from __future__ import annotations
 

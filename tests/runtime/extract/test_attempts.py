@@ -1,4 +1,4 @@
-"""What a process that died leaves behind."""
+"""Tests of the record of attempts that a process leaves when it dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from granite4v.runtime.extract.attempts import FILE, Attempts
 
 
 def die(path: Path, *digests: str) -> None:
-    """A process that ends while these pages are in flight."""
+    """Runs a child process that ends while these pages are in flight."""
     if (child := os.fork()) == 0:
         attempts = Attempts(path)
         for digest in digests:

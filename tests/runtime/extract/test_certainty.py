@@ -1,4 +1,4 @@
-"""Confidences of cells and fields: in the records of a run, and least certain first in its report."""
+"""Tests of the confidences of cells and fields: in the records of a run, and the least certain first in its report."""
 
 from __future__ import annotations
 

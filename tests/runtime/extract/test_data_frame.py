@@ -1,4 +1,4 @@
-"""Results as data frames, against the records themselves."""
+"""Tests of results as data frames, compared with the records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DoclingDocument of what was read, judged by docling-core."""
+"""Tests of the export to DoclingDocument, checked by docling-core."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
 
 
 def test_items_stand_on_their_page_and_tell_how_sure_the_model_was(tmp_path: Path) -> None:
-    """In docling's own fields where it has them."""
+    """Both are in docling's own fields where it has any."""
     two = read("tables_html", TABLE + TABLE)
     sure = {"0/0/0": {"mean": 0.9, "least": 0.8}, "0/1/0": {"mean": 0.7, "least": 0.2}}
     sure |= {"1/0/0": {"mean": 0.5, "least": 0.1}}
@@ -92,7 +92,7 @@ def test_items_stand_on_their_page_and_tell_how_sure_the_model_was(tmp_path: Pat
 
 
 def test_a_section_of_a_table_is_one() -> None:
-    """Its header is as wide as the table."""
+    """The header of a section is as wide as the table."""
     (table,) = read("tables_otsl", "<otsl><ched>a<ched>b<nl><srow>c<lcel><nl><rhed>d<fcel>e<nl></otsl>")
     flags = [(c.text, c.column_header, c.row_section, c.row_header) for c in docling_table(table).table_cells]
     assert flags == [

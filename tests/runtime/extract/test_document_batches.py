@@ -1,4 +1,4 @@
-"""Batches of documents in the columns of a pipeline: by path, by content, and through Ray Data."""
+"""Tests of batches of documents in the columns of a pipeline: by path, by content, and through Ray Data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(folder: Path) -> Iterator[granite4v.DocumentReader]:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A PDF of two pages, a picture, and one that is not there."""
+    """A PDF of two pages, an image, and an image that does not exist."""
     scans = tmp_path_factory.mktemp("scans")
     pages = [text_picture((60, 90), seed) for seed in range(3)]
     pages[0].save(scans / "a.pdf", save_all=True, append_images=pages[1:2], resolution=72)

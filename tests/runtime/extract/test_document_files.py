@@ -1,4 +1,4 @@
-"""The files of a document, read back by other programs."""
+"""Tests of the files of a document, read back by other programs."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_one_file_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> No
 
 
 def test_a_value_nested_too_deep_is_told(tmp_path: Path) -> None:
-    """As an earlier version may have kept it."""
+    """An earlier version may have stored it."""
     value: Any = 1
     for _ in range(5000):
         value = {"a": value}

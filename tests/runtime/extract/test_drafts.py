@@ -1,4 +1,4 @@
-"""Which questions wait for which, and what finished answers predict of those to come."""
+"""Tests of drafts from answers: which questions wait for others, and what finished answers predict for later ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_table_in_one_format_predicts_it_in_the_others(drafts: Drafts, first: 
 
 
 def plain_table(seed: int) -> Table:
-    """One of which all formats say the same: nothing is a header outside of header rows, and no cell is empty."""
+    """Returns a table that all formats express equally: all header cells are in header rows, and no cell is empty."""
     while True:
         table = random_table(Random(seed), 1.0)
         seed += 1000

@@ -1,4 +1,5 @@
-"""What an earlier run failed at is not tried again while its file is unchanged; with a reader that dies on purpose."""
+"""Tests that failures of an earlier run are not tried again while the file is unchanged, with a reader that dies on
+purpose."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Asked = list[tuple[str, int | None]]
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """What was asked of readers that know `strange_reader`'s documents, as (operation, page)."""
+    """The requests to readers that know the documents of `strange_reader`, as (operation, page)."""
     monkeypatch.setattr(reader, "WORKER", "tests.helpers.strange_reader")
     monkeypatch.chdir(tmp_path)
     asked: Asked = []
@@ -38,7 +39,7 @@ def document(stem: str) -> Path:
 
 
 def read(model: FakeModel, path: Path, **options: Any) -> list[tuple[int | None, str | None]]:
-    """(page, type of its error) of the records that one run makes."""
+    """Runs once and returns (page, error type) of each new record."""
     records: list[Record] = list(run(model, path, ("tables_html",), out="out", **options))
     return [(record.page, record.error_type) for record in records]
 
@@ -53,7 +54,7 @@ def test_a_document_whose_opening_ended_the_reader_is_not_opened_again(model: Fa
     assert read(model, path, resume=True) == [] and asked == []
     assert Path("out/results.jsonl").read_bytes() == kept
 
-    assert read(model, path, resume=True, retry_failed=True) == []  # the same failure again
+    assert read(model, path, resume=True, retry_failed=True) == []  # tried again, with the same failure
     assert asked == [("open", None)] * 2
 
     asked.clear()
@@ -71,7 +72,7 @@ def test_another_task_does_not_open_it_again(model: FakeModel, asked: Asked) -> 
 
 
 def test_a_document_that_was_given_up_is_given_up_at_the_same_page(model: FakeModel, asked: Asked) -> None:
-    path = document("kill-1-2-3-4")  # the last page is beyond three that ended the reader
+    path = document("kill-1-2-3-4")  # given up after three pages that ended the reader; page 4 is not tried
     ended = [(page, "ReaderEnded") for page in (1, 2, 3)]
     assert read(model, path) == [*ended, (None, "DocumentError")]
     asked.clear()

@@ -1,4 +1,4 @@
-"""Files of a results folder in other formats, against those that the run itself writes, and against its CSV."""
+"""Tests of exporting a results folder to other formats, compared with the files of the run and with its CSV."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def random_table(rng: random.Random) -> Table:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Results of two documents with random tables, one chart, fields and an answer in prose."""
+    """Results of two documents: random tables, a chart, fields and an answer in prose."""
     rng = random.Random(3)
     records = [
         Record("in/a.pdf", page, 3, "tables_html", value=[random_table(rng) for _ in range(page)], valid=True, stem="a")
@@ -195,7 +195,7 @@ def test_a_folder_that_a_run_writes_to(folder: Path, tmp_path: Path) -> None:
     torn = encode(Record("in/c.png", 1, 1, "kvp"))[:50]
     with (folder / "results.jsonl").open("ab") as file:
         file.write(torn)
-    granite4v.export_results(folder, "csv", out=tmp_path / "out")  # of what is finished
+    granite4v.export_results(folder, "csv", out=tmp_path / "out")  # exports what is finished
     assert (folder / "results.jsonl").read_bytes().endswith(torn)
     claimed.release()
 

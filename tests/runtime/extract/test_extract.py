@@ -1,4 +1,4 @@
-"""A batch with a model of a few lines: order, failures, repeated pages, going on after any end."""
+"""Tests of batches with a fake model: order, failures, repeated pages, and resuming wherever a run ended."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_page_and_task_in_order_each_on_the_disk_first(model: FakeModel, s
         "results.jsonl", "run.json",
     ]  # fmt: skip
     assert json.loads((out / "a.kvp.json").read_text())[2] == {"page": 3, "fields": {"shade": 30}}
-    assert not model.closed  # it was given open
+    assert not model.closed  # the caller opened it
 
 
 def test_pages_with_the_same_pixels_are_read_once(model: FakeModel, scans: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The fields of all documents in one table, read back by other programs."""
+"""Tests of the table of all documents' fields, read back by other programs."""
 
 from __future__ import annotations
 

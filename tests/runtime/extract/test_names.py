@@ -1,4 +1,4 @@
-"""Names of output files: mirrored folders, unique, the same for good."""
+"""Tests of the names of output files: mirrored folders, unique, and the same in every run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_names_fit_any_disk_and_are_never_the_same() -> None:
     assert found[-5:] == ["c_d", "con_", "LPT1_.final", "trailing", "31m"]
     assert len({name.casefold() for name in found}) == len(sources)
     assert all(len(name.encode()) <= MAX_NAME_BYTES + 4 and "/" not in name for name in found)
-    assert found[10] == "\u00e9t-2"  # one disk composes letters, another does not
+    assert found[10] == "\u00e9t-2"  # some file systems treat both spellings of the accent as equal
     assert [names.stem(source) for source in sources] == found
 
 
@@ -50,7 +50,7 @@ def test_folders_below_what_was_given_are_mirrored(tmp_path: Path, monkeypatch: 
     names = Names(["."])
     assert names.stem("./in/a.png") == "in/a" and names.stem("../in/b.png") == "b"
     assert names.stem("Sub/x.png") == "Sub/x" and names.stem("sub/x.gif") == "sub/x-2"
-    # no folder gets the name of a file of ours
+    # no folder gets the name of one of our files
     assert names.stem("a.kvp.json/x.png") == "a.kvp.json_/x" and names.stem("report.html/x.png") == "report.html_/x"
     assert Names([str(tmp_path)]).stem(f"{tmp_path}/in/a.png") == "in/a"
 
@@ -79,6 +79,6 @@ def test_a_deep_folder_is_left_out(tmp_path: Path) -> None:
 def test_known_names_stay_and_are_not_given_away(tmp_path: Path) -> None:
     known = {"x/a.png": None, "y/a.png": "a", "z/a.png": None, "b.png": "../../b", "c.png": "/c", "d.png": "sub/a"}
     names = Names([str(tmp_path)], known)
-    # without a name in the record: as versions that recorded none gave them; names that are not ours are not taken
+    # None: named as by versions that recorded no names; recorded names that we would not give are not used
     assert [names.stem(source) for source in known] == ["a-2", "a", "a-3", "b", "c", "sub/a"]
     assert names.stem(f"{tmp_path}/a.png") == "a-4" and names.stem(f"{tmp_path}/sub/a.png") == "sub/a-2"

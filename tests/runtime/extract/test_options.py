@@ -1,4 +1,4 @@
-"""The options of a run, in one place."""
+"""Tests of the options of a run: the function, the command and the type hints agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from granite4v.runtime.extract.options import ExtractFields
 
 
 def test_keyword_arguments_are_the_fields() -> None:
-    """Named one by one for type checkers, with the words that exist where a field takes any text."""
+    """Type checkers get each one by name; the keyword has the known values where the field takes any text."""
     fields = {field.name: str(field.type) for field in dataclasses.fields(ExtractOptions)}
     keywords = {name: kind.__forward_arg__ for name, kind in ExtractFields.__annotations__.items()}
     assert fields.pop("tasks") and list(fields) == list(keywords)
@@ -26,7 +26,7 @@ def test_keyword_arguments_are_the_fields() -> None:
 def test_the_command_has_an_option_for_every_field_but_one() -> None:
     here = {"tasks": "task", "n_ctx": "ctx_size", "n_threads": "threads"}
     names = {here.get(field.name, field.name) for field in dataclasses.fields(ExtractOptions)}
-    assert names - set(inspect.signature(command).parameters) == {"fast_forward"}  # for tests of the grammars alone
+    assert names - set(inspect.signature(command).parameters) == {"fast_forward"}  # only for tests of the grammars
 
 
 def test_checked_options_are_in_one_form() -> None:

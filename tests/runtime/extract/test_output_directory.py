@@ -1,4 +1,4 @@
-"""The log and the output directory: nothing finished is lost, nothing is mixed."""
+"""Tests of the results log and the output directory: finished records are never lost, and runs are never mixed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
         assert list(log.of_document("a.pdf")) == RECORDS[:3]
         assert ("c.pdf", None, "prompt") in log and ("c.pdf", 1, "prompt") not in log
         assert log.answer_to("d1", "chart2csv") == RECORDS[1]
-        assert log.answer_to("d2", "tables_otsl") is None  # a failure is nothing to copy
+        assert log.answer_to("d2", "tables_otsl") is None  # a failure is not copied
         counts = log.counts
         assert (counts.n_records, counts.n_failed, counts.n_invalid, counts.n_copied) == (6, 2, 0, 1)
     lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
@@ -99,7 +99,7 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
-    """In a process that may write files of 5000 bytes at most."""
+    """Simulated by a process that may write files of at most 5000 bytes."""
     code = (
         "import resource, sys\n"
         "sys.path[:0] = ['.']\n"
@@ -168,7 +168,7 @@ def begin(path: Path, resume: bool = False, **changes: Any) -> list[str]:
 
 def test_a_run_is_begun_once_and_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    assert begin(out, resume=True) == []  # nothing there yet: a script may always say --resume
+    assert begin(out, resume=True) == []  # nothing exists yet; scripts may always pass --resume
     assert begin(out, resume=True) == []
     (out / "notes.txt").write_text("a file of the user's beside ours is no reason to stop")
     (out / ".granite4v-partial-x.csv").write_text("half")
@@ -245,7 +245,7 @@ def test_a_directory_that_cannot_be_written() -> None:
     code = (
         "from pathlib import Path\n"
         "from granite4v.runtime.extract.output_directory import OutputDirectory\n"
-        "import os, secrets, filelock\n"  # found now: that user may not read the interpreter's folder
+        "import os, secrets, filelock\n"  # imported now: that user may not read the interpreter's folder
         "os.setuid(65534)\n"
         "for path in ('/usr/new', '/usr'):\n"
         "    try:\n"

@@ -1,4 +1,4 @@
-"""The output directory while others change it: removed, occupied, full of links."""
+"""Tests of an output directory that others change during a run: removed, occupied, full of links."""
 
 from __future__ import annotations
 

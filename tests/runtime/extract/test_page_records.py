@@ -1,4 +1,4 @@
-"""Pages that fail, end the process or are cut short by the caller, and what a later run makes of them."""
+"""Tests of pages that fail, kill the process or are interrupted by the caller, and of the next run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_failures_stay_until_they_are_to_be_tried_again(model: FakeModel, scans:
 
 
 class Panic(BaseException):
-    """As pyo3 raises it for a library in Rust."""
+    """Like the exception that pyo3 raises when a Rust library panics."""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ print(len(found))
 
 
 def in_process(tmp_path: Path, scans: Path, shade: int, number: int) -> subprocess.CompletedProcess[str]:
-    """A run that gets a signal whenever it asks about a page of this shade."""
+    """Runs in a child process that sends itself the signal `number` when it asks about a page of this shade."""
     arguments = [str(tmp_path / "text.gguf"), str(scans), str(tmp_path / "out"), str(shade), str(int(number))]
     return subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
@@ -124,7 +124,7 @@ def test_a_page_that_killed_the_process_twice_is_left_alone(
     assert third.returncode == 0, third.stderr
     found = kept(out)
     dead = [(Path(record.source).name, record.page) for record in found if record.error_type == "ProcessDied"]
-    assert dead == [(name, 2) for name in ("a.pdf", "b.pdf", "c.png", "d.bmp") for _ in TASKS]  # the same pixels
+    assert dead == [(name, 2) for name in ("a.pdf", "b.pdf", "c.png", "d.bmp") for _ in TASKS]  # all of equal pixels
     assert "the process ended 2 times on this page" in str(found[2].error)
     assert shades(out, "a.pdf") == [10, 30]
     assert in_process(tmp_path, scans, 20, number).stdout == "0\n"  # and stays so

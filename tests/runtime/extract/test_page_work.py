@@ -1,4 +1,4 @@
-"""What is done how often for a page with several tasks: opened, hashed, copied and written as a prompt."""
+"""Tests of how often a page with several tasks is opened, hashed, copied and rendered as a prompt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scans(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often what was done with the pixels of a page in this process, and with prompts and folders."""
+    """Counts operations of this process: on the pixels of a page, on prompts and on folders."""
     counts: Counter[str] = Counter()
     sha256, tobytes, frombytes = hashlib.sha256, PIL.Image.Image.tobytes, PIL.Image.frombytes
     copy, convert, render, scandir = PIL.Image.Image.copy, PIL.Image.Image.convert, ChatTemplate.render, os.scandir
@@ -80,7 +80,7 @@ def test_a_page_is_opened_and_hashed_once_and_each_question_written_once(
     model: granite4v.Model, scans: Path, done: Counter[str]
 ) -> None:
     with extract(scans, TASKS, model=model, max_tokens=3) as run:
-        done["rendered"] = 0  # the template was asked which tasks it knows
+        done["rendered"] = 0  # not counted: finding out which tasks the template knows
         assert [record.error for record in run] == [None] * 6
     assert dict(done) == {"opened": 2, "hashed": 2, "copied": 0, "rendered": 6, "listed": 1}
 

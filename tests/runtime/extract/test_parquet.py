@@ -1,4 +1,4 @@
-"""Parquet files, read back by pandas and duckdb."""
+"""Tests of Parquet files, read back by pandas and duckdb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: well-formed, everything escaped, failures first, charts drawn from their numbers."""
+"""Tests of the report: well-formed, everything escaped, failures first, charts drawn from their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records that replace others, the order of the file, and files that are not ours."""
+"""Tests of the results log: records that replace others, the order of the file, and files that are not ours."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_a_record_replaces_another_and_the_file_ends_in_order(tmp_path: Path) ->
         assert (log.counts.n_records, log.counts.n_failed) == (4, 1)
         expected = [("a", 1, "x", 5), ("a", 1, "y", 6), ("a", 2, "x", 1), ("b", 1, "x", 7)]
         assert [(r.source, r.page, r.task, r.value["n"]) for r in log] == expected
-        assert len(lines(path)) == 6  # the older line is there until all is done
+        assert len(lines(path)) == 6  # older lines stay until the end
         assert log.answer_to("5", "x") == record("a", 1, "x", 5) and log.answer_to("7", "x") is None
-        assert log.answer_to("1", "x") is None  # the first was dropped
+        assert log.answer_to("1", "x") is None  # the first record of this digest was dropped
         log.tidy()
         assert lines(path) == expected and [r.value["n"] for r in log.of_document("a")] == [5, 6, 1]
         log.append(record("c", 1, "x"))
@@ -51,7 +51,7 @@ def test_lines_that_were_superseded_are_left_out_by_the_next_run(tmp_path: Path)
     first = path.read_bytes()
     with ResultsLog.open(path) as log:
         log.append(record("a", 1, "x", 2))
-    path.write_bytes(first + path.read_bytes())  # as a kill leaves it
+    path.write_bytes(first + path.read_bytes())  # as after a kill
     with ResultsLog.open(path) as log:
         assert [r.value for r in log] == [{"n": 2}] and log.counts.n_records == 1
     assert lines(path) == [("a", 1, "x", 2)]
@@ -151,7 +151,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_the_version_before_are_read(tmp_path: Path) -> None:
-    """They had no state of the file, no stem, no type of error and no confidence."""
+    """They had no file state, stem, error type or confidence."""
     old = record("a", 1, "x").as_dict()
     for name in ("file_state", "stem", "error_type", "confidence"):
         del old[name]

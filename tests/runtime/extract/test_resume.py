@@ -1,4 +1,4 @@
-"""What a second run on the same directory keeps, reads again and replaces; with a model of a few lines."""
+"""Tests of a second run on the same directory, with a fake model: what it keeps, reads again and replaces."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
     list(run(model, scans, TASKS, out=out, report=True))
     assert ("b.pdf", None, "kvp") in keys(out) and "b.pdf" in (out / "report.html").read_text().partition("<main>")[0]
     image(scans / "b.pdf", 40, 50)
-    with run(model, scans, TASKS, out=out, resume=True) as again:  # the report that is there is renewed
+    with run(model, scans, TASKS, out=out, resume=True) as again:  # renews the existing report
         new = list(again)
         state = again.state
     assert [(Path(r.source).name, r.page, r.task) for r in new] == [
         ("b.pdf", page, task) for page in (1, 2) for task in TASKS
     ]
     pages = [("a.pdf", 1), ("a.pdf", 2), ("a.pdf", 3), ("b.pdf", 1), ("b.pdf", 2), ("c.png", 1), ("d.bmp", 1)]
-    assert keys(out) == [(*page, task) for page in pages for task in TASKS]  # in the place of the failure
+    assert keys(out) == [(*page, task) for page in pages for task in TASKS]  # where the failure was
     assert (state.counts.n_records, state.counts.n_failed, state.incomplete) == (14, 0, False)
     assert state.n_replaced == 2
     assert "without a valid answer" not in (out / "report.html").read_text()
@@ -44,7 +44,7 @@ def test_a_repaired_file_is_read_and_its_failure_leaves_everywhere(
 def test_a_changed_file_gives_what_it_would_have_given_at_first(
     model: FakeModel, tmp_path: Path, before: tuple[int, ...], now: tuple[int, ...] | None
 ) -> None:
-    """In all files of the directory, but for the report's times."""
+    """Compares all files of the directory, except the times in the report."""
 
     def write(shades: tuple[int, ...] | None) -> None:
         if shades:
@@ -109,7 +109,7 @@ def test_replacing_loses_nothing_wherever_it_ends(model: FakeModel, scans: Path,
     with run(model, scans, out=out, resume=True) as second:
         for _ in range(n):
             next(second)
-    assert len(keys(out)) == len(set(keys(out))) == 12  # what is not read yet has its old record
+    assert len(keys(out)) == len(set(keys(out))) == 12  # pages not yet read keep their old records
     list(run(model, scans, out=out, resume=True))
     assert shades(out, "a.pdf") == [40, 50] and len(kept(out)) == 10
 
@@ -122,7 +122,7 @@ def test_superseded_lines_of_a_killed_run_are_understood(model: FakeModel, scans
     list(run(model, scans, out=out, resume=True))
     new = [line for line in (out / "results.jsonl").read_bytes().splitlines(True) if b"a.pdf" in line]
     whole = (out / "results.jsonl").read_bytes()
-    (out / "results.jsonl").write_bytes(old + b"".join(new[:2]))  # as a kill behind page 1 leaves it
+    (out / "results.jsonl").write_bytes(old + b"".join(new[:2]))  # as after a kill behind page 1
     list(run(model, scans, out=out, resume=True))
     assert shades(out, "a.pdf") == [40, 50] and keys(out) == [
         (Path(json.loads(line)["source"]).name, json.loads(line)["page"], json.loads(line)["task"])
@@ -144,7 +144,7 @@ def test_other_inputs_pages_tasks_and_order_are_no_other_run(model: FakeModel, s
     }
     assert len(keys(out)) == len(set(keys(out)))
     by_page = [key[:2] for key in keys(out)]
-    assert sum(one != two for one, two in itertools.pairwise(by_page)) + 1 == len(set(by_page))  # each page together
+    assert sum(one != two for one, two in itertools.pairwise(by_page)) + 1 == len(set(by_page))  # no page is split
     told = json.loads((out / "run.json").read_text())
     assert told["tasks"] == ["tables_html", "chart2csv", "kvp"] and set(told["prompts"]) == set(told["tasks"])
     with pytest.raises(OutputError, match="the schema differs"):
@@ -252,7 +252,7 @@ def test_a_file_given_by_another_path_is_the_same_document(
 def test_a_path_that_means_another_file_from_here_is_another_document(
     model: FakeModel, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """'c.png' of the earlier run was in another directory than the one this run starts in."""
+    """'c.png' of the earlier run was in another directory than this run's current one."""
     monkeypatch.chdir(scans)
     out = tmp_path / "out"
     list(run(model, ["c.png"], ["tables_html"], out=out))

@@ -1,4 +1,4 @@
-"""Schemas from files, classes and data; and what is none."""
+"""Tests of schemas from files, classes and data, and of what is not a schema."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_directories_huge_files_and_pipes_that_nobody_writes_to(
 
 
 def test_long_chains_of_references_are_taken() -> None:
-    """Whether they hold fields is looked for only so far."""
+    """Only a limited number of references is followed to find out whether the schema has fields."""
     definitions = {
         f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}"}]} for i in range(30)
     }
@@ -230,7 +230,7 @@ class Person(TypedDict):
 
 
 class OfPydanticOne:
-    """As pydantic 1 declares its models."""
+    """A model as pydantic 1 declares it."""
 
     __fields__: ClassVar[dict[str, Any]] = {}
 
@@ -288,7 +288,7 @@ def test_errors_of_a_module_come_with_its_line(
     assert message.format(file=modules / f"{name}.py") in str(caught.value)
 
 
-# --- what people declare, under pydantic's own verdict ---
+# --- what people declare, judged by pydantic itself ---
 
 
 class Money(pydantic.BaseModel):
@@ -329,7 +329,7 @@ def test_answers_to_what_pydantic_declares_are_valid_to_pydantic_or_found_out(mo
         try:
             model.model_validate_json(answer.text)
         except pydantic.ValidationError as error:
-            # pydantic demands more than its schema says: durations and numbers that are not too large
+            # pydantic is stricter than its schema: durations and numbers must not be too large
             assert problem is not None or {one["loc"][0] for one in error.errors()} <= {"span", "total"}
         else:
             assert problem is None

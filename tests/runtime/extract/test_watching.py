@@ -1,4 +1,4 @@
-"""Files that come into a folder: handed out when they are complete, and again when they change."""
+"""Tests of watching a folder: new files are returned when they are complete, and again when they change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several pages in flight: order, copies, failures, early ends, and pages that are read alone."""
+"""Tests of several pages in flight: order, copies, failures, early ends, and pages that are read alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(model: FakeModel) -> FakeModel:
 
 @pytest.fixture
 def pages(tmp_path: Path) -> Path:
-    """A document of one page for each shade from 1 on."""
+    """Documents of one page, one for each shade from 1 to `N_PAGES`."""
     folder = tmp_path / "pages"
     folder.mkdir()
     for shade in range(1, N_PAGES + 1):

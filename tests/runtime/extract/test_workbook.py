@@ -1,4 +1,4 @@
-"""Workbooks, read back by openpyxl: every cell says what was written, and none is a formula."""
+"""Tests of workbooks, read back by openpyxl: each cell has the text that was written, and none is a formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chart data as CSV, as the standard library parses it, and cut at every character."""
+"""Tests of chart data as CSV: parsed as by the standard library, and cut at every character."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The automaton of CSV: answers that the standard library reads, and by hand."""
+"""Tests of the automaton of CSV: with answers that the standard library reads, and with cases by hand."""
 
 from __future__ import annotations
 

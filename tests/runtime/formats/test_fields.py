@@ -1,4 +1,4 @@
-"""Fields of a key-value prompt: limits of their JSON, and what is kept of a cut answer."""
+"""Tests of the fields of a key-value prompt: limits of their JSON, and what is kept of a cut answer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_beginning_of_fields_gives_the_first_fields() -> None:
         ('{"a": "x", "b": [1, {"c": 2, "d": {', {"a": "x", "b": [1, {"c": 2}]}),
         ('{"a": "x", "b": [{', {"a": "x"}),
         ('```json\n{"a": "x", "b"', {"a": "x"}),
-        ('{"a": 1, b: 2}', {"a": 1}),  # wrong in the middle
+        ('{"a": 1, b: 2}', {"a": 1}),  # invalid in the middle
         ("{", None),
         ("", None),
         ("sorry", None),

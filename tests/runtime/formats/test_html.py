@@ -1,4 +1,4 @@
-"""HTML tables: parsed as pandas and browsers parse them, and with what models write around them."""
+"""Tests of HTML tables: parsed as by pandas and browsers, also with the text that models write around them."""
 
 from __future__ import annotations
 

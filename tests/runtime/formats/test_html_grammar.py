@@ -1,4 +1,4 @@
-"""The automaton of HTML tables: answers that lxml reads as rectangles, and by hand."""
+"""Tests of the automaton of HTML tables: with answers that lxml reads as rectangles, and with cases by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HTML = grammar_of("tables_html")
 
 
 def slots_of(table: Any) -> tuple[Counter[tuple[int, int]], int, int]:
-    """How often each slot is covered, rows and columns, by HTML's way of forming a table."""
+    """Returns how often each slot is covered under HTML's table model, and the numbers of rows and columns."""
     covered: Counter[tuple[int, int]] = Counter()
     rows = table.findall(".//tr")
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Markdown against docling-core's."""
+"""Tests of Markdown tables, compared with docling-core's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_markdown_has_the_rows_of_doclings() -> None:
         table = random_table(seed, ["12.50", "a, b", "Grüße", "two\nlines"])
         starts = {cell.row for cell in table.cells}
         if not starts.issuperset(range(table.n_header_rows)):
-            continue  # docling counts no header row in which no cell starts
+            continue  # docling does not count a header row in which no cell starts
         item, document = docling_item(table)
         theirs = [re.split(r"\s*\|\s*", line)[1:-1] for line in item.export_to_markdown(document).splitlines()]
         ours = [re.split(r"\s*\|\s*", line)[1:-1] for line in write_markdown(table).splitlines()]

@@ -1,4 +1,4 @@
-"""OTSL: parsed as docling-core parses it and writes it, and with what models write around it."""
+"""Tests of OTSL: as docling-core parses and writes it, also with the text that models write around it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_docling_reads_our_otsl_as_we_do() -> None:
 
 
 def neighbours_span_both_ways(table: Table) -> bool:
-    """Whether <xcel> alone leaves open where a cell of several rows and columns ends: another one begins below it."""
+    """Whether a cell of several rows and columns has another one below it, so <xcel> does not show where it ends."""
     grid = table.grid()
     return any(
         cell.rowspan > 1 and cell.colspan > 1 and below.rowspan > 1 and below.colspan > 1

@@ -1,4 +1,4 @@
-"""The automaton of OTSL: answers that docling-core reads, and by hand."""
+"""Tests of the automaton of OTSL: with answers that docling-core reads, and with cases by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTSL = grammar_of("tables_otsl")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_otsl_is_what_docling_reads(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Its parser takes a '<' in a text for a tag, so it gets another sign for those."""
+    """Its parser takes a '<' in a text for a tag, so it gets another character instead."""
     from docling_core.types.doc.utils import parse_otsl_table_content
 
     n_tables = 0
@@ -63,7 +63,7 @@ def test_otsl_is_what_docling_reads(kind: str, caplog: pytest.LogCaptureFixture)
         ("<otsl><ucel><nl></otsl>", False),
         ("<otsl><xcel><nl></otsl>", False),
         ("<otsl><fcel>a<otsl><nl></otsl>", False),
-        ("<otsl><fcel>a</fcel><nl></otsl>", False),  # is read, but docling-core does not
+        ("<otsl><fcel>a</fcel><nl></otsl>", False),  # our reader accepts it, docling-core does not
         ("<otsl><fcel>a\x00<nl></otsl>", False),
         ("[<otsl><ecel><nl></otsl>", False),
         ("[<otsl><ecel><nl></otsl>]<otsl><ecel><nl></otsl>", False),
@@ -74,7 +74,8 @@ def test_otsl(text: str, expected: bool) -> None:
 
 
 def is_covered_by_rectangles(rows: list[list[str]]) -> bool:
-    """By the definition of the tags, without looking at a row twice: cells grow, then each must fill its rectangle."""
+    """Applies the definition of the tags: each slot joins the cell that its tag continues; each cell must then fill its
+    rectangle."""
     owner: dict[tuple[int, int], tuple[int, int]] = {}
     for i, row in enumerate(rows):
         for j, tag in enumerate(row):

@@ -1,4 +1,4 @@
-"""Where cells and fields stand in an answer: what stands there reads as the cell or the field."""
+"""Tests of the places of cells and fields in an answer: the text at each place reads as the cell or field."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FORMAT = {"tables_html": "html", "tables_otsl": "otsl", "tables_json": "json", "
 
 
 def check(task: str, text: str, value: Any) -> int:
-    """Every cell of a value stands where its place says, each once; the number of cells."""
+    """Asserts that the answer has each cell of the value at its place, exactly once; returns the number of cells."""
     found = spans(task, text, value)
     tables = [value] if isinstance(value, Table) else value
     cells = {(t, cell.row, cell.col): cell.text for t, table in enumerate(tables) for cell in table.cells}
@@ -102,7 +102,7 @@ def test_cells_of_random_tables(task: str, wrap: str) -> None:
 
 @pytest.mark.parametrize("task", ["tables_html", "tables_otsl"])
 def test_tables_in_a_list_of_json_strings(task: str) -> None:
-    """Characters are escaped there, and may be escaped in other ways."""
+    """Characters are escaped in JSON strings, in more than one way."""
     for seed in range(60):
         written = [write(random_table(10 * seed + i, [*PLAIN_TEXTS, "𝄞", *LINES]), FORMAT[task]) for i in range(3)]
         for ascii_only in (True, False):
@@ -136,7 +136,7 @@ def test_cells_of_answers_that_were_cut(task: str) -> None:
 
 
 def leaves(value: Any, pointer: str = "") -> dict[str, Any]:
-    """Every text, number, literal and empty container, by its pointer."""
+    """Returns every text, number, literal and empty container by its JSON pointer."""
     if not isinstance(value, dict | list) or not value:
         return {pointer: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -1,4 +1,4 @@
-"""Answers that run on are noticed; honest tables, forms, code and prose are not."""
+"""Tests of loop detection: looping answers are detected; legitimate tables, forms, code and prose are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FORMS = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "c
 
 
 def rows_until_noticed(task: str, row: Callable[[int], str], most: int = 300) -> int | None:
-    """How many rows are said before it is noticed; piece by piece, of a few characters each."""
+    """Pushes rows in pieces of a few characters; returns how many it takes until the loop is detected, or None."""
     watch = Repetition(task_or_question(task).rows)
     for i in range(most):
         text = row(i)
@@ -232,11 +232,11 @@ def test_its_memory_does_not_grow() -> None:
     assert max(n_bytes[2 * LONGEST_CYCLE :]) == n_bytes[2 * LONGEST_CYCLE]
 
 
-# --- in the loop ---
+# --- in the generation loop ---
 
 
 class Again:
-    """Logits that say the same tokens again and again."""
+    """Logits that give the same tokens again and again."""
 
     def __init__(self, text: str) -> None:
         self.tokens = tokenizer("nano").encode_plain(text)

@@ -1,4 +1,4 @@
-"""What holds for tables in every format: they come back as written, and keep their first rows when they are cut."""
+"""Tests of tables in every format: they are read back as written, and keep their first rows when they are cut."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_tables_come_back_as_written() -> None:
 def test_several_tables_come_back_as_written(form: str, n_tables: int) -> None:
     tables = [table for table in (random_table(seed, ODD_TEXTS) for seed in range(50)) if carried_by_otsl(table)]
     if form == "html" and not n_tables:
-        return  # nothing at all
+        return  # no text at all
     assert read(f"<tables_{form}>", write(tables[:n_tables], form)) == tables[:n_tables]
 
 
@@ -113,7 +113,7 @@ def test_every_beginning_of_tables_gives_their_first_rows(form: str) -> None:
             n_rows = sum(one.n_rows for one in found.value)
             assert n_rows >= n_before
             n_before = n_rows
-            if form != "html":  # in HTML nothing tells that another table was to follow
+            if form != "html":  # HTML does not show that another table was to follow
                 assert found.cut == (end < len(text))
             assert read(f"tables_{form}", write(found.value, form)) == found.value
         assert found is not None

@@ -1,4 +1,4 @@
-"""What holds for the automata of all formats: what is written is allowed, and every answer can be brought to an end."""
+"""Tests of the automata of all formats: written tables are allowed, and every answer can be completed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(make_model: Callable[..., Path]) -> Iterator[granite4v.Model]:
     ("grammar", "read"), [(OTSL, read_otsl), (HTML, read_html), (CELLS, read_tables_json), (CSV, read_csv)]
 )
 def test_a_models_answers_are_tables_where_they_end(model: granite4v.Model, grammar: Any, read: Any) -> None:
-    """Random weights, drawn at temperature 1; most are cut."""
+    """Random weights, sampled at temperature 1; most answers are cut."""
     for seed in range(40):
         most = 20 + 3 * seed
         answer = model.generate("What?", max_tokens=most, temperature=1.0, seed=seed, constraint=grammar)
@@ -58,7 +58,7 @@ def test_every_table_that_is_written_is_allowed(kind: str, form: str, grammar: A
         table = random_table(seed, texts)
         text = write(table, form)
         if form == "html" and "<thead></thead>" in text:
-            continue  # how the writer says that a row of <th> is no header row; models do not
+            continue  # our writer marks a row of <th> that is no header row like this; models do not
         assert allows(kind, grammar, text), text
         several = write([table, random_table(seed + 500, texts)], form)
         assert allows(kind, grammar, several), several
@@ -76,7 +76,7 @@ def test_the_answers_that_nano_is_taught_are_allowed(kind: str) -> None:
 
 
 def options(position: Position) -> list[tuple[bytes, bytes]]:
-    """What may come next: the literal and what is missing of it, or a character of text."""
+    """Returns what may come next: pairs of a literal and its missing part, or a character of text."""
     return [*position.remainders(), *([(b"5", b"5")] if position.in_text else [])]
 
 
@@ -103,7 +103,7 @@ def test_an_answer_can_be_ended_from_everywhere(task: str) -> None:
 
 
 def test_a_character_split_into_tokens_is_completed() -> None:
-    """A character of several tokens can be ended, and only in one way."""
+    """After the first byte of a character only its continuation is allowed."""
     for kind in KINDS:
         state = state_after(kind, OTSL, "<otsl><fcel>a")
         index = compiler(kind).index

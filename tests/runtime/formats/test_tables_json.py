@@ -1,4 +1,4 @@
-"""Tables as JSON: what they carry, what models write, and cells before their dimensions."""
+"""Tests of tables as JSON: what they can express, what models write, and cells before their dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The automaton of tables as JSON: answers that cover their grid, and by hand."""
+"""Tests of the automaton of tables as JSON: with answers that cover their grid, and with cases by hand."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def as_json(size: tuple[int, int, int, int], *cells: tuple[int, int, int, int, s
     [
         (as_json((1, 1, 0, 1), (1, 1, 1, 1, "a")), True),
         (as_json((0, 1, 1, 1), (1, 1, 1, 1, "")), True),
-        (as_json((2, 1, 1, 2), (1, 1, 1, 2, 'é \\" \\\\ \\n')), True),  # `rows` counts all
+        (as_json((2, 1, 1, 2), (1, 1, 1, 2, 'é \\" \\\\ \\n')), True),  # `rows` includes header rows
         (as_json((1, 1, 1, 2), (1, 1, 1, 2, "a")), True),
         (as_json((2, 2, 0, 2), (1, 1, 1, 2, "a"), (1, 2, 1, 1, "b"), (2, 2, 1, 1, "c")), True),
         ("[" + as_json((1, 1, 0, 1), (1, 1, 1, 1, "a")) + "]", True),

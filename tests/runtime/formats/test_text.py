@@ -1,4 +1,4 @@
-"""Code and prose."""
+"""Tests of code and prose."""
 
 from __future__ import annotations
 

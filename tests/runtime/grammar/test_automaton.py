@@ -1,4 +1,4 @@
-"""Automata byte by byte."""
+"""Tests of automata, byte by byte."""
 
 from __future__ import annotations
 

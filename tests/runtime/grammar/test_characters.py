@@ -1,4 +1,4 @@
-"""Text in complete characters, beside a matcher of llguidance that is given every token."""
+"""Tests of text in complete characters, compared with an llguidance matcher that is given every token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_may_come_is_what_llguidance_says(kind: str) -> None:
             assert here.is_complete == theirs.is_accepting
             n_cut += not here.is_complete
             tokens = np.flatnonzero(here.mask).tolist()
-            if rng.random() < 0.7:  # characters of several bytes, which few tokens are part of
+            if rng.random() < 0.7:  # prefers multi-byte characters, which few tokens belong to
                 tokens = [token for token in foreign if here.mask[token]] or tokens
             token = rng.choice(tokens)
             here = here.after(token)

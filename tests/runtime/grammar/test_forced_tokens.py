@@ -1,4 +1,4 @@
-"""Forced text as tokens: against the tokenizer, whatever comes next, and by hand."""
+"""Tests of forced text as tokens: compared with the tokenizer for any continuation, and with cases by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.grammars import TASKS, after_tokens, places, task_grammar
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_forced_tokens_are_those_of_the_tokenizer_for_the_complete_text(kind: str, task: str) -> None:
-    """Whatever comes next: tokens that follow are tried, and the tokenizer is asked for all of it."""
+    """For any continuation: tokens that may follow are tried, and the complete text is tokenized."""
     n_forced, n_compared = 0, 0
     encode, index = tokenizer(kind).encode_plain, compiler(kind).index
     rng = random.Random(1)
@@ -34,7 +34,7 @@ def test_forced_tokens_are_those_of_the_tokenizer_for_the_complete_text(kind: st
         demanded = state.forced_text()
         if not in_one_way(encode, so_far, text, demanded):
             assert encode(demanded.decode())[: len(tokens)] == tokens
-            continue  # the model wrote it in another way than the tokenizer would
+            continue  # the model split the text differently than the tokenizer would
         n_compared += 1
         allowed = [int(token) for token in np.flatnonzero(ahead.allowed([end_of_text(kind)]))]
         for token in rng.sample(allowed, min(len(allowed), 25)):
@@ -42,20 +42,20 @@ def test_forced_tokens_are_those_of_the_tokenizer_for_the_complete_text(kind: st
             try:
                 found = encode(whole.decode())
             except UnicodeDecodeError:
-                continue  # a part of a character
-            if found[: len(so_far)] == so_far:  # or else a longer token would have begun before
+                continue  # ends inside a character
+            if found[: len(so_far)] == so_far:  # else a longer token would have begun earlier
                 assert found[: len(so_far) + len(tokens)] == [*so_far, *tokens], whole
     assert n_forced if task != "chart2csv" else not n_forced
     assert n_compared or task in ("chart2csv", "tables_otsl")
 
 
 def in_one_way(encode: Callable[[str], list[int]], so_far: list[int], text: bytes, demanded: bytes) -> bool:
-    """Whether the tokenizer writes the text so far as it is, with what is demanded behind it."""
+    """Whether the tokenizer splits the text so far into the same tokens when the demanded text follows it."""
     return encode((text + demanded).decode())[: len(so_far)] == so_far
 
 
 def alone_at_each_step(kind: str, task: str, so_far: list[int], text: bytes) -> bool:
-    """Whether at each byte of `text` the mask holds only tokens that go on with it."""
+    """Whether the mask at each byte of `text` allows only tokens that continue with it."""
     pieces = compiler(kind).index.pieces
     single = {piece: token for token, piece in enumerate(pieces) if len(piece) == 1}
     state = after_tokens(kind, task, so_far)
@@ -83,7 +83,7 @@ def test_forced_text_by_hand() -> None:
 
     assert forced("") == [b'{"', b"n", b"a", b"m", b"e", b'": "']
     assert forced('{"name": "x') == []
-    assert forced('{"name": "x", "n') == [b'"', b":"]  # a space before a number may be written in several ways
+    assert forced('{"name": "x", "n') == [b'"', b":"]  # the space before a number may be split in several ways
     assert forced('{"name": "x", "n": 1') == []
     otsl = task_grammar("tables_otsl")
     assert [pieces[t] for t in state_after("nano", otsl, "<otsl><ecel><nl><ecel>").forced_tokens()] == [b"<nl>"]
@@ -96,7 +96,7 @@ def test_forced_text_by_hand() -> None:
 
 
 def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[TokenIndex, Callable[[str], list[int]]]:
-    """A tokenizer that takes the longest token it knows, added ones first, and its index."""
+    """Returns the index and the encode function of a tokenizer that takes the longest known token, added ones first."""
     texts = [*map(chr, range(128)), *longer, *added]
     ids = {text: i for i, text in enumerate(texts)}
     index = TokenIndex(Vocabulary(tuple(t.encode() for t in texts), frozenset(ids[t] for t in added)), len(texts))
@@ -125,15 +125,15 @@ def letters(*longer: str, added: tuple[str, ...] = ()) -> tuple[TokenIndex, Call
         (("bc",), (), "", "ab", "d", "ab"),
         (("bc",), (), "", "ab", "", "ab"),  # nothing follows
         (("bcd",), (), "", "abc", "d", "a"),
-        (("ab", "bcd"), (), "", "abc", "d", ""),  # then ab is not even begun
-        (("xa",), (), "x", "ab", "c", "ab"),  # said otherwise: by itself
+        (("ab", "bcd"), (), "", "abc", "d", ""),  # then not even ab is certain
+        (("xa",), (), "x", "ab", "c", "ab"),  # the x is already a token by itself
         (("xa",), (), "x", "a", "c", "a"),
         ((), ("<t>",), "", "<t>", "a", "<t>"),
-        ((">a",), ("<t>",), "", "<t>", "a", "<t>"),  # an added token is cut out first
+        ((">a",), ("<t>",), "", "<t>", "a", "<t>"),  # an added token is split off first
         ((), ("<t>", "<t>a"), "", "<t>", "a", ""),  # unless a longer one begins there
         ((), ("<t>", "b<t>a"), "", "b<t>", "a", ""),
-        ((), ("<t>", "t>a"), "", "<t>", "a", "<t>"),  # one that begins later comes too late
-        ((), (), "", "a ", "b", "a"),  # white space before a word is split in its own way
+        ((), ("<t>", "t>a"), "", "<t>", "a", "<t>"),  # a token that begins later comes too late
+        ((), (), "", "a ", "b", "a"),  # white space before a word is split differently
     ],
 )
 def test_only_tokens_that_are_certain_are_fed(

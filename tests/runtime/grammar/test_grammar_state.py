@@ -1,4 +1,4 @@
-"""Masks against trying every token, errors, and copies of a state."""
+"""Tests of grammar states: masks compared with trying every token, errors, and copies of a state."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_vocabulary_that_cannot_spell_the_format_is_an_error() -> None:
 
 
 def test_an_answer_does_not_end_as_if_complete_where_llguidance_gives_up() -> None:
-    """A schema that demands text without end, which `grammar_for` would refuse."""
+    """The schema demands endless text; `grammar_for` would refuse it."""
     endless = {"$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}}
     grammar = Grammar("kvp", schema=json.dumps({**endless, "$ref": "#/$defs/a"}))
     state = compiler("toy").begin(grammar)
@@ -83,7 +83,7 @@ def test_an_answer_does_not_end_as_if_complete_where_llguidance_gives_up() -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_copy_goes_its_own_way(kind: str, task: str) -> None:
-    """Drafted tokens are accepted on a copy: the state itself is the same before and after, and so is a copy of it."""
+    """Draft tokens are accepted on a copy; the state itself does not change, nor does a new copy of it."""
     rng = random.Random(2)
     for state, so_far in places(kind, task, 3):
         before = observed(state)

@@ -1,5 +1,5 @@
-"""Answers that reach their limit are whole, whatever they were in the middle of: to jsonschema, docling-core, lxml and
-csv."""
+"""Tests of closing answers at their limit: wherever they were, the result is complete to jsonschema, docling-core, lxml
+and csv."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shortest(kind: str, grammar: Grammar) -> int:
 
 
 def check(kind: str, grammar: Grammar, schema: dict[str, object] | None, max_tokens: int, seed: int) -> bool:
-    """Whether the answer had to be brought to an end; asserts that it is whole."""
+    """Generates an answer, asserts that it is complete, and returns whether it had to be closed."""
     answer = generated(kind, grammar, seed, max_tokens=max_tokens, patience=NEVER, fast_forward=seed % 2 == 0)
     assert judge(grammar.task, answer.text, schema) is None, answer
     assert len(answer.tokens) <= max_tokens and answer.text.endswith(answer.closing or "")
@@ -111,7 +111,7 @@ def test_too_little_room_for_any_answer_leaves_a_cut_one() -> None:
 
 
 def test_far_from_the_limit_nothing_changes() -> None:
-    """An answer that ends by itself is the same whatever its limit was, unless that is near."""
+    """An answer that ends by itself is the same for every limit that is not near."""
     for task in TABLES:
         answers = [generated("nano", grammar_of(task), 3, max_tokens=most, patience=1) for most in (400, 4000)]
         assert answers[0].finish_reason == "stop" and answers[0].tokens == answers[1].tokens
@@ -119,7 +119,7 @@ def test_far_from_the_limit_nothing_changes() -> None:
 
 def test_tokens_that_end_an_answer_cost_no_decode() -> None:
     class Counted(Noise):
-        n = -1  # without the prompt
+        n = -1  # the prompt is not counted
 
         def next(self, tokens: list[int]) -> np.ndarray:  # type: ignore[override]
             self.n += 1

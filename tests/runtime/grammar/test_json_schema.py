@@ -1,4 +1,4 @@
-"""Schemas that would blow up are refused or answered in a few steps, before any other work."""
+"""Tests of schemas that would blow up: refused, or answered in a few steps, before any other work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chain_of_objects(n: int) -> dict[str, Any]:
 
 
 def lattice(n: int, link: str) -> dict[str, Any]:
-    """Each schema refers twice to the next, so that 2^n ways lead to the last."""
+    """Returns a chain of schemas, each of which refers to the next twice, so 2^n paths lead to the last."""
     defs = {f"d{i}": {link: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(n)}
     return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": of(["a"], a=SHORT)}}
 

@@ -1,4 +1,4 @@
-"""Numbers and strings: grammars allow what `decimal`, `datetime` and jsonschema allow, and nothing is narrowed."""
+"""Tests of numbers and strings: grammars allow what `decimal`, `datetime` and jsonschema allow, and narrow nothing."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_pattern_can_require_an_offset() -> None:
 
 def test_leap_seconds_are_times_but_no_answers() -> None:
     assert problem({"format": "date-time"}, "2016-12-31T23:59:60Z") is None
-    assert problem({"format": "date-time"}, "2016-12-31t23:59:00z") is None  # RFC 3339 has both
+    assert problem({"format": "date-time"}, "2016-12-31t23:59:00z") is None  # RFC 3339 allows lower case, too
     holds({"type": "string", "format": "time"}, ['"23:59:59"'], ['"23:59:60"'])
 
 
@@ -134,7 +134,7 @@ def test_patterns_of_ecma(pattern: str, yes: list[str], no: list[str]) -> None:
 
 
 DECIMALS = [
-    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",  # pydantic 2.12 and 2.13, of Decimal
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",  # pydantic 2.12 and 2.13, for Decimal
     r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,8}|(?=[\d.]{1,11}0*$)\d{0,8}\.\d{0,2}0*$)",  # max_digits=10, decimal_places=2
 ]
 
@@ -145,7 +145,7 @@ def test_amounts_that_pydantic_declares_as_decimal(pattern: str) -> None:
     assert "'pattern' at '$.a' is enforced without its lookarounds" in warning(schema)
     for text in ('"19.99"', '"-0.50"', "19.99", "null"):
         assert allows("toy", kvp(schema), f'{{"a": {text}}}') and problem(schema, {"a": json.loads(text)}) is None
-    if pattern.endswith(r"\d*$"):  # the other one ends anywhere: it matches '12 EUR'
+    if pattern.endswith(r"\d*$"):  # the other one may end anywhere, so it matches '12 EUR'
         for text in ('"12 EUR"', '"abc"'):
             assert not allows("toy", kvp(schema), f'{{"a": {text}}}')
     assert "'$.a'" in str(problem(schema, {"a": "-"}))
@@ -167,7 +167,7 @@ def test_multiples_are_decimal(step: float, yes: list[str], no: list[str]) -> No
     holds(schema, yes, no)
     for texts, valid in ((yes, True), (no, False)):
         for text in texts:
-            assert (Decimal(text) % Decimal(str(step)) == 0) == valid  # the test is right
+            assert (Decimal(text) % Decimal(str(step)) == 0) == valid  # checks the test's own data
             assert (problem(schema, json.loads(text)) is None) == valid, text
 
 
@@ -242,7 +242,7 @@ def test_large_constants_are_valid_as_they_are_written() -> None:
         text = json.dumps({"a": value if value != 1e30 else 10**30})  # llguidance writes no exponents within bounds
         assert allows("toy", kvp(schema), text)
         assert problem(schema, json.loads(text)) is None
-    assert problem({"const": 1e30}, 10**30) is None  # the same number, written in another way
+    assert problem({"const": 1e30}, 10**30) is None  # the same number, written differently
 
 
 def test_numbers_that_json_has_not_are_invalid() -> None:

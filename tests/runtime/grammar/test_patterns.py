@@ -1,4 +1,4 @@
-"""Regular expressions of schemas: their size, lookarounds, and the time that matching takes."""
+"""Tests of the regular expressions of schemas: their size, lookarounds, and the time that matching takes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Answers under JSON schemas of all kinds: those that end are instances to `jsonschema`; invalid schemas, and those
-that cannot be enforced, are refused with a reason."""
+"""Tests of answers under JSON schemas of all kinds: finished answers are instances to `jsonschema`; schemas that are
+invalid or cannot be enforced are refused with a reason."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 def check(schema: dict[str, Any], text: str) -> Any:
-    """The instance that `jsonschema` finds valid."""
+    """Asserts that `jsonschema` finds the instance in the text valid; returns it."""
     instance = json.loads(text)
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     kind(schema, format_checker=kind.FORMAT_CHECKER).validate(instance)
-    text.encode()  # no half of a surrogate pair
+    text.encode()  # no lone surrogates
     return instance
 
 
@@ -159,7 +159,7 @@ def test_a_models_answers_are_instances(model: granite4v.Model) -> None:
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_without_sampling_fast_forward_changes_nothing_that_noise_decides(name: str) -> None:
-    """Noise depends on the last tokens, so where none are forced the answers are the same."""
+    """Noise depends on the last tokens, so the answers are the same where no tokens are forced."""
     schema = SCHEMAS[name]
     fast, slow = (generated("toy", kvp(schema), 7, max_tokens=200, patience=6, fast_forward=f) for f in (True, False))
     if not fast.timings.n_forced:
@@ -172,12 +172,12 @@ def test_without_sampling_fast_forward_changes_nothing_that_noise_decides(name: 
 @pytest.mark.parametrize(
     ("schema", "yes", "no"),
     [
-        # properties that may be null are there, the others may be absent
+        # properties that may be null are always present, the others may be absent
         (of(a={"type": ["string", "null"]}, b=SHORT), ['{"a": null}', '{"a": "x", "b": "y"}'], ["{}", '{"b": "y"}']),
         (of(a={"anyOf": [SHORT, {"type": "null"}]}), ['{"a": null}'], ["{}"]),
         (of(a={"enum": [1, None]}, b={"const": None}, c={}), ['{"a": 1, "b": null, "c": [1]}'], ['{"a": 1, "c": 1}']),
         (of(a={"enum": [1, 2], "type": ["integer", "null"]}), ["{}"], ['{"a": null}']),
-        # no others, unless the schema speaks of others
+        # no other properties, unless the schema mentions them
         (of([], a=SHORT), ["{}", '{"a": "x"}'], ['{"b": "x"}', '{"a": "x", "b": 1}']),
         ({**of([], a=SHORT), "additionalProperties": True}, ['{"b": "x"}', '{"a": "x", "b": 1}'], ["[]"]),
         ({"type": "object"}, ["{}", '{"b": {"c": [1, null, "x"]}}'], ["1"]),
@@ -203,7 +203,7 @@ def test_objects_are_closed_and_fields_are_there(schema: dict[str, Any], yes: li
 
 
 def test_closing_an_object_may_not_make_a_schema_impossible() -> None:
-    """Where several schemas speak of one object, all of them are left open."""
+    """Where several schemas describe one object, all of them are left open."""
     schema = {
         "allOf": [{"$ref": "#/$defs/a"}, of(["y"], y={"type": "null"})],
         "$defs": {"a": of(["x"], x={"type": "null"})},

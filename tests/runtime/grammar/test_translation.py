@@ -1,4 +1,4 @@
-"""Schemas that people write: what is enforced, what is left to be checked, and that nothing is narrowed.
+"""Tests of schemas that people write: what is enforced, what is only checked afterwards, and that nothing is narrowed.
 
 jsonschema is the reference.
 """
@@ -185,7 +185,7 @@ def test_nullable_of_openapi_means_or_null() -> None:
         whole = {"$defs": {"name": SHORT}, **of([], a=schema)}
         assert read_schema(whole).notes == ("'nullable' of OpenAPI is read as \"or null\" at '$.properties.a'.",)
         assert allows("toy", kvp(whole), '{"a": null}') and allows("toy", kvp(whole), '{"a": "x"}')
-        assert not allows("toy", kvp(whole), "{}")  # what may be null is there
+        assert not allows("toy", kvp(whole), "{}")  # a property that may be null is always present
         assert problem(whole, {"a": None}) is None and problem(whole, {"a": "x"}) is None
     assert not allows("toy", kvp(of(["a"], a={"type": "string", "nullable": False})), '{"a": null}')
 

@@ -1,4 +1,4 @@
-"""Grammars that keep llguidance busy are tried in a child process, for a limited time."""
+"""Tests of trials: grammars that would keep llguidance busy are tried in a child process, for a limited time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which products of llama.cpp's graphs are compiled, for steps and for prompts, and that their bits say so."""
+"""Tests of which matrix products of llama.cpp's graphs are compiled, for decode steps and prompts, by their bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def context(make_model: Callable[..., Path]) -> Iterator[LlamaContext]:
 
 
 def logits(context: LlamaContext, n_rows: int, *, is_prompt: bool) -> np.ndarray:
-    """Of the last row."""
+    """Returns the logits of the last row."""
     tokens = np.random.default_rng(0).integers(0, 200, n_rows).astype(np.int32)
     context.truncate(0, 0)
     context.decode(BatchRows.of(tokens, 0, 0, output=True), is_prompt=is_prompt)
@@ -44,7 +44,7 @@ def test_rows_of_steps_have_the_same_bits_and_those_of_prompts_others(context: L
         context.decode(BatchRows.of(np.array([token]), i, 0, output=True))
         one_by_one.append(context.logits(-1))
     found = {}
-    for is_prompt in (False, True, False, True):  # llama.cpp uses the graph again
+    for is_prompt in (False, True, False, True):  # llama.cpp reuses the graph
         context.truncate(0, 0)
         context.decode(BatchRows.of(tokens, 0, 0, output=True), is_prompt=is_prompt)
         before = found.setdefault(is_prompt, context.logits(-1))

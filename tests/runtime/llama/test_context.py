@@ -1,4 +1,4 @@
-"""llama.cpp's context as we use it: sequences apart from each other, shared prefixes, and what is refused before C."""
+"""Tests of llama.cpp's context as we use it: independent sequences, shared prefixes, and input refused before C."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def prefilled(context: LlamaContext, tokens: np.ndarray, sequence: int = 0) -> n
 
 
 def step(context: LlamaContext, *rows: tuple[int, int, int]) -> list[np.ndarray]:
-    """Logits after one token in each of some sequences: (token, position, sequence)."""
+    """Decodes one token in each of some sequences, given as (token, position, sequence); returns the logits."""
     parts = [BatchRows.of(np.array([token], np.int32), position, s, output=True) for token, position, s in rows]
     context.decode(BatchRows.joined(parts))
     return [context.logits(i) for i in range(len(rows))]
 
 
 def test_tokens_of_one_batch_and_one_by_one_give_the_same_logits(text: LlamaModel) -> None:
-    """To rounding."""
+    """Up to rounding."""
     with LlamaContext(text, 256, 64, 1, exact=True) as context:
         together = prefilled(context, TOKENS)
         context.truncate(0, 0)
@@ -70,7 +70,7 @@ def test_a_sequence_alone_has_the_same_bits_whatever_others_hold(text: LlamaMode
 
 
 def test_a_row_among_others_depends_on_nothing_but_their_number(text: LlamaModel) -> None:
-    """Float32 weights: two rows or four make no difference either."""
+    """With float32 weights it does not even depend on whether there are two rows or four."""
     n = len(TOKENS)
     with LlamaContext(text, 256, 64, 1, n_seq_max=4) as context:
         for sequence in range(4):
@@ -106,7 +106,8 @@ def prefilled_again(context: LlamaContext) -> np.ndarray:
 def test_a_state_moves_to_a_larger_context_with_any_sequences(
     text: LlamaModel, before: tuple[int, int], after: tuple[int, int], exact: bool
 ) -> None:
-    """`before`, `after`: how many sequences, and the one that holds it. The same bits follow, with neighbours too."""
+    """`before`, `after`: the number of sequences, and which one holds the state. Steps give the same bits before and
+    after the move, whatever the other sequences hold."""
     n = len(TOKENS)
     with LlamaContext(text, 256, 64, 1, n_seq_max=before[0], exact=exact) as small:
         for other in range(before[0]):

@@ -1,4 +1,4 @@
-"""Which files a model is made of: found by their metadata, and what does not fit together is said in a sentence."""
+"""Tests of a model's files: found by their metadata; files that do not fit together are refused with the reason."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_files_of_other_converters_number_their_streams(folder: Path, tmp_path: 
         assert files.injection.layers == (0, 2, 3, 4, 5, 7) and files.injection.slots == tuple(range(6))
 
 
-# What the vision file of ibm-granite/granite-vision-4.1-4b-GGUF says, by names and keys.
+# File names of ibm-granite/granite-vision-4.1-4b-GGUF, and the metadata keys of its vision file.
 OFFICIAL_NAMES = ("granite-vision-4.1-4b-Q4_K_M.gguf", "mmproj-model-f16.gguf")
 OFFICIAL_KEYS = (
     "general.architecture",
@@ -147,7 +147,7 @@ def test_a_pair_with_the_names_and_keys_of_the_official_repository(
     VisionEncoder(vision, device="cpu").close()
 
 
-# --- what is wrong, and what is said about it ---
+# --- what is wrong, and the message for it ---
 
 
 TENSORS = [
@@ -317,8 +317,8 @@ def test_damaged_files(folder: Path, name: str, damage: Callable[[bytes], bytes]
 
 
 def test_hidden_files_are_left_out(folder: Path) -> None:
-    (folder / "._text-F32.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one beside each file on foreign disks
-    shutil.copy(folder / "text-F32.gguf", folder / ".text-Q4.gguf")  # a download that has not ended
+    (folder / "._text-F32.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one next to each file on foreign disks
+    shutil.copy(folder / "text-F32.gguf", folder / ".text-Q4.gguf")  # an unfinished download
     for path in (folder, folder / "text-F32.gguf"):
         with ModelFiles.open(path) as files:
             assert files.text.path.name == "text-F32.gguf" and files.vision is not None

@@ -1,4 +1,4 @@
-"""Checksums of a model's files."""
+"""Tests of the checksums of a model's files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_split_file_is_that_of_all_its_parts(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path: Path) -> None:
-    """As `cp -p` makes it of another model of the same quantization, and reproducible archives."""
+    """As after `cp -p` of another model of the same quantization, or from reproducible archives."""
     path = tmp_path / "a.gguf"
     for content in (b"first", b"other", b"third"):
         if content == b"other":

@@ -1,4 +1,4 @@
-"""Cells of the KV cache that hold nothing take no memory, and nothing that is computed depends on it."""
+"""Tests of the memory of the KV cache: unused cells take none, and no computed value depends on that."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def toy(make_model: Callable[..., Path]) -> Iterator[LlamaModel]:
 
 @pytest.fixture(params=[True, False])
 def exact(request: pytest.FixtureRequest) -> bool:
-    """Without flash attention llama.cpp keeps values transposed, which is another layout."""
+    """Both layouts: without flash attention llama.cpp stores values transposed."""
     return bool(request.param)
 
 
@@ -42,7 +42,7 @@ def context_of(model: LlamaModel, exact: bool = False) -> LlamaContext:
 
 
 def anonymous_mb() -> float:
-    # as its page tables have it: the counters of /proc/self/status may lag behind
+    # from the page tables, because the counters of /proc/self/status may lag behind
     found = re.search(r"\nAnonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     assert found is not None
     return int(found[1]) * 1024 / 1e6
@@ -66,7 +66,7 @@ def test_memory_follows_what_is_held(toy: LlamaModel) -> None:
     whole = cache_mb / N_SEQUENCES
     assert cache_mb > 32
     with context:
-        fill(context, 0, N_CELLS // 2)  # what llama.cpp computes with is there now
+        fill(context, 0, N_CELLS // 2)  # llama.cpp's compute buffers are in memory now
         before = anonymous_mb()
         fill(context, 3, N_CELLS // 2)
         filled = anonymous_mb() - before
@@ -76,7 +76,7 @@ def test_memory_follows_what_is_held(toy: LlamaModel) -> None:
         for number in (3, 5):
             context.truncate(number, 0)
         emptied = anonymous_mb() - before
-    assert 0.4 * whole < filled < 0.7 * whole  # half of it
+    assert 0.4 * whole < filled < 0.7 * whole  # half of a sequence
     assert 0.2 * whole < copied - filled < 0.4 * whole  # a quarter
     assert emptied < 0.1 * whole
 
@@ -126,7 +126,7 @@ def test_nothing_that_is_computed_depends_on_it(toy: LlamaModel, exact: bool, mo
 
 
 def run_at_random(context: LlamaContext, seed: int) -> np.ndarray:
-    """Sequences grow, are cut, copied and moved; the logits of all that was decoded."""
+    """Extends, cuts, copies and moves sequences at random; returns the logits of everything decoded."""
     rng, held, logits = random.Random(seed), [0] * N_SEQUENCES, []
     with context:
         for step in range(60):
@@ -156,7 +156,7 @@ def run_at_random(context: LlamaContext, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n_used", [0, 1, 700, 1023, 1024])
 def test_pages_of_one_sequence_go_and_no_others(n_used: int) -> None:
-    """Of 3 tensors with 2 sequences of 1,024 cells of 24 bytes, which do not begin where a page does."""
+    """The cache has 3 tensors of 2 sequences of 1,024 cells of 24 bytes, and does not begin at a page boundary."""
     n_tensors, n_sequences, n_cells, n_bytes, offset = 3, 2, 1024, 24, 64
     size = n_tensors * n_sequences * n_cells * n_bytes
     region = mmap.mmap(-1, size + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -173,7 +173,7 @@ def test_pages_of_one_sequence_go_and_no_others(n_used: int) -> None:
 
 
 def test_another_layout_is_noticed() -> None:
-    """Cells of a sequence that lie elsewhere than expected, or more of them than were used."""
+    """Cells of a sequence are elsewhere than expected, or another number of them is in memory than was used."""
     region = mmap.mmap(-1, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(region))
     pages = KvPages(start, n_tensors=2, n_sequences=2, n_cells=512, n_bytes=32 * PAGE // 1024)

@@ -1,4 +1,4 @@
-"""Computing between llama.cpp's layers: which rows come by, and what happens to errors."""
+"""Tests of computing between llama.cpp's layers: which rows the hook gets, and how errors are raised."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def text(make_model: Callable[..., Path]) -> Iterator[LlamaModel]:
 
 
 class Seen:
-    """Notes the rows that come by before each layer, and gives them back changed."""
+    """Records the rows before each layer and returns them scaled."""
 
     def __init__(self, points: Mapping[int, float]) -> None:
-        """`points`: what the rows are multiplied by, by the number of layers before."""
+        """`points`: the factor of the rows, by the number of layers before."""
         self.rows: dict[int, np.ndarray] = {}
         self.n_threads: set[int] = set()
         self.hook = LayerHook(N_LAYERS, {point: self.at(point, factor) for point, factor in points.items()})
@@ -71,7 +71,7 @@ def test_rows_that_come_back_as_they_were_change_nothing(text: LlamaModel) -> No
 
 
 def test_what_is_written_is_what_the_next_layer_takes(text: LlamaModel) -> None:
-    """The last norm takes scale out: rows that are scaled after the last layer give the same logits, before it not."""
+    """The final norm removes scale: scaling rows after the last layer keeps the logits, scaling earlier does not."""
     with context(text, None) as plain:
         expected = logits(plain)
     for point, is_same in ((N_LAYERS, True), (N_LAYERS - 1, False), (0, False)):
@@ -105,7 +105,7 @@ def test_a_batch_without_outputs_has_no_rows_after_the_last_layer(text: LlamaMod
 
 
 class Scaled:
-    """Rows times a factor after layer 1, by a graph for `n_rows` of them or, said in `by_python`, by Python."""
+    """Scales the rows after layer 1: by a graph for `n_rows` rows, or by Python, which is noted in `by_python`."""
 
     def __init__(self, width: int, n_rows: int, factor: float, abort: AbortFlag | None = None) -> None:
         addresses = None if abort is None else (abort.callback_address, abort.data_address)
@@ -182,7 +182,7 @@ def test_numbers_that_are_not_finite_are_left_to_python(
 
 
 def test_large_numbers_are_looked_at_by_python(text: LlamaModel, scaled: Callable[..., Scaled]) -> None:
-    """Their squares are not finite, they are."""
+    """Their squares are not finite, but they are."""
     one, reference = scaled(factor=1e30), Seen({2: 1e30})
     with context(text, one.hook) as fast, context(text, reference.hook) as slow:
         assert np.array_equal(logits(fast), logits(slow), equal_nan=True)
@@ -193,7 +193,7 @@ def test_graphs_that_are_aborted_are_left_to_python(text: LlamaModel, scaled: Ca
     flag = AbortFlag()
     one = scaled(abort=flag)
     flag.raise_()
-    with context(text, one.hook) as hooked:  # which is not aborted itself
+    with context(text, one.hook) as hooked:  # llama.cpp itself is not aborted
         logits(hooked)
     assert one.by_python == [len(TOKENS)]
 
@@ -239,7 +239,7 @@ def test_a_raised_abort_flag_is_an_abort(text: LlamaModel) -> None:
 
 
 def test_a_layer_that_does_not_come_by_is_an_error(text: LlamaModel) -> None:
-    """As with a llama.cpp that names its tensors otherwise."""
+    """As with a llama.cpp that names its tensors differently."""
     hook = LayerHook(N_LAYERS + 2, {N_LAYERS + 1: lambda rows, _: rows})
     hook.is_wanted = True
     with context(text, hook) as hooked, pytest.raises(DeviceError, match=f"'l_out-{N_LAYERS}'"):

@@ -1,4 +1,4 @@
-"""Long calls can be ended, and llama.cpp's reasons are kept. Importing the runtime loads nothing."""
+"""Tests of the library: long calls can be aborted, llama.cpp's reasons are kept, and imports load nothing heavy."""
 
 from __future__ import annotations
 

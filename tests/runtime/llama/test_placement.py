@@ -1,4 +1,4 @@
-"""Where weights go: by measurement, as far as memory allows, and equal in value."""
+"""Tests of the placement of weights: by measurement, as far as memory allows, and without changing their values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def tensors(*infos: tuple[str, tuple[int, ...], str]) -> dict[str, TensorInfo]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, repack_s: dict[str, float]) -> None:
-    """Lets small files be measured, with these seconds of CPU_REPACK for each type; weights as they are take one."""
+    """Fakes the measurement, for small files too: CPU_REPACK takes these seconds for each type, or forever; plain and
+    compiled kernels take one."""
 
     def times(backend: Backend, wanted: list[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
         found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
@@ -50,7 +51,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, repack_s: dict[str, float]) -> None
 
 WEIGHTS = tensors(
     ("blk.0.attn_q.weight", (256, 256), "Q4_0"),
-    ("blk.1.attn_q.weight", (250, 256), "Q4_0"),  # rows do not come in the eights that repacking takes
+    ("blk.1.attn_q.weight", (250, 256), "Q4_0"),  # repacking needs a multiple of eight rows
     ("blk.0.ffn_up.weight", (512, 256), "Q4_K"),
     ("blk.0.ffn_down.weight", (256, 512), "F16"),
     ("blk.0.attn_norm.weight", (256,), "F32"),
@@ -87,7 +88,7 @@ def test_copies_for_a_few_rows_alone_are_not_made_where_steps_have_many(
         assert choose_placement(WEIGHTS, backend, for_many=True).n_copies == expected
     monkeypatch.setattr(placement, "has_large_pages", lambda: True)
     as_they_are = names(choose_placement(WEIGHTS, backend, for_many=True), buffer_type_name(backend.buffer_type))
-    assert "blk.0.attn_q.weight" in as_they_are  # as it is, for steps of any number of rows
+    assert "blk.0.attn_q.weight" in as_they_are  # an unchanged copy, for steps of any number of rows
 
 
 def test_large_pages_take_the_other_multiplied_weights(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def test_only_what_changes_values_is_arithmetic() -> None:
     )
     found = Placement((plain, few, both))
     assert found.arithmetic(few=True) == [("b", "AMX", True, True), ("c", "CPU_REPACK", False, True)]
-    assert found.arithmetic(few=False) == [("b", "AMX", True, False)]  # batches of many rows alone
+    assert found.arithmetic(few=False) == [("b", "AMX", True, False)]  # only batches of many rows
     assert Placement((plain,)).arithmetic(few=True) == Placement().arithmetic(few=True) == []
 
 
@@ -124,11 +125,11 @@ def test_bytes_needed_by_hand() -> None:
     every = {name: info(name, nbytes) for name, nbytes in (("a", 1), ("b", 10), ("c", 100), ("d", 1000))}
     copies = (Copy("b", "x", None), Copy("c", "x", None, many=False), Copy("d", "x", None, few=False))
     assert bytes_needed(every, ()) == 1111
-    assert bytes_needed(every, copies) == 1110 + 1101  # the copies, and all that is read from the file, too
+    assert bytes_needed(every, copies) == 1110 + 1101  # the copies, and what is still read from the file: a, c and d
 
 
 def test_what_memory_allows_is_copied(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First all, then those in faster buffer types, then none."""
+    """All copies if there is room, else those in faster buffer types, else none."""
     if REPACK not in [buffer_type_name(buffer_type) for buffer_type in backend.extra_buffer_types()]:
         pytest.skip("this ggml has no repack buffer type")
     every = {
@@ -141,7 +142,7 @@ def test_what_memory_allows_is_copied(backend: Backend, monkeypatch: pytest.Monk
     for available, expected in (
         (None, {REPACK: 1, plain: 1}),
         (spare + 1100, {REPACK: 1, plain: 1}),
-        (spare + 1099, {}),  # the copies take as much as the mapped weights would
+        (spare + 1099, {}),  # too little for the faster copy, too: the other weight would stay mapped
     ):
         monkeypatch.setattr(placement, "available_bytes", lambda available=available: available)
         assert choose_placement(every, backend).n_copies == expected, available
@@ -156,7 +157,7 @@ def test_a_small_model_is_widened_for_prompts_if_memory_allows(
     monkeypatch.setattr(placement, "has_large_pages", lambda: True)
     name, plain = "blk.0.attn_q.weight", buffer_type_name(backend.buffer_type)
     every = {name: TensorInfo(name, (256, 256), "Q8_0", 0, 256 * 256 * 34 // 32)}
-    needed = every[name].nbytes + 2 * 256 * 256  # nothing is read from the file
+    needed = every[name].nbytes + 2 * 256 * 256  # the file is not read any more
     for spare, expected in ((needed, {BFLOAT16: 1, plain: 1}), (needed - 1, {plain: 1})):
         monkeypatch.setattr(placement, "available_bytes", lambda spare=spare: placement.SPARE_BYTES + spare)
         for for_many in (False, True):
@@ -170,7 +171,7 @@ def test_a_small_model_is_widened_for_prompts_if_memory_allows(
 def test_weights_rearranged_for_prompts_alone_are_in_large_pages_for_steps(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second copy, which nothing can drop: only where there is memory to spare. Those of one copy go before it."""
+    """A second copy cannot be dropped, so it needs twice the memory to spare. Copies of other weights come first."""
     repack = next((kind for kind in backend.extra_buffer_types() if buffer_type_name(kind) == REPACK), None)
     if repack is None:
         pytest.skip("this ggml has no repack buffer type")
@@ -215,7 +216,7 @@ def test_rearranged_weights_give_the_same_answers(
             found.append(model.logits("What is this?", [picture]))
             placed = model.settings["text_buffer_types"]
             assert (REPACK in placed) == (repack_s < 1)
-    # Both round activations to 8 bits, each in its own way: 3-4% on random weights. Wrong weights give 140%.
+    # Both round activations to 8 bits, in different ways: 3-4% on random weights. Wrong weights give 140%.
     assert np.linalg.norm(found[0] - found[1]) < 0.1 * np.linalg.norm(found[0])
     assert found[0].argmax() == found[1].argmax()
 
@@ -225,7 +226,7 @@ def test_a_real_measurement_is_kept_for_the_next_time(
 ) -> None:
     monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "SMALL", 0)
-    monkeypatch.setattr(autotune, "BUDGET_S", 60.0)  # however busy the machine
+    monkeypatch.setattr(autotune, "BUDGET_S", 60.0)  # enough on a busy machine, too
     with GgufFile.open(make_model(PRESETS["tiny-wide"], "Q4_0", "F32") / "text-Q4_0.gguf") as file:
         first = choose_placement(file.tensors, backend)
         monkeypatch.setattr(autotune, "run_main", lambda *_, **__: pytest.fail("measured again"))

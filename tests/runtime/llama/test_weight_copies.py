@@ -1,4 +1,4 @@
-"""Copies of weights: found in llama.cpp, used for the batches they are meant for, of the same values, freed."""
+"""Tests of copies of weights: found in llama.cpp, used for the right batches, equal in value, and freed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain_copies(path: Path, backend: Backend, **forms: bool) -> Placement:
 
 
 def logits(model: LlamaModel) -> np.ndarray:
-    """Of a prompt of many rows, and of two single rows after it."""
+    """Returns the logits of a prompt of many rows and of two single rows after it."""
     rng, found = np.random.default_rng(0), []
     with LlamaContext(model, 256, 128, 1) as context:
         position = 0
@@ -67,7 +67,7 @@ def test_every_multiplied_weight_is_found(path: Path) -> None:
         assert found.keys() >= set(blocks(path)) | {"token_embd.weight"}
         for name, tensor in found.items():
             assert tuple(n for n in reversed(tensor.contents.ne) if n > 1) == file.tensors[name].shape
-        assert weight_tensors(model).keys() == found.keys()  # the first time changed nothing
+        assert weight_tensors(model).keys() == found.keys()  # the first call changed nothing
 
 
 def test_copies_as_they_are_change_no_bit(path: Path, backend: Backend) -> None:
@@ -117,12 +117,12 @@ def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[...,
 
     tokens = np.random.default_rng(1).integers(0, 200, MOST_ROWS + 1).astype(np.int32)
     one, short, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY, MOST_ROWS + 1))
-    step = dataclasses.replace(short, outputs=np.ones(MANY, dtype=bool))  # drafts, of which all logits are wanted
+    step = dataclasses.replace(short, outputs=np.ones(MANY, dtype=bool))  # like drafts, whose logits are all wanted
 
     def run(placement: Placement) -> np.ndarray:
         with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 256, 128, 1) as context:
             found = []
-            for _ in range(2):  # there and back again
+            for _ in range(2):  # switches the weights back and forth
                 for rows in (one, short, step, prompt):
                     context.decode(rows, is_prompt=rows is not step)
                     found.append(context.logits(-1))
@@ -150,12 +150,12 @@ def test_after_closing_nothing_refers_to_the_copies(path: Path, backend: Backend
         context.close()
         model.close()
         model.close()
-        del model  # and one that nobody closes
+        del model  # and one that is never closed
         open_model(path, plain_copies(path, backend))
 
 
 class InterruptedOnce(Copy):
-    """The first batch of many rows is interrupted while tensors are pointed."""
+    """A copy that raises KeyboardInterrupt once, at the `after`-th read of `many`, while weights are switched."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "many" and "after" in self.__dict__:
@@ -182,7 +182,7 @@ def test_an_interrupt_while_weights_are_switched_leaves_no_mixture(path: Path, b
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of a mapping are counted on Linux only")
 def test_a_copied_weight_takes_no_mapped_memory(path: Path, backend: Backend) -> None:
-    """Fewer pages of the file stay in memory, and none of the prefill that read them."""
+    """Fewer pages of the file stay in memory; those that the prefill read are dropped."""
     with LlamaModel(path) as model:
         logits(model)
         before = resident(path)
@@ -212,7 +212,7 @@ def test_a_step_of_many_answers_leaves_the_pages_that_the_next_one_reads(path: P
 
 
 def resident(path: Path) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
+    """Returns how many bytes of a mapped file are in this process's memory."""
     found: list[Any] = re.findall(
         rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", Path("/proc/self/smaps").read_text()
     )

@@ -1,4 +1,5 @@
-"""Text streams over small decoders: what a token adds depends on its neighbours, and bytes are held back."""
+"""Tests of text streams over small decoders: a token's text depends on its neighbours, and incomplete characters are
+held back."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ def streamed(stream: TextStream, tokens: Sequence[int]) -> list[str]:
 @pytest.mark.parametrize(
     ("tokens", "pieces"),
     [
-        ([1, 2, 3, 7], ["Total", " due", ":", " 12", ""]),  # the first space goes, the others stay
+        ([1, 2, 3, 7], ["Total", " due", ":", " 12", ""]),  # only the first space is removed
         ([1, 4, 5, 3], ["Total", "", "é", ":", ""]),  # two tokens for one character
         ([1, 6, 6, 2], ["Total", "", "", " due", ""]),  # special tokens have no text
         ([1, 4], ["Total", "", REPLACEMENT]),  # an answer that ends inside a character
-        ([4, 1], ["", f"{REPLACEMENT} Total", ""]),  # a byte that never becomes one
+        ([4, 1], ["", f"{REPLACEMENT} Total", ""]),  # a byte that never becomes a character
         ([], [""]),
     ],
 )

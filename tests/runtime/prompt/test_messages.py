@@ -1,4 +1,4 @@
-"""Messages in all the forms people write them -> the one form the template gets, and the pictures in order."""
+"""Tests of messages: all forms that people write become the one that the template gets, with the images in order."""
 
 from __future__ import annotations
 

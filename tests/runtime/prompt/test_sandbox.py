@@ -1,4 +1,4 @@
-"""Templates from strangers: what would take all time or memory is stopped, and what chat templates do is not."""
+"""Tests of untrusted templates: what would take all time or memory is stopped, what chat templates do is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Prompts as spans: the ids of the reference, one span a picture, and mismatches said before anything is computed."""
+"""Tests of prompts as spans: ids are the reference's, each image is one span, and mismatches are refused before
+anything is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat template: rendered as transformers does, sandboxed, and nothing a person wrote gets lost unseen."""
+"""Tests of the chat template: rendered as by transformers, sandboxed, and no text of the user is silently lost."""
 
 from __future__ import annotations
 

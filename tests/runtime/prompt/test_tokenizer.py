@@ -1,4 +1,5 @@
-"""Ids and text against transformers on the checkpoint's own tokenizer.json; llama.cpp's vocabulary as the fallback."""
+"""Tests of ids and text, compared with transformers on the checkpoint's tokenizer.json; llama.cpp's vocabulary is the
+fallback."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ def test_streamed_text_is_the_whole_text(request: pytest.FixtureRequest, kind: s
 def test_a_character_is_held_back_until_it_is_whole(request: pytest.FixtureRequest, kind: str) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     ids = tokenizer.encode("🧾")
-    assert len(ids) > 1  # several tokens, none of which is a character
+    assert len(ids) > 1  # several tokens, none of them a complete character
     stream = tokenizer.text_stream()
     assert [stream.push(i) for i in ids] == [""] * (len(ids) - 1) + ["🧾"]
     assert stream.push(ids[0]) == "" and stream.flush() == "\N{REPLACEMENT CHARACTER}"
@@ -117,7 +118,7 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 
 def test_nothing_is_added_when_the_text_starts_with_the_bos_token(text_file: Path) -> None:
-    """As the reference does, for tokenizers whose own settings put a bos token before every text."""
+    """As in the reference, for tokenizers that put a bos token before every text by their own settings."""
     with GgufFile.open(text_file) as file:
         source = file["tokenizer.huggingface.json"]
     import tokenizers

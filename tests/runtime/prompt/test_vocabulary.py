@@ -1,4 +1,4 @@
-"""The vocabulary of a model, from tokenizer.json and from llama.cpp."""
+"""Tests of the vocabulary of a model, from tokenizer.json and from llama.cpp."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_vocabulary_is_the_same_from_tokenizer_json_and_from_llama_cpp(text_
 
 
 def test_another_kind_of_tokenizer_is_spelled_by_llama_cpp(text_file: Path) -> None:
-    """tokenizer.json of a model whose pieces are characters, not bytes."""
+    """Here tokenizer.json belongs to a model whose pieces are characters, not bytes."""
     with GgufFile.open(text_file) as file:
         ours = load_tokenizer(file, text_file)
         assert isinstance(ours, HfTokenizer)

@@ -1,4 +1,4 @@
-"""A server with a tiny model, for what does not depend on right answers, and one with the embedded model."""
+"""Fixtures: a server with a tiny model, for tests that need no correct answers, and one with the embedded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat completions over HTTP: the same answers as from the model itself, whole and as a stream."""
+"""Tests of chat completions over HTTP: the same answers as from the model itself, complete and as a stream."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_stream_adds_up_to_the_answer(nano: Served) -> None:
     ids=["strict", "nested", "flat", "llama.cpp", "ollama"],
 )
 def test_every_way_to_send_a_schema(nano: Served, form: dict[str, object]) -> None:
-    """An image without a question is asked for the fields as models were trained to be asked."""
+    """An image without a question gets the prompt for fields that models were trained with."""
     reply = nano.chat(image(FILLED), **form)
     assert reply.json["choices"][0]["message"]["content"] == formats.form_json(FORM.truth)
 
@@ -131,8 +131,8 @@ def test_the_same_page_again_is_cached(tiny: Served) -> None:
 
 
 def test_clients_that_take_turns_keep_their_pages(tiny_model: granite4v.Model) -> None:
-    """A context of one sequence, as a model has it before two requests meet, would hold the latest page alone. So the
-    questions that a server begins with meet, also where a thread that is not scheduled for a while asks them."""
+    """A model's context has one sequence until two requests overlap, and would hold only the latest page. So the server
+    begins with two overlapping requests, which overlap even if the submitting thread is not scheduled for a while."""
     files = tiny_model.files
 
     def load() -> granite4v.Model:
@@ -187,7 +187,7 @@ def test_several_answers_to_one_request(tiny: Served) -> None:
 
 
 def test_variables_reach_the_template(tiny: Served) -> None:
-    """They are passed along whatever their names; one that the template does not use changes nothing."""
+    """They are passed on whatever their names are; those that the template does not use change nothing."""
 
     def n_tokens(**variables: object) -> int:
         body = {"messages": [{"role": "user", "content": "A"}], "chat_template_kwargs": variables}
@@ -204,7 +204,7 @@ def test_variables_reach_the_template(tiny: Served) -> None:
 
 
 def test_what_docling_sends(nano: Served) -> None:
-    """Its pipeline over API: RGBA in a data URL before the text, and as many tokens as it may ever want."""
+    """As its API pipeline sends it: an RGBA image in a data URL before the text, and a generous `max_tokens`."""
     picture = TABLE.picture.convert("RGBA")
     body = {
         "model": "granite-vision",

@@ -1,4 +1,4 @@
-"""Log-probabilities and confidences over HTTP: those of the model, in each API's own form."""
+"""Tests of log-probabilities and confidences over HTTP: those of the model, in each API's own form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: chat, responses, completions, streams and parsed answers."""
+"""Tests of the server with OpenAI's own client: chat, responses, completions, streams and parsed answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_parsed_answers(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_closed_within_its_limit_is_parsed(client: openai.OpenAI) -> None:
-    """`parse` raises for 'length' even where the JSON is whole."""
+    """`parse` would raise for 'length', even if the JSON is complete."""
     messages = [{"role": "user", "content": [FILLED]}]
     whole = client.chat.completions.parse(model="nano", messages=messages, response_format=Fields)
     n = whole.usage.completion_tokens - 2

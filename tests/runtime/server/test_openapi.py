@@ -1,4 +1,5 @@
-"""The served OpenAPI document describes what the server does; the page at '/' loads nothing from elsewhere."""
+"""Tests that the served OpenAPI document describes what the server does, and that the page at '/' loads nothing from
+elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /parse reads answers as `granite4v.runtime.formats` does, and /v1/models lists the tasks it reads."""
+"""Tests that POST /parse reads answers as `granite4v.runtime.formats` does, and that /v1/models lists its tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every limit, and what a client is told who exceeds it; keys, hosts and origins."""
+"""Tests of every limit and of the reply to a client that exceeds it, and of keys, hosts and origins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pdf(**fields: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def strict(tiny_model: granite4v.Model) -> Iterator[Served]:
-    """A server that takes little of everything."""
+    """A server with low limits."""
     limits = Limits(body_bytes=40_000, n_images=2, n_pixels=60 * 40 + 10, n_pages=2, n_choices=2)
     with served(tiny_model, ServerOptions(limits=limits)) as server:
         yield server
@@ -192,7 +192,7 @@ def test_paths_that_are_allowed(tiny_model: granite4v.Model, tmp_path: Path) -> 
 
 
 def test_a_text_that_is_too_long_is_no_fault_of_the_server(tiny: Served, caplog: pytest.LogCaptureFixture) -> None:
-    """Or else any client could fill the log with tracebacks."""
+    """Otherwise any client could fill the log with tracebacks."""
     reply = tiny.post("/tokenize", {"content": "a " * 200_000})
     assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
     assert tiny.get("/health").status == 200  # what is logged after a reply is logged by now
@@ -205,7 +205,7 @@ def test_bodies_that_are_none(strict: Served) -> None:
         assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         assert strict.post("/v1/chat/completions", b"{}", Content_Type=kind).status == 415
-    with contextlib.closing(strict.connect()) as connection:  # chunked, so that nobody knows its size beforehand
+    with contextlib.closing(strict.connect()) as connection:  # chunked, so its size is not known beforehand
         parts = (b"x" * 10_000 for _ in range(10))
         headers = {"Content-Type": "application/json"}
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -215,7 +215,7 @@ def test_bodies_that_are_none(strict: Served) -> None:
 
 
 def test_a_body_of_very_many_values(tiny: Served) -> None:
-    """As data, and as errors, they would take a thousand times the memory of the body."""
+    """Parsed, and again as errors, they would take a thousand times the memory of the body."""
     for values in (b"1," * (MAX_VALUES + 1), b"[" * 100 + b"]" * 100 + b",{}" * MAX_VALUES):
         reply = tiny.post("/v1/chat/completions", b'{"messages": [' + values.strip(b",") + b"]}")
         assert (reply.status, reply.error["code"]) == (400, "too_many_values"), reply.body[:200]
@@ -229,7 +229,7 @@ def test_the_place_of_a_problem_is_cut(tiny: Served) -> None:
 
 
 def test_names_that_no_reply_can_carry(tiny_model: granite4v.Model) -> None:
-    """Names of directories hold any bytes."""
+    """Names of directories may hold any bytes."""
     with served(tiny_model, ServerOptions(model_name="caf\udce9\x1b")) as server:
         for fields in ({}, {"stream": True}):
             reply = server.chat(text("A"), max_tokens=1, **fields)
@@ -238,7 +238,7 @@ def test_names_that_no_reply_can_carry(tiny_model: granite4v.Model) -> None:
 
 
 def test_numbers_that_json_lacks_are_sent_to_nobody(tiny: Served) -> None:
-    """Where a schema comes twice, the second is not looked at, but shown."""
+    """If a schema is given twice, the second is not read, but it is part of the reply."""
     form = b'{"type": "json_schema", "schema": {"type": "object"}, "json_schema": {"schema": {"x": NaN}}}'
     body = b'{"input": "A", "max_output_tokens": 2, "stream": true, "text": {"format": ' + form + b"}}"
     reply = tiny.post("/v1/responses", body)
@@ -271,7 +271,7 @@ def test_the_key(tiny_model: granite4v.Model) -> None:
 
 
 def test_hosts(tiny_model: granite4v.Model) -> None:
-    """A page of another name that leads to this address does not get through (DNS rebinding)."""
+    """A web page whose host name resolves to this address cannot send requests (DNS rebinding)."""
     with served(tiny_model, ServerOptions(hosts=("127.0.0.1", "::1", "localhost"))) as server:
         for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8080", "[::1]", "[::1]:8080"):
             assert server.get("/health", Host=host).status == 200
@@ -296,7 +296,7 @@ def test_origins(tiny: Served, tiny_model: granite4v.Model) -> None:
 
 
 def test_the_queue(tiny_model: granite4v.Model) -> None:
-    """One request more than the model answers and the queue holds is told to come back."""
+    """A request beyond those that the model answers and the queue holds is refused with a time to retry."""
     limits = Limits(n_waiting=0)
     body = json.dumps({"messages": [{"role": "user", "content": "A"}], "max_tokens": 2000, "seed": 1}).encode()
     with served(tiny_model, ServerOptions(limits=limits)) as server:
@@ -350,7 +350,7 @@ def test_requests_that_are_not_http(tiny: Served) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b'{"messages": ['])
 def test_a_body_that_stops_is_refused(tiny_model: granite4v.Model, sent: bytes) -> None:
-    """The client is told so, and takes no turn; what goes on, however slowly, is answered."""
+    """The client gets an error and takes no turn; a body that keeps coming, however slowly, is answered."""
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
     with served(tiny_model, ServerOptions(stall_s=1.0)) as server:
         with contextlib.closing(server.connect()) as connection:
@@ -370,7 +370,7 @@ def test_a_body_that_stops_is_refused(tiny_model: granite4v.Model, sent: bytes) 
 
 
 def test_a_body_that_takes_too_long_is_refused(tiny_model: granite4v.Model) -> None:
-    """Also one that never stops."""
+    """Even if it never stops."""
     with (
         served(tiny_model, ServerOptions(limits=Limits(time_s=0.5))) as server,
         contextlib.closing(server.connect()) as connection,
@@ -384,7 +384,7 @@ def test_a_body_that_takes_too_long_is_refused(tiny_model: granite4v.Model) -> N
 
 
 def test_bodies_that_do_not_end_cannot_fill_the_memory(tiny_model: granite4v.Model) -> None:
-    """Beyond some of the largest size at once, what comes is refused; when they are gone, it is taken again."""
+    """While several bodies of the largest size are pending, others are refused; later they are accepted again."""
     limits = Limits(body_bytes=100_000)
     with served(tiny_model, ServerOptions(limits=limits)) as server, contextlib.ExitStack() as opened:
         for _ in range(N_BODIES):
@@ -395,7 +395,7 @@ def test_bodies_that_do_not_end_cannot_fill_the_memory(tiny_model: granite4v.Mod
         asked += b" " * 20_000
         until = time.monotonic() + 20
         while (reply := server.post(CHAT, asked)).status != 429:
-            assert time.monotonic() < until  # some of those bytes are on their way
+            assert time.monotonic() < until  # some of those bytes are still in flight
         assert reply.error["code"] == "too_busy" and reply.headers["retry-after"] == "5"
         opened.close()
         until = time.monotonic() + 20

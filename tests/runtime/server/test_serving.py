@@ -1,4 +1,4 @@
-"""Where a server listens."""
+"""Tests of where a server listens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos in requests: how they are sent, what becomes of them, and what is refused."""
+"""Tests of videos in requests: how they are sent, how they are sampled and answered, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.videos import write_video
 from tests.toy.checkpoint import PRESETS
 
 N_FRAMES, SIZE = 12, 64 * 48
-TOKENS_PER_FRAME = 4  # 3x3 patches, halved
+TOKENS_PER_FRAME = 4  # 3x3 patches, halved to 2x2
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_frames_may_be_sent_themselves(server: Served, model: granite4v.Model) -
 
 
 def test_images_and_videos_in_one_conversation(server: Served, model: granite4v.Model, film: Path) -> None:
-    """Two images are one tile each: the first one's tokens are others than when it was alone."""
+    """Each of two images is one tile, so the first one's tokens differ from those that it had alone."""
     first, second = noise_picture((100, 60), 1), noise_picture((31, 90), 2)
     video = {"type": "video_url", "video_url": url(film), "frames": 2}
     alone = [{"role": "user", "content": [image(png(first)), text("A?")]}]

@@ -1,4 +1,5 @@
-"""Clients that wait, and clients that go away: before anything is computed, in encoding, in prefill, while decoding."""
+"""Tests of clients that wait, and of clients that disconnect before anything is computed, in encoding, in prefill or
+while decoding."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def user(*parts: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def impatient(tiny_model: granite4v.Model) -> Iterator[Served]:
-    """A server that sends signs of life all the time."""
+    """A server that keeps sending signs of life."""
     with served(tiny_model, ServerOptions(patience_s=0.02, keepalive_s=0.02)) as server:
         yield server
 
@@ -55,7 +56,7 @@ def test_comments_before_and_between_events(impatient: Served, tiny_model: grani
 
 
 def test_errors_after_the_headers(tiny_model: granite4v.Model) -> None:
-    """They are still an error object, or an event that OpenAI's clients raise."""
+    """They are sent as an error object, or as an event that OpenAI's clients raise."""
     options = ServerOptions(patience_s=0.02, keepalive_s=0.02, limits=Limits(time_s=0.3))
     with served(tiny_model, options) as server:
         whole = server.chat(text("A"), max_tokens=4000)
@@ -72,7 +73,7 @@ def test_a_cut_stream_can_be_told_from_a_complete_one(tiny: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_a_client_that_goes_away(tiny: Served, tiny_model: granite4v.Model, stage: str, stream: bool) -> None:
-    """What it asked for is given up, whatever is computed, and others are answered as ever."""
+    """Its request is cancelled, whatever is being computed, and others are answered as before."""
     expected = tiny_model.generate("Hello", max_tokens=30).text
     parts = {"encode": [image(png(text_picture((900, 700), seed=31))), text("?")], "prefill": [text(LONG)]}
     asked = request_bytes(messages=user(*parts.get(stage, [text("Hello")])), max_tokens=3000, stream=stream)
@@ -104,7 +105,7 @@ def test_clients_that_go_away_before_they_have_asked(tiny: Served) -> None:
 
 
 def test_a_client_that_reads_nothing_any_more_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it asked for ends, and its turn with it."""
+    """Its answer ends, and its turn is given back."""
     monkeypatch.setattr(live_response, "LAST_WORDS_S", 0.05)
     done: list[str] = []
 
@@ -133,7 +134,7 @@ def test_a_client_that_reads_nothing_any_more_is_given_up_in_time(monkeypatch: p
 
 
 def test_a_client_that_does_not_read(tiny: Served) -> None:
-    """Its answer is generated and waits; others do not."""
+    """Its answer is generated and waits; other requests do not wait."""
     with socket.create_connection(("127.0.0.1", tiny.port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.sendall(request_bytes(messages=user(text("Hello")), max_tokens=400, stream=True))
@@ -152,8 +153,8 @@ run(create_app(lambda: time.sleep(1000), options), listen("127.0.0.1", 0), lambd
 
 
 def test_connections_without_a_request_are_closed() -> None:
-    """Those that say nothing, that stop in the head of their first request, or of another one;
-    one that is answered meanwhile is not."""
+    """Closes connections that send nothing, or that stop in the head of their first or a later request; one that is
+    answered meanwhile stays open."""
     asked = b"GET /health HTTP/1.1\r\nHost: x\r\n"
     with contextlib.ExitStack() as opened:
         server = opened.enter_context(

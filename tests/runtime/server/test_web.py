@@ -1,4 +1,4 @@
-"""The files of the server's own page: what they may load, and that nothing in them runs unless it is a script file."""
+"""Tests of the files of the server's own page: what they may load, and that no code runs except from script files."""
 
 from __future__ import annotations
 

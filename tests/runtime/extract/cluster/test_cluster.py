@@ -1,4 +1,4 @@
-"""Workers of a real Ray on this machine give the records of one process, whatever dies on the way."""
+"""Tests of workers of a real Ray on this machine: the records are those of one process, even if workers die."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.toy.spec import PRESETS
 TASKS = ("tables_html", "chart2csv")
 N_PAGES = 8
 SETTINGS: dict[str, Any] = {"n_threads": 1, "parallel": 2, "max_tokens": 12, "device": "cpu", "n_ctx": 800}
-DEADLY = "deadly"  # a file beside the model: the digest of a page that ends whoever reads it
+DEADLY = "deadly"  # a file next to the model, with the digest of a page that kills the worker that reads it
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def folder(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PDF of six pages, a picture that is like one of them, one that is not, and a broken document."""
+    """A PDF of six pages, a PNG and a BMP with the same pixels, and a broken document."""
     scans = tmp_path_factory.mktemp("scans")
     pages = [text_picture((60, 90), seed) for seed in range(N_PAGES - 1)]
     pages[0].save(scans / "a.pdf", save_all=True, append_images=pages[1:6], resolution=72)
@@ -59,14 +59,14 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The records of one process."""
+    """The records of a run in one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     list(extract(scans, TASKS, model=folder, out=out, **SETTINGS))
     return without_timings(out / "results.jsonl")
 
 
 def find(name: str | Path | None, report: Callable[[str], None]) -> str | Path:
-    """What a worker resolves the model's name with, which is where the tests get at it."""
+    """Resolves a model's name in a worker; this is where the tests change the worker's behaviour."""
     assert name is not None
     os.environ["WORKER_PIDS"] = str(Path(name).parent / "pids")
     with open(os.environ["WORKER_PIDS"], "a") as file:
@@ -88,7 +88,7 @@ def find_another(name: str | Path | None, report: Callable[[str], None]) -> str 
 
 @pytest.fixture
 def model(folder: Path, tmp_path: Path) -> OnRay:
-    """With a folder of its own."""
+    """A model on Ray, with a folder of its own."""
     (tmp_path / "model").symlink_to(folder)
     return OnRay("auto", tmp_path / "model", tmp_path / "model", find)
 

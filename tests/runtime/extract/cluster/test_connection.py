@@ -1,4 +1,4 @@
-"""Which workers a node gets, and what is said where there is no cluster."""
+"""Tests of which workers a node gets, and of the message where there is no cluster."""
 
 from __future__ import annotations
 
