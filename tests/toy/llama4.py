@@ -60,7 +60,7 @@ LLAMA4: dict[str, Json] = {
     "tiny-llama4": SIZES,
     # experts in every layer, two of them active, and the spelling of published checkpoints
     "tiny-llama4-scout": {**SIZES, "moe_step": 1, "experts_used": 2, "rope_scaling": STEP, "naming": "old"},
-    # with this many experts, published checkpoints have no norm of queries and keys
+    # with this number of experts llama.cpp leaves out the norm of queries and keys
     "tiny-llama4-maverick": {**SIZES, "experts": 128, "qk_norm": False, "rope_scaling": ()},
     # widths that are multiples of 256, so that K-quants apply
     "tiny-llama4-wide": {**SIZES, "text_hidden": 256, "text_ffn": 512, "dense_ffn": 768},
