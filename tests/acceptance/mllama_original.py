@@ -1,4 +1,4 @@
-"""Compares Llama 3.2 Vision numerically with transformers 4.45, whose tower counts layers as published weights do.
+"""Compares Llama 3.2 Vision numerically with transformers 4.45, whose tower follows the published weights' rule.
 
     pip install --no-deps --target OLD transformers==4.45.2 tokenizers==0.20.3 huggingface-hub==0.36.0
     python -m tests.acceptance.mllama_original --site OLD
