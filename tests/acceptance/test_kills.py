@@ -106,7 +106,7 @@ def rewrite(path: Path, old: bytes, new: bytes) -> None:
 def test_a_run_that_forgets_is_a_broken_promise(
     model: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
-    """With every kill the last complete record changes."""
+    """Every kill changes records on disk."""
     kill_at = kills.kill_at
 
     def forgetful(moment: Any, command: Any, results: Path, *rest: Any) -> bool:

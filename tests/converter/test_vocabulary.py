@@ -268,7 +268,7 @@ def test_a_token_that_only_another_file_has(place: str, folder: Path) -> None:
     entry = {"content": "<image>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
     if place == "added_tokens.json":
         (folder / place).write_text(json.dumps({"<image>": image}))
-    settings["added_tokens_decoder"] = {str(image): entry}  # transformers 5 reads this alone
+    settings["added_tokens_decoder"] = {str(image): entry}  # transformers 5 reads only this
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = AutoTokenizer.from_pretrained(folder)
     if place == "added_tokens.json":

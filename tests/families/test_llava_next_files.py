@@ -1,4 +1,4 @@
-"""LLaVA-NeXT files: stock libmtmd with ours, ours with those of llama.cpp's converter, and the commands."""
+"""LLaVA-NeXT files: libmtmd reads ours, we read those of llama.cpp's converter, and the commands take them."""
 
 from __future__ import annotations
 

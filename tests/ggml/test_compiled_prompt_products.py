@@ -111,7 +111,7 @@ def test_a_node_is_what_it_was_when_its_weights_are(backend: Backend) -> None:
 
 @needs_kernel
 def test_graphs_at_the_same_time_do_not_disturb_each_other() -> None:
-    """More threads than cores take memory for rows from the same pool."""
+    """More threads than cores take memory for rows from the same place."""
 
     def repeated(kind: str, n_rows: int) -> None:
         backend = Backend("cpu", 4)

@@ -59,8 +59,8 @@ def check_extract(model_folder: Path, pages: Sequence[Path]) -> None:
 
 
 def check_serve(model_folder: Path, pages: Sequence[Path], n_at_once: int) -> None:
-    """Checks that requests about each page, no page and all pages get the answer that the model gives to one of them
-    alone, whether they are streamed or not.
+    """Checks that concurrent requests about each page, no page and all pages get the same answers as single ones, and
+    that a streamed answer is the same, too.
 
     Use `n_at_once` = 1 with quantized types whose kernels give other results for several rows than for one.
     """
