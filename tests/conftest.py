@@ -1,4 +1,4 @@
-"""Checkpoints made once for the whole run, and the reference loaded on them once."""
+"""Shared fixtures: checkpoints, models and references, each made once per run."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
     from tests.peers.reference import Reference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
-os.environ["GRANITE4V_CONFIG"] = os.devnull  # the user's own
+os.environ["GRANITE4V_CONFIG"] = os.devnull  # ignores the user's own configuration
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def pytest_configure() -> None:
-    """A shell starts what runs in its background with Ctrl-C ignored, and so would be all that tests start."""
+    """Restores the default SIGINT handler. A shell starts background jobs with Ctrl-C ignored, and every process that
+    the tests start would inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def own_page_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's store may have the pages of a test from an earlier run. Processes that a test starts use that one,
-    unless they are told otherwise."""
+    """Gives each test a page store of its own, because the user's may hold pages from an earlier run. Child processes
+    use the test's store, too, unless a test gives them another."""
     monkeypatch.setattr("granite4v.runtime.engine.page_store.FOLDER", str(tmp_path / "own-page-store"))
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Path]:
-    """Directory of a checkpoint; the same specification is written once a run. Treat it as read-only."""
+    """Returns the directory of a checkpoint. Each specification is written once per run; treat it as read-only."""
     made: dict[CheckpointSpec, Path] = {}
 
     def make(spec: CheckpointSpec) -> Path:
@@ -52,7 +53,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Check
 def make_model(
     make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Model directory of a specification, F32 unless said otherwise; converted once a run. Treat it as read-only."""
+    """Returns the model directory of a specification, F32 by default. Converted once per run; treat it as read-only."""
     made: dict[tuple[CheckpointSpec, str, str], Path] = {}
 
     def make(spec: CheckpointSpec, text_type: str = "F32", vision_type: str = "F32") -> Path:
@@ -67,7 +68,7 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def load_reference(make_checkpoint: Callable[[CheckpointSpec], Path]) -> Callable[..., Reference]:
-    """The reference for a specification (and an adapter's directory), loaded once a run."""
+    """Returns the reference for a specification (and an adapter's directory), loaded once per run."""
     from tests.peers.reference import Reference
 
     loaded: dict[tuple[CheckpointSpec, Path | None], Reference] = {}

@@ -1,4 +1,4 @@
-"""A module's `main` in a process of its own: what it said, how it ended, that it ends when its parent wants."""
+"""Runs a module's `main` in a child process: its output, its exit status, and that the parent can end it."""
 
 from __future__ import annotations
 

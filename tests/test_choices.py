@@ -1,4 +1,4 @@
-"""The words that types offer are those that the tables behind them know."""
+"""The values that `Literal` types offer are those that the tables behind them know."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ FILES = ["files.json", "mmproj-F16.gguf", "text-F16.gguf"]
 CONVERTING, DAMAGED = "converting the embedded model to", "is damaged; converting it again"
 SHIPPED = Path(granite4v.__file__).parent / "nano" / "config.json"
 
-# The command with another checkpoint inside the package; {extra} is what else is different about it.
+# The command with another checkpoint inside the package; {extra} is additional code that changes it.
 COMMAND = """
 import os, pathlib, time
 from granite4v import converter, default_model
@@ -60,7 +60,7 @@ conversion.write_file = write
 
 @pytest.fixture(scope="module")
 def checkpoint(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base model and adapter in one folder, as the package holds them."""
+    """Base model and adapter in one folder, as in the package."""
     folder = tmp_path_factory.mktemp("package") / "nano"
     shutil.copytree(make_checkpoint(TINY), folder)
     return write_adapter(folder, TINY, AdapterSpec())
@@ -68,7 +68,8 @@ def checkpoint(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path_facto
 
 @pytest.fixture
 def cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache but for this machine's measurements; `checkpoint` is the embedded one, for subprocesses too."""
+    """An empty cache, except for this machine's measurements. `checkpoint` becomes the embedded one, also for
+    subprocesses."""
     folder = tmp_path / "cache"
     measured = cache_folder() / autotune.CACHE
     if measured.exists():
@@ -96,7 +97,7 @@ def invoke(*arguments: Any) -> Any:
 
 
 def models(cache: Path) -> list[Path]:
-    """Model folders in the cache, half-made ones included."""
+    """Returns the model folders in the cache, including half-made ones."""
     return sorted(path for path in cache.glob("*nano*") if path.is_dir())
 
 
@@ -177,9 +178,9 @@ def test_what_is_called_nano_here_comes_first(
     assert "nano/text-F32.gguf" in invoke("inspect", "nano").stdout
     with granite4v.load("nano") as model:
         assert model.files.text.path == Path("nano/text-F32.gguf")
-    assert invoke("convert", "nano", "out").exit_code == 1  # a model directory is no checkpoint
+    assert invoke("convert", "nano", "out").exit_code == 1  # a model directory is not a checkpoint
     assert models(cache) == []
-    with granite4v.load() as model:  # no name: the embedded one whatever lies here
+    with granite4v.load() as model:  # no name: the embedded one, whatever is in the current directory
         assert model.files.text.path.parent == models(cache)[0]
 
 
@@ -313,7 +314,7 @@ def test_without_a_writable_cache_it_is_made_for_the_run(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "file" / "cache"))  # holds for root as well, unlike chmod
+    monkeypatch.setenv("GRANITE4V_CACHE", str(tmp_path / "file" / "cache"))  # works for root as well, unlike chmod
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     status, stdout, stderr = run("inspect", "nano")
     assert status == 0 and str(tmp_path / "temporary") in stdout
@@ -386,7 +387,7 @@ def test_load_takes_what_the_model_takes() -> None:
 
 def test_extract_takes_what_the_runtime_takes() -> None:
     ours, theirs = parameters(granite4v.extract), parameters(run_extract)
-    assert ours.pop("ray").default is None  # with which a path becomes a model for a cluster
+    assert ours.pop("ray").default is None  # with it a path becomes a model for a cluster
     assert list(ours) == list(theirs)
     assert ours.pop("model") == theirs.pop("model").replace(default=None, annotation="Model | str | Path | None")
     assert ours == theirs

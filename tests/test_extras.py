@@ -1,4 +1,4 @@
-"""Extras: what is said where one is missing, and that no other is needed for it."""
+"""Extras: the message when one is missing, and that it needs no other extra."""
 
 from __future__ import annotations
 

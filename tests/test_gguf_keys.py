@@ -1,4 +1,4 @@
-"""GGUF keys and tensor names stand in one module; every other one uses its constants."""
+"""GGUF keys and tensor names are defined in one module; every other module uses its constants."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from granite4v import gguf_keys as keys
 from tests.helpers.source_tree import parse, product_files, relative
 
 KEYS = {name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str) and "." in value}
-# What no other module may spell, whether or not it is one of the constants. A key of the text file may have lost the
-# architecture that an f-string puts before it.
+# Spellings that no other module may contain, whether or not they are among the constants. A key of the text file may
+# have lost the architecture that an f-string puts in front of it.
 SPELLED = re.compile(
     r"\{arch\}|tokenizer\.(ggml|huggingface|chat_template)|general\.[a-z_]+|clip\.(vision|projector|has_|use_)|"
     r"^split\.|^adapter\.|granite4v\.(vision|version|source|revision|pair|adapter|image_token|quantization)|"
@@ -26,7 +26,7 @@ SPELLED = re.compile(
 
 
 def literals(path: Path) -> Iterator[tuple[int, str]]:
-    """Every string of a module but its docstrings, the text of f-strings piece by piece."""
+    """Yields every string of a module except docstrings; the literal parts of f-strings come one by one."""
     tree = parse(path)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -68,7 +68,7 @@ def test_spelled_keys_are_noticed() -> None:
 
 
 def test_keys_are_those_of_the_gguf_package() -> None:
-    """The package lists llama.cpp's keys, all but one that is younger than the package."""
+    """The package lists llama.cpp's keys, except one that is newer than the package."""
     known = {
         value
         for group in vars(gguf.Keys).values()

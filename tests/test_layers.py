@@ -9,7 +9,7 @@ from pathlib import Path
 from granite4v.families.registry import FAMILIES
 from tests.helpers.source_tree import ROOT, imports, module_name, modules_of, parse, product_files, relative
 
-# Each room may import the rooms above it in this list, and no room below it.
+# Each room (package or module) may import the rooms before it in this list, and none after it.
 ORDER = [
     "granite4v.lazy",
     "granite4v.errors",
@@ -47,7 +47,7 @@ ORDER = [
     "granite4v.cli",
 ]
 FOUNDATIONS = set(ORDER[: ORDER.index("granite4v.clip_projector")])
-# Rooms that stand beside the line: they may import less than what is above them.
+# Rooms with narrower rules: they may import less than what is before them in the list.
 ONLY = {
     "granite4v.converter": FOUNDATIONS,
     "granite4v.runtime.formats": {
@@ -58,18 +58,18 @@ ONLY = {
     },
     "granite4v.runtime.documents": FOUNDATIONS | {"granite4v.clip_projector"},
 }
-# Nobody but the command line builds on these.
+# Only the command line may import these.
 ENDS = {
     f"granite4v.{room}"
     for room in ("converter", "docling_plugin", "runtime.verify", "runtime.extract", "runtime.chat", "runtime.server")
 }
-# The package doors name what lies in other rooms, and import it on first use.
+# The package doors re-export names from other rooms, and import them on first use.
 DOORS = {"granite4v", "granite4v.__main__", "granite4v.runtime"}
 REFERENCE_ONLY = {"torch", "transformers", "peft"}
 
 
 def room_of(module: str) -> str:
-    """The room a module belongs to; a door, for what stands in none."""
+    """Returns the innermost room of a module; for a door outside all rooms, its own name."""
     return max((room for room in ORDER if f"{module}.".startswith(f"{room}.")), key=len, default=module)
 
 
@@ -80,7 +80,7 @@ def allowed(room: str) -> set[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module a file imports anywhere in it."""
+    """Returns every module that a file imports, anywhere in it."""
     return {name for node in imports(parse(path)) for name in modules_of(node)}
 
 
@@ -113,7 +113,7 @@ def test_the_reference_is_imported_by_verify_alone() -> None:
 
 
 def family_names() -> set[str]:
-    """Every spelling of a family's name, in small letters."""
+    """Returns every spelling of a family's name, in lower case."""
     names = {name for family in FAMILIES for name in (family.name, *family.hf_model_types, type(family).__name__)}
     names |= {"granite 4 vision", "granite vision"}
     spelled = {name.replace("_", mark) for name in names for mark in ("_", "-", " ", "")}
@@ -121,7 +121,8 @@ def family_names() -> set[str]:
 
 
 def test_nothing_outside_the_family_files_names_a_family() -> None:
-    """A family is new files in these rooms; shared code, comments included, reads what those files say."""
+    """A family consists of new files in these rooms; shared code, including its comments, only reads what those files
+    define."""
     for path in product_files():
         if not module_name(path).startswith(("granite4v.families", "granite4v.converter.tensors")):
             text = path.read_text(encoding="utf-8").lower()
@@ -154,7 +155,7 @@ def test_the_command_line_answers_help_without_heavy_imports() -> None:
 
 
 def test_importing_every_module_loads_no_library() -> None:
-    """But for what stands inside docling, which loads torch itself."""
+    """Except the docling plugin, because docling loads torch itself."""
     names = [module_name(path) for path in product_files() if path.name != "__main__.py"]
     names = [name for name in names if not name.startswith("granite4v.docling_plugin.")]
     loaded = modules_after("\n".join(f"import {name}" for name in names))

@@ -1,4 +1,4 @@
-"""Packages that import what they export on first use."""
+"""Packages that import their exports on first use."""
 
 from __future__ import annotations
 

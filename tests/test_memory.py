@@ -1,4 +1,4 @@
-"""Available memory: of the machine, or of a container that has less."""
+"""Available memory of the machine, or of a container with less."""
 
 from __future__ import annotations
 

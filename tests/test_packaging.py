@@ -1,4 +1,4 @@
-"""A wheel holds every module and the embedded checkpoint, and works without the repository beside it."""
+"""A wheel contains every module and the embedded checkpoint, and works without the repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKPOINT = {path.relative_to(ROOT).as_posix() for path in (ROOT / "granite4v" 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git tracks or would track, so that no build leftovers come along."""
+    """A copy of the files that git tracks or would track, so that build leftovers are excluded."""
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -64,7 +64,7 @@ def test_a_source_distribution_holds_what_the_wheel_is_made_of_once(source: Path
 
 
 def test_an_editable_install_is_a_folder_that_type_checkers_follow(source: Path, tmp_path: Path) -> None:
-    """A path in a .pth file, not an import hook."""
+    """It uses a path in a .pth file, not an import hook."""
     code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
@@ -83,7 +83,7 @@ def test_the_wheel_works_from_outside_the_repository(wheel: Path, tmp_path: Path
         "import granite4v, granite4v.converter.plan, granite4v.runtime, granite4v.clip_projector, granite4v.cli.main\n"
         "print(granite4v.__file__, granite4v.runtime.__file__, granite4v.Model)"
     )
-    # -I and no site hooks of the editable install: only the wheel may answer
+    # -I and no import hooks of the editable install: only the wheel can be imported
     hooks = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     done = subprocess.run([sys.executable, "-I", "-c", hooks + code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

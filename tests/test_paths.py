@@ -1,4 +1,4 @@
-"""The cache folder: where it is for whom, and that no state of it stops a command."""
+"""The cache folder: its location for each user, and that none of its states stops a command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from granite4v import paths
 
 @pytest.fixture
 def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user without a home, and a temporary folder of the test's own."""
+    """A user without a home directory; the temporary folder is the test's own."""
 
     def no_home(*args: Any, **options: Any) -> str:
         raise RuntimeError("could not determine the home directory for '~/.cache'")

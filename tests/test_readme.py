@@ -70,7 +70,7 @@ def without_numbers(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the documents of the sessions."""
+    """A folder with the documents of the README's examples."""
     folder = tmp_path_factory.mktemp("demo")
     (seed,) = re.findall(r"`scripts/demo\.sh --seed (\d+)`", README)
     command = [sys.executable, "-m", "scripts.nano.show", "build/demo", "--seed", seed]
@@ -84,7 +84,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def test_the_session_goes_as_it_is_shown(demo: Path) -> None:
-    """Of what goes to stderr the numbers may be others: how long it took."""
+    """On stderr numbers may differ, for example how long it took."""
     steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks("console")[0], flags=re.MULTILINE)
     assert len(steps) == 3
     for command, shown in steps:
@@ -107,7 +107,7 @@ def test_the_chat_goes_as_it_is_shown(demo: Path) -> None:
         for line in re.findall(r"^> (.+)$", shown, flags=re.MULTILINE):
             terminal.ask(line)
         seen = terminal.lines_to_cursor()[:-1]
-    # to the last letter, but for the times in lines that count tokens
+    # to the last letter, except the times in lines that count tokens
     assert without_numbers("\n".join(seen)) == without_numbers("\n".join(rest))
     assert [line for line in seen if "tokens" not in line] == [line for line in rest if "tokens" not in line]
 
@@ -123,7 +123,7 @@ def test_what_the_server_is_asked_is_answered_as_shown(
         request, client = (text.replace("http://127.0.0.1:8080", address) for text in (request, client))
         result = subprocess.run(["bash", "-c", request], cwd=demo, capture_output=True, text=True, check=True)
         chart = json.loads(result.stdout)["choices"][0]["message"]["content"]
-        assert len(chart.splitlines()) == 5 and chart in blocks("console")[0]  # as extract reads it
+        assert len(chart.splitlines()) == 5 and chart in blocks("console")[0]  # the same as extract reads
         monkeypatch.chdir(demo)
         exec(compile(client, "README.md", "exec"), {"__name__": "readme"})
         (printed,) = re.findall(r"print\(.*  # (.*)", client)

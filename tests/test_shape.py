@@ -1,4 +1,4 @@
-"""Size and shape of the source: imports at the top, short functions, files that can be read in a sitting."""
+"""Size and shape of the source: imports at the top, short functions, modules that can be read in one sitting."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.helpers.source_tree import (
 
 MAX_FUNCTION_LINES = 60
 MAX_MODULE_LINES = 450
-# Doors import what they name on first use, and commands inside their bodies, so that --help answers at once.
+# Package doors import their exports on first use, and commands import inside their bodies, so that --help is fast.
 LAZY_ROOMS = (
     *(f"granite4v.{room}" for room in ("__init__", "runtime.__init__", "clip_projector.__init__", "cli.")),
-    "granite4v.default_model",  # part of the package door: it leads into the converter and the runtime
+    "granite4v.default_model",  # part of the package door: it imports the converter and the runtime
 )
 # Optional extras, and llama_cpp, whose import loads its shared libraries.
 OPTIONAL = {
@@ -39,13 +39,13 @@ OPTIONAL = {
     "torch",
     "transformers",
 }
-# The process that reads pages stays small: it loads NumPy for deep greyscale alone, and PDFium for PDFs alone.
+# The process that reads pages stays small: it loads NumPy only for deep greyscale images, and PDFium only for PDFs.
 FOR_SOME_PAGES = {
     ("clip_projector/images.py", "numpy"),
     ("runtime/documents/content.py", "granite4v.runtime.documents.pdf"),
 }
 
-# Private by their spelling only, or of libraries that have nothing else to offer.
+# Private only by their spelling, or from libraries that offer nothing else.
 OTHERS_PRIVATES = {
     *("_replace", "_exit", "_shutdown", "_run_exitfuncs"),
     *("_Element", "_attn_implementation", "_get_number_of_features", "_set_vocab_sentencepiece"),
@@ -63,7 +63,7 @@ def is_optional(module: str) -> bool:
 
 
 def imports_inside_functions(path: Path) -> set[str]:
-    """Where a function imports something that is not an optional extra, and what."""
+    """Returns where a function imports something that is not an optional extra, and what."""
     return {
         f"{relative(path)}:{node.lineno}: {module}"
         for function in functions(parse(path))
@@ -83,7 +83,8 @@ def test_imports_stand_at_the_top() -> None:
 
 
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef, is_command: bool) -> int:
-    """Lines from `def` to the end; of a command from its body on, for its signature is a list of options."""
+    """Returns the number of lines from `def` to the end; for a command from its body on, because its signature is a
+    list of options."""
     start = function.body[0].lineno if is_command else function.lineno
     assert function.end_lineno is not None
     return function.end_lineno - start + 1
@@ -115,19 +116,19 @@ def is_counted_loop(node: ast.AST) -> bool:
 
 
 def test_loops_over_seeds_stand_inside_tests() -> None:
-    """A test is something that can fail on its own account; a hundred seeds of it are one."""
+    """A test is something that can fail on its own; a hundred seeds of it are one test."""
     found = {relative(path) for path in python_files("tests") if any(map(is_counted_loop, ast.walk(parse(path))))}
     assert found == set()
 
 
 def test_test_modules_import_no_other_test_modules() -> None:
-    """What several of them need stands in tests/helpers."""
+    """Code that several test modules need is in tests/helpers."""
     modules = {module for path in python_files("tests") for node in imports(parse(path)) for module in modules_of(node)}
     assert {name for name in modules if ".test_" in name} == set()
 
 
 def private_names(tree: ast.AST) -> set[str]:
-    """Private attributes that are read on other objects than self, imported, or replaced by monkeypatch."""
+    """Returns private attributes that are read from other objects than self, imported, or replaced by monkeypatch."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):

@@ -1,4 +1,4 @@
-"""A process that loads a model and answers one case after another, so that one that hangs or dies is seen."""
+"""A child process that loads a model and answers one case after another, so that hangs and crashes are detected."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.acceptance.schemas import SCHEMAS
 TASKS = ("kvp", "tables_otsl", "kvp", "tables_html", "kvp", "tables_json", "kvp", "chart2csv")  # in turn
 WRITTEN = {"tables_otsl": "otsl", "tables_html": "html", "tables_json": "json", "chart2csv": "csv"}
 GENERATIONS_A_PAGE = 25
-START_S = 600.0  # for a model to be loaded
+START_S = 600.0  # timeout for loading a model
 
 
 @dataclass(frozen=True)
 class Case:
-    """One generation; the same number and seed are the same case."""
+    """One generation. The same number and seed give the same case."""
 
     number: int
     task: str
@@ -50,8 +50,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Said:
-    """What became of a case. `closing`: the end of `text` that only makes it whole. `n_least`: the tokens of a short
-    whole answer. `written`: the value that was kept, in the form of its task; None when there is none."""
+    """The result of a case. `closing`: the suffix of `text` that was added to complete it. `n_least`: the number of
+    tokens of a minimal complete answer. `written`: the value that was kept, in the format of its task; None without
+    one."""
 
     text: str = ""
     closing: str | None = None
@@ -65,7 +66,7 @@ class Said:
 
 
 def case_of(number: int, seed: int, most: int) -> Case:
-    """Every second one has few tokens, so that it is cut."""
+    """Returns a case. About half of them have few tokens, so that their answers are cut."""
     task, rng = TASKS[number % len(TASKS)], random.Random(f"{seed} {number}")
     schema = list(SCHEMAS)[number // 2 % len(SCHEMAS)] if task == "kvp" else None
     n_tokens = rng.randint(1, min(60, most)) if rng.random() < 0.5 else most
@@ -73,7 +74,7 @@ def case_of(number: int, seed: int, most: int) -> Case:
 
 
 class Talker:
-    """Asks for one answer at a time; a process that takes too long is killed, and the next question gets a new one."""
+    """Asks for one answer at a time. A process that takes too long is killed, and the next case gets a new one."""
 
     def __init__(self, arguments: tuple[Any, ...], serve: Callable[..., None] | None = None) -> None:
         self._arguments, self._serve = arguments, serve or answer_cases
@@ -122,7 +123,7 @@ class Talker:
 
 
 def answer_cases(pipe: Connection, model: Path, temperature: float, threads: int) -> None:
-    """Loads the model, then answers case after case."""
+    """Loads the model, then answers one case after another."""
     faulthandler.enable()
     with granite4v.load(model, n_threads=threads) as loaded:
         pipe.send("ready")
@@ -130,7 +131,7 @@ def answer_cases(pipe: Connection, model: Path, temperature: float, threads: int
             case = pipe.recv()
             try:
                 pipe.send(_said(loaded, temperature, case))
-            except Exception as error:  # whatever it is, it is what the check looks for
+            except Exception as error:  # whatever it is, the check is looking for it
                 pipe.send(Said(error=f"{type(error).__name__}: {error}"))
 
 
@@ -162,7 +163,7 @@ def _compiler(model: Model) -> Compiler:
 
 
 def _shortest(model: Model, grammar: Grammar | None) -> int:
-    """The tokens of an answer that says as little as it can."""
+    """Returns the number of tokens of a minimal complete answer."""
     assert grammar is not None
     ending = _compiler(model).begin(grammar).ending(100_000)
     assert ending is not None
@@ -174,6 +175,6 @@ def _written(task: str, value: Any) -> str:
 
 
 def ask_for(model: Model, task: str, schema: Json | None) -> Question:
-    """The question as `granite4v extract` asks it."""
+    """Returns the question that `granite4v extract` would ask."""
     found = None if schema is None else load_schema(schema)
     return questions(model, (task,), None, found, unconstrained=False)[0]

@@ -1,4 +1,4 @@
-"""The server's own page in a browser: opened, used as a person would, and read."""
+"""Opens the server's own page in a browser, uses it as a person would, and reads it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WAIT_MS = 20_000
 
 @dataclass
 class Seen:
-    """What happened beside what was looked for."""
+    """Side effects seen while a page was used."""
 
     errors: list[str] = field(default_factory=list)  # of the page's scripts, and of its content security policy
-    origins: set[str] = field(default_factory=set)  # that were asked for something
+    origins: set[str] = field(default_factory=set)  # to which the page sent a request
     lines: list[str] = field(default_factory=list)
 
 
@@ -54,7 +54,7 @@ def choose(page: Page, question: Question, task: str) -> None:
 
 
 def finish(page: Page) -> str:
-    """The text of the answer, once it is complete."""
+    """Returns the text of the answer once it is complete."""
     expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=WAIT_MS)
     return page.locator("#text").text_content() or ""
 
@@ -77,7 +77,7 @@ def downloads(page: Page, button: str, n: int) -> list[bytes]:
 
 
 def shown(page: Page) -> list[list[list[str]]]:
-    """The texts of all tables of the page, by slot, read from its elements alone."""
+    """Returns the texts of all tables on the page, by slot, read from the page's elements alone."""
     grids: list[list[list[str]]] = page.evaluate(
         """() => [...document.querySelectorAll("#view table")].map((table) => {
           const grid = [...table.rows].map(() => []);

@@ -1,4 +1,4 @@
-"""A model of random weights for all checks, and a check run in this process."""
+"""Fixtures: a model with random weights for all checks, and a function that runs a check in this process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in F16, which answers several questions at once."""
+    """The same model in F16, which answers several questions at once."""
     return model_directory(None, tmp_path_factory.mktemp("acceptance"), "F16")
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Calls a check's `main`; gives its status, what the last line on stdout says, and stderr."""
+    """Calls a check's `main`; returns its status, the JSON of the last line on stdout, and stderr."""
 
     def run(main: Callable[[list[str]], int], *arguments: Any) -> Ran:
         status = main([*map(str, arguments), "--threads", "1"])

@@ -2,8 +2,8 @@
 
     python -m tests.acceptance.constrained_answers --generations 500
 
-Answers are made in a process of their own (`answering`) and judged by other people's programs (`judges`), with none of
-our code. With random weights at temperature 1 a model says anything that its grammar lets it say.
+Answers are generated in a child process (`answering`) and judged by third-party programs (`judges`), with none of our
+code. With random weights at temperature 1 a model says anything that its grammar allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.acceptance.harness import Json, Result, options_parser, run_check, te
 from tests.acceptance.judges import has_whole_row, judge, relaxed
 from tests.acceptance.schemas import SCHEMAS
 
-SPARE = 2  # tokens that are kept besides those of a whole answer
+SPARE = 2  # slack on top of the tokens of a minimal complete answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,8 +65,7 @@ KINDS = ("finished", "closed", "repetition", "cut", "broken")
 
 
 def _summary(tally: Counter[str]) -> Json:
-    """How many of each kind; `valid` are those whose text is a whole answer, and those that ended as repetition with a
-    valid value kept."""
+    """Counts each kind. `valid` counts complete answers, and those that ended as repetition with a valid value kept."""
     kinds = {kind: tally[kind] for kind in KINDS}
     valid = sum(tally[kind] for kind in ("finished", "closed", "repetition"))
     return {"n": tally["n"], **kinds, "valid": valid, "tokens": tally["n_tokens"]}
@@ -81,7 +80,7 @@ def _line(task: str, one: Json) -> str:
 
 
 def verdict(case: Case, said: Said) -> tuple[str, str | None]:
-    """Of which of `KINDS` an answer is, and which promise it breaks."""
+    """Returns the kind of an answer, one of `KINDS`, and the promise that it breaks, or None."""
     problem = said.error or _broken(case, said)
     if problem:
         return "broken", problem

@@ -3,9 +3,9 @@
     python -m tests.acceptance.extras --work build/extras
     python -m tests.acceptance.extras --work build/extras --extra xlsx --extra video
 
-One environment has the package without extras; each other one is a copy of it, with hard links in place of files, into
-which pip installs one extra. It is removed once its option was used. Takes some minutes and 3 GB; llama-cpp-python
-is compiled unless pip has a wheel of it. Versions are those of scripts/constraints.txt.
+A base environment has the package without extras. For each extra it is copied with hard links, and pip installs the
+extra into the copy, which is removed after its option was used. Takes some minutes and 3 GB; llama-cpp-python is
+compiled unless pip has a wheel of it. Versions are those of scripts/constraints.txt.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ TABLE = "from granite4v.runtime.formats import Cell, Table; Table(1, 1, 0, (Cell
 
 @dataclass(frozen=True)
 class Use:
-    """What needs an extra: arguments of `granite4v`, or `code`. {out}: a directory, in which it `writes` such files."""
+    """A use of an extra: arguments of `granite4v`, or `code`. {out}: a directory in which it `writes` files of this
+    pattern."""
 
     extra: str
     imports: str
     arguments: str = ""
     code: str = ""
     writes: str = ""
-    advice: str = ""  # in what is said without it
+    advice: str = ""  # expected in the message without the extra; by default `granite4v[EXTRA]`
 
     def command(self, python: Path, out: Path) -> list[str]:
         if self.code:
@@ -133,7 +134,7 @@ class Check:
         subprocess.run([*PIP, "--python", str(python_of(environment)), "check"], check=True, stdout=sys.stderr)
 
     def _try(self, base: Path, extra: str, wheel: Path) -> None:
-        """An environment with one extra."""
+        """Checks an environment with one extra."""
         environment = self._work / extra
         shutil.copytree(base, environment, symlinks=True, copy_function=os.link)
         self._install(environment, f"{wheel}[{extra}]")
@@ -153,7 +154,8 @@ class Check:
             self._result.broken.append(f"{extra}: {shown(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
     def _refuse(self, base: Path, use: Use) -> None:
-        """Without the extra: one message, which names it, and nothing begun; unless another package brings the same."""
+        """Checks that without the extra there is one message that names it, and that no work was started. Skipped if
+        another package brings the same import."""
         if not self._run([python_of(base), "-c", f"import {use.imports}"]).returncode:
             self._result.lines.append(f"{use.imports}: there without {use.extra}")
             return
@@ -184,7 +186,7 @@ class Check:
 
 
 def make_files(folder: Path) -> Path:
-    """What the options read: a page, a video, a model with its checkpoint, and one that takes videos."""
+    """Writes what the options read: a page, a video, a model with its checkpoint, and a model that takes videos."""
     folder.mkdir()
     text_picture((150, 100)).save(folder / "page.png")
     write_video(folder / "video.mp4", 8, rate=4)

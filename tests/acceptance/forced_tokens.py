@@ -1,9 +1,10 @@
-"""Text without a choice is not sampled: fewer decoding steps, and the same values.
+"""Text without alternatives is not sampled: fewer decode steps, and the same values.
 
     python -m tests.acceptance.forced_tokens --model MODEL_DIR [IMAGE...]
 
-Reads forms with and without fast-forward, in turn, greedily. Values may differ where the model spells forced text in
-other tokens than the tokenizer does, and where two tokens are as good as equal; anything else breaks the promise.
+Reads forms greedily with and without fast-forward, in alternating order. Values may differ where the model spells
+forced text in other tokens than the tokenizer does, and where two tokens are nearly tied; any other difference breaks
+the promise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.acceptance.answering import ask_for
 from tests.acceptance.harness import FORM, Json, Result, options_parser, ratio, run_check, tell
 from tests.acceptance.pages import draw_page
 
-NEAR_TIE = 0.1  # logits that are closer may change places where tokens are computed together
+NEAR_TIE = 0.1  # closer logits may swap ranks when tokens are computed in one batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,14 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def forced_tokens(options: argparse.Namespace, work: Path) -> Result:
-    """Fields of forms with and without it, in turn, greedily, by one loaded model."""
+    """Extracts the fields of forms with and without fast-forward, in alternating order, greedily, with one loaded
+    model."""
     pairs: list[tuple[Answer, Answer]] = []
     differences: list[Json] = []
     problems: list[str] = []
     with granite4v.load(options.model, n_threads=options.threads) as model:
         for number, (name, picture, schema) in enumerate(_forms(options)):
             question = ask_for(model, "kvp", schema)
-            model.generate(question.prompt, [picture], max_tokens=1)  # the page is read before either
+            model.generate(question.prompt, [picture], max_tokens=1)  # prefills the page before either of the two
             order = (True, False) if number % 2 else (False, True)
             found = {forced: _answer(model, picture, question, options.max_tokens, forced) for forced in order}
             pair = found[True], found[False]
@@ -74,7 +76,7 @@ def forced_tokens(options: argparse.Namespace, work: Path) -> Result:
 
 
 def _forms(options: argparse.Namespace) -> Iterator[tuple[str, Any, Json]]:
-    """(name, picture, schema)"""
+    """Yields (name, picture, schema)."""
     if options.image:
         schema = FORM if options.schema is None else json.loads(Path(options.schema).read_text(encoding="utf-8"))
         yield from ((path.name, path, schema) for path in options.image)
@@ -95,11 +97,11 @@ def _answer(model: Model, picture: Image | Path, question: Question, max_tokens:
 
 
 def explained(model: Model, picture: Image | Path, question: Question, forced: Answer, sampled: Answer) -> Json:
-    """Where an answer with fast-forward parts from one without it, and why.
+    """Explains where an answer with fast-forward diverges from one without it, and why.
 
-    `spelling`: text that must come, which the model by itself cuts into other tokens than the tokenizer does, and goes
-    on from there in another way. `near tie`: of two tokens that the model likes alike, one wins where tokens are
-    computed together, the other where they come one by one. All else is `unexplained`.
+    `spelling`: forced text that the model on its own splits into other tokens than the tokenizer does, after which it
+    continues differently. `near tie`: of two tokens with nearly equal logits, one wins when tokens are computed in one
+    batch, the other when they are computed one by one. Everything else is `unexplained`.
     """
     pairs = list(itertools.zip_longest(forced.tokens, sampled.tokens))
     at = next(i for i, (one, other) in enumerate(pairs) if one != other)
@@ -114,7 +116,7 @@ def explained(model: Model, picture: Image | Path, question: Question, forced: A
 
 
 def _forced_behind(model: Model, question: Question, said: list[int], n_vocab: int) -> list[int]:
-    """What fast-forward feeds behind these tokens."""
+    """Returns the tokens that fast-forward feeds after these tokens."""
     assert question.constraint is not None
     state = Compiler(model.prompts.tokenizer(), n_vocab, model.prompts.stop_tokens).begin(question.constraint)
     for token in said:

@@ -1,7 +1,7 @@
-"""What the checks share: their options, a model of random weights, processes of their own, and how a check ends.
+"""Shared by the checks: options, a model with random weights, child processes, and how a check ends.
 
-A check says on stderr what it saw. Its last line on stdout is one JSON object; the exit status is 1 if a promise was
-broken. Needs the extra `dev`.
+A check reports on stderr. Its last line on stdout is one JSON object; the exit status is 1 if a promise was broken.
+Needs the extra `dev`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FORM: Json = {
 
 @dataclass
 class Result:
-    """`figures` for the JSON line, `lines` for a person, and the promises that were `broken`, in words."""
+    """The result of a check: `figures` for the JSON line, `lines` for people, and the `broken` promises, in words."""
 
     check: str
     figures: Json = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Result:
     broken: list[str] = field(default_factory=list)
 
     def print(self) -> int:
-        """Tells both; the exit status."""
+        """Prints lines to stderr and JSON to stdout; returns the exit status."""
         for line in [*self.lines, *(f"broken: {text}" for text in self.broken), *([] if self.broken else ["ok"])]:
             print(f"{self.check}: {line}", file=sys.stderr)
         print(json.dumps({"check": self.check, "ok": not self.broken, **self.figures, "broken": self.broken}))
@@ -59,7 +59,7 @@ class Result:
 
 
 def options_parser(doc: str, max_tokens: int) -> argparse.ArgumentParser:
-    """The options of every check; `doc` is the docstring of its module."""
+    """Returns a parser with the options of every check; `doc` is the docstring of its module."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model directory; by default one of random weights is made")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -72,7 +72,8 @@ def options_parser(doc: str, max_tokens: int) -> argparse.ArgumentParser:
 def run_check(
     check: Callable[[argparse.Namespace, Path], Result], options: argparse.Namespace, kind: str = "F32"
 ) -> int:
-    """Runs a check in its working directory, with a model, made in this type; returns the exit status."""
+    """Runs a check in its working directory, with a model converted to type `kind` unless one is given; returns the
+    exit status."""
     with tempfile.TemporaryDirectory(prefix="acceptance-") as directory:
         work = options.work or Path(directory)
         work.mkdir(parents=True, exist_ok=options.work is None)
@@ -81,15 +82,15 @@ def run_check(
 
 
 def tell(text: str) -> None:
-    """Something on the way, on stderr."""
+    """Prints progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def model_directory(given: Path | None, work: Path, kind: str = "F32") -> Path:
-    """The directory that was given, or one with a tiny model of random weights; in F32 it answers one at a time.
+    """Returns the given directory, or makes a tiny model with random weights; in F32 it answers one question at a time.
 
-    Random weights hardly ever write a mark that ends a cell or an answer; so the head's rows for tokens that begin
-    with one are made louder than the others, and answers come to their ends.
+    Random weights hardly ever write a mark that ends a cell or an answer. Therefore the head's rows for tokens that
+    begin with one are scaled up, so that answers come to an end.
     """
     if given is not None:
         return given
@@ -101,7 +102,7 @@ def model_directory(given: Path | None, work: Path, kind: str = "F32") -> Path:
     usual = np.median(head.std(axis=1))
     for i in (i for text, i in ids.items() if text.startswith(MARKS)):
         head[i] *= LOUDNESS * usual / head[i].std()
-    for bracket in "[]":  # an empty list is an answer too, and must not be all that is said
+    for bracket in "[]":  # an empty list is a valid answer, too, but must not be the only one
         head[ids[bracket]] = head[ids["<"]]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     convert(checkpoint, work / "model", Options(text_type=kind, vision_type=kind))
@@ -109,18 +110,18 @@ def model_directory(given: Path | None, work: Path, kind: str = "F32") -> Path:
 
 
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function of a module returns in an interpreter of its own, whose memory holds nothing else."""
+    """Calls a module-level function in a new interpreter, whose memory holds nothing else, and returns its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def records_of(path: Path) -> Iterator[Json]:
-    """Records as `results.jsonl` holds them, with no code of ours; a line that did not end is none."""
+    """Yields the records of a `results.jsonl`, parsed without our code; a last line without a line break is skipped."""
     if path.exists():
         with path.open("rb") as file:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
 def ratio(one: float, other: float) -> float | None:
-    """Rounded to four digits; None where the other is 0."""
+    """Returns the ratio, rounded to four digits; None if `other` is 0."""
     return round(one / other, 4) if other else None

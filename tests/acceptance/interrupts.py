@@ -1,11 +1,11 @@
-"""A batch that is interrupted with Ctrl-C ends within seconds, keeps what is finished, and goes on to the same end.
+"""A batch that is interrupted with Ctrl-C ends within seconds, keeps what is finished, and resumes to the same end.
 
     python -m tests.acceptance.interrupts --pages 40 --interrupts 10
     python -m tests.acceptance.interrupts --model build/full-model --pages 4 --interrupts 4 --max-tokens 8
 
-`granite4v extract` runs once undisturbed, then again and again with SIGINT at moments spread over its time, with
-several pages in flight. What is on the disk then must be records of the undisturbed run, each once and in its order;
-those behind a page that was not finished may be among them.
+`granite4v extract` runs once undisturbed, then again and again with SIGINT at moments spread over its run time, with
+several pages in flight. After each interrupt the results must be records of the undisturbed run, without duplicates and
+in the same order. They may include records after a page that was not finished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.acceptance.harness import Json, Result, options_parser, run_check, te
 from tests.acceptance.kills import TASKS, compare, expected_keys, extract_command, records_without_timings, run_timed
 from tests.acceptance.pages import make_batch
 
-# of a command that was interrupted; the second while Python itself starts or ends, and shells show it as the first
+# of an interrupted command; the second occurs while Python itself starts or ends, and shells report it as the first
 STATUSES = (128 + signal.SIGINT, -signal.SIGINT)
 Key = tuple[str, int | None, str]
 
@@ -51,10 +51,10 @@ def interrupts(options: argparse.Namespace, work: Path) -> Result:
     kept: list[int] = []
     problems: list[str] = []
     for i in range(options.interrupts):
-        # a share of what is left, so that the last one still finds something to interrupt
+        # a share of the remaining time, so that the last interrupt still has something to interrupt
         left_s = (whole_s - pace.start_s) * (1 - (kept or [0])[-1] / len(keys)) / (options.interrupts - i)
         after_s = rng.uniform(0.3, 1) * (pace.start_s + left_s)
-        # the first comes once there is a record, however fast the machine has become since the undisturbed run
+        # the first one waits for a record, even if the machine has become faster since the undisturbed run
         status, seconds = interrupt(command, after_s, broken / "results.jsonl" if i == 0 else None)
         found = records_without_timings(broken / "results.jsonl")
         kept.append(len(found))
@@ -76,8 +76,8 @@ def interrupts(options: argparse.Namespace, work: Path) -> Result:
 
 
 def interrupt(command: Sequence[str], after_s: float, records: Path | None = None) -> tuple[int, float]:
-    """Status, and seconds from Ctrl-C to the end (0 where the end came first). Ctrl-C comes after so many seconds, or
-    sooner, when there is something in the file `records`."""
+    """Returns the status, and the seconds from Ctrl-C to the end (0 if the process ended first). Ctrl-C is sent after
+    `after_s` seconds, or as soon as the file `records` is not empty."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + after_s
     while records is not None and process.poll() is None and time.monotonic() < until:
@@ -94,7 +94,7 @@ def interrupt(command: Sequence[str], after_s: float, records: Path | None = Non
 
 
 def strangers(expected: Sequence[Json], found: Sequence[Json]) -> list[str]:
-    """What is wrong with records that should be some of those that are expected, in the same order."""
+    """Describes what is wrong with records that should be a subset of the expected ones, in the same order."""
     places = {(record["source"], record["page"], record["task"]): i for i, record in enumerate(expected)}
     problems, last = [], -1
     for record in found:

@@ -1,4 +1,4 @@
-"""Whether answers are valid, by other people's programs: jsonschema, docling-core, lxml and csv. None of our code."""
+"""Judges whether answers are valid, with third-party code only: jsonschema, docling-core, lxml and csv."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.acceptance.schemas import CELLS
 
 
 def judge(task: str, text: str, schema: Json | None = None) -> str | None:
-    """Why a text is no whole answer to a task, by `jsonschema`, docling-core, lxml and csv; None when it is one."""
+    """Returns why a text is not a complete answer to a task, according to `jsonschema`, docling-core, lxml and csv;
+    None if it is one."""
     judges: dict[str, Callable[[str], None]] = {
         "kvp": lambda text: check_instance(json.loads(text), schema or {}),
         "tables_otsl": check_otsl,
@@ -33,35 +34,35 @@ def judge(task: str, text: str, schema: Json | None = None) -> str | None:
         "chart2csv": check_csv,
     }
     try:
-        text.encode()  # no half of a character
+        text.encode()  # fails on lone surrogates
         judges[task](text)
-    except Exception as error:  # of libraries that all have their own
+    except Exception as error:  # each library has its own exceptions
         return f"{type(error).__name__}: {error}".strip()[:300]
     return None
 
 
 def has_whole_row(task: str, text: str) -> bool:
-    """Whether a cut answer certainly has a row to keep."""
+    """Whether a cut answer certainly has a complete row to keep."""
     if task == "chart2csv":
         return '"' not in text and not text.startswith("`") and len(re.findall("[^\n]\n", text)) > 1
     return {"tables_otsl": "<nl>", "tables_html": "</tr>"}.get(task, "\0") in text
 
 
 def check_instance(value: Any, schema: Json) -> None:
-    """Raises what `jsonschema` raises, for formats too."""
+    """Raises the errors of `jsonschema`, also for formats."""
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     kind(schema, format_checker=kind.FORMAT_CHECKER).validate(value)
 
 
 def relaxed(schema: Any) -> Any:
-    """The schema without the demand that all be there: what is left of an instance that was cut fits it."""
+    """Returns the schema without requirements of completeness, so that the rest of a cut instance fits it."""
     if not isinstance(schema, dict):
         return schema
     made: Json = {}
     for key, value in schema.items():
         if key in ("properties", "patternProperties", "$defs", "definitions"):
             made[key] = {name: relaxed(inner) for name, inner in value.items()}
-        elif key in ("anyOf", "oneOf"):  # what tells alternatives apart may be missing
+        elif key in ("anyOf", "oneOf"):  # the members that distinguish the alternatives may be missing
             made["anyOf"] = [relaxed(inner) for inner in value]
         elif key in ("allOf", "prefixItems"):
             made[key] = [relaxed(inner) for inner in value]
@@ -73,10 +74,10 @@ def relaxed(schema: Any) -> Any:
 
 
 def check_otsl(text: str) -> None:
-    """docling-core reads every table without a warning, and its cells cover each slot once."""
+    """Checks that docling-core reads every table without a warning, and that its cells cover each slot exactly once."""
     for part in _tables(text, "otsl"):
         with _no_warning():
-            # its parser takes any '<' for a tag, so text gets another sign
+            # its parser takes any '<' for a tag, so other ones are replaced
             data = parse_otsl_table_content(re.sub(r"<(?![a-z/])", "‹", part))
         cells = [
             (cell.start_row_offset_idx, cell.start_col_offset_idx, cell.row_span, cell.col_span)
@@ -86,7 +87,8 @@ def check_otsl(text: str) -> None:
 
 
 def check_html(text: str) -> None:
-    """Well-formed, and to lxml each section is covered once, all as wide as the first."""
+    """Checks that the text is well-formed, and that, as lxml parses it, cells cover each section exactly once and all
+    sections are as wide as the first."""
     for part in _tables(text, "table"):
         plain = re.sub(r"<(?![a-zA-Z/])", "&lt;", re.sub(r"<br/?>", "<br/>", part.replace("&", "&amp;")))
         lxml.etree.fromstring(f"<table>{plain}</table>")
@@ -102,7 +104,7 @@ def check_html(text: str) -> None:
 
 
 def _html_cells(rows: list[Any]) -> tuple[list[tuple[int, int, int, int]], int]:
-    """(row, column, rows, columns) of each cell, by HTML's way of forming a table, and how many columns there are."""
+    """Returns (row, column, rows, columns) of each cell by HTML's table algorithm, and the number of columns."""
     cells: list[tuple[int, int, int, int]] = []
     taken: set[tuple[int, int]] = set()
     for i, row in enumerate(rows):
@@ -117,7 +119,7 @@ def _html_cells(rows: list[Any]) -> tuple[list[tuple[int, int, int, int]], int]:
 
 
 def check_cells(text: str) -> None:
-    """JSON as its schema says, and cells that cover each slot once."""
+    """Checks the JSON against its schema, and that cells cover each slot exactly once."""
     found = json.loads(text)
     check_instance(found, CELLS)
     for table in found if isinstance(found, list) else [found]:
@@ -129,7 +131,7 @@ def check_cells(text: str) -> None:
 
 
 def check_csv(text: str) -> None:
-    """Every row as wide as the header."""
+    """Checks that every row is as wide as the header."""
     inner = re.fullmatch(r"```(?:csv)?\n(.*?)\n```", text, flags=re.DOTALL)
     widths = [len(row) for row in csv.reader(io.StringIO(inner[1] if inner else text, newline=""), strict=True)]
     if not widths or set(widths) != {widths[0]}:
@@ -137,7 +139,7 @@ def check_csv(text: str) -> None:
 
 
 def _tables(text: str, tag: str) -> list[str]:
-    """What is inside each table; nothing but brackets and commas stands between them."""
+    """Returns the contents of each table; only brackets and commas may be between them."""
     pattern = rf"<{tag}>(.*?)</{tag}>"
     rest = re.sub(pattern, "", text, flags=re.DOTALL)
     if rest.strip(" ,\n[]") or (not rest.strip(" ,\n") and f"<{tag}>" not in text):
@@ -156,7 +158,7 @@ def _check_covered(cells: list[tuple[int, int, int, int]], n_rows: int, n_cols: 
 
 @contextmanager
 def _no_warning() -> Iterator[None]:
-    """Turns warnings into errors, and what is logged as one too."""
+    """Turns warnings and logged warnings into errors."""
     heard: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

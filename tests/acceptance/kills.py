@@ -1,9 +1,9 @@
-"""A batch that is killed at random moments and resumed ends as one that never was: same records, same files.
+"""A batch that is killed at random moments and resumed ends like one that never was: same records, same files.
 
     python -m tests.acceptance.kills --pages 60 --kills 20
 
-`granite4v extract` runs once undisturbed, then again and again with SIGKILL: while it starts, between and within
-records, while it writes its last files. After every kill the records on the disk must be the first ones of the
+`granite4v extract` runs once undisturbed, then again and again with SIGKILL: during startup, between and within
+records, and while it writes its last files. After every kill the records on disk must be a prefix of those of the
 undisturbed run, however many pages were in flight.
 """
 
@@ -27,7 +27,7 @@ from tests.acceptance.pages import Batch, make_batch
 
 TASKS = ("tables_html", "chart2csv", "kvp")
 FORMATS = ("csv", "html", "json", "otsl", "md")
-STAGES = ("records", "start", "records", "end", "records", "records", "start", "records")  # of kills, in turn
+STAGES = ("records", "start", "records", "end", "records", "records", "start", "records")  # of the kills, in turn
 POLL_S = 0.005
 
 
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an undisturbed run: to its first record, for each record, from the last one to the end."""
+    """The times of an undisturbed run in seconds: until its first record, per record, from the last record to the
+    end."""
 
     start_s: float
     record_s: float
@@ -51,8 +52,8 @@ class Pace:
 
 @dataclass(frozen=True)
 class Moment:
-    """`after_s` seconds behind record `n_records`, but at record `latest` if that comes first; `stage` 'start' means
-    behind the start of the process instead."""
+    """When to kill: `after_s` seconds after record `n_records`, but no later than at record `latest`. With `stage`
+    'start' the time counts from the start of the process."""
 
     n_records: int
     stage: str
@@ -62,7 +63,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Kill:
-    """What there was after it: records on the disk, and pages of which one may have ended the process."""
+    """The state after a kill: records on disk, and pages of which any one may have ended the process."""
 
     stage: str
     n_records: int
@@ -130,14 +131,14 @@ def run_timed(command: Sequence[str], results: Path, n_records: int) -> Pace:
 
 
 def moments(rng: random.Random, n: int, n_records: int, pace: Pace) -> list[Moment]:
-    """Most of them between and within records, some while a process starts or writes its last files."""
+    """Returns moments mostly between and within records, and some at startup or while the last files are written."""
     found = []
     for stage in itertools.islice(itertools.cycle(STAGES), n):
         at = n_records if stage == "end" else rng.randrange(n_records)
         longest_s = {"start": 1.2 * pace.start_s, "records": 2 * pace.record_s, "end": 1.2 * pace.end_s}[stage]
         found.append((at, stage, rng.uniform(0, longest_s)))
     found.sort()
-    # a machine that has become faster since the pace was measured must not be through before the next one
+    # if the machine has become faster since the pace was measured, a run must not get past the next kill's record
     latest = [at for at, _, _ in found[1:]] + [n_records]
     return [Moment(*one, most) for one, most in zip(found, latest, strict=True)]
 
@@ -150,16 +151,16 @@ def kill_often(
     expected: list[Json],
     n_records: int,
 ) -> tuple[list[Kill], list[str]]:
-    """The kills that landed, and what was wrong on the disk after them."""
+    """Returns the kills that hit a running process, and what was wrong on disk after them."""
     rng = random.Random(options.seed)
     kills: list[Kill] = []
     problems: list[str] = []
     waiting = moments(rng, options.kills, n_records, pace)
     while len(kills) < options.kills:
-        # one that ended before it was killed is made good by a kill while it starts
+        # a run that ended before its kill is made up for by a kill at startup
         moment = waiting.pop(0) if waiting else Moment(0, "start", rng.uniform(0, 0.8 * pace.start_s), n_records)
         if moment.stage == "start" and deaths(results.parent):
-            # a second death there would be the page's own, which is then left alone: let it be read first
+            # a second death on that page would be blamed on the page, which would then be skipped: let it be read first
             moment = Moment(0, "records", rng.uniform(0, 2 * pace.record_s), moment.latest)
         if not kill_at(moment, command, results, pace, n_records):
             continue
@@ -171,7 +172,8 @@ def kill_often(
 
 
 def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n_records: int) -> bool:
-    """Runs the command and kills it then, but not on a page that it has died on; False when it ended before."""
+    """Runs the command and kills it at the given moment, but not during a page on which it has died before. Returns
+    False if it ended first."""
     n_before, out = n_lines(results), results.parent
     spared = deaths(out)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -184,19 +186,19 @@ def kill_at(moment: Moment, command: Sequence[str], results: Path, pace: Pace, n
     until = time.monotonic() + wait_s
     while process.poll() is None and time.monotonic() < until and n_lines(results) < max(most, n_before + 1):
         time.sleep(POLL_S)
-    process.kill()  # nothing happens if it has ended
+    process.kill()  # does nothing if the process has ended
     return process.wait() < 0
 
 
 def deaths(out: Path, unknown: set[str] | None = None) -> set[str]:
-    """The pages that were in flight alone when a process died, as a run notes for the next one; `unknown` while it
-    writes that."""
+    """Returns the pages that were in flight alone when a process died, as a run records them for the next one;
+    `unknown` while it writes that file."""
     content = _attempts(out)
     return (unknown or set()) if content is None else {key for key, n in content.items() if isinstance(n, int)}
 
 
 def suspects(out: Path) -> list[str]:
-    """The pages that were in flight together when a process died."""
+    """Returns the pages that were in flight together when a process died."""
     return list((_attempts(out) or {}).get("suspects", ()))
 
 
@@ -217,7 +219,7 @@ def expected_keys(batch: Batch, tasks: Sequence[str]) -> list[tuple[str, int | N
 
 
 def differences(expected: list[Json], results: Path) -> list[str]:
-    """Where the records on the disk are not the first ones of those that are expected."""
+    """Describes where the records on disk differ from the beginning of the expected ones."""
     try:
         found = records_without_timings(results)
     except ValueError as error:
@@ -232,9 +234,9 @@ def differences(expected: list[Json], results: Path) -> list[str]:
 
 
 def compare(whole: Path, broken: Path, keys: list[tuple[str, int | None, str]]) -> list[str]:
-    """How the directory of a killed run differs from that of an undisturbed one, timings aside.
+    """Describes how the directory of a killed run differs from that of an undisturbed one, apart from timings.
 
-    `keys`: of all records that must be there, in order.
+    `keys`: those of all records that must be there, in order.
     """
     problems = []
     expected = records_without_timings(whole / "results.jsonl")
@@ -242,7 +244,7 @@ def compare(whole: Path, broken: Path, keys: list[tuple[str, int | None, str]]) 
         try:
             found = [(r["source"], r["page"], r["task"]) for r in records_of(folder / "results.jsonl")]
         except ValueError:
-            continue  # told below
+            continue  # reported below
         if found != keys:
             missing, more = Counter(keys) - Counter(found), Counter(found) - Counter(keys)
             problems.append(f"the {name} run lacks {sorted(map(str, missing))} and has {sorted(map(str, more))} more")

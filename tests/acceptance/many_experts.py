@@ -1,16 +1,15 @@
-"""Converts a model of many experts from sparse files, and has it answer where its weights do not fit into memory.
+"""Converts a model of many experts from sparse files, and lets it answer with less memory than its weights need.
 
     python -m tests.acceptance.many_experts FOLDER [--layers 4] [--text-type Q4_0] [--limit-mb 3000]
 
-The checkpoint has the widths of a published one and 22 GB with four layers, all but 0.2 GB of them holes; the converted
-model takes 6.5 GB in Q4_0, and both are removed. Conversion is compared with a plain copy of the checkpoint and, after
-it, quantizing as many numbers into the same types in memory, on as many threads; and, as `ratio_to_least`, with what it
-cannot do without, which writes no more than the result. All begin with a checkpoint of which nothing is in the system's
-memory. The copy takes 22 GB for as long.
-
-Then `granite4v ask` runs in a control group whose memory, pages of mapped files included, is limited (Linux, as root;
-version 1 or 2). Embeddings and routers are random, so that tokens go to all the experts. The last line is one JSON
-object; exit status 1 says that conversion took more than 3 GB or 1.2 times that time, or that there was no answer.
+The checkpoint has the widths of a published one; with four layers it has 22 GB, of which all but 0.2 GB are holes. The
+converted model takes 6.5 GB in Q4_0. Both are removed. The time of the conversion is compared with that of a plain copy
+of the checkpoint followed by quantizing as many numbers into the same types in memory, with as many threads. In
+addition, `ratio_to_least` compares it with the minimal work, which writes no more than the result. All of them begin
+with a checkpoint that is not in the page cache. The copy temporarily takes another 22 GB. Then `granite4v ask` runs in
+a control group with limited memory, which includes the pages of mapped files (Linux, as root; version 1 or 2).
+Embeddings and routers are random, so that tokens are routed to all experts. The last line is one JSON object. The exit
+status is 1 if the conversion took more than 3 GB of memory or 1.2 times that time, or if there was no answer.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from tests.toy.checkpoint import PRESETS, CheckpointSpec, stored_tensors, write_
 
 MOST_BYTES, MOST_TIME = 3e9, 1.2
 BYTES = 2  # of a bfloat16
-SMALL = 1_000_000  # values: norms and routers
-EMBEDDED = 4096  # tokens at both ends of the vocabulary
+SMALL = 1_000_000  # values; up to this many a tensor is written in full: norms and routers
+EMBEDDED = 4096  # tokens at both ends of the vocabulary with random embeddings
 COPIED = 1 << 24
-MEASURED = 400  # chunks
+MEASURED = 400  # chunks at most
 WIDTH = 5120
 GROUPS = Path("/sys/fs/cgroup")
 
 
 def write_holes(folder: Path, spec: CheckpointSpec) -> int:
-    """A checkpoint whose matrices are holes; how many bytes they stand for."""
+    """Writes a checkpoint whose matrices are holes; returns its size in bytes with the holes."""
     tokenizer = write_configuration(folder, spec)
     tensors = [(name, parts[0].shape) for name, parts in stored_tensors(spec, tokenizer.n_vocab)]
     header: dict[str, Any] = {}
@@ -73,7 +72,7 @@ def write_holes(folder: Path, spec: CheckpointSpec) -> int:
 
 
 def _filled(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Where a tensor has values: first one and number."""
+    """Yields (start, count) of the ranges of a tensor that have values."""
     n = math.prod(shape)
     if n <= SMALL:
         yield 0, n
@@ -83,9 +82,9 @@ def _filled(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def forget(path: Path, other: Path) -> None:
-    """Has the system drop what it holds of a file in memory, and fill that with another one, larger than memory. A
-    virtual machine's host takes free memory back after some seconds, and to get it again, page by page, would take
-    longer than what is measured here; what is held of a file is not free."""
+    """Evicts a file from the page cache and fills the cache with another file, larger than memory. The host of a
+    virtual machine reclaims free memory after some seconds, and getting it back page by page would take longer than
+    what is measured here; the page cache does not count as free."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if not other.exists():
@@ -102,8 +101,8 @@ def read_all(path: Path) -> None:
 
 
 def other_seconds(source: Path, model: Path, scratch: Path, other: Path) -> dict[str, float]:
-    """Of copying the checkpoint's file, of only reading it, of writing one as large as the model, and of quantizing as
-    many numbers as that has."""
+    """Returns the seconds for copying the checkpoint's file, for only reading it, for writing a file as large as the
+    model, and for quantizing as many numbers as the model has."""
     forget(source, other)
     read = timed(lambda: read_all(source))
     write = timed(lambda: write_zeros(scratch, sum(path.stat().st_size for path in model.glob("*.gguf"))))
@@ -126,7 +125,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Holes as zeros, which is what they are read as."""
+    """Copies a file; holes are read and written as zeros."""
     with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
         while piece := read.read(COPIED):
             write.write(piece)
@@ -140,7 +139,8 @@ def write_zeros(target: Path, n_bytes: int) -> None:
 
 
 def quantizing_seconds(type_name: str, n_values: int) -> float:
-    """Of so many zeros, which are what the checkpoint's holes are; at most `MEASURED` chunks are measured."""
+    """Returns the seconds for quantizing this many zeros, like the checkpoint's holes. At most `MEASURED` chunks are
+    measured, and the time is extrapolated."""
     rows = np.zeros((CHUNK_ELEMENTS // WIDTH, WIDTH), ml_dtypes.bfloat16)
     n_chunks = min(-(-n_values // rows.size), MEASURED)
 
@@ -154,7 +154,7 @@ def quantizing_seconds(type_name: str, n_values: int) -> float:
 
 
 def limited_group(n_bytes: int) -> Path:
-    """A new control group with so much memory; its path ends in what processes are written to."""
+    """Creates a control group with a memory limit and returns its directory."""
     old = GROUPS / "memory"
     group = (old if old.is_dir() else GROUPS) / f"granite4v-{os.getpid()}"
     group.mkdir()
@@ -163,7 +163,8 @@ def limited_group(n_bytes: int) -> Path:
 
 
 def ask(model: Path, limit: int) -> dict[str, Any]:
-    """An answer in a control group: seconds, and how often memory was short there."""
+    """Asks a question in a control group; returns the status, the seconds, the limit, the peak of memory there, and the
+    last line on stderr."""
     group = limited_group(limit)
     command = [sys.executable, "-m", "granite4v", "ask", "What is in the table, and what do its rows add up to?"]
     began = time.perf_counter()

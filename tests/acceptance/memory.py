@@ -2,7 +2,7 @@
 
     python -m tests.acceptance.memory --pages 300
 
-Compares resident memory and its peak after the last page with those after an early one.
+Compares resident memory and its peak after the last page with those after an early page.
 """
 
 from __future__ import annotations
@@ -67,14 +67,16 @@ def memory(options: argparse.Namespace, work: Path) -> Result:
 
 
 def middle_mb(used: Sequence[tuple[float, float | None]], page: int) -> float:
-    """Resident memory after the pages up to `page`, as many as `WINDOW`: it depends on what is just open."""
+    """Returns the median of resident memory over the last `WINDOW` pages up to `page`: single values depend on what is
+    open at that moment."""
     return round(statistics.median(rss for rss, _ in used[max(0, page - WINDOW) : page]), 2)
 
 
 def memory_by_page(
     folder: Path, model: Path, out: Path, max_tokens: int, threads: int
 ) -> list[tuple[float, float | None]]:
-    """After each page, in MB (10^6 bytes): resident memory, and the most there was of it where the system tells."""
+    """Returns for each page, in MB (10^6 bytes): resident memory after it, and its peak where the system reports
+    one."""
     process, used = psutil.Process(), []
     options: Json = {"out": out, "report": True, "max_tokens": max_tokens, "n_threads": threads}
     for record in granite4v.extract(folder, TASKS, model=model, **options):

@@ -1,9 +1,9 @@
-"""Converts an 11B-shaped Llama 3.2 Vision of zeros: peak memory, and files besides the two that are wanted.
+"""Converts an 11B-shaped Llama 3.2 Vision of zeros and checks peak memory, and that it writes only the two files.
 
     python -m tests.acceptance.mllama_conversion FOLDER [--text-type Q4_0]
 
-The checkpoint's 21 GB are sparse files; the model takes about 7 GB, and both are removed. Ends with one line of JSON,
-and exit status 1 where more than 1.5 GB of memory were taken or another file of weights was written.
+The checkpoint's 21 GB are sparse files; the model takes about 7 GB. Both are removed. The last line is one JSON object.
+The exit status is 1 if the conversion failed, took more than 1.5 GB of memory or wrote another file of weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGE_BYTES = 64_000_000
 
 
 def write_sparse(folder: Path, spec: CheckpointSpec) -> int:
-    """A checkpoint whose tensors are holes; how many bytes they stand for."""
+    """Writes a checkpoint whose tensors are holes; returns its size in bytes with the holes."""
     tokenizer = mllama_tokenizer(build_tokenizer(spec.n_bpe))
     write_language_files(folder, tokenizer, template=TEMPLATE)
     _json(folder / "config.json", model_config(spec, tokenizer))
@@ -77,7 +77,7 @@ def _json(path: Path, content: Any) -> None:
 
 
 def _is_large(path: Path) -> bool:
-    """Whether it is a file that weights may be in; the tokenizer's check in a child has a smaller one."""
+    """Whether a file is large enough to contain weights; the one from the tokenizer's check in a child is smaller."""
     try:
         return path.is_file() and path.stat().st_size > LARGE_BYTES
     except FileNotFoundError:  # moved into place meanwhile

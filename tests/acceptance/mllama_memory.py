@@ -1,11 +1,11 @@
-"""Peak memory of an answer about an image, by a Llama 3.2 Vision of 8 of the 40 layers of the published 11B.
+"""Measures peak memory for an answer about an image, with 8 of the 40 layers of the published Llama 3.2 Vision 11B.
 
     python -m tests.acceptance.mllama_memory FOLDER [--text-type Q4_0] [--layers 8]
 
-The model is converted from sparse files of zeros: layers of the published width, the complete tower, vocabulary and
-projector; what values are, memory does not depend on. `granite4v ask` then answers about an image of four tiles. The
-folder takes about 3 GB, which are removed. The last line is one JSON object, and exit status 1 says that the process
-took more than its files' sizes plus 15%.
+The model is converted from sparse files of zeros: layers of the published width, and the complete tower, vocabulary and
+projector; memory does not depend on the values. `granite4v ask` then answers about an image of four tiles. The folder
+takes about 3 GB, which are removed. The last line is one JSON object. The exit status is 1 if the process took more
+than its files' sizes plus 15%.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from tests.acceptance.mllama_conversion import write_sparse
 from tests.toy.checkpoint import PRESETS
 
 MOST = 1.15  # times the files' sizes
-SIDE_PX = 1100  # of an image of two by two tiles
+SIDE_PX = 1100  # of an image of 2x2 tiles
 
 
 def peak_bytes(command: list[Any]) -> tuple[int, float]:
-    """Of a program and what it starts, and its seconds; SystemExit when it fails."""
+    """Returns the peak memory of a program and its children, and its seconds. Raises CalledProcessError when it fails,
+    and SystemExit when an earlier program had the higher peak."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     began = time.perf_counter()
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)

@@ -1,13 +1,13 @@
-"""Compares Llama 3.2 Vision with transformers 4.45, whose tower follows the rule that published weights have, by value.
+"""Compares Llama 3.2 Vision numerically with transformers 4.45, whose tower follows the published weights' rule.
 
     pip install --no-deps --target OLD transformers==4.45.2 tokenizers==0.20.3 huggingface-hub==0.36.0
     python -m tests.acceptance.mllama_original --site OLD
 
-Everything else comes from this environment. Random checkpoints with layers of cross-attention first, in a row and last.
-What an image's projected states and the logits before each token of an answer differ by is printed, and exit status 1
-says that states differ by more than 2e-5 (relative L2), logits by more than 1e-4, or a token. Prompts that begin with
-an image, and texts, are compared with transformers as it is; in others, rows before the first image pass the layers of
-cross-attention unchanged, for which transformers 4.45 is patched. The last line is one JSON object.
+All other packages come from this environment. The random checkpoints have cross-attention layers first, in a row and
+last. Prints the differences in an image's projected states and in the logits before each token of an answer. The exit
+status is 1 if states differ by more than 2e-5 (relative L2), logits by more than 1e-4, or a token. Prompts that begin
+with an image, and texts, are compared with unmodified transformers; for others, rows before the first image pass the
+cross-attention layers unchanged, for which transformers 4.45 is patched. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ LONG = 200  # tokens
 
 
 def prompts(model: Model) -> Iterable[tuple[str, Prompt, bool]]:
-    """Cases by their names; whether rows before the first image have to be left alone in transformers."""
+    """Yields each case's name and prompt, and whether transformers has to be patched to pass rows before the first
+    image unchanged."""
     for name, messages in CASES.items():
         prompt = model.prepare(messages, pictures_of(messages))
         is_text = not prompt.images

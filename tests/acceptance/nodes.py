@@ -1,12 +1,12 @@
-"""A batch that two nodes of a Ray cluster read gives the records of one process, whatever is killed meanwhile.
+"""A batch read by two nodes of a Ray cluster gives the records of one process, whatever is killed meanwhile.
 
     python -m tests.acceptance.nodes --pages 200 --kills 10
     python -m tests.acceptance.nodes --pages 100 --kills 0 --timings
 
 Ray's cluster utility starts the nodes on this machine, each with one core. Workers get SIGKILL at random moments, a
-node is killed with all that runs on it, the process that writes is killed and resumed, and one page kills whoever reads
-it. `--timings` compares pages an hour of one process, of one worker and of two, each with one core, from the first
-record on.
+node is killed with everything on it, the process that writes the results is killed and resumed, and one page kills
+every process that reads it. `--timings` compares the pages per hour of one process, one worker and two workers, each
+with one core, counted from the first record.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Nodes:
-    """A cluster on this machine: a head without a core, and nodes with one each."""
+    """A cluster on this machine: a head node without cores, and nodes with one core each."""
 
     def __init__(self) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -78,11 +78,11 @@ class Nodes:
         self._nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=400 << 20))
 
     def kill(self) -> None:
-        """One of them, with all that runs on it."""
+        """Kills the oldest node, with everything that runs on it."""
         self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
 
     def workers(self) -> list[int]:
-        """Process ids of those that hold a model."""
+        """Returns the process ids of the workers, which hold a model."""
         found = (process.info for process in psutil.process_iter(["pid", "cmdline"]))
         return [one["pid"] for one in found if one["cmdline"] and one["cmdline"][0].startswith(WORKER)]
 
@@ -123,7 +123,7 @@ class Check:
         self._run("quiet", self.nodes.address)
 
     def _killed(self, result: Result) -> None:
-        """Workers one after another, whenever so many records are there, and a node in the middle."""
+        """Kills workers at random record counts, and a node at half of the batch."""
         rng, n = random.Random(self.options.seed), self.options.pages
         moments = sorted(rng.sample(range(1, n), self.options.kills))
         killed: list[int] = []
@@ -176,7 +176,7 @@ class Check:
         result.figures["poisonous"] = expected.count("ProcessDied")
 
     def timings(self) -> Result:
-        """Pages an hour of each way, the better of two runs."""
+        """Compares the pages per hour of each way, the better of two runs."""
         result = Result("nodes_timings", {"pages": self.options.pages})
         rates: dict[str, list[float]] = {"process": [], "one": [], "two": []}
         order = [("process", 0), ("one", 1), ("process", 0), ("one", 1), ("two", 2), ("two", 2)]
@@ -194,7 +194,7 @@ class Check:
         return result
 
     def _rate(self, name: str, address: str | None) -> float:
-        """Pages an hour from the first record to the last."""
+        """Returns the pages per hour from the first record to the last."""
         moments: list[float] = []
         self._run(name, address, lambda n: moments.append(time.monotonic()))
         return 3600 * (len(moments) - 1) / (moments[-1] - moments[0])
@@ -208,7 +208,8 @@ class Check:
 
 
 def find_deadly(name: str | Path | None, report: Callable[[str], None]) -> str | Path:
-    """On a node: `name` is the digest of the page that kills its worker, and the model the embedded one."""
+    """Replaces `find_model` on a node: `name` is the digest of the page that kills its worker, and the model is the
+    embedded one."""
     question = ModelAsker.question
 
     def deadly(self: ModelAsker, page: Any, asked: Any) -> Any:
@@ -226,7 +227,7 @@ def records(out: Path) -> list[Json]:
 
 
 def compare(whole: list[Json], found: list[Json]) -> list[str]:
-    """Where records are not those of the undisturbed run."""
+    """Describes where records differ from those of the undisturbed run."""
     problems = [] if len(whole) == len(found) else [f"{len(found)} records; expected {len(whole)}"]
     for place, (one, other) in enumerate(zip(whole, found, strict=False)):
         differing = [key for key in one if one[key] != other.get(key)]

@@ -1,10 +1,10 @@
-"""schemathesis asks the server everything that its OpenAPI document allows, and much that it does not.
+"""schemathesis sends the server what its OpenAPI document allows, and much that it does not.
 
     python -m tests.acceptance.openapi --examples 60
 
-Nothing may end in a status of 500 or more, and every reply must be as the document says: status, headers, content type,
-and schema. What the document forbids must be refused. A request that fits the schema may still be refused: a schema
-cannot say that a URL holds an image, or that a schema has an instance.
+No reply may have a status of 500 or more, and every reply must match the document: status, headers, content type, and
+schema. What the document forbids must be refused. A request that fits the schema may still be refused: a schema cannot
+express that a URL contains an image, or that a schema has an instance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> Result:
     chosen = [] if options.model is None else ["--model", str(options.model)]
-    # short contexts keep answers short: nobody bounds them in what is made up
+    # short contexts keep answers short, because generated requests do not limit them
     with Server(*chosen, "--ctx-size", "256", "--api-key", "key") as server:
         command = [
             str(Path(sysconfig.get_path("scripts")) / "schemathesis"),
@@ -42,11 +42,11 @@ def check(options: argparse.Namespace) -> Result:
             "--exclude-checks=positive_data_acceptance",
             f"--max-examples={options.examples}",
             f"--seed={options.seed}",
-            "--request-timeout=60",  # a loaded machine may need more than the 10 seconds that it waits by itself
+            "--request-timeout=60",  # a loaded machine may need more than the default of 10 seconds
             "--continue-on-failure",
             "--no-color",
         ]
-        with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs
+        with tempfile.TemporaryDirectory() as folder:  # it leaves files in its working directory
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
         log = server.log
     print(done.stdout, file=sys.stderr)

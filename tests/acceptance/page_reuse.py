@@ -1,4 +1,4 @@
-"""Several tasks on a page cost one encoding and one prefill of the page, and answer as they do alone.
+"""Several tasks on a page cost one encoding and one prefill of the page, and get the same answers as alone.
 
 python -m tests.acceptance.page_reuse [IMAGE]
 """
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def page_reuse(options: argparse.Namespace, work: Path) -> Result:
-    """All tasks in one process against each task in a process of its own; loading the model is left out."""
+    """Compares all tasks in one process with each task in its own process; loading the model is not counted."""
     tasks, image = tuple(options.task or TASKS), options.image
     if image is None:
         image = work / "page.png"
@@ -42,7 +42,7 @@ def page_reuse(options: argparse.Namespace, work: Path) -> Result:
     def read(names: tuple[str, ...]) -> list[Json]:
         return in_new_process(read_page, image, names, options.model, options.max_tokens, options.threads)
 
-    read(tasks[:1])  # what a machine measures once is measured now, and files are in memory
+    read(tasks[:1])  # warms up: one-time measurements of the machine are done, and files are in the page cache
     runs = []
     for number in range(options.runs):
         runs.append({"together": read(tasks), "apart": [record for task in tasks for record in read((task,))]})
@@ -69,7 +69,7 @@ def _told(one: Json) -> str:
 
 
 def share_problems(sides: dict[str, list[Json]]) -> list[str]:
-    """What the records of tasks 'together' and 'apart' say against reading a page once."""
+    """Describes how the records of tasks 'together' and 'apart' contradict reading a page once."""
     together, apart = sides["together"], sides["apart"]
     failed = [
         f"{one['task']}, {side}: {one['error']}" for side, found in sides.items() for one in found if one["error"]
@@ -97,7 +97,7 @@ def _timing(record: Json, name: str) -> Any:
 
 
 def _seconds(runs: list[dict[str, list[Json]]], what: str) -> Json:
-    """Medians of the runs."""
+    """Returns the medians over the runs."""
 
     def middle(side: str) -> float:
         return statistics.median(sum(_timing(one, part) for one in run[side] for part in PARTS[what]) for run in runs)
@@ -107,7 +107,7 @@ def _seconds(runs: list[dict[str, list[Json]]], what: str) -> Json:
 
 
 def read_page(image: Path, tasks: tuple[str, ...], model: Path, max_tokens: int, threads: int) -> list[Json]:
-    """The records of one run as data."""
+    """Returns the records of one run as dictionaries."""
     schema = FORM if "kvp" in tasks else None
     with granite4v.load(model, n_threads=threads) as loaded:
         records = granite4v.extract(image, tasks, model=loaded, schema=schema, max_tokens=max_tokens)

@@ -1,4 +1,4 @@
-"""Pages for the checks: made-up documents that nano was not trained on, and folders of them in files of all kinds."""
+"""Pages for the checks: synthetic documents that nano was not trained on, and folders of them in various file types."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from scripts.nano.documents import HELD_OUT_SEEDS, Document, draw_document
 
 @dataclass(frozen=True)
 class Batch:
-    """A folder of documents, and what must come of it: (source, page) in order, page None for one that is broken."""
+    """A folder of documents, and the expected results: (source, page) in order, with page None for a broken
+    document."""
 
     folder: Path
     pages: tuple[tuple[str, int | None], ...]
 
 
 def draw_page(number: int, seed: int, kind: str | None = None) -> Document:
-    """A made-up document that nano was not trained on."""
+    """Draws a synthetic document that nano was not trained on."""
     return draw_document(HELD_OUT_SEEDS + 100_000_000 + seed * 100_000 + number, kind, 0.3)
 
 
 def on_letter(picture: Image.Image, width_px: int) -> Image.Image:
-    """A white page in the proportions of US letter, with the picture as large as it fits."""
+    """Returns a white page in the proportions of US letter, with the image scaled to fit."""
     size = (width_px, width_px * 22 // 17)
     page = Image.new("RGB", size, "white")
     page.paste(ImageOps.contain(picture, size))
@@ -34,9 +35,10 @@ def on_letter(picture: Image.Image, width_px: int) -> Image.Image:
 
 
 def make_batch(folder: Path, n_pages: int, seed: int = 0, *, width_px: int = 0, faults: bool = False) -> Batch:
-    """`n_pages` in PDFs of up to 20 pages, TIFFs of two, PNGs and JPEGs, on letter pages if there is a width.
+    """Writes `n_pages` pages as PDFs of up to 20 pages, TIFFs of two, PNGs and JPEGs; on letter pages if a width is
+    given.
 
-    With `faults` the last page has the pixels of another, and there is one document more, which is broken.
+    With `faults` the last page has the same pixels as an earlier one, and there is an additional, broken document.
     """
     folder.mkdir(parents=True)
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Requests for a server: about made-up documents, in every form that clients use, and those that must be refused."""
+"""Requests for a server: about synthetic documents, in every form that clients use, and ones that must be refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def whole_chat(body: bytes) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """A request. `text`: what its reply says; `status` and `code`: of one that must be refused."""
+    """A request. `text`: extracts the answer from its reply; `status` and `code`: expected for one that must be
+    refused."""
 
     name: str
     path: str
@@ -53,7 +54,7 @@ def good_questions(n_documents: int, seed: int) -> list[Question]:
 
 
 def about(document: Document, name: str, manner: str) -> list[Question]:
-    """A question about a document, and the same in another way."""
+    """Returns a request about a document, and the same in another form."""
     if isinstance(document.truth, Form):
         schema = formats.form_schema(document.truth)
         asked, form = formats.kvp_prompt(schema), {"type": "json_schema", "json_schema": {"schema": schema}}
@@ -140,7 +141,7 @@ def events(body: bytes) -> list[Json]:
 
 
 def streamed_chat(body: bytes) -> str:
-    """Empty for a stream that is not complete."""
+    """Returns the text of a stream; empty for an incomplete one."""
     if not body.endswith(b"data: [DONE]\n\n"):
         return ""
     return "".join(one["choices"][0]["delta"].get("content", "") for one in events(body) if one.get("choices"))

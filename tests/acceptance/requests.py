@@ -2,10 +2,10 @@
 
     python -m tests.acceptance.requests --requests 2000
 
-`granite4v serve` runs with the embedded model, or `--model`. Documents are asked about alone first; then the same
-questions, and requests that must be refused, come from many connections at once. A client that hangs up does so while
-it sends, while it waits, or in the middle of an answer. Every complete answer must be the one that came alone, every
-refusal must have its status and say why, and at the end nothing may be in flight, no sequence in use, and no more
+`granite4v serve` runs with the embedded model, or `--model`. Documents are asked about alone first. Then the same
+questions, and requests that must be refused, come over many connections at once. A client that hangs up does so while
+sending, while waiting, or in the middle of an answer. Every complete answer must equal the one given alone, and every
+refusal must have its status and a reason. At the end no request may be in flight, no sequence in use, and no more
 memory, threads or open files in use than after the first requests.
 """
 
@@ -33,12 +33,12 @@ from tests.acceptance.questions import Question, bad_questions, good_questions
 from tests.helpers.serving import Server
 
 SAMPLE_EVERY = 25  # requests
-_RETRY_S = 120  # for so long a request comes again that the queue refuses
+_RETRY_S = 120  # how long a request is retried while the queue refuses it
 
 
 @dataclass
 class Seen:
-    """What came of all requests."""
+    """The outcomes of all requests."""
 
     outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
     problems: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ def answer_alone(server: Server, question: Question) -> str:
 
 
 def middle(rss_mb: Sequence[float], n_requests: int) -> float:
-    """Memory around a request: the middle of some samples."""
+    """Returns the memory around a request: the median of some samples."""
     end = max(1, n_requests // SAMPLE_EVERY)
     return round(statistics.median(rss_mb[max(0, end - 4) : end]), 2)
 
@@ -153,7 +153,7 @@ def answered(port: int, question: Question, expected: dict[str, str], seen: Seen
         if status != 429 or time.monotonic() > until:
             break
         seen.note("told to come back", None if b"queue_full" in body else f"429 without its reason: {body[:80]!r}")
-        time.sleep(0.05)  # sooner than the server asks for: the queue is to be full
+        time.sleep(0.05)  # sooner than the server asks for, to keep the queue full
     text = question.text(body) if status == 200 else ""
     problem = None if text == expected[question.name] else f"{question.name}: status {status}, {body[:300]!r}"
     seen.note("answered", problem)
@@ -175,7 +175,7 @@ def exchange(port: int, question: Question) -> tuple[int, bytes]:
 
 
 def hang_up(port: int, question: Question, rng: random.Random) -> None:
-    """Goes away while it sends, while it waits, or while it reads, with or without saying so."""
+    """Disconnects while sending, while waiting, or while reading, with or without a reset."""
     head = "".join(f"{name}: {value}\r\n" for name, value in question.headers.items())
     length = f"Content-Length: {len(question.body or b'')}\r\n"
     sent = f"{question.method} {question.path} HTTP/1.1\r\nHost: localhost\r\n{head}{length}\r\n".encode()
@@ -194,7 +194,7 @@ def hang_up(port: int, question: Question, rng: random.Random) -> None:
 
 
 def left_behind(server: Server) -> list[str]:
-    """What is still in flight or in use after some seconds."""
+    """Returns what is still in flight or in use after some seconds."""
     until = time.monotonic() + 20
     while True:
         metrics = server.metrics()

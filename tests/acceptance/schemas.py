@@ -1,4 +1,4 @@
-"""Schemas such as people bring, for `constrained_answers`: together they use everything a grammar can express."""
+"""Realistic schemas for `constrained_answers`; together they use everything that a grammar can express."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Json = dict[str, Any]
 
 
 def _of(properties: Json, required: list[str] | None = None, **more: Any) -> Json:
-    """An object, all of whose properties are required unless said otherwise."""
+    """Returns an object schema; all properties are required unless `required` is given."""
     return {"type": "object", "properties": properties, "required": required or list(properties), **more}
 
 

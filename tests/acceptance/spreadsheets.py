@@ -1,5 +1,6 @@
-"""Exports tables full of traps, and opens the files in LibreOffice, openpyxl, pandas and duckdb: every one must say
-what its CSV says, and no cell may be a formula.
+"""Exports tables full of traps and checks how LibreOffice, openpyxl, pandas and duckdb read the files.
+
+Every program must show what the CSV has, and no cell may be a formula.
 
     python -m tests.acceptance.spreadsheets --documents 40
 
@@ -36,7 +37,7 @@ TRAPS = [
     "123456789012345678", "3.141592653", "0.123456789", "-0.12345678", "1234567.891", "50%", "$5", "true", "FALSE",
     "NaN", "inf", "2020-01-02", "1/2", "  x ", "\tx", "a\rb", "x" * 3000, "a;b", '"', "''", "\u200b", "\u00a0", "",
 ]  # fmt: skip
-# every sheet to a CSV file of its own, as it is shown
+# writes every sheet to its own CSV file, as it is shown
 _SHEETS = "csv:Text - txt - csv (StarCalc):44,34,76,1,,0,false,true,false,false,false,-1"
 
 
@@ -73,7 +74,7 @@ def rows_of(content: str) -> list[list[str]]:
 
 
 def tables_of(folder: Path) -> dict[str, list[list[str]]]:
-    """The rows of every CSV file, by the name of the sheet that holds the same table."""
+    """Returns the rows of every CSV file, by the name of the sheet that has the same table."""
     found = {}
     for path in folder.glob("*.csv"):
         name = re.fullmatch(r"(d\d+)\.(\w+)\.page(\d+)(?:-(\d+))?", path.stem)
@@ -103,7 +104,7 @@ def check_openpyxl(folder: Path, tables: dict[str, list[list[str]]], tally: Tall
 
 
 def check_libreoffice(folder: Path, tables: dict[str, list[list[str]]], tally: Tally) -> None:
-    """What its sheets show, and in its own format what of them is a formula."""
+    """Checks what the sheets show in LibreOffice, and counts formulas in its own format."""
     with tempfile.TemporaryDirectory() as work:
         command = ["soffice", f"-env:UserInstallation=file://{work}/profile", "--headless", "--convert-to"]
         for target in (_SHEETS, "ods"):
@@ -123,7 +124,7 @@ def check_libreoffice(folder: Path, tables: dict[str, list[list[str]]], tally: T
 
 
 def padded(rows: list[list[str]]) -> list[list[str]]:
-    """Without the empty rows and cells at the end, which a sheet does not keep."""
+    """Removes empty rows and cells at the end, which a sheet does not keep."""
     kept = [list(row) for row in rows]
     for row in kept:
         while row and not row[-1]:

@@ -1,10 +1,10 @@
-"""Damaged files of the page store are misses: the answers are those without a store, and each file costs one warning.
+"""Damaged files of the page store are misses: answers equal those without a store, and each file costs one warning.
 
     python -m tests.acceptance.stored_pages --corruptions 200
 
-Some pages are stored. Then, again and again, one file is cut, extended, changed in some bits, overwritten in part or
-replaced by another page's, another format's or nothing, and its page is asked about by a model that is loaded anew. A
-file that is sound must be used.
+Some pages are stored. Then, repeatedly, one file is cut, extended, changed in some bits, partly overwritten, emptied,
+or replaced by another page's or another format's file, and a newly loaded model is asked about its page. A sound file
+must be used.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stored_pages(options: argparse.Namespace, work: Path) -> Result:
         store = copied(whole, work / "damaged")
         paths = [store.folder / file.name for file in files]
         damage(paths[chosen], rng, [path for path in paths if path != paths[chosen]])
-        looked_at = [chosen] if number % 4 else [chosen, (chosen + 1) % N_PAGES]  # now and then at a sound one as well
+        looked_at = [chosen] if number % 4 else [chosen, (chosen + 1) % N_PAGES]  # now and then also at a sound one
         for page in looked_at:
             problem = judge(asker, pages[page], store, alone[page], is_sound=page != chosen)
             if problem:
@@ -72,7 +72,7 @@ def stored_pages(options: argparse.Namespace, work: Path) -> Result:
 
 
 class Asker:
-    """Asks about a page in a model of its own."""
+    """Asks about a page with a newly loaded model."""
 
     def __init__(self, model: Path, n_threads: int, max_tokens: int) -> None:
         self._model, self._n_threads, self._max_tokens = model, n_threads, max_tokens
@@ -84,7 +84,7 @@ class Asker:
 
 
 def stored(asker: Asker, page: object, store: PageStore) -> Path:
-    """The file of a page that was not there before."""
+    """Stores a page that was not stored before and returns its file."""
     before = {entry.path for entry in store.entries()}
     asker.ask(page, store)
     (path,) = {entry.path for entry in store.entries()} - before
@@ -98,7 +98,7 @@ def copied(store: PageStore, folder: Path) -> PageStore:
 
 
 def judge(asker: Asker, page: object, store: PageStore, alone: Found, *, is_sound: bool) -> str | None:
-    """What is wrong with an answer, and with what it cost."""
+    """Describes what is wrong with an answer or its cost; None if nothing is."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -156,12 +156,12 @@ def overwrite(path: Path, rng: random.Random, others: Sequence[Path]) -> None:
 
 
 def swap(path: Path, rng: random.Random, others: Sequence[Path]) -> None:
-    """Another page's sound file under this name."""
+    """Replaces the file with another page's sound file."""
     shutil.copy(rng.choice(others), path)
 
 
 def replace_the_state(path: Path, rng: random.Random, others: Sequence[Path]) -> None:
-    """Another page's state behind this file's description."""
+    """Puts another page's state after this file's description."""
     own, other = path.read_bytes(), rng.choice(others).read_bytes()
     n_own, n_other = _state_bytes(own), _state_bytes(other)
     path.write_bytes(own[: len(own) - 32 - n_own] + other[len(other) - 32 - n_other :])
@@ -172,7 +172,7 @@ def _state_bytes(data: bytes) -> int:
 
 
 def change_the_format(path: Path, rng: random.Random, others: Sequence[Path]) -> None:
-    """As another version would have written it, with the right checksum."""
+    """Changes the format number as another version would, with a correct checksum."""
     data = bytearray(path.read_bytes()[:-32])
     data[8:12] = rng.choice([FORMAT + 1, FORMAT - 1, 1 << 31]).to_bytes(4, "little")
     path.write_bytes(data + hashlib.sha256(data).digest())

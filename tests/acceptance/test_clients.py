@@ -1,4 +1,4 @@
-"""The check of other programs passes with curl, which needs nothing installed, and notices a wrong answer."""
+"""The check of third-party clients passes with curl, which needs no environment, and detects a wrong answer."""
 
 from __future__ import annotations
 

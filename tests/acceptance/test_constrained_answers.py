@@ -1,4 +1,4 @@
-"""The check of constrained answers passes at small numbers, and notices answers that are not valid."""
+"""The check of constrained answers passes with small numbers, and detects invalid answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of forced tokens passes, and explains where answers part."""
+"""The check of forced tokens passes, and explains where answers diverge."""
 
 from __future__ import annotations
 

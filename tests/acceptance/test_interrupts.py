@@ -1,4 +1,4 @@
-"""The check of interrupted batches passes at small numbers, and notices records that are not what they should be."""
+"""The check of interrupted batches passes with small numbers, and detects wrong records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.acceptance.interrupts import strangers
 
 @pytest.mark.slow
 def test_it_says_what_it_saw(side_by_side: Path, run: Callable[..., Ran]) -> None:
-    # a loaded machine may take longer than what is promised
+    # a loaded machine may exceed the promised time
     arguments = ("--pages", 6, "--interrupts", 2, "--max-tokens", 40, "--within", 30, "--parallel", 3)
     status, told, err = run(interrupts.main, "--model", side_by_side, *arguments)
     assert (status, told["check"], told["ok"], told["broken"]) == (0, "interrupts", True, [])

@@ -1,4 +1,4 @@
-"""The judges tell valid answers from others."""
+"""The judges distinguish valid answers from invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of killed batches passes at small numbers, and notices a run that forgets or changes something."""
+"""The check of killed batches passes with small numbers, and detects a run that loses or changes something."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.acceptance.pages import Batch
 
 @pytest.fixture(scope="module")
 def check(side_by_side: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """What a check left, 'batch', 'whole' and 'broken', and what it said."""
+    """Runs a check once; returns its directory with 'batch', 'whole' and 'broken', and its status, JSON and stderr."""
     work = tmp_path_factory.mktemp("kill") / "work"
     arguments = ("--pages", "4", "--kills", "3", "--max-tokens", "40", "--threads", "1")
     out, err = io.StringIO(), io.StringIO()
@@ -46,7 +46,7 @@ def test_it_says_what_it_saw(check: tuple[Path, Ran]) -> None:
 
 
 def keys_of(work: Path) -> list[tuple[str, int | None, str]]:
-    """By our own reader of pages."""
+    """Returns the expected keys, with the pages listed by our own page reader."""
     pages = tuple((item.source, item.number) for item in open_pages([work / "batch"]))
     return expected_keys(Batch(work / "batch", pages), kills.TASKS)
 
@@ -106,7 +106,7 @@ def rewrite(path: Path, old: bytes, new: bytes) -> None:
 def test_a_run_that_forgets_is_a_broken_promise(
     model: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
-    """Every kill takes the last whole record along."""
+    """Every kill changes records on disk."""
     kill_at = kills.kill_at
 
     def forgetful(moment: Any, command: Any, results: Path, *rest: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The check of flat memory passes at small numbers, and notices a leak."""
+"""The check of flat memory passes with small numbers, and detects a leak."""
 
 from __future__ import annotations
 

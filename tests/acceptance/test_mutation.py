@@ -1,4 +1,4 @@
-"""The mutation harness judges what it sees rightly, and builds the same case from the same numbers."""
+"""The mutation harness judges the ends of commands correctly, and builds the same case from the same numbers."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 
 def test_the_same_numbers_build_the_same_cases(tmp_path: Path) -> None:
-    """In processes that hash strings differently, too."""
+    """Also in processes with different string hashes."""
     built = []
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()

@@ -1,4 +1,4 @@
-"""A page that fails, one that repeats, one that runs to its limit: the pages that are read beside it do not notice."""
+"""A page that fails, loops or reaches the token limit does not change the answers of the pages read in parallel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def broken(path: Path) -> None:
 
 
 def blank(path: Path) -> None:
-    """What the embedded model says of it goes on and on in the same words."""
+    """An image on which the embedded model repeats itself without end."""
     Image.new("RGB", (400, 300), "white").save(path)
 
 
 def full(path: Path) -> None:
-    """A table that takes more tokens than there are."""
+    """A table that needs more tokens than the limit."""
     draw_page(3, 0, "table").picture.save(path)
 
 
@@ -47,7 +47,7 @@ def test_neighbours_are_what_they_are_without_it(tmp_path: Path, draw: Callable[
 
 
 def records(model: granite4v.Model, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """By page and task, without how long they took."""
+    """Returns the records by page and task, without timings."""
     most = 0
 
     def watch(state: Any) -> None:

@@ -1,4 +1,4 @@
-"""The check of pages that are read once passes, and notices one that is read twice."""
+"""The check that pages are read once passes, and detects a page that is read twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_it_says_what_it_saw(model: Path, run: Callable[..., Ran]) -> None:
 
 
 def records(**changes: Any) -> list[dict[str, Any]]:
-    """Three records of one page, the last of them changed."""
+    """Returns three records of one page, with changes to the last one."""
     first = {"n_image": 100, "n_encoded": 1, "n_reused": 0, "prefill_image_s": 1.0}
     later = {"n_image": 100, "n_encoded": 0, "n_reused": 120, "prefill_image_s": 0.0}
     found = [

@@ -1,4 +1,4 @@
-"""A folder of pages has the documents that it says."""
+"""A folder of pages has the documents that its `Batch` lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a server under load passes at small numbers, and notices what is wrong."""
+"""The check of a server under load passes with small numbers, and detects errors."""
 
 from __future__ import annotations
 

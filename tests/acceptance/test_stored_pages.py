@@ -1,4 +1,4 @@
-"""The check of damaged pages passes, and notices a damaged page that is used."""
+"""The check of damaged stored pages passes, and detects a damaged page that is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_damaged_page_that_is_used_is_noticed(
     read = state_file.read
 
     def careless(path: Path, key: str) -> np.ndarray:
-        """Takes what a file has, whatever its checksum says."""
+        """Returns a file's data even if its checksum is wrong."""
         try:
             return read(path, key)
         except state_file.DamagedState as damage:

@@ -1,4 +1,4 @@
-"""The server's own page in headless Chromium, and the picture of it in the README."""
+"""The server's own page in headless Chromium, and the screenshot of it in the README."""
 
 from __future__ import annotations
 

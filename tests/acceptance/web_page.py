@@ -1,9 +1,9 @@
-"""The server's own page, used in headless Chromium as a person would: by mouse, by keyboard, with a key, and by answers
-that try to be markup.
+"""Uses the server's own page in headless Chromium as a person would: by mouse, by keyboard, with a key, and with
+answers that try to be markup.
 
 python -m tests.acceptance.web_page [--shots DIR]
 
-With --shots it also takes the README's picture, as 'readme.png'. The model is the embedded one, unless another is
+With --shots it also takes the README's screenshot, as 'readme.png'. The model is the embedded one unless another is
 given. Needs a Chromium on the path, and the extra `dev`.
 """
 
@@ -37,12 +37,12 @@ from tests.helpers.served import Served, served
 from tests.helpers.source_tree import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Markup that would run or load something if it were taken for more than text.
+# Markup that would run or load something if it were not treated as text.
 HOSTILE = '<img src=x onerror="window.taken=1"><script>window.taken=1</script>'
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA
 README_PICTURE = ROOT / "docs" / "serve.png"
-BLUR_PX = 10  # squares of this side are compared by their mean
-OTHER_GREY, OTHER_SHARE = 24, 0.02  # of 255; of the squares: the line of figures is other ones each time
+BLUR_PX = 10  # the screenshots are compared by the means of squares of this side
+OTHER_GREY, OTHER_SHARE = 24, 0.02  # of 255; of the squares: the line of timings differs each time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def tables_are_tables(server: Served, browser: Browser, seen: Seen, questions: d
 
 
 def check_shades(page: Page, n_cells: int) -> None:
-    """Cells have their least probability, and those that are unsure a shade and a word."""
+    """Checks that cells have their least probability, and that uncertain cells have a shade and a label."""
     cells = page.evaluate(
         """() => [...document.querySelectorAll("#view [data-least]")].map((cell) => [
           Number(cell.dataset.least), cell.className, cell.textContent, cell.title])"""
@@ -177,7 +177,7 @@ def _written(value: Any) -> str:
 
 
 def questions_by_keyboard(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question]) -> None:
-    """Without a mouse, and without an image."""
+    """Uses the keyboard alone, and no image."""
     with opened(server, browser, seen) as page:
         page.keyboard.press("Tab")
         for _ in range(20):
@@ -213,7 +213,7 @@ def pages_of_a_pdf(server: Served, browser: Browser, seen: Seen, questions: dict
         expect(page.locator("#failure")).to_have_text("")
         page.get_by_role("button", name="Remove three.pdf").click()
         same(page.locator("#pages li").count(), 0, "pages after their removal")
-        seen.errors.clear()  # a browser tells of every response that is an error
+        seen.errors.clear()  # a browser reports every error response
 
 
 def an_answer_is_stopped(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question]) -> None:
@@ -230,7 +230,7 @@ def an_answer_is_stopped(server: Served, browser: Browser, seen: Seen, questions
 
 
 def without_an_end(route: Route) -> None:
-    """Sends a question on as one whose answer goes on up to its most tokens."""
+    """Forwards a request with `ignore_eos`, so that the answer runs up to its token limit."""
     route.continue_(post_data=json.dumps({**json.loads(route.request.post_data or "{}"), "ignore_eos": True}))
 
 
@@ -247,7 +247,7 @@ def refusals_are_told(server: Served, browser: Browser, seen: Seen, questions: d
 
 
 def answers_are_never_markup(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question]) -> None:
-    """Texts that a model does not write by itself: the server's stream is replaced, its parsers are its own."""
+    """Replaces the server's stream with texts that a model would not write by itself; its parsers stay in use."""
     cell = HOSTILE.replace("<", "&lt;")
     hostile = {
         "prompt": HOSTILE,
@@ -313,7 +313,7 @@ def narrow_windows_do_not_scroll(server: Served, browser: Browser, seen: Seen, q
 
 
 def everything_has_a_name(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question]) -> None:
-    """As a screen reader tells it: what can be used has a role and a name, and each name occurs once."""
+    """Checks roles and names for screen readers: every control has a role and a name."""
     with opened(server, browser, seen) as page:
         choose(page, questions["<tables_html>"], "tables_html")
         press(page)
@@ -339,7 +339,7 @@ def the_readme_shows_it(server: Served, browser: Browser, seen: Seen, questions:
         take_readme_shot(server, browser, seen, questions, path)
         with PIL.Image.open(path) as now, PIL.Image.open(README_PICTURE) as kept:
             same(kept.size, now.size, "the size of the README's picture")
-            # smoothed, since text is drawn a little differently from machine to machine
+            # smoothed, because text rendering differs slightly between machines
             small = [
                 image.convert("L").resize((image.width // BLUR_PX, image.height // BLUR_PX), PIL.Image.Resampling.BOX)
                 for image in (now, kept)
@@ -354,7 +354,7 @@ def the_readme_shows_it(server: Served, browser: Browser, seen: Seen, questions:
 
 
 def take_readme_shot(server: Served, browser: Browser, seen: Seen, questions: dict[str, Question], path: Path) -> None:
-    """Of a table and its confidences."""
+    """Takes the screenshot of a table and its confidences."""
     with opened(server, browser, seen, viewport={"width": 1280, "height": 650}) as page:
         choose(page, questions["<tables_html>"], "tables_html")
         press(page)

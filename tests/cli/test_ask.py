@@ -1,4 +1,4 @@
-"""`granite4v ask`: the answer alone on stdout, everything else on stderr, and exit statuses."""
+"""`granite4v ask`: only the answer on stdout, everything else on stderr, and exit statuses."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_a_system_message_is_used(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a child there")
 def test_ctrl_c_ends_cleanly(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """In the middle of a long answer: what was said stays, no traceback, status 130."""
+    """In the middle of a long answer: the output so far stays, no traceback, status 130."""
     folder = make_model(replace(TINY, seed=3))
     command = [sys.executable, "-m", "granite4v", "ask", "Hello", "--model", str(folder), "--max-tokens", "7000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as process:

@@ -1,4 +1,4 @@
-"""The commands with a model whose decoder attends to images, in quantized files."""
+"""The commands with a cross-attention model, in quantized files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_extract_by_a_prompt_and_not_by_a_task_of_another_template(folder: Path,
 
 
 def test_serve(folder: Path, pages: list[Path]) -> None:
-    """Requests at once are answered one after the other, each as it is alone."""
+    """Concurrent requests are answered one after the other, each with the same answer as alone."""
     check_serve(folder, pages, n_at_once=8)
 
 

@@ -1,4 +1,4 @@
-"""`granite4v bench`: one JSON line last on stdout, figures of each run on stderr."""
+"""`granite4v bench`: one JSON line at the end of stdout, figures of each run on stderr."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_bench_ends_with_one_json_line(folder: Path, page: Path) -> None:
 
 
 def test_answers_at_once_are_compared_with_one(make_model: Callable[..., Path], page: Path) -> None:
-    halves = make_model(PRESETS["tiny"], "F16", "F16")  # those in float32 are answered one by one
+    halves = make_model(PRESETS["tiny"], "F16", "F16")  # float32 files are answered one at a time
     result = run("bench", "--model", halves, "--image", page, "--max-tokens", 6, "--parallel", 3, "--repeat", 2)
     assert result.exit_code == 0
     found = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""`granite4v cache`, and the page store as `ask`, `extract` and the others use it."""
+"""`granite4v cache`, and the page store in `ask`, `extract` and other commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*arguments: Any) -> Any:
 
 @pytest.fixture
 def store() -> PageStore:
-    """Two pages: one used now, one two days ago."""
+    """A store with two pages: one used now, one two days ago."""
     store = PageStore()
     for number, model, days in ((1, "out/text-Q4_K_M.gguf", 2), (2, "other/text-F16.gguf", 0)):
         data = np.arange(2_000_000 * number, dtype=np.uint64).astype(np.uint8)
@@ -66,7 +66,7 @@ def test_a_damaged_page_is_listed_as_such(store: PageStore) -> None:
 
 
 def test_a_date_that_is_none(store: PageStore) -> None:
-    """One damaged page is no reason to list none."""
+    """One damaged page does not prevent the listing of the others."""
     entry = store.entries()[0]
     content = entry.path.read_bytes()
     created = json.dumps(entry.description.created).encode()
@@ -175,7 +175,7 @@ def test_the_cache_type_is_an_option(make_model: Callable[..., Path], page: Path
         assert run("cache", "clear").exit_code == 0
         assert run(*command, "--cache-type", kind).exit_code == 0
         sizes.append(PageStore().entries()[0].n_bytes)
-    assert 0.5 < sizes[1] / sizes[0] < 0.56  # 34 bytes for 32 values, not 64, and positions
+    assert 0.5 < sizes[1] / sizes[0] < 0.56  # 34 bytes for 32 values instead of 64, and positions
     told = json.loads(run("bench", "--model", model, "--image", page, "--cache-type", "q8_0", "--json").stdout)
     assert told["settings"]["cache_type"] == "q8_0"
     assert run(*command, "--cache-type", "q4_0").exit_code == 2

@@ -1,4 +1,4 @@
-"""`granite4v chat` without a terminal: one question from stdin, the answer alone on stdout."""
+"""`granite4v chat` without a terminal: one question from stdin, only the answer on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers as they are shown: all that a model wrote, nothing that controls a terminal."""
+"""How answers are shown: everything that the model wrote, and nothing that controls a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat driven through a real terminal, by its keys, and judged by its screen."""
+"""The chat in a real terminal, driven by keys and judged by its screen."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def table(model_folder: Path) -> list[list[str]]:
-    """What the model reads from the page, asked by the Python API."""
+    """What the model reads from the page through the Python API."""
     with granite4v.load(model_folder) as model:
         constraint = granite4v.grammar_for("tables_html")
         answer = model.generate("<tables_html>", [INVOICE], max_tokens=3000, constraint=constraint)
@@ -52,14 +52,14 @@ def table(model_folder: Path) -> list[list[str]]:
 
 @pytest.fixture
 def document(tmp_path: Path) -> Path:
-    """A PDF whose second page is the invoice; its name has a space."""
+    """A PDF whose second page is the invoice; its name contains a space."""
     pages = (Image.new("RGB", (300, 200), "white"), Image.open(INVOICE))
     return write(tmp_path / "my scan.pdf", scan_pdf(*pages))
 
 
 @pytest.fixture
 def start(cache: Path, model_folder: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts the chat, and ends it when the test does."""
+    """Starts the chat, and ends it with the test."""
     started: list[Terminal] = []
 
     def make(
@@ -77,7 +77,7 @@ def start(cache: Path, model_folder: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def cells_in(shown: str) -> list[list[str]]:
-    """The cells of a table drawn with lines; rows whose text is wrapped are put together."""
+    """Returns the cells of a table drawn with lines, one row per line."""
     rows: list[list[str]] = []
     for line in shown.splitlines():
         if line.startswith("│"):
@@ -120,7 +120,7 @@ def test_a_page_is_read_once_also_across_restarts(start: Start, tmp_path: Path) 
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(start: Start, make_model: Callable[..., Path]) -> None:
-    chat = start(model=make_model(replace(PRESETS["tiny"], seed=3)))  # its answers have no end
+    chat = start(model=make_model(replace(PRESETS["tiny"], seed=3)))  # its answers do not end
     for n_answers in (1, 2):
         chat.wait(lambda: chat.is_at_prompt)
         chat.send("Hello?")
@@ -260,7 +260,7 @@ def test_signals_end_it_cleanly(start: Start, number: signal.Signals) -> None:
 def test_answers_are_plain_where_stdout_is_no_terminal(
     cache: Path, model_folder: Path, tmp_path: Path, start: Start
 ) -> None:
-    """The line editor is on stderr then, and notes as well."""
+    """The line editor and the notes are on stderr then."""
     command = f"{sys.executable} -m granite4v chat {INVOICE} --model {model_folder} > answers.txt"
     variables = {"GRANITE4V_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with Terminal(["sh", "-c", command], environment=variables, folder=str(tmp_path)) as chat:

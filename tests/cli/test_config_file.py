@@ -1,4 +1,4 @@
-"""The config file: what it sets, what has precedence over it, and how every mistake in it is one message."""
+"""The config file: what it sets, what takes precedence over it, and that every mistake in it is one message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.toy.spec import PRESETS
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], Path]:
-    """Makes a config file of a text, and the one in use."""
+    """Writes a config file and makes it the one in use."""
 
     def write(text: str | bytes) -> Path:
         path = tmp_path / "config.toml"
@@ -43,7 +43,7 @@ def run(*arguments: Any) -> Any:
 
 
 def help_of(command: str) -> str:
-    """Without spaces, since lines are broken anywhere."""
+    """Returns the help text without whitespace, because lines may be broken anywhere."""
     return "".join(run(command, "--help").stdout.split())
 
 
@@ -82,7 +82,7 @@ def test_paths_are_found_from_the_file_s_folder(
         assert n_tokens() == 1
     write("[extract]\nout = 'read'\nwatch = 'read'\n")
     told = run("extract").stderr.replace("\n", " ").replace("│", "")
-    assert str(tmp_path / "read") in told  # the directory that is watched is the one that is written to
+    assert str(tmp_path / "read") in told  # the watched directory is also the output directory
 
 
 def test_what_options_hold_paths_is_told_by_their_metavar() -> None:

@@ -1,4 +1,4 @@
-"""`granite4v convert`: what goes to stdout, what to stderr, and the exit status."""
+"""`granite4v convert`: its stdout, its stderr, and its exit status."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_text_is_aligned_and_only_commands_are_wider_than_the_terminal() -> 
         "         attention    12      -",
     ]
     assert [line for line in lines if len(line) > WIDTH] == [COMMAND]
-    assert lines.index("advice   Advice.") > lines.index(COMMAND)  # the serious ones first
+    assert lines.index("advice   Advice.") > lines.index(COMMAND)  # serious problems come first
     assert "wrong" not in text
     assert as_text(Report([Section("gpu", ["none"], {})])) == "gpu      none\n\nNothing is wrong."
 

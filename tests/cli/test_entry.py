@@ -1,4 +1,4 @@
-"""How the command begins and ends: streams that are closed, full or of another encoding, signals, and statuses."""
+"""How the command starts and ends: streams that are closed, full or in another encoding, signals, and statuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX streams and signals")
 pytestmark = posix
 
-# The console script with another command line behind it.
+# The console script with another command line.
 STUB = """
 import os, sys, time
 from granite4v.cli import main
@@ -155,7 +155,7 @@ def test_a_warning_is_one_line_without_the_place_in_the_code() -> None:
 
 
 def interrupted(*numbers: signal.Signals, body: str = WAITING, before: str = "") -> subprocess.CompletedProcess[str]:
-    """A command that is at work, and is then sent these signals."""
+    """Runs a command and sends it these signals while it works."""
     command = ["bash", "-c", f'{before} exec "$@"', "bash", *stub(body)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -193,7 +193,7 @@ def test_a_third_signal_ends_a_clean_up_that_hangs() -> None:
 
 @pytest.mark.parametrize("name", ["HUP", "INT"])
 def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
-    """By nohup, or by a shell for its background jobs."""
+    """Ignored because of nohup, or by a shell for its background jobs."""
     body = WAITING.replace("time.sleep(60)", "time.sleep(1)")
     done = interrupted(signal.Signals[f"SIG{name}"], body=body, before=f"trap '' {name};")
     assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")

@@ -1,4 +1,4 @@
-"""`granite4v export`: what it prints, and how it ends."""
+"""`granite4v export`: its output, and its exit statuses."""
 
 from __future__ import annotations
 

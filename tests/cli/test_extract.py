@@ -1,4 +1,4 @@
-"""`granite4v extract` with a tiny model of random weights: a batch that is killed, doubled, changed and filled up."""
+"""`granite4v extract` with a tiny model with random weights: a batch that is killed, repeated, changed and extended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pages: a PDF of six, three pictures, one of them broken, two with the same pixels."""
+    """Ten pages: a PDF of six and four images, one of them broken and two with the same pixels."""
     scans = tmp_path_factory.mktemp("scans")
     pages = [text_picture((60, 90), seed) for seed in range(8)]
     pages[0].save(scans / "a.pdf", save_all=True, append_images=pages[1:6], resolution=72)
@@ -52,7 +52,7 @@ def command(*arguments: Any) -> list[str]:
 
 
 def run(*arguments: Any) -> Any:
-    # one thread: two wait for each other where other processes keep the cores busy
+    # one thread: two would wait for each other while other processes keep the cores busy
     return CliRunner().invoke(app, command(*arguments)[3:])
 
 
@@ -65,7 +65,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder: Path, scans: Path, tmp_path: Path) -> None:
     arguments = [scans, "--model", folder, *TASKS, "--max-tokens", 8, "--report", "--format", "md"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(*arguments, "--out", whole).exit_code == 1  # one picture is broken
+    assert run(*arguments, "--out", whole).exit_code == 1  # one image is broken
     rng = random.Random(1)
     results = broken / "results.jsonl"
     ends = sorted(rng.sample(range(1, 17), 4))
@@ -88,7 +88,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder: Path, scans: Pa
     assert len(set(keys)) == len(keys)
     names = [{path.name for path in out.iterdir()} for out in (whole, broken)]
     assert names[0] == names[1]
-    # the count of attempts of a page stays if the kill came between its record and the note that it was finished
+    # the attempt count of a page stays if the kill came between its record and the note that it was finished
     for name in names[0] - {"results.jsonl", "report.html", ".granite4v-pages", ".granite4v-attempts.json"}:
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
@@ -118,7 +118,7 @@ def test_a_signal_keeps_what_is_finished(folder: Path, scans: Path, tmp_path: Pa
 def test_ended_with_pages_in_flight_it_goes_on_to_the_same_end(
     make_model: Callable[..., Path], scans: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    half = make_model(PRESETS["tiny"], text_type="F16")  # a float32 file is computed one answer at a time
+    half = make_model(PRESETS["tiny"], text_type="F16")  # a float32 file is answered one question at a time
     arguments = [scans, "--model", half, *TASKS, "--max-tokens", 40, "--parallel", 3]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     told = run(*arguments, "--out", whole).stderr
@@ -158,7 +158,7 @@ def test_one_page_and_one_task_is_the_output_alone(folder: Path, scans: Path) ->
     result = run(scans / "b.png", "--model", folder, "--prompt", "What is this?", "--max-tokens", 5)
     with granite4v.load(folder, n_threads=1) as model:
         answer = model.generate("What is this?", [scans / "b.png"], max_tokens=5)
-    assert (result.exit_code, result.stdout) == (1, answer.text.strip() + "\n")  # an answer that was cut is no success
+    assert (result.exit_code, result.stdout) == (1, answer.text.strip() + "\n")  # a cut answer is not a success
     assert "1 page of 1 document, 1 record, 1 truncated, partly kept; 5 tokens" in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""What `granite4v extract` prints of a run: progress, remarks, a summary, records."""
+"""What `granite4v extract` prints about a run: progress, remarks, a summary, records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from granite4v.runtime.extract import Record, State
 
 
 def a_state() -> State:
-    """Ten of twenty pages are done, after a minute's work on two of them."""
+    """Returns a state with ten of twenty pages done, after a minute's work on two of them."""
     state = State(source="x/a.pdf", page=3, n_pages=6, task="kvp", n_answer_tokens=12, n_documents=2, began=0.0)
     state.n_documents_total, state.n_pages_total, state.n_pages_read, state.n_pages_known = 4, 20, 2, 8
     state.n_tokens, state.decode_s = 100, 4.0
@@ -79,7 +79,7 @@ def test_what_concerns_a_page_is_reported_once_for_all_tasks() -> None:
 
 
 def test_a_name_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """A file name may hold line feeds and what moves a cursor, also to look like another record."""
+    """A file name may contain line feeds and cursor controls, for example to look like another record."""
     source = "a\n== b.pdf, page 1, kvp\x1b[2J\u202e.pdf"
     printer = Printer(as_json=False, out=None, table_format=None, say=print)
     for _ in range(2):

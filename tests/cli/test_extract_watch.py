@@ -1,4 +1,4 @@
-"""`granite4v extract --watch` with a tiny model: files that come, Ctrl-C, and going on afterwards."""
+"""`granite4v extract --watch` with a tiny model: new files, Ctrl-C, and resuming afterwards."""
 
 from __future__ import annotations
 

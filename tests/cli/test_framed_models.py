@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.commands import check_ask_and_chat, check_extract, check_serve, run, write_pages
 from tests.toy.checkpoint import PRESETS
 
-# A token goes to all the experts: where it goes to one, quantizing sends it to another now and then, which no bound on
-# the damage could tell from a mistake. `test_llama4_text.py` has quantized files that choose.
+# Each token goes to all experts. If it went to one, quantizing would sometimes send it to another, and no bound on the
+# damage could distinguish that from a mistake. `test_llama4_text.py` has quantized files with routing.
 SPEC = replace(PRESETS["tiny-llama4-wide"], experts_used=PRESETS["tiny-llama4-wide"].experts)
 TYPES = [("Q8_0", "Q8_0"), ("Q4_K_M", "Q8_0"), ("Q4_0", "Q4_0")]
 
@@ -25,7 +25,7 @@ def folder(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> P
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of seven tiles and of one."""
+    """Images of seven tiles and of one."""
     return write_pages(tmp_path_factory.mktemp("pictures"), (100, 150), (50, 40))
 
 

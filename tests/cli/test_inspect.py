@@ -1,4 +1,4 @@
-"""`granite4v inspect`: what it says about our files, others' files and broken ones."""
+"""`granite4v inspect`: its output for our files, third-party files and broken ones."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_hidden_files_and_links_to_nothing_are_left_out(model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "model"))
-    (folder / "._text-Q8_0.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one beside each file on foreign disks
+    (folder / "._text-Q8_0.gguf").write_bytes(b"\0\5\x16\7")  # macOS writes one next to each file on foreign disks
     (folder / "gone.gguf").symlink_to(folder / "nowhere")
     result = inspect(folder, "--json")
     assert (result.exit_code, result.stderr) == (0, "")

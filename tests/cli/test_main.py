@@ -62,7 +62,7 @@ def failing_app(error: BaseException) -> typer.Typer:
 
     @failing.callback()
     def common() -> None:
-        """So that `fail` stays a command."""
+        """Keeps `fail` a subcommand."""
 
     @failing.command()
     def fail() -> None:

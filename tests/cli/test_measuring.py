@@ -1,4 +1,4 @@
-"""The first run on a machine measures its kernels: that is said, and Ctrl-C ends it with all it started."""
+"""The first run on a machine measures its kernels: a message says so, and Ctrl-C ends it with all child processes."""
 
 from __future__ import annotations
 

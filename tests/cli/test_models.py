@@ -1,4 +1,4 @@
-"""`granite4v models`, and `--model` with a name on the hub: processes, signals, and a hub over real HTTP."""
+"""`granite4v models`, and `--model` with a name on the hub: processes, signals, and a fake hub over real HTTP."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
 TINY = PRESETS["tiny"]
 TEXT, VISION = "tiny-Q4_K_M.gguf", "mmproj-model-f16.gguf"
-HALF = 3_000_000  # of the vision file
-# The command with a conversion that says when it writes, and never ends.
+HALF = 3_000_000  # about half of the vision file
+# The command with a conversion that reports when it writes, and never ends.
 STUCK = """
 import time
 from granite4v.converter import conversion
@@ -59,7 +59,7 @@ def pair(make_model: Callable[..., Path]) -> dict[str, bytes]:
 
 
 class Command:
-    """`granite4v` as a process that asks a stand-in for the hub."""
+    """Runs `granite4v` as a process that uses a fake hub."""
 
     def __init__(self, hub: Hub, folder: Path, **variables: str) -> None:
         self.environment = {
@@ -129,7 +129,7 @@ def test_a_pull_that_was_ended_goes_on(hub: Hub, folder: Path, pair: dict[str, b
 
 
 def wait_for_bytes(folder: Path, n_bytes: int) -> None:
-    """Returns once so many bytes of a download are on the disk."""
+    """Returns once `n_bytes` of a download are on disk."""
     for _ in range(600):
         if sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) >= n_bytes:
             return
@@ -253,7 +253,7 @@ def test_a_conversion_that_was_killed_begins_again_without_a_download(
 
 
 def test_a_page_is_read_by_a_model_of_the_hub(hub: Hub, folder: Path) -> None:
-    """The trained model under official names: the answer is that of the embedded one."""
+    """The trained model under official names gives the same answer as the embedded one."""
     nano = default_model.embedded_model(lambda line: None)
     names = {"nano-vision-f16.gguf": "text-F16.gguf", "mmproj-model-f16.gguf": "mmproj-F16.gguf"}
     hub.add("ibm/nano-GGUF", {name: (nano / own).read_bytes() for name, own in names.items()})
@@ -299,7 +299,7 @@ def test_list_names_sizes_and_dates(two: Path) -> None:
     assert heading.split() == ["NAME", "SIZE", "LAST", "USED", "COMMIT"]
     assert first.split()[:3] == ["ibm/tiny-GGUF:Q4_K_M", "7.3", "MB"]
     assert second.split()[0] == "ibm/tiny-GGUF:Q8_0" and "2023-11-1" in second
-    assert invoke("inspect", "ibm/tiny-GGUF:Q8_0")[0] == 0  # which is a use
+    assert invoke("inspect", "ibm/tiny-GGUF:Q8_0")[0] == 0  # which counts as a use
     assert "2023" not in invoke("models", "list")[1]
     data = json.loads(invoke("models", "list", "--json")[1])
     assert data["folder"] == str(two) and data["incomplete"] == []
@@ -319,7 +319,7 @@ def test_rm_removes_one_model_and_says_what_that_frees(two: Path, pair: dict[str
     status, stdout, stderr = invoke("models", "rm", "ibm/tiny-GGUF")
     assert (status, stdout) == (1, "")
     assert "there are several models of 'ibm/tiny-GGUF'; name one: ibm/tiny-GGUF:Q4_K_M, ibm/tiny-GGUF:Q8_0." in stderr
-    # the vision file stays, for the other one has it as well
+    # the vision file stays, because the other model uses it, too
     assert invoke("models", "rm", "ibm/tiny-GGUF:Q4_K_M") == (0, "", "removed ibm/tiny-GGUF:Q4_K_M: 0.8 MB freed\n")
     assert invoke("models", "rm", "ibm/tiny-GGUF") == (0, "", "removed ibm/tiny-GGUF:Q8_0: 7.3 MB freed\n")
     assert [path.name for path in two.iterdir()] == [".downloads"]

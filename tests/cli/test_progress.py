@@ -32,7 +32,7 @@ def test_counts_and_durations_read_as_people_write_them() -> None:
     assert [plural(n, "page") for n in (0, 1, 2000)] == ["0 pages", "1 page", "2,000 pages"]
 
 
-# --- elsewhere than on a terminal ---
+# --- not on a terminal ---
 
 
 def test_a_line_for_each_stage_and_every_ten_seconds(clock: SimpleNamespace) -> None:
@@ -52,7 +52,7 @@ def test_a_line_for_each_stage_and_every_ten_seconds(clock: SimpleNamespace) -> 
 
 
 def test_time_left_is_shown_once_it_can_be_estimated(clock: SimpleNamespace) -> None:
-    """After two seconds and two percent; what was done before the first call does not count."""
+    """Shown after two seconds and two percent; what was done before the first call does not count."""
     progress = Progress(io.StringIO())
 
     def figures(now: float, done: int) -> list[str]:
@@ -93,7 +93,7 @@ def test_names_cannot_control_what_shows_them(clock: SimpleNamespace) -> None:
     assert stream.getvalue() == "reading a\\x1b[2J\\n\\u202eb.pdf ...\nc\\x1b[2J.pdf\n"
 
 
-# --- on a terminal: in a process of its own, since the display uses the process's streams ---
+# --- on a terminal: in a child process, because the display uses the process's streams ---
 
 START = """
 import sys, time
@@ -106,7 +106,7 @@ def app():
 main.app = app
 entry()
 """
-# the line is drawn ten times a second; what must have been drawn stays for several times that long
+# the line is drawn ten times per second; what must have been drawn stays for several times that long
 REPORTING = """
 for done in range(5):
     progress.show(Activity("encoding", done, 4, detail="a[red]\x1b[31m.png"))
@@ -137,7 +137,7 @@ def open_terminal(columns: int) -> tuple[int, int]:
 
 
 def read_all(descriptor: int) -> bytes:
-    """Until the other end is closed, which is an error on Linux and an empty read on macOS."""
+    """Reads until the other end is closed, which is an error on Linux and an empty read on macOS."""
     read = b""
     while True:
         try:
@@ -166,7 +166,7 @@ ESCAPE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])")
 
 
 def screen(output: str) -> list[str]:
-    """What a terminal shows in the end, of output that moves up, returns and erases lines."""
+    """Returns what a terminal finally shows for output that moves up, returns and erases lines."""
     lines, row, column = [""], 0, 0
     position = 0
     while position < len(output):
@@ -197,7 +197,7 @@ def test_the_live_line_gives_way_to_results_and_remarks_and_goes_in_the_end() ->
     drawn = re.split(r"[\r\n]", ESCAPE.sub("", shown))
     assert any(re.fullmatch(r"encoding a\[red\]\\x1b\[31m\.png +━+ +100%", line.rstrip()) for line in drawn)
     assert any(re.match(r"generating .* 3\.5 tokens/s, 7 tokens", line) for line in drawn)
-    assert "\x1b[?25l" not in shown  # the cursor is not hidden: a process that is killed could not bring it back
+    assert "\x1b[?25l" not in shown  # the cursor is not hidden, because a killed process could not restore it
 
 
 def test_a_long_title_has_the_room_of_the_bar() -> None:

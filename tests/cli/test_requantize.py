@@ -1,4 +1,4 @@
-"""`granite4v requantize`: what goes to stdout, what to stderr, and the exit status."""
+"""`granite4v requantize`: its stdout, its stderr, and its exit status."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_file_on_stdout_and_the_time_on_stderr(make_model: Callable[..., Pat
     status, stdout, stderr = run(folder, "--vision-type", "q8_0", "--threads", 2)
     path = folder / "mmproj-Q8_0.gguf"
     assert (status, stdout) == (0, f"{path}  {path.stat().st_size / 1e6:,.1f} MB\n")
-    assert re.fullmatch(r"quantized in \d+\.\d s", stderr.splitlines()[-1])  # behind progress, if it takes long
+    assert re.fullmatch(r"quantized in \d+\.\d s", stderr.splitlines()[-1])  # after the progress, if it takes long
     assert run(folder, "--vision-type", "Q8_0")[::2] == (
         1,
         f"granite4v: '{path}' exists; give another file with --out, or --force to replace it.\n",

@@ -1,4 +1,4 @@
-"""`granite4v serve` as a process: it listens, answers, says what it does, and ends in time."""
+"""`granite4v serve` as a process: it listens, answers, logs what it does, and ends in time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 class Process:
-    """A server, and what it prints on standard error."""
+    """A server process, and its log on standard error."""
 
     def __init__(self, *arguments: str, log: Path, **environment: str) -> None:
         self._log = log
@@ -62,7 +62,7 @@ class Process:
             time.sleep(0.02)
 
     def end(self, number: int) -> int:
-        """Its status. It takes three seconds at most, and as long as a loaded machine keeps it waiting."""
+        """Sends a signal and returns the exit status. Takes at most three seconds, plus delays of a loaded machine."""
         self.process.send_signal(number)
         return self.process.wait(15)
 
@@ -104,8 +104,8 @@ def test_it_answers_and_prints_nothing_of_what_is_asked(start: Callable[..., Pro
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_end_comes_in_time(start: Callable[..., Process], number: int) -> None:
-    """What takes longer than the time that is left is told so, also what is not sent to its end; what is short is
-    finished."""
+    """Requests that would take longer than the remaining time get an error, including one that is not completely sent;
+    short ones are finished."""
     server = start("--ctx-size", "4096")
     server.wait_until_ready()
     connections = []

@@ -1,4 +1,4 @@
-"""Text of others on a terminal: nothing in it can act on the terminal, and the rest is unchanged."""
+"""Foreign text on a terminal: nothing in it can control the terminal, and the rest is unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from granite4v.cli.terminal import clean, date
         ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
         ("all is well\rgone", r"all is well\rgone"),
-        ("\x9b2J", r"\x9b2J"),  # CSI in one character
+        ("\x9b2J", r"\x9b2J"),  # CSI as a single character
         ("a\x00b\x7fc", r"a\x00b\x7fc"),
         ("fdp.\u202egpj", r"fdp.\u202egpj"),  # shows as fdp.jpg
         ("\u2066a\u2069\u200f", r"\u2066a\u2069\u200f"),

@@ -1,4 +1,4 @@
-"""--quiet and --verbose, of every command and in both places."""
+"""--quiet and --verbose, for every command and in both places."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_quiet_leaves_the_result_and_what_is_wrong_with_it(ask: list[str], norma
     told = "the answer was cut off after 3 tokens; raise --max-tokens to allow more\n"
     for quiet in (run(*ask, "-q"), run("--quiet", *ask)):
         assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, normal.stdout, told)
-    assert "..." in run(*ask).stderr  # it was for that command alone
+    assert "..." in run(*ask).stderr  # it applied to that command only
 
 
 def test_verbose_adds_timings_and_the_log_of_llama_cpp(ask: list[str], normal: Any) -> None:

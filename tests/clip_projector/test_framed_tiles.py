@@ -1,5 +1,5 @@
-"""Canvases whose tiles are several runs of image tokens: sizes, order, pixels and numbers against transformers 5.24, to
-the last bit."""
+"""Canvases whose tiles are separate runs of image tokens: sizes, order, pixels and numbers equal those of transformers
+5.24 bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHER = replace(
     image_std=(0.26862954, 0.26130258, 0.27577711),
     rescale_factor=1 / 127,
 )
-# (width, height), canvas (rows, columns) of published checkpoints
+# (width, height): canvas (rows, columns) of published checkpoints
 CANVASES = {
     (336, 336): (1, 1),
     (1, 1): (1, 1),
@@ -64,7 +64,7 @@ def settings(tiling: CanvasConfig) -> dict[str, Any]:
 
 
 def of_reference(sizes: list[tuple[int, int]], tiling: CanvasConfig) -> list[tuple[int, int, int, int]]:
-    """(rows, columns, width, height) for each (width, height), by the steps of the processor."""
+    """Returns (rows, columns, width, height) for each (width, height), computed by the steps of the processor."""
     from transformers.image_utils import SizeDict
 
     module, side = processing(), tiling.tile_px
@@ -146,7 +146,7 @@ def test_resizing_is_torch_to_the_last_bit() -> None:
 
 
 def test_a_large_image_is_resized_in_pieces() -> None:
-    """The bits of one piece."""
+    """It gives the same bits as resizing in one piece."""
     rng = np.random.default_rng(2)
     pixels = rng.integers(0, 256, (1500, 1200, 3), dtype=np.uint8)
     given = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()

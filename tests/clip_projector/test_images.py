@@ -1,4 +1,4 @@
-"""Opening pictures: what comes out upright and RGB, and the message for each that cannot be opened."""
+"""Opening images: the result is upright and RGB, and each image that cannot be opened has its message."""
 
 import copy
 import hashlib
@@ -57,13 +57,13 @@ def test_transparency_falls_on_white() -> None:
 
 def test_exif_orientation_is_applied() -> None:
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    exif[0x0112] = 6  # to be displayed rotated clockwise by 90 degrees
     turned = load_image(encoded(PIL.Image.fromarray(GRADIENT), exif=exif))
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(GRADIENT, -1))
 
 
 def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """A JPEG of 4 x 2 pixels with an EXIF block of (tag, type, count, value) entries, as cameras write it."""
+    """Returns an EXIF block of (tag, type, count, value) entries, as cameras write it."""
     data, offset, body = b"", 8 + 2 + 12 * len(entries) + 4, struct.pack("<H", len(entries))
     for tag, kind, count, value in sorted(entries):
         where = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", offset + len(data))
@@ -119,7 +119,7 @@ GREYS = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
 
 
 def grey_tiff(values: np.ndarray, photometric: int, bits: int, sample_format: int = 1) -> bytes:
-    """A TIFF of one row of greyscale values, as they are in memory."""
+    """Returns a TIFF of greyscale values, stored as they are in memory."""
     height, width = values.shape
     fields = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 200)]
     fields += [(277, 3, 1), (278, 4, height), (279, 4, values.nbytes), (339, 3, sample_format)]
@@ -197,7 +197,7 @@ def test_frames_that_are_no_pages_are_not_missed(kind: str) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG that claims 30,000 x 30,000 pixels in a few hundred bytes."""
+    """Returns a PNG that claims 30,000 x 30,000 pixels in a few hundred bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -293,7 +293,7 @@ def test_the_digest_tells_pixels_and_shape_apart_and_nothing_else() -> None:
 
 
 def test_the_digest_is_that_of_the_records_of_earlier_versions() -> None:
-    """SHA-256 of "((3, 1), 'RGB')" and nine bytes, by hand: records and the files of pages are known again by it."""
+    """SHA-256 of "((3, 1), 'RGB')" and nine bytes, computed by hand: records and stored pages are recognized by it."""
     expected = hashlib.sha256(b"((3, 1), 'RGB')" + bytes(range(9))).digest()
     assert load_image(np.arange(9, dtype=np.uint8).reshape(1, 3, 3)).digest == expected
     assert Image.from_pixels((3, 1), bytearray(range(9))).digest == expected
@@ -304,7 +304,7 @@ def test_an_image_is_opened_once_and_then_passed_along() -> None:
     image = load_image(picture)
     assert load_image(image) is image and image.size == (9, 6) and repr(image) == "Image(9x6)"
     picture.putpixel((0, 0), (9, 9, 9))
-    np.testing.assert_array_equal(np.asarray(image), GRADIENT)  # a copy: what happens to the source is not its business
+    np.testing.assert_array_equal(np.asarray(image), GRADIENT)  # a copy: later changes of the source do not affect it
     for copied in (copy.copy(image), copy.deepcopy(image), pickle.loads(pickle.dumps(image))):
         assert copied.digest == image.digest
         np.testing.assert_array_equal(np.asarray(copied), GRADIENT)
@@ -319,7 +319,7 @@ def test_threads_that_ask_for_a_digest_at_once_hash_once(monkeypatch: pytest.Mon
     def counted(image: PIL.Image.Image, *arguments: object) -> bytes:
         data = tobytes(image, *arguments)
         hashed.append(data)
-        time.sleep(0.01)  # so that the others arrive meanwhile
+        time.sleep(0.01)  # so that the other threads arrive meanwhile
         return data
 
     image = load_image(GRADIENT)

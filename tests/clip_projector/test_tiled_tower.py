@@ -1,6 +1,6 @@
-"""Canvases, the tower over all tiles and its projector against transformers 5.24, by value.
+"""Canvases, the tower over all tiles and its projector, compared numerically with transformers 5.24.
 
-Float32 files differ from the reference by the order of sums only (observed: 9e-7 in the worst tile).
+Float32 files differ from the reference only by the order of sums (observed: 9e-7 in the worst tile).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.toy.tiled_tower import IMAGENET_MEAN, IMAGENET_STD, TowerSpec, refere
 
 SPEC = TowerSpec()
 TOLERANCE = 2e-5
-# (width, height), canvas (rows, columns); tiles of 56 pixels
+# (width, height): canvas (rows, columns); tiles of 56 pixels
 CASES = {
     (56, 56): (1, 1),
     (30, 20): (1, 1),
@@ -120,13 +120,13 @@ def test_states_are_the_references(reference: Any, file: Path, size: tuple[int, 
     found, expected = ours(file, size), theirs(reference, size)
     assert found.states.shape == expected.shape == (4, 17, SPEC.text_hidden)
     assert (found.n_tiles, found.n_tokens) == (CASES[size][0] * CASES[size][1], 1)
-    for tile in range(4):  # those that the image lacks, too
+    for tile in range(4):  # including tiles that the image does not have
         assert relative_l2(found.states[tile], expected[tile]) <= TOLERANCE, tile
 
 
 @pytest.mark.skipif(not onednn.is_installed(), reason="needs the extra 'onednn'")
 def test_products_of_onednn(reference: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries in pieces, of which the last is shorter."""
+    """Queries are computed in pieces, of which the last is shorter."""
     monkeypatch.setattr("granite4v.clip_projector.tiled_tower.QUERIES_AT_ONCE", 16)
     exact = Kernel("onednn", arithmetic="F32")
     for size in ((160, 40), (110, 100)):

@@ -1,6 +1,6 @@
 """Tile geometry: expected grids and token counts worked out by hand, and packing as the inverse of cutting.
 
-That tiles equal the reference's to the last bit is tested in test_parity.py.
+test_parity.py checks that tiles equal the reference's bit for bit.
 """
 
 import numpy as np
@@ -45,14 +45,14 @@ def test_equal_pinpoints_go_to_the_first() -> None:
 
 
 def test_geometry_is_in_double_precision() -> None:
-    """In single precision these two come out otherwise: 288x217, and a grid of six tiles."""
+    """In single precision these two give other results: 288x217, and a grid of six tiles."""
     assert fit_size((800, 600), (288, 288)) == (288, 216)
     where = layout((435, 2174), TILING, TOKENS_SIDE)
     assert where.rows * where.columns == 10
 
 
 def test_a_line_of_pixels_leaves_the_overview_alone() -> None:
-    """Scaled to a grid it is less than one token high, so nothing of the grid remains after unpadding."""
+    """Scaled to a grid, it is less than one token high, so nothing of the grid remains after unpadding."""
     assert layout((20000, 1), TILING, TOKENS_SIDE).n_tokens == 144
     assert len(cut(Image.new("RGB", (20000, 1)), TILING)) == 2
 
@@ -75,7 +75,7 @@ def test_normalize_is_scale_then_mean_then_deviation() -> None:
 
 @pytest.mark.parametrize("size", [(1700, 2200), (2200, 1700), (3000, 500), (37, 911), (384, 384)])
 def test_pack_puts_every_token_in_reading_order(size: tuple[int, int]) -> None:
-    """Each token is labelled with its row and column on the whole grid; the sequence must read line by line."""
+    """Each token is labelled with its row and column on the whole grid; the sequence must read row by row."""
     where = layout(size, TILING, TOKENS_SIDE)
     tiles = [np.full((TOKENS_SIDE**2, 2), -2.0, np.float32)]
     for row in range(where.rows):

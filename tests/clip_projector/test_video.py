@@ -1,4 +1,4 @@
-"""Frames of videos: which are taken, from what, and what is said of files that are none."""
+"""Frames of videos: which ones are taken, the accepted sources, and the messages for files that are not videos."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def test_videos_are_known_by_their_frames(file: Path) -> None:
 
 
 def test_files_that_name_other_files_are_not_followed(tmp_path: Path) -> None:
-    """A playlist or a script of FFmpeg's would have it open whatever file, or address, stands in it."""
+    """A playlist or an FFmpeg script could make it open any file or address."""
     write_video(tmp_path / "private.ts", 10, RATE)
     (tmp_path / "script.mp4").write_text("ffconcat version 1.0\nfile private.ts\n")
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nprivate.ts\n#EXT-X-ENDLIST\n")
-    with av.open(str(tmp_path / "script.mp4")) as followed:  # what FFmpeg does if nobody forbids it
+    with av.open(str(tmp_path / "script.mp4")) as followed:  # what FFmpeg does by default
         assert sum(1 for _ in followed.decode(video=0)) == 10
     for name in ("script.mp4", "list.m3u8"):
         with pytest.raises(ImageError, match="cannot be read as a video: it is of another kind"):

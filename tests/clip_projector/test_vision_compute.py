@@ -1,4 +1,5 @@
-"""Matrices quantized in memory: the values of a requantized file, in whatever layout the file is, or a message."""
+"""Matrices quantized in memory: the values equal those of a requantized file in every layout of the file, or there is a
+message."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_the_values_are_those_of_a_requantized_file(kind: str, make_model: Calla
         np.testing.assert_array_equal(streams(path, kind), expected)
     path = make_model(TINY, "F32", "F16") / "mmproj-F16.gguf"
     found = streams(path, kind)
-    # patches stay in F16, which rounds pixels otherwise and so tips activations to the next integer
+    # patches stay in F16, which rounds pixels differently and so moves some activations to the next integer
     assert relative_l2(found, streams(requantize(path, kind, tmp_path / "F16.gguf"))) < 2e-2
     other = unpadded(path, tmp_path / "unpadded.gguf", TINY.vision_ffn)
     np.testing.assert_array_equal(streams(other, kind), found)
@@ -62,7 +63,7 @@ def test_the_values_are_those_of_a_requantized_file(kind: str, make_model: Calla
 
 @pytest.mark.usefixtures("plain")
 def test_quantized_matrices_stay_and_so_do_their_widths(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Official Q8_0 files have the second feed-forward matrix in F16: its rows of 4304 are no whole blocks."""
+    """Official Q8_0 files have the second feed-forward matrix in F16, because its rows of 4304 are not whole blocks."""
     source = make_model(TINY, "F32", "F16") / "mmproj-F16.gguf"
     half, mixed = unpadded(source, tmp_path / "half.gguf", TINY.vision_ffn), {}
     for tensor in gguf.GGUFReader(half).tensors:
@@ -71,7 +72,7 @@ def test_quantized_matrices_stay_and_so_do_their_widths(make_model: Callable[...
     path = copy_gguf(half, tmp_path / "mixed.gguf", tensors=mixed)
     found = streams(path, "Q8_0")
     assert 0 < relative_l2(found, streams(path)) < 2e-2
-    # the zeros of a requantized file change nothing but the blocks that they share with values
+    # the zeros of a requantized file only change blocks that contain both zeros and values
     assert relative_l2(found, streams(half, "Q8_0")) < 1e-2
 
 
@@ -84,7 +85,7 @@ def test_a_file_without_float_matrices_is_left_as_it_is(make_model: Callable[...
 
 @pytest.mark.skipif(not onednn.multiplies_bfloat16(), reason="needs the extra 'onednn' and a CPU with bfloat16")
 def test_factors_are_rounded_to_bfloat16(make_model: Callable[..., Path]) -> None:
-    """A file of float32 weights that are bfloat16 numbers: only activations are rounded, by 2^-9 at most."""
+    """The file has float32 weights that are exact in bfloat16: only activations are rounded, by at most 2^-9."""
     exact = make_model(replace(TINY, dtype="bfloat16"), "F32", "F32") / "mmproj-F32.gguf"
     with VisionEncoder(exact, "cpu", 2, vision_compute="BF16") as encoder:
         assert {kernel.arithmetic for kernel in encoder.kernels.values()} == {"BF16"}
@@ -104,7 +105,7 @@ def test_bfloat16_is_refused_where_it_cannot_be_computed(
 def test_int8_is_the_faster_type_with_the_faster_kernel(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels that widen weights to floats do not count."""
+    """Kernels that widen weights to floats are not considered."""
     times = {"Q8_0": {PLAIN: {MANY: 1.0}, FLOAT32: {MANY: 0.1}}, "Q6_K": {PLAIN: {MANY: 0.5}}}
     monkeypatch.setattr(autotune, "times", lambda *_: times)
     monkeypatch.setattr(autotune, "vision_kernels", lambda *_, **__: {})
@@ -162,7 +163,7 @@ def test_small_graphs_stay_and_large_ones_go_with_the_same_features(
 
     monkeypatch.setattr(encoder_module, "hidden_states", counted)
     with VisionEncoder(make_model(TINY, "F32", "F16") / "mmproj-F16.gguf", "cpu", 2) as encoder:
-        built.clear()  # the first is built to check the file
+        built.clear()  # the first graph is built to check the file
         features = []
         for least in (encoder_module.SMALL_NBYTES, encoder_module.SMALL_NBYTES, 0, 0):
             monkeypatch.setattr(encoder_module, "SMALL_NBYTES", least)

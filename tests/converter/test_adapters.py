@@ -1,4 +1,4 @@
-"""Adapters with odd settings, and adapters that peft itself wrote."""
+"""Adapters with unusual settings, and adapters that peft itself wrote."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_adapter_of_another_type_of_numbers_is_refused(source: Path, tmp_path
 
 @pytest.mark.parametrize("spelling", ["as peft saves", "without the prefix", "with the adapter's name"])
 def test_an_adapter_that_peft_wrote(spelling: str, source: Path, tmp_path: Path) -> None:
-    """Saved by peft itself, merged by peft itself: the three spellings of keys that its versions have written."""
+    """Saved and merged by peft itself, with the three spellings of keys that its versions have used."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText

@@ -87,7 +87,7 @@ def test_half_precision_checkpoints_are_widened_exactly(
 def test_query_and_key_rows_are_paired_for_llama_cpps_rotary_embedding(
     tiny: Path, make_checkpoint: Callable[[CheckpointSpec], Path]
 ) -> None:
-    """Row by row, slowly: new row 2j is old row j of the head's first half, 2j+1 of its second."""
+    """Checks row by row: new row 2j is old row j of the head's first half, and 2j+1 is row j of its second half."""
     from safetensors.numpy import load_file
 
     theirs = load_file(make_checkpoint(TINY) / "model.safetensors")
@@ -115,7 +115,7 @@ def test_stock_llama_cpp_computes_the_references_logits_on_text(
     tmp_path: Path,
 ) -> None:
     convert(make_checkpoint(spec), tmp_path / "out", F32)
-    # transformers reads the dense twin of the fused checkpoint: the same seed gives the same model
+    # transformers reads the dense counterpart of the fused checkpoint: the same seed gives the same model
     reference = load_reference(replace(spec, text_type="granite"))
     expected = reference.all_logits("Total amount due: 1,284.50 EUR in 12345 days.")
     ids = reference.prompt_ids("Total amount due: 1,284.50 EUR in 12345 days.")
@@ -126,7 +126,7 @@ def test_stock_llama_cpp_computes_the_references_logits_on_text(
 
 
 def test_stock_libmtmd_computes_the_references_streams(tiny: Path, load_reference: Callable[..., Reference]) -> None:
-    """As near as libmtmd comes: it rounds patches to F16 and looks gelu up in an F16 table."""
+    """As close as libmtmd gets: it rounds patches to F16 and computes gelu from an F16 table."""
     picture = noise_picture((150, 100))
     found = encode_image(tiny / "text-F32.gguf", tiny / "mmproj-F32.gguf", np.asarray(picture))
     streams = load_reference(TINY).streams(picture)
@@ -137,7 +137,7 @@ def test_stock_libmtmd_computes_the_references_streams(tiny: Path, load_referenc
 def test_quantized_text_runs_in_stock_llama_cpp(
     kind: str, nearness: float, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
-    """Relative L2 to the F32 file, 1.4 times what was observed; random weights are the worst case."""
+    """Relative L2 to the F32 file, 1.4 times the observed values; random weights are the worst case."""
     source, ids = make_checkpoint(PRESETS["tiny-wide"]), list(range(40, 90))
     logits = {}
     for name in ("F32", kind):
@@ -273,7 +273,8 @@ def test_a_tensor_is_used_or_dropped_by_name_and_the_plan_tells(
 
 
 def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
-    """The data of the only file is cut out of it; headers are all that a plan needs but for the fingerprint."""
+    """All values of the only file are replaced by NaN: a plan reads only headers, apart from the data for the
+    fingerprint."""
     source = write_checkpoint(tmp_path / "source", TINY)
     with (source / "model.safetensors").open("r+b") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -317,7 +318,7 @@ print(peak_rss_gb() - before)
 
 @pytest.mark.slow
 def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
-    """A checkpoint of 150 MB, two thirds of which are the token embedding."""
+    """A checkpoint of 150 MB, of which the token embedding is two thirds."""
     spec = replace(TINY, text_hidden=512, text_ffn=1024, text_heads=8, n_bpe=100_000, dtype="bfloat16")
     source = write_checkpoint(tmp_path / "source", spec)
     largest = 100_000 * 512 * 2

@@ -1,4 +1,4 @@
-"""Bad input to the converter: each row has its own message, and nothing is left behind."""
+"""Bad input to the converter: each case has its own message, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def single(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) ->
 
 @pytest.fixture
 def fails(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Converts, expects a failure, checks that the target's directory is as before, returns the message."""
+    """Converts, expects a failure, checks that the target's directory was not created, returns the message."""
 
     def run(checkpoint: Path, options: Options | None = None, kind: type[Granite4vError] = CheckpointError) -> str:
         parent = tmp_path / "models"
@@ -344,13 +344,13 @@ def test_a_target_that_no_directory_can_have(target: str, single: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that takes a moment to convert."""
+    """A checkpoint whose conversion takes a moment."""
     spec = replace(PRESETS["tiny-wide"], text_hidden=1024, text_ffn=2048, text_heads=16, dtype="bfloat16")
     return write_checkpoint(tmp_path_factory.mktemp("large") / "source", spec)
 
 
 def interrupt(source: Path, target: Path, number: int, *options: str) -> tuple[int, str, str]:
-    """Starts `convert`, sends it a signal while it writes, returns its status and output."""
+    """Starts `convert`, sends it a signal while it writes, and returns its status and output."""
     command = [sys.executable, "-m", "granite4v", "convert", source, target, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     give_up = time.monotonic() + 60
@@ -396,7 +396,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(exists: bool, large: Path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs locks")
 def test_a_run_at_work_keeps_its_directory(single: Path, tmp_path: Path) -> None:
-    """Another process converts to the same name meanwhile; the one that ends last is told."""
+    """Another process converts to the same name meanwhile; the one that ends last gets an error."""
     other = [sys.executable, "-m", "granite4v", "convert", single, tmp_path / "models" / "out", "--text-type", "F16"]
     kept: list[bool] = []
 

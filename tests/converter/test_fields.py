@@ -1,4 +1,4 @@
-"""Fields of config.json and of the image processor's settings: wrong types, absurd sizes, older forms."""
+"""Fields of config.json and of the image processor's settings: wrong types, absurd sizes, older spellings."""
 
 from __future__ import annotations
 

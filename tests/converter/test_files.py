@@ -1,4 +1,4 @@
-"""What stands in the place of a checkpoint's files, and safetensors headers that are wrong."""
+"""Other things in place of a checkpoint's files, and invalid safetensors headers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def source(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) ->
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Frees a file's name for something else, and puts the file back afterwards."""
+    """Frees a file's name for something else, and restores the file afterwards."""
     aside = path.with_name("aside")
     path.rename(aside)
     yield path
@@ -57,7 +57,7 @@ def test_a_placeholder_is_named(content: bytes, message: str, source: Path) -> N
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "link to itself", "link to nothing"])
 def test_only_regular_files_are_opened(kind: str, source: Path) -> None:
-    """A pipe would wait for its writer for ever."""
+    """Opening a pipe would wait for its writer forever."""
     expected = {"link to itself": "symbolic links", "link to nothing": "is a link to '../blobs/4d7a21', which does"}
     for name in (*FILES, "model.safetensors"):
         targets = {"device": "/dev/zero", "link to itself": name, "link to nothing": "../blobs/4d7a21"}
@@ -145,7 +145,7 @@ def test_a_header_that_is_no_object(header: bytes, source: Path) -> None:
 
 
 def test_more_tensors_than_any_model_has(source: Path) -> None:
-    """Each would be looked for in every table."""
+    """Each tensor would be searched for in every table."""
     entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     header = b"{" + b",".join(entry % i for i in range(100_001)) + b"}"
     write_raw(source / "model.safetensors", header, b"")

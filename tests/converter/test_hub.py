@@ -1,4 +1,4 @@
-"""Checkpoints by hub id, from a cache made by hand: no test reaches the network."""
+"""Checkpoints by hub id, from a handmade cache: no test reaches the network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 
 @pytest.fixture
 def cache(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub cache with 'owner/model' in two commits, and 'owner/adapter', which names it as its base."""
+    """A hub cache with 'owner/model' in two commits, and with 'owner/adapter', whose base it is."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -73,7 +73,7 @@ def test_what_is_neither_here_nor_on_the_hub(cache: Path) -> None:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub that would be asked, and what it is asked for; it has nothing."""
+    """Goes online with a hub that has nothing; the list records what it is asked for."""
     from huggingface_hub import constants
 
     asked: list[str] = []
@@ -161,7 +161,7 @@ def test_a_web_address_is_answered_with_the_hub_id(online: list[str]) -> None:
 
 
 def test_a_download_has_one_bar_that_moves_no_cursor() -> None:
-    """The three bars of huggingface_hub's snapshot_download, at work at once."""
+    """The three bars of huggingface_hub's snapshot_download are active at the same time."""
     stream = io.StringIO()
     options = [
         {"unit": "B", "unit_scale": True, "name": "huggingface_hub.snapshot_download.transfer", "desc": "Downloading"},

@@ -1,6 +1,6 @@
-"""Layouts of published checkpoints: fields as they stand there convert, and what comes out is the reference's.
+"""Layouts of published checkpoints: their fields are converted, and the results are the reference's.
 
-transformers is the reference where it knows a field; where it does not, the reference is built from its parts.
+transformers is the reference if it knows a field; otherwise the reference is built from its parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MakeCheckpoint = Callable[[CheckpointSpec], Path]
 
 
 def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], without: str = "") -> Path:
-    """A copy of a checkpoint with its config.json changed, and without tensors whose names hold `without`."""
+    """Copies a checkpoint, changes its config.json, and drops tensors whose names contain `without`."""
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
     change(config)
@@ -56,7 +56,7 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], 
 
 
 def published_fields(config: dict[str, Any]) -> None:
-    """What 4.1's config.json says beside the sizes."""
+    """Sets the fields of 4.1's config.json other than the sizes."""
     text = config["text_config"]
     rope = text.pop("rope_parameters", {})
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
@@ -101,7 +101,7 @@ def test_without_spatial_sampling(held: bool, make_checkpoint: MakeCheckpoint, t
 
 @pytest.mark.parametrize("held", [False, True], ids=["newline absent", "newline there"])
 def test_without_newlines(held: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """The reference packs without its newline, as its own code does when it has none."""
+    """The reference packs without its newline, as its own code does if there is none."""
     base = make_checkpoint(TINY)
     source = edited(
         base,
@@ -188,7 +188,7 @@ def test_a_tower_that_is_called_otherwise(
 
 
 def test_a_hybrid_says_only_what_differs_from_its_defaults(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """transformers writes the difference; layer count, widths and epsilon are its defaults, too."""
+    """transformers writes only what differs from the defaults; here layer count, widths and epsilon are defaults."""
     from transformers import GraniteMoeHybridConfig
 
     from granite4v.families.text import text_architecture, text_section
@@ -256,7 +256,7 @@ def test_a_head_that_is_absent_is_tied_with_a_warning(make_checkpoint: MakeCheck
 
 
 def with_head(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray], name: str) -> Path:
-    """A copy of a tied checkpoint with a head, made of its token embedding."""
+    """Copies a tied checkpoint and adds a head made from its token embedding."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     embedding = tensors["model.language_model.embed_tokens.weight"]
@@ -265,7 +265,7 @@ def with_head(source: Path, target: Path, change: Callable[[np.ndarray], np.ndar
 
 
 def test_a_tied_head_that_differs_is_kept_with_a_warning(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """As transformers keeps it. Only the last value differs."""
+    """transformers keeps it, too. Only the last value differs."""
 
     def change(embedding: np.ndarray) -> np.ndarray:
         other = embedding.copy()
@@ -309,7 +309,8 @@ def test_of_two_that_are_tied_the_embedding_may_be_absent(make_checkpoint: MakeC
 
 
 def transformers_tiny(folder: Path, **text: Any) -> Path:
-    """As `tests/models/granite4_vision` of transformers configures it: a CLIP tower, one stream, one tile."""
+    """Writes a checkpoint with the configuration of transformers' `tests/models/granite4_vision`: a CLIP tower, one
+    stream, one tile."""
     import torch
     from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantized already."""
+"""Checkpoints whose weights are already quantized."""
 
 from __future__ import annotations
 

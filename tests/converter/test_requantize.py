@@ -1,4 +1,5 @@
-"""A vision file in another weight type: what a conversion gives, whoever made the file, or a message and no file."""
+"""A vision file in another weight type: the same as a conversion gives, whoever made the file, or a message and no
+file."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def folder(make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path) ->
 
 
 def fields(path: Path) -> Mapping[str, Any]:
-    """Metadata with their types."""
+    """Returns metadata with their types."""
     read = gguf.GGUFReader(path).fields
     return {key: (field.types, field.contents()) for key, field in read.items() if not key.startswith("GGUF.")}
 
@@ -60,7 +61,7 @@ def test_half_precision_weights_give_what_a_conversion_gives(
         convert(make_checkpoint(HALF), tmp_path / kind, Options("F32", kind))
         expected = tensor_bytes(tmp_path / kind / f"mmproj-{kind}.gguf")
         assert tensor_bytes(requantize(source, kind)) == expected, kind
-        if kind not in policy.FLOATS:  # which keep the width that they have
+        if kind not in policy.FLOATS:  # float types keep the width of the source
             other = requantize(theirs, kind)
             assert other.name == f"mmproj-model-{kind}.gguf"
             assert tensor_bytes(other) == expected, kind
@@ -81,7 +82,7 @@ def test_metadata_stay_with_their_types_but_for_where_the_file_comes_from(folder
 
 
 def test_files_of_llama_cpps_older_converter(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Feed-forward names are swapped there, and positions in half precision."""
+    """These files have swapped feed-forward names, and positions in half precision."""
     spec = replace(PRESETS["tiny-granite-3.3"], vision_ffn=200)
     source = older_layout(make_model(spec) / "mmproj-F32.gguf", tmp_path / "mmproj-model-f16.gguf", spec)
     for kind, nearness in (("Q8_0", 0.03), ("Q6_K", 0.08)):
@@ -109,7 +110,7 @@ def test_the_runtime_takes_the_requantized_file(folder: Path) -> None:
             assert files.vision is not None and files.vision.path == new
     with ModelFiles.open(folder, mmproj=folder / "mmproj-F16.gguf") as files:
         assert files.vision is not None and files.vision.path.name == "mmproj-F16.gguf"
-    requantize(folder, "Q6_K")  # from the original again
+    requantize(folder, "Q6_K")  # again from the original
     with pytest.raises(
         ModelFileError, match=r"more than one .*: 'mmproj-Q6_K.gguf', 'mmproj-Q8_0.gguf'; .* '--mmproj'"
     ):

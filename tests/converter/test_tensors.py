@@ -1,4 +1,4 @@
-"""The tensor tables: one for each family, and none without."""
+"""The tensor tables: exactly one per family."""
 
 from __future__ import annotations
 

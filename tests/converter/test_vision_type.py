@@ -1,4 +1,5 @@
-"""`--vision-type auto`: the fastest type by what was measured, a more exact one among equals, and why."""
+"""`--vision-type auto`: picks the type that was measured fastest, of equally fast ones the more exact one, and says
+why."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from tests.toy.checkpoint import PRESETS
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the seconds of each type's kernels."""
+    """Sets the measured seconds of each type's kernels."""
 
     def put(**seconds: dict[str, float]) -> None:
         times = {kind: {name: {MANY: one} for name, one in by_name.items()} for kind, by_name in seconds.items()}
@@ -47,11 +48,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: 0.5}, "Q6_K": {PLAIN: 0.8}}, "Q8_0"),
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: 1.2}, "Q6_K": {PLAIN: 0.5}}, "Q6_K"),
-        ({"F16": {PLAIN: 1.0, FLOAT32: 0.5}, "Q8_0": {PLAIN: 1.2}, "Q6_K": {PLAIN: 0.47}}, "F16"),  # as fast
+        ({"F16": {PLAIN: 1.0, FLOAT32: 0.5}, "Q8_0": {PLAIN: 1.2}, "Q6_K": {PLAIN: 0.47}}, "F16"),  # equally fast
         ({"F16": {PLAIN: 1.0}, "BF16": {PLAIN: 0.54}, "Q8_0": {PLAIN: 0.5}, "Q6_K": {PLAIN: 0.5}}, "BF16"),
         ({"F16": {PLAIN: 1.0}, "BF16": {ONEDNN_BF16: 0.5, PLAIN: 2.0}, "Q8_0": {PLAIN: 0.8}}, "BF16"),
         ({"F16": {PLAIN: 1.0}, "Q8_0": {PLAIN: math.inf}, "Q6_K": {PLAIN: math.inf}}, "F16"),  # they crash
-        ({"F16": {PLAIN: 1.0}}, "F16"),  # there was no time for more
+        ({"F16": {PLAIN: 1.0}}, "F16"),  # there was no time to measure more
         ({}, "F16"),
     ],
 )

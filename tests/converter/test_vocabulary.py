@@ -1,4 +1,4 @@
-"""The tokenizer as llama.cpp is told of it: pre-tokenizer names, token types, special ids, merges, template."""
+"""The tokenizer as written for llama.cpp: pre-tokenizer names, token types, special ids, merges, template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBERS = "1234567890 12345 12 2024-00317 1,284.50 0xff 3.14159"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Language files alone, for a test to change."""
+    """A folder with language files only, which a test may change."""
     write_language_files(tmp_path, build_tokenizer())
     return tmp_path
 
@@ -124,7 +124,7 @@ def test_special_ids_come_from_tokenizer_config_then_from_config(folder: Path) -
     ("generation", "config", "expected"),
     [
         (["end", 1, 3], None, {"eot": 1, "eom": 3}),
-        ([1, "end"], [4, 5], {"eot": 1}),  # generation_config.json is what counts
+        ([1, "end"], [4, 5], {"eot": 1}),  # generation_config.json has precedence
         (None, ["end", 5], {"eot": 5}),
         ("end", [4, 5], {}),
         (["end", 9999, True], None, {}),
@@ -171,7 +171,8 @@ def test_whether_text_begins_with_a_special_token(
 
 
 def put_templates(folder: Path, **templates: Any) -> None:
-    """Writes templates where each keyword says, the tokenizer's in tokenizer_config.json; no others stay."""
+    """Writes templates to the places that the keywords name, the tokenizer's in tokenizer_config.json; removes all
+    others."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
@@ -246,7 +247,7 @@ def test_templates_without_a_default_are_named(folder: Path) -> None:
 
 
 def without_image_token(folder: Path) -> int:
-    """Takes the image token out of tokenizer.json; returns its id."""
+    """Removes the image token from tokenizer.json; returns its id."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (image,) = [entry["id"] for entry in tokenizer["added_tokens"] if entry["content"] == "<image>"]
     others = [entry for entry in tokenizer["added_tokens"] if entry["id"] != image]
@@ -257,7 +258,7 @@ def without_image_token(folder: Path) -> int:
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
 def test_a_token_that_only_another_file_has(place: str, folder: Path) -> None:
-    """As transformers reads the folder: text with the token in it is split there."""
+    """The same as transformers does with the folder: the token is split off in text."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -267,7 +268,7 @@ def test_a_token_that_only_another_file_has(place: str, folder: Path) -> None:
     entry = {"content": "<image>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
     if place == "added_tokens.json":
         (folder / place).write_text(json.dumps({"<image>": image}))
-    settings["added_tokens_decoder"] = {str(image): entry}  # transformers 5 reads this alone
+    settings["added_tokens_decoder"] = {str(image): entry}  # transformers 5 reads only this
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = AutoTokenizer.from_pretrained(folder)
     if place == "added_tokens.json":
@@ -321,7 +322,7 @@ def test_a_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
 
 
 def test_two_ids_for_one_text_are_refused(folder: Path) -> None:
-    """llama.cpp would abort the process on such a file."""
+    """llama.cpp would abort the process on a file with them."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"][-1]["content"] = "<|pad|>"
     change_tokenizer(folder, added_tokens=tokenizer["added_tokens"])

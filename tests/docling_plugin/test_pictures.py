@@ -45,7 +45,7 @@ def chart(seed: int) -> Image.Image:
 
 
 def document(*kinds: str | None) -> DoclingDocument:
-    """One picture for each; None is one that no classifier has seen."""
+    """Returns a document with one picture per kind; None for one without a classification."""
     made = DoclingDocument(name="a")
     made.add_page(1, Size(width=100, height=100))
     for kind in kinds:
@@ -58,7 +58,7 @@ def document(*kinds: str | None) -> DoclingDocument:
 
 
 def enriched(model: Granite4vPictureModel, made: DoclingDocument, *images: Image.Image) -> list[PictureItem]:
-    """The items that docling's pipeline hands the stage, as it leaves them."""
+    """Returns the items of docling's pipeline after the stage."""
     pairs = zip(made.pictures, images, strict=True)
     elements = [ItemAndImageEnrichmentElement(item=item, image=image) for item, image in pairs]
     list(model(made, elements))
@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_asked_about_gets_no_entry(caplog: pytest.LogCa
 
 
 def test_small_pictures_are_charts_without_a_description() -> None:
-    """As with docling's own stages: the threshold is about descriptions."""
+    """As in docling's own stages: the threshold applies to descriptions only."""
     made = stage(charts="all", picture_area_threshold=0.9)
     (item,) = enriched(made, document(None), chart(0))
     assert rows(item) and item.meta.description is None

@@ -1,4 +1,4 @@
-"""How docling finds the plugin, and what it says without docling."""
+"""How docling finds the plugin, and the message without docling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_entry_point_leads_to_it() -> None:
-    """As pyproject.toml has it: an installation from before the plugin lacks it."""
+    """As in pyproject.toml; an installation from before the plugin has none."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (name, module) = re.search(r'\[project\.entry-points\.docling\]\n(\w+) = "(.*)"', text).groups()  # type: ignore[union-attr]
     assert (name, module) == ("granite4v", plugin.__name__)
@@ -55,7 +55,7 @@ def test_without_docling_there_is_a_message(monkeypatch: pytest.MonkeyPatch) -> 
         from granite4v.docling_plugin import Granite4vTableOptions  # noqa: F401
 
 
-# docling's factory imports every engine, and one of them torchvision, which must be built for the torch that is there
+# docling's factory imports every engine, one of which imports torchvision, which must match the installed torch
 WITHOUT_TORCHVISION = """
 import sys, types
 import transformers
@@ -66,8 +66,8 @@ sys.modules["torchvision.transforms"] = sys.modules["torchvision"].transforms = 
 
 
 def test_the_lines_of_the_documentation_convert_a_pdf(tmp_path: Path) -> None:
-    """In docling's own pipeline; its layout and classification models cannot be had here, so its stage for images of
-    tables takes the place of the first."""
+    """Runs in docling's own pipeline. Its layout and classification models are not available here, so its stage for
+    images of tables replaces the layout stage."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (example,) = (block for block in blocks if "granite4v.docling_plugin" in block)
     changes = {

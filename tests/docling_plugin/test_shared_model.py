@@ -1,4 +1,4 @@
-"""One model for all stages that have the same options, as long as one of them lives."""
+"""One model for all stages with the same options, as long as one of them lives."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_stages_with_the_same_options_share_a_model() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda _: id(loaded()), range(8))) == {id(model)}
     assert loaded(n_parallel=3) is not model
-    assert loaded(scale=1.0, max_tokens=5) is model  # these are not about the model
+    assert loaded(scale=1.0, max_tokens=5) is model  # options that do not concern the model
     gone = weakref.ref(model)
     del model, tables
     gc.collect()

@@ -55,7 +55,7 @@ def texts(prediction: TableStructurePrediction, table: int) -> list[tuple[int, i
 
 
 def asked_alone(image: Image.Image) -> list[tuple[int, int, str]]:
-    """What the model answers without docling."""
+    """Returns what the model answers without docling."""
     with granite4v.load(n_parallel=N_PARALLEL, device="cpu") as model:
         answer = model.generate(
             "<tables_otsl>", [image], constraint=granite4v.grammar_for("tables_otsl"), max_tokens=1000
@@ -140,7 +140,7 @@ def engine_of(table_stage: Granite4vTableModel) -> Engine:
 
 @contextlib.contextmanager
 def held(table_stage: Granite4vTableModel) -> Iterator[None]:
-    """The model answers nothing meanwhile."""
+    """Blocks the engine until the block ends, so that the model answers nothing."""
     is_held, go = threading.Event(), threading.Event()
 
     def hold(_: object) -> None:
@@ -195,7 +195,7 @@ def test_pages_wait_where_many_tables_are_on_their_way(reads: Granite4vTableMode
 def test_all_tables_of_a_document_that_docling_gives_up_are_given_up(
     reads: Granite4vTableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those that nobody waits for yet."""
+    """Including those that nobody waits for yet."""
     is_over, was_noticed = threading.Event(), threading.Event()
 
     def now() -> float:
@@ -260,7 +260,7 @@ def test_the_cells_are_those_that_docling_reads_in_the_same_answer() -> None:
 
 
 def _flagless(cell: object) -> dict[str, object]:
-    """Without what docling takes from one cell's tag, and we from the row that it stands in."""
+    """Removes the flags that docling takes from a cell's tag and we take from its row."""
     return cell.model_dump(exclude={"column_header", "row_header", "row_section"})  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The table of rates, and what is said about kernels that end their process."""
+"""The table of rates, and the report on kernels that end their process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a model takes, against what llama.cpp allocates for it."""
+"""How much memory a model takes, compared with what llama.cpp allocates for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says about a build: broken, generic, for another CPU, without the GPU; and the command that helps."""
+"""The doctor's report on a build: broken, generic, for another CPU, without the GPU; and the command that helps."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_cpu_that_is_not_known_has_no_problems(monkeypatch: pytest.MonkeyPatch
 
 
 def test_gpus_without_support_are_advice(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "NVIDIA", Path("/"))  # which is there
+    monkeypatch.setattr(native, "NVIDIA", Path("/"))  # a path that exists
     section = native.gpu(made(*SERVER))
     (problem,) = section.problems
     assert not problem.is_serious and "NVIDIA GPU" in problem.text
@@ -147,12 +147,12 @@ def test_the_command_compiles_this_version_anew(cpu: None, monkeypatch: pytest.M
     ]
     told = install_command("-DGGML_CUDA=on", environment={"CMAKE_ARGS": "-DGGML_BLAS=off"})
     assert "CMAKE_ARGS=-DGGML_BLAS=off -DGGML_CUDA=on" in shlex.split(told)
-    monkeypatch.setattr(native, "cpu_features", lambda: AVX2)  # no compiler breaks what is not there
+    monkeypatch.setattr(native, "cpu_features", lambda: AVX2)  # without the feature no compiler can break its kernels
     assert "CXXFLAGS" not in install_command(environment={})
 
 
 def test_pip_understands_the_command(cpu: None, tmp_path: Path) -> None:
-    """With '--dry-run', '--no-index' and a folder without that package, it fails only for want of it."""
+    """With '--dry-run', '--no-index' and a folder without the package, it fails only because the package is missing."""
     words = [word for word in shlex.split(install_command(environment={})) if "=-" not in word]
     done = subprocess.run(
         [*words, "--dry-run", "--no-index", "--find-links", str(tmp_path)], capture_output=True, text=True

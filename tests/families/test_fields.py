@@ -1,4 +1,4 @@
-"""Single values of configurations, and what the page reader's process may load of them."""
+"""Single values of configurations, and what the page reader's process may import for them."""
 
 from __future__ import annotations
 

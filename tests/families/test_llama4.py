@@ -1,6 +1,7 @@
-"""Llama 4 end to end: images of one tile and of several, tokens around them, against transformers by value.
+"""Llama 4 end to end: images of one tile and of several and the tokens around them, compared numerically with
+transformers.
 
-Two float32 computations of random weights differ by the order of sums: observed 2e-5 of logits up to 10.
+Two float32 computations with random weights differ by the order of sums: observed 2e-5 for logits up to 10.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def prepared(model: Model, case: str) -> Prompt:
 
 
 def ids_of(prompt: Prompt, patch: int) -> list[int]:
-    """Every position, `patch` for each embedding."""
+    """Returns a token id for every position, `patch` for each embedding."""
     ids: list[int] = []
     for span in prompt.spans:
         if isinstance(span, ImageSpan):
@@ -123,7 +124,7 @@ def test_answers_are_transformers(
 
 
 def test_an_image_is_one_span_with_its_separators(model: Model) -> None:
-    """Tokens before the first tile and behind the last are text; several tiles are one batch."""
+    """Tokens before the first tile and after the last are text; several tiles are one batch."""
     prompt = prepared(model, "two")
     images = [span for span in prompt.spans if isinstance(span, ImageSpan)]
     assert [(span.index, span.n_tokens, span.n_embeddings) for span in images] == [(0, 35, 28), (1, 4, 4)]
@@ -134,7 +135,7 @@ def test_an_image_is_one_span_with_its_separators(model: Model) -> None:
 
 @pytest.mark.parametrize("text_type", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M", "Q4_0", "IQ4_NL"])
 def test_rows_of_tokens_are_those_that_llama_cpp_looks_up(text_type: str, make_model: Callable[..., Path]) -> None:
-    """Logits have the same bits, whether tokens are decoded or their rows."""
+    """Logits have the same bits whether tokens are decoded or their embedding rows."""
     path = make_model(WIDE, text_type) / f"text-{text_type}.gguf"
     tokens = [5, 300, 17, 399, 0]
     with GgufFile.open(path) as file, LlamaPeer(path) as peer:
@@ -147,7 +148,7 @@ def test_rows_of_tokens_are_those_that_llama_cpp_looks_up(text_type: str, make_m
 def test_conversations_one_after_another_are_those_of_a_fresh_process(
     exact: bool, make_model: Callable[..., Path]
 ) -> None:
-    """Prefixes are reused, images change, texts come between: the bits are the same."""
+    """Prefixes are reused, images change, texts come in between: the bits are the same."""
     fresh: dict[str, np.ndarray] = {}
     for case in CASES:
         with Model.load(make_model(SPEC), n_threads=1, exact=exact) as model:
@@ -176,7 +177,7 @@ def test_requests_at_once_are_answered_as_alone(make_model: Callable[..., Path])
 
 
 def test_stored_pages_need_no_encoder(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """What is stored ends behind the last tile of an image, not behind each: two images are two entries."""
+    """The stored part ends after the last tile of an image, not after each tile: two images are two entries."""
     found = []
     for _ in range(2):
         with Model.load(make_model(SPEC), n_threads=1, page_store=PageStore(tmp_path / "store")) as model:
@@ -190,7 +191,7 @@ def test_stored_pages_need_no_encoder(make_model: Callable[..., Path], tmp_path:
     assert sorted(entry.n_images for entry in stored if entry is not None) == [1, 2]
 
 
-# With the text in a type and the tower in Q8_0, what differs from float32 files.
+# Relative difference from float32 files, with the text in a type and the tower in Q8_0.
 @pytest.mark.parametrize(("text_type", "most"), [("Q8_0", 0.1), ("Q4_0", 0.8), ("Q4_K_M", 0.8)])
 def test_quantized_files(text_type: str, most: float, make_model: Callable[..., Path]) -> None:
     logits = []

@@ -1,4 +1,4 @@
-"""Llama 4's files: what config.json says is in the vision file, and what no such model can be is refused."""
+"""Llama 4's files: the vision file has the values of config.json, and impossible configurations are refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_facts_of_config_json(spec: CheckpointSpec, make_checkpoint: Callable[..
 
 
 def test_the_published_facts(make_checkpoint: Callable[..., Path]) -> None:
-    """Scout's and Maverick's vision_config: 144 tokens a tile."""
+    """Scout's and Maverick's vision_config: 144 tokens per tile."""
     folder = make_checkpoint(SPEC)
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"] |= {
@@ -97,7 +97,7 @@ def test_the_published_facts(make_checkpoint: Callable[..., Path]) -> None:
 
 
 def test_canvases_are_in_the_order_of_the_reference() -> None:
-    """`find_supported_resolutions`: its docstring's example, and every canvas once."""
+    """Matches `find_supported_resolutions`: its docstring's example, and every canvas once."""
     assert canvases(4) == ((1, 4), (2, 2), (1, 1), (4, 1), (1, 3), (3, 1), (1, 2), (2, 1))
     assert sorted(canvases(16)) == sorted((h, w) for h in range(1, 17) for w in range(1, 17) if h * w <= 16)
 
@@ -187,7 +187,7 @@ def test_every_tensor_of_the_decoder_is_the_checkpoints(
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_matrices_are_transposed_in_pieces_of_every_size(dtype: str, tmp_path: Path) -> None:
-    """More rows than are read at once, and more values than are computed at once."""
+    """Uses more rows than are read at once, and more values than are computed at once."""
     kind = np.float32 if dtype == "F32" else ml_dtypes.bfloat16
     values = np.random.default_rng(0).normal(size=(5, 1031, 1200)).astype(kind)
     path = tmp_path / "values"
@@ -202,7 +202,7 @@ def test_matrices_are_transposed_in_pieces_of_every_size(dtype: str, tmp_path: P
         for chunk, data in stream(planned, n_threads):
             found[chunk.tensor.name][chunk.offset_bytes :][: data.nbytes] = data
             order.append(chunk.tensor.name)
-        assert order == [*columns] * 5  # tensors of the same matrix take turns
+        assert order == [*columns] * 5  # tensors of the same matrix alternate
         for name, (first, last) in columns.items():
             expected = values[:, :, first:last].astype(np.float32).swapaxes(1, 2)
             assert np.array_equal(found[name].view(np.float32).reshape(expected.shape), expected)

@@ -1,7 +1,7 @@
-"""Llama 4's decoder against transformers', by value: dense layers and experts, one expert a token or two, beyond one
-chunk of attention; its adapters and its quantized files.
+"""Llama 4's decoder compared numerically with transformers': dense layers and experts, one or two experts per token,
+beyond one chunk of attention; its adapters and its quantized files.
 
-Two float32 computations of random weights differ by the order of sums: observed 4e-5 of logits up to 19.
+Two float32 computations with random weights differ by the order of sums: observed 4e-5 for logits up to 19.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPTS = ("What is this?", "Read the table and say what its rows add up to. " *
 
 
 class Decoder:
-    """transformers' decoder, whose whole model cannot be called in 5.23."""
+    """transformers' decoder alone, because its whole model cannot be called in 5.23."""
 
     def __init__(self, directory: Path, attention: str = "eager", adapter: Path | None = None) -> None:
         model, info = Llama4ForConditionalGeneration.from_pretrained(
@@ -43,13 +43,13 @@ class Decoder:
         self.model = model.language_model.eval()
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Of every position, float32 (n, n_vocab)."""
+        """Returns the logits of every position, float32 (n, n_vocab)."""
         with torch.inference_mode():
             found: np.ndarray = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
         return found
 
     def greedy(self, ids: Sequence[int], n: int) -> tuple[list[int], np.ndarray]:
-        """The likeliest `n` tokens that follow, and the logits before each."""
+        """Returns the `n` likeliest next tokens (greedy), and the logits before each."""
         answer: list[int] = []
         rows, cache, new = [], DynamicCache(), list(ids)
         with torch.inference_mode():
@@ -71,7 +71,7 @@ def ids_of(model: Model, prompt: str) -> list[int]:
 def test_answers_are_transformers(
     name: str, make_checkpoint: Callable[..., Path], make_model: Callable[..., Path]
 ) -> None:
-    """Experts in every second layer, one a token; in every layer, two a token; 128 of them, without the norm."""
+    """Experts in every second layer, one per token; in every layer, two per token; 128 of them, without the norm."""
     reference = Decoder(make_checkpoint(SPECS[name]))
     with Model.load(make_model(SPECS[name]), n_threads=1, exact=True) as model:
         for prompt in PROMPTS:
@@ -83,7 +83,7 @@ def test_answers_are_transformers(
 
 
 def test_what_came_before_changes_nothing(make_model: Callable[..., Path]) -> None:
-    """Rows of other prompts in a batch, and prefixes that are reused, leave the bits of an answer as they are."""
+    """Rows of other prompts in a batch, and reused prefixes, do not change the bits of an answer."""
     folder = make_model(SPECS["scout"])
     fresh = []
     for prompt in PROMPTS:
@@ -97,11 +97,11 @@ def test_what_came_before_changes_nothing(make_model: Callable[..., Path]) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(not NodeKernels.available(rotary=True), reason="needs llvmlite")
 def test_beyond_one_chunk_of_attention(make_checkpoint: Callable[..., Path], make_model: Callable[..., Path]) -> None:
-    """Tokens of the second chunk do not see the first but in every fourth layer, whose queries are scaled there.
+    """Tokens of the second chunk attend to the first only in every fourth layer, whose queries are scaled there.
 
-    The first tokens of a chunk see few others, so that what angles of thousands of radians lose in float32 does not
-    cancel out: transformers is 3e-4 from float64 there, of logits up to 18. Ours has the same angles and is 3e-5 from
-    transformers; llama.cpp's are rounded in other places, and its logits 6e-4 away.
+    The first tokens of a chunk attend to few others, so that float32 errors of angles of thousands of radians do not
+    cancel out: transformers is 3e-4 from float64 there, for logits up to 18. Ours uses the same angles and is 3e-5 from
+    transformers; llama.cpp rounds its angles in other places, and its logits are 6e-4 away.
     """
     spec = replace(SPECS[""], text_layers=4)
     reference = Decoder(make_checkpoint(spec), attention="sdpa")
@@ -116,14 +116,14 @@ def test_beyond_one_chunk_of_attention(make_checkpoint: Callable[..., Path], mak
         expected = reference.logits([*ids, *answer])[len(ids) - 1 : -1]
         assert np.abs(found - expected).max() <= TOLERANCE
         n_first = 8192 - (len(ids) - 1)  # rows of the first chunk
-        again = model.score(prompt, tokens=answer[:n_first])[:n_first]  # back over the border
+        again = model.score(prompt, tokens=answer[:n_first])[:n_first]  # back across the border
         assert np.abs(again - expected[:n_first]).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("text_type", policy.TEXT_TYPES)
 def test_quantized_files_answer(text_type: str, make_model: Callable[..., Path]) -> None:
-    """The fewer bits, the further from float32: 0.12 with Q6_K, 0.52 with Q4_0, since random routers choose other
-    experts easily. Of unrelated logits it would be 1.4; the bytes are compared in `test_quant.py`."""
+    """The fewer bits, the larger the difference to float32: 0.12 with Q6_K, 0.52 with Q4_0, because random routers
+    easily choose other experts. For unrelated logits it would be 1.4. The bytes are compared in `test_quant.py`."""
     with Model.load(make_model(WIDE), n_threads=1, exact=True) as exact:
         expected = exact.logits(PROMPTS[0])
     with Model.load(make_model(WIDE, text_type), n_threads=1) as model:
@@ -136,7 +136,7 @@ def test_quantized_files_answer(text_type: str, make_model: Callable[..., Path])
 def test_adapters_merged_and_apart(
     make_checkpoint: Callable[..., Path], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Attention, dense layers and shared experts; PEFT has none for routed experts but on bare parameters."""
+    """Attention, dense layers and shared experts; PEFT supports routed experts only on bare parameters."""
     spec = SPECS["scout"]
     adapter = write_adapter(tmp_path / "adapter", spec, AdapterSpec())
     reference = Decoder(make_checkpoint(spec), adapter=adapter)

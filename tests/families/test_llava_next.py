@@ -1,6 +1,6 @@
-"""LLaVA-NeXT and Granite Vision 3.x: ours against transformers in float32, and against stock libmtmd.
+"""LLaVA-NeXT and Granite Vision 3.x, compared with transformers in float32, and with stock libmtmd.
 
-Tolerances as in the tests of the first family: F32 files differ from the reference by the order of float32 sums only
+Tolerances are those of the first family's tests: F32 files differ from the reference only by the order of float32 sums
 (observed 7e-7 for embeddings, 2e-6 for logits).
 """
 
@@ -64,7 +64,7 @@ Pair = tuple["Reference", granite4v.Model]
 
 @pytest.fixture(scope="module")
 def pair(load_reference: Callable[..., Reference], make_model: Callable[..., Path]) -> Iterator[Callable[..., Pair]]:
-    """The reference and our model from F32 files, for one specification."""
+    """Returns the reference and our model from F32 files for a specification."""
     opened: dict[CheckpointSpec, granite4v.Model] = {}
 
     def get(spec: CheckpointSpec) -> Pair:
@@ -90,7 +90,7 @@ def check_values(reference: Reference, model: granite4v.Model, size: tuple[int, 
     features = model.encode_image(picture)
     assert features.layers == [0]
     assert relative_l2(features.streams[0], reference.streams(picture)[0]) <= EMBEDDINGS
-    expected, said = reference.logits_and_greedy(QUESTION, [picture], 32)  # with the end token, where it ends before
+    expected, said = reference.logits_and_greedy(QUESTION, [picture], 32)  # including the end token, if it ends earlier
     found = model.logits(QUESTION, [picture])
     assert relative_l2(found, expected) <= LOGITS
     assert int(found.argmax()) == int(expected.argmax())
@@ -109,7 +109,7 @@ def test_from_pixels_to_answer(pair: Callable[..., Pair], size: tuple[int, int])
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_published_tiles(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
-    """384 pixels are 27 patches of 14 and 6 pixels that nobody looks at."""
+    """384 pixels are 27 patches of 14 pixels and 6 pixels that are not used."""
     reference, model = pair(REAL_TILES)
     assert model.engine.encoder().config.tokens_per_tile == 729
     check_tiles(reference, model, size)
@@ -126,7 +126,7 @@ def test_every_configuration(pair: Callable[..., Pair], name: str) -> None:
 
 
 def test_the_image_is_scaled_as_the_text_is(pair: Callable[..., Pair], make_model: Callable[..., Path]) -> None:
-    """Granite multiplies all its input embeddings: without the multiplier pictures would count otherwise."""
+    """Granite multiplies all its input embeddings: without the multiplier images would have another weight."""
     reference, _ = pair(GRANITE)
     assert reference.model.config.text_config.embedding_multiplier == GRANITE.embedding_multiplier != 1.0
     with GgufFile.open(next(make_model(GRANITE).glob("text-*.gguf"))) as file:
@@ -138,7 +138,7 @@ def test_the_image_is_scaled_as_the_text_is(pair: Callable[..., Pair], make_mode
 def test_all_tiles_at_once(
     spec: CheckpointSpec, pair: Callable[..., Pair], make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
+    """Takes a GPU's path on the CPU: one graph over all tiles, weights in the device's own buffer."""
     begin = Backend.__init__
 
     def as_accelerator(self: Backend, *arguments: Any, **options: Any) -> None:
@@ -173,7 +173,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("spec", [GRANITE, LLAMA, MISTRAL], ids=["granite", "llama", "mistral"])
 def test_prompts_are_the_references(pair: Callable[..., Pair], spec: CheckpointSpec, name: str) -> None:
-    """Templates from a file, from JSON and from tokenizer_config.json; the first token where the tokenizer adds one."""
+    """Templates from a file, from JSON and from tokenizer_config.json; a bos token if the tokenizer adds one."""
     reference, model = pair(spec)
     messages = CONVERSATIONS[name]
     pictures = [noise_picture((70, 50), i) for i in range(json.dumps(messages).count('"image"'))]
@@ -273,7 +273,7 @@ def test_stock_llama_cpp_computes_and_tokenizes_alike(
 
 
 def test_a_sliding_window_ends_the_context(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """llama.cpp's architectures see all tokens; up to the window that is the same."""
+    """llama.cpp's architectures attend to all tokens, which is the same up to the window's length."""
     source = shutil.copytree(make_checkpoint(MISTRAL), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config["text_config"]["sliding_window"] = 256
@@ -323,7 +323,7 @@ def test_what_configurations_leave_out_is_transformers_default() -> None:
         assert {key: getattr(theirs, key) for key, _ in kind.defaults} == dict(kind.defaults)
     for model_type, defaults in DEFAULTS.items():
         theirs = transformers.CONFIG_MAPPING[model_type]()
-        window = {"sliding_window"} if model_type == "qwen2" else set()  # None there until it is switched on
+        window = {"sliding_window"} if model_type == "qwen2" else set()  # None there unless it is enabled
         theirs.rope_theta, checked = theirs.rope_parameters["rope_theta"], set(defaults) - window
         known = {key: getattr(theirs, key) for key in checked}
         known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT files: stock libmtmd on ours, ours on those of its converter, and the commands on them."""
+"""LLaVA-NeXT files: libmtmd reads ours, we read those of llama.cpp's converter, and the commands take them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ QUESTION = "What is the total of 12345?"
 
 
 def test_stock_libmtmd_makes_the_same_embeddings_of_every_tile(make_model: Callable[..., Path]) -> None:
-    """As near as it comes: it rounds patches to F16 and takes gelu's other form, from an F16 table, in the projector.
+    """As close as possible: libmtmd rounds patches to F16 and uses gelu's other form in the projector, from an F16
+    table.
 
-    Its packing is another: the overview last, padding kept and of another colour, no newlines, and no grid for a
-    picture that is no larger than a tile.
+    Its packing differs: the overview is last, padding is kept and has another colour, there are no newlines, and no
+    grid for an image that is no larger than a tile.
     """
     folder, side = make_model(GRANITE), GRANITE.tile_px
     picture = noise_picture((2 * side, side))
@@ -48,7 +49,7 @@ def test_stock_libmtmd_makes_the_same_embeddings_of_every_tile(make_model: Calla
 
 
 def test_where_libmtmd_parts_from_the_reference_with_a_class_token(make_model: Callable[..., Path]) -> None:
-    """It puts the class token last and then drops the first patch. Ours goes with the reference."""
+    """It puts the class token last and then drops the first patch. Ours follows the reference."""
     folder = make_model(LLAMA)
     picture = noise_picture((LLAMA.tile_px,) * 2)
     (found,) = encode_pieces(folder / "text-F32.gguf", folder / "mmproj-F32.gguf", np.asarray(picture))
@@ -118,7 +119,7 @@ def test_inspect_shows_the_joined_hidden_states(make_model: Callable[..., Path])
 def test_verify(
     spec: CheckpointSpec, make_checkpoint: Callable[..., Path], make_model: Callable[..., Path], page: Path
 ) -> None:
-    """The processor of the second says nothing of patches, the template of the third stands with the tokenizer."""
+    """The second one's processor has no patch fields; the third one's template is in tokenizer_config.json."""
     result = run(
         *("verify", make_model(spec), "--reference", make_checkpoint(spec), "--image", page),
         *("--exact", "--positions", 4, "--json"),

@@ -1,6 +1,6 @@
-"""LLaVA-OneVision: ours against transformers in float32, with one image, several, and videos.
+"""LLaVA-OneVision compared with transformers in float32, with one image, several images, and videos.
 
-Tolerances as in the tests of the other families (observed 6e-7 for embeddings, 2e-6 for logits).
+Tolerances are those of the other families' tests (observed 6e-7 for embeddings, 2e-6 for logits).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.toy.checkpoint import PRESETS, CheckpointSpec
 
 EMBEDDINGS, LOGITS = 2e-5, 1e-4
 TINY, REAL_TILES = PRESETS["tiny-onevision"], PRESETS["tiny-onevision-real-tiles"]
-# below the limit on tokens, just below, above; wide, tall and square
+# below the limit on image tokens, just below, above; wide, tall and square
 ALONE = ((42, 42), (100, 60), (126, 126), (130, 126), (168, 168), (250, 170), (120, 252), (210, 147), (1, 1))
 SEVERAL = ((100, 60), (31, 90), (42, 42))
 Pair = tuple[OnevisionReference, granite4v.Model]
@@ -76,13 +76,13 @@ def said(text: str) -> dict[str, Any]:
 
 
 def tiles_of(model: granite4v.Model, view: View) -> np.ndarray:
-    """(tiles, 3, px, px) as the tower takes them."""
+    """Returns the tower's input, (tiles, 3, px, px)."""
     tiling = model.engine.encoder().config.tiling
     return normalize(cut_view(view, tiling), tiling).transpose(0, 3, 1, 2)
 
 
 def in_order(messages: list[dict[str, Any]], images: Iterable[Any], videos: Iterable[Any]) -> list[Any]:
-    """As the messages name them."""
+    """Returns images and videos in the order in which the messages name them."""
     given = {"image": iter(images), "video": iter(videos)}
     kinds = [part["type"] for message in messages for part in message["content"]]
     return [next(given[kind]) for kind in kinds if kind in given]
@@ -94,7 +94,7 @@ def check_answer(
     images: Sequence[Image.Image] = (),
     videos: Sequence[list[Image.Image]] = (),
 ) -> None:
-    """The prompt's tokens, its embeddings, the logits after it and the answer."""
+    """Compares the prompt's tokens, its embeddings, the logits after it, and the answer."""
     reference, model = pair
     given = in_order(messages, images, map(load_video, videos))
     prompt = model.prepare(messages, given)
@@ -131,7 +131,7 @@ def test_one_image(pair: Callable[..., Pair], size: tuple[int, int]) -> None:
 
 
 def test_the_limit_on_tokens_is_met_from_both_sides(pair: Callable[..., Pair]) -> None:
-    """Nine tiles have 81 tokens; a window of more than 1.21 times that is reduced."""
+    """Nine tiles have 81 tokens; a window with more than 1.21 times that number is reduced."""
     config = pair()[1].engine.encoder().config
     layouts = [View((load_image(noise_picture(size)),)).layout(config) for size in ALONE]
     assert {layout.reduced is None for layout in layouts} == {True, False}
@@ -175,8 +175,8 @@ def test_several_images(pair: Callable[..., Pair]) -> None:
 
 
 def test_an_image_in_a_later_turn_changes_an_earlier_one(pair: Callable[..., Pair]) -> None:
-    """The first image is asked about alone, then beside another, then alone: the caches of embeddings and of the
-    decoder's rows know the difference."""
+    """The first image is asked about alone, then next to another, then alone: the caches of embeddings and of the
+    decoder's rows distinguish the two."""
     first, second = pictures(SEVERAL[:2])
     alone = [turn("image")]
     both = [turn("image"), said("A cat."), turn("image", text="And now?")]
@@ -206,7 +206,7 @@ def test_published_frames(pair: Callable[..., Pair]) -> None:
 
 
 def test_videos_and_images_in_one_prompt(pair: Callable[..., Pair]) -> None:
-    """The template puts images before videos; one image beside a video is cut into tiles as if it were alone."""
+    """The template puts images before videos; one image next to a video is cut into tiles as if it were alone."""
     image, *others = pictures([(100, 60), (31, 90), (70, 50), (70, 50)])
     check_answer(pair(), [turn("video", "image")], [image], [others])
     check_answer(pair(), [turn("image", "image"), said("Yes."), turn("video")], [image, others[0]], [others[1:]])
@@ -221,7 +221,7 @@ def run(*arguments: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, and frames in a directory."""
+    """A directory with images, and with frames in a subdirectory."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "frames").mkdir()
     for i, frame in enumerate(pictures([(70, 50)] * 5)):
@@ -298,7 +298,7 @@ def test_messages_with_their_own_videos(pair: Callable[..., Pair], files: Path) 
 
 
 def test_pages_of_a_chat_are_counted_beside_each_other(make_model: Callable[..., Path], files: Path) -> None:
-    """The first page takes more room alone than both do together."""
+    """The first page alone has more tokens than both pages together."""
     with granite4v.load(make_model(TINY), device="cpu", n_ctx=190) as model:
         chat = Chat(model, max_tokens=4)
         chat.attach(str(files / "0.png"))
@@ -310,7 +310,7 @@ def test_pages_of_a_chat_are_counted_beside_each_other(make_model: Callable[...,
         assert len(kept.answers) == 2 and all("1 tile, 10 tokens" in text for _, text in kept.listed)
         for i in range(2, 5):
             ask(chat, f"/attach {files / f'{i}.png'}")
-        assert len(chat.conversation.pages) == 5  # of which three would not fit as they are seen alone
+        assert len(chat.conversation.pages) == 5  # three of them would not fit with the token counts of single pages
         assert chat.usage().used + 5 * (alone - 10) > 190
 
 
@@ -327,7 +327,7 @@ def test_the_server_takes_several_images(make_model: Callable[..., Path]) -> Non
 
 
 def test_stored_pages_know_the_form(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """The first of two images is stored as it was seen: beside another, not alone."""
+    """The first of two images is stored as encoded next to another, not as encoded alone."""
     first, second = pictures(SEVERAL[:2])
     store = PageStore(tmp_path / "store")
     with granite4v.load(make_model(TINY), device="cpu", page_store=store) as model:

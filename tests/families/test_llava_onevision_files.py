@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's checkpoints: published sizes and fields, adapters, and all types of weights in every command."""
+"""LLaVA-OneVision's checkpoints: published sizes and fields, adapters, and all weight types in every command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_chec
 TINY = PRESETS["tiny-onevision"]
 WIDE = replace(TINY, text_hidden=256, text_ffn=512, vision_hidden=256, vision_ffn=512)  # so that K-quants apply
 LOGITS = 1e-4
-# Billions of weights of the decoder with its embeddings, and of the tower with the projector, as they are published.
+# Billions of weights of the decoder with its embeddings, and of the tower with the projector, as published.
 SIZES = {
     "full-onevision-0.5b": (0.494, 0.400),
     "full-onevision-7b": (7.617, 0.415),
@@ -39,7 +39,7 @@ SIZES = {
 
 @pytest.mark.parametrize("preset", SIZES)
 def test_published_sizes(preset: str, tmp_path: Path) -> None:
-    """Checkpoints of holes: every tensor is found, and all have the shapes that the configuration says."""
+    """Checkpoints of holes: every tensor is found, and all have the shapes that follow from the configuration."""
     full = PRESETS[preset]
     n_vocab = full.n_bpe + full.unused_rows
     spec = replace(full, holes=True, n_bpe=TINY.n_bpe, unused_rows=n_vocab - TINY.n_bpe, max_shard_bytes=5_000_000_000)
@@ -57,8 +57,8 @@ def test_published_sizes(preset: str, tmp_path: Path) -> None:
 
 # --- published fields ---
 
-# What the files of the hub look like: roles end in a blank, texts begin with a line break, and the assistant's words
-# are marked for training. In chat_template.json; config.json leaves out what transformers 4.45 had defaults for.
+# The files on the hub: roles end in a space, texts begin with a line break, and the assistant's words are marked for
+# training. The template is in chat_template.json; config.json omits what transformers 4.45 had defaults for.
 PUBLISHED_TEMPLATE = """\
 {%- for message in messages %}{{ '<|start_of_role|>' + message['role'] + ' ' }}
 {%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}
@@ -103,7 +103,7 @@ def test_the_fields_of_published_checkpoints(tied: bool, tmp_path: Path) -> None
 
 
 def test_adapters_merged_and_separate(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """With an image, and with a video; a separate one is applied where there is one, unless somebody says otherwise."""
+    """With an image, and with a video. A separate adapter is applied by default, unless it is turned off."""
     adapter = write_adapter(tmp_path / "adapter", TINY, AdapterSpec())
     picture, frames = noise_picture((100, 60)), [noise_picture((70, 50), seed) for seed in range(2)]
     image_turn = user_turn("What is it?", 1)

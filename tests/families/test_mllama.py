@@ -1,6 +1,6 @@
-"""Llama 3.2 Vision end to end: the decoder attends to images as transformers' does, by value, whatever came before.
+"""Llama 3.2 Vision end to end, whatever came before: the decoder attends to images as transformers' does, numerically.
 
-Two float32 computations of random weights differ by the order of sums: observed 2e-5 of logits up to 18.
+Two float32 computations with random weights differ by the order of sums: observed 2e-5 for logits up to 18.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_answers_are_transformers(
 
 
 def test_the_two_rules_differ(references: Callable[..., MllamaReference]) -> None:
-    """Otherwise the comparison above says nothing about them."""
+    """Otherwise the comparison above would not distinguish them."""
     ids = [1, 10, 405, 20, 21]
     found = [references(SPEC, rule).logits(ids, PICTURES[:1]) for rule in ("original", "transformers")]
     assert np.abs(found[0] - found[1])[[0, -1]].max(-1).min() > 0.1
@@ -84,7 +84,7 @@ def test_the_two_rules_differ(references: Callable[..., MllamaReference]) -> Non
 def test_conversations_one_after_another_are_those_of_a_fresh_process(
     exact: bool, make_model: Callable[..., Path]
 ) -> None:
-    """Prefixes are reused, images change, texts come between: the bits are the same."""
+    """Prefixes are reused, images change, texts come in between: the bits are the same."""
     fresh: dict[str, np.ndarray] = {}
     for case in CASES:
         with Model.load(make_model(SPEC), n_threads=1, exact=exact) as model:
@@ -166,7 +166,8 @@ def test_texts_alone_are_those_of_the_text_file(model: Model, make_model: Callab
     assert np.array_equal(model.logits("What is this?"), expected)
 
 
-# With the text in a type and the tower in Q8_0, what differs from float32 files: 0.03 in Q8_0, 0.2 to 0.4 in four bits.
+# Relative difference from float32 files, with the text in a type and the tower in Q8_0: 0.03 in Q8_0, 0.2 to 0.4 in
+# four bits.
 @pytest.mark.parametrize(("text_type", "most"), [("Q8_0", 0.08), ("Q4_0", 0.6), ("Q4_K_M", 0.6)])
 def test_quantized_files(text_type: str, most: float, make_model: Callable[..., Path]) -> None:
     logits = []
@@ -186,7 +187,7 @@ def test_one_sequence_at_a_time(make_model: Callable[..., Path]) -> None:
 
 
 def test_stored_pages_need_no_encoder(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Neither the same conversation nor another question about its image, whose cells are not stored."""
+    """For the same conversation, and for another question about its image, whose cells are not stored."""
     found = []
     for case in ("two turns", "two turns", "one"):
         with Model.load(make_model(SPEC), n_threads=1, page_store=PageStore(tmp_path / "store")) as model:
@@ -228,7 +229,7 @@ def test_an_image_token_in_a_text_is_refused(model: Model) -> None:
 
 
 def test_a_separate_adapter_of_the_decoders_own_layers(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Applied to images and left out for texts, it answers as the merged one and as none."""
+    """Applied to images and disabled for texts, it answers like the merged adapter and like no adapter."""
     adapter = write_adapter(tmp_path / "adapter", SPEC, AdapterSpec())
     file = adapter / "adapter_model.safetensors"
     own = {
@@ -254,7 +255,7 @@ def test_a_separate_adapter_of_the_decoders_own_layers(make_checkpoint: Callable
 
 
 def damaged(folder: Path, target: Path, name: str, change: Callable[[np.ndarray], None]) -> Path:
-    """A copy of a model with one tensor of its vision file changed."""
+    """Copies a model and changes one tensor of its vision file."""
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Mllama's files: every tensor is the checkpoint's, by value; the text file is what stock llama.cpp runs."""
+"""Mllama's files: every tensor has the checkpoint's values, and stock llama.cpp runs the text file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def values(file: Path, name: str) -> np.ndarray:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """By their names in transformers 5."""
+    """Returns the tensors by their names in transformers 5."""
     tensors = load_file(folder / "model.safetensors")
     if not any(name.startswith("language_model.") for name in tensors):
         return tensors
@@ -76,7 +76,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def pairs(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """The rows of each head as llama.cpp's rotary embedding wants them."""
+    """Reorders the rows of each head for llama.cpp's rotary embedding."""
     return matrix.reshape(heads, 2, len(matrix) // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
@@ -218,7 +218,7 @@ def test_what_no_such_model_can_be(
 
 
 def test_equal_bounds_of_scaled_frequencies_are_a_step(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """As transformers does: waves longer than the bound are divided by the factor, shorter ones by 1."""
+    """As in transformers: wavelengths longer than the bound are divided by the factor, shorter ones by 1."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -239,7 +239,7 @@ def test_equal_bounds_of_scaled_frequencies_are_a_step(make_checkpoint: Callable
 def test_stock_llama_runs_the_text_file_as_transformers_does(
     spec: CheckpointSpec, make_checkpoint: Callable[..., Path], make_model: Callable[..., Path]
 ) -> None:
-    """Logits of up to 19 differ by 3e-5. That all of the checkpoint is loaded shows that it is one."""
+    """Logits of up to 19 differ by 3e-5. That transformers loads every tensor shows that the checkpoint is complete."""
     import torch
     from transformers import AutoModelForImageTextToText
 

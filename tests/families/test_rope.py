@@ -1,4 +1,4 @@
-"""Factors of rotary frequencies against transformers, to the last bits of float32."""
+"""Factors of rotary frequencies equal transformers', up to the last bit of float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("numbers", PUBLISHED.values(), ids=PUBLISHED)
 def test_scaled_frequencies_are_transformers(numbers: tuple[float, int, float, float, float, int]) -> None:
-    """Where a frequency divided by no float32 is theirs, the nearest one: a unit in the last place beside it."""
+    """Where no float32 divisor gives exactly their frequency, the nearest one is used: one unit in the last place
+    off."""
     theta, head_dim, factor, low, high, context = numbers
     scaling = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low}
     scaling |= {"high_freq_factor": high, "original_max_position_embeddings": context}

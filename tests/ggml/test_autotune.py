@@ -1,4 +1,5 @@
-"""Choosing kernels: from measured times by the two sides' rules, and times that are kept and survive crashes."""
+"""Choosing kernels: the rules of the image side and the text side, and measured times that are cached and survive
+crashes."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def times_of(measured: Fake) -> Callable[..., dict[str, dict[str, dict[int, float]]]]:
-    """In place of `times`: every number of rows takes the same, and kernels without a value were not measured."""
+    """Returns a replacement for `times`: every number of rows takes the same time, and kernels without a value were not
+    measured."""
 
     def fake(backend: Backend, wanted: Sequence[Trial], *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
         found: dict[str, dict[str, dict[int, float]]] = {trial.type_name: {} for trial in wanted}
@@ -73,7 +75,7 @@ def test_the_image_side_prefers_the_exact_kernel_among_equals() -> None:
     assert fastest_kernel({PLAIN: 0.5, FLOAT32: 1.0}) == PLAIN
     assert fastest_kernel({PLAIN: math.inf, FLOAT32: 1.0}) == FLOAT32
     assert fastest_kernel({PLAIN: math.inf, "AMX": math.inf}) == PLAIN
-    assert fastest_kernel({REPACK: 1.0}) == PLAIN  # with nothing to compare it to
+    assert fastest_kernel({REPACK: 1.0}) == PLAIN  # nothing to compare it with
     assert fastest_kernel({}) == PLAIN
 
 
@@ -102,14 +104,14 @@ def test_a_page_is_prefilled_and_then_decoded() -> None:
         ({PLAIN: rows(1, 0.01), REPACK: rows(0.5, 0.02)}, (REPACK, PLAIN)),
         ({PLAIN: rows(1, 0.01), REPACK: rows(WORTH + 0.01, 0.01 * WORTH + 1e-4)}, (PLAIN, PLAIN)),  # not worth it
         ({PLAIN: rows(1, 0.01), REPACK: rows(1.5, 0.02)}, (PLAIN, PLAIN)),
-        # measured beside another program, which made many rows five times as slow: the gain of a few is seen
+        # another program made many rows five times as slow: the gain for few rows still shows
         ({PLAIN: rows(5, 0.01), REPACK: rows(10, 0.009)}, (PLAIN, REPACK)),
-        ({PLAIN: rows(1, 0.01), REPACK: rows(math.inf, math.inf)}, (PLAIN, PLAIN)),  # it crashed
+        ({PLAIN: rows(1, 0.01), REPACK: rows(math.inf, math.inf)}, (PLAIN, PLAIN)),  # its kernel crashed
         ({PLAIN: rows(1, 0.01), REPACK: rows(2, 0.006), "AMX": rows(0.2, 0.02)}, ("AMX", PLAIN)),  # one copy, not two
         ({PLAIN: rows(1, 0.01), REPACK: rows(0.6, 0.006), "AMX": rows(math.inf, 0.001)}, (PLAIN, "AMX")),
         ({PLAIN: rows(math.inf, math.inf), REPACK: rows(1, 0.01)}, (REPACK, REPACK)),
-        ({PLAIN: rows(1, 0.01), FLOAT32: rows(0.1, 0.001)}, (PLAIN, PLAIN)),  # not a kernel of llama.cpp's
-        ({PLAIN: {MANY: 1.0}, REPACK: rows(0.1, 0.001)}, (PLAIN, PLAIN)),  # with nothing to compare it to
+        ({PLAIN: rows(1, 0.01), FLOAT32: rows(0.1, 0.001)}, (PLAIN, PLAIN)),  # not one of llama.cpp's kernels
+        ({PLAIN: {MANY: 1.0}, REPACK: rows(0.1, 0.001)}, (PLAIN, PLAIN)),  # nothing to compare it with
         ({PLAIN: rows(1, 0.01)}, (PLAIN, PLAIN)),
         ({}, (PLAIN, PLAIN)),
     ],
@@ -165,7 +167,7 @@ def test_a_small_model_is_widened_for_prompts_alone(backend: Backend, monkeypatc
 
 @pytest.mark.usefixtures("kernels")
 def test_a_small_file_is_multiplied_as_it_is(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the cache knows: its results must not depend on that."""
+    """Whatever the cache contains: the results must not depend on it."""
     monkeypatch.setattr(autotune, "times", times_of({"F16": {PLAIN: 1.0, REPACK: 0.1}}))
     for choose in (autotune.vision_kernels, autotune.text_kernels):
         assert choose(backend, {"F16": SMALL - 1}) == {}
@@ -228,7 +230,8 @@ def trials(*names: str, kind: str = "Q4_0", rows: Sequence[int] = (MANY,)) -> li
 
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], list[int]]]:
-    """Replaces what the kernels do in the child. Returns a function that lists the children there were."""
+    """Replaces what the kernels do in the child. Returns a function that lists the process ids of the children so
+    far."""
 
     def replace(**does: float | str) -> Callable[[], list[int]]:
         log = tmp_path / "children"
@@ -261,7 +264,7 @@ def test_a_kernel_that_ends_its_process_counts_as_crashed_and_the_others_are_mea
     wanted = trials(PLAIN, "AMX", REPACK, "VNNI", rows=(MANY, 1))
     expected = {
         PLAIN: {MANY: 2.0 * MANY, 1: 2.0},
-        "AMX": {MANY: math.inf, 1: math.inf},  # once is enough
+        "AMX": {MANY: math.inf, 1: math.inf},  # one crash is enough
         REPACK: {MANY: MANY, 1: 1.0},
         "VNNI": {MANY: math.inf, 1: math.inf},
     }
@@ -278,7 +281,7 @@ def test_the_budget_ends_a_kernel_that_hangs(backend: Backend, cache: Path, faul
     assert time.monotonic() - start < 30  # a hanging kernel sleeps for 60
     assert found == {"Q4_0": {PLAIN: {MANY: 2.0 * MANY}}} and announced == [1]
     assert not is_alive(children()[0])
-    assert set(json.loads(cache.read_text())[cache_key(2)]) == {f"Q4_0 plain {MANY}"}  # the others the next time
+    assert set(json.loads(cache.read_text())[cache_key(2)]) == {f"Q4_0 plain {MANY}"}  # the others next time
 
 
 def test_aborting_ends_the_measurement(cache: Path, faulty: Any) -> None:
@@ -312,7 +315,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("ended", "expected"),
     [
-        (Ended(-int(signal.SIGKILL), "[0]\n[0, 1.0]\n[1]\n", ""), {PLAIN: 1.0}),  # as the out-of-memory killer does
+        (Ended(-int(signal.SIGKILL), "[0]\n[0, 1.0]\n[1]\n", ""), {PLAIN: 1.0}),  # killed by the out-of-memory killer
         (Ended(1, "[0]\n[0, 1.0]\n[1]\n", "MemoryError"), {PLAIN: 1.0}),
         (Ended(0, "[0]\n[0, 1.0]\n[1]\n[1, null]\n", ""), {PLAIN: 1.0}),
         (Ended(0, "[0]\n[0, 3.0]\n[1]\n[1, 2.0]\n[0]\n[0, 1.0]\n[1]\n[1, 2.5]\n", ""), {PLAIN: 1.0, "AMX": 2.0}),
@@ -341,7 +344,7 @@ def test_without_a_child_nothing_is_known(backend: Backend, cache: Path, monkeyp
 def test_a_real_child_measures(backend: Backend, cache: Path) -> None:
     found = times(backend, [*trials(PLAIN, rows=(MANY, 4, 1)), *trials(FLOAT32, kind="F16")], 60.0)
     assert set(found["Q4_0"][PLAIN]) == {MANY, 4, 1} and 0 < found["F16"][FLOAT32][MANY] < 60
-    assert found["Q4_0"][PLAIN][1] < found["Q4_0"][PLAIN][MANY]  # seconds of one matrix, not of all that are multiplied
+    assert found["Q4_0"][PLAIN][1] < found["Q4_0"][PLAIN][MANY]  # seconds of one matrix, not of all
 
 
 def test_damaged_caches_are_measured_again(backend: Backend, cache: Path, faulty: Any) -> None:
@@ -369,7 +372,8 @@ def test_rows_are_whole_blocks_of_every_type() -> None:
 
 
 def test_a_second_form_in_memory_must_be_worth_it() -> None:
-    """Plain weights for steps of a few rows, beside others for prompts, only where one form for both is slower."""
+    """Plain weights for steps of a few rows, in addition to other ones for prompts, only if the single form is
+    slower."""
     measured = {"plain": {512: 200.0, 1: 1.0, 4: 1.0}, "other": {512: 100.0, 1: 1.02, 4: 1.02}}
     assert fastest_pair(measured, ["other"]) == ("other", "other")
     measured["other"].update({1: 1.4, 4: 1.4})

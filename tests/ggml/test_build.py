@@ -15,7 +15,7 @@ from granite4v.ggml.library import library_path
 
 
 def elf_file(path: Path, comment: bytes | None) -> Path:
-    """A 64-bit ELF file of three sections, the last one '.comment' if there is one."""
+    """Writes a 64-bit ELF file of three sections, the last one '.comment'; without a comment it has two."""
     names = b"\0.shstrtab\0.comment\0"
     sections = [(0, b""), (1, names)] + ([(11, comment)] if comment is not None else [])
     body, entries = b"", b""

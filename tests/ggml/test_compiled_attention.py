@@ -1,4 +1,5 @@
-"""Attention of a few rows and of a prompt's by compiled kernels, by value, and the nodes that they leave to ggml."""
+"""Attention for a few rows and for a prompt's rows by compiled kernels, checked numerically, and the nodes that they
+leave to ggml."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def drawn(head: int, group: int, n_heads: int, n_rows: int, n_cells: int, n_streams: int, seed: int = 0) -> Arrays:
-    """Queries as llama.cpp has them, row by row, and masks in which rows see some of the cells."""
+    """Draws queries in llama.cpp's layout, row by row, and masks in which rows see some of the cells."""
     rng = np.random.default_rng(seed)
     seen = rng.random((n_streams, 1, n_rows, n_cells)) < 0.8
     for stream in range(n_streams):
@@ -58,7 +59,7 @@ def node_of(
 
 
 def is_taken(node: Any, head: int, group: int) -> bool:
-    """Shows a node to the callback, which never asks to see its result."""
+    """Shows a node to the callback, which must never ask for its result; returns whether the kernel took it."""
     see = SEE(callback(NodeKernels((head, group))))
     assert see(ctypes.addressof(node.contents), True, None) is False
     assert see(ctypes.addressof(node.contents), False, None) is True
@@ -78,7 +79,7 @@ def computed(backend: Backend, arrays: Arrays, head: int, group: int, *, scale: 
 
 
 def expected(arrays: Arrays, group: int, scale: float) -> np.ndarray:
-    """`(streams, rows, heads, head)` in float64."""
+    """Returns `(streams, rows, heads, head)` in float64."""
     q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
     k, v = (np.repeat(values, group, axis=2) for values in (k, v))
     scores = np.einsum("snhd,schd->shnc", q, k) * scale + arrays["mask"].astype(np.float64)
@@ -131,7 +132,7 @@ def test_large_scores_and_rows_that_see_one_cell_or_none(backend: Backend, n_row
     found = computed(backend, arrays, 64, 2, scale=0.125)
     arrays["mask"][0, 0, 1] = 0
     wanted = expected(arrays, 2, 0.125)
-    wanted[0, 1] = 0  # as ggml has it
+    wanted[0, 1] = 0  # like ggml
     assert np.abs(found - wanted).max() < 2e-4 and np.isfinite(found).all()
 
 
@@ -149,7 +150,7 @@ def test_hidden_cells_may_hold_anything(backend: Backend, n_rows: int) -> None:
 
 @needs_kernel
 def test_a_row_depends_on_nothing_beside_it() -> None:
-    """Neither on other streams and rows nor on the number of threads: to the bit."""
+    """Neither on other streams and rows nor on the number of threads, bit for bit."""
     arrays = drawn(64, 5, 2, 4, 256, 3)
     found = []
     for n_threads in (1, 2, 3):
@@ -165,7 +166,7 @@ def test_a_row_depends_on_nothing_beside_it() -> None:
 
 @needs_kernel
 def test_a_row_of_a_prompt_depends_on_no_other() -> None:
-    """Wherever it stands, and though others see more cells."""
+    """Wherever it is in the prompt, and although other rows see more cells."""
     arrays = drawn(64, 7, 2, 200, 512, 1)
     arrays["mask"][0, 0, 90, 100:] = -np.inf
     backends = [Backend("cpu", n_threads) for n_threads in (1, 2)]
@@ -221,7 +222,7 @@ def test_where_llvm_fails_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("expected type\nvec")
 
     monkeypatch.setattr(nodes, "compiled", fail)
-    heads = (112, 3)  # of no other test, whose kernels stay
+    heads = (112, 3)  # not used by another test, because compiled kernels stay in memory
     with pytest.warns(SpeedWarning, match=r"LLVM \d.* cannot compile kernels \(expected type\), so"):
         assert not NodeKernels.available(heads, ["Q4_K"])
     assert not NodeKernels.available(heads, ["Q4_K"])  # without another warning

@@ -1,4 +1,4 @@
-"""Attention over packed keys and values, by value."""
+"""Attention over packed keys and values, checked numerically."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from granite4v.ggml.compiled.image_attention import is_available, operation, pac
 from granite4v.ggml.graph import Graph, Tensor
 
 needs_kernel = pytest.mark.skipif(not is_available(128, 4), reason="needs llvmlite and AVX-512 VNNI")
-# numbers of a head, heads that share keys, heads of keys, positions, rows
+# head size, heads that share keys, key heads, positions, rows
 SIZES = [(32, 2, 2, 40, 1), (64, 1, 3, 96, 3), (128, 4, 2, 999, 2), (96, 16, 1, 33, 1), (256, 3, 1, 1, 2)]
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def drawn(head: int, group: int, n_heads: int, n: int, n_rows: int, *, factor: float = 1.0) -> Arrays:
-    """Queries `(rows, heads, group, head)`, keys and values `(heads, n, head)`."""
+    """Draws queries `(rows, heads, group, head)`, keys and values `(heads, n, head)`."""
     rng = np.random.default_rng(n)
     q = rng.standard_normal((n_rows, n_heads, group, head), dtype=np.float32) * factor
     k, v = (rng.standard_normal((n_heads, n, head), dtype=np.float32) for _ in range(2))
@@ -49,7 +49,7 @@ def computed(arrays: Arrays, n_threads: int = 2) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, axis: int, *, half: bool) -> np.ndarray:
-    """To 8-bit integers times a scale for 32 numbers along an axis, which may be in half precision."""
+    """Rounds to 8-bit integers with a scale for 32 numbers along an axis; the scale may be in half precision."""
     x = np.moveaxis(x.astype(np.float64), axis, -1)
     n = x.shape[-1]
     blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % 32)]).reshape(*x.shape[:-1], -1, 32)
@@ -60,7 +60,7 @@ def rounded(x: np.ndarray, axis: int, *, half: bool) -> np.ndarray:
 
 
 def rounded_weights(weights: np.ndarray) -> np.ndarray:
-    """To whole numbers up to 255, which the largest of 32 positions has."""
+    """Rounds to integers up to 255; the largest of 32 positions becomes 255."""
     n = weights.shape[-1]
     blocks = np.pad(weights, [(0, 0)] * 3 + [(0, -n % 32)]).reshape(*weights.shape[:-1], -1, 32)
     units = np.maximum(blocks.max(-1, keepdims=True), 1e-300) / 255

@@ -1,4 +1,4 @@
-"""Products of a few rows by the compiled kernels, by value, and the nodes that they leave to ggml."""
+"""Products with a few rows by the compiled kernels, checked numerically, and the nodes that they leave to ggml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from granite4v.ggml.graph import Graph, Tensor
 from tests.helpers.quantized_products import PRODUCTS, drawn_rows, extreme_weights, packed_weights, products, unpacked
 
 needs_kernel = pytest.mark.skipif(not NodeKernels.available(kinds=KINDS), reason="needs llvmlite and AVX-512 VNNI")
-GGML_DIFFERS = {"Q8_0": 3e-4, "Q4_0": 3e-4, "F16": 3e-4}  # it rounds scales of rows, or rows
+GGML_DIFFERS = {"Q8_0": 3e-4, "Q4_0": 3e-4, "F16": 3e-4}  # it rounds the scales of rows, or the rows
 
 
 @pytest.fixture(params=[1, 3])
@@ -25,8 +25,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def rounded(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Rows as they are beside F16, otherwise as 8-bit integers times their scales: one for 256 numbers
-    beside K-quants, for 32 beside the others."""
+    """Returns rows unchanged for F16, otherwise as 8-bit integers times their scales: one per 256 numbers for K-quants,
+    one per 32 for other types."""
     if kind == "F16":
         return rows.astype(np.float64)
     blocks = rows.astype(np.float64).reshape(len(rows), -1, 256 if kind.endswith("_K") else 32)
@@ -46,7 +46,7 @@ def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in: int, n_out: int, n_rows: int) -> None:
     packed, rows = packed_weights(kind, n_out, n_in), drawn_rows(n_rows, n_in)
     found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
-    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # which may cancel out
+    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # they may cancel out
     assert (np.abs(found - wanted) / terms).max() < 3e-7
     by_ggml = products(backend, kind, packed, rows, by_ggml=True)
     assert (np.abs(found - by_ggml) / terms).max() < GGML_DIFFERS.get(kind, 3e-7)
@@ -55,7 +55,7 @@ def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in:
 @needs_kernel
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "F16"])
 def test_integers_at_their_ends(kind: str) -> None:
-    """Sums of products reach neither end of the integers that hold them."""
+    """Sums of products do not overflow the integers that hold them."""
     n_in, backend = 512, Backend("cpu", 1)
     packed = extreme_weights(kind, 4, n_in)
     rows = np.stack([np.ones(n_in), -np.ones(n_in), np.zeros(n_in), np.tile([1.0, -1.0], n_in // 2)]).astype(np.float32)
@@ -91,7 +91,7 @@ def test_several_products_in_one_operation(backend: Backend, kind: str) -> None:
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_nothing_beside_it(kind: str) -> None:
-    """Neither on other rows nor on the number of threads: to the bit."""
+    """Neither on other rows nor on the number of threads, bit for bit."""
     packed, rows = packed_weights(kind, 21, 768), drawn_rows(MOST_ROWS, 768)
     found = []
     for n_threads in (1, 3):
@@ -135,7 +135,7 @@ def test_what_they_cannot_compute_is_left_to_ggml(kind: str) -> None:
             backend.close()
 
     assert taken(256, 1) and taken(256, MOST_ROWS) and not taken(256, MOST_ROWS + 1)
-    assert not taken(256, 1, batches=2)  # of one matrix
+    assert not taken(256, 1, batches=2)  # two batches of one matrix
     assert not taken(256, 1, weights="F32") and not taken(256, 1, weights="Q4_1")
     assert step(kind) == 256 or not taken(256 + 32, 1)
 
@@ -149,7 +149,7 @@ def test_rearranged_weights_are_left_to_ggml(kind: str) -> None:
         weights = arena.tensor(kind, 256, 8)
         arena.allocate(backend.buffer_type, weights=True)
         y = graph.matmul(Tensor(weights), graph.input("x", "F32", 256, 1))
-        weights.contents.extra = 1  # as buffer types mark them
+        weights.contents.extra = 1  # as special buffer types mark them
         assert not replace(y.ptr, PRODUCTS)
         weights.contents.extra = None
         assert replace(y.ptr, PRODUCTS)

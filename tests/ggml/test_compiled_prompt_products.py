@@ -1,4 +1,4 @@
-"""Products with the rows of a prompt by the compiled kernels, by value, and the nodes that they take."""
+"""Products with the rows of a prompt by the compiled kernels, checked numerically, and the nodes that they take."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Of rows as 8-bit integers times their scales, one for 32 numbers."""
+    """Returns the products of rows rounded to 8-bit integers with one scale per 32 numbers."""
     blocks = rows.astype(np.float64).reshape(len(rows), -1, 32)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
     return (np.rint(blocks / np.where(scales, scales, 1)) * scales).reshape(rows.shape) @ unpacked(kind, packed).T
@@ -43,14 +43,14 @@ def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in: int, n_out: int, n_rows: int) -> None:
     packed, rows = packed_weights(kind, n_out, n_in), drawn_rows(n_rows, n_in)
     found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
-    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # which may cancel out
+    terms = np.abs(rows) @ np.abs(unpacked(kind, packed)).T  # they may cancel out
     assert (np.abs(found - wanted) / terms).max() < 5e-7
 
 
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
 def test_integers_at_their_ends(kind: str) -> None:
-    """Every bit set, and the largest and the least scales, with rows of the largest numbers of both signs."""
+    """Every bit is set, with the largest and the smallest scales, and rows have the largest numbers of both signs."""
     n_in, n_out, backend = step(kind), 32, Backend("cpu", 1)
     packed = extreme_weights(kind, n_out, n_in)
     rows = np.ones((LEAST, n_in), np.float32)
@@ -66,7 +66,7 @@ def test_integers_at_their_ends(kind: str) -> None:
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_nothing_beside_it(backend: Backend, kind: str) -> None:
-    """Nor on how many others there are, which decides what is computed together."""
+    """Nor on the number of other rows, which decides what is computed together."""
     packed, rows = packed_weights(kind, 96, 1280), drawn_rows(TOP_ROWS + 7, 1280)
     found = products(backend, kind, packed, rows)
     for part in (slice(100, 100 + LEAST), slice(TOP_ROWS + 7 - 71, None)):
@@ -94,7 +94,7 @@ def test_what_it_cannot_compute_is_left_to_ggml(kind: str) -> None:
 
 @needs_kernel
 def test_a_node_is_what_it_was_when_its_weights_are(backend: Backend) -> None:
-    """A graph that is used again finds weights in another form."""
+    """A graph that is used again may find its weights rearranged."""
     graph, arena = Graph(backend, 8), Arena(1)
     try:
         tensor = arena.tensor("Q8_0", 256, 32)
@@ -111,7 +111,7 @@ def test_a_node_is_what_it_was_when_its_weights_are(backend: Backend) -> None:
 
 @needs_kernel
 def test_graphs_at_the_same_time_do_not_disturb_each_other() -> None:
-    """The memory for rows is taken from the same place, by more threads than there are cores."""
+    """More threads than cores take memory for rows from the same place."""
 
     def repeated(kind: str, n_rows: int) -> None:
         backend = Backend("cpu", 4)
@@ -129,7 +129,7 @@ def test_graphs_at_the_same_time_do_not_disturb_each_other() -> None:
 
 @needs_kernel
 def test_a_node_is_computed_again_and_again(backend: Backend) -> None:
-    """What the threads know of each other is gone after each time."""
+    """What the threads share is cleared after each run."""
     packed, rows = packed_weights("Q4_K", 64, 512), drawn_rows(LEAST, 512)
     graph, arena = Graph(backend, 8), Arena(1)
     try:

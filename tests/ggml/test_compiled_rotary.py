@@ -1,4 +1,5 @@
-"""The rotary embedding with transformers' angles, against float64 and torch, and the nodes that it leaves to ggml."""
+"""The rotary embedding with transformers' angles, compared with float64 and torch, and the nodes that it leaves to
+ggml."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def node_of(
     extension: float = 0.0,
     magnitude: float = 1.0,
 ) -> Any:
-    """ggml's operation on `x`, `(streams, positions, heads, head)`, in place."""
+    """Makes ggml's in-place operation on `x`, `(streams, positions, heads, head)`."""
     arrays = {"x": x, "positions": positions, **({} if factors is None else {"factors": factors})}
     tensors = {}
     for name, values in arrays.items():
@@ -67,7 +68,7 @@ def node_of(
 
 @pytest.fixture
 def turn(arena: Arena) -> Turn:
-    """The compiled operation, called for one thread after the other."""
+    """Returns a function that runs the compiled operation, for one thread after the other."""
 
     def computed(
         x: np.ndarray, positions: np.ndarray, *, n_threads: int = 1, in_place: bool = False, **options: Any
@@ -92,13 +93,13 @@ def drawn(n_positions: int, *, n_heads: int = 3, head: int = 64, n_streams: int 
 
 
 def frequencies_of(n_dims: int, base: float) -> np.ndarray:
-    """Float32 in each step, powers by float64."""
+    """Computes each step in float32, with powers in float64."""
     exponents = np.arange(0, n_dims, 2, dtype=np.float32) / np.float32(n_dims)
     return np.float32(1) / (base ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def turned(x: np.ndarray, angles: np.ndarray, mode: int) -> np.ndarray:
-    """In float64. `angles`: `(positions, pairs)`."""
+    """Rotates `x` in float64. `angles`: `(positions, pairs)`."""
     n_pairs, found = angles.shape[1], x.astype(np.float64)
     first = np.arange(n_pairs) * (1 if mode == HALVES else 2)
     second = first + (n_pairs if mode == HALVES else 1)
@@ -146,10 +147,10 @@ def test_its_values_are_those_of_float64_at_float32_angles(
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e6, 1e7])
 @pytest.mark.parametrize("n_dims", [64, 80, 128])
 def test_frequencies_are_torchs_to_the_bit(turn: Turn, n_dims: int, base: float, mode: int) -> None:
-    """But for one of a hundred, where torch's power is the second nearest float32, as it is with AVX.
+    """Except one in a hundred, for which torch's power is the second nearest float32, as with AVX.
 
-    Of numbers (1, 0) the cosine and the sine remain. Of ten angles at far positions some tell frequencies apart that
-    differ in the last bit.
+    For inputs (1, 0) the results are the cosine and the sine. Ten angles at far positions include some that distinguish
+    frequencies which differ only in the last bit.
     """
     plain = (1.0 / base ** (torch.arange(0, n_dims, 2, dtype=torch.int64).float() / n_dims)).numpy()
     positions = np.arange(999_983, 999_993, dtype=np.int32)
@@ -179,7 +180,7 @@ def test_frequencies_are_torchs_to_the_bit(turn: Turn, n_dims: int, base: float,
     ids=lambda scaling: scaling["rope_type"],
 )
 def test_its_values_are_transformers(turn: Turn, scaling: dict[str, Any], mode: int) -> None:
-    """As its decoders turn queries: neighbours as Llama 4 does, halves as all others."""
+    """As its decoders rotate queries: neighbours for Llama 4, halves for all others."""
     parameters = {**scaling, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     config = LlamaConfig(hidden_size=192, num_attention_heads=3, rope_parameters=parameters)
     x, rotary = drawn(len(POSITIONS)), LlamaRotaryEmbedding(config)
@@ -199,7 +200,7 @@ def test_its_values_are_transformers(turn: Turn, scaling: dict[str, Any], mode: 
 @needs_llvm
 @BOTH
 def test_threads_and_memory_change_no_bit(turn: Turn, mode: int) -> None:
-    """More threads than positions; into the source's memory; from numbers that lie apart, as queries beside keys do."""
+    """More threads than positions; in place; and from strided memory, like queries next to keys."""
     wide = drawn(4, n_heads=5, head=72)
     x = np.ascontiguousarray(wide[:, :, 1:4, :64])
     positions = np.array([7, 0, 123_456, 3], np.int32)
@@ -224,7 +225,7 @@ def test_ggmls_threads_compute_it(turn: Turn, n_threads: int) -> None:
         places = graph.input("positions", "I32", len(POSITIONS))
         source = graph.scale(graph.input("x", "F32", *reversed(x.shape)), 1.0)
         node = graph.rotate_(source, places, 1e4)
-        assert replace(node.ptr, ROTARY) and replace(node.ptr, ROTARY)  # the second time it is left as it is
+        assert replace(node.ptr, ROTARY) and replace(node.ptr, ROTARY)  # the second time it is left unchanged
         graph.output("y", graph.scale(node, 1.0))
         for positions in (POSITIONS, POSITIONS[::-1].copy(), POSITIONS):
             expected = turn(x, positions, mode=NEIGHBOURS)
@@ -274,7 +275,7 @@ print(*((warning.category.__name__, warning.message) for warning in said))
 
 @needs_llvm
 def test_where_llvm_fails_there_is_none() -> None:
-    """In another process, as kernels that were compiled stay."""
+    """In a child process, because compiled kernels stay in memory."""
     said = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, check=True).stdout
     assert said.count("cannot compile") == said.count("'UserWarning'") == 1
     assert "cannot compile kernels (no {such} CPU), so far positions differ more from transformers'; install" in said

@@ -1,4 +1,4 @@
-"""Compiler settings for the AMX kernels, with compilers that are scripts of a few lines."""
+"""Compiler settings for the AMX kernels, with short scripts as compilers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ GCC_SAYS = "c++ (Debian 12.2.0-14) 12.2.0\\nCopyright (C) 2022 Free Software Fou
 
 
 def compiler_named(folder: Path, name: str, says: str, version: str, compiles: bool = True) -> None:
-    """A compiler that tells its version, and 'compiles' by reading its input and failing or not."""
+    """Writes a script that prints a compiler's version, and 'compiles' by reading its input and succeeding or
+    failing."""
     lines = f"""#!/bin/sh
 case "$*" in
 *--version) printf '{says}\\n' ;;
@@ -40,7 +41,7 @@ def clang(folder: Path, suffix: str, version: str, compiles: bool = True, c: boo
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that PATH begins with, and in which the default compiler is GCC."""
+    """A folder at the front of PATH, in which the default compiler is GCC."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     compiler_named(tmp_path, "c++", GCC_SAYS, "12")
     return tmp_path
@@ -56,12 +57,12 @@ def test_gcc_gets_flags_and_keeps_those_of_the_user(folder: Path) -> None:
 def test_without_a_default_compiler_the_newest_clang_that_works_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("sh", "cat"):  # of which the compilers here are made
+    for name in ("sh", "cat"):  # the scripts need them
         (tmp_path / name).symlink_to(shutil.which(name) or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     path = {"PATH": str(tmp_path)}
     clang(tmp_path, "-14", "14.0.6")
-    assert settings(path) == {}  # older than those that were tried
+    assert settings(path) == {}  # older than the versions that were tested
     clang(tmp_path, "-16", "16.0.6")
     clang(tmp_path, "-9", "9.0.1")
     clang(tmp_path, "", "18.1.3")
@@ -73,7 +74,7 @@ def test_without_a_default_compiler_the_newest_clang_that_works_is_taken(
     clang(tmp_path, "-20", "20.1.0")
     assert settings(path) == {"CC": "clang-20", "CXX": "clang++-20"}
     compiler_named(tmp_path, "c++", "clang version 18.1.3", "18.1.3")
-    assert settings(path) == {}  # the default is a clang: it is right as it is
+    assert settings(path) == {}  # the default is a clang, which is fine
     compiler_named(tmp_path, "c++", GCC_SAYS, "12")
     assert settings(path) == {"CXXFLAGS": GCC_FLAGS}
 
@@ -121,7 +122,7 @@ EXPECTED = struct.pack("<16B16H16B", 1, *[0] * 15, 64, 32, *[0] * 14, 8, 16, *[0
 
 
 def loaded_tiles(command: list[str], folder: Path) -> bytes:
-    """What `ldtilecfg` reads: in the compiler's assembly it becomes a call that prints its operand."""
+    """Returns what `ldtilecfg` reads: in the compiler's assembly it is replaced by a call that prints its operand."""
     program = str(folder / "program")
     assembly = subprocess.run(
         [*command, "-O3", "-mamx-tile", "-mno-red-zone", "-x", "c++", "-S", "-o", "-", "-"],

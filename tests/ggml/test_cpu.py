@@ -1,4 +1,4 @@
-"""How many threads are computed with: cores, quotas of control groups, and what other programs leave free."""
+"""The number of threads to compute with: cores, quotas of control groups, and what other programs leave free."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_process_kept_on_one_cpu_uses_one_thread() -> None:
 
 
 class Machine:
-    """Time passes as told: what this process uses of each second, and what nobody uses, in cores."""
+    """Simulates time: the cores that this process uses, and the idle cores, are set for each second."""
 
     def __init__(self, n_most: int, samples: tuple[float, float] = (0.0, 0.0)) -> None:
         self.seconds, self.used, self.idle = 100.0, *samples
@@ -98,7 +98,7 @@ class Machine:
         (2, 1.0, 1.0, 2),  # alone, with one thread
         (2, 1.9, 0.0, 2),  # a little of other work
         (2, 1.33, 0.0, 1),  # two threads of ours and one of others
-        (2, 1.0, 0.0, 1),  # two and two; or one and one
+        (2, 1.0, 0.0, 1),  # two of ours and two others; or one and one
         (2, 0.5, 0.0, 1),
         (16, 15.5, 0.0, 15),
         (16, 2.0, 30.0, 16),

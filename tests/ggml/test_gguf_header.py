@@ -1,4 +1,4 @@
-"""The parser of GGUF headers: the same values as the gguf package's reader, and a reason for whatever does not hold."""
+"""The parser of GGUF headers: the same values as the gguf package's reader, and a reason for everything invalid."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def content(
     tensors: tuple[bytes, ...] = (),
     data: int = 4096,
 ) -> bytes:
-    """A GGUF file of these metadata pairs and tensor entries, with so many bytes of data behind it."""
+    """Returns a GGUF file with these metadata pairs and tensor entries, followed by `data` bytes of data."""
     counts = struct.pack(
         "<QQ", len(tensors) if n_tensors is None else n_tensors, len(parts) if n_keys is None else n_keys
     )
@@ -152,7 +152,7 @@ def test_what_does_not_hold_is_said(
     with pytest.raises(ModelFileError) as caught:
         opened(data)
     assert message in str(caught.value) and "f.gguf" in str(caught.value)
-    assert capfd.readouterr() == ("", "")  # ggml prints its own reasons
+    assert capfd.readouterr() == ("", "")  # ggml would print its own reasons
 
 
 def test_every_byte_of_a_header_may_be_another(opened: Callable[[bytes], GgufFile]) -> None:

@@ -199,7 +199,7 @@ def test_pad_fills_rows_up_with_zeros(backend: Backend) -> None:
     w = RNG.standard_normal((7, 256), dtype=np.float32)
 
     def products(graph: Graph, x: Tensor, w: Tensor) -> Tensor:
-        """One after another through the same rows."""
+        """Runs one product after another on the same rows."""
         return graph.add(graph.matmul(w, graph.pad(x, 256)), graph.matmul(w, graph.pad(graph.square(x), 256)))
 
     expected = (x + x * x) @ w[:, :192].T
@@ -222,7 +222,7 @@ def test_tensor_knows_whether_it_is_contiguous(backend: Backend) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
 def test_pages_of_every_buffer_of_the_cpu_are_known(backend: Backend) -> None:
-    """Of rearranged weights, too: those that are given back read as zeros."""
+    """Also those of rearranged weights: released pages read as zeros."""
     for buffer_type in (backend.buffer_type, *backend.extra_buffer_types()):
         arena = Arena(1)
         tensor = arena.tensor("Q4_0", 1024, 1024)

@@ -1,4 +1,4 @@
-"""How the libraries of llama-cpp-python are loaded: how OpenMP's threads wait for each other."""
+"""How the libraries of llama-cpp-python are loaded, and how OpenMP's threads wait for each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed access to metadata: what each accessor takes, and what it says of everything else."""
+"""Typed access to metadata: what each accessor accepts, and its message for everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels that an earlier process has compiled: used again, and not trusted where others could have written them."""
+"""Kernels compiled by an earlier process: they are reused, but not trusted where others could have written them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Counted:
-    """Writes a function that adds a number to its argument, and counts how often."""
+    """Writes a function that adds a number to its argument, and counts how often it was written."""
 
     def __init__(self, number: int) -> None:
         self.number, self.n_written = number, 0
@@ -47,7 +47,7 @@ class Counted:
 def test_code_is_compiled_once(folder: Path) -> None:
     write = Counted(41)
     assert [write.called(), write.called()] == [42, 42] and write.n_written == 1
-    assert Counted(1).called("another") == 2 and Counted(2).called() == 42  # what is said to be the same is the same
+    assert Counted(1).called("another") == 2 and Counted(2).called() == 42  # the same description means the same code
     assert len(list(folder.iterdir())) == 2 and folder.stat().st_mode & 0o077 == 0
 
 
@@ -60,7 +60,7 @@ def test_what_holds_in_one_process_is_not_kept(folder: Path) -> None:
 
 @needs_llvm
 def test_threads_compile_at_the_same_time(folder: Path) -> None:
-    """And what one has compiled is good, whoever else has compiled the same meanwhile."""
+    """The code from one thread works whether or not another has compiled the same meanwhile."""
     writes = [Counted(41) for _ in range(4)]
     with ThreadPoolExecutor(len(writes)) as pool:
         assert list(pool.map(lambda write: [write.called("threads") for _ in range(5)], writes)) == [[42] * 5] * 4
@@ -70,7 +70,7 @@ def test_threads_compile_at_the_same_time(folder: Path) -> None:
 @needs_llvm
 @pytest.mark.parametrize("n_threads", [2, 4])
 def test_threads_ask_for_the_same_kernels_first(n_threads: int, tmp_path: Path) -> None:
-    """In a process of its own, which a use of freed code would end."""
+    """In a child process, which would be ended by a use of freed code."""
     code = f"""
 import ctypes, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +166,7 @@ def test_the_oldest_leave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(3):
         object_cache.keep(f"key{number}", bytes([number]))
         os.utime(folder / f"key{number}", (number, number))
-    assert object_cache.find("key0") == b"\x00"  # and was used last
+    assert object_cache.find("key0") == b"\x00"  # which makes it the last used one
     object_cache.keep("key3", b"")
     assert sorted(path.name for path in folder.iterdir()) == ["key0", "key2", "key3"]
     assert object_cache.find("key1") is None and object_cache.find("key3") == b""

@@ -1,4 +1,4 @@
-"""Products and attention of oneDNN inside ggml graphs, against NumPy in double precision."""
+"""oneDNN's products and attention inside ggml graphs, compared with NumPy in double precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from granite4v.ggml.graph import Graph, ShapeError
 from granite4v.ggml.kernels import ATTENTION, ONEDNN, ONEDNN_BF16, PLAIN, available_kernels
 
 installed = pytest.mark.skipif(not onednn.is_installed(), reason="the extra 'onednn' is for Linux on x86-64")
-# bfloat16 has 8 significant bits: each factor is off by 2^-9 at most
+# bfloat16 has 8 significant bits: each factor is off by at most 2^-9
 TOLERANCES = {"F32": 2e-6, "BF16": 2 * 2**-9}
 
 erf = np.vectorize(math.erf)
@@ -55,7 +55,7 @@ def values(seed: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("arithmetic", arithmetics())
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_products_are_numpys(graph: Graph, arithmetic: str, act: str | None) -> None:
-    """Two groups of rows with one weight, whose rows are longer than the inputs, with a bias and without."""
+    """Two groups of rows share one weight, whose rows are longer than the inputs; with a bias and without."""
     n, n_in, n_out = 37, 72, 50
     x, weight, bias = values(1, 2, n, n_in), values(2, n_out, n_in + 24), values(3, n_out)
     inputs = [graph.input(f"x{i}", "F32", n_in, n) for i in (0, 1)]
@@ -88,7 +88,7 @@ def test_a_product_may_give_what_the_next_takes(graph: Graph) -> None:
 @pytest.mark.parametrize("arithmetic", arithmetics())
 @pytest.mark.parametrize(("n", "m", "n_heads", "head"), [(9, 9, 3, 8), (40, 600, 6, 24), (700, 700, 4, 72)])
 def test_attention_is_numpys(graph: Graph, arithmetic: str, n: int, m: int, n_heads: int, head: int) -> None:
-    """Also with more scores than are kept at a time."""
+    """Including more scores than are kept at a time."""
     dim = n_heads * head
     arrays = {"q": 3 * values(1, n, dim), "k": values(2, m, dim), "v": values(3, m, dim)}
     q, k, v = (graph.input(name, "F32", *array.shape[::-1]) for name, array in arrays.items())
@@ -146,7 +146,7 @@ def test_a_missing_library_is_an_error_with_the_command(monkeypatch: pytest.Monk
 def test_a_file_that_is_not_onednn_counts_as_not_installed(
     content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a damaged file nor another library."""
+    """Neither a damaged file nor another library is accepted."""
     path = tmp_path / "libdnnl.so.3"
     if content is None:
         path.write_bytes(Path(_ctypes.__file__).read_bytes())

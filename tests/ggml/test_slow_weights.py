@@ -1,4 +1,4 @@
-"""Which weights count as slow on a CPU, what is said about them, and that it is said once."""
+"""Which weights count as slow on a CPU, the warning about them, and that it is given once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def backend() -> Iterator[Backend]:
 
 
 def times(**rates: Mapping[str, float]) -> dict[str, dict[str, dict[int, float]]]:
-    """From GFLOP/s by type and kernel; 0: it crashed."""
+    """Converts GFLOP/s by type and kernel to times; 0: it crashed."""
     return {
         kind: {name: {MANY: gflop(kind) / rate if rate else math.inf} for name, rate in by_kernel.items()}
         for kind, by_kernel in rates.items()
@@ -37,17 +37,17 @@ def times(**rates: Mapping[str, float]) -> dict[str, dict[str, dict[int, float]]
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [
-        # AMX works: 486 of Q8_0 against 170 of F16
+        # AMX works: 486 for Q8_0, 170 for F16
         ({"F16": {PLAIN: 110, FLOAT32: 170}, "Q8_0": {PLAIN: 100, "AMX": 486}, "Q6_K": {PLAIN: 326}}, ("Q8_0", None)),
-        # AMX crashes, where it would be four times as fast as plain Q8_0
+        # AMX crashes; with it Q8_0 would be four times as fast as plain
         ({"F16": {PLAIN: 110, FLOAT32: 170}, "Q8_0": {PLAIN: 100, "AMX": 0}, "Q6_K": {PLAIN: 326}}, ("Q8_0", "AMX")),
-        # the same build, with a file that does not need it
+        # the same build, with a file that does not need AMX
         ({"Q6_K": {PLAIN: 326}, "Q8_0": {PLAIN: 100, "AMX": 0}}, None),
         # AVX-512 without AMX: just above half
         ({"F16": {PLAIN: 385}, "Q8_0": {PLAIN: 280}, "Q6_K": {PLAIN: 750}}, None),
         ({"F16": {PLAIN: 365}, "Q8_0": {PLAIN: 280}, "Q6_K": {PLAIN: 750}}, ("Q6_K", None)),
         ({"Q8_0": {PLAIN: 280}, "Q6_K": {PLAIN: 750}}, ("Q6_K", None)),
-        ({"F16": {PLAIN: 300}, "Q8_0": {}, "Q6_K": {}}, None),  # nothing to compare it to
+        ({"F16": {PLAIN: 300}, "Q8_0": {}, "Q6_K": {}}, None),  # nothing to compare it with
         ({"F16": {}, "Q8_0": {PLAIN: 100}}, None),
         ({"F16": {PLAIN: 0, FLOAT32: 0}, "Q8_0": {PLAIN: 100}}, None),
     ],
@@ -90,7 +90,8 @@ def test_a_file_is_warned_about_once(backend: Backend, monkeypatch: pytest.Monke
 
 
 def test_what_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """llama.cpp knows no widened weights; and the types to compare with are those that lose hardly anything."""
+    """llama.cpp has no kernels with widened weights; and the types to compare with are those that lose hardly
+    anything."""
     asked: list[Any] = []
     monkeypatch.setattr(slow_weights, "times", lambda backend, wanted, budget: asked.append(wanted) or times(F16={}))
     warn_if_slow(tmp_path / "x.gguf", "text", {"F16": SMALL, "Q4_K": 5}, backend)
@@ -102,7 +103,7 @@ def test_what_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp
 def test_compiled_kernels_are_what_is_compared_where_they_are(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """ggml's slowness with a type does not matter to a text model that it does not multiply."""
+    """ggml's speed with a type does not matter for a text model whose products ggml does not compute."""
     asked: list[Any] = []
     monkeypatch.setattr(slow_weights, "times", lambda backend, wanted, budget: asked.append(wanted) or times(Q8_0={}))
     monkeypatch.setattr(slow_weights, "compiled_kernels", lambda kind, n_rows: {COMPILED: Kernel(COMPILED)})

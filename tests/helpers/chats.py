@@ -1,4 +1,4 @@
-"""What tests of the chat share: a display that keeps what it is shown, and a page with known contents."""
+"""Shared by the chat tests: a display that records what it is given, and a page with known contents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INVOICE = Path(__file__).parents[1] / "data" / "invoice.png"
 
 
 class Kept:
-    """A `Display` that keeps everything. `stop_after`: pieces of an answer after which it is cancelled."""
+    """A `Display` that records everything. `stop_after`: the number of pieces after which an answer is cancelled."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -49,7 +49,7 @@ class Kept:
 
 
 def ask(chat: Chat, *lines: str) -> Kept:
-    """Everything that comes of some lines."""
+    """Feeds lines to a chat and returns the display with everything that was shown."""
     kept = Kept()
     for line in lines:
         assert handle(chat, line, kept)

@@ -1,4 +1,4 @@
-"""Commands with a small model and a few pages: what they must print is what the model itself answers."""
+"""Runs commands with a small model and a few pages; they must print what the model itself answers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ QUESTION = "What is this?"
 
 
 def run(*arguments: Any, status: int = 0, stdin: str | None = None) -> Any:
-    """A command in this process; its exit status must be this one."""
+    """Runs a command in this process and checks its exit status."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == status, result.stderr
     return result
 
 
 def write_pages(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
-    """Pictures of noise of these widths and heights."""
+    """Writes noise images of these (width, height) sizes in pixels."""
     paths = [folder / f"{i}.png" for i in range(len(sizes))]
     for path, size in zip(paths, sizes, strict=True):
         noise_picture(size).save(path)
@@ -34,7 +34,7 @@ def write_pages(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
 
 
 def check_ask_and_chat(model_folder: Path, pages: Sequence[Path]) -> str:
-    """Both answer about all pages; returns what `ask` said beside it."""
+    """Checks that `ask` and `chat` both answer about all pages; returns what `ask` wrote to stderr."""
     with Model.load(model_folder) as model:
         expected = model.generate(QUESTION, pages, max_tokens=8).text + "\n"
     options = ("--model", model_folder, "--max-tokens", 8)
@@ -46,7 +46,7 @@ def check_ask_and_chat(model_folder: Path, pages: Sequence[Path]) -> str:
 
 
 def check_extract(model_folder: Path, pages: Sequence[Path]) -> None:
-    """By a prompt each page is answered by itself; a task of another template is refused."""
+    """Checks that with a prompt each page gets its own answer, and that a task of another template is refused."""
     with Model.load(model_folder) as model:
         expected = {page.name: model.generate(QUESTION, [page], max_tokens=4).text for page in pages}
     options = ("--model", model_folder, "--max-tokens", 4)
@@ -59,9 +59,10 @@ def check_extract(model_folder: Path, pages: Sequence[Path]) -> None:
 
 
 def check_serve(model_folder: Path, pages: Sequence[Path], n_at_once: int) -> None:
-    """Requests about each page, none and all of them are answered as one of them alone is, in pieces or not.
+    """Checks that concurrent requests about each page, no page and all pages get the same answers as single ones, and
+    that a streamed answer is the same, too.
 
-    Where several rows of a quantized type are multiplied otherwise than one, only `n_at_once` = 1 gives the same.
+    Use `n_at_once` = 1 with quantized types whose kernels give other results for several rows than for one.
     """
     pictures = [image(page.read_bytes()) for page in pages]
     asked = [([picture], [page]) for picture, page in zip(pictures, pages, strict=True)]

@@ -1,5 +1,5 @@
-"""Answers under a constraint without a model: logits that are noise, on the vocabularies of the random and the nano
-checkpoint, through the real generation loop."""
+"""Constrained answers without a model: noise logits over the vocabularies of the random and the nano checkpoint, run
+through the real generation loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from scripts.nano import language
 from tests.helpers.drive import generate
 from tests.toy import language as toy_language
 
-KINDS = ("toy", "nano")  # byte-level BPE with merges; single bytes and whole pieces of the formats
+KINDS = ("toy", "nano")  # 'toy': byte-level BPE with merges; 'nano': single bytes and whole pieces of the formats
 
 
 def tokenizer_json(kind: str) -> str:
-    """The text of the checkpoint's tokenizer.json."""
+    """Returns the text of the checkpoint's tokenizer.json."""
     return json.dumps(checkpoint(kind).tokenizer_json)
 
 
@@ -48,7 +48,7 @@ def checkpoint(kind: str) -> toy_language.ToyTokenizer:
     return toy_language.build_tokenizer() if kind == "toy" else language.build_tokenizer()
 
 
-# beginnings of tokens that bring an answer closer to its end
+# Beginnings of the tokens that bring an answer closer to its end.
 CLOSING = {
     "tables_otsl": (b"<", b"/", b"nl", b">"),
     "tables_html": (b"<", b"/", b">", b'">'),
@@ -59,10 +59,12 @@ CLOSING = {
 
 
 class Noise:
-    """The same logits for the same seed and answer. The longer the answer is, the likelier what ends it."""
+    """A source of noise logits, deterministic in the seed and the answer so far. The longer the answer, the likelier
+    are tokens that end it."""
 
     def __init__(self, kind: str, seed: int, task: str, patience: int, closing: tuple[bytes, ...] = ()) -> None:
-        """`patience`: tokens after which it wants half as much again to end; `closing`: as CLOSING has for `task`."""
+        """`patience`: the number of tokens after which the bias towards ending has grown by half; `closing`: like the
+        values of CLOSING, in place of that for `task`."""
         self._seed, self._patience, self._end = seed, patience, end_of_text(kind)
         pieces = compiler(kind).index.pieces
         self._closing = np.fromiter((piece.startswith(closing or CLOSING[task]) for piece in pieces), dtype=np.float32)
@@ -82,7 +84,7 @@ class Noise:
 
 
 def grammar_of(task: str, schema: object = None) -> Grammar:
-    """The grammar of a task that has one."""
+    """Returns the grammar of a task that has one."""
     grammar = grammar_for(task, schema)
     assert grammar is not None
     return grammar
@@ -99,7 +101,7 @@ def generated(
     patience: int = 30,
     closing: tuple[bytes, ...] = (),
 ) -> Answer:
-    """One answer of noise to a grammar."""
+    """Generates one answer under a grammar from noise logits."""
     answer = Answer()
     pieces = generate(
         Noise(kind, seed, grammar.task, patience, closing),
@@ -117,7 +119,7 @@ def generated(
 
 
 def ended(kind: str, grammar: Grammar, seeds: range, **options: Any) -> Iterator[str]:
-    """The answers of noise that ended by themselves, each once."""
+    """Yields the distinct texts of noise answers that ended by themselves."""
     answers = [generated(kind, grammar, seed, fast_forward=seed % 2 == 0, **options) for seed in seeds]
     texts = {answer.text for answer in answers if answer.finish_reason == "stop"}
     assert len(texts) >= 6
@@ -126,7 +128,7 @@ def ended(kind: str, grammar: Grammar, seeds: range, **options: Any) -> Iterator
 
 
 def state_after(kind: str, grammar: Grammar, text: str) -> GrammarState:
-    """A state behind `text`, whose canonical tokens it must allow one by one."""
+    """Returns the grammar state after `text`; fails if the grammar refuses any of its canonical tokens."""
     state = compiler(kind).begin(grammar)
     for token in tokenizer(kind).encode_plain(text):
         assert state.allowed()[token], f"{compiler(kind).index.pieces[token]!r} is refused in {text!r}"
@@ -135,7 +137,7 @@ def state_after(kind: str, grammar: Grammar, text: str) -> GrammarState:
 
 
 def allows(kind: str, grammar: Grammar, text: str) -> bool:
-    """Whether a text, token by token, is a whole answer."""
+    """Whether the grammar accepts a text, fed token by token, as a complete answer."""
     state = compiler(kind).begin(grammar)
     for token in tokenizer(kind).encode_plain(text):
         if not state.allowed([end_of_text(kind)])[token]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged on purpose, and the message that they get."""
+"""Deliberately damaged checkpoints, and the error messages that they cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from granite4v.errors import CheckpointError
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    """The message for a checkpoint that cannot be planned."""
+    """Returns the error message for a checkpoint whose conversion cannot be planned."""
     with pytest.raises(CheckpointError) as caught:
         plan_conversion(folder, Options(**options))
     return str(caught.value)
@@ -28,7 +28,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and its data."""
+    """Returns the header of a safetensors file, and its data."""
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]

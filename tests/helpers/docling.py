@@ -1,4 +1,4 @@
-"""Tables as docling-core's."""
+"""Tables converted to docling-core's table items."""
 
 from __future__ import annotations
 

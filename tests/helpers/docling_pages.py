@@ -1,4 +1,4 @@
-"""docling's pages with tables on them, as its layout stage hands them on; nothing of it needs a model."""
+"""docling pages with tables, in the state in which docling's layout stage leaves them; needs no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAP = 20
 
 
 class ImageBackend:
-    """A page that is one image, of a point each pixel."""
+    """The backend of a page that consists of one image, one point per pixel."""
 
     def __init__(self, image: Image.Image | None) -> None:
         self._image = image
@@ -33,14 +33,15 @@ class ImageBackend:
 
 
 class BrokenBackend(ImageBackend):
-    """A page that cannot be drawn."""
+    """The backend of a page that cannot be rendered."""
 
     def get_page_image(self, scale: float = 1, cropbox: BoundingBox | None = None) -> Image.Image:
         raise RuntimeError("Failed to load page.")
 
 
 def page_of(number: int, tables: Sequence[Image.Image], texts: Iterable[str] = (), backend: Any = ImageBackend) -> Page:
-    """A page with pictures of tables below each other, found by the layout stage; `texts` stand in the first."""
+    """Returns a page with table images stacked vertically, as if found by the layout stage; `texts` are in the first
+    table."""
     size = (max(one.width for one in tables) + 2 * GAP, sum(one.height + GAP for one in tables) + GAP)
     sheet, top, clusters = Image.new("RGB", size, "white"), GAP, []
     for i, one in enumerate(tables):
@@ -58,7 +59,7 @@ def page_of(number: int, tables: Sequence[Image.Image], texts: Iterable[str] = (
 
 
 def result_for(path: Path) -> ConversionResult:
-    """A conversion that has not begun."""
+    """Returns the result object of a conversion that has not started."""
     path.write_bytes(b"%PDF-1.7")
     document = InputDocument(path_or_stream=path, format=InputFormat.PDF, backend=NoOpBackend)
     return ConversionResult(input=document)

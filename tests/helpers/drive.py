@@ -1,4 +1,4 @@
-"""Runs one answer on made-up logits, as the engine would, without a model or a thread."""
+"""Runs one answer on made-up logits the way the engine would, without a model or a thread."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Draft
 from granite4v.runtime.engine.sequence import Sequence, Step
 
-N_VOCAB, EOS = 300, 299  # of `Script`
+N_VOCAB, EOS = 300, 299  # of the vocabulary of `Script`
 
 
 class Source(Protocol):
-    """Where logits come from, float32 `(n_vocab,)`; both may raise Aborted. `tokens` are the answer so far."""
+    """Provides logits, float32 `(n_vocab,)`. Both methods may raise Aborted. `tokens` is the answer so far."""
 
     def first(self) -> np.ndarray: ...
 
@@ -25,7 +25,7 @@ class Source(Protocol):
 
 
 class Script:
-    """Logits that make the greedy choice follow a list of tokens."""
+    """Logits that make greedy decoding follow a list of tokens."""
 
     def __init__(self, tokens: SequenceOf[int], aborts_at: int | None = None) -> None:
         self.tokens, self.aborts_at, self.asked = list(tokens), aborts_at, 0
@@ -47,7 +47,7 @@ class Script:
 
 
 class Letters:
-    """Token n is the character with code n."""
+    """A text stream in which token n is the character with code n."""
 
     def push(self, token: int) -> str:
         return chr(token)
@@ -59,7 +59,7 @@ class Letters:
 def generate(
     source: Source, answer: Answer, text: Any, *, cancelled: Callable[[], bool] = lambda: False, **options: Any
 ) -> Iterator[str]:
-    """The pieces of the answer; `options` are those of `Sequence`."""
+    """Yields the pieces of the answer; `options` are those of `Sequence`."""
     sequence = Sequence(answer, text, **options)
     step = Step()
     while not step.finish:
@@ -75,7 +75,7 @@ def generate(
 
 
 def verify(sequence: Sequence, draft: Draft, rows: SequenceOf[np.ndarray]) -> Step:
-    """One step of an answer with a draft, by the logits before each of its tokens and behind the last."""
+    """Advances an answer by one step with a draft. `rows` are the logits before each draft token and after the last."""
     n_accepted = 0
     step = sequence.advance(rows[0])
     while not step.finish and draft.tokens[n_accepted:][: len(step.tokens)] == step.tokens:

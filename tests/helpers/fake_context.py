@@ -1,4 +1,5 @@
-"""A context of a few lines: it remembers what each sequence was given, and its logits follow from nothing else."""
+"""A minimal fake of a llama.cpp context: it records the content of each sequence, and its logits depend on nothing
+else."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ MAX_OUTPUTS, N_UBATCH = 8, 16
 
 
 def next_token(content: Sequence[Any]) -> int:
-    """What follows a content; one in thirty ends an answer."""
+    """Returns the token that follows a content; about one in thirty is the end of an answer."""
     number = int.from_bytes(hashlib.sha256(repr(list(content)).encode()).digest()[:4], "little")
     return EOS if number % 30 == 0 else number % EOS
 
 
 class Letters:
-    """Token n is one letter."""
+    """A text stream in which each token is one letter."""
 
     def push(self, token: int) -> str:
         return chr(ord("0") + token)
@@ -48,7 +49,7 @@ def text_of(tokens: Sequence[int]) -> str:
 
 
 class FakeContext:
-    """Checks what llama.cpp checks, and what it would end the process over."""
+    """Asserts the preconditions that llama.cpp checks and would end the process over."""
 
     def __init__(self, n_cells: int, n_seq_max: int, n_ubatch: int = N_UBATCH) -> None:
         self.n_cells, self.n_seq_max, self.n_ubatch, self.max_outputs = n_cells, n_seq_max, n_ubatch, MAX_OUTPUTS
@@ -96,7 +97,7 @@ class FakeContext:
     def restore(self, sequence: int, state: np.ndarray) -> None:
         content = pickle.loads(state.tobytes())
         assert 0 < len(content) <= self.n_cells and not self.content[sequence]
-        assert not self.copies  # which llama.cpp makes at the next decode, over what is restored or from it
+        assert not self.copies  # llama.cpp makes them at the next decode, with the restored state as target or source
         self.content[sequence] = content
 
     def close(self) -> None:
@@ -104,7 +105,8 @@ class FakeContext:
 
 
 class FakeEngine:
-    """A scheduler on fake contexts, stepped by the test. Images are their digest; rows are made of its first byte."""
+    """A scheduler on fake contexts, stepped by the test. An image is its digest; the first byte of the digest fills its
+    rows."""
 
     def __init__(
         self,
@@ -116,7 +118,8 @@ class FakeEngine:
         n_ubatch: int = N_UBATCH,
         fills_questions: bool = False,
     ) -> None:
-        """`most_cells`: what fits into memory. `budget`: what the cache is told that several sequences may take."""
+        """`most_cells`: the number of cells that fit into memory. `budget`: the limit for several sequences that the
+        cache is given."""
         self.pages, self.n_ubatch = pages, n_ubatch
         self.contexts: list[FakeContext] = []
         self.most_cells = most_cells
@@ -125,7 +128,7 @@ class FakeEngine:
         self.scheduler = Scheduler(self.cache, self, n_ubatch, fills_questions=fills_questions)
 
     def _open(self, n_cells: int, n_sequences: int) -> FakeContext:
-        assert not self.contexts or self.contexts[-1].closed  # never two at once
+        assert not self.contexts or self.contexts[-1].closed  # never two open at once
         if n_cells * n_sequences > self.most_cells:
             raise DeviceError(f"no memory for {n_sequences} x {n_cells} tokens")
         self.contexts.append(FakeContext(n_cells, n_sequences, self.n_ubatch))
@@ -147,7 +150,7 @@ class FakeEngine:
         return channel
 
     def run(self) -> None:
-        """Until there is nothing to do."""
+        """Runs steps until nothing is left to do."""
         while self.scheduler.step():
             pass
 
@@ -183,7 +186,7 @@ class FakeEngine:
 
 
 def read(channel: Channel, most: int = 1 << 30) -> str:
-    """What is there to read, without waiting."""
+    """Returns what can be read without waiting."""
     text = ""
     for _ in range(most):
         try:
@@ -198,7 +201,7 @@ def read(channel: Channel, most: int = 1 << 30) -> str:
 
 
 def expected(spans: Sequence[Span], max_tokens: int, adapter: bool = False) -> str:
-    """The answer as it is when nothing else runs."""
+    """Returns the answer that is given when nothing else runs."""
     content: list[Any] = []
     for span in spans:
         values = [("image", float(span.digest[0]))] * span.n_tokens if isinstance(span, ImageSpan) else span.tokens

@@ -1,4 +1,4 @@
-"""A model of a few lines, and a batch for it."""
+"""A minimal fake model, and a batch of documents for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = {"type": "object", "properties": {"shade": {"type": "integer"}}, "requi
 
 
 class FakeModel:
-    """Says how bright a page is, in the form that the task wants."""
+    """Answers with the brightness of a page, in the format that the task expects."""
 
     def __init__(self, path: Path, known: tuple[str, ...] = ("tables_html", "chart2csv")) -> None:
         path.write_bytes(b"weights")
@@ -62,7 +62,7 @@ class FakeModel:
 
 
 class FakeStream:
-    """One letter a look."""
+    """A stream that yields one letter per poll."""
 
     def __init__(self, text: str, listener: Callable[[], None]) -> None:
         self.answer = Answer(finish_reason="stop")
@@ -73,7 +73,7 @@ class FakeStream:
         self._listener()
 
     def poll(self) -> bool:
-        if self.is_held:  # until somebody lets it go on
+        if self.is_held:  # until `is_held` is cleared
             return False
         self._listener()
         n = len(self.answer.tokens)
@@ -93,7 +93,8 @@ class FakeStream:
 
 
 def make_scans(folder: Path) -> Path:
-    """Six pages in four documents; two have the same pixels, one document is broken."""
+    """Writes four documents: three with five readable pages, of which c.png and d.bmp have the same pixels, and a
+    broken one."""
     folder.mkdir()
     pages = [Image.new("RGB", (20, 30), (shade,) * 3) for shade in (10, 20, 30, 20)]
     pages[0].save(folder / "a.pdf", save_all=True, append_images=pages[1:3], resolution=72)

@@ -1,7 +1,7 @@
-"""Stands in for `granite4v.ggml.kernel_timing` in a child process: kernels that crash, hang, or take a known time.
+"""Replaces `granite4v.ggml.kernel_timing` in a child process with kernels that crash, hang, or take a known time.
 
-What each kernel does stands in the environment, `FAULTY_KERNELS`, as JSON: {kernel: seconds, 'abort' or 'hang'}. Every
-child appends its process id to the file `FAULTY_KERNELS_LOG`.
+The environment variable `FAULTY_KERNELS` says as JSON what each kernel does: {kernel: seconds, 'abort' or 'hang'}.
+Every child appends its process id to the file `FAULTY_KERNELS_LOG`.
 """
 
 from __future__ import annotations

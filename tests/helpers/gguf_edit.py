@@ -1,4 +1,4 @@
-"""GGUF files in tests: copies with other metadata, which our converter would not write, and tensors as bytes."""
+"""GGUF files for tests: copies with metadata that our converter would not write, and tensors as bytes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def copy_gguf(
     tensors: Mapping[str, Any] | None = None,
     tensors_a_part: int = 0,
 ) -> Path:
-    """Writes `source` as `target` with `change` put over its metadata and the keys that start with one of
-    `without` left out; tensors stay as they are, but for those of `tensors`: other arrays, or bytes `(rows,
-    row_bytes)` and their type, or None for none. A changed value keeps its GGUF type; with `retype` it gets that of its
-    Python type. Returns `target`.
+    """Writes a changed copy of `source` to `target` and returns `target`.
+
+    `change` overrides metadata values, and keys that start with one of `without` are left out. A changed value keeps
+    its GGUF type; with `retype` it gets the GGUF type of its Python type. Tensors are copied unless `tensors` names
+    them: its values are arrays, or (bytes of shape `(rows, row_bytes)`, type name), or None to leave the tensor out.
     """
     reader = gguf.GGUFReader(source)
     change = dict(change or {})
@@ -49,7 +50,7 @@ def copy_gguf(
     for tensor in reader.tensors:
         if tensors and tensor.name in tensors:
             value = tensors[tensor.name]
-            if isinstance(value, tuple):  # bytes of rows, and their type's name
+            if isinstance(value, tuple):  # bytes of rows, and the name of their type
                 writer.add_tensor(tensor.name, value[0], raw_dtype=gguf.GGMLQuantizationType[value[1]])
             elif value is not None:
                 writer.add_tensor(tensor.name, value)
@@ -63,7 +64,7 @@ def copy_gguf(
 
 
 def older_layout(source: Path, target: Path, spec: CheckpointSpec) -> Path:
-    """A vision file in the layout of llama.cpp's older converter, with our file's values in half precision."""
+    """Writes a vision file in the layout of llama.cpp's older converter, with our file's values in half precision."""
     reader = gguf.GGUFReader(source)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     writer = gguf.GGUFWriter(target, "clip")
@@ -97,7 +98,8 @@ def older_layout(source: Path, target: Path, spec: CheckpointSpec) -> Path:
 
 
 def unpadded(source: Path, target: Path, n_ffn: int) -> Path:
-    """A vision file as llama.cpp's converter writes it: the checkpoint's feed-forward width, no keys of ours."""
+    """Writes a vision file the way llama.cpp's converter does: with the checkpoint's feed-forward width, and without
+    our own keys."""
     reader, changed = gguf.GGUFReader(source), {}
     for tensor in reader.tensors:
         if tensor.name.startswith("v.blk.") and ".ffn_up." in tensor.name:
@@ -109,7 +111,7 @@ def unpadded(source: Path, target: Path, n_ffn: int) -> Path:
 
 
 def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
-    """Tensor name -> its type and bytes."""
+    """Maps each tensor name to the tensor's type and bytes."""
     data = path.read_bytes()
     with GgufFile.open(path) as file:
         return {

@@ -1,4 +1,4 @@
-"""Grammars of all tasks, their states along answers of noise, and llguidance without our code."""
+"""The grammars of all tasks, their states along noise answers, and an independent llguidance matcher."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rule_of(task: str) -> Rule:
 
 
 def places(kind: str, task: str, n_answers: int) -> Iterator[tuple[GrammarState, list[int]]]:
-    """States at each step of some answers of noise, and the tokens up to there."""
+    """Yields the grammar state at each step of some noise answers, and the tokens up to there."""
     grammar = task_grammar(task)
     for seed in range(n_answers):
         state, so_far = compiler(kind).begin(grammar), []
@@ -62,7 +62,7 @@ def after_tokens(kind: str, task: str, tokens: list[int]) -> GrammarState:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether this is the beginning of text in UTF-8 without control characters."""
+    """Whether this is the beginning of a UTF-8 text without control characters."""
     try:
         text = codecs.getincrementaldecoder("utf-8")("strict").decode(data)
     except UnicodeDecodeError:
@@ -71,7 +71,8 @@ def is_text(data: bytes) -> bool:
 
 
 def own_matcher(kind: str, schema: dict[str, Any]) -> Any:
-    """llguidance on the checkpoint's vocabulary as transformers spells it, with none of our code."""
+    """Returns an llguidance matcher on the checkpoint's vocabulary, with tokens decoded by transformers' byte table and
+    none of our code."""
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
     from tokenizers import Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub, over real HTTP: listings, and files with redirects, ranges and faults.
+"""A fake of the Hugging Face hub over real HTTP: listings, and files with redirects, ranges and faults.
 
-It answers what huggingface_hub and our downloads ask: `/api/models/ID[/revision/REV]?blobs=true`, and
-`/ID/resolve/REV/PATH`, which leads to another host for large files, as the hub's does. Every request is logged.
+It serves what huggingface_hub and our downloads request: `/api/models/ID[/revision/REV]?blobs=true`, and
+`/ID/resolve/REV/PATH`, which redirects to another host for large files, as the hub does. Every request is logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".gguf", ".safetensors")  # stored with LFS, and so listed with their SHA-256
+LARGE = (".gguf", ".safetensors")  # stored with LFS, and therefore listed with their SHA-256
 
 
 @dataclass
@@ -27,22 +27,22 @@ class Request:
     method: str
     host: str
     path: str
-    start: int | None  # of the range that was asked for
+    start: int | None  # of the requested range
     authorization: str | None
     status: int = 0
-    n_bytes: int = 0  # of the body that were sent
+    n_bytes: int = 0  # of the body that was sent
 
 
 @dataclass
 class Faults:
-    """What goes wrong. Values are used up one by one; 'for ever' where said so."""
+    """The faults to inject. Values in lists are consumed one by one; those marked 'permanent' are not."""
 
-    statuses: dict[str, list[int]] = field(default_factory=dict)  # by what a path ends with; -1: hang up at once
-    cuts: dict[str, list[int]] = field(default_factory=dict)  # hang up after so many bytes of a file
-    holds: dict[str, int] = field(default_factory=dict)  # stop after so many bytes until `go_on` is set, for ever
-    dead_after: dict[str, int] = field(default_factory=dict)  # hang up after so many transfers of a path, for ever
-    flips: dict[str, list[int]] = field(default_factory=dict)  # change the byte at this offset
-    listed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a listing says of a path, for ever
+    statuses: dict[str, list[int]] = field(default_factory=dict)  # by the end of the path; -1: hang up at once
+    cuts: dict[str, list[int]] = field(default_factory=dict)  # hang up after this many bytes of a file
+    holds: dict[str, int] = field(default_factory=dict)  # pause after this many bytes until `go_on` is set; permanent
+    dead_after: dict[str, int] = field(default_factory=dict)  # hang up after this many transfers of a path; permanent
+    flips: dict[str, list[int]] = field(default_factory=dict)  # flip a bit of the byte at this offset
+    listed: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides in listings, by path; permanent
     retry_after: str | None = None
     ignores_ranges: bool = False
     gated: set[str] = field(default_factory=set)  # repositories that need a token
@@ -57,7 +57,7 @@ class Hub:
         self.requests: list[Request] = []
         self.faults = Faults()
         self.go_on = threading.Event()
-        self.held = threading.Event()  # set when a file is held
+        self.held = threading.Event()  # set when a transfer pauses
         self.token = "hf_right"
         self.port = 0
 
@@ -66,14 +66,14 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def add(self, name: str, files: dict[str, bytes]) -> str:
-        """Adds a commit; returns its hash."""
+        """Adds a commit and returns its hash."""
         content = json.dumps([name, *(hashlib.sha256(data).hexdigest() for data in files.values()), *files])
         commit = hashlib.sha1(content.encode()).hexdigest()
         self.repositories.setdefault(name, {})[commit] = files
         return commit
 
     def downloads(self, path: str) -> list[tuple[int | None, int]]:
-        """(start, bytes sent) of every transfer of a file whose path ends so."""
+        """Returns (start, bytes sent) for every transfer of a file whose path ends with `path`."""
         found = (one for one in self.requests if one.path.endswith(path) and one.status in (200, 206))
         return [(one.start, one.n_bytes) for one in found if one.n_bytes]
 
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def files_of(self, name: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and its files; None when the request was answered with an error."""
+        """Returns the commit and its files; None after answering the request with an error."""
         commits = self.hub.repositories.get(name)
         may_see = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         if self.headers.get("Authorization") and not may_see:
@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(files[path], path, commit)
 
     def send(self, data: bytes, path: str, commit: str = "") -> None:
-        """A file, from where it was asked for, with the faults that are due."""
+        """Sends a file from the requested offset, with the faults that are due."""
         for offset in self.hub.faults.flips.get(path, [])[:1]:
             self.hub.faults.flips[path].pop(0)
             data = data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
@@ -228,13 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
             self.wfile.flush()
             self.request_log.n_bytes += len(data)
-        except OSError:  # a client that was killed
+        except OSError:  # the client was killed
             self.close_connection = True
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A running hub; it stops when the block ends."""
+    """Runs a hub until the block ends."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""Conversations with images for decoders that attend to them: alone, behind text, adjacent, in turns, in chunks."""
+"""Conversations with images for cross-attention decoders: alone, after text, adjacent, in several turns, in chunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL.Image import Image
 from granite4v.runtime.prompt.spans import ImageSpan, Prompt
 from tests.helpers.pictures import noise_picture
 
-PICTURES = [noise_picture((110, 100)), noise_picture((160, 40))]  # four tiles, three
+PICTURES = [noise_picture((110, 100)), noise_picture((160, 40))]  # four tiles, and three
 LONG = "Read this. " * 120  # more than one batch
 IMAGE = {"type": "image"}
 
@@ -42,5 +42,5 @@ def pictures_of(messages: list[dict[str, Any]]) -> list[Image]:
 
 
 def ids_of(prompt: Prompt, image_token: int) -> list[int]:
-    """Token ids as transformers takes them."""
+    """Returns the token ids in the form that transformers takes."""
     return [t for span in prompt.spans for t in ([image_token] if isinstance(span, ImageSpan) else span.tokens)]

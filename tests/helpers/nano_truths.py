@@ -1,4 +1,5 @@
-"""Documents' truths for tests of what nano writes: one of each kind with everything in it, and many random tables."""
+"""Ground truths of documents for tests of nano's output formats: one of each kind with every feature, and many random
+tables."""
 
 from __future__ import annotations
 
@@ -31,6 +32,6 @@ FORM = Form("Invoice", (("invoice_number", 'A-1 "b"'), ("due_date", None), ("tot
 
 def tables() -> Iterator[Table]:
     rng = Random(7)
-    yield TABLE  # the only one with a cell that spans both ways
+    yield TABLE  # the only one with a cell that spans both rows and columns
     for _ in range(N_SAMPLES):
         yield corpus.random_table(rng)

@@ -1,4 +1,4 @@
-"""Shortcuts of the tests of pages: how a model sees them, what is read, and inputs of several tests."""
+"""Helpers of the page tests: vision configurations, shortcuts for reading, and inputs that several tests share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def one(source: str | Path, **options: Any) -> Page:
 
 
 def failure(source: str | Path, **options: Any) -> PageFailure:
-    """The one thing that is read from `source`, behind a page that can be read."""
+    """Returns the single failure from reading `source` followed by a page that can be read."""
     (found,) = [item for item in read(source, GOOD, **options) if isinstance(item, PageFailure)]
     return found
 
@@ -58,7 +58,7 @@ GOOD = Path(__file__).parents[1] / "data" / "invoice.png"
 
 
 def png(width: int, height: int, rows: int = 0, data: bytes = b"", interlaced: int = 0) -> bytes:
-    """A PNG that claims width x height grey pixels and has `rows` black rows of them, or `data`."""
+    """Returns a PNG that claims width x height grey pixels but contains only `rows` black rows, or `data`."""
     return png_of(width, height, idat=zlib.compress(data or bytes(rows * (width + 1))), interlaced=interlaced)
 
 
@@ -75,7 +75,7 @@ def tiff(*pages: Image.Image, **options: Any) -> bytes:
 
 
 def jpeg_that_lies(**options: Any) -> bytes:
-    """Twice as high as its data."""
+    """Returns a JPEG whose header claims twice the height of its data."""
     data = bytearray(encoded(noise_picture((64, 64)), "JPEG", **options))
     start = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
     struct.pack_into(">H", data, start + 5, 128)

@@ -1,4 +1,4 @@
-"""PDFs made on the fly, object by object, so that a test knows where everything stands."""
+"""PDFs built object by object, so that a test knows where everything is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pdf_bytes(pdf: pikepdf.Pdf, **options: Any) -> bytes:
 
 
 def add_page(pdf: pikepdf.Pdf, content: str = "", size: tuple[float, float] = LETTER, **entries: Any) -> pikepdf.Page:
-    """A page with a content stream; `/F` is Helvetica. `entries` go into the page's dictionary."""
+    """Adds a page with a content stream, in which `/F` is Helvetica. `entries` go into the page's dictionary."""
     page = pdf.add_blank_page(page_size=size)
     font = Dictionary(Type=Name.Font, Subtype=Name.Type1, BaseFont=Name.Helvetica)
     page.Resources = Dictionary(Font=Dictionary(F=font))
@@ -31,7 +31,7 @@ def add_page(pdf: pikepdf.Pdf, content: str = "", size: tuple[float, float] = LE
 
 
 def text_pdf(*lines: str, size: tuple[float, float] = LETTER) -> pikepdf.Pdf:
-    """One page for each line, which stands near its top left."""
+    """Returns a PDF with one page per line; the line is near the top left."""
     pdf = pikepdf.new()
     for line in lines:
         add_page(pdf, f"BT /F 24 Tf 40 {size[1] - 60} Td ({line}) Tj ET", size)
@@ -39,7 +39,7 @@ def text_pdf(*lines: str, size: tuple[float, float] = LETTER) -> pikepdf.Pdf:
 
 
 def add_image(pdf: pikepdf.Pdf, page: pikepdf.Page, image: Image.Image, name: str = "I") -> None:
-    """Makes `image` (RGB) the resource `/name` of a page, without loss."""
+    """Stores `image` (RGB) losslessly as the resource `/name` of a page."""
     stream = Stream(pdf, image.convert("RGB").tobytes())
     stream.Type, stream.Subtype, stream.ColorSpace = Name.XObject, Name.Image, Name.DeviceRGB
     stream.Width, stream.Height, stream.BitsPerComponent = *image.size, 8
@@ -49,7 +49,7 @@ def add_image(pdf: pikepdf.Pdf, page: pikepdf.Page, image: Image.Image, name: st
 
 
 def scan_pdf(*images: Image.Image, dpi: float = 150) -> pikepdf.Pdf:
-    """Each picture on a page of its own, covering it."""
+    """Returns a PDF with one page per image, which covers the page."""
     pdf = pikepdf.new()
     for image in images:
         width, height = (side * 72 / dpi for side in image.size)
@@ -59,12 +59,13 @@ def scan_pdf(*images: Image.Image, dpi: float = 150) -> pikepdf.Pdf:
 
 
 def square(x: float, y: float, colour: str, side: float = 72) -> str:
-    """A filled square with its lower left corner at (x, y) points; `colour` as in '1 0 0'."""
+    """Draws a filled square with its lower left corner at (x, y) in points; `colour` is for example '1 0 0'."""
     return f"{colour} rg {x} {y} {side} {side} re f\n"
 
 
 def add_text_field(pdf: pikepdf.Pdf, page: pikepdf.Page, rect: list[float], value: str) -> None:
-    """A form field that holds `value` without a picture of it: whoever draws the form has to set the text."""
+    """Adds a form field that holds `value` without an appearance stream: whoever draws the form has to lay out the
+    text."""
     field = pdf.make_indirect(
         Dictionary(
             Type=Name.Annot,

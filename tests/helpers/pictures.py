@@ -1,4 +1,4 @@
-"""Test pictures, drawn with Pillow and the same on every run."""
+"""Test images, drawn with Pillow and the same on every run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# (width, height) in pixels: degenerate, off by one around a tile, very wide and tall, screens and pages.
+# (width, height) in pixels: degenerate, off by one from a tile, very wide and tall, screens and pages.
 SIZES: tuple[tuple[int, int], ...] = (
     (1, 1),
     (2, 3),
@@ -40,7 +40,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 def text_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Dark text and ruled lines on white, RGB."""
+    """Draws dark text and ruled lines on white, RGB."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
@@ -55,25 +55,25 @@ def text_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Every pixel drawn on its own, RGB: nothing hides a tile in the wrong place."""
+    """Draws every pixel independently, RGB, so that a misplaced tile cannot go unnoticed."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def blank_picture(size: tuple[int, int]) -> Image.Image:
-    """White all over: all tiles without padding are equal."""
+    """Draws a white image: all tiles without padding are equal."""
     return Image.new("RGB", size, "white")
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    """The picture as the bytes of a file."""
+    """Returns the image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 def png_of(width: int, height: int, *, idat: bytes, interlaced: int = 0) -> bytes:
-    """A PNG that claims width x height grey pixels of 8 bits and holds `idat`, which zlib should have compressed."""
+    """Returns a PNG that claims width x height grey 8-bit pixels and contains `idat`, which should be zlib data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -83,7 +83,7 @@ def png_of(width: int, height: int, *, idat: bytes, interlaced: int = 0) -> byte
 
 
 def odd_files(size: tuple[int, int] = (150, 100)) -> dict[str, bytes]:
-    """Files of other kinds than 8-bit RGB, by name."""
+    """Returns image files of other kinds than 8-bit RGB, by name."""
     colour, text = noise_picture(size, 3), text_picture(size, 4)
     alpha = Image.fromarray(np.linspace(0, 255, size[0] * size[1]).astype(np.uint8).reshape(size[1], size[0]))
     rgba = colour.copy()

@@ -1,4 +1,4 @@
-"""Products of quantized weights with rows, in graphs and by value."""
+"""Products of quantized weights with rows, computed in graphs and by value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PRODUCTS = NodeKernels(products=KINDS)
 
 
 def packed_weights(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray:
-    """Every bit of a block occurs: integers from end to end, scales of both signs where a type has them."""
+    """Quantizes random weights so that every bit of a block is used: the full range of integers, and scales of both
+    signs where a type has them."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((n_out, n_in), dtype=np.float32) * rng.uniform(0.1, 4, (n_out, n_in // 32, 1)).repeat(
         32, axis=2
@@ -25,7 +26,8 @@ def packed_weights(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarra
 
 
 def extreme_weights(kind: str, n_out: int, n_in: int) -> np.ndarray:
-    """Every bit set but in scales of blocks, which are 0.5; in two rows the largest and the least signed numbers."""
+    """Packs weights with every bit set except in the block scales, which are 0.5; rows 1 and 2 of types with signed
+    numbers get the largest and the smallest ones."""
     packed = np.full((n_out, n_in // TYPES[kind].block * TYPES[kind].nbytes), 0xFF, dtype=np.uint8)
     blocks = packed.reshape(n_out, -1, TYPES[kind].nbytes)
     for place in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}[kind]:
@@ -57,7 +59,8 @@ def unpacked(kind: str, packed: np.ndarray) -> np.ndarray:
 
 
 def drawn_rows(n_rows: int, n_in: int) -> np.ndarray:
-    """No number is near the middle between two integers, which float32 and float64 may see on different sides."""
+    """Draws rows in which no quantized value is near the middle between two integers, where float32 and float64 could
+    round differently."""
     rng = np.random.default_rng(1)
     values = rng.integers(-126, 127, (n_rows, n_in // 32, 32)) + rng.uniform(-0.4, 0.4, (n_rows, n_in // 32, 32))
     values[..., 5] = rng.choice([-127, 127], values.shape[:2])

@@ -1,4 +1,4 @@
-"""Documents of a batch that change between its runs, and what the runs leave."""
+"""Documents of a batch that change between its runs, and what the runs write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = ("tables_html", "kvp")
 
 
 def image(path: Path, shade: int, *more: int, ns: int = 0) -> None:
-    """An image, or a PDF of a page for each shade, written at another time than before."""
+    """Writes an image, or a PDF with one page per shade, with a later modification time than before."""
     first, *rest = [Image.new("RGB", (20, 30), (value,) * 3) for value in (shade, *more)]
     before = path.stat().st_mtime_ns if path.exists() else 0
     if path.suffix == ".pdf":

@@ -1,4 +1,4 @@
-"""What a grammar of a schema allows, what a validator says, and what a warning says."""
+"""Checks what the grammar of a schema allows, what a validator reports, and what a warning says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.schemas import kvp, of
 
 
 def holds(schema: Any, yes: list[Any], no: list[Any]) -> None:
-    """Whether answers of the form {"a": value} are allowed, values given as JSON text or as data."""
+    """Checks which answers of the form {"a": value} are allowed. Values are JSON text or data."""
     grammar = kvp(of(["a"], a=schema))
     for wanted, values in ((True, yes), (False, no)):
         for value in values:

@@ -1,4 +1,4 @@
-"""Short ways to write schemas and their grammars."""
+"""Shorthands for schemas and their grammars."""
 
 from __future__ import annotations
 

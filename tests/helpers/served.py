@@ -1,4 +1,4 @@
-"""A server in a thread of its own, on a real socket, and requests to it without any client library."""
+"""A server in its own thread on a real socket, and requests to it without a client library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error of a reply that has OpenAI's form for it, and no other."""
+        """The error of a reply, which must have OpenAI's error format and no other keys."""
         content = self.json
         assert content.keys() == {"error"} and content["error"].keys() == {"message", "type", "param", "code"}
         error: dict[str, Any] = content["error"]
@@ -42,7 +42,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs."""
+    """A running server."""
 
     app: Application
     port: int
@@ -58,7 +58,7 @@ class Served:
         return self._ask("GET", path, None, headers)
 
     def post(self, path: str, body: Any, **headers: str) -> Reply:
-        """`body`: JSON data, or bytes as they are."""
+        """Sends a POST request. `body`: JSON data, or bytes to send unchanged."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._ask("POST", path, content, {"Content-Type": "application/json", **headers})
 
@@ -70,11 +70,11 @@ class Served:
             return Reply(response.status, told, response.read())
 
     def chat(self, *parts: Any, **fields: Any) -> Reply:
-        """Asks with one message of the user."""
+        """Sends a chat request with one user message."""
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": list(parts)}], **fields})
 
     def wait_until_idle(self, timeout: float = 20) -> None:
-        """Until nothing is in flight and no sequence in use; fails where that does not come."""
+        """Waits until no request is in flight and no sequence in use; fails after `timeout` seconds."""
         until = time.monotonic() + timeout
         while True:
             metrics = self.metrics()
@@ -92,7 +92,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(model: Any, options: ServerOptions | None = None) -> Iterator[Served]:
-    """`model`: as for `create_app`."""
+    """Serves a model until the block ends. `model`: as for `create_app`."""
     app = create_app(model, options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
@@ -127,7 +127,7 @@ def image(content: bytes) -> dict[str, Any]:
 
 
 def events(body: bytes) -> list[Any]:
-    """The data of server-sent events; comments are left out, and '[DONE]' is text."""
+    """Returns the data of server-sent events. Comments are left out, and '[DONE]' stays text."""
     found = []
     for block in body.decode().split("\n\n"):
         data = [line.removeprefix("data: ") for line in block.splitlines() if line.startswith("data: ")]

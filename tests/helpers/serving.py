@@ -1,4 +1,4 @@
-"""`granite4v serve` as a process of its own, for checks that ask it over HTTP."""
+"""Runs `granite4v serve` as a child process, for checks that use it over HTTP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import TracebackType
 
 
 class Server:
-    """A server at a free port, ready to answer; ended when the context is left."""
+    """A server on a free port, ready to answer; it is terminated when the context is left."""
 
     def __init__(self, *arguments: str) -> None:
         number, path = tempfile.mkstemp(prefix="granite4v-serve-", suffix=".log")
@@ -46,7 +46,7 @@ class Server:
         return {name: float(value) for name, _, value in pairs}
 
     def close(self) -> int:
-        """Ends it with SIGTERM; its status."""
+        """Ends the server with SIGTERM and returns its exit status."""
         self._process.terminate()
         try:
             return self._process.wait(10)

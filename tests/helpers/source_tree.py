@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("clip_projector", "converter", "runtime")  # stand at the top, and are linked into the package granite4v
+ROOMS = ("clip_projector", "converter", "runtime")  # top-level folders, linked into the package granite4v
 PRODUCT = ("granite4v", *ROOMS)
 
 
 def python_files(*folders: str) -> list[Path]:
-    """All Python files below folders of the repository; links are not followed."""
+    """Returns all Python files below some folders of the repository; symbolic links are not followed."""
     files = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return sorted(path for path in files if not any(parent.is_symlink() for parent in path.parents))
 
@@ -27,7 +27,7 @@ def relative(path: Path) -> str:
 
 
 def module_name(path: Path) -> str:
-    """The name a product file is imported by: `granite4v.runtime.model` of runtime/model.py."""
+    """Returns the name under which a product file is imported: `granite4v.runtime.model` for runtime/model.py."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     return name if name.split(".")[0] == "granite4v" else f"granite4v.{name}"
 
@@ -47,7 +47,8 @@ def is_module(name: str) -> bool:
 
 
 def modules_of(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """What one statement imports; `from granite4v import runtime` gives `granite4v.runtime`, `from . import x` '.'."""
+    """Returns the modules that one statement imports: `granite4v.runtime` for `from granite4v import runtime`, '.' for
+    `from . import x`."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     module = "." * node.level + (node.module or "")

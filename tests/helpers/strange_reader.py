@@ -1,7 +1,7 @@
-"""A reader process with documents that misbehave on purpose, by name; for `reader.WORKER`.
+"""A reader process for `reader.WORKER` with documents that misbehave on purpose, controlled by their file names.
 
-'kill-2.strange' has four pages, of which reading page 2 kills the process; '-0' does it while it is opened. Others
-instead of 'kill': 'once' (a second reader gets through), 'sleep', 'eat' (memory), 'raise'.
+'kill-2.strange' has four pages, and reading page 2 kills the process; with '-0' that happens on opening. Other words in
+place of 'kill': 'once' (a second reader succeeds), 'sleep', 'eat' (memory), 'raise'.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ SMALL_HTML = (
 
 
 def random_table(seed: int, texts: list[str], headers: bool = True, empty: bool = True, most: int = 7) -> Table:
-    """Header rows first, no cell across their border, a text in each header row; body row headers and section rows."""
+    """Returns a random table: header rows come first, no cell crosses their border, and each header row has a text.
+    Body rows may have row headers and section rows."""
     rng = random.Random(seed)
     n_rows, n_cols = rng.randint(1, most), rng.randint(1, most - 1)
     n_header_rows = rng.randint(0, min(2, n_rows)) if headers else 0
@@ -86,7 +87,8 @@ def random_table(seed: int, texts: list[str], headers: bool = True, empty: bool 
 
 
 def carried_by_otsl(table: Table) -> bool:
-    """Whether each header row has a text (an empty header row is a row of empty cells)."""
+    """Whether OTSL can represent the table: each header row needs a text, because an empty header row is a row of empty
+    cells."""
     return all(any(cell.text for cell in row) for row in table.grid()[: table.n_header_rows])
 
 
@@ -99,7 +101,7 @@ def first_rows(table: Table, n_rows: int) -> list[list[str]]:
 
 
 def assert_error(task: str, text: str, message: str) -> None:
-    """The answer is refused with exactly this message."""
+    """Checks that reading the answer fails with exactly this message."""
     with pytest.raises(AnswerError) as caught:
         read(task, text)
     assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""A program on a terminal of its own, whose screen can be read."""
+"""Runs a program on its own terminal, whose screen can be read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pexpect
 import pyte
 
 PROMPT = "> "
-PATIENCE_S = 120.0  # for what a busy machine takes; nothing here measures time
+PATIENCE_S = 120.0  # generous for a busy machine; nothing here measures time
 
 
 class _Screen(pyte.HistoryScreen):  # type: ignore[misc]  # pyte has no types
-    """Answers what programs ask a terminal, such as where the cursor is."""
+    """Answers the queries that programs send to a terminal, for example for the cursor position."""
 
     def __init__(self, columns: int, rows: int, reply: Callable[[str], None]) -> None:
         super().__init__(columns, rows, history=5000, ratio=1)
@@ -28,7 +28,7 @@ class _Screen(pyte.HistoryScreen):  # type: ignore[misc]  # pyte has no types
 
 
 class Terminal:
-    """A context manager; what is still running at its end is killed."""
+    """A program on a terminal, as a context manager; a program that is still running at the end is killed."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class Terminal:
         self._child.delaybeforesend = None
         self._screen = _Screen(columns, rows, lambda data: self._child.send(data))
         self._stream = pyte.ByteStream(self._screen)
-        self.raw = b""  # all that the program wrote
+        self.raw = b""  # all the program's output
 
-    # --- what it shows ---
+    # --- what is shown ---
 
     @property
     def lines(self) -> list[str]:
-        """All lines, those that were scrolled out of sight too."""
+        """All lines, including those that have scrolled off the screen."""
         gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
         return [line.rstrip() for line in (*gone, *self._screen.display)]
 
@@ -66,7 +66,7 @@ class Terminal:
 
     @property
     def is_at_prompt(self) -> bool:
-        """Whether the cursor stands behind an empty prompt, and keys are read one by one."""
+        """Whether the cursor is after an empty prompt and keys are read one by one."""
         if self._child.closed or termios.tcgetattr(self._child.child_fd)[3] & termios.ICANON:
             return False
         cursor = self._screen.cursor
@@ -78,14 +78,14 @@ class Terminal:
         self._child.send(keys)
 
     def ask(self, line: str) -> str:
-        """Types a line, waits for the next prompt, and returns what was shown between the two."""
+        """Types a line, waits for the next prompt, and returns what was shown in between."""
         self.wait(lambda: self.is_at_prompt)
         self.send(line)
         self.wait(lambda: self._screen.cursor.x > len(PROMPT))
         return self.enter()
 
     def enter(self) -> str:
-        """Ends the line that is typed, waits for the next prompt, and returns what was shown between the two."""
+        """Submits the typed line, waits for the next prompt, and returns what was shown in between."""
         n_before = len(self.lines_to_cursor())
         self.send("\r")
         self.wait(lambda: self.is_at_prompt and len(self.lines_to_cursor()) > n_before)
@@ -99,7 +99,7 @@ class Terminal:
         self._child.setwinsize(rows, columns)
 
     def interrupt(self) -> None:
-        """Ctrl-C while a program works: the terminal turns it into a signal."""
+        """Sends Ctrl-C while a program works: the terminal turns it into a signal."""
         self._child.sendintr()
 
     def signal(self, number: int) -> None:
@@ -108,7 +108,7 @@ class Terminal:
     # --- waiting ---
 
     def wait(self, until: Callable[[], Any]) -> None:
-        """Reads what the program writes until something is so."""
+        """Reads the program's output until a condition holds."""
         deadline = time.monotonic() + PATIENCE_S
         while not until():
             assert time.monotonic() < deadline, f"not in {PATIENCE_S:.0f} s; the screen:\n{self.text}"
@@ -126,7 +126,7 @@ class Terminal:
         self.wait(lambda: text in self.text)
 
     def end(self) -> int:
-        """Waits for the program's end; returns its exit status, negative for a signal."""
+        """Waits until the program ends; returns its exit status, negative for a signal."""
         over = False
 
         def ended() -> bool:

@@ -1,4 +1,4 @@
-"""Videos for tests: each frame shows its number in binary, as black and white columns."""
+"""Videos for tests: each frame shows its number in binary as black and white columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BITS, COLUMN_PX, HEIGHT_PX = 8, 8, 48
 
 
 def write_video(path: Path, n_frames: int, rate: int, **options: str) -> Path:
-    """Of 64x48 pixels; `options` of the file format."""
+    """Writes a video of 64x48 pixels; `options` go to the file format."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = BITS * COLUMN_PX, HEIGHT_PX, "yuv420p"
@@ -26,6 +26,6 @@ def write_video(path: Path, n_frames: int, rate: int, **options: str) -> Path:
 
 
 def numbers(video: Video) -> list[int]:
-    """Which frame of the file each is."""
+    """Reads the frame numbers of a video from its frames."""
     middles = [np.asarray(frame.pillow)[HEIGHT_PX // 2, COLUMN_PX // 2 :: COLUMN_PX, 0] for frame in video.frames]
     return [sum(1 << bit for bit in range(BITS) if values[bit] > 127) for values in middles]

@@ -1,4 +1,4 @@
-"""A hub that stands in for the real one in this process, and an empty models folder."""
+"""A fake hub in this process, and a models folder that does not exist yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.toy.checkpoint import PRESETS
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty hub that is asked instead of the real one, without a token, and without long waits."""
+    """An empty hub in place of the real one, without a token and without long waits."""
     monkeypatch.setattr(hub_client, "WAITS_S", (0.01, 0.01, 0.01))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

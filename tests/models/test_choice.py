@@ -1,4 +1,4 @@
-"""Which files are chosen, from listings named as publishers name them."""
+"""Which files are chosen, from listings with publishers' file names."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def chosen(paths: list[str], variant: str | None = None) -> tuple[str, list[str]
         ),
         (["m-Q8_0.gguf"], None, "Q8_0", ["m-Q8_0.gguf"]),
         (["model.gguf", "mmproj.gguf"], None, "model", ["model.gguf", "mmproj.gguf"]),
-        (["m-Q3_K_S.gguf", "m-IQ1_S.gguf"], None, "Q3_K_S", ["m-Q3_K_S.gguf"]),  # the smallest, where none is preferred
+        (["m-Q3_K_S.gguf", "m-IQ1_S.gguf"], None, "Q3_K_S", ["m-Q3_K_S.gguf"]),  # the smallest, if none is preferred
     ],
 )
 def test_what_is_chosen(paths: list[str], variant: str | None, found: str, files: list[str]) -> None:

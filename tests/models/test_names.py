@@ -1,4 +1,4 @@
-"""What counts as a name on the hub."""
+"""What is accepted as a name on the hub."""
 
 from __future__ import annotations
 

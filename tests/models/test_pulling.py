@@ -1,4 +1,4 @@
-"""Models from a hub into the models folder, over real HTTP, with everything that goes wrong on the way."""
+"""Models from a hub into the models folder, over real HTTP, with everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def pull(name: HubName = NAME, revision: str | None = None) -> models.Installed:
 
 
 def told(name: HubName = NAME) -> list[str]:
-    """What a pull says."""
+    """Returns the messages of a pull."""
     lines: list[str] = []
     pull_model(name, lines.append)
     return lines
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in the models folder but locks and empty directories."""
+    """Returns everything in the models folder except locks and empty directories."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return sorted(map(str, found))
 
@@ -113,7 +113,7 @@ def test_a_damaged_model_is_not_there_and_is_mended(hub: Hub, folder: Path, pair
     assert pull().path == model.path
 
 
-# --- transfers that break off ---
+# --- interrupted transfers ---
 
 
 def test_a_cut_transfer_goes_on_where_it_stopped(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
@@ -165,7 +165,7 @@ def test_a_server_without_ranges_that_always_breaks_off_is_given_up(
     hub.faults.ignores_ranges = True
     with pytest.raises(HubError, match="cannot be fetched from"):
         pull()
-    assert len(hub.downloads(VISION)) == 4  # the first, and three waits in the fixture
+    assert len(hub.downloads(VISION)) == 4  # the first one, and one after each of the fixture's three waits
 
 
 def test_errors_that_pass_are_waited_for(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
@@ -231,7 +231,7 @@ def test_a_damaged_file_of_another_model_is_not_taken_over(hub: Hub, folder: Pat
 def test_a_listing_of_a_mirror_that_means_harm(
     hub: Hub, folder: Path, pair: dict[str, bytes], listed: dict[str, Any]
 ) -> None:
-    """Its checksums and names become names of files: no byte is written outside the folder."""
+    """Its checksums and names become file names: no byte may be written outside the folder."""
     hub.add("ibm/tiny-GGUF", pair)
     hub.faults.listed[TEXT] = listed
     before = sorted(folder.parent.rglob("*"))
@@ -285,7 +285,7 @@ def test_gated_and_private_repositories_open_with_a_token(
     monkeypatch.setenv("HF_TOKEN", hub.token)
     pull()
     sent = {one.authorization for one in hub.requests[-4:] if one.host.startswith("localhost")}
-    assert sent == {None}  # the token stays with the hub, and does not go where it redirects to
+    assert sent == {None}  # the token is not sent to hosts that the hub redirects to
 
 
 def test_a_rate_limit_that_lasts_is_told_at_once(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:

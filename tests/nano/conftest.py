@@ -1,4 +1,4 @@
-"""The tokenizer and template that all samples are written with."""
+"""The tokenizer and template with which all samples are written."""
 
 from __future__ import annotations
 

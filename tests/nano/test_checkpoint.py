@@ -1,6 +1,6 @@
-"""The embedded model as it is shipped: it reads documents that it never saw, in every precision, both ways of its LoRA.
+"""The embedded model as shipped reads unseen documents in every precision, with its LoRA merged or separate.
 
-The documents are drawn here, of held-out seeds, and answers are compared with what was drawn.
+The documents are drawn here from held-out seeds, and answers are compared with what was drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def document(kind: str, seed: int) -> Document:
 
 
 def question(drawn: Document) -> tuple[str, str]:
-    """The prompt, and the answer that the picture gives to it."""
+    """Returns the prompt, and the correct answer for the image."""
     if isinstance(drawn.truth, Form):
         return formats.kvp_prompt(formats.form_schema(drawn.truth)), formats.form_json(drawn.truth)
     return TASKS[drawn.kind], formats.answer_for(TASKS[drawn.kind], drawn.truth)
@@ -65,7 +65,7 @@ def test_it_reads(converted: Callable[[str, str, str], Path], types: tuple[str, 
 
 @pytest.mark.slow
 def test_the_adapter_is_what_reads(converted: Callable[[str, str, str], Path]) -> None:
-    """Kept apart, it reads as well; left out, the page is not read, and the base still does its text."""
+    """Kept separate, it reads as well; without it the page is not read, and the base still does its text tasks."""
     with granite4v.load(converted("F32", "F32", "separate")) as model:
         for kind, seed in READ:
             drawn = document(kind, seed)

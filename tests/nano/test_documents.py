@@ -1,4 +1,5 @@
-"""Made-up documents: the same picture for a seed, true content, glyphs where they say, nothing off the page."""
+"""Synthetic documents: a seed gives the same image, content is true, glyphs are where they should be, nothing is off
+the page."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def some(kind: str, count: int = 40, level: float = 1.0) -> list[Document]:
 
 
 def texts(truth: Table | Chart | Form) -> list[str]:
-    """Every text that has to be on the page."""
+    """Returns every text that has to be on the page."""
     if isinstance(truth, Table):
         return [cell.text for cell in truth.cells]
     if isinstance(truth, Chart):
@@ -87,7 +88,7 @@ def test_every_text_of_the_truth_is_drawn_and_no_glyph_leaves_the_page(kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_glyph_centres_land_on_ink(kind: str) -> None:
-    """At letters that are solid in their middle it is darker than the paper, turned pages included."""
+    """At letters with ink in the middle the image is darker than the paper, also on rotated pages."""
     for document in some(kind, 25):
         grey = np.asarray(document.picture.convert("L"), np.float32)
         paper, darkest = np.median(grey), grey.min()
@@ -100,7 +101,7 @@ def test_glyph_centres_land_on_ink(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_sees_letters_of_readable_size(kind: str) -> None:
-    """A capital letter is about 0.7 of a font size of at least 15 px, so glyphs of a word are some pixels apart."""
+    """A capital letter is about 0.7 of a font size of at least 15 px, so the glyphs of a word are some pixels apart."""
     for document in some(kind):
         _, scale = drawing.best_grid(*document.picture.size)
         assert 0.3 < scale < 1.8
@@ -135,7 +136,7 @@ def test_a_given_content_is_drawn_and_one_that_no_page_holds_is_refused() -> Non
 
 
 def test_grids_are_chosen_as_the_models_preprocessing_chooses_them() -> None:
-    """Sizes worked out by hand: the largest part of the picture kept, then the least waste."""
+    """Sizes worked out by hand: the largest part of the image is kept, then the waste is minimized."""
     assert drawing.best_grid(160, 160) == ((1, 1), 1.0)
     assert drawing.best_grid(250, 125) == ((2, 1), 1.28)
     assert drawing.best_grid(320, 640) == ((2, 4), 1.0)

@@ -1,4 +1,4 @@
-"""The answers that documents have in every format, read back by programs that know nothing of ours."""
+"""The answers of documents in every format, read back by code that knows nothing of ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.nano_truths import BARS, FORM, N_SAMPLES, PIE, TABLE, tables
 
 
 def read_otsl(text: str) -> set[tuple[int, int, int, int, str]]:
-    """(row, col, rowspan, colspan, text) of every cell, by the grammar's own rules."""
+    """Returns (row, col, rowspan, colspan, text) of every cell, by the grammar's own rules."""
     assert text.startswith("<otsl>") and text.endswith("<nl></otsl>")
     rows = [re.findall(r"<(\w+)>([^<]*(?:<b>)?)", row) for row in text[len("<otsl>") : -len("</otsl>")].split("<nl>")]
     grid = [[tag for tag, _ in row] for row in rows[:-1]]
@@ -42,7 +42,7 @@ def read_otsl(text: str) -> set[tuple[int, int, int, int, str]]:
 
 
 def run(tags: list[str], wanted: str) -> int:
-    """How many of the first tags are the wanted one."""
+    """Counts how many of the first tags are the wanted one."""
     return next((n for n, tag in enumerate(tags) if tag != wanted), len(tags))
 
 
@@ -154,7 +154,7 @@ def test_code_holds_the_charts_data(kind: str) -> None:
 
 
 def test_code_draws_what_the_chart_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run against a stand-in for matplotlib that notes the calls."""
+    """Runs it with a fake matplotlib that records the calls."""
     calls: list[tuple[str, Any, Any]] = []
 
     class Noted:

@@ -39,7 +39,7 @@ def ours(folder: Path) -> HfTokenizer:
 
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Iterator[LlamaTokenizer]:
-    """llama.cpp's tokenizer on a GGUF file of the vocabulary alone."""
+    """llama.cpp's tokenizer on a GGUF file with only the vocabulary."""
     found, warnings = vocabulary_metadata(folder, {}, {}, language.build_tokenizer().n_vocab)
     assert warnings == []
     writer = gguf.GGUFWriter(folder / "vocabulary.gguf", "granite")
@@ -115,7 +115,7 @@ def test_the_vocabulary_is_small_and_its_special_tokens_are_last(folder: Path) -
 
 
 def test_the_vocabulary_is_the_one_that_weights_were_trained_with() -> None:
-    """The pieces come from `formats`: a changed prompt or format renumbers them, and needs new weights."""
+    """The pieces come from `formats`: a changed prompt or format renumbers them and requires new weights."""
     texts = [token["content"] for token in language.build_tokenizer().tokenizer_json["added_tokens"]]
     assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "046715226daff838"
 
@@ -207,7 +207,7 @@ def test_random_tables_cover_their_grid_once() -> None:
 
 
 def test_answers_can_be_copied_from_their_page() -> None:
-    """What a reader needs is there: every value of a table or form stands on the page of text."""
+    """What a reader needs is there: every value of a table or form is on the page of text."""
     rng = Random(11)
     for _ in range(N_SAMPLES):
         table = corpus.random_table(rng)

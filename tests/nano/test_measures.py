@@ -1,4 +1,4 @@
-"""How nano's answers are measured: by hand, on small truths."""
+"""How nano's answers are scored, checked by hand on small truths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training samples: what is asked, where answers look, and the marks of patches and image tokens."""
+"""Training samples: the questions, where answers look, and the marks of patches and image tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_glyph_is_in_one_patch() -> None:
 
 
 def marks(sample: Sample, position: int) -> list[int]:
-    """What the labels have for the image token at a position."""
+    """Returns the labels of the image token at a position."""
     assert sample.image_rows is not None and sample.marks is not None
     return [
         int(mark) for mark in sample.marks.reshape(-1, N_TOKEN_MARKS)[sample.image_rows[position - sample.image_at]]
@@ -92,7 +92,7 @@ def test_answers_look_where_their_letters_stand(prompter: Prompter, read: list[t
                 assert said in ("<ched>", "<ecel>", "<fcel>", "<rhed>"), "whether a cell of the first line is empty"
             elif len(said) == 1 and (said.isalpha() or sample.kind == "<tables_otsl>") and said != " ":
                 assert glyph == said
-            else:  # a sign, or what stands between two texts: the letter that comes next
+            else:  # a sign, or something between two texts: the letter that comes next
                 after = [prompter.tokenizer.decode([token]) for token in sample.tokens[query + 1 : query + 12]]
                 assert glyph in (text for text in after if len(text) == 1)
         if sample.kind == "<tables_otsl>":
@@ -132,7 +132,7 @@ def test_gaps_are_those_that_counting_does_not_tell() -> None:
 
 
 def test_a_glyph_on_an_edge_may_be_seen_on_its_other_side() -> None:
-    """Moved over the edge, the whole page reads as if the glyph had been there; nothing says that it is not."""
+    """Moved across the edge, the whole page reads as if the glyph had been there, and nothing contradicts that."""
     n_moved = {"aside": 0, "down": 0}
     for seed in range(40):
         document = draw_document(seed, "form", level=0.3)

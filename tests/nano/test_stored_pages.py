@@ -15,7 +15,8 @@ PAGE = ROOT / "tests" / "data" / "invoice.png"
 
 
 def answers(store: PageStore | None) -> tuple[list[Any], list[np.ndarray], int]:
-    """Tokens and logits of two tasks and a question, and how many prompt tokens the first took from the store."""
+    """Returns tokens and logits for two tasks and a question, and how many prompt tokens the first took from the
+    store."""
     prompts = ("<tables_html>", "<tables_otsl>", "What is this?")
     with granite4v.load(device="cpu", n_threads=2, page_store=store) as model:
         found = [model.generate(prompt, [PAGE], max_tokens=60) for prompt in prompts]

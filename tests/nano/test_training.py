@@ -1,4 +1,4 @@
-"""The nano model's training code against transformers and torch's own attention."""
+"""The nano model's training code, compared with transformers and torch's own attention."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_training_computes_what_transformers_computes(prompter: Prompter) -> Non
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_attention_gradient_is_torchs(causal: bool) -> None:
     torch.manual_seed(0)
-    # keys that grow make scores of later positions overflow an exponential that forgets the mask
+    # growing keys make the scores of later positions overflow an exponential that ignores the mask
     inputs = [torch.randn(5, 3, 300, 64) * 3 for _ in range(3)]
     inputs[1][:, :, 150:] *= 20
     upstream = torch.randn(5, 3, 300, 64)
@@ -81,11 +81,11 @@ def test_the_attention_gradient_is_torchs(causal: bool) -> None:
 
 
 def test_a_head_that_is_sure_gets_no_gradient() -> None:
-    """Half precision rounds large scores by more than one; what a sure head should become must not depend on that."""
+    """Half precision rounds large scores by more than one; the gradient of a certain head must not depend on that."""
     torch.manual_seed(0)
     keys = torch.randn(1, 1, 40, 64)
     keys = (keys / keys.norm(dim=-1, keepdim=True) * 60).bfloat16()
-    queries = keys.flip(2).clone().requires_grad_(True)  # every one finds one key, and is far from the others
+    queries = keys.flip(2).clone().requires_grad_(True)  # each one matches one key, and is far from the others
     upstream = torch.randn(1, 1, 40, 64).bfloat16()
     Kernels(fuse=False).attention(queries, keys, torch.randn(1, 1, 40, 64).bfloat16(), False, 0.125).backward(upstream)
     assert queries.grad is not None

@@ -1,6 +1,6 @@
-"""Stock llama.cpp through llama-cpp-python's own declarations: what its loader, decoder and quantizer make of a file.
+"""Stock llama.cpp through llama-cpp-python's own declarations: its loader, decoder and quantizer.
 
-Imported by tests only; uses nothing of ours. Weights stay in plain buffers ('use_extra_bufts' off): some
+Imported by tests only; uses none of our code. Weights stay in plain buffers ('use_extra_bufts' off), because some
 machines advertise AMX and fault in it.
 """
 
@@ -20,7 +20,7 @@ _quiet = lc.llama_log_callback(lambda *_: None)
 
 
 class LlamaPeer:
-    """A text GGUF with F32 keys and values and no flash attention, so that values compare exactly."""
+    """A text GGUF, with F32 keys and values and no flash attention, so that values compare exactly."""
 
     def __init__(self, path: Path, n_ctx: int = 512) -> None:
         lc.llama_log_set(_quiet, None)
@@ -50,7 +50,8 @@ class LlamaPeer:
         return bool(lc.llama_vocab_get_add_bos(self.vocab))
 
     def logits(self, given: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 (n_tokens, n_vocab), from an empty context. `given`: tokens, or their rows, float32 (n, n_embd)."""
+        """Returns logits, float32 (n_tokens, n_vocab), from an empty context. `given`: tokens, or their rows, float32
+        (n, n_embd)."""
         lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
         ids, rows = (given, None) if not isinstance(given, np.ndarray) else ((), given)
         batch = lc.llama_batch_init(len(given), 0 if rows is None else rows.shape[1], 1)
@@ -69,7 +70,7 @@ class LlamaPeer:
 
     @contextlib.contextmanager
     def adapter(self, path: Path, scale: float = 1.0) -> Iterator[None]:
-        """Applies a GGUF LoRA adapter for the length of the block."""
+        """Applies a GGUF LoRA adapter until the block ends."""
         handle = lc.llama_adapter_lora_init(self.model, str(path).encode())
         assert handle, f"llama.cpp cannot load the adapter {path}"
         adapters = (lc.llama_adapter_lora_p_ctypes * 1)(handle)
@@ -89,7 +90,7 @@ class LlamaPeer:
 
 
 def quantize(source: Path, target: Path, type_name: str) -> None:
-    """llama.cpp's own quantizer, without an importance matrix."""
+    """Quantizes a file with llama.cpp's own quantizer, without an importance matrix."""
     lc.llama_log_set(_quiet, None)
     params = lc.llama_model_quantize_default_params()
     params.ftype = getattr(lc, "LLAMA_FTYPE_ALL_F32" if type_name == "F32" else f"LLAMA_FTYPE_MOSTLY_{type_name}")
@@ -98,12 +99,13 @@ def quantize(source: Path, target: Path, type_name: str) -> None:
 
 
 def encode_image(text: Path, mmproj: Path, pixels: np.ndarray) -> np.ndarray:
-    """What libmtmd makes of uint8 (height, width, 3): float32 (n_tokens, n_embd_inp), streams side by side."""
+    """Encodes uint8 (height, width, 3) with libmtmd: float32 (n_tokens, n_embd_inp), streams side by side. Returns the
+    last piece."""
     return encode_pieces(text, mmproj, pixels)[-1]
 
 
 def encode_pieces(text: Path, mmproj: Path, pixels: np.ndarray) -> list[np.ndarray]:
-    """The same for each piece into which libmtmd cuts the picture, in the order of its prompt."""
+    """Returns the same for each piece into which libmtmd cuts the image, in the order of its prompt."""
     mt.mtmd_helper_log_set(_quiet, None)
     with LlamaPeer(text) as peer:
         params = mt.mtmd_context_params_default()

@@ -1,7 +1,8 @@
-"""The reference for Llama 4: transformers in float32, put together from its parts.
+"""The reference for Llama 4: transformers in float32, assembled from its parts.
 
-Its image processor needs torchvision, of which it takes three functions. They are written here as torchvision 0.28 has
-them (with it, 72 pictures gave the same bits), since that needs another build of torch; all else is the processor's.
+Its image processor needs torchvision, but only three functions of it. They are written here as in torchvision 0.28 (72
+images gave the same bits with it), because torchvision needs another build of torch. Everything else is the
+processor's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class InterpolationMode(enum.Enum):
 
 
 def _resize(image: torch.Tensor, size: Sequence[int], interpolation: InterpolationMode, antialias: bool) -> Any:
-    """On CPUs with vector instructions 8-bit values go to torch as they are."""
+    """On CPUs with vector instructions torch gets 8-bit values unchanged."""
     if tuple(size) == tuple(image.shape[-2:]):
         return image
     mode = interpolation.value
@@ -55,7 +56,7 @@ vars(FUNCTIONS).update(resize=_resize, pad=_pad, normalize=_normalize, Interpola
 
 @functools.cache
 def processing() -> Any:
-    """transformers' module of the image processor."""
+    """Returns transformers' image processor module."""
     packages = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
     parts = {name: types.ModuleType(name) for name in packages}
     vars(parts[packages[-1]]).update(functional=FUNCTIONS)
@@ -74,7 +75,7 @@ def _torchvision() -> Iterator[None]:
 
 
 def cut(picture: Image, **settings: Any) -> tuple[tuple[int, int], np.ndarray]:
-    """(rows, columns) of the canvas, and what the tower takes, float32 `(tiles, height, width, 3)`."""
+    """Returns (rows, columns) of the canvas, and the tower's input, float32 `(tiles, height, width, 3)`."""
     module = processing()
     with _torchvision():
         found = module.Llama4ImageProcessor(**settings)(picture, return_tensors="pt", input_data_format="channels_last")
@@ -84,12 +85,13 @@ def cut(picture: Image, **settings: Any) -> tuple[tuple[int, int], np.ndarray]:
 
 
 def prompt_of_image(canvas: tuple[int, int], n_each: int) -> str:
-    """What the processor writes for an image with a canvas of (rows, columns) tiles of so many tokens."""
+    """Returns the text that the processor writes for an image with a canvas of (rows, columns) tiles of `n_each`
+    tokens."""
     return str(vars(Llama4Processor)["_prompt_split_image"](None, canvas, n_each))
 
 
 class Llama4Reference:
-    """One checkpoint in float32. Prompts are text with one '<|image|>' for each picture."""
+    """One checkpoint in float32. Prompts are text with one '<|image|>' for each image."""
 
     def __init__(self, directory: Path) -> None:
         self.model, info = Llama4ForConditionalGeneration.from_pretrained(
@@ -107,7 +109,7 @@ class Llama4Reference:
         self.patch = self.model.config.image_token_index
 
     def ids(self, text: str, pictures: Sequence[Image] = ()) -> list[int]:
-        """The tokens of a prompt, `patch` for each embedding."""
+        """Returns the tokens of a prompt, `patch` for each embedding."""
         pieces = text.split("<|image|>")
         assert len(pieces) == 1 + len(pictures)
         images = [prompt_of_image(cut(picture, **self._settings)[0], self.n_each) for picture in pictures]
@@ -116,7 +118,7 @@ class Llama4Reference:
         return ids
 
     def embeddings(self, picture: Image) -> np.ndarray:
-        """float32 (n, text width), tile by tile."""
+        """Returns float32 (n, text width), tile by tile."""
         pixels = torch.from_numpy(cut(picture, **self._settings)[1]).permute(0, 3, 1, 2)
         with torch.inference_mode():
             states = self.model.vision_model(pixels).last_hidden_state
@@ -124,7 +126,7 @@ class Llama4Reference:
         return found
 
     def greedy(self, ids: Sequence[int], pictures: Sequence[Image], n: int) -> tuple[list[int], np.ndarray]:
-        """The first `n` tokens of an answer, and the logits before each."""
+        """Returns the first `n` tokens of an answer, and the logits before each."""
         text = self.model.language_model
         given = torch.tensor([list(ids)])
         with torch.inference_mode():

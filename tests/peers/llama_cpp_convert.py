@@ -3,7 +3,7 @@
     python -m tests.peers.llama_cpp_convert LLAMA_CPP_SOURCE CHECKPOINT OUT.gguf --outtype bf16 [--mmproj]
 
 LLAMA_CPP_SOURCE is a source tree with convert_hf_to_gguf.py in it (llama-cpp-python's source package has one under
-vendor/llama.cpp). Everything but the name of the tokenizer's split is the converter's own work.
+vendor/llama.cpp). Only the name of the pre-tokenizer is supplied here; the rest is the converter's own work.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-SPLIT = "dbrx"  # digits in groups of up to three, as the toy tokenizer and the published one split
+SPLIT = "dbrx"  # digits in groups of up to three, like the toy tokenizer and the published one
 
 
 def _no_sentencepiece(self: object, add_to_gguf: bool = True) -> None:
-    """The converter tries SentencePiece first and needs its package for that; these tokenizers are BPE."""
+    """Skips SentencePiece, which the converter tries first and which needs its package; these tokenizers are BPE."""
     raise FileNotFoundError("tokenizer.model")
 
 

@@ -2,7 +2,7 @@
 with.
 
 By the original rules (Meta's `llama-models`, `models/llama3/multimodal/model.py`) intermediate states are taken before
-the named layers of the tower, and rows before the first image pass layers of cross-attention unchanged. Both are put
+the named layers of the tower, and rows before the first image pass cross-attention layers unchanged. Both are patched
 into transformers' modules here; everything else is transformers' own.
 """
 
@@ -25,7 +25,7 @@ from transformers.models.mllama.processing_mllama import (
 
 
 class MllamaReference:
-    """One checkpoint. Prompts are token ids with one image token for each picture."""
+    """One checkpoint. Prompts are token ids with one image token for each image."""
 
     def __init__(self, directory: Path, rule: str) -> None:
         """`rule`: 'original' or 'transformers'."""
@@ -48,7 +48,7 @@ class MllamaReference:
         return dict(self.processor([list(pictures)], return_tensors="pt"))
 
     def states(self, picture: Image) -> np.ndarray:
-        """float32 (tiles, positions, text width), absent tiles too."""
+        """Returns float32 (tiles, positions, text width), including absent tiles."""
         inputs = self.pixels([picture])
         inputs.pop("num_tiles")
         with torch.inference_mode():
@@ -57,7 +57,7 @@ class MllamaReference:
         return states
 
     def logits(self, ids: Sequence[int], pictures: Sequence[Image] = ()) -> np.ndarray:
-        """Of every position, float32 (n, n_vocab)."""
+        """Returns the logits of every position, float32 (n, n_vocab)."""
         inputs: dict[str, Any] = {}
         if pictures:
             inputs = self.pixels(pictures)
@@ -71,8 +71,8 @@ class MllamaReference:
         return logits
 
     def greedy(self, ids: Sequence[int], pictures: Sequence[Image], n: int) -> tuple[list[int], np.ndarray]:
-        """The first `n` tokens of an answer, and the logits before each. Without transformers' cache, which cannot
-        begin with a layer of cross-attention."""
+        """Returns the first `n` tokens of an answer, and the logits before each. Does not use transformers' cache,
+        which does not support a cross-attention layer first."""
         answer: list[int] = []
         rows = []
         for _ in range(n):

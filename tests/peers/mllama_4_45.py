@@ -1,13 +1,12 @@
-"""Llama 3.2 Vision as transformers 4.45 computes it, the first version that had it, in a process of its own.
+"""Computes Llama 3.2 Vision with transformers 4.45, the first version that had it, in a process of its own.
 
     python -m tests.peers.mllama_4_45 CHECKPOINT JOB.json FOUND.npz
 
-Its tower takes intermediate states before the named layers, as published weights were trained with. What it has of
-later versions' rule is that rows before the first image attend to all images; where a case says so, these rows pass the
-layers of cross-attention unchanged. Nothing else here departs from it.
-
-The job: `pictures`, files; `cases`, each with `name`, `ids`, the numbers of its `pictures`, `n` tokens to generate, and
-whether `early_rows_pass`. Found: for each picture `states NUMBER`, for each case `answer NAME` and `logits NAME`.
+Its tower takes intermediate states before the named layers, as published weights were trained. But like in later
+versions, rows before the first image attend to all images; if a case says so, these rows pass cross-attention layers
+unchanged. Nothing else is changed here. The job: `pictures`, files; `cases`, each with `name`, `ids`, the numbers of
+its `pictures`, `n` tokens to generate, and whether `early_rows_pass`. The result: for each image `states NUMBER`, for
+each case `answer NAME` and `logits NAME`.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Original:
         return found
 
     def logits(self, ids: list[int], pictures: list[Image.Image]) -> np.ndarray:
-        """Of the last row."""
+        """Returns the logits of the last row."""
         inputs: dict[str, Any] = {}
         if pictures:
             inputs = dict(self.processor([pictures], return_tensors="pt"))

@@ -1,12 +1,12 @@
-"""Answers about a picture with stock llama.cpp (libllama and libmtmd, as llama-cpp-python ships them).
+"""Answers about an image with stock llama.cpp (libllama and libmtmd, as llama-cpp-python ships them).
 
-The peer in side-by-side figures and in tests of values. It knows nothing of granite4v. The last line on stdout is one
-JSON object: image tokens, seconds of image encoding and of image prefill, decoded tokens a second, peak memory.
+The peer in side-by-side figures and numerical tests. It uses nothing of granite4v. The last line on stdout is one JSON
+object: image tokens, seconds of image encoding and of image prefill, decoded tokens per second, peak memory.
 
     python -m tests.peers.mtmd TEXT.gguf MMPROJ.gguf IMAGE --raw "...{media}..." --predict 32 [--save DIR]
 
-llama.cpp puts weights into whatever special buffer type the CPU announces; where that ends the process (a virtual
-machine that announces AMX and faults), run it with --plain-weights.
+llama.cpp puts weights into whatever special buffer type the CPU advertises. If that ends the process (a virtual machine
+that advertises AMX and faults), run it with --plain-weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_FLASH_ATTENTION = 0
 
 
 class Peer:
-    """One text and vision pair in stock llama.cpp, with its context; lives until the process ends."""
+    """One text and vision pair in stock llama.cpp, with its context, which lives until the process ends."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         llama_cpp.llama_log_set(QUIET, None)
@@ -69,9 +69,9 @@ class Peer:
         self.embeddings: list[np.ndarray] = []
 
     def prefill(self, raw: str, pictures: list[Image.Image], keep_embeddings: bool) -> None:
-        """Encodes and decodes the prompt `raw`, with one '{media}' where each picture goes.
+        """Encodes and decodes the prompt `raw`, with one '{media}' for each image.
 
-        With --encode-only the pictures are encoded and nothing is decoded.
+        With --encode-only the images are encoded and nothing is decoded.
         """
         chunks = self._cut(raw, pictures)
         n_chunks = mtmd_cpp.mtmd_input_chunks_size(chunks)
@@ -141,12 +141,12 @@ class Peer:
         self.seconds[name] += time.perf_counter() - start
 
     def logits(self) -> np.ndarray:
-        """float32 (n_vocab,) of the last position; a copy."""
+        """Returns a copy of the last position's logits, float32 (n_vocab,)."""
         pointer = llama_cpp.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
 
     def greedy(self, n: int) -> tuple[list[int], float]:
-        """The next `n` tokens, whatever they are, and how many of them a second."""
+        """Returns the next `n` greedy tokens, whatever they are, and the tokens per second."""
         batch = llama_cpp.llama_batch_init(1, 0, 1)
         tokens: list[int] = []
         start = time.perf_counter()
@@ -177,7 +177,7 @@ def _done(status: int, function: str) -> None:
 
 
 def peak_rss_gb() -> float:
-    """The most memory this process has had resident, in GB (10^9 bytes)."""
+    """Returns this process's peak resident memory in GB (10^9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def decode(peer: Peer, options: argparse.Namespace) -> float:
-    """Decodes what was asked for and saves it where wanted; tokens a second."""
+    """Decodes the requested tokens and saves them if requested; returns the tokens per second."""
     first_logits = peer.logits()
     tokens, tokens_per_s = peer.greedy(options.predict)
     if options.save:

@@ -1,7 +1,7 @@
-"""The reference for models that take several images and videos: transformers in float32, its PIL image processor.
+"""The reference for models with several images and videos: transformers in float32, with its PIL image processor.
 
-transformers reads videos with torchvision alone, so the processor is put together from its parts here, and frames go
-through the steps of the image processor, which are those of the video processor.
+transformers reads videos only with torchvision. Therefore the processor is assembled from its parts here, and frames go
+through the steps of the image processor, which are the same as the video processor's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Frames = Sequence[Image.Image]
 
 
 class OnevisionReference(Reference):
-    """Pictures and videos in the order of their placeholders; those of one prompt belong together."""
+    """Takes images and videos in the order of their placeholders; those of one prompt are processed together."""
 
     def _load_processor(self) -> Any:
         processor = object.__new__(LlavaOnevisionProcessor)
@@ -40,11 +40,11 @@ class OnevisionReference(Reference):
         return self.processor.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
 
     def pixels_of(self, pictures: Frames) -> dict[str, torch.Tensor]:
-        """Of the pictures of one prompt, as the model takes them."""
+        """Returns the model's inputs for the images of one prompt."""
         return dict(self.processor.image_processor([list(pictures)], return_tensors="pt"))
 
     def frames_of(self, video: Frames) -> torch.Tensor:
-        """(1, n_frames, 3, px, px) float32."""
+        """Returns (1, n_frames, 3, px, px) float32."""
         steps, side = self.processor.image_processor, self.model.config.vision_config.image_size
         found = []
         for frame in video:
@@ -55,7 +55,7 @@ class OnevisionReference(Reference):
         return torch.from_numpy(np.stack(found))[None].float()
 
     def counts(self, pictures: Frames) -> list[int]:
-        """Tokens of each picture of one prompt, as the processor counts them."""
+        """Returns the tokens of each image of one prompt, as the processor counts them."""
         if len(pictures) > 1:
             return [self.processor.num_image_tokens + 1] * len(pictures)
         side = self.model.config.vision_config.image_size
@@ -67,7 +67,7 @@ class OnevisionReference(Reference):
 
     @torch.inference_mode()
     def features(self, pictures: Frames) -> list[np.ndarray]:
-        """Of each picture of one prompt (n_tokens, n_embd)."""
+        """Returns (n_tokens, n_embd) for each image of one prompt."""
         return [rows.numpy() for rows in self.model.get_image_features(**self.pixels_of(pictures)).pooler_output]
 
     @torch.inference_mode()
@@ -89,7 +89,7 @@ class OnevisionReference(Reference):
     def answer(
         self, messages: Messages, pictures: Frames = (), videos: Sequence[Frames] = (), n: int = 32
     ) -> tuple[np.ndarray, list[int]]:
-        """Logits of the first token of the answer, and the likeliest tokens; the end-of-text token ends them."""
+        """Returns the logits of the answer's first token, and greedy tokens up to the end-of-text token or `n`."""
         inputs: dict[str, Any] = {"input_ids": torch.tensor([self.ids(messages, pictures, videos)])}
         if pictures:
             inputs |= self.pixels_of(pictures)

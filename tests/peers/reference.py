@@ -1,6 +1,6 @@
-"""What the reference says: transformers in float32 with eager attention, on the same checkpoint.
+"""The reference: transformers in float32 with eager attention, on the same checkpoint.
 
-Imported by tests only. Pictures are Pillow images; results are NumPy arrays.
+Imported by tests only. Images are Pillow images; results are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Messages = list[Message]
 
 
 def user_turn(text: str, n_images: int = 0) -> Message:
-    """One user message, the pictures first, in the parts the chat template knows."""
+    """Returns one user message with the images first, in the parts that chat templates know."""
     return {"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": text}]}
 
 
@@ -27,14 +27,14 @@ def as_messages(prompt: str | Messages, n_images: int) -> Messages:
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    """|found - expected| / |expected|, over all values."""
+    """Returns |found - expected| / |expected| over all values."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 class Reference:
-    """A checkpoint loaded by transformers. Every method takes pictures in the order of their placeholders."""
+    """A checkpoint loaded by transformers. Every method takes images in the order of their placeholders."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Reference:
         attention: str = "eager",
         vision_only: bool = False,
     ) -> None:
-        """`vision_only`: without the decoder's layers, so that only `streams` is of use and memory is small."""
+        """`vision_only`: loads no decoder layers, so that only `streams` is of use and memory stays small."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         self.directory = Path(directory)
@@ -66,7 +66,7 @@ class Reference:
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         self.model = model.eval()
         self.processor = self._load_processor()
-        self._last_pixels: tuple[Any, Any] = (None, None)  # a test asks several things about a picture
+        self._last_pixels: tuple[Any, Any] = (None, None)  # a test asks several things about an image
         if self.processor.patch_size is None:  # older checkpoints leave it to the model
             self.processor.patch_size = model.config.vision_config.patch_size
             self.processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
@@ -79,23 +79,23 @@ class Reference:
         return AutoProcessor.from_pretrained(self.directory)
 
     def tiles(self, picture: Image.Image) -> np.ndarray:
-        """float32 (n_tiles, 3, tile_px, tile_px), the overview first."""
+        """Returns float32 (n_tiles, 3, tile_px, tile_px), the overview first."""
         return self.pixels(picture)[0][0].numpy()
 
     def n_tokens(self, picture: Image.Image) -> int:
-        """Image tokens in the prompt, as the processor counts them."""
+        """Returns the number of image tokens in the prompt, as the processor counts them."""
         width, height = ImageOps.exif_transpose(picture).size
         side = self.model.config.vision_config.image_size
         n = int(self.processor._get_number_of_features(height, width, side, side))
         return n - (self.processor.vision_feature_select_strategy == "default")
 
     def streams(self, picture: Image.Image) -> dict[int, np.ndarray]:
-        """Decoder layer -> float32 (n_tokens, n_embd), packed, newlines included."""
+        """Maps each decoder layer to float32 (n_tokens, n_embd), packed, including newlines."""
         return self.encoded(*self.pixels(picture))
 
     @torch.inference_mode()
     def encoded(self, pixels: torch.Tensor, sizes: torch.Tensor) -> dict[int, np.ndarray]:
-        """`streams` of what `pixels` returns."""
+        """Returns the `streams` of what `pixels` returns."""
         output = self.model.get_image_features(pixels, sizes)
         if self.model.config.model_type in ("llava_next", "llava_onevision"):
             return {0: output.pooler_output[0].float().numpy()}
@@ -104,14 +104,14 @@ class Reference:
         }
 
     def prompt_text(self, prompt: str | Messages, n_images: int = 0) -> str:
-        """What the chat template renders, one `<image>` for each picture."""
+        """Returns the rendered chat template, with one `<image>` for each image."""
         template = self.processor.chat_template or self.processor.tokenizer.chat_template
         return self.processor.apply_chat_template(
             as_messages(prompt, n_images), chat_template=template, add_generation_prompt=True
         )
 
     def prompt_ids(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> list[int]:
-        """Token ids, every picture's placeholder repeated for each of its tokens."""
+        """Returns the token ids, with each image's placeholder repeated for each of its tokens."""
         pieces = self.prompt_text(prompt, len(pictures)).split(self.processor.image_token)
         assert len(pieces) == len(pictures) + 1, (pieces, len(pictures))
         text = pieces[0]
@@ -121,38 +121,38 @@ class Reference:
         return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
 
     def logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
-        """float32 (n_vocab,) for the token after the chat prompt."""
+        """Returns float32 (n_vocab,) for the token after the chat prompt."""
         return self.logits_after(self.prompt_ids(prompt, pictures), pictures)
 
     @torch.inference_mode()
     def logits_after(self, ids: list[int], pictures: Sequence[Image.Image] = ()) -> np.ndarray:
-        """float32 (n_vocab,) for the token after `ids`, which hold the pictures' placeholders."""
+        """Returns float32 (n_vocab,) for the token after `ids`, which contain the images' placeholders."""
         logits = self.model(**self._inputs(ids, pictures)).logits[0, -1].numpy()
         return logits / self.logits_divisor
 
     @torch.inference_mode()
     def all_logits(self, prompt: str | Messages, pictures: Sequence[Image.Image] = ()) -> np.ndarray:
-        """float32 (n_prompt_tokens, n_vocab)."""
+        """Returns float32 (n_prompt_tokens, n_vocab)."""
         logits = self.model(**self._inputs(self.prompt_ids(prompt, pictures), pictures)).logits[0].numpy()
         return logits / self.logits_divisor
 
     @property
     def logits_divisor(self) -> float:
-        """What the text model divides its logits by where transformers does not.
+        """The divisor for logits that the text model needs and transformers does not apply.
 
-        `GraniteForCausalLM` divides by `logits_scaling`. transformers 5's LLaVA-NeXT has a head of its own instead.
+        `GraniteForCausalLM` divides by `logits_scaling`. transformers 5's LLaVA-NeXT has its own head, which does not.
         """
         config = self.model.config
         return getattr(config.text_config, "logits_scaling", 1.0) if config.model_type == "llava_next" else 1.0
 
     def greedy(self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32) -> list[int]:
-        """The next `n` tokens, always the likeliest; ends early after the end-of-text token."""
+        """Returns the next `n` greedy tokens; ends early after the end-of-text token."""
         return self.logits_and_greedy(prompt, pictures, n)[1]
 
     def logits_and_greedy(
         self, prompt: str | Messages, pictures: Sequence[Image.Image] = (), n: int = 32
     ) -> tuple[np.ndarray, list[int]]:
-        """What `logits` and `greedy` return, for one computation of the prompt."""
+        """Returns the results of `logits` and `greedy`, with one computation of the prompt."""
         first, tokens = self._answer(self._inputs(self.prompt_ids(prompt, pictures), pictures), n)
         return first / self.logits_divisor, tokens
 
@@ -160,7 +160,7 @@ class Reference:
     def _answer(self, inputs: dict[str, Any], n: int) -> tuple[np.ndarray, list[int]]:
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # the model makes none by itself: without one each step would forget the prompt
+        cache = DynamicCache()  # the model does not make one: without it each step would forget the prompt
         out = self.model(**inputs, past_key_values=cache, use_cache=True)
         first, tokens = out.logits[0, -1].numpy(), []
         while True:
@@ -181,10 +181,10 @@ class Reference:
         return inputs
 
     def pixels(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, n_tiles, 3, px, px) float32 and (1, 2) height and width.
+        """Returns (1, n_tiles, 3, px, px) float32 and (1, 2) height and width.
 
-        The picture is turned upright first, as our loader does. Which axis holds the channels is said
-        outright: by itself the processor takes a picture of 3 rows for one with its channels first.
+        The image is rotated upright first, as our loader does. The channel axis is given explicitly, because the
+        processor would take an image of 3 rows for one with its channels first.
         """
         last, known = self._last_pixels
         if last is not picture:

@@ -47,7 +47,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """An adapter's directory, beside no model."""
+    """Returns the directory of an adapter, without a model."""
     made: dict[tuple[CheckpointSpec, AdapterSpec], Path] = {}
 
     def make(adapter: AdapterSpec, spec: CheckpointSpec = TINY) -> Path:
@@ -74,7 +74,7 @@ def test_merging_equals_pefts_merge_and_unload(
     load_reference: Callable[..., Reference],
     tmp_path: Path,
 ) -> None:
-    """Matrix by matrix, within the rounding of a float32 sum of `rank` products."""
+    """Compares matrix by matrix, within the rounding of a float32 sum of `rank` products."""
     adapter = make_adapter(ADAPTERS[name])
     convert(make_checkpoint(TINY), tmp_path / "merged", with_adapter(MERGED, adapter))
     merged = load_reference(TINY, adapter).model.state_dict()
@@ -128,7 +128,7 @@ def test_the_base_of_a_separate_adapter_is_the_base_alone(
 def test_an_adapter_of_the_fused_mlp_is_split_with_it(
     make_checkpoint: Callable[[CheckpointSpec], Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """gate and up of the fused matrix share one A; the dense twin is given the same one."""
+    """gate and up of the fused matrix share one A; the dense counterpart gets the same one."""
     shared = AdapterSpec(share_gate_up=True)
     fused, dense = make_adapter(shared, FUSED), make_adapter(shared, TINY)
     convert(make_checkpoint(FUSED), tmp_path / "fused", with_adapter(MERGED, fused))
@@ -252,7 +252,7 @@ def test_the_plan_shows_what_is_merged(
 
 
 def damaged(folder: Path, config: dict[str, Any] | None = None, **change: Any) -> Path:
-    """The adapter with settings changed, or tensors replaced (None: removed)."""
+    """Changes settings of the adapter, or replaces tensors (None: removes them)."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
     if change:

@@ -1,4 +1,5 @@
-"""The official pair of GGUF files: files with those names and exactly those keys load, and compute the reference."""
+"""The official pair of GGUF files: files with those names and exactly those keys load, and give the reference's
+results."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ VISION_KEYS = {
 
 
 def official_pair(source: Path, folder: Path) -> Path:
-    """The files of a conversion under the official names, with the keys that those have and no others."""
+    """Copies the files of a conversion to the official names, with exactly the keys that the official files have."""
     folder.mkdir()
     for ours, theirs, wanted, change in (
         ("text-F32.gguf", OFFICIAL_TEXT, TEXT_KEYS, {"tokenizer.ggml.pre": "granite-docling"}),

@@ -1,4 +1,4 @@
-"""Ours against transformers in float32, stage by stage: tiles, token counts, streams, logits, greedy tokens."""
+"""Comparison with transformers in float32, stage by stage: tiles, token counts, streams, logits, greedy tokens."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ Pair = tuple["Reference", granite4v.Model]
 def pair(
     load_reference: Callable[..., Reference], make_model: Callable[..., Path]
 ) -> Iterator[Callable[[CheckpointSpec], Pair]]:
-    """The reference and our model from F32 files, for one specification."""
+    """Returns the reference and our model from F32 files for a specification."""
     opened: dict[CheckpointSpec, granite4v.Model] = {}
 
     def get(spec: CheckpointSpec) -> Pair:
         if spec not in opened:
             opened[spec] = granite4v.load(make_model(spec), n_ctx=8192, device="cpu")
-        # transformers reads no fused MLP here; the dense checkpoint of the same seed has the same weights
+        # transformers cannot read the fused MLP here; the dense checkpoint of the same seed has the same weights
         return load_reference(replace(spec, text_type="granite")), opened[spec]
 
     yield get
@@ -155,7 +155,7 @@ def test_equal_tiles_are_computed_once(pair: Callable[..., Pair], monkeypatch: p
 def test_all_tiles_at_once_from_copied_weights(
     load_reference: Callable[..., Reference], make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way a GPU takes, walked on the CPU: one graph over all tiles, weights in the device's own buffer."""
+    """Takes a GPU's path on the CPU: one graph over all tiles, weights in the device's own buffer."""
     begin = Backend.__init__
 
     def as_accelerator(self: Backend, *arguments: object, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""Types and bytes of quantized files, against llama.cpp's own quantizer on the same F32 file."""
+"""Types and bytes of quantized files, compared with llama.cpp's own quantizer on the same F32 file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_bfloat16_checkpoints_give_the_same_bytes_as_through_float32(
 def test_vision_matrices_all_get_the_type_asked_for(
     name: str, make_checkpoint: Callable[[CheckpointSpec], Path], tmp_path: Path
 ) -> None:
-    """Widths of 200 are padded to 224, rows of 192 in K-quants to 256, so nothing falls back to F16."""
+    """Widths of 200 are padded to 224, and in K-quants rows of 192 to 256, so nothing falls back to F16."""
     convert(make_checkpoint(PRESETS["tiny"]), tmp_path / "out", Options("F32", name))
     for tensor, (kind, _) in tensor_bytes(tmp_path / "out" / f"mmproj-{name}.gguf").items():
         if tensor == "v.patch_embd.weight":
@@ -119,8 +119,8 @@ def test_a_k_quants_rows_are_the_checkpoints_with_zeros_behind_them(
 
 
 def test_q8_0_matrices_have_the_shapes_that_amx_takes(make_checkpoint: Callable[[CheckpointSpec], Path]) -> None:
-    """Rows of whole tiles of 32 values, and an even number of tiles of 16 rows (ggml-cpu/amx/amx.cpp, `supports_op`);
-    of a tower with a feed-forward width of 200, which as 4304 is no multiple of 32."""
+    """Rows are whole tiles of 32 values, in an even number of tiles of 16 rows (ggml-cpu/amx/amx.cpp, `supports_op`);
+    for a tower with a feed-forward width of 200, which like 4304 is not a multiple of 32."""
     (vision,) = (
         file
         for file in plan_conversion(make_checkpoint(PRESETS["tiny"]), Options("F32", "Q8_0")).files

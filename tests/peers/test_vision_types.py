@@ -1,5 +1,5 @@
-"""Vision files of every weight type: what the graph computes of them, against gguf's own dequantization, transformers
-and stock libmtmd."""
+"""Vision files of every weight type: the graph's results, compared with gguf's own dequantization, transformers and
+stock libmtmd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = PRESETS["tiny"]  # rows of 192, 200 and 128
 WHOLE = replace(TINY, vision_hidden=256, vision_heads=4, vision_ffn=512, qformer_ffn=256)
 CLIP = PRESETS["tiny-clip-llama"]
 K_QUANTS = ("Q6_K", "Q5_K", "Q4_K")
-# Relative L2 of streams to transformers, 1.4 times what was observed; random weights are the worst case.
+# Relative L2 of streams to transformers, 1.4 times the observed values; random weights are the worst case.
 NEARNESS = {"Q8_0": 0.02, "Q6_K": 0.06, "Q5_K": 0.13, "Q4_K": 0.25}
 PICTURE = noise_picture((150, 100))
 
@@ -48,7 +48,7 @@ def streams(path: Path) -> np.ndarray:
 
 
 def dequantized(path: Path, exact: Path, target: Path) -> Path:
-    """The file's values by gguf's own routines, without the padding of rows, as a float32 file."""
+    """Writes the file's values as a float32 file, with gguf's own routines and without the padding of rows."""
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in gguf.GGUFReader(exact).tensors}
     values = {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -65,7 +65,7 @@ def dequantized(path: Path, exact: Path, target: Path) -> Path:
 def test_padded_rows_compute_what_their_dequantized_values_do(
     kind: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Widened to float32 the products are exact; with quantized activations they are near."""
+    """With weights widened to float32 the products are exact; with quantized activations they are close."""
     for spec in (TINY, CLIP):
         path, exact = (mmproj(make_model(spec, "F32", name)) for name in (kind, "F32"))
         expected = streams(dequantized(path, exact, tmp_path / "exact.gguf"))
@@ -93,7 +93,7 @@ def test_towers_by_onednn_are_near_the_reference(
     load_reference: Callable[..., Reference],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both projectors, all activations; rounding to bfloat16 adds little to that of the weights."""
+    """Both projectors, all activations; rounding to bfloat16 adds little to the rounding of the weights."""
     if arithmetic == "BF16" and not onednn.multiplies_bfloat16():
         pytest.skip("this CPU has no bfloat16 products")
     kernel = Kernel("onednn", arithmetic=arithmetic)
@@ -107,7 +107,7 @@ def test_towers_by_onednn_are_near_the_reference(
 
 
 def stock_encodes(folder: Path, picture: Path) -> bool:
-    """Whether libmtmd encodes an image with the model's files; in a child, since ggml may end the process."""
+    """Whether libmtmd encodes an image with the model's files; in a child process, because ggml may end the process."""
     (text,) = folder.glob("text-*.gguf")
     arguments = [str(text), str(mmproj(folder)), str(picture), "--raw", "{media}", "--predict", "0", "--cpu"]
     done = subprocess.run(

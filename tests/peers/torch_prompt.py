@@ -2,9 +2,8 @@
 
     python -m tests.peers.torch_prompt CHECKPOINT IMAGE... --dtype bfloat16 --threads 2 [--video]
 
-The peer in figures about prefill. A small image is asked about first, so that what PyTorch prepares once is not
-counted, and the tiles are cut before the clock starts. Only the last row gets logits. The last line on stdout is one
-JSON object.
+The peer in figures about prefill. A small image is processed first, so that PyTorch's one-time work is not counted, and
+the tiles are cut before the clock starts. Only the last row gets logits. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 def inputs_of(reference: Reference, prompt: str, pictures: list[Image.Image], *, is_video: bool) -> dict[str, Any]:
-    """What the model takes for a prompt that shows the pictures."""
+    """Returns the model's inputs for a prompt with the images."""
     if not isinstance(reference, OnevisionReference):
         pixels, sizes = reference.pixels(pictures[0])
         ids = torch.tensor([reference.prompt_ids(prompt, pictures)])
@@ -72,7 +71,7 @@ def inputs_of(reference: Reference, prompt: str, pictures: list[Image.Image], *,
 
 
 def forward(reference: Reference, inputs: dict[str, Any]) -> tuple[float, float, np.ndarray]:
-    """Seconds until the decoder begins, seconds of the decoder, and its logits."""
+    """Returns the seconds until the decoder begins, the seconds of the decoder, and its logits."""
     began: list[float] = []
     hook = reference.model.model.language_model.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
     with torch.inference_mode():

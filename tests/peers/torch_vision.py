@@ -1,9 +1,9 @@
-"""Encodes a picture with PyTorch: transformers' tower and projectors with a checkpoint's weights, and nothing else.
+"""Encodes an image with PyTorch: transformers' tower and projectors with a checkpoint's weights, and nothing else.
 
     python -m tests.peers.torch_vision CHECKPOINT IMAGE --dtype bfloat16 --threads 2 [--save STREAMS.npy]
 
-The peer in figures about image encoding. A picture of one tile goes first, so that what PyTorch prepares once is not
-counted; the second picture's tiles are cut before the clock starts. The last line on stdout is one JSON object.
+The peer in figures about image encoding. An image of one tile is encoded first, so that PyTorch's one-time work is not
+counted, and the measured image's tiles are cut before the clock starts. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations

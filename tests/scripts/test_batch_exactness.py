@@ -1,8 +1,8 @@
 """What several sequences in one context do to values on the CPU: the facts that the engine relies on.
 
-With a KV buffer for each sequence and flash attention, the engine's setting, nothing but the number of rows in a
-step touches a sequence's bits. How the rows do so depends on the CPU's kernels, so that is only bounded here;
-`docs/benchmarks.md` has it measured.
+With a KV buffer per sequence and flash attention, the engine's setting, only the number of rows in a step changes a
+sequence's bits. How they change depends on the CPU's kernels, so that is only bounded here; `docs/benchmarks.md` has
+measurements.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from scripts.batch_exactness import SPEC, Case, Setting, difference, differing, 
 from tests.toy.checkpoint import CheckpointSpec
 
 TYPES = ("F32", "F16", "Q8_0", "Q4_K_M")
-EQUAL = (  # ways that give the same bits on any CPU
+EQUAL = (  # settings that give the same bits on any CPU
     "alone in a context of 8",
     "alone in a context of 8: cache bytes",
     "alone, 3 others in the cache",
     "alone, 3 others in the cache: cache bytes",
     "first of 1 rows",
 )
-# Of logits whose standard deviation is 6: rounding of activations to 8 bits, where another kernel sums them otherwise.
+# For logits whose standard deviation is 6: activations are rounded to 8 bits, and another kernel sums in another order.
 MOST = 1.5
 
 
@@ -45,4 +45,4 @@ def test_a_sequence_among_others(kind: str, make_checkpoint: Callable[[Checkpoin
 def test_differences_by_hand() -> None:
     assert difference(np.float32([[1, 2], [3, 4]]), np.float32([[1, 2.5], [3, 3]])) == 1.0
     assert differing(np.uint8([9, 1, 2, 3]), np.uint8([9, 1, 0, 0])) == 2
-    assert differing(np.uint8([1, 2, 3]), np.uint8([7, 7, 1, 2, 3])) == 0  # more in front of the same bytes
+    assert differing(np.uint8([1, 2, 3]), np.uint8([7, 7, 1, 2, 3])) == 0  # more bytes before the same ones

@@ -1,4 +1,4 @@
-"""The script that measures pages an hour computes what it says; what it runs is tested elsewhere."""
+"""The script that measures pages per hour computes its figures correctly; what it runs is tested elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/cli.md is what the commands say now, and complete."""
+"""docs/cli.md matches the commands' current help, and is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Medians and ratios of two trees' figures, and the run of a tree's own code."""
+"""Medians and ratios of two trees' figures, and that a tree runs its own code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of two trees are compared by value; that the trees run is seen where the script is used."""
+"""Records of two trees are compared by value; running the trees is tested only by using the script."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_document_is_asked_for_every_task_of_its_kind(tmp_path: Path) -> N
     for file in files:
         with Image.open(file.path) if file.path.suffix != ".pdf" else Image.new("L", (1, 1)) as image:
             n_pages += getattr(image, "n_frames", 1) if file.path.suffix != ".pdf" else 0
-    assert n_pages < len(questions) == 10  # the others stand in PDFs
+    assert n_pages < len(questions) == 10  # the others are in PDFs
     asked = [(file, task) for job in jobs(files, tmp_path) for file in job.files for task in job.tasks]
     assert len(asked) == len(set(asked))
     n_tasks = {"table": 3, "chart": 3, "form": 1}

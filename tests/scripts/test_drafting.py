@@ -1,4 +1,4 @@
-"""What `scripts.drafting` reports, and that replayed answers are those that were given."""
+"""What `scripts.drafting` reports, and that replayed answers equal the recorded ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.toy.spec import PRESETS
 
 
 def asked(*steps: int, tokens: int = 5) -> list[Asked]:
-    """Two tasks a page."""
+    """Returns answers with these numbers of steps, two tasks per page."""
     return [
         Asked(
             i // 2,
@@ -35,7 +35,7 @@ def test_ratios_are_those_of_first_and_later_tasks() -> None:
 
 
 def test_an_answer_that_ran_on_does_not_hide_what_later_tasks_take() -> None:
-    found = asked(8, 4, 10, 1500, 12)  # the last page has one answer alone
+    found = asked(8, 4, 10, 1500, 12)  # the last page has only one answer
     found[3].answer.finish_reason = LENGTH
     chain = report({"off": asked(10, 20, 30, 1500, 12), "chain": found})["chain"]
     assert (chain["second of first"], chain["cut pages"]) == (0.5, 1)

@@ -1,5 +1,5 @@
-"""The set-up of .venv: on a CPU with AMX, llama-cpp-python is compiled once with working kernels, and installed where
-another build is; elsewhere pip alone decides. Pip and the compiler are scripts of a few lines."""
+"""The set-up of .venv: on a CPU with AMX, llama-cpp-python is compiled once with working kernels, and installed in
+place of another build; elsewhere only pip decides. Pip and the compiler are short scripts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that the set-up needs, with an interpreter and a compiler that only write down what they are told."""
+    """The files that the set-up needs, with an interpreter and a compiler that only record their arguments."""
     if sys.platform != "linux":
         pytest.skip("AMX is used on Linux alone")
     for name in ("scripts/environment.sh", "scripts/constraints.txt", "granite4v/ggml/compiler.py"):
@@ -52,7 +52,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_up(checkout: Path, has_amx: bool = True, **environment: str) -> list[str]:
-    """What pip is called with, in order: 'wheel', 'install' for the kept wheel, 'editable' for this package."""
+    """Returns pip's calls in order: 'wheel', 'install' for the cached wheel, 'editable' for this package."""
     (checkout / "calls").unlink(missing_ok=True)
     clean = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CXXFLAGS", "CMAKE_ARGS")}
     paths = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "XDG_CACHE_HOME": f"{checkout}/cache"}
@@ -72,7 +72,7 @@ def set_up(checkout: Path, has_amx: bool = True, **environment: str) -> list[str
 
 def flags_of_the_build(checkout: Path) -> str:
     call = next(call for call in (checkout / "calls").read_text().splitlines() if " wheel " in call)
-    assert "--no-cache-dir" in call and "--no-binary llama-cpp-python" in call  # pip's wheel may be a broken one
+    assert "--no-cache-dir" in call and "--no-binary llama-cpp-python" in call  # pip's cached wheel may be a broken one
     return call.split("[")[1].rstrip("]")
 
 
@@ -93,7 +93,7 @@ def test_other_options_make_another_build(checkout: Path) -> None:
     assert set_up(checkout, CXXFLAGS="-g") == ["wheel", "install", "editable"]
     assert flags_of_the_build(checkout) == f"-g {FLAGS}"
     assert set_up(checkout, CXXFLAGS="-g", CMAKE_ARGS="-DGGML_CUDA=on") == ["wheel", "install", "editable"]
-    assert set_up(checkout) == ["install", "editable"]  # the first is still there
+    assert set_up(checkout) == ["install", "editable"]  # the first one is still cached
 
 
 def test_a_build_that_fails_is_not_kept(checkout: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_build_that_fails_is_not_kept(checkout: Path) -> None:
 
 def test_without_a_compiler_pip_alone_decides(checkout: Path) -> None:
     (checkout / "bin" / "c++").unlink()
-    for name in ("uname", "grep", "dirname", "sed"):  # all that the scripts need from there, but no compiler
+    for name in ("uname", "grep", "dirname", "sed"):  # everything that the scripts need from there, but no compiler
         (checkout / "bin" / name).symlink_to(shutil.which(name) or "")
     for name in ("bash", "sh", "cat", "mkdir", "touch"):
         (checkout / "bin" / name).symlink_to(shutil.which(name) or "")

@@ -1,4 +1,4 @@
-"""The script that compares clients at once with one alone computes what it says."""
+"""The script that compares concurrent clients with a single one computes its figures correctly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_all_clients_begin_together() -> None:
     everybody = threading.Barrier(3, timeout=20)
 
     def ask(client: int) -> dict[str, object]:
-        everybody.wait()  # breaks where one waits for another's answer
+        everybody.wait()  # breaks if one client waits for another's answer
         return answer(client)
 
     seconds, answers = together(3, ask)

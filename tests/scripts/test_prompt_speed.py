@@ -1,4 +1,4 @@
-"""A whole prompt measured: both sides read the same one, and the ratios are those of what was measured."""
+"""Measuring a whole prompt: both sides read the same one, and the ratios match the measurements."""
 
 from __future__ import annotations
 

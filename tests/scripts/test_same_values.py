@@ -1,4 +1,5 @@
-"""The script that compares records of several answers at once with those one by one says what may not differ."""
+"""The script that compares records of several answers at once with those of one at a time reports forbidden
+differences."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def test_forms_are_asked_for_beside_others(tmp_path: Path) -> None:
 
 
 def test_where_answers_part(tmp_path: Path) -> None:
-    """The last token of a real answer is changed; the logits there are those of the model."""
+    """The last token of a real answer is changed; the reported logits are the model's."""
     Image.new("RGB", (60, 40), "white").save(tmp_path / "page.png")
     with granite4v.load(n_threads=1, device="cpu", n_parallel=1) as model:
         recorded: Any = Recorded(model)

@@ -1,4 +1,4 @@
-"""The measuring scripts compute what they say; the programs they run are tested elsewhere."""
+"""The measuring scripts compute their figures correctly; the programs they run are tested elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_counted_arithmetic_of_encoding_is_what_the_reference_multiplies(
         config = read_vision(file)[1]
     n_tiles = len(reference.tiles(picture))
     n_patches = (SPEC.tile_px // SPEC.patch_px) ** 2
-    patches = 2 * n_tiles * n_patches * SPEC.vision_hidden * 3 * SPEC.patch_px**2  # torch leaves its convolution out
+    patches = 2 * n_tiles * n_patches * SPEC.vision_hidden * 3 * SPEC.patch_px**2  # torch does not count these
     counted = encode_gflop(config, SPEC.qformer_ffn, n_tiles) * 1e9
     assert counted == pytest.approx(counter.get_total_flops() + patches, rel=1e-12)
 

@@ -1,4 +1,4 @@
-"""The measurement of a second question: what each side is asked, and the ratios; peers are stand-ins over real HTTP."""
+"""The measurement of a second question: what each side is asked, and the ratios; peers are fakes over real HTTP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from granite4v.default_model import embedded_model
 from scripts import second_question
 from tests.helpers.chats import INVOICE
 
-# What they are asked goes to a file.
+# Writes the requests to a file.
 EXAMPLE_SERVER = """
 import http.server, json, pathlib, sys
 
@@ -103,7 +103,7 @@ def test_ratios_by_hand() -> None:
         "second_s": [0.1, 0.3],
         "restart_s": [0.2, 5.0],
         "second_ratio": 0.03,  # the slower of the later ones
-        "restart_ratio": 0.02,  # the first after the restart
+        "restart_ratio": 0.02,  # the first one after the restart
         "first": {"load_s": 1.0},
         "restart": {},
     }
@@ -115,7 +115,7 @@ def test_our_page_is_read_once_for_both_processes(tmp_path: Path) -> None:
     assert first["n_stored"] == 0 and first["encode_s"] > 0
     assert [told["encode_s"] for told in (*others, *side["restart"]["questions"])] == [0, 0, 0, 0]
     after, last = side["restart"]["questions"]
-    assert after["n_stored"] == last["n_reused"] > 100  # the page and what stands before it, from disk and from memory
+    assert after["n_stored"] == last["n_reused"] > 100  # the page and what comes before it, from disk and from memory
     assert len(side["stored_bytes"]) == 1 and len(side["second_s"]) == 2 and len(side["restart_s"]) == 2
 
 

@@ -1,4 +1,4 @@
-"""What is made of measured rounds, and one small measurement of this tree."""
+"""The summary of measured rounds, and one small measurement of this tree."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def test_a_measurement_of_this_tree() -> None:
     assert Path(result["package"]).is_relative_to(ROOT)
     assert "cold" not in result
     assert result["warm"]["answers"] == 2
-    assert result["warm"]["calls_alone"] >= 2 * 3  # the page is cached, and so may a prompt be
+    assert result["warm"]["calls_alone"] >= 2 * 3  # the page is cached, and possibly a prompt, too

@@ -1,4 +1,4 @@
-"""The tiled tower measured: every side computes the same states."""
+"""Measuring the tiled tower: every side computes the same states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The damage script's figures, against the same arithmetic in NumPy and a file of the same type."""
+"""The damage script's figures, compared with the same arithmetic in NumPy and a file of the same type."""
 
 from __future__ import annotations
 

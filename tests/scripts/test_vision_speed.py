@@ -1,4 +1,4 @@
-"""Image encoding measured alone: every side encodes the same image, and errors are what they are said to be."""
+"""Measuring image encoding alone: every side encodes the same image, and errors are computed correctly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_errors_are_those_of_the_worst_stream() -> None:
     reference = np.array([[[3.0, 4.0]], [[10.0, 0.0]]], dtype=np.float32)  # two streams of one token
     found = np.array([[[3.0, 4.5]], [[10.0, 0.2]]], dtype=np.float32)
     assert vision_speed.errors(found, reference) == {"rms": 0.1, "largest": 0.125}
-    rows = found.swapaxes(0, 1).reshape(1, 4)  # as libmtmd has them: a token's streams side by side
+    rows = found.swapaxes(0, 1).reshape(1, 4)  # libmtmd's layout: a token's streams side by side
     assert vision_speed.errors(rows, reference) == {"rms": 0.1, "largest": 0.125}
 
 

@@ -1,4 +1,4 @@
-"""A vocabulary given by ranks: its merges are those it was trained with, and a text file gets it, and nothing else."""
+"""A vocabulary given by ranks: its merges are the trained ones, and a text file gets it without other changes."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
     python -m tests.toy.checkpoint OUT --preset tiny
     python -m tests.toy.checkpoint OUT --preset full-4.1      # 4.0 billion parameters, 8 GB, about a minute
 
-Needs NumPy and ml_dtypes, not torch: tensors are drawn, rounded and appended one by one, so memory stays
-small at any size. The same seed gives the same values whatever the file layout: two checkpoints that differ
-only in spelling, sharding or the fused MLP hold the same model. Norm weights are far from 1 and biases
-far from 0, so that a mistake anywhere shows in the result.
+Needs NumPy and ml_dtypes, not torch: tensors are drawn, rounded and appended one by one, so memory stays small at any
+size. The same seed gives the same values whatever the file layout: two checkpoints that differ only in spelling,
+sharding or the fused MLP contain the same model. Norm weights are far from 1 and biases far from 0, so that a mistake
+anywhere changes the result.
 """
 
 from __future__ import annotations
@@ -62,17 +62,18 @@ CHUNK = 1 << 22  # values drawn at once
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the model under its transformers 5 name. `draw` is 'normal' (std), 'norm', 'rms' or 'gate'."""
+    """A tensor of the model under its transformers 5 name. `draw` is 'normal' (with deviation `std`), 'norm', 'rms' or
+    'gate'."""
 
     name: str
     shape: tuple[int, ...]
     std: float = 0.0
     draw: str = "normal"
-    quiet_rows: range = range(0)  # drawn at a quarter of the width
+    quiet_rows: range = range(0)  # drawn with a quarter of the deviation
 
 
 def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
-    """Writes a whole model directory and returns it. Sizes and spellings come from `spec`."""
+    """Writes a complete checkpoint directory and returns it. Sizes and spellings come from `spec`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = write_configuration(directory, spec)
@@ -81,7 +82,7 @@ def write_checkpoint(directory: Path | str, spec: CheckpointSpec) -> Path:
 
 
 def write_configuration(directory: Path, spec: CheckpointSpec) -> ToyTokenizer:
-    """Everything of a model directory but its weights; returns the tokenizer."""
+    """Writes all files of a checkpoint except its weights; returns the tokenizer."""
     video = VIDEO if spec.family == "llava_onevision" else None
     tokenizer = build_tokenizer(spec.n_bpe, spec.image_id, spec.vocabulary, video)
     template = {"llava_next": TEMPLATES.get(spec.text_type), "llava_onevision": TEMPLATE}.get(spec.family)
@@ -115,7 +116,7 @@ def write_adapter(directory: Path | str, spec: CheckpointSpec, adapter: AdapterS
 
 
 def model_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
-    """Every tensor of the model, dense MLP, transformers 5 names, in file order."""
+    """Yields every tensor of the model in file order, with a dense MLP and transformers 5 names."""
     drawn = {"mllama": mllama_tensors, "llama4": llama4_tensors}.get(spec.family)
     if drawn is not None:
         yield from (Tensor(name, shape, std, draw) for name, shape, std, draw in drawn(spec, n_vocab))
@@ -148,7 +149,7 @@ def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
 
 def _text_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Tensor]:
     width, kv_width = spec.text_hidden, spec.text_kv_heads * spec.head_dim
-    special = range(spec.n_bpe, n_vocab)  # quiet, so that greedy answers do not stop at once
+    special = range(spec.n_bpe, n_vocab)  # with smaller values, so that greedy answers do not end at once
     yield Tensor("model.language_model.embed_tokens.weight", (n_vocab, width), spec.embedding_std, quiet_rows=special)
     for i in range(spec.text_layers):
         layer = f"model.language_model.layers.{i}."
@@ -222,13 +223,13 @@ def _projector_tensors(prefix: str, spec: CheckpointSpec) -> Iterator[Tensor]:
     yield from _linear(f"{prefix}out_linear", spec.text_hidden, width)
 
 
-# --- how files spell them: a stored tensor is one drawn tensor, or several on top of each other ---
+# --- file spellings: a stored tensor is one drawn tensor, or several concatenated along the first axis ---
 
 Stored = tuple[str, tuple[Tensor, ...]]
 
 
 def stored_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Stored]:
-    """(name in the file, what it is drawn from), for the spelling and MLP layout of `spec`."""
+    """Yields (name in the file, the tensors it is drawn from) for the spelling and MLP layout of `spec`."""
     gate: Tensor | None = None
     for tensor in model_tensors(spec, n_vocab):
         name = tensor.name
@@ -256,7 +257,7 @@ def _spelled(name: str, naming: str) -> str:
 
 
 def _adapter_tensors(spec: CheckpointSpec, adapter: AdapterSpec) -> Iterator[Stored]:
-    """LoRA pairs for every matrix of every decoder layer, B wide enough that the change matters."""
+    """Yields LoRA pairs for every matrix of every decoder layer, with B large enough for the change to matter."""
     for name, parts in stored_tensors(spec, n_vocab=1):
         if ".layers." not in name or "vision_" in name or ".router." in name or len(parts[0].shape) != 2:
             continue
@@ -277,7 +278,7 @@ def _adapter_tensors(spec: CheckpointSpec, adapter: AdapterSpec) -> Iterator[Sto
 
 
 def _by_pattern(module: str, pattern: tuple[tuple[str, Any], ...], default: Any) -> Any:
-    """PEFT's rule: a key names the end of the module's path."""
+    """Applies PEFT's rule: a key names the end of the module's path."""
     return next((value for key, value in pattern if module == key or module.endswith(f".{key}")), default)
 
 
@@ -285,7 +286,7 @@ def _by_pattern(module: str, pattern: tuple[tuple[str, Any], ...], default: Any)
 
 
 def _draw_chunk(tensor: Tensor, seed: int, i_chunk: int, count: int) -> np.ndarray:
-    """`count` float32 values, flat; they depend on the seed and the tensor's name, not on the file layout."""
+    """Draws `count` float32 values, flat. They depend on the seed and the tensor's name, not on the file layout."""
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode()), i_chunk]))
     if tensor.draw == "normal":
         values = rng.standard_normal(count, dtype=np.float32)
@@ -295,10 +296,10 @@ def _draw_chunk(tensor: Tensor, seed: int, i_chunk: int, count: int) -> np.ndarr
             first, end = (max(0, row * cols - start) for row in (tensor.quiet_rows.start, tensor.quiet_rows.stop))
             values[first:end] *= np.float32(0.25)
         return values
-    if tensor.draw == "gate":  # where a gate is shut, what it lets through does not show
+    if tensor.draw == "gate":  # open gates: a closed gate would hide errors in what passes through it
         return (0.8 + 0.3 * rng.standard_normal(count)).astype(np.float32)
     values = rng.uniform(0.4, 1.6, count).astype(np.float32)
-    if tensor.draw == "rms":  # signs keep a tied head from repeating the last token
+    if tensor.draw == "rms":  # negative signs keep a tied head from repeating the last token
         values *= np.where(rng.random(count) < 1 / 3, -1, 1).astype(np.float32)
     return values
 
@@ -360,7 +361,7 @@ def _chunk_jobs(entries: list[Stored], np_dtype: np.dtype, seed: int) -> Iterato
 
 
 def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], np.ndarray]], ahead: int) -> Iterator[np.ndarray]:
-    """Results in the order of the jobs, with at most `ahead` of them in memory."""
+    """Yields results in the order of the jobs, with at most `ahead` of them in memory."""
     waiting: list[Any] = []
     for job in jobs:
         waiting.append(pool.submit(job))

@@ -1,6 +1,6 @@
-"""What the checkpoints of Llama 3.2 Vision and Llama 4 have in common: template, rotary scaling, kinds of tensors.
+"""Shared by the checkpoints of Llama 3.2 Vision and Llama 4: template, rotary scaling, kinds of tensors.
 
-The template is ours and behaves as the published ones do where images are concerned.
+The template is ours; with images it behaves like the published ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Json = dict[str, Any]
-Drawn = tuple[str, tuple[int, ...], float, str]  # name, shape, deviation, how it is drawn
+Drawn = tuple[str, tuple[int, ...], float, str]  # name, shape, standard deviation, kind of draw
 
 SCALED = (
     ("rope_type", "llama3"),
@@ -36,7 +36,7 @@ _TEMPLATE = """\
 
 
 def template(after_role: str) -> str:
-    """A chat template. `after_role`: what follows a role, as Jinja writes it in a text."""
+    """Returns a chat template. `after_role`: the text after a role, escaped as in a Jinja string."""
     return _TEMPLATE.replace("AFTER_ROLE", after_role)
 
 
@@ -45,7 +45,7 @@ def matrix(name: str, n_out: int, n_in: int) -> Drawn:
 
 
 def linear(name: str, n_out: int, n_in: int) -> Iterator[Drawn]:
-    """With a bias."""
+    """Yields the weight and the bias of a linear layer."""
     yield matrix(f"{name}.weight", n_out, n_in)
     yield f"{name}.bias", (n_out,), 0.3, "normal"
 
@@ -56,7 +56,7 @@ def layer_norm(name: str, width: int) -> Iterator[Drawn]:
 
 
 def feed_forward(prefix: str, ffn: int, width: int) -> Iterator[Drawn]:
-    """Gate, up and down of a decoder's layer."""
+    """Yields the gate, up and down matrices of a decoder layer."""
     for part in ("gate", "up"):
         yield matrix(f"{prefix}{part}_proj.weight", ffn, width)
     yield matrix(f"{prefix}down_proj.weight", width, ffn)

@@ -1,7 +1,7 @@
-"""Random Llama 4 checkpoints: configuration files, tensors, and the tokens that stand around an image's tiles.
+"""Random Llama 4 checkpoints: configuration files, tensors, and the tokens around an image's tiles.
 
-`checkpoint.py` draws and writes them. Field names and tensor names are Hugging Face's, which are the same in every
-version; the template is ours and behaves as the published one does where images are concerned.
+`checkpoint.py` draws and writes them. Field names and tensor names are Hugging Face's; the tensor names are the same in
+every version. The template is ours; with images it behaves like the published one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.toy.language import ToyTokenizer
     from tests.toy.spec import CheckpointSpec
 
-# What a published vocabulary has in place of the toy's.
+# Names in a published vocabulary for tokens of the toy vocabulary.
 RENAMED = {
     "<image>": "<|patch|>",
     "<|fill_0|>": "<|image_start|>",
@@ -27,7 +27,7 @@ RENAMED = {
     "<|fill_3|>": "<|tile_y_separator|>",
     "<|fill_4|>": "<|image|>",
 }
-# The split of o200k tokenizers.
+# The pattern of o200k tokenizers.
 LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 SPLIT_PATTERN = (
     LETTERS + r"*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -35,7 +35,7 @@ SPLIT_PATTERN = (
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEMPLATE = template(r"\n\n")
-STEP = tuple((key, 1.0 if "freq" in key else value) for key, value in SCALED)  # as the published one has it
+STEP = tuple((key, 1.0 if "freq" in key else value) for key, value in SCALED)  # as in the published checkpoint
 SIZES: Json = {
     "text_type": "llama4_text",
     "text_ffn": 48,
@@ -58,13 +58,13 @@ SIZES: Json = {
 # Sizes by preset.
 LLAMA4: dict[str, Json] = {
     "tiny-llama4": SIZES,
-    # experts in every layer, two of them at once, and the spelling of published checkpoints
+    # experts in every layer, two of them active, and the spelling of published checkpoints
     "tiny-llama4-scout": {**SIZES, "moe_step": 1, "experts_used": 2, "rope_scaling": STEP, "naming": "old"},
-    # as many experts as switch the norm of queries and keys off
+    # with this number of experts llama.cpp leaves out the norm of queries and keys
     "tiny-llama4-maverick": {**SIZES, "experts": 128, "qk_norm": False, "rope_scaling": ()},
     # widths that are multiples of 256, so that K-quants apply
     "tiny-llama4-wide": {**SIZES, "text_hidden": 256, "text_ffn": 512, "dense_ffn": 768},
-    # four of Scout's 48 layers, at its widths: 22 GB
+    # four of Scout's 48 layers at its widths: 22 GB
     "full-llama4-4-layers": {
         **SIZES,
         "text_layers": 4,
@@ -85,7 +85,7 @@ LLAMA4: dict[str, Json] = {
 
 
 def llama4_tokenizer(tokenizer: ToyTokenizer) -> ToyTokenizer:
-    """The same with the tokens around an image's tiles, and split as Llama 4's is."""
+    """Returns the tokenizer with the tokens around an image's tiles, and with Llama 4's split pattern."""
     content = copy.deepcopy(tokenizer.tokenizer_json)
     for entry in content["added_tokens"]:
         entry["content"] = RENAMED.get(entry["content"], entry["content"])
@@ -94,7 +94,7 @@ def llama4_tokenizer(tokenizer: ToyTokenizer) -> ToyTokenizer:
 
 
 def llama4_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Json) -> Json:
-    """config.json."""
+    """Returns config.json."""
     ids = {entry["content"]: entry["id"] for entry in tokenizer.tokenizer_json["added_tokens"]}
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
@@ -145,7 +145,7 @@ def _rope() -> Json:
 
 
 def llama4_preprocessor(spec: CheckpointSpec) -> Json:
-    """preprocessor_config.json."""
+    """Returns preprocessor_config.json."""
     return {
         "image_processor_type": "Llama4ImageProcessorFast",
         "processor_class": "Llama4Processor",
@@ -164,7 +164,7 @@ def llama4_preprocessor(spec: CheckpointSpec) -> Json:
 
 
 def llama4_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
-    """Every tensor under its name in files."""
+    """Yields every tensor under its name in files."""
     yield from _text(spec, n_vocab)
     yield from _tower(spec)
     yield matrix("multi_modal_projector.linear_1.weight", spec.text_hidden, spec.projector_width)

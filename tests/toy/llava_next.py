@@ -1,7 +1,7 @@
-"""Random LLaVA-NeXT checkpoints, Granite Vision 3.x among them: configuration files and tensors.
+"""Random LLaVA-NeXT checkpoints, including Granite Vision 3.x: configuration files and tensors.
 
-`checkpoint.py` draws and writes them. Field names are Hugging Face's; templates and vocabularies are ours and
-behave as those of published models do.
+`checkpoint.py` draws and writes them. Field names are Hugging Face's; templates and vocabularies are ours and behave
+like those of published models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
-# A frame of roles on lines of their own; no system message unless there is one.
+# Roles on lines of their own; no default system message.
 granite4vTEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}{{ '<|system|>\\n' + message.content[0].text + '\\n' }}
@@ -35,7 +35,7 @@ granite4vTEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
 
-# Instructions in brackets, every picture of a message before its texts.
+# Instructions in brackets; all images of a message come before its texts.
 BRACKETS_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}
@@ -48,7 +48,7 @@ BRACKETS_TEMPLATE = """\
 {%- endfor -%}
 """
 
-# The names of both sides, the system message bare before them.
+# The names of both sides, with the system message unmarked before them.
 NAMES_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'][0]['text'] + ' ' }}
@@ -72,7 +72,7 @@ def select_strategy(spec: CheckpointSpec) -> str:
 
 
 def llava_next_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Json) -> Json:
-    """config.json. Older spellings leave out what transformers has a default for."""
+    """Returns config.json. Older spellings leave out fields for which transformers has a default."""
     layer = list(spec.feature_layers) if len(spec.feature_layers) > 1 else spec.feature_layers[0]
     vision: Json = {
         "model_type": f"{spec.tower}_vision_model",
@@ -102,7 +102,8 @@ def llava_next_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config
 
 
 def llava_next_preprocessor(spec: CheckpointSpec) -> Json:
-    """preprocessor_config.json, sizes by the shortest edge and a crop as for CLIP, or by height and width."""
+    """Returns preprocessor_config.json: for CLIP with the shortest edge as size and a crop, otherwise with height and
+    width."""
     side = {"height": spec.tile_px, "width": spec.tile_px}
     clip = spec.tower == "clip"
     return {
@@ -125,7 +126,7 @@ def llava_next_preprocessor(spec: CheckpointSpec) -> Json:
 
 
 def llava_next_processor(spec: CheckpointSpec) -> Json:
-    """processor_config.json; older ones say nothing of patches."""
+    """Returns processor_config.json; the old spelling has no patch fields."""
     content: Json = {"processor_class": "LlavaNextProcessor", "image_token": "<image>"}
     if spec.naming != "old":
         content |= {
@@ -137,13 +138,13 @@ def llava_next_processor(spec: CheckpointSpec) -> Json:
 
 
 def added_token(i: int, text: str, special: bool = True) -> Json:
-    """An entry of tokenizer.json's `added_tokens`, matched exactly where it stands."""
+    """Returns an entry of tokenizer.json's `added_tokens`, which matches its exact text."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": text, **flags, "special": special}
 
 
 def sentencepiece_tokenizer(texts: Sequence[str], n_bpe: int, special: Sequence[str]) -> Json:
-    """A tokenizer.json as converted from SentencePiece: spaces as '▁', unknown characters as bytes, bos first.
+    """Makes a tokenizer.json as converted from SentencePiece: spaces as '▁', unknown characters as bytes, bos first.
 
     Ids: unknown, bos, eos, 256 bytes, pieces up to `n_bpe`, then `special`.
     """

@@ -1,7 +1,7 @@
 """Random LLaVA-OneVision checkpoints: configuration files.
 
 `checkpoint.py` draws and writes them; the tensors are LLaVA-NeXT's. Field names are Hugging Face's; the template is
-ours and behaves as the published one does.
+ours and behaves like the published one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 VIDEO = "<video>"
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-# Turns in a frame of their own; of each message all images, then all videos, then the texts.
+# Each turn is framed; a message has all its images first, then all videos, then the texts.
 TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|start_of_role|>' + message['role'] + '\\n' }}
@@ -30,7 +30,7 @@ TEMPLATE = """\
 # Sizes by preset.
 TEXT: Json = {"text_type": "qwen2", "rope_theta": 1e6, "context": 32768}
 ONEVISION: dict[str, Json] = {
-    # a grid of 3 patches, which is halved unevenly; 16 tiles and more have too many tokens
+    # a 3x3 grid of patches, which cannot be halved evenly; from 16 tiles on there are too many image tokens
     "tiny-onevision": {
         **TEXT,
         "text_layers": 4,
@@ -52,7 +52,7 @@ ONEVISION: dict[str, Json] = {
         "patch_px": 14,
         "naming": "old",
     },
-    # the sizes of the smallest published one
+    # the sizes of the smallest published model
     "full-onevision-0.5b": {
         **TEXT,
         "text_hidden": 896,
@@ -74,7 +74,7 @@ ONEVISION: dict[str, Json] = {
         "dtype": "bfloat16",
     },
 }
-# The larger ones: the same tower, other text sizes, and a head of their own.
+# The larger models: the same tower, other text sizes, and an untied head.
 ONEVISION["full-onevision-7b"] = {
     **ONEVISION["full-onevision-0.5b"],
     "text_hidden": 3584,
@@ -96,7 +96,8 @@ ONEVISION["full-onevision-72b"] = {
 
 
 def llava_onevision_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Json) -> Json:
-    """config.json; older ones leave out what transformers has a default for, and tie the head in `text_config`."""
+    """Returns config.json. Older spellings leave out fields for which transformers has a default, and tie the head in
+    `text_config`."""
     config: Json = {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "model_type": "llava_onevision",
@@ -127,7 +128,8 @@ def llava_onevision_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_c
 
 
 def llava_onevision_preprocessor(spec: CheckpointSpec) -> Json:
-    """preprocessor_config.json. The mean differs by channel: squares are padded with a colour, not with grey."""
+    """Returns preprocessor_config.json. The mean differs by channel: squares are padded with a colour, not with
+    grey."""
     return {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",

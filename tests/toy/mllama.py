@@ -1,7 +1,7 @@
-"""Random Mllama checkpoints, which is Llama 3.2 Vision: configuration files, tensors, and the tokenizer's image token.
+"""Random Mllama (Llama 3.2 Vision) checkpoints: configuration files, tensors, and the tokenizer's image token.
 
-`checkpoint.py` draws and writes them. Field names are Hugging Face's; the template is ours and behaves as the published
-one does where images are concerned. Every gate is open.
+`checkpoint.py` draws and writes them. Field names are Hugging Face's; the template is ours and with images behaves like
+the published one. Every gate is open.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ SIZES: Json = {
 }
 # Sizes by preset.
 MLLAMA: dict[str, Json] = {
-    # layers of cross-attention alone, in a row, and last
+    # cross-attention layers: isolated, in a row, and last
     "tiny-mllama": {**SIZES, "text_layers": 9, "cross_layers": (1, 3, 4, 8)},
-    # the first ones, too, and the spelling of published checkpoints
+    # cross-attention first, too, and the spelling of published checkpoints
     "tiny-mllama-first": {**SIZES, "text_layers": 6, "cross_layers": (0, 1, 4), "naming": "old"},
     # widths that are multiples of 256, so that K-quants apply
     "tiny-mllama-wide": {
@@ -56,7 +56,7 @@ MLLAMA: dict[str, Json] = {
         "vision_hidden": 64,
         "vision_ffn": 136,
     },
-    # the sizes of the smaller published one, at 560 px
+    # the sizes of the smaller published model, at 560 px
     "full-mllama-11b": {
         **SIZES,
         "text_layers": 40,
@@ -83,7 +83,7 @@ MLLAMA: dict[str, Json] = {
 
 
 def mllama_tokenizer(tokenizer: ToyTokenizer) -> ToyTokenizer:
-    """The same with the image token outside the vocabulary, right after it."""
+    """Returns the tokenizer with the image token outside the vocabulary, right after its end."""
     content = copy.deepcopy(tokenizer.tokenizer_json)
     for entry in content["added_tokens"]:
         if entry["id"] == tokenizer.image_id:
@@ -92,7 +92,7 @@ def mllama_tokenizer(tokenizer: ToyTokenizer) -> ToyTokenizer:
 
 
 def mllama_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Json) -> Json:
-    """config.json."""
+    """Returns config.json."""
     return {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
@@ -125,7 +125,7 @@ def mllama_config(spec: CheckpointSpec, tokenizer: ToyTokenizer, text_config: Js
 
 
 def mllama_preprocessor(spec: CheckpointSpec) -> Json:
-    """preprocessor_config.json."""
+    """Returns preprocessor_config.json."""
     return {
         "image_processor_type": "MllamaImageProcessor",
         "do_convert_rgb": True,
@@ -143,7 +143,7 @@ def mllama_preprocessor(spec: CheckpointSpec) -> Json:
 
 
 def mllama_tensors(spec: CheckpointSpec, n_vocab: int) -> Iterator[Drawn]:
-    """Every tensor under its transformers 5 name."""
+    """Yields every tensor under its transformers 5 name."""
     yield from _text(spec, n_vocab)
     yield from _tower(spec)
     n_in = spec.vision_hidden * (1 + len(spec.intermediate_layers))

@@ -1,4 +1,4 @@
-"""What a random checkpoint is made of: its sizes, its injection map, and its configuration files.
+"""Specifications of random checkpoints: sizes, injection map, and configuration files.
 
 `checkpoint.py` writes them. Field values are ours; field names are Hugging Face's.
 """
@@ -43,7 +43,7 @@ class CheckpointSpec:
     tied: bool = True
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e7
-    rope_scaling: tuple[tuple[str, str | float], ...] = ()  # of 'llama', as config.json's object
+    rope_scaling: tuple[tuple[str, str | float], ...] = ()  # for 'llama': the fields of config.json's object
     context: int = 131072
     vocabulary: str = "bytes"  # or 'sentencepiece'
     embedding_multiplier: float = 1.5
@@ -51,7 +51,7 @@ class CheckpointSpec:
     residual_multiplier: float = 0.6
     logits_scaling: float = 2.0
     embedding_std: float = 0.5
-    # vision tower; heads of 48 and an FFN of 200 are no multiples of 32, as 72 and 4304 are not
+    # vision tower; a head width of 48 and an FFN of 200 are no multiples of 32, like 72 and 4304
     vision_hidden: int = 192
     vision_layers: int = 4
     vision_heads: int = 4
@@ -59,7 +59,7 @@ class CheckpointSpec:
     vision_eps: float = 1e-6
     tile_px: int = 64
     patch_px: int = 8
-    vision_head: bool = True  # the pooling head that nobody uses
+    vision_head: bool = True  # a pooling head that nothing uses
     tower: str = "siglip"  # or 'clip': class token, norm before the layers, quick gelu
     # projectors and injection
     qformer_ffn: int = 128
@@ -67,29 +67,29 @@ class CheckpointSpec:
     deepstack_layer_map: tuple[tuple[int, int], ...] = ((-3, 2), (-1, 0))
     spatial_vision_layer: int = -1
     spatial_target_layers: tuple[int, ...] = (3, 4, 5, 7)
-    # of llava_next and llava_onevision: one stream
+    # llava_next and llava_onevision: one stream
     feature_layers: tuple[int, ...] = (-1,)
     projector_bias: bool = True
     max_tiles: int = N_PINPOINT_TILES
-    # of llava_onevision
+    # llava_onevision only
     max_tiles_of_tokens: int = 9
-    unused_rows: int = 0  # of the vocabulary, beyond the tokenizer's
-    # of mllama
+    unused_rows: int = 0  # rows of the vocabulary beyond the tokenizer's
+    # mllama only
     cross_layers: tuple[int, ...] = ()
     global_layers: int = 0
     intermediate_layers: tuple[int, ...] = ()
-    # of llama4
+    # llama4 only
     experts: int = 0
     experts_used: int = 1
-    moe_step: int = 1  # every so many layers have experts
-    dense_ffn: int = 0  # of the layers without; `text_ffn` is that of an expert
+    moe_step: int = 1  # every `moe_step`-th layer has experts
+    dense_ffn: int = 0  # width of the layers without experts; `text_ffn` is that of one expert
     qk_norm: bool = True
     projector_width: int = 0
     # files
     naming: str = "v5"  # 'v5' as transformers 5 writes, 'v4' with vision_model, 'old' with language_model.model
     dtype: str = "float32"  # or 'bfloat16', 'float16'
     max_shard_bytes: int | None = None
-    holes: bool = False  # weights are zeros that take no room on disk
+    holes: bool = False  # weights are zeros in sparse files, which take no disk space
     template_in_config: bool = False
     template_file: str = "chat_template.jinja"  # or 'chat_template.json'
     seed: int = 0
@@ -100,14 +100,14 @@ class CheckpointSpec:
 
     @property
     def grid_pinpoints(self) -> list[list[int]]:
-        """(height, width) pairs in pixels, every grid of at most `max_tiles` tiles."""
+        """(height, width) pairs in pixels: every grid of at most `max_tiles` tiles; for llava_onevision, 1x1 to 6x6."""
         if self.family == "llava_onevision":
             return [[h * self.tile_px, w * self.tile_px] for h in range(1, 7) for w in range(1, 7)]
         sides = range(1, self.max_tiles + 1)
         return [[h * self.tile_px, w * self.tile_px] for h in sides for w in sides if h * w <= self.max_tiles]
 
 
-# What presets have in common: tiny ones with a CLIP tower and SentencePiece, and those of the published sizes.
+# Common to several presets: tiny ones with a CLIP tower and SentencePiece, and those of the published sizes.
 CLIP = CheckpointSpec(
     family="llava_next",
     vocabulary="sentencepiece",
@@ -162,7 +162,7 @@ PRESETS: dict[str, CheckpointSpec] = {
         spatial_target_layers=(6, 7, 8, 10),
         naming="v4",
     ),
-    # Granite text, hidden states that are joined, a tile of 3.4 patches, heads of 24
+    # Granite text, concatenated hidden states, a tile of 3.5 patches, heads of 24
     "tiny-granite-3.3": CheckpointSpec(
         family="llava_next",
         vision_hidden=96,
@@ -252,7 +252,7 @@ CONFIGS = {  # config.json and preprocessor_config.json of families that have th
     "llama4": (llama4_config, llama4_preprocessor),
 }
 
-# `deepstack_layer_map` and friends that llama.cpp's converter pairs wrongly or refuses.
+# Values of `deepstack_layer_map` and related fields that llama.cpp's converter pairs wrongly or refuses.
 MAPPING_CASES: dict[str, CheckpointSpec] = {
     "unsorted": replace(PRESETS["tiny"], deepstack_layer_map=((-2, 2), (-4, 0), (-3, 1))),
     "nothing-at-layer-0": replace(PRESETS["tiny"], deepstack_layer_map=((-3, 2), (-1, 1))),
@@ -271,13 +271,13 @@ class AdapterSpec:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     base_model_name_or_path: str = ""
-    share_gate_up: bool = False  # one A for gate and up, so that a dense twin equals the fused model
+    share_gate_up: bool = False  # one A for gate and up, so that a dense model with this adapter equals the fused one
     dtype: str = "float32"
     seed: int = 1
 
 
 def model_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
-    """config.json, in the fields of the transformers version that `spec.naming` stands for."""
+    """Returns config.json with the fields of the transformers version that `spec.naming` selects."""
     if spec.family in CONFIGS:
         return CONFIGS[spec.family][0](spec, tokenizer, _text_config(spec, tokenizer))
     return {
@@ -384,7 +384,7 @@ def _text_config(spec: CheckpointSpec, tokenizer: ToyTokenizer) -> Json:
 
 
 def adapter_config(adapter: AdapterSpec, modules: Sequence[str]) -> Json:
-    """adapter_config.json of an adapter on these modules of the language model."""
+    """Returns the adapter_config.json of an adapter on these modules of the language model."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""The random checkpoints are what transformers would have saved, in every layout."""
+"""The random checkpoints match what transformers would have saved, in every layout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Towers over all tiles with random weights and every gate open: transformers' module, and a file that we read.
+"""Towers over all tiles with random weights and every gate open: transformers' module, and a file that we can read.
 
-The file holds the tower and its projector alone, in the layout of a vision file.
+The file has only the tower and its projector, in the layout of a vision file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LAYER = {  # of the reference: of ours
+LAYER = {  # the reference's name: ours
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -47,8 +47,8 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """Sizes of a tower; the projector's output is as wide as `text_hidden`. `taken`: the layers AFTER which states are
-    taken, as transformers 5.24 counts them."""
+    """Sizes of a tower; the projector's output is as wide as `text_hidden`. `taken`: the layers AFTER which hidden
+    states are taken, as transformers 5.24 counts them."""
 
     hidden: int = 32
     ffn: int = 64
@@ -81,7 +81,7 @@ class TowerSpec:
 
 
 def reference_tower(spec: TowerSpec, dtype: Any = None) -> tuple[Any, torch.nn.Linear]:
-    """transformers' tower, and a projector, with random weights."""
+    """Returns transformers' tower and a projector with random weights."""
     import torch
     from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
     from transformers.models.mllama.modeling_mllama import MllamaVisionModel
@@ -119,7 +119,7 @@ def reference_tower(spec: TowerSpec, dtype: Any = None) -> tuple[Any, torch.nn.L
 
 
 def our_name(name: str) -> str:
-    """Our tensor name of a reference tower's."""
+    """Returns our tensor name for one of the reference tower's."""
     if name in OTHERS:
         return OTHERS[name]
     room, _, number, rest = name.split(".", 3)
@@ -131,7 +131,7 @@ def our_name(name: str) -> str:
 
 
 def write_tower(path: Path, tower: Any, projector: torch.nn.Linear, kind: str = "F32") -> Path:
-    """A file of the two, its matrices quantized as `kind`."""
+    """Writes a file with tower and projector, its matrices quantized as `kind`."""
     named = {our_name(name): tensor for name, tensor in tower.state_dict().items()}
     first = keys.MLP.format(layer=keys.MLP_FIRST)
     named |= {f"{first}.{name}": tensor for name, tensor in projector.state_dict().items()}

@@ -1,11 +1,11 @@
-"""Programs of others ask `granite4v serve`, each in an environment of its own, and get the right answers.
+"""Third-party programs use `granite4v serve`, each in its own environment, and must get the right answers.
 
     python -m tests.acceptance.clients --environments ~/clients
 
 docling converts a page, reads a chart and extracts fields over its API engine, with its own presets; the `llm` command
-talks through its configuration of OpenAI-compatible models; OpenAI's client chats, streams and parses; curl does what
-a shell script would. What they get is compared with what stands on the pages. An environment that is missing is made
-with pip, and kept where `--environments` says.
+uses its configuration of OpenAI-compatible models; OpenAI's client chats, streams and parses; curl does what a shell
+script would. Their results are compared with the known contents of the pages. A missing environment is created with
+pip, and kept if `--environments` is given.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.helpers.serving import Server
 
 PACKAGES = {"docling": "docling==2.143.*", "llm": "llm>=0.36", "openai": "openai>=3,<4"}
 KEY = "a-key-of-the-check"
-Check = tuple[str, Any, Any]  # what, as it came, as it should be
+Check = tuple[str, Any, Any]  # description, found, expected
 
 
 class Asked:
-    """A server, pages in a folder, and what stands on them."""
+    """A server, pages in a folder, and the known contents of the pages."""
 
     def __init__(self, url: str, folder: Path, environments: Path) -> None:
         self.url, self.folder, self.environments = url, folder, environments
@@ -51,12 +51,12 @@ class Asked:
         self.fields = dict(form.truth.fields)
 
     def script(self, name: str) -> Any:
-        """What a script beside this file prints, in the environment of its name."""
+        """Returns what a client script of this folder prints, run in the environment of its name."""
         path = Path(__file__).with_name(f"{name}_client.py")
         return json.loads(self.run(self.interpreter(name), path, self.url, self.folder))
 
     def interpreter(self, name: str) -> Path:
-        """The Python of an environment, which is made first if need be."""
+        """Returns the Python of an environment, which is created first if it is missing."""
         place = self.environments / name
         python = place / "bin" / "python"
         if not python.exists():
@@ -165,7 +165,7 @@ def data_url(path: Path) -> str:
 
 
 def grid(table: Table) -> list[list[str]]:
-    """The text of every slot, where a cell that spans several is in all of them."""
+    """Returns the text of every slot; a cell that spans several slots is repeated in all of them."""
     slots = [[""] * table.n_cols for _ in range(table.n_rows)]
     for cell in table.cells:
         for i in range(cell.row, cell.row + cell.rowspan):
@@ -182,7 +182,7 @@ CLIENTS: dict[str, Callable[[Asked], Iterator[Check]]] = {
 
 
 def judge(result: Result, name: str, checks: Iterator[Check]) -> None:
-    """Compares what a client got with what it should get. One that cannot go on is no reason to leave out others."""
+    """Compares what a client got with what it should get. A client that fails does not stop the others."""
     right = 0
     try:
         for what, found, expected in checks:

@@ -1,10 +1,10 @@
-"""What docling makes of pages that a server reads for it. Run by `clients` in an interpreter that has docling.
+"""Converts pages with docling against a server. Run by `clients` in an interpreter that has docling.
 
     python docling_client.py URL DIRECTORY
 
-The directory holds table.png, chart.png, form.png and template.json. Prints one JSON object: the page converted by the
+The directory has table.png, chart.png, form.png and template.json. Prints one JSON object: the page converted by the
 VLM pipeline with the preset's own question and with a task tag, the chart from the chart stage, and the fields from
-the prompt of the extraction for Granite Vision, which docling itself sends to transformers only.
+docling's extraction prompt for Granite Vision, which docling itself sends to transformers only.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def main(url: str, folder: Path) -> None:
 
 
 def converted(engine: ApiVlmEngineOptions, page: Path, prompt: str | None = None) -> dict[str, Any]:
-    """The page through the VLM pipeline, with the preset of Granite Vision."""
+    """Converts the page with the VLM pipeline and the preset of Granite Vision."""
     chosen = VlmConvertOptions.from_preset("granite_vision", engine_options=engine)
-    chosen.scale = 1.0  # nano reads letters of one size
+    chosen.scale = 1.0  # nano reads letters of one size only
     if prompt is not None:
         chosen.model_spec.prompt = prompt
     options = VlmPipelineOptions(vlm_options=chosen, enable_remote_services=True)
@@ -62,7 +62,7 @@ def converted(engine: ApiVlmEngineOptions, page: Path, prompt: str | None = None
 
 
 def chart(engine: ApiVlmEngineOptions, page: Path) -> dict[str, Any]:
-    """The chart through the chart stage, with its preset's three questions."""
+    """Reads the chart with docling's chart stage: the CSV and the summary of its preset's three questions."""
     options = ChartExtractionVlmEngineOptions.from_preset("granite_vision_v4", engine_options=engine)
     options.chart2csv = options.chart2summary = True
     options.chart2code = False  # docling takes it from a code fence, which nano does not write
@@ -85,7 +85,7 @@ def chart(engine: ApiVlmEngineOptions, page: Path) -> dict[str, Any]:
 
 
 def fields(engine: ApiVlmEngineOptions, page: Path, template: str) -> str:
-    """The reply to the extraction's own prompt, over the pipeline's own request."""
+    """Returns the reply to docling's own extraction prompt, sent with the pipeline's own request function."""
     with Image.open(page) as image:
         reply = api_image_request(
             url=engine.url,

@@ -1,8 +1,8 @@
-"""What OpenAI's client gets from a server. Run by `clients` in an interpreter that has openai and pydantic.
+"""Sends requests with OpenAI's client. Run by `clients` in an interpreter that has openai and pydantic.
 
     python openai_client.py URL DIRECTORY
 
-The directory holds table.png, form.png and template.json. Prints one JSON object.
+The directory has table.png, form.png and template.json. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m tests.acceptance.mutation --cases 2000 --seed 1
     python -m tests.acceptance.mutation --kind gguf --seed 1 --only 417 --keep /tmp/case
 
-Progress and a table go to stderr, one line of JSON to stdout. The status is 1 when any case ended in a traceback, a
-signal, a hang, noise of a library, or left something wrong behind.
+Progress and a table go to stderr, one line of JSON to stdout. The status is 1 if any case ended in a traceback, a
+signal or a hang, printed a library's messages, or left something wrong behind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .verdict import CLEAN, FAULTS, REFUSED, Verdict, judge
 
 KINDS = ("gguf", "checkpoints", "images", "pdfs", "schemas", "output")
 COLUMNS = (CLEAN, REFUSED, *FAULTS)
-# Read before libraries start pools of threads, which a fork would lose.
+# Set before libraries start thread pools, which a fork would lose.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -55,7 +55,7 @@ class Report:
     seconds: float = 0.0
     edits: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
-    said: str = ""  # the end of what the failing command wrote to stderr
+    said: str = ""  # the end of the failing command's stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["GRANITE4V_CACHE"] = str(work / "cache")
         kinds = {name: _kind(name) for name in options.kind or KINDS}
         for module in IMPORTS:
-            with contextlib.suppress(ImportError):  # a module that this version does not have, or an extra
+            with contextlib.suppress(ImportError):  # a module that this version does not have, or an extra's
                 importlib.import_module(module)
         if threading.active_count() > 1:
             raise RuntimeError(f"an import started threads: {threading.enumerate()}")
@@ -116,8 +116,9 @@ def _work_folder(given: Path | None) -> Iterator[Path]:
 
 
 def _prepare(kinds: dict[str, Kind], work: Path) -> None:
-    """Makes sound inputs and fills the cache, in a process whose threads are not here when cases fork."""
-    folder = work / f"job{os.getpid()}" / "case"  # its own: several runs may share sound inputs
+    """Makes the unmutated inputs and fills the cache, in child processes, so that this one has no threads when cases
+    fork."""
+    folder = work / f"job{os.getpid()}" / "case"  # per process: several runs may share unmutated inputs
     folder.mkdir(parents=True)
     write_page(folder / "page.png")
     for kind in kinds.values():
@@ -140,7 +141,7 @@ def _must_work(result: Result) -> None:
 
 
 def _reports(kinds: dict[str, Kind], options: argparse.Namespace, work: Path, limits: Limits) -> Iterator[Report]:
-    """The reports of all cases, as they come from as many processes as there are jobs."""
+    """Yields the reports of all cases, in the order in which `options.jobs` processes deliver them."""
     todo = [(name, index) for name in kinds for index in _indices(options)]
     jobs = min(options.jobs, len(todo)) or 1
     selector = selectors.DefaultSelector()
@@ -179,7 +180,7 @@ def _reports(kinds: dict[str, Kind], options: argparse.Namespace, work: Path, li
 
 
 def _worker(todo: list[tuple[Kind, int]], options: argparse.Namespace, work: Path, limits: Limits, writer: int) -> None:
-    """Never returns."""
+    """Runs the cases of one job and writes their reports to a pipe. Never returns."""
     try:
         with os.fdopen(writer, "wb") as file:
             for kind, index in todo:
@@ -205,7 +206,7 @@ def _run_case(kind: Kind, index: int, options: argparse.Namespace, work: Path, l
         (work / "case.json").write_text(json.dumps(asdict(case)))
 
     built = isolated(build, folder, "build", Limits(20, 1 << 36))
-    if built.timed_out or built.signal:  # the library that makes the case fell into it: no case of ours
+    if built.timed_out or built.signal:  # the library that builds the case failed on it: nothing of ours to test
         return Report(kind.name, index, CLEAN, "the case cannot be built")
     if built.status != 0:
         return Report(
@@ -234,7 +235,8 @@ def _no_pipes(folder: str, names: list[str]) -> list[str]:
 
 
 def _check(kind: Kind, folder: Path, case: Case, results: list[Result], limits: Limits) -> Verdict:
-    """Looks at what the commands left behind, isolated as well: a pattern of a schema may never end."""
+    """Checks what the commands left behind, in a child process as well, because matching a schema's pattern may never
+    end."""
     found = folder.parent / "problems.json"
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""What a case is, and what a kind of input must offer."""
+"""Defines a mutation case, and what a kind of input must provide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass
 class Case:
-    """Edits in words, and the command lines (without 'granite4v') to run one after another in the case's folder."""
+    """Edits in words, and command lines (without 'granite4v') to run one after another in the case's folder."""
 
     edits: list[str] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
@@ -18,7 +18,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """How one command ended. `status` is None when a signal or a time limit ended it."""
+    """How one command ended. `status` is None if a signal or a time limit ended it."""
 
     command: list[str]
     status: int | None
@@ -27,18 +27,18 @@ class Result:
     seconds: float
     stdout: str
     stderr: str
-    stack: str  # Python's, where a signal or the time limit met it
+    stack: str  # Python's, at the signal or the time limit
     left_running: bool  # processes that the command started outlived it
     left_behind: list[str]  # in the folder for temporary files
 
 
 class Kind(Protocol):
-    """One kind of input. Everything is a function of its arguments, so that a case can be built again."""
+    """One kind of input. Everything depends on the arguments alone, so that a case can be rebuilt."""
 
     name: str
 
     def prepare(self, bases: Path) -> None:
-        """Makes the sound inputs that cases start from. Runs once, in a process of its own."""
+        """Makes the unmutated inputs that cases start from. Runs once, in a child process."""
 
     def build(self, rng: random.Random, bases: Path, folder: Path) -> Case:
         """Writes the files of a case into `folder`."""
@@ -47,7 +47,7 @@ class Kind(Protocol):
         """Runs one command in the current folder and returns its exit status."""
 
     def check(self, folder: Path, case: Case, results: list[Result]) -> list[str]:
-        """What is wrong with what the commands left behind, in words."""
+        """Describes what is wrong with what the commands left behind."""
 
 
 def rng_of(kind: str, seed: int, index: int) -> random.Random:

@@ -1,4 +1,4 @@
-"""Edits that fit any file, and edits of JSON documents. They know no format beyond that."""
+"""Edits for any file, and edits of JSON documents. They know no other format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = (
 
 
 def number(rng: random.Random) -> int:
-    """Small, extreme, near an extreme, or anything of 64 bits."""
+    """Returns a small number, an extreme one, one near an extreme, or any of up to 64 bits."""
     kind = rng.random()
     if kind < 0.3:
         return rng.randint(-3, 70)
@@ -41,7 +41,7 @@ def text(rng: random.Random) -> str:
 
 
 def edit_bytes(rng: random.Random, data: bytes, most: int = 4) -> tuple[bytes, str]:
-    """The data after a few edits, and those in words."""
+    """Returns the data after a few edits, and the edits in words."""
     done = []
     for _ in range(rng.randint(1, most)):
         if not data:
@@ -53,7 +53,7 @@ def edit_bytes(rng: random.Random, data: bytes, most: int = 4) -> tuple[bytes, s
 
 
 def _spot(rng: random.Random, data: bytes) -> int:
-    """A place, in the first part of the file more often: headers are there."""
+    """Returns an offset, with a bias towards the beginning of the file, where headers are."""
     return rng.randrange(min(len(data), rng.choice((16, 64, 512, 1 << 30))))
 
 
@@ -121,7 +121,7 @@ BYTE_EDITS: dict[Callable[[random.Random, bytes], tuple[bytes, str]], int] = {
 
 
 def odd_value(rng: random.Random, depth: int = 0) -> Json:
-    """A value that its place probably does not expect."""
+    """Returns a value that is probably unexpected in its place."""
     kinds: list[Callable[[], Json]] = [
         lambda: None,
         lambda: rng.choice((True, False)),
@@ -151,7 +151,7 @@ def nested(rng: random.Random) -> Json:
 
 
 def edit_json(rng: random.Random, document: Json, most: int = 3) -> tuple[Json, str]:
-    """A document with a few edits anywhere in it, and those in words."""
+    """Returns a document with a few edits anywhere in it, and the edits in words."""
     root = {"": copy.deepcopy(document)}
     done = []
     for _ in range(rng.choice((1, 1, 1, rng.randint(1, most)))):
@@ -163,7 +163,7 @@ def edit_json(rng: random.Random, document: Json, most: int = 3) -> tuple[Json, 
 
 
 def _place(rng: random.Random, root: dict[str, Json]) -> tuple[Any, Any, str]:
-    """A member anywhere, found by walking down, so that a long list weighs no more than a number beside it."""
+    """Picks a member by walking down from the root, so that a long list has no more weight than a number next to it."""
     holder: Any = root
     key: Any = ""
     path = "$"
@@ -229,7 +229,7 @@ def _shown(value: Json) -> str:
 
 
 def edit_json_text(rng: random.Random, document: Json) -> tuple[bytes, str]:
-    """The bytes of a document after edits of its values or, less often, of its text."""
+    """Returns the bytes of a document after edits of its values or, less often, of its text."""
     if rng.random() < 0.8:
         document, what = edit_json(rng, document)
         return dump_json(document), what
@@ -253,7 +253,7 @@ def edit_json_text(rng: random.Random, document: Json) -> tuple[bytes, str]:
 
 
 def dump_json(document: Json) -> bytes:
-    """JSON as other programs write it too: with NaN, lone surrogates and integers of any length."""
+    """Serializes JSON with NaN, lone surrogates and integers of any length, which other programs also write."""
     limit = _digits_limit(0)
     try:
         return json.dumps(document).encode("utf-8", "surrogatepass")
@@ -262,7 +262,7 @@ def dump_json(document: Json) -> bytes:
 
 
 def _digits_limit(limit: int) -> int:
-    """Sets how many digits Python converts, and returns what it was; Pythons without the limit ignore this."""
+    """Sets the number of digits that Python converts and returns the old limit; does nothing in Pythons without it."""
     import sys
 
     if not hasattr(sys, "set_int_max_str_digits"):

@@ -1,4 +1,4 @@
-"""A GGUF file taken apart and put together again, without any of the checks that a writer makes.
+"""Takes a GGUF file apart and puts it together again, without any of the checks of a regular writer.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -16,7 +16,8 @@ ALIGNMENT = 32
 
 @dataclass
 class Value:
-    """A metadata value: its type, for arrays that of the elements, and `count` where it shall differ from the truth."""
+    """A metadata value. `element`: the type of an array's elements; `count`: a wrong number of elements to write
+    instead of the actual one."""
 
     type: int
     content: Any
@@ -26,7 +27,8 @@ class Value:
 
 @dataclass
 class Info:
-    """A tensor's entry and its bytes. `dims` in ggml's order, fastest first; `offset` counts from where data begin."""
+    """A tensor's entry and its bytes. `dims` are in ggml's order, fastest first; `offset` counts from the start of the
+    data."""
 
     name: bytes
     dims: list[int]
@@ -42,12 +44,12 @@ class Gguf:
     metadata: list[tuple[bytes, Value]] = field(default_factory=list)
     tensors: list[Info] = field(default_factory=list)
     data: bytes = b""
-    n_metadata: int | None = None  # as the header says; None: as many as there are
+    n_metadata: int | None = None  # in the header; None: the actual number
     n_tensors: int | None = None
 
     @classmethod
     def read(cls, data: bytes) -> Gguf:
-        """A sound file. Raises struct.error or KeyError for any other."""
+        """Parses a sound file. Raises struct.error or KeyError for any other."""
         reader = _Reader(data)
         magic, version = reader.take(4), reader.number("I")
         n_tensors, n_metadata = reader.number("Q"), reader.number("Q")
@@ -63,7 +65,7 @@ class Gguf:
         return found
 
     def lay_out(self) -> None:
-        """Puts the tensors' bytes one behind another, in the order of their entries."""
+        """Places the tensors' bytes one after another, in the order of their entries."""
         at, parts = 0, []
         for info in self.tensors:
             info.offset = at
@@ -114,7 +116,7 @@ class _Reader:
 
 
 def _packed(code: str, value: Any) -> bytes:
-    """The value in this type, cut to its width where it does not fit."""
+    """Packs the value as this type; integers that do not fit are truncated to its width, floats become infinite."""
     if code in "fd":
         try:
             return struct.pack("<" + code, float(value))

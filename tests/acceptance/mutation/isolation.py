@@ -25,22 +25,22 @@ from pathlib import Path
 from .case import Result
 
 MAX_FILE_BYTES = 1 << 30
-MAX_OUTPUT_BYTES = 1 << 20  # read back of what a command printed
+MAX_OUTPUT_BYTES = 1 << 20  # how much of a command's output is read back
 WALL_PER_CPU = 3  # a busy machine must not look like a hang
-ERRORS = "granite4v-error-*.txt"  # where the command keeps the traceback of an error that nobody expected
-GRACE_S = 5.0  # for processes that a command started to see that it is gone
+ERRORS = "granite4v-error-*.txt"  # where the command saves the traceback of an unexpected error
+GRACE_S = 5.0  # for child processes to notice that the command is gone
 
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 20.0  # of CPU; the wall clock may take WALL_PER_CPU times as long
+    seconds: float = 20.0  # CPU seconds; the wall-clock limit is WALL_PER_CPU times that
     memory_bytes: int = 6 << 30  # of address space
 
 
 def isolated(
     function: Callable[[], int | None], folder: Path, name: str, limits: Limits, command: list[str] | None = None
 ) -> Result:
-    """Runs `function` in `folder`, as the console script would run it; `name` is that of its output files."""
+    """Runs `function` in `folder` the way a console script would; `name` is the stem of its output files."""
     stdout, stderr, stack = (folder.parent / f"{name}.{what}" for what in ("out", "err", "stack"))
     temporary = folder.parent / f"{name}.tmp"
     temporary.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def _child(
     stack: Path,
     limits: Limits,
 ) -> None:
-    """Never returns."""
+    """Sets up the child, runs the function and exits. Never returns."""
     status = 1
     try:
         os.setsid()
@@ -89,7 +89,7 @@ def _child(
         faulthandler.register(signal.SIGXCPU, stacks, chain=True)
         _limit(limits)
         status = _run(function)
-        for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # what the interpreter does at its end
+        for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # what the interpreter does when it ends
             step()
     except BaseException:
         with contextlib.suppress(BaseException):
@@ -101,7 +101,7 @@ def _child(
 
 
 def _run(function: Callable[[], int | None]) -> int:
-    """The exit status, as the interpreter would make it of what `function` returns or raises."""
+    """Returns the exit status that the interpreter would give for what `function` returns or raises."""
     try:
         return function() or 0
     except SystemExit as end:
@@ -133,7 +133,7 @@ def _limit(limits: Limits) -> None:
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
     ):
-        with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
+        with contextlib.suppress(ValueError, OSError):  # macOS does not support all of them
             resource.setrlimit(what, (soft, hard))
 
 
@@ -143,7 +143,7 @@ def _flush() -> None:
 
 
 def _wait(pid: int, deadline: float) -> tuple[int, bool]:
-    """The status as `os.waitpid` gives it, and whether the deadline had to end it."""
+    """Returns the status of `os.waitpid`, and whether the process was killed at the deadline."""
     pause_s = 0.0005
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -154,7 +154,7 @@ def _wait(pid: int, deadline: float) -> tuple[int, bool]:
         time.sleep(pause_s)
         pause_s = min(0.02, pause_s * 1.5)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGUSR1)  # where is it?
+        os.kill(pid, signal.SIGUSR1)  # has faulthandler write the stack
     time.sleep(0.3)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -162,7 +162,8 @@ def _wait(pid: int, deadline: float) -> tuple[int, bool]:
 
 
 def _end_group(pid: int, killed: bool) -> bool:
-    """Ends what is left of the group; whether a command that ended by itself left anything behind."""
+    """Kills what is left of the process group. Returns whether a command that ended by itself left processes
+    running."""
     deadline = time.monotonic() + (0 if killed else GRACE_S)
     while _is_there(pid):
         if time.monotonic() >= deadline:

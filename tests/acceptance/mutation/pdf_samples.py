@@ -1,4 +1,4 @@
-"""Small sound PDFs: text, scans, and a page that has a bit of everything."""
+"""Small sound PDFs: text, scans, and a page with many features."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def _type3_font(pdf: pikepdf.Pdf) -> Dictionary:
 
 
 def rich() -> pikepdf.Pdf:
-    """Forms, patterns, shadings, functions, a Type 3 font, transparency, annotations, fields, outlines, labels."""
+    """Returns a page with forms, patterns, shadings, functions, a Type 3 font, transparency, annotations, fields,
+    outlines, labels."""
     pdf = pikepdf.new()
     page = add_page(
         pdf,

@@ -1,10 +1,10 @@
-"""The product as the cases meet it: its command line, run in this process."""
+"""The product as the cases use it: its command line, run in this process."""
 
 from __future__ import annotations
 
 import sys
 
-# what the parent of all cases imports before it forks; none of it may start a thread
+# modules that the parent of all cases imports before it forks; none of them may start a thread
 IMPORTS = (
     "granite4v.cli.main",
     "granite4v.converter",
@@ -31,7 +31,7 @@ IMPORTS = (
 
 
 def command_line(command: list[str]) -> int | None:
-    """What the console script `granite4v` does."""
+    """Runs what the console script `granite4v` runs."""
     from granite4v.cli.entry import entry
 
     sys.argv = ["granite4v", *command]

@@ -1,4 +1,4 @@
-"""What a folder of results must hold whatever was read: whole lines, valid JSON, no half-written file."""
+"""What must hold for a folder of results, whatever was read: complete lines, valid JSON, no half-written file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def problems(out: Path) -> list[str]:
     for path in sorted(out.rglob("*")):
         if any(mark in path.name for mark in LEFT_OVERS):
             found.append(f"left behind: {path.name:.60}")
-        if path.suffix == ".json" and not path.name.startswith("."):  # those are the run's own notes
+        if path.suffix == ".json" and not path.name.startswith("."):  # hidden files are the run's own notes
             try:
                 strict_json(path.read_bytes())
             except ValueError as error:
@@ -34,13 +34,13 @@ def problems(out: Path) -> list[str]:
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    """The records of a run; the first line may be about the run itself."""
+    """Returns the records of a run; the first line may be about the run itself."""
     lines = (out / RESULTS).read_bytes().splitlines() if (out / RESULTS).exists() else []
     return [found for found in map(strict_json, lines) if isinstance(found, dict) and "task" in found]
 
 
 def strict_json(data: bytes | str) -> Any:
-    """The value of a JSON text; ValueError for NaN and Infinity, which Python would take."""
+    """Parses a JSON text. Raises ValueError for NaN and Infinity, which Python would accept."""
 
     def refuse(name: str) -> Any:
         raise ValueError(f"it holds {name}")

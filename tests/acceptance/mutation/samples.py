@@ -1,4 +1,4 @@
-"""Sound inputs that several kinds start from: a page, tiny checkpoints and the models they become."""
+"""Unmutated inputs that several kinds start from: a page, tiny checkpoints, and the models converted from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def page_image(size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def checkpoint(bases: Path, preset: str, *, adapter: bool = False, sharded: bool = False) -> Path:
-    """A tiny checkpoint of a preset of `tests.toy`, made when it is first asked for."""
+    """Returns a tiny checkpoint of a preset of `tests.toy`, made on first use."""
     from dataclasses import replace
 
     from tests.toy.checkpoint import PRESETS, AdapterSpec, write_adapter, write_checkpoint
@@ -42,7 +42,7 @@ def checkpoint(bases: Path, preset: str, *, adapter: bool = False, sharded: bool
 
 
 def model(bases: Path, preset: str, *, adapter: bool = False) -> Path:
-    """The model directory that a tiny checkpoint becomes; an adapter stays a file of its own."""
+    """Returns the model directory converted from a tiny checkpoint; an adapter stays a separate file."""
     from granite4v.converter import Options, convert
 
     folder = bases / "models" / (preset + "-adapter" * adapter)
@@ -53,7 +53,7 @@ def model(bases: Path, preset: str, *, adapter: bool = False) -> Path:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """A folder's files in another; hard links, so whoever changes one must write a new file."""
+    """Hard-links the files of a folder into another, so a file must be replaced by a new one, not changed in place."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Judges how commands ended: clean, refused with a message, or one of the ends that must not be."""
+"""Judges how commands ended: clean, refused with a message, or with one of the faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .case import Result
 CLEAN, REFUSED = "clean", "refused"
 FAULTS = ("traceback", "signal", "hang", "noise", "wrong")  # worst known cause first; the table's columns
 TRACEBACK = "Traceback (most recent call last)"
-# What C and C++ libraries, and Python's warnings, write past the product.
+# Output of C and C++ libraries, and Python's warnings, that bypasses the product.
 NOISE = re.compile(
     r"^(gguf_|ggml_|GGML_|llama_|clip_|load_tensors|print_info|init_tokenizer|graph_|libpng|libtiff|TIFF\w*:|JPEG|"
     r"terminate called|malloc|free\(\)|double free|corrupt|munmap|thread '.*' panicked|thread '.*' \(\d+\) panicked|"
@@ -26,7 +26,7 @@ _GRAVITY = (*FAULTS, REFUSED, CLEAN)
 
 @dataclass(frozen=True)
 class Verdict:
-    """`cause` groups cases that end alike."""
+    """How a command ended. `cause` groups cases that end alike."""
 
     kind: str
     cause: str = ""
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def judge(result: Result) -> Verdict:
-    """How one command ended."""
+    """Judges how one command ended."""
     where = " ".join(result.command[:1])
     if result.timed_out:
         return Verdict("hang", f"{where}: {_place(result.stack, innermost_last=False)}")
@@ -66,8 +66,8 @@ def judge(result: Result) -> Verdict:
 
 
 def _place(stack: str, innermost_last: bool) -> str:
-    """The innermost frame of the product, else the innermost of all. faulthandler lists the innermost first."""
-    if not innermost_last and "Current thread" in stack:  # of several threads, the one that was met
+    """Returns the innermost frame of the product, else the innermost of all. faulthandler lists the innermost first."""
+    if not innermost_last and "Current thread" in stack:  # of several threads, the one that got the signal
         stack = stack[stack.index("Current thread") :].split("\n\n")[0]
     frames = _FRAME.findall(stack)
     if innermost_last:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints whose files are damaged, untrue or no files at all."""
+"""Hugging Face checkpoints whose files are damaged, inconsistent or not regular files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
-    """A model is there whole or not at all, and nothing else is left."""
+    """Checks that there is a complete model or none, and that nothing else was left behind."""
     found = []
     convert = results[0]
     written = sorted(path.name for path in (folder / OUT).iterdir()) if (folder / OUT).exists() else []
@@ -69,7 +69,7 @@ def _edit_file(rng: random.Random, target: Path) -> str:
     elif path.suffix == ".json":
         try:
             data, what = edits.edit_json_text(rng, json.loads(data))
-        except (ValueError, RecursionError):  # damaged by an edit before
+        except (ValueError, RecursionError):  # damaged by an earlier edit
             data, what = edits.edit_bytes(rng, data)
     else:
         data, what = edits.edit_bytes(rng, data)

@@ -1,4 +1,4 @@
-"""Model directories with damaged or untrue GGUF files: text, vision and adapter."""
+"""Model directories with damaged or inconsistent GGUF files: text, vision and adapter."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _edit_file(rng: random.Random, target: Path, models: list[Path]) -> str:
     else:
         try:
             gguf = Gguf.read(data)
-        except Exception:  # damaged by an edit before
+        except Exception:  # damaged by an earlier edit
             data, what = edits.edit_bytes(rng, data)
         else:
             what = "; ".join(_edit_gguf(rng, gguf) for _ in range(rng.choice((1, 1, 1, 2, 3))))
@@ -137,7 +137,7 @@ def _metadata(rng: random.Random, gguf: Gguf) -> str:
 
 
 def _edit_value(rng: random.Random, value: Value) -> str:
-    """An edit that keeps the type, or most of it."""
+    """Edits a value and mostly keeps its type."""
     if value.type == ARRAY:
         return _edit_array(rng, value)
     if value.type == STRING:
@@ -239,7 +239,8 @@ def _tensor(rng: random.Random, gguf: Gguf) -> str:
 
 
 def _whole_tensor(rng: random.Random, gguf: Gguf) -> str:
-    """An edit after which every tensor's bytes are where its entry says, so that readers go on."""
+    """Makes an edit and lays the data out again, so that every entry points at its bytes and readers get past the
+    header."""
     if not gguf.tensors:
         return "no tensor left"
     i = rng.randrange(len(gguf.tensors))

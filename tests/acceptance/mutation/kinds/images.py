@@ -1,4 +1,4 @@
-"""Image files of every format that Pillow writes, damaged where their formats have joints and anywhere else."""
+"""Image files of every format that Pillow writes, damaged at the structures of their formats and anywhere else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Edit = Callable[[random.Random, bytes], tuple[bytes, str]]
 
 
 def prepare(bases: Path) -> None:
-    """Nothing: images are made in each case."""
+    """Does nothing: images are made in each case."""
 
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
@@ -46,7 +46,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
-    """Whatever the others are, the good one is read."""
+    """Checks that the good image is read, whatever the others are."""
     if case.commands[0][0] != "extract":
         return []
     out = folder / "out"
@@ -60,14 +60,14 @@ def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
 
 
 def _image(rng: random.Random) -> tuple[bytes, str, str]:
-    """A file, its suffix, and what was done to it."""
+    """Returns a file, its suffix, and its edits in words."""
     suffix, data, what = _sound(rng)
     done = [what]
     for _ in range(rng.choice((0, 1, 1, 1, 2))):
         edit = rng.choice([*_JOINTS.get(suffix, []), edits.edit_bytes] if rng.random() < 0.8 else [edits.edit_bytes])
         try:
             data, what = edit(rng, data)
-        except (struct.error, IndexError, ValueError, zlib.error):  # an edit before this one broke the joints
+        except (struct.error, IndexError, ValueError, zlib.error):  # an earlier edit broke the structure
             data, what = edits.edit_bytes(rng, data)
         done.append(what)
     return data, suffix, "; ".join(done)
@@ -100,7 +100,7 @@ def _sound(rng: random.Random) -> tuple[str, bytes, str]:
     buffer = io.BytesIO()
     try:
         _in_mode(image, mode).save(buffer, file_format, **options)
-    except (OSError, ValueError, KeyError, TypeError, struct.error):  # no such mode with these options
+    except (OSError, ValueError, KeyError, TypeError, struct.error):  # this mode is not possible with these options
         buffer = io.BytesIO()
         image.save(buffer, file_format)
         options = {}
@@ -115,7 +115,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _exif(rng: random.Random) -> bytes:
-    """An EXIF block: entries of any type, count and value under known and unknown tags."""
+    """Returns an EXIF block with entries of any type, count and value under known and unknown tags."""
     order = rng.choice("<>")
     tags = (0x0112, 0x011A, 0x011B, 0x0128, 0x8769, 0x8825, 0xA005, 0x0100, 0x010E, 0x9003, 0x014A, 0x8773, 0x02BC)
     entries = []
@@ -131,7 +131,7 @@ def _exif(rng: random.Random) -> bytes:
     return rng.choice((b"Exif\0\0", b"Exif\0\0", b"")) + head + struct.pack(order + "H", n) + b"".join(entries) + tail
 
 
-# --- edits at the joints of formats ---
+# --- edits of the formats' structures ---
 
 
 _PNG_CHUNKS = (
@@ -150,7 +150,7 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _edit_png(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Edits a chunk and gives it the checksum of what it now holds."""
+    """Edits a chunk and updates its checksum."""
     chunks = _png_chunks(data)
     i = rng.randrange(len(chunks))
     kind, body = chunks[i]
@@ -197,7 +197,7 @@ def _edit_png(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where each marker begins and its segment ends, up to the first scan."""
+    """Yields where each marker begins and where its segment ends, up to the first scan."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         end = at + 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
@@ -231,7 +231,7 @@ def _edit_jpeg(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def _edit_tiff(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Edits an entry of the first directory, its number of entries, or where the next directory is."""
+    """Edits an entry of the first directory, its number of entries, or the offset of the next directory."""
     order = "<" if data[:2] == b"II" else ">"
     at = struct.unpack(order + "I", data[4:8])[0]
     n = struct.unpack(order + "H", data[at : at + 2])[0]
@@ -254,7 +254,7 @@ def _edit_tiff(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def _edit_boxes(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Edits a box of AVIF or JPEG 2000: its size, its type, or what it holds, with the size put right."""
+    """Edits a box of AVIF or JPEG 2000: its size, its type, or its contents with the size adjusted."""
     boxes, at = [], 0
     containers = (b"meta", b"iprp", b"ipco", b"jp2h", b"moov")
     while at + 8 <= len(data):
@@ -300,7 +300,7 @@ def _edit_riff(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def _edit_head(fields: dict[int, int]) -> Edit:
-    """Edits of fields at fixed offsets: {offset: bytes}, little endian."""
+    """Returns an edit of fields at fixed offsets: {offset: number of bytes}, little endian."""
 
     def edit(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         at = rng.choice(list(fields))

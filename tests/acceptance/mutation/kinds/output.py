@@ -1,4 +1,4 @@
-"""Answers of models, damaged: read, salvaged, written in every form, read again, and put into a record and a report."""
+"""Damaged model answers: read, salvaged, written in every format, read again, and put into a record and a report."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CSV = (",", ";", "\n", "\r\n", "\r", '"', '""', "\t", "\0", ",,,,", "\n\n", "=1+
 
 
 def prepare(bases: Path) -> None:
-    """Nothing: answers are made in each case."""
+    """Does nothing: answers are made in each case."""
 
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
@@ -74,7 +74,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def run(command: list[str]) -> int | None:
-    """What a page's answer goes through, and what must hold of it."""
+    """Runs an answer through all the steps of a page's answer, and asserts what must hold."""
     from granite4v.errors import AnswerError
     from granite4v.runtime.extract.parsed_answer import parse_answer
     from granite4v.runtime.extract.record import Record, decode, encode
@@ -124,7 +124,7 @@ def _check_json(task: str, value: Any) -> None:
 
 
 def _check_table(table: Any) -> None:
-    """Each form reads back; CSV as Python's own reader has it."""
+    """Checks that each format reads back, CSV also with Python's own reader."""
     from granite4v.errors import AnswerError
     from granite4v.runtime.formats import read_csv, read_html, read_otsl, read_tables_json, write
 
@@ -132,7 +132,7 @@ def _check_table(table: Any) -> None:
     _need(read_tables_json(write(table, "json")) == [table], "JSON that reads back otherwise")
     texts = table.texts()
     lines = write(table, "csv")
-    # Python's reader takes no longer fields, and before 3.11 no NUL
+    # Python's reader has a limit for fields, and before 3.11 it does not take NUL
     if "\0" not in lines and all(len(cell.text) <= csv.field_size_limit() for cell in table.cells):
         _need(list(csv.reader(io.StringIO(lines, newline=""), strict=True)) == texts, "CSV that reads back otherwise")
         _need(read_csv(lines).texts() == texts, "our CSV that reads back otherwise")
@@ -189,7 +189,7 @@ def _insert(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str,
 
 
 def _exchange(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str, str]:
-    """Another word in place of one: a tag, a value of JSON, a separator."""
+    """Replaces a word: a tag, a JSON value or a separator."""
     found = list(_WORDS.finditer(text))
     if not found:
         return _insert(rng, text, marks)
@@ -198,7 +198,7 @@ def _exchange(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[st
 
 
 def _nest(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str, str]:
-    """A value, or all of it, in many levels of the same."""
+    """Nests a word, or the whole text, in many levels of the same wrapper."""
     before, after = rng.choice(
         (("[", "]"), ('{"a":', "}"), ("<table><tr><td>", "</td></tr></table>"), ("<ul><li>", "</ul>"))
     )
@@ -219,7 +219,7 @@ def _cut(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str, st
 
 
 def _repeat(rng: random.Random, text: str, marks: tuple[str, ...]) -> tuple[str, str]:
-    """Up to 100,000 characters of the same: time must grow no faster than an answer."""
+    """Repeats a piece, up to 100,000 characters: run time must grow no faster than the answer."""
     n = rng.choice((1, 3, 20, 300))
     at = rng.randint(0, max(0, len(text) - n))
     piece = text[at : at + n] if rng.random() < 0.5 else "".join(rng.choices(marks, k=rng.randint(1, 4)))

@@ -1,4 +1,4 @@
-"""PDFs damaged object by object, in their content streams, and byte by byte."""
+"""PDFs damaged in their objects, in their content streams, and in any bytes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
-    """Whatever the others are, the good image is read."""
+    """Checks that the good image is read, whatever the others are."""
     out = folder / "out"
     good = [record for record in records(out) if record["source"].endswith(GOOD)]
     if len(good) != 1 or good[0]["error"] or good[0]["finish_reason"] is None:
@@ -125,12 +125,12 @@ def _damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         return _edit_text(rng, data)
     try:
         return _edit_objects(rng, data)
-    except Exception:  # pikepdf refuses some of it, with errors of many types
+    except Exception:  # pikepdf refuses some edits with errors of many types
         return edits.edit_bytes(rng, data)
 
 
 def _edit_text(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Edits at the words of a file's structure."""
+    """Edits a keyword of a file's structure, or inserts something after it."""
     there = [word for word in _STRUCTURE if word in data]
     word = rng.choice(there)
     at = rng.choice([i for i in range(len(data)) if data.startswith(word, i)])

@@ -1,4 +1,4 @@
-"""JSON Schemas: made up, mutated, and answered by the small embedded model."""
+"""JSON Schemas: generated, mutated, and answered by the small embedded model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = "schema.json"
 run = command_line
 Json = Any
 
-NOT_HELD = "checked against it afterwards"  # the run says what does not guide answers
+NOT_HELD = "checked against it afterwards"  # part of the message about keywords that do not constrain answers
 FORMATS = (
     "date", "date-time", "time", "duration", "email", "idn-email", "hostname", "ipv4", "ipv6", "uri", "uri-reference",
     "iri", "uuid", "json-pointer", "regex", "int32", "int64", "float", "double", "decimal", "byte", "binary", "color",
@@ -40,7 +40,7 @@ ODD_VALUES = (-0.0, 1e400, 2**53 + 1, 10**25, "", "\u2028", [], {}, [1, "a"], {"
 
 
 def prepare(bases: Path) -> None:
-    """Nothing: a page is drawn in each case."""
+    """Does nothing: a page is drawn in each case."""
 
 
 def build(rng: random.Random, bases: Path, folder: Path) -> Case:
@@ -58,7 +58,8 @@ def build(rng: random.Random, bases: Path, folder: Path) -> Case:
 
 
 def check(folder: Path, case: Case, results: list[Result]) -> list[str]:
-    """Answers that are said to be valid are, by the judge that the schema itself calls for; held ones always are."""
+    """Checks that answers reported as valid are valid for the validator of the schema's own draft, and that fully
+    constrained answers that ended by themselves are always valid."""
     found = problems(folder / "out")
     for record in records(folder / "out") if (folder / "out").exists() else ():
         if record.get("valid") and not record.get("error"):
@@ -81,7 +82,7 @@ def _why_invalid(schema: Path, value: Json) -> str | None:
 
     content = json.loads(schema.read_bytes())
     if not isinstance(content.get("$id", ""), str):
-        del content["$id"]  # the library stumbles over it
+        del content["$id"]  # the library fails on other types
     kind = validator_for(content, default=Draft202012Validator)
     try:
         kind.check_schema(content)
@@ -93,11 +94,11 @@ def _why_invalid(schema: Path, value: Json) -> str | None:
     return None
 
 
-# --- made-up schemas ---
+# --- generated schemas ---
 
 
 class _Maker:
-    """Makes schemas up. `oddness` is how often a part is one that few people would write."""
+    """Generates schemas. `oddness`: the probability that a part is one that few people would write."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
